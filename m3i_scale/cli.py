@@ -15,6 +15,7 @@ from rich.text import Text
 from m3i_scale import __version__
 from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
+from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.options import Imports
@@ -439,6 +440,9 @@ def export(
 app.command(epilog="Example: m3i-scale report /data/runs/first /data/runs/second --to report.html")(report)
 app.command(epilog="Example: m3i-scale watch /data/runs/first")(watch)
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
+shards_app.command(
+    "near-duplicates", epilog="Example: m3i-scale shards near-duplicates /data/shards/train --against /data/shards/val"
+)(near_duplicates)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(finetune_app, name="finetune")

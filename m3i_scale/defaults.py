@@ -9,5 +9,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 MAX_CAPTION_BYTES = 2**16
 MAX_SAMPLE_BYTES = 2**29
 """No image of `MAX_IMAGE_PIXELS` is so large."""
+MAX_TOKENS = 64
+"""Of a caption, special tokens included."""
 MASK_SIDE = 112
 """Masks of objects are kept in their boxes at so many pixels a side: four times what a Mask R-CNN learns from."""

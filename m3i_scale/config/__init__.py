@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
+from m3i_scale import defaults
 from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
 from m3i_scale.config.detection import Detection, DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.config.explain import origin, parse_section, validation_error
@@ -127,7 +128,7 @@ class TextConfig(Section):
     """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
     tokenizer: Annotated[str, InHome] | None = None
     """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""
-    max_tokens: int = Field(default=64, ge=4)
+    max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4)
     """Captions are cut to this many tokens."""
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from m3i_scale.data.make.cut import ShardOptions, parse_splits
+from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded
@@ -61,6 +61,22 @@ _MAKE: Parts = {
         Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
         _DEFAULTS.skip_bad,
     ),
+    "value_range": (
+        Annotated[
+            str | None,
+            typer.Option(help="LOW,HIGH: grey values that become black and white, of images of more than eight bits."),
+        ],
+        None,
+    ),
+    "tile": (
+        Annotated[int | None, typer.Option(help="Cut images that are larger into squares of so many pixels a side.")],
+        None,
+    ),
+    "tile_overlap": (Annotated[int | None, typer.Option(help="Pixels that neighbouring tiles share (0).")], None),
+    "tile_max_pixels": (
+        Annotated[int | None, typer.Option(help="Larger images are refused, and not decoded (89,478,485).")],
+        None,
+    ),
     "as_json": (AsJson, False),
 }
 _CUT: Parts = {
@@ -86,12 +102,17 @@ class MakeOptions:
     name: str
     split: str | None
     options: ShardOptions
+    tile: dict[str, int]
+    """Of a `Tiling`; empty where images are not cut."""
     as_json: bool
 
     def make(self, source: Input) -> None:
         """Make the shards, and print what was made."""
         from m3i_scale.data.make.shards import make_shards
+        from m3i_scale.data.make.tile import TiledInput, Tiling
 
+        if self.tile:
+            source = TiledInput(source, Tiling(**self.tile))
         with sample_bar(quiet=self.as_json) as tell:
             summary = make_shards(
                 source,
@@ -114,8 +135,23 @@ def takes_sizes(command: Command) -> Command:
     return expanded(command, "options", _CUT, _cut)
 
 
-def _making(output: Path, name: str, split: str | None, as_json: bool, **options: Any) -> MakeOptions:
-    return MakeOptions(output, name, split, ShardOptions(**options), as_json)
+def _making(
+    output: Path,
+    name: str,
+    split: str | None,
+    value_range: str | None,
+    tile: int | None,
+    tile_overlap: int | None,
+    tile_max_pixels: int | None,
+    as_json: bool,
+    **options: Any,
+) -> MakeOptions:
+    values = None if value_range is None else parse_range(value_range)
+    given = {"side": tile, "overlap": tile_overlap, "max_pixels": tile_max_pixels}
+    tiling = {field: value for field, value in given.items() if value is not None}
+    if tiling and tile is None:
+        raise ConfigError("--tile-overlap and --tile-max-pixels have no effect without --tile", fix="add --tile 512")
+    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), tiling, as_json)
 
 
 def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:

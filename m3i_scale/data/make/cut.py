@@ -27,6 +27,8 @@ class ShardOptions:
     """Leave out (and list) samples that cannot be used, instead of stopping."""
     workers: int = 1
     """Processes that read and encode images."""
+    value_range: tuple[float, float] | None = None
+    """Grey values of images of more than eight bits that become black and white; then all images have to be such."""
     shards: int | None = None
     """Exactly so many shards a split, instead of what the sizes say."""
     keep_order: bool = False
@@ -64,6 +66,22 @@ class ShardOptions:
         if self.shards > samples:
             raise DataError(f"{samples} samples cannot fill {self.shards} shards", fix="ask for fewer --shards")
         return self.shards
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Read `0,4095` as the grey values that become black and white.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    low, comma, high = text.partition(",")
+    try:
+        value_range = float(low), float(high)
+    except ValueError:
+        value_range = (math.nan, math.nan)
+    if not comma or not -math.inf < value_range[0] < value_range[1] < math.inf:
+        raise ConfigError(f"'{text}' is no range of values", fix="two numbers, the smaller first: --value-range 0,4095")
+    return value_range
 
 
 def parse_splits(text: str) -> dict[str, float]:

@@ -13,7 +13,15 @@ from typing import Any, Protocol
 from PIL import Image
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.images import MASK, READ_FORMATS, check_mask, encoded_image, orientation, upright_size
+from m3i_scale.data.images import (
+    MASK,
+    READ_FORMATS,
+    ValueRange,
+    check_mask,
+    encoded_image,
+    orientation,
+    upright_size,
+)
 from m3i_scale.data.instances import INSTANCES, check_turned, read_instances
 from m3i_scale.data.make.existing import annotations_of
 from m3i_scale.data.make.layout import Outline, hash_of
@@ -157,19 +165,28 @@ Encoded = dict[str, bytes] | DataError
 stops."""
 
 
-def encode_all(records: Sequence[Record]) -> list[Encoded]:
+@dataclass(frozen=True)
+class EncodeTask:
+    """Gives a worker some records to encode."""
+
+    records: Sequence[Record]
+    value_range: ValueRange | None
+    """See `encoded_image`."""
+
+
+def encode_all(task: EncodeTask) -> list[Encoded]:
     """Read, check and encode what records hold, in a worker process; a fault stands where that fails."""
-    return [_encode(record) for record in records]
+    return [_encode(record, task.value_range) for record in task.records]
 
 
-def _encode(record: Record) -> Encoded:
+def _encode(record: Record, value_range: ValueRange | None) -> Encoded:
     if record.fault is not None:
         return record.fault
     try:
-        image, extension = encoded_image(_read(record.image), _place(record, record.image))
+        image, extension = encoded_image(contents_of(record.image), _place(record, record.image), value_range)
         members = {extension: image}
         if record.mask is not None:
-            members[MASK] = _read(record.mask)
+            members[MASK] = contents_of(record.mask)
             check_mask(members[MASK], image, _place(record, record.mask))
         if record.instances is not None:
             members[INSTANCES] = record.instances
@@ -191,7 +208,12 @@ def _check_instances(data: bytes, categories: int | None, image: bytes, where: s
         check_turned(lies)
 
 
-def _read(contents: Contents) -> bytes:
+def contents_of(contents: Contents) -> bytes:
+    """Return the encoded image or mask.
+
+    Raises:
+        DataError: it cannot be read or made.
+    """
     if isinstance(contents, bytes):
         return contents
     if not isinstance(contents, Path):

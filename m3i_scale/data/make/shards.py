@@ -11,7 +11,7 @@ from typing import Any
 
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
-from m3i_scale.data.make.records import Encoded, Input, Record, encode_all
+from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
@@ -125,10 +125,10 @@ class _Maker:
     def _encoded(self, records: Iterator[Record]) -> Iterator[tuple[Record, Encoded]]:
         ahead: deque[list[Record]] = deque()  # those that the workers have or had, and no more of them than that
 
-        def chunks() -> Iterator[list[Record]]:
+        def chunks() -> Iterator[EncodeTask]:
             for chunk in _chunks(records):
                 ahead.append(chunk)
-                yield chunk
+                yield EncodeTask(chunk, self._options.value_range)
 
         for encoded in map_in_processes(encode_all, chunks(), self._options.workers):
             yield from zip(ahead.popleft(), encoded, strict=True)

@@ -93,15 +93,28 @@ def check(
 
 def stats(
     shards: Shards,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, as in text.tokenizer; default: the one beside the shards.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=4, help="Captions are cut to as many, as in text.max_tokens (64).")
+    ] = None,
     max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Count samples, sizes, captions, classes and exact duplicates."""
+    """Count samples, sizes, captions, their tokens, classes and exact duplicates."""
     from m3i_scale.data.tools.stats import stats_of
 
     with progress_bar([shards], quiet=as_json) as advance:
-        counts = stats_of(shards, max_pixels=max_image_pixels, workers=workers, advance=advance)
+        counts = stats_of(
+            shards,
+            max_pixels=max_image_pixels,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            workers=workers,
+            advance=advance,
+        )
     if as_json:
         print_json(counts)
     else:
@@ -237,12 +250,28 @@ def _print_stats(counts: dict[str, Any]) -> None:
     console.print("  ".join(f"{name}: {share:.1%}" for name, share in counts["share_with"].items()))
     console.print("  ".join(f"{name}: {count}" for name, count in counts["formats"].items()))
     table = Table("", "min", "5 %", "median", "95 %", "max", "mean")
-    for name in ("width", "height", "aspect_ratio", "image_bytes", "caption_characters", "caption_words"):
+    for name in (
+        "width",
+        "height",
+        "aspect_ratio",
+        "image_bytes",
+        "caption_characters",
+        "caption_words",
+        "caption_tokens",
+    ):
         values = counts[name]
         if values:
             picked = (values[share] for share in ("0%", "5%", "50%", "95%", "100%", "mean"))
             table.add_row(name.replace("_", " "), *(f"{value:g}" for value in picked))
     console.print(table)
+    if counts["tokens"] is not None:
+        tokens = counts["tokens"]
+        console.print(
+            f"{tokens['tokenizer']}: {tokens['unknown_tokens']:.1%} of tokens unknown; of captions "
+            f"{tokens['captions_cut']:.1%} cut at {tokens['max_tokens']}, {tokens['captions_stripped']:.1%} stripped"
+        )
+        for warning in tokens["warnings"]:
+            console.print(f"warning: {warning}; text.tokenizer in the run file takes another tokenizer")
     classes = counts["classes"]
     if classes["present"]:
         console.print(

@@ -19,14 +19,18 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
 from m3i_scale.data.shards import labels_beside, local_shards
 from m3i_scale.data.tar import key_at, read_shard
+from m3i_scale.data.tools.tokens import CaptionTokens, Cut, tokenizer_for
 from m3i_scale.data.tools.verify import image_extensions, readable_members
 from m3i_scale.data.workers import map_in_processes
-from m3i_scale.defaults import MAX_SAMPLE_BYTES
+from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
+from m3i_scale.errors import ConfigError
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 EQUAL = ("images", "captions")
 TALLIES = ("width", "height", "aspect_ratio", "pixels", "image_bytes", "caption_characters", "caption_words")
+TOKENS = "caption_tokens"
+"""One more, where there is a tokenizer; special tokens count."""
 MAX_LABEL = 10**9
 
 
@@ -63,11 +67,12 @@ class ShardStats:
 
     size: int = 0
     samples: int = 0
-    tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in TALLIES})
+    tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in (*TALLIES, TOKENS)})
     formats: Counter[str] = field(default_factory=Counter)
     having: Counter[str] = field(default_factory=Counter)
     """Samples with label, caption, mask, instances, json."""
     labels: Counter[int] = field(default_factory=Counter)
+    tokens: CaptionTokens = field(default_factory=CaptionTokens)
     bad: Counter[str] = field(default_factory=Counter)
     """What could not be counted, by reason."""
     digests: dict[str, list[tuple[bytes, int]]] = field(default_factory=lambda: {name: [] for name in EQUAL})
@@ -77,37 +82,40 @@ class ShardStats:
         """Add the counts of another shard."""
         self.size += other.size
         self.samples += other.samples
+        self.tokens.merge(other.tokens)
         for name, tally in other.tallies.items():
             self.tallies[name].counts.update(tally.counts)
         for name in ("formats", "having", "labels", "bad"):
             getattr(self, name).update(getattr(other, name))
 
-    def count(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+    def count(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
         """Count a sample, each of its parts separately."""
         parts = {"mask": MASK, "instances": INSTANCES, "json": "json"}
         self.having.update(name for name, extension in parts.items() if extension in members)
         for part in (self._image, self._caption, self._label):
             try:
-                part(members, start, max_pixels)
+                part(members, start, task)
             except BadSampleError as bad:
                 self.bad[bad.reason] += 1
 
-    def _image(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
-        with open_image(members, max_pixels) as image:
+    def _image(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
+        with open_image(members, task.max_pixels) as image:
             width, height = upright_size(image.size, orientation(image))
             self.formats[str(image.format)] += 1
         data = members[image_extensions(members)[0]]
         self.digests["images"].append((digest_of(data), start))
         self._tally(width, height, width / height, width * height, len(data))
 
-    def _caption(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+    def _caption(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
         caption = read_annotations(members, None).caption
         if caption is not None:
             self.having["caption"] += 1
             self.digests["captions"].append((digest_of(caption.encode()), start))
             self._tally(len(caption), len(caption.split()), first=5)
+            if task.cut is not None:
+                self.tallies[TOKENS].add(self.tokens.add(caption, task.cut))
 
-    def _label(self, members: Mapping[str, bytes], start: int, max_pixels: int) -> None:
+    def _label(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
         label = read_annotations(members, MAX_LABEL, captions=False).label
         if label is not None:
             self.having["label"] += 1
@@ -124,6 +132,8 @@ class StatsTask:
 
     path: Path
     max_pixels: int
+    cut: Cut | None
+    """How captions become tokens; None: they do not."""
 
 
 def shard_stats(task: StatsTask) -> ShardStats:
@@ -136,27 +146,42 @@ def shard_stats(task: StatsTask) -> ShardStats:
     with task.path.open("rb") as stream:
         for sample in raw.samples:
             try:
-                stats.count(readable_members(stream, sample, MAX_SAMPLE_BYTES), sample.start, task.max_pixels)
+                stats.count(readable_members(stream, sample, MAX_SAMPLE_BYTES), sample.start, task)
             except BadSampleError as bad:
                 stats.bad[bad.reason] += 1
     return stats
 
 
-def stats_of(source: str, *, max_pixels: int, workers: int = 1, advance: Advance | None = None) -> dict[str, Any]:
+def stats_of(
+    source: str,
+    *,
+    max_pixels: int,
+    tokenizer: str | None = None,
+    max_tokens: int | None = None,
+    workers: int = 1,
+    advance: Advance | None = None,
+) -> dict[str, Any]:
     """Compute counts, quantiles, class balance and duplicates of shards.
 
     Args:
         source: a folder, a brace pattern or one tar.
         max_pixels: larger images are counted as bad.
+        tokenizer: a folder or Hub id; None: the one beside the shards, if there is one.
+        max_tokens: captions are cut to as many; None: `MAX_TOKENS`.
         workers: processes.
         advance: called with the bytes of every shard that is done.
 
     Raises:
         DataError: there are no shards.
+        ConfigError: the tokenizer does not load, or `max_tokens` is given and there is none.
     """
     paths = local_shards(source)
+    name = tokenizer_for(paths[0].parent, tokenizer)
+    if name is None and max_tokens is not None:
+        raise ConfigError("--max-tokens has no effect: no tokenizer lies beside the shards", fix="add --tokenizer")
+    cut = None if name is None else Cut(name, max_tokens or MAX_TOKENS)
     total = ShardStats()
-    tasks = [StatsTask(path, max_pixels) for path in paths]
+    tasks = [StatsTask(path, max_pixels, cut) for path in paths]
     with Digests() as images, Digests() as captions:
         for number, stats in enumerate(map_in_processes(shard_stats, tasks, workers)):
             total.merge(stats)
@@ -180,6 +205,7 @@ def stats_of(source: str, *, max_pixels: int, workers: int = 1, advance: Advance
             for name in ("label", "caption", "mask", "instances", "json")
         },
         **{name: tally.quantiles() for name, tally in total.tallies.items()},
+        "tokens": None if cut is None else total.tokens.report(cut),
         "classes": _balance(total.labels, names),
         "duplicates": duplicates,
         "bad": dict(total.bad.most_common()),

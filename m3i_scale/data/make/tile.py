@@ -1,0 +1,196 @@
+"""Cut large images into tiles while shards are made: every tile is a sample of its own."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from m3i_scale.data.categories import Categories
+from m3i_scale.data.images import (
+    DECODE_FAULTS,
+    READ_FORMATS,
+    SIXTEEN_AS_I,
+    fault_text,
+    orientation,
+    upright,
+    upright_size,
+)
+from m3i_scale.data.make.layout import Outline
+from m3i_scale.data.make.records import Contents, Input, Record, contents_of
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
+from m3i_scale.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Says how large images are cut."""
+
+    side: int
+    """Of a tile, in pixels. Images that are no larger, in both directions, are kept whole."""
+    overlap: int = 0
+    """Pixels that neighbours share, at least."""
+    max_pixels: int = MAX_IMAGE_PIXELS
+    """Larger images are refused; those that are cut are decoded whole, in 3 bytes a pixel and more."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+            ConfigError: they do.
+        """
+        if self.side < 1 or not 0 <= self.overlap < self.side or self.max_pixels < 1:
+            raise ConfigError(
+                f"tiles of {self.side} pixels that share {self.overlap}, of images of {self.max_pixels} pixels at most",
+                fix="--tile above 0, --tile-overlap from 0 to below --tile, --tile-max-pixels above 0",
+            )
+
+    def starts(self, length: int) -> list[int]:
+        """Return where tiles begin in one direction. The last one is moved inwards, so that it has the full size; of a
+        shorter length there is one."""
+        step = self.side - self.overlap
+        return [*range(0, max(0, length - self.side), step), max(0, length - self.side)]
+
+    def boxes(self, width: int, height: int) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+        """Yield the ending of the key and the box (left, top, right, bottom) of every tile, row by row."""
+        for row, top in enumerate(self.starts(height)):
+            for column, left in enumerate(self.starts(width)):
+                yield f"_r{row}_c{column}", (left, top, min(width, left + self.side), min(height, top + self.side))
+
+
+class TiledInput:
+    """Gives the samples of another input, large images cut into tiles with the same label and caption.
+
+    The tiles of an image stay in one split. An image is decoded once, here; its tiles are encoded by the workers.
+
+    Args:
+        source: the other input.
+        tiling: how images are cut.
+
+    Raises:
+        ConfigError: values that make no sense, or an input with boxes.
+    """
+
+    def __init__(self, source: Input, tiling: Tiling) -> None:
+        tiling.check()
+        if source.categories is not None:
+            raise ConfigError("--tile cuts no boxes", fix="cut images and annotations before, or leave out --tile")
+        self._source, self._tiling = source, tiling
+
+    @property
+    def labels(self) -> list[str]:
+        """See `Input`."""
+        return self._source.labels
+
+    @property
+    def mask_labels(self) -> list[str] | None:
+        """See `Input`."""
+        return self._source.mask_labels
+
+    @property
+    def categories(self) -> Categories | None:
+        """See `Input`."""
+        return None
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`. Of every image the header is read."""
+        for outline, record in zip(self._source.outlines(), self._source.records(), strict=True):
+            found = self._size(record)
+            if isinstance(found, DataError) or not self._is_large(found):
+                yield outline
+                continue
+            boxes = list(self._tiling.boxes(*found))
+            size, group = max(1, outline.size // len(boxes)), outline.group or outline.key
+            for ending, _ in boxes:
+                yield replace(outline, key=outline.key + ending, size=size, group=group)
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        for record in self._source.records():
+            found = self._size(record)
+            if isinstance(found, DataError):
+                yield replace(record, fault=found)
+            elif not self._is_large(found):
+                yield record
+            else:
+                yield from self._tiles(record, found)
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return self._source.info() | {"tile": self._tiling.side, "tile_overlap": self._tiling.overlap}
+
+    def _is_large(self, size: tuple[int, int]) -> bool:
+        return max(size) > self._tiling.side
+
+    def _size(self, record: Record) -> tuple[int, int] | DataError:
+        """Return width and height of the image when it is upright, or why it cannot be used."""
+        if record.fault is not None:
+            return record.fault
+        where = _where(record)
+        try:
+            with _opened(record.image) as image:
+                width, height = upright_size(image.size, orientation(image))
+        except (OSError, *DECODE_FAULTS) as error:
+            return DataError(f"the image does not decode: {fault_text(error)}", where=where)
+        except DataError as error:
+            return error
+        if width * height > self._tiling.max_pixels:
+            return DataError(
+                f"the image is too large: {width} × {height} pixels, --tile-max-pixels is {self._tiling.max_pixels}",
+                where=where,
+                why="it is decoded whole before it is cut",
+                fix="raise --tile-max-pixels if the memory is there (3 bytes a pixel and more), or cut it before",
+            )
+        if self._is_large((width, height)) and record.mask is not None:
+            return DataError("--tile cuts no masks", where=where, fix="cut images and masks before")
+        return width, height
+
+    def _tiles(self, record: Record, size: tuple[int, int]) -> Iterator[Record]:
+        boxes = list(self._tiling.boxes(*size))
+        fault: DataError | None = None
+        try:
+            with _opened(record.image) as opened:
+                image = upright(opened, orientation(opened))
+                image.load()
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                elif image.mode == "I" and opened.format in SIXTEEN_AS_I:
+                    image = image.convert("I;16")
+        except DECODE_FAULTS as error:
+            fault = DataError(f"the image does not decode: {fault_text(error)}", where=_where(record))
+        for ending, box in boxes:
+            tile = replace(record, key=record.key + ending, where=f"{_where(record)}{ending}", fault=fault)
+            if fault is None:
+                data = _as_tiff(image.crop(box))
+                meta = record.meta | {"tile": [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
+                tile = replace(tile, image=data, size=len(data), meta=meta)
+            yield tile
+
+
+def _opened(contents: Contents) -> Image.Image:
+    """Open an image of any size; its header is read, and no pixel."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data
+            file = contents if isinstance(contents, Path) else io.BytesIO(contents_of(contents))
+            return Image.open(file, formats=READ_FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _as_tiff(tile: Image.Image) -> bytes:
+    """Return the bytes of a tile with all bits that it has; the workers make a PNG of it as of any TIFF."""
+    buffer = io.BytesIO()
+    tile.info = {}
+    tile.save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def _where(record: Record) -> str:
+    return str(record.image) if isinstance(record.image, Path) else record.where or record.key

@@ -1,0 +1,233 @@
+"""Hash images by their coarse structure, and find hashes that differ in a few bits.
+
+A bit of a hash is the sign of one low frequency of the grey image (its cosine transform at 32 × 32 pixels). Shrinking,
+compression and brighter light change few of them; a mirrored image has another hash, which is kept beside. Colour is
+not looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from m3i_scale.data.images import on_white, orientation, upright
+from m3i_scale.data.make.existing import Advance
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.samples import decoding, open_image
+from m3i_scale.data.shards import local_shards
+from m3i_scale.data.tar import key_at, read_shard
+from m3i_scale.data.tools.verify import readable_members
+from m3i_scale.data.workers import map_in_processes
+from m3i_scale.defaults import MAX_SAMPLE_BYTES
+
+PLAIN = "nearly one colour"
+"""Images without structure are counted by this reason and not compared: their hashes would be noise."""
+SIDE = 32
+LEAST_DEVIATION = 2.0
+"""Standard deviation of grey levels (0 … 255) below which an image is `PLAIN`."""
+NEAR_ZERO = 0.1
+"""Frequencies below this share of the mean amplitude count as zero: of a symmetric image half of them are rounding."""
+BANDS, BAND_BITS = 4, 16
+MAX_DISTANCE = 11
+"""Beyond it, unlike images meet by chance, and a search would compare nearly all pairs."""
+BLOCK_PAIRS = 2_000_000
+_ONES = np.array([value.bit_count() for value in range(1 << BAND_BITS)], dtype=np.uint8)
+
+Pairs = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Numbers of images, the first of each pair and the second."""
+
+
+def _cosines() -> NDArray[np.float64]:
+    frequency, place = np.arange(9)[:, None], np.arange(SIDE)[None]
+    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
+
+
+_COSINES = _cosines()
+
+
+def hashes_of(image: Image.Image) -> tuple[int, int] | None:
+    """Return the 64 bits of an upright RGB image and those of its mirror image; None where it is `PLAIN`."""
+    grey_HW = np.asarray(
+        image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0), dtype=np.float64
+    )
+    if grey_HW.std() < LEAST_DEVIATION:
+        return None
+    return _bits(grey_HW), _bits(grey_HW[:, ::-1])
+
+
+def _bits(grey_HW: NDArray[np.float64]) -> int:
+    waves_FF = _COSINES @ grey_HW @ _COSINES.T
+    waves = np.append(waves_FF[:8, :8].ravel()[1:], waves_FF[8, 0])
+    bits = waves > NEAR_ZERO * np.abs(waves).mean()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@dataclass(frozen=True)
+class HashTask:
+    """Gives a worker one shard to hash."""
+
+    path: Path
+    max_pixels: int
+
+
+@dataclass
+class ShardHashes:
+    """Holds what a worker made of one shard."""
+
+    size: int
+    rows: list[tuple[int, int, int]]
+    """Offset of the sample, hash of its image, hash of the mirror image."""
+    left_out: Counter[str]
+
+
+@dataclass
+class HashedImages:
+    """Holds the hashes of a set of images, and where each image lies: 28 bytes an image."""
+
+    paths: list[Path]
+    shard_N: NDArray[np.uint32]
+    offset_N: NDArray[np.int64]
+    hash_N: NDArray[np.uint64]
+    mirrored_N: NDArray[np.uint64]
+    """Hashes of the mirror images."""
+    left_out: Counter[str]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.hash_N)
+
+    def place(self, number: int) -> dict[str, str]:
+        """Return shard and key of an image."""
+        path = self.paths[self.shard_N[number]]
+        return {"shard": str(path), "key": key_at(path, int(self.offset_N[number]))}
+
+    def likeness(self, number: int, others: HashedImages, other: int) -> dict[str, Any]:
+        """Return in how many bits an image differs from one of others, and whether it is rather its mirror image."""
+        straight, mirrored = (
+            (int(hashes[number]) ^ int(others.hash_N[other])).bit_count() for hashes in (self.hash_N, self.mirrored_N)
+        )
+        return {"distance": min(straight, mirrored), "mirrored": mirrored < straight}
+
+    def pairs(self, distance: int) -> Pairs:
+        """Yield pairs of alike images; of those with equal hashes the first stands for the others, with which it is
+        paired."""
+        values, first, which = np.unique(self.hash_N, return_index=True, return_inverse=True)
+        repeated = np.flatnonzero(first[which] != np.arange(len(self)))
+        yield first[which[repeated]], repeated
+        for queries in (values, self.mirrored_N[first]):
+            for left, right in near(queries, values, distance):
+                unequal = left != right
+                yield first[left[unequal]], first[right[unequal]]
+
+    def pairs_with(self, others: HashedImages, distance: int) -> Pairs:
+        """Yield all pairs of an image and an image of others that are alike; some may come twice."""
+        values, which = np.unique(others.hash_N, return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        ends = np.cumsum(np.bincount(which, minlength=len(values)))
+        for queries in (self.hash_N, self.mirrored_N):
+            for left, right in near(queries, values, distance):
+                for number, value in zip(left.tolist(), right.tolist(), strict=True):
+                    equal = order[ends[value - 1] if value else 0 : ends[value]]
+                    yield np.full(len(equal), number), equal
+
+
+def read_hashes(
+    sources: Sequence[str], *, max_pixels: int, workers: int = 1, advance: Advance | None = None
+) -> HashedImages:
+    """Hash the images of all shards of some sources.
+
+    Args:
+        sources: folders, brace patterns or single tars.
+        max_pixels: larger images are left out.
+        workers: processes.
+        advance: called with the bytes of every shard that is done.
+
+    Raises:
+        DataError: there are no shards.
+    """
+    paths = [path for source in sources for path in local_shards(source)]
+    left_out: Counter[str] = Counter()
+    shards, rows = [], []
+    for number, found in enumerate(map_in_processes(hash_shard, [HashTask(p, max_pixels) for p in paths], workers)):
+        left_out.update(found.left_out)
+        rows.append(np.array(found.rows, dtype=np.uint64).reshape(-1, 3))
+        shards.append(np.full(len(found.rows), number, dtype=np.uint32))
+        if advance is not None:
+            advance(found.size)
+    offset_N, hash_N, mirrored_N = np.concatenate(rows).T
+    return HashedImages(paths, np.concatenate(shards), offset_N.astype(np.int64), hash_N, mirrored_N, left_out)
+
+
+def hash_shard(task: HashTask) -> ShardHashes:
+    """Hash the images of one shard; what is bad is counted by its reason."""
+    raw = read_shard(task.path)
+    found = ShardHashes(raw.size, [], Counter(fault.reason for fault in raw.faults))
+    if not raw.samples:
+        return found
+    with task.path.open("rb") as stream:
+        for sample in raw.samples:
+            try:
+                hashes = _hashes_in(readable_members(stream, sample, MAX_SAMPLE_BYTES), task.max_pixels)
+            except BadSampleError as bad:
+                found.left_out[bad.reason] += 1
+                continue
+            if hashes is None:
+                found.left_out[PLAIN] += 1
+            else:
+                found.rows.append((sample.start, *hashes))
+    return found
+
+
+def _hashes_in(members: Mapping[str, bytes], max_pixels: int) -> tuple[int, int] | None:
+    with open_image(members, max_pixels) as image, decoding():
+        lies = orientation(image)
+        image.draft("RGB", (2 * SIDE, 2 * SIDE))
+        return hashes_of(upright(on_white(image), lies))
+
+
+def near(query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int) -> Pairs:
+    """Yield the numbers of all queries and values that differ in at most `distance` bits, each pair once.
+
+    Hashes are four bands of 16 bits. Of two that differ in d bits, one band differs in d // 4 at most, so only values
+    are compared whose band is that of the query up to so many bits.
+    """
+    radius = distance // BANDS
+    masks = np.flatnonzero(radius >= _ONES)
+    for band in range(BANDS):
+        keys_N, keys_Q = _band(value_N, band), _band(query_Q, band)
+        order = np.argsort(keys_N, kind="stable")
+        ends = np.cumsum(np.bincount(keys_N, minlength=1 << BAND_BITS))
+        for mask in masks:
+            wanted_Q = keys_Q ^ mask
+            end_Q = ends[wanted_Q]
+            count_Q = end_Q - np.where(wanted_Q > 0, ends[wanted_Q - 1], 0)
+            for left, places in _candidates(end_Q, count_Q):
+                right = order[places]
+                unlike = query_Q[left] ^ value_N[right]
+                ones = [_ONES[_band(unlike, number)] for number in range(BANDS)]
+                same = ones[0] + ones[1] + ones[2] + ones[3] <= distance
+                for earlier in range(band):  # by which the pair was found before
+                    same &= ones[earlier] > radius
+                yield left[same], right[same]
+
+
+def _band(hashes: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
+    return ((hashes >> np.uint64(number * BAND_BITS)) & np.uint64((1 << BAND_BITS) - 1)).astype(np.int64)
+
+
+def _candidates(end_Q: NDArray[np.int64], count_Q: NDArray[np.int64]) -> Pairs:
+    """Yield (query, place) for the `count_Q` places before `end_Q` of every query, about `BLOCK_PAIRS` at a time."""
+    asked = np.flatnonzero(count_Q)
+    total = np.cumsum(count_Q[asked])
+    blocks = np.searchsorted(total, np.arange(BLOCK_PAIRS, total[-1] if len(total) else 0, BLOCK_PAIRS))
+    for queries in np.split(asked, np.unique(blocks)):
+        counts = count_Q[queries]
+        left = np.repeat(queries, counts)
+        yield left, np.repeat(end_Q[queries] - np.cumsum(counts), counts) + np.arange(len(left))

@@ -1,0 +1,121 @@
+"""Group images that look alike, and say which images of an evaluation are among those of a training set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from typing_extensions import Self
+
+from m3i_scale.data.tools.hashes import Pairs
+
+
+class Images(Protocol):
+    """Holds what stands for the images of a set."""
+
+    left_out: Counter[str]
+    """Images that cannot be compared, by reason."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def place(self, number: int) -> dict[str, str]:
+        """Return shard and key of an image."""
+        ...
+
+    def likeness(self, number: int, others: Self, other: int) -> dict[str, Any]:
+        """Return how an image resembles one of others."""
+        ...
+
+    def pairs(self, threshold: Any) -> Pairs:
+        """Yield enough pairs of alike images to connect all that are."""
+        ...
+
+    def pairs_with(self, others: Self, threshold: Any) -> Pairs:
+        """Yield all pairs of an image and an alike one of others; some may come twice."""
+        ...
+
+
+def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
+    """Return groups of images that are alike, or connected by such as are; the largest first.
+
+    Returns:
+        By group its `size` and its `images`: place, and likeness to the first of them.
+    """
+    parents = np.arange(len(images))
+    for left, right in images.pairs(threshold):
+        for pair in zip(left.tolist(), right.tolist(), strict=True):
+            first, second = sorted(_root(parents, number) for number in pair)
+            parents[second] = first
+    members: dict[int, list[int]] = {}
+    for number in range(len(images)):
+        if (root := _root(parents, number)) != number:
+            members.setdefault(root, []).append(number)
+    groups = [
+        [images.place(first), *({**images.place(other), **images.likeness(first, images, other)} for other in others)]
+        for first, others in sorted(members.items(), key=lambda group: (-len(group[1]), group[0]))
+    ]
+    return [{"size": len(group), "images": group} for group in groups]
+
+
+def _root(parents: Any, number: int) -> int:
+    while (parent := int(parents[number])) != number:
+        parents[number] = parents[parent]  # halves the way for the next one
+        number = parent
+    return number
+
+
+def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str, Any]]:
+    """Return the images of an evaluation that are like images of a training set; those with the most first.
+
+    Returns:
+        By image its place, and `training`: place and likeness of all that it resembles.
+    """
+    alike: dict[int, set[int]] = {}
+    for left, right in evaluation.pairs_with(training, threshold):
+        for number, other in zip(left.tolist(), right.tolist(), strict=True):
+            alike.setdefault(number, set()).add(other)
+    return [
+        {
+            **evaluation.place(number),
+            "training": [
+                {**training.place(other), **evaluation.likeness(number, training, other)} for other in sorted(others)
+            ],
+        }
+        for number, others in sorted(alike.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def report_of(
+    training: Images, evaluation: Images | None, measure: str, threshold: float, sources: Sequence[str]
+) -> dict[str, Any]:
+    """Return what is alike within a set of images, or between it and those of an evaluation, as JSON types.
+
+    Args:
+        training: the set.
+        evaluation: the other one; None where the first is looked at alone.
+        measure: what is compared by `threshold`: "distance" or "similarity".
+        threshold: the largest distance, or the least similarity.
+        sources: what the set was read from.
+    """
+    report: dict[str, Any] = {
+        "source": list(sources),
+        "threshold": {measure: threshold},
+        "images": len(training),
+        "not_compared": dict(training.left_out.most_common()),
+    }
+    if evaluation is None:
+        groups = groups_within(training, threshold)
+        beyond = sum(group["size"] - 1 for group in groups)
+        return report | {"groups": len(groups), "beyond_first": beyond, "near_duplicates": groups}
+    found = leaks(evaluation, training, threshold)
+    return report | {
+        "evaluation_images": len(evaluation),
+        "evaluation_not_compared": dict(evaluation.left_out.most_common()),
+        "leaked": len(found),
+        "leaked_share": round(len(found) / len(evaluation), 6) if len(evaluation) else 0.0,
+        "leaks": found,
+    }

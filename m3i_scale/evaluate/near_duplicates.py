@@ -1,0 +1,164 @@
+"""Find near-duplicates by hashes of the images, or by the features of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.data.make.existing import Advance
+from m3i_scale.data.shards import local_shards
+from m3i_scale.data.tools.hashes import MAX_DISTANCE, Pairs, read_hashes
+from m3i_scale.data.tools.near import report_of
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate.commands import device_of
+from m3i_scale.evaluate.features import VisionModel, extract, load_vision, unit_rows
+from m3i_scale.evaluate.job import IMAGES
+from m3i_scale.evaluate.samples import Table, open_table
+
+DISTANCE = 3
+"""Bits in which the hashes of near-duplicates may differ, unless another number is asked for (docs/data.md)."""
+SIMILARITY = 0.98
+"""Cosine of their features from which on images are near-duplicates, likewise."""
+ROWS = 1024
+"""Of a block of cosines."""
+
+
+@dataclass
+class EncodedImages:
+    """Holds the features of a set of images, at length one."""
+
+    tables: list[Table]
+    table_N: NDArray[np.int64]
+    """Of every image, the table."""
+    number_N: NDArray[np.int64]
+    """And its number there."""
+    features_ND: NDArray[np.float32]
+    left_out: Counter[str]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.features_ND)
+
+    def place(self, number: int) -> dict[str, str]:
+        """Return shard and key of an image."""
+        table, row = self.tables[self.table_N[number]], int(self.number_N[number])
+        return {"shard": str(table.shards[table.places[row][0]]), "key": table.keys[row].partition("/")[2]}
+
+    def likeness(self, number: int, others: EncodedImages, other: int) -> dict[str, Any]:
+        """Return the cosine of the features of an image and of one of others."""
+        return {"similarity": round(float(self.features_ND[number] @ others.features_ND[other]), 4)}
+
+    def pairs(self, similarity: float) -> Pairs:
+        """Yield all pairs of images whose cosine is `similarity` or more."""
+        for left, right in self.pairs_with(self, similarity):
+            once = left < right
+            yield left[once], right[once]
+
+    def pairs_with(self, others: EncodedImages, similarity: float) -> Pairs:
+        """Yield all pairs of an image and one of others whose cosine is `similarity` or more."""
+        for top in range(0, len(self), ROWS):
+            for start in range(0, len(others), 16 * ROWS):
+                block = self.features_ND[top : top + ROWS] @ others.features_ND[start : start + 16 * ROWS].T
+                left, right = np.nonzero(block >= similarity)
+                yield left + top, right + start
+
+
+def find_near_duplicates(
+    sources: Sequence[str],
+    *,
+    against: Sequence[str] = (),
+    features: Path | None = None,
+    distance: int | None = None,
+    similarity: float | None = None,
+    max_pixels: int,
+    workers: int = 1,
+    device: str = "auto",
+    advance: Advance | None = None,
+) -> dict[str, Any]:
+    """Return groups of images that look alike; with `against`, images of an evaluation that are in the sources.
+
+    Args:
+        sources: folders of shards, brace patterns or single tars.
+        against: those of an evaluation.
+        features: folder of the model whose features are compared; None: hashes are.
+        distance: bits in which hashes of near-duplicates may differ; None: `DISTANCE`.
+        similarity: least cosine of features of near-duplicates; None: `SIMILARITY`.
+        max_pixels: larger images are left out; of hashes.
+        workers: processes; of hashes.
+        device: of the model.
+        advance: called with the bytes of every shard that is hashed.
+
+    Raises:
+        DataError: there are no shards, or a shard stands on both sides.
+        ConfigError: an option without effect, or out of range.
+        ExportError: the model does not load.
+    """
+    _refuse_idle(features, distance, similarity, max_pixels, device)
+    if not 0 <= (distance or 0) <= MAX_DISTANCE:
+        raise ConfigError(f"--distance {distance}", fix=f"0 to {MAX_DISTANCE} of 64 bits")
+    if similarity is not None and not 0 < similarity <= 1:
+        raise ConfigError(f"--similarity {similarity:g}", fix="above 0, at most 1")
+    _check_apart(sources, against)
+    if features is None:
+        bits = DISTANCE if distance is None else distance
+        sets = [
+            read_hashes(some, max_pixels=max_pixels, workers=workers, advance=advance)
+            for some in (sources, against)
+            if some
+        ]
+        return report_of(sets[0], sets[1] if against else None, "distance", bits, sources)
+    least = SIMILARITY if similarity is None else similarity
+    vision = load_vision(features, "mean", device_of(device))
+    encoded = [_encode(some, vision) for some in (sources, against) if some]
+    return report_of(encoded[0], encoded[1] if against else None, "similarity", least, sources)
+
+
+def _encode(sources: Sequence[str], vision: VisionModel) -> EncodedImages:
+    tables = [open_table(source, source) for source in sources]
+    found = [extract(table, {"model": vision}, vision.size, batch_size=IMAGES)["model"] for table in tables]
+    left_out = sum((table.left_out for table in tables), Counter[str]())
+    parts = [part for part in found if len(part)] or found[:1]
+    sizes = [len(table) for table in tables]
+    return EncodedImages(
+        tables,
+        np.repeat(np.arange(len(tables)), sizes),
+        np.concatenate([np.arange(size) for size in sizes]),
+        unit_rows(np.concatenate(parts)),
+        left_out,
+    )
+
+
+def _refuse_idle(
+    features: Path | None, distance: int | None, similarity: float | None, max_pixels: int, device: str
+) -> None:
+    """Refuse options of the way to compare that is not taken.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    of_features = {"--similarity": similarity is not None, "--device": device != "auto"}
+    of_hashes = {"--distance": distance is not None, "--max-image-pixels": max_pixels != MAX_IMAGE_PIXELS}
+    idle = [name for name, given in (of_features if features is None else of_hashes).items() if given]
+    if idle:
+        what, fix = ("hashes", "add --features MODEL") if features is None else ("features", "leave it out")
+        raise ConfigError(f"{', '.join(idle)} has no effect where {what} are compared", fix=fix)
+
+
+def _check_apart(sources: Sequence[str], against: Sequence[str]) -> None:
+    """Check that no shard is named twice.
+
+    Raises:
+        DataError: one is.
+    """
+    seen: set[Path] = set()
+    for path in (path.resolve() for source in (*sources, *against) for path in local_shards(source)):
+        if path in seen:
+            raise DataError("a shard is named twice", where=str(path), why="all of it would be its own duplicate")
+        seen.add(path)

@@ -1,0 +1,85 @@
+"""`m3i-scale shards near-duplicates`. What takes long to import is imported when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from m3i_scale.data.options import AsJson, Workers
+from m3i_scale.data.tools.commands import MaxPixels, progress_bar
+from m3i_scale.data.workers import DEFAULT_WORKERS
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
+from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
+
+SHOWN_GROUPS, SHOWN_IMAGES = 20, 5
+
+
+def near_duplicates(
+    shards: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single tars.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Shards of an evaluation: which of its images are in SHARDS? Repeatable.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Compare features of this model, an export or any Hub folder, not hashes.")
+    ] = None,
+    distance: Annotated[int | None, typer.Option(help="Of 64 bits of the hashes, so many may differ (3).")] = None,
+    similarity: Annotated[float | None, typer.Option(help="With --features: the least cosine (0.98).")] = None,
+    device: Annotated[str, typer.Option(help="With --features: auto, cpu, cuda, cuda:1 …")] = "auto",
+    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
+    workers: Workers = DEFAULT_WORKERS,
+    as_json: AsJson = False,
+) -> None:
+    """Find images that look alike, or images of an evaluation that are in the training data.
+
+    Exit code 2 where there are any; nothing is changed.
+    """
+    leave_out_accelerator_warning()
+    from m3i_scale.evaluate.near_duplicates import find_near_duplicates
+
+    with progress_bar([*shards, *(against or ())], quiet=as_json or features is not None) as advance:
+        report = find_near_duplicates(
+            shards,
+            against=against or (),
+            features=features,
+            distance=distance,
+            similarity=similarity,
+            max_pixels=max_image_pixels,
+            workers=workers,
+            device=device,
+            advance=advance,
+        )
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+    if report.get("near_duplicates") or report.get("leaks"):
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = wide_console(soft_wrap=True, markup=False, highlight=False)
+    if "leaks" in report:
+        groups = [[leak, *leak["training"]] for leak in report["leaks"]]
+        head = f"{report['leaked']} of {report['evaluation_images']} images of the evaluation are like ones of"
+        console.print(f"{head} {report['images']} images ({report['leaked_share']:.2%})")
+    else:
+        groups = [group["images"] for group in report["near_duplicates"]]
+        head = f"{report['groups']} groups of images that are alike: {report['beyond_first']} beyond the first"
+        console.print(f"{head}, of {report['images']}")
+    for group in groups[:SHOWN_GROUPS]:
+        more = f" and {len(group) - SHOWN_IMAGES} more" if len(group) > SHOWN_IMAGES else ""
+        console.print(f"{len(group)}: {' '.join(map(_image, group[:SHOWN_IMAGES]))}{more}")
+    if len(groups) > SHOWN_GROUPS:
+        console.print(f"{len(groups) - SHOWN_GROUPS} more: --json lists all")
+    for name in ("not_compared", "evaluation_not_compared"):
+        for reason, count in report.get(name, {}).items():
+            console.print(f"{name.replace('_', ' ')}: {count} × {reason}")
+
+
+def _image(image: dict[str, Any]) -> str:
+    likeness = [f"{image[name]:g}" for name in ("distance", "similarity") if name in image]
+    likeness += ["mirrored"] if image.get("mirrored") else []
+    return f"{Path(image['shard']).name}/{image['key']}" + (f" ({', '.join(likeness)})" if likeness else "")

@@ -1,0 +1,167 @@
+"""Images of more than eight bits, or of more channels than three."""
+
+import io
+import json
+import struct
+import zlib
+
+import foreign
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from m3i_scale.config import AugmentConfig
+from m3i_scale.data.commands import shards_app
+from m3i_scale.data.images import encoded_image, on_white
+from m3i_scale.data.samples import open_image
+from m3i_scale.data.tools.peek import read_cards
+from m3i_scale.data.views import ViewMaker
+from m3i_scale.errors import DataError
+
+LEVELS = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
+"""From black to white in sixteen bits."""
+EIGHT = (LEVELS >> 8).astype(np.uint8)
+
+
+def file_of(pixels, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def png(pixels, colour):
+    """A PNG of sixteen bits a channel, which Pillow does not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(pixels_HWC, photometric=2, extra=0):
+    """A TIFF of any number of channels of eight bits, which Pillow does not write either."""
+    height, width, channels = pixels_HWC.shape
+    start = 8 + 2 + 10 * 12 + 4
+    bits = struct.pack(f"<{channels}H", *[8] * channels)
+    extras = struct.pack(f"<{channels - 3}H", *[extra] * (channels - 3))
+    data = start + len(bits) + len(extras)
+    tags = [
+        (256, 3, 1, width),
+        (257, 3, 1, height),
+        (258, 3, channels, start),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, data),
+        (277, 3, 1, channels),
+        (278, 3, 1, height),
+        (279, 4, 1, pixels_HWC.size),
+        (338, 3, channels - 3, start + len(bits) if channels > 5 else int.from_bytes(extras, "little")),
+    ]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bits + extras + pixels_HWC.tobytes()
+
+
+def pixels_of(data):
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(on_white(image))
+
+
+PGM = b"P5 32 32 65535\n" + LEVELS.astype(">u2").tobytes()
+GREY = {
+    "PNG": file_of(LEVELS, "PNG"),
+    "TIFF": file_of(LEVELS, "TIFF"),
+    "big-endian TIFF": file_of(LEVELS.astype(">u2"), "TIFF"),
+    "PGM": PGM,
+}
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_the_upper_eight_of_sixteen_bits_of_grey_are_taken(name):
+    made, extension = encoded_image(GREY[name], name)
+    assert extension == "png"
+    assert np.array_equal(pixels_of(made)[..., 0], EIGHT)
+    with Image.open(io.BytesIO(GREY[name])) as image:  # what Pillow alone would give: nearly all is white
+        assert np.asarray(image.convert("RGB")).mean() > 200 > EIGHT.mean()
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (6, 4)])
+def test_sixteen_bits_of_a_colour_are_its_upper_eight_too(colour, channels):
+    opaque = np.dstack([LEVELS] * 3 + [np.full_like(LEVELS, 65535)] * (channels - 3))
+    made, _ = encoded_image(png(opaque, colour), "x")
+    assert np.array_equal(pixels_of(made), np.dstack([EIGHT] * 3))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_range_spreads_its_values_over_all_levels(kind):
+    made, extension = encoded_image(file_of((LEVELS >> 4) + 1000, kind), "x", (1000, 5095))
+    levels = pixels_of(made)[..., 0]
+    assert extension == "png"
+    assert (levels.min(), levels.max()) == (0, 255)
+    assert np.array_equal(levels, np.rint((LEVELS >> 4) * (255 / 4095)))
+
+
+def test_beyond_the_range_lies_black_or_white():
+    values = np.array([[-5.0, 0.0, 0.5, 1.0, 7.5]], dtype=np.float32).repeat(4, axis=0)
+    made, _ = encoded_image(file_of(values, "TIFF"), "x", (0.0, 1.0))
+    assert pixels_of(made)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+FOUR, FIVE = (np.zeros((32, 32, channels), dtype=np.uint8) for channels in (4, 5))
+FLOAT = LEVELS.astype(np.float32)
+NO_RULE = {
+    "float": (file_of(FLOAT, "TIFF"), None),
+    "32 bits": (file_of(LEVELS.astype(np.int32), "TIFF"), None),
+    "no number": (file_of(np.where(FLOAT > 9, np.nan, FLOAT), "TIFF"), (0, 9)),
+    "infinite": (file_of(np.where(FLOAT > 9, np.inf, FLOAT), "TIFF"), (0, 9)),
+    "eight bits and a range": (file_of(EIGHT, "PNG"), (0, 4095)),
+    "sixteen bits of colour and a range": (png(np.dstack([LEVELS] * 3), 2), (0, 4095)),
+    "a fourth channel": (tiff(FOUR), None),
+    "five channels": (tiff(FIVE), None),
+}
+
+
+@pytest.mark.parametrize("name", NO_RULE)
+def test_values_without_a_rule_are_refused(name):
+    data, value_range = NO_RULE[name]
+    with pytest.raises(DataError) as error:
+        encoded_image(data, "scan", value_range)
+    assert error.value.where == "scan"
+
+
+def test_a_fourth_channel_that_is_alpha_has_a_meaning():
+    assert pixels_of(encoded_image(tiff(FOUR, extra=2), "x")[0]).min() == 255  # transparent
+
+
+def test_training_check_and_peek_show_the_same(tmp_path):
+    path = foreign.write_tar(tmp_path / "0.tar", foreign.sample("a", 1, jpg=None, png=GREY["PNG"], cls=None))
+    with open_image({"png": GREY["PNG"]}, 10**6) as image:
+        view = ViewMaker(AugmentConfig(), views=1, image_size=32, augment=False)(image, 0)
+    assert np.array_equal(view.pixels_VCHW[0], np.stack([EIGHT] * 3))
+    (card,) = read_cards(path, [0], 32, 10**6)
+    assert np.array_equal(pixels_of(card.picture), np.dstack([EIGHT] * 3))
+    assert CliRunner().invoke(shards_app, ["check", str(path), "--workers", "1"]).exit_code == 0
+
+
+def test_shards_of_a_scanner_are_made_with_a_range(tmp_path):
+    folder = tmp_path / "scans" / "ct"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        (folder / f"{number}.tif").write_bytes(file_of(LEVELS >> 4, "TIFF"))
+    (folder / "colour.png").write_bytes(foreign.image_bytes(1, kind="PNG"))
+    command = ["make", "imagefolder", "--input", str(tmp_path / "scans"), "--workers", "1", "--json"]
+    command += ["--value-range", "0,4095"]
+    refused = CliRunner().invoke(shards_app, [*command, "--output", str(tmp_path / "no")])
+    assert isinstance(refused.exception, DataError)
+    made = CliRunner().invoke(shards_app, [*command, "--output", str(tmp_path / "out"), "--skip-bad"])
+    assert json.loads(made.stdout)["splits"]["train"]["samples"] == 3
+    (card,) = read_cards(next((tmp_path / "out" / "train").glob("*0.tar")), [0], 32, 10**6)
+    assert pixels_of(card.picture).max() == 255
+
+
+@pytest.mark.parametrize("text", ["5", "5,5", "9,0", "a,b", "0,inf", "nan,1", ""])
+def test_what_is_no_range(tmp_path, text):
+    command = ["make", "imagefolder", "--input", str(tmp_path), "--output", str(tmp_path / "o"), "--value-range", text]
+    assert CliRunner().invoke(shards_app, command).exception.exit_code == 2
