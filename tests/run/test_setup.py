@@ -83,7 +83,8 @@ def test_another_shape_is_told(tmp_path, changed, compares, told):
 )
 def test_another_schedule_is_told(tmp_path, changed, told):
     plan, fits = plan_of(None)
-    plan.run.optim = OptimConfig(steps=20, warmup_steps=2, lr=1e-3, batch_size=4, micro_batch_size=4)
+    optim = OptimConfig(steps=20, warmup_steps=2, lr=1e-3, batch_size=4, micro_batch_size=4)
+    plan.run = plan.run.model_copy(update={"optim": optim})
     before = plan.run.optim.model_copy(update=changed)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"optim": before.model_dump(mode="json")}))
     (tmp_path / "meta.json").write_text(json.dumps(fits))
