@@ -128,8 +128,8 @@ def _encode(sources: Sequence[str], vision: VisionModel) -> EncodedImages:
     sizes = [len(table) for table in tables]
     return EncodedImages(
         tables,
-        np.repeat(np.arange(len(tables)), sizes),
-        np.concatenate([np.arange(size) for size in sizes]),
+        np.repeat(np.arange(len(tables), dtype=np.int64), sizes),
+        np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
         unit_rows(np.concatenate(parts)),
         left_out,
     )

@@ -40,7 +40,8 @@ MAX_DISTANCE = 11
 BLOCK_PAIRS = 2_000_000
 _ONES = np.array([value.bit_count() for value in range(1 << BAND_BITS)], dtype=np.uint8)
 
-Pairs = Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+Numbers = NDArray[np.integer[Any]]
+Pairs = Iterator[tuple[Numbers, Numbers]]
 """Numbers of images, the first of each pair and the second."""
 
 
@@ -64,7 +65,7 @@ def hashes_of(image: Image.Image) -> tuple[int, int] | None:
 
 def _bits(grey_HW: NDArray[np.float64]) -> int:
     waves_FF = _COSINES @ grey_HW @ _COSINES.T
-    waves = np.append(waves_FF[:8, :8].ravel()[1:], waves_FF[8, 0])
+    waves: NDArray[np.float64] = np.append(waves_FF[:8, :8].ravel()[1:], waves_FF[8, 0])
     bits = waves > NEAR_ZERO * np.abs(waves).mean()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
@@ -154,7 +155,8 @@ def read_hashes(
     """
     paths = [path for source in sources for path in local_shards(source)]
     left_out: Counter[str] = Counter()
-    shards, rows = [], []
+    shards: list[NDArray[np.uint32]] = []
+    rows: list[NDArray[np.uint64]] = []
     for number, found in enumerate(map_in_processes(hash_shard, [HashTask(p, max_pixels) for p in paths], workers)):
         left_out.update(found.left_out)
         rows.append(np.array(found.rows, dtype=np.uint64).reshape(-1, 3))
@@ -222,12 +224,12 @@ def _band(hashes: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
     return ((hashes >> np.uint64(number * BAND_BITS)) & np.uint64((1 << BAND_BITS) - 1)).astype(np.int64)
 
 
-def _candidates(end_Q: NDArray[np.int64], count_Q: NDArray[np.int64]) -> Pairs:
+def _candidates(end_Q: Numbers, count_Q: Numbers) -> Pairs:
     """Yield (query, place) for the `count_Q` places before `end_Q` of every query, about `BLOCK_PAIRS` at a time."""
     asked = np.flatnonzero(count_Q)
     total = np.cumsum(count_Q[asked])
     blocks = np.searchsorted(total, np.arange(BLOCK_PAIRS, total[-1] if len(total) else 0, BLOCK_PAIRS))
     for queries in np.split(asked, np.unique(blocks)):
         counts = count_Q[queries]
-        left = np.repeat(queries, counts)
+        left: Numbers = np.repeat(queries, counts)
         yield left, np.repeat(end_Q[queries] - np.cumsum(counts), counts) + np.arange(len(left))
