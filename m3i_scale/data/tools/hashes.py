@@ -47,7 +47,8 @@ Pairs = Iterator[tuple[Numbers, Numbers]]
 
 def _cosines() -> NDArray[np.float64]:
     frequency, place = np.arange(9)[:, None], np.arange(SIDE)[None]
-    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
+    waves: NDArray[np.float64] = np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
+    return waves
 
 
 _COSINES = _cosines()

@@ -44,7 +44,7 @@ class CaptionTokens:
         """Count a caption, and return how many tokens it has, special ones included."""
         tokenizer = _tokenizer(cut.tokenizer)
         ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
-        length = len(ids) + tokenizer.num_special_tokens_to_add()
+        length: int = len(ids) + tokenizer.num_special_tokens_to_add()
         unknown = 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
         self.captions += 1
         self.tokens += len(ids)
