@@ -19,6 +19,7 @@ from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, read_yaml, resource_folder
 from m3i_scale.errors import CheckpointError, ConfigError, ExportError, UserError
 from m3i_scale.hub import export as export_module
+from m3i_scale.hub import source as source_module
 from m3i_scale.hub.card import cell, evaluation_rows, render_card
 from m3i_scale.hub.export import export
 from m3i_scale.hub.history import curve_of, supervision_of
@@ -240,14 +241,14 @@ def test_another_tokenizer_is_refused(make_run, shards, tmp_path):
 
 
 def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):
-    load = export_module.saved_weights
+    load = source_module.saved_weights
 
     def emptied(*args):
         weights = dict(load(*args))
         weights["student.model.layernorm.weight"] = torch.zeros(0)
         return weights
 
-    monkeypatch.setattr(export_module, "saved_weights", emptied)
+    monkeypatch.setattr(source_module, "saved_weights", emptied)
     with pytest.raises(ExportError, match="has no elements") as caught:
         export(run_dir[0], tmp_path / "out")
     assert caught.value.where == "student.model.layernorm.weight"
@@ -256,7 +257,7 @@ def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):
 
 def test_weights_of_one_flat_buffer_are_all_written(run_dir, tmp_path, monkeypatch, same_process):
     """Consolidation may hand out views of one buffer, which safetensors would take for tied weights."""
-    load = export_module.saved_weights
+    load = source_module.saved_weights
 
     def views(*args):
         weights = dict(load(*args))
@@ -264,7 +265,7 @@ def test_weights_of_one_flat_buffer_are_all_written(run_dir, tmp_path, monkeypat
         parts = flat.split([tensor.numel() for tensor in weights.values()])
         return {name: part.view_as(weights[name]) for name, part in zip(weights, parts, strict=True)}
 
-    monkeypatch.setattr(export_module, "saved_weights", views)
+    monkeypatch.setattr(source_module, "saved_weights", views)
     export(run_dir[0], tmp_path / "out")
     wanted = len(ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).state_dict())
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == wanted

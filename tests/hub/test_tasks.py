@@ -224,9 +224,9 @@ def test_shards_and_their_index(runs, tmp_path, same_process, kind):
 
 def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_process):
     """A mapping that hands out one tensor at a time is enough, and the folder needs each of them once."""
-    from m3i_scale.hub import export as export_module
+    from m3i_scale.hub import source as source_module
 
-    load, reads = export_module.saved_weights, []
+    load, reads = source_module.saved_weights, []
 
     class Lazy(dict):
         def __getitem__(self, name):
@@ -238,7 +238,7 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
 
         values = items
 
-    monkeypatch.setattr(export_module, "saved_weights", lambda *args: Lazy(dict(load(*args))))
+    monkeypatch.setattr(source_module, "saved_weights", lambda *args: Lazy(dict(load(*args))))
     export(runs("vit")[0], tmp_path / "out", wanted=Wanted("classification"))
     assert max(reads.count(name) for name in reads if name.startswith("student.model.")) == 2  # written, and run
 
@@ -254,9 +254,9 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
     ],
 )
 def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, message):
-    from m3i_scale.hub import export as export_module
+    from m3i_scale.hub import source as source_module
 
-    load = export_module.saved_weights
+    load = source_module.saved_weights
     names = [f"student.model.layers.{layer}.mlp.fc1.weight" for layer in (0, 1)]
 
     def changed(*args):
@@ -264,7 +264,7 @@ def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, m
         weights[names[0]] = weights[names[1]] if change is None else change(weights[names[0]])
         return weights
 
-    monkeypatch.setattr(export_module, "saved_weights", changed)
+    monkeypatch.setattr(source_module, "saved_weights", changed)
     with pytest.raises(ExportError, match=message):
         export(runs("vit")[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
