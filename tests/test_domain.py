@@ -111,10 +111,11 @@ def test_sets_are_made_once_and_the_same(sets, tmp_path):
     from _domain import open_sets
 
     before = {path: path.stat().st_mtime_ns for path in sets.domain.folder.rglob("*") if path.is_file()}
-    folder = sets.domain.folder.parent
-    assert open_sets(folder.parent / "emoji", folder) == sets
+    beside = sets.domain.folder.parent.parent
+    made_of = beside.parent / "emoji"
+    assert open_sets(made_of, beside) == sets
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    again = open_sets(folder.parent / "emoji", tmp_path)
+    again = open_sets(made_of, tmp_path)
     assert (again.general.sha256, again.domain.sha256) == (sets.general.sha256, sets.domain.sha256)
 
 

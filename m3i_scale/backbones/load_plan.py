@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from m3i_scale.backbones.build import starts_fresh, vision_class
-from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.families import VisionConfig, family_of
 from m3i_scale.backbones.sources import Source, source_files
 from m3i_scale.backbones.sources.base import Placement, square_side
 from m3i_scale.backbones.sources.files import open_weights, read_headers
@@ -166,10 +166,8 @@ def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_
     kind, options = vision_class(config)
     with torch.device("meta"):
         model = kind(config, **options)
-    family = family_of(config)
-    positions = family.parts.get("positions") if isinstance(family, TokenFamily) else None
     fresh = [name for name, _ in model.named_parameters() if starts_fresh(source, name)]
-    return plan_model(source, model, where, positions=positions, fresh=fresh)
+    return plan_model(source, model, where, positions=family_of(config).positions, fresh=fresh)
 
 
 def plan_model(
@@ -223,7 +221,7 @@ def plan_model(
         "fresh": kept,
         "assumed": {name: f"{getattr(model.config, name)}: {why}" for name, why in source.assumed.items()},
         "normalisation": dict(source.normalisation),
-        "image_size": source.config.image_size,
+        "image_size": None if positions is None else source.config.image_size,
     }
     return LoadPlan(takes, report, where, source.antialias, source.class_row)
 

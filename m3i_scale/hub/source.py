@@ -109,8 +109,7 @@ class ResizedWeights(Mapping[str, Tensor]):
 
     def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
         family = family_of(config)
-        part = family.parts.get("positions") if isinstance(family, TokenFamily) else None
-        self._weights, self._name = weights, None if part is None else VISION + part
+        self._weights, self._name = weights, None if family.positions is None else VISION + family.positions
         self._antialias = isinstance(family, TokenFamily) and family.antialias
         self._class_row = family.has_class_token
         self._places = self._class_row + (config.image_size // config.patch_size) ** 2

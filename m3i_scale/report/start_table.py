@@ -34,12 +34,12 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
         raise explain(error, run.output_dir / "checkpoints") from None
 
 
-def other_images(normalisation: Mapping[str, list[float]], image_size: int, run: RunConfig) -> list[str]:
+def other_images(normalisation: Mapping[str, list[float]], image_size: int | None, run: RunConfig) -> list[str]:
     """Say in what the images of a run are others than those that its weights were trained with: often not meant.
 
     Args:
         normalisation: of the weights, as in `Source`; empty where they do not say it.
-        image_size: of the weights, in pixels.
+        image_size: of the weights, in pixels; None where their positions are for any size.
         run: the run file.
     """
     told = []
@@ -49,11 +49,15 @@ def other_images(normalisation: Mapping[str, list[float]], image_size: int, run:
             f"the weights were trained on images with mean {normalisation['mean']} and std {normalisation['std']}, and "
             f"this run takes {seen['mean']} and {seen['std']}: data.augment.mean, data.augment.std"
         )
-    side = run.backbone.config.get("image_size", image_size)
-    if side != image_size:
-        told.append(
-            f"the weights are for images of {image_size} pixels, and this run takes {side}: backbone.config.image_size"
-        )
+    if image_size is not None:
+        own = run.backbone.config.get("image_size", image_size)
+        phases = (run.in_phase(number) for number in range(len(run.phase_starts)))
+        others = {phase.image_size(own) for phase in phases} - {image_size}
+        if others:
+            told.append(
+                f"the weights are for images of {image_size} pixels, and this run takes "
+                f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `phases`"
+            )
     return told
 
 

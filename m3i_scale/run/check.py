@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
+from m3i_scale.backbones.families import family_of
 from m3i_scale.config import RunConfig, find_run_file, load_run, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
@@ -94,7 +95,8 @@ def warnings_of(name_or_path: str, overrides: list[str] | None = None) -> list[s
     if run.backbone.from_pretrained is None:
         return []
     source = backbone_source(run.backbone)
-    return other_images(source.normalisation, source.config.image_size, run)
+    positions = family_of(source.config).positions
+    return other_images(source.normalisation, None if positions is None else source.config.image_size, run)
 
 
 def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:

@@ -31,6 +31,11 @@ class Family(ABC):
     has_class_token: ClassVar[bool] = True
     """Whether a token stands for the whole image; where not, the mean of its patches does."""
 
+    @property
+    def positions(self) -> str | None:
+        """Return the parameter that is a table of positions, for images of one size; None where there is none."""
+        return None
+
     @abstractmethod
     def presets(self) -> dict[str, dict[str, Any]]:
         """Return the fields of published sizes by name, at 224 pixels."""
@@ -64,6 +69,11 @@ class TokenFamily(Family):
     """Whether the stock model interpolates positions of images of another size only where it is told to."""
     antialias: ClassVar[bool] = False
     """Whether the stock model filters a table of positions that becomes smaller."""
+
+    @property
+    def positions(self) -> str | None:
+        """Return the table of positions; None where they are angles."""
+        return self.parts.get("positions")
 
     def prefix(self, config: Any) -> int:
         """Return the tokens before the patches: that of the class, if there is one, and registers."""
