@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -149,6 +150,24 @@ class TrainStream:
         )
         if workers is not None:
             workers.bring(self._recipe)
+
+    def resize(self, image_size: int, micro_batch_size: int) -> None:
+        """Give views and micro-batches of another size from the next iterator on, which goes on with the next sample.
+
+        Args:
+            image_size: the side of a view in pixels.
+            micro_batch_size: samples per batch of this rank.
+        """
+        plans = {
+            stream: {
+                name: replace(source, views=source.views.resized(image_size=image_size))
+                for name, source in plan.items()
+            }
+            for stream, plan in self._recipe.plans.items()
+        }
+        self._recipe = replace(self._recipe, plans=plans, per_stream=micro_batch_size // len(self._streams))
+        if self._workers is not None:
+            self._workers.bring(self._recipe)
 
     def __iter__(self) -> Generator[Batch]:
         """Yield batches from the present position on; `close()` ends workers that were not given.

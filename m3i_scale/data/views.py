@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,6 +80,10 @@ class ViewMaker:
         mean: tuple[float, float, float] = AugmentConfig().mean,
         stretch: bool = False,
     ) -> None:
+        self.resized: Callable[..., ViewMaker] = partial(
+            ViewMaker, config, views=views, augment=augment, reads=reads, mean=mean, stretch=stretch
+        )
+        """Makes one of another `image_size`."""
         self._fill = tuple(round(255 * channel) for channel in mean)
         self._rand_augment: RandAugment | None = None
         if augment and config.rand_augment is not None:

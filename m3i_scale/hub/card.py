@@ -15,7 +15,19 @@ from m3i_scale.hub.source import Source
 from m3i_scale.objective.describe import describe
 from m3i_scale.text import estimates
 
-_TAKEN_OVER = ("data", "files", "weights", "step", "samples", "dtype", "parameters", "compute", "versions", "label_set")
+_TAKEN_OVER = (
+    "data",
+    "files",
+    "weights",
+    "step",
+    "samples",
+    "dtype",
+    "parameters",
+    "compute",
+    "versions",
+    "label_set",
+    "phases",
+)
 _PIPELINES = {
     "features": "image-feature-extraction",
     "segmentation": "image-segmentation",

@@ -206,6 +206,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "passed_over": [{"checkpoint": path.name, "reason": reason} for path, reason in source.passed_over],
         "step": source.step,
         "samples": source.step * source.run.optim.batch_size,
+        "phases": source.meta.get("phases", []),
         "weights": weights,
         "dtype": dtype,
         "parameters": _parameters(folder),

@@ -132,7 +132,7 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
     before: int | None = None
     for record in _records(source):
         step = record.get("step", 0)
-        if record.get("kind") == "run":
+        if record.get("kind") == "run" and (step <= source.step or before is None):
             # The file of a run that goes on from elsewhere begins at that step. Later, a stop between two records
             # leaves steps that none of them is of: they count with the next one.
             world, before = record.get("world_size", world), step if before is None else before

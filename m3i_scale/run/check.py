@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
-from m3i_scale.config import RunConfig, find_run_file, load_run, run_values, sections_that_hold
+from m3i_scale.config import Phase, RunConfig, find_run_file, load_run, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError, named
@@ -24,7 +26,7 @@ from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import measures_precision
-from m3i_scale.scale.activations import check_policy
+from m3i_scale.scale.activations import check_policy, read_policy
 from m3i_scale.scale.arithmetic import check_deterministic
 from m3i_scale.scale.compilation import check_compile
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
@@ -201,7 +203,7 @@ class Checks(DataChecks):
         """
         run = resolved.run.in_phase(number)
         size = run.image_size(built.student.image_size)
-        with named(f"phases.{number}"):
+        with _of_phase(number, run.phases[0]):
             if self.ranks is not None:
                 check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=self.ranks)
                 check_batch(run, resolved.recipe, self.ranks)
@@ -238,6 +240,20 @@ class Checks(DataChecks):
             faults.note(named_peak, peak, compute_dtype(deepspeed.config))
 
 
+@contextmanager
+def _of_phase(number: int, phase: Phase) -> Iterator[None]:
+    """Put the phase before the `where` of errors, and its own micro-batch, where it has one, for that of the run."""
+    with named(f"phases.{number}"):
+        try:
+            yield
+        except UserError as error:
+            if phase.micro_batch_size is not None:
+                error.where = error.where and error.where.replace("optim.micro_batch_size", "micro_batch_size")
+                own = f"phases.{number}.micro_batch_size"
+                error.fix = error.fix and error.fix.replace("optim.micro_batch_size", own)
+            raise
+
+
 def _check_borders(run: RunConfig, image_size: int) -> None:
     """Check that something changes between phases, and that a single one changes something.
 
@@ -246,14 +262,22 @@ def _check_borders(run: RunConfig, image_size: int) -> None:
         image_size: of the backbone.
 
     Raises:
-        ConfigError: nothing does.
+        ConfigError: nothing does; or layers recompute by a budget.
     """
-    sizes = [(phase.image_size or image_size, phase.micro_batch_size) for phase in run.phases]
-    if sizes == [(image_size, None)]:
+    own = run.optim.micro_batch_size
+    sizes = [(phase.image_size or image_size, phase.micro_batch_size or own) for phase in run.phases]
+    if sizes == [(image_size, own)]:
         raise ConfigError(
             "a single phase that changes nothing has no effect",
             where="phases",
             fix="leave it out, or give the last steps an image_size",
+        )
+    policy = run.backbone.activation_checkpointing
+    if len(sizes) > 1 and read_policy(policy).kind == "budget":
+        raise ConfigError(
+            "a budget of activations is measured before the first step, and phases take different memory",
+            where=f"backbone.activation_checkpointing: {policy}",
+            fix="backbone.activation_checkpointing=full, or what `m3i-scale plan` says for the phase that takes most",
         )
     for number, (one, other) in enumerate(pairwise(sizes)):
         if one == other:

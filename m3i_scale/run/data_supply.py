@@ -177,17 +177,18 @@ def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, 
 class Shares:
     """Compares realised with asked shares of sources, over all ranks, so far and since the last record."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TrainStream) -> None:
+        self._stream = stream
         self._before: dict[str, float] = {}
         """Means over the ranks at the last record."""
 
-    def start(self, stream: TrainStream) -> None:
+    def start(self) -> None:
         """Begin to count what comes after the last record; every rank calls it."""
-        self._before = _mean_counts(stream)
+        self._before = self._mean_counts()
 
-    def record(self, stream: TrainStream) -> dict[str, SourceFigures]:
+    def record(self) -> dict[str, SourceFigures]:
         """Return the figures of every source by name; every rank calls it."""
-        total, names = _mean_counts(stream), list(stream.source_counts())
+        total, names = self._mean_counts(), list(self._stream.source_counts())
         recent = {key: value - self._before[key] for key, value in total.items()}
         self._before = total
         return {
@@ -201,11 +202,14 @@ class Shares:
             for name in names
         }
 
-
-def _mean_counts(stream: TrainStream) -> dict[str, float]:
-    return mean_over_ranks(
-        {f"{name}/{key}": value for name, counts in stream.source_counts().items() for key, value in counts.items()}
-    )
+    def _mean_counts(self) -> dict[str, float]:
+        return mean_over_ranks(
+            {
+                f"{name}/{key}": value
+                for name, counts in self._stream.source_counts().items()
+                for key, value in counts.items()
+            }
+        )
 
 
 def _share(counts: dict[str, float], name: str, names: list[str], key: str) -> float:

@@ -85,7 +85,7 @@ class Meter:
         self.objective = objective
         self.work = work
         """None: no MFU."""
-        self.phases = StepTimes()
+        self.step_times = StepTimes()
         self.total_steps, self.batch_size = total_steps, batch_size
         self.reset()
 
@@ -98,7 +98,7 @@ class Meter:
         self._steps = 0
         self._tokens = 0
         self._micro_batches = self._caption_tokens = 0
-        self.phases.reset()
+        self.step_times.reset()
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
@@ -129,7 +129,7 @@ class Meter:
             self._good.add(self.gradients)
         self._figures, self.gradients = [], []
         self._steps += 1
-        self.phases.end_step()
+        self.step_times.end_step()
 
     def record(
         self,
@@ -157,7 +157,7 @@ class Meter:
             "quarantined_samples": float(quarantined_samples),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
-        means, phases, sums = _means_over_ranks(own, self.phases.shares(), counts)
+        means, phases, sums = _means_over_ranks(own, self.step_times.shares(), counts)
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         groups: dict[str, dict[str, float]] = {}
         for target in self.objective.recipe.targets:

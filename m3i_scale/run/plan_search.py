@@ -52,7 +52,9 @@ class RunPlan:
 
     @cached_property
     def hopeless(self) -> bool:
-        """Return whether it would not fit with the smallest micro-batch either."""
+        """Return whether it would not fit with the smallest micro-batch either; of a run with phases, in any."""
+        if self.phases:
+            return any(each.hopeless for each in self.phases)
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     @cached_property
@@ -62,8 +64,18 @@ class RunPlan:
 
     @cached_property
     def suggestion(self) -> Estimate | None:
-        """Return what would be best; None where nothing fits."""
-        return choose(self.compared)
+        """Return what would be best; None where nothing fits. Of a run with phases, for the one with the largest peak,
+        and None where another would not fit so with its own micro-batch."""
+        best = choose(self.compared)
+        others = [each for each in self.phases if each.planned is not self.planned]
+        if best is not None and not all(each.fits_as(best.choice) for each in others):
+            return None
+        return best
+
+    def fits_as(self, choice: Choice) -> bool:
+        """Return whether it fits by another choice with its own micro-batch."""
+        own = replace(choice, micro_batch=self.planned.choice.micro_batch)
+        return estimate(self.model, self.machine, own).fits(self.machine)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document of `m3i-scale plan`."""
@@ -358,6 +370,9 @@ def refuse_hopeless(plan: RunPlan) -> None:
     """
     if not plan.hopeless:
         return
+    for number, phase in enumerate(plan.phases):
+        with named(f"phases.{number}"):
+            refuse_hopeless(phase)
     fix = None
     if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)

@@ -33,7 +33,7 @@ class StepTimes:
         self._accelerator = get_accelerator()
         self._host = bool(self._accelerator.is_synchronized_device())
         self._now = "other"
-        self.on_phase: Callable[[str], object] = lambda phase: None
+        self.on_change: Callable[[str], object] = lambda phase: None
         """Called at every change of phase, but for those after an error."""
         self.reset()
 
@@ -45,7 +45,7 @@ class StepTimes:
 
     @contextlib.contextmanager
     def span(self, phase: str) -> Iterator[None]:
-        """Count the time inside as `phase`; the phase around it goes on afterwards. After an error `on_phase` is not
+        """Count the time inside as `phase`; the phase around it goes on afterwards. After an error `on_change` is not
         called: the error came up in here."""
         around = self._now
         self._mark(phase)
@@ -83,7 +83,7 @@ class StepTimes:
     def _mark(self, phase: str, *, told: bool = True) -> None:
         self._now = phase
         if told:
-            self.on_phase(phase)
+            self.on_change(phase)
         if self._host:
             mark: Any = time.perf_counter()
         else:
@@ -98,7 +98,7 @@ class StepTimes:
 
 
 _LONG_STEPS = 2
-"""The first steps also allocate, and compile where the run file says so."""
+"""The first steps also allocate, and compile where the run file says so; so do those with images of another size."""
 
 
 class Timeouts:
@@ -106,12 +106,12 @@ class Timeouts:
 
     Args:
         timeouts: of the run file.
-        phases: whose changes say where this rank is.
+        step_times: whose changes say where this rank is.
         heartbeat: of this rank.
     """
 
-    def __init__(self, timeouts: TimeoutsConfig, phases: StepTimes, heartbeat: Heartbeat) -> None:
-        self._timeouts, self._phases, self._heartbeat = timeouts, phases, heartbeat
+    def __init__(self, timeouts: TimeoutsConfig, step_times: StepTimes, heartbeat: Heartbeat) -> None:
+        self._timeouts, self._step_times, self._heartbeat = timeouts, step_times, heartbeat
         self._steps = 0
 
     def end_step(self) -> None:
@@ -119,6 +119,11 @@ class Timeouts:
         self._steps += 1
         if self._steps == _LONG_STEPS:
             set_timeout(self._timeouts.step_s)
+
+    def begin_phase(self) -> None:
+        """Allow the timeout of a start for the next steps."""
+        self._steps = 0
+        set_timeout(self._timeouts.start_s)
 
     @contextlib.contextmanager
     def outside_of_steps(self, name: str) -> Iterator[None]:
@@ -128,7 +133,7 @@ class Timeouts:
             name: the phase of this rank meanwhile. After an error it stays so, for the record of the failure.
         """
         around = self._heartbeat.phase
-        on_phase, self._phases.on_phase = self._phases.on_phase, lambda phase: None
+        on_change, self._step_times.on_change = self._step_times.on_change, lambda phase: None
         self._heartbeat.at(name)
         if self._steps >= _LONG_STEPS:
             set_timeout(self._timeouts.start_s)
@@ -137,5 +142,5 @@ class Timeouts:
         finally:
             if self._steps >= _LONG_STEPS:
                 set_timeout(self._timeouts.step_s)
-            self._phases.on_phase = on_phase
+            self._step_times.on_change = on_change
         self._heartbeat.at(around)

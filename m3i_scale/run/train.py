@@ -182,7 +182,7 @@ def train(
             announce(resolved, resume_from, notes)
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 tell(awaited)
-        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat, workers)
+        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat)
         if ranks.rank == 0:
             tell(trainer.activations)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
 from m3i_scale.launch.heartbeat import Heartbeat
@@ -62,14 +61,12 @@ class Trainer:
         validation: TrainStream | None = None,
         tell: Callable[[str], None] = lambda text: None,
         heartbeat: Heartbeat | None = None,
-        workers: Sequence[PartWorkers] = (),
     ) -> None:
-        """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank 0, and
-        further phases of a run open theirs with `workers`."""
+        """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank
+        0."""
         self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
         if ranks.rank != 0:
             callbacks, tell = [], lambda text: None
-        self.workers = workers
         self.phases = [resolved.in_phase(number) for number in range(max(len(self.run.phases), 1))]
         """The run as each of its phases has it; itself where it has none."""
         if stream is None:
@@ -83,22 +80,21 @@ class Trainer:
             resolved, ranks, lambda report: tell_start(report, resolved.run), reads_source=resume_from is None
         )
         check_guard_room(resolved.run, bytes_wanted(engine, momentum))
-        set_phase_of_engine(engine, self.phases[0])
+        set_micro_batch_size(engine, self.phases[0].run.optim.micro_batch_size)
         self.activations = set_activations(resolved.run, engine, stream)
         """Which layers recompute, in words."""
         self.device = torch.device(get_accelerator().current_device_name())
         self.work = count_work(self.phases[0])
         self.meter = Meter(engine.module, self.run.optim.steps, self.run.optim.batch_size, self.work)
-        self.step_times = self.meter.phases
+        self.step_times = self.meter.step_times
         engine.module.span = self.step_times.span
         # What is left of the reduction when the backward pass is over; the engine calls it by this name.
         engine.allreduce_gradients = self.step_times.timed("reduce", engine.allreduce_gradients)
         timeouts = Timeouts(self.run.timeouts, self.step_times, self.heartbeat)
         self.state = TrainState(
-            *(resolved, self.phases[0], ranks, engine, momentum, stream, validation),
-            *(CallbackList(callbacks), tell, timeouts),
+            *(resolved, self.phases[0], ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
         )
-        self.fetcher = Fetcher(iter(()))
+        self.fetcher, self.validation = Fetcher(iter(())), validation
         self.copy = DeviceCopies()
         rewinds = Rewinds(self.run.output_dir, anew=resume_from is None)
         guard = Guard(self.state, lambda: self.meter.gradients)
@@ -111,7 +107,7 @@ class Trainer:
             guard,
             Metrics(self.state, self.meter, guard),
             Rewinding(self.state, guard, self.checkpointing, rewinds),
-            *([Evaluation(self.state, validation.state_dict(), self.device)] if validation is not None else []),
+            *([Evaluation(self.state, validation, self.device)] if validation is not None else []),
             *self._pictures(validation),
             self.checkpointing,
         ]
@@ -126,10 +122,15 @@ class Trainer:
     def long_run_note(self, first_step: int) -> str | None:
         """Return `m3i_scale.run.meter.long_run_note` for the steps from `first_step` on."""
         optim, work = self.run.optim, self.work
-        if self.run.phases:
-            flop = [phase.run.phases[0].steps * flop_of(phase)["model"] for phase in self.phases]
-            work = replace(work, flop=work.flop | {"model": sum(flop) / optim.steps})
-        return long_run_note(work, optim.steps - first_step, optim.batch_size, self.state.ranks.world_size)
+        left = optim.steps - first_step
+        if self.run.phases and left > 0:
+            ends = [*self.run.phase_starts[1:], optim.steps]
+            flop = sum(
+                max(end - max(start, first_step), 0) * flop_of(phase)["model"]
+                for start, end, phase in zip(self.run.phase_starts, ends, self.phases, strict=True)
+            )
+            work = replace(work, flop=work.flop | {"model": flop / left})
+        return long_run_note(work, left, optim.batch_size, self.state.ranks.world_size)
 
     def fit(self) -> Status:
         """Train, and return how the run ended; raise a UserError where it must not go on."""
@@ -138,7 +139,7 @@ class Trainer:
         self.heartbeat.at("resume")
         self.checkpointing.resume()
         self._enter_phase()
-        self.step_times.on_phase = self.heartbeat.at
+        self.step_times.on_change = self.heartbeat.at
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
         try:
@@ -209,13 +210,14 @@ class Trainer:
         if phase is state.phase:
             return
         with state.timeouts.outside_of_steps("phase"):
-            position = state.stream.state_dict()
-            state.stream, state.validation = open_data(phase, state.ranks, self.workers)
-            state.stream.load_state_dict(position)
+            size = phase.run.optim.micro_batch_size
+            for stream in (state.stream, *([] if self.validation is None else [self.validation])):
+                stream.resize(phase.image_size, size)
             state.phase = phase
-            set_phase_of_engine(state.engine, phase)
-            self.activations = set_activations(phase.run, state.engine, state.stream)
+            set_micro_batch_size(state.engine, size)
             self.meter.work = self.work = replace(self.work, flop=flop_of(phase))
+        state.timeouts.begin_phase()
+        self.meter.reset()
 
     def _tell_phase(self) -> None:
         """Tell hooks and callbacks of a phase that begins with the next step; in the middle of one, of nothing."""
@@ -351,9 +353,3 @@ def count_work(resolved: ResolvedRun) -> Work:
 def flop_of(resolved: ResolvedRun) -> dict[str, float]:
     """Return the FLOPs of a step of a phase, as `step_flop` has them."""
     return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
-
-
-def set_phase_of_engine(engine: Any, phase: ResolvedRun) -> None:
-    """Have the engine accumulate the micro-batches of a phase."""
-    if engine.gradient_accumulation_steps() != phase.accumulation:
-        set_micro_batch_size(engine, phase.run.optim.micro_batch_size)

@@ -50,6 +50,7 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
             where="phases",
             fix="give `run.in_phase(0)`, then `run.in_phase(1)` …, and each stream the state of the one before",
         )
+    run = run.in_phase(0)
     faults, checks = Faults(), DataChecks(run, world_size)
     recipe = faults.note(parse_recipe, run.recipe)
     access, there = checks.access(faults)

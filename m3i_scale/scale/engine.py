@@ -57,15 +57,12 @@ def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
 
 
 def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
-    """Have a step of the engine accumulate micro-batches of another size from here on; call it between two steps. The
+    """Have a step of the engine accumulate micro-batches of that size from here on; call it between two steps. The
     batch stays, and nothing of weights and optimizer is touched."""
     batch_size = engine.train_batch_size()
     engine.set_train_micro_batch_size(micro_batch_size)
     engine.set_train_batch_size(batch_size)
     count_micro_batches(engine)
-    accumulation = engine.gradient_accumulation_steps()
-    if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO keeps a copy
-        engine.optimizer.gradient_accumulation_steps = accumulation
 
 
 def build_engine(

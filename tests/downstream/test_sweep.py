@@ -205,7 +205,8 @@ def test_the_last_step_is_evaluated_where_the_data_end_before(stopping: bool, wa
         timeouts=SimpleNamespace(outside_of_steps=lambda what: nullcontext()),
         callbacks=SimpleNamespace(on_evaluation=lambda step, figures: found.append(step)),
     )
-    hook = Evaluated(state, {}, torch.device("cpu"))
+    stream: Any = SimpleNamespace(state_dict=dict)
+    hook = Evaluated(state, stream, torch.device("cpu"))
     for state.step in range(1, 7):
         hook.post_step()
     state.stopping = stopping  # what is stopped goes on later

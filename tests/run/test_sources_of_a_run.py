@@ -179,9 +179,9 @@ def test_recent_shares_are_those_since_the_last_record() -> None:
         return {name: {"served": of, "asked": of, "read": of, "pass": 10.0} for name, of in served.items()}
 
     answers = {"now": counts(3e10, 3e10)}
-    stream, shares = SimpleNamespace(source_counts=lambda: answers["now"]), data_supply.Shares()
-    shares.start(stream)
+    shares = data_supply.Shares(SimpleNamespace(source_counts=lambda: answers["now"]))
+    shares.start()
     for photos, drawings, share in ((1, 3, 0.25), (3, 5, 0.5)):
         answers["now"] = counts(3e10 + photos, 3e10 + drawings)
-        recent = shares.record(stream)["photos"]
+        recent = shares.record()["photos"]
         assert (recent.recent_share, recent.recent_asked) == (share, share)

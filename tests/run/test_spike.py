@@ -58,11 +58,18 @@ def test_a_level_that_stays_becomes_the_normal_one_and_is_judged_again() -> None
     assert len(feed(watch, noise(3, 20.0), 61)) == 1
 
 
-def test_a_loss_that_jumps_with_the_weight_of_a_schedule_is_no_spike_and_a_later_jump_is() -> None:
-    """`Guard` knows the weights: a rewind would meet the same jump again."""
-    weights = [1.0, [(0.0, 0.0), (0.5, 0.0), (0.51, 1.0)]]
+@pytest.mark.parametrize(
+    ("weight", "starts"), [([(0.0, 0.0), (0.5, 0.0), (0.51, 1.0)], [0]), (1.0, [0, 50])], ids=["schedule", "phase"]
+)
+def test_a_loss_that_jumps_with_a_schedule_or_a_phase_is_no_spike_and_a_later_jump_is(
+    weight: Any, starts: list[int]
+) -> None:
+    """`Guard` knows weights and phases: a rewind would meet the same jump again."""
+    weights = [1.0, weight]
     recipe = SimpleNamespace(targets=[SimpleNamespace(weight=weight) for weight in weights])
-    run = SimpleNamespace(guard=GuardConfig(spike=CONFIG), optim=SimpleNamespace(steps=100), output_dir=Path())
+    run = SimpleNamespace(
+        guard=GuardConfig(spike=CONFIG), optim=SimpleNamespace(steps=100), output_dir=Path(), phase_starts=starts
+    )
     state: Any = SimpleNamespace(resolved=SimpleNamespace(run=run, recipe=recipe), finite=True, applied=True)
     guard, spikes = Guard(state, list), []
     for state.step, state.loss in enumerate(noise(50) + noise(30, 9.0) + noise(10, 20.0), 1):

@@ -108,7 +108,7 @@ def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
 
 def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
     phases, heartbeat = StepTimes(), Heartbeat(None)
-    phases.on_phase = heartbeat.at
+    phases.on_change = heartbeat.at
     timeouts = Timeouts(TimeoutsConfig(), phases, heartbeat)
     for _ in range(2):
         with pytest.raises(ValueError, match="of the engine"), phases.span("backward"), phases.span("reduce"):

@@ -28,8 +28,6 @@ class TrainState:
     """Of DeepSpeed."""
     momentum: ShardedMomentum | None
     stream: TrainStream
-    """Of the phase in hand, as is that of validation."""
-    validation: TrainStream | None
     callbacks: CallbackList
     """Of rank 0; of other ranks none."""
     tell: Callable[[str], None]

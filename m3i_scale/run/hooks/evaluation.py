@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3i_scale.config import Classification
+from m3i_scale.data.loader import TrainStream
 from m3i_scale.evaluate.shown_images import ShownImages
 from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
@@ -24,12 +24,13 @@ class Evaluation(Hook):
 
     Args:
         state: of the loop.
-        start: state of the validation stream from which every evaluation reads.
+        stream: of the validation sources.
         device: of this rank.
     """
 
-    def __init__(self, state: TrainState, start: dict[str, Any], device: torch.device) -> None:
-        self._state, self._start, self._device = state, start, device
+    def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
+        self._state, self._stream, self._device = state, stream, device
+        self._start = stream.state_dict()
         run = state.resolved.run
         self._every = run.evaluation.every_steps
         self._chooses = bool(self._every) and isinstance(run.task, Classification) and run.task.sweep is not None
@@ -67,10 +68,7 @@ class Evaluation(Hook):
         Raises:
             DataError: the data of some rank failed, or too much of them is bad; on all ranks.
         """
-        validation = self._state.validation
-        if validation is None:
-            raise ValueError("there is no validation stream")
-        validation.load_state_dict(self._start)
+        self._stream.load_state_dict(self._start)
         engine, run = self._state.engine, self._state.resolved.run
         # The same samples in every phase, as far as its micro-batches make them.
         of_phase = self._state.phase.run.optim.micro_batch_size
@@ -78,7 +76,7 @@ class Evaluation(Hook):
         totals: dict[str, float] = {}
         overlaps_3K: dict[str, Tensor] = {}
         shown = self._shown_images()
-        with evaluating(engine.module), contextlib.closing(iter(validation)) as stream:
+        with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
                 loss, figures = engine(batch.to(self._device))
@@ -91,7 +89,7 @@ class Evaluation(Hook):
                 for name, images in shown.items():
                     images.add(batch, engine.module.detections[name])
         batches.raise_together()
-        stop_if_bad(validation, account_of_all(validation))  # a rank by itself is sure of the worst only
+        stop_if_bad(self._stream, account_of_all(self._stream))  # a rank by itself is sure of the worst only
         ranks = engine.module.ranks
         scores = {f"{name}/miou": mean_iou(ranks.sum(counts_3K)) for name, counts_3K in overlaps_3K.items()}
         for name, images in shown.items():

@@ -53,12 +53,6 @@ class Guard(Hook):
         self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
-    def on_phase(self) -> None:
-        """Forget the losses so far: those of images of another size have another level, and would have it again after
-        every rewind."""
-        if self._spikes is not None:
-            self._spikes.forget()
-
     def post_step(self) -> bool:
         """Judge the step.
 
@@ -67,7 +61,7 @@ class Guard(Hook):
         """
         state = self._state
         if self._spikes is not None:
-            if self._weights_change(state.step):
+            if self._level_changes(state.step):
                 self._spikes.forget()
             self.spike = self._spikes.add(state.step, state.loss if state.finite else math.nan)
         what = None if state.finite else "loss"
@@ -79,10 +73,12 @@ class Guard(Hook):
             self._leave_out(state.step, what)
         return False
 
-    def _weights_change(self, step: int) -> bool:
-        """Return whether a schedule of the recipe gave a target another weight in this step than in the one before: the
-        loss then jumps by itself, and would jump again after every rewind."""
+    def _level_changes(self, step: int) -> bool:
+        """Return whether this step is the first of a phase, or a schedule of the recipe gave a target another weight in
+        it than in the one before: the loss then jumps by itself, and would jump again after every rewind."""
         resolved = self._state.resolved
+        if step - 1 in resolved.run.phase_starts[1:]:
+            return True
         now, before = ((step - back) / resolved.run.optim.steps for back in (1, 2))
         weights = [target.weight for target in resolved.recipe.targets]
         return any(value_at(weight, now) != value_at(weight, before) for weight in weights)

@@ -25,22 +25,18 @@ class Metrics(Hook):
 
     def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
         self._state, self._meter, self._guard = state, meter, guard
-        self._shares = Shares()
+        self._shares = Shares(state.stream)
         self._diagnosis = Diagnosis()
 
     def on_start(self) -> None:
         """Count shares of sources from where the data stand."""
-        self._shares.start(self._state.stream)
+        self._shares.start()
 
     def on_rewind(self) -> None:
         """Forget what was seen since the step that the run has gone back to."""
         self._meter.reset()
-        self._shares.start(self._state.stream)
+        self._shares.start()
         self._diagnosis = Diagnosis()
-
-    def on_phase(self) -> None:
-        """Measure anew: a step takes another time, and computes something else."""
-        self._meter.reset()
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Add the figures of a micro-batch, which stay on the device."""
@@ -76,7 +72,7 @@ class Metrics(Hook):
             loss_scale=scale,
             skipped_steps=None if scale is None else int(state.engine.skipped_steps),
             skipped_nonfinite=self._guard.skipped,
-            sources=self._shares.record(state.stream),
+            sources=self._shares.record(),
         )
         self._guard.remember(record)
         state.callbacks.on_step(record)
