@@ -110,15 +110,16 @@ class HashedImages:
         return {"distance": min(straight, mirrored), "mirrored": mirrored < straight}
 
     def pairs(self, distance: int) -> Pairs:
-        """Yield pairs of alike images; of those with equal hashes, also as mirror images, the first stands for the
-        others, with which it is paired."""
-        hash_U2, first, which = self._distinct()
+        """Yield pairs of alike images; of those with equal hashes the first stands for the others, with which it is
+        paired. Their mirror images are all looked for, as they may have different hashes."""
+        values, first, which = np.unique(self.hash_N, return_index=True, return_inverse=True)
         repeated = np.flatnonzero(first[which] != np.arange(len(self)))
         yield first[which[repeated]], repeated
-        for queries in hash_U2.T:
-            for left, right in near(queries, hash_U2[:, 0], distance):
-                unequal = left != right
-                yield first[left[unequal]], first[right[unequal]]
+        hash_U2, first_U, _ = self._distinct()
+        for queries, images in ((values, first), (hash_U2[:, 1], first_U)):
+            for left, right in near(queries, values, distance):
+                unequal = images[left] != first[right]
+                yield images[left[unequal]], first[right[unequal]]
 
     def alike(self, others: HashedImages, distance: int) -> Alike:
         """Yield what is like them among others, of all images that are like any. Equal hashes are compared once."""
