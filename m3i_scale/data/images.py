@@ -6,10 +6,12 @@ import io
 import re
 import struct
 import warnings
+from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from m3i_scale.data.deep_images import DEEP_MODES, ValueRange, check_header, check_values, eight_bits
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import DataError
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -29,16 +31,6 @@ MASK = "mask.png"
 
 NO_CLASS = 255
 """Pixels of a mask that count for nothing."""
-
-ValueRange = tuple[float, float]
-"""The grey values that become black and white."""
-
-_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-"""Pillow's modes of grey images of more than eight bits."""
-SIXTEEN_AS_I = ("PNG", "PPM")
-"""Formats whose sixteen bits of grey Pillow reads as mode I; it stretches a PPM of fewer bits to sixteen."""
-_SAMPLES_PER_PIXEL = 277
-"""A tag of TIFF."""
 
 _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
 """Keyed by the colour type in a PNG's header."""
@@ -69,6 +61,21 @@ def fault_text(error: Exception) -> str:
     return _ADDRESS.sub("", str(error))
 
 
+def open_any_size(file: Path | io.BytesIO) -> Image.Image:
+    """Open an image of any size; its header is read, and no pixel.
+
+    Raises:
+        UnidentifiedImageError, OSError: it is no image, or cannot be read.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data
+            return Image.open(file, formats=READ_FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None) -> tuple[bytes, str]:
     """Return image bytes as a shard holds them, as they are or as a PNG, and the extension of their member.
 
@@ -78,57 +85,29 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
         value_range: grey values of more than eight bits that become black and white; the image has to have such.
 
     Raises:
-        DataError: they do not decode, or there is no rule by which their values become eight bits.
+        DataError: they do not decode, are more pixels than training takes, or there is no rule by which their values
+            become eight bits.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
-            kind = str(image.format)
+        with open_any_size(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise DataError(
+                    f"the image is too large: {image.width} × {image.height} pixels, of {MAX_IMAGE_PIXELS} at most",
+                    where=where,
+                    fix="--tile cuts images that large, up to --tile-max-pixels; or leave them out with --skip-bad",
+                )
+            check_header(image, value_range, where)
             image.load()
-            _check_values(image, value_range, where)
+            check_values(image, where)
+            kind = str(image.format)
             as_it_is = kind in KEPT_FORMATS and value_range is None
             return (data, KEPT_FORMATS[kind]) if as_it_is else (to_png(image, value_range), "png")
     except DECODE_FAULTS as error:
-        large = isinstance(error, Image.DecompressionBombError)
         raise DataError(
             f"the image does not decode: {fault_text(error)}",
             where=where,
-            fix="--tile cuts images that large, up to --tile-max-pixels; or leave them out with --skip-bad"
-            if large
-            else "mend or remove the file, or leave such files out with --skip-bad",
+            fix="mend or remove the file, or leave such files out with --skip-bad",
         ) from None
-
-
-def _check_values(image: Image.Image, value_range: ValueRange | None, where: str) -> None:
-    """Check that there is a rule by which the values of a decoded image become eight bits of three channels.
-
-    Raises:
-        DataError: there is none.
-    """
-    channels = getattr(image, "tag_v2", {}).get(_SAMPLES_PER_PIXEL, 1)
-    if channels > len(image.getbands()):
-        raise DataError(
-            f"the image has {channels} channels, and not all have a meaning",
-            where=where,
-            why=f"Pillow reads {len(image.getbands())} of them",
-            fix="save the three that are to be red, green and blue",
-        )
-    deep = image.mode in _DEEP_MODES
-    if value_range is not None and not deep:
-        raise DataError(
-            f"--value-range has no effect on an image of mode {image.mode}",
-            where=where,
-            why="it is for grey images of more than eight bits; of colours Pillow keeps the upper eight alone",
-            fix="make shards of such images apart, or leave them out with --skip-bad",
-        )
-    if deep and value_range is None and _shift(image) is None:
-        raise DataError(
-            f"the image has {'floating-point' if image.mode == 'F' else '32-bit or signed'} values without a range",
-            where=where,
-            why="which of them are black and white is not known",
-            fix="--value-range LOW,HIGH",
-        )
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise DataError("the image has values that are no finite numbers", where=where, fix="replace them")
 
 
 def to_png(image: Image.Image, value_range: ValueRange | None = None) -> bytes:
@@ -204,36 +183,17 @@ def upright_size(size: tuple[int, int], lies: int) -> tuple[int, int]:
 def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
     """Convert to RGB; what is transparent becomes white, as in exported image processors (a bare conversion drops it).
 
-    Of sixteen bits of grey the upper eight are taken, as Pillow does it with sixteen bits of a colour; a bare
-    conversion would make all but the darkest 1/256 of them white.
-
     Args:
         image: opened.
-        value_range: of grey images of more than eight bits: values at and below the first become 0, at and above the
-            second 255, linear between.
+        value_range: see `eight_bits`.
 
     Raises:
-        ValueError: values of more than sixteen bits, or signed ones, without a range.
+        ValueError: grey values that have no rule (`eight_bits`).
     """
-    if image.mode in _DEEP_MODES:
-        values_HW = np.asarray(image)
-        shift = _shift(image)
-        if value_range is not None:
-            low, high = value_range
-            levels_HW = np.rint((np.clip(values_HW.astype(np.float64), low, high) - low) * (255 / (high - low)))
-        elif shift is not None:
-            levels_HW = values_HW >> shift
-        else:
-            raise ValueError(f"values of mode {image.mode} have no range")
-        return Image.fromarray(levels_HW.astype(np.uint8)).convert("RGB")
+    if image.mode in DEEP_MODES:
+        return eight_bits(image, value_range).convert("RGB")
     if not image.has_transparency_data:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     opaque = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
-
-
-def _shift(image: Image.Image) -> int | None:
-    """Return how many bits of a deep grey image lie below the upper eight; None where its range is not known."""
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_AS_I)
-    return 8 if sixteen else None

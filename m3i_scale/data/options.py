@@ -112,7 +112,7 @@ class MakeOptions:
         from m3i_scale.data.make.tile import TiledInput, Tiling
 
         if self.tile:
-            source = TiledInput(source, Tiling(**self.tile))
+            source = TiledInput(source, Tiling(**self.tile), self.options.value_range)
         with sample_bar(quiet=self.as_json) as tell:
             summary = make_shards(
                 source,

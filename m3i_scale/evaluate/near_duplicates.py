@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.shards import local_shards
-from m3i_scale.data.tools.hashes import MAX_DISTANCE, Pairs, read_hashes
+from m3i_scale.data.tar import printable
+from m3i_scale.data.tools.hashes import read_hashes
 from m3i_scale.data.tools.near import report_of
+from m3i_scale.data.tools.nearest import MAX_DISTANCE, Alike, Nearest, Numbers, Pairs
+from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import device_of
@@ -26,6 +29,8 @@ DISTANCE = 3
 """Bits in which the hashes of near-duplicates may differ, unless another number is asked for (docs/data.md)."""
 SIMILARITY = 0.98
 """Cosine of their features from which on images are near-duplicates, likewise."""
+ROUNDING = 1e-6
+"""Of a cosine in fp32: those of equal rows are not all 1."""
 ROWS = 1024
 """Of a block of cosines."""
 
@@ -49,7 +54,7 @@ class EncodedImages:
     def place(self, number: int) -> dict[str, str]:
         """Return shard and key of an image."""
         table, row = self.tables[self.table_N[number]], int(self.number_N[number])
-        return {"shard": str(table.shards[table.places[row][0]]), "key": table.keys[row].partition("/")[2]}
+        return {"shard": str(table.shards[table.places[row][0]]), "key": printable(table.keys[row].partition("/")[2])}
 
     def likeness(self, number: int, others: EncodedImages, other: int) -> dict[str, Any]:
         """Return the cosine of the features of an image and of one of others."""
@@ -57,17 +62,27 @@ class EncodedImages:
 
     def pairs(self, similarity: float) -> Pairs:
         """Yield all pairs of images whose cosine is `similarity` or more."""
-        for left, right in self.pairs_with(self, similarity):
+        for left, right, _ in self._blocks(self, similarity):
             once = left < right
             yield left[once], right[once]
 
-    def pairs_with(self, others: EncodedImages, similarity: float) -> Pairs:
-        """Yield all pairs of an image and one of others whose cosine is `similarity` or more."""
+    def alike(self, others: EncodedImages, similarity: float) -> Alike:
+        """Yield what is like them among others, of all images that are like any."""
+        nearest = Nearest(len(self))
+        for left, right, cosine in self._blocks(others, similarity):
+            nearest.add(left, right, -cosine)
+        for number in np.flatnonzero(nearest.count_Q).tolist():
+            yield number, int(nearest.count_Q[number]), [other for _, other in nearest.of(number)]
+
+    def _blocks(
+        self, others: EncodedImages, similarity: float
+    ) -> Iterator[tuple[Numbers, Numbers, NDArray[np.float32]]]:
+        """Yield all pairs of an image and one of others whose cosine is `similarity` or more, and the cosine."""
         for top in range(0, len(self), ROWS):
             for start in range(0, len(others), 16 * ROWS):
                 block = self.features_ND[top : top + ROWS] @ others.features_ND[start : start + 16 * ROWS].T
-                left, right = np.nonzero(block >= similarity)
-                yield left + top, right + start
+                left, right = np.nonzero(block >= similarity - ROUNDING)
+                yield left + top, right + start, block[left, right]
 
 
 def find_near_duplicates(
@@ -77,9 +92,9 @@ def find_near_duplicates(
     features: Path | None = None,
     distance: int | None = None,
     similarity: float | None = None,
-    max_pixels: int,
-    workers: int = 1,
-    device: str = "auto",
+    max_pixels: int | None = None,
+    workers: int | None = None,
+    device: str | None = None,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
     """Return groups of images that look alike; with `against`, images of an evaluation that are in the sources.
@@ -90,9 +105,9 @@ def find_near_duplicates(
         features: folder of the model whose features are compared; None: hashes are.
         distance: bits in which hashes of near-duplicates may differ; None: `DISTANCE`.
         similarity: least cosine of features of near-duplicates; None: `SIMILARITY`.
-        max_pixels: larger images are left out; of hashes.
-        workers: processes; of hashes.
-        device: of the model.
+        max_pixels: larger images are left out; of hashes. None: `MAX_IMAGE_PIXELS`.
+        workers: processes; of hashes. None: `DEFAULT_WORKERS`.
+        device: of the model; None: "auto".
         advance: called with the bytes of every shard that is hashed.
 
     Raises:
@@ -100,7 +115,9 @@ def find_near_duplicates(
         ConfigError: an option without effect, or out of range.
         ExportError: the model does not load.
     """
-    _refuse_idle(features, distance, similarity, max_pixels, device)
+    of_features = {"--similarity": similarity, "--device": device}
+    of_hashes = {"--distance": distance, "--max-image-pixels": max_pixels, "--workers": workers}
+    _refuse_idle(features is not None, of_hashes if features else of_features)
     if not 0 <= (distance or 0) <= MAX_DISTANCE:
         raise ConfigError(f"--distance {distance}", fix=f"0 to {MAX_DISTANCE} of 64 bits")
     if similarity is not None and not 0 < similarity <= 1:
@@ -109,13 +126,15 @@ def find_near_duplicates(
     if features is None:
         bits = DISTANCE if distance is None else distance
         sets = [
-            read_hashes(some, max_pixels=max_pixels, workers=workers, advance=advance)
+            read_hashes(
+                some, max_pixels=max_pixels or MAX_IMAGE_PIXELS, workers=workers or DEFAULT_WORKERS, advance=advance
+            )
             for some in (sources, against)
             if some
         ]
         return report_of(sets[0], sets[1] if against else None, "distance", bits, sources)
     least = SIMILARITY if similarity is None else similarity
-    vision = load_vision(features, "mean", device_of(device))
+    vision = load_vision(features, "mean", device_of(device or "auto"))
     encoded = [_encode(some, vision) for some in (sources, against) if some]
     return report_of(encoded[0], encoded[1] if against else None, "similarity", least, sources)
 
@@ -135,19 +154,15 @@ def _encode(sources: Sequence[str], vision: VisionModel) -> EncodedImages:
     )
 
 
-def _refuse_idle(
-    features: Path | None, distance: int | None, similarity: float | None, max_pixels: int, device: str
-) -> None:
+def _refuse_idle(by_features: bool, options: Mapping[str, object]) -> None:
     """Refuse options of the way to compare that is not taken.
 
     Raises:
         ConfigError: there is one.
     """
-    of_features = {"--similarity": similarity is not None, "--device": device != "auto"}
-    of_hashes = {"--distance": distance is not None, "--max-image-pixels": max_pixels != MAX_IMAGE_PIXELS}
-    idle = [name for name, given in (of_features if features is None else of_hashes).items() if given]
+    idle = [name for name, value in options.items() if value is not None]
     if idle:
-        what, fix = ("hashes", "add --features MODEL") if features is None else ("features", "leave it out")
+        what, fix = ("features", "leave it out") if by_features else ("hashes", "add --features MODEL")
         raise ConfigError(f"{', '.join(idle)} has no effect where {what} are compared", fix=fix)
 
 

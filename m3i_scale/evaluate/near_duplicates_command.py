@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.options import AsJson, Workers
-from m3i_scale.data.tools.commands import MaxPixels, progress_bar
+from m3i_scale.data.options import AsJson
+from m3i_scale.data.tools.commands import progress_bar
 from m3i_scale.data.workers import DEFAULT_WORKERS
-from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
@@ -27,9 +26,13 @@ def near_duplicates(
     ] = None,
     distance: Annotated[int | None, typer.Option(help="Of 64 bits of the hashes, so many may differ (3).")] = None,
     similarity: Annotated[float | None, typer.Option(help="With --features: the least cosine (0.98).")] = None,
-    device: Annotated[str, typer.Option(help="With --features: auto, cpu, cuda, cuda:1 …")] = "auto",
-    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
-    workers: Workers = DEFAULT_WORKERS,
+    device: Annotated[str | None, typer.Option(help="With --features: auto (default), cpu, cuda, cuda:1 …")] = None,
+    max_image_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Of hashes: larger images are left out (89,478,485).")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help=f"Of hashes: processes that read shards ({DEFAULT_WORKERS}).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find images that look alike, or images of an evaluation that are in the training data.
@@ -62,16 +65,16 @@ def near_duplicates(
 def _print(report: dict[str, Any]) -> None:
     console = wide_console(soft_wrap=True, markup=False, highlight=False)
     if "leaks" in report:
-        groups = [[leak, *leak["training"]] for leak in report["leaks"]]
+        groups = [(leak["alike"] + 1, [leak, *leak["training"]]) for leak in report["leaks"]]
         head = f"{report['leaked']} of {report['evaluation_images']} images of the evaluation are like ones of"
         console.print(f"{head} {report['images']} images ({report['leaked_share']:.2%})")
     else:
-        groups = [group["images"] for group in report["near_duplicates"]]
+        groups = [(group["size"], group["images"]) for group in report["near_duplicates"]]
         head = f"{report['groups']} groups of images that are alike: {report['beyond_first']} beyond the first"
         console.print(f"{head}, of {report['images']}")
-    for group in groups[:SHOWN_GROUPS]:
-        more = f" and {len(group) - SHOWN_IMAGES} more" if len(group) > SHOWN_IMAGES else ""
-        console.print(f"{len(group)}: {' '.join(map(_image, group[:SHOWN_IMAGES]))}{more}")
+    for size, group in groups[:SHOWN_GROUPS]:
+        more = f" and {size - SHOWN_IMAGES} more" if size > SHOWN_IMAGES else ""
+        console.print(f"{size}: {' '.join(map(_image, group[:SHOWN_IMAGES]))}{more}")
     if len(groups) > SHOWN_GROUPS:
         console.print(f"{len(groups) - SHOWN_GROUPS} more: --json lists all")
     for name in ("not_compared", "evaluation_not_compared"):

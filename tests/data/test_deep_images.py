@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from m3i_scale.config import AugmentConfig
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.images import encoded_image, on_white
+from m3i_scale.data.make.records import EncodeTask, ListedInput, Record, encode_all
+from m3i_scale.data.make.tile import TiledInput, Tiling
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.tools.peek import read_cards
 from m3i_scale.data.views import ViewMaker
@@ -64,6 +66,25 @@ def tiff(pixels_HWC, photometric=2, extra=0):
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + bits + extras + pixels_HWC.tobytes()
 
 
+def grey_tiff(data, bits, white_is=1, sample_format=1):
+    """A TIFF of 32 × 32 grey values, whatever their bits, which side is black, and what they stand for."""
+    tags = [(256, 32), (257, 32), (258, bits), (259, 1), (262, white_is), (273, 8), (277, 1), (278, 32)]
+    tags += [(279, len(data)), (339, sample_format)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def packed(values):
+    """Values of 12 bits, two in three bytes."""
+    first, second = values.reshape(-1, 2).astype(int).T
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+
+
+def pgm(magic, values, maximum):
+    data = values.astype(">u2").tobytes() if magic == b"P5" else " ".join(map(str, values.ravel())).encode()
+    return magic + b" 32 32 %d\n" % maximum + data
+
+
 def pixels_of(data):
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(on_white(image))
@@ -109,6 +130,33 @@ def test_beyond_the_range_lies_black_or_white():
     assert pixels_of(made)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
+def test_twelve_bits_are_read_as_such():
+    made, _ = encoded_image(grey_tiff(packed(LEVELS >> 4), 12), "x", (0, 4095))
+    assert np.array_equal(pixels_of(made)[..., 0], np.rint((LEVELS >> 4) * (255 / 4095)))
+
+
+def test_unsigned_and_signed_values_of_32_bits():
+    unsigned = grey_tiff((LEVELS.astype(np.uint32) << 15).tobytes(), 32)
+    assert np.array_equal(
+        pixels_of(encoded_image(unsigned, "x", (0, 65535 << 15))[0])[..., 0], np.rint(LEVELS / 65535 * 255)
+    )
+    signed = file_of(LEVELS.astype(np.int32) - 32768, "TIFF")
+    assert np.array_equal(
+        pixels_of(encoded_image(signed, "x", (-32768, 32767))[0])[..., 0], np.rint(LEVELS / 65535 * 255)
+    )
+
+
+@pytest.mark.parametrize("magic", [b"P5", b"P2"])
+def test_a_pgm_of_twelve_bits_spans_all_levels_without_a_range(magic):
+    made, _ = encoded_image(pgm(magic, LEVELS >> 4, 4095), "x")
+    assert np.abs(pixels_of(made)[..., 0].astype(int) - EIGHT).max() <= 1
+
+
+def test_a_plain_pgm_of_sixteen_bits_takes_a_range():
+    made, _ = encoded_image(pgm(b"P2", LEVELS, 65535), "x", (0, 65535))
+    assert np.array_equal(pixels_of(made)[..., 0], np.rint(LEVELS / 65535 * 255))
+
+
 FOUR, FIVE = (np.zeros((32, 32, channels), dtype=np.uint8) for channels in (4, 5))
 FLOAT = LEVELS.astype(np.float32)
 NO_RULE = {
@@ -120,6 +168,13 @@ NO_RULE = {
     "sixteen bits of colour and a range": (png(np.dstack([LEVELS] * 3), 2), (0, 4095)),
     "a fourth channel": (tiff(FOUR), None),
     "five channels": (tiff(FIVE), None),
+    "12 bits": (grey_tiff(packed(LEVELS >> 4), 12), None),
+    "a PGM of 12 bits and a range": (pgm(b"P5", LEVELS >> 4, 4095), (0, 4095)),
+    "a plain PGM of 12 bits and a range": (pgm(b"P2", LEVELS >> 4, 4095), (0, 4095)),
+    "unsigned beyond signed": (grey_tiff((LEVELS.astype(np.uint32) << 16).tobytes(), 32), (0, 2**32)),
+    "16 bits, white at zero": (grey_tiff(LEVELS.tobytes(), 16, white_is=0), None),
+    "16 bits, white at zero, and a range": (grey_tiff(LEVELS.tobytes(), 16, white_is=0), (0, 65535)),
+    "floats, white at zero": (grey_tiff(FLOAT.tobytes(), 32, white_is=0, sample_format=3), (0, 65535)),
 }
 
 
@@ -129,6 +184,33 @@ def test_values_without_a_rule_are_refused(name):
     with pytest.raises(DataError) as error:
         encoded_image(data, "scan", value_range)
     assert error.value.where == "scan"
+
+
+@pytest.mark.parametrize("name", NO_RULE)
+def test_their_tiles_are_refused_too(name, tmp_path):
+    data, value_range = NO_RULE[name]
+    path = tmp_path / "scan"
+    path.write_bytes(data)
+    source = ListedInput([Record("scan", path)], [])
+    faults = [tile.fault for tile in TiledInput(source, Tiling(20), value_range).records()]
+    assert [type(fault) for fault in faults] == [DataError] * 4
+    assert {fault.where for fault in faults} == {str(path)}
+
+
+def test_tiles_of_deep_images_have_the_levels_of_the_whole():
+    for data, value_range in ((GREY["big-endian TIFF"], None), (grey_tiff(packed(LEVELS >> 4), 12), (0, 4095))):
+        whole = pixels_of(encoded_image(data, "x", value_range)[0])
+        source = ListedInput([Record("scan", data)], [])
+        tiles = list(TiledInput(source, Tiling(20), value_range).records())
+        last = encode_all(EncodeTask(tiles, value_range))[3]
+        assert np.array_equal(pixels_of(last["png"]), whole[12:, 12:])
+
+
+def test_what_training_would_leave_out_for_its_size_is_refused():
+    data = b"P4 9500 9500\n" + bytes(9500 * 1188)
+    with pytest.raises(DataError) as error:
+        encoded_image(data, "poster")
+    assert error.value.where == "poster"
 
 
 def test_a_fourth_channel_that_is_alpha_has_a_meaning():

@@ -12,11 +12,12 @@ from PIL import ExifTags, Image, ImageOps
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.data.tools.hashes import near, read_hashes
+from m3i_scale.data.tools.hashes import HashedImages, hashes_of, read_hashes
+from m3i_scale.data.tools.near import groups_within, leaks
+from m3i_scale.data.tools.nearest import FEW, near
+from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.near_duplicates import find_near_duplicates
-
-LIMIT = 89_478_485
 
 
 def picture(seed, size=(120, 90)):
@@ -65,7 +66,7 @@ def keys(images):
 
 
 def test_groups_within_a_set(training):
-    report = find_near_duplicates([training], max_pixels=LIMIT)
+    report = find_near_duplicates([training])
     largest, other = report["near_duplicates"]
     assert keys(largest["images"]) == ["a", "c", "d", "e"]
     assert [image.get("mirrored") for image in largest["images"]] == [None, True, False, False]
@@ -80,24 +81,75 @@ def test_pictures_of_an_evaluation_in_the_training_set(training, tmp_path):
     held = write(
         tmp_path / "e.tar", x=encoded(picture(2), "JPEG", quality=50), y=encoded(picture(4)), z=encoded(picture(1))
     )
-    report = find_near_duplicates([training], against=[held], max_pixels=LIMIT)
+    report = find_near_duplicates([training], against=[held])
     assert (report["leaked"], report["evaluation_images"], report["leaked_share"]) == (2, 3, round(2 / 3, 6))
-    assert [(leak["key"], keys(leak["training"])) for leak in report["leaks"]] == [
+    assert [(leak["key"], sorted(keys(leak["training"]))) for leak in report["leaks"]] == [
         ("z", ["a", "c", "d", "e"]),
         ("x", ["b", "g"]),
     ]
-    assert [image["mirrored"] for image in report["leaks"][0]["training"]] == [False, True, False, False]
+    assert [leak["alike"] for leak in report["leaks"]] == [4, 2]
+    assert {image["key"]: image["mirrored"] for image in report["leaks"][0]["training"]}["c"]
     assert "near_duplicates" not in report
 
 
-def test_one_distance_is_stricter_than_another(training):
-    exact = find_near_duplicates([training], distance=0, max_pixels=LIMIT)
-    assert ["b", "g"] in [keys(group["images"]) for group in exact["near_duplicates"]]
-    assert exact["beyond_first"] <= 4
+def test_the_distance_decides(tmp_path):
+    image = picture(1)
+    bits, _ = hashes_of(image)
+    cropped = (image.crop((cut, cut, 120 - cut, 90 - cut)) for cut in range(1, 12))
+    other = next(near for near in cropped if 1 <= (hashes_of(near)[0] ^ bits).bit_count() <= 3)
+    shards = write(tmp_path / "0.tar", a=encoded(image), b=encoded(other))
+    groups = [find_near_duplicates([shards], distance=distance)["groups"] for distance in (0, 3)]
+    assert groups == [0, 1]
+
+
+def hashed(*hashes):
+    """Images of nowhere with hashes and those of their mirror images; key and shard say the number."""
+
+    class Named(HashedImages):
+        def place(self, number):
+            return {"key": number}
+
+    hash_N, mirrored_N = np.array(hashes, dtype=np.uint64).reshape(-1, 2).T
+    return Named([], np.zeros(len(hash_N)), np.zeros(len(hash_N)), hash_N, mirrored_N, {})
+
+
+FAR = 2**64 - 1
+"""A hash unlike those of a few bits."""
+
+
+def test_placeholders_by_the_thousand_are_counted():
+    training = hashed(*[(0, FAR)] * 20_000, (0b111, FAR), (0b1, FAR), *[(FAR, 0)] * 10_000, (0xFFFF0000, 0xFFFF0000))
+    found = leaks(hashed(*[(0b1, FAR ^ 0b11)] * 2_000, (0xFFFF0000, 0xFFFF0001)), training, 3)
+    assert len(found) == 2_001
+    assert {leak["alike"] for leak in found[:-1]} == {30_002}
+    assert keys(found[0]["training"]) == [20_001, 0, 1, 2, 3]
+    assert [image["distance"] for image in found[0]["training"]] == [0, 1, 1, 1, 1]
+    assert (found[-1]["alike"], keys(found[-1]["training"])) == (1, [30_002])
+    assert len(found[0]["training"]) == FEW
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 11))
+def test_what_is_like_an_image_is_counted_once(seed, distance):
+    rng = np.random.default_rng(seed)
+    some = [(int(a), int(b)) for a, b in rng.integers(0, 2**16, (40, 2)) & rng.integers(0, 2**16, (40, 2))]
+    mine, others = hashed(*some[:20]), hashed(*some[10:], *some[10:20])
+    expected = {}
+    for number in range(20):
+        far = [(mine.likeness(number, others, other)["distance"], other) for other in range(40)]
+        near_ones = sorted(pair for pair in far if pair[0] <= distance)
+        if near_ones:
+            expected[number] = (len(near_ones), [other for _, other in near_ones[:FEW]])
+    assert {number: (count, nearest) for number, count, nearest in mine.alike(others, distance)} == expected
+
+
+def test_equal_hashes_with_other_mirror_images_are_looked_at():
+    (group,) = groups_within(hashed((0, FAR), (0, 0xFFFF), (0b1 << 60 | 0xFFFF, FAR - 1)), 3)
+    assert keys(group["images"]) == [0, 1, 2]
 
 
 def test_several_processes_find_the_same(training):
-    one, two = (find_near_duplicates([training], max_pixels=LIMIT, workers=workers) for workers in (1, 2))
+    one, two = (find_near_duplicates([training], workers=workers) for workers in (1, 2))
     assert one == two
 
 
@@ -117,15 +169,16 @@ def test_the_command(training, tmp_path):
 def test_damaged_shards_are_counted(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "0.tar").write_bytes(b"junk" * 1000)
-    hashed = read_hashes([str(tmp_path / "s")], max_pixels=LIMIT)
+    hashed = read_hashes([str(tmp_path / "s")], max_pixels=MAX_IMAGE_PIXELS)
     assert len(hashed) == 0
     assert hashed.left_out
-    assert find_near_duplicates([str(tmp_path / "s")], max_pixels=LIMIT)["near_duplicates"] == []
+    assert find_near_duplicates([str(tmp_path / "s")])["near_duplicates"] == []
 
 
 def test_a_shard_on_both_sides_is_refused(training):
-    with pytest.raises(DataError, match="twice"):
-        find_near_duplicates([training], against=[f"{training}/0.tar"], max_pixels=LIMIT)
+    with pytest.raises(DataError) as error:
+        find_near_duplicates([training], against=[f"{training}/0.tar"])
+    assert error.value.where == f"{training}/0.tar"
 
 
 @pytest.mark.parametrize(
@@ -136,14 +189,16 @@ def test_a_shard_on_both_sides_is_refused(training):
         {"distance": 12},
         {"distance": -1},
         {"features": "m", "distance": 3},
-        {"features": "m", "max_pixels": 5},
+        {"features": "m", "max_pixels": MAX_IMAGE_PIXELS},
+        {"features": "m", "workers": 1},
+        {"device": "auto"},
         {"features": "m", "similarity": 0.0},
         {"features": "m", "similarity": 1.5},
     ],
 )
 def test_options_without_effect_or_out_of_range(training, options):
     with pytest.raises(ConfigError):
-        find_near_duplicates([training], **{"max_pixels": LIMIT, **options})
+        find_near_duplicates([training], **options)
 
 
 @settings(max_examples=30, deadline=None)

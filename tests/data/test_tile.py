@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.images import on_white
 from m3i_scale.data.make.existing import Origin, contents
-from m3i_scale.data.make.tile import Tiling
+from m3i_scale.data.make.records import ListedInput, Record
+from m3i_scale.data.make.tile import TiledInput, Tiling
 from m3i_scale.errors import ConfigError, DataError
 
 WIDE = np.random.default_rng(0).integers(0, 256, (50, 75, 3), dtype=np.uint8)
@@ -140,6 +141,25 @@ def test_what_cannot_be_cut_is_refused_or_left_out(folder):
     assert {key.removeprefix("cats_").partition("_")[0] for key in reasons} == {"bomb", "cut", "junk"}
     _, small = make(folder, "--tile", "32", "--tile-max-pixels", "1100", "--skip-bad")
     assert small["splits"]["train"]["samples"] == 1
+
+
+def test_tiles_that_training_would_leave_out_are_refused_before_decoding():
+    source = ListedInput([Record("bomb", foreign.huge_png(60_000), where="a bomb")], [])
+    (record,) = TiledInput(source, Tiling(20_000, max_pixels=60_000**2)).records()
+    assert isinstance(record.fault, DataError)
+    assert record.fault.where == "a bomb"
+
+
+def test_shards_of_tiles_stay_below_their_limit(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    large = Image.fromarray(pixels).resize((960, 960), Image.Resampling.BICUBIC)
+    large.save(root / "large.jpg", quality=30)
+    output, _ = make(root, "--tile", "96", "--max-mb", "0.3")
+    shards = list((output / "train").glob("*.tar"))
+    assert sum(shard.stat().st_size for shard in shards) > 10 * (root / "large.jpg").stat().st_size
+    assert max(shard.stat().st_size for shard in shards) <= 300_000
 
 
 def test_masks_are_not_cut(tmp_path):

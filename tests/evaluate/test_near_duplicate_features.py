@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.near_duplicates import find_near_duplicates
+from m3i_scale.evaluate.features import unit_rows
+from m3i_scale.evaluate.near_duplicates import EncodedImages, find_near_duplicates
 
 
 def write(path, **images):
@@ -41,7 +42,7 @@ def sets(tmp_path_factory):
 
 
 def test_groups_over_several_sources(sets, vit_folder):
-    report = find_near_duplicates(sets[0], features=vit_folder, similarity=0.999, max_pixels=MAX_IMAGE_PIXELS)
+    report = find_near_duplicates(sets[0], features=vit_folder, similarity=0.999)
     (group,) = report["near_duplicates"]
     assert [(image["shard"], image["key"]) for image in group["images"]] == [(sets[0][0], "a"), (sets[0][1], "d")]
     assert 0.999 <= group["images"][1]["similarity"] <= 1
@@ -58,12 +59,39 @@ def test_leaks(sets, vit_folder):
     assert (report["leaks"][0]["key"], report["leaks"][0]["training"][0]["key"]) == ("x", "c")
 
 
+def test_keys_of_others_reach_no_terminal_raw(tmp_path, vit_folder):
+    shards = write(tmp_path / "0.tar", **{"\x1b[2Jone": picture(1), "\x1b[2Jtwo": picture(1)})
+    (group,) = find_near_duplicates([shards], features=vit_folder)["near_duplicates"]
+    assert [image["key"] for image in group["images"]] == [r"\x1b[2Jone", r"\x1b[2Jtwo"]
+    text = CliRunner().invoke(app, ["shards", "near-duplicates", shards, "--features", str(vit_folder)])
+    assert "\x1b" not in text.stdout
+
+
+def encoded(rows_ND):
+    numbers = np.arange(len(rows_ND))
+    return EncodedImages([], np.zeros_like(numbers), numbers, unit_rows(rows_ND), Counter())
+
+
+def test_exact_copies_have_similarity_1():
+    rows = np.random.default_rng(0).standard_normal((200, 768)).astype(np.float32)
+    twice = encoded(np.concatenate([rows, rows]))
+    pairs = {pair for left, right in twice.pairs(1.0) for pair in zip(left.tolist(), right.tolist(), strict=True)}
+    assert pairs == {(number, number + 200) for number in range(200)}
+
+
+def test_many_alike_are_counted_and_the_nearest_kept():
+    angles = np.concatenate([np.full(20_000, 0.1), [0.3, 0.02, 0.05, 3.0]])
+    training = encoded(np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32))
+    evaluation = encoded(np.array([[1, 0], [0, -1]], dtype=np.float32))
+    assert list(evaluation.alike(training, 0.98)) == [(0, 20_002, [20_001, 20_002, 0, 1, 2])]
+
+
 def test_without_a_usable_image(tmp_path, vit_folder):
     empty = write(tmp_path / "0.tar", bad=b"junk")
-    report = find_near_duplicates([empty], features=vit_folder, max_pixels=MAX_IMAGE_PIXELS)
+    report = find_near_duplicates([empty], features=vit_folder)
     assert (report["images"], report["near_duplicates"]) == (0, [])
 
 
 def test_a_folder_without_a_model(sets, tmp_path):
     with pytest.raises(ExportError):
-        find_near_duplicates(sets[0], features=tmp_path, max_pixels=MAX_IMAGE_PIXELS)
+        find_near_duplicates(sets[0], features=tmp_path)

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from m3i_scale.data.categories import Categories
+from m3i_scale.data.deep_images import ValueRange
 from m3i_scale.data.images import (
     MASK,
     READ_FORMATS,
-    ValueRange,
     check_mask,
     encoded_image,
     orientation,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,8 @@ from typing import Any
 from PIL import Image
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.images import (
-    DECODE_FAULTS,
-    READ_FORMATS,
-    SIXTEEN_AS_I,
-    fault_text,
-    orientation,
-    upright,
-    upright_size,
-)
+from m3i_scale.data.deep_images import SIXTEEN_AS_I, ValueRange, check_header, check_values
+from m3i_scale.data.images import DECODE_FAULTS, fault_text, open_any_size, orientation, upright, upright_size
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Contents, Input, Record, contents_of
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
@@ -71,16 +63,17 @@ class TiledInput:
     Args:
         source: the other input.
         tiling: how images are cut.
+        value_range: see `encoded_image`; the tiles of an image that has no such values do not show it.
 
     Raises:
         ConfigError: values that make no sense, or an input with boxes.
     """
 
-    def __init__(self, source: Input, tiling: Tiling) -> None:
+    def __init__(self, source: Input, tiling: Tiling, value_range: ValueRange | None = None) -> None:
         tiling.check()
         if source.categories is not None:
             raise ConfigError("--tile cuts no boxes", fix="cut images and annotations before, or leave out --tile")
-        self._source, self._tiling = source, tiling
+        self._source, self._tiling, self._value_range = source, tiling, value_range
 
     @property
     def labels(self) -> list[str]:
@@ -104,9 +97,9 @@ class TiledInput:
             if isinstance(found, DataError) or not self._is_large(found):
                 yield outline
                 continue
-            boxes = list(self._tiling.boxes(*found))
-            size, group = max(1, outline.size // len(boxes)), outline.group or outline.key
-            for ending, _ in boxes:
+            group = outline.group or outline.key
+            for ending, (left, top, right, bottom) in self._tiling.boxes(*found):
+                size = 3 * (right - left) * (bottom - top)  # a PNG is hardly larger, and often larger than its source
                 yield replace(outline, key=outline.key + ending, size=size, group=group)
 
     def records(self) -> Iterator[Record]:
@@ -131,14 +124,18 @@ class TiledInput:
         """Return width and height of the image when it is upright, or why it cannot be used."""
         if record.fault is not None:
             return record.fault
-        where = _where(record)
         try:
             with _opened(record.image) as image:
                 width, height = upright_size(image.size, orientation(image))
         except (OSError, *DECODE_FAULTS) as error:
-            return DataError(f"the image does not decode: {fault_text(error)}", where=where)
+            return DataError(f"the image does not decode: {fault_text(error)}", where=_where(record))
         except DataError as error:
             return error
+        return self._fault(record, width, height) or (width, height)
+
+    def _fault(self, record: Record, width: int, height: int) -> DataError | None:
+        """Return why an image of such a size cannot be cut."""
+        where, side = _where(record), self._tiling.side
         if width * height > self._tiling.max_pixels:
             return DataError(
                 f"the image is too large: {width} × {height} pixels, --tile-max-pixels is {self._tiling.max_pixels}",
@@ -146,24 +143,32 @@ class TiledInput:
                 why="it is decoded whole before it is cut",
                 fix="raise --tile-max-pixels if the memory is there (3 bytes a pixel and more), or cut it before",
             )
-        if self._is_large((width, height)) and record.mask is not None:
+        if not self._is_large((width, height)):
+            return None
+        if min(width, side) * min(height, side) > MAX_IMAGE_PIXELS:
+            return DataError(f"its tiles are of more than {MAX_IMAGE_PIXELS} pixels", where=where, fix="a lower --tile")
+        if record.mask is not None:
             return DataError("--tile cuts no masks", where=where, fix="cut images and masks before")
-        return width, height
+        return None
 
     def _tiles(self, record: Record, size: tuple[int, int]) -> Iterator[Record]:
-        boxes = list(self._tiling.boxes(*size))
         fault: DataError | None = None
         try:
             with _opened(record.image) as opened:
-                image = upright(opened, orientation(opened))
-                image.load()
+                check_header(opened, self._value_range, _where(record))
+                lies = orientation(opened)
+                opened.load()
+                check_values(opened, _where(record))
+                image = upright(opened, lies)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                 elif image.mode == "I" and opened.format in SIXTEEN_AS_I:
                     image = image.convert("I;16")
         except DECODE_FAULTS as error:
             fault = DataError(f"the image does not decode: {fault_text(error)}", where=_where(record))
-        for ending, box in boxes:
+        except DataError as error:
+            fault = error
+        for ending, box in self._tiling.boxes(*size):
             tile = replace(record, key=record.key + ending, where=f"{_where(record)}{ending}", fault=fault)
             if fault is None:
                 data = _as_tiff(image.crop(box))
@@ -173,15 +178,7 @@ class TiledInput:
 
 
 def _opened(contents: Contents) -> Image.Image:
-    """Open an image of any size; its header is read, and no pixel."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF data
-            file = contents if isinstance(contents, Path) else io.BytesIO(contents_of(contents))
-            return Image.open(file, formats=READ_FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    return open_any_size(contents if isinstance(contents, Path) else io.BytesIO(contents_of(contents)))
 
 
 def _as_tiff(tile: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""Hash images by their coarse structure, and find hashes that differ in a few bits.
+"""Hash images by their coarse structure.
 
 A bit of a hash is the sign of one low frequency of the grey image (its cosine transform at 32 × 32 pixels). Shrinking,
 compression and brighter light change few of them; a mirrored image has another hash, which is kept beside. Colour is
@@ -8,7 +8,7 @@ not looked at.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tar import key_at, read_shard
+from m3i_scale.data.tools.nearest import FEW, Alike, Nearest, Numbers, Pairs, near, unlike_bits
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -34,15 +35,6 @@ LEAST_DEVIATION = 2.0
 """Standard deviation of grey levels (0 … 255) below which an image is `PLAIN`."""
 NEAR_ZERO = 0.1
 """Frequencies below this share of the mean amplitude count as zero: of a symmetric image half of them are rounding."""
-BANDS, BAND_BITS = 4, 16
-MAX_DISTANCE = 11
-"""Beyond it, unlike images meet by chance, and a search would compare nearly all pairs."""
-BLOCK_PAIRS = 2_000_000
-_ONES = np.array([value.bit_count() for value in range(1 << BAND_BITS)], dtype=np.uint8)
-
-Numbers = NDArray[np.integer[Any]]
-Pairs = Iterator[tuple[Numbers, Numbers]]
-"""Numbers of images, the first of each pair and the second."""
 
 
 def _cosines() -> NDArray[np.float64]:
@@ -119,25 +111,43 @@ class HashedImages:
 
     def pairs(self, distance: int) -> Pairs:
         """Yield pairs of alike images; of those with equal hashes the first stands for the others, with which it is
-        paired."""
+        paired. Their mirror images are all looked for, as they may have different hashes."""
         values, first, which = np.unique(self.hash_N, return_index=True, return_inverse=True)
         repeated = np.flatnonzero(first[which] != np.arange(len(self)))
         yield first[which[repeated]], repeated
-        for queries in (values, self.mirrored_N[first]):
+        hash_U2, first_U, _ = self._distinct()
+        for queries, images in ((values, first), (hash_U2[:, 1], first_U)):
             for left, right in near(queries, values, distance):
-                unequal = left != right
-                yield first[left[unequal]], first[right[unequal]]
+                unequal = images[left] != first[right]
+                yield images[left[unequal]], first[right[unequal]]
 
-    def pairs_with(self, others: HashedImages, distance: int) -> Pairs:
-        """Yield all pairs of an image and an image of others that are alike; some may come twice."""
-        values, which = np.unique(others.hash_N, return_inverse=True)
-        order = np.argsort(which, kind="stable")
-        ends = np.cumsum(np.bincount(which, minlength=len(values)))
-        for queries in (self.hash_N, self.mirrored_N):
+    def alike(self, others: HashedImages, distance: int) -> Alike:
+        """Yield what is like them among others, of all images that are like any. Equal hashes are compared once."""
+        hash_U2, _, mine = self._distinct()
+        values, first, which, counts = np.unique(
+            others.hash_N, return_index=True, return_inverse=True, return_counts=True
+        )
+        order, ends = np.argsort(which, kind="stable"), np.cumsum(counts)
+        nearest = Nearest(len(hash_U2))
+        for column, queries in enumerate(hash_U2.T):
             for left, right in near(queries, values, distance):
-                for number, value in zip(left.tolist(), right.tolist(), strict=True):
-                    equal = order[ends[value - 1] if value else 0 : ends[value]]
-                    yield np.full(len(equal), number), equal
+                straight, mirrored = (unlike_bits(hash_U2[left, side], values[right]) for side in (0, 1))
+                new = (straight > distance) | (column == 0)  # others were found as they are
+                bits = np.minimum(straight, mirrored)[new]
+                nearest.add(left[new], first[right[new]], bits, counts[right[new]])
+        for number in np.flatnonzero(nearest.count_Q[mine]).tolist():
+            found = []
+            for far, value in ((far, which[other]) for far, other in nearest.of(mine[number])):
+                equal = order[ends[value] - counts[value] : ends[value]][:FEW]
+                found += [(far, other) for other in equal.tolist()]
+            yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(found)[:FEW]]
+
+    def _distinct(self) -> tuple[NDArray[np.uint64], Numbers, Numbers]:
+        """Return the distinct pairs of a hash and that of the mirror image (U, 2), of each the first image that has it,
+        and of every image its pair."""
+        both_N2 = np.stack([self.hash_N, self.mirrored_N], axis=1)
+        hash_U2, first, which = np.unique(both_N2, axis=0, return_index=True, return_inverse=True)
+        return hash_U2, first, which.reshape(-1)
 
 
 def read_hashes(
@@ -193,44 +203,3 @@ def _hashes_in(members: Mapping[str, bytes], max_pixels: int) -> tuple[int, int]
         lies = orientation(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
         return hashes_of(upright(on_white(image), lies))
-
-
-def near(query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int) -> Pairs:
-    """Yield the numbers of all queries and values that differ in at most `distance` bits, each pair once.
-
-    Hashes are four bands of 16 bits. Of two that differ in d bits, one band differs in d // 4 at most, so only values
-    are compared whose band is that of the query up to so many bits.
-    """
-    radius = distance // BANDS
-    masks = np.flatnonzero(radius >= _ONES)
-    for band in range(BANDS):
-        keys_N, keys_Q = _band(value_N, band), _band(query_Q, band)
-        order = np.argsort(keys_N, kind="stable")
-        ends = np.cumsum(np.bincount(keys_N, minlength=1 << BAND_BITS))
-        for mask in masks:
-            wanted_Q = keys_Q ^ mask
-            end_Q = ends[wanted_Q]
-            count_Q = end_Q - np.where(wanted_Q > 0, ends[wanted_Q - 1], 0)
-            for left, places in _candidates(end_Q, count_Q):
-                right = order[places]
-                unlike = query_Q[left] ^ value_N[right]
-                ones = [_ONES[_band(unlike, number)] for number in range(BANDS)]
-                same = ones[0] + ones[1] + ones[2] + ones[3] <= distance
-                for earlier in range(band):  # by which the pair was found before
-                    same &= ones[earlier] > radius
-                yield left[same], right[same]
-
-
-def _band(hashes: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
-    return ((hashes >> np.uint64(number * BAND_BITS)) & np.uint64((1 << BAND_BITS) - 1)).astype(np.int64)
-
-
-def _candidates(end_Q: Numbers, count_Q: Numbers) -> Pairs:
-    """Yield (query, place) for the `count_Q` places before `end_Q` of every query, about `BLOCK_PAIRS` at a time."""
-    asked = np.flatnonzero(count_Q)
-    total = np.cumsum(count_Q[asked])
-    blocks = np.searchsorted(total, np.arange(BLOCK_PAIRS, total[-1] if len(total) else 0, BLOCK_PAIRS))
-    for queries in np.split(asked, np.unique(blocks)):
-        counts = count_Q[queries]
-        left: Numbers = np.repeat(queries, counts)
-        yield left, np.repeat(end_Q[queries] - np.cumsum(counts), counts) + np.arange(len(left))

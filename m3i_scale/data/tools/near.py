@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import Self
 
-from m3i_scale.data.tools.hashes import Pairs
+from m3i_scale.data.tools.nearest import Alike, Pairs
 
 
 class Images(Protocol):
@@ -34,8 +34,8 @@ class Images(Protocol):
         """Yield enough pairs of alike images to connect all that are."""
         ...
 
-    def pairs_with(self, others: Self, threshold: Any) -> Pairs:
-        """Yield all pairs of an image and an alike one of others; some may come twice."""
+    def alike(self, others: Self, threshold: Any) -> Alike:
+        """Yield what is like them among others, of all images that are like any."""
         ...
 
 
@@ -72,20 +72,18 @@ def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str
     """Return the images of an evaluation that are like images of a training set; those with the most first.
 
     Returns:
-        By image its place, and `training`: place and likeness of all that it resembles.
+        By image its place; `alike`: how many it resembles; `training`: place and likeness of the nearest of them.
     """
-    alike: dict[int, set[int]] = {}
-    for left, right in evaluation.pairs_with(training, threshold):
-        for number, other in zip(left.tolist(), right.tolist(), strict=True):
-            alike.setdefault(number, set()).add(other)
+    found = sorted(evaluation.alike(training, threshold), key=lambda leak: (-leak[1], leak[0]))
     return [
         {
             **evaluation.place(number),
+            "alike": count,
             "training": [
-                {**training.place(other), **evaluation.likeness(number, training, other)} for other in sorted(others)
+                {**training.place(other), **evaluation.likeness(number, training, other)} for other in nearest
             ],
         }
-        for number, others in sorted(alike.items(), key=lambda item: (-len(item[1]), item[0]))
+        for number, count, nearest in found
     ]
 
 

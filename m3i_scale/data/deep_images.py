@@ -1,0 +1,131 @@
+"""Grey images of more than eight bits become eight here, where there is a rule for it; all others are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from m3i_scale.errors import DataError
+
+ValueRange = tuple[float, float]
+"""The grey values that become black and white."""
+
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Pillow's modes of grey images of more than eight bits."""
+SIXTEEN_AS_I = ("PNG", "PPM")
+"""Formats whose sixteen bits of grey Pillow reads as mode I; it stretches a PPM of fewer bits to sixteen."""
+
+_BITS, _WHITE_IS, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 262, 277, 339
+"""Tags of TIFF. Grey is white at zero where the second is 0 (or absent, as Pillow reads it)."""
+_UNSIGNED = 1
+
+
+def check_header(image: Image.Image, value_range: ValueRange | None, where: str) -> None:
+    """Check, before an image is decoded, that there is a rule by which its values become eight bits of three channels.
+
+    Raises:
+        DataError: there is none.
+    """
+    channels = _tag(image, _SAMPLES_PER_PIXEL, 1)
+    if channels > len(image.getbands()):
+        raise DataError(
+            f"the image has {channels} channels, and not all have a meaning",
+            where=where,
+            why=f"Pillow reads {len(image.getbands())} of them",
+            fix="save the three that are to be red, green and blue",
+        )
+    if image.mode not in DEEP_MODES:
+        if value_range is not None:
+            raise DataError(
+                f"--value-range has no effect on an image of mode {image.mode}",
+                where=where,
+                why="it is for grey images of more than eight bits; of colours Pillow keeps the upper eight alone",
+                fix="make shards of such images apart, or leave them out with --skip-bad",
+            )
+        return
+    if image.format == "TIFF" and _tag(image, _WHITE_IS, 0) == 0:
+        raise DataError(
+            "the image has grey values of more than eight bits whose zero is white",
+            where=where,
+            fix="save it with black as zero (PhotometricInterpretation 1)",
+        )
+    if value_range is None and not _is_sixteen(image):
+        raise DataError(
+            f"the image has {'floating-point' if image.mode == 'F' else '12-bit, 32-bit or signed'} values without a "
+            "range",
+            where=where,
+            why="which of them are black and white is not known",
+            fix="--value-range LOW,HIGH",
+        )
+    if value_range is not None and _is_stretched(image):
+        raise DataError(
+            "--value-range has no meaning for a PGM of fewer than 16 bits",
+            where=where,
+            why="Pillow stretches its values to 0 … 65,535",
+            fix="save it as a PNG or TIFF of 16 bits, or leave out --value-range",
+        )
+
+
+def check_values(image: Image.Image, where: str) -> None:
+    """Check the values of a decoded image whose header has passed.
+
+    Raises:
+        DataError: some are no finite numbers, or beyond what Pillow reads.
+    """
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise DataError("the image has values that are no finite numbers", where=where, fix="replace them")
+    unsigned = image.format == "TIFF" and _tag(image, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED
+    if image.mode == "I" and unsigned and np.asarray(image).min() < 0:
+        raise DataError(
+            "the image has values of 2,147,483,648 and more",
+            where=where,
+            why="Pillow reads 32 bits as signed",
+            fix="save it as floating-point numbers, or in 16 bits",
+        )
+
+
+def eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
+    """Return an image of one of `DEEP_MODES` with eight bits of grey.
+
+    Of sixteen bits the upper eight are taken, as Pillow does it with sixteen bits of a colour; a bare conversion would
+    make all but the darkest 1/256 of them white.
+
+    Args:
+        image: opened.
+        value_range: values at and below the first become 0, at and above the second 255, linear between.
+
+    Raises:
+        ValueError: not sixteen bits, and no range.
+    """
+    if value_range is None and not _is_sixteen(image):
+        raise ValueError(f"values of mode {image.mode} have no range")
+    values_HW = np.asarray(image)
+    if value_range is None:
+        levels_HW = values_HW >> 8
+    else:
+        low, high = value_range
+        levels_HW = np.rint((np.clip(values_HW.astype(np.float64), low, high) - low) * (255 / (high - low)))
+    return Image.fromarray(levels_HW.astype(np.uint8))
+
+
+def _is_sixteen(image: Image.Image) -> bool:
+    """Return whether the values of a deep grey image are 0 … 65,535; Pillow reads 12 bits of a TIFF as I;16 too."""
+    if image.mode == "I":
+        return image.format in SIXTEEN_AS_I
+    return image.mode.startswith("I;16") and _tag(image, _BITS, 16) == 16
+
+
+def _is_stretched(image: Image.Image) -> bool:
+    """Return whether decoding an opened image stretches its values: its decoder then takes their maximum."""
+    if not isinstance(image, ImageFile.ImageFile) or image.format != "PPM" or image.mode != "I":
+        return False
+    decoder, _, _, arguments = image.tile[0]
+    return decoder != "raw" and isinstance(arguments, tuple) and arguments[-1] != 65535
+
+
+def _tag(image: Image.Image, number: int, default: int) -> Any:
+    """Return the (first) value of a tag of a TIFF; of other formats, and where it is absent, the default."""
+    value = getattr(image, "tag_v2", {}).get(number, default)
+    return value[0] if isinstance(value, tuple) and value else value

@@ -1,0 +1,115 @@
+"""Find hashes that differ in a few bits; count the images that are like one, and keep the nearest few.
+
+All of them would not fit in memory: where images are missing, a picture that says so stands many thousand times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FEW = 5
+"""Images that are kept."""
+
+BANDS, BAND_BITS = 4, 16
+MAX_DISTANCE = 11
+"""Beyond it, unlike images meet by chance, and a search would compare nearly all pairs."""
+BLOCK_PAIRS = 2_000_000
+_ONES = np.array([value.bit_count() for value in range(1 << BAND_BITS)], dtype=np.uint8)
+
+Numbers = NDArray[np.integer[Any]]
+Pairs = Iterator[tuple[Numbers, Numbers]]
+"""Numbers of images, the first of each pair and the second."""
+Alike = Iterator[tuple[int, int, list[int]]]
+"""Number of an image, how many others are like it, and the numbers of the nearest `FEW`, nearest first."""
+
+
+class Nearest:
+    """Counts, for every query, the values that are like it, and keeps the nearest few of them.
+
+    Args:
+        queries: how many there are.
+    """
+
+    def __init__(self, queries: int) -> None:
+        self.count_Q = np.zeros(queries, dtype=np.int64)
+        self._query_K = np.zeros(0, dtype=np.int64)
+        self._value_K = np.zeros(0, dtype=np.int64)
+        self._far_K = np.zeros(0, dtype=np.float64)
+
+    def add(self, query_P: Numbers, value_P: Numbers, far_P: NDArray[Any], weight_P: Numbers | None = None) -> None:
+        """Add pairs of a query and a value, none of which was there before.
+
+        Args:
+            query_P: numbers of queries.
+            value_P: numbers of values; of equally near ones the lower is kept.
+            far_P: how far they are apart.
+            weight_P: for how many images the value stands; None: for one.
+        """
+        if not len(query_P):
+            return
+        counts = np.bincount(query_P, weight_P, minlength=len(self.count_Q))
+        self.count_Q += np.rint(counts).astype(np.int64)
+        query = np.concatenate([self._query_K, query_P])
+        value = np.concatenate([self._value_K, value_P])
+        far = np.concatenate([self._far_K, far_P])
+        order = np.lexsort((value, far, query))
+        sorted_query, places = query[order], np.arange(len(order))
+        begins = np.searchsorted(sorted_query, sorted_query)  # where the pairs of the same query do
+        kept = order[places - begins < FEW]
+        self._query_K, self._value_K, self._far_K = query[kept], value[kept], far[kept]
+
+    def of(self, query: int) -> list[tuple[float, int]]:
+        """Return how far the nearest values of a query are, and their numbers, nearest first."""
+        start, end = np.searchsorted(self._query_K, [query, query + 1])
+        return list(zip(self._far_K[start:end].tolist(), self._value_K[start:end].tolist(), strict=True))
+
+
+def near(query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int) -> Pairs:
+    """Yield the numbers of all queries and values that differ in at most `distance` bits, each pair once.
+
+    Hashes are four bands of 16 bits. Of two that differ in d bits, one band differs in d // 4 at most, so only values
+    are compared whose band is that of the query up to so many bits.
+    """
+    radius = distance // BANDS
+    masks = np.flatnonzero(radius >= _ONES)
+    for band in range(BANDS):
+        keys_N, keys_Q = _band(value_N, band), _band(query_Q, band)
+        order = np.argsort(keys_N, kind="stable")
+        ends = np.cumsum(np.bincount(keys_N, minlength=1 << BAND_BITS))
+        for mask in masks:
+            wanted_Q = keys_Q ^ mask
+            end_Q = ends[wanted_Q]
+            count_Q = end_Q - np.where(wanted_Q > 0, ends[wanted_Q - 1], 0)
+            for left, places in _candidates(end_Q, count_Q):
+                right = order[places]
+                unlike = query_Q[left] ^ value_N[right]
+                ones = [_ONES[_band(unlike, number)] for number in range(BANDS)]
+                same = ones[0] + ones[1] + ones[2] + ones[3] <= distance
+                for earlier in range(band):  # by which the pair was found before
+                    same &= ones[earlier] > radius
+                yield left[same], right[same]
+
+
+def _band(hashes: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
+    return ((hashes >> np.uint64(number * BAND_BITS)) & np.uint64((1 << BAND_BITS) - 1)).astype(np.int64)
+
+
+def unlike_bits(first_N: NDArray[np.uint64], second_N: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Return in how many bits hashes differ."""
+    ones: NDArray[np.uint8] = _ONES[(first_N ^ second_N).view(np.uint16).reshape(-1, BANDS)].sum(1, dtype=np.uint8)
+    return ones
+
+
+def _candidates(end_Q: Numbers, count_Q: Numbers) -> Pairs:
+    """Yield (query, place) for the `count_Q` places before `end_Q` of every query, about `BLOCK_PAIRS` at a time."""
+    asked = np.flatnonzero(count_Q)
+    total = np.cumsum(count_Q[asked])
+    blocks = np.searchsorted(total, np.arange(BLOCK_PAIRS, total[-1] if len(total) else 0, BLOCK_PAIRS))
+    for queries in np.split(asked, np.unique(blocks)):
+        counts = count_Q[queries]
+        left: Numbers = np.repeat(queries, counts)
+        yield left, np.repeat(end_Q[queries] - np.cumsum(counts), counts) + np.arange(len(left))
