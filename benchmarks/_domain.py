@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from _common import say
 from _one_stage import IMAGE, DataSet, Entry, open_data, optim_values, run_values
-from _training import Training, tool
+from _trainings import Training, tool
 from PIL import Image, ImageFilter, ImageOps
 
 from m3i_scale.data.images import to_png

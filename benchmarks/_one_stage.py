@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from _cost import count_flop, recipe_step, synthetic_batch
-from _training import Training, tool, write
+from _trainings import Training, tool, write
 from transformers import AutoTokenizer
 
 from m3i_scale.config import RunConfig, load_run, parse_section

@@ -21,7 +21,7 @@ from _common import emit, emoji_shards, machine, say
 from _domain import FIGURES, LAYER_DECAY, LR, GoneOn, Sets, Start, open_sets
 from _intervals import LEVEL, mean_interval
 from _one_stage import BATCH
-from _training import train_all
+from _trainings import train_all
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import EXIT_USER_ERROR, UserError

@@ -28,7 +28,7 @@ import torch
 import typer
 from _common import emit, emoji_shards, machine, say, scene_shards
 from _intervals import difference_interval, mean_interval
-from _training import stop_all, tool
+from _trainings import stop_all, tool
 from transformers import AutoConfig, AutoModel
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean

@@ -38,7 +38,7 @@ from _one_stage import (
     run_values,
 )
 from _one_stage_report import markdown, plot
-from _training import train_all
+from _trainings import train_all
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean

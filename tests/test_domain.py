@@ -170,7 +170,7 @@ def test_a_result_depends_on_its_start_and_on_both_sets(sets, tmp_path):
 def test_what_is_printed_and_that_nothing_is_done_twice(sets, tmp_path, monkeypatch):
     """With trainings that only write down what they were asked for."""
     import _domain
-    import _training
+    import _trainings
     import domain
 
     asked = []
@@ -187,7 +187,7 @@ def test_what_is_printed_and_that_nothing_is_done_twice(sets, tmp_path, monkeypa
         sides = {name: {"before": {"value": before}, "after": {"value": before + gain[name]}} for name in gain}
         return {"sets": {name: {"measures": dict.fromkeys(_domain.FIGURES.values(), sides[name])} for name in sides}}
 
-    for module in (_domain, _training):
+    for module in (_domain, _trainings):
         monkeypatch.setattr(module, "tool", tool)
     document = domain.compared(sets, tmp_path, 2, 6, 4, 1)
     assert set(document["domain"]) == set(document["general"]) == {"knn", "linear", "dense"}

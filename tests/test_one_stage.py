@@ -207,7 +207,7 @@ def test_data_that_cannot_be_compared_on_are_refused(folder, tmp_path, missing):
 def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     """With trainings and evaluations that only write down what they were asked for."""
     import _one_stage
-    import _training
+    import _trainings
     import downstream
     import one_stage
     from _one_stage_report import TITLES, markdown, plot
@@ -251,7 +251,7 @@ def test_every_row_of_the_whole_comparison(folder, tmp_path, monkeypatch):
     for split in ("train", "val"):
         (tmp_path / "scenes" / split).mkdir(parents=True)
         (tmp_path / "scenes" / split / "manifest.json").write_text("{}")
-    for module in (_one_stage, _training):
+    for module in (_one_stage, _trainings):
         monkeypatch.setattr(module, "tool", tool)
     monkeypatch.setattr(downstream, "tool", fine_tune)
     monkeypatch.setattr(downstream, "scene_shards", lambda: tmp_path / "scenes")
@@ -319,7 +319,7 @@ def test_a_recipe_has_one_colour_in_all_panels(tmp_path):
 
 
 def test_a_failed_command_ends_the_comparison_with_its_words(folder, tmp_path):
-    from _training import tool
+    from _trainings import tool
 
     with pytest.raises(UserError, match="exit code 2") as caught:
         tool(["evaluate", str(tmp_path / "none"), "--data", str(folder / "val")], tmp_path / "log", {})

@@ -110,7 +110,7 @@ def test_frequencies_stay_in_fp32_when_the_model_is_cast() -> None:
 @torch.no_grad()
 def test_frequencies_of_a_frozen_teacher_stay_in_fp32() -> None:
     config = backbone_config(DINOV3)
-    teacher = FrozenTeacher("folder", "test", config, (0.5,) * 3, (0.5,) * 3, (4, 4)).bfloat16()
+    teacher = FrozenTeacher("folder", "test", config, (0.5,) * 3, (0.5,) * 3, backbone_config(DINOV3)).bfloat16()
     wanted = DINOv3ViTModel(config).rope_embeddings.inv_freq
     teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert torch.equal(teacher.model.rope_embeddings.inv_freq, wanted)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def main() -> None:
             save(engine, momentum, folder / f"zero{stage}-{dtype}-{dist.get_world_size()}" / STEP)
             engine.destroy()
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # DeepSpeed's hooks keep engines alive, and an interpreter that goes down under their threads may abort
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Training:
     output: Path
     """Every result has a folder of its own in it, named by what it depends on."""
 
-    code: ClassVar[tuple[str, ...]] = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_training.py")
+    code: ClassVar[tuple[str, ...]] = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_trainings.py")
     """Files and folders that a result depends on; a change in them trains anew."""
 
     def values(self, folder: Path) -> dict[str, Any]:
