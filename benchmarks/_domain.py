@@ -53,7 +53,7 @@ class Sets:
 
 
 def open_sets(emoji: Path, beside: Path) -> Sets:
-    """Both sets, made in `beside` out of the emoji set where they are missing.
+    """Return both sets, made in `beside` out of the emoji set where they are missing.
 
     General: drawings in colour of people, places, objects and the like, labelled by group. Domain: animals, plants and
     food as a scanner would have them, grey, inverted, blurred and noisy, labelled by kind. Nothing of the domain needs
@@ -129,7 +129,7 @@ def _as_it_is(key: str, sample: Sample) -> Pictures:
 
 
 def _scan(key: str, sample: Sample) -> Pictures:
-    """Grey, inverted, blurred and noisy, at the size at which it is trained; the noise is drawn by the key."""
+    """Return it grey, inverted, blurred and noisy, at the size at which it is trained; its key draws the noise."""
     image, mask = _as_it_is(key, sample)
     grey = ImageOps.invert(image.convert("L").resize((IMAGE, IMAGE))).filter(ImageFilter.GaussianBlur(BLUR))
     noise = np.random.default_rng(zlib.crc32(key.encode())).normal(0, NOISE, (IMAGE, IMAGE))
@@ -164,11 +164,11 @@ class Start(Training):
 
     @property
     def export(self) -> Path:
-        """The trained backbone."""
+        """Return the folder of the trained backbone."""
         return self.folder / "export"
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """Nothing yet: it is measured beside what goes on from it."""
+        """Export it; it is measured beside what goes on from it."""
         tool(
             ["export", str(folder / "run"), "--to", str(folder / "export"), "--overwrite"],
             folder / "export.log",
@@ -203,7 +203,7 @@ class GoneOn(Start):
         return values, [self.sets.general.sha256]
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """Figures of the start and of this, by set and measure."""
+        """Return figures of the start and of this, by set and measure."""
         super().measured(folder, environment)
         compared = ["compare", str(self.start.export), str(folder / "export"), "--data", str(self.sets.domain.folder)]
         compared += ["--general", str(self.sets.general.folder)]

@@ -265,7 +265,7 @@ class Job(Training):
         return values, [self.data.options]
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """What its checkpoints are worth: at the end, and along the training."""
+        """Return what its checkpoints are worth: at the end, and along the training."""
         checkpoints = sorted((folder / "run" / "checkpoints").glob("step-*"))
         points = [self._point(folder, checkpoint, environment) for checkpoint in checkpoints]
         self.say(_short(points[-1]["measures"]))

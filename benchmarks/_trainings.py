@@ -9,6 +9,7 @@ import queue
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Training:
-    """One training with one seed, and what it is worth."""
+class Training(ABC):
+    """Describes one training with one seed, and measures what it is worth."""
 
     name: str
     seed: int
@@ -36,28 +37,28 @@ class Training:
     code: ClassVar[tuple[str, ...]] = ("m3i_scale", "ds_configs", "recipes", "benchmarks/_trainings.py")
     """Files and folders that a result depends on; a change in them trains anew."""
 
+    @abstractmethod
     def values(self, folder: Path) -> dict[str, Any]:
-        """The whole run file; its output lies in `folder`."""
-        raise NotImplementedError
+        """Return the whole run file; its output lies in `folder`."""
 
+    @abstractmethod
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
-        """The run file without paths, and what else the result depends on beside code, torch and machine."""
-        raise NotImplementedError
+        """Return the run file without paths, and what else the result depends on beside code, torch and machine."""
 
+    @abstractmethod
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-        """What the trained run in `folder` is worth."""
-        raise NotImplementedError
+        """Return what the trained run in `folder` is worth."""
 
     @property
     def folder(self) -> Path:
-        """Where its result lies, and the export that was measured last."""
+        """Return where its result lies, and the export that was measured last."""
         return self._folder(self.key())
 
     def _folder(self, key: str) -> Path:
         return self.output / f"{self.name.replace(' ', '-')}-{self.seed}-{key[:12]}"
 
     def key(self) -> str:
-        """What the result depends on: settings, data, code, torch, and what it ran on."""
+        """Return a hash of what the result depends on: settings, data, code, torch, and what it ran on."""
         values, others = self.depends()
         machine = [torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"]
         digest = hashlib.sha256(json.dumps([values, *others, machine], sort_keys=True).encode())
@@ -68,7 +69,7 @@ class Training:
         return digest.hexdigest()
 
     def result(self, environment: dict[str, str]) -> dict[str, Any]:
-        """Train and measure; or what an earlier call with the same settings, data and code found.
+        """Train and measure, or return what an earlier call with the same settings, data and code found.
 
         A training that was cut off goes on from its newest checkpoint.
         """
@@ -99,14 +100,15 @@ class Training:
         return found
 
     def say(self, text: str) -> None:
-        """Progress of this training."""
+        """Print the progress of this training."""
         say(f"{self.name}, seed {self.seed}: {text}")
 
 
 def train_all(
     trainings: Sequence[Training], workers: int, work: Callable[[Any, dict[str, str]], dict[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
-    """Results of all, some at a time. A worker has its share of the cores, and a GPU of its own where there are some.
+    """Return the results of all, some at a time. A worker has its share of the cores, and a GPU of its own where there
+    are some.
 
     Args:
         trainings: in the order in which they begin.
@@ -144,7 +146,7 @@ def train_all(
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
     partial.rename(path)
@@ -154,7 +156,7 @@ _running: set[subprocess.Popen[str]] = set()
 
 
 def tool(arguments: list[str], log: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """One `m3i-scale` command in a process of its own; its document, where it prints one.
+    """Run one `m3i-scale` command in a process of its own; return its document, where it prints one.
 
     Raises:
         UserError: it failed.

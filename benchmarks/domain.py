@@ -82,7 +82,7 @@ def compared(sets: Sets, output: Path, seeds: int, start_steps: int, steps: int,
 
 
 def _figures(by_side: dict[str, list[dict[str, Any]]], name: str, measure: str) -> dict[str, Any]:
-    """Means over seeds, and differences seed by seed, of one measure on one set."""
+    """Return means over seeds, and differences seed by seed, of one measure on one set."""
     anchored, free = ([sets[name][measure] for sets in by_side[side]] for side in SIDES)
     before = [figures["before"] for figures in anchored]
     after, without = ([figures["after"] for figures in side] for side in (anchored, free))

@@ -14,7 +14,7 @@ from typing import Any
 from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Input
+from m3i_scale.data.make.records import Input, Wrapped
 from m3i_scale.data.make.shards import SKIPPED, make_shards
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, labels_beside
 from m3i_scale.data.workers import DEFAULT_WORKERS
@@ -28,7 +28,6 @@ from m3i_scale.downstream.unpacked import (
     TRAINED,
     Masked,
     Unpacked,
-    Wrapped,
     differing_classes,
     image_folders,
     mask_folders,

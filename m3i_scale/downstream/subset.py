@@ -13,12 +13,12 @@ from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
 from m3i_scale.data.make.layout import Outline, hash_of
-from m3i_scale.data.make.records import Input, Record
+from m3i_scale.data.make.records import Input, Record, Wrapped
 from m3i_scale.data.make.wds import record_of
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
-from m3i_scale.downstream.unpacked import TRAIN, Unpacked, Wrapped, digest_of
+from m3i_scale.downstream.unpacked import TRAIN, Unpacked, digest_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.data.make.arrow import NONE, Columns, find_roles, schema_of
 from m3i_scale.data.make.folder import imagefolder_input
 from m3i_scale.data.make.huggingface import TableInput, find_files, huggingface_input
-from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.masks import masks_input, read_mask_labels
 from m3i_scale.data.make.records import Input, ListedInput, Record
 from m3i_scale.errors import ConfigError
@@ -44,44 +42,6 @@ class Unpacked:
     """How many images there are for evaluation."""
     masked: Masked = "all"
     """Of objects with boxes: which of them have masks."""
-
-
-class Wrapped:
-    """Gives all of an input; classes below it change a part.
-
-    Args:
-        source: the input.
-    """
-
-    def __init__(self, source: Input) -> None:
-        self._source = source
-
-    @property
-    def labels(self) -> list[str]:
-        """See `Input`."""
-        return self._source.labels
-
-    @property
-    def mask_labels(self) -> list[str] | None:
-        """See `Input`."""
-        return self._source.mask_labels
-
-    @property
-    def categories(self) -> Categories | None:
-        """See `Input`."""
-        return self._source.categories
-
-    def outlines(self) -> Iterator[Outline]:
-        """See `Input`."""
-        return self._source.outlines()
-
-    def records(self) -> Iterator[Record]:
-        """See `Input`."""
-        return self._source.records()
-
-    def info(self) -> dict[str, Any]:
-        """See `Input`."""
-        return self._source.info()
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:

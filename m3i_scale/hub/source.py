@@ -92,8 +92,8 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
 
 def _at_last_size(run: RunConfig) -> RunConfig:
     """Return a run whose backbone is for images of the size that the run's phase has: that is what is exported."""
-    size, own = run.image_size(0), run.backbone
-    if not size:
+    size, own = run.phases[0].image_size if run.phases else None, run.backbone
+    if size is None:
         return run
     return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from m3i_scale.backbones.families.base import TokenFamily
+from m3i_scale.backbones.families.clip import Clip
 from m3i_scale.backbones.families.vit import VIT_SIZES, sized
 from m3i_scale.errors import ConfigError
 
@@ -27,14 +28,7 @@ class Siglip(TokenFamily):
         *("layer_norm_eps", "image_size", "patch_size", "num_channels", "vision_use_head"),
     )
     parts: ClassVar[dict[str, str]] = {
-        "patch": "embeddings.patch_embedding",
-        "positions": "embeddings.position_embedding.weight",
-        "norm1": "encoder.layers.{}.layer_norm1",
-        **{part: f"encoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
-        "o": "encoder.layers.{}.self_attn.out_proj",
-        "norm2": "encoder.layers.{}.layer_norm2",
-        **{part: f"encoder.layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
-        "norm": "post_layernorm",
+        part: name for part, name in Clip.parts.items() if part not in ("class", "pre_norm")
     }
 
     def presets(self) -> dict[str, dict[str, Any]]:

@@ -230,34 +230,46 @@ def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..
     return _dinov2 if "0.scale1" in parts else _vit
 
 
+def _check_parts(
+    given: str, parts: Mapping[str, tuple[int, ...]], shape: str, wanted: dict[str, tuple[bool, str]], why: str
+) -> None:
+    """Refuse weights of a shape that has another stock class than its other parts would need.
+
+    Args:
+        given: where the weights are.
+        parts: shapes by part.
+        shape: what they have, in words.
+        wanted: by part, whether the stock class has it, and what it is in words.
+        why: names the stock class.
+
+    Raises:
+        ConfigError: a part is there too many, or too few.
+    """
+    for part, (there, what) in wanted.items():
+        if (part in parts) is not there:
+            raise refusal(given, f"it has {shape} and {'no' if there else 'also'} {what}", why)
+
+
 def _clip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    for part, wanted, what in (
-        ("patch.bias", False, "a bias of the patch embedding"),
-        ("0.scale1", False, "LayerScale"),
-        ("0.q.bias", True, "a bias of queries"),
-        ("0.k.bias", True, "a bias of keys"),
-    ):
-        if (part in parts) is not wanted:
-            raise refusal(
-                given,
-                f"it has a norm before the first layer and {'no' if wanted else 'also'} {what}",
-                "the stock class with that norm, CLIPVisionModel, differs there",
-            )
+    wanted = {
+        "patch.bias": (False, "a bias of the patch embedding"),
+        "0.scale1": (False, "LayerScale"),
+        "0.q.bias": (True, "a bias of queries"),
+        "0.k.bias": (True, "a bias of keys"),
+    }
+    why = "the stock class with that norm, CLIPVisionModel, differs there"
+    _check_parts(given, parts, "a norm before the first layer", wanted, why)
     return CLIPVisionConfig, {"intermediate_size": parts["0.fc1.weight"][0]}
 
 
 def _siglip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    for part, wanted, what in (
-        ("pre_norm.weight", False, "a norm before the first layer"),
-        ("0.scale1", False, "LayerScale"),
-        ("0.q.bias", True, "bias of queries"),
-    ):
-        if (part in parts) is not wanted:
-            raise refusal(
-                given,
-                f"it has no class token and {'no' if wanted else 'also'} {what}",
-                "the stock class without class token, SiglipVisionModel, differs there",
-            )
+    wanted = {
+        "pre_norm.weight": (False, "a norm before the first layer"),
+        "0.scale1": (False, "LayerScale"),
+        "0.q.bias": (True, "bias of queries"),
+    }
+    why = "the stock class without class token, SiglipVisionModel, differs there"
+    _check_parts(given, parts, "no class token", wanted, why)
     return SiglipVisionConfig, {"intermediate_size": _plain_mlp(given, parts), "vision_use_head": False}
 
 

@@ -112,6 +112,44 @@ class Input(Protocol):
         ...
 
 
+class Wrapped:
+    """Gives all of an input; classes below it change a part.
+
+    Args:
+        source: the input.
+    """
+
+    def __init__(self, source: Input) -> None:
+        self._source = source
+
+    @property
+    def labels(self) -> list[str]:
+        """See `Input`."""
+        return self._source.labels
+
+    @property
+    def mask_labels(self) -> list[str] | None:
+        """See `Input`."""
+        return self._source.mask_labels
+
+    @property
+    def categories(self) -> Categories | None:
+        """See `Input`."""
+        return self._source.categories
+
+    def outlines(self) -> Iterator[Outline]:
+        """See `Input`."""
+        return self._source.outlines()
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        return self._source.records()
+
+    def info(self) -> dict[str, Any]:
+        """See `Input`."""
+        return self._source.info()
+
+
 class ListedInput:
     """Gives records that are all known beforehand, though their images are not read: files, mostly.
 

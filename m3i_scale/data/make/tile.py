@@ -10,11 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from m3i_scale.data.categories import Categories
 from m3i_scale.data.deep_images import SIXTEEN_AS_I, ValueRange, check_header, check_values
 from m3i_scale.data.images import DECODE_FAULTS, fault_text, open_any_size, orientation, upright, upright_size
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Contents, Input, Record, contents_of
+from m3i_scale.data.make.records import Contents, Input, Record, Wrapped, contents_of
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 
@@ -55,7 +54,7 @@ class Tiling:
                 yield f"_r{row}_c{column}", (left, top, min(width, left + self.side), min(height, top + self.side))
 
 
-class TiledInput:
+class TiledInput(Wrapped):
     """Gives the samples of another input, large images cut into tiles with the same label and caption.
 
     The tiles of an image stay in one split. An image is decoded once, here; its tiles are encoded by the workers.
@@ -73,22 +72,8 @@ class TiledInput:
         tiling.check()
         if source.categories is not None:
             raise ConfigError("--tile cuts no boxes", fix="cut images and annotations before, or leave out --tile")
-        self._source, self._tiling, self._value_range = source, tiling, value_range
-
-    @property
-    def labels(self) -> list[str]:
-        """See `Input`."""
-        return self._source.labels
-
-    @property
-    def mask_labels(self) -> list[str] | None:
-        """See `Input`."""
-        return self._source.mask_labels
-
-    @property
-    def categories(self) -> Categories | None:
-        """See `Input`."""
-        return None
+        super().__init__(source)
+        self._tiling, self._value_range = tiling, value_range
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`. Of every image the header is read."""
