@@ -5,7 +5,7 @@ never seen, of other things and as a scanner would have them: once with the anch
 they were, and once without. All three are measured by `m3i-scale compare` on both sets. Several seeds, each with its
 own start; differences are those between trainings of the same seed, with 95 % intervals over seeds.
 
-    python benchmarks/domain.py --json [--seeds 3] [--start-steps 2000] [--steps 600] [--output runs/domain]
+    python benchmarks/domain.py --json [--seeds 3] [--start-steps 2000] [--steps 1000] [--output runs/domain]
 
 What is done is not done again: results lie in --output, a folder for every training.
 """
@@ -35,7 +35,7 @@ def main(
     output: Path = typer.Option(Path("runs/domain"), help="Keeps every training's result, and the two sets."),
     seeds: int = typer.Option(3, min=2, help="Starts, and trainings of each side that go on from them."),
     start_steps: int = typer.Option(2000, min=2, help="Steps of a start."),
-    steps: int = typer.Option(600, min=2, help="Steps on the domain."),
+    steps: int = typer.Option(1000, min=2, help="Steps on the domain."),
     workers: int = typer.Option(0, min=0, help="Trainings at a time; 0: one a core, or one a GPU."),
 ) -> None:
     """Print {domain, general: {measure: {before, after, after_without_anchor, difference, difference_without_anchor,
