@@ -434,6 +434,11 @@ def export(
     for key, value in result.items():
         if isinstance(value, str | int | float):
             table.add_row(key, str(value))
+    if (pushed := result.get("push")) is not None:
+        whose = "public" if pushed["public"] else "private"
+        table.add_row("would send to" if dry_run else "sent to", f"{pushed['repo']}, {whose}")
+        for name, size in pushed["files"].items():
+            table.add_row(name, f"{size:,} bytes")
     wide_console().print(table)
 
 

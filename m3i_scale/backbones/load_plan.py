@@ -243,5 +243,6 @@ def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> 
             "; ".join(told),
             where=where,
             why="a backbone that starts with some weights of its own is not the one that was trained",
-            fix="leave out what `backbone.config` says of depth, widths and patches: the source says it",
+            fix="give the configuration and the weights of one model; `backbone.config` need not say its depth, widths "
+            "and patches",
         )

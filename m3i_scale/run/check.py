@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
+from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import Phase, RunConfig, find_run_file, load_run, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
@@ -54,9 +56,19 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
         recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
         at_fault = broken if recipe_holds else broken | {"recipe"}
         Checks(run, ranks, at_fault, here=False).resolve(faults)
+        if "backbone" not in at_fault:
+            _note_weights(run, faults)
     for fault in faults.found:
         fault.where = fault.where or str(find_run_file(name_or_path))
     return faults.found
+
+
+def _note_weights(run: RunConfig, faults: Faults) -> None:
+    """Match the weights that the backbone starts from, where they lie here, with its parameters, by their headers."""
+    start = run.backbone.from_pretrained
+    model = Faults().note(backbone_config, run.backbone)  # whose faults are noted
+    if start is not None and model is not None and Path(start).exists():
+        faults.note(plan_load, backbone_source(run.backbone), model)
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:

@@ -64,7 +64,19 @@ def test_tiles_have_the_pixels_of_their_place_and_what_their_image_had(folder):
         assert np.array_equal(pixels_of(members["png"]), WIDE[top : top + 32, left : left + 32])
         assert (members["txt"], members["cls"]) == (b"a wide cat", b"0")
         assert json.loads(members["json"])["tile"] == [left, top, 32, 32]
+        assert json.loads(members["json"])["concept"] == "cats_wide"
     assert samples["cats_small"]["png"] == (folder / "cats" / "small.png").read_bytes()
+    assert json.loads(samples["cats_small"]["json"])["concept"] == "cats_small"
+
+
+@pytest.mark.parametrize("field", ["concept", "family"])
+def test_what_an_image_shows_stays_what_its_tiles_show(field):
+    wide = Image.new("RGB", (64, 32))
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    record = Record("wide", buffer.getvalue(), meta={field: "cat"})
+    tiles = list(TiledInput(ListedInput([record], []), Tiling(32)).records())
+    assert [tile.meta | {"tile": None} for tile in tiles] == [{field: "cat", "tile": None}] * 2
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.data())

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 from hub_server import hub_server
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import push as pushing
 from m3i_scale.hub.export import export_and_push
@@ -174,6 +176,15 @@ def test_another_evaluation_is_another_export(hub, run_dir, tmp_path, same_proce
     for file in (given, None):
         with pytest.raises(ExportError, match="has something in it"):
             export_and_push(run_dir[0], tmp_path / "out", evaluation_file=file, **options)
+
+
+def test_a_dry_run_tells_repository_files_and_sizes(hub, run_dir, tmp_path, same_process):
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(run_dir[0]), "--to", str(out), "--push", "user/model", "--dry-run"])
+    assert done.exit_code == 0, done.exception
+    assert "user/model, private" in done.stdout
+    for name in ("config.json", "model.safetensors"):
+        assert f"{(out / name).stat().st_size:,} bytes" in done.stdout
 
 
 def changed(folder):

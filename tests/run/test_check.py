@@ -10,7 +10,7 @@ import pytest
 import yaml
 from forked import Forks
 from shapes import write_run
-from tiny import tiny_start
+from tiny import tiny_start, tiny_teacher
 from transformers import BitImageProcessor
 from typer.testing import CliRunner
 
@@ -176,6 +176,19 @@ def test_images_that_are_not_those_of_the_weights_are_a_warning(shards: Path, tm
     assert len(warnings_of(run_file, both)) == 2
     assert places(run_file, *both) == []
     assert warnings_of(str(write_run(tmp_path, shards, "mae"))) == []  # from random weights
+
+
+def test_weights_that_do_not_fit_are_found_by_their_headers(shards: Path, tmp_path: Path) -> None:
+    start = Path(shutil.copytree(tiny_start(), tmp_path / "start"))
+    run_file = str(write_run(tmp_path, shards, "continue_images", f"backbone.from_pretrained={start}"))
+    assert places(run_file) == []
+    weights = start / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert places(run_file) == [f"backbone.from_pretrained: {weights}"]
+    shutil.copy(Path(tiny_teacher("siglip")) / "model.safetensors", weights)
+    assert places(run_file) == ["backbone.from_pretrained"]
+    assert places(run_file, "backbone.config.patch_size=7") == ["backbone.config.patch_size"]  # nothing is matched with that
 
 
 def test_the_commands(forks: Forks, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def open_weights(path: Path, where: str) -> Iterator[Weights]:
             f"cannot read weights: {_reason(error)}",
             where=f"{where}: {path}",
             why="files are safetensors, or made by `torch.save` (since torch 1.6) and hold tensors alone",
-            fix="save the state dict anew as safetensors",
+            fix="copy or download it anew, or save the state dict as safetensors",
         ) from None
 
 

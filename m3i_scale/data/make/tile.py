@@ -89,7 +89,7 @@ class TiledInput(Wrapped):
 
     def records(self) -> Iterator[Record]:
         """See `Input`."""
-        for record in self._source.records():
+        for record in map(_named, self._source.records()):
             found = self._size(record)
             if isinstance(found, DataError):
                 yield replace(record, fault=found)
@@ -160,6 +160,12 @@ class TiledInput(Wrapped):
                 meta = record.meta | {"tile": [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
                 tile = replace(tile, image=data, size=len(data), meta=meta)
             yield tile
+
+
+def _named(record: Record) -> Record:
+    """Return it with the key of its image as what intervals count, where it names nothing of the kind."""
+    named = record.meta.keys() & {"concept", "family"}
+    return record if named else replace(record, meta=record.meta | {"concept": record.key})
 
 
 def _opened(contents: Contents) -> Image.Image:
