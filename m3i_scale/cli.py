@@ -439,6 +439,8 @@ def export(
         table.add_row("would send to" if dry_run else "sent to", f"{pushed['repo']}, {whose}")
         for name, size in pushed["files"].items():
             table.add_row(name, f"{size:,} bytes")
+        for name in pushed.get("removed", ()):
+            table.add_row(name, "removed there")
     wide_console().print(table)
 
 

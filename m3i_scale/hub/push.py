@@ -106,7 +106,8 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
             if refused
             else "give the same command again: it goes on with what has not arrived",
         ) from None
-    return facts | {"removed": removed, "commit": str(commit.oid)}
+    public = there.private is False  # of a repository that was there, whatever is asked for
+    return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}
 
 
 def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:

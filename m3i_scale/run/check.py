@@ -64,10 +64,12 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
 
 
 def _note_weights(run: RunConfig, faults: Faults) -> None:
-    """Match the weights that the backbone starts from, where they lie here, with its parameters, by their headers."""
+    """Match the weights of a folder or file that the backbone starts from with its parameters, by their headers."""
     start = run.backbone.from_pretrained
+    if start is None or not Path(start).exists() or (run.output_dir / "checkpoints").exists():  # which it goes on from
+        return
     model = Faults().note(backbone_config, run.backbone)  # whose faults are noted
-    if start is not None and model is not None and Path(start).exists():
+    if model is not None:
         faults.note(plan_load, backbone_source(run.backbone), model)
 
 

@@ -178,13 +178,19 @@ def test_another_evaluation_is_another_export(hub, run_dir, tmp_path, same_proce
             export_and_push(run_dir[0], tmp_path / "out", evaluation_file=file, **options)
 
 
-def test_a_dry_run_tells_repository_files_and_sizes(hub, run_dir, tmp_path, same_process):
+def test_what_is_sent_and_what_would_be_are_told_with_sizes(hub, run_dir, tmp_path, same_process):
     out = tmp_path / "out"
-    done = CliRunner().invoke(app, ["export", str(run_dir[0]), "--to", str(out), "--push", "user/model", "--dry-run"])
-    assert done.exit_code == 0, done.exception
-    assert "user/model, private" in done.stdout
-    for name in ("config.json", "model.safetensors"):
-        assert f"{(out / name).stat().st_size:,} bytes" in done.stdout
+    command = ["export", str(run_dir[0]), "--to", str(out), "--push", "user/model"]
+    told = {}
+    for options in (("--dry-run",), ("--public", "--dry-run"), ("--public",)):
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, *options])
+        assert done.exit_code == 0, done.exception
+        told[options] = done.stdout
+        for name in ("config.json", "model.safetensors"):
+            assert f"{(out / name).stat().st_size:,} bytes" in done.stdout
+    assert ["would send to" in text for text in told.values()] == [True, True, False]
+    assert ["user/model, private" in text for text in told.values()] == [True, False, False]
+    assert ["user/model, public" in text for text in told.values()] == [False, True, True]
 
 
 def changed(folder):

@@ -188,7 +188,24 @@ def test_weights_that_do_not_fit_are_found_by_their_headers(shards: Path, tmp_pa
     assert places(run_file) == [f"backbone.from_pretrained: {weights}"]
     shutil.copy(Path(tiny_teacher("siglip")) / "model.safetensors", weights)
     assert places(run_file) == ["backbone.from_pretrained"]
-    assert places(run_file, "backbone.config.patch_size=7") == ["backbone.config.patch_size"]  # nothing is matched with that
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # which a run goes on from, without these weights
+    assert places(run_file, f"output_dir={tmp_path / 'run'}") == []
+    assert places(run_file, "backbone.config.patch_size=7") == [
+        "backbone.config.patch_size"
+    ]  # nothing is matched with that
+
+
+def test_of_a_model_of_the_hub_the_configuration_alone_is_read(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return tiny_start()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    run_file = str(write_run(tmp_path, shards, "continue_images", "backbone.from_pretrained=someone/model"))
+    assert places(run_file) == []
+    assert set(asked) == {"*.json"}
 
 
 def test_the_commands(forks: Forks, tmp_path: Path) -> None:

@@ -163,9 +163,10 @@ class TiledInput(Wrapped):
 
 
 def _named(record: Record) -> Record:
-    """Return it with the key of its image as what intervals count, where it names nothing of the kind."""
-    named = record.meta.keys() & {"concept", "family"}
-    return record if named else replace(record, meta=record.meta | {"concept": record.key})
+    """Return it with a `concept`, which intervals count: its own, else its family, else the key of its image."""
+    named = (record.meta.get(name) for name in ("concept", "family"))
+    concept = next((value for value in named if value is not None), record.key)
+    return replace(record, meta=record.meta | {"concept": concept})
 
 
 def _opened(contents: Contents) -> Image.Image:
