@@ -410,6 +410,7 @@ def export(
     leave_out_accelerator_warning()
     from m3i_scale.config.kinds import import_given
     from m3i_scale.hub.export import export_and_push
+    from m3i_scale.hub.push import told_push
     from m3i_scale.hub.write import Wanted
 
     import_given(imports)
@@ -434,13 +435,8 @@ def export(
     for key, value in result.items():
         if isinstance(value, str | int | float):
             table.add_row(key, str(value))
-    if (pushed := result.get("push")) is not None:
-        whose = "public" if pushed["public"] else "private"
-        table.add_row("would send to" if dry_run else "sent to", f"{pushed['repo']}, {whose}")
-        for name, size in pushed["files"].items():
-            table.add_row(name, f"{size:,} bytes")
-        for name in pushed.get("removed", ()):
-            table.add_row(name, "removed there")
+    for row in told_push(result["push"]) if push is not None else ():
+        table.add_row(*row)
     wide_console().print(table)
 
 

@@ -110,6 +110,14 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
     return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}
 
 
+def told_push(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of a table that tell what `push` returned."""
+    heading = "sent to" if "commit" in facts else "would send to"
+    rows = [(heading, f"{facts['repo']}, {'public' if facts['public'] else 'private'}")]
+    rows += [(name, f"{size:,} bytes") for name, size in facts["files"].items()]
+    return rows + [(name, "removed there") for name in facts.get("removed", ())]
+
+
 def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
     """Return files that are there and that the export.json of a repository lists; none where it cannot be read."""
     present = {file.rfilename for file in there.siblings or []}
