@@ -59,7 +59,8 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
         dry_run: only list what would be sent; needs no token and no network.
 
     Returns:
-        `repo`, `files` (bytes by name), `bytes`, and, but for a dry run, `removed` (names) and `commit`.
+        `repo`, `public` (whether it is), `files` (bytes by name), `bytes`, and, but for a dry run, `removed` (names)
+        and `commit`.
 
     Raises:
         ExportError: no whole export, no such name, no access, or the upload failed.

@@ -65,8 +65,8 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
 
 def _note_weights(run: RunConfig, faults: Faults) -> None:
     """Match the weights of a folder or file that the backbone starts from with its parameters, by their headers."""
-    start = run.backbone.from_pretrained
-    if start is None or not Path(start).exists() or (run.output_dir / "checkpoints").exists():  # which it goes on from
+    start, goes_on = run.backbone.from_pretrained, (run.output_dir / "checkpoints").exists()
+    if start is None or goes_on or not Path(start).exists():
         return
     model = Faults().note(backbone_config, run.backbone)  # whose faults are noted
     if model is not None:

@@ -178,6 +178,12 @@ def test_another_evaluation_is_another_export(hub, run_dir, tmp_path, same_proce
             export_and_push(run_dir[0], tmp_path / "out", evaluation_file=file, **options)
 
 
+def test_a_private_repository_stays_so_and_is_told_so(hub, folder):
+    assert push(folder, "user/model")["public"] is False
+    assert push(folder, "user/model", public=True)["public"] is False
+    assert push(folder, "user/other", public=True)["public"] is True
+
+
 def test_what_is_sent_and_what_would_be_are_told_with_sizes(hub, run_dir, tmp_path, same_process):
     out = tmp_path / "out"
     command = ["export", str(run_dir[0]), "--to", str(out), "--push", "user/model"]

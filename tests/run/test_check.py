@@ -190,9 +190,7 @@ def test_weights_that_do_not_fit_are_found_by_their_headers(shards: Path, tmp_pa
     assert places(run_file) == ["backbone.from_pretrained"]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # which a run goes on from, without these weights
     assert places(run_file, f"output_dir={tmp_path / 'run'}") == []
-    assert places(run_file, "backbone.config.patch_size=7") == [
-        "backbone.config.patch_size"
-    ]  # nothing is matched with that
+    assert places(run_file, "backbone.config.patch_size=7") == ["backbone.config.patch_size"]
 
 
 def test_of_a_model_of_the_hub_the_configuration_alone_is_read(shards: Path, tmp_path: Path, monkeypatch) -> None:
