@@ -35,7 +35,7 @@ FIGURES = {"knn": "knn k=20", "linear": "linear accuracy", "dense": "dense mean_
 """Measures of frozen features, and the figure of each. Texts are left out: the text tower starts anew, whatever becomes
 of the backbone."""
 LR, LAYER_DECAY = 1e-3, 0.75
-"""Of what goes on: the rate of the start, and the decay by layer of `continue_m3i`."""
+"""What goes on has the rate of the start, and the decay by layer of `continue_m3i`."""
 SPLITS = {"train": ("train", "style"), "val": ("val", "style_val")}
 """Of the emoji set, for each split here: all four styles."""
 Sample = dict[str, bytes]
