@@ -206,7 +206,7 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D)."""
+        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D)."""
 
 
 class FrozenStart(Teacher):
@@ -272,8 +272,12 @@ class FrozenTeacher(Teacher):
         return grid[0] * patch, grid[1] * patch
 
     @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D).
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D).
+
+        The image feature is the pooled output of the model: CLIP's class token behind `post_layernorm`, the attention
+        pool of SigLIP and AIMv2 (what RADIO's adaptors of these teachers predict). Without one, it is the class token,
+        else the mean patch token; so it is for a ViT, whose tanh pooler most published weights do not have.
 
         A model of another patch size than the student's sees the images resized. It normalises as it was trained to,
         and stays in evaluation mode.
@@ -286,7 +290,11 @@ class FrozenTeacher(Teacher):
             images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bilinear", antialias=True)
         pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)
         options = {"interpolate_pos_encoding": True} if self.interpolates else {}
-        hidden_BSD = self.model(pixel_values=pixels_BCHW, **options).last_hidden_state
+        output = self.model(pixel_values=pixels_BCHW, **options)
+        hidden_BSD = output.last_hidden_state
         tokens_BND = hidden_BSD[:, -grid[0] * grid[1] :]
+        pooled_BD = None if hasattr(self.model, "pooler") else getattr(output, "pooler_output", None)
+        if pooled_BD is not None:
+            return pooled_BD[:, None], tokens_BND
         has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
         return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND

@@ -45,9 +45,6 @@ def _read_config(source: str, where: str) -> Any:
             fix="give a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id",
         ) from None
     config = getattr(config, "vision_config", config)
-    for field in ("vision_use_head", "use_head"):  # SigLIP, AIMv2: their pooling is not read
-        if hasattr(config, field):
-            setattr(config, field, False)
     for field in ("hidden_size", "patch_size"):
         if not isinstance(getattr(config, field, None), int):
             raise ConfigError(f"a {config.model_type} has no plain `{field}`", where=f"{where}: {source}")
@@ -119,7 +116,7 @@ def teacher_plan(teacher: Teacher) -> LoadPlan:
     check_outputs(teacher, teacher.student.image_size)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
-    # A pooling layer is no part of the tokens that are read, and a head no part of the model.
+    # The tanh pooler of a ViT is not read (see `FrozenTeacher.forward`), and most published weights lack it.
     pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
     folder = pretrained_folder(teacher.source, teacher.where)
     files = Source(teacher.source, "transformers", folder, config, hub_places)

@@ -173,9 +173,8 @@ def multi_teacher(objective: Objective, batch: Batch) -> Tensor:
         stock = kind.from_pretrained(objective.recipe.teachers[name].from_pretrained).eval()
         seen = resize(batch.images_VBCHW[0].float(), [side, side], antialias=True)
         with torch.no_grad():
-            hidden = stock(pixel_values=normalize(seen, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))).last_hidden_state
-        patches = hidden[:, before:]
-        summary = hidden[:, 0] if before else patches.mean(dim=1)
+            output = stock(pixel_values=normalize(seen, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+        patches, summary = output.last_hidden_state[:, before:], output.pooler_output
         wanted = F.layer_norm(patches, patches.shape[-1:])
         losses.append(F.mse_loss(objective.heads[f"{name}_map"].projection(student[:, 1:]), wanted))
         predicted = objective.image_heads[name].projector(student[:, 0])

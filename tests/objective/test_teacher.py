@@ -12,12 +12,18 @@ from transformers import (
     Aimv2VisionModel,
     AutoModel,
     BitImageProcessor,
+    CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2Model,
     PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
+    ViTModel,
 )
 from weights import shaken
 
@@ -97,10 +103,47 @@ def test_a_teacher_of_another_patch_size_sees_the_images_resized(patch: int, sid
     pixels = normalize(smaller, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
     stock = CLIPVisionModel.from_pretrained(tiny_teacher("clip")).eval()
     with torch.no_grad():
-        wanted = stock(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
-    cls_B1D, tokens_BND = teacher(images)
+        wanted = stock(pixel_values=pixels, interpolate_pos_encoding=True)
+    pooled_B1D, tokens_BND = teacher(images)
     assert tokens_BND.shape == (2, (32 // patch) ** 2, 40)
-    torch.testing.assert_close(torch.cat([cls_B1D, tokens_BND], dim=1), wanted)
+    torch.testing.assert_close(tokens_BND, wanted.last_hidden_state[:, 1:])
+    torch.testing.assert_close(pooled_B1D[:, 0], wanted.pooler_output)  # behind `post_layernorm`
+
+
+IMAGE_MODELS = {
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=64)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES, intermediate_size=64)),
+    "aimv2": lambda: Aimv2VisionModel(Aimv2VisionConfig(**SIZES, intermediate_size=64)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_the_image_feature_is_the_models_own_pooled_output(name: str, tmp_path: Path) -> None:
+    folder = saved(IMAGE_MODELS[name](), tmp_path)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    stock = AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = stock(pixel_values=normalize(images, (0.5,) * 3, (0.5,) * 3))
+    pooled_B1D, tokens_BND = filled(teacher_of(folder))(images)
+    torch.testing.assert_close(pooled_B1D[:, 0], wanted.pooler_output)
+    torch.testing.assert_close(tokens_BND, wanted.last_hidden_state[:, -16:])
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_vit_has_the_class_token_and_siglip_without_a_head_the_mean(head: bool, tmp_path: Path) -> None:
+    """The tanh pooler of `ViTModel` is random in most published weights."""
+    if head:
+        model: PreTrainedModel = ViTModel(ViTConfig(**SIZES, intermediate_size=64))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**SIZES, intermediate_size=64, vision_use_head=False))
+    folder = saved(model, tmp_path)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        pixels = normalize(images, (0.5,) * 3, (0.5,) * 3)
+        hidden = AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).last_hidden_state
+    pooled_B1D, _ = filled(teacher_of(folder))(images)
+    torch.testing.assert_close(pooled_B1D[:, 0], hidden[:, 0] if head else hidden.mean(dim=1))
 
 
 def test_a_model_that_hides_patches_is_refused(tmp_path: Path) -> None:
