@@ -207,6 +207,9 @@ class RfDetr(DetectionHead):
                 raise ValueError(f"channels {self.channels} is no multiple of {name} {getattr(self, name)}")
         if not (self.class_weight or self.box_weight or self.giou_weight):
             raise ValueError("class_weight, box_weight and giou_weight are all 0: nothing would be learnt of boxes")
+        if self.masks and self.queries < 4:
+            # The stock matcher compares masks at queries × groups / 4 points: at none, all costs are NaN.
+            raise ValueError(f"queries {self.queries} must be at least 4 with masks")
         for name in () if self.masks else ("mask_stride", "mask_weight", "dice_weight"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect without masks")

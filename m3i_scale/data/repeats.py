@@ -5,10 +5,14 @@ appendix B.2): a whole number of times for certain, and once more as often as th
 rounded along the list of all samples, from a point that is drawn for every pass. So each sample gets its rest on
 average, every pass has the same number of reads, and which sample a read is of follows from the pass and the number of
 the read alone.
+
+The number of reads of a pass is the sum of all factors, rounded up. All factors are scaled by the same number to add up
+to it, so that the relative frequencies of samples are exactly those of their factors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +23,9 @@ from m3i_scale.data.present import Present, join, load_present
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.scan import ShardIndex
 from m3i_scale.errors import DataError, named
+
+_ORDER = "2"
+"""Version of which reads a pass has; a checkpoint of another one is of another order of samples."""
 
 
 def repeat_factors(present: Present, threshold: float) -> NDArray[np.float64]:
@@ -63,7 +70,7 @@ def repeats_of(
     with named(where):
         present = join([load_present(index, access) for index in indices])
     factors = np.split(repeat_factors(present, threshold), np.cumsum([len(index) for index in indices])[:-1])
-    return Repeats(factors, seed, where, f"{present.digest} {threshold!r}")
+    return Repeats(factors, seed, where, f"{present.digest} {threshold!r} {_ORDER}")
 
 
 class Repeats:
@@ -81,20 +88,21 @@ class Repeats:
 
     def __init__(self, factors: Sequence[NDArray[np.float64]], seed: int, where: str, digest: str = "") -> None:
         of_all = np.concatenate(factors)
-        whole = np.floor(of_all)
-        rest = np.cumsum(of_all - whole)
-        more = max(1, round(float(rest[-1]))) if rest[-1] > 0 else 0
-        if more:
+        total = float(of_all.sum())
+        self.reads = math.ceil(round(total, 6))  # whatever was rounded in the sum
+        """Of a pass."""
+        if not self.reads:
+            raise DataError("no sample has an object", where=where, why="those without are not read in training")
+        of_all = of_all * (self.reads / total)
+        whole = np.floor(of_all + 1e-9)
+        rest = np.cumsum((of_all - whole).clip(min=0))
+        if more := self.reads - int(whole.sum()):
             rest *= more / rest[-1]
-            rest[np.searchsorted(rest, rest[-1]) :] = more  # whatever was rounded: a pass has a whole number of reads
+            rest[np.searchsorted(rest, rest[-1]) :] = more
         self._whole_N, self._rest_N = np.cumsum(whole).astype(np.int64), rest
         self._ends = np.cumsum([len(of_shard) for of_shard in factors])
         self._seed, self.digest = seed, digest
         self._shard: tuple[int, int, NDArray[np.int64]] | None = None
-        self.reads = int(self._whole_N[-1]) + more
-        """Of a pass."""
-        if not self.reads:
-            raise DataError("no sample has an object", where=where, why="those without are not read in training")
 
     def ends(self, epoch: int) -> NDArray[np.int64]:
         """See `Reads`."""

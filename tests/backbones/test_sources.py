@@ -137,6 +137,13 @@ def test_positions_of_another_grid_than_the_configuration_says(tmp_path: Path) -
         planned(folder)
 
 
+def test_a_bare_file_says_that_its_norms_are_assumed_to_come_first(tmp_path: Path) -> None:
+    save_file(timm_model().state_dict(), tmp_path / "bare.safetensors")
+    bare = planned(tmp_path / "bare.safetensors", num_attention_heads=4).report["assumed"]
+    assert "pre-norm" in bare["layer_norm_eps"]
+    assert "layer_norm_eps" not in planned(timm_folder(tmp_path / "folder", timm_model())).report["assumed"]
+
+
 def test_a_bare_file_of_a_size_whose_norms_stand_behind(tmp_path: Path) -> None:
     """EVA-02-E has the names and shapes of a ViT, and computes something else."""
     with torch.device("meta"):

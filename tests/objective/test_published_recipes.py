@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms.functional import resize
 from transformers import AutoModel, BertConfig, BertModel, CLIPVisionModel
 
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput, build_inputs, normalize
@@ -274,7 +276,8 @@ def data2vec2(objective: Objective, batch: Batch) -> Tensor:
         for layer in decoder.layers:
             x = x + F.gelu(F.layer_norm(layer(x).permute(0, 2, 3, 1), (64,)).permute(0, 3, 1, 2))
         predicted = objective.heads["features"].projection(x.flatten(2).transpose(1, 2))
-        losses.append(F.mse_loss(rows(predicted, where.hidden_BM), rows(wanted, where.hidden_BM)))
+        error = (rows(predicted, where.hidden_BM) - rows(wanted, where.hidden_BM)).square()
+        losses.append((error.sum(dim=-1) / 64**0.5).mean())  # data2vec_v2.py: scale = 1 / sqrt(D)
     assert len(losses) == 8
     return torch.stack(losses).mean()
 
@@ -301,9 +304,19 @@ PUBLISHED: dict[str, Callable[[Objective, Batch], Tensor]] = {
 }
 
 
+AT_TINY_WIDTH = {"data2vec2": ["recipe.targets.0.weight=8"]}
+"""Numbers of a recipe that follow the width of its backbone, which is 64 here."""
+
+
+def test_the_weight_of_data2vec2_is_the_root_of_its_width() -> None:
+    run = load_run("data2vec2")
+    width = backbone_config(run.backbone).hidden_size
+    assert run.recipe["targets"][0]["weight"] == pytest.approx(width**0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_the_published_loss_with_its_gradients(recipe: str) -> None:
-    objective = tiny_objective(recipe)
+    objective = tiny_objective(recipe, *AT_TINY_WIDTH.get(recipe, ()))
     if objective.momentum is not None:
         with torch.no_grad():  # an average that equals the model would hide which of the two is used
             for parameter in objective.momentum.parameters():

@@ -278,6 +278,7 @@ def test_what_it_cannot_be_is_refused(name: str, fields: dict[str, Any], where: 
         {"class_weight": 0, "box_weight": 0, "giou_weight": 0},
         {"masks": False, "dice_weight": 2},
         {"masks": False, "mask_stride": 2},
+        {"masks": True, "queries": 3},
     ],
 )
 def test_fields_that_do_not_act_are_refused(fields: dict[str, Any]) -> None:

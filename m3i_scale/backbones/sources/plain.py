@@ -100,7 +100,10 @@ def plain_config(
     common["hidden_act"] = _activation(given, parts, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
     if facts.layer_norm_eps is None:
-        assumed["layer_norm_eps"] = "a bare file does not say it; the default of its code base"
+        assumed["layer_norm_eps"] = (
+            "a bare file does not say it; the default of its code base. Norms are assumed to come before attention and "
+            "MLP (pre-norm): a post-norm model has the same names and shapes"
+        )
     if pre_norm:
         return kind(**common, **specific), assumed, ()
     if rotary:
