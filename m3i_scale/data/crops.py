@@ -59,6 +59,18 @@ def scaled_crop(
     return top, left, side * height / rows, side * width / columns
 
 
+def center_crop(height: int, width: int, size: int) -> tuple[float, float, float, float]:
+    """Return the top, left, height and width of the center crop of a stock image processor.
+
+    It resizes the short side to `size`, rounds the long side down, and cuts the center at whole pixels of the result
+    (`get_resize_output_image_size` and `center_crop` of transformers).
+    """
+    short = min(height, width)
+    rows, columns = int(size * height / short), int(size * width / short)
+    top, left = (rows - size) // 2 * height / rows, (columns - size) // 2 * width / columns
+    return top, left, size * height / rows, size * width / columns
+
+
 def largest_share(mask_HW: NDArray[np.uint8]) -> float:
     """Return the share that the most frequent class has of the pixels with a class; 1 where none has."""
     counts = np.bincount(mask_HW.ravel(), minlength=256)[:NO_CLASS]

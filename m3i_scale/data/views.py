@@ -19,7 +19,16 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from m3i_scale.config import AugmentConfig, DistortionConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs, each_view, view_sizes
-from m3i_scale.data.crops import CROP_ATTEMPTS, Crop, box_of, largest_share, random_crop, scaled_crop, uniform
+from m3i_scale.data.crops import (
+    CROP_ATTEMPTS,
+    Crop,
+    box_of,
+    center_crop,
+    largest_share,
+    random_crop,
+    scaled_crop,
+    uniform,
+)
 from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
 from m3i_scale.data.instances import Instances, check_turned
 from m3i_scale.data.objects import Objects, objects_in
@@ -62,7 +71,7 @@ class ViewMaker:
         config: kinds and strengths of augmentation.
         views: how many views of an image, or what each is.
         image_size: the backbone's side of a view in pixels.
-        augment: False gives the largest centre square as every view, with nothing random.
+        augment: False gives every view the center crop and the pixels of a stock image processor, with nothing random.
         reads: what is asked of a sample; where that is objects, the whole image is shown without augmentation, its long
             side as long as the view.
         mean: of the pixels, from 0 to 1: the colour beyond the edge of an image.
@@ -122,8 +131,10 @@ class ViewMaker:
             for view, (config, size) in enumerate(zip(self._configs, self._sizes, strict=True))
         ]
         sides = [(min(crop.height, crop.width), size) for crop, size in zip(crops, self._sizes, strict=True)]
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. Never below what any crop needs.
-        shrink = max((by for by in (1, 2, 4, 8) if all(side >= by * size for side, size in sides)), default=1)
+        # In training, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, never below what any crop needs. That changes
+        # pixels, so an evaluation, which sees what an exported image processor gives, decodes all of it.
+        factors = (1, 2, 4, 8) if self._augment else (1,)
+        shrink = max((by for by in factors if all(side >= by * size for side, size in sides)), default=1)
         quick = quick_pixels(image) if shrink == 1 else None
         if quick is not None and lies != 1:
             quick = np.asarray(upright(Image.fromarray(quick), lies))
@@ -140,14 +151,14 @@ class ViewMaker:
             else:
                 if rgb is None:
                     rgb = upright(_decoded(image, shrink), lies) if quick is None else Image.fromarray(quick)
-                cut = cut_and_resize(rgb, crop, size, (height, width))
+                cut = cut_and_resize(rgb, crop, size, (height, width), exact=not self._augment and size == self._size)
             cut = self._recolour(cut, view, rng) if self._augment else cut
             shown = np.asarray(cut)
             rows, columns = shown.shape[:2]
             if min(rows, columns) < size:
                 pixels[view][:] = np.array(self._fill)[:, None, None]
             pixels[view][:, :rows, :columns] = shown.transpose(2, 0, 1)
-        mask_HW = None if mask is None else _cut_mask(mask, crops[0], self._size)
+        mask_HW = None if mask is None else cut_mask(mask, crops[0], self._size)
         objects = None
         if instances is not None:
             objects = objects_in(instances, crops[0], self._size, masks=self._reads == "boxes_and_masks")
@@ -168,14 +179,13 @@ class ViewMaker:
                 return Crop(0, 0, height, width, False)
             return Crop(*scaled_crop(height, width, size / max(height, width), size, rng), False)
         if not self._augment:
-            side = min(height, width)
-            return Crop((height - side) / 2, (width - side) / 2, side, side, False)
+            return Crop(*center_crop(height, width, self._size), False)
         flip = rng.random() < config.flip
         draw = _draw(config, size, height, width, rng)
         crop = Crop(*draw(), flip)
         if mask is not None and config.cat_max_ratio is not None:
             for _ in range(CROP_ATTEMPTS - 1):
-                if largest_share(_cut_mask(mask, crop, size)) <= config.cat_max_ratio:
+                if largest_share(cut_mask(mask, crop, size)) <= config.cat_max_ratio:
                     break
                 crop = Crop(*draw(), flip)
         return crop
@@ -214,10 +224,26 @@ def _needs_no_resize(crop: Crop, size: int, source: tuple[int, int]) -> bool:
     return whole and inside and (crop.height, crop.width) == (size, size)
 
 
-def cut_and_resize(image: Image.Image, crop: Crop, size: int, source: tuple[int, int]) -> Image.Image:
+def cut_and_resize(
+    image: Image.Image, crop: Crop, size: int, source: tuple[int, int], *, exact: bool = False
+) -> Image.Image:
     """Return the view that a crop is, cropped and resized in one step. Flipping the small view instead of the large
-    image gives the same pixels."""
+    image gives the same pixels.
+
+    Args:
+        image: decoded, possibly at less than its size.
+        crop: in pixels of the source.
+        size: of the view in pixels.
+        source: height and width.
+        exact: resize the whole image and then crop, as a stock image processor does. Otherwise only the crop is
+            resized, and large images are first averaged to about twice the size, which is faster.
+    """
     inside, shown = _inside(crop, size, source)
+    if exact:
+        rows, columns = round(size * source[0] / crop.height), round(size * source[1] / crop.width)
+        top, left = round(crop.top * rows / source[0]), round(crop.left * columns / source[1])
+        resized = image.resize((columns, rows), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + shown[0], top + shown[1]))
     box = box_of(inside, source, image)
     if (box[2] - box[0], box[3] - box[1]) == shown and box[0].is_integer() and box[1].is_integer():
         view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
@@ -226,7 +252,7 @@ def cut_and_resize(image: Image.Image, crop: Crop, size: int, source: tuple[int,
     return ImageOps.mirror(view) if crop.flip else view
 
 
-def _cut_mask(mask: Image.Image, crop: Crop, size: int) -> NDArray[np.uint8]:
+def cut_mask(mask: Image.Image, crop: Crop, size: int) -> NDArray[np.uint8]:
     """Crop and resize as `cut_and_resize` does, without mixing classes."""
     inside, shown = _inside(crop, size, (mask.height, mask.width))
     view = mask.resize(shown, Image.Resampling.NEAREST, box=box_of(inside, (mask.height, mask.width), mask))

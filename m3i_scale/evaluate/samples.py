@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
+from m3i_scale.data.crops import Crop, center_crop
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.index import load_index
 from m3i_scale.data.instances import Instances, check_turned, read_instances
@@ -23,7 +24,7 @@ from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Address
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import expand_shards, read_label_sets
-from m3i_scale.data.views import ViewMaker
+from m3i_scale.data.views import ViewMaker, cut_mask
 from m3i_scale.errors import DataError, did_you_mean
 
 _MAX_PIXELS = DataConfig().max_image_pixels
@@ -31,7 +32,7 @@ _MAX_PIXELS = DataConfig().max_image_pixels
 
 @dataclass
 class Sample:
-    """Holds one sample, its image cut to the largest centre square and resized."""
+    """Holds one sample, its image resized and cut to the center square."""
 
     key: str
     pixels: NDArray[np.uint8]
@@ -189,10 +190,7 @@ def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> ND
         classes = upright(Image.fromarray(np.asarray(mask)), lies)  # of a palette, the index
     if size is None:
         return np.array(classes, dtype=np.uint8)
-    side = min(classes.size)
-    left, top = (classes.width - side) / 2, (classes.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(classes.resize((size, size), Image.Resampling.NEAREST, box=box), dtype=np.uint8)
+    return cut_mask(classes, Crop(*center_crop(classes.height, classes.width, size), False), size)
 
 
 def _members(

@@ -271,10 +271,8 @@ def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def real_pictures(side: int, shown: Shown = "centre") -> dict[str, Image.Image]:
     """Return photographs (those that come with scikit-learn) by name: as a square of the model's size, a larger one,
-    and in two long shapes whose centre square falls on whole pixels after resizing.
-    """
-    # Sides are such that a processor, which resizes before it cuts, does not cut at half a pixel, and that training
-    # does not skip pixels of a much larger picture: one that is four times as long as what is made of it.
+    and in two long shapes."""
+    # Sides are such that torchvision's processor, which rounds the place of the crop otherwise, cuts the same pixels.
     short = side if shown == "padded" else 2 * side
     flower, temple = (Image.fromarray(pixels) for pixels in reversed(load_sample_images().images))
     return {

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
+from transformers import BitImageProcessorPil
 
 from m3i_scale.config import AugmentConfig, known_runs, load_run
 from m3i_scale.config.views import ViewSpec
@@ -124,6 +125,25 @@ def test_small_views_show_what_their_crops_say():
     for pixels, crop in zip(views.small_VCHW.astype(float) / 2, views.crops[1:], strict=True):
         row = crop.top + (6 + 0.5) * crop.height / 12 - 0.5
         assert pixels[0, 6, 4] == pytest.approx(row, abs=1.5)
+
+
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (333, 999), (512, 512), (48, 61), (50, 33), (2000, 1501)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_evaluation_sees_the_pixels_of_the_stock_image_processor(size, kind):
+    """Also of a JPEG that is many times larger than the view, and where the short side does not divide the long one."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 48},
+        crop_size={"height": 48, "width": 48},
+        resample=3,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    wanted = processor(Image.open(buffer), return_tensors="np")["pixel_values"][0]
+    seen = ViewMaker(AugmentConfig(), views=1, image_size=48, augment=False)(Image.open(buffer), 0).pixels_VCHW[0]
+    assert abs(seen.astype(int) - wanted.astype(int)).max() == 0
 
 
 def test_without_augmentation_small_views_are_the_centre_square_too():
