@@ -48,14 +48,15 @@ def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, st
     if progress["left"] is not None:
         cards.append(("time left", progress["left"]))
     if run.starts and run.times_s.size:
-        cards.append(("from start to last record", duration_text(float(run.times_s[-1]) - unix_s(run.starts[0]))))
+        cards.append(("elapsed", duration_text(float(run.times_s[-1]) - unix_s(run.starts[0]))))
+    cards += [(f"{name}, newest evaluation", f"{value:.1%}") for name, value in run.scores.items()]
     for name, words, form in (
         ("loss", "loss, nats", "{:.4g}"),
         ("information", "information, nats", "{:.4g}"),
         ("samples", "samples", "{:,.0f}"),
         ("speed/samples_per_s", "samples/s", "{:,.1f}"),
         ("speed/mfu", "MFU", "{:.1%}"),
-        ("memory_gib", "GiB of the fullest rank", "{:.3g}"),
+        ("memory_gib", "peak memory, GiB", "{:.3g}"),
     ):
         values = run.figures.get(name, np.empty(0))
         values = values[np.isfinite(values)]

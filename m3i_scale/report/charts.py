@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from m3i_scale.report.run_files import RunFiles
+from m3i_scale.report.run_files import SCORES, RunFiles
 
 PERCENT = "%"
 """Unit of figures from 0 to 1 that are shown in percent."""
@@ -117,12 +117,16 @@ CHARTS = (
 
 
 def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
-    """Return a chart for every kind of figure that evaluations while training have: `loss` of all groups is one."""
+    """Return a chart for every metric of the evaluations during training, scores first and counts last; `loss` of all
+    groups is one chart."""
     names = {key for run in runs for line in run.evaluations for key in line if key.startswith("evaluation/")}
-    kinds = sorted({name.rpartition("/")[2] for name in names})
+    first, last = [*SCORES, "loss", "nats"], ["count"]
+    order = {kind: place for place, kind in enumerate([*first, "", *last])}
+    kinds = sorted({name.rpartition("/")[2] for name in names}, key=lambda kind: (order.get(kind, len(first)), kind))
     return [
         Chart(
-            f"evaluation_{kind}", "results", f"While training: {kind.replace('_', ' ')}", "",
+            f"evaluation_{kind}", "results", f"While training: {SCORES.get(kind, kind.replace('_', ' '))}",
+            PERCENT if kind in SCORES else "",
             "Measured while training, on the sources for validation.",
             rf"evaluation/(?:(.+)/)?{re.escape(kind)}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from m3i_scale.scale.output_dir import METRICS, RUN_FILE, is_run_folder
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
+SCORES = {"top_1": "top-1", "miou": "mIoU", "box_ap": "box AP", "mask_ap": "mask AP"}
+"""What evaluations during training measure of a task, from 0 to 1: last part of the metric, and its name."""
 _RECENT = 20
 """Records whose mean time of a step the time left is reckoned with."""
 
@@ -62,6 +65,17 @@ class RunFiles:
         """Return the last step that is known to be done: logged, or gone on from, or ended at."""
         marks = [line["step"] for line in (*self.starts[-1:], *self.ends[-1:], *self.rewinds[-1:])]
         return max([*marks, *map(int, self.steps[-1:])], default=0)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Return the scores of the newest evaluation by their names in `SCORES`; of several heads, the best one."""
+        newest = self.evaluations[-1] if self.evaluations else {}
+        found: dict[str, float] = {}
+        for key, words in SCORES.items():
+            values = [value for name, value in newest.items() if name.rpartition("/")[2] == key]
+            values = [value for value in values if not math.isnan(value)]
+            found |= {words: max(values)} if values else {}
+        return found
 
     @property
     def left_s(self) -> float | None:
@@ -122,6 +136,9 @@ class RunReader:
         except ConfigError as error:
             settings_fault = error.what
         lines, logged = self._metrics.records, self._metrics.steps()
+        figures = logged.figures
+        if not any(name.endswith("/nats") for name in figures):  # the sum of nothing, of a task
+            figures = {name: values for name, values in figures.items() if name != "information"}
         started = [start["name"] for start in lines["run"][-1:]]
         names = [settings.get("name"), *started, self._folder.absolute().name]
         return RunFiles(
@@ -137,7 +154,7 @@ class RunReader:
             ends=[*lines["end"]],
             steps=logged.steps,
             times_s=logged.times_s,
-            figures=logged.figures,
+            figures=figures,
             unreadable=self._metrics.unreadable,
         )
 

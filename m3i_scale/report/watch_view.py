@@ -81,7 +81,8 @@ def _head(watched: Watched, width: int) -> Iterator[Text]:
     yield Text(words)
     yield Text(_bar(share, width), "green")
     yield from _wrapped(_state(watched), width, "")
-    figures = [f"{words} {value}" for _, words, value in _latest(run)]
+    figures = [f"{name} {value:.1%}" for name, value in run.scores.items()]
+    figures += [f"{words} {value}" for _, words, value in _latest(run)]
     yield from (Text(line) for line in filled(figures, width))
 
 

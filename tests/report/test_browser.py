@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import Opened, chromium, opened
+from browser import SIZES, Opened, chromium, opened
 from playwright.sync_api import Browser, Locator
 from run_folder import PICTURES, write_run
+
+from m3i_scale.report.comparison import write_comparison
 
 BAD_PAGE = """<!doctype html><html lang="en"><meta name="viewport" content="width=device-width"><title>Bad</title>
 <body data-drawn="true" style="background: white">
@@ -178,6 +180,29 @@ def test_a_constant_stays_one_when_smoothed(report: Opened) -> None:
         curve["y"] for curve in curves_of_shares if curve["line"]["dash"] == "dot" and curve["name"].endswith("(asked)")
     ]
     assert {value for values in asked for value in values} == {0.25, 0.75}
+
+
+def test_the_axis_of_a_constant_stays_near_it(report: Opened) -> None:
+    show(report, "Health")
+    low, high = report.page.evaluate("document.getElementById('plot-count').layout.yaxis.range")
+    assert (low, high) == pytest.approx((460.8, 563.2))
+
+
+def test_verdicts_of_a_comparison_are_on_the_screen_of_a_phone(browser: Browser, tmp_path: Path) -> None:
+    model = {"name": "a model", "path": "/data/export", "type": "vit", "image_size": 224, "pool": "mean"}
+    figure = {"value": 0.25, "low": -0.125, "high": 0.125}
+    row = {"before": figure, "after": figure, "difference": figure, "change": "no difference shown"}
+    data = {"shards": "/data/shards/val", "samples": 9, "clusters": 9, "cluster_unit": "sample"}
+    of_set = {"data": data, "train_data": None, "measures": {"mean_average_precision": row}, "not_measured": {}}
+    document = {"before": model, "after": model, "level": 0.95, "sets": {"data": of_set | {"warnings": []}}}
+    write_comparison(document, {}, tmp_path / "page.html")
+    page = browser.new_page(viewport=SIZES["phone"], has_touch=True, is_mobile=True)
+    page.goto((tmp_path / "page.html").as_uri())
+    box = page.get_by_text("no difference shown").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= SIZES["phone"]["width"]
+    page.close()
 
 
 def test_no_button_sends_anything(report: Opened) -> None:

@@ -29,6 +29,8 @@ from m3i_scale.report.charts import CHARTS
 from m3i_scale.report.curves import filled_charts
 from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
+from m3i_scale.report.watch_view import Watched
+from m3i_scale.report.watch_view import lines_of as watch_lines
 from m3i_scale.scale.output_dir import lock_directory
 
 
@@ -113,7 +115,7 @@ def test_every_chart_has_its_figure_and_its_words(report):
 
 
 def test_shares_are_in_percent(report):
-    shares = {"mfu", "phases", "data_wait_share", "mixture"}
+    shares = {"mfu", "phases", "data_wait_share", "mixture", "evaluation_top_1"}
     assert {chart["id"] for chart in report.values["charts"] if chart["percent"]} == shares
     newest = report.chart("mfu")["series"][0]["y"][-1]
     assert f"Newest: {100 * newest:.3g} %" in report.text
@@ -151,6 +153,30 @@ def test_the_page_needs_nothing_else_and_runs_only_its_own_scripts(report, run, 
     assert "default-src 'none'" in policy
     assert "'unsafe-inline'" not in policy.partition("script-src")[2]
     assert write_report([run], tmp_path / "report.html")["bytes"] < 10e6
+
+
+def test_a_task_shows_its_score_first_and_no_information(run, tmp_path):
+    folder = tmp_path / "segmenter"
+    folder.mkdir()
+    shutil.copy(run / "run.yaml", folder)
+    head = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    records = [head]
+    for step in (10, 20):
+        records.append(head | {"kind": "train", "step": step, "loss": 2 / step, "information": 0.0})
+        scores = {"segmentation/miou": step / 100, "segmentation/loss": 1.0, "segmentation/count": 4.0}
+        measured = {f"evaluation/{name}": value for name, value in scores.items()}
+        records.append(head | {"kind": "evaluation", "step": step, **measured})
+    (folder / "metrics.jsonl").write_text("".join(map(json_line, records)), encoding="utf-8")
+    write_report([folder], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert "mIoU, newest evaluation" in page.text
+    assert "20.0%" in page.text
+    assert "information, nats" not in page.text
+    names = [chart["id"] for chart in page.values["charts"] if chart["tab"] == "results"]
+    assert names == ["evaluation_miou", "evaluation_loss", "evaluation_count"]
+    assert page.chart("evaluation_miou")["percent"]
+    watched = Watched(run=read_run(folder), holder=None, ranks=[], attempts=[], quarantine={}, failure=None)
+    assert any("mIoU 20.0%" in line.plain for line in watch_lines(watched, 80, 24))
 
 
 def test_several_runs_lie_over_each_other_and_differing_settings_are_listed(run, tmp_path):

@@ -78,6 +78,16 @@
     return traces;
   }
 
+  // plotly.js gives a curve that is constant an axis from 1 below to 1 above it.
+  function rangeOfConstant(chart) {
+    const values = chart.series.filter((one) => !state.runs.has(one.run)).flatMap((one) => one.y).filter((y) => y !== null);
+    const value = values[0];
+    if (!values.length || state.log || values.some((other) => Math.abs(other - value) > 1e-6 * Math.abs(value))) return {};
+    const margin = Math.abs(value) / 10 || (chart.percent ? 0.01 : 1);
+    const range = [value - margin, value + margin];
+    return { range: chart.percent ? [Math.max(0, range[0]), range[1]] : range };
+  }
+
   function layoutOf(chart) {
     const grid = css("--line"), text = css("--soft");
     const axis = { gridcolor: grid, linecolor: grid, zeroline: false, tickfont: { color: text }, automargin: true };
@@ -91,7 +101,7 @@
       yaxis: {
         ...axis, title: { text: chart.unit, font: { color: text } },
         type: state.log && !chart.stacked ? "log" : "linear", exponentformat: "power", minexponent: 5, separatethousands: true,
-        ...(chart.percent ? { tickformat: ".3~p" } : {}), ...(chart.stacked && !several ? { range: [0, 1] } : {}),
+        ...(chart.percent ? { tickformat: ".3~p" } : {}), ...(chart.stacked && !several ? { range: [0, 1] } : rangeOfConstant(chart)),
       },
       yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
     };
