@@ -98,11 +98,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on `device`, but for the seeds."""
-        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
+        # The host reads a batch as soon as it has it, so a copy to the host has to be complete.
+        queued = torch.device(device).type != "cpu"
+        copies: dict[str, Any] = {name: value.to(device, non_blocking=queued) for name, value in self.tensors.items()}
+        return replace(self, **copies)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with every one of `tensors` changed."""
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors.items()}
+        """Return the batch with every tensor changed, for instance pinned: the seeds too, which are copied to the
+        device when masks are drawn."""
+        every: dict[str, Tensor] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in every.items()}
         return replace(self, **changed)
 
     @staticmethod

@@ -179,7 +179,8 @@ class ShardedMomentum:
 
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
         """Return the live tensors that a piece is made of, flat: the fp32 values, or two halves for
-        `split_float.join`."""
+        `split_float.join`. Work that is queued after this call reads them after the gathers have written them."""
+        self.wait()
         place = self._places[name]
         copy, beside = place.flat.copy, place.flat.beside
         begin = place.begin + start - place.start

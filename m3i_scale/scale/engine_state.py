@@ -128,6 +128,9 @@ def make_moments(engine: Any, steps: int) -> None:
     """
     optimizer = engine.optimizer.optimizer
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
+    # As in torch's `Optimizer.load_state_dict`: kernels that count on the device take no count on the host, and all
+    # others would wait for the device to read it. Groups have no parameters between two steps of ZeRO-3.
+    counts_on_device = any(optimizer.defaults.get(name) for name in ("fused", "capturable"))
     for flat in _flat_tensors(engine.optimizer):
         moments = optimizer.state[flat]
         # DeepSpeed's optimizer for the host may keep fp32 moments beside master weights in bf16.
@@ -138,7 +141,8 @@ def make_moments(engine: Any, steps: int) -> None:
         for kind in () if steps else moments.keys() & MOMENTS:
             moments[kind].zero_()
         if moments:
-            moments["step"] = torch.tensor(float(steps)) if counts_in_tensors else steps
+            place = flat.device if counts_on_device else None
+            moments["step"] = torch.tensor(float(steps), device=place) if counts_in_tensors else steps
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import random_batch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.run import device_copies
@@ -76,6 +77,32 @@ def test_a_copy_is_made_beside_the_work_that_waits_for_it(monkeypatch: pytest.Mo
     expected = [*[("copy", copied)] * fields, ("wait", (waits, copied)), *[("keep", waits)] * fields]
     assert accelerator.done == expected
     assert pinning() is not None
+
+
+def test_a_copy_to_the_host_is_complete_when_it_is_returned() -> None:
+    """Torch would queue one that is not to block, and return memory that holds no values yet."""
+    queued: list[bool] = []
+
+    class Queued(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if operator is torch.ops.aten._to_copy.default:
+                queued.append(bool((kwargs or {}).get("non_blocking")))
+            return operator(*args, **(kwargs or {}))
+
+    batch = random_batch(2)
+    with FakeTensorMode(allow_non_fake_inputs=True), Queued():
+        back = batch.to("cuda:0").to("cpu")
+    fields = len(batch.tensors)
+    assert queued == [True] * fields + [False] * fields
+    assert {tensor.device.type for tensor in back.tensors.values()} == {"cpu"}
+
+
+def test_seeds_are_pinned_with_the_rest_of_a_batch() -> None:
+    """They are sent when masks are drawn: out of ordinary memory the driver would copy them first."""
+    batch, pinned = random_batch(2), []
+    batch.changed(lambda tensor: pinned.append(tensor) or tensor)
+    every = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in every}
 
 
 def test_where_the_host_computes_nothing_is_pinned_or_copied() -> None:
