@@ -23,8 +23,10 @@ def draw_first_values(
     skip: tuple[str, ...] = (),
     whole: Callable[[list[nn.Parameter]], AbstractContextManager[None]] = lambda parameters: contextlib.nullcontext(),
 ) -> None:
-    """Give all parameters their first values: a function of (seed, name of the module), whatever their type but for its
-    rounding, which leaves the global generator as it was.
+    """Initialize all parameters from (seed, name of the module) and leave the state of all random generators unchanged.
+
+    The numbers are drawn on the CPU in fp32, then copied to the parameter. They are the same on every device and in
+    every dtype, up to the rounding of the dtype.
 
     Args:
         module: the model.
@@ -34,28 +36,34 @@ def draw_first_values(
         whole: has parameters at full shape inside; the default is for those that always are.
     """
     owners = [(name, child) for name, child in module.named_modules() if isinstance(child, PreTrainedModel)]
-    for name, child in module.named_modules():
-        parameters = list(child.parameters(recurse=False))
-        if not parameters or name.startswith(skip):
-            continue
-        above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
-        with whole(parameters), torch.random.fork_rng(), torch.no_grad():
-            # One number of 32 bits: torch's generator on the host drops the upper half of a seed.
-            torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            with _drawn_in_fp32(parameters):
+    # No device but the CPU: by default `fork_rng` copies the states of every GPU of the machine.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, child in module.named_modules():
+            parameters = list(child.parameters(recurse=False))
+            if not parameters or name.startswith(skip):
+                continue
+            above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
+            # `torch.manual_seed` would seed GPUs too. The CPU's generator reads 32 bits of a seed.
+            torch.default_generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            with whole(parameters), _on_host_in_fp32(child):
                 initialize(above[-1] if above else child, child)
 
 
 @contextlib.contextmanager
-def _drawn_in_fp32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Have the parameters in fp32 inside, and round them to their own type at the end.
+def _on_host_in_fp32(module: nn.Module) -> Iterator[None]:
+    """Replace the parameters of one module by fp32 copies on the CPU, and copy their values back at the end.
 
-    A uniform number that rounds to the upper bound becomes the lower one in torch: in bf16 one weight of a thousand
-    would have the wrong sign, at its largest.
+    Random numbers of a GPU are not the ones of a CPU, and depend on the model of the GPU. In bf16, a uniform number
+    that rounds to the upper bound becomes the lower one in torch: one weight of a thousand would have the wrong sign.
     """
-    originals = [parameter.data for parameter in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    yield
-    for parameter, values in zip(parameters, originals, strict=True):
-        parameter.data = values.copy_(parameter.data)
+    originals = dict(module.named_parameters(recurse=False))
+    for name, parameter in originals.items():
+        setattr(module, name, nn.Parameter(parameter.data.to("cpu", torch.float32), requires_grad=False))
+    try:
+        yield
+    finally:
+        drawn = dict(module.named_parameters(recurse=False))
+        for name, parameter in originals.items():
+            setattr(module, name, parameter)
+    for name, parameter in originals.items():
+        parameter.data.copy_(drawn[name])

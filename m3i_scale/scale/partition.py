@@ -50,19 +50,23 @@ def whole(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[No
 
 
 def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
-    """Call `build` with every parameter partitioned as soon as its module exists, where the configuration is ZeRO-3."""
+    """Call `build` so that its parameters are on this rank's device: partitioned as each is created under ZeRO-3,
+    complete under other stages. The host never holds the complete model, which is 9 GB per rank for ViT-g/14 in fp32.
+    """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
-        return build()
+        with torch.device(get_accelerator().current_device_name()):
+            return build()
     # The type is left to the configuration: DeepSpeed ignores an explicit float32 here and takes bf16 or fp16.
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build()
 
 
 def initialize_sharded(module: nn.Module, initialize: Initialize, *, seed: int, skip: tuple[str, ...] = ()) -> None:
-    """Give all parameters their first values, one module's parameters at a time: no rank ever holds the whole model.
+    """Initialize all parameters, gathering one module at a time under ZeRO-3.
 
-    The values are those of `draw_first_values`, so they do not depend on ranks or ZeRO stage.
+    The values are the ones of `draw_first_values`: they do not depend on the device, the number of ranks or the ZeRO
+    stage.
 
     Args:
         module: the model, partitioned or not.

@@ -55,6 +55,15 @@ def test_first_weights_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_random_generators_of_gpus_are_neither_read_nor_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name, **named: asked.append(name))
+    initialize_sharded(nn.Linear(4, 4), initialize_module, seed=1)
+    assert asked == []
+
+
 def test_every_seed_that_a_run_file_may_have_is_fine() -> None:
     for seed in (0, 2**32, 2**63 - 1):
         initialize_sharded(nn.Linear(2, 2), initialize_module, seed=seed)
