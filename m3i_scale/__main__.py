@@ -3,7 +3,12 @@
 import os
 import sys
 
+from m3i_scale.cores import limit_threads
 from m3i_scale.launch.processes import end_with_parent
+from m3i_scale.rank_variables import ranks_on_host
+
+_STARTERS = ["launch"], ["doctor"]
+"""Commands that start ranks, which choose their threads themselves."""
 
 
 def run() -> None:
@@ -14,6 +19,8 @@ def run() -> None:
     under them is aborted now and then, or waits for them.
     """
     end_with_parent()  # before seconds of imports, in which the parent may end
+    if sys.argv[1:2] not in _STARTERS:
+        limit_threads(os.environ, ranks_on_host(os.environ) or 1)
     from m3i_scale.cli import main
 
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _OF_MPI = (
@@ -26,3 +26,11 @@ def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
         if all(name in environment for name in theirs):
             environment.update({ours: environment[name] for ours, name in zip(NAMES, theirs, strict=True)})
             return
+
+
+def ranks_on_host(environment: Mapping[str, str]) -> int | None:
+    """Return the number of ranks on this host, from the variables of any launcher; None if no launcher sets them."""
+    variables = dict(environment)
+    adopt_rank_variables(variables)
+    count = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE", "")  # torchrun, deepspeed
+    return int(count) if count.isdecimal() and int(count) else None

@@ -12,6 +12,7 @@ from m3i_scale.objective import detection
 PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 
 LEVELS = {
+    "cores": 0,
     "defaults": 0,
     "errors": 0,
     "files": 0,

@@ -30,12 +30,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from m3i_scale.cores import usable_cores
 from m3i_scale.errors import DataError, LostWorkerError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+DEFAULT_WORKERS = min(8, usable_cores())
 """Of a pool, where nobody says how many."""
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 START_METHOD = "fork"

@@ -16,6 +16,7 @@ from types import FrameType
 
 import psutil
 
+from m3i_scale.cores import limit_threads
 from m3i_scale.launch.processes import TIED, end_with_parent, signals_to_note
 
 _STORE_STAYS_S = 3.0
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
     StaticTCPRendezvous.shutdown = shutdown  # type: ignore[method-assign]
 
     options = parse_args(arguments)
+    limit_threads(os.environ, int(options.nproc_per_node))  # else torchrun sets 1
     options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
     for number in signals_to_note():
         signal.signal(number, _ask_ranks)

@@ -21,6 +21,7 @@ from m3i_scale.launch.doctor import checks, facts
 from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
 from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_card, check_memory
 from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
@@ -152,7 +153,7 @@ def _findings_here(resolved: ResolvedRun) -> tuple[list[Finding], int]:
     host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
     config = resolved.deepspeed.config
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
-    ranks_here = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # where nobody says so, at least this one
+    ranks_here = min(world, ranks_on_host(os.environ) or 1)
     needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
     findings = machine_findings(host, look(), needs, on_host=on_host())
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save

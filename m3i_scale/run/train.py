@@ -19,6 +19,7 @@ from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
 from m3i_scale.output import wide_console
+from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
@@ -104,8 +105,7 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     try:
         resolved = resolve_run(run, world)
     except Exception as error:  # raised when the ranks have met
-        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun, deepspeed
-        if isinstance(error, UserError) and int(ranks_here) == world:
+        if isinstance(error, UserError) and (ranks_on_host(os.environ) or 1) == world:
             raise
         fault = error
     else:

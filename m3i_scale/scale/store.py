@@ -19,13 +19,17 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from m3i_scale.errors import EXIT_FAILED, UserError
+from m3i_scale.rank_variables import ranks_on_host
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Whoever sets one of them has chosen."""
 _KEPT: list[TCPStore] = []
 _HERE, _ANSWER = "m3i_scale/here", "m3i_scale/all"
 """Keys: the host of a rank that has come; what rank 0 says in the end, nothing where all have."""
+_ROUTE, _ROUTES = "m3i_scale/route", "m3i_scale/routes"
+"""Keys: an address of a host on the network of the ranks; the number of ranks that have looked at their route."""
 _LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
+_ANY_PORT = 9
 
 
 class MissingRanksError(UserError):
@@ -64,7 +68,7 @@ def listen_at_master_address(timeout: timedelta) -> None:
             fix="the address of the chosen interface on this host, and a port that nobody uses",
         ) from None
     address = listener.getsockname()[0]
-    if ipaddress.ip_address(address).is_loopback and "lo" not in chosen and _several_hosts():
+    if is_loopback(address) and "lo" not in chosen and _several_hosts():
         listener.close()
         raise UserError(
             f"rank 0 would listen at {address} alone, where no other host can reach it",
@@ -126,6 +130,76 @@ def await_ranks(timeout_s: float) -> None:
             why="their hosts cannot be reached, or they ended before they could join: see what the launcher printed",
             fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.join_s where they only need longer",
         )
+
+
+def choose_interface(timeout_s: float) -> None:
+    """Set the network interface of gloo on several hosts, if no interface is set: see `set_interface`. Every rank calls
+    it, after `await_ranks`.
+
+    Args:
+        timeout_s: how long to wait for other ranks.
+    """
+    if not _several_hosts():
+        return
+    rank, world, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    if _of_agent():
+        store = TCPStore(address, int(os.environ["MASTER_PORT"]), world, is_master=False, wait_for_workers=False)
+    else:
+        store = _store(rank, timeout_s)
+    set_interface(store, address, world, timeout_s)
+
+
+def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -> None:
+    """Set GLOO_SOCKET_IFNAME to the interface of the route to rank 0, if no interface is set.
+
+    Without it, gloo listens at the address of the host name. Debian and Ubuntu map that name to 127.0.1.1, where no
+    other host connects. The host of rank 0 may map MASTER_ADDR to it, too: it takes the route to another host.
+
+    Args:
+        store: of all ranks.
+        address: of rank 0.
+        world: number of ranks.
+        timeout_s: how long to wait for other ranks.
+    """
+    local = local_address(address)
+    if not is_loopback(local):
+        store.set(_ROUTE, local)
+    store.add(_ROUTES, 1)
+    if any(name in os.environ for name in INTERFACES):
+        return
+    if is_loopback(local):
+        ends_at = time.monotonic() + timeout_s
+        while store.add(_ROUTES, 0) < world and time.monotonic() < ends_at:
+            time.sleep(_LOOK_S)
+        if not store.check([_ROUTE]):  # all ranks are on this host
+            return
+        local = local_address(store.get(_ROUTE).decode())
+    for name, addresses in psutil.net_if_addrs().items():
+        if local in [item.address.partition("%")[0] for item in addresses]:
+            os.environ[INTERFACES[0]] = name
+            return
+
+
+def local_address(host: str) -> str:
+    """Return the address of this host on the route to another host. Nothing is sent.
+
+    Raises:
+        OSError: the name is unknown, or there is no route.
+    """
+    fault = OSError(f"{host} has no address")
+    for family, kind, _, _, target in socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM):
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.connect(target)
+                return str(probe.getsockname()[0])
+            except OSError as error:  # an address of IPv6, on a host without it
+                fault = error
+    raise fault
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether only this host reaches itself at the address."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _has(store: TCPStore, key: str) -> bool:
@@ -201,4 +275,4 @@ def _hosts_of_deepspeed() -> dict[int, str]:
 def _several_hosts() -> bool:
     """Return whether fewer ranks are here than in all; where nobody says how many, no."""
     world = int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world)) < world
+    return (ranks_on_host(os.environ) or world) < world

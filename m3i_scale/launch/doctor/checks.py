@@ -152,12 +152,14 @@ def _interface(host: Host) -> Seen:
     elif chosen is not None:
         yield f"{chosen} {' '.join(addresses)}", {}
     else:
-        why = "several addresses: Gloo takes the one of the host's own name, NCCL the first that it finds"
+        why = "several addresses: gloo takes the one on the route to the head, NCCL the first that it finds"
         yield known, {"warning": why if len(addresses) > 1 else None, "fix": "choose with --interface"}
 
 
 def _names(host: Host) -> Seen:
-    """Check that the host knows every host by its right address."""
+    """Check that the host knows every host by its right address. Its name may mean the loopback: ranks on several hosts
+    use the route to the head.
+    """
     faults, notes = [], []
     for name, told in host.own["names"].items():
         of_itself = name == host.name or name not in host.answers
@@ -166,11 +168,9 @@ def _names(host: Host) -> Seen:
         elif (wrong := _wrong_address(name, told, host.answers)) is not None:
             faults.append(wrong)
     value = "; ".join(faults or notes) or f"{len(host.own['names'])} names are known, with the right addresses"
-    fix = "/etc/hosts or the name server of this host"
     if faults:
+        fix = "/etc/hosts or the name server of this host"
         yield value, {"fault": "ranks there look for others in the wrong place, and wait", "fix": fix}
-    elif notes and len(host.answers) > 1 and host.own["interface"] is None:  # else ranks do not ask for their own name
-        yield value, {"fault": "Gloo would listen where no other host can reach it", "fix": f"--interface, or {fix}"}
     else:
         yield value, {}
 

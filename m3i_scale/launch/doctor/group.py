@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from m3i_scale.files import write_whole
+from m3i_scale.scale.store import is_loopback, set_interface
 
 NOTE_S = 5.0
 """A network file system may show a new file a moment later."""
@@ -46,7 +47,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     head = host == hosts[0]
     try:
         reached_ms = None if head else reach(address, port, join_s)
-        store = open_store(address, port, master=head, seconds=join_s)
+        store = open_store(address, port, master=head, several=len(hosts) > 1, seconds=join_s)
     except (RuntimeError, OSError) as error:
         return {"port": {"fault": f"cannot be opened: {_first_line(error)}" if head else _first_line(error)}}
     answer: dict[str, Any] = {"port": {"ms": reached_ms}, "links": []}
@@ -54,6 +55,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         members = _members(store, hosts, host, join_s)
         if host not in members:
             return {"port": {"fault": "the others had stopped waiting for it"}}
+        if len(members) > 1:
+            set_interface(store, address, len(members), join_s)
         group = Group(store, members, host, request["measure_s"])
         try:
             if request["folder"] is not None:
@@ -85,8 +88,9 @@ def reach(address: str, port: int, seconds: float) -> float:
         time.sleep(_ASK_AGAIN_S)
 
 
-def open_store(address: str, port: int, *, master: bool, seconds: float) -> TCPStore:
-    """Open the store of rank 0 at that address and nowhere else, or join it.
+def open_store(address: str, port: int, *, master: bool, seconds: float, several: bool = False) -> TCPStore:
+    """Open the store of rank 0 at that address and nowhere else, or join it. On several hosts, listen at all addresses
+    if that one is the loopback.
 
     Raises:
         RuntimeError: it cannot be joined.
@@ -96,7 +100,10 @@ def open_store(address: str, port: int, *, master: bool, seconds: float) -> TCPS
     if not master:
         return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-    listener = socket.create_server((address, port), family=family, backlog=socket.SOMAXCONN)
+    place = address
+    if several and is_loopback(str(socket.getaddrinfo(address, port)[0][4][0])):
+        place = ""  # /etc/hosts maps the name of this host to the loopback, and other hosts use another address
+    listener = socket.create_server((place, port), family=family, backlog=socket.SOMAXCONN)
     return TCPStore(
         address,
         port,

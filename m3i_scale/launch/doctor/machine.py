@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from m3i_scale.cores import CGROUP, container_limit, default_threads, threads_of, usable_cores
 from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.text import GIB, size_text
 
 SHM = Path("/dev/shm")
-_CGROUP = Path("/sys/fs/cgroup")
 COMFORTABLE_FILES = 4096
 COMFORTABLE_SHM = 2**30
 """NCCL's own advice for containers: --shm-size=1g."""
@@ -64,9 +64,13 @@ class Machine:
     files_soft: int
     files_hard: int
     """Both of ulimit -n."""
+    cores: int
+    """That this process may use; the limit of a container counts."""
+    threads: int | None
+    """OMP_NUM_THREADS; None if it is not set."""
 
 
-def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
+def look(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
     """Read what this machine has.
 
     Args:
@@ -85,22 +89,22 @@ def look(shm: Path = SHM, cgroup: Path = _CGROUP) -> Machine:
         shm_total=usage.total if usage else None,
         files_soft=most if soft == resource.RLIM_INFINITY else soft,
         files_hard=most if hard == resource.RLIM_INFINITY else hard,
+        cores=usable_cores(cgroup),
+        threads=threads_of(os.environ),
     )
 
 
 def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, int]:
     """Return total and available bytes of memory, within the limit of this process's control group."""
-    try:
-        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
-        for folder in (cgroup / group, cgroup):  # inside a container the root is its own group
-            limit = folder / "memory.max"
-            if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
-                used = int((folder / "memory.current").read_text(encoding="utf-8"))
-                cached = _inactive_file(folder)
-                return min(total, int(text)), min(available, int(text) - used + cached)
-    except (OSError, ValueError):  # version 1, or none: the machine's own figures hold
+    limit = container_limit("memory.max", cgroup)
+    if limit is None:
         return total, available
-    return total, available
+    folder, text = limit
+    try:
+        used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        return min(total, int(text)), min(available, int(text) - used + _inactive_file(folder))
+    except (OSError, ValueError):  # the machine's own figures hold
+        return total, available
 
 
 def _inactive_file(folder: Path) -> int:
@@ -147,7 +151,7 @@ def _nvidia_gib() -> list[float]:
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
-    """Compare memory, /dev/shm and file limits of a host with what the run needs.
+    """Compare memory, /dev/shm, file limits and threads of a host with what the run needs.
 
     Args:
         host: its name.
@@ -155,7 +159,12 @@ def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool
         needs: what the run needs of it.
         on_host: ranks compute on the CPU.
     """
-    return [_memory(host, machine, needs, on_host), _shm(host, machine, needs, on_host), _files(host, machine, needs)]
+    return [
+        _memory(host, machine, needs, on_host),
+        _shm(host, machine, needs, on_host),
+        _files(host, machine, needs),
+        _threads(host, machine, needs),
+    ]
 
 
 def _memory(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
@@ -201,6 +210,18 @@ def _files(host: str, machine: Machine, needs: Needs) -> Finding:
         warning = "it is enough for this run; with more ranks, shards or workers it may not be"
     value = f"ulimit -n {machine.files_soft} (hard {machine.files_hard})"
     return finding("files", host, value, fault=fault, warning=warning, fix=fix)
+
+
+def _threads(host: str, machine: Machine, needs: Needs) -> Finding:
+    default = default_threads(needs.ranks, machine.cores)
+    threads = machine.threads or default
+    source = "OMP_NUM_THREADS" if machine.threads else "the default, OMP_NUM_THREADS is not set"
+    warning = None
+    if needs.ranks * threads > machine.cores:
+        warning = "threads that share a core wait for each other in every operation on the CPU"
+    value = f"{needs.ranks} × {threads} threads ({source}) on {machine.cores} cores"
+    fix = f"OMP_NUM_THREADS={default}" if threads > default else f"{machine.cores} ranks or fewer on this host"
+    return finding("threads", host, value, warning=warning, fix=fix)
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
