@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import warnings
+from collections import Counter
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -117,18 +118,21 @@ def to_png(image: Image.Image, value_range: ValueRange | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def check_mask(data: bytes, image: bytes, where: str) -> None:
+def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
     """Check that bytes are the mask of an encoded image: a PNG of its size that decodes, with one byte a pixel.
+
+    Returns:
+        Its pixels by value.
 
     Raises:
         DataError: they are not.
     """
-    fault = mask_fault(data)
+    fault, counts = mask_fault(data), Counter[int]()
     try:
         with Image.open(io.BytesIO(image), formats=READ_FORMATS) as picture:
             size, lies = picture.size, orientation(picture)
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as mask:
-            mask.load()
+            counts = pixel_counts(mask)
             if mask.size != size:
                 upright_only = mask.size == upright_size(size, lies)
                 turned = f", which its EXIF orientation, {lies}, turns" if upright_only else ""
@@ -142,6 +146,12 @@ def check_mask(data: bytes, image: bytes, where: str) -> None:
             fix="save it at the size of its image, as an eight-bit grey PNG or one with a palette: the class of every "
             "pixel, 255 where there is none",
         )
+    return counts
+
+
+def pixel_counts(mask: Image.Image) -> Counter[int]:
+    """Count the pixels of a mask by value. If the PNG has a palette, the index counts."""
+    return Counter({value: count for value, count in enumerate(mask.histogram()) if count})
 
 
 def mask_fault(data: bytes) -> str | None:

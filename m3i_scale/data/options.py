@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
+from m3i_scale.data.mask_classes import pixel_lines
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded
@@ -171,6 +172,8 @@ def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
         lines.append(
             f"{file}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
         )
+    for split, report in summary.get("mask_pixels", {}).items():
+        lines += pixel_lines(report, str(output / split))
     lines += [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
     return lines + ([f"each of them: {summary['skipped_list']}"] if "skipped_list" in summary else [])
 

@@ -19,7 +19,7 @@ from m3i_scale.config import SourceConfig
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.make.folder import imagefolder_input, key_of
-from m3i_scale.data.make.records import EncodeTask, ListedInput, Record, encode_all
+from m3i_scale.data.make.records import EncodedSample, EncodeTask, ListedInput, Record, encode_all
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.make.table import TableColumns, manifest_input
 from m3i_scale.data.make.write import made_whole
@@ -402,4 +402,5 @@ def test_images_in_odd_modes_become_pngs(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("1", (9, 9)).save(tmp_path / "in" / "a.tif")
     (encoded,) = encode_all(EncodeTask(list(imagefolder_input(tmp_path / "in").records()), None))
-    assert encoded["png"][:4] == b"\x89PNG"
+    assert isinstance(encoded, EncodedSample)
+    assert encoded.members["png"][:4] == b"\x89PNG"

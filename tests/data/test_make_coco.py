@@ -437,3 +437,119 @@ def test_check_judges_instances_by_the_categories_beside_and_repair_keeps_both(t
     (tmp_path / "odd" / CATEGORIES).write_text('{"format": "coco", "categories": [{"id": 1}]}')
     with pytest.raises(DataError):
         check_shards(str(tmp_path / "odd"), rules)
+
+
+# ---------------------------------------------------------------- the form of boxes
+
+WIDE, HIGH = 200, 120
+
+
+def boxed(count=12, *, segmentation=True, area="mask", seed=0):
+    """Images of 200 x 120 pixels with a rectangle each, anywhere and of any size from a pixel on."""
+    generator = np.random.default_rng(seed)
+    images, rows = [], []
+    for number in range(1, count + 1):
+        images.append({"id": number, "file_name": f"{number:06d}.jpg", "width": WIDE, "height": HIGH})
+        width, height = int(generator.integers(1, 60)), int(generator.integers(1, 40))
+        x, y = int(generator.integers(0, WIDE - width)), int(generator.integers(0, HIGH - height))
+        outline = [x, y, x + width, y, x + width, y + height, x, y + height]
+        row = annotation(
+            number, number, bbox=[x, y, width, height], area=width * height * (1 if area == "box" else 0.7)
+        )
+        rows.append(row | ({"segmentation": [outline]} if segmentation else {}))
+    return {"images": images, "annotations": rows, "categories": CATEGORIES_OF_COCO}
+
+
+def as_corners(x, y, width, height):
+    return [x, y, x + width, y + height]
+
+
+def as_fractions(x, y, width, height):
+    return [x / WIDE, y / HIGH, width / WIDE, height / HIGH]
+
+
+def as_centers(x, y, width, height):
+    return [x + width / 2, y + height / 2, width, height]
+
+
+def as_yolo(x, y, width, height):
+    return as_fractions(*as_centers(x, y, width, height))
+
+
+def reformed(value, form):
+    for row in value["annotations"]:
+        row["bbox"] = form(*row["bbox"])
+    return value
+
+
+def make_boxes(root, value):
+    root.mkdir()
+    path = root / "annotations" / "instances_train.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(value))
+    for row in value["images"]:
+        (root / row["file_name"]).write_bytes(foreign.image_bytes(row["id"], (WIDE, HIGH)))
+    arguments = ["make", "coco", "--input", str(root), "--output", str(root / "out"), "--workers", "1"]
+    return CliRunner().invoke(shards_app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("form", "named", "given"),
+    [
+        (as_fractions, "fractions", {}),
+        (as_fractions, "fractions", {"segmentation": False}),
+        (as_yolo, "fractions", {"segmentation": False}),
+        (as_corners, "corners", {}),
+        (as_corners, "corners", {"segmentation": False, "area": "box"}),
+        (as_corners, "corners", {"segmentation": False}),
+        (as_centers, "centers", {}),
+    ],
+)
+def test_boxes_of_another_form_are_refused_by_the_whole_file(tmp_path, form, named, given):
+    made = make_boxes(tmp_path / "data", reformed(boxed(**given), form))
+    assert isinstance(made.exception, DataError)
+    assert named in made.exception.what
+    assert made.exception.where.endswith("instances_train.json")
+    assert made.exception.fix
+    assert not (tmp_path / "data" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"segmentation": False}, {"area": "box"}, {"segmentation": False, "area": "box"}]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_that_are_right_pass(tmp_path, given, seed):
+    made = make_boxes(tmp_path / "data", boxed(**given, seed=seed))
+    assert made.exit_code == 0, made.output
+
+
+def test_right_boxes_that_are_tiny_or_reach_beyond_their_images_pass(tmp_path):
+    value = boxed(20, segmentation=False)
+    for number, row in enumerate(value["annotations"]):
+        if number < 8:
+            row["bbox"] = [number * 20, number * 10, 1, 1]
+        elif number < 16:  # of a tool that knows what is behind the edge
+            row["bbox"] = [WIDE - 20, 10, 60, 40]
+    assert make_boxes(tmp_path / "data", value).exit_code == 0
+    full = boxed(20, segmentation=False)
+    for row in full["annotations"]:
+        row["bbox"] = [0, 0, WIDE, HIGH]
+    assert make_boxes(tmp_path / "full", full).exit_code == 0
+
+
+def test_check_finds_boxes_of_another_form_in_shards(tmp_path):
+    assert make_boxes(tmp_path / "data", boxed()).exit_code == 0
+    samples = read(tmp_path / "data" / "out" / "train")
+    members = []
+    for key, sample in samples.items():
+        value = json.loads(sample[INSTANCES])
+        for row in value["annotations"]:
+            row["bbox"] = as_corners(*row["bbox"])
+        members += [(f"{key}.jpg", sample["jpg"]), (f"{key}.{INSTANCES}", json.dumps(value).encode())]
+    categories = (tmp_path / "data" / "out" / "train" / CATEGORIES).read_bytes()
+    for name, some in (("one", members[:12]), ("two", members[12:])):
+        foreign.write_tar(tmp_path / "shards" / f"{name}.tar", some)
+    (tmp_path / "shards" / CATEGORIES).write_bytes(categories)
+    checked = CliRunner().invoke(shards_app, ["check", str(tmp_path / "shards"), "--workers", "1", "--json"])
+    assert checked.exit_code == 2
+    assert [*json.loads(checked.stdout)["reasons"]] == ["boxes of another form"]

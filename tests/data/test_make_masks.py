@@ -2,10 +2,13 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from foreign import by_webdataset, image_bytes
+from foreign import by_webdataset, image_bytes, write_tar
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -269,3 +272,114 @@ def test_names_of_masks_stay_beside_shards_that_are_rearranged(tmp_path):
         with pytest.raises(DataError) as caught:
             merge_shards([one, second], tmp_path / "refused", options=FLAT)
         assert second in caught.value.where
+
+
+# ---------------------------------------------------------------- pixels of classes
+
+
+def scenes(root, values, *splits):
+    """Three pairs a split whose masks hold these values in equal stripes, and the command that packs them."""
+    width = SIZE[0] // len(values) * len(values)
+    row = np.repeat(np.array(values, dtype=np.uint8), width // len(values))
+    pixels = np.full(SIZE[::-1], values[-1], dtype=np.uint8)
+    pixels[:, :width] = row
+    for split in splits or ("",):
+        for number in range(3):
+            image = root / "images" / split / f"{number}.jpg"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(image_bytes(number, SIZE, "JPEG"))
+            save(root / "annotations" / split / f"{number}.png", pixels)
+    (root / "labels.json").write_text(json.dumps(["ground", "object"]))
+    folders = ["--images", str(root / "images"), "--masks", str(root / "annotations")]
+    return ["make", "masks", *folders, "--labels", str(root / "labels.json"), "--output", str(root / "out")]
+
+
+@pytest.mark.parametrize("values", [(0, 255), (255,), (0,)])
+def test_masks_of_one_class_are_refused_and_the_fix_mends_them(tmp_path, values):
+    arguments = scenes(tmp_path, values)
+    refused = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
+    assert isinstance(refused.exception, DataError)
+    assert not (tmp_path / "out").exists()
+    if values != (0, 255):
+        return
+    assert "'ground'" in refused.exception.what
+    assert "50.0%" in refused.exception.what
+    command = refused.exception.fix.partition("python -c ")[2]
+    code = command.partition('"')[2].rpartition('"')[0]
+    files = sorted((tmp_path / "annotations").glob("*.png"))
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True)
+    made = CliRunner().invoke(shards_app, [*arguments, "--workers", "1", "--json"])
+    assert made.exit_code == 0, made.output
+    pixels = SIZE[0] * SIZE[1] * 3 // 2
+    counted = {"classes": {"ground": pixels, "object": pixels}, "ignored": 0, "unnamed": 0}
+    assert json.loads(made.stdout)["mask_pixels"] == {"train": counted}
+
+
+def test_the_fix_keeps_masks_with_a_palette(tmp_path):
+    arguments = scenes(tmp_path, (0, 255))
+    for number in range(3):
+        path = tmp_path / "annotations" / f"{number}.png"
+        save(path, np.asarray(Image.open(path)), palette=[9, 8, 7] * 256)
+    refused = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
+    code = refused.exception.fix.partition('"')[2].rpartition('"')[0]
+    files = sorted((tmp_path / "annotations").glob("*.png"))
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True)
+    with Image.open(files[0]) as mended:
+        assert mended.mode == "P"
+        assert set(np.asarray(mended).ravel().tolist()) == {0, 1}
+
+
+def test_a_validation_split_needs_a_class_and_training_two(tmp_path):
+    arguments = scenes(tmp_path, (0, 1), "train")
+    scenes(tmp_path, (0,), "val")
+    assert CliRunner().invoke(shards_app, [*arguments, "--workers", "1"]).exit_code == 0
+    shutil.rmtree(tmp_path / "out")
+    scenes(tmp_path, (255,), "val")
+    refused = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
+    assert "val" in refused.exception.where
+
+
+def test_a_class_without_a_pixel_is_named_when_shards_are_made_checked_and_counted(tmp_path):
+    arguments = scenes(tmp_path, (0, 1, 255))
+    (tmp_path / "labels.json").write_text(json.dumps(["ground", "object", "rarity"]))
+    made = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
+    assert made.exit_code == 0
+    shards = str(tmp_path / "out" / "train")
+    checked = CliRunner().invoke(shards_app, ["check", shards, "--workers", "1"])
+    assert checked.exit_code == 0
+    counted = CliRunner().invoke(shards_app, ["stats", shards, "--workers", "1"])
+    for output in (made.output, checked.output, counted.output):
+        assert "rarity" in output
+    told = json.loads(CliRunner().invoke(shards_app, ["stats", shards, "--workers", "1", "--json"]).stdout)
+    assert told["mask_pixels"]["classes"]["rarity"] == 0
+    assert told["mask_pixels"]["ignored"] == 3 * SIZE[1] * (SIZE[0] // 3 + SIZE[0] % 3)
+
+
+@pytest.mark.parametrize(("names", "count"), [(["ground", "object"], 0), (["ground", "a", "b"], 0), (["ground"], 1)])
+def test_check_finds_masks_that_their_names_do_not_fit(tmp_path, names, count):
+    arguments = scenes(tmp_path, (0, 1))
+    assert CliRunner().invoke(shards_app, [*arguments, "--workers", "1"]).exit_code == 0
+    folder = tmp_path / "out" / "train"
+    (folder / "mask_labels.json").write_text(json.dumps(names))
+    checked = CliRunner().invoke(shards_app, ["check", str(folder), "--workers", "1", "--json"])
+    assert json.loads(checked.stdout)["reasons"].get("mask out of range", {}).get("count", 0) == count
+    assert checked.exit_code == (2 if count else 0)
+
+
+def test_check_refuses_shards_whose_masks_have_one_class(tmp_path):
+    """As an earlier version or another tool made them."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mask_labels.json").write_text(json.dumps(NAMES))
+    members = {"png": image_bytes(0, SIZE, "PNG"), "mask.png": zero_and_255()}
+    write_tar(tmp_path / "train" / "s.tar", [(f"k.{extension}", data) for extension, data in members.items()])
+    checked = CliRunner().invoke(shards_app, ["check", str(tmp_path / "train"), "--workers", "1", "--json"])
+    assert checked.exit_code == 2
+    assert [*json.loads(checked.stdout)["reasons"]] == ["masks of one class"]
+
+
+def zero_and_255():
+    pixels = np.zeros(SIZE[::-1], dtype=np.uint8)
+    pixels[:4] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from m3i_scale.data.box_forms import BoxForms
 from m3i_scale.data.categories import Categories, is_index, parse_categories
 from m3i_scale.data.instances import NO_MASK, Instances, parse_instances
 from m3i_scale.data.make.existing import annotations_of
@@ -93,9 +94,14 @@ class AnnotationFile:
     repeated: set[int]
     """Ids that several annotations have."""
     counts: Counts = field(default_factory=Counts)
+    forms: BoxForms = field(default_factory=BoxForms)
 
     def images(self) -> Iterator[AnnotatedImage]:
-        """Yield the images in order of the file; its counts are whole afterwards."""
+        """Yield the images in order of the file; its counts are whole afterwards.
+
+        Raises:
+            DataError: at the end, if the boxes of the file are in another form.
+        """
         indices = {category.id: index for index, category in enumerate(self.categories.categories)}
         used: set[int] = set()
         for row in self.rows:
@@ -109,10 +115,12 @@ class AnnotationFile:
                 continue
             used.update(instances.labels_N.tolist())
             self.counts.count(instances)
+            self.forms.add(instances)
             member = json.dumps(value, separators=(",", ":"), sort_keys=True).encode("ascii")
             yield AnnotatedImage(where, row, member, None)
         self.counts.images, self.counts.categories = len(self.rows), len(indices)
         self.counts.categories_without_annotations = len(indices) - len(used)
+        self.forms.check(str(self.path))
 
     def _value(self, row: dict[str, Any], indices: dict[int, int]) -> dict[str, Any]:
         """Return the member of an image, as far as it can be made.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -198,9 +199,18 @@ class ListedInput:
         return self._info
 
 
-Encoded = dict[str, bytes] | DataError
-"""Image, mask and instances by extension, or why there are none: a fault is a value here, the caller decides whether it
-stops."""
+@dataclass(frozen=True)
+class EncodedSample:
+    """The members of a sample that come from files, and the contents of its mask."""
+
+    members: dict[str, bytes]
+    """Image, mask and instances by extension."""
+    pixels: Counter[int] = field(default_factory=Counter)
+    """Pixels of the mask by value; empty if there is no mask."""
+
+
+Encoded = EncodedSample | DataError
+"""A sample, or the reason why it cannot be used: the caller decides whether that stops."""
 
 
 @dataclass(frozen=True)
@@ -222,16 +232,16 @@ def _encode(record: Record, value_range: ValueRange | None) -> Encoded:
         return record.fault
     try:
         image, extension = encoded_image(contents_of(record.image), _place(record, record.image), value_range)
-        members = {extension: image}
+        members, pixels = {extension: image}, Counter[int]()
         if record.mask is not None:
             members[MASK] = contents_of(record.mask)
-            check_mask(members[MASK], image, _place(record, record.mask))
+            pixels = check_mask(members[MASK], image, _place(record, record.mask))
         if record.instances is not None:
             members[INSTANCES] = record.instances
             _check_instances(record.instances, record.categories, image, record.where or _place(record, record.image))
     except DataError as error:
         return error
-    return members
+    return EncodedSample(members, pixels)
 
 
 def _check_instances(data: bytes, categories: int | None, image: bytes, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
+from m3i_scale.data.mask_classes import check_class_pixels, pixel_report
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
@@ -36,6 +37,7 @@ def make_shards(
     options: ShardOptions | None = None,
     shares: Mapping[str, float] | None = None,
     progress: Progress | None = None,
+    every_class: bool = False,
 ) -> dict[str, Any]:
     """Write `output/<split>/<name>-000000.tar …`, with labels, sizes, manifest and index beside, and a tokenizer.
 
@@ -49,13 +51,15 @@ def make_shards(
         options: see `ShardOptions`.
         shares: of samples per split, for records that do not name theirs; None: all of these are of `train`.
         progress: called as samples are written.
+        every_class: whether each class of the masks must have a pixel in the training split.
 
     Returns:
         A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer; what was
-        counted in annotation files.
+        counted in annotation files; pixels of masks by split and class.
 
     Raises:
-        DataError: the output exists, no samples, a key twice, or a sample that cannot be used.
+        DataError: the output exists, no samples, a key twice, a sample that cannot be used, or masks for training
+            without two classes.
         ConfigError: options that make no sense.
     """
     options = options or ShardOptions()
@@ -68,6 +72,11 @@ def make_shards(
         names = {LABELS: source.labels, MASK_LABELS: source.mask_labels, CATEGORIES: categories}
         splits = write_samples(folder, name, layout, samples, names, source.info)
         summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
+        if maker.pixels:
+            maker.check_masks(source, every_class=every_class)
+            summary["mask_pixels"] = {
+                split: pixel_report(counts, source.mask_labels) for split, counts in sorted(maker.pixels.items())
+            }
         if "annotations" in source.info():
             summary["annotations"] = source.info()["annotations"]
         if maker.skipped:
@@ -108,6 +117,8 @@ class _Maker:
         self._skipped_list, self._training = skipped_list, training_splits(layout.splits)
         self.skipped: Counter[str] = Counter()
         self.captions = CaptionSample(MAX_CAPTIONS)
+        self.pixels: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        """Of masks, by split and value."""
 
     def samples(self, records: Iterator[Record]) -> Iterator[tuple[str, dict[str, bytes]] | None]:
         """Yield the key and members of every record, in order; None for a record that cannot be used."""
@@ -118,9 +129,20 @@ class _Maker:
             else:
                 if record.caption and number < len(self._layout) and self._layout.place(number)[0] in self._training:
                     self.captions.add(record.key, record.caption)
-                yield record.key, members_of(record, encoded)
+                if encoded.pixels and number < len(self._layout):
+                    self.pixels[self._layout.place(number)[0]].update(encoded.pixels)
+                yield record.key, members_of(record, encoded.members)
             if self._progress is not None:
                 self._progress(number + 1, len(self._layout))
+
+    def check_masks(self, source: Input, *, every_class: bool) -> None:
+        """Check that the masks of each split have something to learn or to measure; see `check_class_pixels`."""
+        names, first = source.mask_labels, int(bool(source.info().get("reduce_zero_label")))
+        if names is None:
+            return
+        for split, counts in self.pixels.items():
+            least = 1 if split not in self._training else len(names) if every_class else 2
+            check_class_pixels(counts, names, f"masks of {split}", least=least, first=first)
 
     def _encoded(self, records: Iterator[Record]) -> Iterator[tuple[Record, Encoded]]:
         ahead: deque[list[Record]] = deque()  # those that the workers have or had, and no more of them than that

@@ -15,8 +15,11 @@ from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
+from m3i_scale.data.make.folder import SPLIT_NAMES
+from m3i_scale.data.mask_classes import check_class_pixels, pixel_lines, pixel_report
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.shards import CATEGORIES, labels_beside, local_shards
+from m3i_scale.data.samples import MASK_OUT_OF_RANGE
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, labels_beside, local_shards
 from m3i_scale.data.tar import (
     CUT_OFF,
     SCATTERED,
@@ -28,13 +31,15 @@ from m3i_scale.data.tar import (
     read_shard,
 )
 from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
-from m3i_scale.data.tools.verify import Rules, faults_of, readable_members
+from m3i_scale.data.tools.verify import Contents, Rules, faults_of, readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
 
 EXAMPLES = 3
 IN_TWO_SHARDS = "key in two shards"
+BOXES_OF_ANOTHER_FORM = "boxes of another form"
+ONE_CLASS = "masks of one class"
 BESIDE = frozenset({"count differs", "index is stale", "shard is missing", "shard is not listed"})
 """Faults of the files beside: the shard itself may be good."""
 
@@ -67,6 +72,7 @@ class ShardReport:
     """Digests of the keys of samples that are good, or that `--repair` mends."""
     members: Counter[str]
     others: int
+    contents: Contents
 
     @property
     def clean(self) -> bool:
@@ -146,6 +152,8 @@ def check_shards(
         for places in keys.repeated():
             for number, offset in places[1:]:
                 _repeated(report, number, offset, report.shards[places[0][0]].path.name, write)
+        for folder in sorted({shard.path.parent for shard in report.shards}):
+            _check_contents(folder, report, write)
     if report.members[INSTANCES] and not all(task.rules.categories for task in tasks):
         report.notes.append(f"without a {CATEGORIES} beside the shards, boxes and masks are not judged")
     others = sum(shard.others for shard in report.shards)
@@ -157,8 +165,8 @@ def check_shards(
 def check_shard(task: ShardTask) -> ShardReport:
     """Check one shard: its tar, the members of its samples, and what is claimed of it."""
     raw = read_shard(task.path)
-    members: Counter[str] = Counter()
-    faults = raw.faults + [fault for sample in _contents(task, raw, members) for fault in sample.faults]
+    members, contents = Counter[str](), Contents()
+    faults = raw.faults + [fault for sample in _checked(task, raw, members, contents) for fault in sample.faults]
     faults += claim_faults(task.path, raw, task.claims)
     kept = [sample for sample in raw.samples if {fault.reason for fault in sample.faults} <= {SCATTERED}]
     return ShardReport(
@@ -173,26 +181,52 @@ def check_shard(task: ShardTask) -> ShardReport:
         ),
         members=members,
         others=raw.others,
+        contents=contents,
     )
 
 
-def _contents(task: ShardTask, raw: RawShard, members: Counter[str]) -> Iterator[RawSample]:
+def _checked(task: ShardTask, raw: RawShard, members: Counter[str], contents: Contents) -> Iterator[RawSample]:
     if not raw.samples:
         return
     with task.path.open("rb") as stream:
         for sample in raw.samples:
             members.update(member.extension for member in sample.members)
             if not any(fault.reason == CUT_OFF for fault in sample.faults):
-                for reason, detail in _faults(stream, sample, task.rules):
+                for reason, detail in _faults(stream, sample, task.rules, contents):
                     sample.blame(reason, printable(detail))
             yield sample
 
 
-def _faults(stream: BinaryIO, sample: RawSample, rules: Rules) -> list[tuple[str, str]]:
+def _faults(stream: BinaryIO, sample: RawSample, rules: Rules, contents: Contents) -> list[tuple[str, str]]:
     try:
-        return faults_of(readable_members(stream, sample, rules.max_sample_bytes), rules)
+        return faults_of(readable_members(stream, sample, rules.max_sample_bytes), rules, contents)
     except BadSampleError as bad:
         return [(bad.reason, bad.detail)]
+
+
+def _check_contents(folder: Path, report: CheckReport, write: Write) -> None:
+    """Check the masks and boxes of all shards of a folder."""
+    contents, names = Contents(), labels_beside(folder, MASK_LABELS)
+    for shard in report.shards:
+        if shard.path.parent == folder:
+            contents.merge(shard.contents)
+    try:
+        contents.boxes.check(str(folder))
+    except DataError as error:
+        _note(report, str(folder), Fault(BOXES_OF_ANOTHER_FORM, error.what), write)
+    if not contents.pixels or not names:
+        return
+    pixels = pixel_report(contents.pixels, names)
+    if pixels["unnamed"]:
+        detail = f"{pixels['unnamed']} pixels, of {len(names)} classes in {MASK_LABELS}"
+        _note(report, str(folder), Fault(MASK_OUT_OF_RANGE, detail), write)
+    evaluated = folder.name.lower() in SPLIT_NAMES - {"train", "training"}
+    try:
+        check_class_pixels(contents.pixels, names, str(folder), least=1 if evaluated else 2)
+    except DataError as error:
+        _note(report, str(folder), Fault(ONE_CLASS, error.what), write)
+    else:
+        report.notes += [line for line in pixel_lines(pixels, str(folder))[1:] if not pixels["unnamed"]]
 
 
 def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list[ShardTask]:

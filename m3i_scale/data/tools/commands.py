@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.data.make.cut import ShardOptions, parse_splits
+from m3i_scale.data.mask_classes import pixel_lines
 from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, made_lines, print_summary, takes_sizes
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
@@ -278,6 +279,9 @@ def _print_stats(counts: dict[str, Any]) -> None:
             f"{classes['present']} classes ({classes['absent']} absent), as many as {classes['effective']:g} equal "
             f"ones; the largest holds {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
         )
+    if counts["mask_pixels"] is not None:
+        for line in pixel_lines(counts["mask_pixels"], "masks"):
+            console.print(line)
     for kind, facts in counts["duplicates"].items():
         example = f", e.g. {' = '.join(facts['examples'][0])}" if facts["examples"] else ""
         console.print(f"equal {kind}: {facts['groups']} groups, {facts['beyond_first']} beyond the first{example}")

@@ -1,4 +1,4 @@
-"""`shards stats` counts what is in shards, without decoding images."""
+"""`shards stats` counts what is in shards. It decodes masks, and no images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.images import MASK, orientation, upright_size
+from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
+from m3i_scale.data.mask_classes import pixel_report
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.samples import OUT_OF_RANGE, open_image, read_annotations
-from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
+from m3i_scale.data.shards import MASK_LABELS, labels_beside, local_shards
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tools.tokens import CaptionTokens, Cut, tokenizer_for
 from m3i_scale.data.tools.verify import image_extensions, readable_members
@@ -72,6 +73,8 @@ class ShardStats:
     having: Counter[str] = field(default_factory=Counter)
     """Samples with label, caption, mask, instances, json."""
     labels: Counter[int] = field(default_factory=Counter)
+    pixels: Counter[int] = field(default_factory=Counter)
+    """Of masks, by value."""
     tokens: CaptionTokens = field(default_factory=CaptionTokens)
     bad: Counter[str] = field(default_factory=Counter)
     """What could not be counted, by reason."""
@@ -85,14 +88,14 @@ class ShardStats:
         self.tokens.merge(other.tokens)
         for name, tally in other.tallies.items():
             self.tallies[name].counts.update(tally.counts)
-        for name in ("formats", "having", "labels", "bad"):
+        for name in ("formats", "having", "labels", "pixels", "bad"):
             getattr(self, name).update(getattr(other, name))
 
     def count(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
         """Count a sample, each of its parts separately."""
         parts = {"mask": MASK, "instances": INSTANCES, "json": "json"}
         self.having.update(name for name, extension in parts.items() if extension in members)
-        for part in (self._image, self._caption, self._label):
+        for part in (self._image, self._caption, self._label, self._mask):
             try:
                 part(members, start, task)
             except BadSampleError as bad:
@@ -120,6 +123,18 @@ class ShardStats:
         if label is not None:
             self.having["label"] += 1
             self.labels[label] += 1
+
+    def _mask(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
+        if MASK not in members:
+            return
+        try:
+            size = open_image(members, task.max_pixels).size
+        except BadSampleError:
+            return  # counted with the images
+        mask = open_mask(members, task.max_pixels, size)
+        if mask is not None:
+            with decoding("mask"):
+                self.pixels.update(pixel_counts(mask))
 
     def _tally(self, *values: float, first: int = 0) -> None:
         for name, value in zip(TALLIES[first:], values, strict=False):
@@ -191,7 +206,9 @@ def stats_of(
             if advance is not None:
                 advance(stats.size)
         duplicates = {"images": _duplicates(images, paths), "captions": _duplicates(captions, paths)}
-    names = labels_beside(paths[0].parent) if len({path.parent for path in paths}) == 1 else None
+    one_folder = len({path.parent for path in paths}) == 1
+    names = labels_beside(paths[0].parent) if one_folder else None
+    mask_names = labels_beside(paths[0].parent, MASK_LABELS) if one_folder else None
     if names is not None:
         _set_aside(total, len(names))
     return {
@@ -207,6 +224,7 @@ def stats_of(
         **{name: tally.quantiles() for name, tally in total.tallies.items()},
         "tokens": None if cut is None else total.tokens.report(cut),
         "classes": _balance(total.labels, names),
+        "mask_pixels": pixel_report(total.pixels, mask_names) if total.pixels else None,
         "duplicates": duplicates,
         "bad": dict(total.bad.most_common()),
     }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from PIL import Image
 
-from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white
+from m3i_scale.data.box_forms import BoxForms
+from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white, pixel_counts
 from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.reader import BadSampleError, refuse_large_sample
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
@@ -37,6 +39,20 @@ class Rules:
     """Those of instances must be below; None: nothing names them, and instances are not judged."""
 
 
+@dataclass
+class Contents:
+    """Masks and boxes of valid samples, summed: some mistakes show in a whole set alone."""
+
+    pixels: Counter[int] = field(default_factory=Counter)
+    """Of masks, by value."""
+    boxes: BoxForms = field(default_factory=BoxForms)
+
+    def merge(self, other: Contents) -> None:
+        """Add the contents of other samples."""
+        self.pixels.update(other.pixels)
+        self.boxes.merge(other.boxes)
+
+
 def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
     """Read a sample's members by extension.
 
@@ -50,12 +66,17 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
         raise BadSampleError("cannot be read", str(error)) from None
 
 
-def faults_of(members: Mapping[str, bytes], rules: Rules) -> list[tuple[str, str]]:
-    """Return (reason, detail) of everything that is wrong with a sample."""
+def faults_of(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> list[tuple[str, str]]:
+    """Return (reason, detail) of everything that is wrong with a sample, and add its masks and boxes to `contents`."""
     faults = []
-    for check in (_image, _caption, _label, _json, _mask, _instances):
+    for check in (_image, _caption, _label, _json):
         try:
             check(members, rules)
+        except BadSampleError as bad:
+            faults.append((bad.reason, bad.detail))
+    for count in (_mask, _instances):
+        try:
+            count(members, rules, contents)
         except BadSampleError as bad:
             faults.append((bad.reason, bad.detail))
     faults += [("member is missing", name) for name in rules.required if name not in members]
@@ -102,7 +123,7 @@ def _json(members: Mapping[str, bytes], rules: Rules) -> None:
                 raise BadSampleError("json does not parse", f"{extension}: {str(error)[:200]}") from None
 
 
-def _mask(members: Mapping[str, bytes], rules: Rules) -> None:
+def _mask(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> None:
     size = _size(members, rules) if MASK in members else None
     if size is None:
         return
@@ -110,15 +131,15 @@ def _mask(members: Mapping[str, bytes], rules: Rules) -> None:
     if mask is not None and rules.decode:
         try:
             with mask, decoding():
-                mask.load()
+                contents.pixels.update(pixel_counts(mask))
         except BadSampleError as bad:
             raise BadSampleError("mask does not decode", bad.detail) from None
 
 
-def _instances(members: Mapping[str, bytes], rules: Rules) -> None:
+def _instances(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> None:
     size = _size(members, rules) if INSTANCES in members and rules.categories is not None else None
     if size is not None:
-        read_instances(members, rules.categories, size)
+        contents.boxes.add(read_instances(members, rules.categories, size))
 
 
 def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:

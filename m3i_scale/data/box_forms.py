@@ -1,0 +1,125 @@
+"""Detect boxes that are not [x, y, width, height] in pixels, from all boxes of an annotation set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_scale.data.instances import Instances
+from m3i_scale.errors import DataError
+
+NORMALIZED = "fractions of the image"
+CORNERS = "corners [x1, y1, x2, y2]"
+CENTERS = "centers [center x, center y, width, height]"
+_FIXES = {
+    NORMALIZED: "multiply x and width by the width of the image, and y and height by its height; if x and y are the "
+    "center, as in YOLO's files, subtract half of the width and of the height first",
+    CORNERS: "bbox = [x1, y1, x2 - x1, y2 - y1]",
+    CENTERS: "bbox = [x - width / 2, y - height / 2, width, height]",
+}
+_NORMALIZED = 1.5
+"""Boxes from 0 to 1 that were rounded or reach beyond the edge a little."""
+_SMALLEST_SIDE = 16
+"""Pixels: in smaller images a box of a pixel is not unusual."""
+_MOST_COMPARED = 10_000
+"""Outlines that are compared with their boxes: enough to decide, and no cost in COCO."""
+_FEWEST = 4
+"""Boxes without which no form is derived from areas or image borders: a few may look like anything."""
+_PAST = 1 / 3
+"""Share of boxes beyond the image: about 3/4 if corners are read as sizes. In COCO it is 0, in sloppy sets a few %."""
+
+
+@dataclass
+class BoxForms:
+    """Evidence of the form of boxes, summed over images."""
+
+    boxes: int = 0
+    """That have a width and a height."""
+    normalized: int = 0
+    """All four values are about 1 or less, in an image that is larger."""
+    ordered: int = 0
+    """As corners they are in the image, and the second one is below and right of the first one."""
+    past: int = 0
+    """They reach beyond the image by more than a pixel."""
+    area_of_sides: int = 0
+    """`area` is width × height."""
+    area_of_corners: int = 0
+    """`area` is (x2 - x1) × (y2 - y1)."""
+    outlines: int = 0
+    """Polygons that were compared with their boxes, and with how many boxes they agree by form."""
+    as_sides: int = 0
+    as_corners: int = 0
+    as_centers: int = 0
+
+    def add(self, instances: Instances) -> None:
+        """Add the boxes of an image."""
+        sized_N = np.flatnonzero((instances.boxes_N4[:, 2:] > 0).all(axis=1))
+        boxes_N4, areas_N = instances.boxes_N4[sized_N], instances.areas_N[sized_N]
+        size_2 = np.array([instances.width, instances.height])
+        start_N2, end_N2 = boxes_N4[:, :2], boxes_N4[:, 2:]
+        self.boxes += len(boxes_N4)
+        if size_2.min() >= _SMALLEST_SIDE:
+            self.normalized += int((boxes_N4 <= _NORMALIZED).all(axis=1).sum())
+        self.ordered += int(((start_N2 < end_N2) & (end_N2 <= size_2 + 1)).all(axis=1).sum())
+        self.past += int((start_N2 + end_N2 > size_2 + 1).any(axis=1).sum())
+        self.area_of_sides += int(np.isclose(areas_N, end_N2.prod(axis=1), rtol=0.01).sum())
+        inside_N2 = (end_N2 - start_N2).clip(min=0)
+        self.area_of_corners += int((np.isclose(areas_N, inside_N2.prod(axis=1), rtol=0.01) & (areas_N > 0)).sum())
+        self._compare_outlines(instances, sized_N, tolerance=max(2.0, 0.02 * float(size_2.max())))
+
+    def _compare_outlines(self, instances: Instances, sized_N: NDArray[np.int64], tolerance: float) -> None:
+        for number in sized_N.tolist():
+            polygons = instances.segmentations[number]
+            if self.outlines >= _MOST_COMPARED:
+                return
+            if not isinstance(polygons, list):
+                continue
+            corners_N2 = np.concatenate(polygons).reshape(-1, 2)
+            bounds_4 = np.concatenate((corners_N2.min(axis=0), corners_N2.max(axis=0)))
+            start_2, end_2 = np.split(instances.boxes_N4[number], 2)
+            self.outlines += 1
+            for form, low_2, high_2 in (
+                ("as_sides", start_2, start_2 + end_2),
+                ("as_corners", start_2, end_2),
+                ("as_centers", start_2 - end_2 / 2, start_2 + end_2 / 2),
+            ):
+                agrees = bool((abs(np.concatenate((low_2, high_2)) - bounds_4) <= tolerance).all())
+                setattr(self, form, getattr(self, form) + agrees)
+
+    def merge(self, other: BoxForms) -> None:
+        """Add the evidence of other images."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def check(self, where: str) -> None:
+        """Check that the boxes are [x, y, width, height] in pixels.
+
+        Args:
+            where: names the boxes in errors.
+
+        Raises:
+            DataError: most boxes are normalized, or agree better with another form.
+        """
+        for is_form, form, evidence in self._candidates():
+            if is_form:
+                raise DataError(
+                    f"the boxes look like {form}: {evidence}",
+                    where=where,
+                    why="a box must be [x, y, width, height] in pixels, from its top left corner",
+                    fix=_FIXES[form],
+                )
+
+    def _candidates(self) -> Iterator[tuple[bool, str, str]]:
+        """Yield whether the boxes have another form, the form, and the evidence."""
+        agree = f"polygons agree with them, and {self.as_sides} with [x, y, width, height]"
+        half, undecided = self.outlines / 2, self.as_sides <= self.outlines / 2 and self.boxes >= _FEWEST
+        yield self.normalized > self.boxes / 2, NORMALIZED, f"{self.normalized} of {self.boxes} are between 0 and 1"
+        yield self.as_corners > half > self.as_sides, CORNERS, f"{self.as_corners} of {self.outlines} {agree}"
+        yield self.as_centers > half > self.as_sides, CENTERS, f"{self.as_centers} of {self.outlines} {agree}"
+        by_area = f"`area` of {self.area_of_corners} of {self.boxes} is (x2 - x1) * (y2 - y1)"
+        yield undecided and self.area_of_corners > self.boxes / 2 > self.area_of_sides, CORNERS, by_area
+        beyond = f"{self.past} of {self.boxes} reach beyond their image as [x, y, width, height], none as corners"
+        yield undecided and self.ordered > 0.99 * self.boxes and self.past > _PAST * self.boxes, CORNERS, beyond
