@@ -32,8 +32,9 @@ class Task(Kind):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a sample skips a residual branch, at the last layer; a linear ramp from 0 at the first."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an average of all weights, which `export --weights momentum` takes. Evaluated during training are the
-    trained ones. Default: none."""
+    """Decay of an EMA of all weights, which `export --weights momentum` takes. In step t the decay is at most
+    t / (9 + t), so that the EMA forgets the initial weights. Evaluations during training measure the trained weights.
+    Default: no EMA."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:

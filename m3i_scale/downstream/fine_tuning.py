@@ -10,7 +10,16 @@ from typing import Any
 from m3i_scale.backbones.families import Family, VisionConfig, family_of
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET
-from m3i_scale.config import Classification, Detection, MaskRcnn, RunConfig, Segmentation, Task
+from m3i_scale.config import (
+    Classification,
+    Detection,
+    MaskRcnn,
+    RfDetr,
+    RunConfig,
+    Segmentation,
+    Task,
+    UperNetSegmentation,
+)
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, check_mask_classes
 from m3i_scale.downstream.drop_path import apply_drop_path
@@ -52,6 +61,8 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
         )
     if isinstance(task, Detection) and task.head.masks:
         _check_mask_library()
+    if isinstance(task, Segmentation | Detection) and isinstance(task.head, UperNetSegmentation | RfDetr):
+        _check_last_layer(task.head, model)
     if isinstance(task, Classification):
         if task.sweep is not None:
             _check_sweep(run, family)
@@ -81,6 +92,20 @@ def _check_family(run: RunConfig, config: VisionConfig) -> None:
             where=f"backbone: {backbone.from_pretrained or backbone.preset or DEFAULT_PRESET}",
             why="learning rates by layer and their decay are those of another model",
             fix="take a protocol for it, or the default one of `finetune`, which is for any",
+        )
+
+
+def _check_last_layer(head: UperNetSegmentation | RfDetr, model: VisionConfig) -> None:
+    """Check that a head reads the last layer of a plain Transformer. Exports of older runs are not checked."""
+    if head.out_layers is None or isinstance(model, InternImageConfig):
+        return
+    last, depth = head.out_layers[-1], model.num_hidden_layers
+    if last < depth:
+        raise ConfigError(
+            f"the backbone has {depth} layers, and the last layer that the head reads is {last}",
+            where=f"task.head.out_layers: {list(head.out_layers)}",
+            why=f"layers {last + 1} to {depth} would be computed and exported without effect",
+            fix="task.head.out_layers=null reads layers from the whole depth, the last one among them",
         )
 
 

@@ -14,6 +14,7 @@ from m3i_scale.config.protocol import steps_of
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_image_counts
 from m3i_scale.downstream.labelled import Labelled, find_labelled
+from m3i_scale.downstream.random_start import random_start
 from m3i_scale.downstream.subset import Subset
 from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError, ExportError, Faults
@@ -58,6 +59,7 @@ def prepare(
     here: bool,
     subset: Subset | None = None,
     skip_bad: bool = False,
+    random_weights: bool = False,
 ) -> FineTuning:
     """Put the run file together, and check all of it that can be checked before images are read.
 
@@ -72,6 +74,7 @@ def prepare(
         here: whether this machine is to train.
         subset: of the images for training; None: all of them.
         skip_bad: whether images that cannot be used are left out.
+        random_weights: start from random weights of the architecture of `start`.
 
     Raises:
         UserError: what does not hold together.
@@ -97,7 +100,10 @@ def prepare(
                 f"{option} has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
             )
     _check_boxes(task, data)
-    first = _start(_exported(start, run.output_dir))
+    first_weights = _exported(start, run.output_dir)
+    if random_weights:
+        first_weights = str(random_start(first_weights, run.output_dir / "start", run.seed))
+    first = _start(first_weights)
     sources = _sources(data, repeat_threshold(run))
     computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
@@ -105,7 +111,8 @@ def prepare(
     faults = Faults()
     Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
     faults.end()
-    return FineTuning(task_name, protocol, run, data, _export_task(run, task, task_name, data.classes), subset)
+    export_task = _export_task(run, task, task_name, data.classes)
+    return FineTuning(task_name, protocol, run, data, export_task, subset, start if random_weights else None)
 
 
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:

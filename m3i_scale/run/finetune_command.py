@@ -57,6 +57,13 @@ _OPTIONS: Parts = {
         Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")],
         False,
     ),
+    "random_weights": (
+        Annotated[
+            bool,
+            typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
+        ],
+        False,
+    ),
     "evaluate_only": (
         Annotated[bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")],
         False,
@@ -94,6 +101,7 @@ class Asked:
     share: float | None
     subset_seed: int | None
     skip_bad: bool
+    random_weights: bool
     evaluate_only: bool
     dry_run: bool
     hardware: str | None
@@ -157,6 +165,7 @@ class Asked:
             here=not (self.dry_run or self.evaluate_only),
             subset=self.subset(),
             skip_bad=self.skip_bad,
+            random_weights=self.random_weights,
         )
         document = planned(prepared, self.hardware or "h100") if self.dry_run else self._measured(prepared)
         if self.as_json:

@@ -70,6 +70,8 @@ class FineTuning:
     """As what the result is exported."""
     subset: Subset | None = None
     """Of the images for training; None: all of them."""
+    random_weights: str | None = None
+    """The export whose architecture starts from random weights; None: the run starts from the export's weights."""
 
     @property
     def outcome(self) -> Outcome:
@@ -114,6 +116,8 @@ class FineTuning:
         fitted = followed.optim.schedule.fitted(followed.optim.steps, self.run.optim.steps)
         followed = followed.model_copy(update={"optim": followed.optim.model_copy(update={"schedule": fitted})})
         differences = [] if self.subset is None else [f"trained on {self.subset.words}"]
+        if self.random_weights is not None:
+            differences.append(f"starts from random weights of the architecture of {self.random_weights}")
         differences += [
             told
             for part, fields in _FOLLOWED.items()

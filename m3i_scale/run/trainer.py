@@ -35,7 +35,7 @@ from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.hooks.rewinding import Rewinding
 from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.rewind import Rewinds
-from m3i_scale.run.schedule import learning_rate, momentum_at
+from m3i_scale.run.schedule import learning_rate, momentum_at, warmed_up_decay
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
 from m3i_scale.run.step_times import Timeouts
 from m3i_scale.scale.agree import agree_and_average
@@ -333,11 +333,11 @@ class Trainer:
 
 
 def ema_decay(step: int, resolved: ResolvedRun) -> float:
-    """Return the decay of the average at a step: that of a task is constant, that of a momentum target follows its
+    """Return the decay of the average at a step: that of a task warms up, that of a momentum target follows its
     schedule."""
     task, schedule = resolved.run.task, resolved.recipe.momentum
     if task is not None and task.ema is not None:
-        return task.ema
+        return warmed_up_decay(step, task.ema)
     if schedule is None:
         raise ValueError("an average is there, and nothing says how it moves")
     return momentum_at(step, schedule, resolved.run.optim.steps)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import Forks
 from launch import environment
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from transformers.utils import import_utils
 
 from m3i_scale.config import load_run
 from m3i_scale.downstream.labelled import Labelled, find_labelled
+from m3i_scale.downstream.random_start import random_start
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.run.finetune import FineTuning, prepare
@@ -374,6 +376,36 @@ def test_of_a_run_the_newest_good_checkpoint_is_exported_first(
     made = (folder / "export.json").stat().st_mtime_ns
     assert prepared(checkpoint, data, fields).run.backbone.from_pretrained == str(folder)
     assert (folder / "export.json").stat().st_mtime_ns == made  # it is exported once
+
+
+def test_random_weights_of_the_same_architecture_are_trained_by_the_same_command(
+    start: Path, data: Path, forks: Forks, tmp_path: Path
+) -> None:
+    random = command(start, data, tmp_path / "out", "--random-weights")
+    done = forks.run(*random, env=environment())
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["protocol"], told["step"]) == ("finetune", STEPS)
+    assert any(str(start) in text and "random weights" in text for text in told["deviations"])
+    (drawn,) = (tmp_path / "out" / "start").iterdir()
+    assert told["backbone"] == str(drawn)
+    has, weights = (ViTModel.from_pretrained(path, add_pooling_layer=False).state_dict() for path in (drawn, start))
+    assert {name: value.shape for name, value in has.items()} == {name: value.shape for name, value in weights.items()}
+    matrices = [name for name, value in has.items() if value.dim() == 2]
+    assert matrices
+    assert not any(torch.equal(has[name], weights[name]) for name in matrices)
+    again = forks.run(*random, "--evaluate-only", env=environment())
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["top_1"] == told["top_1"]
+    mixed = forks.run(*command(start, data, tmp_path / "out"), env=environment())
+    assert mixed.returncode == 2  # the run there started from other weights
+
+
+def test_random_weights_follow_the_seed(start: Path, tmp_path: Path) -> None:
+    folders = [random_start(str(start), tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    one, same, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(value, same[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_run_without_a_good_checkpoint_is_no_start(trained: tuple[Path, Any], data: Path, tmp_path: Path) -> None:

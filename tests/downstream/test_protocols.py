@@ -14,6 +14,7 @@ from m3i_scale.config import (
     Detection,
     RunConfig,
     Segmentation,
+    UperNetSegmentation,
     known_protocols,
     known_recipes,
     known_runs,
@@ -24,6 +25,7 @@ from m3i_scale.downstream.fine_tuning import check_task
 from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError
 from m3i_scale.hub.write import portable_run
+from m3i_scale.objective.segmentation import read_layers
 from m3i_scale.run.check import faults_of
 
 IMAGENET = 1_281_167
@@ -94,6 +96,24 @@ def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> Non
         check_task(run, backbone_config(run.backbone))
     assert preset in str(caught.value.where)
     assert any(preset in str(fault.where) for fault in faults_of(name, [f"backbone.preset={preset}"]))
+
+
+@pytest.mark.parametrize("name", ["ade20k_upernet", "coco_rfdetr"])
+def test_layers_of_a_deeper_backbone_are_not_dropped(name: str) -> None:
+    """Layers behind the last one that a head reads would be computed and exported without effect."""
+    deeper = ["backbone.preset=vit-l/16"]
+    known = {str(fault.where).split(":")[0] for fault in faults_of(name, deeper, ranks=1)}
+    assert "task.head.out_layers" in known
+    fitted = {
+        str(fault.where).split(":")[0] for fault in faults_of(name, [*deeper, "task.head.out_layers=null"], ranks=1)
+    }
+    assert known - fitted == {"task.head.out_layers"}
+
+
+def test_upernet_reads_the_published_layers_of_larger_backbones() -> None:
+    """BEiT-L: out_indices [7, 11, 15, 23], from 0."""
+    head = UperNetSegmentation()
+    assert {depth: read_layers(head, depth) for depth in (12, 24)} == {12: (4, 6, 8, 12), 24: (8, 12, 16, 24)}
 
 
 @pytest.mark.parametrize("preset", ["vit-b/16", "dinov2-s/14", "clip-b/16", "internimage-t"])

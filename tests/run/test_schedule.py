@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from m3i_scale.config import OptimConfig
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.encoders import MomentumSpec
 from m3i_scale.run.hooks.preemption import Preemption
-from m3i_scale.run.schedule import learning_rate, momentum_at
+from m3i_scale.run.schedule import learning_rate, momentum_at, warmed_up_decay
 
 
 def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum() -> None:
@@ -49,6 +50,15 @@ def test_the_rate_falls_at_milestones() -> None:
     optim = OptimConfig(steps=100, warmup_steps=10, lr=1.0, schedule={"kind": "multi_step", "milestones": [80, 95]})
     rates = [learning_rate(step, optim) for step in (10, 79, 80, 94, 95, 99)]
     assert rates == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.993, 0.9999])
+def test_the_ema_of_a_task_forgets_the_initial_weights(decay: float) -> None:
+    decays = [warmed_up_decay(step, decay) for step in range(200_000)]
+    assert math.prod(decays[:5]) < 1e-3  # share of the initial weights in the EMA; 0.9999 kept 99.95 %
+    assert decays[:3] == pytest.approx([1 / 10, 2 / 11, 3 / 12])
+    assert decays == sorted(decays)
+    assert decays[-1] == decay
 
 
 def test_the_correction_of_the_first_moment_is_undone_by_the_rate() -> None:

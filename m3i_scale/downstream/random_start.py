@@ -1,0 +1,44 @@
+"""Make a folder of random weights with the architecture of an export, to compare the export with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
+from m3i_scale.backbones.first_values import draw_first_values
+from m3i_scale.config import BackboneConfig
+from m3i_scale.files import sha256_of_json, whole_folder
+from m3i_scale.objective.build import initialize_module
+
+_PROCESSOR = "preprocessor_config.json"
+
+
+def random_start(start: str, folder: Path, seed: int) -> Path:
+    """Return a folder to start from that has the architecture of `start` and random weights, drawn as pre-training from
+    scratch draws them. The weights are a function of the architecture and the seed; a folder that exists is used again.
+
+    Args:
+        start: an export, or what else `backbone.from_pretrained` names.
+        folder: where the folder is made.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: there is no such export, or no backbone here has its architecture.
+    """
+    section = BackboneConfig(from_pretrained=start)
+    config, source = backbone_config(section), backbone_source(section)
+    shape = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+    made = folder / f"random-{sha256_of_json(shape)[:12]}-{seed}"
+    if made.is_dir():
+        return made
+    backbone = build_backbone(config)
+    draw_first_values(backbone, initialize_module, seed=seed)
+    with whole_folder(made) as unfinished:
+        config.save_pretrained(unfinished)
+        save_file(backbone.model.state_dict(), unfinished / "model.safetensors", {"format": "pt"})
+        if (source.folder / _PROCESSOR).is_file():
+            shutil.copy(source.folder / _PROCESSOR, unfinished)  # of images with this mean and deviation
+    return made
