@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from typing_extensions import Self
 
 from m3i_scale import defaults
-from m3i_scale.config.limits import MAX_ASPECT, MAX_LAYERS, MAX_STREAMS, MAX_WAIT_S, MAX_WORKERS
+from m3i_scale.config.limits import MAX_ASPECT, MAX_STREAMS, MAX_WAIT_S, MAX_WORKERS
 from m3i_scale.config.sections import FixableError, InHome, Section, is_stored, plain_values
 
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
@@ -222,7 +222,7 @@ class DataConfig(Section):
     depends on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
     workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """Loader processes per rank; 0 loads in the training process."""
-    shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1, le=MAX_STREAMS)
+    shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1)
     """Samples are shuffled across this many shards of a stream at a time."""
     max_image_pixels: int = Field(default=defaults.MAX_IMAGE_PIXELS, ge=1)
     """Images with more pixels are quarantined instead of decoded."""
@@ -247,7 +247,7 @@ class DataConfig(Section):
     start_timeout_s: float = Field(default=20.0, gt=0, le=MAX_WAIT_S)
     """Before the first step, a server that does not answer is given up after so long, whatever `read_attempts` says;
     one that answers with a time to wait (`Retry-After`) is not."""
-    read_attempts: int = Field(default=8, ge=1, le=MAX_LAYERS)
+    read_attempts: int = Field(default=8, ge=1)
     """Of every read that fails, with growing random pauses between them."""
     allow_shell: bool = False
     """Whether `pipe:COMMAND` may run commands."""

@@ -26,4 +26,4 @@ MAX_WORKERS = 1_024
 MAX_WAIT_S = 10_000_000.0
 """Seconds, which are 115 days."""
 MAX_ASPECT = 20.0
-"""The longer side over the shorter one."""
+"""The longer side over the shorter one, or how far scale jitter shrinks or enlarges an image."""
