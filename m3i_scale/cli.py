@@ -139,9 +139,10 @@ def train(
         ranks = int(world) if world.isdecimal() else 0
         check_run(run, overrides, ranks or None)  # which tells all else that is wrong, too
         raise
+    from m3i_scale.run.config_warnings import repeated_overrides
     from m3i_scale.run.train import start
 
-    if start(config) == "preempted":
+    if start(config, repeated_overrides(overrides or [])) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
 
 
@@ -154,8 +155,8 @@ def check(
 ) -> None:
     """Tell all that `train` would refuse before it reads samples; start nothing. Exit code 2 where there is anything.
 
-    What would start and is often not meant is a warning: images of another size, mean or deviation than those of the
-    weights to start from. `shards check` reads the samples.
+    A valid setting that is probably a mistake is a warning, and does not change the exit code: a learning rate of SGD,
+    a setting without effect, validation on training data. `shards check` reads the samples.
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
@@ -163,15 +164,15 @@ def check(
 
     if as_json:
         faults = faults_of(run, overrides, ranks)
-        warnings = [] if faults else warnings_of(run, overrides)
+        warnings = warnings_of(run, overrides, ranks)
         print_json({"faults": [fault.to_json() for fault in faults], "warnings": warnings})
         if faults:
             raise typer.Exit(EXIT_USER_ERROR)
     else:
-        check_run(run, overrides, ranks)
         console = wide_console(soft_wrap=True)
-        for warning in warnings_of(run, overrides):
+        for warning in warnings_of(run, overrides, ranks):
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+        check_run(run, overrides, ranks)
         for line in (*told_phases(load_run(run, overrides)), "nothing to refuse"):
             console.print(line, markup=False, highlight=False)
 

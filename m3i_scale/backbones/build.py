@@ -74,12 +74,12 @@ def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
 
 
 def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> VisionConfig:
-    known = [key for key in config.to_dict() if not key.startswith("_")]
     family = family_of(config)
+    known = family.shape_fields + family.training_fields
     for key, value in fields.items():
         if key not in known:
             raise ConfigError(
-                f"{family.name} has no field '{key}'", where=f"{where}.config", fix=did_you_mean(key, known)
+                f"{family.name} has no field '{key}' to set", where=f"{where}.config", fix=did_you_mean(key, known)
             )
         set_field(config, key, value, f"{where}.config")
     if isinstance(config, ViTConfig) and "hidden_size" in fields and "pooler_output_size" not in fields:
@@ -149,7 +149,8 @@ def stored_section(values: dict[str, Any]) -> dict[str, Any]:
     family = {family.config_class.model_type: family for family in FAMILIES}[values["model_type"]]
     fields = {key: value for key, value in values.items() if key not in _DERIVED and not key.startswith("_")}
     section = portable_section(family.config_class(**fields))
-    return {"preset": section["preset"], "config": fields | section["config"]}
+    training = {key: value for key, value in fields.items() if key in family.training_fields}
+    return {"preset": section["preset"], "config": training | section["config"]}
 
 
 def starts_fresh(source: Source, name: str) -> bool:

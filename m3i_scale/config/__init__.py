@@ -6,10 +6,11 @@ overridden on the command line as `section.key=value`. Unknown keys are errors.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale import defaults
@@ -26,6 +27,7 @@ from m3i_scale.config.files import (
     run_values,
 )
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
+from m3i_scale.config.limits import MAX_BATCH, MAX_CAPTION_TOKENS, MAX_WAIT_S
 from m3i_scale.config.phases import Phase
 from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
@@ -76,6 +78,7 @@ __all__ = [
     "TextConfig",
     "TimeoutsConfig",
     "UperNetSegmentation",
+    "fields_that_hold",
     "find_run_file",
     "known_protocols",
     "known_recipes",
@@ -94,7 +97,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class BackboneConfig(Section):
     """Describes the model that is being pre-trained (f_θ)."""
 
-    preset: str | None = None
+    preset: str | None = Field(default=None, min_length=1)
     """A size by name, vit-b/16 where nothing else is said; `config` overrides single fields."""
     from_pretrained: Annotated[str, InHome] | None = None
     """Start from published weights instead of random ones: a folder or Hub id of `transformers`, timm or open_clip, or
@@ -128,16 +131,16 @@ class TextConfig(Section):
     """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
     tokenizer: Annotated[str, InHome] | None = None
     """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""
-    max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4)
+    max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4, le=MAX_CAPTION_TOKENS)
     """Captions are cut to this many tokens."""
 
 
 class OptimConfig(Section):
     """Sets the optimisation: AdamW, warm-up, and how the rate falls."""
 
-    batch_size: int = Field(default=4096, ge=1)
+    batch_size: int = Field(default=4096, ge=1, le=MAX_BATCH)
     """Samples per optimizer step, over all ranks."""
-    micro_batch_size: int = Field(default=32, ge=1)
+    micro_batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
     """Samples per rank in one forward pass. batch_size = micro_batch_size × accumulation × ranks."""
     steps: int = Field(default=100_000, ge=1)
     """Optimizer steps."""
@@ -177,24 +180,39 @@ class OptimConfig(Section):
             return values
         return {**values, "warmup_steps": max(steps // 10, 0)}
 
-    @model_validator(mode="after")
-    def _schedule_holds(self, info: ValidationInfo) -> Self:
-        if self.warmup_steps >= self.steps:
+    # Rules of two fields are checked with the later one: a rule of the model would wait until all fields are valid.
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warms_up_within_the_run(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        steps = info.data.get("steps")
+        if steps is not None and warmup_steps >= steps:
             raise FixableError(
-                f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})",
-                f"optim.warmup_steps={self.steps // 10}, or leave it out",
+                f"warmup_steps ({warmup_steps}) must be less than steps ({steps})",
+                f"optim.warmup_steps={steps // 10}, or leave it out",
             )
-        if isinstance(self.schedule, MultiStep) and self.schedule.milestones[-1] >= self.steps:
+        return warmup_steps
+
+    @field_validator("schedule")
+    @classmethod
+    def _falls_within_the_run(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        steps = info.data.get("steps")
+        if steps is not None and isinstance(schedule, MultiStep) and schedule.milestones[-1] >= steps:
             raise FixableError(
-                f"the milestone {self.schedule.milestones[-1]} has no effect: the run has {self.steps} steps",
-                f"optim.schedule.milestones below {self.steps}",
+                f"the milestone {schedule.milestones[-1]} has no effect: the run has {steps} steps",
+                f"optim.schedule.milestones below {steps}",
             )
-        if self.min_lr > self.lr and not is_stored(info):
+        return schedule
+
+    @field_validator("min_lr")
+    @classmethod
+    def _rate_falls(cls, min_lr: float, info: ValidationInfo) -> float:
+        lr = info.data.get("lr")
+        if lr is not None and min_lr > lr and not is_stored(info):
             raise FixableError(
-                f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g}): the rate would rise to the end",
-                f"optim.min_lr={self.lr / 100:g}, or 0, the default",
+                f"min_lr ({min_lr:g}) is above lr ({lr:g}): the rate would rise to the end",
+                f"optim.min_lr={lr / 100:g}, or 0, the default",
             )
-        return self
+        return min_lr
 
 
 class KeepBestConfig(Section):
@@ -283,11 +301,11 @@ class TimeoutsConfig(Section):
     this is longer than data.stall_timeout_s, so that missing data are reported as such.
     """
 
-    join_s: float = Field(default=300.0, gt=0)
+    join_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
     """Until all ranks have started and reached rank 0; torchrun waits by itself."""
-    start_s: float = Field(default=1800.0, gt=0)
+    start_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
     """Until the second step is done, and while the run saves, evaluates, makes pictures or goes back."""
-    step_s: float = Field(default=960.0, gt=0)
+    step_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
     """Inside of a step."""
 
 
@@ -488,3 +506,34 @@ def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozen
         return RunConfig.model_validate({"recipe": {}, **sound}), broken
     except ValidationError:  # sections that do not fit to each other
         return None, broken
+
+
+def fields_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
+    """Return a run file with defaults in place of the values that have errors.
+
+    Returns:
+        The run, None if a value that is required has an error; and the dotted keys of values with errors.
+    """
+    values, faulty = copy.deepcopy(values), set[str]()
+    while True:  # each turn removes a key
+        try:
+            return RunConfig.model_validate(values), frozenset(faulty)
+        except ValidationError as error:
+            removed = {key for fault in error.errors() if (key := _remove(values, fault["loc"])) is not None}
+        if not removed:
+            return None, frozenset(faulty)
+        faulty |= removed
+
+
+def _remove(values: dict[str, Any], place: tuple[int | str, ...]) -> str | None:
+    """Remove the value at a place, or the innermost one around it that is in a mapping; return its dotted key."""
+    above, keys = values, list[str]()
+    for part in place:
+        if not isinstance(above, dict) or part not in above:
+            break
+        keys.append(str(part))
+        parent, above = above, above[part]
+    if not keys:
+        return None
+    del parent[keys[-1]]
+    return ".".join(keys)

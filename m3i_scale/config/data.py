@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from typing_extensions import Self
 
 from m3i_scale import defaults
+from m3i_scale.config.limits import MAX_ASPECT, MAX_STREAMS, MAX_WAIT_S, MAX_WORKERS
 from m3i_scale.config.sections import FixableError, InHome, Section, is_stored, plain_values
 
-_EXTREME_RATIO = 20.0
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _CROPS = ("crop_scale", "crop_ratio")
 """Fields in whose place scale_jitter stands."""
@@ -47,10 +47,10 @@ CropScale = Annotated[tuple[float, float], AfterValidator(_lies_inside)]
 
 def _has_a_shape(ratio: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
     narrowest, widest = ratio
-    if not 1 / _EXTREME_RATIO <= narrowest <= widest <= _EXTREME_RATIO and not is_stored(info):
+    if not 1 / MAX_ASPECT <= narrowest <= widest <= MAX_ASPECT and not is_stored(info):
         raise ValueError(
             f"[{narrowest:g}, {widest:g}] is no range of width : height: the smallest first, from "
-            f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.75, 1.3333]"
+            f"{1 / MAX_ASPECT:g} to {MAX_ASPECT:g}, as in [0.75, 1.3333]"
         )
     return ratio
 
@@ -113,10 +113,10 @@ class DistortionConfig(Section):
     @field_validator("scale_jitter")
     @classmethod
     def _images_keep_a_size(cls, factors: tuple[float, float] | None) -> tuple[float, float] | None:
-        if factors is not None and not 1 / _EXTREME_RATIO <= factors[0] <= factors[1] <= _EXTREME_RATIO:
+        if factors is not None and not 1 / MAX_ASPECT <= factors[0] <= factors[1] <= MAX_ASPECT:
             raise ValueError(
                 f"[{factors[0]:g}, {factors[1]:g}] is no range of factors: the smallest first, from "
-                f"{1 / _EXTREME_RATIO:g} to {_EXTREME_RATIO:g}, as in [0.5, 2.0]"
+                f"{1 / MAX_ASPECT:g} to {MAX_ASPECT:g}, as in [0.5, 2.0]"
             )
         return factors
 
@@ -217,10 +217,10 @@ class DataConfig(Section):
     """Training sources by name."""
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
     """Sources that the evaluation hook measures losses on."""
-    streams: int = Field(default=defaults.STREAMS, ge=1)
+    streams: int = Field(default=defaults.STREAMS, ge=1, le=MAX_STREAMS)
     """Number of virtual streams that samples are dealt to, evenly. Ranks × workers share them out; the order of samples
     depends on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """Loader processes per rank; 0 loads in the training process."""
     shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1)
     """Samples are shuffled across this many shards of a stream at a time."""
@@ -236,15 +236,15 @@ class DataConfig(Section):
     bad_shards: Literal["stop", "quarantine"] = "stop"
     """What a shard does that cannot be read after all attempts: it stops the run, or all its samples count as bad for
     the rest of the pass."""
-    stall_timeout_s: float = Field(default=900.0, gt=0)
+    stall_timeout_s: float = Field(default=900.0, gt=0, le=MAX_WAIT_S)
     """The run stops when a reader has got no sample for so long."""
     cache_gib: float = Field(default=50.0, ge=0)
     """Room on the host's disk for whole remote shards; 0 keeps none, and reads every sample by range."""
     cache_dir: Annotated[Path, InHome] | None = None
     """Where they lie, shared by all ranks of a host and by runs. Default: m3i-scale in $XDG_CACHE_HOME or ~/.cache."""
-    read_timeout_s: float = Field(default=60.0, gt=0)
+    read_timeout_s: float = Field(default=60.0, gt=0, le=MAX_WAIT_S)
     """A request for a part of a remote shard (8 MiB at most) counts as failed after so long."""
-    start_timeout_s: float = Field(default=20.0, gt=0)
+    start_timeout_s: float = Field(default=20.0, gt=0, le=MAX_WAIT_S)
     """Before the first step, a server that does not answer is given up after so long, whatever `read_attempts` says;
     one that answers with a time to wait (`Retry-After`) is not."""
     read_attempts: int = Field(default=8, ge=1)

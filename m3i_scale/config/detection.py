@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_ASPECT, MAX_CANDIDATES, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH
 from m3i_scale.config.sections import Section
 from m3i_scale.config.tasks import Task
 
@@ -20,7 +21,7 @@ from m3i_scale.config.tasks import Task
 class Windows(Section):
     """Has a plain Transformer attend within windows in most layers, as ViTDet does."""
 
-    size: int = Field(default=14, ge=0)
+    size: int = Field(default=14, ge=0, le=MAX_SIDE)
     """Side of a window in tokens (ViT(window_size=14)); 0: all layers see the whole image."""
     global_layers: tuple[int, ...] | None = None
     """Layers that see the whole image, from 0. Default: the last of every quarter, 2, 5, 8, 11 of 12 layers."""
@@ -45,12 +46,12 @@ class Regions(Section):
     level, which are ViTDet's 32 to 512 of strides 4 to 64."""
     ratios: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
     """Height over width of the anchors (aspect_ratios)."""
-    convs: int = Field(default=2, ge=1)
+    convs: int = Field(default=2, ge=1, le=MAX_LAYERS)
     """Convolutions of the RPN (StandardRPNHead.conv_dims = [-1, -1]; a plain FPN has 1)."""
     positive_iou: float = Field(default=0.7, gt=0, le=1)
     negative_iou: float = Field(default=0.3, ge=0, lt=1)
     """An anchor is an object or ground by its best overlap; what lies between counts for nothing (anchor_matcher)."""
-    anchors_per_image: int = Field(default=256, ge=2)
+    anchors_per_image: int = Field(default=256, ge=2, le=MAX_CANDIDATES)
     """So many anchors of an image are trained on (batch_size_per_image of RPN), half of them objects at most."""
     before_nms: tuple[int, int] = (2000, 1000)
     """So many best proposals of every level go into NMS, in training and outside of it (pre_nms_topk)."""
@@ -58,7 +59,7 @@ class Regions(Section):
     """So many of an image come out of it (post_nms_topk; torchvision keeps 2,000 in training)."""
     nms_iou: float = Field(default=0.7, gt=0, le=1)
     """Of two proposals that overlap by more, one goes (nms_thresh of RPN)."""
-    per_image: int = Field(default=512, ge=2)
+    per_image: int = Field(default=512, ge=2, le=MAX_CANDIDATES)
     """So many regions of an image are trained on (batch_size_per_image of StandardROIHeads)."""
     positive_fraction: float = Field(default=0.25, gt=0, lt=1)
     """So much of them are objects at most (positive_fraction of StandardROIHeads)."""
@@ -71,10 +72,14 @@ class Regions(Section):
             raise ValueError("negative_iou is not above positive_iou: an anchor would be object and ground")
         if int(self.per_image * self.positive_fraction) < 1:
             raise ValueError("per_image times positive_fraction is below 1: no region would be an object")
-        if min(*self.before_nms, *self.after_nms) < 1:
-            raise ValueError("before_nms and after_nms are at least 1")
-        if min([*(self.sizes or ()), *self.ratios]) <= 0:
-            raise ValueError("sizes and ratios are above 0")
+        if not all(1 <= count <= MAX_CANDIDATES for count in (*self.before_nms, *self.after_nms)):
+            raise ValueError(f"before_nms and after_nms must be from 1 to {MAX_CANDIDATES:,}")
+        if not all(0 < size <= MAX_SIDE for size in self.sizes or ()):
+            raise ValueError(f"sizes must be above 0 and at most {MAX_SIDE:,} pixels: {[*(self.sizes or ())]}")
+        if not all(1 / MAX_ASPECT <= ratio <= MAX_ASPECT for ratio in self.ratios):
+            raise ValueError(
+                f"ratios must be height over width, from {1 / MAX_ASPECT:g} to {MAX_ASPECT:g}: {[*self.ratios]}"
+            )
         return self
 
 
@@ -96,22 +101,22 @@ class MaskRcnn(DetectionHead):
     windows: Windows | None = None
     """Of a plain Transformer. Default: as ViTDet; where an image is less than two windows wide, neither windows nor
     relative positions. An InternImage has none."""
-    channels: int = Field(default=256, ge=4)
+    channels: int = Field(default=256, ge=4, le=MAX_WIDTH)
     """Of the maps and of the heads' convolutions (out_channels)."""
     norm: Literal["layer", "none"] = "layer"
     """Of the convolutions of pyramid and heads ("LN"; a plain FPN has none)."""
     regions: Regions = Regions()
-    box_convs: int = Field(default=4, ge=0)
+    box_convs: int = Field(default=4, ge=0, le=MAX_LAYERS)
     """Convolutions of the box head (conv_dims = [256] * 4; a plain FPN has none and two linear layers)."""
-    box_linears: int = Field(default=1, ge=1)
-    box_width: int = Field(default=1024, ge=1)
+    box_linears: int = Field(default=1, ge=1, le=MAX_LAYERS)
+    box_width: int = Field(default=1024, ge=1, le=MAX_WIDTH)
     """Linear layers of the box head and their width (fc_dims = [1024])."""
-    mask_convs: int = Field(default=4, ge=1)
+    mask_convs: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Convolutions of the mask head, before it doubles the side."""
-    box_side: int = Field(default=7, ge=1)
-    mask_side: int = Field(default=14, ge=1)
+    box_side: int = Field(default=7, ge=1, le=MAX_SIDE)
+    mask_side: int = Field(default=14, ge=1, le=MAX_SIDE)
     """Sides of what RoIAlign cuts out of the maps (box_pooler, mask_pooler); masks have twice that."""
-    sampling_ratio: int = Field(default=0, ge=0)
+    sampling_ratio: int = Field(default=0, ge=0, le=MAX_SIDE)
     """Samples by side of a cell of RoIAlign; 0: as many as pixels lie in it (torchvision takes 2)."""
     aligned: bool = True
     """RoIAlign knows that the centre of a pixel is half a pixel from its edge (ROIAlignV2; torchvision: false)."""
@@ -125,7 +130,7 @@ class MaskRcnn(DetectionHead):
     """One mask for all classes (cls_agnostic_mask)."""
     classifier: Literal["softmax", "sigmoid"] = "softmax"
     """Softmax over classes and ground, or a sigmoid for every class (use_sigmoid_ce, for LVIS)."""
-    federated_classes: int | None = Field(default=None, ge=1)
+    federated_classes: int | None = Field(default=None, ge=1, le=MAX_CANDIDATES)
     """Of a sigmoid: an image trains so many classes alone, its own and others drawn by how frequent they are
     (use_fed_loss, fed_loss_num_classes = 50). Default: all."""
     federated_power: float = Field(default=0.5, ge=0)
@@ -134,7 +139,7 @@ class MaskRcnn(DetectionHead):
     """Lowest score of a detection (test_score_thresh; LVIS 0.02)."""
     nms_iou: float = Field(default=0.5, gt=0, le=1)
     """Of two detections of a class that overlap by more, one goes (test_nms_thresh)."""
-    detections: int = Field(default=100, ge=1)
+    detections: int = Field(default=100, ge=1, le=MAX_CANDIDATES)
     """Of an image at most (test_topk_per_image; LVIS 300)."""
 
     @model_validator(mode="after")
@@ -157,29 +162,29 @@ class RfDetr(DetectionHead):
 
     kind: ClassVar[str] = "rfdetr"
 
-    windows: int = Field(default=2, ge=1)
+    windows: int = Field(default=2, ge=1, le=MAX_SIDE)
     """Windows along a side of the image, each with a class token of its own, that all layers attend within but for
     those right behind a layer that is read (num_windows); 1: all layers see the whole image."""
     out_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Layers of the backbone that are read, from 1; the last one is among them (out_feature_indexes). Default: the last
     of every quarter, 3, 6, 9, 12 of 12."""
-    channels: int = Field(default=256, ge=4, multiple_of=4)
+    channels: int = Field(default=256, ge=4, le=MAX_WIDTH, multiple_of=4)
     """Of map and queries (hidden_dim)."""
-    queries: int = Field(default=300, ge=1)
+    queries: int = Field(default=300, ge=1, le=MAX_CANDIDATES)
     """So many objects of an image are found at most (num_queries)."""
-    groups: int = Field(default=13, ge=1)
+    groups: int = Field(default=13, ge=1, le=MAX_HEADS)
     """In training, queries are there so many times, and each group finds all objects by itself (group_detr)."""
-    decoder_layers: int = Field(default=3, ge=1)
+    decoder_layers: int = Field(default=3, ge=1, le=MAX_LAYERS)
     """Of the decoder (dec_layers: 2 of Nano, 3 of Small and Base, 4 of Medium and Large)."""
-    self_attention_heads: int = Field(default=8, ge=1)
+    self_attention_heads: int = Field(default=8, ge=1, le=MAX_HEADS)
     """Of queries among each other (sa_nheads)."""
-    cross_attention_heads: int = Field(default=16, ge=1)
+    cross_attention_heads: int = Field(default=16, ge=1, le=MAX_HEADS)
     """Of queries in the map (ca_nheads)."""
-    points: int = Field(default=2, ge=1)
+    points: int = Field(default=2, ge=1, le=MAX_SIDE)
     """Places of the map that a head of a query reads (dec_n_points)."""
-    decoder_width: int = Field(default=2048, ge=1)
+    decoder_width: int = Field(default=2048, ge=1, le=MAX_WIDTH)
     """Of the decoder's hidden layers (dim_feedforward)."""
-    mask_stride: int = Field(default=4, ge=1)
+    mask_stride: int = Field(default=4, ge=1, le=MAX_SIDE)
     """Pixels along a side that share a value of a mask (mask_downsample_ratio)."""
     class_weight: float = Field(default=1.0, ge=0)
     """Weight of the loss of classes, which knows how well the box fits (cls_loss_coef; with masks the published one is
@@ -194,7 +199,7 @@ class RfDetr(DetectionHead):
     """Weight of the Dice loss of masks, in the loss and in the matching (mask_dice_loss_coef)."""
     score_above: float = Field(default=0.0, ge=0, lt=1)
     """Lowest score of a detection. The package has none."""
-    detections: int = Field(default=300, ge=1)
+    detections: int = Field(default=300, ge=1, le=MAX_CANDIDATES)
     """Of an image at most (num_select)."""
 
     @model_validator(mode="after")

@@ -106,7 +106,7 @@ def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         target["head"]: target["regularizer"]
         for target in _targets(values)
-        if "kind" in target and "head" in target and isinstance(target.get("regularizer"), dict)
+        if "kind" in target and isinstance(target.get("head"), str) and isinstance(target.get("regularizer"), dict)
         if {"size", "momentum"} & target["regularizer"].keys()
     }
 
@@ -119,10 +119,11 @@ def _check_memories(values: dict[str, Any], memories: dict[str, dict[str, Any]],
     """
     for number, target in enumerate(_targets(values)):
         name = target.get("head")
-        if "modality" not in target or "kind" in target or name not in memories:
+        if "modality" not in target or "kind" in target or not isinstance(name, str) or name not in memories:
             continue
-        head = values["recipe"].get("heads", {}).get(name) or {}
-        if not {"queue", "state_momentum"} & head.keys():
+        heads = values["recipe"].get("heads")
+        head = heads.get(name) if isinstance(heads, dict) else None
+        if not isinstance(head, dict) or not {"queue", "state_momentum"} & head.keys():
             regularizer = ", ".join(f"{key}: {value}" for key, value in memories[name].items())
             raise ConfigError(
                 f"target '{target.get('name', number)}' is of before targets had a `kind`, and head '{name}', which it "
@@ -223,6 +224,12 @@ def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{shown(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+    if not text.strip():
+        raise ConfigError(
+            f"'{key}' must have a value, got none",
+            why="a shell gives this for a variable that is not set",
+            fix=f"set the variable, or write {key}=null for the default",
+        )
     try:
         value = _parse_yaml(text, f"'{key}'")
     except _NOT_YAML as error:

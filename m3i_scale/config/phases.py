@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from m3i_scale.config.limits import MAX_BATCH, MAX_SIDE
 from m3i_scale.config.sections import Section
 
 
@@ -12,7 +13,7 @@ class Phase(Section):
 
     steps: int = Field(ge=1)
     """So many of `optim.steps`, which those of all phases make together."""
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     """Side of the images in pixels; default: the backbone's. Its positions are interpolated to another one."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1, le=MAX_BATCH)
     """Samples per rank in one forward pass; default: optim.micro_batch_size. optim.batch_size stays."""

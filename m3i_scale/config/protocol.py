@@ -15,12 +15,12 @@ class Published(Section):
 
     model: str
     """What was trained, and from which weights."""
-    number: float
+    number: float = Field(ge=0, le=100)
     """In percent."""
     metric: Literal["top-1", "mIoU", "box AP"] = "top-1"
     """What was counted: images whose class is right, the overlap of classes over all pixels, or the average precision
     of boxes."""
-    mask_ap: float | None = None
+    mask_ap: float | None = Field(default=None, ge=0, le=100)
     """Average precision of masks beside that of boxes, in percent."""
     source: str
     """Where it stands: paper and table, or file of the published code."""

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
 from m3i_scale.config.sections import Section
 
 
@@ -66,8 +67,8 @@ class Sweep(Section):
         for name, values in self:
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} are several choices, each once: {list(values)}")
-        if min(self.blocks) < 1:
-            raise ValueError("blocks are numbers of layers, from 1 on")
+        if not all(1 <= blocks <= MAX_LAYERS for blocks in self.blocks):
+            raise ValueError(f"blocks must be numbers of layers, from 1 to {MAX_LAYERS:,}: {[*self.blocks]}")
         if not 0 < min(self.lr_scales) <= max(self.lr_scales) <= 1:
             raise ValueError("lr_scales are shares of optim.lr: above 0, and 1 at most")
         if len(self.heads()) < len(self.decoders()) * len(self.lr_scales):
@@ -184,7 +185,7 @@ class UperNetSegmentation(SegmentationHead):
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Probability that a channel is left out, before the classifiers, while training."""
-    channels: int = Field(default=512, ge=1)
+    channels: int = Field(default=512, ge=1, le=MAX_WIDTH)
     """Width of the head."""
     out_layers: tuple[int, int, int, int] | None = None
     """Layers that are read, from 1. Default: the layers at a third, a half and two thirds of the depth, and the last:
@@ -206,8 +207,8 @@ class EomtSegmentation(SegmentationHead):
     kind: ClassVar[str] = "eomt"
     module: ClassVar[str] = "m3i_scale.objective.mask_queries.MaskQueries"
 
-    queries: int = Field(default=100, ge=1)
-    blocks: int = Field(default=4, ge=1)
+    queries: int = Field(default=100, ge=1, le=MAX_CANDIDATES)
+    blocks: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Of the backbone, counted from the last, that the queries go through."""
     class_weight: float = Field(default=2.0, ge=0)
     """Weight of the cross-entropy of the queries' classes, in the loss and in the matching."""
@@ -217,7 +218,7 @@ class EomtSegmentation(SegmentationHead):
     """Weight of the Dice loss of matched masks."""
     no_object_weight: float = Field(default=0.1, gt=0, le=1)
     """What a query counts that matches no mask."""
-    points: int = Field(default=12544, ge=1)
+    points: int = Field(default=12544, ge=1, le=MAX_CANDIDATES)
     """Pixels of a mask that its losses are computed of, most of them where it is uncertain."""
 
     @model_validator(mode="after")

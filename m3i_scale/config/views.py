@@ -8,15 +8,16 @@ from typing import Any
 from pydantic import Field
 
 from m3i_scale.config.data import CropRatio, CropScale, DistortionConfig, JitterStrengths, Probability
+from m3i_scale.config.limits import MAX_SIDE, MAX_VIEWS
 from m3i_scale.config.sections import Section
 
 
 class ViewSpec(Section):
     """Describes views of one role. What is left out is as in `data.augment`, or a source's own."""
 
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=MAX_VIEWS)
     """So many views, numbered on from those before."""
-    size: int | None = Field(default=None, ge=1)
+    size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     """Side in pixels; default: the backbone's."""
     crop_scale: CropScale | None = None
     """In the place of `scale_jitter`, too, as is crop_ratio."""

@@ -168,18 +168,19 @@ def read_label_sets(
     return {name: labels for name, labels in sets.items() if labels}
 
 
-def captions_beside(shards: str, access: Access | None = None) -> int | None:
-    """Return how many samples have a caption, as the manifest beside the shards counts them; None where there is none.
+def samples_beside(shards: str, count: str, access: Access | None = None) -> int | None:
+    """Return how many samples the manifest beside the shards counts; None if there is no manifest.
 
     Args:
         shards: the `shards` value of a source.
+        count: `samples`, or those `with_caption`.
         access: how servers are asked.
     """
     if shards.startswith("pipe:"):
         return None
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
-        counts = [int(facts["with_caption"]) for facts in manifest["shards"].values()]
+        counts = [int(facts[count]) for facts in manifest["shards"].values()]
         return sum(counts) if counts else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # shards of other tools have no such file

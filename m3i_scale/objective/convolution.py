@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.backbones.families import VisionConfig
+from m3i_scale.config.limits import MAX_HEADS, MAX_LAYERS, MAX_SIDE
 from m3i_scale.objective.decoders import DecoderSpec
 
 
@@ -58,11 +59,11 @@ class ConvolutionSpec(DecoderSpec):
 
     kind: ClassVar[str] = "convolution"
     dense: ClassVar[bool] = True
-    depth: int = Field(default=6, ge=1)
+    depth: int = Field(default=6, ge=1, le=MAX_LAYERS)
     """Convolutions, of the backbone's width."""
-    kernel: int = Field(default=3, ge=3)
+    kernel: int = Field(default=3, ge=3, le=MAX_SIDE)
     """Side in patches of what each of them sees."""
-    groups: int = Field(default=16, ge=1)
+    groups: int = Field(default=16, ge=1, le=MAX_HEADS)
     """Groups of channels that see nothing of each other."""
 
     @field_validator("kernel")

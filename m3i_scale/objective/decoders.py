@@ -16,6 +16,7 @@ from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 from m3i_scale.objective.positions import grid_position
 
 
@@ -232,11 +233,11 @@ class DecoderSpec(Kind):
 class LayeredSpec(DecoderSpec):
     """Holds the shape of decoders that are Transformers of their own."""
 
-    width: int | None = Field(default=None, ge=8)
+    width: int | None = Field(default=None, ge=8, le=MAX_WIDTH)
     """Hidden size; default: the backbone's."""
-    heads: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1, le=MAX_HEADS)
     """Attention heads; default: one per 64 channels."""
-    depth: int = Field(default=4, ge=1)
+    depth: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Layers."""
 
     @model_validator(mode="after")
@@ -294,9 +295,9 @@ class AttentionPoolSpec(DecoderSpec):
     """Makes one vector for the image by attention with the mean token as query."""
 
     kind: ClassVar[str] = "attention_pool"
-    width: int | None = Field(default=None, ge=8)
+    width: int | None = Field(default=None, ge=8, le=MAX_WIDTH)
     """Width of the vector; default: the backbone's."""
-    heads: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1, le=MAX_HEADS)
     """Attention heads, which the backbone's width is split among; default: one per 64 channels."""
 
     def build(self, config: VisionConfig) -> nn.Module:
@@ -317,7 +318,7 @@ class ClassTokenSpec(DecoderSpec):
     """Makes one vector for the image, the class token; linear heads read more."""
 
     kind: ClassVar[str] = "class_token"
-    blocks: int = Field(default=1, ge=1)
+    blocks: int = Field(default=1, ge=1, le=MAX_LAYERS)
     """The tokens of so many last layers, each normalised by the backbone's last norm, one behind the other."""
     mean: bool = False
     """Put the mean of the last layer's patches behind them."""

@@ -18,8 +18,10 @@ from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.build import set_field
 from m3i_scale.backbones.families import VisionConfig
+from m3i_scale.backbones.families.base import check_counts
 from m3i_scale.backbones.families.dinov3 import keep_frequencies
 from m3i_scale.config import BackboneConfig, FixableError, Section
+from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.inputs import PixelNorm
 
@@ -30,7 +32,7 @@ class MomentumSpec(Section):
     start: float = Field(default=0.995, ge=0, lt=1)
     """m at the first step; rises to `end` with a cosine."""
     end: float = Field(default=1.0, ge=0, le=1)
-    projector_depth: int = Field(default=2, ge=0)
+    projector_depth: int = Field(default=2, ge=0, le=MAX_LAYERS)
     """Residual MLP blocks after the backbone for dense targets, online and averaged; 0 for none."""
 
     @model_validator(mode="after")
@@ -55,6 +57,17 @@ class TeacherSpec(Section):
         return self.from_pretrained == "student"
 
 
+_TEXT_COUNTS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "type_vocab_size"),
+)
+_TEXT_FIELDS = (
+    *_TEXT_COUNTS,
+    *("hidden_act", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
+)
+"""What a run file may set of the text tower: the other fields of `BertConfig` have no effect, or break the export."""
+
+
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
     """Return the BERT-Base shape of the paper, with single fields overridden.
 
@@ -66,17 +79,12 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
     config = BertConfig(
         vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    known = [key for key in config.to_dict() if not key.startswith("_")]
     for key, value in fields.items():
-        if key not in known or key == "vocab_size":
-            hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, known)
+        if key not in _TEXT_FIELDS:
+            hint = "vocab_size is the tokenizer's" if key == "vocab_size" else did_you_mean(key, _TEXT_FIELDS)
             raise ConfigError(f"BERT has no field '{key}' to set", where="text.config", fix=hint)
         set_field(config, key, value, "text.config")
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"'{key}' must be at least 1", where="text.config")
-    if config.is_decoder or config.add_cross_attention:
-        raise ConfigError("the text tower reads its first token, which must see all others", where="text.config")
+    check_counts({key: getattr(config, key) for key in _TEXT_COUNTS}, "text.config")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"width {config.hidden_size} is no multiple of {config.num_attention_heads} heads", where="text.config"

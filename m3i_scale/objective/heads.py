@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from m3i_scale.config import Section
+from m3i_scale.config.limits import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.state import Fp32State
 
@@ -24,21 +25,21 @@ class HeadSpec(Section):
     predictor follows on the prediction's side alone.
     """
 
-    width: int = Field(default=256, ge=2)
+    width: int = Field(default=256, ge=2, le=MAX_WIDTH)
     """Dimension of z_y."""
-    hidden: int = Field(default=2048, ge=2)
+    hidden: int = Field(default=2048, ge=2, le=MAX_WIDTH)
     """Width of the projector's hidden layers."""
-    depth: int = Field(default=2, ge=1)
+    depth: int = Field(default=2, ge=1, le=MAX_LAYERS)
     """Linear layers of the projector."""
     norm: Norm = "layer"
     """Norm after every hidden layer. `batch` takes the statistics of the global batch."""
     output_norm: Norm = "none"
     """Norm after the projector's last layer, without a scale of its own."""
-    predictor_depth: int = Field(default=0, ge=0)
+    predictor_depth: int = Field(default=0, ge=0, le=MAX_LAYERS)
     """Linear layers of the predictor; 0 for none."""
-    predictor_hidden: int = Field(default=512, ge=2)
+    predictor_hidden: int = Field(default=512, ge=2, le=MAX_WIDTH)
     """Width of the predictor's hidden layers."""
-    prototypes: int = Field(default=0, ge=0)
+    prototypes: int = Field(default=0, ge=0, le=MAX_CANDIDATES)
     """Number K of unit vectors that the z_y of `kind: prototypes` targets is compared with."""
 
     @model_validator(mode="after")

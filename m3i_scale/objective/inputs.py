@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from m3i_scale.config import FixableError, Section
+from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.objective.masks import Mask, RandomMask, hash_uniform
 from m3i_scale.objective.state import Fp32State
 
@@ -39,7 +40,7 @@ class MaskSpec(Section):
     """dropped: the encoder does not see hidden patches; token: it sees a learnt token at their places."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Of the samples that hide anything, drawn by sample; below 1 only with mask tokens."""
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=MAX_VIEWS)
     """So many masks of the same view, each an input of its own."""
 
     @model_validator(mode="after")
@@ -77,11 +78,11 @@ class MaskSpec(Section):
 class InputSpec(Section):
     """Describes one input x of the backbone, or several that targets have the same use for."""
 
-    name: str
+    name: str = Field(min_length=1)
     """The name that targets refer to."""
-    view: int = Field(ge=1)
+    view: int = Field(ge=1, le=MAX_VIEWS)
     """Augmented view of the image, from 1."""
-    views: int = Field(default=1, ge=1)
+    views: int = Field(default=1, ge=1, le=MAX_VIEWS)
     """So many views from that one on, each an input of its own."""
     mask: MaskSpec | None = None
 

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_ASPECT, MAX_VIEWS
 
 _BLOCKS = 24
 """Rectangles drawn for a block mask: enough to cover 3/4 of a grid with probability near 1."""
@@ -117,7 +118,7 @@ class TargetBlocks(Mask):
     """
 
     kind: ClassVar[str] = "target_blocks"
-    blocks: int = Field(default=4, ge=1)
+    blocks: int = Field(default=4, ge=1, le=MAX_VIEWS)
     """Rectangles of an image, which may overlap."""
     scale: float = Field(default=0.175, gt=0, lt=1)
     """Share of the patches in a rectangle."""
@@ -130,8 +131,10 @@ class TargetBlocks(Mask):
     @field_validator("aspect")
     @classmethod
     def _is_a_range(cls, aspect: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < aspect[0] <= aspect[1]:
-            raise ValueError(f"[least, largest] height by width, above 0; got {list(aspect)}")
+        if not 1 / MAX_ASPECT <= aspect[0] <= aspect[1] <= MAX_ASPECT:
+            raise ValueError(
+                f"must be [smallest, largest] height over width, from {1 / MAX_ASPECT:g} to {MAX_ASPECT:g}: {[*aspect]}"
+            )
         return aspect
 
     @property

@@ -40,7 +40,8 @@ def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(target, dict) or "." in str(target.get("kind", "")):
             continue
         _upgrade(target)
-        head = heads.get(target.get("head")) if isinstance(heads, dict) else None
+        name = target.get("head")
+        head = heads.get(name) if isinstance(heads, dict) and isinstance(name, str) else None
         if isinstance(head, dict):
             moved += [(head, field) for field in _move_from_head(target, head)]
     for head, field in moved:

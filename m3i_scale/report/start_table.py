@@ -26,8 +26,6 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
     """
     console = wide_console(stderr=True, soft_wrap=True)
     console.print(start_table(report))
-    for text in other_images(report["normalisation"], report["image_size"], run):
-        console.print(f"[yellow]{text}[/]")
     try:
         write_json(run.output_dir / FILE, report)
     except OSError as error:

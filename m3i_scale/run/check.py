@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +12,9 @@ import torch
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.config import Phase, RunConfig, find_run_file, load_run, run_values, sections_that_hold
+from m3i_scale.config import Phase, RunConfig, fields_that_hold, find_run_file, run_values, sections_that_hold
 from m3i_scale.data.mixing import check_shares
+from m3i_scale.data.remote.access import check_access
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError, named
 from m3i_scale.objective.encoders import FrozenTeacher
@@ -23,11 +24,13 @@ from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
 from m3i_scale.report.start_table import other_images
+from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import measures_precision
+from m3i_scale.run.source_warnings import source_warnings
 from m3i_scale.scale.activations import check_policy, read_policy
 from m3i_scale.scale.arithmetic import check_deterministic
 from m3i_scale.scale.compilation import check_compile
@@ -97,17 +100,41 @@ def told_phases(run: RunConfig) -> list[str]:
     return lines
 
 
-def warnings_of(name_or_path: str, overrides: list[str] | None = None) -> list[str]:
-    """List what `train` would not refuse, of a run without faults, and what is often not meant.
+def warnings_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[str]:
+    """Return warnings about a run file; of one with errors, those about the other values.
 
     Args:
         name_or_path: a run file, or the name of a built-in one.
         overrides: `section.key=value`.
-
-    Raises:
-        ConfigError: the run has faults.
+        ranks: of the run; None if they are not known.
     """
-    run = load_run(name_or_path, overrides)
+    try:
+        values = run_values(name_or_path, overrides)
+    except UserError:  # of which `faults_of` tells
+        return []
+    run, faulty = fields_that_hold(values)
+    warnings = repeated_overrides(overrides or [])
+    return warnings if run is None else warnings + run_warnings(run, ranks, faulty)
+
+
+def run_warnings(run: RunConfig, ranks: int | None, faulty: Collection[str] = ()) -> list[str]:
+    """Return warnings about a run.
+
+    Args:
+        run: with defaults in place of values with errors.
+        ranks: of the run; None if they are not known.
+        faulty: dotted keys with errors; if there are any, no server is asked.
+    """
+    errors = Faults()
+    recipe = errors.note(parse_recipe, run.recipe)
+    access = None if faulty else errors.note(lambda: check_access(run.data, run.data.sources).at_start())
+    warnings = config_warnings(run, recipe, faulty)
+    warnings += errors.note(_other_images, run) or []
+    return warnings + list(source_warnings(run, ranks, access))
+
+
+def _other_images(run: RunConfig) -> list[str]:
+    """Return how the images of a run differ from those that its weights were trained with."""
     if run.backbone.from_pretrained is None:
         return []
     source = backbone_source(run.backbone)

@@ -10,7 +10,7 @@ from m3i_scale.config import RunConfig, TextConfig
 from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import CATEGORIES, LABELS, captions_beside, read_label_sets, require_shards, shard_folder
+from m3i_scale.data.shards import CATEGORIES, LABELS, read_label_sets, require_shards, samples_beside, shard_folder
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
 from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
@@ -151,7 +151,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
         ConfigError: no source has captions; see `find_tokenizer`; or it pads with another token.
     """
     read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
-    if read and all(captions_beside(source.shards, access) == 0 for source in read.values()):
+    if read and all(samples_beside(source.shards, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
             "the recipe has a text target, and no source has captions",
             where=", ".join(f"data.sources.{name}.shards: {shown(source.shards)}" for name, source in read.items()),

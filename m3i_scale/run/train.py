@@ -23,7 +23,7 @@ from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.check import resolve_run, told_phases
+from m3i_scale.run.check import resolve_run, run_warnings, told_phases
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_resume, find_resume
@@ -63,8 +63,13 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
     return callbacks
 
 
-def start(run: RunConfig) -> Status:
-    """Join the other ranks and train."""
+def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
+    """Join the other ranks and train.
+
+    Args:
+        run: the run file.
+        warnings: about the command line, which rank 0 prints with those about the run.
+    """
     torch.manual_seed(run.seed)
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(recorded(run.output_dir))
@@ -82,7 +87,7 @@ def start(run: RunConfig) -> Status:
             clean = False
             try:
                 with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
-                    status = train(run, ranks, callbacks, heartbeat, resolve, workers)
+                    status = train(run, ranks, callbacks, heartbeat, resolve, workers, warnings)
                 clean = True
             finally:
                 stop_ranks(wait=clean)
@@ -117,14 +122,14 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     return raises
 
 
-def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) -> None:
+def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], warnings: Sequence[str]) -> None:
     """Print what will run, before it runs."""
     run, config = resolved.run, resolved.deepspeed.config
     _CONSOLE.print(explain_table(resolved.deepspeed))
     for line in told_phases(run):
         _CONSOLE.print(line, markup=False, highlight=False)
-    for note in notes:
-        _CONSOLE.print(f"[yellow]{note}[/]")
+    for note in (*notes, *(f"warning: {warning}" for warning in warnings)):
+        _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
     origin = f"from {resume_from}" if resume_from else "from step 0"
     _CONSOLE.print(
         f"[bold]{run.name}[/]: recipe {resolved.recipe.name}, ZeRO-{config['zero_optimization']['stage']} in "
@@ -146,6 +151,7 @@ def train(
     heartbeat: Heartbeat | None = None,
     resolve: Callable[[], ResolvedRun] | None = None,
     workers: Sequence[PartWorkers] = (),
+    warnings: Sequence[str] = (),
 ) -> Status:
     """Check, lock, resume, train. Every rank calls it.
 
@@ -156,6 +162,7 @@ def train(
         heartbeat: says where this rank is.
         resolve: gives the resolved run where that was made before the ranks met, or raises its fault.
         workers: of `started_workers`.
+        warnings: about the command line.
     """
     heartbeat = heartbeat or Heartbeat(None)
     heartbeat.at("open")
@@ -179,7 +186,7 @@ def train(
         # Before the tables about the engine: what is wrong with the data should not stand below them.
         stream, validation = open_data(resolved.in_phase(0), ranks, workers)
         if ranks.rank == 0:
-            announce(resolved, resume_from, notes)
+            announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 tell(awaited)
         trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat)

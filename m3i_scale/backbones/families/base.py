@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeAlias, cast
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from m3i_scale.config.limits import MAX_CAPTION_TOKENS, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH
 from m3i_scale.errors import ConfigError
 
 VisionConfig: TypeAlias = PretrainedConfig
@@ -26,6 +27,9 @@ class Family(ABC):
     """What a section that needs no folder begins with."""
     shape_fields: ClassVar[tuple[str, ...]]
     """Fields of the configuration that shape the modules."""
+    training_fields: ClassVar[tuple[str, ...]]
+    """Fields that change the training and not the modules: dropout, initialization. A run file sets these and
+    `shape_fields`; the other fields of `PretrainedConfig` have no effect here, or break the export."""
     derives: ClassVar[bool] = True
     """Whether fields follow from others when a configuration is made."""
     has_class_token: ClassVar[bool] = True
@@ -119,9 +123,7 @@ class TokenFamily(Family):
             if not isinstance(getattr(config, key), int):
                 raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
         counts = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", self.mlp_field)
-        for key in counts:
-            if getattr(config, key) < 1:
-                raise ConfigError(f"'{key}' must be at least 1", where=f"{where}.config")
+        check_counts({key: getattr(config, key) for key in counts}, f"{where}.config")
         if config.num_channels != 3:
             raise ConfigError("images have 3 channels", where=f"{where}.config.num_channels: {config.num_channels}")
         check_side(config.image_size, config.patch_size, f"patch size {config.patch_size}", where)
@@ -130,12 +132,41 @@ class TokenFamily(Family):
                 f"width {config.hidden_size} must be a multiple of 4 and of its {config.num_attention_heads} heads",
                 where=f"{where}.config",
             )
-        if "registers" in self.parts and config.num_register_tokens < 1:
-            raise ConfigError(
-                f"a {config.model_type} has registers",
-                where=f"{where}.config.num_register_tokens: {config.num_register_tokens}",
-                fix="num_register_tokens: 4, as published",
-            )
+        if "registers" in self.parts:
+            check_counts({"num_register_tokens": config.num_register_tokens}, f"{where}.config")
+
+
+_MAX_COUNTS = {
+    "image_size": MAX_SIDE,
+    "patch_size": MAX_SIDE,
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": MAX_WIDTH,
+    "mlp_ratio": MAX_HEADS,
+    "channels": MAX_WIDTH,
+    "fusion_width": MAX_WIDTH,
+    "groups": MAX_HEADS,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
+    "num_register_tokens": MAX_SIDE,
+    "max_position_embeddings": MAX_CAPTION_TOKENS,
+    "type_vocab_size": MAX_CAPTION_TOKENS,
+}
+
+
+def check_counts(counts: dict[str, Any], where: str) -> None:
+    """Check that the sizes in a `transformers` configuration are numbers that a model can have.
+
+    Args:
+        counts: value by field.
+        where: the section that they stand in.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for key, value in counts.items():
+        most = _MAX_COUNTS[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
+            raise ConfigError(f"'{key}' must be from 1 to {most:,}, got {value!r}", where=f"{where}.{key}")
 
 
 def check_side(side: int, divisor: int, what: str, where: str) -> None:

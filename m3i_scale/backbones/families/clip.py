@@ -23,6 +23,7 @@ class Clip(TokenFamily):
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
         *("layer_norm_eps", "image_size", "patch_size", "num_channels"),
     )
+    training_fields = ("attention_dropout", "initializer_range", "initializer_factor")
     norm_is_last, asks_to_interpolate = False, True
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embedding",

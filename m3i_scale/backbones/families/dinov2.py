@@ -20,6 +20,10 @@ DINOV2_SHAPE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
 )
+DINOV2_TRAINING = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range"),
+    "layerscale_value",
+)
 
 
 def sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
@@ -39,6 +43,7 @@ class Dinov2(TokenFamily):
     config_class, model_class = Dinov2Config, Dinov2Model
     name, first_preset = "DINOv2", "dinov2-s/14"
     shape_fields = (*DINOV2_SHAPE, "use_mask_token")
+    training_fields = DINOV2_TRAINING
     mlp_field = "mlp_ratio"
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embeddings.projection",

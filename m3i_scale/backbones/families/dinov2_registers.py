@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from m3i_scale.backbones.families.base import TokenFamily
-from m3i_scale.backbones.families.dinov2 import DINOV2_SHAPE, DINOV2_SIZES, Dinov2, sized
+from m3i_scale.backbones.families.dinov2 import DINOV2_SHAPE, DINOV2_SIZES, DINOV2_TRAINING, Dinov2, sized
 
 
 class Dinov2WithRegisters(TokenFamily):
@@ -16,6 +16,7 @@ class Dinov2WithRegisters(TokenFamily):
     config_class, model_class = Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     name, first_preset = "DINOv2 with registers", "dinov2-reg-s/14"
     shape_fields = (*DINOV2_SHAPE, "num_register_tokens")
+    training_fields = DINOV2_TRAINING
     mlp_field = "mlp_ratio"
     untrained = ("embeddings.mask_token",)
     antialias = True

@@ -35,6 +35,7 @@ class Dinov3(TokenFamily):
         *("layer_norm_eps", "image_size", "patch_size", "num_channels", *_BIASES, "use_gated_mlp"),
         *("num_register_tokens", "rope_theta"),
     )
+    training_fields = ("attention_dropout", "drop_path_rate", "initializer_range", "layerscale_value", *_AUGMENTED)
     untrained = ("embeddings.mask_token",)
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embeddings",

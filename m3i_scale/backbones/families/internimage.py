@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3i_scale.backbones.families.base import Family, check_side
+from m3i_scale.backbones.families.base import Family, check_counts, check_side
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ConfigError
 
@@ -40,6 +40,7 @@ class InternImage(Family):
         *("res_post_norm", "level2_post_norm", "level2_post_norm_block_ids", "center_feature_scale", "fusion_width"),
         *("layer_norm_eps", "image_size"),
     )
+    training_fields = ("drop_path_rate", "drop_path_type", "initializer_range")
 
     def presets(self) -> dict[str, dict[str, Any]]:
         """Return the published sizes."""
@@ -50,6 +51,8 @@ class InternImage(Family):
 
     def check(self, config: InternImageConfig, where: str) -> None:
         """Refuse maps that targets cannot be made of; see `Family`."""
+        sizes = {"channels": config.channels, "num_hidden_layers": config.num_hidden_layers}
+        check_counts(sizes | {"groups": max(config.groups), "image_size": config.image_size}, f"{where}.config")
         if config.fusion_width is None or config.fusion_width % 4:
             raise ConfigError(
                 f"fusion_width {config.fusion_width}: dense targets need the map of stride 16, a multiple of 4 wide",

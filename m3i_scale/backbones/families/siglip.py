@@ -27,6 +27,7 @@ class Siglip(TokenFamily):
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
         *("layer_norm_eps", "image_size", "patch_size", "num_channels", "vision_use_head"),
     )
+    training_fields = ("attention_dropout",)
     parts: ClassVar[dict[str, str]] = {
         part: name for part, name in Clip.parts.items() if part not in ("class", "pre_norm")
     }

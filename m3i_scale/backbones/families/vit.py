@@ -46,6 +46,7 @@ class ViT(TokenFamily):
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
         *("layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias"),
     )
+    training_fields = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
     asks_to_interpolate = True
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embeddings.projection",

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_CANDIDATES
 from m3i_scale.objective.distributions.base import Density, Distribution, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.ranks import Ranks, standardize
@@ -171,7 +172,7 @@ class QueuedNegatives(PooledRegularizer):
     memory_fields: ClassVar[tuple[str, ...]] = ("size",)
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=MAX_CANDIDATES)
     """Capacity of the queue, which begins empty."""
 
     def memory(self, width: int) -> Memory:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann
 from m3i_scale.objective.ranks import Ranks, mean_row
@@ -125,7 +126,7 @@ class Sinkhorn(Sharpened):
     kind: ClassVar[str] = "sinkhorn"
     memory_fields: ClassVar[tuple[str, ...]] = ()
     within_batch: ClassVar[bool] = True
-    iterations: int = Field(default=3, ge=1)
+    iterations: int = Field(default=3, ge=1, le=MAX_LAYERS)
     """How often prototypes, then targets are brought to the same sum."""
 
     def fault(self, p: Boltzmann) -> str | None:

@@ -18,6 +18,7 @@ from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
 from m3i_scale.config.data import Reads
 from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, pool
@@ -174,7 +175,7 @@ class Target(Kind):
     labels_file: ClassVar[str | None] = None
     """File beside the shards that names the classes which are predicted."""
 
-    name: str
+    name: str = Field(min_length=1)
     inputs: list[str] = Field(min_length=1)
     """Which inputs predict it; the group's loss is the mean over their parts."""
     encoder: str
@@ -305,7 +306,7 @@ class Target(Kind):
 class ImageTarget(Target):
     """Describes a target that lies in a view."""
 
-    view: int = Field(ge=1)
+    view: int = Field(ge=1, le=MAX_VIEWS)
     """Target view."""
     encoder: Literal["momentum", "online", "teacher"]
     teacher: str = "teacher"

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.config.limits import MAX_CANDIDATES
 from m3i_scale.objective.distributions.base import Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
 from m3i_scale.objective.heads import Prototypes
@@ -35,7 +36,7 @@ class Clusters(ImageTarget):
     dense: ClassVar[bool] = True
     tokens: Literal["masked", "all"]
     """Which patches are asked for: those that the input hides, or all."""
-    clusters: int = Field(default=16384, ge=2)
+    clusters: int = Field(default=16384, ge=2, le=MAX_CANDIDATES)
     """Number K of clusters."""
     encoder: Literal["momentum"] = "momentum"
     distribution: Boltzmann = Boltzmann(temperature=0.12)

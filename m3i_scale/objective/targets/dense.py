@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Density, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
@@ -35,7 +36,7 @@ class Dense(ImageTarget):
     encoder: Literal["momentum", "teacher"]
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
-    layers: int = Field(default=1, ge=1)
+    layers: int = Field(default=1, ge=1, le=MAX_LAYERS)
     """z_y is the mean of so many last layers, each as it leaves the layer, with every channel standardised over the
     patches of the image (data2vec 2.0); 1: the backbone's output."""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from m3i_scale.config.limits import MAX_WIDTH
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs, PairDistribution, PairTargets
@@ -26,7 +27,7 @@ class Text(Target):
     encoder: Literal["text_tower"] = "text_tower"
     distribution: PairDistribution = BoltzmannPairs()
     regularizer: OtherCandidates = OtherCandidates()
-    width: int = Field(default=512, ge=8)
+    width: int = Field(default=512, ge=8, le=MAX_WIDTH)
     """Dimension of the shared space."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:

@@ -1,0 +1,222 @@
+"""Warn of valid settings that hardly anyone means: they have no effect, or another one than their unit suggests.
+
+`check` prints these warnings, and so does `train` when it starts. A setting that cannot work is an error instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from m3i_scale.config import (
+    Classification,
+    Detection,
+    DistortionConfig,
+    MaskRcnn,
+    OptimConfig,
+    RunConfig,
+)
+from m3i_scale.config.data import AugmentConfig
+from m3i_scale.config.schedules import MultiStep
+from m3i_scale.config.views import ViewSpec, each_view
+from m3i_scale.objective.recipe import Recipe
+from m3i_scale.objective.schedule import values_of
+
+_DAY_S = 86_400.0
+_LARGEST_ALPHA = 10.0
+"""Of Beta(α, α): above, two images are nearly always blended in halves."""
+
+
+@dataclass(frozen=True)
+class ConfigWarning:
+    """A valid setting that is probably a mistake."""
+
+    keys: tuple[str, ...]
+    """Keys of the run file that it follows from."""
+    text: str
+
+    def depends_on(self, faulty: Collection[str]) -> bool:
+        """Return whether one of its keys has an error, so that its value is not known."""
+        return any(
+            f"{key}.".startswith(f"{fault}.") or f"{fault}.".startswith(f"{key}.")
+            for key in self.keys
+            for fault in faulty
+        )
+
+
+def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[str] = ()) -> list[str]:
+    """Return warnings about the values of a run file.
+
+    Args:
+        run: the run, with defaults in place of values with errors.
+        recipe: None if it has errors.
+        faulty: dotted keys with errors.
+    """
+    warnings = [*_optim(run), *_timeouts(run), *_task(run)]
+    if recipe is not None:
+        warnings += [*_targets(recipe), *_augmentation(run, recipe)]
+    return [warning.text for warning in warnings if not warning.depends_on(faulty)]
+
+
+def repeated_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return warnings about keys that a command line sets more than once."""
+    keys = [override.partition("=")[0] for override in overrides]
+    return [
+        f"{key} is set {keys.count(key)} times on the command line, and the last value counts. Fix: leave one of them"
+        for key in dict.fromkeys(keys)
+        if keys.count(key) > 1
+    ]
+
+
+def _optim(run: RunConfig) -> Iterator[ConfigWarning]:
+    optim = run.optim
+    if not _as_sgd(optim):
+        yield from _adamw(optim, dense=run.task is not None and run.task.dense)
+    first, second = optim.betas
+    if first > second:
+        yield ConfigWarning(
+            ("optim.betas",),
+            f"optim.betas is [{first:g}, {second:g}]: the first moment is averaged longer than the second. Fix: "
+            f"optim.betas=[{second:g},{first:g}]",
+        )
+    if optim.weight_decay > 1:
+        yield ConfigWarning(
+            ("optim.weight_decay",),
+            f"optim.weight_decay is {optim.weight_decay:g}: published runs use 0 to 0.3. Fix: optim.weight_decay=0.05",
+        )
+    if isinstance(optim.schedule, MultiStep) and optim.schedule.milestones[0] < optim.warmup_steps:
+        yield ConfigWarning(
+            ("optim.schedule", "optim.warmup_steps", "optim.steps"),
+            f"optim.schedule.milestones has {optim.schedule.milestones[0]}, and optim.warmup_steps is "
+            f"{optim.warmup_steps}: the learning rate falls before it reaches optim.lr. Fix: later milestones, or "
+            "fewer optim.warmup_steps",
+        )
+
+
+def _as_sgd(optim: OptimConfig) -> bool:
+    """Return whether an eps far above the second moment makes AdamW compute SGD, which has other learning rates."""
+    return not optim.momentum_correction and optim.eps >= 1
+
+
+def _adamw(optim: OptimConfig, *, dense: bool) -> Iterator[ConfigWarning]:
+    if optim.lr >= 1 or (dense and optim.lr >= 0.01):
+        yield ConfigWarning(
+            ("optim.lr", "optim.eps", "optim.momentum_correction", "task"),
+            f"optim.lr is {optim.lr:g}: the optimizer is AdamW, which moves each weight by about lr per step, and not "
+            f"SGD. Fix: optim.lr={'1e-4' if dense else '1e-3'}",
+        )
+    if optim.eps >= 1e-2:
+        yield ConfigWarning(
+            ("optim.eps", "optim.momentum_correction"),
+            f"optim.eps is {optim.eps:g}: it is added to the square root of the second moment, which is far smaller, "
+            "so that steps are nearly zero. Fix: optim.eps=1e-8",
+        )
+
+
+def _timeouts(run: RunConfig) -> Iterator[ConfigWarning]:
+    waits = {f"timeouts.{name}": limit_s for name, limit_s in run.timeouts}
+    waits |= {f"data.{name}": limit_s for name, limit_s in run.data if name.endswith("timeout_s")}
+    for key, limit_s in waits.items():
+        if limit_s > _DAY_S:
+            yield ConfigWarning(
+                (key,),
+                f"{key} is {limit_s:g}: it is in seconds, so a run that hangs waits for {limit_s / _DAY_S:.1f} days. "
+                f"Fix: {key}={limit_s / 1000:g} if this is in milliseconds",
+            )
+
+
+def _task(run: RunConfig) -> Iterator[ConfigWarning]:
+    task = run.task
+    if isinstance(task, Classification):
+        for name, alpha in (("mixup", task.mixup), ("cutmix", task.cutmix)):
+            if alpha > _LARGEST_ALPHA:
+                yield ConfigWarning(
+                    (f"task.{name}",),
+                    f"task.{name} is {alpha:g}: it is α of Beta(α, α) and no percentage, so two images are nearly "
+                    f"always mixed in halves. Fix: task.{name}={alpha / 100:g}",
+                )
+    if isinstance(task, Detection) and isinstance(task.head, MaskRcnn):
+        regions = task.head.regions
+        if any(before < after for before, after in zip(regions.before_nms, regions.after_nms, strict=True)):
+            yield ConfigWarning(
+                ("task.head.regions",),
+                f"task.head.regions.before_nms is {[*regions.before_nms]}, below after_nms {[*regions.after_nms]}: "
+                "fewer proposals of a level go into NMS than may come out of it. Fix: exchange them",
+            )
+    published = run.protocol.published if run.protocol is not None else None
+    for name in ("number", "mask_ap") if published is not None else ():
+        value = getattr(published, name)
+        if value is not None and 0 < value <= 1:
+            yield ConfigWarning(
+                (f"protocol.published.{name}",),
+                f"protocol.published.{name} is {value:g}: it is in percent. Fix: protocol.published.{name}="
+                f"{100 * value:g}",
+            )
+
+
+def _targets(recipe: Recipe) -> Iterator[ConfigWarning]:
+    for number, target in enumerate(recipe.targets):
+        place = f"recipe.targets.{number}"
+        for name in dict.fromkeys(name for name in target.inputs if target.inputs.count(name) > 1):
+            yield ConfigWarning(
+                (f"{place}.inputs",),
+                f"{place}.inputs lists '{name}' {target.inputs.count(name)} times, so it counts that often in the "
+                f"mean of '{target.name}'. Fix: list it once",
+            )
+        for section in ("distribution", "regularizer"):
+            for key, value in getattr(target, section):
+                if key.endswith("temperature") and max(values_of(value)) > 1:
+                    most = max(values_of(value))
+                    yield ConfigWarning(
+                        (f"{place}.{section}.{key}",),
+                        f"{place}.{section}.{key} is {most:g}: it divides cosines, so that the softmax is nearly "
+                        f"uniform. Fix: {1 / most:.2g} if this is a scale, which multiplies them",
+                    )
+
+
+def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[ConfigWarning]:
+    views = each_view(recipe.drawn_views)
+    usual = AugmentConfig()
+    named: list[tuple[str, DistortionConfig]] = [("data.augment", run.data.augment)]
+    named += [
+        (f"data.sources.{name}.augment", source.augment)
+        for name, source in run.data.sources.items()
+        if source.augment is not None
+    ]
+    for place, augment in named:
+        for name in ("blur", "solarize"):
+            count = len(getattr(augment, name))
+            if count > len(views):
+                yield ConfigWarning(
+                    (f"{place}.{name}", "recipe.views"),
+                    f"{place}.{name} has {count} values, and the recipe has {len(views)} views: the last ones have no "
+                    "effect. Fix: one value per view",
+                )
+        for name in DistortionConfig.model_fields:
+            if name not in ViewSpec.model_fields:
+                continue
+            changed = getattr(augment, name) != getattr(usual, name)
+            if changed and all(getattr(view, name) is not None for view in views):
+                yield ConfigWarning(
+                    (f"{place}.{name}", "recipe.views"),
+                    f"{place}.{name} has no effect: each of recipe.views has its own. Fix: leave one of them out",
+                )
+        yield from _idle_jitter(place, augment, views)
+    for number, spec in enumerate(recipe.views or []):
+        never = spec.color_jitter_p == 0 or (spec.color_jitter_p is None and run.data.augment.color_jitter_p == 0)
+        if spec.color_jitter is not None and never:
+            yield _without_probability(f"recipe.views.{number}", "data.augment")
+
+
+def _idle_jitter(place: str, augment: DistortionConfig, views: Sequence[ViewSpec]) -> Iterator[ConfigWarning]:
+    probabilities = [augment.color_jitter_p if view.color_jitter_p is None else view.color_jitter_p for view in views]
+    changed = augment.color_jitter != AugmentConfig().color_jitter
+    if changed and not any(probabilities):
+        yield _without_probability(place, "recipe.views")
+
+
+def _without_probability(place: str, also: str) -> ConfigWarning:
+    return ConfigWarning(
+        (f"{place}.color_jitter", f"{place}.color_jitter_p", also),
+        f"{place}.color_jitter has no effect: color_jitter_p is 0. Fix: {place}.color_jitter_p=0.8, or leave it out",
+    )

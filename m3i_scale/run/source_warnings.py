@@ -1,0 +1,69 @@
+"""Warn of data that a run reads twice: shards in two sources, and more validation batches than there are samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+from m3i_scale.config import RunConfig, SourceConfig
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.remote.address import is_remote
+from m3i_scale.data.shards import expand_shards, samples_beside
+from m3i_scale.errors import UserError
+
+
+def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = None) -> Iterator[str]:
+    """Yield warnings about the sources of a run. A source that cannot be listed is an error elsewhere.
+
+    Args:
+        run: the run.
+        ranks: of the run; None if they are not known.
+        access: how servers are asked; None: they are not.
+    """
+    shards_of = {f"data.sources.{name}": _listed(source, access) for name, source in run.data.sources.items()}
+    held_out = {f"data.validation.{name}": _listed(source, access) for name, source in run.data.validation.items()}
+    pairs = [*combinations(shards_of.items(), 2)]
+    pairs += [(train, val) for train in shards_of.items() for val in held_out.items()]
+    for (one, first), (other, second) in pairs:
+        common = first & second
+        if common:
+            why = "so the loss there is that of training data" if other in held_out else "so they count twice"
+            yield (
+                f"{len(common)} of the {len(second)} shards of {other} are also shards of {one}, {why}. Fix: give it "
+                "other shards"
+            )
+    yield from _repeated_batches(run, ranks or 1, access)
+
+
+def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iterator[str]:
+    if not run.evaluation.every_steps or not run.data.validation:
+        return
+    counts = [
+        samples_beside(source.shards, "samples", access) if _may_be_read(source, access) else None
+        for source in run.data.validation.values()
+    ]
+    known = [count for count in counts if count]
+    samples, of_a_batch = sum(known), run.optim.micro_batch_size * ranks
+    most = -(-samples // of_a_batch)
+    if len(known) == len(counts) and run.evaluation.batches > most:
+        yield (
+            f"evaluation.batches is {run.evaluation.batches}, and data.validation has {samples} samples, which are "
+            f"{most} batches of {of_a_batch}: samples are read several times. Fix: evaluation.batches={most}"
+        )
+
+
+def _may_be_read(source: SourceConfig, access: Access | None) -> bool:
+    """Return whether what lies beside shards can be read; nothing lies beside a pipe."""
+    return not source.shards.startswith("pipe:") and (access is not None or not is_remote(source.shards))
+
+
+def _listed(source: SourceConfig, access: Access | None) -> frozenset[str]:
+    """Return the shards of a source, by which they can be compared; none if they cannot be listed."""
+    if not _may_be_read(source, access):
+        return frozenset()
+    try:
+        shards = expand_shards(source.shards, access=access)
+    except (UserError, OSError):
+        return frozenset()
+    return frozenset(str(shard.resolve()) if isinstance(shard, Path) else str(shard) for shard in shards)
