@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
-from m3i_scale.options import Command, Parts, expanded
+from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # importing it takes seconds, which --help has not
     from m3i_scale.data.make.shards import Progress as Tell
 
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
-Output = Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")]
+Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to make; it must not exist yet.")]
 Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
 PerShard = Annotated[int, typer.Option(help="At most so many samples a shard.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]

@@ -23,7 +23,7 @@ from m3i_scale.launch.failures import (
 )
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.scale.output_dir import RANK_RECORDS
+from m3i_scale.scale.output_dir import RANK_RECORDS, check_output_dir
 from m3i_scale.scale.store import MissingRanksError
 
 _TRACE = 30
@@ -83,7 +83,13 @@ def _folder(output_dir: Path) -> Path | None:
     under_agent = os.environ.get(RECORDS)
     if under_agent:
         return Path(under_agent)
-    return output_dir / RANK_RECORDS if "WORLD_SIZE" in os.environ else None
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    try:
+        check_output_dir(output_dir)
+    except UserError:  # reported with all other errors of the run
+        return None
+    return output_dir / RANK_RECORDS
 
 
 def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
