@@ -19,7 +19,7 @@ from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.options import Imports, writes_to
-from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
+from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch
 from m3i_scale.run.checkpoints.commands import checkpoint_app
@@ -205,8 +205,8 @@ def stop(
     """Have a run finish its step, save and leave, on whichever hosts it runs; the same command goes on with it."""
     from m3i_scale.run.stop import stop as stop_run
 
-    result = stop_run(run, overrides or [], wait=wait, tell=lambda text: typer.echo(text, err=True))
-    print_json(result) if as_json else typer.echo(result["text"])
+    result = stop_run(run, overrides or [], wait=wait, tell=lambda text: print_line(text, stderr=True))
+    print_json(result) if as_json else print_line(result["text"])
     if result["status"] == "ended":
         raise typer.Exit(EXIT_FAILED)
 
@@ -277,7 +277,7 @@ def plan(
 
         wide_console().print(plan_table(planned.document()))
     if write is not None and (planned.suggestion is not None or not planned.hopeless):
-        typer.echo(f"written; train with {write_deepspeed(planned, write)}", err=True)
+        print_line(f"written; train with {write_deepspeed(planned, write)}", stderr=True)
     refuse_hopeless(planned)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded, writes_to
-from m3i_scale.output import print_json
+from m3i_scale.output import print_json, print_line
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
     from m3i_scale.data.make.records import Input
@@ -189,7 +188,7 @@ def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
     if as_json:
         print_json(summary)
     else:
-        sys.stdout.write(text + "\n")
+        print_line(text)
 
 
 def choice(option: str, value: str, kind: Any) -> Any:

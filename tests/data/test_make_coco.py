@@ -437,3 +437,13 @@ def test_check_judges_instances_by_the_categories_beside_and_repair_keeps_both(t
     (tmp_path / "odd" / CATEGORIES).write_text('{"format": "coco", "categories": [{"id": 1}]}')
     with pytest.raises(DataError):
         check_shards(str(tmp_path / "odd"), rules)
+
+
+def test_names_of_annotation_files_do_not_steer_the_terminal(tmp_path):
+    lay(tmp_path / "coco", document(2), "annotations/instances_\x1b[31mtrain2017.json")
+    path = next((tmp_path / "coco" / "annotations").iterdir())
+    arguments = ["make", "coco", "--input", str(path), "--images", str(tmp_path / "coco" / "train2017")]
+    made = CliRunner().invoke(shards_app, [*arguments, "--output", str(tmp_path / "out"), "--workers", "1"])
+    assert made.exit_code == 0, made.exception
+    assert "instances_\\x1b[31mtrain2017.json" in made.stdout
+    assert "\x1b" not in made.stdout
