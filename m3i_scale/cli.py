@@ -18,8 +18,8 @@ from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, Confi
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
-from m3i_scale.options import Imports
-from m3i_scale.output import leave_out_accelerator_warning, print_json, reserve_stdout, wide_console
+from m3i_scale.options import Imports, writes_to
+from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch
 from m3i_scale.run.checkpoints.commands import checkpoint_app
@@ -80,7 +80,7 @@ def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
     mermaid: Annotated[
-        Path | None, typer.Option(help="Also write it as a Mermaid flowchart: FILE.mmd, FILE.md.")
+        Path | None, typer.Option(callback=writes_to, help="Also write it as a Mermaid flowchart: FILE.mmd, FILE.md.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -206,8 +206,8 @@ def stop(
     """Have a run finish its step, save and leave, on whichever hosts it runs; the same command goes on with it."""
     from m3i_scale.run.stop import stop as stop_run
 
-    result = stop_run(run, overrides or [], wait=wait, tell=lambda text: typer.echo(text, err=True))
-    print_json(result) if as_json else typer.echo(result["text"])
+    result = stop_run(run, overrides or [], wait=wait, tell=lambda text: print_line(text, stderr=True))
+    print_json(result) if as_json else print_line(result["text"])
     if result["status"] == "ended":
         raise typer.Exit(EXIT_FAILED)
 
@@ -246,7 +246,7 @@ def plan(
     vocabulary: Annotated[
         int | None, typer.Option(min=8, help="Tokens of the text tower; default: the shards'.")
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="Write the suggested DeepSpeed JSON.")] = None,
+    write: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Plan memory, communication and time of a run before anything runs; needs neither data nor a GPU."""
@@ -278,7 +278,7 @@ def plan(
 
         wide_console().print(plan_table(planned.document()))
     if write is not None and (planned.suggestion is not None or not planned.hopeless):
-        typer.echo(f"written; train with {write_deepspeed(planned, write)}", err=True)
+        print_line(f"written; train with {write_deepspeed(planned, write)}", stderr=True)
     refuse_hopeless(planned)
 
 
@@ -334,11 +334,12 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     overlays: Annotated[
         Path | None,
-        typer.Option(help="New folder for pictures of a segmenter or detector: image, truth, prediction."),
+        typer.Option(callback=writes_to, help="New folder: image, truth, prediction of a segmenter or detector."),
     ] = None,
     overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="New folder for pictures of features: components, attention, neighbours …")
+        Path | None,
+        typer.Option(callback=writes_to, help="New folder for pictures of features: attention, neighbours …"),
     ] = None,
     picture_samples: Annotated[
         str | None, typer.Option(help="Keys of what they show, at most eight: shard.tar/key,shard.tar/key …")
@@ -384,7 +385,7 @@ app.command(epilog="Example: m3i-scale compare /data/before /data/after --data /
 @app.command(epilog="Example: m3i-scale export /data/runs/first --to /data/export --weights momentum")
 def export(
     run: Annotated[Path, typer.Argument(help="A run's output_dir (its newest good checkpoint), or one checkpoint.")],
-    to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    to: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
     weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     task: Annotated[

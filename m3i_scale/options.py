@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.markup import escape
+
+from m3i_scale.destination import check_destination
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -24,6 +27,11 @@ Imports = Annotated[
 ]
 Parts = Mapping[str, tuple[Any, Any]]
 """Type and default of every option, by the name of its parameter; no default: `inspect.Parameter.empty`."""
+
+
+def writes_to(parameter: typer.CallbackParam, place: Path | None) -> Path | None:
+    """Check the place of an option that names a file or folder to write; the `callback` of every such option."""
+    return None if place is None else check_destination(place, f"{parameter.opts[0]} {place}")
 
 
 def expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:

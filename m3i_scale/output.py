@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from m3i_scale.files import json_text
+from m3i_scale.text import printable
 
 PIPED_COLUMNS = 4_000
 """Tables take what their cells need of it."""
@@ -38,11 +41,25 @@ def print_json(value: Any) -> None:
     stream.flush()
 
 
+class PrintableConsole(Console):
+    """A console for text of others: file names, keys and messages cannot steer the terminal. Styles are rich's own."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of a renderable, without escapes in their texts."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
+
+
+def print_line(text: str, *, stderr: bool = False) -> None:
+    """Print text for people without styles, as a `PrintableConsole` does."""
+    print(printable(text, lines=True), file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
 def wide_console(*, stderr: bool = False, **options: Any) -> Console:
     """Return a console that breaks lines at the width of a terminal. It breaks none where there is no terminal: a file
     or a program has not 80 columns. COLUMNS overrides both.
     """
-    made = Console(stderr=stderr, **options)
+    made = PrintableConsole(stderr=stderr, **options)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PIPED_COLUMNS
     return made

@@ -1,4 +1,4 @@
-"""Write sizes, durations and differences for a person to read, and keep secrets out of logs."""
+"""Write sizes, durations and differences for a person to read, and keep secrets and escapes out of terminals."""
 
 from __future__ import annotations
 
@@ -48,6 +48,23 @@ def without_secrets(text: str) -> str:
 def shown(text: str) -> str:
     """Return what a user wrote, fit for logs: `without_secrets`, and without commands of `pipe:`."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return text of others with an escape for each character that steers a terminal or is no Unicode text.
+
+    Args:
+        text: a file name, a key, an error message.
+        lines: keep line breaks and tabs.
+    """
+    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if safe.isprintable():
+        return safe
+    kept = "\n\t" if lines else ""
+    return "".join(
+        letter if letter.isprintable() or letter in kept else letter.encode("unicode_escape").decode()
+        for letter in safe
+    )
 
 
 def masked(value: Any, *, names: bool = False) -> Any:

@@ -31,7 +31,7 @@ from m3i_scale.config.limits import MAX_BATCH, MAX_CAPTION_TOKENS, MAX_WAIT_S
 from m3i_scale.config.phases import Phase
 from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
-from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, is_stored
+from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, WrittenPath, is_stored
 from m3i_scale.config.tasks import (
     Classification,
     EomtSegmentation,
@@ -323,7 +323,7 @@ class RunConfig(Section):
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run."""
-    output_dir: Annotated[Path, InHome] = Path("runs/run")
+    output_dir: WrittenPath = Path("runs/run")
     """Everything the run writes lies here."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of first weights, of the order of samples and of their views and masks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -12,7 +11,7 @@ from typing_extensions import Self
 
 from m3i_scale import defaults
 from m3i_scale.config.limits import MAX_ASPECT, MAX_STREAMS, MAX_WAIT_S, MAX_WORKERS
-from m3i_scale.config.sections import FixableError, InHome, Section, is_stored, plain_values
+from m3i_scale.config.sections import FixableError, InHome, Section, WrittenPath, is_stored, plain_values
 
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _CROPS = ("crop_scale", "crop_ratio")
@@ -240,7 +239,7 @@ class DataConfig(Section):
     """The run stops when a reader has got no sample for so long."""
     cache_gib: float = Field(default=50.0, ge=0)
     """Room on the host's disk for whole remote shards; 0 keeps none, and reads every sample by range."""
-    cache_dir: Annotated[Path, InHome] | None = None
+    cache_dir: WrittenPath | None = None
     """Where they lie, shared by all ranks of a host and by runs. Default: m3i-scale in $XDG_CACHE_HOME or ~/.cache."""
     read_timeout_s: float = Field(default=60.0, gt=0, le=MAX_WAIT_S)
     """A request for a part of a remote shard (8 MiB at most) counts as failed after so long."""

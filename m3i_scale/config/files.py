@@ -4,22 +4,14 @@ that targets from before they had kinds do not lose what the heads of the file t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from m3i_scale.config.yaml_text import NOT_YAML, parse_yaml, read_yaml
 from m3i_scale.errors import ConfigError, Faults, did_you_mean, named
 from m3i_scale.text import shown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-
-
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""Bytes that are no text, what is no YAML, a date that is none (2024-13-01), or nesting without end."""
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""That of libyaml, where PyYAML was built with it, is seven times as fast."""
 
 
 def resource_folder(name: Literal["recipes", "protocols", "ds_configs"]) -> Path:
@@ -140,73 +132,6 @@ def _targets(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [target for target in targets if isinstance(target, dict)] if isinstance(targets, list) else []
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a YAML mapping.
-
-    Raises:
-        ConfigError: no such file, not YAML, a key that stands twice, or not a mapping.
-    """
-    try:
-        values = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, *_NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {shown(str(error))}", where=str(path)) from None
-    if not isinstance(values, dict):
-        raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
-    return values
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML document.
-
-    Raises:
-        yaml.YAMLError: it is none.
-        ConfigError: a key stands twice in a mapping, of which YAML would take the last.
-    """
-    loader = _LOADER(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        repeated = dict(_repeated_keys(node, "", set()))
-        if repeated:
-            raise ConfigError(
-                f"{' and '.join(repr(key) for key in repeated)} {'stands' if len(repeated) == 1 else 'stand'} twice",
-                where="; ".join(f"{where}, lines {first} and {second}" for first, second in repeated.values()),
-                why="of two values one would be dropped without a word",
-                fix="leave one of them",
-            )
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _repeated_keys(
-    node: yaml.Node, above: str, seen: set[int], inside: tuple[int, ...] = ()
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield dotted keys that stand twice in their mapping, and on which lines, counted from 1.
-
-    Raises:
-        yaml.YAMLError: an anchor holds itself.
-    """
-    if id(node) in inside:
-        raise yaml.MarkedYAMLError(problem="an anchor holds itself", problem_mark=node.start_mark)
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    inside = (*inside, id(node))
-    lines: dict[tuple[str, str], int] = {}
-    for position, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
-        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
-        name = str(position) if key is None else str(key.value)
-        dotted = f"{above}.{name}" if above else name
-        if isinstance(key, yaml.ScalarNode):
-            same, line = (key.tag, key.value), key.start_mark.line + 1
-            if same in lines:
-                yield dotted, (lines[same], line)
-            lines[same] = line
-        yield from _repeated_keys(value, dotted, seen, inside)
-
-
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -231,8 +156,8 @@ def _set(values: dict[str, Any], override: str) -> None:
             fix=f"set the variable, or write {key}=null for the default",
         )
     try:
-        value = _parse_yaml(text, f"'{key}'")
-    except _NOT_YAML as error:
+        value = parse_yaml(text, f"'{key}'")
+    except NOT_YAML as error:
         raise ConfigError(f"the value of '{key}' is not YAML: {shown(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+
+from m3i_scale.destination import local_path
+from m3i_scale.errors import ConfigError
 
 
 class FixableError(ValueError):
@@ -64,6 +67,21 @@ def _in_home(path: PathT) -> PathT:
 
 InHome = AfterValidator(_in_home)
 """Expands `~` in a path to the home of the user: a shell leaves it alone behind `key=`."""
+
+
+def _written(place: Any, info: ValidationInfo) -> Any:
+    if not isinstance(place, str | Path):
+        return place
+    if is_stored(info):
+        return os.path.expanduser(place)
+    try:
+        return local_path(place)
+    except ConfigError as error:
+        raise FixableError(f"{error.what}; {error.why}" if error.why else error.what, error.fix or "") from None
+
+
+WrittenPath = Annotated[Path, BeforeValidator(_written)]
+"""A place to write to: see `local_path`."""
 
 
 def plain_values(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,15 @@ from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.mask_classes import pixel_lines
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
-from m3i_scale.options import Command, Parts, expanded
-from m3i_scale.output import print_json
+from m3i_scale.options import Command, Parts, expanded, writes_to
+from m3i_scale.output import print_json, print_line
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help has not
     from m3i_scale.data.make.records import Input
     from m3i_scale.data.make.shards import Progress as Tell
 
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
-Output = Annotated[Path, typer.Option(help="Folder to make; it must not exist yet.")]
+Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to make; it must not exist yet.")]
 Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
 PerShard = Annotated[int, typer.Option(help="At most so many samples a shard.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]
@@ -192,7 +191,7 @@ def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
     if as_json:
         print_json(summary)
     else:
-        sys.stdout.write(text + "\n")
+        print_line(text)
 
 
 def choice(option: str, value: str, kind: Any) -> Any:

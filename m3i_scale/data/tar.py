@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 from webdataset.tariterators import base_plus_ext
 
 from m3i_scale.errors import DataError
+from m3i_scale.text import printable
 
 MAX_NAME = 1_024
 """Longer names are refused: webdataset's pattern for keys takes quadratic time."""
@@ -223,14 +224,6 @@ def _member_at(stream: BinaryIO, offset: int) -> tarfile.TarInfo | None:
             return tar.next()
     except _TAR_FAULTS:  # the shard has changed since it was read
         return None
-
-
-def printable(text: str) -> str:
-    """Return text of others as any terminal and any UTF-8 file can take it; what is not text becomes an escape."""
-    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in safe
-    )
 
 
 class _HeaderFile:

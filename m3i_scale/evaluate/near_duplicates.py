@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.shards import local_shards
-from m3i_scale.data.tar import printable
 from m3i_scale.data.tools.hashes import read_hashes
 from m3i_scale.data.tools.near import report_of
 from m3i_scale.data.tools.nearest import MAX_DISTANCE, Alike, Nearest, Numbers, Pairs
@@ -24,6 +23,7 @@ from m3i_scale.evaluate.commands import device_of
 from m3i_scale.evaluate.features import VisionModel, extract, load_vision, unit_rows
 from m3i_scale.evaluate.job import IMAGES
 from m3i_scale.evaluate.samples import Table, open_table
+from m3i_scale.text import printable
 
 DISTANCE = 3
 """Bits in which the hashes of near-duplicates may differ, unless another number is asked for (docs/data.md)."""

@@ -14,7 +14,7 @@ from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
 from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.options import Command, Parts, expanded, field_options
-from m3i_scale.output import print_json, release_stdout
+from m3i_scale.output import print_json, print_line, release_stdout
 
 if TYPE_CHECKING:  # --help has no time to import them
     from m3i_scale.config import RunConfig
@@ -57,7 +57,7 @@ def launch(
         try:
             check_fit(config, job, launcher)
         except UserError as error:
-            typer.echo(f"the ranks would refuse this: {error}", err=True)
+            print_line(f"the ranks would refuse this: {error}", stderr=True)
             raise typer.Exit(error.exit_code) from None
         return
     if as_json:
@@ -87,6 +87,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.logs import show
     from m3i_scale.launch.verdict import conclude
     from m3i_scale.scale.checkpoint.layout import stopped_words
+    from m3i_scale.text import printable
 
     environment = without_secret_variables(os.environ, job.variables)
     if not plan.waits:
@@ -110,7 +111,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         ending = execute(plan, shown, environment)
         conclusion = conclude(job.output_dir, ending, shown, job.world_size)
     if conclusion is not None:
-        show(f"{conclusion}\n")
+        show(f"{printable(conclusion, lines=True)}\n")
     if ending.code == EXIT_PREEMPTED:
         show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
     return ending.code

@@ -22,6 +22,8 @@ from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.shell import SRUN, SSH
 from m3i_scale.launch.transport import Site
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.output import print_line
+from m3i_scale.text import printable
 
 FILE = "elastic.json"
 HONOURS = OVER_HOSTS | {
@@ -124,7 +126,7 @@ def read_launch(path: Path) -> Launch:
     )
     least = given.get("min_compared")
     policy = Policy(given["max_restarts"], given["min_hosts"], given["pause_s"], given["probe_s"], least)
-    return Launch(work, policy, lambda text: show(f"{text}\n"))
+    return Launch(work, policy, lambda text: show(f"{printable(text, lines=True)}\n"))
 
 
 def main() -> None:
@@ -134,7 +136,7 @@ def main() -> None:
         with launch_lock(launch.work.run.output_dir):
             sys.exit(launch.run())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", stderr=True)
         sys.exit(error.exit_code)
 
 

@@ -18,6 +18,7 @@ import psutil
 
 from m3i_scale.cores import limit_threads
 from m3i_scale.launch.processes import TIED, end_with_parent, signals_to_note
+from m3i_scale.output import print_line
 
 _STORE_STAYS_S = 3.0
 
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     try:
         run(options)
     except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
+        print_line(str(error), stderr=True)
         _rank, failure = error.get_first_failure()
         code = int(failure.exitcode)
         return 128 - code if code < 0 else code

@@ -16,6 +16,7 @@ from m3i_scale.launch.execute import Ending
 from m3i_scale.launch.failures import Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
+from m3i_scale.output import print_line
 from m3i_scale.scale.output_dir import FAILURE
 from m3i_scale.text import listed
 
@@ -168,7 +169,7 @@ def main() -> None:
     output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     text = write_verdict(output_dir, code, read_records(output_dir), world_size)
     if text is not None:
-        print(text, file=sys.stderr)
+        print_line(text, stderr=True)
 
 
 if __name__ == "__main__":

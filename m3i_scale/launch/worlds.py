@@ -25,6 +25,7 @@ from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.deepspeed.resolve import check_batch
+from m3i_scale.scale.output_dir import check_output_dir
 
 PLAN_S = 600.0
 """Patience with `plan`."""
@@ -170,9 +171,11 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
         launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
 
     Raises:
-        ConfigError: no data, a batch or streams that ranks cannot share out, or more compared samples than they have.
+        ConfigError: no data, a batch or streams that ranks cannot share out, more compared samples than they have, or
+            an output_dir that must not be written to.
         DataError: an address of shards that no rank would read.
     """
+    check_output_dir(job.output_dir)
     check_weights(run.data.sources)
     for name, source in run.data.sources.items():
         to_address(source.shards, f"data.sources.{name}.shards")

@@ -15,10 +15,10 @@ from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.remote.address import SCHEMES
 from m3i_scale.data.samples import decoding, open_image
-from m3i_scale.data.tar import printable, sample_at
+from m3i_scale.data.tar import sample_at
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
-from m3i_scale.text import shown
+from m3i_scale.text import printable, shown
 
 SIDE = 112
 """Of a picture, in pixels."""

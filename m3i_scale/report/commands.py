@@ -10,6 +10,7 @@ import typer
 
 from m3i_scale.data.options import AsJson
 from m3i_scale.errors import ConfigError
+from m3i_scale.options import writes_to
 from m3i_scale.output import print_json, wide_console
 
 _PACKAGES = ("plotext", "plotly", "tsdownsample")
@@ -18,7 +19,9 @@ _PACKAGES = ("plotext", "plotly", "tsdownsample")
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs; several are shown over each other.")],
-    to: Annotated[Path, typer.Option(help="The page to write; an earlier one is replaced.")] = Path("report.html"),
+    to: Annotated[Path, typer.Option(callback=writes_to, help="The page to write; an earlier one is replaced.")] = Path(
+        "report.html"
+    ),
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="What `evaluate --json` printed, beside what lies in the runs' folders.")
     ] = None,

@@ -24,9 +24,11 @@ from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
 from m3i_scale.report.start_table import other_images
+from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
+from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import measures_precision
@@ -35,6 +37,7 @@ from m3i_scale.scale.activations import check_policy, read_policy
 from m3i_scale.scale.arithmetic import check_deterministic
 from m3i_scale.scale.compilation import check_compile
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
+from m3i_scale.scale.output_dir import check_output_dir
 from m3i_scale.scale.peak import compute_dtype, named_peak
 
 _ANY_WIDTH = 768
@@ -58,9 +61,12 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     if run is not None:
         recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
         at_fault = broken if recipe_holds else broken | {"recipe"}
-        Checks(run, ranks, at_fault, here=False).resolve(faults)
-        if "backbone" not in at_fault:
-            _note_weights(run, faults)
+        resolved = Checks(run, ranks, at_fault, here=False).resolve(faults)
+        if Faults().note(check_output_dir, run.output_dir) is not None:
+            if "backbone" not in at_fault:
+                _note_weights(run, faults)
+            if not at_fault & {"checkpoint", "data"}:
+                _note_resume(run, resolved, ranks or 1, faults)
     for fault in faults.found:
         fault.where = fault.where or str(find_run_file(name_or_path))
     return faults.found
@@ -74,6 +80,13 @@ def _note_weights(run: RunConfig, faults: Faults) -> None:
     model = Faults().note(backbone_config, run.backbone)  # whose faults are noted
     if model is not None:
         faults.note(plan_load, backbone_source(run.backbone), model)
+
+
+def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, faults: Faults) -> None:
+    """Look for the checkpoint to resume from, by the sizes of its files, and compare the run with it."""
+    checkpoint, _ = faults.note(find_resume, run, contents=False) or (None, [])
+    if checkpoint is not None and resolved is not None:
+        faults.note(check_resume, resolved, checkpoint, ranks)
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
@@ -185,6 +198,8 @@ class Checks(DataChecks):
         recipe = faults.note(parse_recipe, run.recipe) if self.sound("recipe") else None
         access, there = self.access(faults) if self.sound("data") else (None, False)
         model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
+        faults.note(check_output_dir, run.output_dir)
+        faults.note(writers_of, run.log)
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compile:
             faults.note(check_compile)

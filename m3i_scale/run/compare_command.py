@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from m3i_scale.data.options import AsJson
-from m3i_scale.options import Imports
+from m3i_scale.options import Imports, writes_to
 from m3i_scale.output import print_json, wide_console
 
 
@@ -24,7 +24,8 @@ def compare(
     batch_size: Annotated[int | None, typer.Option(help="Images in one forward pass (64).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     output: Annotated[
-        Path | None, typer.Option(help="Also write a page with dense features side by side: FILE.html.")
+        Path | None,
+        typer.Option(callback=writes_to, help="Also write a page with dense features side by side: FILE.html."),
     ] = None,
     imports: Imports = None,
     as_json: AsJson = False,

@@ -30,7 +30,7 @@ from m3i_scale.run.check import Checks
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.scale.checkpoint.layout import MANIFEST
-from m3i_scale.scale.output_dir import is_run_folder
+from m3i_scale.scale.output_dir import check_output_dir, is_run_folder
 
 STEPS_APART = 20
 """Evaluations are an epoch apart, so many steps at least, and read no more images than training does: of a few images
@@ -85,6 +85,7 @@ def prepare(
     unknown = ["optim.steps=1000000000", "optim.warmup_steps=0"]
     source = f"data.sources.{TRAIN}.shards={json.dumps(str(folder))}"
     run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
+    check_output_dir(run.output_dir)
     task = run.task
     if task is None or task.kind != task_name:
         raise ConfigError(

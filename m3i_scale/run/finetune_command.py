@@ -12,7 +12,7 @@ import typer
 
 from m3i_scale.data.options import AsJson
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import Command, Parts, expanded
+from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ _OPTIONS: Parts = {
         None,
     ),
     "shards": (
-        Annotated[Path | None, typer.Option(help="Where images are packed into, once; default: output_dir/shards.")],
+        Annotated[
+            Path | None,
+            typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
+        ],
         None,
     ),
     "share": (

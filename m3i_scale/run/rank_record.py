@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import os
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ from m3i_scale.launch.failures import (
     write_record,
 )
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
+from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.scale.output_dir import RANK_RECORDS
+from m3i_scale.scale.output_dir import RANK_RECORDS, check_output_dir
 from m3i_scale.scale.store import MissingRanksError
 
 _TRACE = 30
@@ -83,7 +83,13 @@ def _folder(output_dir: Path) -> Path | None:
     under_agent = os.environ.get(RECORDS)
     if under_agent:
         return Path(under_agent)
-    return output_dir / RANK_RECORDS if "WORLD_SIZE" in os.environ else None
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    try:
+        check_output_dir(output_dir)
+    except UserError:  # reported with all other errors of the run
+        return None
+    return output_dir / RANK_RECORDS
 
 
 def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
@@ -106,4 +112,4 @@ def _leave(folder: Path, failure: Failure) -> None:
     try:
         write_record(folder, failure)
     except OSError as fault:  # it must not hide why the rank ends
-        print(f"no record of this failure ({fault}): {failure.where()}: {failure.message}", file=sys.stderr)
+        print_line(f"no record of this failure ({fault}): {failure.where()}: {failure.message}", stderr=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import OptimConfig, Phase, RunConfig, parse_section, read_yaml
-from m3i_scale.errors import CheckpointError
+from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
@@ -26,20 +26,36 @@ _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
 _TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
 
 
-def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to go on from, and those passed over (rank 0 only: it reads every byte).
+def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to resume from, and those passed over.
+
+    Args:
+        run: of the checkpoints.
+        contents: read every byte of the checkpoint: call it on one rank. False: see `verify`.
 
     Raises:
         CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
             of which none is good.
+        ConfigError: data.changed_sources without a checkpoint.
     """
+    checkpoint, notes = _find_resume(run, contents)
+    if checkpoint is None and run.data.changed_sources:
+        raise ConfigError(
+            "data.changed_sources has no effect: the run starts anew",
+            where="data.changed_sources",
+            fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
+        )
+    return checkpoint, notes
+
+
+def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]]:
     root = run.output_dir / "checkpoints"
     if run.checkpoint.resume not in ("auto", "never"):
         named = Path(run.checkpoint.resume)
-        faults = verify(named) if named.is_dir() else ["no such folder"]
+        faults = verify(named, contents=contents) if named.is_dir() else ["no such folder"]
         if faults:
             raise CheckpointError(f"cannot resume: {faults[0]}", where=str(named), fix="checkpoint.resume=auto")
-        newest, _ = newest_good(root)
+        newest, _ = newest_good(root, contents=contents)
         if newest is None or int(read_meta(newest)["step"]) <= int(read_meta(named)["step"]):
             return named, []
         if named.resolve().parent == root.resolve():
@@ -49,7 +65,7 @@ def find_resume(run: RunConfig) -> tuple[Path | None, list[str]]:
                 fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
             )
         return newest, [f"going on from the run's own {newest.name}, which is newer than {named}"]
-    newest, passed = newest_good(root)
+    newest, passed = newest_good(root, contents=contents)
     notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
     if run.checkpoint.resume == "never" and (newest or passed):
         raise CheckpointError(

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
-from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.errors import UserError
 from m3i_scale.files import write_json, write_whole
 from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import Heartbeat
@@ -23,6 +23,7 @@ from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.check import resolve_run, run_warnings, told_phases
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
@@ -52,15 +53,7 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
         from m3i_scale.run.callbacks.progress import ProgressDisplay
 
         callbacks.append(ProgressDisplay(_CONSOLE))
-    if run.log.tensorboard:
-        from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter
-
-        callbacks.append(TensorBoardWriter())
-    if run.log.wandb != "off":
-        from m3i_scale.run.callbacks.wandb import WandbWriter
-
-        callbacks.append(WandbWriter(run.log.wandb))
-    return callbacks
+    return callbacks + writers_of(run.log)
 
 
 def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
@@ -73,12 +66,12 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
     torch.manual_seed(run.seed)
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(recorded(run.output_dir))
-        if "RANK" in os.environ and get_accelerator().device_name() != "cpu":
-            stack.enter_context(record_collectives(run.output_dir / RANK_RECORDS, os.environ))
-        callbacks = make_callbacks(run)
         heartbeat.at("check")
         with started_workers(run.data) as workers:
             resolve = check_first(run)
+            if "RANK" in os.environ and get_accelerator().device_name() != "cpu":
+                stack.enter_context(record_collectives(run.output_dir / RANK_RECORDS, os.environ))
+            callbacks = make_callbacks(run)
             if run.hardware.deterministic:
                 compute_deterministically()
             check_before_joining()
@@ -175,12 +168,6 @@ def train(
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
-        elif run.data.changed_sources:
-            raise ConfigError(
-                "data.changed_sources has no effect: the run starts anew",
-                where="data.changed_sources",
-                fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
-            )
         check_machines(resolved, tell)
         from_rank_0(lambda: _write_settings(resolved))
         # Before the tables about the engine: what is wrong with the data should not stand below them.

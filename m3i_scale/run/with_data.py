@@ -17,7 +17,7 @@ from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
-from m3i_scale.scale.output_dir import QUARANTINE, QUARANTINE_VALIDATION
+from m3i_scale.scale.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_output_dir
 
 
 @dataclass
@@ -52,6 +52,7 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
         )
     run = run.in_phase(0)
     faults, checks = Faults(), DataChecks(run, world_size)
+    faults.note(check_output_dir, run.output_dir)
     recipe = faults.note(parse_recipe, run.recipe)
     access, there = checks.access(faults)
     model = faults.note(backbone_config, run.backbone)

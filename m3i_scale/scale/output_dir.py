@@ -19,7 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from m3i_scale.errors import CheckpointError
+from m3i_scale.destination import check_destination
+from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.files import has_ended, read_json, write_json
 
 METRICS = "metrics.jsonl"
@@ -123,6 +124,28 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
 def is_run_folder(folder: Path) -> bool:
     """Return whether a run has begun in a folder."""
     return any((folder / name).exists() for name in (RUN.name, RUN_FILE, "checkpoints"))
+
+
+def check_output_dir(output_dir: Path) -> Path:
+    """Return the output directory of a run; refuse a file, and a folder that holds shards and no run.
+
+    Raises:
+        ConfigError: which it is; see `check_destination`.
+    """
+    place = f"output_dir: {output_dir}"
+    try:
+        if not is_run_folder(output_dir):
+            check_destination(output_dir, place)
+        above = next((path for path in (output_dir, *output_dir.parents) if path.exists()), output_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir cannot be opened: {error.strerror}", where=place, fix="name another folder"
+        ) from None
+    if not above.is_dir():
+        raise ConfigError(
+            f"output_dir must be a folder, but '{above}' is a file", where=place, fix="name another folder"
+        )
+    return output_dir
 
 
 def request_stop(output_dir: Path, holder: Holder) -> None:

@@ -553,3 +553,13 @@ def test_check_finds_boxes_of_another_form_in_shards(tmp_path):
     checked = CliRunner().invoke(shards_app, ["check", str(tmp_path / "shards"), "--workers", "1", "--json"])
     assert checked.exit_code == 2
     assert [*json.loads(checked.stdout)["reasons"]] == ["boxes of another form"]
+
+
+def test_names_of_annotation_files_do_not_steer_the_terminal(tmp_path):
+    lay(tmp_path / "coco", document(2), "annotations/instances_\x1b[31mtrain2017.json")
+    path = next((tmp_path / "coco" / "annotations").iterdir())
+    arguments = ["make", "coco", "--input", str(path), "--images", str(tmp_path / "coco" / "train2017")]
+    made = CliRunner().invoke(shards_app, [*arguments, "--output", str(tmp_path / "out"), "--workers", "1"])
+    assert made.exit_code == 0, made.exception
+    assert "instances_\\x1b[31mtrain2017.json" in made.stdout
+    assert "\x1b" not in made.stdout

@@ -247,7 +247,8 @@ def test_mistakes(odd, tmp_path):
         check_shards(str(odd), RULES, quarantine=tmp_path / "no" / "q.jsonl")
     for arguments, match in (
         (["check", str(odd), "--link"], "does nothing without --repair"),
-        (["check", str(odd), "--repair", str(odd)], "the output exists"),
+        (["check", str(odd), "--repair", str(odd)], "a folder of shards"),
+        (["check", str(odd), "--repair", str(tmp_path)], "the output exists"),
         (["check", str(tmp_path)], r"no \.tar shards"),
     ):
         result = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])

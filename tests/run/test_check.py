@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,18 @@ def test_the_commands(forks: Forks, tmp_path: Path) -> None:
 
     again = command("show", str(path), "--json")
     assert json.loads(again.stdout) == yaml.safe_load(done.stdout)
+
+
+def test_what_a_start_refuses_of_checkpoints_and_packages_is_told_too(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    mistakes = {"checkpoint.resume=/no/such": "/no/such", "log.wandb=offline": "log.wandb"}
+    assert sorted(places(run_file, *mistakes)) == sorted(mistakes.values())
+    assert places(run_file, "data.changed_sources=[shapes]") == ["data.changed_sources"]
+    torn = tmp_path / "out" / "checkpoints" / "step-00000002"
+    torn.mkdir(parents=True)
+    assert "step-00000002" in "".join(places(run_file))  # none of its checkpoints is good
+    assert places(run_file, "checkpoint.resume=never") == [str(torn.parent)]
+    assert places(run_file, f"output_dir={tmp_path / 'new'}") == []

@@ -494,3 +494,18 @@ def test_prune_keeps_out_of_the_way_of_a_job(run_dir: Path) -> None:
         assert "another job is writing" in refused("prune", run_dir)
         assert document("prune", run_dir, "--dry-run")["removed"] == names(2)
     assert left(run_dir) == names(2, 4, 6)
+
+
+def test_a_hostile_checkpoint_does_not_steer_the_terminal(run_dir: Path) -> None:
+    hostile = at(run_dir, 4)
+    values = yaml.safe_load((hostile / "run.yaml").read_text()) | {"name": "\x1b[2Ja", "\x9b31m": "\x1b]0;b\x07"}
+    (hostile / "run.yaml").write_text(yaml.safe_dump(values))
+    meta = json.loads((hostile / "meta.json").read_text())
+    meta["versions"]["\x1b[31mtorch"] = "\x9b2J"
+    (hostile / "meta.json").write_text(json.dumps(meta))
+    vouch_for(hostile)
+    for words in (["inspect", hostile], ["diff", hostile, at(run_dir, 6)], ["list", run_dir], ["verify", hostile]):
+        result = call(*words)
+        assert result.exit_code == 0, result.exception
+        assert all(letter.isprintable() or letter == "\n" for letter in result.stdout), words
+        assert "\\x1b" in result.stdout or words[0] in ("list", "verify")

@@ -13,10 +13,11 @@ from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import CATEGORIES, LABELS, labels_beside, local_shards
-from m3i_scale.data.tar import Fault, RawSample, RawShard, printable, read_members, read_shard, shard_error
+from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.text import printable
 
 Advance = Callable[[int], None]
 """Called with the bytes of every shard that is done."""

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.tar import printable
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.text import printable
 
 WHOLE = ""
 """Name of the one split of an output that is not split: its shards lie in the output folder itself."""

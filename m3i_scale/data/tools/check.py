@@ -27,7 +27,6 @@ from m3i_scale.data.tar import (
     RawSample,
     RawShard,
     key_at,
-    printable,
     read_shard,
 )
 from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
@@ -35,6 +34,7 @@ from m3i_scale.data.tools.verify import Contents, Rules, faults_of, readable_mem
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
+from m3i_scale.text import printable
 
 EXAMPLES = 3
 IN_TWO_SHARDS = "key in two shards"

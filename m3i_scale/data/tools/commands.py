@@ -19,6 +19,7 @@ from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
+from m3i_scale.options import writes_to
 from m3i_scale.output import print_json, wide_console
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help has not
@@ -30,10 +31,12 @@ MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as i
 def check(
     shards: Shards,
     repair_to: Annotated[
-        Path | None, typer.Option("--repair", help="New folder for the good samples of bad shards.")
+        Path | None, typer.Option("--repair", callback=writes_to, help="New folder for the good samples of bad shards.")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="With --repair: link the good shards into it, too.")] = False,
-    quarantine: Annotated[Path | None, typer.Option(help="Write one JSON line per fault into this file.")] = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(callback=writes_to, help="Write one JSON line per fault into this file.")
+    ] = None,
     require: Annotated[list[str] | None, typer.Option(help="A member that every sample must have: txt, cls …")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Labels are below this; default: labels.json.")] = None,
     keys_per_shard: Annotated[
@@ -124,7 +127,7 @@ def stats(
 
 def look(
     shards: Shards,
-    output: Annotated[Path, typer.Option(help="New folder for sheet.png and index.html.")],
+    output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for sheet.png and index.html.")],
     count: Annotated[int, typer.Option(min=1, max=2_000, help="Samples to draw.")] = 24,
     seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
     side: Annotated[int, typer.Option(min=16, max=1_024, help="Of a picture, in pixels.")] = 160,

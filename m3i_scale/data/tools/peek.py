@@ -22,11 +22,12 @@ from m3i_scale.data.make.write import made_whole
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
 from m3i_scale.data.shards import labels_beside, local_shards
-from m3i_scale.data.tar import RawSample, printable, read_shard
+from m3i_scale.data.tar import RawSample, read_shard
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.text import printable
 
 PADDING = 8
 TEXT_LINES = 4

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 
 from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.options import writes_to
 from m3i_scale.output import print_json, wide_console
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
@@ -107,7 +108,7 @@ def prune(
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --to /data/whole")
 def consolidate(
     path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest good one is taken.")],
-    to: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    to: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
     weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     max_shard_size: Annotated[
