@@ -159,7 +159,7 @@ class Checks(DataChecks):
         access, there = self.access(faults) if self.sound("data") else (None, False)
         model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
         faults.note(check_policy, run.backbone.activation_checkpointing)
-        if run.backbone.compile:
+        if run.backbone.compiles:
             faults.note(check_compile)
         facts = DataFacts(run)
         if model is not None and self.sound("optim"):
