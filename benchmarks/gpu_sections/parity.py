@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.masks import BlockMask, RandomMask
+from m3i_scale.scale.arithmetic import allow_tf32
 
 BATCH = 8
 LOSS, GRADIENT, LOW_PRECISION = 1e-5, 1e-4, 2e-2
@@ -25,7 +26,7 @@ MASKS = 10_000
 def measure(mode: str, rows: Rows) -> None:
     """Rows: loss and gradients of every recipe and backbone family in fp32, the loss in bf16, fp16 finite, masks."""
     device = get_accelerator().current_device_name()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    allow_tf32(torch.float32)
     for name, mask in (("random", RandomMask()), ("block", BlockMask())):
         seeds = torch.arange(MASKS) * 7919
         same = torch.equal(mask.order(seeds, (14, 14), 0), mask.order(seeds.to(device), (14, 14), 0).cpu())

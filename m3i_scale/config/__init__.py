@@ -114,8 +114,14 @@ class BackboneConfig(Section):
     """Which layers recompute their activations in the backward pass (docs/memory.md): none | full | every_N |
     selective (matrix products and attention are kept) | offload (as full, layer inputs wait in host memory) |
     budget_GIB (as few layers as fit)."""
-    compile: bool = False
-    """Whether layers go through `torch.compile`, one by one, those without gradient too (docs/performance.md)."""
+    compile: Literal["auto", True, False] = "auto"
+    """Whether layers go through `torch.compile`, one by one, also the ones without gradient (docs/performance.md).
+    auto: no layer, until a GPU has shown that losses stay equal (section `compile` of benchmarks/gpu.py)."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled."""
+        return self.compile is True
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

@@ -31,7 +31,7 @@ def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:
         first = next(Fetcher(_first_batch(stream)))  # all ranks have one, or none goes on
         batch = _longest(first, run.text.max_tokens).to(get_accelerator().current_device_name())
         return str(fit_activations(engine.module, lambda: engine(batch), policy.budget_gib))
-    if policy.kind == "selective" and run.backbone.compile:
+    if policy.kind == "selective" and run.backbone.compiles:
         return f"activations ({text}): compiled layers keep about half, and compute the rest again"
     names = recomputing(engine.module)
     layers = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"

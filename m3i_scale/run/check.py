@@ -201,7 +201,7 @@ class Checks(DataChecks):
         faults.note(check_output_dir, run.output_dir)
         faults.note(writers_of, run.log)
         faults.note(check_policy, run.backbone.activation_checkpointing)
-        if run.backbone.compile:
+        if run.backbone.compiles:
             faults.note(check_compile)
         facts = DataFacts(run)
         if model is not None and self.sound("optim"):

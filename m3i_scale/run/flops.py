@@ -62,7 +62,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
 def _counted_policy(run: RunConfig) -> str:
     """Return a policy that recomputes the same and needs no device: where inputs wait says nothing about products."""
     text = run.backbone.activation_checkpointing
-    compilers = policy_of_switches(text, run.backbone.compile) != text
+    compilers = policy_of_switches(text, run.backbone.compiles) != text
     return "full" if compilers or read_policy(text).kind in ("offload", "budget") else text
 
 

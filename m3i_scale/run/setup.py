@@ -191,7 +191,7 @@ def start_engine(
     check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
     refuse_unwritable(engine, kept_frozen(engine.module), "frozen weights of the backbone")
-    policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compile)
+    policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)  # a budget: all, until counted
     pairs = momentum_pairs(engine.module)
     computes = resolved.recipe.momentum is not None  # that of a task is exported, and no target
@@ -212,7 +212,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
 
 def _prepare(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
     _first_weights(module, run, report_start, reads_source)
-    if run.backbone.compile:
+    if run.backbone.compiles:
         compile_layers(module, run.backbone.activation_checkpointing)
 
 

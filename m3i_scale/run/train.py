@@ -36,6 +36,7 @@ from m3i_scale.scale.arithmetic import compute_deterministically, nondeterminism
 from m3i_scale.scale.checkpoint.commit import explain, sweep
 from m3i_scale.scale.checkpoint.layout import step_of, stopped_words
 from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.scale.compilation import explain_auto
 from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import awaited_optimizer
@@ -179,6 +180,8 @@ def train(
         trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat)
         if ranks.rank == 0:
             tell(trainer.activations)
+            if run.backbone.compile == "auto" and (line := explain_auto()) is not None:
+                tell(line)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
                 tell(note)
         with nondeterminism_explained():

@@ -19,13 +19,17 @@ that of torchtitan (`distributed/utils.py`)."""
 
 
 def allow_tf32(dtype: torch.dtype) -> None:
-    """Have GPUs round the factors of fp32 products to TF32 where a run computes in bf16 or fp16: those factors have
-    fewer digits anyway. Products on CPUs, and runs in fp32, stay as they are.
+    """Let GPUs round the factors of fp32 products and convolutions to TF32 if a run computes in bf16 or fp16: those
+    factors have fewer digits anyway. Runs in fp32 compute in fp32, which cuDNN's convolutions do not do by default.
+    CPUs are not affected.
 
     Args:
         dtype: that the run computes in.
     """
+    # Not `fp32_precision`, which torch has from 2.9 on: torch raises errors if both interfaces are in use, and its
+    # compiler reads this one.
     torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
 
 def check_deterministic() -> None:

@@ -7,9 +7,13 @@ is a leaf, whose parameters come and go together.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,18 +33,49 @@ _KEPT_SHARE = 0.5
 
 
 def check_compile() -> None:
-    """Refuse to compile where it cannot be done. Call it before any start.
+    """Check that this machine has what the compiler needs. Call it before any start.
 
     Raises:
-        ConfigError: there is no compiler.
+        ConfigError: names everything that is missing.
     """
-    device = get_accelerator().device_name()
-    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    missing = _missing_tools()
+    if missing:
         raise ConfigError(
-            "`compile` needs a C++ compiler on a CPU, and there is none",
+            f"`compile` needs {' and '.join(missing)}, which this machine does not have",
             where=_WHERE,
-            fix="apt-get install g++, or backbone.compile=false",
+            fix=f"{' && '.join(dict.fromkeys(missing.values()))}, or backbone.compile=false",
         )
+
+
+def explain_auto() -> str | None:
+    """Return the log line for `backbone.compile: auto`; None on CPUs, for which compiling is not recommended."""
+    if get_accelerator().device_name() == "cpu":
+        return None
+    missing = _missing_tools()
+    needs = f" (first install {' and '.join(missing)})" if missing else ""
+    return (
+        f"{_WHERE}: auto does not compile layers, because no GPU has shown equal losses yet. Compiled layers are "
+        f"expected to be faster: {_WHERE}=true{needs}"
+    )
+
+
+def _missing_tools() -> dict[str, str]:
+    """Return what the compiler needs at run time on the device of this process and does not find: name and remedy.
+
+    torch builds kernels for CPUs by `CXX` or g++, Triton its launchers by `CC`, gcc or clang. Both include Python.h.
+    """
+    cuda = get_accelerator().device_name() == "cuda"
+    variable, defaults = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
+    compilers = [os.environ[variable]] if os.environ.get(variable) else defaults
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    missing = {}
+    if not any(map(shutil.which, compilers)):
+        missing[f"a C{'' if cuda else '++'} compiler ({' or '.join(compilers)})"] = "apt-get install g++"
+    if not headers.is_file():
+        missing[f"the headers of Python ({headers})"] = "apt-get install python3-dev"
+    if cuda and importlib.util.find_spec("triton") is None:
+        missing["Triton"] = "pip install triton"
+    return missing
 
 
 def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:

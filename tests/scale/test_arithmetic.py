@@ -41,6 +41,11 @@ def test_products_of_gpus_round_to_tf32_where_values_have_fewer_digits(dtype: to
     before = torch.mm(*factors), torch.backends.mkldnn.matmul.fp32_precision
     allow_tf32(dtype)
     assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert torch.backends.cudnn.allow_tf32 == allowed
+    # The compiler reads these, and torch raises an error if settings of its two interfaces contradict each other.
+    assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
+    assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == allowed
+    assert (torch.get_float32_matmul_precision() == "high") == allowed
     assert torch.equal(torch.mm(*factors), before[0])
     assert torch.backends.mkldnn.matmul.fp32_precision == before[1]  # of CPUs
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +18,14 @@ from tiny import DINOV3, LABEL_SETS, MAPS, SIGLIP, VOCABULARY, random_batch, tin
 from torch import nn
 from torch._dynamo.utils import counters
 
+from m3i_scale.config import BackboneConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.planning import Model, Vocabulary
 from m3i_scale.scale import compilation
 from m3i_scale.scale.activation_budget import count_saved
 from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
-from m3i_scale.scale.compilation import check_compile, compile_layers
+from m3i_scale.scale.compilation import check_compile, compile_layers, explain_auto
 
 
 @pytest.fixture
@@ -125,10 +130,85 @@ def test_the_compiler_keeps_less_under_selective() -> None:
     assert all(saved["selective"][name] < 0.7 * kept for name, kept in saved["none"].items())
 
 
-def test_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
+class Machine:
+    """A machine with a device, programs on the PATH, headers of Python and Triton, or without them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.monkeypatch, self.programs, self.headers = monkeypatch, folder / "bin", folder / "include"
+        for path in (self.programs, self.headers):
+            path.mkdir()
+        monkeypatch.setenv("PATH", str(self.programs))
+        for name in ("CC", "CXX"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(self.headers))
+        self.has(device="cpu", triton=False)
+
+    def has(self, *programs: str, device: str | None = None, headers: bool = False, triton: bool | None = None) -> None:
+        """Give it what is named."""
+        for name in programs:
+            (self.programs / name).touch(mode=0o755)
+        if headers:
+            (self.headers / "Python.h").touch()
+        if triton is not None:
+            found = object() if triton else None
+            self.monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+        if device is not None:
+            accelerator = SimpleNamespace(device_name=lambda: device)
+            self.monkeypatch.setattr(compilation, "get_accelerator", lambda: accelerator)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return Machine(monkeypatch, tmp_path)
+
+
+def test_a_cpu_needs_a_compiler_and_headers(machine: Machine) -> None:
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler \(g\+\+\) and the headers of Python"):
         check_compile()
+    machine.has("g++")
+    with pytest.raises(ConfigError, match=r"needs the headers of Python"):
+        check_compile()
+    machine.has(headers=True)
+    check_compile()
+
+
+def test_a_gpu_needs_a_c_compiler_headers_and_triton(machine: Machine) -> None:
+    machine.has("g++", device="cuda")
+    for needed, programs, options in (
+        ("a C compiler", ("gcc",), {}),
+        ("the headers of Python", (), {"headers": True}),
+        ("Triton", (), {"triton": True}),
+    ):
+        with pytest.raises(ConfigError, match=needed):
+            check_compile()
+        machine.has(*programs, **options)
+    check_compile()
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cuda", "CC"), ("cpu", "CXX")])
+def test_the_compiler_of_the_environment_is_the_one_that_is_looked_for(
+    machine: Machine, device: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.has("gcc", "g++", device=device, headers=True, triton=True)
+    monkeypatch.setenv(variable, "other")
+    with pytest.raises(ConfigError, match="other"):
+        check_compile()
+    machine.has("other")
+    check_compile()
+
+
+def test_by_default_no_layer_is_compiled_and_a_gpu_says_how(machine: Machine) -> None:
+    backbone = BackboneConfig()
+    assert not backbone.compiles
+    assert [BackboneConfig(compile=choice).compiles for choice in (True, False)] == [True, False]
+    assert explain_auto() is None
+    machine.has(device="cuda")
+    without = explain_auto()
+    assert without is not None
+    assert "backbone.compile=true" in without
+    assert "Triton" in without
+    machine.has("gcc", headers=True, triton=True)
+    assert "Triton" not in (explain_auto() or "Triton")
 
 
 def test_the_plan_counts_the_same() -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeAlias, cast
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from m3i_scale.backbones.interpolation import BicubicByMatrix
 from m3i_scale.config.limits import MAX_CAPTION_TOKENS, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH
 from m3i_scale.errors import ConfigError
 
@@ -88,11 +89,13 @@ class TokenFamily(Family):
         return cast(nn.ModuleList, model.get_submodule(self.parts["norm1"].partition(".{}.")[0]))
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
-        """Return tokens as the first layer reads them, (B, P + N, D); where images have another size than the
-        configuration's, positions are interpolated as the stock model does it."""
-        other = self.asks_to_interpolate and images_BCHW.shape[-1] != model.config.image_size
-        tokens_BSD: Tensor = model.embeddings(images_BCHW, **({"interpolate_pos_encoding": True} if other else {}))
-        return tokens_BSD
+        """Return tokens as the first layer reads them, (B, P + N, D); if images have another size than the
+        configuration's, positions are interpolated as in the stock model, up to rounding."""
+        if images_BCHW.shape[-1] == model.config.image_size:
+            return cast(Tensor, model.embeddings(images_BCHW))
+        options = {"interpolate_pos_encoding": True} if self.asks_to_interpolate else {}
+        with BicubicByMatrix():
+            return cast(Tensor, model.embeddings(images_BCHW, **options))
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
         """Return the angles of all patches, (N, D / heads) each; None where positions are added to tokens."""
