@@ -20,7 +20,7 @@ from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
-from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
+from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.check import resolve_run, told_phases
@@ -65,6 +65,7 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
 
 def start(run: RunConfig) -> Status:
     """Join the other ranks and train."""
+    extend_segments()
     torch.manual_seed(run.seed)
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(recorded(run.output_dir))
