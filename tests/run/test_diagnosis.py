@@ -94,6 +94,7 @@ def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, Ru
         meter.end_step()
         if objective.measure_health:
             told = meter.record(step=step, lr=lr, grad_norm=None, momentum=None, quarantined=0, world_size=1)
+            told = told.with_figures(objective.host_figures.take())
             found += [(step, fault) for fault in diagnosis.check(told)]
     return found
 
