@@ -175,14 +175,33 @@ def captions_beside(shards: str, access: Access | None = None) -> int | None:
         shards: the `shards` value of a source.
         access: how servers are asked.
     """
-    if shards.startswith("pipe:"):
+    counts = _counts_beside(shards, "with_caption", access)
+    return sum(counts.values()) if counts else None
+
+
+def samples_beside(shards: str) -> int | None:
+    """Return the number of samples in local shards, as the manifest beside them counts it; None without a manifest.
+
+    Args:
+        shards: the `shards` value of a source.
+    """
+    if shards.startswith("pipe:") or not isinstance(shard_folder(shards), Path):
         return None
+    counts = _counts_beside(shards, "samples")
+    paths = expand_shards(shards, "shards")
+    names = [path.name for path in paths if isinstance(path, Path)]
+    return sum(counts[name] for name in names) if counts and all(name in counts for name in names) else None
+
+
+def _counts_beside(shards: str, fact: str, access: Access | None = None) -> dict[str, int]:
+    """Return a count of every shard in the manifest beside shards; none without a manifest."""
+    if shards.startswith("pipe:"):
+        return {}
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
-        counts = [int(facts["with_caption"]) for facts in manifest["shards"].values()]
-        return sum(counts) if counts else None
+        return {name: int(facts[fact]) for name, facts in manifest["shards"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # shards of other tools have no such file
+        return {}  # shards of other tools have no such file
 
 
 def labels_beside(folder: Address, file: str = LABELS) -> list[str] | None:

@@ -23,7 +23,7 @@ from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
 from m3i_scale.report.start_table import other_images
-from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
+from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text, repeat_warnings
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
@@ -108,11 +108,12 @@ def warnings_of(name_or_path: str, overrides: list[str] | None = None) -> list[s
         ConfigError: the run has faults.
     """
     run = load_run(name_or_path, overrides)
+    warnings = repeat_warnings(run)
     if run.backbone.from_pretrained is None:
-        return []
+        return warnings
     source = backbone_source(run.backbone)
     positions = family_of(source.config).positions
-    return other_images(source.normalisation, None if positions is None else source.config.image_size, run)
+    return warnings + other_images(source.normalisation, None if positions is None else source.config.image_size, run)
 
 
 def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:

@@ -10,7 +10,15 @@ from m3i_scale.config import RunConfig, TextConfig
 from m3i_scale.data.categories import categories_beside
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import CATEGORIES, LABELS, captions_beside, read_label_sets, require_shards, shard_folder
+from m3i_scale.data.shards import (
+    CATEGORIES,
+    LABELS,
+    captions_beside,
+    read_label_sets,
+    require_shards,
+    samples_beside,
+    shard_folder,
+)
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
 from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
@@ -49,6 +57,34 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
             where="text.config",
             fix="leave it out; the decoder's size stands in recipe.decoders",
         )
+
+
+MOST_EPOCHS = 1600
+"""The longest published training of a built-in recipe (MAE, SIM)."""
+
+
+def repeat_warnings(run: RunConfig) -> list[str]:
+    """Warn of sources that the run repeats more often than any published training.
+
+    Args:
+        run: whose shards are there. Sources without a manifest, and mixtures with a schedule, are left out.
+    """
+    sources = run.data.sources
+    weights = {name: source.weight for name, source in sources.items() if not isinstance(source.weight, list)}
+    total = sum(weights.values())
+    if len(weights) < len(sources) or not total:
+        return []
+    samples, warnings = run.optim.steps * run.optim.batch_size, []
+    for name, source in sources.items():
+        count = samples_beside(source.shards) if source.epochs is None else None
+        epochs = samples * weights[name] / total / count if count else 0.0
+        if epochs > MOST_EPOCHS:
+            enough = max(1, int(run.optim.steps * MOST_EPOCHS / epochs))
+            warnings.append(
+                f"data.sources.{name} has {count:,} samples, and the run repeats them for {epochs:,.0f} epochs; no "
+                f"published recipe needs more than {MOST_EPOCHS:,}. Fix: more images, or optim.steps={enough}"
+            )
+    return warnings
 
 
 @dataclass

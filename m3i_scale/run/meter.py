@@ -163,7 +163,8 @@ class Meter:
         flop_per_s = mfu = None
         if self.work is not None:
             flop_per_s = self.work.step_flop(sums["captions"]) / peaks["step_s"]
-            mfu = flop_per_s / (self.work.peak.tflops * 1e12 * world_size)
+            share = flop_per_s / (self.work.peak.tflops * 1e12 * world_size)
+            mfu = share if share <= 1 else None
         record = StepRecord(
             step=step,
             total_steps=self.total_steps,

@@ -24,6 +24,7 @@ from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.check import resolve_run, told_phases
+from m3i_scale.run.data_checks import repeat_warnings
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_resume, find_resume
@@ -124,7 +125,7 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str]) 
     _CONSOLE.print(explain_table(resolved.deepspeed))
     for line in told_phases(run):
         _CONSOLE.print(line, markup=False, highlight=False)
-    for note in notes:
+    for note in (*notes, *repeat_warnings(run)):
         _CONSOLE.print(f"[yellow]{note}[/]")
     origin = f"from {resume_from}" if resume_from else "from step 0"
     _CONSOLE.print(

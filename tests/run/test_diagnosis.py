@@ -41,7 +41,7 @@ FAULTS = {
         "it swallows the gradient",
     ),
     "absent": ({"groups": {"text": {"count": 0.0}, "intra": {"count": 64.0}}}, "text", "no sample has its target"),
-    "peak": ({"mfu": 7.8}, "speed", "the peak that MFU is a share of is wrong"),
+    "peak": ({"flop_per_s": 1e12, "mfu": None}, "speed", "the peak that MFU is a share of is wrong"),
     "gradient": (
         {"groups": {"text": {"grad_norm": float("inf")}, "intra": {"grad_norm": 0.01}}},
         "text",

@@ -106,7 +106,7 @@ class StepRecord:
     flop_per_s: float | None = None
     """FLOPs of the model a second, all ranks, without what is recomputed."""
     mfu: float | None = None
-    """`flop_per_s` as a share of what all devices could compute."""
+    """`flop_per_s` as a share of what all devices could compute; None if it exceeds 1, because the peak is wrong."""
     sources: dict[str, SourceFigures] = field(default_factory=dict)
     """By name."""
 
