@@ -156,7 +156,7 @@ def _run_file(folder: Path, shards: Path, case: str, recipe: str, overrides: lis
 def _predict(run_file: Path, base: int) -> tuple[int, dict[str, int]]:
     run: Any = load_run(str(run_file))
     links = Links(1, RANKS, 1.0, 1.0, 1.0)
-    where = Machine(links, 1e3, {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0}, 1.0, on_host(), base / GIB)
+    where = Machine("this", links, 1e3, {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0}, 1.0, on_host(), base / GIB)
     raw = load_ds_config(run.deepspeed)
     model = Model(run, read_vocabulary(run, parse_recipe(run.recipe), None, None), RANKS, precision(raw))
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)

@@ -54,7 +54,7 @@ def _planned_gib(deepspeed: str, policy: str, images: int, overrides: list[str],
     sizes = [f"optim.batch_size={images}", f"optim.micro_batch_size={images}", f"text.max_tokens={TOKENS}"]
     run = load_run("m3i_vit_g14", [*overrides, *sizes, f"deepspeed={deepspeed}"])
     rates = {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0}
-    machine = Machine(Links(1, 1, 1.0, 1.0, 1.0), room_gib, rates, 1.0, on_host(), ACCELERATOR_WORKSPACE_GIB)
+    machine = Machine("this", Links(1, 1, 1.0, 1.0, 1.0), room_gib, rates, 1.0, on_host(), ACCELERATOR_WORKSPACE_GIB)
     precision = "fp32" if deepspeed.endswith("fp32") else "bf16"
     model = Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, precision)
     return estimate(model, machine, Choice(deepspeed, policy, images)).peak_bytes / GIB

@@ -15,7 +15,7 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
-from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.text import without_secrets
 
 LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
@@ -169,7 +169,7 @@ def read_label_sets(
 
 
 def samples_beside(shards: str, count: str, access: Access | None = None) -> int | None:
-    """Return how many samples the manifest beside the shards counts; None if there is no manifest.
+    """Return how many samples the manifest beside the shards counts; None without a manifest that has all shards.
 
     Args:
         shards: the `shards` value of a source.
@@ -180,10 +180,10 @@ def samples_beside(shards: str, count: str, access: Access | None = None) -> int
         return None
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
-        counts = [int(facts[count]) for facts in manifest["shards"].values()]
-        return sum(counts) if counts else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # shards of other tools have no such file
+        counts = {name: int(facts[count]) for name, facts in manifest["shards"].items()}
+        return sum(counts[shard.name] for shard in expand_shards(shards, access=access)) if counts else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+        return None  # shards of other tools have no such file, and shards that cannot be listed are an error elsewhere
 
 
 def labels_beside(folder: Address, file: str = LABELS) -> list[str] | None:

@@ -7,6 +7,8 @@ device, and what asks for the figures, when the step is over, copies all of it a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -31,12 +33,28 @@ class HostFigures:
 
     def take(self) -> dict[str, float]:
         """Return all figures, and forget them. The host waits for the device once."""
+        return self.copy()()
+
+    def copy(self) -> Callable[[], dict[str, float]]:
+        """Copy the tensors to the host, and forget what was asked for. The host waits for the device once.
+
+        Returns:
+            A function that computes all figures from the copies, on any thread.
+        """
         asked, self._asked = self._asked, []
         values = [value for _, of_one in asked for value in of_one]
-        if not values:
-            return {}
-        parts = iter(torch.cat([value.flatten() for value in values]).cpu().split([value.numel() for value in values]))
-        found: dict[str, float] = {}
-        for compute, of_one in asked:
-            found |= compute(*(next(parts).view_as(value) for value in of_one))
-        return found
+        sizes, shapes = [value.numel() for value in values], [value.shape for value in values]
+        copied = torch.cat([value.flatten() for value in values]).cpu() if values else None
+        computes = [(compute, len(of_one)) for compute, of_one in asked]
+        return partial(_computed, computes, copied, sizes, shapes)
+
+
+def _computed(
+    computes: list[tuple[Compute, int]], copied: Tensor | None, sizes: list[int], shapes: list[torch.Size]
+) -> dict[str, float]:
+    parts = [] if copied is None else copied.split(sizes)
+    tensors = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    figures: dict[str, float] = {}
+    for compute, count in computes:
+        figures |= compute(*islice(tensors, count))
+    return figures

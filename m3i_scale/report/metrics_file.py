@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ _STEP_LINE = b'{"kind": "train", '
 """How lines of logged steps begin, which are nearly all."""
 MOST_FIGURES = 5_000
 """That a file can have; a run has some dozens."""
+_MFU = "speed/mfu"
 _FACTS = ("kind", "step", "time")
 _NOT_FINITE = ("nan", "inf", "-inf")
 _FIELDS: dict[str, dict[str, type]] = {
@@ -126,7 +127,12 @@ class MetricsFile:
         self._add(steps)
 
     def _add(self, new: Steps) -> None:
-        """Keep those steps that are later than all before them: a run writes no others."""
+        """Keep those steps that are later than all before them: a run writes no others. Drop MFU above 1, which old
+        runs wrote if the peak was wrong.
+        """
+        if _MFU in new.figures:
+            share = new.figures[_MFU]
+            new = replace(new, figures=new.figures | {_MFU: np.where(share > 1, np.nan, share)})
         highest = np.maximum.accumulate(np.concatenate([[self._last_step], new.steps]))
         later = new.steps > highest[:-1]
         self._last_step = int(highest[-1])

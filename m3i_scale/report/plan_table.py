@@ -25,6 +25,7 @@ def plan_table(document: dict[str, Any]) -> Group:
     memory = _memory(document, max(peak, limit))
     return Group(
         head,
+        *(Text(f"warning: {text}", style="yellow") for text in document["warnings"]),
         *(_phase(number, phase) for number, phase in enumerate(document["phases"])),
         _planned(document["planned"], document["ranks"]),
         memory,
@@ -110,6 +111,7 @@ def _figures(document: dict[str, Any]) -> Table:
         f"{duration_text(86_400 * document['days'])}, {_rank_hours(document, document['gpu_hours'])}",
     )
     table.add_row("checkpoint", f"{document['checkpoint_gib']:.3g} GiB")
+    table.add_row("assumed", f"hardware {document['hardware']} (--hardware), {document['memory_gib']:g} GiB a rank")
     table.add_row("assumed", f"a rank reaches {document['mfu']:g} of {document['tflops_per_rank']:g} TFLOP/s (--mfu)")
     for text in document["assumed"]:
         table.add_row("assumed", f"{text}: the run's shards are not here")

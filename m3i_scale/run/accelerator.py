@@ -23,9 +23,23 @@ _TAKEN = 0.2
 """Share of a card's memory. A display, or what watches the card, takes less."""
 _BF16_CAPABILITY = 8
 """Of Ampere. Torch computes bf16 on earlier cards too, by way of fp32."""
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that configure the allocator: the name in all versions of PyTorch, which is read first; and since 2.9."""
 RELEASED_S = 10.0
 """A process that was killed may have its GPU for so long."""
 _LOOK_S = 0.2
+
+
+def extend_segments() -> None:
+    """Have PyTorch's CUDA allocator extend its segments, if no variable configures it. Call it before CUDA is
+    initialized, when the allocator reads the variable.
+
+    Crops and captions have many lengths: segments of fixed sizes fragment, and a rank runs out of memory that is free.
+    https://pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf
+    """
+    chosen = any(name in os.environ for name in ALLOCATOR)
+    if get_accelerator().device_name() == "cuda" and torch.version.hip is None and not chosen:
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def check_before_joining(devices: Path = Path("/dev")) -> None:

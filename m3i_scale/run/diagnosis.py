@@ -77,11 +77,11 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
                 name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
             )
     yield from _share_faults(record)
-    if record.mfu is not None and record.mfu > 1:
+    if record.flop_per_s is not None and record.mfu is None:
         yield RunWarning(
             "speed",
             "the peak that MFU is a share of is wrong",
-            f"MFU {record.mfu:.0%}: no device computes more than its peak",
+            f"all ranks compute {record.flop_per_s / 1e12:.3g} TFLOP/s, more than the peak; MFU is left out",
             "hardware.peak_tflops, in 10¹² FLOP/s of one rank's device; a measured one is too low where other work had "
             "the machine at the start",
         )

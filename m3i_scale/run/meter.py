@@ -147,8 +147,9 @@ class Meter:
         skipped_nonfinite: int = 0,
         sources: dict[str, SourceFigures] | None = None,
     ) -> StepRecord:
-        """Return the means since the last record, over all ranks; every rank calls it."""
-        own = (self._good.means() or self._left_out.means()) | self.objective.host_figures.take()
+        """Return the means since the last record, over all ranks, without those of `HostFigures`; every rank calls
+        it."""
+        own = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
         counts = {
@@ -159,16 +160,11 @@ class Meter:
         }
         means, phases, sums = _means_over_ranks(own, self.step_times.shares(), counts)
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
-        groups: dict[str, dict[str, float]] = {}
-        for target in self.objective.recipe.targets:
-            prefix = f"{target.name}/"
-            groups[target.name] = {
-                name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)
-            }
         flop_per_s = mfu = None
         if self.work is not None:
             flop_per_s = self.work.step_flop(sums["captions"]) / peaks["step_s"]
-            mfu = flop_per_s / (self.work.peak.tflops * 1e12 * world_size)
+            share = flop_per_s / (self.work.peak.tflops * 1e12 * world_size)
+            mfu = share if share <= 1 else None
         record = StepRecord(
             step=step,
             total_steps=self.total_steps,
@@ -176,9 +172,9 @@ class Meter:
             loss=means["loss"],
             lr=lr,
             grad_norm=None if grad_norm is None else float(grad_norm),
-            groups=groups,
-            information=sum(figures.get("nats", 0.0) for figures in groups.values()),
-            health={name.removeprefix("health/"): v for name, v in means.items() if name.startswith("health/")},
+            groups={target.name: {} for target in self.objective.recipe.targets},
+            information=0.0,
+            health={},
             momentum=momentum,
             step_s=peaks["step_s"],
             data_wait_s=peaks["wait"],
@@ -197,7 +193,7 @@ class Meter:
             sources=sources or {},
         )
         self.reset()
-        return record
+        return record.with_figures(means)
 
 
 def _means_over_ranks(*parts: dict[str, float]) -> list[dict[str, float]]:

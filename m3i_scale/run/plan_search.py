@@ -77,6 +77,18 @@ class RunPlan:
         own = replace(choice, micro_batch=self.planned.choice.micro_batch)
         return estimate(self.model, self.machine, own).fits(self.machine)
 
+    @property
+    def warnings(self) -> list[str]:
+        """Return why the plan may not be the one that was meant."""
+        file = self.planned.choice.deepspeed
+        if self.machine.on_host or file not in _ON_DEVICES:
+            return []
+        name = self.machine.name
+        return [
+            f"deepspeed={file} is meant for CPUs, and memory and time are planned for {name} GPUs. Fix: --hardware cpu "
+            f"for a run on CPUs, deepspeed={_ON_DEVICES[file]} for a run on GPUs."
+        ]
+
     def document(self) -> dict[str, Any]:
         """Return the JSON document of `m3i-scale plan`."""
         planned, batch = self.planned, self.run.optim.batch_size
@@ -85,6 +97,7 @@ class RunPlan:
         return {
             "name": self.run.name,
             "ranks": world,
+            "hardware": self.machine.name,
             "on_host": self.machine.on_host,
             "planned": self.described(planned),
             "peak_gib_per_rank": planned.peak_bytes / GIB,
@@ -117,6 +130,7 @@ class RunPlan:
             "checkpoint_gib": self.model.checkpoint_bytes(planned.settings) / GIB,
             "phases": [each._described_phase() for each in self.phases],
             "assumed": list(self.model.vocabulary.assumed),
+            "warnings": self.warnings,
             "compared": [self.described(each) for each in self.compared],
             "suggestion": None if self.suggestion is None else self.described(self.suggestion),
         }

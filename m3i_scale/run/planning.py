@@ -58,6 +58,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Machine:
     """Describes the devices, hosts and links that the run is planned for."""
 
+    name: str
+    """Of the hardware preset."""
     links: Links
     memory_gib: float
     """Of one rank's device."""
@@ -149,7 +151,7 @@ def machine_of(
     rates = preset.tflops if tflops is None else dict.fromkeys(preset.tflops, tflops)
     workspace = beside_tensors_gib(hosts=hosts) if workspace_gib is None else workspace_gib
     reached = preset.mfu if mfu is None else mfu
-    return Machine(links, memory_gib, rates, reached, hosts, workspace, host_memory_gib)
+    return Machine(name, links, memory_gib, rates, reached, hosts, workspace, host_memory_gib)
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:

@@ -1,4 +1,4 @@
-"""Warn of data that a run reads twice: shards in two sources, and more validation batches than there are samples."""
+"""Warn of data that a run reads too often: shards in two sources, too many validation batches, or too many epochs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import is_remote
 from m3i_scale.data.shards import expand_shards, samples_beside
 from m3i_scale.errors import UserError
+
+MOST_EPOCHS = 1600
+"""The longest published training of a built-in recipe (MAE, SIM)."""
 
 
 def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = None) -> Iterator[str]:
@@ -34,6 +37,7 @@ def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = N
                 "other shards"
             )
     yield from _repeated_batches(run, ranks or 1, access)
+    yield from _repeated_samples(run, access)
 
 
 def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iterator[str]:
@@ -51,6 +55,28 @@ def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iter
             f"evaluation.batches is {run.evaluation.batches}, and data.validation has {samples} samples, which are "
             f"{most} batches of {of_a_batch}: samples are read several times. Fix: evaluation.batches={most}"
         )
+
+
+def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
+    """Yield sources that the run repeats more often than any published training. Sources without a manifest, and
+    mixtures with a schedule, are left out."""
+    sources = run.data.sources
+    weights = {name: source.weight for name, source in sources.items() if not isinstance(source.weight, list)}
+    total = sum(weights.values())
+    if len(weights) < len(sources) or not total:
+        return
+    samples = run.optim.steps * run.optim.batch_size
+    for name, source in sources.items():
+        if source.epochs is not None or not _may_be_read(source, access):
+            continue
+        count = samples_beside(source.shards, "samples", access)
+        epochs = samples * weights[name] / total / count if count else 0.0
+        if epochs > MOST_EPOCHS:
+            enough = max(1, int(run.optim.steps * MOST_EPOCHS / epochs))
+            yield (
+                f"data.sources.{name} has {count:,} samples, and the run repeats them for {epochs:,.0f} epochs; no "
+                f"published recipe needs more than {MOST_EPOCHS:,}. Fix: more images, or optim.steps={enough}"
+            )
 
 
 def _may_be_read(source: SourceConfig, access: Access | None) -> bool:

@@ -20,7 +20,7 @@ from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
-from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
+from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.writers import writers_of
@@ -64,6 +64,7 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
         run: the run file.
         warnings: about the command line, which rank 0 prints with those about the run.
     """
+    extend_segments()
     torch.manual_seed(run.seed)
     with contextlib.ExitStack() as stack:
         heartbeat = stack.enter_context(recorded(run.output_dir))

@@ -81,6 +81,11 @@ def test_lines_of_other_kinds_are_kept_as_they_are(path: Path) -> None:
     assert file.records["evaluation"][0]["evaluation/acc"] == 1
 
 
+def test_mfu_above_1_of_an_old_run_is_dropped(path: Path) -> None:
+    shares = read(path, "".join(train(step, **{"speed/mfu": 0.25 + 12.0 * (step == 2)}) for step in (1, 2, 3))).steps()
+    assert list(np.isnan(shares.figures["speed/mfu"])) == [False, True, False]
+
+
 GARBAGE = {
     "torn": b'{"kind": "train", "step": 100, "time": "2030-01',
     "two in one line": train(100, loss=1.0).strip().encode() + train(101, loss=1.0).strip().encode(),

@@ -12,7 +12,13 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.run import accelerator
-from m3i_scale.run.accelerator import check_before_joining, check_card, check_memory
+from m3i_scale.run.accelerator import (
+    ALLOCATOR,
+    check_before_joining,
+    check_card,
+    check_memory,
+    extend_segments,
+)
 
 GIB = 1 << 30
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}
@@ -30,7 +36,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (shown.free, shown.total))
     monkeypatch.setattr(accelerator, "RELEASED_S", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", *ALLOCATOR):
         monkeypatch.setenv(name, "")  # what the code sets goes too when the test ends
         monkeypatch.delenv(name)
     return shown
@@ -77,6 +83,27 @@ def test_memory_that_a_killed_process_still_holds_is_waited_for(
 def test_a_gpu_that_is_too_small(gpu: SimpleNamespace) -> None:
     with pytest.raises(UserError, match=r"81\.00 GiB"):
         check_memory(81 * GIB, refuse)
+
+
+@pytest.mark.parametrize("given", [None, *ALLOCATOR])
+def test_segments_grow_unless_somebody_configures_the_allocator(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    if given is not None:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    extend_segments()
+    chosen = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    if given is not None:
+        assert chosen == {given: "max_split_size_mb:512"}
+    else:
+        assert list(chosen.values()) == ["expandable_segments:True"]
+
+
+def test_a_cpu_has_no_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    extend_segments()
+    assert not any(name in os.environ for name in ALLOCATOR)
 
 
 def test_more_ranks_than_gpus(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ FAULTS = {
         "it swallows the gradient",
     ),
     "absent": ({"groups": {"text": {"count": 0.0}, "intra": {"count": 64.0}}}, "text", "no sample has its target"),
-    "peak": ({"mfu": 7.8}, "speed", "the peak that MFU is a share of is wrong"),
+    "peak": ({"flop_per_s": 1e12, "mfu": None}, "speed", "the peak that MFU is a share of is wrong"),
     "gradient": (
         {"groups": {"text": {"grad_norm": float("inf")}, "intra": {"grad_norm": 0.01}}},
         "text",
@@ -94,6 +94,7 @@ def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, Ru
         meter.end_step()
         if objective.measure_health:
             told = meter.record(step=step, lr=lr, grad_norm=None, momentum=None, quarantined=0, world_size=1)
+            told = told.with_figures(objective.host_figures.take())
             found += [(step, fault) for fault in diagnosis.check(told)]
     return found
 

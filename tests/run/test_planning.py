@@ -53,6 +53,17 @@ def test_more_ranks_take_less_under_zero_3():
     assert peaks == sorted(peaks, reverse=True)
 
 
+@pytest.mark.parametrize(("file", "hardware", "warned"), [("zero3_cpu", "h100", True), ("zero3_cpu", "cpu", False)])
+def test_a_plan_names_its_hardware_and_warns_of_a_file_for_cpus(file: str, hardware: str, *, warned: bool):
+    run = tiny_run("m3i", *SMALL, f"deepspeed={file}")
+    document = plan_run(run, machine(name=hardware), tokens=VOCABULARY, samples=None).document()
+    assert document["hardware"] == hardware
+    shown = text_of(plan_table(document))
+    assert f"hardware {hardware}" in shown
+    assert [hardware in text and file in text for text in document["warnings"]] == [True] * warned
+    assert ("meant for CPUs" in shown) == warned
+
+
 def test_a_document_has_its_keys_and_adds_up():
     document = plan_run(tiny_run("m3i", *SMALL), machine(), tokens=VOCABULARY, samples=640).document()
     assert {"peak_gib_per_rank", "parts", "step_time_s", "comm_gib_per_step", "suggestion"} <= document.keys()

@@ -125,7 +125,8 @@ def test_the_run_tells_its_phases_and_its_share_of_the_peak(reference: Path) -> 
         flop = line["speed/flop_per_s"] * line["speed/step_s"]
         assert 0 < flop <= start["flop_per_step"] * (1 + 1e-9)  # captions are padded to all that was counted
         peak = start["peak_tflops"] * 1e12 * start["world_size"]
-        assert line["speed/mfu"] == pytest.approx(line["speed/flop_per_s"] / peak)
+        share = line["speed/flop_per_s"] / peak
+        assert line.get("speed/mfu") == (pytest.approx(share) if share <= 1 else None)
 
 
 def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Path, tmp_path: Path) -> None:

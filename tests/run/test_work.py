@@ -29,14 +29,24 @@ def test_only_a_run_of_more_than_a_day_is_told_how_long_it_takes():
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_mfu_is_a_share_of_the_peak_of_all_ranks(world_size):
-    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(2.0, "given")))
+    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(2e6, "given")))
     for tokens in (8, 24):
         meter.add_micro_batch(torch.tensor(1.0), {}, 1, tokens)
     meter.end_step()
     told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=world_size)
     assert told.flop_per_s == pytest.approx(8e9 / told.step_s)
-    assert told.mfu == pytest.approx(told.flop_per_s / (2e12 * world_size))
+    assert told.mfu == pytest.approx(told.flop_per_s / (2e18 * world_size))
     assert sum(told.phases.values()) == pytest.approx(1.0)
+
+
+def test_more_than_the_peak_is_no_mfu():
+    meter = Meter(tiny_objective("supervised"), 10, 8, Work(FLOP, 32, Peak(1e-9, "measured")))
+    meter.add_micro_batch(torch.tensor(1.0), {}, 1)
+    meter.end_step()
+    told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=1)
+    assert told.flop_per_s > 0
+    assert told.mfu is None
+    assert "speed/mfu" not in told.scalars()
 
 
 def test_without_a_count_there_is_no_mfu():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,7 +106,7 @@ class StepRecord:
     flop_per_s: float | None = None
     """FLOPs of the model a second, all ranks, without what is recomputed."""
     mfu: float | None = None
-    """`flop_per_s` as a share of what all devices could compute."""
+    """`flop_per_s` as a share of what all devices could compute; None if it exceeds 1, because the peak is wrong."""
     sources: dict[str, SourceFigures] = field(default_factory=dict)
     """By name."""
 
@@ -114,6 +114,16 @@ class StepRecord:
     def data_wait_share(self) -> float:
         """Return the share of the step that was spent waiting for data, 0 to 1."""
         return self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
+
+    def with_figures(self, figures: Mapping[str, float]) -> StepRecord:
+        """Return the record with further metrics of its groups, `<group>/…`, and of `health/…`."""
+
+        def below(name: str) -> dict[str, float]:
+            return {key.removeprefix(f"{name}/"): value for key, value in figures.items() if key.startswith(f"{name}/")}
+
+        groups = {name: values | below(name) for name, values in self.groups.items()}
+        information = sum(values.get("nats", 0.0) for values in groups.values())
+        return replace(self, groups=groups, health=self.health | below("health"), information=information)
 
     def scalars(self) -> dict[str, float]:
         """Return every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
@@ -233,16 +243,16 @@ class CallbackList(Callback):
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = list(callbacks)
+        self.flush: Callable[[], None] = lambda: None
+        """Called before every event, except for progress: the record of an earlier step may not be complete yet."""
 
     def on_start(self, run_info: RunInfo) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_start(run_info)
+        self._call(lambda callback: callback.on_start(run_info))
 
     def on_step(self, record: StepRecord) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_step(record)
+        self._call(lambda callback: callback.on_step(record))
 
     def on_progress(self, step: int) -> None:
         """Call every callback."""
@@ -251,34 +261,35 @@ class CallbackList(Callback):
 
     def on_phase(self, phase: PhaseInfo) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_phase(phase)
+        self._call(lambda callback: callback.on_phase(phase))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_evaluation(step, values)
+        self._call(lambda callback: callback.on_evaluation(step, values))
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_pictures(step, pictures)
+        self._call(lambda callback: callback.on_pictures(step, pictures))
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_warning(step, fault)
+        self._call(lambda callback: callback.on_warning(step, fault))
 
     def on_rewind(self, rewind: Rewind) -> None:
         """Call every callback."""
-        for callback in self.callbacks:
-            callback.on_rewind(rewind)
+        self._call(lambda callback: callback.on_rewind(rewind))
 
     def on_end(self, status: str) -> None:
         """Call every callback, also when one of them raises; the error is raised after the last one."""
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.on_end, status)
+            self.flush()
+
+    def _call(self, event: Callable[[Callback], None]) -> None:
+        self.flush()
+        for callback in self.callbacks:
+            event(callback)
 
 
 def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -166,5 +166,5 @@ def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
         parts.append(f"quarantined {record.quarantined:,} ({record.quarantined_samples:,} samples)")
     parts += [f"lr {record.lr:.2e}", f"data wait {record.data_wait_share:.0%}"]
     if record.mfu is not None:
-        parts.append(f"MFU {record.mfu:.1%}" + (" (the peak must be wrong)" if record.mfu > 1 else ""))
+        parts.append(f"MFU {record.mfu:.1%}")
     return (*parts, f"{record.tokens_per_s:,.0f} tokens/s")

@@ -137,6 +137,7 @@ class Checkpointing(Hook):
         final = self._root / step_name(state.step)
         if self._loaded == final:
             return
+        state.callbacks.flush()  # a resume continues the metrics after this step
         meta: dict[str, Any] = {}
         if state.ranks.rank == 0:  # who writes it
             meta = checkpoint_meta(state.resolved, step=state.step, world_size=state.ranks.world_size)

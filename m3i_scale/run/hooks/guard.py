@@ -108,6 +108,7 @@ class Guard(Hook):
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
         """Return the error to end with, on every rank, once the file about it is written."""
+        self._state.callbacks.flush()
         path = write_bad_steps(self._output_dir, step, what, self._bad, self._records)
         return RunEndedError(
             what,
@@ -138,7 +139,7 @@ class Guard(Hook):
         self._state.callbacks.on_warning(rewind.rewound_to, fault)
 
     def remember(self, record: StepRecord) -> None:
-        """Keep a record for the file about a failure."""
+        """Keep a record for the file about a failure, which rank 0 writes."""
         self._records.append({"step": record.step, **record.scalars()})
 
     def state(self) -> dict[str, Any]:

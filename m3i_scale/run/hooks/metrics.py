@@ -1,11 +1,18 @@
-"""This hook gathers the figures of a run in every step, and reduces them over the ranks when a step is logged."""
+"""This hook gathers the metrics of a run in every step, and reduces them over the ranks when a step is logged.
+
+Effective ranks and the information of Gaussian targets take eigenvalues, a second of a core for wide models. Rank 0
+computes them on a thread while the training continues, and gives callbacks the record once it is complete: by the next
+logged step at the latest, and before any other event.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.run.bad_steps import MicroBatchResult
+from m3i_scale.run.callbacks.base import StepRecord
 from m3i_scale.run.data_supply import Shares
 from m3i_scale.run.diagnosis import Diagnosis
 from m3i_scale.run.hooks.base import Hook, TrainState
@@ -27,6 +34,9 @@ class Metrics(Hook):
         self._state, self._meter, self._guard = state, meter, guard
         self._shares = Shares(state.stream)
         self._diagnosis = Diagnosis()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: tuple[StepRecord, Future[dict[str, float]]] | None = None
+        state.callbacks.flush = self.flush
 
     def on_start(self) -> None:
         """Count shares of sources from where the data stand."""
@@ -40,6 +50,8 @@ class Metrics(Hook):
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
         """Add the figures of a micro-batch, which stay on the device."""
+        if self._pending is not None and self._pending[1].done():
+            self.flush()
         module = self._state.engine.module
         self._meter.add_micro_batch(
             micro_batch.loss, micro_batch.figures, module.token_count, batch.text_ids_BT.shape[1]
@@ -58,6 +70,10 @@ class Metrics(Hook):
 
     def _record(self) -> None:
         state = self._state
+        self.flush()
+        host_figures = state.engine.module.host_figures
+        compute = host_figures.copy() if state.ranks.rank == 0 else None
+        host_figures.clear()
         scale = loss_scale(state.engine)
         lowest = min(group["lr"] for group in state.engine.optimizer.param_groups)
         record = self._meter.record(
@@ -74,10 +90,19 @@ class Metrics(Hook):
             skipped_nonfinite=self._guard.skipped,
             sources=self._shares.record(),
         )
+        if compute is not None:
+            self._pending = record, self._thread.submit(compute)
+
+    def flush(self) -> None:
+        """Wait until the last record is complete, and give it to the callbacks."""
+        if self._pending is None:
+            return
+        (record, figures), self._pending = self._pending, None
+        record = record.with_figures(figures.result())
         self._guard.remember(record)
-        state.callbacks.on_step(record)
+        self._state.callbacks.on_step(record)
         for fault in self._diagnosis.check(record):
-            state.callbacks.on_warning(state.step, asdict(fault))
+            self._state.callbacks.on_warning(record.step, asdict(fault))
 
 
 def gradient_scale(state: TrainState) -> float:

@@ -1,0 +1,56 @@
+"""Hosts whose own name means the loopback, as Debian and Ubuntu write it into /etc/hosts, train together without an
+interface that somebody chose."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+from launch import environment, free_port
+
+PROGRAM = """
+import os, socket, torch, torch.distributed as dist
+assert socket.gethostbyname(socket.gethostname()) == "127.0.1.1"
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
+start_ranks(timeout_s=40, join_s=100)
+total = torch.ones(1)
+dist.all_reduce(total)
+print("TOTAL", int(total), os.environ["GLOO_SOCKET_IFNAME"], flush=True)
+stop_ranks(wait=True)
+"""
+
+
+@pytest.fixture
+def debian(hosts: Hosts, tmp_path: Path) -> Iterator[Hosts]:
+    for name in hosts.names:
+        others = (hosts.folder / "hosts").read_text().replace(f"{hosts.address(name)} {name}\n", f"127.0.1.1 {name}\n")
+        (tmp_path / f"hosts-{name}").write_text(others)
+        assert hosts.run(name, ["mount", "--bind", tmp_path / f"hosts-{name}", "/etc/hosts"]).returncode == 0
+    try:
+        yield hosts
+    finally:
+        for name in hosts.names:
+            hosts.restart(name)
+
+
+@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
+def test_ranks_meet_on_the_network_of_the_route_to_rank_0(debian: Hosts, tmp_path: Path, launcher: str) -> None:
+    (tmp_path / "rank.py").write_text(PROGRAM)
+    port, processes = str(free_port()), []
+    for number, name in enumerate(debian.names):
+        command, variables = [sys.executable, str(tmp_path / "rank.py")], {}
+        if launcher == "torchrun":
+            places = [f"--nnodes={len(debian.names)}", f"--node-rank={number}", "--nproc-per-node=1"]
+            places += ["--master-addr=node0", f"--master-port={port}"]
+            command = [sys.executable, "-m", "torch.distributed.run", *places, str(tmp_path / "rank.py")]
+        else:
+            variables = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+            variables |= {"MASTER_ADDR": "node0", "MASTER_PORT": port}
+        process = debian.start(name, command, log=tmp_path / f"log-{name}", env=environment(**variables))
+        processes.append(process)
+    for process in processes:
+        assert debian.wait(process, 200) == 0, process.text()
+        assert "TOTAL 2 eth0" in process.text()
