@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
-from m3i_scale.data.mask_classes import pixel_lines
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded, writes_to
@@ -108,7 +107,7 @@ class MakeOptions:
 
     def make(self, source: Input) -> None:
         """Make the shards, and print what was made."""
-        from m3i_scale.data.make.shards import make_shards
+        from m3i_scale.data.make.shards import made_lines, make_shards
         from m3i_scale.data.make.tile import TiledInput, Tiling
 
         if self.tile:
@@ -156,25 +155,6 @@ def _making(
 
 def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
     return ShardOptions(shards=shard_count, **sizes)
-
-
-def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
-    """Return lines that say what was made of every split, and what was left out."""
-    lines = [
-        f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
-        f"caption, {facts['with_mask']} with mask"
-        + (f", {facts['with_instances']} with instances" if "with_instances" in facts else "")
-        + f") in {facts['shards']} shards"
-        for which, facts in summary["splits"].items()
-    ]
-    for file, counts in summary.get("annotations", {}).items():
-        lines.append(
-            f"{file}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
-        )
-    for split, report in summary.get("mask_pixels", {}).items():
-        lines += pixel_lines(report, str(output / split))
-    lines += [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
-    return lines + ([f"each of them: {summary['skipped_list']}"] if "skipped_list" in summary else [])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ and size; the contents of files are not compared.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import Input, Wrapped
-from m3i_scale.data.make.shards import SKIPPED, make_shards
+from m3i_scale.data.make.shards import SKIPPED, made_lines, make_shards
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, labels_beside
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.downstream.annotated import BOXES_FIX, annotated_images, masked_of
@@ -68,6 +69,12 @@ class Labelled:
     """Of boxes."""
     masked: Masked = "all"
     """Of objects with boxes: which of them have masks."""
+    class_images: dict[str, int] | None = None
+    """Images for training by class; None: an image has several classes, or nobody has counted."""
+    annotations: dict[str, dict[str, int]] | None = None
+    """What `shards make coco` counted, by annotation file; None: nothing."""
+    every_class: bool = True
+    """Whether each class of masks must have a pixel for training; a subset may lack some."""
 
     @property
     def read(self) -> int:
@@ -100,9 +107,11 @@ class Labelled:
                 tell(f"packed {done} of {total} images")
 
         options = ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0, skip_bad=skip_bad)
-        make_shards(self.source, folder, options=options, progress=progress)
-        if self.skipped:
-            tell(f"left out {self.skipped} images that cannot be used: {folder / SKIPPED}")
+        every_class = self.every_class
+        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
+        counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
+        for line in made_lines(counted, folder):  # the others are told with those of data that are in shards
+            tell(line)
 
 
 def find_labelled(
@@ -129,9 +138,21 @@ def find_labelled(
             at `packed` of other data.
         DataError: shards, a saved data set or annotation files that are damaged.
     """
+    found = _find(folder, packed, cache, file, subset=subset, skip_bad=skip_bad)
+    if file == LABELS and len(found.classes) < 2:
+        raise ConfigError(
+            f"there is only one class: {found.classes[0]}",
+            where=f"--data {folder}",
+            why="any model predicts a single class perfectly",
+            fix=FIX,
+        )
+    return replace(found, every_class=subset is None)
+
+
+def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset | None, skip_bad: bool) -> Labelled:
     if file == CATEGORIES and folder.is_file():
-        found = annotated_images(folder, skip_bad=skip_bad)
-        return _to_pack(packed, found if subset is None else subset.of(found))
+        annotated = annotated_images(folder, skip_bad=skip_bad)
+        return _to_pack(packed, annotated if subset is None else subset.of(annotated))
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=f"--data {folder}", fix=_FIXES[file])
     train, evaluated = _split(folder, TRAINED), _split(folder, EVALUATED)
@@ -142,7 +163,9 @@ def find_labelled(
         if subset is None:
             return given
         few = replace(subset_of_shards(subset, train, given.classes, file), masked=given.masked)
-        return replace(_to_pack(packed, few), validation=evaluated, evaluated=given.evaluated)
+        return replace(
+            _to_pack(packed, few), validation=evaluated, evaluated=given.evaluated, annotations=given.annotations
+        )
     if file == CATEGORIES:
         found = annotated_images(folder, skip_bad=skip_bad)
     elif file == MASK_LABELS:
@@ -220,7 +243,7 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     given = Labelled(train, validation, classes, samples, unlabelled, evaluated=evaluated)
     if file != CATEGORIES:
         return given
-    return replace(given, categories=categories_beside(train), masked=_masked(train))
+    return replace(given, categories=categories_beside(train), masked=_masked(train), annotations=_annotations(train))
 
 
 def _classes_beside(folder: Path, file: str) -> list[str]:
@@ -256,12 +279,21 @@ def _labelled(train: Path, shards: set[str], file: str) -> int | None:
         return None  # shards of other tools have no such file
 
 
+def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
+    """Return what the manifest counts in annotation files, by file."""
+    try:
+        counts = read_json(train / "manifest.json")["annotations"]
+        return {str(file): {str(name): int(count) for name, count in of.items()} for file, of in counts.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # shards of other tools have no such file
+
+
 def _masked(train: Path) -> Masked:
     """Return which objects have masks, as the manifest counts them."""
     try:
-        return masked_of(read_json(train / "manifest.json")["annotations"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "all"  # shards of other tools have no such file; a sample without masks is a bad one
+        return masked_of(_annotations(train) or {})
+    except KeyError:
+        return "all"  # a sample without masks is a bad one
 
 
 def _to_pack(packed: Path, found: Unpacked) -> Labelled:
@@ -282,8 +314,20 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
         source = None
     categories, train = found.source.categories, packed / TRAIN
     classes = found.source.mask_labels or found.source.labels if categories is None else categories.names
-    counts = (len(found.classes), found.unlabelled)
-    return Labelled(*(train, validation, classes, *counts, source, found.evaluated), categories, masked=found.masked)
+    of_class = Counter(found.classes.values())
+    return Labelled(
+        train,
+        validation,
+        classes,
+        samples=len(found.classes),
+        unlabelled=found.unlabelled,
+        source=source,
+        evaluated=found.evaluated,
+        categories=categories,
+        masked=found.masked,
+        class_images={name: of_class[name] for name in classes} if found.source.labels else None,
+        annotations=found.source.info().get("annotations"),
+    )
 
 
 class _Marked(Wrapped):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,11 @@ TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
 """Names of splits, in any case of letters; the first that is there is trained, or evaluated, on."""
 ADE_NAMES = "objectInfo150.txt"
+_IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
+_ANNOTATIONS = {"masks", "mask", "annotations", "annotation", "labels", "label", "gt", "boxes", "bboxes"}
+_ANNOTATIONS |= {"segmentationclass", "segmentationobject", "imagesets", "metadata"}
+_NUMBERED_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval|minival)[-_ ]?\d{0,4}")
+"""Names of folders in data for other tasks, in lower case."""
 FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
 
 
@@ -63,6 +69,7 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
             what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
             raise ConfigError(what, where=f"--data {loose or place}", fix=FIX)
         _refuse_names(place, names)
+        _refuse_other_layouts(place, names)
         of_split = imagefolder_input(place, "none", "classes")
         if split == TRAIN:
             with_images = {*of_split.labels}
@@ -123,6 +130,23 @@ def _refuse_names(place: Path, names: list[str]) -> None:
             where=f"--data {place}",
             fix="rename the folder",
         )
+
+
+def _refuse_other_layouts(place: Path, names: list[str]) -> None:
+    """Refuse folders that are data for segmentation or detection, or splits of unknown names."""
+    folded = [name.casefold() for name in names]
+    images, annotations = (kind.intersection(folded) for kind in (_IMAGES, _ANNOTATIONS))
+    splits = [name for name in folded if _NUMBERED_SPLIT.fullmatch(name)]
+    if not (images and annotations) and len(annotations) + len(splits) < len(names):
+        return
+    shown = listed(names, 4)
+    raise ConfigError(
+        f"the folders are not classes: {shown}",
+        where=f"--data {place}",
+        why="a classifier would learn to tell the folders of the layout apart",
+        fix="m3i-scale finetune segmentation for masks, or finetune detection for boxes; for classes: "
+        f"{FIX.partition('; shards')[0]}",
+    )
 
 
 def saved_dataset(folder: Path) -> Unpacked:

@@ -17,7 +17,7 @@ from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.random_start import random_start
 from m3i_scale.downstream.subset import Subset
 from m3i_scale.downstream.unpacked import TRAIN
-from m3i_scale.errors import ConfigError, ExportError, Faults
+from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.hub.export import export
 from m3i_scale.hub.push import PROVENANCE
@@ -26,7 +26,7 @@ from m3i_scale.hub.write import Task as ExportTask
 from m3i_scale.hub.write import Wanted, plan_parts
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.run.check import Checks
+from m3i_scale.run.finetune_checks import resolve_finetuning
 from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.scale.checkpoint.layout import MANIFEST
@@ -109,9 +109,7 @@ def prepare(
     computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _refuse_few(run, data)
-    faults = Faults()
-    Checks(run, 1, frozenset({"data"}), here=here).resolve(faults)
-    faults.end()
+    resolve_finetuning(run, data, here=here)
     export_task = _export_task(run, task, task_name, data.classes)
     return FineTuning(task_name, protocol, run, data, export_task, subset, start if random_weights else None)
 
@@ -288,8 +286,8 @@ def trained_checkpoint(run: RunConfig) -> Path:
     return newest
 
 
-def check_trained(run: RunConfig, checkpoint: Path) -> None:
-    """Refuse a checkpoint of another run than the one that the result would be named by. Its shards are there.
+def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
+    """Refuse a checkpoint of another run than the one that the result would be named by.
 
     Raises:
         UserError: what differs, or does not hold together.
@@ -302,8 +300,4 @@ def check_trained(run: RunConfig, checkpoint: Path) -> None:
             why="the result would tell of a training that never was",
             fix="the options and fields that it was trained with, such as --epochs",
         )
-    faults = Faults()
-    resolved = Checks(run, 1, here=False).resolve(faults)
-    faults.end()
-    if resolved is not None:
-        check_resume(resolved, checkpoint, 1)
+    check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)

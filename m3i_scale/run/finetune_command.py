@@ -178,16 +178,26 @@ class Asked:
 
     def _measured(self, prepared: FineTuning) -> dict[str, Any]:
         """Train unless that is over, and measure."""
+        from m3i_scale.downstream.contents import check_contents
+        from m3i_scale.run.accelerator import check_before_joining
         from m3i_scale.run.finetune import check_trained, trained_checkpoint
-        from m3i_scale.run.finetune_result import measure
+        from m3i_scale.run.finetune_checks import packing
+        from m3i_scale.run.finetune_result import measure, start_lines
         from m3i_scale.run.train import start as train_run
         from m3i_scale.run.train import tell
 
-        trained = trained_checkpoint(prepared.run) if self.evaluate_only else None
-        prepared.data.pack(tell, skip_bad=self.skip_bad)
-        if trained is not None:
-            check_trained(prepared.run, trained)
-        elif train_run(prepared.run) == "preempted":
+        data, run = prepared.data, prepared.run
+        for line in start_lines(prepared):
+            tell(line)
+        if self.evaluate_only:
+            check_trained(run, data, trained_checkpoint(run))
+        else:
+            check_before_joining()
+        with packing(run, data):
+            data.pack(tell, skip_bad=self.skip_bad)
+        if not (run.output_dir / "checkpoints").exists():  # else they were checked when the run began
+            check_contents(data, prepared.outcome.names, tell)
+        if not self.evaluate_only and train_run(run) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
         return measure(prepared, tell)
 

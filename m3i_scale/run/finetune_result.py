@@ -10,6 +10,7 @@ from typing import Any, Literal
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig, load_run
+from m3i_scale.data.make.shards import annotation_line
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled
 from m3i_scale.downstream.subset import Subset
@@ -26,9 +27,10 @@ from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB, masked, told_differences
+from m3i_scale.text import GIB, listed, masked, told_differences
 
 TaskName = Literal["classification", "segmentation", "detection"]
+_LISTED_CLASSES = 12
 RESULT, CARD = "finetune.json", "README.md"
 _FOLLOWED: dict[str, set[str] | None] = {
     "task": None,
@@ -98,7 +100,11 @@ class FineTuning:
             "backbone": run.backbone.from_pretrained,
             "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
             "classes": len(self.data.classes),
+            "class_names": self.data.classes,
+            "class_images": self.data.class_images,
+            "annotations": self.data.annotations,
             "samples": self.data.samples,
+            "evaluated": self.data.evaluated,
             "unlabelled": self.data.unlabelled,
             "skipped": self.data.skipped,
             "per_class": None if self.subset is None else self.subset.per_class,
@@ -134,6 +140,26 @@ class FineTuning:
         if followed.deepspeed != self.run.deepspeed:
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
+
+
+def start_lines(prepared: FineTuning) -> list[str]:
+    """Return what is said of the data before the training: classes, annotations, and whether anything is measured."""
+    facts = prepared.facts()
+    keys = ("classes", "class_names", "class_images", "annotations", "evaluated")
+    return _data_lines({key: facts[key] for key in keys})
+
+
+def _data_lines(facts: dict[str, Any]) -> list[str]:
+    """Return lines about the data, of those facts that are there."""
+    lines, images = [], facts.get("class_images")
+    if "class_names" in facts:
+        names = facts["class_names"] if images is None else [f"{name} {count}" for name, count in images.items()]
+        lines.append(f"class names{'' if images is None else ' (images)'}: {listed(names, _LISTED_CLASSES)}")
+    for file, counts in (facts.get("annotations") or {}).items():
+        lines.append(annotation_line(file, counts))
+    if facts.get("evaluated") == 0:
+        lines.append("warning: there are no images for evaluation, so nothing will be measured. Fix: add DIR/val")
+    return lines
 
 
 def _told_model(run: RunConfig) -> str:
@@ -218,6 +244,8 @@ def lines_of(document: dict[str, Any]) -> list[str]:
             lines.append("published: nothing by this protocol")
         elif key == "deviations":
             lines += [f"deviation: {text}" for text in value]
+        elif key == "class_names":
+            lines += _data_lines(document)
         elif key == "sources":
             lines += [f"{name}: {shards}" for name, shards in value.items()]
         elif key in outcome.figures and "figures" in document:

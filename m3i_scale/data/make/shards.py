@@ -13,7 +13,7 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
-from m3i_scale.data.mask_classes import check_class_pixels, pixel_report
+from m3i_scale.data.mask_classes import check_class_pixels, pixel_lines, pixel_report
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
@@ -85,6 +85,27 @@ def make_shards(
             train_tokenizer(maker.captions, folder / "tokenizer", options.vocabulary)
             summary["tokenizer"] = str(output / "tokenizer")
     return summary
+
+
+def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
+    """Return lines that say what was made of every split, and what was left out."""
+    lines = [
+        f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
+        f"caption, {facts['with_mask']} with mask"
+        + (f", {facts['with_instances']} with instances" if "with_instances" in facts else "")
+        + f") in {facts['shards']} shards"
+        for which, facts in summary["splits"].items()
+    ]
+    lines += [annotation_line(file, counts) for file, counts in summary.get("annotations", {}).items()]
+    for split, report in summary.get("mask_pixels", {}).items():
+        lines += pixel_lines(report, str(output / split))
+    lines += [f"left out: {count} × {reason}" for reason, count in summary.get("skipped", {}).items()]
+    return lines + ([f"each of them: {summary['skipped_list']}"] if "skipped_list" in summary else [])
+
+
+def annotation_line(file: str, counts: Mapping[str, int]) -> str:
+    """Return what was counted in an annotation file as a line for people."""
+    return f"{file}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 class CaptionSample:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.mask_classes import pixel_lines
-from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, made_lines, print_summary, takes_sizes
+from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, print_summary, takes_sizes
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
@@ -298,6 +298,8 @@ def _plain(*cells: object) -> list[Any]:
 
 
 def _rearranged(summary: dict[str, Any], output: Path) -> str:
+    from m3i_scale.data.make.shards import made_lines
+
     splits = summary.get("splits", {"": summary})
     lines = made_lines({"splits": splits}, output)
     if summary["tokenizer"] is None:
