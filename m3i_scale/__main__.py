@@ -5,6 +5,9 @@ import sys
 
 from m3i_scale.launch.processes import end_with_parent
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell has it; typer ends commands with it too."""
+
 
 def run() -> None:
     """Run the command line, and end the process.
@@ -22,7 +25,9 @@ def run() -> None:
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
-        code = 130  # as a shell has it
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        sys.stderr.write("interrupted\n")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

@@ -6,9 +6,11 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
@@ -87,6 +89,8 @@ def build_engine(
     initialize(module)
     set_leaves(module)
     groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
-    with gradients_by_parameter():
+    # By itself the BF16 optimizer prints its memory twice for every parameter group, 100 lines with a layer decay.
+    quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
+    with gradients_by_parameter(), quiet:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     return engine
