@@ -10,6 +10,9 @@ from m3i_scale.rank_variables import ranks_on_host
 _STARTERS = ["launch"], ["doctor"]
 """Commands that start ranks, which choose their threads themselves."""
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell has it; typer ends commands with it too."""
+
 
 def run() -> None:
     """Run the command line, and end the process.
@@ -29,7 +32,9 @@ def run() -> None:
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
-        code = 130  # as a shell has it
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        sys.stderr.write("interrupted\n")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))

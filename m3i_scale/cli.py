@@ -14,6 +14,7 @@ from rich.text import Text
 
 from m3i_scale import __version__
 from m3i_scale.data.commands import shards_app
+from m3i_scale.data.options import reading_bar
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
@@ -355,22 +356,24 @@ def evaluate(
     from m3i_scale.evaluate.zero_shot import TEMPLATES
 
     import_given(imports)
-    result = run_evaluation(
-        model_dir,
-        data,
-        train_data=train_data,
-        measures=tuple(measure) if measure else None,
-        pool=cast(Any, pool),
-        baseline=cast(Any, baseline),
-        exclude_groups=tuple(exclude_group or ()),
-        templates=tuple(template or TEMPLATES),
-        batch_size=batch_size,
-        device=device,
-        overlays=overlays,
-        overlay_count=overlay_count,
-        pictures=pictures,
-        picture_samples=picture_samples.split(",") if picture_samples is not None else None,
-    )
+    with reading_bar() as progress:
+        result = run_evaluation(
+            model_dir,
+            data,
+            train_data=train_data,
+            measures=tuple(measure) if measure else None,
+            pool=cast(Any, pool),
+            baseline=cast(Any, baseline),
+            exclude_groups=tuple(exclude_group or ()),
+            templates=tuple(template or TEMPLATES),
+            batch_size=batch_size,
+            device=device,
+            overlays=overlays,
+            overlay_count=overlay_count,
+            pictures=pictures,
+            picture_samples=picture_samples.split(",") if picture_samples is not None else None,
+            progress=progress,
+        )
     if as_json:
         print_json(result)
     else:
@@ -459,11 +462,7 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 
 def _refuse_dotted_options(arguments: list[str]) -> None:
-    """Refuse `--optim.lr 1e-3`, as other command lines have it: no option here has a dot.
-
-    Raises:
-        ConfigError: there is such a one.
-    """
+    """Refuse `--optim.lr 1e-3`, as other command lines have it: no option here has a dot."""
     for item in arguments:
         match = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
         if match:

@@ -1,4 +1,4 @@
-"""Keep standard output for the one JSON document of `--json`; whatever libraries print goes to standard error."""
+"""Keep standard output for the one JSON document of `--json`, and leave out messages of libraries that say nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -70,3 +71,35 @@ def leave_out_accelerator_warning() -> None:
     DeepSpeed is imported, which looks for one then.
     """
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
+_OF_LOADING = ("transformers.modeling_utils", "transformers.models.auto.image_processing_auto")
+_MISMATCHES = ("MISSING", "MISMATCH", "CONVERSION")
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leave out messages of `transformers` about a folder that we exported: progress bars, the report that the backbone
+    of a classifier does not read the head, and the choice of an image processor. Reports of tensors that are missing or
+    do not fit stay.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    def matters(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" in text:
+            return any(status in text for status in _MISMATCHES)
+        return "backend is not available" not in text
+
+    loggers = [logging.getLogger(name) for name in _OF_LOADING]
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.addFilter(matters)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(matters)
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -94,7 +94,20 @@ def test_interrupted_it_leaves_as_a_shell_expects_and_waits_for_no_thread():
         "door.run()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_interrupted_command_says_so_in_one_line():
+    script = (
+        "import sys, m3i_scale.report.recipe_table as table, m3i_scale.__main__ as door\n"
+        "def interrupted():\n"
+        "    raise KeyboardInterrupt\n"
+        "table.built_in_rows = interrupted  # below typer\n"
+        "sys.argv = ['m3i-scale', 'recipes']\n"
+        "door.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_the_command_and_the_module_have_the_same_door():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
@@ -164,6 +171,23 @@ def sample_bar(quiet: bool) -> Iterator[Tell]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("samples", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def reading_bar() -> Iterator[Callable[[str, int], None]]:
+    """Show on a terminal what an evaluation does, and the number of samples read; nothing elsewhere."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    console = Console(stderr=True)
+    # What is printed on standard output stays there.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def tell(what: str, samples: int) -> None:
+            bar.update(task, description=f"{what}: {samples:,} samples" if samples else what)
+
+        yield tell
 
 
 def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:

@@ -197,7 +197,9 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started the pool has ended, in whatever way."""
+    """End this process as soon as the one that started the pool has ended, in whatever way; after Ctrl-C without a
+    traceback, which is for the one that started the pool to tell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("not a worker process")

@@ -65,7 +65,7 @@ def evaluate(
         overlay_count: so many of them; default: `OVERLAY_COUNT`.
         pictures: a new folder for pictures of what the features show.
         picture_samples: keys (`shard.tar/key`) of the samples that they show; at most and by default `SAMPLES`.
-        progress: told about samples read.
+        progress: told about samples read and measures.
 
     Returns:
         One JSON-able document: model, data, measures, not_measured (with the reason), pictures where they are asked
@@ -130,7 +130,7 @@ def evaluate(
         train = read(train_table, fitted, "train data")
     check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
     job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
-    figures, absent, ours = measure_all(measures, "model", job)
+    figures, absent, ours = measure_all(measures, "model", job, progress)
     if not figures and pictures is None:
         raise DataError(
             "nothing can be measured",
@@ -150,7 +150,9 @@ def evaluate(
     if pictures is not None:
         result["pictures"] = draw_pictures(job, pictures, picture_samples)
     if baseline == "pixels":
-        probes, why_not, theirs = measure_all(tuple(name for name in measures if name in PROBES), "pixels", job)
+        probes, why_not, theirs = measure_all(
+            tuple(name for name in measures if name in PROBES), "pixels", job, progress
+        )
         advantage = {name: measure_advantage(ours[name], theirs[name]) for name in ours if name in theirs}
         result["baseline"] = {
             "kind": "pixels",

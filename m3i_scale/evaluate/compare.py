@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from m3i_scale.evaluate.commands import check_options, device_of
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
 from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
-from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Reader, measure_all
+from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
 from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
 from m3i_scale.evaluate.pictures.collect import EvaluationPictures
 from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
@@ -58,6 +59,7 @@ def compare(
     batch_size: int | None = None,
     device: str = "auto",
     draw: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Measure the frozen features of two models on the same samples, and their differences with paired intervals.
 
@@ -73,6 +75,7 @@ def compare(
         batch_size: images in one forward pass (default: `IMAGES`).
         device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
         draw: also draw dense features side by side.
+        progress: told about samples read and measures.
 
     Returns:
         One JSON-able document: before, after, sets → data, general → measures → before, after, difference, change; and
@@ -100,9 +103,10 @@ def compare(
         jobs = {}
         for role, model in models.items():
             with named(role.upper()):
-                jobs[role] = _read(model, one, asked, batch_size or IMAGES)
+                tell = None if progress is None else partial(_tell, progress, role)
+                jobs[role] = _read(model, one, asked, batch_size or IMAGES, tell)
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
-        found = _measure(asked, no_text, jobs)
+        found = _measure(asked, no_text, jobs, progress)
         if draw:
             try:
                 picture = _draw(jobs)
@@ -174,9 +178,13 @@ def _load(role: str, folder: Path, pool: Pool, device: torch.device, *, wants_te
     return _Model(folder, vision, towers)
 
 
-def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int) -> Job:
+def _tell(progress: Progress, role: str, what: str, samples: int) -> None:
+    progress(f"{role}: {what}", samples)
+
+
+def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int, progress: Progress | None) -> Job:
     dense = model.vision.with_patches if "dense" in asked else None
-    read = Reader(model.vision.size, batch_size, dense, (), None)
+    read = Reader(model.vision.size, batch_size, dense, (), progress)
     encoders: dict[str, Encoder] = {"model": model.vision}
     joint: dict[str, Encoder] = {} if model.towers is None else {"joint": model.towers.images}
     train, test = (Table(table.shards, table.classes) for table in (one.train, one.test))
@@ -217,14 +225,17 @@ def _describe(model: _Model, job: Job, one: _Set) -> dict[str, Any]:
     return document_of(model.folder, of_model, tested_on, job.clusters, fitted_on)
 
 
-def _measure(asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job]) -> dict[str, Any]:
+def _measure(
+    asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job], progress: Progress | None
+) -> dict[str, Any]:
     """Return figures by measure, reasons for those that are absent, and warnings."""
     names = tuple(name for name in asked if name in PROBES or not no_text)
     reasons: dict[str, dict[str, str]] = {name: dict(no_text) for name in asked if name not in names}
     statistics: dict[str, dict[str, Statistics]] = {}
     warnings: dict[str, list[str]] = {}
     for role, job in jobs.items():
-        figures, absent, statistics[role] = measure_all(names, "model", job)
+        tell = None if progress is None else partial(_tell, progress, role)
+        figures, absent, statistics[role] = measure_all(names, "model", job, tell)
         warnings[role] = warnings_of({"measures": figures}, job.clusters, job.test, job.train)
         for name, reason in absent.items():
             reasons.setdefault(name, {})[role] = reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder
 from m3i_scale.evaluate.samples import Sample, Table, read_samples
 from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import normalize
+from m3i_scale.output import quiet_loading
 
 Pool = Literal["mean", "cls", "both"]
 Encoder = Callable[[Tensor], Tensor]
@@ -135,16 +137,18 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             why="without it nobody knows the size and the normalisation that the model was trained with",
         )
+    exported = (folder / "export.json").is_file()  # messages about weights from elsewhere stay
     try:
-        model, info = AutoModel.from_pretrained(
-            folder,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            **no_pooling_layer(folder),
-        )
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet_loading() if exported else contextlib.nullcontext():
+            model, info = AutoModel.from_pretrained(
+                folder,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                **no_pooling_layer(folder),
+            )
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(f"the model does not load: {str(error).splitlines()[0]}", where=str(folder)) from None
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))

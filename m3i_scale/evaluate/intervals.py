@@ -91,9 +91,8 @@ def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "famil
         if column is not None:
             return Clusters(name, np.unique(column, return_inverse=True)[1].astype(np.int64))
     warning = (
-        f"the json members of {table.shards[0].parent} do not all name a {' or a '.join(preferred)}: samples count as"
-        " independent, so intervals are too narrow (and a split of the training data may share concepts) where several"
-        " samples show one thing; columns of that name in the manifest of `shards make` mend it"
+        "samples count as independent: not all have a `concept` or a `family`. If several samples show one thing,"
+        " intervals are too narrow"
     )
     return Clusters("sample", np.arange(len(table), dtype=np.int64), warning)
 

@@ -23,7 +23,7 @@ MEASURES = (*PROBES, "classifier", *WITH_TEXT)
 IMAGES = 64
 """In one forward pass, unless another number is asked for."""
 Progress = Callable[[str, int], None]
-"""Called with what is read ("data", "train data") and the number of samples so far."""
+"""Called with what is read ("data", "train data") and the number of samples so far, or with what is measured and 0."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Job:
 
 
 def measure_all(
-    names: tuple[str, ...], encoder: str, job: Job
+    names: tuple[str, ...], encoder: str, job: Job, progress: Progress | None = None
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, Statistics]]:
     """Return figures by measure, reasons for those that are absent, and what can be compared, by measure.
 
@@ -85,11 +85,14 @@ def measure_all(
         names: of measures.
         encoder: whose features the probes learn from.
         job: what was read and encoded.
+        progress: told about every measure.
     """
     figures: dict[str, Any] = {}
     absent: dict[str, str] = {}
     statistics: dict[str, Statistics] = {}
     for name in names:
+        if progress is not None:
+            progress(f"measuring {name}", 0)
         try:
             if name in PROBES:
                 figures[name], statistics[name] = PROBES[name](encoder, job.train, job.test, job.clusters)

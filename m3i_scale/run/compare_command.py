@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from m3i_scale.data.options import AsJson
+from m3i_scale.data.options import AsJson, reading_bar
 from m3i_scale.options import Imports, writes_to
 from m3i_scale.output import print_json, wide_console
 
@@ -40,17 +40,19 @@ def compare(
     import_given(imports)
     if output is not None:
         check_page(output, "--output")
-    result, pictures = run_comparison(
-        before,
-        after,
-        data,
-        general=general,
-        measures=tuple(measure) if measure else None,
-        pool=cast(Any, pool),
-        batch_size=batch_size,
-        device=device,
-        draw=output is not None,
-    )
+    with reading_bar() as progress:
+        result, pictures = run_comparison(
+            before,
+            after,
+            data,
+            general=general,
+            measures=tuple(measure) if measure else None,
+            pool=cast(Any, pool),
+            batch_size=batch_size,
+            device=device,
+            draw=output is not None,
+            progress=progress,
+        )
     if output is not None:
         write_comparison(result, pictures, output)
     if as_json:

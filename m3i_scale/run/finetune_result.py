@@ -11,6 +11,7 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig, load_run
 from m3i_scale.data.make.shards import annotation_line
+from m3i_scale.data.options import reading_bar
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled
 from m3i_scale.downstream.subset import Subset
@@ -212,7 +213,8 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
         result["heads"] = facts["heads"]
     if prepared.data.validation is not None:
         tell(f"measuring on {prepared.data.validation}")
-        document = evaluate(folder, str(prepared.data.validation), measures=(outcome.model,))
+        with reading_bar() as progress:
+            document = evaluate(folder, str(prepared.data.validation), measures=(outcome.model,), progress=progress)
         write_json(run.output_dir / "evaluation.json", document)
         _write_card(run.output_dir / "checkpoints" / facts["checkpoint"], folder, document)
         figures = document["measures"][outcome.model]

@@ -12,6 +12,7 @@ from unittest import mock
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
@@ -111,6 +112,8 @@ def build_engine(
     initialize(module)
     set_leaves(module)
     groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
-    with gradients_by_parameter(), free_memory_of_torch():
+    # By itself the BF16 optimizer prints its memory twice for every parameter group, 100 lines with a layer decay.
+    quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
+    with gradients_by_parameter(), free_memory_of_torch(), quiet:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     return engine

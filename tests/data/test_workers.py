@@ -114,6 +114,30 @@ def test_processes_of_a_pool_end_with_the_one_that_started_it(number):
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
+def wait_for_more() -> None:
+    """Take one result, and leave the processes of the pool idle until Ctrl-C."""
+    try:
+        for _ in map_in_processes(os.getpgid, iter([0] * 8), 2):
+            print("idle", flush=True)
+            time.sleep(600)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def test_idle_processes_of_a_pool_print_nothing_after_ctrl_c():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    script = "import test_workers\nif __name__ == '__main__':\n    test_workers.wait_for_more()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], **pipes, text=True, env=environment, start_new_session=True
+    )
+    assert parent.stdout.readline() == "idle\n"
+    time.sleep(1)  # for the other results, which nobody takes
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal sends it
+    _, told = parent.communicate(timeout=WAIT_S)
+    assert (parent.returncode, told) == (130, "")
+
+
 def test_temporary_folders_of_killed_workers_are_removed_and_others_stay(tmp_path):
     script = """
         import json, multiprocessing, os, signal

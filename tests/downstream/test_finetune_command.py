@@ -93,6 +93,8 @@ def trained(start: Path, data: Path, forks: Forks, tmp_path_factory: pytest.Temp
     done = forks.run(*command(start, data, output), env=environment())
     assert done.returncode == 0, done.stderr
     assert "packing" in done.stderr
+    assert "UNEXPECTED" not in done.stderr  # of the head that was just exported
+    assert "backend is not available" not in done.stderr
     return output, json.loads(done.stdout)
 
 

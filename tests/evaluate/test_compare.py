@@ -88,6 +88,21 @@ def forgotten(vit_folder, destroyed, shards, masked):
     return compare(vit_folder, destroyed, str(shards), general=str(masked), draw=True)
 
 
+def test_what_it_does_is_told_while_it_does_it(vit_folder, shards):
+    told = []
+    compare(
+        vit_folder,
+        vit_folder,
+        str(shards),
+        measures=("knn",),
+        progress=lambda what, samples: told.append((what, samples)),
+    )
+    for role in ("before", "after"):
+        assert max(samples for what, samples in told if what == f"{role}: data") == 18
+        assert max(samples for what, samples in told if what == f"{role}: train data") == 54
+        assert any(role in what and "knn" in what for what, _ in told)
+
+
 def test_a_model_is_no_better_than_itself(vit_folder, masked):
     document, pictures = compare(vit_folder, vit_folder, str(masked))
     found = document["sets"]["data"]["measures"]
