@@ -103,8 +103,8 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
     """
     before, place = getattr(config, key), f"{where}.{key}: {value!r}"
     number = isinstance(before, int | float) and not isinstance(before, bool)
-    if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ConfigError(f"'{key}' must be a number", where=place, fix=f"e.g. {where}.{key}={before}")
+    if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):  # null: the family's default
+        raise ConfigError(f"'{key}' must be one number", where=place, fix=f"e.g. {where}.{key}={before}")
     if key in MAX_COUNTS and value is not None:  # before `transformers` makes a list of the layers' names
         check_counts({key: value}, where)
     if isinstance(before, list | tuple) and not _are_counts(value):
@@ -124,8 +124,8 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
 
 
 def _are_counts(value: Any) -> bool:
-    counts = value if isinstance(value, list | tuple | range) else [None]
-    return all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+    counts = value if isinstance(value, list | tuple | range) else [value]
+    return value is None or all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
 
 
 def build_backbone(config: VisionConfig) -> Backbone:

@@ -9,7 +9,8 @@ import pytest
 from forked import Forks
 from shapes import write_run
 
-from m3i_scale.config import fields_that_hold, known_runs, load_run, run_values
+from m3i_scale.config import known_runs, load_run, run_values
+from m3i_scale.config.partial_run import fields_that_hold
 from m3i_scale.objective.recipe import load_run_and_recipe
 from m3i_scale.run.check import faults_of, warnings_of
 from m3i_scale.run.config_warnings import config_warnings
@@ -82,6 +83,16 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["data.sources.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0.5}"],
     ),
     "data.augment.blur": ("clip", ["data.augment.blur=[0.1,0.2]"], ["data.augment.blur=[0.1]"]),
+    "recipe.targets.0.distribution.bias": (
+        "siglip",
+        ["recipe.targets.0.distribution.bias=10"],
+        ["recipe.targets.0.distribution.bias=-5"],
+    ),
+    "data.augment.scale_jitter": (
+        "simclr",
+        ["recipe.views=[{count: 2, crop_scale: [0.2, 1]}]", "data.augment.scale_jitter=[0.5, 2]"],
+        ["recipe.views=[{crop_scale: [0.2, 1]}, {}]", "data.augment.scale_jitter=[0.5, 2]"],
+    ),
     "data.augment.flip": (
         "simclr",
         ["recipe.views=[{count: 2, flip: 0.5}]", "data.augment.flip=0.1"],
