@@ -156,6 +156,15 @@ def test_lists_and_mappings_for_names_are_told(key: str, written: str, shards: P
     assert faults_of(run_file, of_old_form)
 
 
+@pytest.mark.parametrize("head", ["[global]", "{a: 1}", "global"])
+def test_what_a_head_of_the_extended_file_remembers_is_looked_for_by_names_alone(head: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    remembers = f"{{name: new, kind: pooled, head: {head}, regularizer: {{kind: queued_negatives, size: 4}}}}"
+    (tmp_path / "base.yaml").write_text(f"recipe: {{targets: [{remembers}]}}")
+    path.write_text("extends: base.yaml\nrecipe: {heads: [a], targets: [{name: old, modality: image, head: global}]}\n")
+    assert faults_of(str(path))
+
+
 def test_a_recipe_that_is_extended_may_have_lists_for_names(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("extends: m3i\nrecipe: {heads: [a], targets: [{name: old, modality: image, head: {a: 1}}]}\n")
