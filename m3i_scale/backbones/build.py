@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, token_family
+from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
 from m3i_scale.backbones.maps import MapBackbone
 from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, preset_config
@@ -102,8 +103,12 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
     """
     before, place = getattr(config, key), f"{where}.{key}: {value!r}"
     number = isinstance(before, int | float) and not isinstance(before, bool)
-    if number and isinstance(value, bool):
-        raise ConfigError(f"'{key}' is a number", where=place, fix=f"e.g. {where}.{key}={before}")
+    if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):  # null: the family's default
+        raise ConfigError(f"'{key}' must be one number", where=place, fix=f"e.g. {where}.{key}={before}")
+    if key in MAX_COUNTS and value is not None:  # before `transformers` makes a list of the layers' names
+        check_counts({key: value}, where)
+    if isinstance(before, list | tuple) and not _are_counts(value):
+        raise ConfigError(f"'{key}' must be a list of numbers", where=place, fix=f"e.g. {where}.{key}={[*before]}")
     if number and isinstance(value, int | float):
         rate = "dropout" in key or key.endswith(("_prob", "drop_path_rate"))
         if rate and not 0 <= value < 1:
@@ -116,6 +121,11 @@ def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> Non
         setattr(config, key, value)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"'{key}: {value!r}': {error}", where=where) from None
+
+
+def _are_counts(value: Any) -> bool:
+    counts = value if isinstance(value, list | tuple | range) else [value]
+    return value is None or all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
 
 
 def build_backbone(config: VisionConfig) -> Backbone:

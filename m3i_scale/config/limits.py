@@ -23,7 +23,7 @@ MAX_STREAMS = 2**20
 """Streams of samples."""
 MAX_WORKERS = 1_024
 """Loader processes of a rank."""
-MAX_WAIT_S = 10_000_000.0
-"""Seconds, which are 115 days."""
+MAX_WAIT_S = 1e9
+"""Seconds, which are 31 years: as good as no limit."""
 MAX_ASPECT = 20.0
 """The longer side over the shorter one, or how far scale jitter shrinks or enlarges an image."""

@@ -12,7 +12,8 @@ import torch
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.config import Phase, RunConfig, fields_that_hold, find_run_file, run_values, sections_that_hold
+from m3i_scale.config import Phase, RunConfig, find_run_file, run_values
+from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.downstream.fine_tuning import check_stage, check_task

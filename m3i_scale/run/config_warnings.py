@@ -19,6 +19,7 @@ from m3i_scale.config import (
 from m3i_scale.config.data import AugmentConfig
 from m3i_scale.config.schedules import MultiStep
 from m3i_scale.config.views import ViewSpec, each_view
+from m3i_scale.objective.distributions.pairs import BernoulliPairs
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.schedule import values_of
 
@@ -54,7 +55,7 @@ def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[st
     """
     warnings = [*_optim(run), *_timeouts(run), *_task(run)]
     if recipe is not None:
-        warnings += [*_targets(recipe), *_augmentation(run, recipe)]
+        warnings += [*_targets(recipe), *_biases(recipe), *_augmentation(run, recipe)]
     return [warning.text for warning in warnings if not warning.depends_on(faulty)]
 
 
@@ -174,6 +175,17 @@ def _targets(recipe: Recipe) -> Iterator[ConfigWarning]:
                     )
 
 
+def _biases(recipe: Recipe) -> Iterator[ConfigWarning]:
+    for number, target in enumerate(recipe.targets):
+        if isinstance(target.distribution, BernoulliPairs) and target.distribution.bias > 0:
+            key = f"recipe.targets.{number}.distribution.bias"
+            yield ConfigWarning(
+                (key,),
+                f"{key} is {target.distribution.bias:g}: nearly all pairs are no match, so the first bias is negative. "
+                f"Fix: {key}={-target.distribution.bias:g}",
+            )
+
+
 def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[ConfigWarning]:
     views = each_view(recipe.drawn_views)
     usual = AugmentConfig()
@@ -197,15 +209,20 @@ def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[ConfigWarning]:
                 continue
             changed = getattr(augment, name) != getattr(usual, name)
             if changed and all(getattr(view, name) is not None for view in views):
-                yield ConfigWarning(
-                    (f"{place}.{name}", "recipe.views"),
-                    f"{place}.{name} has no effect: each of recipe.views has its own. Fix: leave one of them out",
-                )
+                yield _overridden(f"{place}.{name}")
+        if augment.scale_jitter is not None and all(view.crop_scale or view.crop_ratio for view in views):
+            yield _overridden(f"{place}.scale_jitter")
         yield from _idle_jitter(place, augment, views)
     for number, spec in enumerate(recipe.views or []):
         never = spec.color_jitter_p == 0 or (spec.color_jitter_p is None and run.data.augment.color_jitter_p == 0)
         if spec.color_jitter is not None and never:
             yield _without_probability(f"recipe.views.{number}", "data.augment")
+
+
+def _overridden(key: str) -> ConfigWarning:
+    return ConfigWarning(
+        (key, "recipe.views"), f"{key} has no effect: each of recipe.views has its own. Fix: leave one of them out"
+    )
 
 
 def _idle_jitter(place: str, augment: DistortionConfig, views: Sequence[ViewSpec]) -> Iterator[ConfigWarning]:

@@ -254,7 +254,7 @@ FAULTS = {
     "heads": (small(num_attention_heads=3), "width 64 must be a multiple of 4 and of its 3 heads"),
     "no registers": (
         BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_register_tokens": 0}),
-        "a dinov3_vit has registers",
+        "'num_register_tokens' must be from 1",
     ),
     "registers' patch": (
         BackboneConfig(preset="dinov2-reg-s/14", config={"image_size": 200}),

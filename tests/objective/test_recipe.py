@@ -198,7 +198,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no aspect": (
         "ijepa",
         lambda r: r["inputs"][0]["mask"]["form"].update(aspect=[1.5, 0.75]),
-        r"\[least, largest\] height by width",
+        r"\[smallest, largest\] height over width",
     ),
     "convolution between views": (
         "data2vec2",

@@ -350,6 +350,8 @@ def test_a_mistake_is_explained_before_step_1(attempts: Attempts, name: str) -> 
 
 def test_a_run_that_diverges_stops_and_keeps_its_checkpoints(attempts: Attempts) -> None:
     check(attempts.results["diverging"], r"the loss is not finite at step \d")
+    assert attempts.results["diverging"]["text"].count("warning: optim.lr is 1e+30") == 1
+    assert "warning: " not in attempts.results["whole"]["text"]
     lines = (attempts.root / "diverging" / "out" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["status"] == "failed"
 

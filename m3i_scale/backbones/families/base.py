@@ -139,7 +139,7 @@ class TokenFamily(Family):
             check_counts({"num_register_tokens": config.num_register_tokens}, f"{where}.config")
 
 
-_MAX_COUNTS = {
+MAX_COUNTS = {
     "image_size": MAX_SIDE,
     "patch_size": MAX_SIDE,
     "hidden_size": MAX_WIDTH,
@@ -147,13 +147,13 @@ _MAX_COUNTS = {
     "mlp_ratio": MAX_HEADS,
     "channels": MAX_WIDTH,
     "fusion_width": MAX_WIDTH,
-    "groups": MAX_HEADS,
     "num_hidden_layers": MAX_LAYERS,
     "num_attention_heads": MAX_HEADS,
     "num_register_tokens": MAX_SIDE,
     "max_position_embeddings": MAX_CAPTION_TOKENS,
     "type_vocab_size": MAX_CAPTION_TOKENS,
 }
+"""Upper limits by field, over all families and the text tower."""
 
 
 def check_counts(counts: dict[str, Any], where: str) -> None:
@@ -167,7 +167,7 @@ def check_counts(counts: dict[str, Any], where: str) -> None:
         ConfigError: names the field.
     """
     for key, value in counts.items():
-        most = _MAX_COUNTS[key]
+        most = MAX_COUNTS[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
             raise ConfigError(f"'{key}' must be from 1 to {most:,}, got {value!r}", where=f"{where}.{key}")
 

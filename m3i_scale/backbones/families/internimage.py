@@ -51,8 +51,9 @@ class InternImage(Family):
 
     def check(self, config: InternImageConfig, where: str) -> None:
         """Refuse maps that targets cannot be made of; see `Family`."""
-        sizes = {"channels": config.channels, "num_hidden_layers": config.num_hidden_layers}
-        check_counts(sizes | {"groups": max(config.groups), "image_size": config.image_size}, f"{where}.config")
+        sizes = {key: getattr(config, key) for key in ("channels", "num_hidden_layers", "image_size")}
+        sizes |= {} if config.fusion_width is None else {"fusion_width": config.fusion_width}
+        check_counts(sizes, f"{where}.config")
         if config.fusion_width is None or config.fusion_width % 4:
             raise ConfigError(
                 f"fusion_width {config.fusion_width}: dense targets need the map of stride 16, a multiple of 4 wide",

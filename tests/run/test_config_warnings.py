@@ -1,0 +1,225 @@
+"""Valid settings that hardly anyone means are warnings: `check` prints all of them, with the errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from forked import Forks
+from shapes import write_run
+
+from m3i_scale.config import known_runs, load_run, run_values
+from m3i_scale.config.partial_run import fields_that_hold
+from m3i_scale.objective.recipe import load_run_and_recipe
+from m3i_scale.run.check import faults_of, warnings_of
+from m3i_scale.run.config_warnings import config_warnings
+
+DATA = "data.sources.main.shards=/data/shards/train"
+START = "backbone.from_pretrained=/data/models/start"
+
+
+def warned(run_file: str, *overrides: str) -> list[str]:
+    """The warnings about values, without a look at data and weights."""
+    return config_warnings(*load_run_and_recipe(run_file, [DATA, *overrides]))
+
+
+@pytest.mark.parametrize("name", sorted(known_runs()))
+def test_nothing_is_unusual_about_a_built_in_run(name: str) -> None:
+    assert warned(name) == []
+
+
+# name of a run → overrides that are a mistake, and the nearest that are none
+MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
+    "optim.lr": ("mae", ["optim.lr=1"], ["optim.lr=0.5"]),
+    "optim.lr of a detector": ("coco_vitdet_b", ["optim.lr=0.02"], ["optim.lr=0.005"]),
+    "optim.lr of a segmenter": ("ade20k_linear", ["optim.lr=0.01"], ["optim.lr=0.005"]),
+    "optim.betas": ("mae", ["optim.betas=[0.95,0.9]"], ["optim.betas=[0.9,0.9]"]),
+    "optim.eps": ("mae", ["optim.eps=1e-2"], ["optim.eps=1e-3"]),
+    "optim.weight_decay": ("mae", ["optim.weight_decay=5"], ["optim.weight_decay=1"]),
+    "optim.schedule.milestones": (
+        "mae",
+        ["optim.schedule={kind: multi_step, milestones: [100, 9000]}", "optim.warmup_steps=200"],
+        ["optim.schedule={kind: multi_step, milestones: [200, 9000]}", "optim.warmup_steps=200"],
+    ),
+    "timeouts.step_s": ("mae", ["timeouts.step_s=960000"], ["timeouts.step_s=86400"]),
+    "data.read_timeout_s": ("mae", ["data.read_timeout_s=90000"], ["data.read_timeout_s=90"]),
+    "task.mixup": ("in1k_finetune_b", ["task.mixup=80"], ["task.mixup=8"]),
+    "task.cutmix": ("in1k_finetune_b", ["task.cutmix=100"], ["task.cutmix=1"]),
+    "task.head.regions.before_nms": (
+        "coco_vitdet_b",
+        ["task.head.regions.before_nms=[500,1000]"],
+        ["task.head.regions.before_nms=[1000,1000]"],
+    ),
+    "protocol.published.number": (
+        "in1k_finetune_b",
+        ["protocol.published.number=0.831"],
+        ["protocol.published.number=83.1"],
+    ),
+    "recipe.targets.0.inputs": ("mae", ["recipe.targets.0.inputs=[x,x]"], ["recipe.targets.0.inputs=[x]"]),
+    "recipe.targets.0.distribution.temperature": (
+        "clip",
+        ["recipe.targets.0.distribution.temperature=14"],
+        ["recipe.targets.0.distribution.temperature=1"],
+    ),
+    "recipe.targets.0.distribution.temperature of bernoulli": (
+        "siglip",
+        ["recipe.targets.0.distribution.temperature=10"],
+        ["recipe.targets.0.distribution.temperature=0.1"],
+    ),
+    "recipe.targets.0.distribution.temperature as a schedule": (
+        "simclr",
+        ["recipe.targets.0.distribution.temperature=[[0, 0.1], [0.5, 14]]"],
+        ["recipe.targets.0.distribution.temperature=[[0, 0.1], [0.5, 0.2]]"],
+    ),
+    "data.augment.color_jitter": (
+        "clip",
+        ["data.augment.color_jitter=[0.8,0.8,0.8,0.2]", "data.augment.color_jitter_p=0"],
+        ["data.augment.color_jitter=[0.8,0.8,0.8,0.2]", "data.augment.color_jitter_p=0.5"],
+    ),
+    "data.sources.main.augment.color_jitter": (
+        "clip",
+        ["data.sources.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0}"],
+        ["data.sources.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0.5}"],
+    ),
+    "data.augment.blur": ("clip", ["data.augment.blur=[0.1,0.2]"], ["data.augment.blur=[0.1]"]),
+    "recipe.targets.0.distribution.bias": (
+        "siglip",
+        ["recipe.targets.0.distribution.bias=10"],
+        ["recipe.targets.0.distribution.bias=-5"],
+    ),
+    "data.augment.scale_jitter": (
+        "simclr",
+        ["recipe.views=[{count: 2, crop_scale: [0.2, 1]}]", "data.augment.scale_jitter=[0.5, 2]"],
+        ["recipe.views=[{crop_scale: [0.2, 1]}, {}]", "data.augment.scale_jitter=[0.5, 2]"],
+    ),
+    "data.augment.flip": (
+        "simclr",
+        ["recipe.views=[{count: 2, flip: 0.5}]", "data.augment.flip=0.1"],
+        ["recipe.views=[{flip: 0.5}, {}]", "data.augment.flip=0.1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_setting_that_nobody_means_is_a_warning_with_its_key(case: str) -> None:
+    name, wrong, right = MISTAKES[case]
+    (warning,) = warned(name, *wrong)
+    assert warning.startswith(case.split(maxsplit=1)[0])
+    assert warned(name, *right) == []
+
+
+def test_an_eps_that_makes_adamw_compute_sgd_has_other_rates() -> None:
+    """As the published linear probe: its rate is in units of that eps."""
+    sgd = ["optim.momentum_correction=false", "optim.eps=1e7", "optim.lr=4e6"]
+    assert warned("mae", *sgd) == []
+    assert len(warned("mae", *sgd[1:])) == 2
+
+
+ACCEPTED = ["optim.lr=10", "optim.min_lr=20", "optim.betas=[0.9,1.5]", "data.augment.std=[0,0,0]"]
+
+
+def test_errors_and_warnings_are_told_at_once(shards: Path, tmp_path: Path, forks: Forks) -> None:
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    assert sorted(str(fault.where) for fault in faults_of(run_file, ACCEPTED)) == sorted(
+        f"override {override}" for override in ACCEPTED[1:]
+    )
+    (rate,) = warnings_of(run_file, ACCEPTED)
+    assert rate.startswith("optim.lr is 10")
+    done = forks.run("check", run_file, *ACCEPTED, "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, len(told["faults"]), told["warnings"]) == (2, 3, [rate])
+    done = forks.run("check", run_file, *ACCEPTED)
+    assert done.returncode == 2
+    assert f"warning: {rate}" in done.stdout
+    assert "3 faults" in done.stderr
+    done = forks.run("check", run_file, ACCEPTED[0])
+    assert done.returncode == 0
+    assert f"warning: {rate}" in done.stdout
+
+
+def test_what_has_an_error_is_not_warned_of() -> None:
+    """Its default stands in for it, and is no setting of the user's."""
+    late = ["optim.schedule={kind: multi_step, milestones: [100]}", "optim.steps=10000"]
+    assert [text.split()[0] for text in warnings_of("mae", late)] == ["optim.schedule.milestones"]
+    assert warnings_of("mae", [*late, "optim.warmup_steps=-1"]) == []
+    assert [text.split()[0] for text in warnings_of("mae", [*late, "optim.lr=-1"])] == ["optim.schedule.milestones"]
+    assert warnings_of("mae", ["optim.lr"]) == warnings_of("no_such_run") == []
+
+
+def test_fields_that_hold_are_those_without_an_error() -> None:
+    values = run_values(
+        "mae", [DATA, "optim.lr=-1", "optim.eps=1e-7", "data.sources.other={weight: 2}", "nosuch.key=1"]
+    )
+    run, faulty = fields_that_hold(values)
+    assert run is not None
+    assert faulty == {"optim.lr", "data.sources.other", "nosuch"}
+    assert (run.optim.lr, run.optim.eps, set(run.data.sources)) == (1e-3, 1e-7, {"main"})
+
+
+def test_rules_of_two_fields_are_told_with_other_errors() -> None:
+    wrong = ["optim.betas=[2,2]", "optim.warmup_steps=300", "optim.steps=200", "optim.lr=1e-3", "optim.min_lr=1e-2"]
+    milestones = "optim.schedule={kind: multi_step, milestones: [50, 400]}"
+    found = " ".join(fault.what for fault in faults_of("mae", [DATA, *wrong, milestones]))
+    for key in ("optim.betas", "optim.warmup_steps", "optim.min_lr", "optim.schedule"):
+        assert key in found
+
+
+def test_data_that_are_read_twice_are_a_warning(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    val, train = shards / "val", shards / "train"
+    evaluates = ["evaluation.every_steps=4", "evaluation.batches=1"]
+    assert warnings_of(run_file, [*evaluates, f"data.validation.val.shards={val}"]) == []
+    pattern = f"{train.parent}/./train/shapes-{{000000..000002}}.tar"  # the same shards by another name
+    (leak,) = warnings_of(run_file, [*evaluates, f'data.validation.val.shards="{pattern}"'])
+    assert "data.validation.val" in leak
+    assert "3 of the 3" in leak
+    (twice,) = warnings_of(run_file, [f"data.sources.again.shards={train}"])
+    assert "data.sources.again" in twice
+    assert warnings_of(run_file, [f"data.sources.again.shards={val}"]) == []
+
+
+def test_more_validation_batches_than_samples_are_a_warning(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "mae", f"data.validation.val.shards={shards / 'val'}"))
+    facts = json.loads((shards / "val" / "manifest.json").read_text())["shards"].values()
+    most = -(-sum(fact["samples"] for fact in facts) // 4)  # micro-batches of four; the last one may be filled up
+    every = "evaluation.every_steps=4"
+    assert warnings_of(run_file, [every, f"evaluation.batches={most}"]) == []
+    (beyond,) = warnings_of(run_file, [every, f"evaluation.batches={most + 1}"])
+    assert beyond.startswith("evaluation.batches")
+    assert len(warnings_of(run_file, [every, f"evaluation.batches={most}"], ranks=4)) == 1
+
+
+def test_a_key_that_stands_twice_on_the_command_line_is_a_warning() -> None:
+    (twice,) = warnings_of("mae", ["optim.lr=1e-3", "optim.eps=1e-7", "optim.lr=2e-3"])
+    assert twice.startswith("optim.lr")
+    assert load_run("mae", ["optim.lr=1e-3", "optim.lr=2e-3"]).optim.lr == 2e-3
+
+
+def test_an_override_without_a_value_is_told(shards: Path, tmp_path: Path) -> None:
+    """What a shell makes of `backbone.preset=$PRESET` where there is no such variable."""
+    run_file = str(write_run(tmp_path, shards, "mae"))
+    for override in ("backbone.preset=", "optim.lr= ", "backbone.preset=''"):
+        (fault,) = faults_of(run_file, [override])
+        assert "backbone.preset" in str(fault) or "optim.lr" in str(fault)
+    assert faults_of(run_file, ["backbone.preset=null"]) == []
+
+
+@pytest.mark.parametrize(
+    "field", ["dtype=bfloat16", "problem_type=regression", "return_dict=false", "output_attentions=true"]
+)
+@pytest.mark.parametrize("section", ["backbone", "text"])
+def test_fields_of_transformers_without_use_here_are_told(
+    section: str, field: str, shards: Path, tmp_path: Path
+) -> None:
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    (fault,) = faults_of(run_file, [f"{section}.config.{field}"])
+    assert field.partition("=")[0] in fault.what
+    dropout = "attention_probs_dropout_prob=0.1"
+    assert faults_of(run_file, [f"{section}.config.{dropout}", f"{section}.config.initializer_range=0.01"]) == []
+
+
+def test_the_text_tower_has_types_of_tokens(shards: Path, tmp_path: Path) -> None:
+    run_file = str(write_run(tmp_path, shards, "m3i"))
+    (fault,) = faults_of(run_file, ["text.config.type_vocab_size=0"])
+    assert fault.where == "text.config.type_vocab_size"
