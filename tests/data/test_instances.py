@@ -148,10 +148,11 @@ def test_what_is_no_member_is_a_bad_sample(data):
 
 def test_a_text_that_is_too_long_for_its_mask_is_refused_before_it_is_unpacked():
     """It would take seventy times its size."""
+    text = "1" * 10**7
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="too long"):
-            rle.unpacked("1" * 10**7, 480 * 640)
+            rle.unpacked(text, 480 * 640)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
