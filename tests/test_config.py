@@ -355,3 +355,16 @@ def test_what_cannot_be_read_is_a_fault_of_the_file(tmp_path, text):
     assert caught.value.where == str(path)
     if text.startswith(("[", "a")):
         assert fault(f"optim={text}")
+
+
+@pytest.mark.parametrize("name", ["", " ", "b/c", "a\x1b[31m"])
+@pytest.mark.parametrize("key", ["sources", "validation"])
+def test_names_of_sources_make_names_of_metrics(key: str, name: str) -> None:
+    """`source//share` would be a metric of no source, and `source/b/c/share` one of a source 'b'."""
+    values = {"recipe": {}, "data": {key: {name: {"shards": "/data/shards"}}}}
+    with pytest.raises(ConfigError, match="the name of a source") as caught:
+        parse_section(RunConfig, values, where="run.yaml")
+    assert caught.value.what.isprintable()
+    assert parse_section(RunConfig, values, where="run.yaml", stored=True).data  # of a run that is over
+    for good in ("birds-2", "a.b", "photos (large)", "données"):
+        parse_section(RunConfig, {"recipe": {}, "data": {key: {good: {"shards": "/data/shards"}}}}, where="run.yaml")

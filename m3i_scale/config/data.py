@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -274,6 +275,17 @@ class DataConfig(Section):
             else:
                 sources[name] = source
         return {**values, "sources": sources}
+
+    @field_validator("sources", "validation")
+    @classmethod
+    def _names_are_of_metrics(cls, sources: dict[str, SourceConfig], info: ValidationInfo) -> dict[str, SourceConfig]:
+        for name in sources:
+            if not is_stored(info) and (not name.strip() or "/" in name or not name.isprintable()):
+                raise FixableError(
+                    f"the name of a source must have letters and no '/', got {name!r}: metrics are named source/NAME/…",
+                    f"data.{info.field_name}.{re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'main'}.shards=…",
+                )
+        return sources
 
     @model_validator(mode="after")
     def _evaluation_reads_all(self) -> Self:

@@ -150,6 +150,15 @@ def validation_error(
     return faults[0] if len(faults) == 1 else FaultsError(faults)
 
 
+def reason_of(error: OSError | ValidationError) -> str:
+    """Return in a few words why a JSON file cannot be read: the disk's reason, or the first field that is wrong."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"'{place}': {first['msg']}" if place else first["msg"]
+
+
 def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
     """Return whether a key that is missing is there under a wrong name, which is reported instead."""
     beside = [

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_LETTERS = 2
+"""Letters for each pixel at most: a run has no more groups than pixels, and a difference no more than its two runs."""
 _GROUPS = 7
 """No number has more: 2³⁴ is more pixels than any image has."""
 
@@ -49,20 +51,26 @@ def unpacked(text: str, pixels: int) -> NDArray[np.int64]:
     Raises:
         ValueError: it is no such text, or of another number of pixels.
     """
+    if len(text) > _LETTERS * (pixels + 2):
+        raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
     try:
-        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     except UnicodeEncodeError:
         raise ValueError("the text of the mask has other letters") from None
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+    if not len(codes) or codes.min() < 48 or codes.max() > 48 + 63 or (codes[-1] - 48) & 32:
         raise ValueError("the text of the mask is none of run lengths")
-    lasts = np.flatnonzero((codes & 32) == 0)
-    firsts = np.concatenate(([0], lasts[:-1] + 1))
-    groups = lasts - firsts + 1
+    codes = codes - np.uint8(48)
+    lasts = np.flatnonzero((codes & 32) == 0).astype(np.int32)  # of up to 2²⁹ letters, see MAX_SAMPLE_BYTES
+    groups = np.diff(lasts, prepend=np.int32(-1))
     if groups.max() > _GROUPS:
         raise ValueError("a length of the mask is too large")
-    place = np.arange(len(codes)) - np.repeat(firsts, groups)
-    runs = np.add.reduceat((codes & 31) << 5 * place, firsts)
-    runs -= np.where(codes[lasts] & 16, 1 << 5 * groups, 0)
+    runs = (codes[lasts - groups + 1] & 31).astype(np.int64)
+    for group in range(1, int(groups.max())):
+        longer = np.flatnonzero(groups > group)
+        at = lasts[longer] - groups[longer] + 1 + group
+        runs[longer] += (codes[at] & 31).astype(np.int64) << 5 * group
+    below_zero = np.flatnonzero(codes[lasts] & 16)
+    runs[below_zero] -= 1 << 5 * groups[below_zero].astype(np.int64)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     if runs.min() < 0 or runs.max() > pixels or runs.sum() != pixels:

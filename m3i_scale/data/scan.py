@@ -15,6 +15,7 @@ import tarfile
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.tar import read_strictly
+from m3i_scale.data.tar import has_sample, read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import replacing
@@ -175,7 +176,9 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
     if index is None or isinstance(path, Url):
         return index
     facts = _stat(path)
-    if index.size != facts.st_size or (index.version != _version(facts) and not _has_heads(path, index)):
+    if index.size != facts.st_size or not _lists_all(path, index):
+        return None
+    if index.version != _version(facts) and not _has_heads(path, index):
         return None
     return index
 
@@ -204,9 +207,40 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
         raise ValueError("the checksums of its samples are none")
     if ranges.min() < 0 or ranges.max() > size or (ranges[:, 0] >= ranges[:, 1]).any():
         raise ValueError("samples lie outside of the shard")
+    if (ranges[:, 0] % tarfile.BLOCKSIZE).any() or (ranges[1:, 0] < ranges[:-1, 1]).any():
+        raise ValueError("samples overlap, or one is listed twice")
     if "read_to_end" not in arrays and size - int(ranges[-1, 1]) > TAIL_BYTES:
         return None
     return ShardIndex(path, size, ranges, heads, version, sha256)
+
+
+def lists_all(index: ShardIndex, open_shard: Callable[[], BinaryIO]) -> bool:
+    """Return whether no sample lies where the index has none. What lies there is looked at only where there is more
+    than the padding of a tar, as folders have it: an index is there for speed.
+
+    Args:
+        index: of the shard.
+        open_shard: opens the tar.
+
+    Raises:
+        OSError: the tar cannot be read.
+    """
+    stops_N = -(-index.ranges_N2[:, 1] // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    begins, ends = np.append(0, stops_N), np.append(index.ranges_N2[:, 0], index.size)
+    if ends[-1] - begins[-1] <= TAIL_BYTES:
+        ends[-1] = begins[-1]
+    gaps = np.flatnonzero(begins < ends)
+    if not len(gaps):
+        return True
+    with open_shard() as stream:
+        return not any(has_sample(stream, int(begins[gap]), int(ends[gap])) for gap in gaps)
+
+
+def _lists_all(path: Path, index: ShardIndex) -> bool:
+    try:
+        return lists_all(index, lambda: path.open("rb"))
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
 
 
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:

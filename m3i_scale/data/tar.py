@@ -216,6 +216,19 @@ def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
     return sample
 
 
+def has_sample(stream: BinaryIO, start: int, end: int) -> bool:
+    """Return whether a member of a sample begins in a part of a tar, which begins with a header or with padding.
+
+    Raises:
+        OSError: the stream cannot be read.
+    """
+    while start < end and (member := _member_at(stream, start)) is not None:
+        if not _hostile(member) and _split(member)[0] is not None:
+            return True
+        start += member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+    return False
+
+
 def _member_at(stream: BinaryIO, offset: int) -> tarfile.TarInfo | None:
     try:
         stream.seek(offset)

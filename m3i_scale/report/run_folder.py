@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from m3i_scale.config.explain import reason_of
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.scale.checkpoint.listing import list_checkpoints
@@ -200,7 +201,7 @@ def _document(path: Path, kind: type[Document]) -> Document | None:
         return None
     except (OSError, ValidationError) as error:
         raise ConfigError(
-            f"a file of the run is not what a launch writes: {error}",
+            f"a file of the run is not what a launch writes: {reason_of(error)}",
             where=str(path),
             fix="move it away: nothing but this is read from it",
         ) from None

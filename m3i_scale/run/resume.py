@@ -10,12 +10,13 @@ from typing import Any
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import OptimConfig, Phase, RunConfig, parse_section, read_yaml
+from m3i_scale.data.state import merge_states
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.source_checks import check_label_order
-from m3i_scale.scale.checkpoint.layout import read_meta
+from m3i_scale.scale.checkpoint.layout import DATA_FILES, read_meta, read_object, unreadable
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.text import known_part, listed, told_differences
@@ -98,6 +99,7 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             fix="raise optim.steps, or take another output_dir",
         )
     step = int(meta["step"])
+    _check_counts(checkpoint, meta, resolved.run.optim.batch_size)
     phases = _saved_phases(meta, checkpoint)
     _check_sizes(resolved.run, phases, checkpoint, step)
     return (
@@ -105,6 +107,38 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
         + _changed_schedule(resolved.run, checkpoint, step)
         + _changed_phases(resolved.run, phases)
     )
+
+
+def _check_counts(checkpoint: Path, meta: dict[str, Any], batch_size: int) -> None:
+    """Check that a checkpoint agrees with itself on how far it is. Steps that were left out count for the data alone,
+    and so do those that a rewind has undone.
+
+    Raises:
+        CheckpointError: step, optimizer and data are of different moments.
+    """
+    files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
+    try:
+        step, counts = int(meta["step"]), meta["engine"]
+        steps, left_out, taken = (int(counts[name]) for name in ("global_steps", "skipped_steps", "optimizer_steps"))
+        streams = merge_states([read_object(checkpoint, file) for file in files])["streams"]
+        samples = sum(int(stream["taken"]) for stream in streams.values())
+        rewound = int(meta.get("rewinds", 0)) > 0
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise unreadable(checkpoint, "meta.json", f"counts of steps or samples are missing ({error})") from None
+    contradictions = {
+        f"its engine is at step {steps:,}": steps != step,
+        f"its optimizer has taken {taken:,} steps and skipped {left_out:,}": taken + left_out != steps,
+        f"its data are at sample {samples:,}": samples < step * batch_size if rewound else samples != step * batch_size,
+    }
+    wrong = [text for text, is_wrong in contradictions.items() if is_wrong]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint contradicts itself: it is of step {step:,} ({step * batch_size:,} samples), "
+            f"but {', and '.join(wrong)}",
+            where=str(checkpoint),
+            why="weights, optimizer and data would go on from different moments",
+            fix="resume from another checkpoint: checkpoint.resume=…",
+        )
 
 
 def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from m3i_scale.config.explain import reason_of
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import write_json
 from m3i_scale.run.callbacks.base import Rewind
@@ -123,7 +124,7 @@ def read_rewinds(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValidationError) as error:
         raise CheckpointError(
-            f"cannot read which checkpoints the run went back to: {error}",
+            f"cannot read which checkpoints the run went back to: {reason_of(error)}",
             where=str(path),
             why="the data would go on at the wrong place",
             fix="restore the file; without it (remove it) a spike that was skipped may be met again",

@@ -7,6 +7,7 @@ import lzma
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from m3i_scale.config import SourceConfig
 from m3i_scale.data.index import build_index, load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
-from m3i_scale.data.scan import INDEX_FORMAT, parse_index, save_index, scan_shard
+from m3i_scale.data.scan import INDEX_FORMAT, cached, parse_index, save_index, scan_shard
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
 
@@ -171,6 +172,38 @@ def test_a_hostile_index_is_refused_before_anything_is_read_by_it(tools, tmp_pat
     with pytest.raises(DataError) as caught:
         load_index([path], tmp_path / "cache")
     assert caught.value.where == str(saved)
+
+
+@pytest.mark.parametrize("kept", [slice(0, 15), slice(15, 30), slice(0, 30, 2), slice(0, 1)])
+def test_an_index_that_does_not_list_all_samples_is_made_anew(tools, tmp_path, kept):
+    path = tools.write_tar(tmp_path / "s.tar", [(f"{number}.png", bytes(800)) for number in range(30)])
+    (whole,) = build_index([path], tmp_path / "index")
+    for place in (tmp_path / "index" / "s.tar.npz", cached(path, tmp_path / "cache")):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_index(replace(whole, ranges_N2=whole.ranges_N2[kept], heads_N=whole.heads_N[kept]), place)
+    (found,) = load_index([path], tmp_path / "cache")
+    assert np.array_equal(found.ranges_N2, whole.ranges_N2)
+    (again,) = load_index([path], tmp_path / "cache", rank=1, wait_timeout_s=0)
+    assert again.digest == whole.digest
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, 2], [1, 0, 2], [0, 0]])
+def test_an_index_that_lists_a_sample_twice_is_refused(tools, tmp_path, order):
+    path = tools.write_tar(tmp_path / "s.tar", [(f"{number}.png", b"1") for number in range(3)])
+    (whole,) = build_index([path], tmp_path / "index")
+    saved = tmp_path / "index" / "s.tar.npz"
+    save_index(replace(whole, ranges_N2=whole.ranges_N2[order], heads_N=whole.heads_N[order]), saved)
+    with pytest.raises(DataError, match="twice") as caught:
+        load_index([path], tmp_path / "cache")
+    assert caught.value.where == str(saved)
+
+
+def test_an_index_beside_folders_and_other_files_is_kept(tools, tmp_path, monkeypatch):
+    names = ["a.png", "__meta__.json", "b.png", *(f"__{number}__" for number in range(30))]
+    path = tools.write_tar(tmp_path / "s.tar", [("__first__", b"x"), *((name, bytes(700)) for name in names)])
+    build_index([path], tmp_path / "index")
+    monkeypatch.setattr("m3i_scale.data.index.scan_shard", None)
+    assert len(load_index([path], tmp_path / "cache")[0]) == 2
 
 
 def test_other_ranks_wait_for_rank_zero(tools, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -143,3 +144,21 @@ def test_what_is_malformed_is_a_bad_sample(value):
 def test_what_is_no_member_is_a_bad_sample(data):
     with pytest.raises(BadSampleError):
         read_instances({} if data is None else {INSTANCES: data}, 3, SIZE)
+
+
+def test_a_text_that_is_too_long_for_its_mask_is_refused_before_it_is_unpacked():
+    """It would take seventy times its size."""
+    text = "1" * 10**7
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="too long"):
+            rle.unpacked(text, 480 * 640)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.booleans())
+def test_no_mask_has_a_text_that_is_too_long(runs, begins):
+    runs = [0, *runs] if begins else runs
+    assert rle.unpacked(rle.packed(runs), sum(runs)).tolist() == runs

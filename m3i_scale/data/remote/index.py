@@ -17,7 +17,7 @@ from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
 from m3i_scale.data.remote.fetch import Facts, facts, fetch, read_file, read_range, require_shell
 from m3i_scale.data.remote.prefetch import no_room
-from m3i_scale.data.scan import ShardIndex, cached, load_saved, parse_index, save_index, scan_stream
+from m3i_scale.data.scan import ShardIndex, cached, lists_all, load_saved, parse_index, save_index, scan_stream
 from m3i_scale.errors import DataError
 
 THREADS = 16
@@ -111,7 +111,14 @@ def _from_beside(url: Url, now: Facts, access: Access) -> ShardIndex | None:
     except (OSError, ValueError) as error:
         fix = start_fix(error) or "remove or renew it"
         raise DataError(f"cannot read the index: {error}", where=str(place), fix=fix) from None
-    return index if index is not None and index.size == now.size else None
+    if index is None or index.size != now.size:
+        return None
+    try:
+        return index if lists_all(index, lambda: _BufferedShard(url, now.size, access)) else None
+    except FaultError as fault:
+        if not fault.not_ranged:
+            raise
+    return None
 
 
 def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:

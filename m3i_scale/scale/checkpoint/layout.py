@@ -27,6 +27,8 @@ TEMPORARY_PREFIX = ".tmp-"
 REMOVED_PREFIX = f"{TEMPORARY_PREFIX}removed-"
 LATEST = "latest"
 """A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
+DATA_FILES = "data/rank-*.json"
+"""Positions in the data, a file of each rank that wrote the checkpoint."""
 TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
 
 _STEP = re.compile(r"step-(\d{8,})")

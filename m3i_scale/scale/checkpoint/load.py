@@ -17,7 +17,7 @@ from torch import nn
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.averages import ShardedMomentum
-from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta, read_object, unreadable
+from m3i_scale.scale.checkpoint.layout import BUFFERS, DATA_FILES, read_meta, read_object, unreadable
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.scale.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
@@ -40,7 +40,7 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
     saved: SavedTensors = together(lambda: _read_own_part(folder, engine, momentum))
     # Files of all ranks, which every rank wants: one of them reads them.
     states: list[dict[str, Any]] = from_rank_0(
-        lambda: [read_object(folder, file) for file in _files_of_ranks(folder, "data/rank-*.json")]
+        lambda: [read_object(folder, file) for file in _files_of_ranks(folder, DATA_FILES)]
     )
     publish(engine)
     if momentum is not None:
