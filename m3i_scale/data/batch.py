@@ -103,10 +103,12 @@ class Batch:
         copies: dict[str, Any] = {name: value.to(device, non_blocking=queued) for name, value in self.tensors.items()}
         return replace(self, **copies)
 
-    def pinned(self, pin: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch in pinned memory, the seeds too: they are copied to a device when masks are drawn."""
-        values: dict[str, Any] = {name: pin(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **values)
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every tensor changed, for instance pinned: the seeds too, which are copied to the
+        device when masks are drawn."""
+        every: dict[str, Tensor] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in every.items()}
+        return replace(self, **changed)
 
     @staticmethod
     def cat(parts: list[Batch]) -> Batch:

@@ -215,7 +215,7 @@ class TrainStream:
                     yield parts, None
                     return
                 batch = Batch.cat(batches)
-                yield parts, batch if self._pin is None else batch.pinned(self._pin)
+                yield parts, batch if self._pin is None else batch.changed(self._pin)
 
     def peek(self, count: int = 1) -> Batch:
         """Return the next batches as one, without moving on; bad samples are written down when they are handed out.

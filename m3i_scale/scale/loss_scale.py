@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.errors import UserError
+from m3i_scale.scale.clipping import clipping_on_device
 from m3i_scale.scale.partition import order_gathers
 
 _AT_MINIMUM = "loss scale already at minimum"
@@ -28,7 +29,8 @@ def take_step(engine: Any) -> None:
         UserError: gradients overflow even at the smallest scale.
     """
     try:
-        engine.step()
+        with clipping_on_device():
+            engine.step()
     except Exception as error:  # DeepSpeed raises nothing narrower
         if _AT_MINIMUM not in str(error):
             raise

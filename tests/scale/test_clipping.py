@@ -1,0 +1,99 @@
+"""Gradients are clipped as DeepSpeed clips them, bit by bit, and the host reads nothing back but the norm."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from clipping_engine import BOUNDS, NOT_FINITE, STEPS
+from deepspeed.runtime import utils
+from launch import TESTS, start_ranks
+from torch import Tensor
+
+from m3i_scale.scale.clipping import clip_by_norm, mark_invalid_norm
+
+NORMS = (0.0, 1e-30, 0.3, 1.0, 1.0 + 1e-6, 7.3, 1e30, math.inf, math.nan, -1.0)
+
+
+def gradients(dtype: torch.dtype) -> list[Tensor]:
+    """Of several sizes, and with values that a product with 1 could change: signed zeros, subnormals, infinities."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(size, generator=generator) for size in (1, 5, 300, 4_097)]
+    special = torch.tensor([0.0, -0.0, 1e-42, -1e-42, math.inf, -math.inf, 3e38])
+    return [tensor.to(dtype) for tensor in (*drawn, special)]
+
+
+def bits(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16) for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bound", [0.5, 1.0, 100.0])
+def test_clipping_is_that_of_deepspeed(norm: float, bound: float, dtype: torch.dtype) -> None:
+    expected, clipped = gradients(dtype), gradients(dtype)
+    global_norm = torch.tensor(norm)
+    assert utils.clip_tensors_by_global_norm(expected, max_norm=bound, global_norm=global_norm) is global_norm
+    assert clip_by_norm(clipped, max_norm=bound, global_norm=global_norm) is global_norm
+    for ours, theirs in zip(bits(clipped), bits(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_clipping_takes_the_norm_itself_where_none_is_given() -> None:
+    expected, clipped = gradients(torch.float32)[:4], gradients(torch.float32)[:4]
+    norm = utils.clip_tensors_by_global_norm(expected)
+    assert torch.equal(clip_by_norm(clipped), norm)
+    for ours, theirs in zip(clipped, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("norm", [0.0, 7.3, math.inf, -math.inf, math.nan])
+def test_an_invalid_norm_is_marked_as_deepspeed_marks_it(norm: float) -> None:
+    expected, marked = torch.tensor(norm), torch.tensor(norm)
+    utils.mask_nan_or_inf_with_val_inplace(expected, device="cpu")
+    mark_invalid_norm(marked, device="cpu")
+    assert torch.equal(marked, expected)
+
+
+def test_nothing_is_read_back() -> None:
+    """A tensor of the meta device has no value to be read."""
+    tensors, norm = [torch.empty(3, device="meta")], torch.empty((), device="meta")
+    mark_invalid_norm(norm)
+    assert clip_by_norm(tensors, global_norm=norm) is norm
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any]:
+    """What came of the steps of one rank and of two, by (ranks, rank)."""
+    folder = tmp_path_factory.mktemp("clipping")
+    for ranks in (1, 2):
+        job = start_ranks([str(TESTS / "scale" / "clipping_engine.py"), str(folder)], ranks, folder / f"logs-{ranks}")
+        assert job.wait(300) == [0] * ranks, job.text()[-4000:]
+    return {
+        (ranks, rank): json.loads((folder / f"{ranks}-{rank}.json").read_text())
+        for ranks in (1, 2)
+        for rank in range(ranks)
+    }
+
+
+@pytest.mark.parametrize("rank", [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_an_engine_takes_the_steps_of_deepspeed_with_one_wait(told: Any, rank: tuple[int, int], bound: float) -> None:
+    theirs, ours = told[rank][str(bound)]["deepspeed"], told[rank][str(bound)]["ours"]
+    assert ours["weights"] == theirs["weights"]
+    assert ours["norms"] == theirs["norms"]
+    assert ours["applied"] == theirs["applied"] == [number != NOT_FINITE for number in range(STEPS)]
+    assert ours["reads"] == [1] * STEPS
+    assert theirs["reads"][0] == 2  # else there is nothing left to replace
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_two_ranks_clip_by_the_norm_of_one(told: Any, bound: float) -> None:
+    one, *two = (told[rank][str(bound)]["ours"]["norms"] for rank in ((1, 0), (2, 0), (2, 1)))
+    assert two[0] == two[1]
+    assert two[0] == pytest.approx(one, rel=1e-2)  # gradients are summed in bf16
+    assert max(norm for norm in one if math.isfinite(norm)) < BOUNDS[1]
+    assert min(one) > BOUNDS[0]
