@@ -1,25 +1,24 @@
-"""Count what a step asks of a GPU, on a walk with fake tensors: kernels, and where the host waits for the device.
+"""Trace what a program asks of a GPU, with fake tensors: kernels, copies, waits of the host, and who uses which memory.
 
-Values are not known on such a walk. Where a program asks for one it gets a fixed answer, and the wait is counted.
+Values are not known. If a program asks for one, it gets a fixed answer (`answers.py`), and the wait is counted.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import torch
+from answers import ANSWERS, ENDS, FOUND
+from attention import gpu_attention
+from clocks import line, machine
+from devices import check_devices
+from memory import access, allocated, collect, host_access, leaves, storage_of
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-aten = torch.ops.aten
-_FOUND = 2
-"""So many places are True in a mask, and boxes survive NMS, at most."""
 _NO_KERNEL = {
     "aten::detach",
     "aten::alias",
@@ -33,146 +32,178 @@ _NO_KERNEL = {
     "aten::new_empty_strided",
     "aten::set_",
 }
-_ENDS = {"aten::_linalg_eigh", "aten::bincount", "aten::multinomial"}
-"""The host reads something of what they have found."""
-_PACKAGES = ("/m3i_scale/", "/transformers/", "/torchvision/")
-
-
-def _number(given: Tensor) -> bool | int | float:
-    """Stand for the value of a tensor with one element."""
-    return True if given.dtype == torch.bool else 1.0 if given.is_floating_point() else 1
-
-
-def _places(given: Tensor) -> Tensor:
-    """Stand for the places of a tensor that are not zero."""
-    return torch.zeros(min(len(given), _FOUND), given.dim(), dtype=torch.int64, device=given.device)
-
-
-def _boxes(given: Tensor) -> Tensor:
-    """Stand for the boxes that survive NMS."""
-    return torch.zeros(min(len(given), _FOUND), dtype=torch.int64, device=given.device)
-
-
-_ANSWERS = {"aten::_local_scalar_dense": _number, "aten::nonzero": _places, "torchvision::nms": _boxes}
-"""The host reads a value or a length, which fake tensors do not have."""
 
 
 class Tracer:
-    """Counts while it is entered, under a `FakeTensorMode`."""
+    """Traces while it is entered, under a `FakeTensorMode`.
 
-    def __init__(self) -> None:
-        self.kernels = 0
-        self.waits: Counter[str] = Counter()
-        """By what is asked for, and where."""
-        self._modes: tuple[Any, ...] = (_Operations(self), _Attention())
+    Args:
+        memory: whether to follow accesses to memory and the devices of arguments too.
+    """
+
+    def __init__(self, *, memory: bool = False) -> None:
+        self._operations = _Operations(memory)
+        self._attention = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", gpu_attention)
 
     def __enter__(self) -> Tracer:
-        for mode in self._modes:
-            mode.__enter__()
+        machine.kernels, machine.waits = 0, Counter()
+        self._operations.__enter__()
+        self._attention.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self._attention.__exit__(None, None, None)
+        self._operations.__exit__(*error)
 
-    def wait(self, kind: str) -> None:
-        """Count one, at the innermost line of the packages."""
-        self.waits[f"{kind} at {_line()}"] += 1
+    @property
+    def kernels(self) -> int:
+        """Return the number of kernels."""
+        return machine.kernels
 
-
-def _line() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        for package in _PACKAGES:
-            if package in path:
-                return f"{package[1:]}{path.rpartition(package)[2]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "the backward pass"
+    @property
+    def waits(self) -> Counter[str]:
+        """Return the waits of the host, by kind and line."""
+        return machine.waits
 
 
 class _Operations(TorchDispatchMode):
-    """Counts kernels, and operations that end when the device has got so far."""
+    """Sees every operation before the fake tensors do."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, memory: bool) -> None:
         super().__init__()
-        self.tracer = tracer
+        self._memory = memory
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled, and a look at the compiler for every operation takes a third of the time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func._schema.name
-        on_device = [leaf.is_cuda for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name in _ANSWERS or name in _ENDS:
-            if any(on_device):
-                self.tracer.wait(f"{name} ends")
-            if name in _ANSWERS:
-                return _ANSWERS[name](args[0])
+        kwargs, name = dict(kwargs or {}), func._schema.name
+        pinned = kwargs.pop("pin_memory", None)
+        inputs = list(leaves((args, kwargs)))
+        on_device = [tensor.is_cuda for tensor in inputs]
+        if self._memory:
+            check_devices(func, inputs)
+        if name in ANSWERS or name in ENDS:
+            self._read(name, inputs)
+            if name in ANSWERS:
+                return ANSWERS[name](args[0])
         if name == "aten::where" and any(on_device) and not all(on_device):
-            self.tracer.wait("a number is copied to the device")  # other kernels are handed it
+            machine.wait("a number is copied to the device", machine.stream)  # other kernels are handed it
         if name.startswith("aten::index") and isinstance(args[1], (list, tuple)) and args[0].is_cuda:
-            number = name != "aten::index" and not args[2].is_cuda
-            fills = number and all(index is None or index.dtype == torch.bool for index in args[1])
-            if number and not fills:
-                self.tracer.wait("a number is copied to the device")
-            args = (args[0], list(self._indices(args[1], fills)), *args[2:])
+            args = self._indexed(name, args)
         outputs = func(*args, **kwargs)
-        results = [leaf.is_cuda for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        if name in ("aten::_to_copy", "aten::copy_") and (on_device[-1] != results[0]):
-            if not (kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:3] == (True,))):
-                self.tracer.wait("a copy between host and device ends")
-        elif any(on_device + results) and not (func.is_view or name in _NO_KERNEL or name.startswith("prim::")):
-            self.tracer.kernels += 1
+        results = list(leaves(outputs))
+        if pinned and results:
+            storage_of(results[0]).pinned = True
+        if func.is_view or name in _NO_KERNEL or name.startswith("prim::"):
+            if self._memory and "empty" in name:
+                self._allocate(results)
+            return outputs
+        if name in ("aten::_to_copy", "aten::copy_") and on_device[-1] != results[0].is_cuda:
+            self._copy(inputs[-1], results[0], _is_non_blocking(name, args, kwargs), new=name == "aten::_to_copy")
+        elif any(on_device) or any(tensor.is_cuda for tensor in results):
+            machine.kernels += 1
+            if self._memory:
+                self._run(func, args, kwargs, results)
+        elif self._memory:
+            self._run_on_host(func, args, kwargs, results)
         return outputs
 
+    def _read(self, name: str, inputs: Sequence[Tensor]) -> None:
+        """Have the host read a result."""
+        for tensor in inputs:
+            if tensor.is_cuda:
+                machine.wait(f"{name} ends", machine.stream)
+                break
+        if self._memory:
+            for tensor in inputs:
+                host_access(tensor)
+
+    def _indexed(self, name: str, args: Any) -> Any:
+        """Return the arguments with places for masks."""
+        number = name != "aten::index" and not args[2].is_cuda
+        fills = name != "aten::index" and args[2].numel() == 1
+        fills = fills and all(index is None or index.dtype == torch.bool for index in args[1])
+        if number and not fills:
+            machine.wait("a number is copied to the device", machine.stream)
+        changed = (args[0], list(self._indices(args[1], fills)), *args[2:])
+        if fills and args[2].dim():
+            changed = (*changed[:2], args[2].reshape(()), *args[3:])
+        return changed
+
     def _indices(self, indices: Sequence[Tensor | None], fills: bool) -> Iterator[Tensor | None]:
-        """Yield indices, with numbers for masks, of which the number of True is read, but where one number fills it."""
+        """Yield indices, with numbers for masks, whose number of True is read unless one number fills them."""
         for index in indices:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
                 moved = index is not None and index.dim() > 0 and not index.is_cuda
                 if moved:
-                    self.tracer.wait("an index is copied to the device")
+                    machine.wait("an index is copied to the device", machine.stream)
                 yield torch.empty_like(index, device="cuda") if moved else index
             else:
                 if not fills:
-                    self.tracer.wait("a length is read")
+                    machine.wait("a length is read", machine.stream)
                 for length in index.shape:
-                    yield torch.zeros(min(length, _FOUND), dtype=torch.int64, device=index.device)
+                    yield torch.zeros(min(length, FOUND), dtype=torch.int64, device=index.device)
+
+    def _copy(self, source: Tensor, copy: Tensor, non_blocking: bool, *, new: bool) -> None:
+        """Follow a copy between host and device, which reads or writes pinned memory when the device gets there."""
+        of_host = source if copy.is_cuda else copy
+        if not copy.is_cuda and new and non_blocking:
+            storage_of(copy).pinned = True  # torch makes it so
+        pinned = storage_of(of_host).pinned
+        if self._memory:
+            where, stream = line(2), machine.stream
+            allocated(copy, where)
+            if copy.is_cuda and not (non_blocking and pinned):
+                host_access(source, where=where)  # a driver's own pinned memory takes it at once
+                access(copy, stream, stream.launch(), writes=True, where=where)
+            else:
+                at = stream.launch()
+                access(source, stream, at, writes=False, where=where)
+                access(copy, stream, at, writes=True, where=where)
+        if not non_blocking:
+            machine.wait("a copy between host and device ends", machine.stream)
+        elif not pinned and not copy.is_cuda:
+            machine.wait("a copy into pageable memory ends", machine.stream)
+        if self._memory:
+            collect()
+
+    def _run(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> None:
+        """Follow a kernel on the stream in use."""
+        self._allocate(results)
+        where, stream = line(2), machine.stream
+        at = stream.launch()
+        for tensor, writes in _accesses(func, args, kwargs, results):
+            if tensor.is_cuda:
+                access(tensor, stream, at, writes=writes, where=where)
+        collect()
+
+    def _run_on_host(self, func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> None:
+        self._allocate(results)
+        where = line(2)
+        for tensor, writes in _accesses(func, args, kwargs, ()):
+            host_access(tensor, writes=writes, where=where)
+
+    def _allocate(self, results: Sequence[Tensor]) -> None:
+        where = line(2)
+        for tensor in results:
+            allocated(tensor, where)
 
 
-class _Attention(TorchFunctionMode):
-    """Takes the kernels of attention that a GPU has."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+def _is_non_blocking(name: str, args: Any, kwargs: Any) -> bool:
+    return bool(kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:3] == (True,)))
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Take flash attention, and the memory-efficient kernel where there is a mask."""
-    if not query.is_cuda:
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    if attn_mask is None and query.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    learns = torch.is_grad_enabled()
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, learns, **options)[0]
-
-
-def assign(costs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Stand for `scipy.optimize.linear_sum_assignment`, which asks for values."""
-    number = np.arange(min(costs.shape))
-    return number, number
+def _accesses(func: Any, args: Any, kwargs: Any, results: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the tensors that an operation uses, and whether it writes them."""
+    arguments = func._schema.arguments
+    given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    written = set()
+    for argument, value in given:
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in leaves(value):
+            yield tensor, writes
+            if writes:
+                written.add(id(tensor))
+    yield from ((tensor, True) for tensor in results if id(tensor) not in written)

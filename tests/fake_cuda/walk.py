@@ -5,28 +5,23 @@ Run with the library of `fake_library.py` preloaded: `python walk.py [NAME …]`
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import yaml
+from answers import without_values
 from tiny import DINOV2, LABEL_SETS, MAPS, MULTI_CROP, RECIPES, VOCABULARY, random_batch, tiny_run, tiny_teacher
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tracer import Tracer, assign
-from transformers import masking_utils
-from transformers.loss import loss_lw_detr, loss_rf_detr
-from transformers.models.eomt import modeling_eomt
+from tracer import Tracer
 
-from m3i_scale.backbones.internimage import modeling_internimage
-from m3i_scale.config import RunConfig
+from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.build import build_objective
 
@@ -81,44 +76,30 @@ _RUNS: dict[str, tuple[str, ...]] = {name: (name,) for name in RECIPES} | {
 _LOGGED = ("m3i", "byol", "sim_global")
 
 
-def run_of(name: str) -> RunConfig:
+def run_of(name: str, *overrides: str) -> RunConfig:
     """Return the run of a recipe or task."""
     if name in _RUNS:
-        return tiny_run(*_RUNS[name])
+        return tiny_run(*_RUNS[name], *overrides)
     backbone, task = _TASKS[name]
-    return RunConfig.model_validate({"task": task, "backbone": _BACKBONES[backbone]})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(yaml.safe_dump({"task": task, "backbone": _BACKBONES[backbone]}))
+        return load_run(str(file), [*overrides])
 
 
-def batch_of(run: RunConfig, image: int) -> Batch:
-    """Return four samples with what the run reads, among it two objects an image."""
-    batch = random_batch(4, image=image)
+def batch_of(run: RunConfig, image: int, count: int = 4) -> Batch:
+    """Return samples with everything that the run reads, among it two objects an image."""
+    batch = random_batch(count, image=image)
     if run.task is None or run.task.kind == "classification":
         return batch
     if run.task.kind == "segmentation":
-        return replace(batch, masks_BHW=torch.zeros(4, image, image, dtype=torch.uint8))
+        return replace(batch, masks_BHW=torch.zeros(count, image, image, dtype=torch.uint8))
     return replace(
         batch,
-        boxes_BN4=torch.tensor([4.0, 4.0, 30.0, 30.0]).expand(4, 2, 4),
-        box_labels_BN=torch.zeros(4, 2, dtype=torch.int64),
-        box_masks_BNMM=torch.ones(4, 2, 28, 28, dtype=torch.uint8),
+        boxes_BN4=torch.tensor([4.0, 4.0, 30.0, 30.0]).expand(count, 2, 4),
+        box_labels_BN=torch.zeros(count, 2, dtype=torch.int64),
+        box_masks_BNMM=torch.ones(count, 2, 28, 28, dtype=torch.uint8),
     )
-
-
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    """Match by position, draw by generators of the host, and leave out what looks at values to draw them again."""
-    with contextlib.ExitStack() as stack:
-        for module in (loss_lw_detr, loss_rf_detr, modeling_eomt):
-            if hasattr(module, "linear_sum_assignment"):
-                stack.enter_context(mock.patch.object(module, "linear_sum_assignment", assign))
-        # It looks at no mask on a walk with fake tensors, and at every one in training.
-        stack.enter_context(mock.patch.object(masking_utils, "is_tracing", return_value=False))
-        stack.enter_context(mock.patch.object(torch, "Generator", return_value=torch.Generator()))
-        no_drop = mock.patch.object(modeling_internimage, "_drop_paths", lambda config: [0.0] * sum(config.depths))
-        stack.enter_context(no_drop)
-        stack.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, *a, **k: tensor))
-        stack.enter_context(mock.patch.object(torch.random, "fork_rng", return_value=contextlib.nullcontext()))
-        yield
 
 
 def counted(name: str, *, logged: bool) -> dict[str, Any]:
@@ -127,7 +108,7 @@ def counted(name: str, *, logged: bool) -> dict[str, Any]:
     labels = {"shapes": LABEL_SETS["shapes"]} if run.task is not None else LABEL_SETS
     vocabulary = VOCABULARY if "text" in run.model_fields_set else None
     batch = batch_of(run, run.backbone.config["image_size"])
-    with FakeTensorMode(allow_non_fake_inputs=True), _without_values():
+    with FakeTensorMode(allow_non_fake_inputs=True), without_values():
         torch.set_default_dtype(torch.bfloat16)
         try:
             with torch.device("cuda"):
