@@ -11,5 +11,7 @@ MAX_SAMPLE_BYTES = 2**29
 """No image of `MAX_IMAGE_PIXELS` is so large."""
 MAX_TOKENS = 64
 """Of a caption, special tokens included."""
+NO_CLASS = 255
+"""Pixels of a mask that are ignored."""
 MASK_SIDE = 112
 """Masks of objects are kept in their boxes at so many pixels a side: four times what a Mask R-CNN learns from."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.data.images import NO_CLASS
+from m3i_scale.defaults import NO_CLASS
 
 CROP_ATTEMPTS = 10
 

@@ -30,9 +30,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MASK = "mask.png"
 """Extension of the member that names the class of every pixel."""
 
-NO_CLASS = 255
-"""Pixels of a mask that count for nothing."""
-
 _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
 """Keyed by the colour type in a PNG's header."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3i_scale.data.images import NO_CLASS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import DataError
 from m3i_scale.text import listed
 

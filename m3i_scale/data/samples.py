@@ -19,12 +19,11 @@ from m3i_scale.data.images import (
     IMAGE_EXTENSIONS,
     KEPT_FORMATS,
     MASK,
-    NO_CLASS,
     fault_text,
     mask_fault,
 )
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.defaults import MAX_CAPTION_BYTES
+from m3i_scale.defaults import MAX_CAPTION_BYTES, NO_CLASS
 
 OUT_OF_RANGE = "label out of range"
 MASK_OUT_OF_RANGE = "mask out of range"

@@ -10,11 +10,11 @@ from typing import Any
 from braceexpand import braceexpand
 
 from m3i_scale.config import SourceConfig
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.text import without_secrets
 

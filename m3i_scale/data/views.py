@@ -29,10 +29,11 @@ from m3i_scale.data.crops import (
     scaled_crop,
     uniform,
 )
-from m3i_scale.data.images import NO_CLASS, on_white, orientation, upright, upright_size
+from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.instances import Instances, check_turned
 from m3i_scale.data.objects import Objects, objects_in
 from m3i_scale.data.samples import decoding, quick_pixels
+from m3i_scale.defaults import NO_CLASS
 
 if TYPE_CHECKING:
     from m3i_scale.data.rand_augment import RandAugment

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from m3i_scale.data.images import NO_CLASS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.evaluate.intervals import Clusters, Statistic
 
 PATCHES_PER_IMAGE = 16

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from m3i_scale.config import SourceConfig
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import MASK_LABELS, read_label_sets
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import DataError
 from m3i_scale.evaluate.dense import iou_of_clusters
 from m3i_scale.evaluate.document import describe, document_of

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.data.images import NO_CLASS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.samples import Sample
 from m3i_scale.files import write_json

@@ -15,10 +15,10 @@ from m3i_scale.config import RunConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import view_sizes
 from m3i_scale.data.batch import synthetic_batch
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import momentum_pairs

@@ -25,7 +25,7 @@ from transformers import EomtForUniversalSegmentation, pipeline
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.images import NO_CLASS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source

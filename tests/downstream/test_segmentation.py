@@ -18,7 +18,7 @@ from transformers import UperNetForSemanticSegmentation
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.config import BackboneConfig, RunConfig, Segmentation, SegmentationHead, UperNetSegmentation
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.images import NO_CLASS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source

@@ -18,8 +18,8 @@ from PIL import Image
 from shapes import COLOURS, SHAPES, draw
 from transformers import ViTConfig, ViTModel
 
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.shards import MASK_LABELS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError

@@ -14,10 +14,10 @@ from PIL import Image
 from rich.console import Console
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTConfig, ViTImageProcessor, ViTModel
 
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate import features
 from m3i_scale.evaluate.commands import evaluate

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.samples import open_mask
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.evaluate import samples
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.dense import (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from m3i_scale.config import SegmentationHead, UperNetSegmentation
 from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.images import NO_CLASS
 from m3i_scale.data.shards import MASK_LABELS
+from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
