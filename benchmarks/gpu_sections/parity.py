@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from _rows import Rows
 from deepspeed.accelerator import get_accelerator
-from tiny import DINOV2, MAPS, RECIPES, random_batch, tiny_objective
+from tiny import DINOV2, MAPS, RECIPES, first_weights, random_batch, tiny_objective
 from torch import Tensor
 
 from m3i_scale.objective.information import Objective
@@ -24,9 +24,13 @@ MASKS = 10_000
 
 
 def measure(mode: str, rows: Rows) -> None:
-    """Rows: loss and gradients of every recipe and backbone family in fp32, the loss in bf16, fp16 finite, masks."""
+    """Rows: loss and gradients of every recipe and backbone family in fp32, the loss in bf16, fp16 finite, masks, first
+    values."""
     device = get_accelerator().current_device_name()
     allow_tf32(torch.float32)
+    pairs = zip(tiny_objective("m3i").parameters(), _drawn_on(device), strict=True)
+    same = all(torch.equal(wanted, found.cpu()) for wanted, found in pairs)
+    rows.must("first values of m3i", "the same bits", "the same" if same else "others", ok=same)
     for name, mask in (("random", RandomMask()), ("block", BlockMask())):
         seeds = torch.arange(MASKS) * 7919
         same = torch.equal(mask.order(seeds, (14, 14), 0), mask.order(seeds.to(device), (14, 14), 0).cpu())
@@ -42,6 +46,13 @@ def measure(mode: str, rows: Rows) -> None:
         objective.after_backward()
         objective.zero_grad()
         _compare(name, objective, random_batch(BATCH, image=image), device, mode, rows)
+
+
+def _drawn_on(device: str) -> list[Tensor]:
+    """Return the first values of m3i that are drawn into a model on the device."""
+    objective = tiny_objective("m3i", seed=1).to(device)
+    first_weights(objective, seed=0)
+    return list(objective.parameters())
 
 
 def _compare(name: str, objective: Objective, batch: Any, device: str, mode: str, rows: Rows) -> None:

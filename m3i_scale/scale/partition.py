@@ -19,9 +19,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import stage3
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from m3i_scale.backbones.first_values import Initialize, draw_first_values
 from m3i_scale.errors import ConfigError
+from m3i_scale.scale.peak import compute_dtype
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -50,13 +52,24 @@ def whole(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[No
 
 
 def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
-    """Call `build` so that its parameters are on this rank's device: partitioned as each is created under ZeRO-3,
-    complete under other stages. The host never holds the complete model, which is 9 GB per rank for ViT-g/14 in fp32.
+    """Call `build` so that its parameters are on this rank's device in the dtype of the run: partitioned as each is
+    created under ZeRO-3, complete under other stages. The host never holds the model, which has 9 GB in fp32 for
+    `m3i_vit_g14`, and the device never holds it in fp32.
     """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
-        with torch.device(get_accelerator().current_device_name()):
-            return build()
+        dtype = compute_dtype(ds_config)
+
+        def cast(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+        hook = register_module_parameter_registration_hook(cast)
+        try:
+            with torch.device(get_accelerator().current_device_name()):
+                return build()
+        finally:
+            hook.remove()
     # The type is left to the configuration: DeepSpeed ignores an explicit float32 here and takes bf16 or fp16.
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build()

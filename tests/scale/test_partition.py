@@ -35,6 +35,21 @@ def test_only_stage_3_constructs_partitioned() -> None:
         assert not is_partitioned(construct(lambda: nn.Linear(2, 2), config).weight)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("", torch.float32)])
+def test_a_model_is_built_in_the_dtype_of_the_run(name: str, dtype: torch.dtype) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.other.weight = self.one.weight
+            self.register_parameter("absent", None)
+
+    module = construct(Tied, {"zero_optimization": {"stage": 2}, name: {"enabled": True}})
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert len(list(module.parameters())) == 3  # one weight is shared
+    assert nn.Linear(2, 2).weight.dtype == torch.float32  # built after it
+
+
 def test_first_weights_depend_on_seed_and_name_alone() -> None:
     def values(seed: int) -> dict[str, torch.Tensor]:
         module = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
