@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from m3i_scale.data.batch import Batch
     from m3i_scale.data.loader import TrainStream
     from m3i_scale.data.state import merge_states
-    from m3i_scale.errors import ConfigError, DataError, ExportError, UserError
+    from m3i_scale.errors import ConfigError, DataError, ExportError, FaultsError, UserError
     from m3i_scale.evaluate.loaded import LoadedBackbone
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
@@ -26,6 +26,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "ExportError",
+    "FaultsError",
     "LoadedBackbone",
     "Objective",
     "Recipe",
@@ -48,6 +49,7 @@ _ELSEWHERE = {
     "ConfigError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
+    "FaultsError": "errors",
     "LoadedBackbone": "evaluate.loaded",
     "Objective": "objective.information",
     "Recipe": "objective.recipe",

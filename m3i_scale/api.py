@@ -64,9 +64,10 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
         DataError: shards that are missing or damaged.
     """
     ranks = _ranks()
+    _check_run(run, "open_stream")
     if validation and not run.data.validation:
         raise ConfigError("the run has no validation data", where="data.validation")
-    return with_data.open_stream(_checked(run, ranks), ranks, validation=validation)
+    return with_data.open_stream(_checked(run, ranks, "open_stream"), ranks, validation=validation)
 
 
 def build_objective(run: RunConfig) -> Objective:
@@ -84,7 +85,7 @@ def build_objective(run: RunConfig) -> Objective:
         DataError: shards that are missing.
     """
     ranks = _ranks()
-    checked = _checked(run, ranks)
+    checked = _checked(run, ranks, "build_objective")
     objective = build.build_objective(checked.run, checked.label_sets, checked.vocab_size, ranks)
     whole.start_weights(objective, checked.run)
     return objective
@@ -120,11 +121,19 @@ def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:
     return LoadedBackbone(load_vision(folder, pool, torch.device("cpu"))).eval()
 
 
+def _check_run(run: RunConfig, where: str) -> None:
+    if not isinstance(run, RunConfig):
+        raise ConfigError(
+            f"{where} takes the run of load_run, got {type(run).__name__}", where=where, fix=f"{where}(load_run(…))"
+        )
+
+
 def _ranks() -> Ranks:
     return ProcessGroupRanks() if dist.is_available() and dist.is_initialized() else SingleProcess()
 
 
-def _checked(run: RunConfig, ranks: Ranks) -> with_data.RunWithData:
+def _checked(run: RunConfig, ranks: Ranks, where: str) -> with_data.RunWithData:
+    _check_run(run, where)
     if run.task is not None:
         raise ConfigError(
             "a run of a task has no recipe to train in a loop of your own",

@@ -87,3 +87,30 @@ def test_validation_data_that_are_not_there(overrides: list[str]) -> None:
     with pytest.raises(m3i_scale.ConfigError) as error:
         m3i_scale.open_stream(m3i_scale.load_run("m3i", overrides), validation=True)
     assert error.value.where == "data.validation"
+
+
+@pytest.mark.parametrize("load", [m3i_scale.load_run, m3i_scale.load_recipe])
+def test_overrides_that_are_no_list_are_one_error(load) -> None:
+    with pytest.raises(m3i_scale.ConfigError, match=re.escape("got 'optim.steps=10'")) as error:
+        load("m3i", "optim.steps=10")
+    assert not isinstance(error.value, m3i_scale.FaultsError)
+    assert error.value.fix == '["optim.steps=10"]'
+
+
+def test_several_errors_are_one_public_error() -> None:
+    with pytest.raises(m3i_scale.FaultsError) as error:
+        m3i_scale.load_run("m3i", ["optim.nosuch=1", "data.nosuch=1"])
+    assert len(error.value.faults) == 2
+
+
+@pytest.mark.parametrize("act", [m3i_scale.open_stream, m3i_scale.build_objective])
+def test_a_name_is_no_run(act) -> None:
+    with pytest.raises(m3i_scale.ConfigError, match="got str") as error:
+        act("run.yaml")
+    assert "load_run" in error.value.fix
+
+
+@pytest.mark.parametrize("states", [{"format": 2, "streams": {}}, [], "state", ["state"], None])
+def test_what_is_no_list_of_states_cannot_be_merged(states) -> None:
+    with pytest.raises(m3i_scale.ConfigError, match="the state of every rank"):
+        m3i_scale.merge_states(states)

@@ -65,6 +65,10 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
         ConfigError: unreadable YAML, a key that stands twice, overrides that are none, a cycle of `extends`, or targets
             of the old form on a head whose memory has moved.
     """
+    if isinstance(overrides, str):  # its letters would be overrides
+        raise ConfigError(
+            f"overrides must be a list, got '{shown(overrides)}'", where="load_run", fix=f'["{shown(overrides)}"]'
+        )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
     recipe, memories = values.get("recipe"), _memories(values)

@@ -100,7 +100,14 @@ class Kind(Section):
         kind = vars(sys.modules[module]).get(name)  # no attribute: a module may compute those, which runs its code
         if not (isinstance(kind, type) and issubclass(kind, cls)):
             raise ValueError(f"'{path}' is no subclass of {cls.__module__}.{cls.__name__}")
+        if missing := kind.missing_methods():
+            raise FixableError(f"'{path}' does not define {', '.join(missing)}", "define it in the class")
         return kind
+
+    @classmethod
+    def missing_methods(cls) -> list[str]:
+        """Return the methods that a class must define to be used, and does not define."""
+        return sorted(cls.__abstractmethods__)
 
     @model_validator(mode="wrap")
     @classmethod

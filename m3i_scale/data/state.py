@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from m3i_scale.data.fingerprint import Shard, changes, same_order
-from m3i_scale.errors import DataError
+from m3i_scale.errors import ConfigError, DataError
 
 STATE_FORMAT = 2
 
@@ -100,8 +101,15 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge the states of all ranks into one, which any number of ranks can load.
 
     Raises:
+        ConfigError: no list of states.
         DataError: states of different runs, or of different steps.
     """
+    if not isinstance(states, Sequence) or not states or not all(isinstance(state, dict) for state in states):
+        raise ConfigError(
+            f"merge_states takes a list with the state of every rank, got {reprlib.repr(states)}",
+            where="merge_states",
+            fix="merge_states([stream.state_dict()]), with the states of all ranks",
+        )
     merged = dict(states[0], streams={}, listings={})
     for state in states:
         check_format(state)

@@ -6,6 +6,7 @@ They are a pure function of the sample's seed, so they are the same on any devic
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -38,6 +39,7 @@ class Mask(Kind):
         """
         return None
 
+    @abstractmethod
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
         """Return a permutation of the patches per sample, int64 (B, N). A mask of any ratio hides a tail of it.
 

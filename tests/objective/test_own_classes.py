@@ -103,6 +103,25 @@ class Twice(Dense):
 
 class Undeclared(ImageTarget):
     """Does not say which distributions and regularisers it takes."""
+
+    def loss(self, given, context, encoded):
+        return Loss(encoded.tokens_BLD.sum())
+
+
+class Lossless(ImageTarget):
+    pass
+
+
+class Unregular(PooledRegularizer):
+    pass
+
+
+class Shapeless(Density):
+    pass
+
+
+class Orderless(Mask):
+    pass
 '''
 
 
@@ -253,6 +272,22 @@ def test_a_target_that_declares_no_families_is_refused_at_its_keys(tmp_path: Pat
         load_run_and_recipe(path, [f"recipe.targets.1.kind={package}.method.Undeclared"])
     assert "recipe.targets.1.distribution" in str(caught.value)
     assert "recipe.targets.1.regularizer" in str(caught.value)
+
+
+INCOMPLETE = {
+    "recipe.targets.1.kind": ("Lossless", "loss"),
+    "recipe.targets.0.regularizer": ("Unregular", "loss"),
+    "recipe.targets.1.distribution": ("Shapeless", "maps or vectors"),
+    "recipe.inputs.0.mask.form": ("Orderless", "order"),
+}
+
+
+@pytest.mark.parametrize("key", INCOMPLETE)
+def test_a_class_without_its_method_is_found_before_the_first_step(tmp_path: Path, package: str, key: str) -> None:
+    name, method = INCOMPLETE[key]
+    with pytest.raises(ConfigError, match=f"{name}' does not define {method}") as caught:
+        load_run_and_recipe(str(run_file(tmp_path, package)), [f"{key}={package}.method.{name}"])
+    assert key.removesuffix(".kind") in str(caught.value)
 
 
 FAULTS: dict[str, dict[str, Any]] = {

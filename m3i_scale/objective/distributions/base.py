@@ -56,6 +56,12 @@ class Density(Distribution):
 
     kinds: ClassVar[dict[str, type[Kind]]] = Distribution.kinds
 
+    @classmethod
+    def missing_methods(cls) -> list[str]:
+        """Return what the class must define: `maps` is for patches, `vectors` for pooled targets."""
+        neither = cls.maps is Density.maps and cls.vectors is Density.vectors
+        return ["maps or vectors"] if neither else super().missing_methods()
+
     def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
         """Return −log P̂ per dimension, mean over tokens and samples."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -66,6 +67,7 @@ class PairDistribution(Kind):
         """Return the first value of a learned bias of the logits; None for no bias."""
         return None
 
+    @abstractmethod
     def loss(
         self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Gradients beside each other (UniGrad; u₁ online, u₂ target, v other samples)
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ class PooledRegularizer(Regularizer):
         """Return what the head remembers of earlier batches, for targets of that width."""
         return Memory(width)
 
+    @abstractmethod
     def loss(self, p: Any, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
         """Return −log P̂ with the regularisation.
 

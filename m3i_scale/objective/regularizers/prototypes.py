@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Annotated, ClassVar, cast
 
 import torch
@@ -43,6 +44,7 @@ class PrototypeRegularizer(Regularizer):
         """Return why the target would collapse beside that distribution; None where it would not."""
         return None
 
+    @abstractmethod
     def assign(
         self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
     ) -> Tensor:

@@ -5,6 +5,7 @@ Neither has a decoder or a head of its own: what is compared is what leaves the 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -33,6 +34,7 @@ class ShownPatches(ImageTarget):
         """Return a module without weights: tokens are compared as they are."""
         return nn.Identity()
 
+    @abstractmethod
     def compared(self, tokens_BLD: Tensor) -> Tensor:
         """Return what is compared of the patches: fp32 (B, L, …)."""
         raise NotImplementedError

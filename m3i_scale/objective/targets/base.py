@@ -6,6 +6,7 @@ are given to it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
@@ -227,6 +228,7 @@ class Target(Kind):
         """Return which samples have the target: bool (B)."""
         return torch.ones_like(batch.has_text_B)
 
+    @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return −log P̂ of the target from one input, this rank's share."""
         raise NotImplementedError
