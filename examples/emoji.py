@@ -29,8 +29,8 @@ from PIL import Image
 from m3i_scale.data.images import to_png
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
-from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, made_lines, print_summary, sample_bar
+from m3i_scale.data.make.shards import made_lines, make_shards
+from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, print_summary, sample_bar
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.output import reserve_stdout

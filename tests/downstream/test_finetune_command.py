@@ -186,6 +186,17 @@ def test_the_same_command_goes_on_to_the_same_weights(
     assert all(value.equal(after[name]) for name, value in before.items())
 
 
+def test_the_folder_of_another_run_gets_no_shards(
+    trained: tuple[Path, Any], data: Path, forks: Forks, tmp_path: Path
+) -> None:
+    again = shutil.copytree(trained[0], tmp_path / "out")
+    shutil.rmtree(again / "shards")
+    refused = forks.run(*command(export(tmp_path / "other export"), data, again), env=environment())
+    assert refused.returncode == 2, refused.stderr
+    assert "from_pretrained" in refused.stderr
+    assert not (again / "shards").exists()
+
+
 # ---------------------------------------------------------------- data
 
 
