@@ -16,6 +16,8 @@ from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.destination import check_destination
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.check import faults_of
+from m3i_scale.run.rank_record import recorded
+from m3i_scale.scale.output_dir import check_output_dir
 
 WRITERS = {
     "recipes show m3i --mermaid": "recipe.md",
@@ -146,3 +148,15 @@ def test_an_ordinary_place_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for place in ("run", "a/b", "a/~", "data:1/x", str(tmp_path / "new.tar"), "/dev/stdout"):
         assert check_destination(place) == Path(place)
+
+
+def test_no_launcher_and_no_rank_writes_among_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images-000000.tar").touch()
+    words = ["launch", "mae", "--with", "local", "data.sources.main.shards=/data/shards", f"output_dir={tmp_path}"]
+    assert str(tmp_path) in str(refusal(words).where)
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError), recorded(tmp_path):
+        check_output_dir(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["images-000000.tar"]

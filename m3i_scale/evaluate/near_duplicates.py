@@ -15,7 +15,7 @@ from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tools.hashes import read_hashes
 from m3i_scale.data.tools.near import report_of
-from m3i_scale.data.tools.nearest import MAX_DISTANCE, Alike, Nearest, Numbers, Pairs
+from m3i_scale.data.tools.nearest import MAX_DISTANCE, Alike, Groups, Nearest, Numbers, Pairs
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
@@ -60,7 +60,7 @@ class EncodedImages:
         """Return the cosine of the features of an image and of one of others."""
         return {"similarity": round(float(self.features_ND[number] @ others.features_ND[other]), 4)}
 
-    def pairs(self, similarity: float) -> Pairs:
+    def pairs(self, similarity: float, groups: Groups) -> Pairs:
         """Yield all pairs of images whose cosine is `similarity` or more."""
         for left, right, _ in self._blocks(self, similarity):
             once = left < right

@@ -12,9 +12,10 @@ from PIL import ExifTags, Image, ImageOps
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.data.tools import nearest
 from m3i_scale.data.tools.hashes import HashedImages, hashes_of, read_hashes
 from m3i_scale.data.tools.near import groups_within, leaks
-from m3i_scale.data.tools.nearest import FEW, near
+from m3i_scale.data.tools.nearest import FEW, Groups, near
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.near_duplicates import find_near_duplicates
@@ -222,3 +223,41 @@ def test_what_is_near_is_found_once_and_nothing_else(seed, distance):
         if (int(queries[query]) ^ int(values[value])).bit_count() <= distance
     ]
     assert sorted(found) == expected
+
+
+def clustered(count, flips, seed=0):
+    """Images whose hashes differ from one hash in a few bits, and whose mirror images are like nothing."""
+    rng = np.random.default_rng(seed)
+    hashes = np.full(count, 0x0123456789ABCDEF, dtype=np.uint64)
+    for _ in range(flips):
+        hashes ^= np.uint64(1) << rng.integers(0, 64, count).astype(np.uint64)
+    mirrored = rng.integers(0, 2**64, count, dtype=np.uint64)
+    return hashed(*np.stack([hashes, mirrored], axis=1).tolist())
+
+
+def connected(images, distance):
+    """How many pairs it takes to connect all that are alike, and the first image of the group of each."""
+    pairs, groups = 0, Groups(len(images))
+    for left, right in images.pairs(distance, groups):
+        pairs += len(left)
+        groups.join(left, right)
+    return pairs, groups.of(np.arange(len(images))).tolist()
+
+
+@pytest.mark.parametrize(("flips", "distance"), [(2, 3), (3, 3), (4, 3), (5, 3), (5, 7), (8, 11)])
+def test_large_clusters_are_the_groups_that_all_pairs_make(flips, distance, monkeypatch):
+    images = clustered(700, flips)
+    expected = connected(images, distance)
+    assert len({*expected[1]}) < 700
+    monkeypatch.setattr(nearest, "LARGE", 16)
+    monkeypatch.setattr(nearest, "PILOTS", 4)
+    found = connected(images, distance)
+    assert found[1] == expected[1]
+    assert found[0] < expected[0]
+
+
+def test_images_that_are_all_alike_take_no_pairs_with_the_square_of_their_number(monkeypatch):
+    monkeypatch.setattr(nearest, "LARGE", 32)
+    monkeypatch.setattr(nearest, "PILOTS", 8)
+    few, many = (connected(clustered(count, 3), 6)[0] for count in (500, 2_000))
+    assert many < 4 * few  # all pairs would be fifteen times as many

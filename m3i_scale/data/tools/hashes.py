@@ -23,7 +23,7 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tar import key_at, read_shard
-from m3i_scale.data.tools.nearest import FEW, Alike, Nearest, Numbers, Pairs, near, unlike_bits
+from m3i_scale.data.tools.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, near, unlike_bits
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -109,7 +109,7 @@ class HashedImages:
         )
         return {"distance": min(straight, mirrored), "mirrored": mirrored < straight}
 
-    def pairs(self, distance: int) -> Pairs:
+    def pairs(self, distance: int, groups: Groups) -> Pairs:
         """Yield pairs of alike images; of those with equal hashes the first stands for the others, with which it is
         paired. Their mirror images are all looked for, as they may have different hashes."""
         values, first, which = np.unique(self.hash_N, return_index=True, return_inverse=True)
@@ -117,7 +117,11 @@ class HashedImages:
         yield first[which[repeated]], repeated
         hash_U2, first_U, _ = self._distinct()
         for queries, images in ((values, first), (hash_U2[:, 1], first_U)):
-            for left, right in near(queries, values, distance):
+
+            def groups_of(query_P: Numbers, value_P: Numbers, images: Numbers = images) -> tuple[Numbers, Numbers]:
+                return groups.of(images[query_P]), groups.of(first[value_P])
+
+            for left, right in near(queries, values, distance, groups_of):
                 unequal = images[left] != first[right]
                 yield images[left[unequal]], first[right[unequal]]
 

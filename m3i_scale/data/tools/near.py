@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import Self
 
-from m3i_scale.data.tools.nearest import Alike, Pairs
+from m3i_scale.data.tools.nearest import Alike, Groups, Pairs
 
 
 class Images(Protocol):
@@ -30,8 +30,8 @@ class Images(Protocol):
         """Return how an image resembles one of others."""
         ...
 
-    def pairs(self, threshold: Any) -> Pairs:
-        """Yield enough pairs of alike images to connect all that are."""
+    def pairs(self, threshold: Any, groups: Groups) -> Pairs:
+        """Yield enough pairs of alike images to connect all that are; the caller joins each in `groups`."""
         ...
 
     def alike(self, others: Self, threshold: Any) -> Alike:
@@ -45,27 +45,18 @@ def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
     Returns:
         By group its `size` and its `images`: place, and likeness to the first of them.
     """
-    parents = np.arange(len(images))
-    for left, right in images.pairs(threshold):
-        for pair in zip(left.tolist(), right.tolist(), strict=True):
-            first, second = sorted(_root(parents, number) for number in pair)
-            parents[second] = first
+    connected = Groups(len(images))
+    for left, right in images.pairs(threshold, connected):
+        connected.join(left, right)
     members: dict[int, list[int]] = {}
-    for number in range(len(images)):
-        if (root := _root(parents, number)) != number:
-            members.setdefault(root, []).append(number)
+    for number, first in enumerate(connected.of(np.arange(len(images))).tolist()):
+        if first != number:
+            members.setdefault(first, []).append(number)
     groups = [
         [images.place(first), *({**images.place(other), **images.likeness(first, images, other)} for other in others)]
         for first, others in sorted(members.items(), key=lambda group: (-len(group[1]), group[0]))
     ]
     return [{"size": len(group), "images": group} for group in groups]
-
-
-def _root(parents: Any, number: int) -> int:
-    while (parent := int(parents[number])) != number:
-        parents[number] = parents[parent]  # halves the way for the next one
-        number = parent
-    return number
 
 
 def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str, Any]]:

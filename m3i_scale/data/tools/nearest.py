@@ -5,7 +5,7 @@ All of them would not fit in memory: where images are missing, a picture that sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ BANDS, BAND_BITS = 4, 16
 MAX_DISTANCE = 11
 """Beyond it, unlike images meet by chance, and a search would compare nearly all pairs."""
 BLOCK_PAIRS = 2_000_000
+LARGE, PILOTS, ROUNDS = 1_024, 64, 16
+"""More values than `LARGE` in one band are compared with a few queries first, in rounds, which connect most of them."""
+_MOST = 0.98
+"""Share of values in one group from which on further rounds are not worth it."""
 _ONES = np.array([value.bit_count() for value in range(1 << BAND_BITS)], dtype=np.uint8)
 
 Numbers = NDArray[np.integer[Any]]
@@ -68,11 +72,52 @@ class Nearest:
         return list(zip(self._far_K[start:end].tolist(), self._value_K[start:end].tolist(), strict=True))
 
 
-def near(query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int) -> Pairs:
+class Groups:
+    """Images that are connected by pairs of alike ones. The first image of a group stands for it."""
+
+    def __init__(self, images: int) -> None:
+        self._above = np.arange(images)
+
+    def of(self, image_P: Numbers) -> Numbers:
+        """Return the first image of the group of each image."""
+        found = self._above[image_P]
+        while not np.array_equal(found, above := self._above[found]):
+            found = above
+        self._above[image_P] = found  # a short way for the next one
+        return found
+
+    def join(self, left_P: Numbers, right_P: Numbers) -> None:
+        """Make one group of the groups of both images of each pair."""
+        pairs = np.stack([self.of(left_P), self.of(right_P)], axis=1)
+        for pair in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
+            first, second = sorted(map(self._first, pair))
+            self._above[second] = first
+
+    def _first(self, image: int) -> int:
+        while (above := int(self._above[image])) != image:
+            self._above[image] = self._above[above]  # halves the way for the next one
+            image = above
+        return image
+
+
+GroupsOf = Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]
+"""Gives the groups, as they are now, of queries and of values."""
+
+
+def near(
+    query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int, groups_of: GroupsOf | None = None
+) -> Pairs:
     """Yield the numbers of all queries and values that differ in at most `distance` bits, each pair once.
 
     Hashes are four bands of 16 bits. Of two that differ in d bits, one band differs in d // 4 at most, so only values
     are compared whose band is that of the query up to so many bits.
+
+    Args:
+        query_Q: hashes.
+        value_N: hashes.
+        distance: in bits.
+        groups_of: leave out pairs within one group. The groups grow while pairs are yielded: so many images that are
+            all alike take no time that grows with the square of their number.
     """
     radius = distance // BANDS
     masks = np.flatnonzero(radius >= _ONES)
@@ -84,7 +129,8 @@ def near(query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int
             wanted_Q = keys_Q ^ mask
             end_Q = ends[wanted_Q]
             count_Q = end_Q - np.where(wanted_Q > 0, ends[wanted_Q - 1], 0)
-            for left, places in _candidates(end_Q, count_Q):
+            found = _candidates(end_Q, count_Q) if groups_of is None else _apart(end_Q, count_Q, order, groups_of)
+            for left, places in found:
                 right = order[places]
                 unlike = query_Q[left] ^ value_N[right]
                 ones = [_ONES[_band(unlike, number)] for number in range(BANDS)]
@@ -113,3 +159,36 @@ def _candidates(end_Q: Numbers, count_Q: Numbers) -> Pairs:
         counts = count_Q[queries]
         left: Numbers = np.repeat(queries, counts)
         yield left, np.repeat(end_Q[queries] - np.cumsum(counts), counts) + np.arange(len(left))
+
+
+def _apart(end_Q: Numbers, count_Q: Numbers, order: Numbers, groups_of: GroupsOf) -> Pairs:
+    """Yield `_candidates`, of many values without most pairs within one group."""
+    large = count_Q > LARGE
+    yield from _candidates(end_Q, np.where(large, 0, count_Q))
+    asked = np.flatnonzero(large)
+    asked = asked[np.argsort(end_Q[asked], kind="stable")]
+    for queries in np.split(asked, np.flatnonzero(np.diff(end_Q[asked])) + 1):
+        if len(queries):
+            end = int(end_Q[queries[0]])
+            places = np.arange(end - int(count_Q[queries[0]]), end)
+            yield from _apart_in_band(queries, places, order[places], groups_of)
+
+
+def _apart_in_band(queries: Numbers, places: Numbers, values: Numbers, groups_of: GroupsOf) -> Pairs:
+    queries = np.random.default_rng(0).permutation(queries)  # neighbours are alike, and would connect the same few
+    for _ in range(ROUNDS):
+        yield from _product(queries[:PILOTS], places)
+        queries = queries[PILOTS:]
+        of_query, of_value = groups_of(queries, values)
+        names, counts = np.unique(of_value, return_counts=True)
+        largest = names[counts.argmax()]
+        if counts.max() > _MOST * len(values) or not len(queries):
+            break
+    yield from _product(queries[of_query != largest], places)
+    yield from _product(queries[of_query == largest], places[of_value != largest])
+
+
+def _product(queries: Numbers, places: Numbers) -> Pairs:
+    if len(queries) and len(places):
+        for some in np.array_split(queries, -(-len(queries) * len(places) // BLOCK_PAIRS)):
+            yield np.repeat(some, len(places)), np.tile(places, len(some))
