@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,31 +26,48 @@ from traffic_cases import Sizes
 from m3i_scale.scale.collectives import ProcessGroupRanks
 
 BOUND = 2
-"""Under ZeRO-1: the vote of all ranks, and DeepSpeed's look at the norm of the gradients."""
+"""In a step of ZeRO-1: the vote of all ranks, and DeepSpeed's look at whether the norm of the gradients is finite."""
 WALKED = {"m3i": 0, "clip": 0, "siglip": 0, "mae": 0, "moco": 0, "supervised": 0}
 """Waits in forward and backward pass, which is all that a walk with fake tensors can see."""
 COLLECTIVES = {"m3i": (29, 9), "clip": (8, 6), "supervised": (7, 1), "mae": (1, 1), "moco": (3, 2)}
 """Of forward and backward pass on several ranks, beside DeepSpeed's: before counts and sums were joined, and now."""
-WALK = Path(__file__).resolve().parents[2] / "tests" / "fake_cuda" / "walk.py"
+FAKE_CUDA = Path(__file__).resolve().parents[2] / "tests" / "fake_cuda"
 
 
 def measure(mode: str, rows: Rows) -> None:
-    """Rows: waits of a whole step on a GPU; on a fake one, waits of the objectives, and their collectives."""
+    """Rows: waits of a step on a GPU; on a fake one, those of a simulated step, of the objectives, and collectives."""
     if mode == "fake":
         _walk(rows)
+        _simulate(rows)
         _collectives(rows)
     else:
         _train(rows)
 
 
 def _walk(rows: Rows) -> None:
-    preloaded = {"LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": os.pathsep.join(library_paths())}
-    command = [sys.executable, str(WALK), *WALKED]
-    done = subprocess.run(command, env=os.environ | preloaded, stdout=subprocess.PIPE, text=True, check=True)
-    models = json.loads(done.stdout.splitlines()[-1])["models"]
+    models = _on_fake_device("walk.py", *WALKED)["models"]
     for name, bound in WALKED.items():
         rows.at_most(f"{name}: host waits of a micro-batch", bound, sum(models[name]["waits"].values()))
         rows.figure(f"{name}: kernels of a micro-batch", models[name]["kernels"])
+
+
+def _simulate(rows: Rows) -> None:
+    """Simulate a run with its engine, and count in its last step, before the record is written."""
+    answer = _on_fake_device("simulate.py", "m3i")["m3i"]
+    step = answer["steps"][-1]
+    rows.at_most("m3i: host waits of a step", BOUND, sum(step["waits"].values()))
+    rows.must("m3i: races, lifetimes and devices", {}, answer["faults"], ok=not answer["faults"])
+    rows.figure("m3i: kernels of a step with its engine", step["kernels"])
+    rows.figure("waits by place", step["waits"])
+
+
+def _on_fake_device(script: str, *arguments: str) -> dict[str, Any]:
+    """Return what a script of `tests/fake_cuda` prints."""
+    preloaded = {"LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": os.pathsep.join(library_paths())}
+    command = [sys.executable, str(FAKE_CUDA / script), *arguments]
+    done = subprocess.run(command, env=os.environ | preloaded, stdout=subprocess.PIPE, text=True, check=True)
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
 def _collectives(rows: Rows) -> None:

@@ -15,9 +15,9 @@ FILES = (
     "zero3_bf16_lean",
     "zero3_fp16",
 )
-PHASES = "phases=[{steps: 1}, {steps: 2, image_size: 48, micro_batch_size: 2}]"
+PHASES = "phases=[{steps: 1}, {steps: 1, image_size: 48, micro_batch_size: 2}]"
 OFFLOADED = "backbone.activation_checkpointing=offload"
-EVALUATED = ("evaluation.every_steps=3", "evaluation.batches=1", "data.validation.val.shards=none")
+EVALUATED = ("evaluation.every_steps=2", "evaluation.batches=1")
 
 CASES = {
     **{file: Case(CARRIER, file, long=True) for file in FILES},
@@ -28,7 +28,7 @@ CASES = {
     "dinov2": Case("dinov2", "zero3_bf16_all_reduce"),
     "mae": Case("mae", "zero3_bf16_cpu_offload"),
     "supervised": Case("supervised", "zero3_bf16_lean"),
-    "classification": Case("classifier", "zero1_bf16", ("task.ema=0.9",)),
+    "classification": Case("classifier", "zero1_bf16", ("task.ema=0.9", *EVALUATED)),
     "segmentation": Case("EoMT", "zero3_bf16"),
     "detection": Case("Mask R-CNN", "zero2_bf16"),
     "phases": Case("mae", "zero3_bf16", (PHASES,), accumulation=2),

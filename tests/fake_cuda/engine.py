@@ -1,62 +1,40 @@
-"""Start DeepSpeed's engine on the simulated GPU, as rank 0 of several: process group, accelerator, stand-ins.
+"""Run DeepSpeed's engine on the simulated GPU: where the modules are built, and stand-ins for the host's own work.
 
-Import it before DeepSpeed. What is left out is the host's own work on values: reading and writing files, agreeing on
-lengths with other ranks, and the first values of parameters.
+Left out are the values: files of checkpoints hold zeros, parameters have no first values, and ranks agree on lengths.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import collectives
-import device_api
-
-WORLD = 2
-device_api.install()
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), LOCAL_SIZE=str(WORLD))
-
 import torch
-import torch.distributed as dist
 from answers import TRUTH, without_values
 from clocks import Timeline, machine
-from deepspeed.accelerator import set_accelerator
-from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.ops.adam import cpu_adam
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero import utils as zero_utils
 from memory import host_access
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from tracer import Tracer
 
-set_accelerator(CUDA_Accelerator())
-dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())  # type: ignore[no-untyped-call]
-collectives.install()
-
-import deepspeed
-import deepspeed.moe.layer  # imported with the first engine; here before any process is forked
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
-from deepspeed.runtime.zero import utils as zero_utils
-
-import m3i_scale.scale.agree as agree
-import m3i_scale.scale.checkpoint.load as load
-import m3i_scale.scale.checkpoint.stream as stream
-import m3i_scale.scale.checkpoint.tensors as tensors
 from m3i_scale.data.batch import Batch
 from m3i_scale.run import probe, setup
 from m3i_scale.run.hooks import checkpointing
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.scale import agree
+from m3i_scale.scale.checkpoint import load, stream, tensors
 from m3i_scale.scale.checkpoint.index import Index
 from m3i_scale.scale.checkpoint.saver import BackgroundCall
 from m3i_scale.scale.peak import compute_dtype
 
-deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
 _build = setup._build
 
 
@@ -164,7 +142,7 @@ def simulated() -> Iterator[None]:
         (BackgroundCall, "start", _Thread.start),
         (BackgroundCall, "wait", _Thread.wait),
         (gc, "collect", lambda *_: 0),  # DeepSpeed and the loop collect again and again
-        (deepspeed.ops.adam.cpu_adam.CPUAdamBuilder, "load", lambda builder, verbose=True: _CPUAdam()),
+        (cpu_adam.CPUAdamBuilder, "load", lambda builder, verbose=True: _CPUAdam()),
     ]
     for module in (zero_utils, partitioned_param_coordinator, partition_parameters, stage3):
         for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):

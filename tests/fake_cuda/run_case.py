@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from clocks import machine
-from engine import WORLD, simulated
+from cuda_start import WORLD
+from engine import simulated
 from tiny import LABEL_SETS, VOCABULARY, in_parts
 from walk import batch_of, run_of
 
@@ -27,7 +28,7 @@ from m3i_scale.scale.deepspeed.resolve import resolve
 from m3i_scale.scale.host_memory import pinning
 
 MICRO_BATCH = 4
-SAVE_EVERY, SPIKE_AT, SHORT, LONG = 2, 3, 3, 4
+SPIKE_AT, SHORT, LONG = 3, 2, 4
 
 
 class _Vocabulary:
@@ -43,11 +44,11 @@ class _Stream:
     """Stands for a `TrainStream`: batches in pinned memory."""
 
     can_end, samples_at_most, account = False, None, Account(0, 0, 0)
-    quarantined: dict[str, int] = {}
-    quarantined_samples: dict[str, int] = {}
 
     def __init__(self, run: RunConfig, image_size: int) -> None:
         self._run = run
+        self.quarantined: dict[str, int] = {}
+        self.quarantined_samples: dict[str, int] = {}
         self.resize(image_size, MICRO_BATCH)
 
     def resize(self, image_size: int, micro_batch_size: int) -> None:
@@ -57,7 +58,7 @@ class _Stream:
         pin = pinning()
         assert pin is not None
         for _ in itertools.count():
-            yield batch_of(self._run, *self._sizes).pinned(pin)
+            yield batch_of(self._run, *self._sizes).changed(pin)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -76,7 +77,7 @@ class _Stream:
 class Case:
     """A run to simulate.
 
-    A short one takes three steps and saves the second one. A long one goes back to that once, ends, and is resumed.
+    A short one takes two steps and saves both. A long one saves every second one, goes back once, ends, and is resumed.
     """
 
     model: str
@@ -90,7 +91,8 @@ class Case:
     def resolved(self, folder: Path, steps: int) -> ResolvedRun:
         """Return the run of the case, `steps` long."""
         batch = MICRO_BATCH * WORLD * self.accumulation
-        lengths = (f"optim.steps={steps}", f"checkpoint.every_steps={SAVE_EVERY}", "log.every_steps=100")
+        saves = f"checkpoint.every_steps={2 if self.long else 1}"
+        lengths = (f"optim.steps={steps}", saves, "log.every_steps=100")
         sizes = (f"optim.batch_size={batch}", f"optim.micro_batch_size={MICRO_BATCH}", "optim.warmup_steps=1")
         more = (f"output_dir={folder}", "hardware.peak_tflops=1.0", "log.progress=false")
         guard = "guard.spike={}"

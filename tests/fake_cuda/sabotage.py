@@ -36,17 +36,19 @@ class Sabotage:
 
     def plant(self) -> None:
         """Change the function, wherever it is referred to."""
-        path = Path(inspect.getsourcefile(self.function) or "")
+        function: Any = inspect.unwrap(self.function)
+        path = Path(inspect.getsourcefile(function) or "")
         source = path.read_text(encoding="utf-8")
         if source.count(self.old) != 1:
             raise ValueError(f"{self.old!r} is {source.count(self.old)} times in {path}")
         changed = compile(source.replace(self.old, self.new), str(path), "exec", dont_inherit=True)
-        name = self.function.__code__.co_qualname
-        self.function.__code__ = next(code for code in _codes(changed) if code.co_qualname == name)
+        name = function.__code__.co_qualname
+        function.__code__ = next(code for code in _codes(changed) if code.co_qualname == name)
 
     def place(self) -> str:
         """Return `file.py:line` of the line that a fault must name."""
         function, text = self.named
+        function = inspect.unwrap(function)
         lines, first = inspect.getsourcelines(function)
         (number,) = (first + number for number, line in enumerate(lines) if text in line)
         return f"{Path(inspect.getsourcefile(function) or '').name}:{number}"

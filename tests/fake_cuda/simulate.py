@@ -16,7 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import engine  # before DeepSpeed
+import cuda_start  # before DeepSpeed
+import deepspeed.moe.layer  # this and the next are imported with the first engine
+import deepspeed.runtime.zero.muon.original_muon
 from cases import CASES
 from run_case import simulate
 from sabotage import SABOTAGES
@@ -51,6 +53,7 @@ def _fork(name: str, root: Path, number: int) -> int:
 
 def main() -> None:
     os.dup2(2, 1)  # DeepSpeed prints
+    print(f"{cuda_start.ACCELERATOR.device_name()}, {deepspeed.__version__}")
     tiny_teacher()
     names = sys.argv[1:] or [*CASES, *SABOTAGES]
     gc.collect()
@@ -73,5 +76,4 @@ def main() -> None:
 _OUTPUT = os.dup(1)
 
 if __name__ == "__main__":
-    print(f"simulated on {engine.WORLD} ranks", file=sys.stderr)
     main()

@@ -97,7 +97,7 @@ class _Operations(TorchDispatchMode):
         if pinned and results:
             storage_of(results[0]).pinned = True
         if func.is_view or name in _NO_KERNEL or name.startswith("prim::"):
-            if self._memory and "empty" in name:
+            if self._memory and ("empty" in name or name == "aten::lift_fresh"):
                 self._allocate(results)
             return outputs
         if name in ("aten::_to_copy", "aten::copy_") and on_device[-1] != results[0].is_cuda:
