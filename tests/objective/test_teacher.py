@@ -103,6 +103,15 @@ def test_a_teacher_of_another_patch_size_sees_the_images_resized(patch: int, sid
     torch.testing.assert_close(torch.cat([cls_B1D, tokens_BND], dim=1), wanted)
 
 
+def test_random_generators_of_gpus_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    teacher_plan(teacher_of(tiny_teacher()))
+    assert asked == []
+
+
 def test_a_model_that_hides_patches_is_refused(tmp_path: Path) -> None:
     saved(ViTMAEModel(ViTMAEConfig(**SIZES, intermediate_size=64)), tmp_path)
     with pytest.raises(ConfigError, match="not one token a patch"):
