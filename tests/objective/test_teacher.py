@@ -106,7 +106,7 @@ def test_a_teacher_of_another_patch_size_sees_the_images_resized(patch: int, sid
 def test_random_generators_of_gpus_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     teacher_plan(teacher_of(tiny_teacher()))
     assert asked == []
