@@ -153,7 +153,7 @@ def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
     shallow = copy.deepcopy(config)
     if isinstance(getattr(config, "num_hidden_layers", None), int):
         shallow.num_hidden_layers = 1
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = AutoModel.from_config(shallow, trust_remote_code=False).eval()
         kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
         if kept:

@@ -29,7 +29,7 @@ from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
-from m3i_scale.run.resume import check_resume, find_resume
+from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import measures_precision
@@ -87,7 +87,8 @@ def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, fault
     """Look for the checkpoint to resume from, by the sizes of its files, and compare the run with it."""
     checkpoint, _ = faults.note(find_resume, run, contents=False) or (None, [])
     if checkpoint is not None and resolved is not None:
-        faults.note(check_resume, resolved, checkpoint, ranks)
+        if faults.note(check_resume, resolved, checkpoint, ranks) is not None:
+            faults.note(check_counts, checkpoint, run.optim.batch_size)
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:

@@ -99,7 +99,6 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             fix="raise optim.steps, or take another output_dir",
         )
     step = int(meta["step"])
-    _check_counts(checkpoint, meta, resolved.run.optim.batch_size)
     phases = _saved_phases(meta, checkpoint)
     _check_sizes(resolved.run, phases, checkpoint, step)
     return (
@@ -109,13 +108,18 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
     )
 
 
-def _check_counts(checkpoint: Path, meta: dict[str, Any], batch_size: int) -> None:
-    """Check that a checkpoint agrees with itself on how far it is. Steps that were left out count for the data alone,
-    and so do those that a rewind has undone.
+def check_counts(checkpoint: Path, batch_size: int) -> None:
+    """Check that a checkpoint agrees with itself on how far it is. Skipped steps count for the data alone, and so do
+    steps that a rewind has undone. Call it on one rank: it reads a file of each rank.
+
+    Args:
+        checkpoint: to resume from.
+        batch_size: samples in a step.
 
     Raises:
         CheckpointError: step, optimizer and data are of different moments.
     """
+    meta = read_meta(checkpoint)
     files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
     try:
         step, counts = int(meta["step"]), meta["engine"]

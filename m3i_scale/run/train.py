@@ -27,7 +27,7 @@ from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.check import resolve_run, run_warnings, told_phases
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
-from m3i_scale.run.resume import check_resume, find_resume
+from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
@@ -170,6 +170,7 @@ def train(
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
+            from_rank_0(lambda: check_counts(resume_from, run.optim.batch_size))
         check_machines(resolved, tell)
         from_rank_0(lambda: _write_settings(resolved))
         # Before the tables about the engine: what is wrong with the data should not stand below them.

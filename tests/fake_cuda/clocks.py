@@ -44,8 +44,9 @@ def line(count: int = 1) -> str:
     frame = sys._getframe(1)
     while frame is not None and len(lines) < count:
         short = _short(frame.f_code.co_filename)
-        if short is not None:
-            lines.append(f"{short}:{frame.f_lineno}")
+        place = f"{short}:{frame.f_lineno}"
+        if short is not None and place not in lines[-1:]:  # a comprehension is a frame of its own
+            lines.append(place)
         frame = frame.f_back  # type: ignore[assignment]
     return " < ".join(lines) or "the backward pass"
 

@@ -15,7 +15,7 @@ from run_case import Case
 from m3i_scale.data.batch import Batch
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale import engine_state, partition
+from m3i_scale.scale import averages, engine_state, partition
 from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
 from m3i_scale.scale.checkpoint.saver import Saver
@@ -72,12 +72,12 @@ SABOTAGES = {
         _TWICE, DeviceCopies.__call__, "tensor.record_stream(current)", "pass", "lifetime", _COPIED
     ),
     "weights are gathered before they are written": Sabotage(
-        Case(CARRIER, "zero3_bf16_all_reduce"),
+        Case(CARRIER, "zero3_bf16_all_reduce", ("checkpoint.every_steps=9",)),  # a save waits for the device
         partition.order_gathers,
         "stream.wait_stream(get_accelerator().current_stream())",
         "pass",
         "race",
-        (ShardedMomentum.update, "_write(average, copy, beside)"),
+        (averages._write, "split(average, copy, beside)"),
     ),
     "gathered averages are not waited for": Sabotage(
         _SMALL,

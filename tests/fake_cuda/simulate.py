@@ -5,12 +5,10 @@ Run with the library of `fake_library.py` preloaded: `python simulate.py [NAME â
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +18,28 @@ import cuda_start  # before DeepSpeed
 import deepspeed.moe.layer  # this and the next are imported with the first engine
 import deepspeed.runtime.zero.muon.original_muon
 from cases import CASES
+from processes import fork_each
 from run_case import simulate
 from sabotage import SABOTAGES
 from tiny import tiny_teacher
 
-AT_A_TIME = 2
 
-
-def _answer(name: str, folder: Path) -> dict[str, Any]:
+def _answer(name: str) -> dict[str, Any]:
     """Return what a run, or a sabotaged one, gives."""
-    if name in CASES:
-        return simulate(CASES[name], folder)
-    sabotage = SABOTAGES[name]
-    place = sabotage.place()
-    sabotage.plant()
-    return {**simulate(sabotage.case, folder), "place": place, "kind": sabotage.kind}
-
-
-def _fork(name: str, root: Path, number: int) -> int:
-    """Start a process that writes its answer into a file, and return its number."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        (root / str(number)).mkdir()
-        answer = _answer(name, root / str(number))
-    except BaseException:
-        answer = {"error": traceback.format_exc()}
-    (root / f"{number}.json").write_text(json.dumps(answer))
-    os._exit(0)
+    with tempfile.TemporaryDirectory() as folder:
+        if name in CASES:
+            return simulate(CASES[name], Path(folder))
+        sabotage = SABOTAGES[name]
+        place = sabotage.place()
+        sabotage.plant()
+        return {**simulate(sabotage.case, Path(folder)), "place": place, "kind": sabotage.kind}
 
 
 def main() -> None:
     os.dup2(2, 1)  # DeepSpeed prints
-    print(f"{cuda_start.ACCELERATOR.device_name()}, {deepspeed.__version__}")
+    print(f"{cuda_start.ACCELERATOR.device_name()}, DeepSpeed {deepspeed.__version__}")
     tiny_teacher()
-    names = sys.argv[1:] or [*CASES, *SABOTAGES]
-    gc.collect()
-    gc.freeze()
-    with tempfile.TemporaryDirectory() as folder:
-        root, running = Path(folder), 0
-        for number, name in enumerate(names):
-            if running == AT_A_TIME:
-                os.wait()
-                running -= 1
-            _fork(name, root, number)
-            running += 1
-        for _ in range(running):
-            os.wait()
-        files = {name: root / f"{number}.json" for number, name in enumerate(names)}
-        answers = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    answers = fork_each(sys.argv[1:] or [*CASES, *SABOTAGES], _answer)
     os.write(_OUTPUT, json.dumps(answers).encode())
 
 

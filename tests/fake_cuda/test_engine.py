@@ -21,30 +21,31 @@ from torch.utils.cpp_extension import library_paths
 
 HERE = Path(__file__).parent
 FILES = {
-    "zero1_bf16": (2, 8),
-    "zero2_bf16": (7, 9),
-    "zero3_bf16": (5, 87),
-    "zero3_bf16_all_reduce": (5, 87),
-    "zero3_bf16_cpu_offload": (5, 87),
-    "zero3_bf16_lean": (5, 87),
-    "zero3_fp16": (5, 87),
+    "zero1_bf16": (2, 8, 474),
+    "zero2_bf16": (6, 39, 728),
+    "zero3_bf16": (5, 89, 717),
+    "zero3_bf16_all_reduce": (5, 89, 717),
+    "zero3_bf16_cpu_offload": (76, 85, 712),
+    "zero3_bf16_lean": (5, 89, 717),
+    "zero3_fp16": (5, 89, 717),
 }
-"""Waits of the host and collectives in a step of `moco` that is not logged, with parameters in small buckets."""
-SHORT = (
-    "m3i",
-    "m3i in parts",
-    "clip",
-    "siglip",
-    "dinov2",
-    "mae",
-    "supervised",
-    "classification",
-    "segmentation",
-    "detection",
-    "phases",
-    "activations on the host",
-    "a host far ahead",
-)
+"""Waits of the host, collectives and kernels of a step of `moco` that is not logged, in small buckets."""
+SHORT = {
+    "m3i": (2, 23, 1674),
+    "m3i in parts": (2, 23, 1674),
+    "clip": (2, 23, 1674),
+    "siglip": (2, 23, 1674),
+    "dinov2": (2, 23, 1674),
+    "mae": (2, 23, 1674),
+    "supervised": (2, 23, 1674),
+    "classification": (2, 23, 1674),
+    "segmentation": (2, 23, 1674),
+    "detection": (2, 23, 1674),
+    "phases": (2, 23, 1674),
+    "activations on the host": (2, 23, 1674),
+    "a host far ahead": (2, 23, 1674),
+}
+"""The same of the last step, which is logged; without what the record waits for."""
 SABOTAGED = (
     "copies of batches are not waited for",
     "batches are freed while they are read",
@@ -73,10 +74,10 @@ def simulated() -> Answers:
     return answers
 
 
-def plain_step(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return the last step of a run that is not logged."""
+def last_step(name: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the last step of a short run; of a long one, the last one that is not logged."""
     steps: list[dict[str, Any]] = answer["steps"]
-    return [step for step in steps if not step["logged"]][-1]
+    return [step for step in steps if not (name in FILES and step["logged"])][-1]
 
 
 @pytest.mark.parametrize("name", [*FILES, *SHORT])
@@ -90,25 +91,20 @@ def test_a_run_saves_goes_back_and_is_resumed(simulated: Answers, name: str) -> 
     assert [step["step"] for step in simulated[name]["steps"]] == [1, 2, 3, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_step_waits_and_communicates_as_often_as_known(simulated: Answers, name: str) -> None:
-    step = plain_step(simulated[name])
-    assert (sum(step["waits"].values()), sum(step["collectives"].values())) == FILES[name], step
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_forward_and_backward_pass_wait_no_more_than_the_file(simulated: Answers, name: str) -> None:
-    """But for what the libraries of a segmenter and a detector read."""
-    waits = plain_step(simulated[name])["waits"]
-    allowed = ("deepspeed/", "m3i_scale/scale/agree.py", "transformers/", "torchvision/", "m3i_scale/objective/")
-    assert [place for place in waits if not place.partition(" at ")[2].startswith(allowed)] == []
+@pytest.mark.parametrize("name", [*FILES, *SHORT])
+def test_a_step_asks_for_as_much_as_known(simulated: Answers, name: str) -> None:
+    step = last_step(name, simulated[name])
+    waits, collectives, kernels = (FILES | SHORT)[name]
+    found = tuple(sum(step[kind].values()) for kind in ("waits", "collectives"))
+    assert found == (waits, collectives), step
+    assert step["kernels"] < 1.1 * kernels
 
 
 @pytest.mark.parametrize("name", SABOTAGED)
 def test_what_is_broken_is_found_at_its_line(simulated: Answers, name: str) -> None:
     answer = simulated[name]
     assert "error" not in answer, answer["error"]
-    found = plain_step(answer)["waits"] if answer["kind"] == "wait" else answer["faults"]
+    found = answer["steps"][-1]["waits"] if answer["kind"] == "wait" else answer["faults"]
     named = [fault for fault in found if answer["place"] in fault]
     assert named, found
     assert answer["kind"] == "wait" or all(fault.startswith(answer["kind"]) for fault in named)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import yaml
 from answers import without_values
+from processes import fork_each
 from tiny import DINOV2, LABEL_SETS, MAPS, MULTI_CROP, RECIPES, VOCABULARY, random_batch, tiny_run, tiny_teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tracer import Tracer
@@ -157,11 +158,26 @@ def planted() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _half(numbers: str) -> dict[str, Any]:
+    """Return what is counted of the models with these numbers, `[first, …]`."""
+    names = [_names()[number] for number in json.loads(numbers)]
+    models = {name: counted(name, logged=False) for name in names}
+    return models | {f"{name}, logged": counted(name, logged=True) for name in names if name in _LOGGED}
+
+
+def _names() -> list[str]:
+    return sys.argv[1:] or [*_RUNS, *_TASKS]
+
+
 def main() -> None:
     tiny_teacher()
-    names = sys.argv[1:] or [*_RUNS, *_TASKS]
-    models = {name: counted(name, logged=False) for name in names}
-    models |= {f"{name}, logged": counted(name, logged=True) for name in names if name in _LOGGED}
+    numbers = range(len(_names()))
+    halves = fork_each([json.dumps([*numbers[first::2]]) for first in (0, 1)], _half)
+    models: dict[str, Any] = {}
+    for half in halves.values():
+        if "error" in half:
+            raise RuntimeError(half["error"])
+        models |= half
     print(json.dumps({"models": models, "planted": planted()}))
 
 

@@ -146,6 +146,15 @@ def test_a_vit_has_the_class_token_and_siglip_without_a_head_the_mean(head: bool
     torch.testing.assert_close(pooled_B1D[:, 0], hidden[:, 0] if head else hidden.mean(dim=1))
 
 
+def test_random_generators_of_gpus_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    teacher_plan(teacher_of(tiny_teacher()))
+    assert asked == []
+
+
 def test_a_model_that_hides_patches_is_refused(tmp_path: Path) -> None:
     saved(ViTMAEModel(ViTMAEConfig(**SIZES, intermediate_size=64)), tmp_path)
     with pytest.raises(ConfigError, match="not one token a patch"):
