@@ -30,18 +30,13 @@ class WholeEngine(Engine):
     """Replays stages 1 and 2: every rank has all parameters."""
 
     def build(self) -> None:
-        """Follow `DeepSpeedEngine._configure_distributed_model`, `__init__` of the optimizer."""
+        """Follow `partition.construct` and `__init__` of the optimizer."""
         kept: dict[int, int] = {}
         self.gathered_averages: list[int] = []
         """Elements of the groups whose averages are gathered."""
         for place, parameter in enumerate(self.parameters):
-            kept[place] = self.device.allocate(OF_ROLE[parameter.role], parameter.numel * 4)  # built in fp32
-        if self.settings.parameter_bytes != 4:
-            for place, parameter in enumerate(self.parameters):
-                size = parameter.numel * self.settings.parameter_bytes
-                cast = self.device.allocate(OF_ROLE[parameter.role], size)
-                self.device.free(kept[place])
-                kept[place] = cast
+            size = parameter.numel * self.settings.parameter_bytes
+            kept[place] = self.device.allocate(OF_ROLE[parameter.role], size)
         self.groups = groups_of(self.parameters, self.trained)
         self.flat = [self._padded(sum(self.parameters[p].numel for p in group)) for group in self.groups]
         for group, numel in zip(self.groups, self.flat, strict=True):
