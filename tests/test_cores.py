@@ -96,3 +96,15 @@ def test_torch_computes_with_these_threads(ranks: int) -> None:
 @pytest.mark.parametrize("command", ["launch", "doctor"])
 def test_commands_that_start_ranks_leave_them_their_threads(command: str) -> None:
     assert threads_of(command)[0] == "None"
+
+
+@pytest.mark.parametrize(("count", "ranks"), [("1", 1), ("cpu", os.cpu_count() or 1)])
+def test_ranks_of_torchrun_have_them_too(tmp_path: Path, count: str, ranks: int) -> None:
+    (tmp_path / "rank.py").write_text(
+        "import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    variables = environment(PET_NPROC_PER_NODE=count)  # as Kubeflow says it
+    del variables["OMP_NUM_THREADS"]
+    run = [sys.executable, "-m", "m3i_scale.launch.torchrun_agent", "--standalone", str(tmp_path / "rank.py")]
+    done = subprocess.run(run, env=variables, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == [f"{max(1, min(8, usable_cores() // ranks))} PASSIVE"] * ranks

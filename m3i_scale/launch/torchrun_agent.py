@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     end_with_parent()  # before seconds of imports, in which the parent may end
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import determine_local_world_size, parse_args, run
 
     def shutdown(self: StaticTCPRendezvous) -> bool:
         """Keep the head's store a little longer: agents of other hosts that still ask it would print a stack trace."""
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     StaticTCPRendezvous.shutdown = shutdown  # type: ignore[method-assign]
 
     options = parse_args(arguments)
-    limit_threads(os.environ, int(options.nproc_per_node))  # else torchrun sets 1
+    limit_threads(os.environ, determine_local_world_size(options.nproc_per_node))  # else torchrun sets 1
     options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
     for number in signals_to_note():
         signal.signal(number, _ask_ranks)
