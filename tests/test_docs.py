@@ -120,6 +120,7 @@ def a_data_folder(folder: Path) -> None:
                 if kind == "polygon":
                     points = [(20, edge), (40 - edge, 30), (edge, 30)]
                 getattr(ImageDraw.Draw(image), kind)(points, fill=colour)
+                image.putpixel((0, 0), (number, [*shapes].index(label), int(captioned)))  # no two files are the same
                 image.save(path)
                 if captioned:
                     path.with_suffix(".txt").write_text(f"a {colour} {label}", encoding="utf-8")
