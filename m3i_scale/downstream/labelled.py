@@ -141,7 +141,7 @@ def find_labelled(
     found = _find(folder, packed, cache, file, subset=subset, skip_bad=skip_bad)
     if file == LABELS and len(found.classes) < 2:
         raise ConfigError(
-            f"there is only one class: {found.classes[0]}",
+            f"a classifier must have two classes or more, got {len(found.classes)}: {', '.join(found.classes)}",
             where=f"--data {folder}",
             why="any model predicts a single class perfectly",
             fix=FIX,
