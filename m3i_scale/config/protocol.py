@@ -42,6 +42,9 @@ class Protocol(Section):
     """`finetune` computes `optim.steps` from it, for as many images as there are."""
     steps: int | None = Field(default=None, ge=1)
     """`finetune` trains so many, however many images there are. Stated is one of both."""
+    lr_width: int | None = Field(default=None, ge=1)
+    """`optim.lr` is for a backbone of this width: `finetune` multiplies it by `lr_width` / width. Default: it is for
+    any backbone."""
     published: Published | None = None
     """Default: nobody has published a number by it."""
     deviations: list[str] = Field(default_factory=list)
@@ -52,6 +55,10 @@ class Protocol(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a protocol is of so many epochs, or of so many steps: one of both")
         return self
+
+    def lr_for(self, lr: float, width: int) -> float:
+        """Return the learning rate for a backbone of this width."""
+        return lr if self.lr_width is None else lr * self.lr_width / width
 
     def steps_for(self, images: int, batch_size: int) -> int:
         """Return how many steps it has with so many images for training."""

@@ -9,6 +9,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import Classification, Detection, OptimConfig, RunConfig, Task, load_run, read_yaml
 from m3i_scale.config.protocol import steps_of
 from m3i_scale.data.mixing import check_shares
@@ -236,7 +237,7 @@ def _length(
     run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
 ) -> list[str]:
     """Return overrides of all that depends on the number of images: warm-up and milestones keep their shares of the
-    steps, and every evaluation reads all images for evaluation once.
+    steps, and every evaluation reads all images for evaluation once. The learning rate follows the backbone's width.
 
     Args:
         run: the run, whose steps are not known yet.
@@ -258,6 +259,9 @@ def _length(
         elif run.protocol is not None:
             steps = run.protocol.steps_for(data.read, optim.batch_size)
         computed.append(f"optim.steps={steps}")
+    if run.protocol is not None and run.protocol.lr_width is not None and "optim.lr" not in given:
+        rate = run.protocol.lr_for(published.lr, backbone_config(run.backbone).hidden_size)
+        computed.append(f"optim.lr={rate!r}")
     if "optim.warmup_steps" not in given:
         share = published.warmup_steps / published.steps
         computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")

@@ -121,7 +121,10 @@ class FineTuning:
         """Return where the run is not as the file of the protocol has it; its length counts in what that states."""
         followed = load_run(self.protocol)
         fitted = followed.optim.schedule.fitted(followed.optim.steps, self.run.optim.steps)
-        followed = followed.model_copy(update={"optim": followed.optim.model_copy(update={"schedule": fitted})})
+        fits: dict[str, Any] = {"schedule": fitted}
+        if followed.protocol is not None:
+            fits["lr"] = followed.protocol.lr_for(followed.optim.lr, backbone_config(self.run.backbone).hidden_size)
+        followed = followed.model_copy(update={"optim": followed.optim.model_copy(update=fits)})
         differences = [] if self.subset is None else [f"trained on {self.subset.words}"]
         if self.random_weights is not None:
             differences.append(f"starts from random weights of the architecture of {self.random_weights}")

@@ -239,6 +239,9 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
     for identity in (saved, now):  # a recipe may be written in several ways
         identity["recipe"] = meaning(identity.get("recipe"))
+    if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
+        stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # which are prose
+        saved["protocol"], now["protocol"] = stated, known_part(stated, now["protocol"])
     if "teacher_sha256" in saved:  # of before a recipe could have several
         only = saved.pop("teacher_sha256")
         saved["teachers_sha256"] = {} if only is None else {"teacher": only}

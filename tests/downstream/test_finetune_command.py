@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from forked import Forks
 from launch import environment
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.random_start import random_start
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.run.finetune import FineTuning, prepare
+from m3i_scale.run.finetune import FineTuning, check_trained, prepare
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 TRAIN, VAL = 8, 4
@@ -343,6 +344,38 @@ def test_a_warm_up_keeps_its_share_of_the_steps(start: Path, data: Path, tmp_pat
     assert run.evaluation.every_steps == 20  # and not 3, an epoch
     given = prepared(start, data, output, "optim.steps=40", "optim.schedule={kind: multi_step, milestones: [30]}").run
     assert (given.optim.steps, given.optim.warmup_steps) == (40, 4)
+
+
+def test_the_rate_follows_the_width_of_the_backbone_where_the_protocol_says_so(
+    start: Path, data: Path, tmp_path: Path
+) -> None:
+    output, width = f"output_dir={tmp_path / 'out'}", SIZES["hidden_size"]
+    fitted = prepared(start, data, output)
+    assert fitted.run.optim.lr == pytest.approx(2.5e-4 * 768 / width)
+    assert not any("optim.lr" in text for text in fitted.facts()["deviations"])
+    given = prepared(start, data, output, "optim.lr=0.01")
+    assert given.run.optim.lr == 0.01
+    assert any("optim.lr" in text for text in given.facts()["deviations"])
+    published = prepared(start, data, output, "backbone.config.image_size=32", protocol="in1k_finetune_b")
+    assert published.run.optim.lr == load_run("in1k_finetune_b").optim.lr
+
+
+def test_other_words_about_a_protocol_are_the_same_run(
+    trained: tuple[Path, Any], start: Path, data: Path, tmp_path: Path
+) -> None:
+    output, _ = trained
+    fields = [item for item in command(start, data, output) if "=" in item]
+    checkpoint = output / "checkpoints" / f"step-{STEPS:08d}"
+    text = yaml.safe_load((checkpoint / "run.yaml").read_text())
+    text["protocol"]["deviations"] = ["said in another way"]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
+    again = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
+    check_trained(again.run, checkpoint)
+    text["protocol"]["epochs"] = 51
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
+    other = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
+    with pytest.raises(CheckpointError):
+        check_trained(other.run, checkpoint)
 
 
 def test_an_evaluation_reads_all_images_for_evaluation_unless_it_is_told_how_many(
