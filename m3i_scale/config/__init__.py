@@ -21,7 +21,6 @@ from m3i_scale.config.files import (
     known_protocols,
     known_recipes,
     known_runs,
-    read_yaml,
     resource_folder,
     run_values,
 )
@@ -39,6 +38,7 @@ from m3i_scale.config.tasks import (
     Task,
     UperNetSegmentation,
 )
+from m3i_scale.config.yaml_text import read_yaml
 from m3i_scale.text import GIB
 
 __all__ = [
