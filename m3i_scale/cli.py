@@ -80,7 +80,7 @@ def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
     mermaid: Annotated[
-        Path | None, typer.Option(callback=writes_to, help="Also write it as a Mermaid flowchart: FILE.mmd, FILE.md.")
+        Path | None, typer.Option(callback=writes_to, help="Also as Mermaid: FILE.mmd, FILE.md.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -332,8 +332,7 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     overlays: Annotated[
-        Path | None,
-        typer.Option(callback=writes_to, help="New folder: image, truth, prediction of a segmenter or detector."),
+        Path | None, typer.Option(callback=writes_to, help="New folder for image, truth and prediction of each sample.")
     ] = None,
     overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     pictures: Annotated[
