@@ -80,9 +80,7 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
 def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
-    mermaid: Annotated[
-        Path | None, typer.Option(callback=writes_to, help="Also write it as a Mermaid flowchart: FILE.mmd, FILE.md.")
-    ] = None,
+    mermaid: Annotated[Path | None, typer.Option(callback=writes_to, help="Also as Mermaid: FILE.mmd or .md")] = None,
     as_json: Json = False,
 ) -> None:
     """Draw one recipe as a graph: x → f_θ → f_ψ ↔ f_φ ← y."""
@@ -334,13 +332,11 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     overlays: Annotated[
-        Path | None,
-        typer.Option(callback=writes_to, help="New folder: image, truth, prediction of a segmenter or detector."),
+        Path | None, typer.Option(callback=writes_to, help="New folder for image, truth and prediction of each sample.")
     ] = None,
     overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     pictures: Annotated[
-        Path | None,
-        typer.Option(callback=writes_to, help="New folder for pictures of features: attention, neighbours …"),
+        Path | None, typer.Option(callback=writes_to, help="New folder for pictures of features: attention …")
     ] = None,
     picture_samples: Annotated[
         str | None, typer.Option(help="Keys of what they show, at most eight: shard.tar/key,shard.tar/key …")

@@ -86,9 +86,10 @@ def _note_weights(run: RunConfig, faults: Faults) -> None:
 def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, faults: Faults) -> None:
     """Look for the checkpoint to resume from, by the sizes of its files, and compare the run with it."""
     checkpoint, _ = faults.note(find_resume, run, contents=False) or (None, [])
-    if checkpoint is not None and resolved is not None:
-        if faults.note(check_resume, resolved, checkpoint, ranks) is not None:
-            faults.note(check_counts, checkpoint, run.optim.batch_size)
+    if checkpoint is None or resolved is None:
+        return
+    if faults.note(check_resume, resolved, checkpoint, ranks) is not None:
+        faults.note(check_counts, checkpoint, run.optim.batch_size)
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:

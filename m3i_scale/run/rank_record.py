@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from m3i_scale.destination import check_destination
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
 from m3i_scale.launch.failures import (
     Failure,
@@ -23,7 +24,7 @@ from m3i_scale.launch.failures import (
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.scale.output_dir import RANK_RECORDS, check_output_dir
+from m3i_scale.scale.output_dir import RANK_RECORDS, is_run_folder
 from m3i_scale.scale.store import MissingRanksError
 
 _TRACE = 30
@@ -86,8 +87,9 @@ def _folder(output_dir: Path) -> Path | None:
     if "WORLD_SIZE" not in os.environ:
         return None
     try:
-        check_output_dir(output_dir)
-    except UserError:  # reported with all other errors of the run
+        if not is_run_folder(output_dir):
+            check_destination(output_dir)
+    except (UserError, OSError):  # reported with all other errors of the run
         return None
     return output_dir / RANK_RECORDS
 

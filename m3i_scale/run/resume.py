@@ -110,7 +110,8 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
 
 def check_counts(checkpoint: Path, batch_size: int) -> None:
     """Check that a checkpoint agrees with itself on how far it is. Skipped steps count for the data alone, and so do
-    steps that a rewind has undone. Call it on one rank: it reads a file of each rank.
+    steps that a rewind has undone, of this run or of one that it branched off. Call it on one rank: it reads a file of
+    each rank.
 
     Args:
         checkpoint: to resume from.
@@ -126,13 +127,12 @@ def check_counts(checkpoint: Path, batch_size: int) -> None:
         steps, left_out, taken = (int(counts[name]) for name in ("global_steps", "skipped_steps", "optimizer_steps"))
         streams = merge_states([read_object(checkpoint, file) for file in files])["streams"]
         samples = sum(int(stream["taken"]) for stream in streams.values())
-        rewound = int(meta.get("rewinds", 0)) > 0
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise unreadable(checkpoint, "meta.json", f"counts of steps or samples are missing ({error})") from None
     contradictions = {
         f"its engine is at step {steps:,}": steps != step,
         f"its optimizer has taken {taken:,} steps and skipped {left_out:,}": taken + left_out != steps,
-        f"its data are at sample {samples:,}": samples < step * batch_size if rewound else samples != step * batch_size,
+        f"its data are at sample {samples:,}": samples < step * batch_size or bool(samples % batch_size),
     }
     wrong = [text for text, is_wrong in contradictions.items() if is_wrong]
     if wrong:
