@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import CARRIER
 from run_case import Case
+from simulated_cases import CARRIER
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.run.device_copies import DeviceCopies
