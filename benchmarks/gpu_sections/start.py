@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from _rows import Rows
 from deepspeed.accelerator import get_accelerator
 from rank_parts import RankParts
@@ -41,6 +42,18 @@ def measure(mode: str, rows: Rows) -> None:
                 refused = _refused(resolved["zero3_bf16"].deepspeed, change)
                 rows.must(key, "refused", "refused" if refused else "accepted", ok=refused)
         stop_ranks(wait=True)
+    if mode == "cuda":
+        _step_of_a_long_tensor(rows)
+
+
+def _step_of_a_long_tensor(rows: Rows) -> None:
+    """Row: fused AdamW updates every element of a flat tensor whose last indices need more than 32 bits. ZeRO-1 on one
+    GPU makes such a tensor of a model of 2.2 billion parameters."""
+    flat = torch.zeros(2**31 + 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    flat.grad = torch.ones_like(flat)
+    torch.optim.AdamW([flat], lr=1.0, fused=True).step()
+    updated = int((flat.detach() < 0).sum())
+    rows.must("elements that AdamW updates", flat.numel(), updated, ok=updated == flat.numel())
 
 
 _NEED_NVCC: dict[str, Callable[[dict[str, Any]], None]] = {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
@@ -65,6 +68,21 @@ def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
     count_micro_batches(engine)
 
 
+@contextlib.contextmanager
+def free_memory_of_torch() -> Iterator[None]:
+    """Let DeepSpeed ask torch for the free memory of a GPU when it starts an engine.
+
+    With pynvml installed it would ask the driver, and fail on the names of GPUs and MIG slices that
+    `CUDA_VISIBLE_DEVICES` may hold in place of numbers (`_get_nvml_gpu_id` of its CUDA accelerator).
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cuda":
+        yield
+        return
+    with mock.patch.object(accelerator, "available_memory", lambda device=None: torch.cuda.mem_get_info(device)[0]):
+        yield
+
+
 def build_engine(
     build: Callable[[], nn.Module],
     initialize: Callable[[nn.Module], None],
@@ -87,6 +105,6 @@ def build_engine(
     initialize(module)
     set_leaves(module)
     groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
-    with gradients_by_parameter():
+    with gradients_by_parameter(), free_memory_of_torch():
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
     return engine

@@ -18,7 +18,7 @@ from launch import environment, free_port
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
-from m3i_scale.scale.deepspeed.rules import accumulation, precision
+from m3i_scale.scale.deepspeed.rules import accumulation, communication, precision
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,12 @@ def test_built_in_file_trains_and_is_obeyed(engines, name):
     assert report["losses"][-1] < 0.5 * report["losses"][0]
     tolerance = 1e-5 if report["precision"] == "fp32" else 1e-2
     assert report["losses"] == pytest.approx(engines["reference"], rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_bf16"])
+def test_gradients_of_replicated_parameters_are_summed_over_ranks_in_fp32(engines, name):
+    """In bf16 every partial sum of a ring would be rounded to 8 bits."""
+    assert engines[name]["communication"] == "torch.float32"
 
 
 @pytest.mark.parametrize("name", sorted(known_ds_configs()))
@@ -84,7 +90,7 @@ def _reference(steps: int) -> list[float]:
     return losses
 
 
-def _train(resolved: ResolvedConfig, steps: int) -> tuple[list[float], dict[str, list[str]]]:
+def _train(resolved: ResolvedConfig, steps: int) -> tuple[list[float], dict[str, list[str]], str]:
     import deepspeed
 
     model = _model()
@@ -101,8 +107,9 @@ def _train(resolved: ResolvedConfig, steps: int) -> tuple[list[float], dict[str,
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    sent = str(engine.communication_data_type)
     engine.destroy()
-    return losses, found
+    return losses, found, sent
 
 
 def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -113,6 +120,7 @@ def _lies(config: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     lies: dict[str, tuple[Any, str]] = {
         "bf16": ({"enabled": "bf16" not in config}, "precision: "),
         "data_types.grad_accum_dtype": (other_sum, "gradient accumulation type: "),
+        "communication_data_type": ("bf16" if communication(config) != "bf16" else "fp32", "communication_data_type: "),
         "zero_optimization.offload_optimizer": (other_offload, "offload_optimizer: "),
     }
     if zero["stage"] == 3:
@@ -161,12 +169,13 @@ def _worker(report: str) -> None:
     results: dict[str, Any] = {"reference": _reference(steps)}
     for name in known_ds_configs():
         resolved = resolve(load_ds_config(name), **RUN, where=name)
-        losses, differences = _train(resolved, steps)
-        again, _ = _train(resolved, steps)
+        losses, differences, sent = _train(resolved, steps)
+        again, *_ = _train(resolved, steps)
         results[name] = {
             "losses": losses,
             "again": again,
             "differences": differences,
+            "communication": sent,
             "precision": precision(resolved.config),
         }
     with open(report, "w", encoding="utf-8") as file:

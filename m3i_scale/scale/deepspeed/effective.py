@@ -6,7 +6,13 @@ from typing import Any
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
-from m3i_scale.scale.deepspeed.rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
+from m3i_scale.scale.deepspeed.rules import (
+    accumulation,
+    communication,
+    offloads_optimizer,
+    precision,
+    takes_bf16_optimizer,
+)
 
 _STAGE3_SIZES = {
     "stage3_param_persistence_threshold": "zero_param_persistence_threshold",
@@ -21,7 +27,7 @@ def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
     """Compare what the engine will do with what was asked for. Call it on every rank, before the first step.
 
     Compared are the ZeRO stage, the precision of every trainable parameter, batch arithmetic, gradient accumulation
-    type, clipping, offload, the optimizer and its hyper-parameters, and bucket sizes and thresholds.
+    and reduction types, clipping, offload, the optimizer and its hyper-parameters, and bucket sizes and thresholds.
 
     Args:
         engine: what `deepspeed.initialize` returned.
@@ -55,6 +61,7 @@ def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]
         ("zero_optimization.stage", zero["stage"], int(engine.zero_optimization_stage())),
         ("precision", [precision(config)], _precisions(engine)),
         ("gradient accumulation type", accumulation(config), _accumulation(engine, config)),
+        ("communication_data_type", communication(config), _short(engine.communication_data_type)),
         *((name, config[name], getattr(engine, name)()) for name in batch),
         ("gradient_clipping", config["gradient_clipping"], optimizer.clip_grad),
         ("offload_optimizer", offloads_optimizer(config), _offloads(engine)),

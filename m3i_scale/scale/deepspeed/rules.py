@@ -49,6 +49,11 @@ def accumulation(config: dict[str, Any]) -> str:
     return config.get("data_types", {}).get("grad_accum_dtype") or precision(config)
 
 
+def communication(config: dict[str, Any]) -> str:
+    """Return what gradients are summed over ranks in: `bf16`, `fp16` or `fp32`."""
+    return config.get("communication_data_type") or precision(config)
+
+
 def offloads_optimizer(config: dict[str, Any]) -> bool:
     """Return whether the optimizer step runs on the CPU, next to the states."""
     return bool(config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu")

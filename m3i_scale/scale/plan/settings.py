@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from m3i_scale.scale.deepspeed.rules import accumulation, offloads_optimizer, precision, takes_bf16_optimizer
+from m3i_scale.scale.deepspeed.rules import (
+    accumulation,
+    communication,
+    offloads_optimizer,
+    precision,
+    takes_bf16_optimizer,
+)
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Role = Literal["trained", "momentum", "teacher", "frozen"]
@@ -133,7 +139,7 @@ def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Setting
         master_bytes=BYTES[kind] if lean else 4,
         state_bytes=state_bytes,
         accumulation_bytes=BYTES[accumulation(config)],
-        communication_bytes=BYTES[config.get("communication_data_type") or kind],
+        communication_bytes=BYTES[communication(config)],
         bf16_optimizer=takes_bf16_optimizer(config),
         reduce_bucket=int(parsed.reduce_bucket_size),
         overlap=bool(parsed.overlap_comm),

@@ -4,6 +4,8 @@ start of the engine to the end of a step. The methods follow those of DeepSpeed'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from m3i_scale.scale.plan.communication import AVERAGED
 from m3i_scale.scale.plan.replay import (
     BUCKETS,
@@ -18,6 +20,8 @@ from m3i_scale.scale.plan.replay import (
 )
 from m3i_scale.scale.plan.settings import groups_of, momentum_state_bytes, share_of
 
+_SENT_AT_ONCE = 500_000_000
+"""`elements_per_buffer` of `buffered_allreduce_fallback`: groups are sent together until they have more elements."""
 _ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the ranks."""
 
@@ -281,21 +285,33 @@ class Bf16Engine(WholeEngine):
         self.kept.add(param)
 
     def after_backward(self, *, first: bool, last: bool) -> None:
-        """Follow `update_hp_grads`, then `buffered_allreduce_fallback`: a flat copy, and another one in the type that
-        is sent."""
+        """Follow `update_hp_grads`, then `buffered_allreduce_fallback`: groups of gradients that are sent together are
+        copied end to end, and copied again in the type that is sent."""
         settings = self.settings
         self.device.allocate_and_free(
             WORKSPACE, max(self.parameters[p].numel for p in self.trained) * settings.accumulation_bytes
         )
         if not last:
             return
-        numel = sum(self.flat)
-        self.traffic.add("all-reduce of the step", numel * settings.communication_bytes)
-        copy = self.device.allocate(BUCKETS, numel * settings.accumulation_bytes) if len(self.flat) > 1 else None
-        if settings.communication_bytes != settings.accumulation_bytes:
-            self.device.allocate_and_free(BUCKETS, numel * settings.communication_bytes)
-        if copy is not None:
-            self.device.free(copy)
+        for groups in self._sent_together():
+            numel = sum(groups)
+            self.traffic.add("all-reduce of the step", numel * settings.communication_bytes)
+            copy = self.device.allocate(BUCKETS, numel * settings.accumulation_bytes) if len(groups) > 1 else None
+            if settings.communication_bytes != settings.accumulation_bytes:
+                self.device.allocate_and_free(BUCKETS, numel * settings.communication_bytes)
+            if copy is not None:
+                self.device.free(copy)
+
+    def _sent_together(self) -> Iterator[list[int]]:
+        """Yield the sizes of groups of gradients that one all-reduce sends (`allreduce_no_retain`)."""
+        groups: list[int] = []
+        for numel in self.flat:
+            groups.append(numel)
+            if sum(groups) > _SENT_AT_ONCE:
+                yield groups
+                groups = []
+        if groups:
+            yield groups
 
     def step(self) -> None:
         """Update the shard of every group."""

@@ -13,6 +13,7 @@ from m3i_scale.scale.plan.communication import AVERAGED, Links, Traffic, step_tr
 from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.hardware import step_time
 from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.replay import BUCKETS
 from m3i_scale.scale.plan.settings import Parameter, Settings, momentum_state_bytes, settings_of, share
 from m3i_scale.scale.plan.trace import Event, Module, Trace
 
@@ -72,6 +73,23 @@ models = st.lists(
     min_size=1,
     max_size=12,
 ).map(lambda rows: (Parameter(64, "trained"), *(Parameter(*row) for row in rows)))
+
+
+@pytest.mark.parametrize(("sent", "copied"), [(4, 4), (2, 6)])
+@pytest.mark.parametrize(("numel", "calls"), [(1_600, 1), (600_000_000, 2)])
+def test_gradients_of_zero1_are_sent_in_the_type_of_the_file(sent: int, copied: int, numel: int, calls: int) -> None:
+    """Two groups of parameters, whose gradients DeepSpeed copies end to end where it sends them together, and copies
+    again where the type that is sent is not theirs."""
+    parameters = (Parameter(numel, "trained"), Parameter(160, "trained", matrix=False))
+    ledger = Ledger()
+    given = replace(GPU, stage=1, bf16_optimizer=True, communication_bytes=sent)
+    engine = engine_for(parameters, trace_of(parameters, 0), given, ledger, Ledger())
+    engine.run()
+    kind = "all-reduce of the step"
+    assert engine.traffic.bytes[kind] == sent * (numel + 160)
+    assert engine.traffic.calls[kind] == calls
+    copies = copied * (numel + 160) if calls == 1 else (copied - 4) * numel
+    assert ledger.most[BUCKETS] == copies
 
 
 def test_the_peak_is_split_into_parts():
