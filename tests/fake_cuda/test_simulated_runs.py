@@ -35,7 +35,7 @@ SHORT = {
     "m3i in parts": (9, 234, 2194),
     "clip": (6, 69, 1191),
     "siglip": (9, 178, 979),
-    "dinov2": (0, 0, 0),
+    "dinov2": (6, 108, 3241),
     "mae": (79, 100, 856),
     "supervised": (7, 72, 553),
     "classification": (2, 6, 544),
