@@ -21,8 +21,8 @@ from torch.utils.cpp_extension import library_paths
 
 HERE = Path(__file__).parent
 FILES = {
-    "zero1_bf16": (2, 8, 474),
-    "zero2_bf16": (6, 39, 728),
+    "zero1_bf16": (2, 8, 472),
+    "zero2_bf16": (6, 39, 771),
     "zero3_bf16": (7, 89, 717),
     "zero3_bf16_all_reduce": (6, 63, 782),
     "zero3_bf16_cpu_offload": (112, 89, 768),
@@ -33,14 +33,14 @@ FILES = {
 SHORT = {
     "m3i": (2, 23, 1679),
     "m3i in parts": (9, 234, 2194),
-    "clip": (6, 69, 1191),
+    "clip": (6, 69, 1268),
     "siglip": (9, 178, 979),
     "dinov2": (6, 108, 3241),
     "mae": (79, 100, 856),
     "supervised": (7, 72, 553),
     "classification": (2, 6, 544),
     "segmentation": (21, 169, 1864),
-    "detection": (69, 74, 2495),
+    "detection": (69, 74, 2604),
     "phases": (11, 263, 2215),
     "activations on the host": (2, 40, 1262),
     "a host far ahead": (107, 91, 738),
@@ -55,6 +55,7 @@ SABOTAGED = (
     "averages are saved before they are gathered",
     "stored samples are read before they are there",
     "the optimizer counts its steps on the host",
+    "gradients are freed while they are reduced",
     "the loss is read in every micro-batch",
 )
 
