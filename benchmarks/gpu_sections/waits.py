@@ -26,7 +26,7 @@ from traffic_cases import Sizes
 from m3i_scale.scale.collectives import ProcessGroupRanks
 
 BOUND = 2
-"""In a step of ZeRO-1: the vote of all ranks, and DeepSpeed's look at whether the norm of the gradients is finite."""
+"""Under ZeRO-1: the vote of all ranks, and DeepSpeed's look at the norm of the gradients."""
 WALKED = {"m3i": 0, "clip": 0, "siglip": 0, "mae": 0, "moco": 0, "supervised": 0}
 """Waits in forward and backward pass, which is all that a walk with fake tensors can see."""
 COLLECTIVES = {"m3i": (29, 9), "clip": (8, 6), "supervised": (7, 1), "mae": (1, 1), "moco": (3, 2)}

@@ -116,4 +116,16 @@ def build_engine(
     quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
     with gradients_by_parameter(), free_memory_of_torch(), quiet:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
+    keep_gradients_until_reduced(engine.optimizer)
     return engine
+
+
+def keep_gradients_until_reduced(optimizer: Any) -> None:
+    """Let ZeRO-1 and ZeRO-2 keep the memory of every gradient until their reduction stream is done with it.
+
+    DeepSpeed reduces a gradient that is larger than `reduce_bucket_size` in place, on a stream of its own. If gradients
+    travel in another type than their own (`communication_data_type`), it records that stream for the copy alone, and
+    the allocator hands the memory of the gradient to the rest of the backward pass too early.
+    """
+    if hasattr(optimizer, "_record_gradient_stream") and not get_accelerator().resolves_data_dependency():
+        optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)

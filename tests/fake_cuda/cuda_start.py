@@ -18,16 +18,13 @@ def _start() -> Any:
     device_api.install()
     world = str(WORLD)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, LOCAL_SIZE=world)
-    from deepspeed.accelerator import real_accelerator
-    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-
-    real_accelerator.set_accelerator(CUDA_Accelerator())
+    os.environ["DS_ACCELERATOR"] = "cuda"
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())  # type: ignore[no-untyped-call]
     collectives.install()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
-    return real_accelerator.get_accelerator()
+    return deepspeed.accelerator.get_accelerator()
 
 
 ACCELERATOR = _start()

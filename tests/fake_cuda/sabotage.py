@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import CARRIER
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from run_case import Case
+from simulated_cases import CARRIER
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.run.device_copies import DeviceCopies
@@ -19,6 +20,7 @@ from m3i_scale.scale import averages, engine_state, partition
 from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
 from m3i_scale.scale.checkpoint.saver import Saver
+from m3i_scale.scale.engine import keep_gradients_until_reduced
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,14 @@ SABOTAGES = {
         "place = None",
         "device",
         (engine_state.make_moments, 'moments["step"] = torch.tensor('),
+    ),
+    "gradients are freed while they are reduced": Sabotage(
+        Case(CARRIER, "zero2_bf16"),
+        keep_gradients_until_reduced,
+        "optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)",
+        "pass",
+        "lifetime",
+        (DeepSpeedZeroOptimizer.allreduce_and_copy_with_multiple_ranks, "allreduced = self.allreduce_bucket("),
     ),
     "the loss is read in every micro-batch": Sabotage(
         _SMALL,

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cuda_start  # before DeepSpeed
 import deepspeed.moe.layer  # this and the next are imported with the first engine
 import deepspeed.runtime.zero.muon.original_muon
-from cases import CASES
 from processes import fork_each
 from run_case import simulate
 from sabotage import SABOTAGES
+from simulated_cases import CASES
 from tiny import tiny_teacher
 
 
