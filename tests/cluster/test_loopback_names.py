@@ -3,11 +3,14 @@ interface that somebody chose."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from host_files import SYSTEM_PATH
 from hosts import Hosts
 from launch import environment, free_port
 
@@ -54,3 +57,17 @@ def test_ranks_meet_on_the_network_of_the_route_to_rank_0(debian: Hosts, tmp_pat
     for process in processes:
         assert debian.wait(process, 200) == 0, process.text()
         assert "TOTAL 2 eth0" in process.text()
+
+
+def test_doctor_finds_no_fault_in_such_names(debian: Hosts, tmp_path: Path) -> None:
+    sshd = shutil.which("sshd", path=SYSTEM_PATH) or ""
+    for name in debian.names:  # as on any machine, it listens at the loopback, too
+        listens = [sshd, "-f", debian.folder / name / "sshd_config", "-o", "ListenAddress=127.0.1.1"]
+        assert debian.run(name, listens).returncode == 0
+    hostfile = debian.hostfile(tmp_path / "hostfile")
+    command = [sys.executable, "-m", "m3i_scale", "doctor", "--json", "--hostfile", hostfile, "--env", "PYTHONPATH"]
+    done = debian.run("node0", command, cwd=tmp_path, timeout_s=200)
+    found, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("[\n {") :])
+    by_check = {item["check"]: item for item in found if item["check"] in ("names", "port", "bandwidth")}
+    assert {check: item["ok"] for check, item in by_check.items()} == {"names": True, "port": True, "bandwidth": True}
+    assert done.returncode == 0, found
