@@ -33,7 +33,7 @@ from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.instances import Instances, check_turned
 from m3i_scale.data.objects import Objects, objects_in
 from m3i_scale.data.samples import decoding, quick_pixels
-from m3i_scale.defaults import NO_CLASS
+from m3i_scale.defaults import MAX_IMAGE_PIXELS, NO_CLASS
 
 if TYPE_CHECKING:
     from m3i_scale.data.rand_augment import RandAugment
@@ -237,11 +237,12 @@ def cut_and_resize(
         size: of the view in pixels.
         source: height and width.
         exact: resize the whole image and then crop, as a stock image processor does. Otherwise only the crop is
-            resized, and large images are first averaged to about twice the size, which is faster.
+            resized, and large images are first averaged to about twice the size, which is faster. So is a strip whose
+            resized image would have more than `MAX_IMAGE_PIXELS`: of 1,000,000 × 2 pixels it has 100 GB.
     """
     inside, shown = _inside(crop, size, source)
-    if exact:
-        rows, columns = round(size * source[0] / crop.height), round(size * source[1] / crop.width)
+    rows, columns = round(size * source[0] / crop.height), round(size * source[1] / crop.width)
+    if exact and rows * columns <= MAX_IMAGE_PIXELS:
         top, left = round(crop.top * rows / source[0]), round(crop.left * columns / source[1])
         resized = image.resize((columns, rows), Image.Resampling.BICUBIC)
         return resized.crop((left, top, left + shown[0], top + shown[1]))

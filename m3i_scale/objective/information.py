@@ -110,8 +110,8 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
-        The mean over ranks of the loss, and of each figure, is that of the global batch; `health/dense…` and
-        `health/target…` are means of what every rank sees of its own. Further ones are asked of `host_figures`.
+        The mean over ranks of the loss, and of each figure, is that of the global batch. Further ones are asked of
+        `host_figures`; those of dense features are of the tokens of this rank.
         """
         if self.measure_health:
             self.host_figures.clear()

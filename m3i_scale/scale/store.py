@@ -133,8 +133,8 @@ def await_ranks(timeout_s: float) -> None:
 
 
 def choose_interface(timeout_s: float) -> None:
-    """Set the network interface of gloo on several hosts, if no interface is set: see `set_interface`. Every rank calls
-    it, after `await_ranks`.
+    """Set the network interface of gloo on several hosts, if it is not set: see `set_interface`. Every rank calls it,
+    after `await_ranks`.
 
     Args:
         timeout_s: how long to wait for other ranks.
@@ -150,10 +150,11 @@ def choose_interface(timeout_s: float) -> None:
 
 
 def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -> None:
-    """Set GLOO_SOCKET_IFNAME to the interface of the route to rank 0, if no interface is set.
+    """Set GLOO_SOCKET_IFNAME to the interface of the route to rank 0, if it is not set.
 
     Without it, gloo listens at the address of the host name. Debian and Ubuntu map that name to 127.0.1.1, where no
     other host connects. The host of rank 0 may map MASTER_ADDR to it, too: it takes the route to another host.
+    NCCL_SOCKET_IFNAME does not replace it: gloo does not read it, and it may only exclude interfaces (`^docker0`).
 
     Args:
         store: of all ranks.
@@ -165,7 +166,7 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
     if not is_loopback(local):
         store.set(_ROUTE, local)
     store.add(_ROUTES, 1)
-    if any(name in os.environ for name in INTERFACES):
+    if INTERFACES[0] in os.environ:
         return
     if is_loopback(local):
         ends_at = time.monotonic() + timeout_s

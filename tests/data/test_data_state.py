@@ -85,6 +85,16 @@ def test_a_diff_says_which_shards_and_settings():
     assert told(shards, scattered) == "5 shards removed: s-000.tar s-002.tar s-004.tar s-006.tar and 1 more"
 
 
+@pytest.mark.parametrize(
+    ("before", "told"), [("0a 0.5", "this version repeats samples by another rule"), ("0b 0.5", "of other categories")]
+)
+def test_a_diff_says_why_samples_are_repeated_otherwise(before, told):
+    source = SourceConfig(shards="here", repeat_threshold=0.5)
+    saved, now = (fingerprint([], source, AugmentConfig(), repeats) for repeats in (before, "0a 0.5 2"))
+    (difference,) = changes({"a": saved}, {"a": now}, {}, {"a": []}).values()
+    assert told in difference
+
+
 def test_a_run_that_began_with_other_blur_is_told_and_goes_on_where_it_is_stated():
     shards = [("s-000.tar", 1000, 10, "h")]
     old, new = {"blur": [1.0, 0.1], "solarize": [0.0, 0.2]}, {"blur": [0.1, 1.0], "solarize": [0.2, 0.0]}

@@ -146,6 +146,14 @@ def test_an_evaluation_sees_the_pixels_of_the_stock_image_processor(size, kind):
     assert abs(seen.astype(int) - wanted.astype(int)).max() == 0
 
 
+@pytest.mark.parametrize("size", [(200_000, 2), (1, 300_000)])
+def test_an_evaluation_does_not_resize_all_of_a_strip(size):
+    """It would have gigabytes."""
+    strip = Image.new("RGB", size, (200, 100, 40))
+    views = ViewMaker(AugmentConfig(), views=1, image_size=224, augment=False)(strip, 0)
+    assert (views.pixels_VCHW[0] == np.array([200, 100, 40])[:, None, None]).all()
+
+
 def test_without_augmentation_small_views_are_the_centre_square_too():
     views = ViewMaker(AugmentConfig(), views=ROLES, image_size=60, augment=False)(gradient(), 5)
     assert len({(crop.top, crop.left, crop.height, crop.width, crop.flip) for crop in views.crops}) == 1

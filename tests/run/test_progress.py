@@ -75,6 +75,17 @@ def test_a_bar_goes_back_with_the_run(tmp_path: Path) -> None:
     display.on_end("finished")
 
 
+def test_a_bar_does_not_go_back_with_a_late_record(tmp_path: Path) -> None:
+    display = ProgressDisplay(Console(file=io.StringIO(), force_terminal=True, width=160))
+    display.on_start(info(tmp_path))
+    for step in (25, 26, 27):
+        display.on_progress(step)
+    display.on_step(record(25))
+    assert display._bar is not None
+    assert display._bar.tasks[0].completed == 27
+    display.on_end("finished")
+
+
 def test_progress_leaves_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     display = ProgressDisplay()
     display.on_start(info(tmp_path))

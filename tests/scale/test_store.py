@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
 
@@ -93,3 +94,21 @@ def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(rank
     assert done.returncode == 1, done.stderr
     told = "ranks 1, 3 (two, three) of 4 did not come" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
     assert done.stderr.count(f"MissingRanksError: {told}") == len(ranks), done.stderr
+
+
+def test_gloo_takes_the_interface_of_the_route_where_nccl_only_excludes_some(monkeypatch):
+    from collections import namedtuple
+
+    from torch.distributed import HashStore
+
+    from m3i_scale.scale import store
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is restored
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker0")
+    address = namedtuple("Address", "address")
+    interfaces = {"docker0": [address("172.17.0.1")], "eth1": [address("10.1.2.3")]}
+    monkeypatch.setattr(store.psutil, "net_if_addrs", lambda: interfaces)
+    monkeypatch.setattr(store, "local_address", lambda host: "10.1.2.3")
+    store.set_interface(HashStore(), "node0", 2, 5.0)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth1"

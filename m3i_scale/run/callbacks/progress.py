@@ -108,7 +108,8 @@ class ProgressDisplay(Callback):
             self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
         else:
             self._bar.figures = _Figures(figures)
-            self._bar.update(self._task, completed=record.step, description=rate, left=left)
+            step = max(record.step, int(self._bar.tasks[0].completed))  # a record may come some steps late
+            self._bar.update(self._task, completed=step, description=rate, left=self._left(step, self._step_s))
 
     def _left(self, step: int, step_s: float) -> str:
         return f"ETA {timedelta(seconds=round((self._total_steps - step) * step_s))}"
