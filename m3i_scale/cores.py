@@ -7,9 +7,10 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+DEVICES = Path("/dev")
 THREADS = "OMP_NUM_THREADS"
 _MAX_THREADS = 8
-"""The CPU work of a rank is too small for more: it launches kernels and joins batches."""
+"""Beside a GPU. The CPU work of such a rank is too small for more: it launches kernels and joins batches."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -43,7 +44,9 @@ def container_limit(name: str, cgroup: Path = CGROUP) -> tuple[Path, str] | None
 
 def default_threads(ranks: int, cores: int) -> int:
     """Return the number of threads of each rank, if OMP_NUM_THREADS is not set."""
-    return max(1, min(_MAX_THREADS, cores // ranks))
+    threads = max(1, cores // ranks)
+    has_gpu = any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "kfd").exists()  # torch is not imported yet
+    return min(_MAX_THREADS, threads) if has_gpu else threads
 
 
 def threads_of(environment: Mapping[str, str]) -> int | None:

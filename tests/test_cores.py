@@ -11,7 +11,7 @@ import pytest
 from launch import environment
 
 from m3i_scale import cores
-from m3i_scale.cores import limit_threads, usable_cores
+from m3i_scale.cores import default_threads, limit_threads, usable_cores
 from m3i_scale.rank_variables import ranks_on_host
 
 WAITING = "OMP_WAIT_POLICY"
@@ -33,10 +33,18 @@ def test_the_quota_of_a_container_counts(many_cores: Path, quota: str, usable: i
     assert usable_cores(many_cores) == usable
 
 
-@pytest.mark.parametrize(("ranks", "threads"), [(1, "8"), (8, "8"), (12, "5"), (64, "1"), (100, "1")])
-def test_threads_are_cores_by_ranks(
-    many_cores: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, threads: str
+@pytest.mark.parametrize(
+    ("device", "ranks", "threads"),
+    [
+        *(("nvidia0", 1, "8"), ("kfd", 4, "8"), ("nvidia0", 12, "5"), ("nvidia0", 100, "1")),
+        *(("nvidiactl", 1, "64"), ("null", 4, "16"), ("null", 64, "1"), ("null", 100, "1")),
+    ],
+)
+def test_threads_are_cores_by_ranks_and_few_beside_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, threads: str
 ) -> None:
+    (tmp_path / device).touch()
+    monkeypatch.setattr(cores, "DEVICES", tmp_path)
     monkeypatch.setattr(cores, "usable_cores", lambda: 64)
     variables: dict[str, str] = {}
     limit_threads(variables, ranks)
@@ -90,7 +98,7 @@ def threads_of(command: str, ranks: int = 1) -> list[str]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 10_000])
 def test_torch_computes_with_these_threads(ranks: int) -> None:
-    assert threads_of("train", ranks) == [str(max(1, min(8, usable_cores() // ranks)))] * 2
+    assert threads_of("train", ranks) == [str(default_threads(ranks, usable_cores()))] * 2
 
 
 @pytest.mark.parametrize("command", ["launch", "doctor"])
@@ -107,4 +115,4 @@ def test_ranks_of_torchrun_have_them_too(tmp_path: Path, count: str, ranks: int)
     del variables["OMP_NUM_THREADS"]
     run = [sys.executable, "-m", "m3i_scale.launch.torchrun_agent", "--standalone", str(tmp_path / "rank.py")]
     done = subprocess.run(run, env=variables, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.splitlines() == [f"{max(1, min(8, usable_cores() // ranks))} PASSIVE"] * ranks
+    assert done.stdout.splitlines() == [f"{default_threads(ranks, usable_cores())} PASSIVE"] * ranks

@@ -98,7 +98,7 @@ def changes(
                 parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
             if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
-            elif not parts and now["repeats"].startswith(f"{before['repeats']} "):  # a version was added behind it
+            elif not parts and now["repeats"].startswith(f"{before['repeats']} "):  # only the rule's version is new
                 parts.append("this version repeats samples by another rule: it begins anew")
             elif not parts:
                 parts.append("samples have objects of other categories, by which they are repeated")

@@ -237,8 +237,9 @@ def cut_and_resize(
         size: of the view in pixels.
         source: height and width.
         exact: resize the whole image and then crop, as a stock image processor does. Otherwise only the crop is
-            resized, and large images are first averaged to about twice the size, which is faster. So is a strip whose
-            resized image would have more than `MAX_IMAGE_PIXELS`: of 1,000,000 × 2 pixels it has 100 GB.
+            resized, and large images are first averaged to about twice the size, which is faster. The
+            faster way is also for strips with more than `MAX_IMAGE_PIXELS` once resized: 1,000,000 × 2 pixels take
+            100 GB.
     """
     inside, shown = _inside(crop, size, source)
     rows, columns = round(size * source[0] / crop.height), round(size * source[1] / crop.width)

@@ -212,7 +212,8 @@ class Callback:
         """Begin, before the first step."""
 
     def on_step(self, record: StepRecord) -> None:
-        """Receive every logged step, with values that are reduced over the ranks."""
+        """Receive every logged step, with values that are reduced over the ranks. The next steps may have begun, since
+        some metrics take long on the host."""
 
     def on_progress(self, step: int) -> None:
         """Receive every step that is not logged; nothing is known of it but that it is done."""

@@ -1,8 +1,8 @@
 """This hook gathers the metrics of a run in every step, and reduces them over the ranks when a step is logged.
 
 Effective ranks and the information of Gaussian targets take eigenvalues, a second of a core for wide models. Rank 0
-computes them on a thread while the training continues, and gives callbacks the record once it is complete: by the next
-logged step at the latest, and before any other event.
+computes them on a thread while the training continues. Callbacks get the record once it is complete, by the next logged
+step at the latest. They get it before any other event.
 """
 
 from __future__ import annotations
