@@ -160,3 +160,12 @@ def test_no_launcher_and_no_rank_writes_among_shards(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError), recorded(tmp_path):
         check_output_dir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["images-000000.tar"]
+
+
+def test_the_default_folder_is_not_looked_into_if_another_one_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/run/checkpoints/step-00000003").mkdir(parents=True)  # is not good
+    places = [str(fault.where) for fault in faults_of("m3i", ["output_dir=s3://bucket/run"])]
+    assert places == ["override output_dir=s3://bucket/run", "data.sources"]

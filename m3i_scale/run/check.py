@@ -66,7 +66,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
         if Faults().note(check_output_dir, run.output_dir) is not None:
             if "backbone" not in at_fault:
                 _note_weights(run, faults)
-            if not at_fault & {"checkpoint", "data"}:
+            if not at_fault & {"checkpoint", "data", "output_dir"}:
                 _note_resume(run, resolved, ranks or 1, faults)
     for fault in faults.found:
         fault.where = fault.where or str(find_run_file(name_or_path))
@@ -201,8 +201,10 @@ class Checks(DataChecks):
         recipe = faults.note(parse_recipe, run.recipe) if self.sound("recipe") else None
         access, there = self.access(faults) if self.sound("data") else (None, False)
         model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
-        faults.note(check_output_dir, run.output_dir)
-        faults.note(writers_of, run.log)
+        if self.sound("output_dir"):
+            faults.note(check_output_dir, run.output_dir)
+        if self.sound("log"):
+            faults.note(writers_of, run.log)
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compiles:
             faults.note(check_compile)

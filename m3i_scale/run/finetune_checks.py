@@ -68,7 +68,7 @@ def packing(run: RunConfig, data: Labelled) -> Iterator[None]:
         yield
         return
     with lock_directory(run.output_dir):
-        checkpoint, _ = find_resume(run)
+        checkpoint, _ = find_resume(run, contents=False)  # training reads every byte
         if checkpoint is not None:
             check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)
         yield
