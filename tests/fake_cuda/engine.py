@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tracer import Tracer
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.run import probe, setup
-from m3i_scale.run.hooks import checkpointing
+from m3i_scale.run.hooks import checkpointing, metrics
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.scale import agree
 from m3i_scale.scale.checkpoint import load, stream, tensors
@@ -104,6 +104,31 @@ class _Thread:
                 call.run()
 
 
+class _LateFigures:
+    """Stands for the thread that computes eigenvalues, and for its result: it reads as late as it can."""
+
+    def __init__(self, threads: int) -> None:
+        self._begun: tuple[Callable[[], dict[str, float]], Timeline] | None = None
+
+    def submit(self, compute: Callable[[], dict[str, float]]) -> _LateFigures:
+        """Begin with what the host knows by now, and do nothing yet."""
+        timeline = Timeline("the thread of late figures")
+        timeline.follow(machine.host.clock)
+        self._begun = compute, timeline
+        return self
+
+    def done(self) -> bool:
+        """Return False: the thread is slow."""
+        return False
+
+    def result(self) -> dict[str, float]:
+        """Do the work."""
+        assert self._begun is not None
+        compute, timeline = self._begun
+        with machine.thread(timeline):
+            return compute()
+
+
 class _CPUAdam:
     """Stands for DeepSpeed's extension of the optimizer on the host."""
 
@@ -139,6 +164,7 @@ def simulated() -> Iterator[None]:
         (Index, "fault", lambda index: None),  # the pieces of other ranks are missing
         (load, "_restore_random_states", lambda folder: None),
         (checkpointing, "merge_states", lambda states: {}),
+        (metrics, "ThreadPoolExecutor", _LateFigures),
         (BackgroundCall, "start", _Thread.start),
         (BackgroundCall, "wait", _Thread.wait),
         (gc, "collect", lambda *_: 0),  # DeepSpeed and the loop collect again and again
