@@ -206,6 +206,12 @@ def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int)
 _OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction")
 
 
+def saved_steps(checkpoint: Path) -> int:
+    """Return `optim.steps` of the run that saved a checkpoint."""
+    place = checkpoint / "run.yaml"
+    return parse_section(OptimConfig, read_yaml(place).get("optim", {}), where=f"optim of {place}", stored=True).steps
+
+
 def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
     """Return a note on another length or height of the schedule: the learning rate follows the new one from here on."""
     if step >= run.optim.steps:

@@ -253,3 +253,12 @@ def flip_a_byte(checkpoint: Path) -> None:
     content: Any = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
+
+
+def test_a_recipe_with_schedules_resumes_and_may_be_made_longer(shards: Path, tmp_path: Path) -> None:
+    """The loss of the stored samples follows schedules of temperature, which were at 3/4 when it was saved."""
+    run_file = write_run(tmp_path, shards, "dinov2")
+    for steps in (4, 6):
+        job = train(run_file, f"optim.steps={steps}", logs=f"logs-{steps}")
+        assert job.wait() == [0], job.text()[-4000:]
+    assert "step-00000006" in {checkpoint.name for checkpoint in checkpoints(run_file)}

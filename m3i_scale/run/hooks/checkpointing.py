@@ -12,7 +12,7 @@ from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.probe import check_probe, first_samples, probe_loss, write_probe
-from m3i_scale.run.resume import checkpoint_meta
+from m3i_scale.run.resume import checkpoint_meta, saved_steps
 from m3i_scale.run.retention import evaluations
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
@@ -56,6 +56,8 @@ class Checkpointing(Hook):
         checkpoint, state = self._loaded, self._state
         data_states = load_checkpoint(checkpoint, state.engine, state.momentum)
         meta = together(lambda: read_meta(checkpoint))
+        # Schedules of the recipe stood there when the loss of the probe was saved.
+        state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_steps(checkpoint))
         probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.resolved.deepspeed.config))
         if self._config.probe:
             self._probe = probe
