@@ -15,7 +15,7 @@ from rich.text import Text
 from m3i_scale import __version__
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.options import reading_bar
-from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, UserError
+from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, Faults, UserError
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
@@ -159,19 +159,20 @@ def check(
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
-    from m3i_scale.run.check import check_run, faults_of, told_phases, warnings_of
+    from m3i_scale.run.check import faults_of, told_phases, warnings_of
 
+    faults = Faults()
+    faults.found = faults_of(run, overrides, ranks)
+    warnings = warnings_of(run, overrides, ranks, ask_servers=not faults.found)
     if as_json:
-        faults = faults_of(run, overrides, ranks)
-        warnings = warnings_of(run, overrides, ranks)
-        print_json({"faults": [fault.to_json() for fault in faults], "warnings": warnings})
-        if faults:
+        print_json({"faults": [fault.to_json() for fault in faults.found], "warnings": warnings})
+        if faults.found:
             raise typer.Exit(EXIT_USER_ERROR)
     else:
         console = wide_console(soft_wrap=True)
-        for warning in warnings_of(run, overrides, ranks):
+        for warning in warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
-        check_run(run, overrides, ranks)
+        faults.end()
         for line in (*told_phases(load_run(run, overrides)), "nothing to refuse"):
             console.print(line, markup=False, highlight=False)
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -78,11 +79,14 @@ _MISMATCHES = ("MISSING", "MISMATCH", "CONVERSION")
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def quiet_loading(folder: Path) -> Iterator[None]:
     """Leave out messages of `transformers` about a folder that we exported: progress bars, the report that the backbone
     of a classifier does not read the head, and the choice of an image processor. Reports of tensors that are missing or
-    do not fit stay.
+    do not fit stay, and so do all messages about folders from elsewhere.
     """
+    if not (folder / "export.json").is_file():
+        yield
+        return
     from transformers.utils import logging as transformers_logging
 
     def matters(record: logging.LogRecord) -> bool:

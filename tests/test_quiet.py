@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -45,15 +46,19 @@ class Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def test_reports_of_tensors_that_do_not_fit_stay() -> None:
+def test_reports_of_tensors_that_do_not_fit_stay(tmp_path: Path) -> None:
+    exported, elsewhere = tmp_path / "exported", tmp_path / "elsewhere"
+    exported.mkdir()
+    (exported / "export.json").touch()
     logger, kept = logging.getLogger("transformers.modeling_utils"), Messages()
     logger.addHandler(kept)
     try:
-        with quiet_loading():
+        with quiet_loading(exported):
             for status in ("UNEXPECTED", "MISSING", "MISMATCH"):
                 logger.warning(REPORT.format(status))
             logger.warning("something else")
-        logger.warning(REPORT.format("UNEXPECTED"))
+        with quiet_loading(elsewhere):
+            logger.warning(REPORT.format("UNEXPECTED"))
     finally:
         logger.removeHandler(kept)
     statuses = ("MISSING", "MISMATCH")

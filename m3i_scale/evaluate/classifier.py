@@ -18,6 +18,7 @@ from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import NotMeasuredError, Side
 from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
 from m3i_scale.objective.information import Objective
+from m3i_scale.output import quiet_loading
 
 DEPTHS = (1, 5)
 
@@ -48,9 +49,10 @@ def own_head(folder: Path, vision: VisionModel) -> Classifier:
         NotMeasuredError: its weights do not fill it, or its classes have no names. The features are sound all the same.
     """
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-        )
+        with quiet_loading(folder):
+            model, info = AutoModelForImageClassification.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+            )
     except (OSError, ValueError, RuntimeError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise NotMeasuredError(f"the classifier does not load: {first_line}") from None

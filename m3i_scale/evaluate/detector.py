@@ -32,6 +32,7 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, MaskRcn
 from m3i_scale.objective.detection.rfdetr import found_by_queries
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.targets.detection import shown_sizes
+from m3i_scale.output import quiet_loading
 
 DETECTOR = "detector"
 """The measure of a detector, asked for alone: of a folder that holds one, or of features with one in `heads/`."""
@@ -169,8 +170,11 @@ def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detect
     """
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
     try:
-        model, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
-        processor = of_images.from_pretrained(folder, local_files_only=True)
+        with quiet_loading(folder):
+            model, info = kind.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+            )
+            processor = of_images.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExportError(f"the detector does not load: {first_line}", where=str(folder)) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -137,9 +136,8 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             why="without it nobody knows the size and the normalisation that the model was trained with",
         )
-    exported = (folder / "export.json").is_file()  # messages about weights from elsewhere stay
     try:
-        with quiet_loading() if exported else contextlib.nullcontext():
+        with quiet_loading(folder):
             model, info = AutoModel.from_pretrained(
                 folder,
                 output_loading_info=True,

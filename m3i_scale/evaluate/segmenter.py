@@ -20,6 +20,7 @@ from m3i_scale.evaluate.towers import has_head, load_objective
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.mask_queries import class_scores
 from m3i_scale.objective.segmentation import resized
+from m3i_scale.output import quiet_loading
 
 SEGMENTER = "segmenter"
 """The measure of a segmenter, asked for alone: of a folder that holds one, or of features with one in `heads/`."""
@@ -140,10 +141,11 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
     queries = EOMT in architectures(folder)
     auto = AutoModelForUniversalSegmentation if queries else AutoModelForSemanticSegmentation
     try:
-        model, info = auto.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-        )
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet_loading(folder):
+            model, info = auto.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+            )
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = dict(getattr(processor, "size", None) or {})
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)

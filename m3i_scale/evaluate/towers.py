@@ -22,6 +22,7 @@ from m3i_scale.files import read_json
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.upgrade import upgraded
+from m3i_scale.output import quiet_loading
 
 _TEXT_BATCH = 256
 
@@ -131,14 +132,15 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
         if not (place / "config.json").is_file():  # a recipe without text
             continue
-        model, info = AutoModel.from_pretrained(
-            place,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **no_pooling_layer(place),
-        )
+        with quiet_loading(folder):
+            model, info = AutoModel.from_pretrained(
+                place,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **no_pooling_layer(place),
+            )
         faulty = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
         if faulty:
             raise ExportError(f"{len(faulty)} tensors do not fit the model, e.g. {faulty[0]}", where=str(place))

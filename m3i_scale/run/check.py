@@ -116,13 +116,16 @@ def told_phases(run: RunConfig) -> list[str]:
     return lines
 
 
-def warnings_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[str]:
+def warnings_of(
+    name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
+) -> list[str]:
     """Return warnings about a run file; of one with errors, those about the other values.
 
     Args:
         name_or_path: a run file, or the name of a built-in one.
         overrides: `section.key=value`.
         ranks: of the run; None if they are not known.
+        ask_servers: read the manifests of remote shards. False: the run has errors, maybe a server that is down.
     """
     try:
         values = run_values(name_or_path, overrides)
@@ -130,20 +133,23 @@ def warnings_of(name_or_path: str, overrides: list[str] | None = None, ranks: in
         return []
     run, faulty = fields_that_hold(values)
     warnings = repeated_overrides(overrides or [])
-    return warnings if run is None else warnings + run_warnings(run, ranks, faulty)
+    return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
 
 
-def run_warnings(run: RunConfig, ranks: int | None, faulty: Collection[str] = ()) -> list[str]:
+def run_warnings(
+    run: RunConfig, ranks: int | None, faulty: Collection[str] = (), *, ask_servers: bool = True
+) -> list[str]:
     """Return warnings about a run.
 
     Args:
         run: with defaults in place of values with errors.
         ranks: of the run; None if they are not known.
-        faulty: dotted keys with errors; if there are any, no server is asked.
+        faulty: dotted keys with errors.
+        ask_servers: see `warnings_of`.
     """
     errors = Faults()
     recipe = errors.note(parse_recipe, run.recipe)
-    access = None if faulty else errors.note(lambda: check_access(run.data, run.data.sources).at_start())
+    access = errors.note(lambda: check_access(run.data, run.data.sources).at_start()) if ask_servers else None
     warnings = config_warnings(run, recipe, faulty)
     warnings += errors.note(_other_images, run) or []
     return warnings + list(source_warnings(run, ranks, access))

@@ -13,7 +13,9 @@ import pytest
 import servers
 import torch
 from hub import REPO, hub
+from typer.testing import CliRunner
 
+from m3i_scale.cli import app
 from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.data.index import build_index, load_index
 from m3i_scale.data.remote.access import check_access
@@ -290,3 +292,14 @@ def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, n
 def test_shards_elsewhere_are_not_for_tools():
     with pytest.raises(DataError, match="on a path of this host"):
         local_shards("s3://bucket/x.tar")
+
+
+def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):
+    """It would be waited for twice."""
+    server = servers.FaultyServer(tmp_path)
+    words = ["check", "mae", f"data.sources.main.shards={server.address}/a-{{000..009}}.tar", "optim.lr=2"]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    told = json.loads(done.stdout)
+    assert [fault["where"].partition(":")[0] for fault in told["faults"]] == ["data.sources.main.shards"]
+    assert [text.partition(" ")[0] for text in told["warnings"]] == ["optim.lr"]
+    assert {name.rpartition("/")[2] for _, name, _ in server.log} == {"a-000.tar"}

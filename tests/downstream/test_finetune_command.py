@@ -96,6 +96,7 @@ def trained(start: Path, data: Path, forks: Forks, tmp_path_factory: pytest.Temp
     assert "packing" in done.stderr
     assert "UNEXPECTED" not in done.stderr  # of the head that was just exported
     assert "backend is not available" not in done.stderr
+    assert "Loading weights" not in done.stderr  # a progress bar of transformers
     return output, json.loads(done.stdout)
 
 
