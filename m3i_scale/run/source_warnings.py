@@ -53,7 +53,8 @@ def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iter
     if len(known) == len(counts) and run.evaluation.batches > most:
         yield (
             f"evaluation.batches is {run.evaluation.batches}, and data.validation has {samples} samples, which fill "
-            f"{most} batch{'' if most == 1 else 'es'} of {of_a_batch}: samples are read several times. Fix: evaluation.batches={most}"
+            f"{most} batch{'' if most == 1 else 'es'} of {of_a_batch}: samples are read several times. Fix: "
+            f"evaluation.batches={most}"
         )
 
 
