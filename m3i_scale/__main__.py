@@ -24,9 +24,9 @@ def run() -> None:
     end_with_parent()  # before seconds of imports, in which the parent may end
     if sys.argv[1:2] not in _STARTERS:
         limit_threads(os.environ, ranks_on_host(os.environ) or 1)
-    from m3i_scale.cli import main
-
     try:
+        from m3i_scale.cli import main
+
         main()
         code: object = 0
     except SystemExit as stop:

@@ -21,6 +21,12 @@ def missing_classes(counts: Mapping[int, int], names: Sequence[str]) -> list[str
     return [name for index, name in enumerate(names) if not counts.get(index)]
 
 
+def least_to_evaluate(counts: Mapping[int, int], names: Sequence[str]) -> int:
+    """Return how many classes must have a pixel in masks for evaluation: one, or two if there are ignored pixels, which
+    are likely the other class of masks of 0 and 255."""
+    return min(2 if counts.get(NO_CLASS) else 1, len(names))
+
+
 def check_class_pixels(
     counts: Mapping[int, int], names: Sequence[str], where: str, *, least: int, first: int = 0
 ) -> None:
@@ -30,7 +36,7 @@ def check_class_pixels(
         counts: pixels by value.
         names: of the classes, in the order of their indices.
         where: names the masks in errors.
-        least: classes that must have a pixel: all for training, two for training on a subset, one to evaluate.
+        least: classes that must have a pixel: all for training, two for training on a subset; see `least_to_evaluate`.
         first: the value of the first class in the files of the user.
 
     Raises:

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -180,11 +181,18 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
     # process would import torch for itself.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
+    # Ctrl-C reaches these processes too. They start with the signal blocked, and so does their parent, so that none
+    # prints a traceback out of its imports or finds its parent gone. Starting the tracker would unblock the signal.
+    resource_tracker.ensure_running()
     waiting: deque[Future[Result]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             for task in tasks:
-                waiting.append(pool.submit(function, task))
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    waiting.append(pool.submit(function, task))
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -200,6 +208,7 @@ def _end_with_parent() -> None:
     """End this process as soon as the one that started the pool has ended, in whatever way; after Ctrl-C without a
     traceback, which is for the one that started the pool to tell."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("not a worker process")

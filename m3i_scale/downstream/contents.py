@@ -16,7 +16,7 @@ from m3i_scale.data.box_forms import BoxForms
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.images import IMAGE_EXTENSIONS, mask_fault, pixel_counts
 from m3i_scale.data.instances import parse_instances
-from m3i_scale.data.mask_classes import check_class_pixels, pixel_lines, pixel_report
+from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
@@ -160,9 +160,12 @@ def _check_masks(train: Counter[int], evaluated: Counter[int], data: Labelled, t
     least = len(data.classes) if data.every_class else 2
     check_class_pixels(train, data.classes, f"masks of {data.train}", least=least)
     if data.validation is not None:
-        check_class_pixels(evaluated, data.classes, f"masks of {data.validation}", least=1)
-    for line in pixel_lines(pixel_report(train, data.classes), str(data.train)):
-        tell(line)
+        least = least_to_evaluate(evaluated, data.classes)
+        check_class_pixels(evaluated, data.classes, f"masks of {data.validation}", least=least)
+    for counts, shards in ((train, data.train), (evaluated, data.validation)):
+        if shards is not None:
+            for line in pixel_lines(pixel_report(counts, data.classes), str(shards)):
+                tell(line)
 
 
 def _check_overlap(

@@ -334,9 +334,10 @@ def test_a_validation_split_needs_a_class_and_training_two(tmp_path):
     scenes(tmp_path, (0,), "val")
     assert CliRunner().invoke(shards_app, [*arguments, "--workers", "1"]).exit_code == 0
     shutil.rmtree(tmp_path / "out")
-    scenes(tmp_path, (255,), "val")
-    refused = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
-    assert "val" in refused.exception.where
+    for values in ((255,), (0, 255)):
+        scenes(tmp_path, values, "val")
+        refused = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
+        assert "val" in refused.exception.where
 
 
 def test_a_class_without_a_pixel_is_named_when_shards_are_made_checked_and_counted(tmp_path):

@@ -13,7 +13,7 @@ from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
 from m3i_scale.data.make.write import check_output, made_whole, write_samples
-from m3i_scale.data.mask_classes import check_class_pixels, pixel_lines, pixel_report
+from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
@@ -162,7 +162,9 @@ class _Maker:
         if names is None:
             return
         for split, counts in self.pixels.items():
-            least = 1 if split not in self._training else len(names) if every_class else 2
+            least = len(names) if every_class else 2
+            if split not in self._training:
+                least = least_to_evaluate(counts, names)
             check_class_pixels(counts, names, f"masks of {split}", least=least, first=first)
 
     def _encoded(self, records: Iterator[Record]) -> Iterator[tuple[Record, Encoded]]:

@@ -16,7 +16,7 @@ from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.make.folder import SPLIT_NAMES
-from m3i_scale.data.mask_classes import check_class_pixels, pixel_lines, pixel_report
+from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, labels_beside, local_shards
@@ -222,7 +222,8 @@ def _check_contents(folder: Path, report: CheckReport, write: Write) -> None:
         _note(report, str(folder), Fault(MASK_OUT_OF_RANGE, detail), write)
     evaluated = folder.name.lower() in SPLIT_NAMES - {"train", "training"}
     try:
-        check_class_pixels(contents.pixels, names, str(folder), least=1 if evaluated else 2)
+        least = least_to_evaluate(contents.pixels, names) if evaluated else 2
+        check_class_pixels(contents.pixels, names, str(folder), least=least)
     except DataError as error:
         _note(report, str(folder), Fault(ONE_CLASS, error.what), write)
     else:
