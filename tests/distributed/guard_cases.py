@@ -131,7 +131,7 @@ class GuardCases(RankParts):
         told: list[dict[str, str]] = []
         run = SimpleNamespace(guard=GuardConfig(max_skipped_in_a_row=2), output_dir=Path(self.out / "guard"))
         state.resolved = SimpleNamespace(run=run)
-        state.callbacks = SimpleNamespace(on_warning=lambda step, fault: told.append(fault))
+        state.callbacks = SimpleNamespace(on_warning=lambda step, fault: told.append(fault), flush=lambda: None)
         state.engine = SimpleNamespace(fp16_enabled=lambda: False, get_global_grad_norm=lambda: float("inf"))
         state.applied = state.finite
         guard = Guard(state, list)
