@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from m3i_scale.config.limits import MAX_WIDTH
 from m3i_scale.config.sections import Section
 
 
@@ -42,7 +43,7 @@ class Protocol(Section):
     """`finetune` computes `optim.steps` from it, for as many images as there are."""
     steps: int | None = Field(default=None, ge=1)
     """`finetune` trains so many, however many images there are. Stated is one of both."""
-    lr_width: int | None = Field(default=None, ge=1)
+    lr_width: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """`optim.lr` is for a backbone of this width: `finetune` multiplies it by `lr_width` / width. Default: it is for
     any backbone."""
     published: Published | None = None

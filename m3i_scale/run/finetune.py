@@ -107,6 +107,8 @@ def prepare(
         first_weights = str(random_start(first_weights, run.output_dir / "start", run.seed))
     first = _start(first_weights)
     sources = _sources(data, repeat_threshold(run))
+    # `start` may be a run, which has no configuration of a model.
+    run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
     computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _refuse_few(run, data)

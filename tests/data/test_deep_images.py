@@ -203,7 +203,7 @@ def test_tiles_of_deep_images_have_the_levels_of_the_whole():
         source = ListedInput([Record("scan", data)], [])
         tiles = list(TiledInput(source, Tiling(20), value_range).records())
         last = encode_all(EncodeTask(tiles, value_range))[3]
-        assert np.array_equal(pixels_of(last["png"]), whole[12:, 12:])
+        assert np.array_equal(pixels_of(last.members["png"]), whole[12:, 12:])
 
 
 def test_what_training_would_leave_out_for_its_size_is_refused():

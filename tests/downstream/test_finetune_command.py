@@ -371,12 +371,12 @@ def test_other_words_about_a_protocol_are_the_same_run(
     text["protocol"]["deviations"] = ["said in another way"]
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     again = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
-    check_trained(again.run, checkpoint)
+    check_trained(again.run, again.data, checkpoint)
     text["protocol"]["epochs"] = 51
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     other = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
     with pytest.raises(CheckpointError):
-        check_trained(other.run, checkpoint)
+        check_trained(other.run, other.data, checkpoint)
 
 
 def test_an_evaluation_reads_all_images_for_evaluation_unless_it_is_told_how_many(

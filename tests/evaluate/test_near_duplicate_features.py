@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.data.tools.nearest import Groups
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.features import unit_rows
 from m3i_scale.evaluate.near_duplicates import EncodedImages, find_near_duplicates
@@ -75,7 +76,8 @@ def encoded(rows_ND):
 def test_exact_copies_have_similarity_1():
     rows = np.random.default_rng(0).standard_normal((200, 768)).astype(np.float32)
     twice = encoded(np.concatenate([rows, rows]))
-    pairs = {pair for left, right in twice.pairs(1.0) for pair in zip(left.tolist(), right.tolist(), strict=True)}
+    found = twice.pairs(1.0, Groups(len(twice)))
+    pairs = {pair for left, right in found for pair in zip(left.tolist(), right.tolist(), strict=True)}
     assert pairs == {(number, number + 200) for number in range(200)}
 
 

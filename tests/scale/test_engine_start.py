@@ -38,5 +38,6 @@ def test_free_memory_is_known_whatever_gpus_are_called(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(deepspeed, "initialize", initialize)
     module = nn.Linear(2, 2)
+    module.optimizer = None
     assert under_test.build_engine(lambda: module, lambda built: None, CONFIG, weight_decay=0.1) is module
     assert asked == [FREE]
