@@ -17,7 +17,7 @@ from m3i_scale.launch.transport import HostFault, Site, explain_end
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
-    output_dir = tmp_path / "it's $HOME"
+    output_dir = tmp_path / "it's `HOME`"
     plan = render("torchrun", a_job(output_dir=str(output_dir), **TWO_HOSTS))
     *_, host, line = plan.commands[1].argv
     assert host == "node2"
