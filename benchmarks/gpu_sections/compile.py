@@ -17,7 +17,7 @@ from m3i_scale.scale.compilation import check_compile, compile_layers
 RECIPES = ("m3i", "clip")
 BATCH, STEPS, LR = 8, 5, 0.05
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Of the relative difference of a loss; in fp32 the rounding of earlier steps is in it."""
+"""Tolerances of the relative difference of a loss. In fp32 it includes the rounding of earlier steps."""
 
 
 def measure(mode: str, rows: Rows) -> None:

@@ -112,12 +112,12 @@ class BackboneConfig(Section):
     selective (matrix products and attention are kept) | offload (as full, layer inputs wait in host memory) |
     budget_GIB (as few layers as fit)."""
     compile: Literal["auto", True, False] = "auto"
-    """Whether layers go through `torch.compile`, one by one, also the ones without gradient (docs/performance.md).
-    auto: no layer, until a GPU has shown that losses stay equal (section `compile` of benchmarks/gpu.py)."""
+    """Compile each Transformer layer with `torch.compile` (docs/performance.md). auto: off, until a GPU has shown equal
+    losses (section `compile` of benchmarks/gpu.py)."""
 
     @property
     def compiles(self) -> bool:
-        """Whether layers are compiled."""
+        """Return whether layers are compiled."""
         return self.compile is True
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ class BoxForms:
     """Evidence of the form of boxes, summed over images."""
 
     boxes: int = 0
-    """That have a width and a height."""
+    """Number of boxes with a positive width and height."""
     normalized: int = 0
     """All four values are about 1 or less, in an image that is larger."""
     ordered: int = 0

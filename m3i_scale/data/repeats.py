@@ -90,7 +90,7 @@ class Repeats:
         of_all = np.concatenate(factors)
         total = float(of_all.sum())
         self.reads = math.ceil(round(total, 6))  # whatever was rounded in the sum
-        """Of a pass."""
+        """Number of reads per epoch."""
         if not self.reads:
             raise DataError("no sample has an object", where=where, why="those without are not read in training")
         of_all = of_all * (self.reads / total)

@@ -48,7 +48,7 @@ class ContentTask:
     """Names the classes, and says what is learned: LABELS, MASK_LABELS or CATEGORIES."""
     classes: int
     images: bool
-    """Whether images are hashed."""
+    """Hash the images, to compare the splits."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Contents:
     pixels: Counter[int] = field(default_factory=Counter)
     boxes: BoxForms = field(default_factory=BoxForms)
     images: int = 0
-    """That were hashed."""
+    """Number of hashed images."""
 
     def merge(self, other: Contents) -> None:
         """Add the contents of another shard."""

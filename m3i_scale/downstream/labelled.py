@@ -72,7 +72,7 @@ class Labelled:
     class_images: dict[str, int] | None = None
     """Images for training by class; None: an image has several classes, or nobody has counted."""
     annotations: dict[str, dict[str, int]] | None = None
-    """What `shards make coco` counted, by annotation file; None: nothing."""
+    """Counts of `shards make coco` by annotation file; None for other tasks."""
     every_class: bool = True
     """Whether each class of masks must have a pixel for training; a subset may lack some."""
 

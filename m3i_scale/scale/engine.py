@@ -38,16 +38,10 @@ def set_leaves(module: nn.Module) -> None:
     A layer of a ViT has eight modules with parameters; hooks, fetches and releases of each, forwards and backwards, are
     most of what a step takes of the host (docs/gpu.md). A layer whose parts are called one by one stays as it is: a
     leaf's parts have no hooks.
-
-    torch's `MultiheadAttention` is a leaf too: it reads the weights of its `out_proj` without calling it, so that no
-    hook would gather them.
     """
     for layers in stacks(module):
         for _, layer in layers:
             set_z3_leaf_module(layer, True)
-    for child in module.modules():
-        if isinstance(child, nn.MultiheadAttention):
-            set_z3_leaf_module(child, True)
 
 
 def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:

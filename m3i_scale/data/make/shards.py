@@ -139,7 +139,7 @@ class _Maker:
         self.skipped: Counter[str] = Counter()
         self.captions = CaptionSample(MAX_CAPTIONS)
         self.pixels: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """Of masks, by split and value."""
+        """Number of mask pixels by split and value."""
 
     def samples(self, records: Iterator[Record]) -> Iterator[tuple[str, dict[str, bytes]] | None]:
         """Yield the key and members of every record, in order; None for a record that cannot be used."""

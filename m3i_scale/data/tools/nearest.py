@@ -101,7 +101,7 @@ class Groups:
 
 
 GroupsOf = Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]
-"""Gives the groups, as they are now, of queries and of values."""
+"""Function that returns the current groups of queries and of values."""
 
 
 def near(

@@ -74,7 +74,7 @@ class ShardStats:
     """Samples with label, caption, mask, instances, json."""
     labels: Counter[int] = field(default_factory=Counter)
     pixels: Counter[int] = field(default_factory=Counter)
-    """Of masks, by value."""
+    """Number of mask pixels by value."""
     tokens: CaptionTokens = field(default_factory=CaptionTokens)
     bad: Counter[str] = field(default_factory=Counter)
     """What could not be counted, by reason."""

@@ -44,7 +44,7 @@ class Contents:
     """Masks and boxes of valid samples, summed: some mistakes show in a whole set alone."""
 
     pixels: Counter[int] = field(default_factory=Counter)
-    """Of masks, by value."""
+    """Number of mask pixels by value."""
     boxes: BoxForms = field(default_factory=BoxForms)
 
     def merge(self, other: Contents) -> None:
