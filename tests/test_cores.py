@@ -108,11 +108,15 @@ def test_commands_that_start_ranks_leave_them_their_threads(command: str) -> Non
 
 @pytest.mark.parametrize(("count", "ranks"), [("1", 1), ("cpu", os.cpu_count() or 1)])
 def test_ranks_of_torchrun_have_them_too(tmp_path: Path, count: str, ranks: int) -> None:
+    # A file for each rank: what ranks print to one pipe may be mixed.
     (tmp_path / "rank.py").write_text(
-        "import os\nprint(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY'])\n"
+        "import os, pathlib\n"
+        "said = f\"{os.environ['OMP_NUM_THREADS']} {os.environ['OMP_WAIT_POLICY']}\"\n"
+        "pathlib.Path(__file__).with_name(f\"rank{os.environ['RANK']}.txt\").write_text(said)\n"
     )
     variables = environment(PET_NPROC_PER_NODE=count)  # as Kubeflow says it
     del variables["OMP_NUM_THREADS"]
     run = [sys.executable, "-m", "m3i_scale.launch.torchrun_agent", "--standalone", str(tmp_path / "rank.py")]
-    done = subprocess.run(run, env=variables, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.splitlines() == [f"{default_threads(ranks, usable_cores())} PASSIVE"] * ranks
+    subprocess.run(run, env=variables, capture_output=True, timeout=120, check=True)
+    said = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(ranks)]
+    assert said == [f"{default_threads(ranks, usable_cores())} PASSIVE"] * ranks
