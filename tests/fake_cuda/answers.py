@@ -62,6 +62,13 @@ def assign(costs: Any) -> tuple[np.ndarray, np.ndarray]:
     return number, number
 
 
+class _HostGenerator(torch.Generator):
+    """A generator of the host, whatever device it is asked for."""
+
+    def __new__(cls, device: Any = None) -> _HostGenerator:
+        return super().__new__(cls)
+
+
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """Match by position, draw with generators of the host, and leave out redraws that depend on values."""
@@ -71,7 +78,7 @@ def without_values() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "linear_sum_assignment", assign))
         # With fake tensors it reads no mask, and in training it reads every one.
         stack.enter_context(mock.patch.object(masking_utils, "is_tracing", return_value=False))
-        stack.enter_context(mock.patch.object(torch, "Generator", return_value=torch.Generator()))
+        stack.enter_context(mock.patch.object(torch, "Generator", _HostGenerator))
         no_drop = mock.patch.object(modeling_internimage, "_drop_paths", lambda config: [0.0] * sum(config.depths))
         stack.enter_context(no_drop)
         stack.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, *a, **k: tensor))

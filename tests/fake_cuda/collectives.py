@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from clocks import Stream, line, machine
-from memory import access, extent, host_access, leaves, storage_of
+from memory import access, extent, host_access, is_on_device, leaves, storage_of
 from torch import Tensor
 
 _streams: dict[str, Stream] = {}
@@ -42,7 +42,7 @@ def _group_name(group: Any) -> str:
 def _collective(name: str, reads: Any, writes: Any, group: Any, is_async: bool) -> _Work | None:
     inputs, outputs = list(leaves(reads)), list(leaves(writes))
     tensors, where = [*inputs, *outputs], line(2)
-    on_device = any(tensor.is_cuda for tensor in tensors)
+    on_device = any(is_on_device(tensor) for tensor in tensors)
     machine.collectives[f"{name} of {_group_name(group)}{'' if on_device else ' on the host'}"] += 1
     if not on_device:
         for tensor in tensors:

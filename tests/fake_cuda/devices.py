@@ -14,7 +14,7 @@ from typing import Any
 import torchgen
 import yaml
 from clocks import line, machine
-from memory import storage_of
+from memory import is_on_device, storage_of
 from torch import Tensor
 
 
@@ -40,7 +40,7 @@ def checked_kernels() -> frozenset[str]:
 
 def check_devices(func: Any, tensors: list[Tensor]) -> None:
     """Report a kernel with the check that is given tensors of the host beside those of the device."""
-    of_host = [tensor for tensor in tensors if not tensor.is_cuda]
+    of_host = [tensor for tensor in tensors if not is_on_device(tensor)]
     if not of_host or len(of_host) == len(tensors):
         return
     overload = func._overloadname

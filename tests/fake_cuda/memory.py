@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from clocks import Clock, Stream, Timeline, line, machine
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -67,6 +68,12 @@ def storage_of(tensor: Tensor) -> Storage:
             _free(_shared.pop(key))
         known = _storages[key] = Storage(StorageWeakRef(storage))
     return known
+
+
+def is_on_device(tensor: Tensor) -> bool:
+    """Return whether a tensor lies on the GPU. A fake one would answer `is_cuda` by an operation of its own."""
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return device.type != "cpu"
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
@@ -129,7 +136,7 @@ def allocated(tensor: Tensor, where: str) -> None:
     if known.made_at:
         return
     known.made_at = where
-    if not tensor.is_cuda:
+    if not is_on_device(tensor):
         return
     known.stream = machine.stream
     for freed in _freed.pop(known.stream.number, ()):
@@ -166,7 +173,7 @@ def _over(last: _Access, clock: Clock) -> bool:
 
 def pin(tensor: Tensor) -> Tensor:
     """Stand for `Tensor.pin_memory`."""
-    if tensor.device.type != "cpu" or storage_of(tensor).pinned:
+    if is_on_device(tensor) or storage_of(tensor).pinned:
         return tensor
     copy = torch.empty_like(tensor)
     copy.copy_(tensor)
@@ -176,4 +183,4 @@ def pin(tensor: Tensor) -> Tensor:
 
 def is_pinned(tensor: Tensor) -> bool:
     """Stand for `Tensor.is_pinned`."""
-    return tensor.device.type == "cpu" and storage_of(tensor).pinned
+    return not is_on_device(tensor) and storage_of(tensor).pinned

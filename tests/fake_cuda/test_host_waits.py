@@ -6,20 +6,12 @@ waits until the device has done all that is queued, and the device then waits fo
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_library import build
-from launch import ROOT, environment
-from torch.utils.cpp_extension import library_paths
+from preloaded import run_preloaded
 
-HERE = Path(__file__).parent
 WAITS = {"EoMT": 13, "Mask R-CNN": 70, "Mask R-CNN on maps": 70, "RF-DETR": 66}
 """Of parts that are the libraries': matching on the host, and how many boxes there are. No other model waits."""
 KERNELS = {
@@ -89,12 +81,7 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="this bui
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
     """All models in one process, whose imports take longer than the walks."""
-    preloaded = {"LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": os.pathsep.join(library_paths())}
-    command = [sys.executable, str(HERE / "walk.py")]
-    done = subprocess.run(command, env=environment(**preloaded), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_preloaded("walk.py")
 
 
 def test_what_waits_is_counted_and_what_does_not_is_not(counted: dict[str, Any]) -> None:

@@ -6,20 +6,12 @@ of a run go through a few steps. Faults that are planted in the code are found a
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_library import build
-from launch import ROOT, environment
-from torch.utils.cpp_extension import library_paths
+from preloaded import run_preloaded
 
-HERE = Path(__file__).parent
 FILES = {
     "zero1_bf16": (2, 8, 472),
     "zero2_bf16": (6, 39, 771),
@@ -66,11 +58,7 @@ Answers = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def simulated() -> Answers:
     """All runs, forked from one process, whose imports take longer than most of them."""
-    preloaded = {"LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": os.pathsep.join(library_paths())}
-    command = [sys.executable, str(HERE / "simulate.py")]
-    done = subprocess.run(command, env=environment(**preloaded), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers: Answers = json.loads(done.stdout)
+    answers = run_preloaded("simulate.py")
     assert answers.keys() == {*FILES, *SHORT, *SABOTAGED}
     return answers
 

@@ -15,7 +15,7 @@ from answers import ANSWERS, ENDS, FOUND
 from attention import gpu_attention
 from clocks import line, machine
 from devices import check_devices
-from memory import access, allocated, collect, host_access, leaves, storage_of
+from memory import access, allocated, collect, host_access, is_on_device, leaves, storage_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,7 +81,7 @@ class _Operations(TorchDispatchMode):
         kwargs, name = dict(kwargs or {}), func._schema.name
         pinned = kwargs.pop("pin_memory", None)
         inputs = list(leaves((args, kwargs)))
-        on_device = [tensor.is_cuda for tensor in inputs]
+        on_device = [is_on_device(tensor) for tensor in inputs]
         if self._memory:
             check_devices(func, inputs)
         if name in ANSWERS or name in ENDS:
@@ -90,7 +90,7 @@ class _Operations(TorchDispatchMode):
                 return ANSWERS[name](args[0])
         if name == "aten::where" and any(on_device) and not all(on_device):
             machine.wait("a number is copied to the device", machine.stream)  # other kernels are handed it
-        if name.startswith("aten::index") and isinstance(args[1], (list, tuple)) and args[0].is_cuda:
+        if name.startswith("aten::index") and isinstance(args[1], (list, tuple)) and is_on_device(args[0]):
             args = self._indexed(name, args)
         outputs = func(*args, **kwargs)
         results = list(leaves(outputs))
@@ -100,9 +100,9 @@ class _Operations(TorchDispatchMode):
             if self._memory and ("empty" in name or name == "aten::lift_fresh"):
                 self._allocate(results)
             return outputs
-        if name in ("aten::_to_copy", "aten::copy_") and on_device[-1] != results[0].is_cuda:
+        if name in ("aten::_to_copy", "aten::copy_") and on_device[-1] != is_on_device(results[0]):
             self._copy(inputs[-1], results[0], _is_non_blocking(name, args, kwargs), new=name == "aten::_to_copy")
-        elif any(on_device) or any(tensor.is_cuda for tensor in results):
+        elif any(on_device) or any(is_on_device(tensor) for tensor in results):
             machine.kernels += 1
             if self._memory:
                 self._run(func, args, kwargs, results)
@@ -113,7 +113,7 @@ class _Operations(TorchDispatchMode):
     def _read(self, name: str, inputs: Sequence[Tensor]) -> None:
         """Have the host read a result."""
         for tensor in inputs:
-            if tensor.is_cuda:
+            if is_on_device(tensor):
                 machine.wait(f"{name} ends", machine.stream)
                 break
         if self._memory:
@@ -122,7 +122,7 @@ class _Operations(TorchDispatchMode):
 
     def _indexed(self, name: str, args: Any) -> Any:
         """Return the arguments with places for masks."""
-        number = name != "aten::index" and not args[2].is_cuda
+        number = name != "aten::index" and not is_on_device(args[2])
         fills = name != "aten::index" and args[2].numel() == 1
         fills = fills and all(index is None or index.dtype == torch.bool for index in args[1])
         if number and not fills:
@@ -136,7 +136,7 @@ class _Operations(TorchDispatchMode):
         """Yield indices, with numbers for masks, whose number of True is read unless one number fills them."""
         for index in indices:
             if index is None or index.dtype not in (torch.bool, torch.uint8):
-                moved = index is not None and index.dim() > 0 and not index.is_cuda
+                moved = index is not None and index.dim() > 0 and not is_on_device(index)
                 if moved:
                     machine.wait("an index is copied to the device", machine.stream)
                 yield torch.empty_like(index, device="cuda") if moved else index
@@ -148,14 +148,14 @@ class _Operations(TorchDispatchMode):
 
     def _copy(self, source: Tensor, copy: Tensor, non_blocking: bool, *, new: bool) -> None:
         """Follow a copy between host and device, which reads or writes pinned memory when the device gets there."""
-        of_host = source if copy.is_cuda else copy
-        if not copy.is_cuda and new and non_blocking:
+        of_host = source if is_on_device(copy) else copy
+        if not is_on_device(copy) and new and non_blocking:
             storage_of(copy).pinned = True  # torch makes it so
         pinned = storage_of(of_host).pinned
         if self._memory:
             where, stream = line(2), machine.stream
             allocated(copy, where)
-            if copy.is_cuda and not (non_blocking and pinned):
+            if is_on_device(copy) and not (non_blocking and pinned):
                 host_access(source, where=where)  # a driver's own pinned memory takes it at once
                 access(copy, stream, stream.launch(), writes=True, where=where)
             else:
@@ -164,7 +164,7 @@ class _Operations(TorchDispatchMode):
                 access(copy, stream, at, writes=True, where=where)
         if not non_blocking:
             machine.wait("a copy between host and device ends", machine.stream)
-        elif not pinned and not copy.is_cuda:
+        elif not pinned and not is_on_device(copy):
             machine.wait("a copy into pageable memory ends", machine.stream)
         if self._memory:
             collect()
@@ -175,7 +175,7 @@ class _Operations(TorchDispatchMode):
         where, stream = line(2), machine.stream
         at = stream.launch()
         for tensor, writes in _accesses(func, args, kwargs, results):
-            if tensor.is_cuda:
+            if is_on_device(tensor):
                 access(tensor, stream, at, writes=writes, where=where)
         collect()
 

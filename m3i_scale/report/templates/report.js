@@ -6,8 +6,8 @@
   const several = data.runs.length > 1;
   const state = { smoothing: 0, log: false, runs: new Set(), kinds: new Set(), groups: new Map() }; // sets: hidden ones
   const colours = {
-    light: ["#2563c9", "#c25e00", "#12805c", "#b02a7b", "#6d4fd8", "#8a6d00", "#0c7f95", "#c03546", "#5b6472", "#7c5c38"],
-    dark: ["#79aefc", "#ffb35c", "#62d3a8", "#f290c9", "#b5a2ff", "#e3c653", "#63cfe2", "#ff939b", "#a9b1bd", "#ceb08a"],
+    light: ["#2563c9", "#d97706", "#0a7a3c", "#d6249f", "#5b21b6", "#989200", "#0aa0c0", "#b0121f", "#1f2937", "#a07f7a"],
+    dark: ["#5aa2ff", "#ff9d2e", "#35c47a", "#ff8ad8", "#a878ff", "#e8e04a", "#3fdcf0", "#ff4d4d", "#e6eaf0", "#a58a78"],
   };
   const dashes = ["solid", "dash", "dot", "longdash", "dashdot", "longdashdot"];
   const markColours = { phase: 0, resumed: 2, rewound: 4, warning: 1, lost: 7, failed: 7 };
