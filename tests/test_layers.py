@@ -4,6 +4,7 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import packages
 import pytest
 
 from m3i_scale.backbones import internimage
@@ -165,6 +166,28 @@ def test_files_stay_short():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     # A model that an export carries is one flat file, as those of `transformers` are.
     assert {path: length for path, length in lines.items() if length > (650 if path in CARRIED else 500)} == {}
+
+
+def test_the_core_and_the_extensions_import_what_they_may() -> None:
+    # Both ways: an import that is not listed is a fault, and so is a line of the list that is not needed any more.
+    assert packages.forbidden_imports() == packages.LAYOUT["exceptions"]
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("run", "tasks", False),
+        ("data", "shards", False),
+        ("export", "tasks", False),
+        ("export", "evaluate", False),
+        ("data", "entry", False),
+        ("tasks", "export", True),
+        ("evaluate", "host", True),
+        ("entry", "elastic", True),
+    ],
+)
+def test_a_wall_between_packages(importer: str, imported: str, allowed: bool) -> None:
+    assert packages.is_allowed(importer, imported) is allowed
 
 
 LOADS = ("from_pretrained", "from_config")
