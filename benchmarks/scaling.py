@@ -30,8 +30,8 @@ from m3i_scale.run.planning import (
     Model,
     estimate,
     machine_of,
-    over,
     read_vocabulary,
+    with_links,
 )
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.communication import Traffic, step_traffic
@@ -158,7 +158,7 @@ class Planned:
 
     def over(self, engine: str, gpus: int, fabric: Fabric, batch: int | None = None) -> Estimate:
         """A step over a fabric."""
-        return over(self.step(engine, gpus, batch or MICRO_BATCH * gpus), machine(gpus, fabric).links)
+        return with_links(self.step(engine, gpus, batch or MICRO_BATCH * gpus), machine(gpus, fabric).links)
 
 
 def compressed(collectives: tuple[Traffic, Traffic]) -> tuple[Traffic, Traffic]:

@@ -26,11 +26,11 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from scene_layouts import Category, LayoutWriter, Scene
 
 from m3i_scale.data.images import DECODE_FAULTS
-from m3i_scale.data.make.folder import shown_images
+from m3i_scale.data.make.folder import list_images
 from m3i_scale.data.make.records import reading
 from m3i_scale.data.options import AsJson, print_summary, sample_bar
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.files import whole_folder
+from m3i_scale.files import atomic_dir
 from m3i_scale.output import reserve_stdout
 
 Families = list[list[Art]]
@@ -88,7 +88,7 @@ def stamp_art(folder: Path, size: int) -> list[tuple[Concept, Art]]:
         DataError: no such folder, no pictures in folders of groups, or one that is damaged.
     """
     art = []
-    for path in shown_images(folder):
+    for path in list_images(folder):
         way = path.relative_to(folder).parts
         if len(way) > 1:
             family = "/".join((*way[:-1], re.sub(r"[^a-z]+", " ", path.stem.lower()).strip()))
@@ -278,7 +278,7 @@ def main(
     val = round(images * VALIDATION_SHARE)
     image_id = 0
     try:
-        with whole_folder(folder, durable=False) as partial, sample_bar(quiet=as_json) as tell:
+        with atomic_dir(folder, durable=False) as partial, sample_bar(quiet=as_json) as tell:
             writer = LayoutWriter(partial, categories, f"Scenes of {kind}, {size} pixels, seed {seed}", licenses)
             for which, (split, count) in enumerate({"train": images - val, "val": val}.items()):
                 composer = Composer(artwork[split], size)

@@ -14,10 +14,11 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.evaluate.features import Pool, load_vision
 from m3i_scale.evaluate.loaded import LoadedBackbone
-from m3i_scale.objective import build, whole
+from m3i_scale.objective import build
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
+from m3i_scale.objective.start_weights import move_averages, start_weights
 from m3i_scale.run import with_data
 from m3i_scale.run.schedule import momentum_at
 from m3i_scale.scale.collectives import ProcessGroupRanks
@@ -87,7 +88,7 @@ def build_objective(run: RunConfig) -> Objective:
     ranks = _ranks()
     checked = _checked(run, ranks, "build_objective")
     objective = build.build_objective(checked.run, checked.label_sets, checked.vocab_size, ranks)
-    whole.start_weights(objective, checked.run)
+    start_weights(objective, checked.run)
     return objective
 
 
@@ -100,7 +101,7 @@ def update_momentum(objective: Objective, step: int, steps: int) -> None:
         steps: of the whole training.
     """
     if objective.recipe.momentum is not None:
-        whole.move_averages(objective, momentum_at(step, objective.recipe.momentum, steps))
+        move_averages(objective, momentum_at(step, objective.recipe.momentum, steps))
 
 
 def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:

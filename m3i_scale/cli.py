@@ -159,7 +159,7 @@ def check(
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
-    from m3i_scale.run.check import faults_of, told_phases, warnings_of
+    from m3i_scale.run.check import faults_of, phase_lines, warnings_of
 
     faults = Faults()
     faults.found = faults_of(run, overrides, ranks)
@@ -173,7 +173,7 @@ def check(
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
         faults.end()
-        for line in (*told_phases(load_run(run, overrides)), "nothing to refuse"):
+        for line in (*phase_lines(load_run(run, overrides)), "nothing to refuse"):
             console.print(line, markup=False, highlight=False)
 
 
@@ -186,10 +186,10 @@ def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> No
     import yaml
 
     from m3i_scale.config import load_run
-    from m3i_scale.text import masked
+    from m3i_scale.text import redact
 
     # The classes of a recipe's parts are not asked: they hold losses too, so that torch would be imported first.
-    values = masked(load_run(run, overrides).model_dump(mode="json"))
+    values = redact(load_run(run, overrides).model_dump(mode="json"))
     if as_json:
         print_json(values)
     else:
@@ -412,8 +412,8 @@ def export(
     leave_out_accelerator_warning()
     from m3i_scale.config.kinds import import_given
     from m3i_scale.hub.export import export_and_push
-    from m3i_scale.hub.push import told_push
-    from m3i_scale.hub.write import Wanted
+    from m3i_scale.hub.push import push_summary
+    from m3i_scale.hub.write import ExportContents
 
     import_given(imports)
     result = export_and_push(
@@ -424,7 +424,7 @@ def export(
         dry_run=dry_run,
         weights=cast(Any, weights),
         dtype=cast(Any, dtype),
-        wanted=Wanted(cast(Any, task), cast(Any, file_format), label_set, max_shard_size),
+        wanted=ExportContents(cast(Any, task), cast(Any, file_format), label_set, max_shard_size),
         also=tuple(also.split(",")) if also else (),
         overwrite=overwrite,
         license_id=license_id,
@@ -437,7 +437,7 @@ def export(
     for key, value in result.items():
         if isinstance(value, str | int | float):
             table.add_row(key, str(value))
-    for row in told_push(result["push"]) if push is not None else ():
+    for row in push_summary(result["push"]) if push is not None else ():
         table.add_row(*row)
     wide_console().print(table)
 
@@ -477,11 +477,11 @@ def main() -> None:
     except UserError as error:
         adopt_rank_variables(os.environ)
         ranks = os.environ.get("WORLD_SIZE", "1") != "1"
-        _ERRORS.print(_told(error, os.environ.get("RANK", "?") if ranks else None))
+        _ERRORS.print(_format_error(error, os.environ.get("RANK", "?") if ranks else None))
         sys.exit(error.exit_code)
 
 
-def _told(error: UserError, rank: str | None) -> Text:
+def _format_error(error: UserError, rank: str | None) -> Text:
     """Return a message that one rank tells whole and the others in one line. It is printed at once, or lines would mix.
 
     An error that not all ranks are known to have is printed whole by each, in one line.

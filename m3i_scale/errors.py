@@ -74,7 +74,7 @@ def _rebuild(kind: type[UserError], what: str, where: str | None, why: str | Non
 
 
 @contextmanager
-def named(whose: str) -> Iterator[None]:
+def error_prefix(whose: str) -> Iterator[None]:
     """Put `whose` before the `where` of every error that is raised inside."""
     try:
         yield
@@ -165,7 +165,7 @@ _LISTED = 80  # the built-in run files are fewer
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the hint for a misspelt name: the nearest known names, or the whole (short) list."""
     names = sorted(known)
-    same = [name for name in names if _plain(name) == _plain(word)]  # but for case and punctuation
+    same = [name for name in names if _letters(name) == _letters(word)]  # but for case and punctuation
     near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if not near:
         folded = difflib.get_close_matches(word.casefold(), [name.casefold() for name in names], n=3, cutoff=0.6)
@@ -177,5 +177,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(names[:_LISTED]) + ", …"
 
 
-def _plain(word: str) -> str:
+def _letters(word: str) -> str:
     return re.sub(r"[^a-z0-9]", "", word.casefold())

@@ -73,7 +73,7 @@ def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> I
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str, *, mode: int | None = None, durable: bool = True) -> None:
+def atomic_write(path: Path, text: str, *, mode: int | None = None, durable: bool = True) -> None:
     """Write a text file so that a kill leaves the old one or the new one (see `replacing`).
 
     Raises:
@@ -84,7 +84,7 @@ def write_whole(path: Path, text: str, *, mode: int | None = None, durable: bool
 
 
 @contextmanager
-def whole_folder(target: Path, *, replace: bool = False, alone: bool = False, durable: bool = True) -> Iterator[Path]:
+def atomic_dir(target: Path, *, replace: bool = False, alone: bool = False, durable: bool = True) -> Iterator[Path]:
     """Give an empty folder beside `target` that takes its name when all in it is on the disk, and is gone after an
     error. What a killed process left of such a folder goes with the next one on its host.
 
@@ -172,15 +172,15 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def plain(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Return the same value for JSON: NaN and the infinities, which JSON has not, become "nan", "inf" and "-inf".
 
     `float()` reads all three back.
     """
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value
@@ -197,7 +197,7 @@ def json_line(value: Any) -> str:
 
 
 def _json(value: Any, indent: int | None) -> str:
-    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(json_ready(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
 
 
@@ -207,7 +207,7 @@ def write_json(path: Path, value: Any, *, mode: int | None = None, durable: bool
     Raises:
         OSError: the disk refused.
     """
-    write_whole(path, json_text(value), mode=mode, durable=durable)
+    atomic_write(path, json_text(value), mode=mode, durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -45,7 +45,7 @@ def without_secrets(text: str) -> str:
     return _TOKEN.sub("…", text)
 
 
-def shown(text: str) -> str:
+def quoted(text: str) -> str:
     """Return what a user wrote, fit for logs: `without_secrets`, and without commands of `pipe:`."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
@@ -67,7 +67,7 @@ def printable(text: str, *, lines: bool = False) -> str:
     )
 
 
-def masked(value: Any, *, names: bool = False) -> Any:
+def redact(value: Any, *, names: bool = False) -> Any:
     """Return a JSON value with every login, query and access token in its texts, keys included, replaced by `…`.
 
     Args:
@@ -79,13 +79,13 @@ def masked(value: Any, *, names: bool = False) -> Any:
         return without_secrets(value)
     if isinstance(value, dict):
         return {
-            masked(key): HIDDEN
+            redact(key): HIDDEN
             if names and not isinstance(item, dict) and is_secret(str(key))
-            else masked(item, names=names)
+            else redact(item, names=names)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [masked(item, names=names) for item in value]
+        return [redact(item, names=names) for item in value]
     return value
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from m3i_scale.config import RunConfig, known_recipes, known_runs, load_run, parse_section, read_yaml, run_values
-from m3i_scale.config.explain import MEANT
+from m3i_scale.config.explain import HINTS
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 
@@ -173,7 +173,7 @@ def test_a_number_in_quotes_is_text():
     assert (run.name, run.optim.lr) == ("1e3", 3e-4)
 
 
-@pytest.mark.parametrize("meant", sorted(set(MEANT.values())))
+@pytest.mark.parametrize("meant", sorted(set(HINTS.values())))
 def test_what_other_code_bases_call_differently_is_a_key_here(meant):
     """What follows on the key is for the reader."""
     key = re.split(r"[ ,:]", meant)[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_scale.files import json_text, read_json, replacing, sha256_of, sha256_of_json, whole_folder, write_json
+from m3i_scale.files import atomic_dir, json_text, read_json, replacing, sha256_of, sha256_of_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_file_has_its_mode_from_the_first_byte_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, log: list[str]) -> None:
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_dir(tmp_path / "out") as folder:
         (folder / "below").mkdir()
         (folder / "below" / "file").write_text("x")
         (folder / "link").symlink_to("/etc/passwd")
@@ -77,7 +77,7 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, log: lis
 
 
 def test_a_folder_that_can_be_made_anew_does_not_wait_for_the_disk(tmp_path: Path, log: list[str]) -> None:
-    with whole_folder(tmp_path / "out", durable=False) as folder:
+    with atomic_dir(tmp_path / "out", durable=False) as folder:
         (folder / "file").write_text("x")
     assert log == ["RENAME"]
     assert names(tmp_path / "out") == ["file"]
@@ -86,12 +86,12 @@ def test_a_folder_that_can_be_made_anew_does_not_wait_for_the_disk(tmp_path: Pat
 def test_a_folder_is_replaced_only_where_that_is_meant_and_only_by_a_whole_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out", replace=True):
+    with pytest.raises(KeyboardInterrupt), atomic_dir(tmp_path / "out", replace=True):
         raise KeyboardInterrupt
-    with pytest.raises(OSError, match="not empty"), whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(OSError, match="not empty"), atomic_dir(tmp_path / "out") as folder:
         (folder / "new").write_text("x")
     assert (names(tmp_path), names(tmp_path / "out")) == (["out"], ["old"])
-    with whole_folder(tmp_path / "out", replace=True) as folder:
+    with atomic_dir(tmp_path / "out", replace=True) as folder:
         (folder / "new").write_text("x")
     assert (names(tmp_path), names(tmp_path / "out")) == (["out"], ["new"])
 
@@ -149,7 +149,7 @@ def test_what_a_killed_process_left_goes_and_an_output_that_it_had_moved_comes_b
     (tmp_path / f"{begun}.partial").mkdir()
     (tmp_path / f"{begun}.old").mkdir()
     (tmp_path / f"{begun}.old" / "file").write_text("of before")
-    with pytest.raises(ValueError, match="half-way"), whole_folder(tmp_path / "out", replace=True):
+    with pytest.raises(ValueError, match="half-way"), atomic_dir(tmp_path / "out", replace=True):
         raise ValueError("half-way")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "of before"

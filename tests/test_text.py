@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, masked, short_differences, size_text
+from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, redact, short_differences, size_text
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_other_names_are_none(name: str) -> None:
     ],
 )
 def test_a_log_has_no_secrets(value: Any, wanted: Any) -> None:
-    assert masked(value, names=True) == wanted
+    assert redact(value, names=True) == wanted
 
 
 def test_elsewhere_a_name_hides_nothing() -> None:
-    assert masked({"key_width": 8, "a": "hf_abcdefghij1"}) == {"key_width": 8, "a": "…"}
+    assert redact({"key_width": 8, "a": "hf_abcdefghij1"}) == {"key_width": 8, "a": "…"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from _rows import Rows
 from rank_parts import RankParts
 
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.partition import gather_stream, own_values
+from m3i_scale.scale.partition import gather_stream, local_values
 from m3i_scale.scale.process_group import stop_ranks
 
 SPIN_CYCLES = 400_000_000
@@ -24,7 +24,7 @@ def measure(mode: str, rows: Rows) -> None:
         engine, momentum = start_engine(parts.plan("zero3_bf16", "m3i"), parts.ranks)
         parts._train_step(engine, 0)
         named = dict(engine.module.named_parameters())
-        targets = {name: own_values(named[name]) for name in momentum.online_names()}
+        targets = {name: local_values(named[name]) for name in momentum.online_names()}
         torch.cuda.synchronize()
         before = {name: values.clone() for name, values in targets.items()}
         torch.cuda._sleep(SPIN_CYCLES)

@@ -138,7 +138,7 @@ class Matching:
     def _take(self, take: Take, shape: Shape) -> None:
         fits = not shape or shape[0] % take.parts == 0
         share = (shape[0] // take.parts, *shape[1:]) if shape else shape
-        if fits and _plain(share) == _plain(take.shape):
+        if fits and _squeezed(share) == _squeezed(take.shape):
             self.takes[take.name] = take
         elif take.name == self.positions and shape[-1] == take.shape[-1]:
             square_side(shape[-2] - self.class_row, take.tensor, "its table of positions")
@@ -148,7 +148,7 @@ class Matching:
             self.misshapen.append(f"{take.tensor} {shape}, and the model's {take.name} is {take.shape}")
 
 
-def _plain(shape: Shape) -> Shape:
+def _squeezed(shape: Shape) -> Shape:
     return tuple(side for side in shape if side != 1)
 
 

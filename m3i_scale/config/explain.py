@@ -14,14 +14,14 @@ from pydantic.fields import FieldInfo
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
-from m3i_scale.text import shown
+from m3i_scale.text import quoted
 
 KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str", "constrained-float")
 """How pydantic names the alternatives of a union, as if they were keys."""
 
-MEANT = {
+HINTS = {
     "epochs": "optim.steps (samples × epochs / optim.batch_size); of one source: data.sources.NAME.epochs",
     "num_epochs": "optim.steps (samples × epochs / optim.batch_size)",
     "max_steps": "optim.steps",
@@ -176,7 +176,7 @@ def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
         key = override.partition("=")[0].split(".")
         shorter = min(len(key), len(fault))
         if key[:shorter] == fault[:shorter]:
-            return f"override {shown(override)}"
+            return f"override {quoted(override)}"
     return str(path)
 
 
@@ -230,19 +230,19 @@ def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigE
         section = sections.at(fault["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(f"'{key}' is a section, and got {shown(repr(fault['input']))}", where=where, fix=keys)
+        return ConfigError(f"'{key}' is a section, and got {quoted(repr(fault['input']))}", where=where, fix=keys)
     default = _default_of(sections.field_at(fault["loc"]))
     fix = None if default is None else f"e.g. the default, {key}={default}"
     if fault["type"] == "value_error":  # a rule of ours: its sentence says all
         rule = fault["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {fault['msg']} (got {shown(repr(fault['input']))})", where=where, fix=fix)
+    return ConfigError(f"'{key}': {fault['msg']} (got {quoted(repr(fault['input']))})", where=where, fix=fix)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:
     """Return what an unknown key may have meant: by its meaning, by its name in another section, or nearby."""
     name = str(path[-1])
-    meant = MEANT.get(name.casefold())
+    meant = HINTS.get(name.casefold())
     if meant is not None and re.split(r"[ ,.:]", meant)[0] in sections.kind.model_fields:
         return f"did you mean {meant}?"
     elsewhere = sorted(key for key in _keys_of(sections.kind) if key.rpartition(".")[2] == name)

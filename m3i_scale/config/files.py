@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.config.yaml_text import NOT_YAML, parse_yaml, read_yaml
-from m3i_scale.errors import ConfigError, Faults, did_you_mean, named
-from m3i_scale.text import shown
+from m3i_scale.errors import ConfigError, Faults, did_you_mean, error_prefix
+from m3i_scale.text import quoted
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -67,7 +67,7 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
     """
     if isinstance(overrides, str):  # its letters would be overrides
         raise ConfigError(
-            f"overrides must be a list, got '{shown(overrides)}'", where="load_run", fix=f'["{shown(overrides)}"]'
+            f"overrides must be a list, got '{quoted(overrides)}'", where="load_run", fix=f'["{quoted(overrides)}"]'
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
@@ -145,14 +145,14 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    with named(f"override {shown(override)}"):
+    with error_prefix(f"override {quoted(override)}"):
         _set(values, override)
 
 
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{shown(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+        raise ConfigError(f"'{quoted(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
     if not text.strip():
         raise ConfigError(
             f"'{key}' must have a value, got none",
@@ -162,7 +162,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text, f"'{key}'")
     except NOT_YAML as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {shown(str(error))}") from None
+        raise ConfigError(f"the value of '{key}' is not YAML: {quoted(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant
     *parents, last = key.split(".")

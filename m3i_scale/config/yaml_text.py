@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.text import shown
+from m3i_scale.text import quoted
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """Bytes that are no text, what is no YAML, a date that is none (2024-13-01), or nesting without end."""
@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {shown(str(error))}", where=str(path)) from None
+        raise ConfigError(f"cannot read the run file: {quoted(str(error))}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
     return values

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address
-from m3i_scale.data.shards import CATEGORIES, read_beside
+from m3i_scale.data.shards import CATEGORIES, read_sidecar
 from m3i_scale.errors import DataError
 
 FORMATS = ("coco", "lvis")
@@ -104,7 +104,7 @@ def categories_beside(folder: Address, whose: str = "", access: Access | None = 
         DataError: the file is broken.
     """
     path = folder / CATEGORIES
-    value = read_beside(path, whose, access)
+    value = read_sidecar(path, whose, access)
     if value is None:
         return None
     where = f"{whose}{path}"

@@ -23,7 +23,7 @@ from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
 from m3i_scale.data.mixing import Mix, check_shares, check_weights, samples_at_most, share_of, whole_passes
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
-from m3i_scale.data.parts import Part, PartRecipe, PartWorkers
+from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
 from m3i_scale.data.quarantine import Quarantine
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.repeats import repeats_of
@@ -49,7 +49,7 @@ from m3i_scale.data.stream import (
 )
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.data.watchdog import POLL_S, InThread, NotYetError
-from m3i_scale.errors import DataError, named
+from m3i_scale.errors import DataError, error_prefix
 
 READY_BATCHES = 1
 """Micro-batches that are joined ahead of the one that is asked for."""
@@ -149,7 +149,7 @@ class TrainStream:
             quarantine=quarantine_path,
         )
         if workers is not None:
-            workers.bring(self._recipe)
+            workers.configure(self._recipe)
 
     def resize(self, image_size: int, micro_batch_size: int) -> None:
         """Give views and micro-batches of another size from the next iterator on, which goes on with the next sample.
@@ -167,7 +167,7 @@ class TrainStream:
         }
         self._recipe = replace(self._recipe, plans=plans, per_stream=micro_batch_size // len(self._streams))
         if self._workers is not None:
-            self._workers.bring(self._recipe)
+            self._workers.configure(self._recipe)
 
     def __iter__(self) -> Generator[Batch]:
         """Yield batches from the present position on; `close()` ends workers that were not given.
@@ -185,8 +185,8 @@ class TrainStream:
             workers = self._workers
             if workers is None:
                 workers = stack.enter_context(contextlib.closing(PartWorkers(self._data)))
-                workers.bring(self._recipe)
-            ready = InThread(self._joined(workers.turns(states, self._rank)), ahead=READY_BATCHES)
+                workers.configure(self._recipe)
+            ready = InThread(self._joined(workers.iterate(states, self._rank)), ahead=READY_BATCHES)
             stack.callback(ready.close)
             while True:
                 with workers.watch.waiting():
@@ -205,7 +205,7 @@ class TrainStream:
                 self._stop_if_surely_bad()
                 yield batch
 
-    def _joined(self, turns: Generator[list[Part]]) -> Generator[tuple[list[Part], Batch | None]]:
+    def _joined(self, turns: Generator[list[PartialBatch]]) -> Generator[tuple[list[PartialBatch], Batch | None]]:
         """Yield the micro-batches with the parts that they are of, in a thread beside the training process; the last
         one is None."""
         with contextlib.closing(turns):
@@ -369,7 +369,7 @@ class TrainStream:
         for name, source in sources.items():
             where = f"source '{name}'"
             places = expand_shards(source.shards, where, self._access.at_start())
-            with named(where):
+            with error_prefix(where):
                 indices = load_index(places, cache_dir, rank=rank, access=self._access)
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]
             indices = [indices[shard] for shard in shard_order(len(indices), seed, name)]
@@ -413,7 +413,7 @@ class TrainStream:
         self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
-def _await(ready: InThread[tuple[list[Part], Batch | None]]) -> tuple[list[Part], Batch | None]:
+def _await(ready: InThread[tuple[list[PartialBatch], Batch | None]]) -> tuple[list[PartialBatch], Batch | None]:
     while True:
         with contextlib.suppress(NotYetError):  # who waits too long for a sample is the thread
             return ready.next(POLL_S)

@@ -49,7 +49,7 @@ class PartRecipe:
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkItem:
     """Asks a worker for its next part."""
 
     iteration: int
@@ -63,10 +63,10 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialBatch:
     """Holds what one worker gives to a micro-batch: samples of its streams, and where the streams stand after them."""
 
-    order: Order
+    order: WorkItem
     batch: Batch | None
     """None: there is no further whole one."""
     states: dict[int, dict[str, Any]]
@@ -76,7 +76,7 @@ class Part:
     of a worker."""
 
 
-class PartMaker(Dataset[Part]):
+class PartMaker(Dataset[PartialBatch]):
     """Makes the parts of one worker. The index of a part is the order for it.
 
     The end comes out as a part too, and again with every further order.
@@ -91,7 +91,7 @@ class PartMaker(Dataset[Part]):
         self._reader: ShardReader | None = None
         self._streams: dict[int, Stream] = {}
 
-    def __getitem__(self, order: Order) -> Part:
+    def __getitem__(self, order: WorkItem) -> PartialBatch:
         """Return the part; the last one has no batch."""
         if order.states is not None:
             self._begin(order, order.states)
@@ -100,7 +100,7 @@ class PartMaker(Dataset[Part]):
             self._streams = {}
         return part
 
-    def _begin(self, order: Order, states: dict[int, dict[str, Any]]) -> None:
+    def _begin(self, order: WorkItem, states: dict[int, dict[str, Any]]) -> None:
         if self._reader is not None:
             self._reader.close()
         recipe = self._recipe = order.recipe or self._recipe
@@ -120,9 +120,9 @@ class PartMaker(Dataset[Part]):
             for number, state in states.items()
         }
 
-    def _part(self, order: Order) -> Part:
+    def _part(self, order: WorkItem) -> PartialBatch:
         if self._recipe is None or not self._streams:
-            return Part(order, None, {}, [])
+            return PartialBatch(order, None, {}, [])
         quarantine: list[dict[str, Any]] = []
         batch: Batch | None = None
         fault: UserError | None = None
@@ -136,18 +136,18 @@ class PartMaker(Dataset[Part]):
         except UserError as error:
             fault = error
         states = {number: stream.state.to_json() for number, stream in self._streams.items()}
-        return Part(order, batch, states, quarantine, fault)
+        return PartialBatch(order, batch, states, quarantine, fault)
 
 
-class _Orders(Sampler[Order]):
+class _WorkSampler(Sampler[WorkItem]):
     """Gives the orders that a DataLoader hands to its workers in turn, as indices."""
 
     def __init__(self, shares: int) -> None:
-        self._next = [Order(0, share) for share in range(shares)]
+        self._next = [WorkItem(0, share) for share in range(shares)]
         self._recipes: dict[int, PartRecipe] = {}
         """Those that are not handed out yet."""
 
-    def bring(self, recipe: PartRecipe) -> None:
+    def configure(self, recipe: PartRecipe) -> None:
         """Hand every worker its share of the recipe, with the next states."""
         for share in range(len(self._next)):
             plans = {number: recipe.plans[number] for number in share_of(list(recipe.plans), share, len(self._next))}
@@ -158,10 +158,10 @@ class _Orders(Sampler[Order]):
         iteration = self._next[0].iteration + 1
         for share in range(len(self._next)):
             streams = share_of(list(states), share, len(self._next))
-            self._next[share] = Order(iteration, share, {number: states[number] for number in streams})
+            self._next[share] = WorkItem(iteration, share, {number: states[number] for number in streams})
         return iteration
 
-    def __iter__(self) -> Iterator[Order]:
+    def __iter__(self) -> Iterator[WorkItem]:
         for share in itertools.cycle(range(len(self._next))):
             order = self._next[share]
             self._next[share] = replace(order, states=None)
@@ -178,12 +178,12 @@ class PartWorkers:
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self._activities = [Activity() for _ in range(max(1, data.workers))]
-        self._orders = _Orders(len(self._activities))
+        self._orders = _WorkSampler(len(self._activities))
         self._received = 0
         self._in_use = threading.Lock()
         self.watch = DeathWatch()
         maker = PartMaker(self._activities)
-        self._parts: InThread[Part] | FromWorkers[Part]
+        self._parts: InThread[PartialBatch] | FromWorkers[PartialBatch]
         if not data.workers:
             self._parts = InThread(maker[order] for order in self._orders)
             return
@@ -202,11 +202,11 @@ class PartWorkers:
         with signals_held(), self.watch.starting():
             self._parts = FromWorkers(iter(loader))
 
-    def bring(self, recipe: PartRecipe) -> None:
+    def configure(self, recipe: PartRecipe) -> None:
         """Tell the workers what to read, before the first of `turns`."""
-        self._orders.bring(recipe)
+        self._orders.configure(recipe)
 
-    def turns(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[Part]]:
+    def iterate(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[PartialBatch]]:
         """Yield one part of every worker, in the order of the streams; those up to a fault where there is one.
 
         Parts that were ordered before are dropped. Waits for an iteration that is not closed yet.
@@ -221,7 +221,7 @@ class PartWorkers:
         with self._held(rank):
             iteration = self._orders.begin(states)
             while True:
-                parts: list[Part] = []
+                parts: list[PartialBatch] = []
                 while len(parts) < len(self._activities) and not (parts and parts[-1].fault):
                     part = self._await(rank)
                     if part.order.iteration == iteration:
@@ -243,11 +243,11 @@ class PartWorkers:
         finally:
             self._in_use.release()
 
-    def _await(self, rank: int) -> Part:
+    def _await(self, rank: int) -> PartialBatch:
         number, limit_s = self._received % len(self._activities), self._data.stall_timeout_s
         activity = self._activities[number]
         try:
-            part: Part = await_item(self._parts, activity, limit_s)
+            part: PartialBatch = await_item(self._parts, activity, limit_s)
         except NotYetError:
             worker = number if self._data.workers else None
             raise stalled(activity, rank=rank, worker=worker, timeout_s=limit_s) from None

@@ -23,7 +23,7 @@ from m3i_scale.files import replacing
 
 
 @dataclass(frozen=True)
-class Present:
+class AvailableFields:
     """Holds which categories the samples of a shard have, crowds apart."""
 
     counts_N: NDArray[np.int64]
@@ -41,10 +41,10 @@ class Present:
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def join(shards: Sequence[Present]) -> Present:
+def join(shards: Sequence[AvailableFields]) -> AvailableFields:
     """Return what the samples of several shards have, as if they were one."""
     counts, categories = zip(*((shard.counts_N, shard.categories_M) for shard in shards), strict=True)
-    return Present(np.concatenate(counts), np.concatenate(categories))
+    return AvailableFields(np.concatenate(counts), np.concatenate(categories))
 
 
 def save_present(shard: Path, digest: str, path: Path) -> None:
@@ -80,7 +80,7 @@ def file_of(name: str) -> str:
     return f"{name}.categories.npz"
 
 
-def load_present(index: ShardIndex, access: Access | None = None) -> Present:
+def load_present(index: ShardIndex, access: Access | None = None) -> AvailableFields:
     """Read which categories the samples of a shard have, from `index/` beside it.
 
     Args:
@@ -108,7 +108,7 @@ def load_present(index: ShardIndex, access: Access | None = None) -> Present:
             why="samples are repeated by them",
             fix=f"m3i-scale shards index FOLDER, where the shards and their {CATEGORIES} lie",
         ) from None
-    return Present(counts, categories)
+    return AvailableFields(counts, categories)
 
 
 def _categories_in(data: bytes, categories: int) -> list[int]:

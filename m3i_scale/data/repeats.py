@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.order import seed_of
-from m3i_scale.data.present import Present, join, load_present
+from m3i_scale.data.present import AvailableFields, join, load_present
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.scan import ShardIndex
-from m3i_scale.errors import DataError, named
+from m3i_scale.errors import DataError, error_prefix
 
 _ORDER = "2"
 """Version of which reads a pass has; a checkpoint of another one is of another order of samples."""
 
 
-def repeat_factors(present: Present, threshold: float) -> NDArray[np.float64]:
+def repeat_factors(present: AvailableFields, threshold: float) -> NDArray[np.float64]:
     """Return how often samples are read in a pass on average: r(I) = max over the categories c of I of
     max(1, √(threshold / f(c))), where f(c) is the share of the images that have c.
 
@@ -67,7 +67,7 @@ def repeats_of(
     """
     if threshold is None:
         return None
-    with named(where):
+    with error_prefix(where):
         present = join([load_present(index, access) for index in indices])
     factors = np.split(repeat_factors(present, threshold), np.cumsum([len(index) for index in indices])[:-1])
     return Repeats(factors, seed, where, f"{present.digest} {threshold!r} {_ORDER}")

@@ -186,7 +186,7 @@ def samples_beside(shards: str, count: str, access: Access | None = None) -> int
         return None  # shards of other tools have no such file, and shards that cannot be listed are an error elsewhere
 
 
-def labels_beside(folder: Address, file: str = LABELS) -> list[str] | None:
+def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
     """Return the class names in a file beside shards; None where there is no such file.
 
     Args:
@@ -223,7 +223,7 @@ def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -
 
 
 def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:
-    labels = read_beside(path, whose, access)
+    labels = read_sidecar(path, whose, access)
     if path.name == CATEGORIES and isinstance(labels, dict):
         rows = labels.get("categories")
         labels = [row.get("name") if isinstance(row, dict) else None for row in rows or []]
@@ -232,7 +232,7 @@ def _read_labels(path: Address, whose: str = "", access: Access | None = None) -
     return labels
 
 
-def read_beside(path: Address, whose: str = "", access: Access | None = None) -> Any:
+def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -> Any:
     """Read a JSON file beside shards; None where there is no such file.
 
     Args:

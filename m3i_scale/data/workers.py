@@ -87,15 +87,15 @@ class DeathWatch:
         """
         _WAITING.append(self)
         try:
-            self._look(None)
+            self._check_worker(None)
             yield
         except (RuntimeError, OSError, EOFError) as error:  # what a death breaks in the parent has many names
-            self._look(str(error))
+            self._check_worker(str(error))
             raise
         finally:
             _WAITING.remove(self)
 
-    def _look(self, torchs: str | None) -> None:
+    def _check_worker(self, torchs: str | None) -> None:
         dead = [worker.exitcode for worker in self.workers if worker.exitcode]
         if not dead:
             return
@@ -114,7 +114,7 @@ _WAITING: list[DeathWatch] = []
 
 def _relay(earlier: Any, number: int, frame: FrameType | None) -> None:
     for watch in _WAITING:
-        watch._look(None)
+        watch._check_worker(None)
     if callable(earlier):
         earlier(number, frame)
 

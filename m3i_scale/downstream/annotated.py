@@ -31,7 +31,7 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
         ConfigError: no annotation file, several for training, or no object in it.
         DataError: a file is none of COCO or LVIS, categories differ between the two, or an image has a fault.
     """
-    train, evaluated = _beside(given) if given.is_file() else _in_folder(given)
+    train, evaluated = _find_annotations(given) if given.is_file() else _in_folder(given)
     files = {TRAIN: train} | ({} if evaluated is None else {split_of(evaluated) or "": evaluated})
     found = coco_input([*files.values()], skip_bad=skip_bad)
     records = [
@@ -96,7 +96,7 @@ def _in_folder(folder: Path) -> tuple[Path, Path | None]:
     return trained[0], _first(files)
 
 
-def _beside(train: Path) -> tuple[Path, Path | None]:
+def _find_annotations(train: Path) -> tuple[Path, Path | None]:
     """Return a file, and the one whose way differs by the name of the split alone."""
     near = [*train.parent.glob("*.json"), *train.parent.parent.glob(f"*/{train.name}")]
     return train, _first([file for file in near if file != train and _without_split(file) == _without_split(train)])

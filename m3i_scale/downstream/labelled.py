@@ -15,9 +15,9 @@ from typing import Any
 from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Input, Wrapped
+from m3i_scale.data.make.records import Input, InputWrapper
 from m3i_scale.data.make.shards import SKIPPED, made_lines, make_shards
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, labels_beside
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, read_labels
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.downstream.annotated import BOXES_FIX, annotated_images, masked_of
 from m3i_scale.downstream.subset import Subset, subset_of_shards
@@ -243,7 +243,9 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     given = Labelled(train, validation, classes, samples, unlabelled, evaluated=evaluated)
     if file != CATEGORIES:
         return given
-    return replace(given, categories=categories_beside(train), masked=_masked(train), annotations=_annotations(train))
+    return replace(
+        given, categories=categories_beside(train), masked=_find_masks(train), annotations=_annotations(train)
+    )
 
 
 def _classes_beside(folder: Path, file: str) -> list[str]:
@@ -252,7 +254,7 @@ def _classes_beside(folder: Path, file: str) -> list[str]:
     Raises:
         ConfigError: there is no such file, or its names cannot be those of pixels.
     """
-    classes = labels_beside(folder, file)
+    classes = read_labels(folder, file)
     if not classes:
         makes = {
             LABELS: "m3i-scale shards make imagefolder, or make webdataset --labels",
@@ -288,7 +290,7 @@ def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
         return None  # shards of other tools have no such file
 
 
-def _masked(train: Path) -> Masked:
+def _find_masks(train: Path) -> Masked:
     """Return which objects have masks, as the manifest counts them."""
     try:
         return masked_of(_annotations(train) or {})
@@ -330,7 +332,7 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     )
 
 
-class _Marked(Wrapped):
+class _Marked(InputWrapper):
     """Has the manifest say which files an input had.
 
     Args:

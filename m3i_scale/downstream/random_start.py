@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.config import BackboneConfig
-from m3i_scale.files import sha256_of_json, whole_folder
+from m3i_scale.files import atomic_dir, sha256_of_json
 from m3i_scale.objective.build import initialize_module
 
 _PROCESSOR = "preprocessor_config.json"
@@ -36,7 +36,7 @@ def random_start(start: str, folder: Path, seed: int) -> Path:
         return made
     backbone = build_backbone(config)
     draw_first_values(backbone, initialize_module, seed=seed)
-    with whole_folder(made) as unfinished:
+    with atomic_dir(made) as unfinished:
         config.save_pretrained(unfinished)
         save_file(backbone.model.state_dict(), unfinished / "model.safetensors", {"format": "pt"})
         if (source.folder / _PROCESSOR).is_file():

@@ -13,7 +13,7 @@ from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
 from m3i_scale.data.make.layout import Outline, hash_of
-from m3i_scale.data.make.records import Input, Record, Wrapped
+from m3i_scale.data.make.records import Input, InputWrapper, Record
 from m3i_scale.data.make.wds import record_of
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
@@ -81,7 +81,7 @@ class Subset:
         return replace(found, source=_Chosen(found.source, keys), classes=classes, unlabelled=0, digest=digest)
 
 
-class _Chosen(Wrapped):
+class _Chosen(InputWrapper):
     """Gives those samples of an input that are taken.
 
     Args:

@@ -15,10 +15,10 @@ from m3i_scale.evaluate.detections import (
     Categories,
     Detections,
     Form,
+    GroundTruth,
     Kind,
     Prediction,
-    Truth,
-    put_together,
+    pair_by_image,
 )
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters
 from m3i_scale.evaluate.precision_interval import ap_interval
@@ -34,7 +34,7 @@ _TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
 
 
 def measure_detector(
-    truths: Iterable[Truth],
+    truths: Iterable[GroundTruth],
     predictions: Iterable[Prediction],
     categories: Categories,
     clusters: Clusters,
@@ -51,9 +51,9 @@ def measure_detector(
         resamples: bootstrap draws.
 
     Raises:
-        UserError: see `put_together`.
+        UserError: see `pair_by_image`.
     """
-    detections = put_together(truths, predictions, categories)
+    detections = pair_by_image(truths, predictions, categories)
     drawn, intervals = clusters.take(detections.order), {}
     for kind in detections.kinds:
         for name, by_class in ((f"{kind}_AP", True), (f"class_agnostic_{kind}_AP", False)):
@@ -66,7 +66,7 @@ def measure_detector(
 
 
 def average_precision(
-    truths: Iterable[Truth], predictions: Iterable[Prediction], categories: Categories
+    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> dict[str, Any]:
     """Return AP of boxes, and of masks where there are some, from 0 to 1. The order of images does not matter.
 
@@ -83,13 +83,13 @@ def average_precision(
         every object.
 
     Raises:
-        UserError: see `put_together`.
+        UserError: see `pair_by_image`.
     """
-    return _figures(put_together(truths, predictions, categories))
+    return _figures(pair_by_image(truths, predictions, categories))
 
 
 def average_precision_of_ranks(
-    truths: Iterable[Truth], predictions: Iterable[Prediction], categories: Categories
+    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> dict[str, Any]:
     """Return on all ranks what `average_precision` gives for the images of all of them; every rank calls it.
 
@@ -101,7 +101,7 @@ def average_precision_of_ranks(
         categories: of the set, the same on all ranks.
 
     Raises:
-        UserError: see `put_together`; the same on all ranks.
+        UserError: see `pair_by_image`; the same on all ranks.
     """
     parts = gather_objects((list(truths), list(predictions)))
 

@@ -37,12 +37,12 @@ class Classifier:
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 
-def has_own_head(folder: Path) -> bool:
+def has_classifier(folder: Path) -> bool:
     """Return whether the folder is that of an image classifier."""
     return any(name.endswith("ForImageClassification") for name in architectures(folder))
 
 
-def own_head(folder: Path, vision: VisionModel) -> Classifier:
+def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
     """Return the head of a stock image classifier.
 
     Raises:
@@ -111,7 +111,7 @@ def measure_classifier(
     asked = test.labelled()
     if not len(asked):
         raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
-    truth_M = numbers_in_head(test.table.classes, test.table.label_array[asked], classifier.classes)
+    truth_M = class_indices(test.table.classes, test.table.label_array[asked], classifier.classes)
     right_MK = ranked_NK[asked].astype(np.int64) == truth_M[:, None]
     commonest = np.sort(np.bincount(truth_M))[::-1] / len(truth_M)
     figures: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def measure_classifier(
     return {**figures, "classes": len(classifier.classes), **known}
 
 
-def numbers_in_head(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
+def class_indices(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
     """Return the numbers of labels in the head: (M).
 
     Args:
@@ -168,8 +168,8 @@ def trained_heads(
     no_classifier: str | None = None
     towers: Towers | None = None
     try:
-        if wants_classifier and has_own_head(folder):
-            classifier = own_head(folder, vision)
+        if wants_classifier and has_classifier(folder):
+            classifier = load_classifier(folder, vision)
         elif wants_text or (wants_classifier and has_head(folder, "category")):
             objective, run, label_sets = load_objective(folder, vision.device)
             if wants_classifier and objective.recipe.uses_categories and label_sets:

@@ -21,7 +21,7 @@ from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
 from m3i_scale.evaluate.segmenter import SEGMENTER
 from m3i_scale.evaluate.towers import Towers, why_no_towers
-from m3i_scale.evaluate.whole import trained_whole
+from m3i_scale.evaluate.trained_model import load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 Baseline = Literal["none", "pixels"]
@@ -92,7 +92,7 @@ def evaluate(
     }
     idle = [name for name, is_given in given.items() if is_given]
     drawing = None if overlays is None else (overlays, overlay_count or OVERLAY_COUNT)
-    if (measured := trained_whole(folder, measures, idle)) is not None:
+    if (measured := load_trained_model(folder, measures, idle)) is not None:
         return measured(folder, data, where, batch_size, exclude_groups, drawing, progress)
     if overlays is not None:
         raise ConfigError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from m3i_scale.backbones.sources import pretrained_folder
-from m3i_scale.errors import ConfigError, DataError, named
+from m3i_scale.errors import ConfigError, DataError, error_prefix
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.commands import check_options, device_of
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
@@ -24,7 +24,7 @@ from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
 from m3i_scale.evaluate.pictures.write import Picture, jpeg
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
 from m3i_scale.evaluate.towers import Towers, why_no_towers
-from m3i_scale.evaluate.whole import trained_whole
+from m3i_scale.evaluate.trained_model import load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 COMPARED = (*PROBES, *WITH_TEXT)
@@ -102,7 +102,7 @@ def compare(
     for one in sets:
         jobs = {}
         for role, model in models.items():
-            with named(role.upper()):
+            with error_prefix(role.upper()):
                 tell = None if progress is None else partial(_tell, progress, role)
                 jobs[role] = _read(model, one, asked, batch_size or IMAGES, tell)
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
@@ -131,7 +131,7 @@ def compare(
 
 def _folder(source: Path | str, role: str) -> Path:
     folder = pretrained_folder(str(source), role.upper())
-    if trained_whole(folder, None, []) is not None:
+    if load_trained_model(folder, None, []) is not None:
         raise ConfigError(
             "the folder holds a segmenter or a detector",
             where=f"{role.upper()} {folder}",
@@ -172,7 +172,7 @@ def _check_other(data: _Set, general: _Set) -> None:
 
 
 def _load(role: str, folder: Path, pool: Pool, device: torch.device, *, wants_text: bool) -> _Model:
-    with named(role.upper()):
+    with error_prefix(role.upper()):
         vision = load_vision(folder, pool, device)
         _, _, towers = trained_heads(folder, vision, [], wants_text=wants_text, wants_classifier=False)
     return _Model(folder, vision, towers)

@@ -14,7 +14,7 @@ from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import DataError
 from m3i_scale.evaluate.average_precision import measure_detector
 from m3i_scale.evaluate.detection_overlays import DetectionOverlays
-from m3i_scale.evaluate.detections import Categories, Instance, Prediction, Truth, best_first
+from m3i_scale.evaluate.detections import Categories, GroundTruth, Instance, Prediction, sorted_by_score
 from m3i_scale.evaluate.detector import DETECTOR, Detector
 from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import clusters_of
@@ -97,8 +97,8 @@ def find_objects(
     categories: Categories,
     exclude_groups: tuple[str, ...],
     progress: Callable[[int], None] | None,
-    draw: Callable[[str, Any, Truth, Prediction], None] | None = None,
-) -> tuple[list[Truth], list[Prediction]]:
+    draw: Callable[[str, Any, GroundTruth, Prediction], None] | None = None,
+) -> tuple[list[GroundTruth], list[Prediction]]:
     """Read all samples once; this fills the table.
 
     Args:
@@ -112,7 +112,7 @@ def find_objects(
     Returns:
         Truth and prediction of every sample in the table.
     """
-    truths: list[Truth] = []
+    truths: list[GroundTruth] = []
     predictions: list[Prediction] = []
     samples = read_samples(table, None, exclude_groups=exclude_groups, categories=len(detector.classes))
     while batch := list(islice(_with_objects(samples), detector.batch_size)):
@@ -123,7 +123,7 @@ def find_objects(
                 draw(sample.key, sample.pixels, truth, prediction)
         truths += new
         # Of LVIS most of what is predicted does not count; it need not be kept.
-        predictions += [best_first(one, truth, categories) for one, truth in zip(found, new, strict=True)]
+        predictions += [sorted_by_score(one, truth, categories) for one, truth in zip(found, new, strict=True)]
         if progress is not None:
             progress(len(truths))
     return truths, predictions
@@ -133,7 +133,7 @@ def _with_objects(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Instances
     return ((sample, sample.instances) for sample in samples if sample.instances is not None)
 
 
-def truth_of(instances: Instances) -> Truth:
+def truth_of(instances: Instances) -> GroundTruth:
     """Return the objects of an image as they are counted; masks are compressed, since polygons take more memory."""
     annotations: list[Instance] = []
     for number in range(len(instances)):
@@ -148,7 +148,7 @@ def truth_of(instances: Instances) -> Truth:
         if mask is not None:
             one["segmentation"] = {"size": mask["size"], "counts": mask["counts"]}
         annotations.append(one)
-    truth: Truth = {
+    truth: GroundTruth = {
         "image_id": instances.image_id,
         "width": instances.width,
         "height": instances.height,

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.errors import DataError
-from m3i_scale.evaluate.detections import PER_IMAGE, Form, Instance, Kind, Prediction, Rle, Truth
+from m3i_scale.evaluate.detections import PER_IMAGE, Form, GroundTruth, Instance, Kind, Prediction, Rle
 
 
-def mask_of(one: Instance, truth: Truth) -> Rle:
+def mask_of(one: Instance, truth: GroundTruth) -> Rle:
     """Return the mask of an object, compressed and as large as its image.
 
     Raises:
@@ -33,7 +33,7 @@ def mask_of(one: Instance, truth: Truth) -> Rle:
     return found
 
 
-def overlaps(truth: Truth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
+def overlaps(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
     """Return how much of their union every prediction and object share: (D, G); with a crowd, how much of itself."""
     from faster_coco_eval.core import mask
 
@@ -61,7 +61,7 @@ class Matches:
 
 
 def match(
-    truth: Truth,
+    truth: GroundTruth,
     prediction: Prediction,
     ious_DG: NDArray[np.float64],
     thresholds: Sequence[float] | NDArray[np.float64],

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.evaluate.detection_matches import mask_of, match, overlaps
-from m3i_scale.evaluate.detections import Categories, Prediction, Rle, Truth, best_first
-from m3i_scale.evaluate.overlays import PALETTE, SIDE, make_folder, plain, refused, side_by_side
+from m3i_scale.evaluate.detections import Categories, GroundTruth, Prediction, Rle, sorted_by_score
+from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, refused, side_by_side
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 
@@ -39,7 +39,7 @@ class ImageScore:
         return 2 * self.found / (2 * self.found + wrong) if wrong else 1.0
 
 
-def score_image(truth: Truth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
+def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
     """Return how right a prediction is; what COCO and LVIS do not count is not counted either.
 
     Args:
@@ -56,12 +56,12 @@ def score_image(truth: Truth, prediction: Prediction, categories: Categories, le
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Overlay:
     key: str
     score: ImageScore
     image: Image.Image
     """As it is drawn."""
-    truth: Truth
+    truth: GroundTruth
     prediction: Prediction
 
 
@@ -82,10 +82,10 @@ class DetectionOverlays:
 
     def __init__(self, folder: Path, count: int, categories: Categories, *, least: float = DRAWN_SCORE) -> None:
         self._folder, self._count, self._categories, self._least = folder, count, categories, least
-        self._kept: list[_Kept] = []
+        self._kept: list[_Overlay] = []
         make_folder(folder)
 
-    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: Truth, prediction: Prediction) -> None:
+    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
         """Show an image.
 
         Args:
@@ -97,13 +97,13 @@ class DetectionOverlays:
         Raises:
             DataError: the prediction is broken.
         """
-        ordered = best_first(prediction, truth, self._categories)
+        ordered = sorted_by_score(prediction, truth, self._categories)
         score = score_image(truth, ordered, self._categories, self._least)
         if len(self._kept) == self._count and _badness(score) >= _badness(self._kept[-1].score):
             return
         image = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
         image.thumbnail((SIDE, SIDE))
-        self._kept.append(_Kept(key, score, image, truth, ordered))
+        self._kept.append(_Overlay(key, score, image, truth, ordered))
         self._kept.sort(key=lambda one: _badness(one.score))
         del self._kept[self._count :]
 
@@ -116,8 +116,8 @@ class DetectionOverlays:
         pictures = []
         try:
             for number, one in enumerate(self._kept, start=1):
-                name = f"{number:04d}-{plain(one.key)}.png"
-                side_by_side([one.image, self._true_panel(one), self._found_panel(one)]).save(self._folder / name)
+                name = f"{number:04d}-{file_stem(one.key)}.png"
+                side_by_side([one.image, self._true_panel(one), self._prediction_panel(one)]).save(self._folder / name)
                 facts = {"file": name, "image_id": one.truth["image_id"], "f_measure": one.score.f_measure}
                 facts |= {"found": one.score.found, "missed": one.score.missed, "false": one.score.false}
                 pictures.append(facts)
@@ -128,7 +128,7 @@ class DetectionOverlays:
         except OSError as error:
             raise refused(self._folder, error) from None
 
-    def _true_panel(self, kept: _Kept) -> Image.Image:
+    def _true_panel(self, kept: _Overlay) -> Image.Image:
         panel = _Panel(kept.image, kept.truth)
         for one in kept.truth["annotations"]:
             x, y, width, height = one["bbox"]
@@ -137,7 +137,7 @@ class DetectionOverlays:
             panel.add([x, y, x + width, y + height], mask, one["category"], self._name(one["category"]) + more)
         return panel.picture
 
-    def _found_panel(self, kept: _Kept) -> Image.Image:
+    def _prediction_panel(self, kept: _Overlay) -> Image.Image:
         panel, found = _Panel(kept.image, kept.truth), kept.prediction
         for place in np.flatnonzero(found["scores"] >= self._least)[::-1]:  # the best on top
             mask = None if found["masks"] is None else found["masks"][place]
@@ -162,7 +162,7 @@ class _Panel:
         truth: says which size boxes and masks are for.
     """
 
-    def __init__(self, image: Image.Image, truth: Truth) -> None:
+    def __init__(self, image: Image.Image, truth: GroundTruth) -> None:
         self.picture = image.copy()
         self._scale = np.array([image.width / truth["width"], image.height / truth["height"]] * 2)
         self._most = np.array([image.width - 1, image.height - 1] * 2)

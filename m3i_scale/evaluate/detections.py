@@ -43,7 +43,7 @@ class Instance(TypedDict):
     segmentation: NotRequired[list[list[float]] | Rle]
 
 
-class Truth(TypedDict):
+class GroundTruth(TypedDict):
     """Holds the objects of one image: the instances.json of a sample."""
 
     image_id: int
@@ -88,7 +88,7 @@ class Categories(TypedDict):
 class Detections:
     """Holds the images of a set in order of their ids, each once, with what is predicted of them."""
 
-    truths: list[Truth]
+    truths: list[GroundTruth]
     predictions: list[Prediction]
     """Of the same images, each in order of the scores; of LVIS those that count."""
     categories: Categories
@@ -126,7 +126,9 @@ def check_library(where: str = "detection") -> None:
         )
 
 
-def put_together(truths: Iterable[Truth], predictions: Iterable[Prediction], categories: Categories) -> Detections:
+def pair_by_image(
+    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
+) -> Detections:
     """Return predictions beside the truth. Images of which nothing is predicted count all the same.
 
     Args:
@@ -139,7 +141,7 @@ def put_together(truths: Iterable[Truth], predictions: Iterable[Prediction], cat
         DataError: an image stands twice or is none of the set's, nothing is to be found, or a prediction is broken.
     """
     check_library()
-    truth_of: dict[int, Truth] = {}
+    truth_of: dict[int, GroundTruth] = {}
     place_of: dict[int, int] = {}
     for place, truth in enumerate(truths):
         if truth["image_id"] in truth_of:
@@ -153,7 +155,7 @@ def put_together(truths: Iterable[Truth], predictions: Iterable[Prediction], cat
             raise _counted_twice(image, "the predictions")
         if image not in truth_of:
             raise DataError("the image of a prediction is not one of the set", where=f"image {image}")
-        prediction_of[image] = best_first(prediction, truth_of[image], categories)
+        prediction_of[image] = sorted_by_score(prediction, truth_of[image], categories)
     given = [one for one in prediction_of.values() if len(one["scores"])]
     bare = [one["image_id"] for one in given or prediction_of.values() if one["masks"] is None]
     if given and 0 < len(bare) < len(given):
@@ -186,7 +188,7 @@ def _counted_twice(image: int, what: str) -> DataError:
     )
 
 
-def _check_truths(truths: Iterable[Truth], categories: Categories) -> None:
+def _check_truths(truths: Iterable[GroundTruth], categories: Categories) -> None:
     count = len(categories["categories"])
     unbinned = [one["name"] for one in categories["categories"] if one.get("frequency") not in ("r", "c", "f")]
     if categories["format"] == "lvis" and unbinned:
@@ -207,7 +209,7 @@ def _check_truths(truths: Iterable[Truth], categories: Categories) -> None:
         )
 
 
-def _check_masks(truths: Iterable[Truth]) -> None:
+def _check_masks(truths: Iterable[GroundTruth]) -> None:
     image_of: dict[bool, int] = {}
     for truth in truths:
         for one in truth["annotations"]:
@@ -218,7 +220,7 @@ def _check_masks(truths: Iterable[Truth]) -> None:
         )
 
 
-def best_first(given: Prediction, truth: Truth, categories: Categories) -> Prediction:
+def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categories) -> Prediction:
     """Return a prediction in order of its scores; of LVIS the best of all classes, and of these what was looked for.
 
     Raises:

@@ -29,7 +29,7 @@ from m3i_scale.evaluate.detections import Prediction, Rle, check_library
 from m3i_scale.evaluate.features import architectures
 from m3i_scale.evaluate.towers import has_head, load_objective
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
-from m3i_scale.objective.detection.rfdetr import found_by_queries
+from m3i_scale.objective.detection.rfdetr import decode_queries
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.targets.detection import shown_sizes
 from m3i_scale.output import quiet_loading
@@ -196,7 +196,7 @@ def _by_queries(model: Any, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tenso
     output, usual = model(pixel_values=pixels_BCHW), RfDetr()
     prediction = {name: output[name] for name in ("logits", "pred_boxes", "pred_masks") if name in output}
     lowest, most = (getattr(model.config, name, getattr(usual, name)) for name in ("score_above", "detections"))
-    return found_by_queries(prediction, sizes_B2, own_B2, pixels_BCHW.shape[-1], score_above=lowest, most=most)
+    return decode_queries(prediction, sizes_B2, own_B2, pixels_BCHW.shape[-1], score_above=lowest, most=most)
 
 
 def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Detector:

@@ -60,7 +60,7 @@ def refused(folder: Path, error: OSError, option: str = "--overlays") -> ConfigE
     return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"{option} {folder}")
 
 
-def plain(key: str) -> str:
+def file_stem(key: str) -> str:
     """Return what a file of a sample can be called by, of its key."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", key)[-100:]
 
@@ -105,7 +105,7 @@ class Overlays:
         try:
             if self._drawn == 1:
                 write_json(self._folder / LEGEND, self._legend())
-            picture.save(self._folder / f"{self._drawn:04d}-{plain(sample.key)}.png")
+            picture.save(self._folder / f"{self._drawn:04d}-{file_stem(sample.key)}.png")
         except OSError as error:
             raise refused(self._folder, error) from None
 

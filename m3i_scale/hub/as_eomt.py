@@ -12,7 +12,7 @@ from m3i_scale.config import EomtSegmentation
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, part_of, vision_names
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import VISION, Part, TensorSource
+from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
 from m3i_scale.objective.mask_queries import query_config
 
 _EOMT = {
@@ -30,7 +30,7 @@ _EOMT = {
 _HEAD = ("query.", "upscale_block.", "mask_head.", "class_predictor.")
 
 
-def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> Part:
+def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedModule:
     """Return backbone and queries as `EomtForUniversalSegmentation`.
 
     Args:
@@ -59,7 +59,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> Part:
         "embeddings.register_tokens": TensorSource((), lambda: torch.zeros(1, 0, config.hidden_size)),
     }
     auto = "AutoModelForUniversalSegmentation"
-    return Part("segmenter", model, tensors, auto=auto, output="masks_queries_logits")
+    return ExportedModule("segmenter", model, tensors, auto=auto, output="masks_queries_logits")
 
 
 def _mlp_ratio(config: VisionConfig) -> int:

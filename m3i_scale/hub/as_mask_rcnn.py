@@ -13,14 +13,14 @@ from m3i_scale.config import MaskRcnn
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, target_of
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import VISION, Part, copied
+from m3i_scale.hub.tensors import VISION, ExportedModule, copied
 from m3i_scale.objective.detection import AUTO_MAP, SOURCE_FILES, MaskRcnnConfig, MaskRcnnForObjectDetection
 from m3i_scale.objective.detection.configuration_mask_rcnn import HeadFields
 from m3i_scale.objective.detection.windows import default_windows, windowed_layers
 from m3i_scale.objective.targets.detection import Detection
 
 
-def mask_rcnn_part(source: Source) -> Part:
+def mask_rcnn_part(source: Source) -> ExportedModule:
     """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`, whose source files are those that were trained.
 
     Raises:
@@ -49,7 +49,7 @@ def mask_rcnn_part(source: Source) -> Part:
     model = empty(lambda: MaskRcnnForObjectDetection(shape))
     tensors = copied(model.backbone.state_dict(), VISION, "backbone.")
     tensors |= copied(model.detector.state_dict(), f"heads.{target.name}.", "detector.")
-    return Part(
+    return ExportedModule(
         "detector",
         model,
         tensors,

@@ -10,7 +10,7 @@ from m3i_scale.config import RfDetr
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import backbone_part, empty, target_of
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import Part, TensorSource
+from m3i_scale.hub.tensors import ExportedModule, TensorSource
 from m3i_scale.objective.detection.queries import BACKBONE, stock_class, stock_config
 from m3i_scale.objective.detection.rfdetr import read_layers
 from m3i_scale.objective.targets.detection import Detection
@@ -21,7 +21,7 @@ _SHAPE = (
 )
 
 
-def rfdetr_part(source: Source) -> Part:
+def rfdetr_part(source: Source) -> ExportedModule:
     """Return backbone and queries as `RfDetrForInstanceSegmentation`, without masks as `RfDetrForObjectDetection`.
 
     A ViT becomes a DINOv2 whose layer scales are 1.
@@ -59,4 +59,4 @@ def rfdetr_part(source: Source) -> Part:
     }
     auto = "AutoModelForInstanceSegmentation" if spec.masks else "AutoModelForObjectDetection"
     also = ("pred_boxes", *(["pred_masks"] if spec.masks else []))
-    return Part("detector", model, tensors, auto=auto, output="logits", also=also)
+    return ExportedModule("detector", model, tensors, auto=auto, output="logits", also=also)

@@ -21,7 +21,7 @@ from transformers import (
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import AugmentConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.hub.tensors import VISION, Part, TensorSource
+from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _POOL_EPS = 1e-6
@@ -35,7 +35,7 @@ def timm_part(
     head: str | None,
     labels: list[str],
     augment: AugmentConfig,
-) -> Part:
+) -> ExportedModule:
     """Return a folder that `timm.create_model("local-dir:…", pretrained=True)` loads, as a part.
 
     Args:
@@ -57,7 +57,7 @@ def timm_part(
         wrapped.id2label = dict(enumerate(labels))
     classes = TimmWrapperForImageClassification if head is not None else TimmWrapperModel
     model = _empty(lambda: classes(wrapped))
-    return Part(
+    return ExportedModule(
         "classifier" if head is not None else "tokens",
         model,
         {f"timm_model.{name}": made for name, made in tensors.items()},

@@ -13,7 +13,7 @@ from m3i_scale.config import EomtSegmentation, UperNetSegmentation
 from m3i_scale.hub.as_eomt import eomt_part, no_class
 from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import VISION, Part, TensorSource
+from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
 from m3i_scale.objective.segmentation import read_layers
 from m3i_scale.objective.targets.segmentation import Segmentation
 
@@ -32,7 +32,7 @@ _BEIT = {
 _COUNT = "num_batches_tracked"
 
 
-def segmenter_part(source: Source) -> Part:
+def segmenter_part(source: Source) -> ExportedModule:
     """Return backbone and UPerNet as `UperNetForSemanticSegmentation`, or backbone and queries as the stock EoMT.
 
     Raises:
@@ -65,7 +65,7 @@ def segmenter_part(source: Source) -> Part:
             tensors[name] = TensorSource((head + "neck." + name.removeprefix("backbone.fpn."),))
         elif not name.startswith("backbone."):
             tensors[name] = TensorSource((head + name,))
-    return Part("segmenter", model, tensors, auto="AutoModelForSemanticSegmentation", output="logits")
+    return ExportedModule("segmenter", model, tensors, auto="AutoModelForSemanticSegmentation", output="logits")
 
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from m3i_scale import __version__
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
-from m3i_scale.files import read_json, sha256_of, whole_folder, write_json
+from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
 from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
@@ -33,10 +33,10 @@ from m3i_scale.hub.source import (
 )
 from m3i_scale.hub.tensors import DTYPES
 from m3i_scale.hub.verify import make_reference, verify
-from m3i_scale.hub.write import FORMATS, TASKS, Wanted, plan_parts, write_folder
+from m3i_scale.hub.write import FORMATS, TASKS, ExportContents, plan_parts, write_folder
 from m3i_scale.objective.targets.category import Category
 from m3i_scale.scale.checkpoint.layout import MANIFEST
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 Weights = Literal["student", "momentum"]
 Dtype = Literal["float32", "bfloat16"]
@@ -48,7 +48,7 @@ def export(
     weights: Weights = "student",
     dtype: Dtype = "float32",
     *,
-    wanted: Wanted | None = None,
+    wanted: ExportContents | None = None,
     also: tuple[str, ...] = (),
     overwrite: bool = False,
     license_id: str = "other",
@@ -75,7 +75,7 @@ def export(
             load as what was trained; nothing is left behind.
         CheckpointError: no checkpoint that verifies, or one without momentum weights where those are wanted.
     """
-    target, wanted = Path(to).absolute(), wanted or Wanted()
+    target, wanted = Path(to).absolute(), wanted or ExportContents()
     _check(weights, dtype, target, overwrite)
     check_wanted(wanted)
     check_also(also)
@@ -107,14 +107,14 @@ def export(
                 "heads": heads,
             }
         )
-        facts = masked(facts)
+        facts = redact(facts)
         config = read_json(folder / "config.json")
         (folder / "README.md").write_text(render_card(source, facts, config), encoding="utf-8")
         facts["files"] = hash_folder(folder)
         write_json(folder / PROVENANCE, facts)
         _follow_umask(folder)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"output": str(target), "bytes": size, "warning": _joined(_passed_over(source), other_evaluation), **facts}
+    return {"output": str(target), "bytes": size, "warning": _joined(_skip_reason(source), other_evaluation), **facts}
 
 
 def export_and_push(
@@ -137,19 +137,19 @@ def export_and_push(
             raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
         return export(run_dir_or_checkpoint, to, **options)
     target = Path(to).absolute()
-    facts = None if options.get("overwrite") else _made_before(run_dir_or_checkpoint, target, options)
+    facts = None if options.get("overwrite") else _reusable_export(run_dir_or_checkpoint, target, options)
     if facts is None:
         facts = export(run_dir_or_checkpoint, to, **options)
     return facts | {"push": push(target, push_to, public=public, dry_run=dry_run)}
 
 
-def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+def _reusable_export(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """Return what export.json says, if it is of the same checkpoint and the same choices; else None."""
     try:
         facts: dict[str, Any] = read_json(target / PROVENANCE)
     except (OSError, ValueError):
         return None
-    wanted = options.get("wanted") or Wanted()
+    wanted = options.get("wanted") or ExportContents()
     source = find_source(Path(run_dir_or_checkpoint))
     weights = options.get("weights", "student")
     evaluation, other_evaluation = evaluation_of(source, weights, options.get("evaluation_file"))
@@ -159,14 +159,14 @@ def _made_before(run_dir_or_checkpoint: Path | str, target: Path, options: dict[
         "dtype": options.get("dtype", "float32"),
         "license": options.get("license_id", "other"),
         "request": _request(wanted, options.get("also", ())),
-        "evaluation": masked(evaluation),
+        "evaluation": redact(evaluation),
     }
     if any(facts.get(key) != value for key, value in same.items()):
         return None
     return {"output": str(target), "bytes": sum(listed_files(target).values()), "warning": other_evaluation, **facts}
 
 
-def _request(wanted: Wanted, also: tuple[str, ...]) -> dict[str, Any]:
+def _request(wanted: ExportContents, also: tuple[str, ...]) -> dict[str, Any]:
     return {**asdict(wanted), "also": sorted(also)}
 
 
@@ -174,7 +174,7 @@ def _joined(*warnings: str | None) -> str | None:
     return "; ".join(text for text in warnings if text) or None
 
 
-def _passed_over(source: Source) -> str | None:
+def _skip_reason(source: Source) -> str | None:
     if not source.passed_over:
         return None
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in source.passed_over)
@@ -233,7 +233,7 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def _check_rounding(source: Source, wanted: Wanted, dtype: Dtype) -> None:
+def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> None:
     normalised = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
     if dtype == "bfloat16" and wanted.task == "classification" and normalised:
         raise ExportError(
@@ -244,7 +244,7 @@ def _check_rounding(source: Source, wanted: Wanted, dtype: Dtype) -> None:
         )
 
 
-def check_wanted(wanted: Wanted) -> None:
+def check_wanted(wanted: ExportContents) -> None:
     """Refuse a task, format or size that there is not.
 
     Raises:
@@ -312,7 +312,7 @@ def _without_progress_bars() -> Iterator[None]:
 def _takes_name(target: Path) -> Iterator[Path]:
     """Give a folder beside `target` that takes its name when all went well, and is gone when not."""
     try:
-        with whole_folder(target, replace=True) as folder:
+        with atomic_dir(target, replace=True) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
         raise ExportError(

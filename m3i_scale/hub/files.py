@@ -16,7 +16,15 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.errors import ExportError
 from m3i_scale.files import write_json
-from m3i_scale.hub.tensors import Distinct, Part, TensorSource, check_complete, check_shape, value_of, values_of
+from m3i_scale.hub.tensors import (
+    Distinct,
+    ExportedModule,
+    TensorSource,
+    check_complete,
+    check_shape,
+    value_of,
+    values_of,
+)
 
 DEFAULT_SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
@@ -34,7 +42,7 @@ def check_shard_size(size: str) -> None:
 
 
 def write_part(
-    folder: Path, part: Part, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
+    folder: Path, part: ExportedModule, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
 ) -> dict[str, str]:
     """Write config.json, safetensors (with an index where there are several) and source files of one model.
 
@@ -98,7 +106,7 @@ def write_heads_file(
     return fingerprints
 
 
-def _write_config(place: Path, part: Part, dtype: torch.dtype) -> None:
+def _write_config(place: Path, part: ExportedModule, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     if part.config is not None:
         write_json(place / "config.json", part.config | {"dtype": name})
@@ -138,7 +146,7 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
     return packed
 
 
-def _file_name(part: Part, key: str) -> str:
+def _file_name(part: ExportedModule, key: str) -> str:
     """Return the name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers`
     reads that, and those before 5 nothing else.
     """

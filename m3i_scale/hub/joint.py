@@ -29,7 +29,7 @@ from m3i_scale.config import Classification
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import TEXT, VISION, Part, TensorSource, copied
+from m3i_scale.hub.tensors import TEXT, VISION, ExportedModule, TensorSource, copied
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.base import Target
@@ -84,7 +84,7 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
     return wanted
 
 
-def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Part:
+def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:
     """Return backbone and trained head as an image classifier; arguments and errors as of `_plain_classifier`."""
     target = target_of(source, "category")
     part = _plain_classifier(source, label_set, timm=timm)
@@ -94,7 +94,7 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Pa
     return _with_norm(part, f"{head}sets.{part.label_set}.", f"{head}norm.")
 
 
-def _with_norm(part: Part, head: str, norm: str) -> Part:
+def _with_norm(part: ExportedModule, head: str, norm: str) -> ExportedModule:
     """Return a classifier whose rows and offsets do what the batch norm before it did."""
     rows, offset = head + "weight", head + "bias"
     statistics = (norm + "running_mean", norm + "running_var")
@@ -115,7 +115,7 @@ def _scaled(rows_KD: Tensor, var_D: Tensor) -> Tensor:
     return rows_KD * (var_D + FeatureNorm.eps).rsqrt()
 
 
-def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
+def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> ExportedModule:
     """Return backbone and trained head, whatever stands between: a stock class where one pools as the recipe does.
 
     A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`; with the mean of the patches
@@ -165,7 +165,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
         "classifier.weight": TensorSource((head + "weight",), widen),
         "classifier.bias": TensorSource((head + "bias",)),
     }
-    return Part(
+    return ExportedModule(
         "classifier",
         empty(lambda: build(labelled)),
         tensors,
@@ -175,7 +175,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Part:
     )
 
 
-def backbone_part(source: Source) -> Part:
+def backbone_part(source: Source) -> ExportedModule:
     """Return the backbone under `AutoBackbone`, for detectors and segmenters: feature maps by stage.
 
     A ViT becomes a DINOv2 whose layer scales are 1: `transformers` has no backbone class for ViT itself. Its MLP is a
@@ -196,10 +196,12 @@ def backbone_part(source: Source) -> Part:
         )
     shape = config
     # What AutoBackbone takes for it. That class itself takes names of the Hub alone, and no folders.
-    return Part("backbone", empty(lambda: Dinov2Backbone(shape)), tensors, auto="Dinov2Backbone", output="feature_maps")
+    return ExportedModule(
+        "backbone", empty(lambda: Dinov2Backbone(shape)), tensors, auto="Dinov2Backbone", output="feature_maps"
+    )
 
 
-def zero_shot_part(source: Source, vocab_size: int) -> Part:
+def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
     """Return both encoders, projections and temperature as `VisionTextDualEncoderModel`.
 
     Raises:
@@ -219,7 +221,7 @@ def zero_shot_part(source: Source, vocab_size: int) -> Part:
     run = source.run
     text = text_config(run.text.config, vocab_size, run.text.max_tokens)
     dual = VisionTextDualEncoderConfig(
-        vision_config=vision, text_config=_plain(text.to_dict()), projection_dim=target.width
+        vision_config=vision, text_config=_without_none(text.to_dict()), projection_dim=target.width
     )
     width = text.hidden_size
     tensors |= copied(empty(lambda: BertModel(text, add_pooling_layer=False)).state_dict(), TEXT, "text_model.")
@@ -230,7 +232,7 @@ def zero_shot_part(source: Source, vocab_size: int) -> Part:
         "visual_projection.weight": TensorSource((f"heads.{target.name}.projection.weight",)),
         "logit_scale": TensorSource((f"heads.{target.name}.log_scale",), _bounded_scale),
     }
-    return Part(
+    return ExportedModule(
         "zero_shot",
         empty(lambda: VisionTextDualEncoderModel(dual)),
         tensors,
@@ -256,7 +258,7 @@ def _pooled_vision(
     if pools_mean:
         return timm_vision(config, norm, source.run.data.augment, "vision_model.timm_model.")
     tensors = copied(names, VISION, "vision_model.")
-    values = _plain(config.to_dict())
+    values = _without_none(config.to_dict())
     if isinstance(config, ViTConfig):
         width = config.hidden_size
         values |= {"pooler_act": "linear", "pooler_output_size": width}
@@ -331,7 +333,7 @@ def _with_names(config: VisionConfig, names: list[str]) -> VisionConfig:
 
 def _internimage_classifier(
     config: InternImageConfig, target: Target, decoder: DecoderSpec, head: str, names: list[str]
-) -> Part:
+) -> ExportedModule:
     from m3i_scale.backbones.internimage.modeling_internimage import InternImageForImageClassification
 
     if decoder.kind != "mean_pool":
@@ -343,7 +345,7 @@ def _internimage_classifier(
     auto_map, files = model_files(config)
     labelled = _with_names(config, names)
     labelled.auto_map = auto_map
-    return Part(
+    return ExportedModule(
         "classifier",
         empty(lambda: InternImageForImageClassification(labelled)),
         tensors,
@@ -369,5 +371,5 @@ def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportEr
     )
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -13,7 +13,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from m3i_scale.errors import ExportError
 from m3i_scale.files import sha256_of
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 PROVENANCE = "export.json"
 
@@ -100,7 +100,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
         cause = error.__cause__ or error
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
         raise ExportError(
-            f"the upload failed: {masked(str(cause)).strip().splitlines()[0] if str(cause) else type(cause).__name__}",
+            f"the upload failed: {redact(str(cause)).strip().splitlines()[0] if str(cause) else type(cause).__name__}",
             where=f"--push {repo}",
             why=f"the export is whole, in {folder}",
             fix="an access token that may write there (hf auth login, or HF_TOKEN=…), or another name"
@@ -111,7 +111,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
     return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}
 
 
-def told_push(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def push_summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Return rows of a table that tell what `push` returned."""
     heading = "sent to" if "commit" in facts else "would send to"
     rows = [(heading, f"{facts['repo']}, {'public' if facts['public'] else 'private'}")]

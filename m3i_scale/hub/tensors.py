@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import fresh
 
-Shown = Literal["centre", "whole", "windows", "padded", "stretched"]
+Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
 VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,7 +31,7 @@ class TensorSource:
 
 
 @dataclass(frozen=True)
-class Part:
+class ExportedModule:
     """Holds one model of an export, and how it is proven."""
 
     name: str
@@ -63,7 +63,7 @@ class Part:
     """Source files that travel along."""
 
     @property
-    def shown(self) -> Shown:
+    def resize(self) -> Resize:
         """Return what of an image the model is shown: its centre square; all of it resized to the square; of a model
         that gives masks of queries squares along its longer side; of a detector all of it, in a square that is filled
         up or resized to the square."""
@@ -112,7 +112,7 @@ def values_of(
         yield name, value_of(name, made, weights, dtype)
 
 
-def check_complete(part: Part) -> None:
+def check_complete(part: ExportedModule) -> None:
     """Check that every tensor of the model is made, and nothing else.
 
     Raises:
@@ -127,7 +127,7 @@ def check_complete(part: Part) -> None:
         )
 
 
-def check_shape(part: Part, name: str, tensor: Tensor) -> None:
+def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
     """Check that a tensor has the shape that the model gives it.
 
     Raises:

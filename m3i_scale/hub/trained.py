@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.errors import ExportError
-from m3i_scale.hub.tensors import Part
+from m3i_scale.hub.tensors import ExportedModule
 from m3i_scale.objective.detection.modeling_mask_rcnn import joined
 from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.information import Objective
@@ -17,7 +17,7 @@ from m3i_scale.objective.mask_queries import MaskQueries
 
 
 def trained_outputs(
-    objective: Objective, part: Part, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
+    objective: Objective, part: ExportedModule, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield outputs of a part by name: that of the part, and after a dot what else is compared; arguments and errors as
     of `trained_output`."""
@@ -37,7 +37,7 @@ def trained_outputs(
 
 @torch.no_grad()
 def trained_output(
-    objective: Objective, part: Part, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
+    objective: Objective, part: ExportedModule, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
 ) -> Tensor:
     """Return the output of a part as training computes it.
 
@@ -72,7 +72,7 @@ def trained_output(
     return similar
 
 
-def _logits(objective: Objective, part: Part, pixels_BCHW: Tensor) -> Tensor:
+def _logits(objective: Objective, part: ExportedModule, pixels_BCHW: Tensor) -> Tensor:
     """Return those of a classifier (B, K), of a segmenter at the size of its input (B, K, H, W), or of the masks of its
     queries (B, Q, H, W)."""
     if part.name == "classifier":

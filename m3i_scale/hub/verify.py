@@ -26,7 +26,7 @@ from m3i_scale.files import read_json, write_json
 from m3i_scale.hub import fresh
 from m3i_scale.hub.process import run_fresh
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import Part, Shown
+from m3i_scale.hub.tensors import ExportedModule, Resize
 from m3i_scale.hub.trained import trained_outputs
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
@@ -44,12 +44,12 @@ those of another bicubic filter where it takes its default, torchvision's."""
 class Reference:
     """Holds what must come out, computed from the checkpoint's weights by the training modules."""
 
-    parts: list[Part]
+    parts: list[ExportedModule]
     pixels: Tensor
     """Probe input (B, 3, H, W): noise and photographs, normalised as in training."""
     pictures: dict[str, Image.Image]
     trained_on: dict[str, Tensor]
-    """The pictures as training would feed them (see `Part.shown`; normalised)."""
+    """The pictures as training would feed them (see `ExportedModule.resize`; normalised)."""
     captions: list[str]
     tokens: Tensor | None
     outputs: dict[str, Tensor]
@@ -63,7 +63,7 @@ class Reference:
 @torch.no_grad()
 def make_reference(
     source: Source,
-    parts: list[Part],
+    parts: list[ExportedModule],
     fingerprints: dict[str, dict[str, str]],
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
@@ -81,8 +81,8 @@ def make_reference(
     """
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment
-    pictures = real_pictures(side, parts[0].shown)
-    trained_on = {name: _as_trained(picture, side, augment, parts[0].shown) for name, picture in pictures.items()}
+    pictures = real_pictures(side, parts[0].resize)
+    trained_on = {name: _as_trained(picture, side, augment, parts[0].resize) for name, picture in pictures.items()}
     noise = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels_BCHW = torch.cat([normalize(noise, augment.mean, augment.std), trained_on["square"], trained_on["wide"]])
     captions, tokens = [], None
@@ -269,7 +269,7 @@ def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 
 
-def real_pictures(side: int, shown: Shown = "centre") -> dict[str, Image.Image]:
+def real_pictures(side: int, shown: Resize = "centre") -> dict[str, Image.Image]:
     """Return photographs (those that come with scikit-learn) by name: as a square of the model's size, a larger one,
     and in two long shapes."""
     # Sides are such that torchvision's processor, which rounds the place of the crop otherwise, cuts the same pixels.
@@ -283,7 +283,7 @@ def real_pictures(side: int, shown: Shown = "centre") -> dict[str, Image.Image]:
     }
 
 
-def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: Shown) -> Tensor:
+def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: Resize) -> Tensor:
     if shown == "padded":
         view = ViewMaker(augment, views=1, image_size=side, augment=False, reads="boxes", mean=augment.mean)
         pixels_1CHW = normalize(torch.from_numpy(view(picture.copy(), 0).pixels_VCHW), augment.mean, augment.std)

@@ -30,12 +30,12 @@ from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
 from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import TEXT, VISION, Part, Shown, copied
+from m3i_scale.hub.tensors import TEXT, VISION, ExportedModule, Resize, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.detection import Detection
 from m3i_scale.objective.upgrade import upgraded
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]
 Format = Literal["transformers", "timm"]
@@ -44,7 +44,7 @@ FORMATS = ("transformers", "timm")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExportContents:
     """Says what a folder shall hold."""
 
     task: Task = "features"
@@ -54,7 +54,9 @@ class Wanted:
     max_shard_size: str = DEFAULT_SHARD_SIZE
 
 
-def plan_parts(source: Source, wanted: Wanted, tokenizer: PreTrainedTokenizerBase | None) -> list[Part]:
+def plan_parts(
+    source: Source, wanted: ExportContents, tokenizer: PreTrainedTokenizerBase | None
+) -> list[ExportedModule]:
     """Return the models of a folder, without values.
 
     Raises:
@@ -77,11 +79,11 @@ def plan_parts(source: Source, wanted: Wanted, tokenizer: PreTrainedTokenizerBas
 def write_folder(
     folder: Path,
     source: Source,
-    parts: list[Part],
+    parts: list[ExportedModule],
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
-    wanted: Wanted | None = None,
+    wanted: ExportContents | None = None,
 ) -> dict[str, dict[str, str]]:
     """Write models, image processor and tokenizer; with plain features also the heads.
 
@@ -100,9 +102,9 @@ def write_folder(
     Raises:
         ExportError: weights and configuration do not fit together.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or ExportContents()
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
-    write_processor(folder, source, parts[0].shown)
+    write_processor(folder, source, parts[0].resize)
     if tokenizer is not None:
         # What a user tokenises is cut where training cut it.
         tokenizer.model_max_length = source.run.text.max_tokens
@@ -112,7 +114,7 @@ def write_folder(
     return fingerprints
 
 
-def _in_timm(source: Source, wanted: Wanted) -> Part:
+def _in_timm(source: Source, wanted: ExportContents) -> ExportedModule:
     if wanted.max_shard_size != DEFAULT_SHARD_SIZE:
         raise ExportError("timm reads one file of weights", where="--max-shard-size", fix="leave it out")
     if wanted.task == "classification":
@@ -124,7 +126,7 @@ def _in_timm(source: Source, wanted: Wanted) -> Part:
     return timm_part(backbone_config(source.run.backbone), None, "", None, [], source.run.data.augment)
 
 
-def _vision_part(source: Source) -> Part:
+def _vision_part(source: Source) -> ExportedModule:
     config = backbone_config(source.run.backbone)
     # No classifier lies in the folder: with classes, a pipeline would add one with random weights and answer from it.
     config.num_labels = 0
@@ -133,10 +135,10 @@ def _vision_part(source: Source) -> Part:
     auto_map, files = model_files(config)
     if auto_map:
         model.config.auto_map = auto_map
-    return Part("vision", model, copied(model.state_dict(), VISION), options=options, files=files)
+    return ExportedModule("vision", model, copied(model.state_dict(), VISION), options=options, files=files)
 
 
-def _detector_part(source: Source) -> Part:
+def _detector_part(source: Source) -> ExportedModule:
     """Return backbone and head in the class that holds them.
 
     Raises:
@@ -146,11 +148,11 @@ def _detector_part(source: Source) -> Part:
     return rfdetr_part(source) if queried else mask_rcnn_part(source)
 
 
-def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
+def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ExportedModule:
     config = text_config(run.text.config, len(tokenizer), run.text.max_tokens)
     options: dict[str, Any] = {"add_pooling_layer": False}
     model = empty(lambda: BertModel(config, **options))
-    return Part(
+    return ExportedModule(
         "text",
         model,
         copied(model.state_dict(), TEXT),
@@ -160,7 +162,7 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Part:
     )
 
 
-def write_processor(folder: Path, source: Source, shown: Shown) -> None:
+def write_processor(folder: Path, source: Source, shown: Resize) -> None:
     """Write preprocessor_config.json: cover the square, cut the centre, normalise as training did.
 
     A segmenter is shown the whole image, and its processor makes masks of what it gives. That of a Mask R-CNN is SAM's,
@@ -213,7 +215,7 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
     """Write objective.json, from which the joint space is built again, and weights of heads, decoders, projections."""
     folder.mkdir()
     objective = {
-        "run": masked(portable_run(source.run)),
+        "run": redact(portable_run(source.run)),
         "label_sets": source.label_sets,
         "vocab_size": source.vocab_size,
     }

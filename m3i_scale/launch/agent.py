@@ -32,7 +32,7 @@ from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
 
 _TICK_S = 0.1
 _CHUNK = 1 << 16
-_UNTOLD_S = 60.0
+_HEARTBEAT_TIMEOUT_S = 60.0
 """How long an agent that has not been told what to do waits for it to be said."""
 _PREFIX = "m3i-scale-agent-"
 _YOUNG_S = 60.0
@@ -51,7 +51,7 @@ class Agent:
         self.ranks: list[Rank] = []
         self.selector = selectors.DefaultSelector()
         self.heard = time.monotonic()
-        self.silence_s = _UNTOLD_S
+        self.silence_s = _HEARTBEAT_TIMEOUT_S
         self.host = self.launch = self.output_dir = ""
         self.records: Path | None = None
         self.over = False
@@ -65,7 +65,7 @@ class Agent:
             while not self.over:
                 for key, _ in self.selector.select(_TICK_S):
                     self._read_input() if key.data is None else self._read_rank(key.data)
-                self._look()
+                self._poll()
         finally:
             self._end()
 
@@ -88,10 +88,10 @@ class Agent:
         elif kind == "port":
             self._say_port(message["port"], message["interface"])
         elif kind == "clock":
-            self.writer.say("clock", time=time.time())
+            self.writer.send("clock", time=time.time())
         elif kind == "memory":
             memory = rank_memory(message["slots"], on_host=message["on_host"])
-            self.writer.say("memory", **asdict(memory))
+            self.writer.send("memory", **asdict(memory))
             self.heard = time.monotonic()  # it may have taken seconds
         elif kind == "start":
             self._start(message)
@@ -114,7 +114,7 @@ class Agent:
         except OSError as error:
             fault = f"no room for the heartbeats of its ranks: {error}"
         facts = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
-        self.writer.say("hello", **facts, left=left, fault=fault)
+        self.writer.send("hello", **facts, left=left, fault=fault)
 
     def _say_port(self, wanted: int | None, interface: str | None) -> None:
         """Report a free port where rank 0 can wait, and the address of the interface."""
@@ -130,7 +130,7 @@ class Agent:
                 port = probe.getsockname()[1]
             except OSError as error:
                 fault = f"port {wanted}: {error.strerror}"
-        self.writer.say("port", port=port, address=addresses[0] if addresses else None, fault=fault)
+        self.writer.send("port", port=port, address=addresses[0] if addresses else None, fault=fault)
 
     def _start(self, message: Message) -> None:
         if self.records is None:
@@ -143,7 +143,7 @@ class Agent:
             rank = Rank(int(place["RANK"]), message["command"], variables | place, message["cwd"], self.records)
             self.ranks.append(rank)
             self.selector.register(rank.output, selectors.EVENT_READ, rank)
-        self.writer.say("started", time=time.time())
+        self.writer.send("started", time=time.time())
 
     def _read_rank(self, rank: Rank) -> None:
         data = os.read(rank.output.fileno(), _CHUNK)
@@ -153,18 +153,18 @@ class Agent:
         else:
             self.selector.unregister(rank.output)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Report what has changed since the last look."""
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)
                 seen = rank.seen()
                 beat = asdict(seen) if seen else None
-                self.writer.say("exit", rank=rank.number, code=rank.code, failure=rank.failure(self.host), beat=beat)
+                self.writer.send("exit", rank=rank.number, code=rank.code, failure=rank.failure(self.host), beat=beat)
         now = time.monotonic()
         if now - self._beat > BEAT_S:
             self._beat = now
-            self.writer.say("beat", time=time.time(), beats=self._beats())
+            self.writer.send("beat", time=time.time(), beats=self._beats())
         if now - self.heard > self.silence_s or self.writer.broken:
             self.over = True
 
@@ -196,7 +196,7 @@ class Agent:
                 self._drain(rank)
         if self.records is not None:
             shutil.rmtree(self.records, ignore_errors=True)
-        self.writer.say("bye", left=pids)
+        self.writer.send("bye", left=pids)
         self.writer.close()
 
 

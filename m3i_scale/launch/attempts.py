@@ -21,7 +21,7 @@ from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.processes import noted_signals
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Work
 from m3i_scale.launch.supervise import Attempt, AttemptResult, Request, Tell
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.worlds import World, largest_world
 from m3i_scale.scale.checkpoint.layout import stopped_words
 from m3i_scale.scale.output_dir import ATTEMPTS, FAILURE
@@ -236,13 +236,13 @@ class Watch:
         every_s: between two rounds.
     """
 
-    def __init__(self, run: RunConfig, world: World, out: Sequence[Host], site: Site, every_s: float) -> None:
+    def __init__(self, run: RunConfig, world: World, out: Sequence[Host], site: RemoteShell, every_s: float) -> None:
         self.back: tuple[str, ...] = ()
         """Names of hosts that answer and make a larger world; once there are any, the watch is over."""
         self._run, self._world, self._out, self._site, self._every_s = run, world, list(out), site, every_s
         self._stop = threading.Event()
         self._told = False
-        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+        self._thread = threading.Thread(target=self._poll, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
         if self._out:
@@ -260,7 +260,7 @@ class Watch:
             self._told = True
             tell(f"{', '.join(self.back)} answers again: the run saves, and goes on with it")
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self._stop.wait(self._every_s) and not self.back:
             # Not to the end where the attempt is over: an agent that begins after the next one would end its ranks.
             links, _ = connect(self._out, self._site, Inbox(), over=self._stop.is_set)

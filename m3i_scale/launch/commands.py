@@ -52,7 +52,7 @@ def launch(
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
         job = _with_image(job, launcher)
-        plan = render(launcher, job.shown())
+        plan = render(launcher, job.without_secrets())
         print_json(plan.document()) if as_json else typer.echo(plan.text())
         try:
             check_fit(config, job, launcher)
@@ -67,7 +67,7 @@ def launch(
     release_stdout()
     plan = render(launcher, job)
     check_fit(config, job, launcher)
-    raise typer.Exit(_run(plan, render(launcher, job.shown()), job))
+    raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
 
 
 def _with_image(job: Job, launcher: str) -> Job:
@@ -82,10 +82,10 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     """Run a plan; where the run has failed, print the cause at the end."""
     from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
+    from m3i_scale.launch.exit_reason import conclude
     from m3i_scale.launch.failures import forget_records
     from m3i_scale.launch.lock import launch_lock
     from m3i_scale.launch.logs import show
-    from m3i_scale.launch.verdict import conclude
     from m3i_scale.scale.checkpoint.layout import stopped_words
     from m3i_scale.text import printable
 

@@ -20,7 +20,7 @@ from m3i_scale.launch.logs import show
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.shell import SRUN, SSH
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import print_line
 from m3i_scale.text import printable
@@ -101,7 +101,7 @@ def read_launch(path: Path) -> Launch:
         raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
     run = RunConfig.model_validate(given["run"])
     parse_recipe(run.recipe, where=str(path), imports=True)  # the launch asks it what its losses compare
-    site = Site(
+    site = RemoteShell(
         python=given["python"],
         workdir=given["workdir"],
         output_dir=str(run.output_dir),

@@ -18,7 +18,7 @@ from types import FrameType
 import psutil
 
 from m3i_scale.errors import UserError
-from m3i_scale.files import write_whole
+from m3i_scale.files import atomic_write
 from m3i_scale.launch.plan import Command, LaunchPlan
 from m3i_scale.launch.processes import SIGNALS, TIED, noted_signals
 
@@ -37,7 +37,7 @@ def write_files(plan: LaunchPlan) -> None:
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for file in plan.files:
-            write_whole(plan.folder / file.name, file.text, mode=file.mode)
+            atomic_write(plan.folder / file.name, file.text, mode=file.mode)
     except OSError as error:
         raise UserError(
             f"cannot write what the launcher needs: {error.strerror}",
@@ -74,7 +74,7 @@ def check_needs(plan: LaunchPlan) -> None:
 
 
 @dataclass
-class Ending:
+class LaunchResult:
     """Says how the commands of a plan have ended."""
 
     code: int = 0
@@ -89,7 +89,7 @@ class Ending:
     """How often a signal asked the launch to stop."""
 
 
-def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> Ending:
+def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
     """Run the commands until all have ended.
 
     Args:
@@ -111,9 +111,9 @@ class Running:
         self._plan = plan
         self._environment = environment
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._ended = Ending()
+        self._ended = LaunchResult()
 
-    def wait(self) -> Ending:
+    def wait(self) -> LaunchResult:
         """Start the commands, hand signals on to them, and wait for them."""
         with noted_signals(self._note):
             try:
@@ -136,10 +136,10 @@ class Running:
             start_new_session=True,
         )
 
-    def _until_all_have_ended(self) -> Ending:
+    def _until_all_have_ended(self) -> LaunchResult:
         ended, ends_at = self._ended, float("inf")
         ended.times = [float("inf")] * len(self._processes)
-        while self._look():
+        while self._poll():
             if ended.code and ends_at == float("inf"):
                 ends_at = time.monotonic() + _GRACE_S
             if time.monotonic() > ends_at:
@@ -152,7 +152,7 @@ class Running:
             ended.code = 128 + (256 - ended.code)
         return ended
 
-    def _look(self) -> bool:
+    def _poll(self) -> bool:
         """Note what has ended; return whether anything still runs."""
         for place, process in enumerate(self._processes):
             if self._ended.times[place] == float("inf") and process.poll() is not None:

@@ -15,7 +15,7 @@ from m3i_scale.errors import EXIT_USER_ERROR, UserError
 from m3i_scale.files import json_line, read_json, read_json_lines, write_json
 from m3i_scale.launch.flight_recorder import FILES, recorded_text
 from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended", "missing"]
 """`silent`: it left no word, so something ended it from outside, and nobody saw what; `ended`: by its launch, after
@@ -61,7 +61,7 @@ class Failure:
     def __post_init__(self) -> None:
         """Cut out logins and tokens: these texts are written and shown to others."""
         for name in ("message", "lines", "trace"):
-            object.__setattr__(self, name, masked(getattr(self, name)))
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     @property
     def is_consequence(self) -> bool:

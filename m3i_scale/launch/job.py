@@ -20,7 +20,7 @@ from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.plan import PRIVATE, PUBLIC
 from m3i_scale.output import leave_out_accelerator_warning
-from m3i_scale.text import masked, shown
+from m3i_scale.text import quoted, redact
 
 FOLDER = "launch"
 """In the run's output folder."""
@@ -46,7 +46,7 @@ class Job:
     variables: tuple[Variable, ...]
     values: Mapping[str, Any]
     """The whole run file, `extends` and overrides applied."""
-    masked: bool = False
+    redacted: bool = False
     """Whether something secret has been taken out."""
 
     @property
@@ -111,8 +111,8 @@ class Job:
         is a secret or an address of shards holds a login or a signature.
         """
         values = dict(self.values)
-        hides = any(shown(override) != override for override in self.overrides) or masked(values) != values
-        return PRIVATE if self.secret or hides or self.masked else PUBLIC
+        hides = any(quoted(override) != override for override in self.overrides) or redact(values) != values
+        return PRIVATE if self.secret or hides or self.redacted else PUBLIC
 
     def head_address(self) -> str:
         """Return the address where rank 0 waits.
@@ -127,11 +127,11 @@ class Job:
             return _address_here(cluster.interface, self.hosts)
         return self.hosts[0].name if self.hosts else "127.0.0.1"
 
-    def shown(self) -> Job:
+    def without_secrets(self) -> Job:
         """Return the same job without the values of secrets, and without what is secret in addresses."""
-        overrides = tuple(map(shown, self.overrides))
-        values, secret = masked(dict(self.values)), self.mode == PRIVATE
-        return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, masked=secret)
+        overrides = tuple(map(quoted, self.overrides))
+        values, secret = redact(dict(self.values)), self.mode == PRIVATE
+        return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, redacted=secret)
 
 
 @cache

@@ -17,7 +17,7 @@ from m3i_scale.launch.doctor.checks import other_files
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.transport import HostFault, Site, agent_command, explain_end, own_environment
+from m3i_scale.launch.transport import HostFault, RemoteShell, agent_command, explain_end, own_environment
 from m3i_scale.launch.wire import BEAT_S, Message, decode, encode
 
 Inbox = queue.SimpleQueue[tuple["Link", Message]]
@@ -37,7 +37,7 @@ class Link:
         patience_s: until ssh gives up where nothing answers. Default: half of `site.connect_s`.
     """
 
-    def __init__(self, host: Host, site: Site, inbox: Inbox, patience_s: float | None = None) -> None:
+    def __init__(self, host: Host, site: RemoteShell, inbox: Inbox, patience_s: float | None = None) -> None:
         self.host, self.site, self._inbox = host, site, inbox
         self.heard = time.monotonic()
         self.hello: Message | None = None
@@ -54,9 +54,9 @@ class Link:
         self._errors = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
         self._errors.start()
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
-        self.say("hello", host=host.name, launch=site.launch, output_dir=site.output_dir, silence_s=site.silence_s)
+        self.send("hello", host=host.name, launch=site.launch, output_dir=site.output_dir, silence_s=site.silence_s)
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         """Send a message to the agent. Where the agent is gone, a message of kind `gone` reports it."""
         try:
             if self._process.stdin is not None:
@@ -102,7 +102,7 @@ class Link:
             self._said.append(line.decode(errors="replace").rstrip())
 
 
-def hear(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> Iterator[tuple[Link, Message]]:
+def receive(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> Iterator[tuple[Link, Message]]:
     """Yield the messages of agents.
 
     Args:
@@ -112,7 +112,7 @@ def hear(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> It
     """
     while (seconds := left_s()) > 0:
         for link in links:
-            link.say("beat")
+            link.send("beat")
         try:
             yield inbox.get(timeout=min(seconds, BEAT_S))
         except queue.Empty:
@@ -121,7 +121,7 @@ def hear(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> It
 
 def connect(
     hosts: Iterable[Host],
-    site: Site,
+    site: RemoteShell,
     inbox: Inbox,
     *,
     unresponsive: Collection[str] = (),
@@ -154,7 +154,7 @@ def connect(
     def left_s() -> float:
         return started + max(waiting.values()) - time.monotonic() if waiting and not over() else 0.0
 
-    for link, message in hear(links, inbox, left_s):
+    for link, message in receive(links, inbox, left_s):
         name = link.host.name
         if link not in links or name in reasons:  # a link of an earlier attempt says that it is gone
             continue
@@ -196,7 +196,7 @@ def check_hosts(job: Job) -> None:
     Raises:
         UserError: hosts that cannot be reached or used, or have other code than this one; all of them.
     """
-    site = Site(
+    site = RemoteShell(
         python=job.python,
         workdir=str(job.workdir),
         output_dir=str(job.output_dir),
@@ -206,7 +206,7 @@ def check_hosts(job: Job) -> None:
     )
     links, reasons = connect(job.hosts, site, Inbox())
     for link in links:
-        link.say("end")
+        link.send("end")
     for link in links:
         link.close()
     if reasons:

@@ -12,9 +12,9 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.hosts import Host, is_here
-from m3i_scale.launch.link import Inbox, Link, connect, hear
+from m3i_scale.launch.link import Inbox, Link, connect, receive
 from m3i_scale.launch.supervise import AttemptResult, Tell
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.wire import Message
 from m3i_scale.launch.worlds import ComparedSamples, World, largest_world, refusal_of_plan
 from m3i_scale.text import listed
@@ -51,7 +51,7 @@ class Work:
     command: tuple[str, ...]
     """Of every rank: interpreter, module, `train`, run file, overrides."""
     hosts: tuple[Host, ...]
-    site: Site
+    site: RemoteShell
     master_address: str | None = None
     """Of the first host; None: that of `interface`, else its name."""
     interface: str | None = None
@@ -146,7 +146,7 @@ class Rendezvous:
             if len(links) < fewest:
                 raise CannotStartError(
                     f"{len(reasons)} of {len(hosts)} hosts cannot be used",
-                    where=_told(reasons),
+                    where=_format_reasons(reasons),
                     why=f"the run is to have {fewest} hosts or more" if self.policy.min_hosts else None,
                     fix="mend them or take them out of the hostfile",
                 )
@@ -163,7 +163,7 @@ class Rendezvous:
             spare = [link.host.name for link in links if link.host not in world.hosts and link.host.name not in reasons]
             reasons |= dict.fromkeys(spare, SPARE)
             if reasons:
-                self.tell(f"without {_told(reasons)}")
+                self.tell(f"without {_format_reasons(reasons)}")
             world = self._keep_compared(world, links)
         except UserError:
             for link in links:
@@ -223,14 +223,14 @@ class Rendezvous:
             return self._planned[world]
         asked = [link for link in links if link.host in world.hosts]
         for link in asked:
-            link.say("memory", slots=link.host.slots, on_host=self.work.on_host)
+            link.send("memory", slots=link.host.slots, on_host=self.work.on_host)
         answers = self._await("memory", asked, links)
         memories = [RankMemory(answer["gib"], answer["on_host"]) for answer in answers if answer is not None]
         least = min(memories, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
 
         def meanwhile() -> bool:
             for link in links:
-                link.say("beat")  # they must not take the launch for dead
+                link.send("beat")  # they must not take the launch for dead
             return not self._stopped()
 
         self.tell(f"planning whether a micro-batch of {world.micro_batch_size} has room")
@@ -250,7 +250,7 @@ class Rendezvous:
         def left_s() -> float:
             return deadline - time.monotonic() if len(answers) < len(asked) else 0.0
 
-        for link, message in hear(links, self._inbox, left_s):
+        for link, message in receive(links, self._inbox, left_s):
             if link in asked and message["kind"] == kind:
                 answers[link] = message
                 continue
@@ -268,7 +268,7 @@ class Rendezvous:
             CannotStartError: it has no port.
         """
         head = links[0]
-        head.say("port", port=self.work.master_port, interface=self.work.interface)
+        head.send("port", port=self.work.master_port, interface=self.work.interface)
         (answer,) = self._await("port", [head], links)
         fault = "its agent has ended" if answer is None else answer["fault"]
         if answer is None or fault is not None:
@@ -284,7 +284,7 @@ class Rendezvous:
         return given or answer["address"] or name, int(answer["port"])
 
 
-def _told(reasons: dict[str, str]) -> str:
+def _format_reasons(reasons: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 

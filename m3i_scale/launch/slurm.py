@@ -37,7 +37,7 @@ HONOURS = frozenset(
 )
 """Slurm itself chooses the hosts."""
 SCRIPT = "slurm.sbatch"
-VERDICT = "m3i_scale.launch.verdict"
+VERDICT = "m3i_scale.launch.exit_reason"
 """What a run died of, once for all ranks."""
 NOTICE_S = 120
 """Ranks are told so long before the end of the time limit."""

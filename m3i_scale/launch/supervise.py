@@ -15,7 +15,7 @@ from m3i_scale.launch.failures import Failure, first_cause, on_clock
 from m3i_scale.launch.link import Inbox, Link
 from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.progress import Progress, Stragglers
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.wire import BEAT_S, Message
 
 Tell = Callable[[str], None]
@@ -64,7 +64,7 @@ class Attempt:
         links: Sequence[Link],
         inbox: Inbox,
         command: Sequence[str],
-        site: Site,
+        site: RemoteShell,
         timeouts: TimeoutsConfig,
         address: tuple[str, int],
         logs: Logs,
@@ -94,7 +94,7 @@ class Attempt:
         while self._running:
             self._hear()
             self._beat_hosts()
-            self._look()
+            self._poll()
             request = requested()
             if request == "end":
                 break
@@ -115,7 +115,7 @@ class Attempt:
             if self._site.python_path:
                 environment["PYTHONPATH"] = self._site.python_path
             link.heard = time.monotonic()
-            link.say("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
+            link.send("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
             self._running |= {first + local: link for local in range(slots)}
             first += slots
 
@@ -201,9 +201,9 @@ class Attempt:
         if now - self._beat > BEAT_S:
             self._beat = now
             for link in self._links:
-                link.say("beat")
+                link.send("beat")
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Find hosts that are silent, and ranks that stand still."""
         now = time.monotonic()
         for link in self._links:
@@ -235,14 +235,14 @@ class Attempt:
         if self._asked is None and all(begun):
             self._asked = time.monotonic()
             for link in self._links:
-                link.say("signal", number=int(signal.SIGUSR2))
+                link.send("signal", number=int(signal.SIGUSR2))
         return any(begun) or self._asked is not None
 
     def _clean(self) -> None:
         """Leave no process: agents end theirs and report it; those that cannot be reached do it by themselves."""
         self._over = True
         for link in self._links:
-            link.say("end")
+            link.send("end")
         deadline = time.monotonic() + _BYE_S
         while time.monotonic() < deadline and any(link.host.name not in self._gone for link in self._links):
             self._hear()

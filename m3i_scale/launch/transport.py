@@ -30,7 +30,7 @@ _NO_MODULE = re.compile(r"No module named '?(\w+)")
 
 
 @dataclass(frozen=True)
-class Site:
+class RemoteShell:
     """Says how hosts are reached, and what runs there."""
 
     python: str
@@ -66,7 +66,7 @@ def own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
 
 
-def agent_command(name: str, site: Site, patience_s: float | None = None) -> list[str]:
+def agent_command(name: str, site: RemoteShell, patience_s: float | None = None) -> list[str]:
     """Return the command that starts the agent of a host.
 
     Args:
@@ -82,7 +82,7 @@ def agent_command(name: str, site: Site, patience_s: float | None = None) -> lis
     return ["ssh", *_SSH, "-o", f"ConnectTimeout={until_s}", *site.ssh, name, _agent_line(site)]
 
 
-def _agent_line(site: Site) -> str:
+def _agent_line(site: RemoteShell) -> str:
     variables = [f"PYTHONPATH={site.python_path}"] if site.python_path else []
     start = shlex.join(["exec", "env", *variables, site.python, *_AGENT])
     folder = os.path.dirname(site.python)  # ranks that build an extension look for their tools there
@@ -106,7 +106,7 @@ class HostFault:
         return self.what
 
 
-def explain_end(code: int | None, said: Sequence[str], site: Site) -> HostFault:
+def explain_end(code: int | None, said: Sequence[str], site: RemoteShell) -> HostFault:
     """Return why the agent of a host has ended.
 
     Args:

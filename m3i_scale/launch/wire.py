@@ -50,7 +50,7 @@ class Writer:
         self._thread = threading.Thread(target=self._write, daemon=True, name="writer")
         self._thread.start()
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def send(self, kind: str, **fields: Any) -> None:
         """Send a message that must arrive."""
         self._waiting.put(encode(kind, **fields))
 
@@ -62,7 +62,7 @@ class Writer:
         if self._dropped:
             data = f"\n[{self._dropped} bytes that could not be sent in time are left out]\n".encode() + data
             self._dropped = 0
-        self.say("log", rank=rank, text=data.decode(errors="replace"))
+        self.send("log", rank=rank, text=data.decode(errors="replace"))
 
     def close(self) -> None:
         """Wait, within limits, until all messages have been sent."""

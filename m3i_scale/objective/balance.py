@@ -134,7 +134,7 @@ class FixedSpec(BalanceSpec):
     kind: ClassVar[str] = "fixed"
 
 
-class LearnedSpec(BalanceSpec):
+class UncertaintyWeightingSpec(BalanceSpec):
     """Gives every group a σ of its own, which is trained: weight × (loss / σ² + log σ)."""
 
     kind: ClassVar[str] = "learned"

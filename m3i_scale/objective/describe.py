@@ -14,9 +14,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "family": recipe.family,
         "inputs": [_input(recipe, spec) for spec in recipe.inputs],
-        "targets": [
-            target.described() | {"decoder": recipe.decoders[target.decoder].kind} for target in recipe.targets
-        ],
+        "targets": [target.summary() | {"decoder": recipe.decoders[target.decoder].kind} for target in recipe.targets],
         "balance": recipe.balance.kind,
     }
 

@@ -129,7 +129,7 @@ class Objective(nn.Module):
         losses = []
         grid = self.student.grid_of(context.batch.images_VBCHW)
         for target in self.recipe.targets:
-            given = self.given(target, grid)
+            given = self.target_modules(target, grid)
             by_input = [
                 target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
             ]
@@ -167,7 +167,7 @@ class Objective(nn.Module):
             figures |= self._health(context, watched)
         return total, figures
 
-    def given(self, target: Target, grid: tuple[int, int]) -> TargetModules:
+    def target_modules(self, target: Target, grid: tuple[int, int]) -> TargetModules:
         """Return the modules that a target computes with, on views of so many rows and columns of patches."""
         shared = target.head if isinstance(target, HeadTarget) else None
         return TargetModules(
@@ -349,7 +349,7 @@ class Objective(nn.Module):
         grid = self.student.grid_of(batch.images_VBCHW)
         for target in targets:
             for part in reversed(target.sources(context)):
-                pixels_BCHW = target.reconstruct(self.given(target, grid), context, part)
+                pixels_BCHW = target.reconstruct(self.target_modules(target, grid), context, part)
                 images[target.name, part.where.name] = self.pixel_norm.undo(pixels_BCHW)
         return images
 

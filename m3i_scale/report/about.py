@@ -12,7 +12,7 @@ from m3i_scale.report.marks import utc
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.scale.output_dir import UnknownHolderError, holder_of
-from m3i_scale.text import differences, duration_text, listed, masked, short, shown
+from m3i_scale.text import differences, duration_text, listed, quoted, redact, short
 
 _STOPPED = "stopped without saying how, or training where its lock is not seen from here"
 
@@ -79,7 +79,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
     facts: dict[str, Any] = {
         "Status": progress["status"],
         "Recipe": _at(run.settings, "recipe", "name"),
-        "Targets": ", ".join(_named(target) for target in targets) if isinstance(targets, list) else None,
+        "Targets": ", ".join(_label(target) for target in targets) if isinstance(targets, list) else None,
         "Task": _at(run.settings, "task", "kind"),
         "Backbone": _backbone(run.settings),
         "Data": _sources(sources) if isinstance(sources, dict) else None,
@@ -98,7 +98,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
         "Commit": last.get("commit"),
         "Folder": str(run.folder.absolute()),
     }
-    return {name: shown(_text(value)) for name, value in facts.items() if value is not None}
+    return {name: quoted(_text(value)) for name, value in facts.items() if value is not None}
 
 
 def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
@@ -111,8 +111,8 @@ def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
         base = next(of_run[name][0] for of_run in found if name in of_run)
         values = [of_run[name][1] if name in of_run else base for of_run in found]
         last_name = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")  # no place in a list
-        cells = [short(*masked({last_name: value}, names=True).values()) for value in values]
-        rows.append({"name": shown(name), "cells": cells})
+        cells = [short(*redact({last_name: value}, names=True).values()) for value in values]
+        rows.append({"name": quoted(name), "cells": cells})
     return rows
 
 
@@ -122,7 +122,7 @@ def _at(settings: Any, *keys: str) -> Any:
     return settings
 
 
-def _named(target: Any) -> str:
+def _label(target: Any) -> str:
     return f"{_at(target, 'name')} ({_at(target, 'kind')})"
 
 
@@ -137,7 +137,7 @@ def _backbone(settings: dict[str, Any]) -> str | None:
 
 def _sources(sources: dict[Any, Any]) -> str:
     return "; ".join(
-        f"{name}: {shown(str(_at(source, 'shards')))}, weight {short(_at(source, 'weight'))}"
+        f"{name}: {quoted(str(_at(source, 'shards')))}, weight {short(_at(source, 'weight'))}"
         for name, source in sources.items()
     )
 

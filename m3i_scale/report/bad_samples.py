@@ -18,7 +18,7 @@ from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.tar import sample_at
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
-from m3i_scale.text import printable, shown
+from m3i_scale.text import printable, quoted
 
 SIDE = 112
 """Of a picture, in pixels."""
@@ -33,18 +33,18 @@ def shown_samples(entries: Iterable[dict[str, Any]]) -> list[dict[str, str | Non
     Args:
         entries: lines of the quarantine, of which nothing is believed: `url`, `key`, `offset`, `reason`.
     """
-    return [_shown(str(entry["url"]), str(entry["key"]), int(entry["offset"]), entry) for entry in entries]
+    return [_sample_row(str(entry["url"]), str(entry["key"]), int(entry["offset"]), entry) for entry in entries]
 
 
-def _shown(url: str, key: str, offset: int, entry: dict[str, Any]) -> dict[str, str | None]:
+def _sample_row(url: str, key: str, offset: int, entry: dict[str, Any]) -> dict[str, str | None]:
     picture = fault = None
     try:
         picture = f"data:image/jpeg;base64,{base64.b64encode(_picture(url, key, offset)).decode()}"
     except BadSampleError as bad:
-        fault = printable(shown(f"{bad.reason} {bad.detail}".strip()))[:150]
+        fault = printable(quoted(f"{bad.reason} {bad.detail}".strip()))[:150]
     return {
         "key": printable(key)[:100],
-        "shard": printable(shown(url)).rpartition("/")[2][:100],
+        "shard": printable(quoted(url)).rpartition("/")[2][:100],
         "reason": printable(str(entry["reason"]))[:200],
         "picture": picture,
         "fault": fault,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.report.charts import PERCENT, Chart
-from m3i_scale.report.downsample import thin
+from m3i_scale.report.downsample import downsample
 from m3i_scale.report.run_files import RunFiles
 
 MOST_POINTS = 2_000
@@ -93,7 +93,7 @@ def _filled(
         is_asked = name.endswith(_ASKED)
         group = name.removesuffix(_ASKED).removesuffix("/recent_share")
         shown_name = f"{group} (asked)" if is_asked else group
-        x, y = _every_so_many(steps, values, count) if chart.stacked else thin(steps, values, count)
+        x, y = _every_so_many(steps, values, count) if chart.stacked else downsample(steps, values, count)
         lines.append({
             "run": run,
             "group": group,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tsdownsample import MinMaxLTTBDownsampler
 
 
-def thin(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def downsample(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return at most `count` points of a curve, chosen by MinMaxLTTB: the extremes of every stretch are candidates, of
     which largest-triangle-three-buckets takes those that change the drawn line most. No value is averaged or moved.
 

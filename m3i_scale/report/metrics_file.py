@@ -71,7 +71,7 @@ class MetricsFile:
         self.unreadable = 0
         """Lines that are torn, no JSON, too long, of other types, or of a step that is not later than those before."""
 
-    def read_on(self) -> None:
+    def read_new_lines(self) -> None:
         """Read what has been added. A file that was cut back, as a resumed run does, is read from its beginning.
 
         Raises:

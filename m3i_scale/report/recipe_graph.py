@@ -119,7 +119,7 @@ def _encoder(recipe: Recipe, target: Target) -> Node:
 
 
 def _link(recipe: Recipe, target: Target) -> Link:
-    told = target.described()
+    told = target.summary()
     representation = str(told["representation"])
     modality = () if target.modality in representation else (target.modality,)  # not: text, text embedding
     view = (f"view {told['view']}",) if told["view"] else ()

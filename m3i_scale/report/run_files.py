@@ -123,7 +123,7 @@ class RunReader:
             ConfigError: the metrics cannot be read.
         """
         try:
-            self._metrics.read_on()
+            self._metrics.read_new_lines()
         except OSError as error:
             raise ConfigError(
                 f"the metrics cannot be read: {error.strerror}", where=str(self._folder / METRICS)

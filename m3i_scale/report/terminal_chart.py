@@ -7,7 +7,7 @@ from typing import Any
 import plotext
 from numpy.typing import NDArray
 
-from m3i_scale.report.downsample import thin
+from m3i_scale.report.downsample import downsample
 
 _LARGEST = 1e300
 """Beyond it plotext's differences of values would be infinite."""
@@ -23,7 +23,9 @@ def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int, form: str =
         height: in lines.
         form: of the lowest and the highest value, which stand beside the chart.
     """
-    x, y = thin(x, y, 4 * width)  # a letter of braille is two dots wide; a spike takes its highest and lowest point
+    x, y = downsample(
+        x, y, 4 * width
+    )  # a letter of braille is two dots wide; a spike takes its highest and lowest point
     y = y.clip(-_LARGEST, _LARGEST)
     figure = plotext.figure
     plotext.terminal.limit(False, False)

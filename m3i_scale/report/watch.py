@@ -20,7 +20,7 @@ from rich.text import Text
 from m3i_scale.errors import CheckpointError
 from m3i_scale.report.run_files import RunReader
 from m3i_scale.report.run_folder import Quarantined, attempts_of, failure_of, quarantine_of, ranks_of
-from m3i_scale.report.watch_view import Watched, is_shown, lines_of
+from m3i_scale.report.watch_view import Watched, is_shown, render_lines
 from m3i_scale.scale.output_dir import QUARANTINE, holder_of
 
 _LOOK_S = 0.2
@@ -43,17 +43,17 @@ def watch(folder: Path, every_s: float) -> None:
     console = Console()
     if not (sys.stdin.isatty() and console.is_terminal) or console.is_dumb_terminal:
         width = console.width if "COLUMNS" in os.environ else _PLAIN_COLUMNS
-        for line in lines_of(files.look(), width, None):
+        for line in render_lines(files.poll(), width, None):
             print(line.plain.rstrip())
         return
     with _keys() as is_ended, console.screen() as screen:
         while True:
-            watched, until_s = files.look(), time.monotonic() + every_s
+            watched, until_s = files.poll(), time.monotonic() + every_s
             drawn: ConsoleDimensions | None = None
             while time.monotonic() < until_s:
                 if console.size != drawn:
                     drawn = console.size
-                    lines = lines_of(watched, drawn.width, drawn.height - 1)
+                    lines = render_lines(watched, drawn.width, drawn.height - 1)
                     screen.update(Group(*lines, Text("q: end", "dim")))
                 if is_ended():
                     return
@@ -68,7 +68,7 @@ class _Files:
         self._quarantine: dict[str, Quarantined] = {}
         self._quarantine_bytes = 0
 
-    def look(self) -> Watched:
+    def poll(self) -> Watched:
         """Return what they tell now."""
         folder, file = self._folder, self._folder / QUARANTINE
         size = file.stat().st_size if file.is_file() else 0

@@ -52,7 +52,7 @@ class Watched:
     failure: FailureNote | None
 
 
-def lines_of(watched: Watched, width: int, height: int | None) -> list[Text]:
+def render_lines(watched: Watched, width: int, height: int | None) -> list[Text]:
     """Return the lines of a picture of the run, none longer than `width`.
 
     Args:

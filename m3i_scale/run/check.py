@@ -17,7 +17,7 @@ from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.downstream.fine_tuning import check_stage, check_task
-from m3i_scale.errors import ConfigError, Faults, UserError, named
+from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
@@ -103,7 +103,7 @@ def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     faults.end()
 
 
-def told_phases(run: RunConfig) -> list[str]:
+def phase_lines(run: RunConfig) -> list[str]:
     """Return the phases of a run that holds together, a line each; none of a run without."""
     image_size = backbone_config(run.backbone).image_size
     lines = []
@@ -204,33 +204,33 @@ class Checks(DataChecks):
             None where something does not hold together.
         """
         run, before = self.run, len(faults.found)
-        recipe = faults.note(parse_recipe, run.recipe) if self.sound("recipe") else None
-        access, there = self.access(faults) if self.sound("data") else (None, False)
-        model = faults.note(backbone_config, run.backbone) if self.sound("backbone") else None
-        if self.sound("output_dir"):
+        recipe = faults.note(parse_recipe, run.recipe) if self.has_no_errors("recipe") else None
+        access, there = self.access(faults) if self.has_no_errors("data") else (None, False)
+        model = faults.note(backbone_config, run.backbone) if self.has_no_errors("backbone") else None
+        if self.has_no_errors("output_dir"):
             faults.note(check_output_dir, run.output_dir)
-        if self.sound("log"):
+        if self.has_no_errors("log"):
             faults.note(writers_of, run.log)
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compiles:
             faults.note(check_compile)
         facts = DataFacts(run)
-        if model is not None and self.sound("optim"):
+        if model is not None and self.has_no_errors("optim"):
             faults.note(check_task, run, model)
         if recipe is not None:
             self._check_without_data(recipe, faults)
             facts = self.read(recipe, access, faults, there=there)
             run = facts.run
         deepspeed = None
-        if self.sound("optim", "deepspeed"):
+        if self.has_no_errors("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
             deepspeed = faults.note(resolve_engine, run, self.ranks, width)
-        elif self.sound("deepspeed"):  # which is filled in from `optim`
+        elif self.has_no_errors("deepspeed"):  # which is filled in from `optim`
             faults.note(load_ds_config, run.deepspeed)
         if deepspeed is not None:
             faults.note(check_stage, run, deepspeed.config)
         self._check_engine(deepspeed, faults)
-        if recipe is None or model is None or deepspeed is None or not self.sound("data", "text"):
+        if recipe is None or model is None or deepspeed is None or not self.has_no_errors("data", "text"):
             return None
         if len(faults.found) > before:
             return None
@@ -283,11 +283,11 @@ class Checks(DataChecks):
     def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
         run = self.run
         faults.note(check_text, run, recipe)
-        if self.sound("evaluation", "data", "optim"):
+        if self.has_no_errors("evaluation", "data", "optim"):
             faults.note(_check_evaluation, run)
-            if self.sound("checkpoint"):
+            if self.has_no_errors("checkpoint"):
                 faults.note(check_retention, run, recipe)
-        if self.ranks is not None and self.sound("optim"):
+        if self.ranks is not None and self.has_no_errors("optim"):
             ranks = self.ranks
             faults.note(check_batch, run, recipe, ranks)
 
@@ -301,7 +301,7 @@ class Checks(DataChecks):
             faults.note(check_accelerator, deepspeed)
             if self.run.hardware.deterministic:
                 faults.note(check_deterministic)
-        if self.sound("guard", "checkpoint"):
+        if self.has_no_errors("guard", "checkpoint"):
             faults.note(check_guard, self.run, deepspeed.config)
         if peak is not None:
             faults.note(named_peak, peak, compute_dtype(deepspeed.config))
@@ -310,7 +310,7 @@ class Checks(DataChecks):
 @contextmanager
 def _of_phase(number: int, phase: Phase) -> Iterator[None]:
     """Put the phase before the `where` of errors, and its own micro-batch, where it has one, for that of the run."""
-    with named(f"phases.{number}"):
+    with error_prefix(f"phases.{number}"):
         try:
             yield
         except UserError as error:

@@ -16,7 +16,7 @@ from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.source_checks import check_sources
-from m3i_scale.text import shown
+from m3i_scale.text import quoted
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
@@ -75,7 +75,7 @@ class DataChecks:
     def __init__(self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset()) -> None:
         self.run, self.ranks, self.at_fault = run, ranks, at_fault
 
-    def sound(self, *sections: str) -> bool:
+    def has_no_errors(self, *sections: str) -> bool:
         """Return whether nothing in these sections is known to be at fault."""
         return not self.at_fault.intersection(sections)
 
@@ -89,11 +89,11 @@ class DataChecks:
             there: whether the shards are.
         """
         facts = DataFacts(self.run)
-        if self.sound("data"):
+        if self.has_no_errors("data"):
             faults.note(check_sources, self.run, recipe, access, there=there)
         if access is not None and there:
             facts.label_sets, facts.image_counts = self._read_classes(recipe, access, faults)
-            if recipe.uses_text and self.sound("text"):
+            if recipe.uses_text and self.has_no_errors("text"):
                 facts.tokenizer = faults.note(_tokenizer, self.run, access)
                 if facts.tokenizer is not None and recipe.predicts_captions:
                     faults.note(check_ends, facts.tokenizer)
@@ -104,7 +104,7 @@ class DataChecks:
     def access(self, faults: Faults) -> tuple[Access | None, bool]:
         """Return the access to servers, and whether the shards are there."""
         data = self.run.data
-        if self.ranks is not None and self.sound("optim"):
+        if self.ranks is not None and self.has_no_errors("optim"):
             size = self.run.optim.micro_batch_size
             faults.note(check_shares, data, micro_batch_size=size, world_size=self.ranks)
         before = len(faults.found)
@@ -154,7 +154,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     if read and all(samples_beside(source.shards, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
             "the recipe has a text target, and no source has captions",
-            where=", ".join(f"data.sources.{name}.shards: {shown(source.shards)}" for name, source in read.items()),
+            where=", ".join(f"data.sources.{name}.shards: {quoted(source.shards)}" for name, source in read.items()),
             why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text, e.g. continue_images",
         )

@@ -16,7 +16,7 @@ from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
 from m3i_scale.launch.doctor.machine import Needs
 from m3i_scale.launch.environment import travelling
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 
 
 def examine(
@@ -52,7 +52,7 @@ def examine(
     variables = {
         item.name: item.value for item in travelling(cluster.environment, os.environ, interface=cluster.interface)
     }
-    site = Site(
+    site = RemoteShell(
         python=cluster.python or sys.executable,
         workdir=cluster.workdir or str(Path.cwd()),
         output_dir="",

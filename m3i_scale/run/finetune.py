@@ -23,8 +23,8 @@ from m3i_scale.files import read_json, sha256_of
 from m3i_scale.hub.export import export
 from m3i_scale.hub.push import PROVENANCE
 from m3i_scale.hub.source import Source, find_source
+from m3i_scale.hub.write import ExportContents, plan_parts
 from m3i_scale.hub.write import Task as ExportTask
-from m3i_scale.hub.write import Wanted, plan_parts
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.finetune_checks import resolve_finetuning
@@ -146,7 +146,7 @@ def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -
     """Return why no class computes what the task trains; None where one does."""
     source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
     try:
-        plan_parts(source, Wanted(name), None)
+        plan_parts(source, ExportContents(name), None)
     except ExportError as error:
         return error
     return None

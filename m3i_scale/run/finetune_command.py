@@ -92,7 +92,7 @@ def tasks() -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FineTuneOptions:
     """Holds what the command of any task is given."""
 
     start: str
@@ -155,7 +155,7 @@ class Asked:
                 "--evaluate-only has no effect with --dry-run", where="--evaluate-only", fix="leave one of them out"
             )
         from m3i_scale.run.finetune import prepare
-        from m3i_scale.run.finetune_result import lines_of, planned
+        from m3i_scale.run.finetune_result import planned, result_lines
 
         prepared = prepare(
             task,
@@ -174,7 +174,7 @@ class Asked:
         if self.as_json:
             print_json(document)
         else:
-            wide_console().print("\n".join(lines_of(document)), markup=False, highlight=False)
+            wide_console().print("\n".join(result_lines(document)), markup=False, highlight=False)
 
     def _measured(self, prepared: FineTuning) -> dict[str, Any]:
         """Train unless that is over, and measure."""
@@ -183,35 +183,35 @@ class Asked:
         from m3i_scale.run.finetune import check_trained, trained_checkpoint
         from m3i_scale.run.finetune_checks import packing
         from m3i_scale.run.finetune_result import measure, start_lines
+        from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
-        from m3i_scale.run.train import tell
 
         data, run = prepared.data, prepared.run
         for line in start_lines(prepared):
-            tell(line)
+            print_rank0(line)
         if self.evaluate_only:
             check_trained(run, data, trained_checkpoint(run))
         else:
             check_before_joining()
         with packing(run, data):
-            data.pack(tell, skip_bad=self.skip_bad)
+            data.pack(print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # else they were checked when the run began
-            check_contents(data, prepared.outcome.names, tell)
+            check_contents(data, prepared.outcome.names, print_rank0)
         if not self.evaluate_only and train_run(run) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
-        return measure(prepared, tell)
+        return measure(prepared, print_rank0)
 
 
 def _takes(parts: Parts) -> Callable[[Command], Command]:
     """Return what gives a command options in place of the parameter `asked`."""
-    return lambda command: expanded(command, "asked", parts, Asked)
+    return lambda command: expanded(command, "asked", parts, FineTuneOptions)
 
 
 @finetune_app.command(
     epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
 )
 @_takes({**_PER_CLASS, **_OPTIONS})
-def classification(asked: Asked) -> None:
+def classification(asked: FineTuneOptions) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and measure it.
 
     The same command goes on with a run that was stopped. DIR of --data holds train/CLASS/… and val/CLASS/…, shards in
@@ -227,7 +227,7 @@ def classification(asked: Asked) -> None:
     epilog="Example: m3i-scale finetune segmentation /data/export --data /data/scenes output_dir=/data/runs/scenes"
 )
 @_takes(_OPTIONS)
-def segmentation(asked: Asked) -> None:
+def segmentation(asked: FineTuneOptions) -> None:
     """Train a segmenter on one device, export it to output_dir/segmenter, and measure it.
 
     The same command goes on with a run that was stopped. DIR of --data holds shards with masks in train and val, and
@@ -244,7 +244,7 @@ def segmentation(asked: Asked) -> None:
     epilog="Example: m3i-scale finetune detection /data/export --data /data/coco output_dir=/data/runs/coco"
 )
 @_takes(_OPTIONS)
-def detection(asked: Asked) -> None:
+def detection(asked: FineTuneOptions) -> None:
     """Train a detector on one device, export it to output_dir/detector, and measure it.
 
     The same command goes on with a run that was stopped. DIR of --data holds shards with boxes in train and val, and

@@ -22,13 +22,13 @@ from m3i_scale.hub.card import render_card
 from m3i_scale.hub.export import export
 from m3i_scale.hub.push import PROVENANCE
 from m3i_scale.hub.source import find_source
+from m3i_scale.hub.write import ExportContents
 from m3i_scale.hub.write import Task as ExportTask
-from m3i_scale.hub.write import Wanted
 from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB, listed, masked, told_differences
+from m3i_scale.text import GIB, listed, redact, told_differences
 
 TaskName = Literal["classification", "segmentation", "detection"]
 _LISTED_CLASSES = 12
@@ -43,7 +43,7 @@ _FOLLOWED: dict[str, set[str] | None] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskMetric:
     """Says what comes of a task."""
 
     model: str
@@ -54,10 +54,10 @@ class Outcome:
     """What a result calls its figures, in percent, and `evaluate` calls them. Not all models have all but the first."""
 
 
-OUTCOMES: dict[TaskName, Outcome] = {
-    "classification": Outcome("classifier", LABELS, {"top_1": "top-1"}),
-    "segmentation": Outcome("segmenter", MASK_LABELS, {"miou": "mIoU"}),
-    "detection": Outcome("detector", CATEGORIES, {"box_ap": "box_AP", "mask_ap": "mask_AP"}),
+OUTCOMES: dict[TaskName, TaskMetric] = {
+    "classification": TaskMetric("classifier", LABELS, {"top_1": "top-1"}),
+    "segmentation": TaskMetric("segmenter", MASK_LABELS, {"miou": "mIoU"}),
+    "detection": TaskMetric("detector", CATEGORIES, {"box_ap": "box_AP", "mask_ap": "mask_AP"}),
 }
 
 
@@ -77,7 +77,7 @@ class FineTuning:
     """The export whose architecture starts from random weights; None: the run starts from the export's weights."""
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> TaskMetric:
         """Return what comes of the task."""
         return OUTCOMES[self.task]
 
@@ -205,7 +205,7 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
     folder = run.output_dir / outcome.model
     weights: Any = "student" if run.task is None or run.task.ema is None else "momentum"
     tell(f"exporting into {folder}, as {prepared.export_task}")
-    facts = export(run.output_dir, folder, weights, wanted=Wanted(prepared.export_task), overwrite=True)
+    facts = export(run.output_dir, folder, weights, wanted=ExportContents(prepared.export_task), overwrite=True)
     result = prepared.facts() | {
         "step": facts["step"],
         "weights": weights,
@@ -229,7 +229,7 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
 
 def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> None:
     """Have the card of an export say what was measured of it: that took the export."""
-    stored = read_json(folder / PROVENANCE) | {"evaluation": masked(evaluation)}
+    stored = read_json(folder / PROVENANCE) | {"evaluation": redact(evaluation)}
     stored["files"] = {name: digest for name, digest in stored["files"].items() if name != CARD}
     card = render_card(find_source(checkpoint), stored, read_json(folder / "config.json"))
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -237,7 +237,7 @@ def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> N
     write_json(folder / PROVENANCE, stored)
 
 
-def lines_of(document: dict[str, Any]) -> list[str]:
+def result_lines(document: dict[str, Any]) -> list[str]:
     """Return a plan or a result as lines for people: what was published, and what differs, beside the figure."""
     lines, outcome = [], OUTCOMES[document["task"]]
     for key, value in document.items():

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import ConfigError, named
+from m3i_scale.errors import ConfigError, error_prefix
 from m3i_scale.files import json_text
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_checks import check_batch
@@ -99,7 +99,7 @@ class RunPlan:
             "ranks": world,
             "hardware": self.machine.name,
             "on_host": self.machine.on_host,
-            "planned": self.described(planned),
+            "planned": self.summary(planned),
             "peak_gib_per_rank": planned.peak_bytes / GIB,
             "memory_gib": self.machine.memory_gib,
             "fits": self.fits,
@@ -131,11 +131,11 @@ class RunPlan:
             "phases": [each._described_phase() for each in self.phases],
             "assumed": list(self.model.vocabulary.assumed),
             "warnings": self.warnings,
-            "compared": [self.described(each) for each in self.compared],
-            "suggestion": None if self.suggestion is None else self.described(self.suggestion),
+            "compared": [self.summary(each) for each in self.compared],
+            "suggestion": None if self.suggestion is None else self.summary(self.suggestion),
         }
 
-    def described(self, estimated: Estimate) -> dict[str, Any]:
+    def summary(self, estimated: Estimate) -> dict[str, Any]:
         """Return a choice in the words of a run file."""
         choice = estimated.choice
         larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
@@ -207,7 +207,7 @@ def plan_run(
         return _plan(run, machine, classes, tokens, total)
     plans = []
     for number, phase in enumerate(run.phases):
-        with named(f"phases.{number}"):
+        with error_prefix(f"phases.{number}"):
             share = round(total * phase.steps / run.optim.steps)
             plans.append(_plan(run.in_phase(number), machine, classes, tokens, share))
     largest = max(plans, key=lambda plan: plan.planned.peak_bytes)
@@ -385,13 +385,13 @@ def refuse_hopeless(plan: RunPlan) -> None:
     if not plan.hopeless:
         return
     for number, phase in enumerate(plan.phases):
-        with named(f"phases.{number}"):
+        with error_prefix(f"phases.{number}"):
             refuse_hopeless(phase)
     fix = None
     if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)
     if plan.suggestion is not None:
-        fix = " ".join(plan.described(plan.suggestion)["overrides"])
+        fix = " ".join(plan.summary(plan.suggestion)["overrides"])
     elif wider := nodes_that_fit(plan.model, plan.machine, plan.planned.choice):
         nodes, batch, micro_batch = wider
         sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
@@ -440,7 +440,7 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
         path.write_text(json_text(config), encoding="utf-8")  # whatever it is: a link, /dev/stdout
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
-    return " ".join([f"deepspeed={path}", *plan.described(written)["overrides"][1:]])
+    return " ".join([f"deepspeed={path}", *plan.summary(written)["overrides"][1:]])
 
 
 _COUNTED = {

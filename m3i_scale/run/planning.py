@@ -377,10 +377,10 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
         0.0,
         compute_s,
     )
-    return over(estimated, machine.links)
+    return with_links(estimated, machine.links)
 
 
-def over(estimated: Estimate, links: Links) -> Estimate:
+def with_links(estimated: Estimate, links: Links) -> Estimate:
     """Return the same step over other links between as many ranks; or over the same, with other `collectives`."""
     settings, (traffic, last_micro_batch) = estimated.settings, estimated.collectives
     further = settings.accumulation_steps - min(settings.accumulation_steps, REPLAYED)

@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.errors import UserError
-from m3i_scale.files import write_json, write_whole
+from m3i_scale.files import atomic_write, write_json
 from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.launch.lock import launch_of
@@ -24,7 +24,7 @@ from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.writers import writers_of
-from m3i_scale.run.check import resolve_run, run_warnings, told_phases
+from m3i_scale.run.check import phase_lines, resolve_run, run_warnings
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
@@ -78,7 +78,7 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
                 compute_deterministically()
             check_before_joining()
             heartbeat.at("join")
-            ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), tell)
+            ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), print_rank0)
             clean = False
             try:
                 with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
@@ -87,7 +87,7 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
             finally:
                 stop_ranks(wait=clean)
     if status == "preempted" and ranks.rank == 0 and launch_of(run.output_dir) is None:  # else the launch says it
-        tell(stopped_words(run.output_dir / "checkpoints"))
+        print_rank0(stopped_words(run.output_dir / "checkpoints"))
     return status
 
 
@@ -121,7 +121,7 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], 
     """Print what will run, before it runs."""
     run, config = resolved.run, resolved.deepspeed.config
     _CONSOLE.print(explain_table(resolved.deepspeed))
-    for line in told_phases(run):
+    for line in phase_lines(run):
         _CONSOLE.print(line, markup=False, highlight=False)
     for note in (*notes, *(f"warning: {warning}" for warning in warnings)):
         _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
@@ -134,7 +134,7 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], 
     )
 
 
-def tell(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Print one line for people."""
     _CONSOLE.print(text, markup=False, highlight=False)
 
@@ -171,21 +171,21 @@ def train(
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
             from_rank_0(lambda: check_counts(resume_from, run.optim.batch_size))
-        check_machines(resolved, tell)
+        check_machines(resolved, print_rank0)
         from_rank_0(lambda: _write_settings(resolved))
         # Before the tables about the engine: what is wrong with the data should not stand below them.
         stream, validation = open_data(resolved.in_phase(0), ranks, workers)
         if ranks.rank == 0:
             announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
-                tell(awaited)
-        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, tell, heartbeat)
+                print_rank0(awaited)
+        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, print_rank0, heartbeat)
         if ranks.rank == 0:
-            tell(trainer.activations)
+            print_rank0(trainer.activations)
             if run.backbone.compile == "auto" and (line := explain_auto()) is not None:
-                tell(line)
+                print_rank0(line)
             if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
-                tell(note)
+                print_rank0(note)
         with nondeterminism_explained():
             return trainer.fit()
 
@@ -202,7 +202,7 @@ def _write_settings(resolved: ResolvedRun) -> None:
     folder = resolved.run.output_dir
     _ = resolved.identity  # that of the teachers' files as they are now, not as they are at the first save
     try:
-        write_whole(folder / "run.yaml", run_yaml(resolved.run))
+        atomic_write(folder / "run.yaml", run_yaml(resolved.run))
         write_json(folder / "deepspeed.json", resolved.deepspeed.config)
         if resolved.tokenizer is not None:
             resolved.tokenizer.save_pretrained(folder / "tokenizer")

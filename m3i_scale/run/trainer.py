@@ -21,7 +21,7 @@ from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, PhaseInfo, RunInfo
-from m3i_scale.run.check import told_phases
+from m3i_scale.run.check import phase_lines
 from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.flops import step_flop
@@ -227,7 +227,7 @@ class Trainer:
         if state.step:
             for hook in self.hooks:
                 hook.on_phase()
-            state.tell(told_phases(self.run)[self.run.phase_at(state.step)])
+            state.tell(phase_lines(self.run)[self.run.phase_at(state.step)])
         micro_batch_size = state.phase.run.optim.micro_batch_size
         state.callbacks.on_phase(
             PhaseInfo(state.step, state.phase.image_size, micro_batch_size, self.work.flop["model"])

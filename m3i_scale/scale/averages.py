@@ -21,9 +21,9 @@ from m3i_scale.scale.partition import (
     is_partitioned,
     keep_partitioned,
     lay_values,
+    local_range,
+    local_values,
     order_gathers,
-    own_range,
-    own_values,
     refuse_unwritable,
 )
 from m3i_scale.scale.split_float import join, split
@@ -113,7 +113,7 @@ class ShardedMomentum:
 
     def _lay_out(self, group: MasterGroup) -> _Flat:
         """Have the targets of a group lie as their master weights do."""
-        values = {name: own_values(self._target[name]) for name in group.offsets}
+        values = {name: local_values(self._target[name]) for name in group.offsets}
         low, high = 0, group.numel
         if group.master.numel() == group.numel:  # all of it is here: no more than what is averaged
             low = min(group.offsets.values())
@@ -130,7 +130,7 @@ class ShardedMomentum:
             target, numel = self._target[name], values[name].numel()
             lay_values(target, whole[offset - low :][:numel])
             first, last = max(offset, begin), min(offset + numel, end)
-            held = own_range(target) if is_partitioned(target) else (first - offset, max(0, last - first))
+            held = local_range(target) if is_partitioned(target) else (first - offset, max(0, last - first))
             self._places[name] = _Place(flat, first - begin, *held)
         return flat
 
@@ -172,7 +172,7 @@ class ShardedMomentum:
         """Return (name, first element, elements) of what this rank has to save of every average: what it has of it, or
         an even share where all ranks have the whole."""
         return [
-            (name, *(own_range(target) if place.flat.gathered is None else (place.start, place.numel)))
+            (name, *(local_range(target) if place.flat.gathered is None else (place.start, place.numel)))
             for name, target in self._target.items()
             for place in [self._places[name]]
         ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.scale.agree import from_rank_0
-from m3i_scale.scale.partition import whole
+from m3i_scale.scale.partition import gathered
 
 
 class WeightStream(Protocol):
@@ -64,7 +64,7 @@ def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Excepti
     fault: Exception | None = None
     if tensors is not None:
         value, fault = _attempt(lambda: next(tensors))
-    with whole([parameter], write=True):
+    with gathered([parameter], write=True):
         if value is not None:
             _, fault = _attempt(lambda: parameter.copy_(value))
     return fault

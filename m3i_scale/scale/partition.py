@@ -44,7 +44,7 @@ def full_numel(module: nn.Module, *, trainable_only: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def whole(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Gather the parameters at full shape; with `write`, rank 0's values become everyone's at the end."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None, enabled=bool(partitioned)):
@@ -87,15 +87,15 @@ def initialize_sharded(module: nn.Module, initialize: Initialize, *, seed: int, 
         seed: of the run.
         skip: prefixes of submodules that get their values elsewhere.
     """
-    draw_first_values(module, initialize, seed=seed, skip=skip, whole=partial(whole, write=True))
+    draw_first_values(module, initialize, seed=seed, skip=skip, whole=partial(gathered, write=True))
 
 
-def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+def local_range(parameter: nn.Parameter) -> tuple[int, int]:
     """Return (first element, elements) of what this rank has to save of a parameter that no optimizer has: its shard
     without padding under ZeRO-3; otherwise an even share of what all ranks hold alike."""
     numel = full_shape(parameter).numel()
     if is_partitioned(parameter):
-        share = own_values(parameter).numel()
+        share = local_values(parameter).numel()
         rank = dist.get_rank(group=getattr(parameter, "ds_process_group", None))
     else:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -104,17 +104,17 @@ def own_range(parameter: nn.Parameter) -> tuple[int, int]:
     return start, min(share, numel - start)
 
 
-def own_values(parameter: Any) -> Tensor:
+def local_values(parameter: Any) -> Tensor:
     """Return the live values that this rank holds of a parameter: its shard, padding included, or all of it."""
     values: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
     return values.detach()
 
 
-def own_piece(parameter: nn.Parameter) -> Tensor:
-    """Return the live values of `own_range`, flat."""
-    start, numel = own_range(parameter)
+def local_shard(parameter: nn.Parameter) -> Tensor:
+    """Return the live values of `local_range`, flat."""
+    start, numel = local_range(parameter)
     begin = 0 if is_partitioned(parameter) else start
-    return own_values(parameter).view(-1)[begin : begin + numel]
+    return local_values(parameter).view(-1)[begin : begin + numel]
 
 
 def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) -> None:
@@ -125,8 +125,8 @@ def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) ->
         read: `(first element, out)` fills a flat tensor with that range of the values.
     """
     forget_copy(parameter)
-    values = own_values(parameter).view(-1)
-    start, numel = own_range(parameter) if is_partitioned(parameter) else (0, values.numel())
+    values = local_values(parameter).view(-1)
+    start, numel = local_range(parameter) if is_partitioned(parameter) else (0, values.numel())
     read(start, values[:numel])
 
 
@@ -154,7 +154,7 @@ def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: st
             fix="remove it, or take zero_quantized_weights, which quantises what is sent",
         )
     for name, parameter in parameters.items():
-        if is_partitioned(parameter) and own_values(parameter).numel() == 0:
+        if is_partitioned(parameter) and local_values(parameter).numel() == 0:
             raise ConfigError(
                 f"the shard of '{name}' is not in memory", fix="offload_param to cpu or none, not to nvme"
             )

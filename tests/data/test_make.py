@@ -22,7 +22,7 @@ from m3i_scale.data.make.folder import imagefolder_input, key_of
 from m3i_scale.data.make.records import EncodedSample, EncodeTask, ListedInput, Record, encode_all
 from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.make.table import TableColumns, manifest_input
-from m3i_scale.data.make.write import made_whole
+from m3i_scale.data.make.write import atomic_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError
 
@@ -123,10 +123,10 @@ def test_a_place_where_nobody_can_write_is_told_as_such(photos):
 
 
 def test_an_input_that_cannot_be_read_is_not_told_as_an_output_that_cannot_be_written(tmp_path):
-    with pytest.raises(DataError, match="cannot read") as caught, made_whole(tmp_path / "out"):
+    with pytest.raises(DataError, match="cannot read") as caught, atomic_folder(tmp_path / "out"):
         (tmp_path / "gone").read_bytes()
     assert caught.value.where == str(tmp_path / "gone")
-    with pytest.raises(DataError, match="cannot write") as caught, made_whole(tmp_path / "out") as folder:
+    with pytest.raises(DataError, match="cannot write") as caught, atomic_folder(tmp_path / "out") as folder:
         (folder / "none" / "file").write_bytes(b"")
     assert caught.value.where == str(tmp_path / "out")
 

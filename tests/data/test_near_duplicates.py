@@ -15,7 +15,7 @@ from m3i_scale.cli import app
 from m3i_scale.data.tools import nearest
 from m3i_scale.data.tools.hashes import HashedImages, hashes_of, read_hashes
 from m3i_scale.data.tools.near import groups_within, leaks
-from m3i_scale.data.tools.nearest import FEW, Groups, near
+from m3i_scale.data.tools.nearest import FEW, Groups, pairs_within
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.near_duplicates import find_near_duplicates
@@ -213,7 +213,7 @@ def test_what_is_near_is_found_once_and_nothing_else(seed, distance):
             queries[number] ^= np.uint64(1) << np.uint64(bit)
     found = [
         pair
-        for left, right in near(queries, values, distance)
+        for left, right in pairs_within(queries, values, distance)
         for pair in zip(left.tolist(), right.tolist(), strict=True)
     ]
     expected = [

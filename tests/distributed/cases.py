@@ -38,7 +38,7 @@ from weights import timm_model
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.evaluate.average_precision import average_precision_of_ranks
-from m3i_scale.evaluate.shown_images import ShownImages
+from m3i_scale.evaluate.preview_images import ShownImages
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.run.planning import Model

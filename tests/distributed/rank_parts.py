@@ -16,7 +16,7 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.scale.averages import ShardedMomentum
 from m3i_scale.scale.deepspeed.resolve import resolve
-from m3i_scale.scale.partition import whole
+from m3i_scale.scale.partition import gathered
 from m3i_scale.scale.process_group import start_ranks
 from m3i_scale.scale.split_float import join
 
@@ -68,7 +68,7 @@ class RankParts:
     def full_values(self, module: nn.Module) -> dict[str, Tensor]:
         values = {}
         for name, parameter in module.named_parameters():
-            with whole([parameter]):
+            with gathered([parameter]):
                 values[name] = parameter.detach().clone()
         return values
 
@@ -96,8 +96,8 @@ class RankParts:
 
     def _average(self, momentum: ShardedMomentum, name: str, like: Tensor) -> Tensor:
         """What all ranks would save of an average, together."""
-        whole, values = torch.zeros(like.numel()), self._averages(momentum)[name]
+        gathered, values = torch.zeros(like.numel()), self._averages(momentum)[name]
         (start,) = (start for of, start, _ in momentum.pieces() if of == name)
-        whole[start : start + values.numel()] = values
-        dist.all_reduce(whole)
-        return whole.view_as(like)
+        gathered[start : start + values.numel()] = values
+        dist.all_reduce(gathered)
+        return gathered.view_as(like)

@@ -54,7 +54,7 @@ def kinds_of(name: str) -> set[tuple[str, str | None]]:
     kinds: set[tuple[str, str | None]] = {("decoder", decoder.kind) for decoder in recipe.decoders.values()}
     for target in recipe.targets:
         kinds |= {(field, getattr(target, field).kind) for field in ("distribution", "regularizer")}
-        kinds |= {("target", target.kind), ("encoder", target.encoder), ("tokens", target.described()["tokens"])}
+        kinds |= {("target", target.kind), ("encoder", target.encoder), ("tokens", target.summary()["tokens"])}
     return kinds
 
 

@@ -22,7 +22,7 @@ from m3i_scale.launch.doctor.agents import Agents
 from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
 from m3i_scale.launch.doctor.group import Group, open_store, reach, read_notes, remove, write_note
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.run.doctor import examine as doctor
 
 SSH = r"""#!/bin/bash
@@ -62,9 +62,9 @@ def none_stays() -> Iterator[None]:
     assert [process.cmdline() for process in alive] == []
 
 
-def a_site(**more: Any) -> Site:
+def a_site(**more: Any) -> RemoteShell:
     fields = {"python": sys.executable, "workdir": str(ROOT), "output_dir": "", "launch": "one", "connect_s": 30.0}
-    return Site(**{**fields, "ssh_to_all": True, **more})
+    return RemoteShell(**{**fields, "ssh_to_all": True, **more})
 
 
 def examine(hosts: list[str], tmp_path: Path, **more: Any) -> dict[tuple[str, str], Finding]:
@@ -106,15 +106,15 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monke
 
 def test_a_host_that_says_nothing_is_given_up():
     with Agents(["silent"], a_site(connect_s=0.5), 10.0) as agents:
-        assert agents.greet() == {}
+        assert agents.connect() == {}
     assert agents.errors["silent"].kind == "reach"
 
 
 def test_the_answer_of_a_process_that_takes_too_long_is_not_waited_for(tmp_path: Path):
     waits = {"host": "two", "hosts": ["one", "two"], "address": "127.0.0.1", "port": free_port(), "join_s": 60}
     with Agents(["two"], a_site(), 10.0) as agents:
-        assert list(agents.greet()) == ["two"]
-        assert agents.ask("measure", {"two": waits}, 1.0) == {}
+        assert list(agents.connect()) == ["two"]
+        assert agents.request("measure", {"two": waits}, 1.0) == {}
     assert agents.errors["two"].kind == "agent"
 
 
@@ -141,8 +141,8 @@ def test_a_host_that_cannot_reach_the_head_does_not_hold_up_the_others(tmp_path:
         for host in ("one", "two", "three")
     }
     with Agents(list(requests), a_site(), 10.0) as agents:
-        assert list(agents.greet()) == list(requests)
-        answers = agents.ask("measure", requests, 60)
+        assert list(agents.connect()) == list(requests)
+        answers = agents.request("measure", requests, 60)
     assert agents.errors == {}
     assert "fault" in answers["three"]["port"]
     for host in ("one", "two"):

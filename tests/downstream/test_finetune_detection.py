@@ -25,7 +25,7 @@ from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import read_json
 from m3i_scale.run.finetune import prepare
-from m3i_scale.run.finetune_result import FineTuning, lines_of
+from m3i_scale.run.finetune_result import FineTuning, result_lines
 
 TRAIN, VAL = 16, 8
 SMALL = [
@@ -79,7 +79,7 @@ def test_a_detector_is_trained_exported_and_measured_by_one_command(
     assert (told["figures"]["images"], told["export_task"]) == (VAL, "detection")
     for key, name in (("box_ap", "box_AP"), ("mask_ap", "mask_AP")):
         assert told[key] == pytest.approx(100 * told["figures"][name]["value"])
-        assert any(line.startswith(f"{key}: {told[key]:.2f} %") for line in lines_of(told))
+        assert any(line.startswith(f"{key}: {told[key]:.2f} %") for line in result_lines(told))
     assert "epochs was 8, is 2" in told["deviations"]
     assert not any("milestones" in line for line in told["deviations"])  # they follow the length
     assert Path(told["export"]) == output / "detector"
@@ -101,11 +101,11 @@ def test_a_figure_is_told_with_its_interval_and_beside_what_was_published() -> N
     estimate = {"value": 0.25, "low": 0.2, "high": 0.3, "samples": 6}
     published = {"number": 51.6, "metric": "box AP", "mask_ap": 45.9, "model": "ViT-B/16", "source": "there"}
     document = {"task": "detection", "published": published, "box_ap": 25.0, "mask_ap": 25.0}
-    lines = lines_of(document | {"figures": {"box_AP": estimate, "mask_AP": estimate}})
+    lines = result_lines(document | {"figures": {"box_AP": estimate, "mask_AP": estimate}})
     assert "25.00 % (95 % interval 20.00 to 30.00)" in lines[-1]
     assert [line.partition(":")[0] for line in lines] == ["task", "published", "box_ap", "mask_ap"]
     assert "45.9" in lines[1]
-    boxes = lines_of(document | {"mask_ap": None, "figures": {"box_AP": estimate}})
+    boxes = result_lines(document | {"mask_ap": None, "figures": {"box_AP": estimate}})
     assert [line.partition(":")[0] for line in boxes] == ["task", "published", "box_ap"]
 
 

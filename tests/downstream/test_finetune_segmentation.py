@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTModel, pipeline
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.run.finetune import prepare
-from m3i_scale.run.finetune_result import lines_of
+from m3i_scale.run.finetune_result import result_lines
 
 TRAIN, VAL = 48, 16
 STEPS = 12  # two epochs of 48 images in batches of 8
@@ -72,7 +72,7 @@ def test_a_segmenter_is_trained_exported_and_measured(
     assert told["figures"]["mIoU"]["value"] > told["figures"]["mIoU"]["majority"]
     assert told["miou"] == pytest.approx(100 * told["figures"]["mIoU"]["value"])
     assert [one["name"] for one in told["figures"]["classes"]] == SCENE_CLASSES
-    assert any(line.startswith(f"miou: {told['miou']:.2f} %") for line in lines_of(told))
+    assert any(line.startswith(f"miou: {told['miou']:.2f} %") for line in result_lines(told))
     folder = Path(told["export"])
     assert folder == output / "segmenter"
     assert told["export_task"] == ("segmentation" if more is UPERNET else "features")

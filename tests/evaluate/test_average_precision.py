@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.average_precision import RECALLS, THRESHOLDS, average_precision, measure_detector
-from m3i_scale.evaluate.detections import put_together
+from m3i_scale.evaluate.detections import pair_by_image
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.evaluate.precision_interval import WeightedPrecision
 
@@ -248,7 +248,7 @@ def repeated(images: list[dict[str, Any]], weights: dict[int, int]) -> list[dict
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_weighted_image_is_that_image_several_times(kind: str, form: str) -> None:
     truths, found, named = random_set(25, 4, 105 if form == "coco" else 30, form=form)
-    detections = put_together(truths, found, named)
+    detections = pair_by_image(truths, found, named)
     draw = np.random.default_rng(1)
     for by_class in (True, False) if form == "coco" else (True,):
         weighted = WeightedPrecision(detections, kind, THRESHOLDS, RECALLS, by_class=by_class)

@@ -14,7 +14,7 @@ from PIL import Image
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.average_precision import average_precision
 from m3i_scale.evaluate.detection_overlays import SUMMARY, DetectionOverlays, score_image
-from m3i_scale.evaluate.detections import best_first
+from m3i_scale.evaluate.detections import sorted_by_score
 from m3i_scale.evaluate.overlays import PALETTE
 from m3i_scale.evaluate.precision_recall import COLOURS, draw_curves, point
 
@@ -98,7 +98,7 @@ def test_what_does_not_count_in_a_score_is_not_counted_as_wrong(
     form: str, objects: list[Any], federated: dict[str, list[int]], false: int
 ) -> None:
     named, one = categories(1, form), truth(1, objects, **federated)
-    score = score_image(one, best_first(prediction(1, [(BOX, 0.9, 0)]), one, named), named, 0.5)
+    score = score_image(one, sorted_by_score(prediction(1, [(BOX, 0.9, 0)]), one, named), named, 0.5)
     assert (score.found, score.missed, score.false) == (0, 0, false)
     assert score.f_measure == 1 - false
 

@@ -17,7 +17,7 @@ from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.hub import verify as verify_module
 from m3i_scale.hub.export import export
-from m3i_scale.hub.write import Wanted
+from m3i_scale.hub.write import ExportContents
 from m3i_scale.objective.detection import SOURCE_FILES
 
 COUNT = 4
@@ -34,7 +34,7 @@ KINDS = {
 }
 WITHIN = {"vit": {True, False}, "dinov2": {False}, "clip": {True}}
 """Whether layers attend within windows of less than the 8 × 8 tokens of an image."""
-DETECTION = Wanted("detection")
+DETECTION = ExportContents("detection")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from m3i_scale.evaluate.detector import head_of_features
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.hub.export import export
-from m3i_scale.hub.write import Wanted
+from m3i_scale.hub.write import ExportContents
 from m3i_scale.objective.detection.modeling_mask_rcnn import paste_masks
 
 COUNT, STEPS, SIDE = 8, 160, 64
@@ -303,6 +303,6 @@ def test_a_detector_is_measured_alone_and_only_where_there_is_one(scenes, traine
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_tasks_without_a_stock_class_are_refused(trained, tmp_path, task):
     with pytest.raises(ExportError) as caught:
-        export(trained[0], tmp_path / "export", wanted=Wanted(task))
+        export(trained[0], tmp_path / "export", wanted=ExportContents(task))
     assert "features" in (caught.value.fix or "")
     assert not (tmp_path / "export").exists()

@@ -13,7 +13,7 @@ from test_export_backbones import BACKBONES
 from m3i_scale.hub import fresh
 from m3i_scale.hub.card import OLDEST_TRANSFORMERS
 from m3i_scale.hub.export import export
-from m3i_scale.hub.write import FORMATS, TASKS, Wanted
+from m3i_scale.hub.write import FORMATS, TASKS, ExportContents
 
 REQUIREMENTS = (f"transformers=={OLDEST_TRANSFORMERS}.0", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
 """As that version asks for them; all else is that of the environment."""
@@ -32,26 +32,26 @@ for line in sys.stdin:
         print(repr(error).replace("\\n", " "), flush=True)
 """
 CASES = (
-    ("vit", "mean_pool", Wanted()),
-    ("vit", "mean_pool", Wanted("classification")),
-    ("vit", "class_token", Wanted("classification")),
-    ("vit", "mean_pool", Wanted("zero_shot")),
-    ("vit", "mean_pool", Wanted("backbone")),
-    ("vit", "mean_pool", Wanted("features", "timm")),
-    ("dinov2", "mean_pool", Wanted(max_shard_size="20KB")),
-    ("dinov2", "mean_pool", Wanted("classification")),
-    ("dinov2", "class_token", Wanted("classification")),
-    ("dinov2", "mean_pool", Wanted("zero_shot")),
-    ("dinov2", "mean_pool", Wanted("backbone")),
-    ("dinov2", "mean_pool", Wanted("classification", "timm")),
-    ("clip", "mean_pool", Wanted()),
-    ("clip", "class_token", Wanted("zero_shot")),
-    ("clip", "mean_pool", Wanted("features", "timm")),
-    ("internimage", "mean_pool", Wanted()),
-    ("internimage", "mean_pool", Wanted("classification")),
-    ("upernet", None, Wanted("segmentation")),
-    ("upernet", None, Wanted()),
-    ("eomt", None, Wanted("segmentation")),
+    ("vit", "mean_pool", ExportContents()),
+    ("vit", "mean_pool", ExportContents("classification")),
+    ("vit", "class_token", ExportContents("classification")),
+    ("vit", "mean_pool", ExportContents("zero_shot")),
+    ("vit", "mean_pool", ExportContents("backbone")),
+    ("vit", "mean_pool", ExportContents("features", "timm")),
+    ("dinov2", "mean_pool", ExportContents(max_shard_size="20KB")),
+    ("dinov2", "mean_pool", ExportContents("classification")),
+    ("dinov2", "class_token", ExportContents("classification")),
+    ("dinov2", "mean_pool", ExportContents("zero_shot")),
+    ("dinov2", "mean_pool", ExportContents("backbone")),
+    ("dinov2", "mean_pool", ExportContents("classification", "timm")),
+    ("clip", "mean_pool", ExportContents()),
+    ("clip", "class_token", ExportContents("zero_shot")),
+    ("clip", "mean_pool", ExportContents("features", "timm")),
+    ("internimage", "mean_pool", ExportContents()),
+    ("internimage", "mean_pool", ExportContents("classification")),
+    ("upernet", None, ExportContents("segmentation")),
+    ("upernet", None, ExportContents()),
+    ("eomt", None, ExportContents("segmentation")),
 )
 
 

@@ -10,7 +10,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import backbone_part, classifier_part, zero_shot_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import check_complete
-from m3i_scale.hub.write import Wanted, plan_parts
+from m3i_scale.hub.write import ExportContents, plan_parts
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.recipe import parse_recipe
 
@@ -49,10 +49,10 @@ def source_of(preset, pool, tmp_path):
 @pytest.mark.parametrize("preset", REGISTERS)
 def test_forms_that_have_registers_and_those_that_have_not(preset, tmp_path):
     source = source_of(preset, "class_token", tmp_path)
-    for part in (*plan_parts(source, Wanted(), None), zero_shot_part(source, 100)):
+    for part in (*plan_parts(source, ExportContents(), None), zero_shot_part(source, 100)):
         check_complete(part)
     for form in (
-        lambda: plan_parts(source, Wanted(format="timm"), None),
+        lambda: plan_parts(source, ExportContents(format="timm"), None),
         lambda: classifier_part(source, "things"),
         lambda: backbone_part(source),
     ):
@@ -64,10 +64,10 @@ def test_forms_that_have_registers_and_those_that_have_not(preset, tmp_path):
 def test_forms_without_a_class_token(preset, tmp_path):
     """No other class pools by the mean of the patches and normalises it."""
     source = source_of(preset, "mean_pool", tmp_path)
-    for part in plan_parts(source, Wanted(), None):
+    for part in plan_parts(source, ExportContents(), None):
         check_complete(part)
     for form in (
-        lambda: plan_parts(source, Wanted(format="timm"), None),
+        lambda: plan_parts(source, ExportContents(format="timm"), None),
         lambda: classifier_part(source, "things"),
         lambda: backbone_part(source),
         lambda: zero_shot_part(source, 100),
@@ -83,8 +83,8 @@ def test_every_form_of_a_preset(preset, pool, tmp_path):
     with torch.device("meta"):
         weights = build_objective(source.run, LABEL_SETS, 100).state_dict()
     parts = [
-        *plan_parts(source, Wanted(), None),
-        *plan_parts(source, Wanted(format="timm"), None),
+        *plan_parts(source, ExportContents(), None),
+        *plan_parts(source, ExportContents(format="timm"), None),
         classifier_part(source, "things"),
         backbone_part(source),
         zero_shot_part(source, 100),

@@ -62,7 +62,7 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
     assert list(config.id2label.values()) == NAMES
     model = kind(config).eval()
     model.load_state_dict({name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()})
-    write_processor(tmp_path, source, part.shown)
+    write_processor(tmp_path, source, part.resize)
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     picture = real_pictures(64)["large"].crop((0, 0, 128, 96))
     augment = source.run.data.augment

@@ -15,7 +15,7 @@ from m3i_scale.hub import files as files_module
 from m3i_scale.hub.export import export
 from m3i_scale.run.callbacks.base import RunInfo, StepRecord
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
@@ -86,10 +86,10 @@ def test_secrets_stay_behind(make_run, shards, tmp_path, same_process, monkeypat
 
 
 def test_masks():
-    assert masked({"a": ["s3://key:word@bucket/x", 1, None, ("hf_abcdefghij1",)]}) == {
+    assert redact({"a": ["s3://key:word@bucket/x", 1, None, ("hf_abcdefghij1",)]}) == {
         "a": ["s3://…@bucket/x", 1, None, ["…"]]
     }
-    assert masked("a question? 3 and hf_short") == "a question? 3 and hf_short"
+    assert redact("a question? 3 and hf_short") == "a question? 3 and hf_short"
 
 
 def write_metrics(folder, *, world_size, start, steps, device=None):

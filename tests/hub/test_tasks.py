@@ -25,7 +25,7 @@ from m3i_scale.evaluate.features import load_vision
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.hub.export import export
 from m3i_scale.hub.verify import real_pictures
-from m3i_scale.hub.write import Wanted
+from m3i_scale.hub.write import ExportContents
 
 RUNS = {"vit": None, **BACKBONES}
 POOLED = ("vit", "dinov2")
@@ -64,7 +64,7 @@ def pixels_of(objective):
 )
 def test_classifier(runs, tmp_path, same_process, kind, pool, loads_as):
     folder, objective = runs(kind, pool)
-    result = export(folder, tmp_path / "out", wanted=Wanted("classification"))
+    result = export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     assert result["verified"]["classes"]["classifier"] == loads_as
     images, pixels = pixels_of(objective)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
@@ -83,7 +83,7 @@ def test_classifier(runs, tmp_path, same_process, kind, pool, loads_as):
 )
 def test_dual_encoder_in_the_pipeline(runs, tmp_path, same_process, kind, pool):
     folder, objective = runs(kind, pool)
-    export(folder, tmp_path / "out", wanted=Wanted("zero_shot"))
+    export(folder, tmp_path / "out", wanted=ExportContents("zero_shot"))
     classify = pipeline("zero-shot-image-classification", str(tmp_path / "out"))
     labels = ["thing number 3", "cold things", "green"]
     picture = real_pictures(objective.student.image_size)["square"]
@@ -103,7 +103,7 @@ def test_backbone_of_a_detector(runs, tmp_path, same_process, monkeypatch, kind)
     """`AutoBackbone` asks the Hub for the name before it reads a folder."""
     monkeypatch.setattr("huggingface_hub.HfApi.repo_exists", lambda self, name, **kwargs: True)
     folder, objective = runs(kind)
-    export(folder, tmp_path / "out", wanted=Wanted("backbone"))
+    export(folder, tmp_path / "out", wanted=ExportContents("backbone"))
     _, pixels = pixels_of(objective)
     model = AutoBackbone.from_pretrained(str(tmp_path / "out"), out_indices=[1, -1]).eval()
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_vit_whose_mlp_is_no_multiple_of_its_width_becomes_a_backbone(make_run
         }
     }
     folder, _ = make_run(tmp_path / "run", backbone=backbone)
-    result = export(folder, tmp_path / "out", wanted=Wanted("backbone"))
+    result = export(folder, tmp_path / "out", wanted=ExportContents("backbone"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mlp_ratio"] == 3
     assert result["verified"]["largest_output_difference"]["backbone"] < 1e-4
 
@@ -129,7 +129,7 @@ def test_a_vit_whose_mlp_is_no_multiple_of_its_width_becomes_a_backbone(make_run
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "clip"])
 def test_timm_features(runs, tmp_path, same_process, kind):
     folder, objective = runs(kind)
-    export(folder, tmp_path / "out", wanted=Wanted("features", "timm"))
+    export(folder, tmp_path / "out", wanted=ExportContents("features", "timm"))
     _, pixels = pixels_of(objective)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_timm_features(runs, tmp_path, same_process, kind):
 def test_a_classifier_is_evaluated_and_trained_further(runs, shards, tmp_path, same_process, kind, pool):
     """Its head's top-1 is that of the trained head, its features are the backbone's, and a run starts from them."""
     folder, objective = runs(kind, pool)
-    export(folder, tmp_path / "out", wanted=Wanted("classification"))
+    export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     found = evaluate(tmp_path / "out", str(shards / "val"), train_data=str(shards / "train"), measures=("classifier",))
     table = open_table(str(shards / "val"), "--data")
     read = list(read_samples(table, objective.student.image_size))
@@ -164,7 +164,7 @@ def test_a_classifier_is_evaluated_and_trained_further(runs, shards, tmp_path, s
 
 def test_timm_classifier(runs, tmp_path, same_process):
     folder, objective = runs("dinov2")
-    result = export(folder, tmp_path / "out", wanted=Wanted("classification", "timm"))
+    result = export(folder, tmp_path / "out", wanted=ExportContents("classification", "timm"))
     assert set(result["verified"]["largest_output_difference"]) == {"classifier", "classifier.timm"}
     images, pixels = pixels_of(objective)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -176,18 +176,18 @@ def test_timm_classifier(runs, tmp_path, same_process):
 @pytest.mark.parametrize(
     ("kind", "wanted", "message"),
     [
-        ("clip", Wanted("classification"), "norms have ε = 1e-05"),
-        ("clip", Wanted("backbone"), "a clip_vision_model is not exported for AutoBackbone"),
-        ("internimage", Wanted("zero_shot"), "no stock class for a dual encoder"),
-        ("internimage", Wanted("features", "timm"), "internimage is not written in timm"),
-        ("vit", Wanted("zero_shot", "timm"), "features or a classifier"),
-        ("vit", Wanted("features", "timm", max_shard_size="1MB"), "reads one file"),
-        ("vit", Wanted("features", label_set="things"), "has no effect"),
-        ("vit", Wanted("classification", label_set="thing"), "no label set 'thing'"),
-        ("vit", Wanted("classify"), "no task 'classify'"),
-        ("vit", Wanted("features", "tim"), "no format 'tim'"),
-        ("vit", Wanted("zero_shot", "open_clip"), "no open_clip folder holds what was trained"),
-        ("vit", Wanted(max_shard_size="big"), "no size 'big'"),
+        ("clip", ExportContents("classification"), "norms have ε = 1e-05"),
+        ("clip", ExportContents("backbone"), "a clip_vision_model is not exported for AutoBackbone"),
+        ("internimage", ExportContents("zero_shot"), "no stock class for a dual encoder"),
+        ("internimage", ExportContents("features", "timm"), "internimage is not written in timm"),
+        ("vit", ExportContents("zero_shot", "timm"), "features or a classifier"),
+        ("vit", ExportContents("features", "timm", max_shard_size="1MB"), "reads one file"),
+        ("vit", ExportContents("features", label_set="things"), "has no effect"),
+        ("vit", ExportContents("classification", label_set="thing"), "no label set 'thing'"),
+        ("vit", ExportContents("classify"), "no task 'classify'"),
+        ("vit", ExportContents("features", "tim"), "no format 'tim'"),
+        ("vit", ExportContents("zero_shot", "open_clip"), "no open_clip folder holds what was trained"),
+        ("vit", ExportContents(max_shard_size="big"), "no size 'big'"),
     ],
 )
 def test_what_cannot_be_is_refused(runs, tmp_path, kind, wanted, message):
@@ -200,9 +200,9 @@ def test_several_label_sets_are_named(make_run, tmp_path, same_process):
     sets = {"things": ["a", "b", "c"], "colours": ["red", "blue"]}
     folder, objective = make_run(tmp_path / "run", label_sets=sets)
     with pytest.raises(ExportError, match="2 label sets") as caught:
-        export(folder, tmp_path / "out", wanted=Wanted("classification"))
+        export(folder, tmp_path / "out", wanted=ExportContents("classification"))
     assert "things, colours" in caught.value.fix
-    export(folder, tmp_path / "out", wanted=Wanted("classification", label_set="colours"))
+    export(folder, tmp_path / "out", wanted=ExportContents("classification", label_set="colours"))
     images, pixels = pixels_of(objective)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_several_label_sets_are_named(make_run, tmp_path, same_process):
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "internimage"])
 def test_shards_and_their_index(runs, tmp_path, same_process, kind):
     folder, objective = runs(kind)
-    export(folder, tmp_path / "out", wanted=Wanted(max_shard_size="20KB"))
+    export(folder, tmp_path / "out", wanted=ExportContents(max_shard_size="20KB"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     model = AutoModel.from_pretrained(tmp_path / "out", **({"add_pooling_layer": False} if kind == "vit" else {}))
@@ -239,7 +239,7 @@ def test_weights_are_read_one_at_a_time(runs, tmp_path, monkeypatch, same_proces
         values = items
 
     monkeypatch.setattr(source_module, "saved_weights", lambda *args: Lazy(dict(load(*args))))
-    export(runs("vit")[0], tmp_path / "out", wanted=Wanted("classification"))
+    export(runs("vit")[0], tmp_path / "out", wanted=ExportContents("classification"))
     assert max(reads.count(name) for name in reads if name.startswith("student.model.")) == 2  # written, and run
 
 
@@ -273,7 +273,7 @@ def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, m
 def test_onnx(runs, tmp_path):
     """Real processes: one that translates, and one without transformers that runs what was written."""
     folder, objective = runs("vit", "class_token")
-    result = export(folder, tmp_path / "out", wanted=Wanted("classification"), also=("onnx",))
+    result = export(folder, tmp_path / "out", wanted=ExportContents("classification"), also=("onnx",))
     assert result["verified"]["programs"].keys() == {"onnx"}
     images, pixels = pixels_of(objective)
     wanted = objective.embed_images(images, "category")
@@ -295,7 +295,7 @@ def test_programs_that_there_are_not(runs, tmp_path, program):
 def test_formats_whose_extra_is_not_installed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("m3i_scale.hub.export.find_spec", lambda name: None)
-    for extra, request in (("onnx", {"also": ("onnx",)}), ("timm", {"wanted": Wanted("features", "timm")})):
+    for extra, request in (("onnx", {"also": ("onnx",)}), ("timm", {"wanted": ExportContents("features", "timm")})):
         with pytest.raises(ExportError) as caught:
             export(tmp_path / "no run", tmp_path / "out", **request)
         assert f"m3i-scale[{extra}]" in caught.value.fix
@@ -313,7 +313,7 @@ except ImportError:
 
 
 def test_a_classifier_where_the_package_is_not_importable(runs, tmp_path):
-    export(runs("vit", "class_token")[0], tmp_path / "out", wanted=Wanted("classification"), dtype="bfloat16")
+    export(runs("vit", "class_token")[0], tmp_path / "out", wanted=ExportContents("classification"), dtype="bfloat16")
     real_pictures(32)["large"].save(tmp_path / "photo.png")
     code = f"import sys; sys.modules['m3i_scale'] = None\n{ALONE}"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.source import find_source, source_tokenizer
 from m3i_scale.hub.verify import make_reference, verify
-from m3i_scale.hub.write import Wanted, plan_parts, write_folder
+from m3i_scale.hub.write import ExportContents, plan_parts, write_folder
 from m3i_scale.scale.checkpoint.weights import load_weights
 
 
@@ -19,7 +19,7 @@ def reference(run_dir, tmp_path_factory):
     source = find_source(run_dir[0])
     weights = load_weights(source.checkpoint, "student")
     tokenizer = source_tokenizer(source)
-    parts = plan_parts(source, Wanted(), tokenizer)
+    parts = plan_parts(source, ExportContents(), tokenizer)
     folder = tmp_path_factory.mktemp("reference")
     fingerprints = write_folder(folder, source, parts, weights, torch.float32, tokenizer)
     return make_reference(source, parts, fingerprints, weights, torch.float32, tokenizer)

@@ -18,7 +18,7 @@ from m3i_scale.launch.logs import Logs
 from m3i_scale.launch.progress import STEPS, Progress, Stragglers
 from m3i_scale.launch.rendezvous import HostHistory, Policy, Work
 from m3i_scale.launch.supervise import Attempt, AttemptResult
-from m3i_scale.launch.transport import HostFault, Site
+from m3i_scale.launch.transport import HostFault, RemoteShell
 from m3i_scale.launch.wire import decode
 from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
 
@@ -28,7 +28,9 @@ def a_run(*overrides: str) -> RunConfig:
 
 
 def some_work() -> Work:
-    return Work(a_run(), (), (Host("node0", 1),), Site(python="python3", workdir="/", output_dir="/out", launch="one"))
+    return Work(
+        a_run(), (), (Host("node0", 1),), RemoteShell(python="python3", workdir="/", output_dir="/out", launch="one")
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ class Failed:
 
     host, heard = Host("node1", 1), 0.0
 
-    def say(self, kind: str, **fields: object) -> None:
+    def send(self, kind: str, **fields: object) -> None:
         self.said = kind
 
     def fault(self) -> HostFault:
@@ -159,7 +161,7 @@ class Failed:
 
 
 def an_attempt(link: Link, output_dir: Path) -> Attempt:
-    site = Site(python="python3", workdir="/", output_dir=str(output_dir), launch="one")
+    site = RemoteShell(python="python3", workdir="/", output_dir=str(output_dir), launch="one")
     timeouts, logs = TimeoutsConfig(start_s=60.0, step_s=60.0), Logs(output_dir)
     attempt = Attempt([link], Inbox(), ["train"], site, timeouts, ("node1", 29500), logs, lambda text: None)
     attempt._start()

@@ -25,7 +25,7 @@ from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, connect
 from m3i_scale.launch.processes import MARK
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Work
-from m3i_scale.launch.transport import Site
+from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.worlds import World
 from m3i_scale.scale.output_dir import ATTEMPTS
 
@@ -53,10 +53,12 @@ def hosts_are_this_machine(monkeypatch):
     monkeypatch.setattr(transport, "is_here", lambda name: True)
 
 
-def a_site(folder: Path) -> Site:
+def a_site(folder: Path) -> RemoteShell:
     paths = environment()["PYTHONPATH"]
     on_cpus = {"DS_ACCELERATOR": "cpu"}
-    return Site(sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus)
+    return RemoteShell(
+        sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus
+    )
 
 
 def a_launch(
@@ -186,7 +188,7 @@ def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited
     reach = link.agent_command
     asked: list[float | None] = []
 
-    def silent(name: str, site: Site, patience_s: float | None = None) -> list[str]:
+    def silent(name: str, site: RemoteShell, patience_s: float | None = None) -> list[str]:
         asked.append(patience_s)
         return ["sleep", "60"] if name == "node1" else reach(name, site, patience_s)
 

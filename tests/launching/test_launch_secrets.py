@@ -70,7 +70,7 @@ def test_logins_and_signatures_in_addresses_are_shown_to_nobody(launcher, addres
     told = [file.text for file in plan.files if "plutonium" in file.text]
     assert told or any("plutonium" in str(command) for command in plan.commands)  # ranks do get it
     assert all(file.mode in (0o600, 0o700) for file in plan.files if "plutonium" in file.text)
-    shown = render(launcher, job.shown())
+    shown = render(launcher, job.without_secrets())
     assert "plutonium" not in shown.text()
     assert "plutonium" not in json.dumps(shown.document())
     assert [(file.name, file.mode) for file in shown.files] == [(file.name, file.mode) for file in plan.files]

@@ -13,7 +13,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.launchers import render
 from m3i_scale.launch.link import Inbox, connect
-from m3i_scale.launch.transport import HostFault, Site, explain_end
+from m3i_scale.launch.transport import HostFault, RemoteShell, explain_end
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
@@ -36,7 +36,7 @@ def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
 
 def test_agents_without_an_ssh_to_start_them_are_told_of_as_hosts_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    site = Site(python="python3", workdir="/", output_dir="/out", launch="one")
+    site = RemoteShell(python="python3", workdir="/", output_dir="/out", launch="one")
     links, reasons = connect([Host("node1", 1), Host("node2", 1)], site, Inbox())
     assert links == []
     assert reasons == dict.fromkeys(("node1", "node2"), "ssh cannot be started here: No such file or directory")
@@ -54,7 +54,7 @@ def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first(mo
 
 @pytest.mark.parametrize("transport", ["ssh", "srun"])
 def test_an_end_is_told_of_what_reached_the_host(transport):
-    site = Site(python="python3", workdir="/", output_dir="/out", launch="one", transport=transport)
+    site = RemoteShell(python="python3", workdir="/", output_dir="/out", launch="one", transport=transport)
     assert explain_end(255, ["it broke"], site) == HostFault(f"{transport}: it broke", "reach")
     assert explain_end(127, ["bash: python3: command not found"], site).kind == "start"
     assert explain_end(1, ["python3: No module named m3i_scale.launch.agent"], site).kind == "start"

@@ -27,10 +27,10 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import EncodedInput, normalize
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.start_weights import start_weights
 from m3i_scale.objective.targets.anchors import Anchor, Gram, ShownPatches
 from m3i_scale.objective.targets.base import Context, Encoded, TargetModules
 from m3i_scale.objective.teacher import teachers_sha256
-from m3i_scale.objective.whole import start_weights
 
 IMAGES, PATCHES, SHOWN, WIDTH = 3, 9, 5, 6
 TARGET: dict[str, Any] = {"inputs": ["x"], "view": 1, "decoder": "patches"}

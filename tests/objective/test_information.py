@@ -219,7 +219,7 @@ def test_group_gradient_norms_are_those_of_autograd(recipe: str, overrides: tupl
 
     context = real(batch)
     for target in objective.recipe.targets:
-        given = objective.given(target, objective.student.grid)
+        given = objective.target_modules(target, objective.student.grid)
         by_input = [target.loss(given, context, part).value for part in target.sources(context)]
         loss = value_at(target.weight, 0.9) * torch.stack(by_input).mean()
         encoded = [one for parts in context.inputs.values() for one in parts]
@@ -248,7 +248,7 @@ def test_a_group_is_the_mean_over_its_pairs_and_small_views_are_among_them() -> 
     assert [len(context.inputs[name]) for name in ("large", "small")] == [2, 2]
     _, figures = objective(batch)
     for target in objective.recipe.targets:
-        given = objective.given(target, objective.student.grid)
+        given = objective.target_modules(target, objective.student.grid)
         losses = [
             target.loss(given, context, part).value
             for parts in context.inputs.values()

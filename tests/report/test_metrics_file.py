@@ -43,7 +43,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(path: Path, text: str | bytes) -> MetricsFile:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     file = MetricsFile(path)
-    file.read_on()
+    file.read_new_lines()
     return file
 
 
@@ -158,7 +158,7 @@ def test_a_line_that_is_being_written_is_read_when_it_is_whole(path: Path) -> No
     assert (file.steps().steps.tolist(), file.unreadable) == ([1], 0)
     with path.open("a") as stream:
         stream.write(whole[30:] + train(3, loss=0.25))
-    file.read_on()
+    file.read_new_lines()
     assert (file.steps().steps.tolist(), file.unreadable) == ([1, 2, 3], 0)
     assert file.steps().figures["loss"].tolist() == [1.0, 0.5, 0.25]
 
@@ -169,7 +169,7 @@ def test_what_has_been_read_is_not_read_again(path: Path) -> None:
     with path.open("r+b") as stream:
         stream.write(b"x" * size)  # whoever reads it again sees no line
         stream.write(train(100, loss=2.0).encode())
-    file.read_on()
+    file.read_new_lines()
     assert file.steps().steps.tolist() == [*range(1, 101)]
 
 
@@ -179,7 +179,7 @@ def test_a_file_that_was_cut_back_is_read_anew(path: Path, longer: bool) -> None
     again = path.with_name("again")
     again.write_text("".join(train(step, loss=2.0) for step in range(1, 300 if longer else 50)))
     os.replace(again, path)
-    file.read_on()
+    file.read_new_lines()
     assert file.steps().steps.tolist() == [*range(1, 300 if longer else 50)]
     assert (set(file.steps().figures["loss"]), file.unreadable) == ({2.0}, 0)
 
@@ -187,12 +187,12 @@ def test_a_file_that_was_cut_back_is_read_anew(path: Path, longer: bool) -> None
 def test_figures_that_are_not_wanted_are_not_kept(path: Path) -> None:
     path.write_text("".join(train(step, loss=1.0, lr=1e-4) for step in range(1, 200)))
     file = MetricsFile(path, {"lr"}.__contains__)
-    file.read_on()
+    file.read_new_lines()
     assert [*file.steps().figures] == ["lr"]
     assert len(file.steps().figures["lr"]) == 199
 
 
 def test_a_file_that_is_not_there_is_empty(path: Path) -> None:
     file = MetricsFile(path)
-    file.read_on()
+    file.read_new_lines()
     assert len(file.steps().steps) == 0

@@ -30,7 +30,7 @@ from m3i_scale.report.curves import filled_charts
 from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
 from m3i_scale.report.watch_view import Watched
-from m3i_scale.report.watch_view import lines_of as watch_lines
+from m3i_scale.report.watch_view import render_lines as watch_lines
 from m3i_scale.scale.output_dir import lock_directory
 
 

@@ -14,7 +14,7 @@ import pytest
 from run_folder import write_run
 
 from m3i_scale.errors import CheckpointError, ConfigError, UserError
-from m3i_scale.report.downsample import thin
+from m3i_scale.report.downsample import downsample
 from m3i_scale.report.run_files import RunReader, read_run
 from m3i_scale.report.run_folder import attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
 from m3i_scale.scale.output_dir import lock_directory
@@ -188,12 +188,12 @@ def test_a_thinned_curve_keeps_its_spikes_and_ends() -> None:
     steps = np.arange(100_000)
     values = np.sin(steps / 10_000)
     values[[31_234, 77_777]] = 50.0, -50.0
-    x, y = thin(steps, values, 500)
+    x, y = downsample(steps, values, 500)
     assert len(x) == len(y) <= 500
     assert {0, 31_234, 77_777, 99_999} <= set(x.tolist())
     np.testing.assert_array_equal(y, values[x])
 
 
 def test_a_short_curve_stays_and_loses_what_is_not_finite() -> None:
-    x, y = thin(np.arange(5), np.array([1.0, np.nan, np.inf, 4.0, 5.0]), 500)
+    x, y = downsample(np.arange(5), np.array([1.0, np.nan, np.inf, 4.0, 5.0]), 500)
     assert (x.tolist(), y.tolist()) == ([0, 3, 4], [1.0, 4.0, 5.0])

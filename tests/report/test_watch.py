@@ -24,7 +24,7 @@ from run_folder import write_run
 
 from m3i_scale.report.run_files import read_run
 from m3i_scale.report.terminal_chart import curve
-from m3i_scale.report.watch_view import Watched, lines_of
+from m3i_scale.report.watch_view import Watched, render_lines
 
 COMMAND = [sys.executable, "-m", "m3i_scale", "watch"]
 LEFT = "\x1b[?1049l"
@@ -191,7 +191,7 @@ def test_elsewhere_than_on_a_terminal_it_is_plain_text(full: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 60), (5, 3), (20, 10), (40, 24), (80, 24), (250, 70)])
 def test_nothing_leaves_the_terminal(full: Path, width: int, height: int) -> None:
-    shown = lines_of(_moment(full), width, height)
+    shown = render_lines(_moment(full), width, height)
     assert len(shown) <= height
     assert max(line.cell_len for line in shown) <= width
 
@@ -202,7 +202,7 @@ def test_figures_beyond_all_measure_are_drawn(full: Path, growing: Path) -> None
         for step, figure in enumerate((1.7e308, -1.7e308, 1.7e308), 391):
             figures = {name: figure for name, value in record.items() if type(value) is float}
             stream.write(json.dumps(record | figures | {"step": step}) + "\n")
-    shown = lines_of(_moment(growing), 100, 60)
+    shown = render_lines(_moment(growing), 100, 60)
     assert max(line.cell_len for line in shown) <= 100
 
 
@@ -211,7 +211,7 @@ def test_what_files_say_cannot_command_the_terminal(growing: Path) -> None:
     line = {"kind": "warning", "step": 390, "time": "2030-01-01T13:00:00+00:00", **words}
     with (growing / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(line) + "\n")
-    shown = [line.plain for line in lines_of(_moment(growing), 40, 60)]
+    shown = [line.plain for line in render_lines(_moment(growing), 40, 60)]
     assert any("日本語" in text for text in shown)
     assert all(text.isprintable() for text in shown)
 

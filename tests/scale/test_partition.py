@@ -13,9 +13,9 @@ from m3i_scale.scale.partition import (
     construct,
     full_numel,
     full_shape,
+    gathered,
     initialize_sharded,
     is_partitioned,
-    whole,
 )
 
 
@@ -25,7 +25,7 @@ def test_whole_parameters_are_themselves() -> None:
     assert full_shape(module.weight) == (2, 3)
     module.bias.requires_grad_(False)
     assert (full_numel(module), full_numel(module, trainable_only=True)) == (8, 6)
-    with whole(list(module.parameters()), write=True), torch.no_grad():
+    with gathered(list(module.parameters()), write=True), torch.no_grad():
         module.weight.fill_(2.0)
     assert torch.equal(module.weight, torch.full((2, 3), 2.0))
 

@@ -140,7 +140,7 @@ def _reading(path: Path) -> AbstractContextManager[None]:
     return reading(path, pyarrow.ArrowException, fix="download it again")
 
 
-def plain(value: Any) -> Any:
+def python_value(value: Any) -> Any:
     """Return the value of a cell as JSON types.
 
     Raises:
@@ -153,9 +153,9 @@ def plain(value: Any) -> Any:
             raise TypeError("not a JSON number")
         return value
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [python_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): python_value(item) for name, item in value.items()}
     raise TypeError(type(value).__name__)
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from m3i_scale.data.categories import Categories, categories_beside
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.shards import CATEGORIES, LABELS, labels_beside, local_shards
+from m3i_scale.data.shards import CATEGORIES, LABELS, local_shards, read_labels
 from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -123,7 +123,7 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
         DataError: the folders have different ones.
     """
     folders = sorted({path.parent for path in local_shards(source)})
-    sets = [labels_beside(folder, file) for folder in folders]
+    sets = [read_labels(folder, file) for folder in folders]
     if any(labels != sets[0] for labels in sets):
         raise DataError(f"its folders have different {file}", where=source, fix="name them as several sources")
     return sets[0]

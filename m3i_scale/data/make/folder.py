@@ -34,7 +34,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
     Raises:
         DataError: no such folder, no images, or it is not clear what the first folders are.
     """
-    images = shown_images(folder)
+    images = list_images(folder)
     ways = [path.relative_to(folder).parts[:-1] for path in images]
     if layout == "auto":
         layout = "splits" if _has_splits(ways, folder) else "classes"
@@ -54,7 +54,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
     return ListedInput(records, classes, source="imagefolder")
 
 
-def shown_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """Return the files below a folder that are images by their name and not hidden, sorted.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.make.arrow import Columns, Roles, find_roles, plain, read_rows, row_count, schema_of
+from m3i_scale.data.make.arrow import Columns, Roles, find_roles, python_value, read_rows, row_count, schema_of
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.make.records import Record, reading
 from m3i_scale.errors import DataError
@@ -78,7 +78,7 @@ class TableInput:
             if name in self.roles.used() or value is None:
                 continue
             try:
-                meta[name] = plain(value)
+                meta[name] = python_value(value)
             except TypeError:
                 self.left_out.add(name)
         return meta

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from m3i_scale.data.images import DECODE_FAULTS, mask_fault
-from m3i_scale.data.make.folder import SPLIT_NAMES, key_of, shown_images
+from m3i_scale.data.make.folder import SPLIT_NAMES, key_of, list_images
 from m3i_scale.data.make.records import ListedInput, Record, reading
 from m3i_scale.data.make.table import read_labels
 from m3i_scale.data.shards import check_mask_classes
@@ -166,7 +166,7 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
 def _by_name(folder: Path) -> dict[Path, Path]:
     """Return the images below a folder by their way from there, without suffix."""
     found: dict[Path, Path] = {}
-    for path in shown_images(folder):
+    for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("")
         if name in found:
             raise DataError(

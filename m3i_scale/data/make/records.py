@@ -113,7 +113,7 @@ class Input(Protocol):
         ...
 
 
-class Wrapped:
+class InputWrapper:
     """Gives all of an input; classes below it change a part.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
 from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
-from m3i_scale.data.make.write import check_output, made_whole, write_samples
+from m3i_scale.data.make.write import atomic_folder, check_output, write_samples
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
@@ -65,7 +65,7 @@ def make_shards(
     options = options or ShardOptions()
     check_output(output, name)
     layout = plan_layout(source.outlines, shares, options, whole="train")
-    with made_whole(output) as folder:
+    with atomic_folder(output) as folder:
         maker = _Maker(layout, options, folder / SKIPPED, progress)
         samples = maker.samples(source.records())
         categories = None if source.categories is None else source.categories.to_json()

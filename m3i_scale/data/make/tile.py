@@ -13,7 +13,7 @@ from PIL import Image
 from m3i_scale.data.deep_images import SIXTEEN_AS_I, ValueRange, check_header, check_values
 from m3i_scale.data.images import DECODE_FAULTS, fault_text, open_any_size, orientation, upright, upright_size
 from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Contents, Input, Record, Wrapped, contents_of
+from m3i_scale.data.make.records import Contents, Input, InputWrapper, Record, contents_of
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 
@@ -54,7 +54,7 @@ class Tiling:
                 yield f"_r{row}_c{column}", (left, top, min(width, left + self.side), min(height, top + self.side))
 
 
-class TiledInput(Wrapped):
+class TiledInput(InputWrapper):
     """Gives the samples of another input, large images cut into tiles with the same label and caption.
 
     The tiles of an image stay in one split. An image is decoded once, here; its tiles are encoded by the workers.

@@ -17,7 +17,7 @@ from m3i_scale.data.index import build_index
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.layout import WHOLE, Layout
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.files import sha256_of, whole_folder, write_json
+from m3i_scale.files import atomic_dir, sha256_of, write_json
 
 MANIFEST_FORMAT = 1
 ClassNames = Mapping[str, Sequence[str] | Mapping[str, Any] | None]
@@ -32,7 +32,7 @@ _MODE = 0o444
 
 
 @contextmanager
-def made_whole(output: Path) -> Iterator[Path]:
+def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output`, which is renamed to it if all went well, and removed if not.
 
     What a killed run left behind is removed by the next one; the lock keeps two runs apart.
@@ -54,7 +54,7 @@ def made_whole(output: Path) -> Iterator[Path]:
     try:
         with (
             FileLock(output.parent / f".{output.name}.lock", timeout=0),
-            whole_folder(output, alone=True) as folder,
+            atomic_dir(output, alone=True) as folder,
         ):
             yield folder
     except Timeout:

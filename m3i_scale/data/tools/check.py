@@ -19,7 +19,7 @@ from m3i_scale.data.make.folder import SPLIT_NAMES
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE
-from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, labels_beside, local_shards
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import (
     CUT_OFF,
     SCATTERED,
@@ -29,7 +29,7 @@ from m3i_scale.data.tar import (
     key_at,
     read_shard,
 )
-from m3i_scale.data.tools.beside import Claims, claim_faults, read_claims
+from m3i_scale.data.tools.output_names import Claims, claim_faults, read_claims
 from m3i_scale.data.tools.verify import Contents, Rules, faults_of, readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
@@ -206,7 +206,7 @@ def _faults(stream: BinaryIO, sample: RawSample, rules: Rules, contents: Content
 
 def _check_contents(folder: Path, report: CheckReport, write: Write) -> None:
     """Check the masks and boxes of all shards of a folder."""
-    contents, names = Contents(), labels_beside(folder, MASK_LABELS)
+    contents, names = Contents(), read_labels(folder, MASK_LABELS)
     for shard in report.shards:
         if shard.path.parent == folder:
             contents.merge(shard.contents)
@@ -243,7 +243,7 @@ def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list
         categories = categories_beside(folder)
         rules_here = replace(rules, categories=None if categories is None else len(categories))
         if rules.classes is None:
-            labels = labels_beside(folder)
+            labels = read_labels(folder)
             rules_here = replace(rules_here, classes=None if labels is None else len(labels))
             if labels is None:
                 report.notes.append(f"{folder} has no labels.json: labels are not judged (--classes)")

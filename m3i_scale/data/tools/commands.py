@@ -57,7 +57,7 @@ def check(
 
     Exit code 2 where something is bad; nothing is changed.
     """
-    from m3i_scale.data.make.write import made_whole, refuse_existing
+    from m3i_scale.data.make.write import atomic_folder, refuse_existing
     from m3i_scale.data.tools.check import check_shards
     from m3i_scale.data.tools.repair import repair
     from m3i_scale.data.tools.verify import Rules
@@ -85,7 +85,7 @@ def check(
         )
     summary = report.summary()
     if repair_to is not None:
-        with made_whole(repair_to) as folder:
+        with atomic_folder(repair_to) as folder:
             summary["repair"] = {"output": str(repair_to), **repair(report, folder, workers, link)}
     if as_json:
         print_json(summary)

@@ -23,7 +23,7 @@ from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tar import key_at, read_shard
-from m3i_scale.data.tools.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, near, unlike_bits
+from m3i_scale.data.tools.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, pairs_within, unlike_bits
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
@@ -121,7 +121,7 @@ class HashedImages:
             def groups_of(query_P: Numbers, value_P: Numbers, images: Numbers = images) -> tuple[Numbers, Numbers]:
                 return groups.of(images[query_P]), groups.of(first[value_P])
 
-            for left, right in near(queries, values, distance, groups_of):
+            for left, right in pairs_within(queries, values, distance, groups_of):
                 unequal = images[left] != first[right]
                 yield images[left[unequal]], first[right[unequal]]
 
@@ -134,7 +134,7 @@ class HashedImages:
         order, ends = np.argsort(which, kind="stable"), np.cumsum(counts)
         nearest = Nearest(len(hash_U2))
         for column, queries in enumerate(hash_U2.T):
-            for left, right in near(queries, values, distance):
+            for left, right in pairs_within(queries, values, distance):
                 straight, mirrored = (unlike_bits(hash_U2[left, side], values[right]) for side in (0, 1))
                 new = (straight > distance) | (column == 0)  # others were found as they are
                 bits = np.minimum(straight, mirrored)[new]

@@ -104,7 +104,7 @@ GroupsOf = Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]
 """Function that returns the current groups of queries and of values."""
 
 
-def near(
+def pairs_within(
     query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int, groups_of: GroupsOf | None = None
 ) -> Pairs:
     """Yield the numbers of all queries and values that differ in at most `distance` bits, each pair once.

@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.make.write import made_whole
+from m3i_scale.data.make.write import atomic_folder
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
-from m3i_scale.data.shards import labels_beside, local_shards
+from m3i_scale.data.shards import local_shards, read_labels
 from m3i_scale.data.tar import RawSample, read_shard
 from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
@@ -96,7 +96,7 @@ def peek(
     cards = [
         card for shard, numbers in by_shard.items() for card in read_cards(paths[shard], numbers, side, max_pixels)
     ]
-    with made_whole(output) as folder:
+    with atomic_folder(output) as folder:
         contact_sheet(cards, side, columns).save(folder / "sheet.png")
         (folder / "index.html").write_text(page(cards, source, ends[-1], seed), encoding="utf-8")
     return {
@@ -115,7 +115,7 @@ def count_samples(path: Path) -> tuple[int, int]:
 def read_cards(path: Path, numbers: Sequence[int], side: int, max_pixels: int) -> list[Card]:
     """Return the cards of some samples of a shard, by their numbers."""
     shard = read_shard(path)
-    labels = labels_beside(path.parent)
+    labels = read_labels(path.parent)
     with path.open("rb") as stream:
         return [_card(path, stream, shard.samples[number], labels, side, max_pixels) for number in numbers]
 

@@ -23,7 +23,7 @@ from m3i_scale.data.make.existing import (
     outlines,
 )
 from m3i_scale.data.make.layout import WHOLE, plan_layout
-from m3i_scale.data.make.write import check_output, made_whole, write_samples
+from m3i_scale.data.make.write import atomic_folder, check_output, write_samples
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.errors import ConfigError, DataError
@@ -145,7 +145,7 @@ def _rewrite(
     categories, without = _same([common_categories(source) for source in sources], sources, CATEGORIES)
     unnamed = {MASK: (MASK_LABELS, without_names), INSTANCES: (CATEGORIES, without)}
     layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
-    with made_whole(output) as folder:
+    with atomic_folder(output) as folder:
         samples = _relabelled(origins, labels, unnamed, advance)
         named = None if categories is None else categories.to_json()
         names = {LABELS: labels.names, MASK_LABELS: mask_labels, CATEGORIES: named}

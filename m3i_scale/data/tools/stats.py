@@ -18,7 +18,7 @@ from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.mask_classes import pixel_report
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
-from m3i_scale.data.shards import MASK_LABELS, labels_beside, local_shards
+from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tools.tokens import CaptionTokens, Cut, tokenizer_for
 from m3i_scale.data.tools.verify import image_extensions, readable_members
@@ -207,8 +207,8 @@ def stats_of(
                 advance(stats.size)
         duplicates = {"images": _duplicates(images, paths), "captions": _duplicates(captions, paths)}
     one_folder = len({path.parent for path in paths}) == 1
-    names = labels_beside(paths[0].parent) if one_folder else None
-    mask_names = labels_beside(paths[0].parent, MASK_LABELS) if one_folder else None
+    names = read_labels(paths[0].parent) if one_folder else None
+    mask_names = read_labels(paths[0].parent, MASK_LABELS) if one_folder else None
     if names is not None:
         _set_aside(total, len(names))
     return {

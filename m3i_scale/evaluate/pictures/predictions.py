@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m3i_scale.evaluate.classifier import numbers_in_head
+from m3i_scale.evaluate.classifier import class_indices
 from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.knn import knn_predict
 from m3i_scale.evaluate.measures import NotMeasuredError, probe_sides
@@ -46,7 +46,7 @@ def _of_head(job: Job) -> Predictions:
     if job.classifier is None:
         raise NotMeasuredError(job.no_classifier or "no trained classifier")
     asked, classes = job.test.labelled(), job.classifier.classes
-    truth = numbers_in_head(job.test.table.classes, job.test.table.label_array[asked], classes)
+    truth = class_indices(job.test.table.classes, job.test.table.label_array[asked], classes)
     predicted = job.test.features["classifier"][asked, 0].astype(np.int64)
     return Predictions([classes[n] for n in truth], [classes[n] for n in predicted], "the trained head")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from m3i_scale.launch.doctor.host import MARK, MODULE, REQUEST
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link, hear
-from m3i_scale.launch.transport import FaultKind, HostFault, Site
+from m3i_scale.launch.link import Inbox, Link, receive
+from m3i_scale.launch.transport import FaultKind, HostFault, RemoteShell
 from m3i_scale.launch.wire import Message
 
 _SHOWN_CHARACTERS = 300
@@ -25,7 +25,7 @@ class Agents:
         connect_s: how long ssh may take.
     """
 
-    def __init__(self, hosts: Sequence[str], site: Site, connect_s: float) -> None:
+    def __init__(self, hosts: Sequence[str], site: RemoteShell, connect_s: float) -> None:
         self.errors: dict[str, HostFault] = {}
         """Why hosts do not answer, or not any more."""
         self._site, self._inbox, self._began = site, Inbox(), time.monotonic()
@@ -42,11 +42,11 @@ class Agents:
 
     def __exit__(self, *_: object) -> None:
         for link in self._links.values():
-            link.say("end")
+            link.send("end")
         for link in self._links.values():
             link.close()
 
-    def greet(self) -> dict[str, dict[str, Any]]:
+    def connect(self) -> dict[str, dict[str, Any]]:
         """Return, for every host that answers, the seconds until it did (`reached_s`) and by how much its clock is
         ahead, with the uncertainty of that (`clock`).
         """
@@ -60,14 +60,14 @@ class Agents:
             elif message["kind"] == "hello":
                 answers[host] = {"reached_s": time.monotonic() - self._began}
                 asked[host] = time.time()
-                self._links[host].say("clock")
+                self._links[host].send("clock")
             elif message["kind"] == "clock":
                 half = (time.time() - asked[host]) / 2
                 answers[host]["clock"] = (message["time"] - asked[host] - half, half)
                 waiting.discard(host)
         return {host: answers[host] for host in self._links if host not in self.errors}
 
-    def ask(
+    def request(
         self,
         verb: str,
         requests: Mapping[str, Mapping[str, Any]],
@@ -89,7 +89,7 @@ class Agents:
             variables = {**site.environment, REQUEST: json.dumps(requests[host])}
             command = [site.python, "-u", "-m", MODULE, verb]
             ranks = [{"RANK": str(self._asked)}]  # a number that no process of this agent has had
-            self._links[host].say("start", ranks=ranks, command=command, cwd=site.workdir, environment=variables)
+            self._links[host].send("start", ranks=ranks, command=command, cwd=site.workdir, environment=variables)
         self._asked += 1
         for host, message in self._hear(waiting, within_s):
             if message["kind"] == "log":
@@ -112,7 +112,7 @@ class Agents:
         def left_s() -> float:
             return until - time.monotonic() if waiting else 0.0
 
-        for link, message in hear(self._links.values(), self._inbox, left_s):
+        for link, message in receive(self._links.values(), self._inbox, left_s):
             host = link.host.name
             if message["kind"] == "gone":
                 waiting.discard(host)

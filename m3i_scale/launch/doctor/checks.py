@@ -10,7 +10,7 @@ from typing import Any
 from m3i_scale.files import sha256_of_json
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import listed, short_differences, shown, size_text
+from m3i_scale.text import listed, quoted, short_differences, size_text
 
 Answers = Mapping[str, Mapping[str, Any]]
 """Answers by host, the head first."""
@@ -101,7 +101,7 @@ def _config(host: Host) -> Seen:
         yield f"sha256 {own['sha256'][:12]}", {}
     else:
         apart = [
-            f"{key}: {shown(mine)}, not {shown(theirs)}"
+            f"{key}: {quoted(mine)}, not {quoted(theirs)}"
             for key, theirs, mine in short_differences("", head["values"], own["values"])
         ]
         yield (

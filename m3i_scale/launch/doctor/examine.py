@@ -12,7 +12,7 @@ from m3i_scale.launch.doctor.agents import Agents
 from m3i_scale.launch.doctor.facts import own_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.launch.doctor.machine import Needs
-from m3i_scale.launch.transport import HostFault, Site
+from m3i_scale.launch.transport import HostFault, RemoteShell
 
 _GROUP_S, _GROUP_OF_A_HOST_S = 300.0, 20.0
 """Limit of measuring, and how much more for every host: rounds of links take their time."""
@@ -26,7 +26,7 @@ class Examination:
 
     slots: Mapping[str, int]
     """Ranks by host, the head first."""
-    site: Site
+    site: RemoteShell
     """How hosts are reached, and what runs there."""
     port: int
     """Port of the head, where rank 0 will wait."""
@@ -60,10 +60,10 @@ class Examination:
         """Examine all hosts, and return all findings, those of one check together."""
         with Agents(self.hosts, self.site, self.connect_s) as agents:
             self.tell(f"reaching {len(self.slots)} hosts")
-            reached = agents.greet()
+            reached = agents.connect()
             findings = [item for host in self.hosts for item in self._reached(host, reached, agents.errors)]
             self.tell("each host looks at itself")
-            answers = agents.ask("look", {host: self._request(host) for host in reached}, self.look_s)
+            answers = agents.request("look", {host: self._request(host) for host in reached}, self.look_s)
             if answers:
                 findings += checks.findings_of(answers)
                 if len(answers) > 1:
@@ -130,7 +130,7 @@ class Examination:
                 for host, answer in looked.items()
             }
             # What else listens at a port that the head cannot have may hold up the others for ever.
-            answers = agents.ask(
+            answers = agents.request(
                 "measure",
                 requests,
                 _GROUP_S + _GROUP_OF_A_HOST_S * len(requests),

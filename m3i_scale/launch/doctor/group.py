@@ -19,12 +19,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from m3i_scale.files import write_whole
+from m3i_scale.files import atomic_write
 from m3i_scale.scale.store import is_loopback, set_interface
 
 NOTE_S = 5.0
 """A network file system may show a new file a moment later."""
-_LATER_S = 5.0
+_GRACE_S = 5.0
 """The head waits so much longer for the others than they for it."""
 _ASK_AGAIN_S = 0.2
 FIRST_BYTES = 1 << 20
@@ -118,14 +118,14 @@ def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> 
     """Return the hosts that have come, as the head sees it when its time for that is over or all are there."""
     store.set(f"here/{own}", "")
     if own == hosts[0]:
-        until = time.monotonic() + join_s + _LATER_S
+        until = time.monotonic() + join_s + _GRACE_S
         while True:
             came = [host for host in hosts if store.check([f"here/{host}"])]
             if len(came) == len(hosts) or time.monotonic() > until:
                 break
             time.sleep(_ASK_AGAIN_S)
         store.set("members", " ".join(came))
-    store.wait(["members"], timedelta(seconds=2 * join_s + 2 * _LATER_S))
+    store.wait(["members"], timedelta(seconds=2 * join_s + 2 * _GRACE_S))
     return store.get("members").decode().split(" ")
 
 
@@ -214,7 +214,7 @@ def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
     made += [note, *(path for path in (folder, *folder.parents) if not path.exists())]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(note, name)
+        atomic_write(note, name)
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -115,7 +115,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
             objects: to be found.
         """
         spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
-        logits, deltas, places = self.look(levels)
+        logits, deltas, places = self.predict_regions(levels)
         if maps[0].is_meta:
             objectness, moves = torch.cat(logits, dim=1).mean(), torch.cat(deltas, dim=1).mean()
             chosen = [counted_regions(spec.regions, objects)] * len(maps[0])

@@ -516,7 +516,7 @@ class MaskRcnnHead(nn.Module):
             own_B2: those of the images themselves, which boxes are scaled to.
         """
         spec, sizes = self.head, sizes_of(sizes_B2)
-        proposals = propose(spec.regions, *self.look(levels), sizes, training=False)
+        proposals = propose(spec.regions, *self.predict_regions(levels), sizes, training=False)
         maps = [map_BCHW.float() for map_BCHW in levels[:4]]
         logits_RK, deltas_RK4 = self.boxes(cut_out(spec, maps, self.strides, proposals, spec.box_side))
         scores_RK = (logits_RK.sigmoid() if spec.classifier == "sigmoid" else logits_RK.softmax(dim=1))[:, :-1]
@@ -536,7 +536,7 @@ class MaskRcnnHead(nn.Module):
             detections.append(Detections(boxes_N4[there_N], one[1][there_N], one[2][there_N], shown_NMM))
         return detections
 
-    def look(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def predict_regions(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return logits, deltas and anchors by level."""
         sides = [(map_BCHW.shape[2], map_BCHW.shape[3]) for map_BCHW in levels]
         return *self.regions(levels), anchors(self.head.regions, sides, self.strides, levels[0])

@@ -108,7 +108,7 @@ class RfDetrDetector(ObjectDetector):
     def detect(self, levels: Sequence[Tensor], sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
         """Return the best pairs of query and class of every image. A mask ends where its box does."""
         last, spec = self.predict(levels)[0], self.spec
-        return found_by_queries(last, sizes_B2, own_B2, self.side, score_above=spec.score_above, most=spec.detections)
+        return decode_queries(last, sizes_B2, own_B2, self.side, score_above=spec.score_above, most=spec.detections)
 
     def predict(self, levels: Sequence[Tensor]) -> list[Prediction]:
         """Return all predictions of a map, that of the last layer first; fp32 whatever the type of the parameters."""
@@ -165,7 +165,7 @@ class RfDetrDetector(ObjectDetector):
         return query_N, object_N
 
 
-def found_by_queries(
+def decode_queries(
     prediction: Prediction, sizes_B2: Tensor, own_B2: Tensor, side: int, *, score_above: float, most: int
 ) -> list[Detections]:
     """Return the best pairs of query and class of every image. A mask ends where its box does.

@@ -257,7 +257,7 @@ class Target(Kind):
             self.encoder == "online" and not self.regularizer.trains_target
         )
 
-    def described(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return the row of the paper's table, as plain data."""
         view = getattr(self, "view", None)
         return {

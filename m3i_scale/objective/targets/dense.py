@@ -23,7 +23,7 @@ from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegulariz
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Parts, Sizes, TargetModules
-from m3i_scale.objective.targets.patches import Asked, count_faults, decode, place_faults
+from m3i_scale.objective.targets.patches import PredictedPatches, count_faults, decode, place_faults
 
 
 class Dense(ImageTarget):
@@ -32,7 +32,7 @@ class Dense(ImageTarget):
     kind: ClassVar[str] = "dense"
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
-    tokens: Asked
+    tokens: PredictedPatches
     encoder: Literal["momentum", "teacher"]
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
@@ -135,7 +135,7 @@ class DenseNegatives(HeadTarget):
     kind: ClassVar[str] = "dense_negatives"
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
-    tokens: Asked = "all"
+    tokens: PredictedPatches = "all"
     encoder: Literal["momentum"] = "momentum"
     distribution: Boltzmann = Boltzmann()
     regularizer: QueuedNegatives

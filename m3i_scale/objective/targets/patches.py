@@ -17,7 +17,7 @@ from m3i_scale.objective.masks import TargetBlocks
 from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, TargetModules
 
-Asked = Literal["masked", "blocks", "all"]
+PredictedPatches = Literal["masked", "blocks", "all"]
 """Which patches are asked for: those that the input hides; those of its target blocks, each block predicted by itself;
 or all."""
 
@@ -32,7 +32,7 @@ class AsksPatches(Protocol):
         """Return the target view."""
 
     @property
-    def tokens(self) -> Asked:
+    def tokens(self) -> PredictedPatches:
         """Return which patches are asked for."""
 
     @property

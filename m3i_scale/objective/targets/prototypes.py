@@ -17,7 +17,7 @@ from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer
 from m3i_scale.objective.schedule import number, settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, TargetModules
-from m3i_scale.objective.targets.patches import Asked, decode, place_faults
+from m3i_scale.objective.targets.patches import PredictedPatches, decode, place_faults
 from m3i_scale.objective.targets.pooled import pooled_target
 
 
@@ -92,7 +92,7 @@ class DensePrototypes(Prototypes):
     kind: ClassVar[str] = "dense_prototypes"
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
-    tokens: Asked
+    tokens: PredictedPatches
     """Which patches are asked for: those that the input hides, or all."""
 
     @property

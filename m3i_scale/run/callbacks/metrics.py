@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from m3i_scale.errors import UserError
-from m3i_scale.files import json_line, write_whole
+from m3i_scale.files import atomic_write, json_line
 from m3i_scale.launch.doctor.facts import commit, processor, software_versions
 from m3i_scale.run.callbacks.base import Callback, PhaseInfo, Rewind, RunInfo, StepRecord, flatten
 from m3i_scale.scale.output_dir import METRICS
@@ -171,7 +171,7 @@ def cut_back(path: Path, step: int) -> None:
         file.writelines(moved)
         file.flush()
         os.fsync(file.fileno())
-    write_whole(path, "".join(kept))
+    atomic_write(path, "".join(kept))
 
 
 def _step_of(line: str) -> int | None:

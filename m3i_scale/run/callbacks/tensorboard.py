@@ -11,7 +11,7 @@ import yaml
 
 from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten, require
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,7 +36,7 @@ class TensorBoardWriter(Callback):
         """Open an event file and store the run file in it."""
         self._folder = run_info.output_dir / FOLDER
         self._writer = self._open(run_info.start_step)
-        config = yaml.safe_dump(masked(run_info.config, names=True), sort_keys=False)
+        config = yaml.safe_dump(redact(run_info.config, names=True), sort_keys=False)
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:

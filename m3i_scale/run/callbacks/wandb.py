@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.pictures.write import Picture
-from m3i_scale.files import write_whole
+from m3i_scale.files import atomic_write
 from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
-from m3i_scale.text import masked
+from m3i_scale.text import redact
 
 FOLDER = "wandb"
 PROJECT = "m3i-scale"
@@ -61,7 +61,7 @@ class WandbWriter(Callback):
                 id=_run_id(run_info.output_dir),
                 resume="allow" if self._mode == "online" else None,
                 dir=str(run_info.output_dir),
-                config=masked(run_info.config, names=True),
+                config=redact(run_info.config, names=True),
                 settings=settings,
             )
         except self._wandb.Error as error:
@@ -104,5 +104,5 @@ def _run_id(output_dir: Path) -> str:
     path = output_dir / _RUN_ID
     if not path.exists():
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, secrets.token_hex(4) + "\n")
+        atomic_write(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3i_scale.config import Classification
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.evaluate.shown_images import ShownImages
+from m3i_scale.evaluate.preview_images import ShownImages
 from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState

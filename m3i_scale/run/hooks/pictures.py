@@ -13,7 +13,7 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import UserError
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.write import write_pictures
-from m3i_scale.files import whole_folder
+from m3i_scale.files import atomic_dir
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.pictures import EncodedSamples, LearntPictures
 from m3i_scale.run.probe import evaluating, first_samples
@@ -92,7 +92,7 @@ class Pictures(Hook):
             return
         folder = self._folder / step_name(step)
         try:
-            with whole_folder(folder, replace=True, durable=False) as begun:
+            with atomic_dir(folder, replace=True, durable=False) as begun:
                 write_pictures(begun, pictures, step)
         except OSError as error:
             raise _refused(folder, error) from None

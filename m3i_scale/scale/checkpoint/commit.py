@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.errors import CheckpointError
-from m3i_scale.files import sync, write_whole
+from m3i_scale.files import atomic_write, sync
 from m3i_scale.scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, step_of, temporary_for
 from m3i_scale.scale.checkpoint.manifest import (
     Digest,
@@ -108,7 +108,7 @@ def point_latest(final: Path) -> None:
     """
     latest = final.with_name(LATEST)
     with write_guard(final.parent, latest, remove_folder=False):
-        write_whole(latest, final.name + "\n")
+        atomic_write(latest, final.name + "\n")
 
 
 def withdraw(undone: Sequence[Path], latest: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from m3i_scale.errors import CheckpointError, did_you_mean
-from m3i_scale.files import whole_folder, write_json
+from m3i_scale.files import atomic_dir, write_json
 from m3i_scale.scale.checkpoint.commit import cause_of
 from m3i_scale.scale.checkpoint.deepspeed_layouts import write_universal, write_zero3
 from m3i_scale.scale.checkpoint.layout import MANIFEST, read_meta, step_of
@@ -206,7 +206,7 @@ def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]
                 where=str(target.parent),
                 fix="free space, or give a folder on another disk",
             )
-        with whole_folder(target) as folder:
+        with atomic_dir(target) as folder:
             write(folder)
     except OSError as error:
         raise CheckpointError(

@@ -186,13 +186,13 @@ def find_faults(
     faults += [_fault_of(name, "missing") for name in sorted(manifest.files.keys() - present)]
     faults += [_fault_of(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
 
-    def look(name: str) -> FileFault | None:
+    def verify_file(name: str) -> FileFault | None:
         what = _file_fault(path / name, manifest.files[name], contents)
         advance(manifest.files[name].size)
         return None if what is None else _fault_of(name, what)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        results = pool.map(look, sorted(present & manifest.files.keys()))
+        results = pool.map(verify_file, sorted(present & manifest.files.keys()))
         return faults + [fault for fault in results if fault is not None]
 
 

@@ -33,7 +33,7 @@ from m3i_scale.scale.checkpoint.stream import write_tensors
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, make_index, write_ranges
 from m3i_scale.scale.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
 from m3i_scale.scale.kept import kept_frozen
-from m3i_scale.scale.partition import full_numel, full_shape, own_piece, own_range
+from m3i_scale.scale.partition import full_numel, full_shape, local_range, local_shard
 
 Result = TypeVar("Result")
 
@@ -224,9 +224,9 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
         for kind, view in piece.tensors.items()
     ]
     ranges += [
-        Range(f"{MASTER}/{name}", own_range(parameter)[0], (piece,))
+        Range(f"{MASTER}/{name}", local_range(parameter)[0], (piece,))
         for name, parameter in kept_frozen(engine.module).items()
-        if (piece := own_piece(parameter)).numel()
+        if (piece := local_shard(parameter)).numel()
     ]
     if momentum is not None:
         ranges += [

@@ -40,7 +40,7 @@ class ResolvedConfig:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _RunSettings:
     """Holds a value that the run file implies, and where it comes from."""
 
     value: Any
@@ -125,11 +125,11 @@ def resolve(
             the run file, or a batch size that ranks × micro-batch does not divide.
     """
     wanted = _batch(world_size, batch_size, micro_batch_size) | _sizes(hidden_size)
-    wanted["gradient_clipping"] = _Wanted(clip_grad_norm, "optim.clip_grad_norm")
-    wanted["optimizer.params.lr"] = _Wanted(lr, "optim.lr; the trainer sets the learning rate at every step")
-    wanted["optimizer.params.betas"] = _Wanted(list(betas), "optim.betas")
-    wanted["optimizer.params.eps"] = _Wanted(eps, "optim.eps")
-    wanted["optimizer.params.weight_decay"] = _Wanted(weight_decay, "optim.weight_decay; vectors have none")
+    wanted["gradient_clipping"] = _RunSettings(clip_grad_norm, "optim.clip_grad_norm")
+    wanted["optimizer.params.lr"] = _RunSettings(lr, "optim.lr; the trainer sets the learning rate at every step")
+    wanted["optimizer.params.betas"] = _RunSettings(list(betas), "optim.betas")
+    wanted["optimizer.params.eps"] = _RunSettings(eps, "optim.eps")
+    wanted["optimizer.params.weight_decay"] = _RunSettings(weight_decay, "optim.weight_decay; vectors have none")
     config = copy.deepcopy(raw)
     filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
     if "timers" not in config:
@@ -173,14 +173,14 @@ def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) 
     return accumulation
 
 
-def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _Wanted]:
+def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _RunSettings]:
     accumulation = check_batch(world_size, batch_size, micro_batch_size)  # what one cannot, none can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
-    unknown = _Wanted(AUTO, "the number of ranks is not known", binding=False)
+    unknown = _RunSettings(AUTO, "the number of ranks is not known", binding=False)
     return {
-        "train_batch_size": _Wanted(batch_size, "optim.batch_size"),
-        "train_micro_batch_size_per_gpu": _Wanted(micro_batch_size, "optim.micro_batch_size"),
-        "gradient_accumulation_steps": unknown if world_size is None else _Wanted(accumulation, why),
+        "train_batch_size": _RunSettings(batch_size, "optim.batch_size"),
+        "train_micro_batch_size_per_gpu": _RunSettings(micro_batch_size, "optim.micro_batch_size"),
+        "gradient_accumulation_steps": unknown if world_size is None else _RunSettings(accumulation, why),
     }
 
 
@@ -200,7 +200,7 @@ def _batch_advice(world_size: int, batch_size: int, micro_batch_size: int) -> st
 MEBI = 2**20
 
 
-def _sizes(hidden_size: int) -> dict[str, _Wanted]:
+def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
     """Return sizes in elements. A Transformer layer has about 12 · hidden² weights.
 
     The floors are for small models: a bucket of one small matrix costs more calls than transfer, and a few MiB gathered
@@ -222,7 +222,7 @@ def _sizes(hidden_size: int) -> dict[str, _Wanted]:
         )
         for key, (value, floor, why) in formulas.items()
     }
-    return {f"zero_optimization.{key}": _Wanted(value, why, binding=False) for key, (value, why) in values.items()}
+    return {f"zero_optimization.{key}": _RunSettings(value, why, binding=False) for key, (value, why) in values.items()}
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
@@ -237,7 +237,7 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
     return True
 
 
-def _complete(config: dict[str, Any], wanted: dict[str, _Wanted], where: str) -> list[tuple[str, Any, str]]:
+def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: str) -> list[tuple[str, Any, str]]:
     """Add what the file leaves out and the run file says; return (key, value, why) of it.
 
     Raises:

@@ -7,7 +7,7 @@ from m3i_scale.scale.plan.partitioned import PartitionedEngine
 from m3i_scale.scale.plan.replay import Engine
 from m3i_scale.scale.plan.settings import Parameter, Settings
 from m3i_scale.scale.plan.trace import Trace
-from m3i_scale.scale.plan.whole import Bf16Engine, ZeroEngine
+from m3i_scale.scale.plan.unpartitioned import Bf16Engine, ZeroEngine
 
 
 def engine_for(

@@ -20,7 +20,7 @@ from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import Parameter, Settings, share
 from m3i_scale.scale.plan.trace import Module
 
-Way = Literal["all ranks", "group", "all-reduce"]
+Collective = Literal["all ranks", "group", "all-reduce"]
 GATHERED, KEPT = "gathered parameters", "gathered parameters kept for the backward pass"
 SECOND = "second copies of parameters"
 
@@ -46,7 +46,7 @@ class _Gather:
     complete: bool = False
 
 
-class _Ahead:
+class _Prefetch:
     """Holds what `__params_to_release` looks through: the modules that follow, with the parameters of their children
     where a leaf is released, and their own where another module is, whatever they are themselves."""
 
@@ -77,7 +77,7 @@ class Coordinator:
     ledger: Ledger
     shards: Ledger
     """Where shards of parameters lie: the same, or that of host memory."""
-    told: Callable[[Way, int, int, int], None] = lambda way, size, calls, parameters: None
+    told: Callable[[Collective, int, int, int], None] = lambda way, size, calls, parameters: None
     """Called at gathers: from where they are, their bytes, how many they are, of how many parameters."""
     order: list[int] = field(default_factory=list)
     """Modules in the order of their use in one iteration; empty while DeepSpeed still records it."""
@@ -91,7 +91,7 @@ class Coordinator:
     _queue: deque[tuple[int, int]] = field(default_factory=deque)
     """What is left of these in an iteration."""
     _latest: dict[int, int] = field(default_factory=dict)
-    _ahead: dict[bool, _Ahead] = field(default_factory=dict)
+    _ahead: dict[bool, _Prefetch] = field(default_factory=dict)
     """What the release of a leaf sees ahead, and that of another module."""
     _step: int = 0
     _available: int = 0
@@ -103,8 +103,8 @@ class Coordinator:
         self.order, in_order = order, [self.modules[number] for number in order]
         self._expected = [(param, step) for step, module in enumerate(in_order) for param in module.fetched]
         self._ahead = {
-            True: _Ahead(self.parameters, [module.all for module in in_order]),
-            False: _Ahead(self.parameters, [module.own for module in in_order]),
+            True: _Prefetch(self.parameters, [module.all for module in in_order]),
+            False: _Prefetch(self.parameters, [module.own for module in in_order]),
         }
 
     def start(self) -> None:
@@ -190,7 +190,7 @@ class Coordinator:
                 rest, "all-reduce" if self.settings.fetch_by_all_reduce and len(rest) > 1 else "all ranks"
             )
 
-    def _gather_from(self, params: list[int], way: Way, *, calls: int = 1) -> None:
+    def _gather_from(self, params: list[int], way: Collective, *, calls: int = 1) -> None:
         self._available += sum(self.parameters[param].numel for param in params)
         if self.settings.world == 1:  # the shard is the parameter
             for param in params:

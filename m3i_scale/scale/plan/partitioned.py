@@ -5,7 +5,7 @@ the start of the engine to the end of a step. The methods follow those of `stage
 from __future__ import annotations
 
 from m3i_scale.scale.plan.communication import FETCH, IN_GROUP
-from m3i_scale.scale.plan.gathering import Coordinator, Way
+from m3i_scale.scale.plan.gathering import Collective, Coordinator
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.replay import (
     BUCKETS,
@@ -56,11 +56,11 @@ class PartitionedEngine(Engine):
         self.order: list[int] = []
         self.filled: list[tuple[int, int | None]] = []
 
-    def held_of(self, param: int, rank: int) -> int:
+    def local_elements(self, param: int, rank: int) -> int:
         """Return the elements of the rank's share, without padding."""
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
-    averaged_of = held_of
+    ema_elements = local_elements
 
     def _bytes(self, place: int) -> int:
         return self.parameters[place].numel * self.settings.parameter_bytes
@@ -122,9 +122,9 @@ class PartitionedEngine(Engine):
         else:
             self.coordinator.release(module)
 
-    def _count_gather(self, way: Way, size: int, calls: int, parameters: int) -> None:
+    def _count_gather(self, way: Collective, size: int, calls: int, parameters: int) -> None:
         kind = self.phase if self.phase == "update" else f"gather {self.phase}"
-        ways: dict[Way, tuple[str, int]] = {
+        ways: dict[Collective, tuple[str, int]] = {
             "all ranks": (kind, self.settings.world),
             "group": (IN_GROUP, self.settings.hpz),
             "all-reduce": (FETCH, 0),  # has no pieces

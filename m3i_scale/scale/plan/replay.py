@@ -120,11 +120,11 @@ class Engine(ABC):
         """Do nothing: a view of a parameter that stays costs nothing."""
 
     @abstractmethod
-    def held_of(self, param: int, rank: int) -> int:
+    def local_elements(self, param: int, rank: int) -> int:
         """Return the elements of a trained parameter that `rank` holds master weights of, without padding."""
 
     @abstractmethod
-    def averaged_of(self, param: int, rank: int) -> int:
+    def ema_elements(self, param: int, rank: int) -> int:
         """Return the elements of an average, or of a frozen parameter, that `rank` saves."""
 
     def snapshot(self, rank: int = 0) -> list[int]:
@@ -133,12 +133,12 @@ class Engine(ABC):
         `checkpoint/saver.py`)."""
         settings, sizes = self.settings, []
         for param in self.trained:
-            numel = self.held_of(param, rank)
+            numel = self.local_elements(param, rank)
             sizes += [numel * size for size in (settings.master_bytes, settings.state_bytes, settings.state_bytes)]
         halves = (2, 2) if settings.precision == "bf16" else (4,)
         for param in self.averaged:
-            sizes += [self.averaged_of(param, rank) * size for size in halves]
-        sizes += [self.averaged_of(param, rank) * settings.parameter_bytes for param in self.frozen]
+            sizes += [self.ema_elements(param, rank) * size for size in halves]
+        sizes += [self.ema_elements(param, rank) * settings.parameter_bytes for param in self.frozen]
         return [size for size in sizes if size]
 
     def save(self) -> None:

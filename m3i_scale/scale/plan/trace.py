@@ -182,7 +182,7 @@ def _fused_attention(
 
 
 @dataclass(eq=False)
-class _Kept:
+class _SavedTensor:
     """Stands for a view of a parameter among what autograd saved."""
 
     tensor: Tensor
@@ -306,13 +306,13 @@ def _kept_views(storages: dict[int, int], recorder: _Recorder) -> Iterator[None]
         if place is None or tensor.is_leaf:
             return tensor
         count += 1
-        number, kept = count, _Kept(tensor)
+        number, kept = count, _SavedTensor(tensor)
         weakref.finalize(kept, lambda: recorder.events.append(Event("drop", number, owner=place)))
         recorder.events.append(Event("keep", number, owner=place))
         return kept
 
     def unpack(saved: Any) -> Tensor:
-        return saved.tensor if isinstance(saved, _Kept) else saved
+        return saved.tensor if isinstance(saved, _SavedTensor) else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -17,7 +17,7 @@ from m3i_scale.evaluate.overlays import Overlays
 from m3i_scale.evaluate.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of
 
 
-def trained_whole(
+def load_trained_model(
     folder: Path, measures: tuple[str, ...] | None, idle: list[str]
 ) -> Callable[..., dict[str, Any]] | None:
     """Return what measures the model that is asked for alone, a segmenter or a detector; None where features are.

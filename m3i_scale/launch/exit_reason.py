@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch.execute import Ending
+from m3i_scale.launch.execute import LaunchResult
 from m3i_scale.launch.failures import Failure, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
@@ -28,7 +28,7 @@ _ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 """Exit codes of ranks that were asked to stop before they could save."""
 
 
-def conclude(output_dir: Path, ending: Ending, shown: LaunchPlan, world_size: int) -> str | None:
+def conclude(output_dir: Path, ending: LaunchResult, shown: LaunchPlan, world_size: int) -> str | None:
     """Write OUTPUT/failure.json where a run has failed; remove that of an earlier launch where it has finished.
 
     Args:
@@ -112,7 +112,7 @@ def _named(ranks: Sequence[int | None]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _LISTED)}"
 
 
-def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
+def _seen_here(records: Sequence[Failure], ending: LaunchResult) -> list[Failure]:
     """Return records, with what this process has seen of the ends of its ranks."""
     host, record_of = socket.gethostname(), {record.rank: record for record in records}
     seen = []
@@ -130,7 +130,7 @@ def _seen_here(records: Sequence[Failure], ending: Ending) -> list[Failure]:
     return seen
 
 
-def _lost_host(ending: Ending, shown: LaunchPlan) -> Failure | None:
+def _lost_host(ending: LaunchResult, shown: LaunchPlan) -> Failure | None:
     """Return the first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of
     its ranks can report that, and those of others wait for them until they are ended.
     """
@@ -151,7 +151,7 @@ def _signal(number: int) -> str:
     return f"{number} ({known[number]})" if number in known else str(number)
 
 
-def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
+def _no_rank_has_begun(ending: LaunchResult, shown: LaunchPlan) -> Failure:
     failed = [place for place, code in enumerate(ending.codes) if code]
     first = min(failed, key=lambda place: ending.times[place])
     code, command = ending.codes[first], shown.commands[first]
@@ -165,7 +165,7 @@ def _no_rank_has_begun(ending: Ending, shown: LaunchPlan) -> Failure:
 
 
 def main() -> None:
-    """Run `python -m m3i_scale.launch.verdict OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
+    """Run `python -m m3i_scale.launch.exit_reason OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
     output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     text = write_verdict(output_dir, code, read_records(output_dir), world_size)
     if text is not None:

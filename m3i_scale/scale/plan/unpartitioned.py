@@ -74,7 +74,7 @@ class WholeEngine(Engine):
         parameters themselves in fp32."""
         return self.settings.world > 1 and self.settings.precision != "fp32"
 
-    def held_of(self, param: int, rank: int) -> int:
+    def local_elements(self, param: int, rank: int) -> int:
         """Return the elements of the rank's part of the flat group that all ranks share out."""
         for group, numel in zip(self.groups, self.flat, strict=True):
             if param in group:
@@ -84,11 +84,11 @@ class WholeEngine(Engine):
                 return max(0, end - max(before, rank * shard))
         return 0
 
-    def averaged_of(self, param: int, rank: int) -> int:
+    def ema_elements(self, param: int, rank: int) -> int:
         """Return what the rank has of the master weights; an even share of what all ranks hold alike."""
         follows = self.parameters[param].follows
         if self.divides_averages and follows is not None:
-            return self.held_of(follows, rank)
+            return self.local_elements(follows, rank)
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
     def _padded(self, numel: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.order import seed_of
 from m3i_scale.evaluate.average_precision import average_precision_of_ranks
-from m3i_scale.evaluate.detections import Categories, Instance, Kind, Prediction, Truth
+from m3i_scale.evaluate.detections import Categories, GroundTruth, Instance, Kind, Prediction
 from m3i_scale.evaluate.detector import compressed, prediction_of
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 from m3i_scale.scale.agree import gather_objects
@@ -30,7 +30,7 @@ class ShownImages:
             "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
         }
         self._kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
-        self._images: dict[int, tuple[Truth, Prediction]] = {}
+        self._images: dict[int, tuple[GroundTruth, Prediction]] = {}
 
     def add(self, batch: Batch, found: Sequence[Detections]) -> None:
         """Add the images of a batch that are not there yet.
@@ -61,7 +61,7 @@ class ShownImages:
         figures = average_precision_of_ranks(truths, predictions, self._categories)
         return {f"{kind}_ap": figures[kind]["AP"] for kind in self._kinds}
 
-    def _truth(self, batch: Batch, row: int, image: int) -> Truth:
+    def _truth(self, batch: Batch, row: int, image: int) -> GroundTruth:
         side, labels_N = batch.images_VBCHW.shape[-1], batch.box_labels_BN[row]
         there_N = labels_N >= 0
         boxes_N4 = batch.boxes_BN4[row][there_N]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from m3i_scale.launch.execute import Ending, execute
+from m3i_scale.launch.execute import LaunchResult, execute
+from m3i_scale.launch.exit_reason import conclude, main, write_verdict
 from m3i_scale.launch.failures import Failure, read_records, write_failure, write_record
 from m3i_scale.launch.plan import Command, LaunchPlan
-from m3i_scale.launch.verdict import conclude, main, write_verdict
 from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +88,7 @@ def test_while_it_runs_each_rank_has_left_what_is_told_if_it_is_killed(tmp_path)
 
 
 def failed(code=1, **more):
-    return Ending(code=code, codes=[code], times=[1.0], **more)
+    return LaunchResult(code=code, codes=[code], times=[1.0], **more)
 
 
 def test_what_is_preempted_or_interrupted_has_not_failed(tmp_path):
@@ -134,7 +134,7 @@ def test_an_end_that_was_forced_keeps_what_the_rank_has_said(tmp_path):
     write_record(tmp_path / RANK_RECORDS, record(0, "exception", "ValueError: the real cause", 1.0))
     write_record(tmp_path / RANK_RECORDS, record(1, "exception", "Timed out waiting 1000ms", 2.0))
     plan = LaunchPlan("test", tmp_path, (), (), tmp_path, ranks=True)
-    ending = Ending(code=1, codes=[-15, 1], times=[62.0, 2.0], forced={0})
+    ending = LaunchResult(code=1, codes=[-15, 1], times=[62.0, 2.0], forced={0})
     assert "first cause: ValueError: the real cause" in conclude(tmp_path, ending, plan, 2)
 
 
@@ -194,7 +194,7 @@ def test_a_host_that_ssh_loses_is_the_cause_and_not_the_ranks_that_waited_for_it
     """They are ended when nobody comes back, or notice themselves that a connection is gone."""
     write_record(tmp_path / RANK_RECORDS, record(0, kind, "Connection closed by peer", step=7))
     write_record(tmp_path / RANK_RECORDS, record(1, "silent"))
-    conclude(tmp_path, Ending(code=255, codes=[-9, 255], times=[180.0, 60.0], forced={0}), over_ssh(tmp_path), 2)
+    conclude(tmp_path, LaunchResult(code=255, codes=[-9, 255], times=[180.0, 60.0], forced={0}), over_ssh(tmp_path), 2)
     found = cause(tmp_path)
     assert (found["host"], found["rank"], found["kind"], found["step"]) == ("node2", None, "host", 7)
 
@@ -202,7 +202,7 @@ def test_a_host_that_ssh_loses_is_the_cause_and_not_the_ranks_that_waited_for_it
 def test_an_ssh_that_the_launch_has_ended_itself_is_no_lost_host(tmp_path):
     write_record(tmp_path / RANK_RECORDS, record(0, "user_error", "the disk is full", exit_code=2))
     write_record(tmp_path / RANK_RECORDS, record(1, "silent"))
-    conclude(tmp_path, Ending(code=2, codes=[2, 255], times=[60.0, 120.0], forced={1}), over_ssh(tmp_path), 2)
+    conclude(tmp_path, LaunchResult(code=2, codes=[2, 255], times=[60.0, 120.0], forced={1}), over_ssh(tmp_path), 2)
     assert cause(tmp_path)["message"] == "the disk is full"
 
 

@@ -6,7 +6,7 @@ from tiny import LABEL_SETS, VOCABULARY, tiny_objective, tiny_run
 from transformers import ViTConfig, ViTModel
 
 from m3i_scale.objective.build import build_objective, momentum_pairs
-from m3i_scale.objective.whole import move_averages, start_weights
+from m3i_scale.objective.start_weights import move_averages, start_weights
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
