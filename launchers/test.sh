@@ -3,7 +3,7 @@
 #
 #   bash launchers/test.sh [--all] [pytest argument …]
 #
-# --all: the tests of benchmarks/ too, which are left out otherwise. Where no file is named, two files run at a time: first
+# --all: those too that take minutes (benchmarks, compiler). Where no file is named, two files run at a time: first
 # those that compute, then those that measure silence and time-outs. test-report*.xml (JUnit) stay.
 # Exit code: pytest's; 1 where all tests pass but lint, pages or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail

@@ -1,10 +1,12 @@
-"""Compile for an H100 without having one: Inductor's kernels become machine code (sm_90), and none is started."""
+"""Compile for an H100 without a GPU: Inductor's kernels become machine code (sm_90), and none is started."""
 
 from __future__ import annotations
 
 import copy
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,29 +16,31 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.runtime import triton_helpers
 from triton.backends.compiler import GPUTarget
 
+torch_compile = torch.compile
 _TARGET = GPUTarget("cuda", 90, 32)
-_PROPERTIES = types.SimpleNamespace(
-    name="H100 80GB HBM3",
-    total_memory=80 * 2**30,
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    warp_size=32,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    shared_memory_per_block=48 * 2**10,
-    shared_memory_per_block_optin=227 * 2**10,
-    shared_memory_per_multiprocessor=228 * 2**10,
-    L2_cache_size=50 * 2**20,
-    gcnArchName="",
-)
-
 load_kernel = async_compile._load_triton_kernel_from_source
+_kernels: dict[str, Any] = {}
+"""By source code."""
 
-asked_for: list[str] = []
-"""Names of kernels, as often as a graph asked for one."""
-_compiled: dict[str, Any] = {}
+
+@dataclass
+class Graph:
+    """A graph that was compiled."""
+
+    layer: str
+    is_backward: bool
+    outputs: int
+    """Of a forward graph, results and tensors that are saved for the backward graph."""
+    kernels: int = 0
+
+
+graphs: list[Graph] = []
+"""In the order in which they were compiled."""
+
+
+def clear() -> None:
+    """Forget compiled kernels."""
+    _kernels.clear()
 
 
 class _Driver:
@@ -53,46 +57,51 @@ class _Driver:
 
 def _compile_kernel(_: Any, name: str, source: str, device_str: str = "cuda") -> Any:
     """Stand for `AsyncCompile.triton`: compile the first configuration that autotuning would try."""
-    asked_for.append(name)
-    if source not in _compiled:
+    graphs[-1].kernels += 1
+    if source not in _kernels:
         kernel = load_kernel(name, source)
         binary = kernel._precompile_config(kernel.configs[0]).kernel
         assert binary.metadata.target == _TARGET
         assert binary.asm["cubin"]
-        _compiled[source] = kernel
-    return _compiled[source]
+        _kernels[source] = kernel
+    return _kernels[source]
 
 
-def _lower(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[[list[Any]], Any]:
-    """Compile a graph, and return what runs it as it was, on fake tensors."""
+def _lower(layer: str, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[[list[Any]], Any]:
+    """Compile a graph, and return a function that runs the original graph on fake tensors."""
+    (results,) = graph.graph.find_nodes(op="output")[0].args
+    graphs.append(Graph(layer, bool(options.get("is_backward")), len(results)))
     compile_fx_inner(copy.deepcopy(graph), inputs, **options)
 
-    def run(given: list[Any]) -> Any:
-        result = graph(*given)
-        given.clear()
+    def run(arguments: list[Any]) -> Any:
+        result = graph(*arguments)
+        arguments.clear()
         return result
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 
-def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Be a backend of `torch.compile`: Inductor up to its machine code."""
-    return compile_fx(graph, inputs, inner_compile=_lower)
+def compile_function(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Stand for `torch.compile`: compile a method of a layer with Inductor down to machine code."""
+    layer = function.__qualname__.partition(".")[0]
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        return compile_fx(graph, inputs, inner_compile=partial(_lower, layer))
+
+    return torch_compile(function, backend=backend, **options)
 
 
 def install() -> None:
-    """Replace what asks for a card, for the rest of the process. Call it after `device_api.install`."""
+    """Replace what asks for a GPU, for the rest of the process. Call it after `device_api.install`."""
     triton.runtime.driver.set_active(_Driver())
     triton_helpers.set_driver_to_gpu = lambda: None
-    torch.cuda._get_device_properties = lambda device=None: _PROPERTIES  # type: ignore[attr-defined]
-    torch.cuda.get_device_properties = lambda device=None: _PROPERTIES  # type: ignore[assignment]
     torch.cuda._exchange_device = lambda device: 0
-    torch.cuda._maybe_exchange_device = lambda device: 0  # a function of its own: the compiler keeps rules by function
+    torch.cuda._maybe_exchange_device = lambda device: 0  # a separate function: Dynamo registers rules by function
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
     async_compile.AsyncCompile.triton = _compile_kernel  # type: ignore[method-assign, assignment]
-    config.use_static_cuda_launcher = False
+    config.use_static_cuda_launcher = False  # it keeps no metadata
     config.compile_threads = 1
     config.fx_graph_cache = False  # it would skip the kernels
-    config.joint_graph_constant_folding = False  # computes with real tensors
-    config.shape_padding = False  # measures kernels
+    config.joint_graph_constant_folding = False  # it computes with real tensors
+    config.shape_padding = False  # it measures kernels

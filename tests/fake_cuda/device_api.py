@@ -19,6 +19,13 @@ _BYTES = 80 * 2**30
 
 class _Properties:
     total_memory, name, major, minor, uuid, multi_processor_count = _BYTES, "H100 80GB HBM3", 9, 0, "GPU-0", 132
+    warp_size, max_threads_per_block, max_threads_per_multi_processor = 32, 1024, 2048
+    regs_per_multiprocessor, L2_cache_size, gcnArchName = 65536, 50 * 2**20, ""
+    shared_memory_per_block, shared_memory_per_block_optin, shared_memory_per_multiprocessor = (
+        48 * 2**10,
+        227 * 2**10,
+        228 * 2**10,
+    )
 
 
 class _StreamContext:
@@ -57,7 +64,7 @@ def _answering(value: Any) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Replace them for the rest of the process. Call it before DeepSpeed is imported."""
+    """Replace them for the rest of the process. Call it before DeepSpeed's accelerator is chosen."""
     numbers = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "initial_seed")
     nothing = ("set_device", "init", "reset_peak_memory_stats", "empty_cache", "set_rng_state", "manual_seed")
     replaced: dict[str, Any] = {
@@ -75,6 +82,7 @@ def install() -> None:
         "mem_get_info": lambda device=None: (_BYTES, _BYTES),
         "memory_stats": lambda device=None: {},
         "get_device_properties": lambda device=None: _Properties(),
+        "_get_device_properties": lambda device=None: _Properties(),
         "get_device_name": lambda device=None: _Properties.name,
         "get_device_capability": lambda device=None: (_Properties.major, _Properties.minor),
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),

@@ -71,9 +71,12 @@ def storage_of(tensor: Tensor) -> Storage:
 
 
 def is_on_device(tensor: Tensor) -> bool:
-    """Return whether a tensor lies on the GPU. A fake one would answer `is_cuda` by an operation of its own."""
+    """Return whether a tensor is on the GPU.
+
+    Reads `fake_device`, because `is_cuda` of a fake tensor dispatches an operation.
+    """
     device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-    return device.type != "cpu"
+    return device.type == "cuda"
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
@@ -173,7 +176,7 @@ def _over(last: _Access, clock: Clock) -> bool:
 
 def pin(tensor: Tensor) -> Tensor:
     """Stand for `Tensor.pin_memory`."""
-    if is_on_device(tensor) or storage_of(tensor).pinned:
+    if tensor.device.type != "cpu" or storage_of(tensor).pinned:
         return tensor
     copy = torch.empty_like(tensor)
     copy.copy_(tensor)
@@ -183,4 +186,4 @@ def pin(tensor: Tensor) -> Tensor:
 
 def is_pinned(tensor: Tensor) -> bool:
     """Stand for `Tensor.is_pinned`."""
-    return not is_on_device(tensor) and storage_of(tensor).pinned
+    return tensor.device.type == "cpu" and storage_of(tensor).pinned

@@ -1,4 +1,4 @@
-"""Run a program of this folder with an idle GPU in torch."""
+"""Run a program of this folder with the fake-CUDA library."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,20 @@ from launch import ROOT, environment
 from torch.utils.cpp_extension import library_paths
 
 
-def run_preloaded(program: str, **variables: str) -> dict[str, Any]:
-    """Return what it prints last, a JSON document."""
+def run_preloaded(program: str, paths: Sequence[Path] = (), **variables: str) -> dict[str, Any]:
+    """Run a program and return the JSON of its last line.
+
+    Args:
+        program: a file of this folder.
+        paths: more folders to import from.
+        variables: environment variables.
+    """
     preloaded = {"LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": os.pathsep.join(library_paths())}
+    inherited = environment(**preloaded, **variables)
+    inherited["PYTHONPATH"] = os.pathsep.join([inherited["PYTHONPATH"], *map(str, paths)])
     command = [sys.executable, str(Path(__file__).with_name(program))]
-    variables = environment(**preloaded, **variables)
-    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=inherited, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return printed
+    assert done.stdout, done.stderr[-4000:]
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return document

@@ -1,23 +1,31 @@
-"""Install Triton into a folder of its own: torch for CPUs has none, and DeepSpeed would use it if it were there."""
+"""Install Triton into a separate folder: torch for CPUs has none, and DeepSpeed uses Triton if it can import it."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-VERSION = "3.7.1"
-"""That of torch 2.13 for CUDA."""
+import torch
+from filelock import FileLock
+
+VERSIONS = {"2.13": "3.7.1"}
+"""The Triton that torch for CUDA requires, by torch version."""
 
 
 def install() -> Path:
-    """Return the folder with the package, which is downloaded once."""
+    """Return the folder with the package. It is downloaded once per Python version."""
+    version = VERSIONS[".".join(torch.__version__.split(".")[:2])]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(__file__).parents[2] / ".venv" / "torch_extensions"))
-    folder = root / "triton" / VERSION
-    if not folder.exists():
-        half = folder.with_suffix(f".{os.getpid()}")
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(half)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, f"triton=={VERSION}"], check=True)
-        half.rename(folder)
+    folder = root / "triton" / f"{version}-{sys.implementation.cache_tag}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                target = Path(temporary) / "site"
+                options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(target)]
+                subprocess.run([sys.executable, "-m", "pip", "install", *options, f"triton=={version}"], check=True)
+                target.rename(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Runs of a comparison can be told apart by their colors, in both color schemes."""
+"""Colors of runs are distinguishable for normal color vision, and readable, in both color schemes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ import m3i_scale.report
 SCRIPT = Path(m3i_scale.report.__file__).with_name("templates") / "report.js"
 
 
+def palette(scheme: str) -> list[str]:
+    (listed,) = re.findall(rf"^    {scheme}: \[(.*)\]", SCRIPT.read_text(), re.MULTILINE)
+    return re.findall(r"#[0-9a-f]{6}", listed)
+
+
+def linear(color: str) -> list[float]:
+    """Red, green and blue of sRGB as intensities."""
+    levels = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    return [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels]
+
+
 def oklab(color: str) -> tuple[float, ...]:
     """A color in OKLab (Ottosson, 2020), in which distances are those that are seen: 1 from black to white."""
-    levels = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels)
+    red, green, blue = linear(color)
     long = (0.4122214708 * red + 0.5363325363 * green + 0.0514459929 * blue) ** (1 / 3)
     medium = (0.2119034982 * red + 0.6806995451 * green + 0.1073969566 * blue) ** (1 / 3)
     short = (0.0883024619 * red + 0.2817188376 * green + 0.6299787005 * blue) ** (1 / 3)
@@ -30,8 +40,20 @@ def oklab(color: str) -> tuple[float, ...]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_any_two_colors_are_apart(scheme: str) -> None:
-    (listed,) = re.findall(rf"^    {scheme}: \[(.*)\]", SCRIPT.read_text(), re.MULTILINE)
-    colors = re.findall(r"#[0-9a-f]{6}", listed)
+    colors = palette(scheme)
     assert len(colors) == 10
     closest = min(itertools.combinations(colors, 2), key=lambda pair: math.dist(*map(oklab, pair)))
     assert math.dist(*map(oklab, closest)) > 0.12, closest
+
+
+def luminance(color: str) -> float:
+    """The relative luminance of WCAG 2."""
+    return sum(part * level for part, level in zip((0.2126, 0.7152, 0.0722), linear(color), strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "card"), [("light", "#ffffff"), ("dark", "#191f27")])
+def test_every_color_has_the_contrast_of_graphics(scheme: str, card: str) -> None:
+    assert f"--card: {card}" in SCRIPT.with_name("report.css").read_text()
+    for color in palette(scheme):
+        low, high = sorted([luminance(color), luminance(card)])
+        assert (high + 0.05) / (low + 0.05) >= 3, color
