@@ -20,9 +20,6 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
     Args:
         place: as it was written.
         where: names the setting or the option in errors.
-
-    Raises:
-        ConfigError: the place is an address, or has a variable or the home of an unknown user in it.
     """
     text = os.fspath(place)
     if (scheme := _ADDRESS.match(text)) is not None:
@@ -51,11 +48,7 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
 
 
 def check_destination(place: str | Path, where: str | None = None) -> Path:
-    """Return `local_path`; refuse a shard, and a folder that holds shards.
-
-    Raises:
-        ConfigError: what is written would lie among training data or replace it; or see `local_path`.
-    """
+    """Return `local_path`; refuse a shard, and a folder that holds shards."""
     path = local_path(place, where)
     shard = _shard_at(path)
     if shard is not None:

@@ -129,12 +129,7 @@ class Faults:
         return None
 
     def end(self) -> None:
-        """Raise what was found.
-
-        Raises:
-            UserError: the one fault that was found.
-            FaultsError: several.
-        """
+        """Raise what was found."""
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:

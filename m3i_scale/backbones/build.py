@@ -24,12 +24,7 @@ _DERIVED = ("stage_names", "out_features", "out_indices", "_out_features", "_out
 
 
 def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> VisionConfig:
-    """Return the `transformers` configuration of a backbone section.
-
-    Raises:
-        ConfigError: unknown preset or field, another model type than those here, a field that contradicts the weights
-            to start from, a patch size that does not divide the image, heads that do not divide the width.
-    """
+    """Return the `transformers` configuration of a backbone section."""
     if backbone.from_pretrained is not None:
         config = _pretrained_config(backbone, where)
     else:
@@ -50,11 +45,7 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
 
 
 def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source:
-    """Return the weights that a backbone section starts from.
-
-    Raises:
-        ConfigError: there are none such, or no backbone here is their architecture.
-    """
+    """Return the weights that a backbone section starts from."""
     return find_source(backbone.from_pretrained or "", backbone.config, f"{where}.from_pretrained")
 
 
@@ -96,11 +87,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
 
 
 def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> None:
-    """Set a field of a `transformers` configuration, and refuse values with which its model would compute nonsense.
-
-    Raises:
-        ConfigError: names the field.
-    """
+    """Set a field of a `transformers` configuration, and refuse values with which its model would compute nonsense."""
     before, place = getattr(config, key), f"{where}.{key}: {value!r}"
     number = isinstance(before, int | float) and not isinstance(before, bool)
     if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):  # null: the family's default

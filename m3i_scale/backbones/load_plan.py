@@ -56,11 +56,7 @@ class LoadPlan:
         return [take.name for take in self.takes]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the values, one parameter at a time; one file is open at a time.
-
-        Raises:
-            ConfigError: a file cannot be read, or holds anything but floating-point numbers.
-        """
+        """Yield the values, one parameter at a time; one file is open at a time."""
         for path in dict.fromkeys(take.file for take in self.takes):
             here = [take for take in self.takes if take.file == path]
             if path is None:
@@ -159,9 +155,6 @@ def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_
         source: the weights.
         config: of the backbone.
         where: the key that names the source.
-
-    Raises:
-        ConfigError: a weight is missing, has another shape or finds no place.
     """
     kind, options = vision_class(config)
     with torch.device("meta"):

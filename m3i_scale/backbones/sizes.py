@@ -12,11 +12,7 @@ SIZES = Path(__file__).with_name("sizes.json")
 
 
 def describe_presets(names: list[str]) -> list[dict[str, Any]]:
-    """Return what `describe_backbone` gives for the named presets; for all of them where none is named.
-
-    Raises:
-        ConfigError: no such preset.
-    """
+    """Return what `describe_backbone` gives for the named presets; for all of them where none is named."""
     rows = {row["name"]: row for row in read_json(SIZES)}
     for name in names:
         if name not in rows:

@@ -478,10 +478,6 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
         name_or_path: the run file, or the name of a built-in one.
         overrides: `section.key=value`.
         values: what `run_values` gave for both, where it has been asked.
-
-    Raises:
-        ConfigError: unreadable YAML, an unknown key, a value of the wrong type, or a cycle of `extends`; a FaultsError
-            where that are several things.
     """
     if values is None:
         values = run_values(name_or_path, overrides)

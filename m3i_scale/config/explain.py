@@ -115,9 +115,6 @@ def parse_section(
         below: the key of the run file that holds the section.
         stored: they are of a training that is over (see `is_stored`).
         imports: modules of the user's own classes may be imported (see `may_import`).
-
-    Raises:
-        ConfigError: what does not hold together; a FaultsError where that are several things.
     """
     try:
         return kind.model_validate(values, context={"stored": stored, "imports": imports})

@@ -40,11 +40,7 @@ def known_recipes() -> dict[str, Path]:
 
 
 def find_run_file(name_or_path: str) -> Path:
-    """Return the path of a built-in name (`m3i`) or of a file.
-
-    Raises:
-        ConfigError: neither exists.
-    """
+    """Return the path of a built-in name (`m3i`) or of a file."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -59,12 +55,7 @@ def find_run_file(name_or_path: str) -> Path:
 
 
 def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Return what a run file says, `extends` and `key=value` overrides applied, and nothing else checked.
-
-    Raises:
-        ConfigError: unreadable YAML, a key that stands twice, overrides that are none, a cycle of `extends`, or targets
-            of the old form on a head whose memory has moved.
-    """
+    """Return what a run file says, `extends` and `key=value` overrides applied, and nothing else checked."""
     if isinstance(overrides, str):  # its letters would be overrides
         raise ConfigError(
             f"overrides must be a list, got '{quoted(overrides)}'", where="load_run", fix=f'["{quoted(overrides)}"]'
@@ -108,11 +99,7 @@ def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_memories(values: dict[str, Any], memories: dict[str, dict[str, Any]], path: Path) -> None:
-    """Refuse targets without kind on a head that remembered when they were written, and of which nothing says it now.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Reject targets without `kind` whose head had a memory in the file they come from, and has none now."""
     for number, target in enumerate(_targets(values)):
         name = target.get("head")
         if "modality" not in target or "kind" in target or not isinstance(name, str) or name not in memories:

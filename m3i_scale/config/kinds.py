@@ -144,11 +144,7 @@ def import_module(module: str) -> None:
 
 
 def import_given(modules: Sequence[str] | None) -> None:
-    """Import the modules that a user names, which runs their code.
-
-    Raises:
-        ConfigError: one cannot be imported.
-    """
+    """Import the modules that a user names, which runs their code."""
     for module in modules or ():
         try:
             import_module(module)

@@ -41,11 +41,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a YAML mapping.
-
-    Raises:
-        ConfigError: no such file, not YAML, a key that stands twice, aliases that multiply, or not a mapping.
-    """
+    """Return a YAML mapping."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:

@@ -99,9 +99,6 @@ class BoxForms:
 
         Args:
             where: names the boxes in errors.
-
-        Raises:
-            DataError: most boxes are normalized, or agree better with another form.
         """
         for is_form, form, evidence in self._candidates():
             if is_form:

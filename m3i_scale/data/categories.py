@@ -60,9 +60,6 @@ def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
         rows: what was read.
         where: names the file in errors.
         lvis: whether every category has a frequency and a number of images.
-
-    Raises:
-        DataError: they are none, or an id stands twice.
     """
     if not isinstance(rows, list) or not rows:
         raise DataError("there are no categories", where=where, fix="`categories` is a list of {id, name}")
@@ -99,9 +96,6 @@ def categories_beside(folder: Address, whose: str = "", access: Access | None = 
         folder: of the shards.
         whose: names the source in errors.
         access: how servers are asked.
-
-    Raises:
-        DataError: the file is broken.
     """
     path = folder / CATEGORIES
     value = read_sidecar(path, whose, access)

@@ -23,11 +23,7 @@ _UNSIGNED = 1
 
 
 def check_header(image: Image.Image, value_range: ValueRange | None, where: str) -> None:
-    """Check, before an image is decoded, that there is a rule by which its values become eight bits of three channels.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Check, before decoding, that the image can be converted to 8-bit RGB."""
     channels = _tag(image, _SAMPLES_PER_PIXEL, 1)
     if channels > len(image.getbands()):
         raise DataError(
@@ -69,11 +65,7 @@ def check_header(image: Image.Image, value_range: ValueRange | None, where: str)
 
 
 def check_values(image: Image.Image, where: str) -> None:
-    """Check the values of a decoded image whose header has passed.
-
-    Raises:
-        DataError: some are no finite numbers, or beyond what Pillow reads.
-    """
+    """Check the values of a decoded image whose header has passed."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise DataError("the image has values that are no finite numbers", where=where, fix="replace them")
     unsigned = image.format == "TIFF" and _tag(image, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED

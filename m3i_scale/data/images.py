@@ -81,10 +81,6 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
         data: of a file in one of `READ_FORMATS`.
         where: names it in errors.
         value_range: grey values of more than eight bits that become black and white; the image has to have such.
-
-    Raises:
-        DataError: they do not decode, are more pixels than training takes, or there is no rule by which their values
-            become eight bits.
     """
     try:
         with open_any_size(io.BytesIO(data)) as image:
@@ -120,9 +116,6 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
 
     Returns:
         Its pixels by value.
-
-    Raises:
-        DataError: they are not.
     """
     fault, counts = mask_fault(data), Counter[int]()
     try:

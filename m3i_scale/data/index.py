@@ -21,11 +21,7 @@ WAIT_TIMEOUT_S = 3_600.0
 
 
 def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[ShardIndex]:
-    """Scan shards and save their indices as `folder/<shard>.npz`, and beside them which categories their samples have.
-
-    Raises:
-        DataError: see `scan_shard`; the folder cannot be written.
-    """
+    """Scan shards and save their indices and the class of each sample in `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:
@@ -58,9 +54,6 @@ def load_index(
         rank: this process.
         wait_timeout_s: how long to wait.
         access: how remote shards are read.
-
-    Raises:
-        DataError: see `scan_stream`; rank 0 did not deliver in time; a remote shard that was replaced, or is not read.
     """
     indices: dict[Address, ShardIndex] = {}
     remote = [path for path in shards if isinstance(path, Url)]
@@ -86,11 +79,7 @@ def load_index(
 
 
 def index_beside(path: Path) -> ShardIndex | None:
-    """Return the index in `index/` beside a shard; None where there is none, or the shard has changed since.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return the index in `index/` beside a shard; None where there is none, or the shard has changed since."""
     return load_saved(path, path.parent / "index" / f"{path.name}.npz")
 
 

@@ -81,22 +81,14 @@ class Instances:
         return np.flatnonzero((corners_N4[:, 2:] > corners_N4[:, :2]).all(axis=1) & ~self.crowds_N)
 
     def rle(self, number: int) -> Rle | None:
-        """Return the mask of an instance, compressed; None where it is a box alone.
-
-        Raises:
-            ConfigError: it is of polygons, and the library that draws them is missing.
-        """
+        """Return the mask of an instance, compressed; None where it is a box alone."""
         segmentation = self.segmentations[number]
         if segmentation is None or isinstance(segmentation, dict):
             return segmentation
         return self._drawn(segmentation)
 
     def mask(self, number: int) -> NDArray[np.uint8] | None:
-        """Return the mask (H, W) of an instance, 1 inside; None where it is a box alone.
-
-        Raises:
-            ConfigError: see `rle`.
-        """
+        """Return the mask (H, W) of an instance, 1 inside; None where it is a box alone."""
         segmentation = self.rle(number)
         if segmentation is None:
             return None

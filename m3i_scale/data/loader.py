@@ -174,10 +174,6 @@ class TrainStream:
 
         What workers prepared for an earlier iterator is dropped. Ends before the first batch that cannot be whole;
         other ranks may have one more.
-
-        Raises:
-            DataError: too many bad samples, a shard that cannot be read any more, no sample for `stall_timeout_s`, or
-                a worker that was killed.
         """
         self._reached = {}
         states = {stream: state.to_json() for stream, state in self._states.items()}

@@ -38,9 +38,6 @@ def check_class_pixels(
         where: names the masks in errors.
         least: classes that must have a pixel: all for training, two for training on a subset; see `least_to_evaluate`.
         first: the value of the first class in the files of the user.
-
-    Raises:
-        DataError: fewer classes have pixels.
     """
     missing = missing_classes(counts, names)
     present = len(names) - len(missing)

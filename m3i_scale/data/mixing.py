@@ -33,11 +33,7 @@ def weight_at(weight: Weight, samples: int) -> float:
 
 
 def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.sources") -> None:
-    """Check that some source has a weight at all times.
-
-    Raises:
-        ConfigError: none has, or there is no source.
-    """
+    """Check that some source has a weight at all times."""
     if not sources:
         raise ConfigError("the run has no data", where=where, fix=f"{where}.main.shards=/data/shards/train")
     weights = [source.weight for source in sources.values()]
@@ -53,11 +49,7 @@ def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.source
 
 
 def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) -> None:
-    """Check that ranks, streams, workers and micro-batch fit, before anything is read.
-
-    Raises:
-        ConfigError: they do not; the message names values that do.
-    """
+    """Check that ranks, streams, workers and micro-batch fit, before anything is read."""
     if data.streams % world_size:
         raise ConfigError(
             f"{data.streams} streams cannot be shared out evenly over {world_size} ranks",

@@ -199,11 +199,7 @@ def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def choice(option: str, value: str, kind: Any) -> Any:
-    """Return an option's value, which has to be one of a `Literal`.
-
-    Raises:
-        ConfigError: another one.
-    """
+    """Return an option's value, which has to be one of a `Literal`."""
     if value not in get_args(kind):
         raise ConfigError(f"{option} {value}", fix=f"one of {', '.join(get_args(kind))}")
     return value

@@ -46,9 +46,6 @@ def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) 
         sizes: samples per shard, in the order of `shard_order`.
         streams: number of streams that are to share the samples.
         where: the source, for the error.
-
-    Raises:
-        DataError: fewer samples than streams.
     """
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     if ends[-1] < streams:

@@ -214,9 +214,6 @@ class PartWorkers:
         Args:
             states: of all streams.
             rank: named where a worker gives nothing.
-
-        Raises:
-            DataError: no sample, or no end of the iteration before, for `data.stall_timeout_s`.
         """
         with self._held(rank):
             iteration = self._orders.begin(states)

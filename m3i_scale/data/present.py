@@ -86,9 +86,6 @@ def load_present(index: ShardIndex, access: Access | None = None) -> AvailableFi
     Args:
         index: of the shard.
         access: how servers are asked.
-
-    Raises:
-        DataError: nothing says so, or it is of another shard, or broken.
     """
     path = index.path.parent / "index" / file_of(index.path.name)
     try:

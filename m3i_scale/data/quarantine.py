@@ -44,11 +44,7 @@ class Quarantine:
         self._read(set(counted))
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add the lines that are not in the file yet.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Add the lines that are not in the file yet."""
         new = [entry for entry in entries if _digest(entry) not in self._known]
         if not new or self.path is None:
             self._count(new)

@@ -61,9 +61,6 @@ def repeats_of(
         seed: of this (run, source).
         where: names the source in errors.
         access: how servers are asked.
-
-    Raises:
-        DataError: no sample has an object, or nothing says which categories samples have.
     """
     if threshold is None:
         return None

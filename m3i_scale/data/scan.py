@@ -70,11 +70,7 @@ class ShardIndex:
 
 
 def scan_shard(path: Path) -> ShardIndex:
-    """Return the index of a shard on this host, from all headers of its tar.
-
-    Raises:
-        DataError: see `scan_stream`; the file cannot be read.
-    """
+    """Return the index of a shard on this host, from all headers of its tar."""
     facts = _stat(path)
     try:
         with path.open("rb") as stream:
@@ -160,11 +156,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_saved(path: Address, saved: Path) -> ShardIndex | None:
-    """Load a saved index; None where there is none, or the (local) shard has changed since.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Load a saved index; None where there is none, or the (local) shard has changed since."""
     if not saved.is_file():
         return None
     try:

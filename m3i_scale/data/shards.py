@@ -37,9 +37,6 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
         shards: the `shards` value of a source.
         where: names the value in errors.
         access: how servers are asked.
-
-    Raises:
-        DataError: nothing there, a pattern that is broken, a shard that is missing or named twice.
     """
     if is_remote(shards):
         return _expand_remote(shards, where, access)
@@ -65,11 +62,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
-    """Check that there are shards where a source says so; of those at addresses the first is asked for.
-
-    Raises:
-        DataError: see `expand_shards`; or the server does not have the first one.
-    """
+    """Check that there are shards where a source says so; of those at addresses the first is asked for."""
     if shards.startswith("pipe:"):  # a command, which is not run to see what it gives
         return
     first = expand_shards(shards, where, access)[0]
@@ -87,11 +80,7 @@ def require_shards(shards: str, where: str, access: Access | None = None) -> Non
 
 
 def local_shards(shards: str, where: str = "shards") -> list[Path]:
-    """Return shards on paths of this host; see `expand_shards`.
-
-    Raises:
-        DataError: as there, and where they lie elsewhere.
-    """
+    """Return shards on paths of this host; see `expand_shards`."""
     if is_remote(shards):
         raise DataError(
             "this needs shards on a path of this host",
@@ -144,9 +133,6 @@ def read_label_sets(
         sources: that have the sets.
         access: how servers are asked.
         file: LABELS, MASK_LABELS or CATEGORIES.
-
-    Raises:
-        DataError: a broken file, or two different ones for one label set.
     """
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
@@ -192,9 +178,6 @@ def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
     Args:
         folder: of the shards.
         file: LABELS, MASK_LABELS or CATEGORIES.
-
-    Raises:
-        DataError: it is broken.
     """
     return _read_labels(folder / file)
 
@@ -206,9 +189,6 @@ def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -
         names: in the order of their numbers.
         where: names their file in errors.
         most: how many there may be.
-
-    Raises:
-        ConfigError: too few or too many, or a name twice.
     """
     if not 2 <= len(names) <= most:
         raise ConfigError(f"there are {len(names)} classes, and a pixel is one of 2 to {most}", where=where)
@@ -239,9 +219,6 @@ def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -
         path: of the file.
         whose: names the source in errors.
         access: how servers are asked.
-
-    Raises:
-        DataError: it cannot be read, or says nothing.
     """
     try:
         value = json.loads(read_file(path, access).decode("utf-8"))

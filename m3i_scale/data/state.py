@@ -125,11 +125,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_format(state: Mapping[str, Any]) -> None:
-    """Refuse a state that has another format, since another version wrote it.
-
-    Raises:
-        DataError: another format.
-    """
+    """Refuse a state that has another format, since another version wrote it."""
     if state.get("format") != STATE_FORMAT:
         raise DataError(
             f"unknown format of the data state: {state.get('format')}, this version reads {STATE_FORMAT}",
@@ -140,11 +136,7 @@ def check_format(state: Mapping[str, Any]) -> None:
 
 
 def check_order(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Refuse another seed, another number of streams or other windows.
-
-    Raises:
-        DataError: names what was and what is.
-    """
+    """Refuse another seed, another number of streams or other windows."""
     different = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
     if different:
         raise DataError(
@@ -172,9 +164,6 @@ def accept_changes(
         present: fingerprints as they are.
         here: shards as they are, by source.
         named: data.changed_sources.
-
-    Raises:
-        DataError: sources differ and are not named, or are named and do not differ.
     """
     differences = changes(state["sources"], present, state["listings"], here)
     past = state["changes"]

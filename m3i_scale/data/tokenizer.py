@@ -87,9 +87,6 @@ def find_tokenizer(
         sources: training sources; `tokenizer/` is looked for in the shard folder and in its parent.
         configured: a folder or a Hub id (`text.tokenizer`), or None.
         access: how servers are asked.
-
-    Raises:
-        ConfigError: there is none, it cannot be loaded, or it has no padding token.
     """
     if configured is not None:
         return _load(configured, "text.tokenizer")
@@ -111,11 +108,7 @@ def find_tokenizer(
 
 
 def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that special tokens say where a text begins and ends: what is predicted token by token needs both.
-
-    Raises:
-        ConfigError: one of them is missing.
-    """
+    """Check that special tokens say where a text begins and ends: what is predicted token by token needs both."""
     ends, text = (tokenizer(given)["input_ids"] for given in ("", "a"))
     if len(ends) < 2 or (ends[0], ends[-1]) != (text[0], text[-1]):
         raise ConfigError(
@@ -171,11 +164,7 @@ def _load_beside(place: Address, source: str, access: Access | None) -> PreTrain
 
 
 def _copy_files(remote: Url, folder: Path, source: str, access: Access | None) -> bool:
-    """Copy a remote tokenizer; return whether there is one.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Copy a remote tokenizer; return whether there is one."""
     for name in TOKENIZER_FILES:
         try:
             data = read_file(remote / name, access)

@@ -80,11 +80,7 @@ class DeathWatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let the code inside wait for workers, and end the wait when one of them dies.
-
-        Raises:
-            LostWorkerError: a worker was killed.
-        """
+        """Let the code inside wait for workers, and end the wait when one of them dies."""
         _WAITING.append(self)
         try:
             self._check_worker(None)
@@ -169,11 +165,7 @@ def _sweep_temporary_folders() -> None:
 
 
 def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """Do as `map` does, in `workers` processes; at most two tasks a process are under way or wait to be taken.
-
-    Raises:
-        DataError: a process died.
-    """
+    """Do as `map` does, in `workers` processes; at most two tasks a process are under way or wait to be taken."""
     if workers <= 1 or (isinstance(tasks, Sized) and len(tasks) <= 1):
         yield from map(function, tasks)
         return

@@ -26,10 +26,6 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
     Args:
         given: the annotation file for training, beside which that for evaluation may lie; or a folder of both.
         skip_bad: images with a fault are left out when shards are made.
-
-    Raises:
-        ConfigError: no annotation file, several for training, or no object in it.
-        DataError: a file is none of COCO or LVIS, categories differ between the two, or an image has a fault.
     """
     train, evaluated = _find_annotations(given) if given.is_file() else _in_folder(given)
     files = {TRAIN: train} | ({} if evaluated is None else {split_of(evaluated) or "": evaluated})

@@ -115,10 +115,6 @@ def check_contents(data: Labelled, file: str, tell: Callable[[str], None]) -> No
         data: in shards.
         file: names the classes beside the shards: LABELS, MASK_LABELS or CATEGORIES.
         tell: prints a line for people.
-
-    Raises:
-        DataError: masks without enough classes, or boxes of another form.
-        ConfigError: one class has all labels, or too many images for evaluation are training images.
     """
     train = local_shards(str(data.train), "--data")
     evaluated = [] if data.validation is None else local_shards(str(data.validation), "--data")

@@ -37,9 +37,6 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
     Args:
         run: the run file.
         model: the configuration of its backbone.
-
-    Raises:
-        ConfigError: names the field.
     """
     task, family = run.task, family_of(model)
     if task is None:
@@ -160,9 +157,6 @@ def check_stage(run: RunConfig, engine: dict[str, Any]) -> None:
     Args:
         run: the run file.
         engine: its DeepSpeed file, filled in.
-
-    Raises:
-        ConfigError: a detector would be trained by stage 3.
     """
     if isinstance(run.task, Detection) and engine.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
@@ -180,9 +174,6 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
     Args:
         task: of the run.
         label_sets: class names by label set, over all training sources.
-
-    Raises:
-        ConfigError: there is none, or there are several.
     """
     if isinstance(task, Segmentation) and label_sets:  # a source without is told of by itself
         _check_mask_labels(label_sets)
@@ -211,9 +202,6 @@ def check_image_counts(task: Task | None, counts: list[int] | None) -> None:
     Args:
         task: of the run.
         counts: by category; None: the sources do not say so.
-
-    Raises:
-        ConfigError: it does not.
     """
     head = task.head if isinstance(task, Detection) else None
     if isinstance(head, MaskRcnn) and head.federated_classes is not None and counts is None:

@@ -93,9 +93,6 @@ class Labelled:
         Args:
             tell: prints a line for people.
             skip_bad: leave out images that cannot be used, and list them.
-
-        Raises:
-            DataError: an image that cannot be used, and is not to be left out.
         """
         if self.source is None:
             return
@@ -132,11 +129,6 @@ def find_labelled(
         file: names classes beside shards, and says of what: of images, of pixels or of boxes.
         subset: of the images for training; None: all of them.
         skip_bad: whether images may lack a mask, masks an image, and images of an annotation file may have faults.
-
-    Raises:
-        ConfigError: no such kind, a class without images for training, classes that differ between splits, or shards
-            at `packed` of other data.
-        DataError: shards, a saved data set or annotation files that are damaged.
     """
     found = _find(folder, packed, cache, file, subset=subset, skip_bad=skip_bad)
     if file == LABELS and len(found.classes) < 2:
@@ -249,11 +241,7 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
 
 
 def _classes_beside(folder: Path, file: str) -> list[str]:
-    """Return what a file beside shards names.
-
-    Raises:
-        ConfigError: there is no such file, or its names cannot be those of pixels.
-    """
+    """Return what a file beside shards names."""
     classes = read_labels(folder, file)
     if not classes:
         makes = {

@@ -24,9 +24,6 @@ def random_start(start: str, folder: Path, seed: int) -> Path:
         start: an export, or what else `backbone.from_pretrained` names.
         folder: where the folder is made.
         seed: of the weights.
-
-    Raises:
-        ConfigError: there is no such export, or no backbone here has its architecture.
     """
     section = BackboneConfig(from_pretrained=start)
     config, source = backbone_config(section), backbone_source(section)

@@ -47,9 +47,6 @@ class Subset:
 
         Args:
             classes: by key.
-
-        Raises:
-            ConfigError: a class has too few images.
         """
         keys: dict[str, list[str]] = defaultdict(list)
         for key, name in classes.items():
@@ -113,10 +110,6 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
         train: a folder of shards.
         classes: of labels, of pixels or of boxes.
         file: which names them beside the shards: one of `MEMBERS`. Labels count where it is that of labels.
-
-    Raises:
-        ConfigError: a class has too few images.
-        DataError: a shard is damaged, or a label is none.
     """
     labels = classes if file == LABELS else []
     origins = [Origin(path) for path in local_shards(str(train), "--data")]

@@ -55,9 +55,6 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
 
     Args:
         places: folders of classes by split, that of training first.
-
-    Raises:
-        ConfigError: no folders of classes, a class without images for training, or classes that differ.
     """
     records: list[Record] = []
     classes: dict[str, list[str]] = {}
@@ -95,10 +92,6 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
         places: folders of images and of masks by split, that of training first.
         names: of the classes: a list from 0 on, or the table of ADE20k, where 0 in a mask is no class.
         skip_bad: images without mask, and masks without image, are left out when the shards are made.
-
-    Raises:
-        ConfigError: no names of classes.
-        DataError: no images, or a pair that is not whole.
     """
     reduce_zero_label = names.name == ADE_NAMES
     labels = read_mask_labels(names, reduce_zero_label=reduce_zero_label)
@@ -150,12 +143,7 @@ def _refuse_other_layouts(place: Path, names: list[str]) -> None:
 
 
 def saved_dataset(folder: Path) -> Unpacked:
-    """List the rows of a data set that Hugging Face's `save_to_disk` wrote.
-
-    Raises:
-        ConfigError: no classes, a class without images for training, or classes that differ.
-        DataError: it is damaged.
-    """
+    """List the rows of a data set that Hugging Face's `save_to_disk` wrote."""
     found = find_files(folder)
     there = {file.split.lower(): file.split for file in found if file.split is not None}
     train = next((there[name] for name in TRAINED if name in there), None)

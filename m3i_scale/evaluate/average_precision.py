@@ -49,9 +49,6 @@ def measure_detector(
         categories: of the set.
         clusters: of the images, in the order of `truths`.
         resamples: bootstrap draws.
-
-    Raises:
-        UserError: see `pair_by_image`.
     """
     detections = pair_by_image(truths, predictions, categories)
     drawn, intervals = clusters.take(detections.order), {}
@@ -81,9 +78,6 @@ def average_precision(
         APr, APc, APf (by frequency), of COCO class_agnostic_AP; AP of every class; and precision by recall, the mean
         over classes. None: there is no object to find. LVIS has no class-agnostic AP, since its images do not hold
         every object.
-
-    Raises:
-        UserError: see `pair_by_image`.
     """
     return _figures(pair_by_image(truths, predictions, categories))
 
@@ -99,9 +93,6 @@ def average_precision_of_ranks(
         truths: of this rank's images, of which no other rank has one.
         predictions: of this rank's images.
         categories: of the set, the same on all ranks.
-
-    Raises:
-        UserError: see `pair_by_image`; the same on all ranks.
     """
     parts = gather_objects((list(truths), list(predictions)))
 

@@ -160,9 +160,6 @@ def trained_heads(
         classes: of the test data.
         wants_text: whether the towers are asked for.
         wants_classifier: whether the classifier is asked for.
-
-    Raises:
-        ExportError: the towers are asked for and do not load.
     """
     classifier: Classifier | None = None
     no_classifier: str | None = None

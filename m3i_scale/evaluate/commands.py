@@ -70,13 +70,6 @@ def evaluate(
     Returns:
         One JSON-able document: model, data, measures, not_measured (with the reason), pictures where they are asked
         for, warnings.
-
-    Raises:
-        ExportError: the model folder does not load.
-        DataError: the shards cannot be read, training and test data are the same, nothing can be measured, or a sample
-            that is to be shown is not there.
-        ConfigError: an unknown measure, pool, baseline or device, a broken template, a folder that takes no pictures,
-            more samples than a picture shows, or an option without effect.
     """
     check_options(measures, (*MEASURES, SEGMENTER, DETECTOR), pool, batch_size)
     _check(baseline, overlays, overlay_count)
@@ -185,9 +178,6 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
         known: measures.
         pool: what stands for an image.
         batch_size: images in one forward pass; None: the default.
-
-    Raises:
-        ConfigError: there is no such thing.
     """
     for name in measures or ():
         _check_known(name, known, "measure")
@@ -212,11 +202,7 @@ def _check(baseline: str, overlays: Path | None, overlay_count: int | None) -> N
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of a name; `auto` is CUDA where there is one.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the device of a name; `auto` is CUDA where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

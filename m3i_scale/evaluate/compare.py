@@ -80,12 +80,6 @@ def compare(
     Returns:
         One JSON-able document: before, after, sets → data, general → measures → before, after, difference, change; and
         by set `title`, `alt` and `jpeg` of a picture, where one is asked for and can be drawn.
-
-    Raises:
-        ConfigError: no such model, measure, pool or device, the same samples as data and general, or a segmenter or
-            detector.
-        ExportError: a model does not load.
-        DataError: shards that cannot be read, or are those of training and of test; or nothing can be measured.
     """
     check_options(measures, COMPARED, pool, batch_size)
     where, asked = device_of(device), measures or COMPARED
@@ -142,11 +136,7 @@ def _folder(source: Path | str, role: str) -> Path:
 
 
 def _open(folder: str, name: str) -> _Set:
-    """Return the tables of a folder with `train` and `val`.
-
-    Raises:
-        DataError: there is no such folder, or it is one split.
-    """
+    """Return the tables of a folder with `train` and `val`."""
     option = f"--{name}"
     if any(Path(folder).glob("*.tar")):
         raise DataError("this is one split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}")
@@ -156,11 +146,7 @@ def _open(folder: str, name: str) -> _Set:
 
 
 def _check_other(data: _Set, general: _Set) -> None:
-    """Check that what was learnt and what may have been forgotten are not the same samples.
-
-    Raises:
-        ConfigError: they share shards.
-    """
+    """Check that what was learnt and what may have been forgotten are not the same samples."""
     shared = shared_shards([data.train, data.test], [general.train, general.test])
     if shared:
         raise ConfigError(
@@ -199,9 +185,6 @@ def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int, pro
 def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
     """Keep the patches of images that have some for both models: a patch of a coarse grid may have no class where those
     of a finer one have.
-
-    Raises:
-        DataError: the models have not seen the same samples.
     """
     if before.table.keys != after.table.keys:
         raise DataError("the shards changed while they were read", where=f"--{one.name} {one.folder}")

@@ -42,10 +42,6 @@ def evaluate_detector(
         exclude_groups: leave out samples that have one of these as `group`.
         overlays: a new folder for pictures of the worst images and curves of precision by recall, and how many.
         progress: told about samples read.
-
-    Raises:
-        DataError: the shards cannot be read, have other categories, an image twice, or no object to find.
-        ConfigError: the folder of pictures cannot be made, or something is in it.
     """
     categories = check_categories(detector, data)
     drawing = None if overlays is None else DetectionOverlays(*overlays, categories)
@@ -74,11 +70,7 @@ def evaluate_detector(
 
 
 def check_categories(detector: Detector, shards: str) -> Categories:
-    """Return the categories of a set, which are those of a detector.
-
-    Raises:
-        DataError: they are others, or nobody says which.
-    """
+    """Return the categories of a set, which are those of a detector."""
     found = categories_beside(shard_folder(shards), "--data: ")
     if found is None or found.names != detector.classes:
         raise DataError(

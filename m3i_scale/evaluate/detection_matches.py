@@ -14,11 +14,7 @@ from m3i_scale.evaluate.detections import PER_IMAGE, Form, GroundTruth, Instance
 
 
 def mask_of(one: Instance, truth: GroundTruth) -> Rle:
-    """Return the mask of an object, compressed and as large as its image.
-
-    Raises:
-        DataError: it is no mask of the image.
-    """
+    """Return the mask of an object, compressed and as large as its image."""
     from faster_coco_eval.core import mask
 
     size, shape = [truth["height"], truth["width"]], one["segmentation"] or [[]]

@@ -93,9 +93,6 @@ class DetectionOverlays:
             pixels_CHW: of the whole image.
             truth: what is there.
             prediction: what a detector finds.
-
-        Raises:
-            DataError: the prediction is broken.
         """
         ordered = sorted_by_score(prediction, truth, self._categories)
         score = score_image(truth, ordered, self._categories, self._least)
@@ -108,11 +105,7 @@ class DetectionOverlays:
         del self._kept[self._count :]
 
     def write(self) -> None:
-        """Write the pictures, and what is wrong in each.
-
-        Raises:
-            ConfigError: the disk refuses.
-        """
+        """Write the pictures, and what is wrong in each."""
         pictures = []
         try:
             for number, one in enumerate(self._kept, start=1):

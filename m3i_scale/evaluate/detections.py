@@ -114,9 +114,6 @@ def check_library(where: str = "detection") -> None:
 
     Args:
         where: names in the error who asks for it.
-
-    Raises:
-        ConfigError: it is not installed.
     """
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ConfigError(
@@ -135,10 +132,6 @@ def pair_by_image(
         truths: of all images of the set, in any order.
         predictions: of images of the set, in any order: those of several ranks one after another.
         categories: of the set.
-
-    Raises:
-        ConfigError: the library is not installed.
-        DataError: an image stands twice or is none of the set's, nothing is to be found, or a prediction is broken.
     """
     check_library()
     truth_of: dict[int, GroundTruth] = {}
@@ -221,11 +214,7 @@ def _check_masks(truths: Iterable[GroundTruth]) -> None:
 
 
 def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categories) -> Prediction:
-    """Return a prediction in order of its scores; of LVIS the best of all classes, and of these what was looked for.
-
-    Raises:
-        DataError: it is broken.
-    """
+    """Return a prediction in order of its scores; of LVIS the best of all classes, and of these what was looked for."""
     where = f"image {truth['image_id']}"
     boxes_D4 = np.asarray(given["boxes"], dtype=np.float64).reshape(-1, 4)
     scores_D = np.asarray(given["scores"], dtype=np.float64)

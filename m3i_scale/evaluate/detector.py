@@ -141,9 +141,6 @@ def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Pat
     Args:
         folder: of the model.
         measures: that are asked for; None: all that there are.
-
-    Raises:
-        ConfigError: the folder and the measures do not fit together; or what measures detectors is not installed.
     """
     own = not _KINDS.keys().isdisjoint(architectures(folder))
     if own and measures not in (None, (DETECTOR,)):
@@ -163,11 +160,7 @@ def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Pat
 
 
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
-    """Load a Mask R-CNN or RF-DETR in fp32; the former by the source files here and not by those of the folder.
-
-    Raises:
-        ExportError: it does not load, or weights do not fill it.
-    """
+    """Load a Mask R-CNN or RF-DETR in fp32; the former by the source files here and not by those of the folder."""
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
     try:
         with quiet_loading(folder):
@@ -200,11 +193,7 @@ def _by_queries(model: Any, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tenso
 
 
 def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Detector:
-    """Return the detector that an export of features has in `heads/`, in fp32.
-
-    Raises:
-        ExportError: see `load_objective`.
-    """
+    """Return the detector that an export of features has in `heads/`, in fp32."""
     objective, run, label_sets = load_objective(folder, device)
     (classes,) = label_sets.values()
     size, model_type = objective.student.image_size, objective.student.model.config.model_type

@@ -100,9 +100,6 @@ def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
             the class token; or a map (B, D, H, W).
         patches: number of patch tokens; None where the model has no plain grid (then all tokens count as patches).
         pool: mean of the patch tokens, class token, or both side by side.
-
-    Raises:
-        ExportError: a class token is asked for and there is none.
     """
     patches_BLD = patch_tokens(hidden, patches)
     mean_BD = patches_BLD.mean(dim=1)
@@ -123,11 +120,7 @@ def patch_tokens(hidden: Tensor, patches: int | None) -> Tensor:
 
 
 def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
-    """Load a vision model from any Hub folder, in fp32.
-
-    Raises:
-        ExportError: not such a folder, or weights that do not fill the model.
-    """
+    """Load a vision model from any Hub folder, in fp32."""
     if not (folder / "config.json").is_file():
         raise ExportError("no config.json in the model folder", where=str(folder), fix="give the folder of an export")
     if not (folder / "preprocessor_config.json").is_file():

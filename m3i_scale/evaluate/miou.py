@@ -45,9 +45,6 @@ def evaluate_segmenter(
         exclude_groups: leave out samples that have one of these as `group`.
         overlays: draws what is predicted.
         progress: told about samples read.
-
-    Raises:
-        DataError: the shards cannot be read, have other classes, or no mask that can be used.
     """
     check_classes(segmenter, data)
     table = open_table(data, "--data")
@@ -70,11 +67,7 @@ def evaluate_segmenter(
 
 
 def check_classes(segmenter: Segmenter, shards: str) -> None:
-    """Check that the masks of a set have the classes of a segmenter.
-
-    Raises:
-        DataError: they have others, more than a mask can tell apart, or nobody says which.
-    """
+    """Check that the masks of a set have the classes of a segmenter."""
     sets = read_label_sets({"data": SourceConfig(shards=shards)}, file=MASK_LABELS)
     names = next(iter(sets.values()), None)
     if names != segmenter.classes:

@@ -109,11 +109,6 @@ def find_near_duplicates(
         workers: processes; of hashes. None: `DEFAULT_WORKERS`.
         device: of the model; None: "auto".
         advance: called with the bytes of every shard that is hashed.
-
-    Raises:
-        DataError: there are no shards, or a shard stands on both sides.
-        ConfigError: an option without effect, or out of range.
-        ExportError: the model does not load.
     """
     of_features = {"--similarity": similarity, "--device": device}
     of_hashes = {"--distance": distance, "--max-image-pixels": max_pixels, "--workers": workers}
@@ -155,11 +150,7 @@ def _encode(sources: Sequence[str], vision: VisionModel) -> EncodedImages:
 
 
 def _refuse_idle(by_features: bool, options: Mapping[str, object]) -> None:
-    """Refuse options of the way to compare that is not taken.
-
-    Raises:
-        ConfigError: there is one.
-    """
+    """Refuse options of the way to compare that is not taken."""
     idle = [name for name, value in options.items() if value is not None]
     if idle:
         what, fix = ("features", "leave it out") if by_features else ("hashes", "add --features MODEL")
@@ -167,11 +158,7 @@ def _refuse_idle(by_features: bool, options: Mapping[str, object]) -> None:
 
 
 def _check_apart(sources: Sequence[str], against: Sequence[str]) -> None:
-    """Check that no shard is named twice.
-
-    Raises:
-        DataError: one is.
-    """
+    """Check that no shard is named twice."""
     seen: set[Path] = set()
     for path in (path.resolve() for source in (*sources, *against) for path in local_shards(source)):
         if path in seen:

@@ -42,9 +42,6 @@ def make_folder(folder: Path, option: str = "--overlays") -> None:
     Args:
         folder: of any depth.
         option: that named it.
-
-    Raises:
-        ConfigError: it cannot be made, or something is in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,11 +88,7 @@ class Overlays:
         make_folder(folder)
 
     def __call__(self, sample: Sample, predicted_HW: NDArray[np.uint8]) -> None:
-        """Draw a sample with the predicted class of every pixel, unless enough are drawn.
-
-        Raises:
-            ConfigError: the disk refuses.
-        """
+        """Draw a sample with the predicted class of every pixel, unless enough are drawn."""
         if sample.mask is None or self._drawn == self._count:
             return
         self._drawn += 1

@@ -23,9 +23,6 @@ def draw_curves(figures: dict[str, Any], path: Path) -> None:
     Args:
         figures: of `average_precision` or `measure_detector`.
         path: of the PNG.
-
-    Raises:
-        ConfigError: the disk refuses.
     """
     kinds = [kind for kind in ("box", "mask") if kind in figures]
     picture = Image.new("RGB", (len(kinds) * _STEP - _GAP, _SIDE + 2 * _EDGE), "white")

@@ -92,11 +92,7 @@ class Table:
 
 
 def open_table(shards: str, where: str) -> Table:
-    """Return the (still empty) table of a set of shards.
-
-    Raises:
-        DataError: shards are missing, or labels.json is broken.
-    """
+    """Return the (still empty) table of a set of shards."""
     paths = expand_shards(shards, where)
     sets = read_label_sets({"data": SourceConfig(shards=shards)})
     return Table(paths, next(iter(sets.values()), []))
@@ -122,9 +118,6 @@ def read_samples(
         masks: also read masks.
         categories: also read objects, of so many categories; a sample without that member is left out.
         places: read the samples at these, in this order; None: all.
-
-    Raises:
-        DataError: a damaged or malicious shard.
     """
     view = None if image_size is None else ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
     for place, key, members in _members(table, places):
@@ -210,11 +203,7 @@ def _members(
 
 
 def check_known(table: Table, keys: Sequence[str], where: str) -> None:
-    """Check that all samples of these keys are there. This reads no further than to the last of them.
-
-    Raises:
-        DataError: one is not.
-    """
+    """Check that all samples of these keys are there. This reads no further than to the last of them."""
     missing, known = set(keys), []
     for _, key, _ in _members(Table(table.shards, table.classes)):
         missing.discard(key)
@@ -234,11 +223,7 @@ def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
-    """Check that every group that is left out is one of the samples'.
-
-    Raises:
-        DataError: it is of none.
-    """
+    """Check that every group that is left out is one of the samples'."""
     known = {group for table in tables for group in table.groups if group}
     for name in names:
         if name not in known:
@@ -256,11 +241,7 @@ def shared_shards(some: list[Table], others: list[Table]) -> set[str]:
 
 
 def check_apart(test: Table, train: Table) -> None:
-    """Check that training and test data share no shard.
-
-    Raises:
-        DataError: they do.
-    """
+    """Check that training and test data share no shard."""
     if shared := shared_shards([test], [train]):
         raise DataError(
             f"{len(shared)} shards are both training and test data",

@@ -106,9 +106,6 @@ def segmenter_of(
     Args:
         folder: of the model.
         measures: that are asked for; None: all that there are.
-
-    Raises:
-        ConfigError: the folder and the measures do not fit together.
     """
     if is_segmenter(folder):
         if measures not in (None, (SEGMENTER,)):
@@ -133,11 +130,7 @@ def is_segmenter(folder: Path) -> bool:
 
 
 def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
-    """Load a stock segmenter of square inputs from any Hub folder, in fp32.
-
-    Raises:
-        ExportError: it does not load, weights do not fill it, or its input is no square.
-    """
+    """Load a stock segmenter of square inputs from any Hub folder, in fp32."""
     queries = EOMT in architectures(folder)
     auto = AutoModelForUniversalSegmentation if queries else AutoModelForSemanticSegmentation
     try:
@@ -176,11 +169,7 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
 
 
 def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
-    """Return the segmenter that an export of features has in `heads/`.
-
-    Raises:
-        ExportError: see `load_objective`.
-    """
+    """Return the segmenter that an export of features has in `heads/`."""
     objective, run, label_sets = load_objective(folder, device)
     (classes,) = label_sets.values()
     mean, std = run.data.augment.mean, run.data.augment.std

@@ -67,9 +67,6 @@ def has_head(folder: Path, kind: str) -> bool:
     Args:
         folder: of the model.
         kind: of the target: category, segmentation.
-
-    Raises:
-        ExportError: heads/objective.json is there and broken.
     """
     path = folder / "heads" / "objective.json"
     if not path.is_file():
@@ -87,9 +84,6 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
 
     Returns:
         The modules, what their run file said of them, and the class names by label set.
-
-    Raises:
-        ExportError: heads/objective.json is broken, or weights and recipe do not fit together.
     """
     values = _read(folder / "heads" / "objective.json")
     run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"), stored=True)

@@ -26,9 +26,6 @@ def load_trained_model(
         folder: of the model.
         measures: that are asked for; None: all that there are.
         idle: options that are given, and have an effect on features alone.
-
-    Raises:
-        ConfigError: the folder, the measures and the options do not fit together.
     """
     segmenter, detector = segmenter_of(folder, measures), detector_of(folder, measures)
     if idle and (segmenter is not None or detector is not None):

@@ -18,11 +18,7 @@ TextEncoder = Callable[[list[str]], NDArray[np.float32]]
 
 
 def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
-    """Return prompts of a class, its name in plain words.
-
-    Raises:
-        ConfigError: a template without `{}`.
-    """
+    """Return prompts of a class, its name in plain words."""
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(f"'{template}' is no prompt template", fix="write the place of the class name as {}")

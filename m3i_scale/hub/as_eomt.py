@@ -37,9 +37,6 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
         source: the checkpoint.
         spec: the head.
         target: name of its target.
-
-    Raises:
-        ExportError: no stock class computes what was trained; the reason.
     """
     config, (names,) = backbone_config(source.run.backbone), source.label_sets.values()
     shape = query_config(spec, config, len(names))

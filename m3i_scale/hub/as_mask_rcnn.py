@@ -21,11 +21,7 @@ from m3i_scale.objective.targets.detection import Detection
 
 
 def mask_rcnn_part(source: Source) -> ExportedModule:
-    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`, whose source files are those that were trained.
-
-    Raises:
-        ExportError: the run trains no detector, or another one.
-    """
+    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder carries its source files."""
     target = cast(Detection, target_of(source, "boxes"))
     config, spec = backbone_config(source.run.backbone), target.head
     if not isinstance(spec, MaskRcnn):

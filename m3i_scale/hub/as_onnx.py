@@ -18,11 +18,7 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_also(also: tuple[str, ...]) -> None:
-    """Refuse what cannot be written beside the weights.
-
-    Raises:
-        ExportError: it is not `onnx`, or what makes and runs that is not installed.
-    """
+    """Refuse what cannot be written beside the weights."""
     for name in also:
         if name == "torch_export":
             raise ExportError(
@@ -44,9 +40,6 @@ def write_onnx(folder: Path, reference: Reference) -> float:
 
     A fresh process translates the model as the folder gives it; another one, which has neither the model's class nor
     `transformers`, runs what was written, on the reference's images all at once and one alone.
-
-    Raises:
-        ExportError: the model cannot be translated, or the file computes something else.
     """
     part = reference.parts[0]
     if part.name == "detector":

@@ -25,9 +25,6 @@ def rfdetr_part(source: Source) -> ExportedModule:
     """Return backbone and queries as `RfDetrForInstanceSegmentation`, without masks as `RfDetrForObjectDetection`.
 
     A ViT becomes a DINOv2 whose layer scales are 1.
-
-    Raises:
-        ExportError: no stock image processor shows images as they were shown.
     """
     target = cast(Detection, target_of(source, "boxes"))
     spec = cast(RfDetr, target.head)

@@ -45,9 +45,6 @@ def timm_part(
         head: before the names of the classifier in the checkpoint; None for features alone.
         labels: class names in the order of the classifier.
         augment: mean and standard deviation of the pixels.
-
-    Raises:
-        ExportError: timm has no such model; the reason.
     """
     architecture, arguments, tensors = _model(config, kind, norm)
     if head is not None:

@@ -33,11 +33,7 @@ _COUNT = "num_batches_tracked"
 
 
 def segmenter_part(source: Source) -> ExportedModule:
-    """Return backbone and UPerNet as `UperNetForSemanticSegmentation`, or backbone and queries as the stock EoMT.
-
-    Raises:
-        ExportError: no stock class computes what was trained; the reason.
-    """
+    """Return backbone and UPerNet as `UperNetForSemanticSegmentation`, or backbone and queries as the stock EoMT."""
     target = cast(Segmentation, target_of(source, "mask"))
     config, spec = backbone_config(source.run.backbone), target.head
     if isinstance(spec, EomtSegmentation):

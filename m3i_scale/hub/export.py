@@ -69,11 +69,6 @@ def export(
 
     Returns:
         Provenance: checkpoint, step, files with their hashes, what was proven, checkpoints that were passed over.
-
-    Raises:
-        ExportError: the target is taken, nothing in that format computes what was trained, or what was written does not
-            load as what was trained; nothing is left behind.
-        CheckpointError: no checkpoint that verifies, or one without momentum weights where those are wanted.
     """
     target, wanted = Path(to).absolute(), wanted or ExportContents()
     _check(weights, dtype, target, overwrite)
@@ -128,9 +123,6 @@ def export_and_push(
 ) -> dict[str, Any]:
     """Run `export`, and with `push_to` also `push`. Where the folder already is this very export, it is only pushed: so
     the same command goes on after an upload that failed.
-
-    Raises:
-        ExportError, CheckpointError: see those.
     """
     if push_to is None:
         if public or dry_run:
@@ -245,11 +237,7 @@ def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> Non
 
 
 def check_wanted(wanted: ExportContents) -> None:
-    """Refuse a task, format or size that there is not.
-
-    Raises:
-        ExportError: there is not, or what it needs is not installed.
-    """
+    """Refuse a task, format or size that there is not."""
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
     if str(wanted.format) == "open_clip":

@@ -31,11 +31,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
 
 def check_shard_size(size: str) -> None:
-    """Check that a size is one that `--max-shard-size` takes.
-
-    Raises:
-        ExportError: it is not.
-    """
+    """Check that a size is one that `--max-shard-size` takes."""
     match = _SIZE.fullmatch(size)
     if match is None or float(match[1]) <= 0:
         raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
@@ -55,9 +51,6 @@ def write_part(
 
     Returns:
         Fingerprint of every tensor by its name in the model: what must be there after loading.
-
-    Raises:
-        ExportError: weights and model do not fit together, or a tensor is not one that training leaves.
     """
     place = folder / part.folder
     place.mkdir(exist_ok=True)
@@ -94,11 +87,7 @@ def write_part(
 def write_heads_file(
     path: Path, tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
-    """Write the tensors of the heads into one file; return their fingerprints.
-
-    Raises:
-        ExportError: a tensor is not one that training leaves.
-    """
+    """Write the tensors of the heads into one file; return their fingerprints."""
     values = dict(values_of(tensors, weights, dtype))
     distinct = Distinct()
     fingerprints = {name: distinct(name, tensor) for name, tensor in values.items()}

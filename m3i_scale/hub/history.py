@@ -20,9 +20,6 @@ def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
     """Return a checkpoint of a sweep with its best head alone, and how all were measured; others as they are.
 
     The choice is that of the last evaluation at or before the checkpoint's step. Of equals the first is taken.
-
-    Raises:
-        ExportError: there was none.
     """
     task = source.run.task
     if not isinstance(task, Classification) or task.sweep is None:

@@ -48,11 +48,7 @@ def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def target_of(source: Source, modality: str) -> Target:
-    """Return the recipe's first target of a modality.
-
-    Raises:
-        ExportError: it has none.
-    """
+    """Return the recipe's first target of a modality."""
     for target in source.recipe.targets:
         if target.modality == modality:
             return target
@@ -64,11 +60,7 @@ def target_of(source: Source, modality: str) -> Target:
 
 
 def choose_label_set(source: Source, wanted: str | None) -> str:
-    """Return the label set of a classifier.
-
-    Raises:
-        ExportError: there are several and none is chosen, or there is none of that name.
-    """
+    """Return the label set of a classifier."""
     target_of(source, "category")
     names = list(source.label_sets)
     if wanted is None and len(names) == 1:
@@ -126,9 +118,6 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
         source: the checkpoint.
         label_set: whose classes.
         timm: a folder that timm loads as well.
-
-    Raises:
-        ExportError: no class computes that head; the reason.
     """
     target, task = target_of(source, "category"), source.run.task
     if isinstance(task, Classification) and task.sweep is not None and len(source.recipe.targets) > 1:
@@ -180,9 +169,6 @@ def backbone_part(source: Source) -> ExportedModule:
 
     A ViT becomes a DINOv2 whose layer scales are 1: `transformers` has no backbone class for ViT itself. Its MLP is a
     whole multiple of the width there; where it is not here, hidden units that are always nought fill it up.
-
-    Raises:
-        ExportError: the backbone has no such form.
     """
     config = backbone_config(source.run.backbone)
     tensors = copied(vision_names(config), VISION)
@@ -202,11 +188,7 @@ def backbone_part(source: Source) -> ExportedModule:
 
 
 def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
-    """Return both encoders, projections and temperature as `VisionTextDualEncoderModel`.
-
-    Raises:
-        ExportError: no stock vision model pools as the recipe does, or the target's logits have a bias.
-    """
+    """Return both encoders, projections and temperature as `VisionTextDualEncoderModel`."""
     target = cast(Text, target_of(source, "text"))
     if target.distribution.first_bias is not None:
         raise ExportError(

@@ -23,9 +23,6 @@ def run_fresh(arguments: list[str], folder: Path, work: Path) -> None:
         arguments: the file and what it is given.
         folder: the export, for messages.
         work: where it runs; modelling files of a folder are copied here before they run, never into the user's cache.
-
-    Raises:
-        ExportError: it failed, or took longer than `TIMEOUT_S`.
     """
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
     environment = inherited | _OFFLINE | {"HF_MODULES_CACHE": str(work / "modules")}

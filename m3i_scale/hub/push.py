@@ -19,11 +19,7 @@ PROVENANCE = "export.json"
 
 
 def listed_files(folder: Path) -> dict[str, int]:
-    """Return the files of an export and their sizes, after each has been compared with its hash in export.json.
-
-    Raises:
-        ExportError: no export; a file that is missing, changed, a link, beside the list, or named outside the folder.
-    """
+    """Return the files of an export and their sizes, after each has been compared with its hash in export.json."""
     try:
         items = _listed((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -61,9 +57,6 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
     Returns:
         `repo`, `public` (whether it is), `files` (bytes by name), `bytes`, and, but for a dry run, `removed` (names)
         and `commit`.
-
-    Raises:
-        ExportError: no whole export, no such name, no access, or the upload failed.
     """
     try:
         validate_repo_id(repo)

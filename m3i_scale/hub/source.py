@@ -59,11 +59,7 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """Return the newest good checkpoint of a run folder, or the given checkpoint.
-
-    Raises:
-        CheckpointError: nothing there, or nothing that verifies.
-    """
+    """Return the newest good checkpoint of a run folder, or the given checkpoint."""
     checkpoint, passed_over = _resolve(path)
     try:
         file = checkpoint / "run.yaml"
@@ -134,9 +130,6 @@ def exported_weights(source: Source, which: Which) -> ResizedWeights:
     Args:
         source: the checkpoint.
         which: the trained weights, or their moving average.
-
-    Raises:
-        CheckpointError: momentum weights of a run without a momentum target.
     """
     return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
 
@@ -163,11 +156,7 @@ def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
 
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the text tower was trained with.
-
-    Raises:
-        ExportError: it is gone, or another one lies in its place.
-    """
+    """Load the tokenizer that the text tower was trained with."""
     kept = source.checkpoint.parent.parent / "tokenizer"  # the run's own copy outlives the shards
     configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
     try:
@@ -238,9 +227,6 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
 
     Returns:
         The document; None where there is none, or where that of the run is of other weights, which the text says.
-
-    Raises:
-        ExportError: it is there and not what `evaluate` writes, or it was given and is not there, or of other weights.
     """
     path = given or source.run_dir / "evaluation.json"
     if given is None and not path.is_file():

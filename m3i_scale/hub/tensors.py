@@ -93,9 +93,6 @@ def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype
         made: how it is made.
         weights: of the checkpoint; only what is needed is read.
         dtype: of the result. Sources are rounded to it before anything is made of them.
-
-    Raises:
-        ExportError: a source is missing, empty, not fp32 or not finite.
     """
     sources = [_checked(source, weights).to(dtype) for source in made.sources]
     if made.make is None:
@@ -113,11 +110,7 @@ def values_of(
 
 
 def check_complete(part: ExportedModule) -> None:
-    """Check that every tensor of the model is made, and nothing else.
-
-    Raises:
-        ExportError: not so: configuration and checkpoint do not fit together.
-    """
+    """Check that every tensor of the model is made, and nothing else."""
     wanted = part.model.state_dict().keys()
     missing, unknown = sorted(wanted - part.tensors.keys()), sorted(part.tensors.keys() - wanted)
     if missing or unknown:
@@ -128,11 +121,7 @@ def check_complete(part: ExportedModule) -> None:
 
 
 def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
-    """Check that a tensor has the shape that the model gives it.
-
-    Raises:
-        ExportError: it has not.
-    """
+    """Check that a tensor has the shape that the model gives it."""
     wanted = part.model.state_dict()[name].shape
     if tensor.shape != wanted:
         raise ExportError(
@@ -149,11 +138,7 @@ class Distinct:
         self._seen: dict[str, str] = {}
 
     def __call__(self, name: str, tensor: Tensor) -> str:
-        """Return the tensor's fingerprint.
-
-        Raises:
-            ExportError: an earlier one had the same values.
-        """
+        """Return the tensor's fingerprint."""
         digest = fresh.fingerprint(tensor)
         if sum(side > 1 for side in tensor.shape) > 1 and not bool((tensor == tensor.reshape(-1)[0]).all()):
             first = self._seen.setdefault(digest, name)

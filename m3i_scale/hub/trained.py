@@ -46,9 +46,6 @@ def trained_output(
         part: which model.
         pixels_BCHW: normalised images.
         tokens: `input_ids` and `attention_mask` (T, L), for parts that read text.
-
-    Raises:
-        ExportError: the recipe has no target of that kind.
     """
     if part.name == "vision":
         return objective.student.last_hidden_state(pixels_BCHW)

@@ -110,9 +110,6 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
 
     Returns:
         What was proven: largest differences of outputs and pixels, numbers of tensors, the classes that loaded.
-
-    Raises:
-        ExportError: the folder does not load, or loads as something else.
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

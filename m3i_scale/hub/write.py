@@ -57,11 +57,7 @@ class ExportContents:
 def plan_parts(
     source: Source, wanted: ExportContents, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[ExportedModule]:
-    """Return the models of a folder, without values.
-
-    Raises:
-        ExportError: nothing in that format computes what was trained; the reason.
-    """
+    """Return the models of a folder, without values."""
     if wanted.label_set is not None and wanted.task != "classification":
         raise ExportError("a label set has no effect", where="--label-set", fix="--task classification")
     if wanted.format == "timm":
@@ -98,9 +94,6 @@ def write_folder(
 
     Returns:
         Fingerprint of every tensor, by part (and `heads`) and name.
-
-    Raises:
-        ExportError: weights and configuration do not fit together.
     """
     wanted = wanted or ExportContents()
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
@@ -139,11 +132,7 @@ def _vision_part(source: Source) -> ExportedModule:
 
 
 def _detector_part(source: Source) -> ExportedModule:
-    """Return backbone and head in the class that holds them.
-
-    Raises:
-        ExportError: there is none, or the run trains no detector.
-    """
+    """Return backbone and head in the class that holds them."""
     queried = any(isinstance(target, Detection) and isinstance(target.head, RfDetr) for target in source.recipe.targets)
     return rfdetr_part(source) if queried else mask_rcnn_part(source)
 

@@ -53,9 +53,6 @@ class Launch:
         Returns:
             The exit code: 0, 75 (asked to stop, and saved), 130 (interrupted, nothing saved), 2 (a mistake that the log
             explains) or 1.
-
-        Raises:
-            UserError: too few hosts answer at the start, processes of a former launch are left, the port is taken.
         """
         with noted_signals(self._note):
             return self._loop()

@@ -118,11 +118,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
 
 
 def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfig, Job]:
-    """Read a run and a description, checked as far as it can be without data.
-
-    Raises:
-        ConfigError: what does not hold together.
-    """
+    """Read a run and a description, checked as far as it can be without data."""
     from m3i_scale.config import run_values
     from m3i_scale.launch.job import make_job
     from m3i_scale.objective.recipe import load_run_and_recipe

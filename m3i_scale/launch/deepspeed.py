@@ -34,11 +34,7 @@ _PASTED = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return files and the launcher's command.
-
-    Raises:
-        ConfigError: a path that DeepSpeed would paste into a shell's line, and that is not plain.
-    """
+    """Return files and the launcher's command."""
     return _by_pdsh(job) if job.hosts else _on_this_machine(job)
 
 

@@ -221,11 +221,7 @@ class Cluster(Section):
         return self
 
     def named_hosts(self) -> tuple[Host, ...]:
-        """Return the hosts to run on, the head first; none where only their number is given.
-
-        Raises:
-            ConfigError: see `read_hostfile`, `parse_hosts`, `allocated_hosts` and `select`.
-        """
+        """Return the hosts to run on, the head first; none where only their number is given."""
         if self.hostfile is not None:
             hosts = read_hostfile(self.hostfile)
         elif self.hosts:
@@ -243,9 +239,6 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
     Args:
         path: YAML; a relative `hostfile` in it lies beside it.
         options: by field; None and empty ones were not given.
-
-    Raises:
-        ConfigError: unreadable, an unknown key, a value that does not fit.
     """
     values: dict[str, Any] = {}
     if path is not None:

@@ -39,11 +39,7 @@ HONOURS = OVER_HOSTS | {
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return a file with all that the launch needs, and the command that reads it, on this machine.
-
-    Raises:
-        ConfigError: `min_nodes` or `min_compared` without effect, or more of either than there are.
-    """
+    """Return a file with all that the launch needs, and the command that reads it, on this machine."""
     cluster = job.cluster
     hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
     if cluster.min_nodes is not None and cluster.min_nodes > len(hosts):
@@ -91,9 +87,6 @@ def read_launch(path: Path) -> Launch:
 
     Args:
         path: as `render` writes it.
-
-    Raises:
-        ConfigError: it cannot be read, or a module with a class of the user's own cannot be imported.
     """
     try:
         given: dict[str, Any] = read_json(path)

@@ -55,9 +55,6 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
         entries: `NAME` or `NAME=value`, checked.
         here: the environment that is launched from.
         interface: of `Cluster`.
-
-    Raises:
-        ConfigError: a name without a value is not set here.
     """
     variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
     for entry in entries:

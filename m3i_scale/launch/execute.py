@@ -29,11 +29,7 @@ _ASK_AGAIN_S = 2.0
 
 
 def write_files(plan: LaunchPlan) -> None:
-    """Write the files of a plan; each has its mode from its first byte on.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
+    """Write the files of a plan; each has its mode from its first byte on."""
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for file in plan.files:
@@ -47,11 +43,7 @@ def write_files(plan: LaunchPlan) -> None:
 
 
 def check_needs(plan: LaunchPlan) -> None:
-    """Refuse a launch whose programs are not here, or whose port is taken.
-
-    Raises:
-        UserError: with the package to install.
-    """
+    """Refuse a launch whose programs are not here, or whose port is taken."""
     for executable in plan.needs:
         if shutil.which(executable.name) is None:
             raise UserError(

@@ -230,11 +230,7 @@ def read_records(output_dir: Path) -> list[Failure]:
 
 
 def forget_records(output_dir: Path) -> None:
-    """Remove the records of an earlier launch, before another one.
-
-    Raises:
-        UserError: they cannot be removed.
-    """
+    """Remove the records of an earlier launch, before another one."""
     try:
         for pattern in RECORD_FILES:
             for path in (output_dir / RANK_RECORDS).glob(pattern):

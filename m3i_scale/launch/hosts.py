@@ -47,11 +47,7 @@ def is_here(host: str) -> bool:
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """Return the hosts of a file, in its order. Empty lines and what follows a `#` are left out.
-
-    Raises:
-        ConfigError: no such file, or a line that is no host; with its number.
-    """
+    """Return the hosts of a file, in its order. Empty lines and what follows a `#` are left out."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -70,9 +66,6 @@ def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
     Args:
         lines: `name slots=N`.
         where: they were written, for errors.
-
-    Raises:
-        ConfigError: none, one twice, no slots, or a line that is no host; with its number.
     """
     found: dict[str, tuple[int, Host]] = {}
     for number, line in enumerate(lines, start=1):
@@ -116,9 +109,6 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
     Args:
         environment: of this process.
         ranks_per_node: on each host. Default: the tasks that the allocation has on each.
-
-    Raises:
-        ConfigError: there is no allocation, nobody says how many ranks, or a name is none.
     """
     nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
     if nodes is None:
@@ -148,9 +138,6 @@ def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[s
         hosts: all.
         include: names of those to run on; none: all.
         exclude: names of those to leave out.
-
-    Raises:
-        ConfigError: a name that no host has, both lists at once, or no host left.
     """
     if include and exclude:
         raise ConfigError("`include` and `exclude` exclude each other", fix="give one of the two")

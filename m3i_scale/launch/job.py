@@ -115,11 +115,7 @@ class Job:
         return PRIVATE if self.secret or hides or self.redacted else PUBLIC
 
     def head_address(self) -> str:
-        """Return the address where rank 0 waits.
-
-        Raises:
-            ConfigError: `interface` is given, and its address on the head is not known here.
-        """
+        """Return the address where rank 0 waits."""
         cluster = self.cluster
         if cluster.master_address is not None:
             return cluster.master_address
@@ -145,11 +141,7 @@ def devices_here() -> int:
 
 
 def _check_names(hosts: tuple[Host, ...]) -> None:
-    """Refuse several hosts of which one name means another machine on each host, or two mean this machine.
-
-    Raises:
-        ConfigError: the run would be smaller than meant, or two would share this machine's devices.
-    """
+    """Refuse several hosts of which one name means another machine on each host, or two mean this machine."""
     names = [host.name for host in hosts]
     loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
     if len(names) > 1 and loop is not None:
@@ -202,9 +194,6 @@ def make_job(
         cluster: where it runs.
         values: what the run file says, `extends` and overrides applied.
         here: the environment that is launched from.
-
-    Raises:
-        ConfigError: hosts or variables that do not hold together, or a path that cannot be written into scripts.
     """
     path = find_run_file(run)
     hosts = cluster.named_hosts()

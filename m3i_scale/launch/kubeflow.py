@@ -59,11 +59,7 @@ _Dumper.add_representer(str, _text)
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return a manifest, and `kubectl apply`.
-
-    Raises:
-        ConfigError: no image, or names and folders that Kubernetes would not take.
-    """
+    """Return a manifest, and `kubectl apply`."""
     _check(job)
     documents = [_volume_claim(job), _run_file(job), *([_secrets(job)] if job.secret else []), _train_job(job)]
     # Escaped beyond ASCII: of U+0085, a line break to YAML, plain text would make a space.

@@ -29,11 +29,7 @@ class Launcher(Protocol):
 
 
 def find_launcher(name: str) -> Launcher:
-    """Return the module of a launcher.
-
-    Raises:
-        ConfigError: no such launcher.
-    """
+    """Return the module of a launcher."""
     if name in READY_FILES:
         raise ConfigError(
             f"`launch` does not start {name}",
@@ -46,11 +42,7 @@ def find_launcher(name: str) -> Launcher:
 
 
 def render(name: str, job: Job) -> LaunchPlan:
-    """Return the files and commands of one launcher.
-
-    Raises:
-        ConfigError: no such launcher, or a field that it cannot honour.
-    """
+    """Return the files and commands of one launcher."""
     launcher = find_launcher(name)
     for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
         others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]

@@ -191,11 +191,7 @@ def _unfit(hello: Message, own_code: Mapping[str, Any]) -> str | None:
 
 
 def check_hosts(job: Job) -> None:
-    """Reach all hosts of a launch at once, before a launcher that would start ranks on those that answer.
-
-    Raises:
-        UserError: hosts that cannot be reached or used, or have other code than this one; all of them.
-    """
+    """Reach all hosts of a launch at once, before a launcher that would start ranks on those that answer."""
     site = RemoteShell(
         python=job.python,
         workdir=str(job.workdir),

@@ -14,12 +14,7 @@ _LAUNCH = LockFile(".launch-lock", "another launch of this run is under way", "t
 
 @contextmanager
 def launch_lock(output_dir: Path) -> Iterator[None]:
-    """Hold the output folder for this launch.
-
-    Raises:
-        CheckpointError: another launch holds it, ranks of a launch that has ended still train into it, or the folder
-            cannot be written.
-    """
+    """Hold the output folder for this launch."""
     with lock_directory(output_dir, lock=_LAUNCH):
         with lock_directory(output_dir):  # as rank 0 does: it is free where no rank is left that would write
             pass

@@ -61,11 +61,7 @@ _SIGNALS = (
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return a batch script, and the command that submits it.
-
-    Raises:
-        ConfigError: a line of `sbatch` that is no option, or a time limit that leaves no time to train.
-    """
+    """Return a batch script, and the command that submits it."""
     script = "\n".join([*_header(job), "", *_body(job), ""])
     path = job.folder / SCRIPT
     return LaunchPlan(

@@ -140,11 +140,7 @@ class ComparedSamples:
 
 
 def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest: int) -> None:
-    """Refuse a `min_compared` that has no effect, or that not even all hosts reach.
-
-    Raises:
-        ConfigError: either.
-    """
+    """Refuse a `min_compared` that has no effect, or that not even all hosts reach."""
     if least is None:
         return
     usual = ComparedSamples(run, hosts, fewest).usual
@@ -169,11 +165,6 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
         run: overrides applied.
         job: with the number of ranks.
         launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
-
-    Raises:
-        ConfigError: no data, a batch or streams that ranks cannot share out, more compared samples than they have, or
-            an output_dir that must not be written to.
-        DataError: an address of shards that no rank would read.
     """
     check_output_dir(job.output_dir)
     check_weights(run.data.sources)

@@ -46,9 +46,6 @@ def build_objective(
         target_encoders: build the momentum copy, teachers and what predicts them, the mask token, memories and
             balanced weights, which only training needs.
         image_counts: in how many images for training a category is; which only a federated loss needs.
-
-    Raises:
-        ConfigError: the recipe, the backbone and the data do not fit together.
     """
     recipe = parse_recipe(run.recipe)
     config = backbone_config(run.backbone)

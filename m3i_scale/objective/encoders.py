@@ -72,9 +72,6 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
     """Return the BERT-Base shape of the paper, with single fields overridden.
 
     Without dropout: its random numbers would make the loss depend on the number of ranks.
-
-    Raises:
-        ConfigError: unknown field, or more tokens than positions.
     """
     config = BertConfig(
         vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0

@@ -17,9 +17,6 @@ def check_fit(
 ) -> None:
     """Check that the recipe, the backbone and the data of a run fit together, with images as its first phase has them;
     arguments as of `build_objective`.
-
-    Raises:
-        ConfigError: they do not.
     """
     if run.backbone.attention == "mixed" and recipe.mix is None:
         raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")

@@ -21,12 +21,7 @@ def build_on_meta(
     *,
     image_counts: list[int] | None = None,
 ) -> Objective:
-    """Build as `build_objective`, on `meta`.
-
-    Raises:
-        ConfigError: the recipe, the backbone and the data do not fit together, or a field of `backbone.config` or
-            `text.config` has a value that its model refuses.
-    """
+    """Build as `build_objective`, on `meta`."""
 
     def build(run: RunConfig) -> Objective:
         with torch.device("meta"):

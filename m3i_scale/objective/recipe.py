@@ -276,9 +276,6 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imp
         where: named in errors; or what names the place that a key below the recipe was written at.
         imports: whether to import the modules of the user's own classes, which runs their code. Only for a run file
             that the user names: the one in a checkpoint and the description in an export may be somebody else's.
-
-    Raises:
-        ConfigError: an unknown key, inputs and targets that do not hold together, or a module that cannot be imported.
     """
     if not values:
         place = where(()) if callable(where) else where
@@ -292,9 +289,6 @@ def load_run_and_recipe(
     """Read a run file and its recipe; arguments as of `load_run`.
 
     Classes of the user's own that the recipe names are imported, which runs their code.
-
-    Raises:
-        ConfigError: see `load_run` and `parse_recipe`; a FaultsError with the faults of both.
     """
     if values is None:
         values = run_values(name_or_path, overrides)

@@ -187,11 +187,7 @@ class UperNet(PixelHead):
 
 
 def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
-    """Return the layers of a plain Transformer that UPerNet reads, from 1.
-
-    Raises:
-        ConfigError: it has not so many.
-    """
+    """Return the layers of a plain Transformer that UPerNet reads, from 1."""
     if spec.out_layers is None:
         layers = tuple(max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1))
         if len(set(layers)) < len(layers):

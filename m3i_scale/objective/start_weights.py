@@ -22,9 +22,6 @@ from m3i_scale.objective.teacher import teacher_plan
 def start_weights(objective: Objective, run: RunConfig) -> None:
     """Give an objective the weights that a run starts from: drawn from `run.seed`, read from
     `backbone.from_pretrained` and of teachers; the momentum target begins as a copy of what it follows.
-
-    Raises:
-        ConfigError: files that do not fill the backbone or a teacher.
     """
     draw_first_values(objective, initialize_module, seed=run.seed, skip=("momentum.", "teachers."))
     if run.backbone.from_pretrained is not None:

@@ -29,11 +29,7 @@ _MOST_TEACHERS = 16
 
 @lru_cache(maxsize=_MOST_TEACHERS)
 def _read_config(source: str, where: str) -> Any:
-    """Return the `transformers` configuration of a teacher; that of the images where it encodes texts too.
-
-    Raises:
-        ConfigError: there is none, or it is no vision model with patches.
-    """
+    """Return the `transformers` configuration of a teacher; that of the images where it encodes texts too."""
     if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
         raise ConfigError(f"no such folder '{source}'", where=where, fix="give a folder with config.json, or a Hub id")
     try:
@@ -52,12 +48,7 @@ def _read_config(source: str, where: str) -> Any:
 
 
 def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConfig) -> Teacher:
-    """Return the module of a recipe's teacher, without its weights (see `teacher_plan`).
-
-    Raises:
-        ConfigError: no vision model, no image processor, or a head of another width; or the teacher is the start of a
-            student that starts from random weights.
-    """
+    """Return the module of a recipe's teacher, without its weights (see `teacher_plan`)."""
     source, where = recipe.teachers[name].from_pretrained, f"recipe.teachers.{name}.from_pretrained"
     if recipe.teachers[name].is_start:
         _check_widths(recipe, name, student.hidden_size)
@@ -104,11 +95,7 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def teacher_plan(teacher: Teacher) -> LoadPlan:
-    """Return which tensors of a teacher's files fill its module, by their names below its `prefix`; reads no weight.
-
-    Raises:
-        ConfigError: they do not fill the model, or its outputs are not one token a patch of the student's grid.
-    """
+    """Return which tensors of a teacher's files fill its module, by their names below its `prefix`; reads no weight."""
     if isinstance(teacher, FrozenStart):
         return _start_plan(teacher.spec)
     teacher = cast(FrozenTeacher, teacher)
@@ -145,9 +132,6 @@ def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
     Args:
         teacher: without values, or with any.
         image_size: the side of the student's images in pixels.
-
-    Raises:
-        ConfigError: they are not, or it does not.
     """
     config, where = teacher.model.config, f"{teacher.where}: {teacher.source}"
     shallow = copy.deepcopy(config)

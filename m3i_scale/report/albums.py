@@ -48,9 +48,6 @@ def albums_of(runs: list[RunFiles], folders: list[Path], room: int) -> list[dict
         runs: whose folders are looked into.
         folders: of pictures, beside those.
         room: bytes that all pictures may have, as they are on the disk; in a page they take a third more.
-
-    Raises:
-        ConfigError: a given folder has no pictures.
     """
     wanted = [(folder.name, [folder], True) for folder in folders]
     wanted += [(run.name, places, False) for run in runs if (places := _places(run.folder / PICTURES))]

@@ -39,9 +39,6 @@ def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[st
         document: of `compare`.
         pictures: by set, `title`, `alt` and `jpeg` of its picture.
         page: a path that `check_page` takes.
-
-    Raises:
-        ConfigError: the disk refuses.
     """
     sets = [
         {

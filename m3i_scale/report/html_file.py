@@ -21,9 +21,6 @@ def check_page(page: Path, option: str) -> None:
     Args:
         page: where it is to be.
         option: that named it.
-
-    Raises:
-        ConfigError: its folder is missing, or it is no file that ends in .html.
     """
     if not page.parent.is_dir():
         raise ConfigError("the folder of the report is missing", where=str(page.parent), fix=f"mkdir -p {page.parent}")
@@ -44,9 +41,6 @@ def write_page(text: str, page: Path, option: str) -> None:
         text: of the page.
         page: where it is to be, see `check_page`.
         option: that named it.
-
-    Raises:
-        ConfigError: the disk refuses.
     """
     try:
         with replacing(page) as file:

@@ -57,10 +57,6 @@ def write_report(
 
     Returns:
         `report`, `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
-
-    Raises:
-        ConfigError: a folder is no run, a document is no evaluation, a folder has no pictures, or the page cannot be
-            written.
     """
     began = time.monotonic()
     check_page(to, "--to")
@@ -78,11 +74,7 @@ def write_report(
 
 
 def open_in_browser(page: Path) -> None:
-    """Show a page in the browser of whoever runs this.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Show a page in the browser of whoever runs this."""
     if not webbrowser.open(page.absolute().as_uri()):
         raise ConfigError(
             "there is no browser here to open the report with",

@@ -61,11 +61,7 @@ class Graph:
 
 
 def read_recipe(name_or_path: str) -> Recipe:
-    """Return the recipe of a built-in run file, by name, or of a run file, by path.
-
-    Raises:
-        ConfigError: no such file, or a run file that does not hold together.
-    """
+    """Return the recipe of a built-in run file, by name, or of a run file, by path."""
     return load_run_and_recipe(name_or_path)[1]
 
 

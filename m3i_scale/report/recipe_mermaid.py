@@ -15,11 +15,7 @@ _LIST_MARK = re.compile(r"^(\d*)([.)+-])(?= )")
 
 
 def write_mermaid(graph: Graph, path: Path) -> None:
-    """Write the flowchart of a graph; an existing file is replaced. `.md` files get it as a Markdown block.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Write the flowchart of a graph; an existing file is replaced. `.md` files get it as a Markdown block."""
     chart = render_mermaid(graph)
     try:
         path.write_text(

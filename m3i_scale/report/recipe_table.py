@@ -94,11 +94,7 @@ def built_in_rows() -> list[dict[str, Any]]:
 
 
 def described_rows() -> list[dict[str, Any]]:
-    """Describe the built-in recipes, in the paper's order.
-
-    Raises:
-        ConfigError: a built-in recipe does not hold together.
-    """
+    """Describe the built-in recipes, in the paper's order."""
     from m3i_scale.objective.describe import describe
     from m3i_scale.objective.recipe import parse_recipe
 

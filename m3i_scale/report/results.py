@@ -45,11 +45,7 @@ def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def documents_of_files(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return documents that were asked for, drawn.
-
-    Raises:
-        ConfigError: one cannot be read, or is no document of `evaluate` or `finetune`.
-    """
+    """Return documents that were asked for, drawn."""
     return [_document(path.name, path) for path in paths]
 
 

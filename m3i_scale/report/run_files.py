@@ -117,11 +117,7 @@ class RunReader:
         self._metrics = MetricsFile(folder / METRICS, wanted)
 
     def read(self) -> RunFiles:
-        """Return what the folder tells now.
-
-        Raises:
-            ConfigError: the metrics cannot be read.
-        """
+        """Return what the folder tells now."""
         try:
             self._metrics.read_new_lines()
         except OSError as error:
@@ -164,8 +160,5 @@ def read_run(folder: Path) -> RunFiles:
 
     Args:
         folder: the output_dir of a run.
-
-    Raises:
-        ConfigError: no run has begun there, or a file of it cannot be read.
     """
     return RunReader(folder).read()

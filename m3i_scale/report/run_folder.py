@@ -24,11 +24,7 @@ Document = TypeVar("Document")
 
 
 def checkpoints_of(run: RunFiles) -> dict[str, Any]:
-    """Return the document of `checkpoint list`: every checkpoint with step, bytes, age, whether good, what keeps it.
-
-    Raises:
-        CheckpointError: the rules of the run file do not hold together, or the folder cannot be read.
-    """
+    """Return the document of `checkpoint list`: every checkpoint with step, bytes, age, whether good, what keeps it."""
     facts = ("kind", "step", "time")
     metrics = {
         line["step"]: {name: value for name, value in line.items() if name not in facts} for line in run.evaluations
@@ -56,9 +52,6 @@ def quarantine_of(folder: Path, examples: int = 6) -> dict[str, Quarantined]:
     Args:
         folder: of the run.
         examples: that are kept of a reason.
-
-    Raises:
-        ConfigError: the file cannot be read.
     """
     found: dict[str, Quarantined] = {}
     for entry in _objects(folder / QUARANTINE):
@@ -112,20 +105,12 @@ class _Failed(BaseModel):
 
 
 def attempts_of(folder: Path) -> list[AttemptNote]:
-    """Return the attempts of the last launch by `launch --with elastic` that have ended, in their order.
-
-    Raises:
-        ConfigError: attempts.json cannot be read, or is not what a launch writes.
-    """
+    """Return the attempts of the last launch by `launch --with elastic` that have ended, in their order."""
     return _document(folder / ATTEMPTS, list[AttemptNote]) or []
 
 
 def failure_of(folder: Path) -> FailureNote | None:
-    """Return the first cause of the last failure; None where the run has not failed, or no launcher has noted it.
-
-    Raises:
-        ConfigError: failure.json cannot be read, or is not what a launch writes.
-    """
+    """Return the first cause of the last failure; None where the run has not failed, or no launcher has noted it."""
     failed = _document(folder / FAILURE, _Failed)
     return None if failed is None else failed.cause
 
@@ -171,11 +156,7 @@ def _begun(folder: Path) -> Iterator[RankSign]:
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of lines, but for lines that are torn or of any other kind.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Yield the objects of a file of lines, but for lines that are torn or of any other kind."""
     try:
         with path.open("rb") as file:
             while line := file.readline(_LONGEST_LINE):
@@ -190,11 +171,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _document(path: Path, kind: type[Document]) -> Document | None:
-    """Return a JSON document of one kind; None where there is none.
-
-    Raises:
-        ConfigError: it cannot be read, or is of another kind.
-    """
+    """Return a JSON document of one kind; None where there is none."""
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:

@@ -19,11 +19,7 @@ FILE = "start.json"
 
 
 def tell_start(report: dict[str, Any], run: RunConfig) -> None:
-    """Print what became of every tensor of the source, and keep it in the run's folder.
-
-    Raises:
-        UserError: the folder takes no file.
-    """
+    """Print what became of every tensor of the source, and keep it in the run's folder."""
     console = wide_console(stderr=True, soft_wrap=True)
     console.print(start_table(report))
     try:

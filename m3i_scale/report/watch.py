@@ -35,9 +35,6 @@ def watch(folder: Path, every_s: float) -> None:
     Args:
         folder: the output_dir of a run.
         every_s: how often its files are looked at.
-
-    Raises:
-        ConfigError: no run has begun there, or a file of it cannot be read.
     """
     files = _Files(folder)
     console = Console()

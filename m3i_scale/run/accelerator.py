@@ -48,10 +48,6 @@ def check_before_joining(devices: Path = Path("/dev")) -> None:
 
     Args:
         devices: where the kernel shows GPUs.
-
-    Raises:
-        UserError: a driver that torch cannot use, a rank too many for the GPUs of this host, or a network interface
-            that is not there.
     """
     name = get_accelerator().device_name()
     if name == "cpu":
@@ -73,9 +69,6 @@ def check_before_joining(devices: Path = Path("/dev")) -> None:
 def check_distinct_cards() -> None:
     """Check that no two ranks are on one GPU, which NCCL refuses in words of its own. Every rank calls it, once they
     have met and before their first collective on a GPU.
-
-    Raises:
-        UserError: two are; the same on every rank.
     """
     if get_accelerator().device_name() != "cuda":
         return
@@ -99,9 +92,6 @@ def check_card(config: dict[str, Any]) -> None:
 
     Args:
         config: the resolved DeepSpeed configuration.
-
-    Raises:
-        ConfigError: the GPU is too old for bf16.
     """
     if get_accelerator().device_name() != "cuda":
         return
@@ -121,9 +111,6 @@ def check_memory(needed: int, tell: Callable[[str], None]) -> None:
     Args:
         needed: bytes of weights, moments and averages of a rank.
         tell: told where other processes have much of it, and leave enough.
-
-    Raises:
-        UserError: it is too small, or other processes leave too little.
     """
     if get_accelerator().device_name() == "cpu":
         return
@@ -180,9 +167,6 @@ def _interface_of_nccl(there: Mapping[str, list[str]]) -> str | None:
 
     Args:
         there: addresses by interface.
-
-    Raises:
-        UserError: the choice names none that has an address.
     """
     choice = os.environ.get("NCCL_SOCKET_IFNAME", "")
     names = [name for name in choice.removeprefix("^").removeprefix("=").split(",") if name]

@@ -20,10 +20,6 @@ from m3i_scale.scale.activations import read_policy, recomputing, summarize_laye
 def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:
     """Say which layers recompute (`start_engine` has set it), and with a budget find out, on a first batch that the
     stream gives again. Every rank calls it.
-
-    Raises:
-        ConfigError: the budget is too small.
-        DataError: some rank has no first batch.
     """
     text = run.backbone.activation_checkpointing
     policy = read_policy(text)

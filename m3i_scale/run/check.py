@@ -93,11 +93,7 @@ def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, fault
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
-    """Raise the faults that `faults_of` returns.
-
-    Raises:
-        UserError: what was found; a FaultsError where that are several things.
-    """
+    """Raise the faults that `faults_of` returns."""
     faults = Faults()
     faults.found = faults_of(name_or_path, overrides, ranks)
     faults.end()
@@ -165,11 +161,7 @@ def _other_images(run: RunConfig) -> list[str]:
 
 
 def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
-    """Check a run file against its data, its engine configuration, the number of ranks and this machine.
-
-    Raises:
-        ConfigError, DataError: what does not hold together; a FaultsError where that are several things.
-    """
+    """Check a run file against its data, its engine configuration, the number of ranks and this machine."""
     faults = Faults()
     resolved = Checks(run, world_size).resolve(faults)
     faults.end()
@@ -264,9 +256,6 @@ class Checks(DataChecks):
             resolved: the whole run.
             number: of the phase, from 0.
             built: modules of the run, on `meta`.
-
-        Raises:
-            ConfigError: names the phase.
         """
         run = resolved.run.in_phase(number)
         size = run.image_size(built.student.image_size)
@@ -327,9 +316,6 @@ def _check_borders(run: RunConfig, image_size: int) -> None:
     Args:
         run: with phases.
         image_size: of the backbone.
-
-    Raises:
-        ConfigError: nothing does; or layers recompute by a budget.
     """
     own = run.optim.micro_batch_size
     sizes = [(phase.image_size or image_size, phase.micro_batch_size or own) for phase in run.phases]
@@ -356,11 +342,7 @@ def _check_borders(run: RunConfig, image_size: int) -> None:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    """Check that an evaluation has validation data and a run that is long enough, and that such data are used.
-
-    Raises:
-        ConfigError: one of them is missing.
-    """
+    """Check that an evaluation has validation data and a run that is long enough, and that such data are used."""
     every, steps = run.evaluation.every_steps, run.optim.steps
     if every and not run.data.validation:
         raise ConfigError(

@@ -20,11 +20,7 @@ from m3i_scale.text import quoted
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
-    """Refuse a micro-batch whose losses would say nothing.
-
-    Raises:
-        ConfigError: the recipe compares samples, and there is one.
-    """
+    """Refuse a micro-batch whose losses would say nothing."""
     # A mix asks for as many samples on every rank, when the modules are built.
     if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
         raise ConfigError(
@@ -36,11 +32,7 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
 
 
 def check_text(run: RunConfig, recipe: Recipe) -> None:
-    """Refuse a `text` section that nothing reads.
-
-    Raises:
-        ConfigError: the recipe has no text target.
-    """
+    """Refuse a `text` section that nothing reads."""
     if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
     if run.text.config and not recipe.uses_text_tower:
@@ -145,11 +137,7 @@ class DataChecks:
 
 
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run, of which padding is token 0.
-
-    Raises:
-        ConfigError: no source has captions; see `find_tokenizer`; or it pads with another token.
-    """
+    """Return the tokenizer of a run, of which padding is token 0."""
     read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
     if read and all(samples_beside(source.shards, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
@@ -171,9 +159,6 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
 def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], file: str) -> RunConfig:
     """Return the run with validation sources under the training label set that they share: they never add one to the
     model.
-
-    Raises:
-        ConfigError: validation labels that no training source has.
     """
     if not label_sets or not run.data.validation:
         return run

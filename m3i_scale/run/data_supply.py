@@ -38,11 +38,7 @@ class Fetcher(Iterator[Batch]):
         return self._fault is not None
 
     def __next__(self) -> Batch:
-        """Return the next batch, or the last one again; all ranks ask for the first one together.
-
-        Raises:
-            UserError: the first batch could not be had on some rank.
-        """
+        """Return the next batch, or the last one again; all ranks ask for the first one together."""
         if self._fault is not None and self._last is not None:
             return self._last
         first, batch = self._last is None, None
@@ -88,9 +84,6 @@ class StepBatches(Iterator[Batch]):
         """Return whether some rank lacks the micro-batches of a whole step; every rank calls it before a step.
 
         Without `epochs` nothing is fetched and nobody is asked. The stream's state is then that before the step.
-
-        Raises:
-            UserError: the data of some rank failed, too much is bad, or the sources end before the first step.
         """
         self.waited_s = 0.0
         if not self._stream.can_end:
@@ -133,9 +126,6 @@ def stop_if_bad(
         account: of all ranks.
         reasons: of all ranks; they are asked where it matters, if not given.
         begun: False where the sources have ended before the first step.
-
-    Raises:
-        DataError: see `TrainStream.stop_if_bad`.
     """
 
     def of_all() -> dict[str, int]:
@@ -148,11 +138,7 @@ def stop_if_bad(
 
 
 def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str | None:
-    """Return the note, before the first step, on sources that may end before the last step; None where they do not.
-
-    Raises:
-        ConfigError: they hold less than one batch.
-    """
+    """Return the note, before the first step, on sources that may end before the last step; None where they do not."""
     most = stream.samples_at_most
     if most is None or most >= batch_size * steps:
         return None

@@ -35,9 +35,6 @@ def examine(
         cluster: hosts, and how they are reached.
         connect_s: seconds that ssh may take to connect.
         tell: is told what is being done.
-
-    Raises:
-        ConfigError: the run file, its DeepSpeed file, or a hostfile does not hold together.
     """
     if overrides and run is None:
         raise ConfigError("overrides have no effect without a run file", where=" ".join(overrides))

@@ -76,9 +76,6 @@ def prepare(
         subset: of the images for training; None: all of them.
         skip_bad: whether images that cannot be used are left out.
         random_weights: start from random weights of the architecture of `start`.
-
-    Raises:
-        UserError: what does not hold together.
     """
     _refuse_ranks(protocol)
     _refuse_computed(overrides)
@@ -120,9 +117,6 @@ def prepare(
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
     """Return as what the result can be exported: as its task's, or as features and a head where no class computes both;
     which head of a sweep is the best, and whether a class computes that, is not known yet.
-
-    Raises:
-        ConfigError: a classifier could be exported if it pooled otherwise.
     """
     if isinstance(task, Classification) and task.sweep is not None:
         return "features"
@@ -196,11 +190,7 @@ def _start(start: str) -> list[str]:
 
 
 def _exported(start: str, output_dir: Path) -> str:
-    """Return an export of the newest good checkpoint, made once, where `start` is a run; else `start`.
-
-    Raises:
-        CheckpointError, ExportError: there is none that verifies, or another run's export of its name lies there.
-    """
+    """Return an export of the newest good checkpoint, made once, where `start` is a run; else `start`."""
     folder = Path(start).expanduser()
     if not is_run_folder(folder):
         return start
@@ -278,12 +268,7 @@ def _length(
 
 
 def trained_checkpoint(run: RunConfig) -> Path:
-    """Return the newest good checkpoint of a run that is only to be measured.
-
-    Raises:
-        ConfigError: there is none.
-        CheckpointError: there are some, and none is good.
-    """
+    """Return the newest good checkpoint of a run that is only to be measured."""
     newest, _ = find_resume(run)
     if newest is None:
         raise ConfigError(
@@ -293,11 +278,7 @@ def trained_checkpoint(run: RunConfig) -> Path:
 
 
 def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
-    """Refuse a checkpoint of another run than the one that the result would be named by.
-
-    Raises:
-        UserError: what differs, or does not hold together.
-    """
+    """Refuse a checkpoint of another run than the one that the result would be named by."""
     steps = read_yaml(checkpoint / "run.yaml")["optim"]["steps"]
     if steps != run.optim.steps:
         raise ConfigError(

@@ -43,11 +43,7 @@ class _ChecksBeforePacking(Checks):
 
 
 def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> ResolvedRun:
-    """Check the whole run file, also if the shards do not exist yet.
-
-    Raises:
-        UserError: an error that `train` would raise.
-    """
+    """Check the whole run file, also if the shards do not exist yet."""
     checks = Checks(run, 1, here=here) if data.source is None else _ChecksBeforePacking(run, data, here=here)
     faults = Faults()
     resolved = checks.resolve(faults)
@@ -59,11 +55,7 @@ def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> Resolve
 
 @contextmanager
 def packing(run: RunConfig, data: Labelled) -> Iterator[None]:
-    """Hold the lock of the output folder while images are packed, and check first that no other run is in it.
-
-    Raises:
-        CheckpointError: another job holds the lock, or a checkpoint there is of another run.
-    """
+    """Hold the lock of the output folder while images are packed, and check first that no other run is in it."""
     if data.source is None:
         yield
         return

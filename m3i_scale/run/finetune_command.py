@@ -112,11 +112,7 @@ class FineTuneOptions:
     per_class: int | None = None
 
     def subset(self) -> Subset | None:
-        """Return which of the images for training are taken; None: all of them.
-
-        Raises:
-            ConfigError: it is asked for in two ways, or a seed without one; a share that is none.
-        """
+        """Return which of the images for training are taken; None: all of them."""
         from m3i_scale.downstream.subset import Subset
 
         if self.per_class is None and self.share is None:

@@ -198,9 +198,6 @@ def plan_run(
         classes: of a category target, where the shards are not to be read.
         tokens: of the vocabulary, likewise.
         samples: how many are to be seen; None for the run's steps × batch size.
-
-    Raises:
-        ConfigError, DataError: what does not hold together.
     """
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
     if not run.phases:
@@ -377,11 +374,7 @@ def nodes_that_fit(model: Model, machine: Machine, choice: Choice, *, most: int 
 
 
 def refuse_hopeless(plan: RunPlan) -> None:
-    """Refuse a run that does not fit even with the smallest micro-batch.
-
-    Raises:
-        ConfigError: names the cheapest change that would.
-    """
+    """Refuse a run that does not fit even with the smallest micro-batch."""
     if not plan.hopeless:
         return
     for number, phase in enumerate(plan.phases):
@@ -428,9 +421,6 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
 
     Returns:
         The overrides to train with, the file among them.
-
-    Raises:
-        ConfigError: the file cannot be written.
     """
     written = plan.suggestion or plan.planned
     config = load_ds_config(written.choice.deepspeed)

@@ -132,11 +132,7 @@ def machine_of(
     workspace_gib: float | None = None,
     host_memory_gib: float | None = None,
 ) -> Machine:
-    """Return a machine by the name of its devices; what is given takes the place of the preset's numbers.
-
-    Raises:
-        ConfigError: no hardware of that name.
-    """
+    """Return a machine by the name of its devices; what is given takes the place of the preset's numbers."""
     preset = hardware(name)
     hosts = name == "cpu"
     links = Links(
@@ -155,11 +151,7 @@ def machine_of(
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:
-    """Read label sets and number of tokens: as given, else as the run's shards have them, else as stated.
-
-    Raises:
-        ConfigError, DataError: shards that are there and do not fit.
-    """
+    """Read label sets and number of tokens: as given, else as the run's shards have them, else as stated."""
     assumed = []
     folders = [shard_folder(source.shards) for source in run.data.sources.values()]
     # A plan asks no server: shards elsewhere count as not there, and what it assumes then is told.
@@ -197,11 +189,7 @@ class Model:
 
     @cached_property
     def objective(self) -> Objective:
-        """Return the objective on `meta`, in the type that is computed in.
-
-        Raises:
-            ConfigError: see `build_on_meta`.
-        """
+        """Return the objective on `meta`, in the type that is computed in."""
         tokens = self.vocabulary.tokens if self.recipe.uses_text else None
         ranks = _PlannedRanks(self.world)
         objective = build_on_meta(self.run, self.vocabulary.label_sets, tokens, ranks)
@@ -341,11 +329,7 @@ class Estimate:
 
 
 def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = False) -> Estimate:
-    """Estimate memory, traffic and time of a step.
-
-    Raises:
-        ConfigError: the DeepSpeed file, or a batch size that ranks and micro-batch do not divide.
-    """
+    """Estimate memory, traffic and time of a step."""
     run = _with(model.run, choice)
     resolved = _sized(resolve_engine(run, machine.links.world, model.objective.student.width), choice.sizes)
     settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)

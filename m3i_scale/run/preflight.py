@@ -47,9 +47,6 @@ def needs_of(
         ranks_here: ranks on the host.
         vocabulary: label sets and tokens; default: those of the shards, where they are here, else as plans assume them.
         config: the resolved DeepSpeed configuration, where it is known.
-
-    Raises:
-        ConfigError, DataError: what does not hold together.
     """
     recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
     if config is None:

@@ -69,11 +69,7 @@ def write_probe(folder: Path, batch: Batch) -> None:
 
 
 def read_probe(folder: Path) -> Batch:
-    """Return the samples of a checkpoint.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return the samples of a checkpoint."""
     try:
         with safe_open(folder / FILE, framework="pt") as opened:
             keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
@@ -101,9 +97,6 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
 
     Returns:
         The samples; None where the run that saved was told not to store any.
-
-    Raises:
-        CheckpointError: another loss; on every rank.
     """
     wanted = meta.get("probe_loss")
     if wanted is None:

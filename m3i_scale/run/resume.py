@@ -33,11 +33,6 @@ def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, 
     Args:
         run: of the checkpoints.
         contents: read every byte of the checkpoint: call it on one rank. False: see `verify`.
-
-    Raises:
-        CheckpointError: `resume: never` with checkpoints there, a named checkpoint that is not good, or checkpoints
-            of which none is good.
-        ConfigError: data.changed_sources without a checkpoint.
     """
     checkpoint, notes = _find_resume(run, contents)
     if checkpoint is None and run.data.changed_sources:
@@ -86,9 +81,6 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
 def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> list[str]:
     """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Return notes about a run
     that goes on in another shape. Call it on one rank: it may read whole teachers.
-
-    Raises:
-        CheckpointError: names what differs.
     """
     meta = read_meta(checkpoint)
     _check_identity(resolved, checkpoint, meta)
@@ -116,9 +108,6 @@ def check_counts(checkpoint: Path, batch_size: int) -> None:
     Args:
         checkpoint: to resume from.
         batch_size: samples in a step.
-
-    Raises:
-        CheckpointError: step, optimizer and data are of different moments.
     """
     meta = read_meta(checkpoint)
     files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
@@ -148,9 +137,6 @@ def check_counts(checkpoint: Path, batch_size: int) -> None:
 def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int) -> None:
     """Check that the steps so far were trained on images of the size that the run file says now. Phases that have not
     begun may change, as the schedule may.
-
-    Raises:
-        CheckpointError: they were not.
     """
     if not (saved or run.phases):
         return

@@ -21,9 +21,6 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
     """Return, by step, the figures of the last evaluation at that step, from the run's metrics.jsonl.
 
     Lines of steps that a resumed run does again are no longer in that file, so no figure is of weights that are gone.
-
-    Raises:
-        CheckpointError: the file is there and cannot be read.
     """
     by_step: dict[int, dict[str, float]] = {}
     path = output_dir / METRICS
@@ -56,11 +53,7 @@ def evaluated_figures(recipe: Recipe) -> set[str]:
 
 
 def check_retention(run: RunConfig, recipe: Recipe) -> None:
-    """Refuse rules of `checkpoint` that can never have an effect, and figures that the run does not produce.
-
-    Raises:
-        ConfigError: names the rule.
-    """
+    """Refuse rules of `checkpoint` that can never have an effect, and figures that the run does not produce."""
     checkpoint = run.checkpoint
     saves, steps, every = checkpoint.every_steps, run.optim.steps, checkpoint.keep_every_steps
     if every is not None and not _meet(saves, every, steps):

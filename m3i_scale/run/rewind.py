@@ -113,11 +113,7 @@ class Rewinds:
 
 
 def read_rewinds(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of `rewinds.json`; [] where there is none.
-
-    Raises:
-        CheckpointError: it is not what was written.
-    """
+    """Return the entries of `rewinds.json`; [] where there is none."""
     try:
         return [entry.model_dump() for entry in _ENTRIES.validate_json(path.read_bytes())]
     except FileNotFoundError:
@@ -137,11 +133,7 @@ def newest_before(root: Path, step: int) -> Path | None:
 
 
 def finish_rewind(output_dir: Path) -> None:
-    """Remove checkpoints of steps that the last rewind has undone. Again at every start: a kill may have come between.
-
-    Raises:
-        CheckpointError: the disk refused.
-    """
+    """Remove checkpoints of steps that the last rollback has undone. Every start calls it, in case of a kill."""
     entries, root = read_rewinds(output_dir / REWINDS), output_dir / "checkpoints"
     if not entries:
         return

@@ -111,11 +111,7 @@ class ResolvedRun(RunWithData):
 
 
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
-    """Return the run's DeepSpeed file, filled in.
-
-    Raises:
-        ConfigError: see `resolve`; or the file switches off what the run file undoes already.
-    """
+    """Return the run's DeepSpeed file, filled in."""
     optim = run.optim
     resolved = resolve(
         load_ds_config(run.deepspeed),
@@ -150,9 +146,6 @@ def open_data(
         resolved: of the run.
         ranks: of the run.
         workers: of `started_workers`; without them, each iterator starts some.
-
-    Raises:
-        UserError: what any rank cannot open, of both, so that validation data are looked at before the first step.
     """
     of_training, of_validation = (*workers, None, None)[:2]
     stream = open_together(lambda: open_stream(resolved, ranks, of_training, pin=pinning()))

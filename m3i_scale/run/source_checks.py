@@ -24,9 +24,6 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
         recipe: of the run.
         access: how servers are asked.
         there: whether the shards are; else nothing is looked for beside them.
-
-    Raises:
-        ConfigError: names the source and the setting.
     """
     sources, file = run.data.sources, recipe.labels_file
     for name, source in sources.items():
@@ -77,10 +74,6 @@ def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = N
         run: the run file.
         recipe: of the run.
         access: how servers are asked.
-
-    Raises:
-        ConfigError: `checkpoint.keep_best` asks for it, and there is none; or what counts it is not installed.
-        DataError: a file of categories is broken.
     """
     if recipe.labels_file != CATEGORIES or not run.data.validation:
         return False
@@ -111,12 +104,7 @@ _NAMED = {
 
 
 def _check_class_names(source: SourceConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
-    """Check that a file beside the shards of a source names the classes of its masks or boxes.
-
-    Raises:
-        ConfigError: why none does.
-        DataError: the file is broken.
-    """
+    """Check that a file beside the shards of a source names the classes of its masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
         raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
@@ -137,11 +125,7 @@ def _check_class_names(source: SourceConfig, where: str, access: Access | None, 
 
 
 def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:
-    """Refuse label sets in another order: heads are numbered, so each would go on with the weights of another.
-
-    Raises:
-        CheckpointError: names the order that was.
-    """
+    """Refuse label sets in another order: heads are numbered, so each would go on with the weights of another."""
     if saved and now and set(saved) == set(now) and list(saved) != list(now):
         raise CheckpointError(
             f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",

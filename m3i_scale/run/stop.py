@@ -32,10 +32,6 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
     Returns:
         `status` (`idle`, `asked`, `stopped`, `finished`, or `ended`: by something else), `output_dir`, `step` and
         `checkpoint` (the newest, or None), `text`.
-
-    Raises:
-        ConfigError: no such run.
-        CheckpointError: who holds its folder does not listen, or is just starting; the folder cannot be written.
     """
     folder = _folder(run, overrides)
     holder = holder_of(folder)

@@ -97,9 +97,6 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     Returns:
         A function that gives the resolved run, or raises its fault: it is called once the ranks have met, since one
         host with a fault would leave the others waiting.
-
-    Raises:
-        UserError: what does not hold together, where all ranks are on this host and see the same.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:

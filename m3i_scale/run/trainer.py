@@ -301,11 +301,7 @@ class Trainer:
             return self.copy(batch)
 
     def _vote(self) -> None:
-        """Exchange the votes of all ranks on the step, before the optimizer takes it, in one collective.
-
-        Raises:
-            UserError: the data of some rank failed, or too much of what all ranks have read is bad.
-        """
+        """Exchange the votes of all ranks on the step, before the optimizer takes it, in one collective."""
         state = self.state
         losses = torch.stack([micro_batch.loss for micro_batch in state.micro_batches]).float()
         (bad, starved, *voted), state.loss, sums = agree_and_average(

@@ -38,12 +38,7 @@ class RunWithData:
 
 
 def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
-    """Check a run file against its data and the number of ranks, whatever engine trains it.
-
-    Raises:
-        ConfigError, DataError: what does not hold together; a FaultsError where that are several things. Or the run
-            has several phases.
-    """
+    """Check a run file against its data and the number of ranks, whatever engine trains it."""
     if len(run.phases) > 1:
         raise ConfigError(
             f"the run has {len(run.phases)} phases, and a loop of your own has one at a time",

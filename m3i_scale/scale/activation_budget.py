@@ -139,11 +139,7 @@ def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -
 
 
 def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -> Choice:
-    """Choose the fewest layers that have to recompute: those that save most first, of equals the earlier ones.
-
-    Raises:
-        ConfigError: not even all of them are enough.
-    """
+    """Choose the fewest layers that have to recompute: those that save most first, of equals the earlier ones."""
     order = sorted(range(len(layers)), key=lambda index: (layers[index].inputs - layers[index].saved, index))
     peaks = [
         peak_bytes(layers, outside, {layers[index].name for index in order[:count]}) / GIB
@@ -163,11 +159,7 @@ def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -
 
 
 def fit_activations(module: nn.Module, forward: Callable[[], Any], budget_gib: float) -> Choice:
-    """Count, choose and set which layers recompute. Every rank calls it; all choose alike, by the rank that saves most.
-
-    Raises:
-        ConfigError: not even recomputing every layer is enough.
-    """
+    """Choose the layers that recompute, and set them. All ranks call it and follow the rank that saves most."""
     layers, outside = count_saved(module, forward)
     values = {"outside": float(outside)}
     for number, layer in enumerate(layers):

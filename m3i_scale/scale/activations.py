@@ -44,11 +44,7 @@ class Policy:
 
 
 def read_policy(text: str) -> Policy:
-    """Parse `backbone.activation_checkpointing`.
-
-    Raises:
-        ConfigError: none of the policies.
-    """
+    """Parse `backbone.activation_checkpointing`."""
     if text in ("none", "full", "selective", "offload"):
         return Policy(text)
     if match := re.fullmatch(r"every_([2-9]|[1-9]\d+)", text):
@@ -59,11 +55,7 @@ def read_policy(text: str) -> Policy:
 
 
 def check_policy(text: str) -> Policy:
-    """Read a policy, and refuse one that would have no effect on this machine's accelerator.
-
-    Raises:
-        ConfigError: none of the policies; `offload` where the accelerator computes in host memory.
-    """
+    """Read a policy, and refuse one that would have no effect on this machine's accelerator."""
     policy = read_policy(text)
     if policy.kind == "offload" and in_host_memory():
         raise ConfigError(
@@ -111,11 +103,7 @@ def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 
 
 def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
-    """Set the policy on every stack of layers inside `module`; returns the names of the layers that recompute.
-
-    Raises:
-        ConfigError: none of the policies.
-    """
+    """Set the policy on every stack of layers inside `module`; returns the names of the layers that recompute."""
     policy = read_policy(text)
     chosen = []
     for layers in trained_stacks(module):

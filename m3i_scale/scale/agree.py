@@ -193,9 +193,6 @@ def open_together(make: Callable[[], Result]) -> Result:
 
     Args:
         make: opens what this rank needs.
-
-    Raises:
-        UserError: that of the lowest rank that has one, on all ranks.
     """
     work, over, fault = InThread(_once(make)), False, None
     results: list[Result] = []

@@ -33,11 +33,7 @@ def allow_tf32(dtype: torch.dtype) -> None:
 
 
 def check_deterministic() -> None:
-    """Refuse an environment that undoes `compute_deterministically`.
-
-    Raises:
-        ConfigError: a variable of cuBLAS or NCCL says otherwise.
-    """
+    """Refuse an environment that undoes `compute_deterministically`."""
     for name, value in _VARIABLES.items():
         if os.environ.get(name, value) != value:
             raise ConfigError(
@@ -60,11 +56,7 @@ def compute_deterministically() -> None:
 
 @contextlib.contextmanager
 def nondeterminism_explained() -> Iterator[None]:
-    """Say of an operation that has no deterministic form which setting it contradicts.
-
-    Raises:
-        ConfigError: in place of torch's error, which comes with the first batch.
-    """
+    """Say of an operation that has no deterministic form which setting it contradicts."""
     try:
         yield
     except RuntimeError as error:

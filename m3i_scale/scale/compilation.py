@@ -33,11 +33,7 @@ _KEPT_SHARE = 0.5
 
 
 def check_compile() -> None:
-    """Check that this machine has what the compiler needs. Call it before any start.
-
-    Raises:
-        ConfigError: names everything that is missing.
-    """
+    """Check that this machine has what the compiler needs. Call it before any start."""
     missing = _missing_tools()
     if missing:
         raise ConfigError(
@@ -86,9 +82,6 @@ def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
         module: holds the layers.
         policy: `backbone.activation_checkpointing`. Under `selective` the compiler chooses what a layer keeps: half of
             what it would keep otherwise, so that as little as possible is computed again.
-
-    Raises:
-        ConfigError: there is no such layer.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._functorch.config.activation_memory_budget = _KEPT_SHARE if read_policy(policy).kind == "selective" else 1.0

@@ -24,9 +24,6 @@ def loss_scale(engine: Any) -> float | None:
 def take_step(engine: Any) -> None:
     """Call `engine.step()`; what gathers weights next waits for it. An overflow in fp16 skips the optimizer, and halves
     the scale.
-
-    Raises:
-        UserError: gradients overflow even at the smallest scale.
     """
     try:
         with clipping_on_device():

@@ -84,9 +84,6 @@ def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = Fal
         output_dir: of the run.
         lock: against whom.
         trains: whether this process asks `stop_requested` from time to time.
-
-    Raises:
-        CheckpointError: another job holds it (named by pid and host), it cannot be written, or it has no `flock`.
     """
     held = _acquire(output_dir, lock)
     try:
@@ -127,11 +124,7 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_output_dir(output_dir: Path) -> Path:
-    """Return the output directory of a run; refuse a file, and a folder that holds shards and no run.
-
-    Raises:
-        ConfigError: which it is; see `check_destination`.
-    """
+    """Return the output directory of a run; refuse a file, and a folder that holds shards and no run."""
     place = f"output_dir: {output_dir}"
     try:
         if not is_run_folder(output_dir):
@@ -149,11 +142,7 @@ def check_output_dir(output_dir: Path) -> Path:
 
 
 def request_stop(output_dir: Path, holder: Holder) -> None:
-    """Ask the run that holds `output_dir`, on whichever host it is: rank 0 looks for the file after every step.
-
-    Raises:
-        CheckpointError: the directory cannot be written.
-    """
+    """Ask the run that holds `output_dir`, on whichever host it is: rank 0 looks for the file after every step."""
     try:
         write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host}, durable=False)
     except OSError as error:

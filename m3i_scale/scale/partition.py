@@ -143,9 +143,6 @@ def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: st
         engine: the DeepSpeed engine.
         parameters: that are written, by name.
         what: they are, in words.
-
-    Raises:
-        ConfigError: names the setting.
     """
     if engine._config.zero_config.zero_quantized_nontrainable_weights and parameters:
         raise ConfigError(
@@ -201,11 +198,7 @@ _GATHER_STREAM = "_PartitionedParameterCoordinator__allgather_stream"
 
 
 def gather_stream(engine: Any) -> Any:
-    """Return the stream that ZeRO-3 gathers shards on; None under other stages, and where a device has no streams.
-
-    Raises:
-        ConfigError: this version of DeepSpeed has no such stream.
-    """
+    """Return the stream that ZeRO-3 gathers shards on; None under other stages, and where a device has no streams."""
     if engine.zero_optimization_stage() != 3:
         return None
     coordinator = engine.optimizer.parameter_offload.param_coordinator
@@ -223,9 +216,6 @@ def order_gathers(engine: Any) -> None:
 
     DeepSpeed copies shards on a stream of its own that waits for no other: not for a write of ours, nor for its own
     optimizer. Other stages gather on the current stream, and need nothing. No host waits here.
-
-    Raises:
-        ConfigError: see `gather_stream`.
     """
     stream = gather_stream(engine)
     if stream is not None:

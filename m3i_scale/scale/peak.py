@@ -61,11 +61,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
-    """Return the peak that a run file names.
-
-    Raises:
-        ConfigError: an unknown name, one for another type of number, or no positive number.
-    """
+    """Return the peak that a run file names."""
     where = f"hardware.peak_tflops: {given}"
     if isinstance(given, str):
         if given not in PEAK_TFLOPS:

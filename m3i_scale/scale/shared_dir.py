@@ -26,9 +26,6 @@ def check_shared(output_dir: Path) -> None:
 
     Rank 0 makes a folder of a name that nobody has seen. Every rank looks for it, and one of every host leaves a file
     in it.
-
-    Raises:
-        CheckpointError: on all ranks; it names the hosts that do not see the folder or cannot write to it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return

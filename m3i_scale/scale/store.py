@@ -46,9 +46,6 @@ def listen_at_master_address(timeout: timedelta) -> None:
 
     Args:
         timeout: of a rank that waits for a key.
-
-    Raises:
-        UserError: MASTER_ADDR is no address of this host, or one that other hosts cannot reach, or the port is taken.
     """
     chosen = [os.environ[name] for name in INTERFACES if name in os.environ]
     if os.environ["RANK"] != "0" or not chosen or _of_agent():

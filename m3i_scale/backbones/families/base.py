@@ -50,11 +50,7 @@ class Family(ABC):
 
     @abstractmethod
     def check(self, config: Any, where: str) -> None:
-        """Refuse a configuration of which no backbone can be made.
-
-        Raises:
-            ConfigError: names the field.
-        """
+        """Refuse a configuration of which no backbone can be made."""
 
 
 class TokenFamily(Family):
@@ -162,9 +158,6 @@ def check_counts(counts: dict[str, Any], where: str) -> None:
     Args:
         counts: value by field.
         where: the section that they stand in.
-
-    Raises:
-        ConfigError: names the field.
     """
     for key, value in counts.items():
         most = MAX_COUNTS[key]
@@ -173,11 +166,7 @@ def check_counts(counts: dict[str, Any], where: str) -> None:
 
 
 def check_side(side: int, divisor: int, what: str, where: str) -> None:
-    """Check that patches fill the image.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Check that patches fill the image."""
     if side % divisor:
         raise ConfigError(
             f"{what} does not divide image size {side}",

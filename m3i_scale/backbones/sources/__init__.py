@@ -23,9 +23,6 @@ def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.fr
         given: what the run file says.
         fields: `backbone.config` of the run file: what a bare file does not tell.
         where: the key that says it.
-
-    Raises:
-        ConfigError: nothing there, or an architecture that no backbone here is.
     """
     place = Path(given)
     if place.is_file():
@@ -54,11 +51,7 @@ def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Sour
 
 
 def pretrained_folder(source: str, where: str = "from_pretrained", kind: str = "transformers") -> Path:
-    """Return where the weights of `source` lie: its own path, or the local snapshot of a Hub id.
-
-    Raises:
-        ConfigError: no such path and no such id.
-    """
+    """Return where the weights of `source` lie: its own path, or the local snapshot of a Hub id."""
     if Path(source).exists():
         return Path(source)
     safe, pickled = (name.replace(".", "*.") for name in NAMES[kind])
@@ -82,9 +75,5 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
 
 
 def source_files(source: Source, where: str = "backbone.from_pretrained") -> list[Path]:
-    """Return the weight files of a source; downloads those of a Hub id.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """Return the weight files of a source; downloads those of a Hub id."""
     return weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)

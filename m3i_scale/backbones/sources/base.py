@@ -50,11 +50,7 @@ def refusal(given: str, what: str, why: str, fix: str | None = None) -> ConfigEr
 
 
 def square_side(count: int, given: str, what: str) -> int:
-    """Return the side of a square of `count` places.
-
-    Raises:
-        ConfigError: it is no square.
-    """
+    """Return the side of a square of `count` places."""
     side = math.isqrt(max(count, 0))
     if side < 1 or side * side != count:
         raise refusal(given, f"{what} has {count} places", "a backbone's grid is square")

@@ -79,11 +79,7 @@ def _holds(value: object) -> bool:
 
 @contextlib.contextmanager
 def open_weights(path: Path, where: str) -> Iterator[Weights]:
-    """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone.
-
-    Raises:
-        ConfigError: it cannot be read, also where that shows only while it is being read.
-    """
+    """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -108,11 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is no such file.
-
-    Raises:
-        ConfigError: it is no JSON object.
-    """
+    """Return a JSON object; an empty one where there is no such file."""
     try:
         values = read_json(path)
     except FileNotFoundError:
@@ -125,11 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(place: Path, kind: str, where: str) -> list[Path]:
-    """Return the files that hold the weights of a folder, or the one file.
-
-    Raises:
-        ConfigError: there are none, or an index names files that are not there.
-    """
+    """Return the files that hold the weights of a folder, or the one file."""
     if place.is_file():
         return [place]
     for name in NAMES[kind]:
@@ -153,11 +141,7 @@ def _shards(index: Path, where: str) -> list[Path]:
 
 
 def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Return by tensor the file that holds it and its shape.
-
-    Raises:
-        ConfigError: a file cannot be read, or two of them hold a tensor of one name.
-    """
+    """Return by tensor the file that holds it and its shape."""
     place_of: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in paths:
         with open_weights(path, where) as weights:

@@ -45,11 +45,7 @@ _FIXES = {
 
 
 def hub_config(source: str, where: str) -> VisionConfig:
-    """Return the configuration of a `transformers` folder or Hub id.
-
-    Raises:
-        ConfigError: there is none, or it is none of a backbone.
-    """
+    """Return the configuration of a `transformers` folder or Hub id."""
     try:
         config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -74,11 +70,7 @@ def hub_config(source: str, where: str) -> VisionConfig:
 
 
 def hub_source(given: str, folder: Path, where: str) -> Source:
-    """Return the source of a folder with a `transformers` config.json.
-
-    Raises:
-        ConfigError: as `hub_config`.
-    """
+    """Return the source of a folder with a `transformers` config.json."""
     config, assumed = hub_config(str(folder), where), {}
     family = family_of(config)
     if isinstance(config, InternImageConfig) and config.fusion_width is None:

@@ -56,11 +56,7 @@ def open_clip_prefix(shapes: Shapes) -> str | None:
 def open_clip_source(
     given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """Return the vision tower of a file of open_clip's.
-
-    Raises:
-        ConfigError: an architecture that no backbone here is.
-    """
+    """Return the vision tower of a file of open_clip's."""
     prefix = open_clip_prefix(shapes)
     if prefix is None:
         raise refusal(given, "it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
@@ -74,11 +70,7 @@ def open_clip_source(
 
 
 def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
-    """Return the vision tower of a folder with open_clip_config.json.
-
-    Raises:
-        ConfigError: an architecture that no backbone here is.
-    """
+    """Return the vision tower of a folder with open_clip_config.json."""
     model = values.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vision, dict):

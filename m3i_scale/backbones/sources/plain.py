@@ -70,9 +70,6 @@ def plain_config(
 
     Returns:
         Configuration; fields that are assumed, with the reason; parameters that are nought, as in `Source`.
-
-    Raises:
-        ConfigError: no stock model here is that architecture.
     """
     parts = _parts(given, names, shapes, refused)
     rotary = "registers" in parts and "positions" not in parts
@@ -244,9 +241,6 @@ def _check_parts(
         shape: what they have, in words.
         wanted: by part, whether the stock class has it, and what it is in words.
         why: names the stock class.
-
-    Raises:
-        ConfigError: a part is there too many, or too few.
     """
     for part, (there, what) in wanted.items():
         if (part in parts) is not there:

@@ -60,9 +60,6 @@ def timm_source(
         shapes: of the tensors, from a header or of a model without values.
         fields: `backbone.config` of the run file.
         facts: None for a bare file.
-
-    Raises:
-        ConfigError: an architecture that no backbone here is.
     """
     prefix = timm_prefix(shapes)
     if prefix is None:
@@ -135,11 +132,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
 
 
 def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
-    """Return the source of a folder that timm wrote: `config.json` names the architecture.
-
-    Raises:
-        ConfigError: timm is not installed, does not know it, or no backbone here is it.
-    """
+    """Return the source of a folder that timm wrote: `config.json` names the architecture."""
     architecture, arguments = str(config["architecture"]), dict(config.get("model_args") or {})
     source, _ = _by_architecture(given, folder, architecture, arguments, fields)
     cfg = config.get("pretrained_cfg") or {}

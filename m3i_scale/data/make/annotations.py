@@ -97,11 +97,7 @@ class AnnotationFile:
     forms: BoxForms = field(default_factory=BoxForms)
 
     def images(self) -> Iterator[AnnotatedImage]:
-        """Yield the images in order of the file; its counts are whole afterwards.
-
-        Raises:
-            DataError: at the end, if the boxes of the file are in another form.
-        """
+        """Yield the images in order of the file; its counts are whole afterwards."""
         indices = {category.id: index for index, category in enumerate(self.categories.categories)}
         used: set[int] = set()
         for row in self.rows:
@@ -167,10 +163,6 @@ def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
     Args:
         path: of the file.
         skip_bad: annotations of unknown images are left out, and counted.
-
-    Raises:
-        DataError: it is no annotation file of instances, its categories or the ids of its images are faulty, or an
-            annotation is of an unknown image.
     """
     with reading(path, ValueError, RecursionError, fix="give an annotation file of COCO or LVIS"):
         document = json.loads(path.read_bytes())

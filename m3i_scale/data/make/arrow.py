@@ -56,9 +56,6 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
 
     The image is the one column of type Image (or of a struct with bytes and path), the label the one ClassLabel, the
     caption the one of `caption`, `text`, `captions` and `texts` that is there.
-
-    Raises:
-        ConfigError: a column that is not there; none or several that could be meant.
     """
     names = list(schema.names)
     for name in vars(columns).values():
@@ -82,9 +79,6 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
     Args:
         path: of a .parquet file; else of an Arrow stream.
         columns: the ones to read; None: all.
-
-    Raises:
-        DataError: the file cannot be read.
     """
     with _reading(path):
         if path.is_dir():  # as Spark and dask write a table
@@ -105,11 +99,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 
 
 def row_count(path: Path) -> int:
-    """Return the number of rows of a file, from its headers.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return the number of rows of a file, from its headers."""
     with _reading(path):
         if _is_parquet(path):
             with _parquet_file(path) as table:
@@ -119,11 +109,7 @@ def row_count(path: Path) -> int:
 
 
 def schema_of(path: Path) -> Any:
-    """Return names and types of the columns of a file, with what `datasets` wrote about them.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return names and types of the columns of a file, with what `datasets` wrote about them."""
     with _reading(path):
         if _is_parquet(path):
             with _parquet_file(path) as table:

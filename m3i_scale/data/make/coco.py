@@ -31,10 +31,6 @@ def coco_input(
         images: where the names in them lead from; None: the folder of the file, or the one around `annotations`.
         shares: whether a single file is to be split, and its name says no split.
         skip_bad: images with a fault are left out when shards are made, and so are annotations of unknown images.
-
-    Raises:
-        DataError: a file is none of COCO or LVIS, files have different categories, or an image has a fault.
-        ConfigError: it is not clear which files are meant, or of which split one is.
     """
     files = [file for given in inputs for file in annotation_files(given)]
     splits = [split_of(file) if not shares or len(files) > 1 else None for file in files]
@@ -60,12 +56,7 @@ def coco_input(
 
 
 def annotation_files(given: Path) -> list[Path]:
-    """Return the annotation files of a folder: in its `annotations`, in it, or one in the folder of each split.
-
-    Raises:
-        DataError: there are none.
-        ConfigError: there are files of COCO and of LVIS.
-    """
+    """Return the annotation files of a folder: in its `annotations`, in it, or one in the folder of each split."""
     if given.is_file():
         return [given]
     for place in (given / "annotations", given):
@@ -121,11 +112,7 @@ def _named(categories: Categories) -> list[Any]:
 def _records(
     path: Path, annotated: Iterator[AnnotatedImage], images: Path | None, split: str | None, *, skip_bad: bool
 ) -> list[Record]:
-    """Return the records of a file.
-
-    Raises:
-        DataError: no image is there; or one has a fault, and none is to be left out.
-    """
+    """Return the records of a file."""
     folders = _folders(path, images, split)
     records, names = list[Record](), set[str]()
     for item in annotated:
@@ -168,11 +155,7 @@ def _records(
 
 
 def _ways(item: AnnotatedImage) -> list[str]:
-    """Return names that an image may have: its `file_name`, and the end of its `coco_url`, as LVIS has it.
-
-    Raises:
-        DataError: there are none, or one leads out of the folder.
-    """
+    """Return names that an image may have: its `file_name`, and the end of its `coco_url`, as LVIS has it."""
     row = item.row
     url, ways = row.get("coco_url"), [row["file_name"]] if row.get("file_name") else []
     parts = url.split("/") if isinstance(url, str) else []  # of http://host/train2017/NAME the last two

@@ -35,11 +35,7 @@ class ShardOptions:
     """Fill shards in order of the input; else by a hash of the key."""
 
     def check(self) -> None:
-        """Refuse values that make no sense, or one that the other makes pointless.
-
-        Raises:
-            ConfigError: they do.
-        """
+        """Refuse values that make no sense, or one that the other makes pointless."""
         if min(self.samples_per_shard, self.multiple_of, self.workers) < 1 or self.max_mb <= 0:
             raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
         if self.shards is None:
@@ -55,11 +51,7 @@ class ShardOptions:
             )
 
     def count(self, samples: int, size: int) -> int:
-        """Return the number of shards of a split of so many samples and bytes.
-
-        Raises:
-            DataError: more shards than samples.
-        """
+        """Return the number of shards of a split of so many samples and bytes."""
         if self.shards is None:
             count = max(math.ceil(samples / self.samples_per_shard), math.ceil(size / 1e6 / self.max_mb))
             return min(samples, math.ceil(count / self.multiple_of) * self.multiple_of)
@@ -69,11 +61,7 @@ class ShardOptions:
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """Read `0,4095` as the grey values that become black and white.
-
-    Raises:
-        ConfigError: not of that form.
-    """
+    """Read `0,4095` as the grey values that become black and white."""
     low, comma, high = text.partition(",")
     try:
         value_range = float(low), float(high)
@@ -85,11 +73,7 @@ def parse_range(text: str) -> tuple[float, float]:
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """Read `train=0.95,val=0.05` as shares that add up to one.
-
-    Raises:
-        ConfigError: not of that form.
-    """
+    """Read `train=0.95,val=0.05` as shares that add up to one."""
     shares = {}
     for part in text.split(","):
         split, equals, share = part.partition("=")

@@ -47,9 +47,6 @@ def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = 
         origins: the shards.
         workers: processes.
         advance: progress.
-
-    Raises:
-        DataError: a tar that is damaged or hostile, or a sample without the group's field.
     """
     for size, outlines_of_shard in map_in_processes(outline_shard, origins, workers):
         yield from outlines_of_shard
@@ -76,9 +73,6 @@ def contents(
         origins: the shards.
         advance: progress.
         keys: of the samples that are read; None: all of them.
-
-    Raises:
-        DataError: see `outlines`; a shard that changed meanwhile.
     """
     for origin in origins:
         shard = sound_shard(origin.path)
@@ -95,11 +89,7 @@ def contents(
 
 
 def sound_shard(path: Path) -> RawShard:
-    """Read a shard that has no fault of the tar itself.
-
-    Raises:
-        DataError: it has one.
-    """
+    """Read a shard that has no fault of the tar itself."""
     shard = read_shard(path)
     faults = [*shard.faults, *(fault for sample in shard.samples for fault in sample.faults)]
     faults += [
@@ -118,9 +108,6 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
     Args:
         source: a folder, a brace pattern or one tar.
         file: LABELS or MASK_LABELS.
-
-    Raises:
-        DataError: the folders have different ones.
     """
     folders = sorted({path.parent for path in local_shards(source)})
     sets = [read_labels(folder, file) for folder in folders]
@@ -130,11 +117,7 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
 
 
 def common_categories(source: str) -> Categories | None:
-    """Read the categories beside the shards of a source; see `common_labels`.
-
-    Raises:
-        DataError: the folders have different ones.
-    """
+    """Read the categories beside the shards of a source; see `common_labels`."""
     folders = sorted({path.parent for path in local_shards(source)})
     sets = [categories_beside(folder) for folder in folders]
     if any(categories != sets[0] for categories in sets):
@@ -143,11 +126,7 @@ def common_categories(source: str) -> Categories | None:
 
 
 def json_object(data: bytes | None, where: str) -> dict[str, Any]:
-    """Read a json member; empty where there is none.
-
-    Raises:
-        DataError: it does not parse, or is no object.
-    """
+    """Read a json member; empty where there is none."""
     try:
         value = json.loads(data) if data is not None else {}
     except (ValueError, RecursionError) as error:
@@ -158,11 +137,7 @@ def json_object(data: bytes | None, where: str) -> dict[str, Any]:
 
 
 def field_of(data: bytes | None, name: str, where: str) -> Any:
-    """Read a field of a json member; dots lead into objects.
-
-    Raises:
-        DataError: no json member, or no such field in it.
-    """
+    """Read a field of a json member; dots lead into objects."""
     value: Any = json_object(data, where)
     for part in name.split("."):
         if not isinstance(value, dict) or value.get(part) is None:

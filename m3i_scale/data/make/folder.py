@@ -30,9 +30,6 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
             (by a dot) is left out.
         captions: which images have one.
         layout: what the first folder on the way to an image is; see `FolderLayout`.
-
-    Raises:
-        DataError: no such folder, no images, or it is not clear what the first folders are.
     """
     images = list_images(folder)
     ways = [path.relative_to(folder).parts[:-1] for path in images]
@@ -55,11 +52,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the files below a folder that are images by their name and not hidden, sorted.
-
-    Raises:
-        DataError: no such folder, or no images.
-    """
+    """Return the files below a folder that are images by their name and not hidden, sorted."""
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))
     images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
@@ -81,9 +74,6 @@ def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
     Args:
         ways: the folders on the way to every image.
         folder: where they begin.
-
-    Raises:
-        DataError: some of it looks like splits, and some like classes.
     """
     first = {way[0] for way in ways if way}
     splits = sorted(name for name in first if name.lower() in SPLIT_NAMES)
@@ -130,11 +120,7 @@ def _folder_record(path: Path, folder: Path, label: int | None, split: str | Non
 
 
 def read_caption(path: Path, captions: Captions) -> str | None:
-    """Read a caption file; None where it is empty, or missing and optional.
-
-    Raises:
-        DataError: missing though required, or not UTF-8.
-    """
+    """Read a caption file; None where it is empty, or missing and optional."""
     if not path.is_file():
         if captions == "optional":
             return None

@@ -126,10 +126,6 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
     Args:
         source: file or folder.
         columns: which column is what; see `find_roles`.
-
-    Raises:
-        DataError: nothing there, or files that do not agree.
-        ConfigError: columns that are not there, or several that could be meant.
     """
     files = find_files(source)
     schema = schema_of(files[0].path)
@@ -141,11 +137,7 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
 
 
 def find_files(source: Path) -> list[TableFile]:
-    """List the files of a data set, in order.
-
-    Raises:
-        DataError: there are none.
-    """
+    """List the files of a data set, in order."""
     if source.is_file() and source.suffix == ".parquet":
         return [TableFile(source, None)]
     if (source / "dataset_dict.json").is_file():

@@ -108,9 +108,6 @@ def img2dataset_input(
         group: samples with the same value in this column go to the same split.
         workers: processes that read headers.
         skip_incomplete: leave out shards that img2dataset did not finish.
-
-    Raises:
-        DataError: no such folder, a shard without a table. That a shard lacks samples is found when it is read.
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))

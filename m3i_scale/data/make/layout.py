@@ -68,10 +68,6 @@ def plan_layout(
         shares: of samples by split, drawn by hash; None: all go to `whole`.
         options: how many shards there are, and in which order they are filled.
         whole: the split of samples that name none, where there are no shares.
-
-    Raises:
-        DataError: no samples, a key twice, or a split without samples.
-        ConfigError: options that make no sense, or shares without effect.
     """
     options.check()
     names: dict[str, int] = {}

@@ -31,12 +31,7 @@ class MaskFile:
     reduce_zero_label: bool
 
     def read(self) -> bytes:
-        """Return the mask, its numbers beginning at 0. One that is none comes as it is: `check_mask` says what it is.
-
-        Raises:
-            DataError: it cannot be read, or a number has no name.
-            ConfigError: its numbers begin at 1, and nobody says so. That is of all masks, so none is left out for it.
-        """
+        """Return the mask with classes from 0. Data that is no mask is returned unchanged; `check_mask` rejects it."""
         with reading(self.path):
             data = self.path.read_bytes()
         if mask_fault(data) is not None:
@@ -86,11 +81,6 @@ def masks_input(
         reduce_zero_label: 0 in a mask is no class, and names begin at 1; in the shards they begin at 0 and 255 is none.
         split: of all samples; None: the first folder on the way to an image, where those have the names of splits.
         skip_bad: samples that lack one of the two are left out when shards are made.
-
-    Raises:
-        DataError: no such folder, an image without mask or a mask without image, two files of one name, or folders of
-            which only some are splits.
-        ConfigError: too few or too many classes, or one twice.
     """
     check_mask_classes(labels, "--labels", NO_CLASS - reduce_zero_label)
     of_images, of_masks = _by_name(images), _by_name(masks)
@@ -139,9 +129,6 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
     Args:
         path: the file.
         reduce_zero_label: see `masks_input`.
-
-    Raises:
-        ConfigError: it cannot be read, or numbers its classes otherwise than masks are read.
     """
     lines = read_labels(path)
     header, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines] or [[]]
@@ -182,9 +169,6 @@ def _splits(names: Iterable[Path], images: Path) -> set[str]:
     Args:
         names: of the images: their way from `images`.
         images: where they lie.
-
-    Raises:
-        DataError: only some of them are.
     """
     first = {name.parts[0] if name.parent.parts else "" for name in names}
     splits = {name for name in first if name.lower() in SPLIT_NAMES}

@@ -33,11 +33,7 @@ class LazyContents(Protocol):
     """Makes an image or a mask when it is needed. It must pickle, as that happens in a worker process."""
 
     def read(self) -> bytes:
-        """Return the encoded image or mask.
-
-        Raises:
-            DataError: it cannot be made.
-        """
+        """Return the encoded image or mask."""
         ...
 
 
@@ -93,19 +89,11 @@ class Input(Protocol):
         ...
 
     def outlines(self) -> Iterator[Outline]:
-        """Yield the outlines (names and sizes) of all samples.
-
-        Raises:
-            DataError: the input cannot be read.
-        """
+        """Yield the outlines (names and sizes) of all samples."""
         ...
 
     def records(self) -> Iterator[Record]:
-        """Yield the same samples in the same order, with contents.
-
-        Raises:
-            DataError: the input cannot be read.
-        """
+        """Yield the same samples in the same order, with contents."""
         ...
 
     def info(self) -> dict[str, Any]:
@@ -257,11 +245,7 @@ def _check_instances(data: bytes, categories: int | None, image: bytes, where: s
 
 
 def contents_of(contents: Contents) -> bytes:
-    """Return the encoded image or mask.
-
-    Raises:
-        DataError: it cannot be read or made.
-    """
+    """Return the encoded image or mask."""
     if isinstance(contents, bytes):
         return contents
     if not isinstance(contents, Path):
@@ -292,11 +276,7 @@ def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iter
 
 
 def split_name(value: Any, where: str) -> str | None:
-    """Return the folder of shards that a name of a split stands for; None where there is no name.
-
-    Raises:
-        DataError: it cannot be one.
-    """
+    """Return the folder of shards that a name of a split stands for; None where there is no name."""
     if not value:
         return None
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):

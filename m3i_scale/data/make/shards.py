@@ -56,11 +56,6 @@ def make_shards(
     Returns:
         A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer; what was
         counted in annotation files; pixels of masks by split and class.
-
-    Raises:
-        DataError: the output exists, no samples, a key twice, a sample that cannot be used, or masks for training
-            without two classes.
-        ConfigError: options that make no sense.
     """
     options = options or ShardOptions()
     check_output(output, name)

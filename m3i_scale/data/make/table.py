@@ -41,9 +41,6 @@ def manifest_input(
         columns: names of the columns.
         root: relative paths start here; default: the manifest's folder.
         labels: class names. Default: the names that occur, sorted; for numbers, 0 … the largest.
-
-    Raises:
-        DataError: the file cannot be read, a column is missing.
     """
     columns = columns or TableColumns()
     rows = read_table(manifest)
@@ -122,11 +119,7 @@ def _is_integer(text: str) -> bool:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV are None.
-
-    Raises:
-        DataError: cannot be read, or an unknown ending.
-    """
+    """Read the rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV are None."""
     readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         ".csv": lambda: list(_read_csv(path, ",")),
         ".tsv": lambda: list(_read_csv(path, "\t")),
@@ -182,11 +175,7 @@ def _check_columns(rows: Sequence[dict[str, Any]], columns: TableColumns, manife
 
 
 def read_labels(path: Path) -> list[str]:
-    """Read class names: a JSON list, or a text file with one a line.
-
-    Raises:
-        ConfigError: cannot be read, or a name twice.
-    """
+    """Read class names: a JSON list, or a text file with one a line."""
     try:
         text = path.read_text(encoding="utf-8")
         labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]

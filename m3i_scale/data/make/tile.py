@@ -30,11 +30,7 @@ class Tiling:
     """Larger images are refused; those that are cut are decoded whole, in 3 bytes a pixel and more."""
 
     def check(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-            ConfigError: they do.
-        """
+        """Refuse values that make no sense."""
         if self.side < 1 or not 0 <= self.overlap < self.side or self.max_pixels < 1:
             raise ConfigError(
                 f"tiles of {self.side} pixels that share {self.overlap}, of images of {self.max_pixels} pixels at most",

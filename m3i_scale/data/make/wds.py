@@ -72,9 +72,6 @@ def webdataset_input(
         caption_field: field of the json members that holds the caption; None: the txt members.
         group: samples with the same value of this field of their json members go to the same split.
         workers: processes that read headers.
-
-    Raises:
-        DataError: no shards there.
     """
     names = labels if labels is not None else common_labels(source)
     origins = [Origin(path, group=group) for path in local_shards(source)]

@@ -36,9 +36,6 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output`, which is renamed to it if all went well, and removed if not.
 
     What a killed run left behind is removed by the next one; the lock keeps two runs apart.
-
-    Raises:
-        DataError: the output exists, cannot be written, or another process makes it; an input cannot be read.
     """
     refuse_existing(output)
     try:
@@ -72,22 +69,13 @@ def _is_ours(path: Path, output: Path, folder: Path) -> bool:
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse an output that exists, so that nothing is overwritten.
-
-    Raises:
-        DataError: the output exists.
-    """
+    """Refuse an output that exists, so that nothing is overwritten."""
     if output.exists():
         raise DataError("the output exists", where=str(output), fix="remove it, or give another --output")
 
 
 def check_output(output: Path, name: str) -> None:
-    """Check, before anything is read, that shards of such a name can be made there.
-
-    Raises:
-        ConfigError: the name holds more than letters, digits, - and _.
-        DataError: the output exists.
-    """
+    """Check, before anything is read, that shards of such a name can be made there."""
     if not name or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
     refuse_existing(output)
@@ -110,9 +98,6 @@ def write_samples(
         samples: key and members of each, in order of the layout; None for one that is left out.
         names: of classes.
         info: gives the head of the manifest, when all has been read: source, licence …
-
-    Raises:
-        DataError: a split without samples; more or fewer samples than the layout has.
     """
     with _Shards(folder, name, layout) as shards:
         number = -1

@@ -66,12 +66,7 @@ class Access:
 
 
 def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
-    """Check the settings for reading the shards of `sources`, and return them.
-
-    Raises:
-        ConfigError: a setting without effect, or a cache that does not fit on its disk.
-        DataError: an address that is not read, or that holds a secret.
-    """
+    """Check the settings for reading the shards of `sources`, and return them."""
     named = [*sources.items(), *data.sources.items(), *data.validation.items()]
     remote = [(name, source.shards) for name, source in named if is_remote(source.shards)]
     for name, shards in remote:

@@ -77,11 +77,7 @@ def is_remote(shards: str) -> bool:
 
 
 def to_address(text: str, where: str = "shards") -> Address:
-    """Return the path or the address that a text names.
-
-    Raises:
-        DataError: a scheme that is not read, a password or a query in the address, a pipe that names no shard.
-    """
+    """Return the path or the address that a text names."""
     if not is_remote(text):
         return Path(text.removeprefix("file://"))
     scheme = text.partition(":")[0]

@@ -42,11 +42,7 @@ class ShardCache:
         self._root, self._folder, self._limit = folder, folder / "shards", limit
 
     def check(self) -> None:
-        """Check, before anything is read, that the cache can be used.
-
-        Raises:
-            ConfigError: the folder cannot be written, or the disk has not that much room.
-        """
+        """Check, before anything is read, that the cache can be used."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
@@ -64,11 +60,7 @@ class ShardCache:
             )
 
     def open(self, key: str) -> int | None:
-        """Return a descriptor of a complete shard, which is kept until it is closed; None where there is none.
-
-        Raises:
-            DataError: the disk fails.
-        """
+        """Return a descriptor of a complete shard, which is kept until it is closed; None where there is none."""
         path = self._path(key)
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -104,9 +96,6 @@ class ShardCache:
 
         Returns:
             False where the shards in use leave no room for it.
-
-        Raises:
-            DataError: the disk is full, or fails.
         """
         path, partial = self._path(key), self._path(key, ".partial")
         try:

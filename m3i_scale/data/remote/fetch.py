@@ -177,11 +177,7 @@ def list_folder(url: Url, access: Access | None = None) -> list[Url]:
 
 
 def require_shell(url: Url, access: Access) -> None:
-    """Refuse a pipe where commands are not allowed.
-
-    Raises:
-        DataError: see the message.
-    """
+    """Refuse a pipe where commands are not allowed."""
     if url.scheme == "pipe" and not access.allow_shell:
         raise DataError(
             "the shards come out of a shell command, and those are not run",
@@ -195,9 +191,6 @@ def filesystem(url: Url, access: Access) -> Any:
     """Return fsspec's file system of the scheme; each process and thread has its own, as none survives a fork.
 
     Credentials are found in the usual places of each.
-
-    Raises:
-        ConfigError: the package that reads the scheme is not installed.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.scheme in _HTTP:

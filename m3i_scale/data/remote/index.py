@@ -26,11 +26,7 @@ SCAN_BLOCK_BYTES = 1 << 20
 
 
 def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Address, ShardIndex]:
-    """Return the indices of remote shards, and save them in `cache_dir`.
-
-    Raises:
-        DataError: a shard that cannot be read, or is not the one that was indexed; pipes that are not allowed.
-    """
+    """Return the indices of remote shards, and save them in `cache_dir`."""
     for url in shards:
         _check_pipe(url, access)
     sums = _checksums(shards, access.at_start())

@@ -132,9 +132,6 @@ def check_shards(
         keys_per_shard: the same key may stand in several shards.
         quarantine: file for one JSON line per fault (source, url, key, offset, reason, detail); replaced when complete.
         advance: progress.
-
-    Raises:
-        DataError: there are no shards, or the quarantine file cannot be written.
     """
     report = CheckReport(source)
     with _lines(quarantine) as write, Digests() as keys:

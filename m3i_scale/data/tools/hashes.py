@@ -164,9 +164,6 @@ def read_hashes(
         max_pixels: larger images are left out.
         workers: processes.
         advance: called with the bytes of every shard that is done.
-
-    Raises:
-        DataError: there are no shards.
     """
     paths = [path for source in sources for path in local_shards(source)]
     left_out: Counter[str] = Counter()

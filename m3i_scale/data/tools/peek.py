@@ -75,9 +75,6 @@ def peek(
         max_pixels: larger images are not decoded.
         workers: processes that count samples.
         advance: called with the bytes of every shard that is counted.
-
-    Raises:
-        DataError: no shards, no samples, an output that exists.
     """
     paths = local_shards(source)
     counts = []

@@ -64,10 +64,6 @@ def split_shards(
         shares: of samples by split.
         group: samples with the same value of this field of their json members go to the same split.
         advance: called with bytes read; every shard is read twice.
-
-    Raises:
-        DataError: damaged or hostile tars, keys that repeat, samples without the field, an output that exists.
-        ConfigError: options without effect.
     """
     if group is not None and not shares:
         raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
@@ -94,10 +90,6 @@ def merge_shards(
         name: beginning of their file names.
         keys: what to do with keys that stand for several samples.
         advance: called with bytes read; every shard is read twice.
-
-    Raises:
-        DataError: see `split_shards`; labels of one source cannot be named.
-        ConfigError: fewer than two sources.
     """
     if len(sources) < 2:
         raise ConfigError("there is nothing to merge: one source", fix="name several, or use `m3i-scale shards split`")
@@ -111,11 +103,7 @@ def merge_shards(
 
 
 def join_labels(sets: Sequence[list[str] | None]) -> Labels:
-    """Join label sets; names are in order of their first appearance.
-
-    Raises:
-        DataError: a name twice in one set.
-    """
+    """Join label sets; names are in order of their first appearance."""
     known = [names for names in sets if names is not None]
     if not known:
         return Labels(None, [[] for _ in sets])  # labels without names would be mixed up: see `_new_label`
@@ -193,9 +181,6 @@ def _same(sets: Sequence[_Names | None], sources: Sequence[str], file: str) -> t
         sets: by source.
         sources: where they lie.
         file: that they stand in.
-
-    Raises:
-        DataError: they are not, and samples keep the numbers that they have.
     """
     first = next((names for names in sets if names is not None), None)
     for source, names in zip(sources, sets, strict=True):

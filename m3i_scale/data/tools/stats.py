@@ -185,10 +185,6 @@ def stats_of(
         max_tokens: captions are cut to as many; None: `MAX_TOKENS`.
         workers: processes.
         advance: called with the bytes of every shard that is done.
-
-    Raises:
-        DataError: there are no shards.
-        ConfigError: the tokenizer does not load, or `max_tokens` is given and there is none.
     """
     paths = local_shards(source)
     name = tokenizer_for(paths[0].parent, tokenizer)

@@ -90,9 +90,6 @@ def tokenizer_for(folder: Path, configured: str | None) -> str | None:
     Args:
         folder: of the shards.
         configured: a folder or a Hub id.
-
-    Raises:
-        ConfigError: it does not load.
     """
     beside = [str(place) for place in (folder / "tokenizer", folder.parent / "tokenizer") if place.is_dir()]
     name = configured or (beside[0] if beside else None)

@@ -37,12 +37,7 @@ _START, _SHARE = 0.1, 0.7
 
 
 def check_samples(table: Table, keys: Sequence[str]) -> None:
-    """Check that all named samples can be shown, as far as that is known before they are read.
-
-    Raises:
-        ConfigError: they are too many.
-        DataError: one is not in the data.
-    """
+    """Check that all named samples can be shown, as far as that is known before they are read."""
     if len(keys) > SAMPLES:
         raise ConfigError(
             f"{len(keys)} samples are too many for a picture",
@@ -53,11 +48,7 @@ def check_samples(table: Table, keys: Sequence[str]) -> None:
 
 
 def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
-    """Return the numbers of the samples that are shown: those named, else a draw that depends on the data alone.
-
-    Raises:
-        DataError: a named sample was left out.
-    """
+    """Return the numbers of the samples that are shown: those named, else a draw that depends on the data alone."""
     if keys is None:
         chosen = np.random.default_rng(_SEED).permutation(len(table))[:SAMPLES]
         return [int(number) for number in chosen]
@@ -102,10 +93,6 @@ def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[st
         job: what was read and encoded.
         folder: exists.
         keys: of the samples that are shown; None: a fixed choice.
-
-    Raises:
-        DataError: see `choose`.
-        ConfigError: the disk refuses.
     """
     drawing = EvaluationPictures(job, keys)
     pictures, absent = drawing()

@@ -111,11 +111,7 @@ def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dic
 
 
 def run_values(run: RunConfig) -> dict[str, Any]:
-    """Return all values of a run and of its DeepSpeed file, and their hash.
-
-    Raises:
-        ConfigError: the DeepSpeed file cannot be read.
-    """
+    """Return all values of a run and of its DeepSpeed file, and their hash."""
     from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
     whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}

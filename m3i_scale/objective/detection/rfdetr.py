@@ -215,11 +215,7 @@ def _class_loss(one: Prediction, target: Prediction, pair: tuple[Tensor, Tensor]
 
 
 def read_layers(spec: RfDetr, depth: int) -> tuple[int, ...]:
-    """Return the layers of a backbone that are read, from 1.
-
-    Raises:
-        ConfigError: the last one is not that of the backbone.
-    """
+    """Return the layers of a backbone that are read, from 1."""
     layers = spec.out_layers or tuple(layer + 1 for layer in default_global_layers(depth))
     if layers[-1] != depth:
         raise ConfigError(

@@ -18,9 +18,6 @@ def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
     Args:
         spec: of the windows.
         backbone: whose layers are asked; its attention function is set here.
-
-    Raises:
-        ConfigError: it has no layers of that kind, or a setting has no effect.
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")

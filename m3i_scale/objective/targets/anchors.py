@@ -71,11 +71,7 @@ class Anchor(ShownPatches):
     encoder: Literal["teacher"] = "teacher"
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a module without weights.
-
-        Raises:
-            ConfigError: the teacher's features have another width.
-        """
+        """Return a module without weights."""
         if sizes.encoded != sizes.decoded:
             raise ConfigError(
                 f"target '{self.name}' compares {sizes.decoded} channels of the backbone with {sizes.encoded} of "

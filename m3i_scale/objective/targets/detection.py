@@ -47,11 +47,7 @@ class Detection(Target):
         return ("box_ap", "mask_ap") if self.reads == "boxes_and_masks" else ("box_ap",)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return an `ObjectDetector`.
-
-        Raises:
-            ConfigError: it and the backbone do not fit together; or there are several lists of categories.
-        """
+        """Return an `ObjectDetector`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
                 f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.sources"

@@ -51,11 +51,7 @@ class Segmentation(Target):
         return isinstance(self.head, UperNetSegmentation)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `PixelHead`.
-
-        Raises:
-            ConfigError: it and the backbone do not fit together; or there are several label sets.
-        """
+        """Return a `PixelHead`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
                 f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.sources"

@@ -318,9 +318,6 @@ def require(package: str, *, extra: str, setting: str) -> ModuleType:
         package: module to import.
         extra: the extra of this package that installs it.
         setting: the key of the run file that asked for it.
-
-    Raises:
-        ConfigError: it is not installed.
     """
     try:
         return importlib.import_module(package)

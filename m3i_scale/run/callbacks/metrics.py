@@ -32,11 +32,7 @@ class MetricsWriter(Callback):
         self._step = 0
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Cut the file back to the step that the run goes on from, and write a `run` line.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Cut the file back to the step that the run goes on from, and write a `run` line."""
         self._path = run_info.output_dir / METRICS
         self._step = run_info.start_step
         try:
@@ -67,43 +63,23 @@ class MetricsWriter(Callback):
         self._write("run", run_info.start_step, facts)
 
     def on_step(self, record: StepRecord) -> None:
-        """Write a `train` line.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a `train` line."""
         self._write("train", record.step, record.scalars())
 
     def on_phase(self, phase: PhaseInfo) -> None:
-        """Write a `phase` line.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a `phase` line."""
         self._write("phase", phase.step, asdict(phase))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Write an `evaluation` line.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write an `evaluation` line."""
         self._write("evaluation", step, flatten(values, "evaluation"))
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Write a `warning` line.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write a `warning` line."""
         self._write("warning", step, dict(fault))
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Move the lines of steps that were undone to the file of replaced lines, and write a `rewind` line.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Move the lines of steps that were undone to the file of replaced lines, and write a `rewind` line."""
         if self._file is None:
             raise RuntimeError("on_start has not been called")
         try:
@@ -116,11 +92,7 @@ class MetricsWriter(Callback):
         self._write("rewind", rewind.rewound_to, asdict(rewind))
 
     def on_end(self, status: str) -> None:
-        """Write an `end` line and close the file.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write an `end` line and close the file."""
         if self._file is None:  # the run ended before it began
             return
         try:

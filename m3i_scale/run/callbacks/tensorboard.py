@@ -23,11 +23,7 @@ class TensorBoardWriter(Callback):
     """Writes to `output_dir/tensorboard`. A resumed run hides the points that it is about to write again."""
 
     def __init__(self) -> None:
-        """Check that the package is installed, long before the first step.
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """Check that the package is installed, long before the first step."""
         require("tensorboard", extra="tensorboard", setting="log.tensorboard")
         self._writer: SummaryWriter | None = None
         self._folder = Path()

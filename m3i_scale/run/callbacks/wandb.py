@@ -28,21 +28,13 @@ class WandbWriter(Callback):
     """
 
     def __init__(self, mode: Literal["offline", "online"]) -> None:
-        """Check that the package is installed, long before the first step.
-
-        Raises:
-            ConfigError: it is not.
-        """
+        """Check that the package is installed, long before the first step."""
         self._wandb: Any = require("wandb", extra="wandb", setting="log.wandb")
         self._mode = mode
         self._run: Any = None
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Open the run at Weights & Biases.
-
-        Raises:
-            ConfigError: not logged in, or the server cannot be reached.
-        """
+        """Open the run at Weights & Biases."""
         settings = self._wandb.Settings(
             mode=self._mode,
             console="off",

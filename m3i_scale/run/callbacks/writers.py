@@ -7,11 +7,7 @@ from m3i_scale.run.callbacks.base import Callback
 
 
 def writers_of(log: LogConfig) -> list[Callback]:
-    """Return the callbacks of `log.tensorboard` and `log.wandb`.
-
-    Raises:
-        ConfigError: a package is not installed.
-    """
+    """Return the callbacks of `log.tensorboard` and `log.wandb`."""
     writers: list[Callback] = []
     if log.tensorboard:
         from m3i_scale.run.callbacks.tensorboard import TensorBoardWriter

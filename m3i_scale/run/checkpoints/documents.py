@@ -40,11 +40,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def root_of(path: Path) -> Path:
-    """Return the folder of a run's checkpoints, by its output_dir or by the folder itself.
-
-    Raises:
-        CheckpointError: nothing of the kind.
-    """
+    """Return the folder of a run's checkpoints, by its output_dir or by the folder itself."""
     root = path if path.name == "checkpoints" or checkpoints(path) else path / "checkpoints"
     if is_checkpoint(path) or not root.is_dir():
         what = "one checkpoint, not a run" if is_checkpoint(path) else "no checkpoints here"
@@ -53,11 +49,7 @@ def root_of(path: Path) -> Path:
 
 
 def checkpoint_or_newest(path: Path) -> Path:
-    """Return one checkpoint: the given one, or a run's newest whose files are all there.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return one checkpoint: the given one, or a run's newest whose files are all there."""
     if is_checkpoint(path):
         return path
     root = root_of(path)
@@ -68,11 +60,7 @@ def checkpoint_or_newest(path: Path) -> Path:
 
 
 def named_checkpoints(path: Path) -> list[Path]:
-    """Return the one checkpoint of a path, or all of a run.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Return the one checkpoint of a path, or all of a run."""
     folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
     if not folders:
         raise CheckpointError("no checkpoints here", where=str(path))
@@ -114,11 +102,7 @@ def verify_checkpoints(path: Path, threads: int, advance: Advance) -> dict[str, 
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the document of `checkpoint inspect`. Reads headers and small files only.
-
-    Raises:
-        CheckpointError: something of it cannot be read; `verify` names all faults.
-    """
+    """Return the document of `checkpoint inspect`. Reads headers and small files only."""
     meta, run = read_meta(folder), run_of(folder)
     sources = positions(folder)
     return {
@@ -138,11 +122,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """Return the run file of a checkpoint, as plain values.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """Return the run file of a checkpoint, as plain values."""
     try:
         return read_yaml(folder / "run.yaml")
     except ConfigError as error:
@@ -150,11 +130,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def positions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return where the run was in every source, over all ranks and streams.
-
-    Raises:
-        CheckpointError: the data states cannot be read, or do not belong together.
-    """
+    """Return where the run was in every source, over all ranks and streams."""
     files = sorted(folder.glob("data/*.json"))
     if not files:
         return {}
@@ -215,9 +191,6 @@ def diff_checkpoints(
         other: another one.
         values: compare the values of tensors in safetensors files.
         advance: called with the bytes of `one` that have been compared.
-
-    Raises:
-        CheckpointError: something of either cannot be read; `verify` names all faults.
     """
     metas = [read_meta(folder) for folder in (one, other)]
     facts = [{name: meta[name] for name in _COMPARED if name in meta} for meta in metas]

@@ -20,12 +20,7 @@ _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]
 def rules_given(
     root: Path, latest: int | None, every: int | None, best: str | None, max_gib: float | None
 ) -> tuple[RetentionConfig, str]:
-    """Return the rules of the options, where there is none those of the run file; and which of the two, in words.
-
-    Raises:
-        ConfigError: no options and no run file, or an option that says nothing.
-        CheckpointError: the run file does not hold together.
-    """
+    """Return the rules of the options, where there is none those of the run file; and which of the two, in words."""
     if latest is None and every is None and best is None:
         if max_gib is not None:
             raise ConfigError(
@@ -50,12 +45,7 @@ def rules_given(
 
 
 def prune_run(root: Path, rules: RetentionConfig, *, dry_run: bool) -> dict[str, Any]:
-    """Return the document of `checkpoint prune`.
-
-    Raises:
-        ConfigError: a rule that keeps nothing here.
-        CheckpointError: a job is writing to the run's folder, or the disk refused.
-    """
+    """Return the document of `checkpoint prune`."""
     output_dir = root.absolute().parent
     metrics = evaluations(output_dir)
     with contextlib.nullcontext() if dry_run else lock_directory(output_dir):

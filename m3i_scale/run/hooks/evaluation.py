@@ -64,9 +64,6 @@ class Evaluation(Hook):
 
         mIoU is that of all their pixels together, and average precision that of all their images, each once: neither is
         the mean over micro-batches.
-
-        Raises:
-            DataError: the data of some rank failed, or too much of them is bad; on all ranks.
         """
         self._stream.load_state_dict(self._start)
         engine, run = self._state.engine, self._state.resolved.run

@@ -54,11 +54,7 @@ class Guard(Hook):
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
     def post_step(self) -> bool:
-        """Judge the step.
-
-        Raises:
-            UserError: the run must not go on; names the file that tells more.
-        """
+        """Judge the step."""
         state = self._state
         if self._spikes is not None:
             if self._level_changes(state.step):
@@ -162,9 +158,6 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
     Args:
         run: the run file.
         deepspeed: resolved DeepSpeed configuration.
-
-    Raises:
-        ConfigError: no spike could be confirmed, or would find a checkpoint; or gradients are not looked at.
     """
     if deepspeed.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(
@@ -204,9 +197,6 @@ def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
     Args:
         run: the run file.
         checkpoint_bytes: of one.
-
-    Raises:
-        ConfigError: too few of them find room.
     """
     spike, saves = run.guard.spike, run.checkpoint
     if spike is None or saves.max_gib is None:

@@ -31,11 +31,7 @@ class Rewinding(Hook):
             return self._go_back(spike)
 
     def _go_back(self, spike: Spike) -> bool:
-        """Go back to the newest good checkpoint from before the spike; where there is none, warn and return False.
-
-        Raises:
-            UserError: the run has gone back as often as it may.
-        """
+        """Go back to the newest good checkpoint from before the spike; where there is none, warn and return False."""
         state = self._state
         config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:

@@ -49,9 +49,6 @@ def begin(final: Path, bytes_wanted: int = 0) -> Path:
     Args:
         final: `…/checkpoints/step-00000100`.
         bytes_wanted: the size of the checkpoint.
-
-    Raises:
-        CheckpointError: `final` is committed already and good, there is no room, or the folder cannot be made.
     """
     root, temporary = final.parent, temporary_for(final)
     _refuse_good(final)
@@ -101,33 +98,21 @@ def commit(
 
 
 def point_latest(final: Path) -> None:
-    """Make `latest`, beside a checkpoint, name it.
-
-    Raises:
-        CheckpointError: the disk refused.
-    """
+    """Make `latest`, beside a checkpoint, name it."""
     latest = final.with_name(LATEST)
     with write_guard(final.parent, latest, remove_folder=False):
         atomic_write(latest, final.name + "\n")
 
 
 def withdraw(undone: Sequence[Path], latest: Path) -> None:
-    """Remove checkpoints that no resume may go on from, the newest first; `latest` is the newest that stays.
-
-    Raises:
-        CheckpointError: the disk refused.
-    """
+    """Remove checkpoints that no resume may go on from, the newest first; `latest` is the newest that stays."""
     for path in undone:
         discard(path)
     point_latest(latest)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill half-way leaves no half checkpoint under its name.
-
-    Raises:
-        CheckpointError: the disk refused.
-    """
+    """Remove a checkpoint so that a kill half-way leaves no half checkpoint under its name."""
     renamed = path.with_name(f"{REMOVED_PREFIX}{path.name}-{secrets.token_hex(4)}")
     with write_guard(path.parent, renamed):
         path.rename(renamed)
@@ -142,9 +127,6 @@ def sweep(root: Path) -> list[Path]:
 
     Args:
         root: the folder of checkpoints; need not exist. The caller holds the lock of the output directory.
-
-    Raises:
-        CheckpointError: the disk refused, or a folder lies where `latest` will be written.
     """
     if (root / LATEST).is_dir() and not (root / LATEST).is_symlink():
         raise CheckpointError(
@@ -174,10 +156,6 @@ def write_guard(
         temporary: the folder being written.
         bytes_wanted: size of the whole checkpoint, if known; for the message.
         remove_folder: False on the ranks that are not alone in writing there.
-
-    Raises:
-        CheckpointError: a write failed. Other errors pass unchanged, and the folder stays for whoever looks into them;
-            the next start sweeps it up.
     """
     try:
         yield

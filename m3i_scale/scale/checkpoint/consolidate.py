@@ -58,10 +58,6 @@ def consolidate(
 
     Returns:
         {output, checkpoint, step, layout, weights, dtype, tensors, parameters, files: {path: bytes}, bytes}.
-
-    Raises:
-        CheckpointError: no good checkpoint, a setting without effect, a tensor that is empty or not finite, a target
-            that exists, a disk that refuses, or a run removed the checkpoint meanwhile. Nothing is left behind.
     """
     _check_options(layout, weights, dtype, max_shard_size)
     shard_bytes = _bytes_of(max_shard_size or SHARD_SIZE)

@@ -50,9 +50,6 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     """Return tensors by folder and name (`tensors/weight/student.model.…`), whatever ranks share them out.
 
     What has the same name in files of random states is no part of one tensor: it gets the file's name before it.
-
-    Raises:
-        CheckpointError: a file is not what its name says or cannot be read, or the folder has no index of its tensors.
     """
     saved = SavedTensors(folder)
     tensors = {}
@@ -75,11 +72,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
 
 
 def kinds_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return counts of tensors, fragments, bytes and files by kind.
-
-    Raises:
-        CheckpointError: a file is not what its name says, or cannot be read.
-    """
+    """Return counts of tensors, fragments, bytes and files by kind."""
     by_kind: dict[str, list[Stored]] = {}
     for stored in tensors_of(folder).values():
         by_kind.setdefault(stored.kind, []).append(stored)
@@ -110,9 +103,6 @@ def compare_tensors(
         missing, added (names), shape, dtype (what was and what is, by name), cut_otherwise (names of those that lie in
         other pieces), the number of those in both; with `values` also by name `max_abs` and `relative`
         (‖b − a‖ / ‖a‖), or why they cannot be compared.
-
-    Raises:
-        CheckpointError: a file is no safetensors file, or pieces are missing.
     """
 
     def cuts(stored: Stored) -> list[tuple[int, int]]:

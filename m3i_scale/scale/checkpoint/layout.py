@@ -79,20 +79,12 @@ def stopped_words(root: Path) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return meta.json of a committed checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no object.
-    """
+    """Return meta.json of a committed checkpoint."""
     return read_object(folder, "meta.json")
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:
-    """Return a JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no object.
-    """
+    """Return a JSON object of a checkpoint."""
     try:
         values = read_json(folder / name)
     except (OSError, ValueError) as error:

@@ -22,9 +22,6 @@ def rules_of_run(root: Path) -> RetentionConfig | None:
 
     Args:
         root: of the checkpoints.
-
-    Raises:
-        CheckpointError: it is there and does not hold together.
     """
     path = root.absolute().parent / RUN_FILE
     if not path.is_file():
@@ -44,9 +41,6 @@ def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) ->
         root: of the checkpoints; need not exist.
         metrics: of the run.
         contents: read every byte; otherwise names and sizes decide what is good.
-
-    Raises:
-        CheckpointError: the run file is there and does not hold together.
     """
     entries = entries_of(root, metrics, contents=contents)
     rules = rules_of_run(root)

@@ -32,9 +32,6 @@ _OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
 def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> list[dict[str, Any]]:
     """Bring engine, momentum target, buffers and random states to a verified checkpoint. Every rank calls it, and reads
     no more than it will hold. Returns the data states of all ranks that wrote it.
-
-    Raises:
-        CheckpointError: it is of another model, or what was loaded is not what was saved.
     """
     # What one rank cannot read ends all: the others would wait for it where weights are published.
     saved: SavedTensors = together(lambda: _read_own_part(folder, engine, momentum))
@@ -50,11 +47,7 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
 
 
 def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None) -> None:
-    """Check that every tensor that the engine now holds has the norm of what was saved under its name. Collective.
-
-    Raises:
-        CheckpointError: one has not; the same on every rank.
-    """
+    """Check that every tensor that the engine now holds has the norm of what was saved under its name. Collective."""
     squares = dict.fromkeys(saved.norms, 0.0)
     rounded = dict.fromkeys(saved.norms, 0.0)
     for piece in ranges_of(engine, momentum):

@@ -114,11 +114,7 @@ def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a committed folder. The files that it names are not looked at.
-
-    Raises:
-        CheckpointError: there is none, it is torn or changed, or another version wrote it.
-    """
+    """Return the manifest of a committed folder. The files that it names are not looked at."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()

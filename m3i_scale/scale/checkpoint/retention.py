@@ -129,9 +129,6 @@ def prune(
     """Remove what no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
 
     The newest goes first, so that a kill half-way leaves the older ones for the next time.
-
-    Raises:
-        CheckpointError: the disk refused.
     """
     pruned = plan_prune(root, rules, metrics or {}, committed=committed)
     for entry in pruned.removed:

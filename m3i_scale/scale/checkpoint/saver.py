@@ -125,9 +125,6 @@ class Saver:
             meta: what meta.json and the manifest say; JSON.
             run_yaml: the run file.
             more: writes further files into the folder it is given; called on rank 0, in the thread.
-
-        Raises:
-            CheckpointError: the disk refused; what was committed before is untouched.
         """
         self.finish()
         wanted = bytes_wanted(self.engine, self.momentum)
@@ -144,11 +141,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the save that has begun, commit it and return its folder. Collective.
-
-        Raises:
-            CheckpointError: a rank could not write; on all ranks.
-        """
+        """Wait for the save that has begun, commit it and return its folder. Collective."""
         if self._current is None:
             return None
         current, self._current = self._current, None
@@ -164,11 +157,7 @@ class Saver:
         return current.final
 
     def close(self) -> None:
-        """Commit a save that has begun, and wait for what follows a commit. Collective.
-
-        Raises:
-            CheckpointError: see `finish`, or what follows a commit has failed.
-        """
+        """Commit a save that has begun, and wait for what follows a commit. Collective."""
         self.finish()
         from_rank_0(self._wait_after_commit)
 

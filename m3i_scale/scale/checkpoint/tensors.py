@@ -194,11 +194,7 @@ class SavedTensors:
         return sorted({key.partition("/")[0] for key in self._shapes})
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of a whole tensor.
-
-        Raises:
-            CheckpointError: there is no such tensor.
-        """
+        """Return the shape of a whole tensor."""
         if key not in self._shapes:
             raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
@@ -209,11 +205,7 @@ class SavedTensors:
         return list(self._index.pieces(key))
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the type in which a tensor is stored.
-
-        Raises:
-            CheckpointError: it has no elements or several types, or a file is not as the index says.
-        """
+        """Return the type in which a tensor is stored."""
         dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
         if len(dtypes) != 1:
             raise self._fault(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
@@ -227,11 +219,7 @@ class SavedTensors:
         return flat.view(shape)
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
-        """Fill a flat tensor with the range that begins at `start`, cast to its type.
-
-        Raises:
-            CheckpointError: there is no such range, or a file is not as the index says.
-        """
+        """Fill a flat tensor with the range that begins at `start`, cast to its type."""
         end, at = start + out.numel(), start
         if end > math.prod(self.shape(key)) or start < 0:
             raise self._fault(f"'{key}' has no elements {start} to {end}", INDEX)

@@ -62,11 +62,7 @@ class SavedWeights(Mapping[str, Tensor]):
         return self._saved.shape(self._keys[name]) if statistic is None else tuple(statistic.shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type.
-
-        Raises:
-            CheckpointError: there is no such range, or a file is not as the index says.
-        """
+        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type."""
         statistic = self._statistics.get(name)
         if statistic is None:
             self._saved.read_into(self._keys[name], start, out)
@@ -74,11 +70,7 @@ class SavedWeights(Mapping[str, Tensor]):
             out.copy_(statistic.flatten()[start : start + out.numel()])
 
     def read_finite(self, name: str, start: int, out: Tensor) -> None:
-        """Fill as `read_into` does, block by block: a change of type takes no second copy of the tensor.
-
-        Raises:
-            CheckpointError: an element is NaN or infinite.
-        """
+        """Fill as `read_into` does, block by block: a change of type takes no second copy of the tensor."""
         for at in range(0, out.numel(), BLOCK_ELEMENTS):
             block = out[at : at + BLOCK_ELEMENTS]
             self.read_into(name, start + at, block)
@@ -106,9 +98,6 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
         checkpoint: a folder that `verify` finds good.
         which: the values that `student.…` has: the trained ones, or their moving average.
         dtype: of the tensors that are given.
-
-    Raises:
-        CheckpointError: momentum weights of a run without a momentum target.
     """
     saved = SavedTensors(checkpoint)
     keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
@@ -126,9 +115,5 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
 
 
 def load_weights(checkpoint: Path, which: Which) -> dict[str, Tensor]:
-    """Read all of `saved_weights` into memory, in fp32.
-
-    Raises:
-        CheckpointError: momentum weights of a run without a momentum target.
-    """
+    """Read all of `saved_weights` into memory, in fp32."""
     return dict(saved_weights(checkpoint, which))

@@ -32,9 +32,6 @@ def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
     Args:
         engine: what `deepspeed.initialize` returned.
         resolved: what it was given.
-
-    Raises:
-        ConfigError: lists every difference.
     """
     config = resolved.config
     differences = [

@@ -170,11 +170,7 @@ _ONE_OF = {
 
 
 def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
-    """Refuse an "auto" that nothing has filled in.
-
-    Raises:
-        ConfigError: names it.
-    """
+    """Refuse an "auto" that nothing has filled in."""
     for key, value in section.items():
         if isinstance(value, dict):
             check_auto(value, where, f"{above}{key}.")

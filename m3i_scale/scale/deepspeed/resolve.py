@@ -55,11 +55,7 @@ def known_ds_configs() -> dict[str, Path]:
 
 
 def load_ds_config(name_or_path: str) -> dict[str, Any]:
-    """Read the JSON of a built-in name (`zero3_bf16`) or of a path, unchanged.
-
-    Raises:
-        ConfigError: no such file or name, not JSON, a key that occurs twice, NaN or Infinity, or not an object.
-    """
+    """Read the JSON of a built-in name (`zero3_bf16`) or of a path, unchanged."""
     path = Path(name_or_path)
     if not path.is_file():
         built_in = known_ds_configs()
@@ -119,10 +115,6 @@ def resolve(
         micro_batch_size: samples per rank and forward pass.
         hidden_size: width of the widest Transformer of the model; bucket sizes follow from it.
         where: the file, for messages.
-
-    Raises:
-        ConfigError: an unknown or ineffective setting, "auto" where nothing can be filled in, a value that contradicts
-            the run file, or a batch size that ranks × micro-batch does not divide.
     """
     wanted = _batch(world_size, batch_size, micro_batch_size) | _sizes(hidden_size)
     wanted["gradient_clipping"] = _RunSettings(clip_grad_norm, "optim.clip_grad_norm")
@@ -155,11 +147,7 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
 
 
 def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> int:
-    """Return the micro-batches of a rank in an optimizer step; where the number of ranks is not known, of one rank.
-
-    Raises:
-        ConfigError: ranks × micro-batch does not divide the batch; with batches that they divide.
-    """
+    """Return the micro-batches of a rank in an optimizer step; where the number of ranks is not known, of one rank."""
     ranks = world_size or 1
     accumulation, rest = divmod(batch_size, micro_batch_size * ranks)
     if rest or not accumulation:
@@ -238,11 +226,7 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
 
 
 def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: str) -> list[tuple[str, Any, str]]:
-    """Add what the file leaves out and the run file says; return (key, value, why) of it.
-
-    Raises:
-        ConfigError: a value that contradicts the run file.
-    """
+    """Add what the file leaves out and the run file says; return (key, value, why) of it."""
     added = []
     for path, want in wanted.items():
         *parents, key = path.split(".")
@@ -281,12 +265,7 @@ def explain_table(resolved: ResolvedConfig) -> Table:
 
 
 def check_accelerator(resolved: ResolvedConfig) -> None:
-    """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised.
-
-    Raises:
-        ConfigError: fp16 or bf16 is enabled and not supported, something is quantised without kernels for it, or
-            DeepSpeed's own Adam has to be compiled for a CUDA device without nvcc.
-    """
+    """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

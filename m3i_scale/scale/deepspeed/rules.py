@@ -84,9 +84,6 @@ def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -
         config: has been read as a `DeepSpeedFile`.
         world_size: number of ranks; None: not known.
         where: the file, for messages.
-
-    Raises:
-        ConfigError: names the setting, why it has no effect, and what to write instead.
     """
     _check_switches(config, where)
     _check_precision(config, where)

@@ -56,11 +56,7 @@ PRESETS = {
 
 
 def hardware(name: str) -> Hardware:
-    """Return the preset of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the preset of that name."""
     if name not in PRESETS:
         raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
     return PRESETS[name]
