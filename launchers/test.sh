@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Install what the tests need, then lint, build the pages, check types and run the tests. Arguments go to pytest.
 #
-#   bash launchers/test.sh [--all] [pytest argument …]
+#   bash launchers/test.sh [--rest | --all] [pytest argument …]
 #
-# --all: those too that take minutes (benchmarks, compiler). Where no file is named, two files run at a time: first
-# those that compute, then those that measure silence and time-outs. test-report*.xml (JUnit) stay.
+# Without option: the default tier, 15 minutes on two cores. --rest: the tests marked slow, without lint, pages and
+# types. --all: all tests, those of benchmarks/ too. If no file is named, two files run at a time: first those that compute, then those that measure
+# silence and time-outs. JUnit reports stay: test-report*.xml, of --rest test-rest*.xml.
 # Exit code: pytest's; 1 where all tests pass but lint, pages or types do not. PYTHON: the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -40,11 +41,12 @@ python tests/fake_cuda/fake_library.py >&2 # puts an idle GPU into torch, for te
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # tests start several ranks at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-chosen=(-m "not bench")
-if [ "${1:-}" = --all ]; then
-  chosen=()
-  shift
-fi
+chosen=(-m "not slow and not bench")
+reports=test-report
+case "${1:-}" in
+  --rest) chosen=(-m "slow and not bench") reports=test-rest && shift ;;
+  --all) chosen=() && shift ;;
+esac
 
 passed=()
 failed=()
@@ -54,18 +56,20 @@ check() {
   echo "== $name: $*" >&2
   if "$@"; then passed+=("$name"); else failed+=("$name"); fi
 }
-check lint ruff check .
-check format ruff format --check .
-site=$(mktemp -d)
-check docs env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site" # dead links and anchors fail
-rm -rf "$site"
-types=$(mktemp)
-mypy >"$types" 2>&1 & # it takes a minute of one core
-types_pid=$!
-trap 'kill "$types_pid" 2>/dev/null || true; rm -f "$types"' EXIT
+if [ "$reports" = test-report ]; then
+  check lint ruff check .
+  check format ruff format --check .
+  site=$(mktemp -d)
+  check docs env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site" # dead links and anchors fail
+  rm -rf "$site"
+  types=$(mktemp)
+  mypy >"$types" 2>&1 & # it takes a minute of one core
+  types_pid=$!
+  trap 'kill "$types_pid" 2>/dev/null || true; rm -f "$types"' EXIT
+fi
 
 code=5 # pytest's where it finds no test, which one of two calls may
-rm -f test-report*.xml
+rm -f "$reports"*.xml
 run_tests() {
   local report=$1 result=0
   shift
@@ -81,13 +85,13 @@ for argument in "$@"; do
   if [ -e "${argument%%::*}" ]; then named=yes; fi
 done
 if [ "$named" = yes ]; then
-  run_tests test-report.xml "$@"
+  run_tests "$reports.xml" "$@"
 else
   interrupted=no
   trap 'interrupted=yes' INT # pytest ends by itself, and the rest is not wanted either
-  : >test-report-hosts.xml
-  run_tests test-report.xml -n 2 --dist loadfile "${of_hosts[@]/#/--ignore=}" "$@"
-  if [ "$interrupted" = no ]; then run_tests test-report-hosts.xml -n 2 --dist loadfile "${of_hosts[@]}" "$@"; fi
+  : >"$reports-hosts.xml"
+  run_tests "$reports.xml" -n 2 --dist loadfile "${of_hosts[@]/#/--ignore=}" "$@"
+  if [ "$interrupted" = no ]; then run_tests "$reports-hosts.xml" -n 2 --dist loadfile "${of_hosts[@]}" "$@"; fi
 fi
 
 mypy_result() {
@@ -96,8 +100,8 @@ mypy_result() {
   cat "$types"
   return "$code"
 }
-check types mypy_result
+if [ -n "${types_pid:-}" ]; then check types mypy_result; fi
 echo "passed checks: ${passed[*]:-none}; failed checks: ${failed[*]:-none}"
-python launchers/_count.py test-report*.xml
+python launchers/_count.py "$reports"*.xml
 if [ "$code" -eq 0 ] && [ ${#failed[@]} -gt 0 ]; then code=1; fi
 exit "$code"

@@ -15,7 +15,7 @@ from preloaded import run_preloaded
 from triton_library import install
 
 pytestmark = [
-    pytest.mark.bench,
+    pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a GPU's own library"),
 ]
 LAYERS = {
