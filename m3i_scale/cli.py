@@ -83,22 +83,21 @@ def show_recipe(
     mermaid: Annotated[Path | None, typer.Option(callback=writes_to, help="Also as Mermaid: FILE.mmd or .md")] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw one recipe as a graph: x → f_θ → f_ψ ↔ f_φ ← y."""
+    """Print one recipe: its inputs and targets; with --mermaid as a flowchart too."""
     from m3i_scale.objective.describe import describe
     from m3i_scale.report.recipe_graph import graph_of, read_recipe
     from m3i_scale.report.recipe_mermaid import write_mermaid
-    from m3i_scale.report.recipe_terminal import render_terminal
+    from m3i_scale.report.recipe_table import RecipeTable
 
     recipe = read_recipe(name)
-    graph = graph_of(recipe)
     if mermaid is not None:
-        write_mermaid(graph, mermaid)
+        write_mermaid(graph_of(recipe), mermaid)
     if as_json or context.obj:
         print_json(describe(recipe))
     else:
-        wide_console().print(render_terminal(graph))
+        wide_console().print(RecipeTable([describe(recipe)]))
         if mermaid is not None:
-            wide_console().print(f"also drawn into {mermaid}", markup=False, highlight=False)
+            wide_console().print(f"flowchart: {mermaid}", markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")

@@ -1,4 +1,4 @@
-"""Read one recipe as a small graph: x → f_θ → f_ψ ↔ f_φ ← y. `recipe_mermaid.py` and `recipe_terminal.py` draw it."""
+"""Read one recipe as a small graph: x → f_θ → f_ψ ↔ f_φ ← y. `recipe_mermaid.py` draws it."""
 
 from __future__ import annotations
 
