@@ -32,7 +32,6 @@ WRITERS = {
     "shards make manifest --input /data/birds.csv --output": "made",
     "shards make masks --images /data/i --masks /data/m --labels /data/l --output": "made",
     "shards make coco --input /data/coco --output": "made",
-    "shards make img2dataset --input /data/cc --output": "made",
     "shards make huggingface --input /data/food --output": "made",
     "shards make webdataset --input /data/wds --output": "made",
     "shards check /data/shards --repair": "repaired",

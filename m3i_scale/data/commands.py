@@ -141,28 +141,6 @@ def coco(
     making.make(coco_input(inputs, images, shares=shares, skip_bad=skip_bad))
 
 
-@make_app.command(epilog="Example: m3i-scale shards make img2dataset --input /data/cc12m --output /data/c")
-@takes_making
-def img2dataset(
-    input_folder: Annotated[Path, typer.Option("--input", help="img2dataset's output_folder.")],
-    making: MakeOptions,
-    caption_field: CaptionField = None,
-    skip_incomplete: Annotated[
-        bool, typer.Option("--skip-incomplete", help="Leave out shards that img2dataset did not finish.")
-    ] = False,
-    group: Group = None,
-) -> None:
-    """Take what img2dataset downloaded, as tars or as files, and compare it with its tables."""
-    from m3i_scale.data.make.img2dataset import img2dataset_input
-
-    workers = making.options.workers
-    making.make(
-        img2dataset_input(
-            input_folder, caption_field=caption_field, group=group, workers=workers, skip_incomplete=skip_incomplete
-        )
-    )
-
-
 @make_app.command(epilog="Example: m3i-scale shards make huggingface --input /data/food101 --output /data/f")
 @takes_making
 def huggingface(

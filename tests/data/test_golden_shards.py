@@ -102,7 +102,6 @@ FEW = "--samples-per-shard 7 --multiple-of 2 --workers 1"
         (f"make manifest --input split.jsonl {FEW}", "de36d30f7bb3330e"),
         (f"make huggingface --input hub --group-column who {FEW}", "b3dd63dad29d2846"),
         (f"make webdataset --input wds {FEW} --split a=0.5,b=0.5 --group who", "ae73b4471f392c05"),
-        (f"make img2dataset --input i2d {FEW} --caption-field url", "7782b7def0bb361f"),
         (f"split wds {FEW} --shares a=0.5,b=0.5", "7f6c7ca962c2aa20"),
         ("split wds --shards 5 --keep-order --workers 1", "8b68cf4bfa9cae1f"),
         (f"merge wds i2d {FEW} --keys prefix", "d2a3dc09cfc2b9dc"),

@@ -1,8 +1,7 @@
-"""`make` out of formats of others: Hugging Face `datasets`, img2dataset, WebDataset."""
+"""`make` out of formats of others: Hugging Face `datasets`, WebDataset."""
 
 import io
 import json
-import shutil
 import tracemalloc
 
 import datasets
@@ -17,7 +16,6 @@ from m3i_scale.data.commands import shards_app
 from m3i_scale.data.make.arrow import Columns
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.huggingface import huggingface_input
-from m3i_scale.data.make.img2dataset import FileInput, img2dataset_input
 from m3i_scale.data.make.shards import CaptionSample, make_shards
 from m3i_scale.data.make.wds import webdataset_input
 from m3i_scale.data.tools.check import check_shards
@@ -160,72 +158,6 @@ def test_folders_that_are_no_data_set(tmp_path):
         huggingface_input(tmp_path / "hf", Columns())
 
 
-def test_what_img2dataset_downloaded(tmp_path):
-    folder = foreign.img2dataset_folder(tmp_path / "in")
-    source = img2dataset_input(folder, caption_field=None, group=None, workers=1, skip_incomplete=False)
-    make_shards(source, tmp_path / "out", name="i", options=OPTIONS)
-    found = read(tmp_path / "out" / "train")
-    assert set(found) == set(read(folder))
-    item = found["000010003"]
-    assert (item["jpg"], item["txt"]) == (foreign.image_bytes(13), b"a photo, number 3 of 1")
-    assert json.loads(item["json"])["url"] == "https://example.org/000010003.jpg"
-    manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
-    assert manifest["statuses"] == {"success": 6, "failed_to_download": 2}
-
-
-def as_files(folder, output):
-    """img2dataset's `files` layout, out of its `webdataset` layout."""
-    for path in folder.glob("*.tar"):
-        (output / path.stem).mkdir(parents=True)
-        shutil.copy(path.with_suffix(".parquet"), output)
-        for key, item in foreign.by_webdataset(path).items():
-            for extension in ("jpg", "txt", "json"):
-                (output / path.stem / f"{key}.{extension}").write_bytes(item[extension])
-    return output
-
-
-def test_files_of_img2dataset_that_are_removed_meanwhile_are_named(tmp_path):
-    with pytest.raises(DataError, match="cannot read") as caught:
-        list(FileInput([tmp_path / "00000"], None, None).outlines())
-    assert caught.value.where == str(tmp_path / "00000")
-
-
-def test_both_layouts_of_img2dataset_make_the_same_shards(tmp_path):
-    folder = foreign.img2dataset_folder(tmp_path / "in")
-    files = as_files(folder, tmp_path / "files")
-    for name, source in (("one", folder), ("two", files)):
-        found = img2dataset_input(source, caption_field="caption", group="url", workers=1, skip_incomplete=False)
-        make_shards(found, tmp_path / name, name="i", options=OPTIONS)
-    shards = sorted((tmp_path / "one" / "train").glob("*.tar"))
-    assert len(shards) == 2
-    for shard in shards:
-        assert shard.read_bytes() == (tmp_path / "two" / "train" / shard.name).read_bytes()
-
-
-def test_a_shard_that_img2dataset_did_not_finish(tmp_path):
-    folder = foreign.img2dataset_folder(tmp_path / "in")
-
-    def take(**options):
-        return img2dataset_input(
-            folder, caption_field=None, group=None, workers=1, **{"skip_incomplete": False, **options}
-        )
-
-    table = folder / "00001.parquet"
-    kept = table.read_bytes()
-    table.unlink()
-    with pytest.raises(DataError, match="did not finish"):
-        take()
-    make_shards(take(skip_incomplete=True), tmp_path / "out", name="i", options=OPTIONS)
-    assert len(read(tmp_path / "out" / "train")) == 3
-    table.write_bytes(kept)
-    foreign.write_tar(folder / "00001.tar", foreign.sample("000010000", 1))
-    with pytest.raises(DataError, match="counts 3 images, there are 1"):
-        make_shards(take(), tmp_path / "short", name="i", options=OPTIONS)
-    assert not (tmp_path / "short").exists()
-    with pytest.raises(DataError, match="neither tars nor"):
-        img2dataset_input(tmp_path / "out", caption_field=None, group=None, workers=1, skip_incomplete=False)
-
-
 def test_existing_shards_are_verified_and_made_anew(tmp_path):
     members = [
         *foreign.sample("a", 1, json=b'{"alt": "other words"}'),
@@ -291,7 +223,6 @@ def test_the_commands(tmp_path):
     folder = foreign.img2dataset_folder(tmp_path / "i2d")
     for kind, source, more in (
         ("huggingface", tmp_path / "hf", ["--split", "train=0.5,val=0.5"]),
-        ("img2dataset", folder, []),
         ("webdataset", folder, ["--multiple-of", "2"]),
     ):
         arguments = ["make", kind, "--input", str(source), "--output", str(tmp_path / kind), "--workers", "1", *more]
