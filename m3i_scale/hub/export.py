@@ -21,7 +21,7 @@ from m3i_scale.hub.as_onnx import check_also, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
 from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
-from m3i_scale.hub.push import PROVENANCE, listed_files, push
+from m3i_scale.hub.push import PROVENANCE, push
 from m3i_scale.hub.source import (
     Source,
     describe_data,
@@ -95,7 +95,7 @@ def export(
                 "task": wanted.task,
                 "format": wanted.format,
                 "label_set": wanted.label_set,
-                "request": _request(wanted, also),
+                "request": {**asdict(wanted), "also": sorted(also)},
                 "license": license_id,
                 "verified": proven,
                 "evaluation": evaluation,
@@ -121,45 +121,13 @@ def export_and_push(
     dry_run: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run `export`, and with `push_to` also `push`. Where the folder already is this very export, it is only pushed: so
-    the same command goes on after an upload that failed.
-    """
+    """Run `export`, and with `push_to` also `push`."""
     if push_to is None:
         if public or dry_run:
             raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
         return export(run_dir_or_checkpoint, to, **options)
-    target = Path(to).absolute()
-    facts = None if options.get("overwrite") else _reusable_export(run_dir_or_checkpoint, target, options)
-    if facts is None:
-        facts = export(run_dir_or_checkpoint, to, **options)
-    return facts | {"push": push(target, push_to, public=public, dry_run=dry_run)}
-
-
-def _reusable_export(run_dir_or_checkpoint: Path | str, target: Path, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what export.json says, if it is of the same checkpoint and the same choices; else None."""
-    try:
-        facts: dict[str, Any] = read_json(target / PROVENANCE)
-    except (OSError, ValueError):
-        return None
-    wanted = options.get("wanted") or ExportContents()
-    source = find_source(Path(run_dir_or_checkpoint))
-    weights = options.get("weights", "student")
-    evaluation, other_evaluation = evaluation_of(source, weights, options.get("evaluation_file"))
-    same = {
-        "checkpoint_manifest_sha256": _origin(source)["checkpoint_manifest_sha256"],
-        "weights": weights,
-        "dtype": options.get("dtype", "float32"),
-        "license": options.get("license_id", "other"),
-        "request": _request(wanted, options.get("also", ())),
-        "evaluation": redact(evaluation),
-    }
-    if any(facts.get(key) != value for key, value in same.items()):
-        return None
-    return {"output": str(target), "bytes": sum(listed_files(target).values()), "warning": other_evaluation, **facts}
-
-
-def _request(wanted: ExportContents, also: tuple[str, ...]) -> dict[str, Any]:
-    return {**asdict(wanted), "also": sorted(also)}
+    facts = export(run_dir_or_checkpoint, to, **options)
+    return facts | {"push": push(Path(to).absolute(), push_to, public=public, dry_run=dry_run)}
 
 
 def _joined(*warnings: str | None) -> str | None:

@@ -98,7 +98,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
             why=f"the export is whole, in {folder}",
             fix="an access token that may write there (hf auth login, or HF_TOKEN=…), or another name"
             if refused
-            else "give the same command again: it goes on with what has not arrived",
+            else "rerun with --overwrite: files that have arrived are not sent again",
         ) from None
     public = there.private is False  # of a repository that was there, whatever is asked for
     return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}

@@ -78,19 +78,6 @@ def test_a_second_call_goes_on(hub, folder):
     assert set(hub.files) == set(listed_files(folder))
 
 
-def test_the_same_command_exports_once(hub, run_dir, tmp_path, same_process):
-    hub.refuse = 403
-    with pytest.raises(ExportError, match="the upload failed"):
-        export_and_push(run_dir[0], tmp_path / "out", push_to="user/model")
-    made = (tmp_path / "out" / "export.json").stat().st_mtime_ns
-    hub.refuse = None
-    result = export_and_push(run_dir[0], tmp_path / "out", push_to="user/model")
-    assert (tmp_path / "out" / "export.json").stat().st_mtime_ns == made
-    assert result["push"]["commit"]
-    with pytest.raises(ExportError, match="has something in it"):
-        export_and_push(run_dir[0], tmp_path / "out", push_to="user/model", dtype="bfloat16")
-
-
 def smaller(folder):
     """An export with one file less."""
     facts = json.loads((folder / "export.json").read_text())
@@ -135,7 +122,7 @@ def test_a_repository_that_changes_meanwhile_loses_nothing(hub, folder, monkeypa
     monkeypatch.setattr(pushing, "_of_earlier_export", changed_meanwhile)
     with pytest.raises(ExportError, match="the upload failed") as caught:
         push(folder, "user/model")
-    assert "same command again" in caught.value.fix
+    assert "--overwrite" in caught.value.fix
     assert gone in hub.files
 
 
@@ -154,28 +141,12 @@ def test_no_token(hub, folder, tmp_path, monkeypatch):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(("status", "fix"), [(401, "token"), (403, "token"), (413, "same command again")])
+@pytest.mark.parametrize(("status", "fix"), [(401, "token"), (403, "token"), (413, "--overwrite")])
 def test_what_to_do_about_a_refusal(hub, folder, status, fix):
     hub.refuse = status
     with pytest.raises(ExportError, match="the upload failed") as caught:
         push(folder, "user/model")
     assert fix in caught.value.fix
-
-
-def test_another_evaluation_is_another_export(hub, run_dir, tmp_path, same_process):
-    """It stands on the card, so it must not be left out because the rest is there already."""
-    given = tmp_path / "evaluation.json"
-    value = {"value": 0.5, "low": 0.4, "high": 0.6}
-    evaluation = {"data": {"samples": 8, "cluster_unit": "samples"}, "measures": {"knn": {"top1": value}}}
-    given.write_text(json.dumps(evaluation))
-    options = {"push_to": "user/model", "dry_run": True}
-    export_and_push(run_dir[0], tmp_path / "out", evaluation_file=given, **options)
-    export_and_push(run_dir[0], tmp_path / "out", evaluation_file=given, **options)
-    value["value"] = 0.45
-    given.write_text(json.dumps(evaluation))
-    for file in (given, None):
-        with pytest.raises(ExportError, match="has something in it"):
-            export_and_push(run_dir[0], tmp_path / "out", evaluation_file=file, **options)
 
 
 def test_a_private_repository_stays_so_and_is_told_so(hub, folder):
@@ -189,7 +160,7 @@ def test_what_is_sent_and_what_would_be_are_told_with_sizes(hub, run_dir, tmp_pa
     command = ["export", str(run_dir[0]), "--to", str(out), "--push", "user/model"]
     told = {}
     for options in (("--dry-run",), ("--public", "--dry-run"), ("--public",)):
-        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, *options])
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--overwrite", *options])
         assert done.exit_code == 0, done.exception
         told[options] = done.stdout
         for name in ("config.json", "model.safetensors"):
