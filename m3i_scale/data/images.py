@@ -1,5 +1,4 @@
-"""Validation of encoded images and masks before they are written to shards, and conversion of any mode to upright
-RGB."""
+"""Validation of encoded images and masks for shards, and conversion of images of any mode to upright RGB."""
 
 from __future__ import annotations
 
@@ -159,8 +158,7 @@ def mask_fault(data: bytes) -> str | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened, not yet decoded image: 1 is upright (or damaged data), 2 … 8 as in
-    EXIF."""
+    """Return the EXIF orientation (1 … 8) of an opened, not yet decoded image; 1 (upright) if EXIF is damaged."""
     if _TOLD_IN.isdisjoint(image.info):
         return 1
     try:
@@ -183,8 +181,7 @@ def upright_size(size: tuple[int, int], lies: int) -> tuple[int, int]:
 
 
 def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
-    """Convert to RGB on a white background, as exported image processors do; a plain conversion would drop
-    transparency.
+    """Convert to RGB on white, as exported image processors do; a plain conversion would drop transparency.
 
     Args:
         image: opened image of any mode.

@@ -186,8 +186,7 @@ class StreamOrder:
         return [int(shard) for shard in shards[first : first + self._shuffle_shards]]
 
     def samples_of(self, epoch: int, shards: Iterable[int]) -> int:
-        """Count the stream's samples of some shards in an epoch. Called at every step, so it computes no
-        permutation."""
+        """Count the stream's samples of some shards in an epoch, without a permutation: every step calls this."""
         numbers = np.asarray([shard - self.shards.start for shard in shards if shard in self.shards], dtype=np.int64)
         first, end = self._stretch(epoch)
         begins, ends = self._edges_of(epoch)

@@ -92,8 +92,7 @@ class Stream:
         self._seed = seed
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
-        """Return the next valid sample. Record corrupt samples in `quarantine` and skip to the next one of the same
-        dataset.
+        """Return the next valid sample; record corrupt ones in `quarantine` and skip them within the same dataset.
 
         Raises:
             ExhaustedError: every dataset with a weight is exhausted.
@@ -194,8 +193,7 @@ class Stream:
         """Stop a stream without valid samples. It never completes a batch, so the loader cannot check its fraction."""
         bad, read = single_faults(self.state.bad, self.state.read)
         too_many = sum(bad.values()) > self._data.max_bad_fraction * read
-        # Even with one valid sample per epoch, the corrupt end of one epoch may be followed by a corrupt start of the
-        # next.
+        # With one valid sample per epoch, a corrupt end of one epoch may meet a corrupt start of the next.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]

@@ -72,8 +72,7 @@ class ViewMaker:
         config: kinds and strengths of augmentation.
         views: number of views per image, or the spec of each view.
         image_size: view size of the backbone in pixels.
-        augment: False gives every view the center crop and the pixels of a standard image processor, without
-            randomness.
+        augment: False: center crop and pixels of a standard image processor, without randomness.
         reads: annotation to read. For boxes without augmentation, the view is the full image, with its long side
             resized
             to the view size.
@@ -213,8 +212,7 @@ class ViewMaker:
 def _draw(
     config: DistortionConfig, size: int, height: int, width: int, rng: random.Random
 ) -> Callable[[], tuple[float, float, float, float]]:
-    """Return a function that draws top, left, height and width of a crop. For scale jitter, the scale is drawn once,
-    here."""
+    """Return a sampler of crops as (top, left, height, width). The scale of scale jitter is drawn once, here."""
     if config.scale_jitter is None:
         return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
     side = (max if config.scale_jitter_side == "long" else min)(height, width)

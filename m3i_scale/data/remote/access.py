@@ -1,5 +1,4 @@
-"""Access settings for shards: limits, retries and the cache of the config file are validated here, and retries run
-here."""
+"""Access settings for shards from the config file (limits, retries, cache), and the retry loop."""
 
 from __future__ import annotations
 

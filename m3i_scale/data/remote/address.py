@@ -1,5 +1,4 @@
-"""Addresses of files: a local path, or a URL that fsspec reads. Neither URLs nor their display names contain
-credentials."""
+"""Addresses of files: a local path or a URL for fsspec. URLs and their display names contain no credentials."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ class Url:
     def __str__(self) -> str:
         if self.scheme != "pipe":
             return self.address
-        # A command may contain a password, also in an environment variable, so only the program and the shard are
-        # named.
+        # A command or its environment variables may contain a password, so only program and shard are named.
         try:
             words = shlex.split(self.address.removeprefix("pipe:"))
         except ValueError:  # unclosed quotation mark

@@ -79,8 +79,7 @@ class ShardCache:
     def open_or_add(self, key: str, size: int | None, fill: Fill) -> int | None:
         """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`.
 
-        Returns:
-            None if the shards in use leave no room for it.
+        Returns None if the shards in use leave no room for it.
         """
         descriptor = self.open(key)
         if descriptor is None and self.add(key, size, fill):
@@ -109,7 +108,7 @@ class ShardCache:
                 out.flush()
                 if size is None and not self._reserve(partial, out, out.tell()):
                     return False
-                os.fsync(out.fileno())  # otherwise a power loss could leave zeros in a file with the name of a complete shard
+                os.fsync(out.fileno())  # otherwise a power loss could leave zeros in a complete shard
                 os.replace(partial, path)
         except OSError as error:
             raise self._failed("write", error) from None

@@ -1,5 +1,4 @@
-"""Indices of remote shards: downloaded from next to the shards, or built by one scan, and cached with the shard
-versions."""
+"""Indices of remote shards, downloaded from their folder or built by one scan, and cached with the shard versions."""
 
 from __future__ import annotations
 
