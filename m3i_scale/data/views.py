@@ -74,8 +74,7 @@ class ViewMaker:
         image_size: view size of the backbone in pixels.
         augment: False: center crop and pixels of a standard image processor, without randomness.
         reads: annotation to read. For boxes without augmentation, the view is the full image, with its long side
-            resized
-            to the view size.
+            resized to the view size.
         mean: pixel mean from 0 to 1; the fill color beyond the edge of an image.
         stretch: resize a full image to the view size on both sides.
     """

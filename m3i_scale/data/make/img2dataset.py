@@ -1,4 +1,4 @@
-"""Read tars or folders of files that img2dataset downloaded as input of `make`, and compare them with its tables."""
+"""Tars or folders of files downloaded by img2dataset as input of `make`, compared with its tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUCCESS = "success"
 
 @dataclass
 class FileInput:
-    """Reads img2dataset's `files` output: a folder per shard, with an image, a text and a JSON file per sample."""
+    """Reader of img2dataset's `files` output: a folder per shard; an image, a text and a JSON file per sample."""
 
     folders: Sequence[Path]
     caption_field: str | None
@@ -58,22 +58,22 @@ class FileInput:
 
 @dataclass
 class Downloaded:
-    """Reads tars or files, and checks that they have as many samples as img2dataset's tables say."""
+    """Download of img2dataset, checked against the number of samples in its tables."""
 
     samples: ShardInput | FileInput
     expected: Mapping[Path, int]
-    """Samples by shard."""
+    """Number of samples by shard."""
     statuses: Counter[str]
-    """Number of downloads by how they ended."""
+    """Number of downloads by status."""
     labels: list[str]
-    """There are none."""
+    """Not available in this input."""
     mask_labels: list[str] | None = None
-    """There are none."""
+    """Not available in this input."""
     categories: Categories | None = None
-    """There are none."""
+    """Not available in this input."""
 
     def outlines(self) -> Iterator[Outline]:
-        """See `Input`; raises at the end if a shard has not as many samples as its table says."""
+        """See `Input`; raises at the end if the number of samples of a shard differs from its table."""
         counts: Counter[Path] = Counter()
         for outline in self.samples.outlines():
             counts[Path(outline.place)] += 1
@@ -98,16 +98,16 @@ class Downloaded:
 def img2dataset_input(
     folder: Path, *, caption_field: str | None, group: str | None, workers: int, skip_incomplete: bool
 ) -> Downloaded:
-    """Open a folder that img2dataset wrote, as `webdataset` or as `files`.
+    """Open an output folder of img2dataset in `webdataset` or `files` format.
 
-    Its tables (`00000.parquet`) say which samples there must be: a shard without a table was cut short.
+    Its tables (`00000.parquet`) list the expected samples; a shard without a table is incomplete.
 
     Args:
         folder: img2dataset's output_folder.
-        caption_field: column that holds the caption; None: the .txt files, which img2dataset writes from it.
-        group: samples with the same value in this column go to the same split.
+        caption_field: caption column; None: the .txt files, which img2dataset writes from it.
+        group: column whose value keeps samples in the same split.
         workers: processes that read headers.
-        skip_incomplete: leave out shards that img2dataset did not finish.
+        skip_incomplete: skip shards that img2dataset did not finish.
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))
