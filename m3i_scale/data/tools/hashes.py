@@ -34,8 +34,7 @@ SIDE = 32
 LEAST_DEVIATION = 2.0
 """Standard deviation of gray levels (0 … 255) below which an image is `PLAIN`."""
 NEAR_ZERO = 0.1
-"""Frequencies below this fraction of the mean amplitude count as zero: in symmetric images half of them are
-rounding."""
+"""Frequencies below this fraction of the mean amplitude count as zero: half are rounding in symmetric images."""
 
 
 def _cosines() -> NDArray[np.float64]:

@@ -140,8 +140,7 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
 
 
 def _fitting(picture: Image.Image, side: int) -> Image.Image:
-    """Resize a picture to at most `side` × `side`, but more than half of it; small pictures are enlarged in whole
-    steps."""
+    """Resize a picture to at most `side` × `side`, but more than half of it; enlarge by integer factors only."""
     factor = side // max(picture.size)
     if factor > 1:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
