@@ -3,8 +3,8 @@
 The shards of a dataset are concatenated into one list of samples, in an order that is drawn once. Without this shuffle,
 neighboring file names, often of one class, would end up in the same stream. Every epoch cuts the list into one slice
 per stream. Slices may start and end within shards, so an epoch has every sample once, however long the shards are. In
-each epoch a stream permutes the shard parts of its slice, reads them in windows of a few shards, and permutes the
-samples in a window. Position p of a stream thus maps directly to a sample, and resuming at p is O(1).
+each epoch a stream permutes the shard parts of its slice and reads them in windows of a few shards. It also permutes
+the samples in a window. Position p of a stream thus maps directly to a sample, and resuming at p is O(1).
 """
 
 from __future__ import annotations

@@ -187,8 +187,7 @@ class PartWorkers:
         if not data.workers:
             self._parts = InThread(maker[order] for order in self._orders)
             return
-        # Without batching, a DataLoader returns the workers' results in the order of the indices, which alternate by
-        # worker.
+        # Without batching, a DataLoader returns results in the order of the indices, which alternate by worker.
         loader = DataLoader(
             maker,
             sampler=self._orders,

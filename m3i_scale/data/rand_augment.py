@@ -29,7 +29,7 @@ class _Random(threading.local):
 
 
 _random = _Random()
-setattr(auto_augment, "random", _random)  # noqa: B010 - what its operations draw from
+setattr(auto_augment, "random", _random)  # noqa: B010 - the generator of its operations
 
 
 class RandAugment:

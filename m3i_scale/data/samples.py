@@ -120,8 +120,7 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str = "i
 
 
 def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
-    """Decode to RGB (H, W, 3) with torchvision, if it is certain to give Pillow's pixels, only faster; else return
-    None.
+    """Decode to RGB (H, W, 3) with the faster torchvision if the pixels surely equal Pillow's; else return None.
 
     It handles plain JPEG and PNG images without relevant metadata. On errors the result is None too: Pillow decides
     whether an image is corrupt.

@@ -104,7 +104,7 @@ class InThread(Generic[Item]):
 
     def close(self) -> None:
         """Stop the thread after its current item."""
-        self._closed = True  # before requests that are queued but not yet started
+        self._closed = True  # takes effect before requests that are still queued
         self._asked.put(False)
 
     def _make(self) -> None:

@@ -169,8 +169,7 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
         yield from map(function, tasks)
         return
     # Not fork: the caller may run threads (progress bar), and the child would inherit their locks. Not spawn: every
-    # process
-    # would import torch again.
+    # process would import torch again.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     # Ctrl-C also signals these processes. They and their parent start with the signal blocked, so that none prints a

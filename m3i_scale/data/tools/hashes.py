@@ -136,7 +136,7 @@ class HashedImages:
         for column, queries in enumerate(hash_U2.T):
             for left, right in pairs_within(queries, values, distance):
                 straight, mirrored = (unlike_bits(hash_U2[left, side], values[right]) for side in (0, 1))
-                new = (straight > distance) | (column == 0)  # the rest was found in unmirrored form
+                new = (straight > distance) | (column == 0)  # other pairs were already found unmirrored
                 bits = np.minimum(straight, mirrored)[new]
                 nearest.add(left[new], first[right[new]], bits, counts[right[new]])
         for number in np.flatnonzero(nearest.count_Q[mine]).tolist():
@@ -147,8 +147,8 @@ class HashedImages:
             yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(found)[:FEW]]
 
     def _distinct(self) -> tuple[NDArray[np.uint64], Numbers, Numbers]:
-        """Return the distinct pairs (U, 2) of a hash and its mirror hash, the first image of each pair, and the pair
-        index of every image."""
+        """Return the distinct pairs (U, 2) of hash and mirror hash, the first image of each pair, and every image's
+        pair index."""
         both_N2 = np.stack([self.hash_N, self.mirrored_N], axis=1)
         hash_U2, first, which = np.unique(both_N2, axis=0, return_index=True, return_inverse=True)
         return hash_U2, first, which.reshape(-1)
