@@ -1,4 +1,4 @@
-"""Training data as WebDataset streams: shards are made here, read in a fixed order, decoded, cut to views, tokenized.
+"""Training data as WebDataset shards: creation, reading in a fixed order, decoding, cropping and tokenization.
 
-Which sample a rank sees: rank → streams (`loader.py`), stream → source (`mixing.py`), source → sample (`order.py`).
+Which sample a rank reads: rank → streams (`loader.py`), stream → dataset (`mixing.py`), dataset → sample (`order.py`).
 """

@@ -1,4 +1,4 @@
-"""A micro-batch has one layout whatever targets its samples have; here it is defined, and made of samples."""
+"""Layout of a micro-batch, the same for all targets, and its collation from samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs, view_sizes
 from m3i_scale.defaults import MASK_SIDE
 
-if TYPE_CHECKING:  # the objective takes batches, and no images
+if TYPE_CHECKING:  # the objective imports batches without image libraries
     from transformers import PreTrainedTokenizerBase
 
     from m3i_scale.data.objects import Objects
@@ -24,22 +24,22 @@ if TYPE_CHECKING:  # the objective takes batches, and no images
 
 _BY_VALUE_BYTES = 65_536
 _COUNTED_OBJECTS = 20
-"""Of an image without values; one of COCO has 7."""
+"""Objects per image of synthetic batches; COCO has 7 on average."""
 _OF_OBJECTS = {"boxes_BN4": 0, "box_labels_BN": -1, "box_masks_BNMM": 0}
-"""Fields with an axis of objects, and what they are padded with."""
+"""Fields with an objects axis, with their padding values."""
 CAPTION_MULTIPLE = 16
-"""Captions of a batch are padded to a multiple of so many tokens, `max_tokens` at most."""
+"""Captions of a batch are padded to a multiple of this many tokens, up to `max_tokens`."""
 _BY_VALUE_TYPES = (torch.int64, torch.float32, torch.bool)
 
 
 @dataclass
 class Batch:
-    """Holds a micro-batch of B samples with V + V' views each. What a sample lacks is marked, never left out."""
+    """A micro-batch of B samples with V + V' views each. Missing annotations are marked, never dropped."""
 
     images_VBCHW: Tensor
-    """uint8 (V, B, 3, H, W): augmented views of the backbone's size, not yet normalised."""
+    """uint8 (V, B, 3, H, W): augmented views of the backbone's size, not yet normalized."""
     small_VBCHW: Tensor
-    """uint8 (V', B, 3, h, w): the views that follow them, of a smaller size; V' is 0 where the recipe has none."""
+    """uint8 (V', B, 3, h, w): smaller views, which follow the others; V' is 0 if the recipe has none."""
     crops_VB4: Tensor
     """float32 (V + V', B, 4): top, left, height, width of the crop in pixels of the (already flipped) source image."""
     flips_VB: Tensor
@@ -47,28 +47,28 @@ class Batch:
     sizes_B2: Tensor
     """float32 (B, 2): height, width of the source image in pixels."""
     labels_B: Tensor
-    """int64 (B): index in the label set `label_sets_B`, −1 where the sample has no category."""
+    """int64 (B): class index in the class list `label_sets_B`; −1 if the sample has no label."""
     label_sets_B: Tensor
-    """int64 (B): index of the source's label set, −1 where the sample has no category."""
+    """int64 (B): index of the dataset's class list; −1 if the sample has no label."""
     text_ids_BT: Tensor
     """int64 (B, T): caption tokens, padded."""
     text_mask_BT: Tensor
-    """bool (B, T): true on tokens, false on padding; a sample without caption has one true (padding) token."""
+    """bool (B, T): true for tokens, false for padding; a sample without caption has one true (padding) token."""
     has_text_B: Tensor
     """bool (B): whether the sample has a caption."""
     captions_B: Tensor
-    """int64 (B): hash of the caption, equal for equal captions; 0 where there is none."""
+    """int64 (B): hash of the caption, equal for equal captions; 0 if there is none."""
     seeds_B: Tensor
-    """int64 (B): random seed of the sample in this epoch; masks are drawn from it, so they do not depend on ranks.
-    It stays on the host, which draws by it too: to ask a device would be to wait for it."""
+    """int64 (B): random seed of the sample in this epoch; masks are drawn from it, so they do not depend on ranks. It
+    stays on the CPU, where other values are also drawn from it: reading it from a GPU would synchronize."""
     masks_BHW: Tensor
-    """uint8 (B, H, W): class of every pixel of view 1, 255 where it has none; (B, 0, 0) where no target asks for it."""
+    """uint8 (B, H, W): class of every pixel of view 1, 255 for no class; (B, 0, 0) if no target uses it."""
     boxes_BN4: Tensor
-    """float32 (B, N, 4): x1, y1, x2, y2 of the objects in view 1, padded; N = 0 where no target asks for them."""
+    """float32 (B, N, 4): x1, y1, x2, y2 of the objects in view 1, padded; N = 0 if no target uses them."""
     box_labels_BN: Tensor
-    """int64 (B, N): their classes; −1 is padding."""
+    """int64 (B, N): classes of the objects; −1 is padding."""
     box_masks_BNMM: Tensor
-    """uint8 (B, N, M, M): the part of an object's mask in its box, resized; M = 0 where no target asks for it."""
+    """uint8 (B, N, M, M): each object's mask, cropped to its box and resized; M = 0 if no target uses it."""
     keys: list[str]
     """`source/shard/key` of every sample, for error messages."""
 
@@ -76,43 +76,43 @@ class Batch:
         return len(self.keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to pickle: small tensors as arrays, since each tensor costs a file of shared memory."""
+        """Return the state to pickle, with small tensors as arrays: each tensor would cost a file in shared memory."""
         return {name: _by_value(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the batch; its arrays become tensors again."""
+        """Restore the batch and convert its arrays back to tensors."""
         arrived = {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
         }
         vars(self).update(arrived)
 
     def view(self, number: int) -> Tensor:
-        """Return the images of a view, from 1, of either size: uint8 (B, 3, H, W)."""
+        """Return the images of a view of either size, counted from 1: uint8 (B, 3, H, W)."""
         own = len(self.images_VBCHW)
         return self.images_VBCHW[number - 1] if number <= own else self.small_VBCHW[number - 1 - own]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Return by name what is copied to a device: every tensor but the seeds."""
+        """Return the tensors that are copied to a device, by name: all but the seeds."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "seeds_B"}
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch on `device`, but for the seeds."""
-        # The host reads a batch as soon as it has it, so a copy to the host has to be complete.
+        """Return the batch on `device`; the seeds stay on the CPU."""
+        # A copy to the CPU must be synchronous, because the CPU reads it immediately.
         queued = torch.device(device).type != "cpu"
         copies: dict[str, Any] = {name: value.to(device, non_blocking=queued) for name, value in self.tensors.items()}
         return replace(self, **copies)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with every tensor changed, for instance pinned: the seeds too, which are copied to the
-        device when masks are drawn."""
+        """Return the batch with `change` applied to every tensor, for example pinning. This includes the seeds, which
+        are copied to the device when masks are drawn."""
         every: dict[str, Tensor] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         changed: dict[str, Any] = {name: change(value) for name, value in every.items()}
         return replace(self, **changed)
 
     @staticmethod
     def cat(parts: list[Batch]) -> Batch:
-        """Join the parts of one micro-batch, in order; captions are padded to the longest part."""
+        """Concatenate the parts of one micro-batch in order; captions are padded to the longest part."""
         if len(parts) == 1:
             return parts[0]
         width = max(part.text_ids_BT.shape[1] for part in parts)
@@ -132,15 +132,15 @@ class Batch:
 
 @dataclass
 class MixedBatch(Batch):
-    """Holds a micro-batch whose images are each made of two; `labels_B` has the class of the first."""
+    """A micro-batch of mixed images, each made of two; `labels_B` has the class of the first."""
 
     soft_labels_BK: Tensor
-    """float32 (B, K): shares of the classes, smoothed."""
+    """float32 (B, K): smoothed class probabilities."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds one good sample: decoded, checked, and not yet part of a batch."""
+    """A valid sample: decoded and checked, but not yet collated."""
 
     views: Views
     label: int | None
@@ -151,12 +151,12 @@ class Sample:
 
 
 class Collator:
-    """Turns samples into a batch. Captions are cut to `max_tokens`, and padded to the longest of the part and on to a
-    multiple of `CAPTION_MULTIPLE`, so that compiled layers meet few lengths.
+    """Collator of samples into a batch. Captions are truncated to `max_tokens` and padded to the longest caption,
+    rounded up to a multiple of `CAPTION_MULTIPLE`, so that compiled layers see few different lengths.
 
     Args:
-        tokenizer: None leaves captions out.
-        max_tokens: of a caption, special tokens included.
+        tokenizer: None drops captions.
+        max_tokens: maximum caption length, special tokens included.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -> None:
@@ -164,7 +164,7 @@ class Collator:
         self._max_tokens = max_tokens
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Return a batch of B samples, in order."""
+        """Collate B samples into a batch, in order."""
         captions = [sample.caption if self._tokenizer is not None else None for sample in samples]
         ids_BT, mask_BT = self._tokens(captions)
         crops = [
@@ -214,17 +214,17 @@ class Collator:
 
 
 def no_small_views(count: int) -> Tensor:
-    """Return the small views of samples of a recipe that has none."""
+    """Return an empty tensor of small views, for recipes without small views."""
     return torch.empty(0, count, 3, 0, 0, dtype=torch.uint8)
 
 
 def no_masks(count: int) -> Tensor:
-    """Return the masks of samples of which no target asks for any: no pixels."""
+    """Return empty masks, for recipes whose targets use none."""
     return torch.empty(count, 0, 0, dtype=torch.uint8)
 
 
 def no_objects(count: int) -> dict[str, Tensor]:
-    """Return the objects of samples of which no target asks for any."""
+    """Return empty object tensors, for recipes whose targets use none."""
     return {
         "boxes_BN4": torch.empty(count, 0, 4),
         "box_labels_BN": torch.empty(count, 0, dtype=torch.int64),
@@ -248,7 +248,7 @@ def _objects(objects: Sequence[Objects | None]) -> dict[str, Tensor]:
 
 
 def _padded_alike(parts: Sequence[Tensor], padding: int) -> list[Tensor]:
-    """Return parts (B, N, …) with as many objects each."""
+    """Pad parts (B, N, …) to the same number of objects."""
     count, padded = max(part.shape[1] for part in parts), []
     for part in parts:
         padded.append(part.new_full((part.shape[0], count, *part.shape[2:]), padding))
@@ -262,7 +262,7 @@ def _masks(masks: Sequence[NDArray[np.uint8] | None]) -> Tensor:
 
 
 def caption_hash(caption: str | None) -> int:
-    """Return a positive 63-bit number, equal for equal captions; 0 for none."""
+    """Return a positive 63-bit hash, equal for equal captions; 0 for None."""
     if caption is None:
         return 0
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1 | 1
@@ -271,18 +271,18 @@ def caption_hash(caption: str | None) -> int:
 def synthetic_batch(
     count: int, views: ViewSpecs, *, image: int, tokens: int, classes: int, vocabulary: int, reads: Reads = "labels"
 ) -> Batch:
-    """Return noise images, each with a category and a caption of its own.
+    """Return a batch of noise images with labels and captions.
 
-    Made on torch's default device: under `torch.device("meta")` it is a batch of sizes alone.
+    Uses torch's default device: under `torch.device("meta")`, the batch has shapes only.
 
     Args:
-        count: samples.
-        views: of every sample, as the recipe has them.
-        image: side in pixels, of views that have no other.
-        tokens: of every caption.
-        classes: labels are below this number.
-        vocabulary: token numbers are below this number.
-        reads: what a sample has beside that.
+        count: number of samples.
+        views: view specs of the recipe.
+        image: default view size in pixels.
+        tokens: tokens per caption.
+        classes: exclusive upper limit of labels.
+        vocabulary: exclusive upper limit of token ids.
+        reads: further annotations of the samples.
     """
     objects = _COUNTED_OBJECTS if reads in ("boxes", "boxes_and_masks") else 0
     side = MASK_SIDE if reads == "boxes_and_masks" else 0

@@ -1,4 +1,4 @@
-"""Detect boxes that are not [x, y, width, height] in pixels, from all boxes of an annotation set."""
+"""Detection of boxes that are not [x, y, width, height] in pixels, from all boxes of an annotation file."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _FIXES = {
     CENTERS: "bbox = [x - width / 2, y - height / 2, width, height]",
 }
 _NORMALIZED = 1.5
-"""Boxes from 0 to 1 that were rounded or reach beyond the edge a little."""
+"""Upper limit for normalized coordinates, which may be rounded or slightly beyond the edge."""
 _SMALLEST_SIDE = 16
-"""Pixels: in smaller images a box of a pixel is not unusual."""
+"""In pixels: in smaller images, a box of about one pixel is not unusual."""
 _MOST_COMPARED = 10_000
-"""Outlines that are compared with their boxes: enough to decide, and no cost in COCO."""
+"""Maximum number of polygons compared with their boxes: sufficient for a decision, and fast for COCO."""
 _FEWEST = 4
-"""Boxes without which no form is derived from areas or image borders: a few may look like anything."""
+"""Minimum number of boxes for a decision by areas or image borders: a few boxes may match any format."""
 _PAST = 1 / 3
-"""Share of boxes beyond the image: about 3/4 if corners are read as sizes. In COCO it is 0, in sloppy sets a few %."""
+"""Fraction of boxes beyond the image: about 3/4 if corners are read as sizes, 0 in COCO, a few % in noisy datasets."""
 
 
 @dataclass
 class BoxForms:
-    """Evidence of the form of boxes, summed over images."""
+    """Evidence for the box format, summed over images."""
 
     boxes: int = 0
     """Number of boxes with a positive width and height."""
     normalized: int = 0
-    """All four values are about 1 or less, in an image that is larger."""
+    """Boxes with all four values about 1 or less, in a larger image."""
     ordered: int = 0
-    """As corners they are in the image, and the second one is below and right of the first one."""
+    """Boxes that, read as corners, are inside the image with the second corner below and right of the first."""
     past: int = 0
-    """They reach beyond the image by more than a pixel."""
+    """Boxes that extend beyond the image by more than a pixel."""
     area_of_sides: int = 0
-    """`area` is width × height."""
+    """Boxes whose `area` is width × height."""
     area_of_corners: int = 0
-    """`area` is (x2 - x1) × (y2 - y1)."""
+    """Boxes whose `area` is (x2 - x1) × (y2 - y1)."""
     outlines: int = 0
-    """Polygons that were compared with their boxes, and with how many boxes they agree by form."""
+    """Polygons compared with their boxes; the following fields count the matches for each box format."""
     as_sides: int = 0
     as_corners: int = 0
     as_centers: int = 0
@@ -90,16 +90,12 @@ class BoxForms:
                 setattr(self, form, getattr(self, form) + agrees)
 
     def merge(self, other: BoxForms) -> None:
-        """Add the evidence of other images."""
+        """Add the evidence from other images."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     def check(self, where: str) -> None:
-        """Check that the boxes are [x, y, width, height] in pixels.
-
-        Args:
-            where: names the boxes in errors.
-        """
+        """Check that the boxes are [x, y, width, height] in pixels; `where` names them in errors."""
         for is_form, form, evidence in self._candidates():
             if is_form:
                 raise DataError(
@@ -110,7 +106,7 @@ class BoxForms:
                 )
 
     def _candidates(self) -> Iterator[tuple[bool, str, str]]:
-        """Yield whether the boxes have another form, the form, and the evidence."""
+        """Yield (boxes have this format, format, evidence) for every other box format."""
         agree = f"polygons agree with them, and {self.as_sides} with [x, y, width, height]"
         half, undecided = self.outlines / 2, self.as_sides <= self.outlines / 2 and self.boxes >= _FEWEST
         yield self.normalized > self.boxes / 2, NORMALIZED, f"{self.normalized} of {self.boxes} are between 0 and 1"

@@ -1,4 +1,4 @@
-"""What the categories of boxes and masks are called stands in a file beside shards, in the order of their indices."""
+"""Names of the object categories of a dataset, in index order, from a sidecar file of the shards."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from m3i_scale.errors import DataError
 
 FORMATS = ("coco", "lvis")
 FREQUENCIES = ("r", "c", "f")
-"""Rare, common and frequent: of LVIS, by the number of images for training that have one."""
+"""LVIS frequency classes (rare, common, frequent) by the number of training images with the category."""
 
 
 @dataclass(frozen=True)
 class Category:
-    """Holds what an annotation file says of a category."""
+    """An entry of the category list of an annotation file."""
 
     id: int
-    """The file's own number, which may have gaps; samples have the index."""
+    """Id in the annotation file, possibly with gaps; samples use the index instead."""
     name: str
     frequency: str | None = None
-    """One of `FREQUENCIES`; None where the set is not of LVIS."""
+    """One of `FREQUENCIES`; None if the dataset is not LVIS."""
     image_count: int | None = None
-    """How many images for training have one; None where the set is not of LVIS."""
+    """Number of training images with the category; None if the dataset is not LVIS."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it without what it lacks."""
+        """Convert to JSON types, without missing fields."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Categories:
-    """Holds the categories of an annotation set in the order of their indices."""
+    """The categories of a dataset, in index order."""
 
     format: Literal["coco", "lvis"]
     categories: tuple[Category, ...]
 
     @property
     def names(self) -> list[str]:
-        """Return what they are called; two may have one name."""
+        """Return the names, which need not be unique."""
         return [category.name for category in self.categories]
 
     def __len__(self) -> int:
         return len(self.categories)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what goes into the file."""
+        """Convert to the content of the sidecar file."""
         return {"format": self.format, "categories": [category.to_json() for category in self.categories]}
 
 
 def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
-    """Return the categories of an annotation file, or of `categories.json`, in the order of their ids.
+    """Parse the categories of an annotation file or of `categories.json`, sorted by id.
 
     Args:
-        rows: what was read.
+        rows: parsed JSON.
         where: names the file in errors.
-        lvis: whether every category has a frequency and a number of images.
+        lvis: require a frequency and an image count for every category.
     """
     if not isinstance(rows, list) or not rows:
         raise DataError("there are no categories", where=where, fix="`categories` is a list of {id, name}")
@@ -85,17 +85,17 @@ def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
 
 
 def is_index(value: Any) -> bool:
-    """Return whether a value out of JSON is a whole number that an id may be."""
+    """Return whether a JSON value is a valid id: a non-negative integer below 2⁶³."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def categories_beside(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
-    """Return the categories beside shards; None where there is no such file.
+    """Read the categories from the folder of the shards; None if there is no such file.
 
     Args:
-        folder: of the shards.
-        whose: names the source in errors.
-        access: how servers are asked.
+        folder: folder of the shards.
+        whose: names the dataset in errors.
+        access: access settings for servers.
     """
     path = folder / CATEGORIES
     value = read_sidecar(path, whose, access)

@@ -1,6 +1,6 @@
-"""`m3i-scale shards` has a command of `make` per kind of input, the tools, and the index.
+"""CLI of `m3i-scale shards`: `make` with a command per kind of input, the tools, and `index`.
 
-What takes long to import is imported by the command that needs it: help has to come at once.
+Slow imports are inside the commands, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def index(
     shards: Annotated[list[str], typer.Argument(help="Folders, brace patterns or single shards.")],
     as_json: AsJson = False,
 ) -> None:
-    """Scan shards and write `index/` beside them. Training does it where it is missing, but into its own cache."""
+    """Scan shards and write `index/` next to them. Otherwise training scans them and writes to its cache."""
     from m3i_scale.data.index import build_index
     from m3i_scale.data.shards import local_shards
 
@@ -62,7 +62,7 @@ def imagefolder(
         str, typer.Option(help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the folders' names")
     ] = "auto",
 ) -> None:
-    """Take a folder of images, one folder per class, captions beside."""
+    """Convert a folder of images: one folder per class, optional caption files."""
     from m3i_scale.data.make.folder import Captions, FolderLayout, imagefolder_input
 
     kind, depth = choice("--captions", captions, Captions), choice("--layout", layout, FolderLayout)
@@ -86,7 +86,7 @@ def manifest(
     ] = None,
     labels_file: LabelsFile = None,
 ) -> None:
-    """Take a table of image paths, captions and labels."""
+    """Convert a table of image paths, captions and labels."""
     from m3i_scale.data.make.table import TableColumns, manifest_input, read_labels
 
     columns = TableColumns(path_column, caption_column, label_column, split_column, mask_column)
@@ -114,7 +114,7 @@ def masks(
         bool, typer.Option("--reduce-zero-label", help="0 is no class: the first name is that of 1, as in ADE20k.")
     ] = False,
 ) -> None:
-    """Take images and masks, paired by their names."""
+    """Convert images and segmentation masks, paired by name."""
     from m3i_scale.data.make.masks import masks_input, read_mask_labels
 
     labels = read_mask_labels(labels_file, reduce_zero_label=reduce_zero_label)
@@ -134,7 +134,7 @@ def coco(
         Path | None, typer.Option(help="Names of images lead from here; default: the annotation files' folder.")
     ] = None,
 ) -> None:
-    """Take images with boxes and masks, out of annotation files of COCO or LVIS."""
+    """Convert images with boxes and masks from COCO or LVIS annotation files."""
     from m3i_scale.data.make.coco import coco_input
 
     shares, skip_bad = making.split is not None, making.options.skip_bad
@@ -152,7 +152,7 @@ def huggingface(
     key_column: Annotated[str | None, typer.Option(help="Keys of the samples; default: the rows' numbers.")] = None,
     group_column: Annotated[str | None, typer.Option(help="Rows of one value share a split.")] = None,
 ) -> None:
-    """Take a data set of Hugging Face `datasets`, saved or as Parquet; its splits are kept."""
+    """Convert a Hugging Face dataset, saved or as Parquet; keeps its splits."""
     from m3i_scale.data.make.arrow import Columns
     from m3i_scale.data.make.huggingface import huggingface_input
 
@@ -169,7 +169,7 @@ def webdataset(
     labels_file: LabelsFile = None,
     group: Group = None,
 ) -> None:
-    """Take existing shards: every sample is verified, other formats become PNGs, captions train a tokenizer."""
+    """Convert existing shards: validates samples, converts other formats to PNG, trains a tokenizer on captions."""
     from m3i_scale.data.make.table import read_labels
     from m3i_scale.data.make.wds import webdataset_input
 

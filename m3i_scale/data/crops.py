@@ -1,4 +1,4 @@
-"""Crops are drawn here, by area and shape or at a scale, and judged by the classes in them."""
+"""Random and center crops, and the class statistics of a crop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CROP_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class Crop:
-    """Says which rectangle a view shows, in pixels of the (already flipped) source image; it may end beyond it."""
+    """Rectangle of a view, in pixels of the (already flipped) source image; it may extend beyond the image."""
 
     top: float
     left: float
@@ -29,9 +29,9 @@ class Crop:
 def random_crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """Draw the top, left, height and width of a crop with a random share of the area and a random shape.
+    """Draw a crop (top, left, height, width) with a random area and aspect ratio.
 
-    Where no draw fits the image, the largest centred crop of an allowed shape.
+    If no attempt fits the image, return the largest centered crop with an allowed aspect ratio.
     """
     for _ in range(CROP_ATTEMPTS):
         area = height * width * uniform(*scale, rng)
@@ -49,9 +49,9 @@ def random_crop(
 def scaled_crop(
     height: int, width: int, scale: float, side: int, rng: random.Random
 ) -> tuple[float, float, float, float]:
-    """Draw the top, left, height and width of what a square shows of an image that is scaled, in pixels of the image.
+    """Draw a square crop (top, left, height, width) of a rescaled image, in pixels of the original image.
 
-    Where the scaled image is smaller than the square it begins at its edge, and ends inside of it.
+    If the rescaled image is smaller than the square, the crop starts at its edge and extends beyond it.
     """
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
     top = int(rng.random() * (max(0, rows - side) + 1)) * height / rows
@@ -60,9 +60,9 @@ def scaled_crop(
 
 
 def center_crop(height: int, width: int, size: int) -> tuple[float, float, float, float]:
-    """Return the top, left, height and width of the center crop of a stock image processor.
+    """Return the center crop (top, left, height, width) of a standard image processor.
 
-    It resizes the short side to `size`, rounds the long side down, and cuts the center at whole pixels of the result
+    It resizes the short side to `size`, rounds the long side down, and crops at integer pixels of the result
     (`get_resize_output_image_size` and `center_crop` of transformers).
     """
     short = min(height, width)
@@ -72,18 +72,18 @@ def center_crop(height: int, width: int, size: int) -> tuple[float, float, float
 
 
 def largest_share(mask_HW: NDArray[np.uint8]) -> float:
-    """Return the share that the most frequent class has of the pixels with a class; 1 where none has."""
+    """Return the fraction of the most frequent class among pixels with a class; 1 if no pixel has a class."""
     counts = np.bincount(mask_HW.ravel(), minlength=256)[:NO_CLASS]
     return float(counts.max() / max(1, counts.sum())) if counts.any() else 1.0
 
 
 def box_of(crop: Crop, source: tuple[int, int], image: Image.Image) -> tuple[float, float, float, float]:
-    """Return where a crop lies in an image that is not flipped, and may have been decoded at less than its size.
+    """Return the box of a crop in an image that is not flipped and possibly decoded at reduced size.
 
     Args:
         crop: in pixels of the source.
-        source: its height and width.
-        image: as it was decoded.
+        source: height and width of the source.
+        image: the decoded image.
     """
     height, width = source
     left = width - crop.left - crop.width if crop.flip else crop.left
@@ -93,5 +93,5 @@ def box_of(crop: Crop, source: tuple[int, int], image: Image.Image) -> tuple[flo
 
 
 def uniform(low: float, high: float, rng: random.Random) -> float:
-    """Draw a number from `low` to `high`."""
+    """Draw a uniform random number."""
     return low + (high - low) * rng.random()

@@ -1,4 +1,4 @@
-"""Grey images of more than eight bits become eight here, where there is a rule for it; all others are refused."""
+"""Conversion of gray images with more than 8 bits to 8 bits; images without a conversion rule are an error."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from PIL import Image, ImageFile
 from m3i_scale.errors import DataError
 
 ValueRange = tuple[float, float]
-"""The grey values that become black and white."""
+"""Intensity window: the gray values that become black and white."""
 
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-"""Pillow's modes of grey images of more than eight bits."""
+"""Pillow's modes of gray images with more than 8 bits."""
 SIXTEEN_AS_I = ("PNG", "PPM")
-"""Formats whose sixteen bits of grey Pillow reads as mode I; it stretches a PPM of fewer bits to sixteen."""
+"""Formats whose 16-bit gray images Pillow reads as mode I; it stretches a PPM of fewer bits to 16."""
 
 _BITS, _WHITE_IS, _SAMPLES_PER_PIXEL, _SAMPLE_FORMAT = 258, 262, 277, 339
-"""Tags of TIFF. Grey is white at zero where the second is 0 (or absent, as Pillow reads it)."""
+"""TIFF tags. If the second one is 0 (Pillow's default if absent), zero is white."""
 _UNSIGNED = 1
 
 
@@ -65,7 +65,7 @@ def check_header(image: Image.Image, value_range: ValueRange | None, where: str)
 
 
 def check_values(image: Image.Image, where: str) -> None:
-    """Check the values of a decoded image whose header has passed."""
+    """Check the values of a decoded image after `check_header`."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
         raise DataError("the image has values that are no finite numbers", where=where, fix="replace them")
     unsigned = image.format == "TIFF" and _tag(image, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED
@@ -79,17 +79,17 @@ def check_values(image: Image.Image, where: str) -> None:
 
 
 def eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
-    """Return an image of one of `DEEP_MODES` with eight bits of grey.
+    """Convert an image in one of `DEEP_MODES` to 8-bit gray.
 
-    Of sixteen bits the upper eight are taken, as Pillow does it with sixteen bits of a colour; a bare conversion would
-    make all but the darkest 1/256 of them white.
+    16-bit images keep their upper 8 bits, as Pillow does for 16-bit color. A plain conversion would turn all but the
+    darkest 1/256 of the values white.
 
     Args:
-        image: opened.
-        value_range: values at and below the first become 0, at and above the second 255, linear between.
+        image: opened image.
+        value_range: values up to the first become 0, values from the second on 255, linear in between.
 
     Raises:
-        ValueError: not sixteen bits, and no range.
+        ValueError: not a 16-bit image, and no range.
     """
     if value_range is None and not _is_sixteen(image):
         raise ValueError(f"values of mode {image.mode} have no range")
@@ -103,14 +103,14 @@ def eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Imag
 
 
 def _is_sixteen(image: Image.Image) -> bool:
-    """Return whether the values of a deep grey image are 0 … 65,535; Pillow reads 12 bits of a TIFF as I;16 too."""
+    """Return whether a deep gray image has values 0 … 65,535; Pillow also reads 12-bit TIFFs as I;16."""
     if image.mode == "I":
         return image.format in SIXTEEN_AS_I
     return image.mode.startswith("I;16") and _tag(image, _BITS, 16) == 16
 
 
 def _is_stretched(image: Image.Image) -> bool:
-    """Return whether decoding an opened image stretches its values: its decoder then takes their maximum."""
+    """Return whether decoding an opened image stretches its values, because the decoder got a maximum value."""
     if not isinstance(image, ImageFile.ImageFile) or image.format != "PPM" or image.mode != "I":
         return False
     decoder, _, _, arguments = image.tile[0]
@@ -118,6 +118,6 @@ def _is_stretched(image: Image.Image) -> bool:
 
 
 def _tag(image: Image.Image, number: int, default: int) -> Any:
-    """Return the (first) value of a tag of a TIFF; of other formats, and where it is absent, the default."""
+    """Return the (first) value of a TIFF tag; the default if it is absent or for other formats."""
     value = getattr(image, "tag_v2", {}).get(number, default)
     return value[0] if isinstance(value, tuple) and value else value

@@ -1,4 +1,4 @@
-"""Find equal digests among any number of samples in bounded memory: spilled to disk by their first byte."""
+"""Search for equal digests among any number of samples in bounded memory: spilled to disk by their first bits."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 DIGEST_BYTES = 16
-"""128 bits: no two different values meet by chance in any data set."""
+"""128 bits: a random collision is negligible for any dataset."""
 _BUCKETS = 64
 ROW = np.dtype([("high", ">u8"), ("low", ">u8"), ("shard", ">u4"), ("offset", ">u8")])
 
 
 def digest_of(data: bytes) -> bytes:
-    """Return 128 bits that stand for the data."""
+    """Return a 128-bit digest of the data."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDArray[Any]:
-    """Return digests of samples of one shard, ready for `Digests.add`."""
+    """Return rows for `Digests.add` from the digests of samples of one shard."""
     rows = np.zeros(len(digests), dtype=ROW)
     if not digests:
         return rows
@@ -35,10 +35,10 @@ def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDA
 
 
 class Digests:
-    """Collects digests, each with the place it came from. A context manager, which removes its files at the end.
+    """On-disk store of digests with their places; a context manager that removes its files at the end.
 
     Args:
-        folder: where the temporary folder is made; None: the system's.
+        folder: parent of the temporary folder; None: the system default.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -53,14 +53,14 @@ class Digests:
         self._folder.cleanup()
 
     def add(self, rows: NDArray[Any]) -> None:
-        """Add rows as `rows_of` returns them."""
+        """Add rows from `rows_of`."""
         buckets = (rows["high"] >> np.uint64(58)).astype(np.int64)
         for bucket in np.unique(buckets):
             with (Path(self._folder.name) / str(bucket)).open("ab") as file:
                 file.write(rows[buckets == bucket].tobytes())
 
     def repeated(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the places (shard, offset) of every digest that occurs more than once, first place first."""
+        """Yield the places (shard, offset) of every digest that occurs more than once, sorted."""
         for bucket in range(_BUCKETS):
             path = Path(self._folder.name) / str(bucket)
             if not path.exists():

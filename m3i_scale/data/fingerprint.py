@@ -1,4 +1,4 @@
-"""A data state remembers its sources: in detail enough to say what changed, in few enough bytes for a checkpoint."""
+"""Fingerprints of datasets in the data state: detailed enough to explain a change, small enough for a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from m3i_scale.config.views import ViewSpecs
 from m3i_scale.text import listed, told_differences
 
 Shard = tuple[str, int, int, str]
-"""Name, bytes, samples, digest of the members' headers."""
+"""Name, size in bytes, number of samples, digest of the tar headers."""
 _DIGEST_LETTERS = 2
-"""12 bits for the size of a shard, and as many for its number of samples and for its headers. They serve the words of
-the diff; that there is one is known by the whole hash."""
+"""12 bits each for the size of a shard, its number of samples, and its headers. They only describe a difference; the
+full hash detects it."""
 _SHOWN = 4
 _DEAL = 2
-"""By which rule samples are dealt to streams: evenly. Fingerprints that say nothing are of 1, by whole shards."""
+"""Version of the rule that distributes samples to streams (evenly); fingerprints without it are 1 (by shard)."""
 _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 
@@ -34,14 +34,14 @@ def fingerprint(
     repeats: str | None = None,
     views: ViewSpecs = 1,
 ) -> dict[str, Any]:
-    """Return what every rank's state holds of a source: shards and their order as one hash, settings one by one.
+    """Return the fingerprint of a dataset: one hash of its ordered shards, and its settings one by one.
 
     Args:
         shards: in order.
-        source: its settings.
-        augment: distortions where the source has none of its own.
-        repeats: digest of what says how often each sample is read; None: each is once.
-        views: of the recipe. How many there are says nothing where all are alike: each is drawn after those before it.
+        source: settings of the dataset.
+        augment: distortions for datasets without `augment`.
+        repeats: digest of the repeat factors; None: every sample is read once.
+        views: views of the recipe. A plain number is omitted: more views do not change the draws of earlier views.
     """
     digest = hashlib.sha256()
     count = samples = 0
@@ -49,7 +49,7 @@ def fingerprint(
         digest.update(f"{name} {size} {number} {headers}\n".encode())
         count += 1
         samples += number
-    # What is None came later than the first checkpoints, which lack it.
+    # Fields that are None are newer than the first checkpoints, which do not have them.
     distortions = (source.augment or augment).model_dump(
         mode="json", include=set(DistortionConfig.model_fields), exclude_none=True
     )
@@ -62,11 +62,7 @@ def fingerprint(
 
 
 def listing(shards: Sequence[Shard]) -> dict[str, Any]:
-    """Return the shards one by one, for the state of rank 0: names in brace patterns, six letters for each.
-
-    Args:
-        shards: in order.
-    """
+    """Return a list of shards for the state of rank 0: names as brace patterns, and six characters per shard."""
     letters = "".join(_letters(*shard[1:]) for shard in shards)
     return {"names": _patterns([name for name, *_ in shards]), "digests": letters}
 
@@ -77,13 +73,13 @@ def changes(
     listings: Mapping[str, Any],
     here: Mapping[str, Sequence[Shard]],
 ) -> dict[str, str]:
-    """Say in words what changed in every source that differs.
+    """Describe the change of every dataset that differs.
 
     Args:
-        saved: fingerprints of the data state, by source.
-        present: fingerprints of the run as it is.
-        listings: shards of the data state one by one, by source; may lack any.
-        here: shards as they are.
+        saved: fingerprints of the data state, by dataset.
+        present: fingerprints of the current run.
+        listings: shard lists of the data state, by dataset; may be incomplete.
+        here: current shards.
     """
     differences = {}
     for name in sorted({*saved, *present}):
@@ -98,7 +94,7 @@ def changes(
                 parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
             if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
-            elif not parts and now["repeats"].startswith(f"{before['repeats']} "):  # only the rule's version is new
+            elif not parts and now["repeats"].startswith(f"{before['repeats']} "):  # only the rule's version differs
                 parts.append("this version repeats samples by another rule: it begins anew")
             elif not parts:
                 parts.append("samples have objects of other categories, by which they are repeated")
@@ -107,7 +103,7 @@ def changes(
 
 
 def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two fingerprints describe the same shards, read as often, dealt to streams by the same rule."""
+    """Return whether two fingerprints have the same shards, repeats, and distribution rule."""
     return all(before.get(key) == now.get(key) for key in ("sha256", "deal", "repeats"))
 
 
@@ -156,7 +152,7 @@ def _letters(*values: int | str) -> str:
 
 @dataclass(frozen=True)
 class _Numbered:
-    """Holds a name split at its last number, such as `images-` `000017` `.tar`."""
+    """A name split at its last number, such as `images-` `000017` `.tar`."""
 
     before: str
     digits: str
@@ -164,7 +160,7 @@ class _Numbered:
 
 
 def _split(name: str) -> _Numbered | None:
-    """Split a name at its last number; None where there is none, or braces would change what the pattern means."""
+    """Split a name at its last number; None if it has no number, or special characters of brace patterns."""
     if name.startswith("=") or any(letter in name for letter in "{}\\,"):
         return None
     match = _NUMBERED.fullmatch(name)
@@ -172,7 +168,7 @@ def _split(name: str) -> _Numbered | None:
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Return names in order; consecutive numbers become one brace pattern. Names with braces stand behind `=`."""
+    """Compress consecutive numbers to brace patterns, in order; names with special characters get the prefix `=`."""
 
     def place(item: tuple[int, str]) -> tuple[Any, ...]:
         number, name = item
@@ -195,7 +191,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 
 def _names(patterns: Iterable[str]) -> list[str]:
-    """Return the names that `_patterns` was given."""
+    """Expand the result of `_patterns`."""
     names: list[str] = []
     for pattern in patterns:
         names += [pattern[1:]] if pattern.startswith("=") else braceexpand(pattern)

@@ -1,4 +1,4 @@
-"""Encoded images and masks are checked here before they go into shards, and images of any mode become upright RGB."""
+"""Validation of encoded images and masks for shards, and conversion of images of any mode to upright RGB."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import DataError
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats of the images in shards, whose bytes go there as they are, and the extension of their member."""
+"""Image formats that shards store unchanged, with the file extension of each."""
 
 READ_FORMATS = (*KEPT_FORMATS, "BMP", "GIF", "TIFF", "PPM")
-"""Formats that Pillow may try: some of its other readers start programs."""
+"""Formats that Pillow may try: some of its other readers start external programs."""
 
 FILE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-"""Files that may be images; what shards do not hold becomes a PNG."""
+"""Extensions of image files; formats that shards do not store are converted to PNG."""
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Members of a shard that are images."""
+"""Extensions of image files in a shard."""
 
 MASK = "mask.png"
-"""Extension of the member that names the class of every pixel."""
+"""Extension of the segmentation mask: the class of every pixel."""
 
 _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
-"""Keyed by the colour type in a PNG's header."""
+"""Keyed by the color type in a PNG header."""
 
 DECODE_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Errors that Pillow raises on images that are cut off, damaged, or no images (its PNG reader raises SyntaxError)."""
+"""Errors that Pillow raises on truncated or damaged images and on other data (its PNG reader raises SyntaxError)."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,42 +45,42 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by the orientation in its EXIF data (EXIF 2.32, tag 274)."""
+"""Transposition that makes an image upright, by the orientation in its EXIF data (EXIF 2.32, tag 274)."""
 _SIDEWAYS = (5, 6, 7, 8)
 _TOLD_IN = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
-"""Where Pillow finds an orientation. Most pictures have none of these, and cost one look."""
+"""Metadata keys in which Pillow finds an orientation. Most images have none, so one lookup is enough."""
 _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError, struct.error)
-"""What Pillow raises on damaged EXIF data."""
+"""Errors that Pillow raises on damaged EXIF data."""
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 
 
 def fault_text(error: Exception) -> str:
-    """Return what Pillow says of bytes, without the address of its buffer: the same bytes give the same text."""
+    """Return Pillow's error message without its buffer address, so that the same bytes give the same text."""
     return _ADDRESS.sub("", str(error))
 
 
 def open_any_size(file: Path | io.BytesIO) -> Image.Image:
-    """Open an image of any size; its header is read, and no pixel.
+    """Open an image of any size; read its header but no pixels.
 
     Raises:
-        UnidentifiedImageError, OSError: it is no image, or cannot be read.
+        UnidentifiedImageError, OSError: it is not an image, or cannot be read.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF data
+            warnings.simplefilter("ignore")  # about damaged EXIF data
             return Image.open(file, formats=READ_FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
 def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None) -> tuple[bytes, str]:
-    """Return image bytes as a shard holds them, as they are or as a PNG, and the extension of their member.
+    """Return image bytes for a shard, unchanged or converted to PNG, and their file extension.
 
     Args:
-        data: of a file in one of `READ_FORMATS`.
-        where: names it in errors.
-        value_range: grey values of more than eight bits that become black and white; the image has to have such.
+        data: content of a file in one of `READ_FORMATS`.
+        where: names the file in errors.
+        value_range: intensity window for images with more than 8 bits; other images are an error.
     """
     try:
         with open_any_size(io.BytesIO(data)) as image:
@@ -105,17 +105,17 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
 
 
 def to_png(image: Image.Image, value_range: ValueRange | None = None) -> bytes:
-    """Return the RGB PNG bytes of an image; see `on_white`."""
+    """Encode an image as an RGB PNG; see `on_white`."""
     buffer = io.BytesIO()
     on_white(image, value_range).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
-    """Check that bytes are the mask of an encoded image: a PNG of its size that decodes, with one byte a pixel.
+    """Check that bytes are the mask of an encoded image: a valid PNG of the same size with one byte per pixel.
 
     Returns:
-        Its pixels by value.
+        Number of pixels by value.
     """
     fault, counts = mask_fault(data), Counter[int]()
     try:
@@ -140,14 +140,14 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
 
 
 def pixel_counts(mask: Image.Image) -> Counter[int]:
-    """Count the pixels of a mask by value. If the PNG has a palette, the index counts."""
+    """Count the pixels of a mask by value; of a palette PNG, by palette index."""
     return Counter({value: count for value, count in enumerate(mask.histogram()) if count})
 
 
 def mask_fault(data: bytes) -> str | None:
-    """Return why PNG bytes are no mask; None where they are one.
+    """Return the reason why bytes are not a valid mask PNG, or None if they are valid.
 
-    Pillow stretches grey PNGs of 1, 2 or 4 bits to 0 … 255, so their values are no classes any more.
+    Pillow stretches gray PNGs of 1, 2 or 4 bits to 0 … 255, which destroys class indices.
     """
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 26:
         return "no PNG"
@@ -158,12 +158,12 @@ def mask_fault(data: bytes) -> str | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return how an opened, not yet decoded picture lies: 1 is upright (or damaged data), 2 … 8 as in EXIF."""
+    """Return the EXIF orientation (1 … 8) of an opened, not yet decoded image; 1 (upright) if EXIF is damaged."""
     if _TOLD_IN.isdisjoint(image.info):
         return 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage
+            warnings.simplefilter("ignore")  # about damaged data
             value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
         return 1
@@ -171,24 +171,24 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, lies: int) -> Image.Image:
-    """Turn a decoded picture as its `orientation` says."""
+    """Rotate or flip a decoded image according to its `orientation`."""
     return image.transpose(_TURNS[lies]) if lies in _TURNS else image
 
 
 def upright_size(size: tuple[int, int], lies: int) -> tuple[int, int]:
-    """Return width and height of a picture when it is upright."""
+    """Return width and height of an image after `upright`."""
     return (size[1], size[0]) if lies in _SIDEWAYS else size
 
 
 def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
-    """Convert to RGB; what is transparent becomes white, as in exported image processors (a bare conversion drops it).
+    """Convert to RGB on white, as exported image processors do; a plain conversion would drop transparency.
 
     Args:
-        image: opened.
+        image: opened image of any mode.
         value_range: see `eight_bits`.
 
     Raises:
-        ValueError: grey values that have no rule (`eight_bits`).
+        ValueError: a gray image has more than 8 bits and needs a range (`eight_bits`).
     """
     if image.mode in DEEP_MODES:
         return eight_bits(image, value_range).convert("RGB")

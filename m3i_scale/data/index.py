@@ -1,4 +1,4 @@
-"""The indices of a source's shards are kept beside the shards or in a cache, and made where they are missing."""
+"""Indices of the shards of a dataset: loaded from `index/` next to the shards or from a cache, and built if missing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import DataError
 
 WAIT_TIMEOUT_S = 3_600.0
-"""Ranks that wait for rank 0 to build indices give up after this long."""
+"""Timeout of ranks that wait for rank 0 to build indices."""
 
 
 def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[ShardIndex]:
-    """Scan shards and save their indices and the class of each sample in `folder`."""
+    """Scan shards and save their indices in `folder`; in `index/` next to them also their object categories."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads) as pool:
@@ -43,17 +43,17 @@ def load_index(
     wait_timeout_s: float = WAIT_TIMEOUT_S,
     access: Access | None = None,
 ) -> list[ShardIndex]:
-    """Return the indices of the shards: from `index/` beside them, from the cache, or built into the cache by rank 0.
+    """Return the indices of the shards: from `index/` next to them, from the cache, or built into the cache by rank 0.
 
-    Of remote shards rank 0 alone asks the server, so that a start on a thousand ranks is no load for it; it keeps
-    their version, and refuses another one later.
+    Only rank 0 queries remote shards, so that starting a thousand ranks does not overload the server. It stores their
+    version; a different version later is an error.
 
     Args:
         shards: tar files.
-        cache_dir: seen by all ranks of this host or job; a rank above 0 waits until rank 0 has filled it.
-        rank: this process.
-        wait_timeout_s: how long to wait.
-        access: how remote shards are read.
+        cache_dir: shared by all ranks of the node or job; other ranks wait until rank 0 has filled it.
+        rank: rank of this process.
+        wait_timeout_s: timeout in seconds for ranks that wait.
+        access: access settings for remote shards.
     """
     indices: dict[Address, ShardIndex] = {}
     remote = [path for path in shards if isinstance(path, Url)]
@@ -79,7 +79,7 @@ def load_index(
 
 
 def index_beside(path: Path) -> ShardIndex | None:
-    """Return the index in `index/` beside a shard; None where there is none, or the shard has changed since."""
+    """Return the index in `index/` next to a shard; None if it is missing, or the shard has changed since."""
     return load_saved(path, path.parent / "index" / f"{path.name}.npz")
 
 

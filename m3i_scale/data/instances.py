@@ -1,7 +1,7 @@
-"""The objects of an image, as boxes and masks, are read out of its sample here; each of them is checked.
+"""Reader and validator of the objects of a sample, as boxes and masks.
 
-They stay as the annotation file has them: crowds, boxes without area and boxes beyond the edge are among them, since
-evaluation counts what others count. `to_train` leaves out what cannot be learned.
+Objects are kept as annotated, including crowds, boxes without area and boxes beyond the edge, because evaluation counts
+them like other tools. `to_train` filters objects for training.
 """
 
 from __future__ import annotations
@@ -20,75 +20,75 @@ from m3i_scale.data.rle import unpacked
 from m3i_scale.errors import ConfigError
 
 INSTANCES = "instances.json"
-"""Extension of the member that holds boxes and masks."""
+"""Extension of the file with boxes and masks."""
 MALFORMED = "instances are malformed"
 NO_MASK = "mask of an instance is none"
 CATEGORY_OUT_OF_RANGE = "category out of range"
 _LONGEST_OUTLINE = 8
-"""An outline is no longer than so many sides of the image and all of its pixels."""
+"""Maximum outline length: this many image widths and heights, plus the number of pixels."""
 _LARGEST = 1e9
-"""No coordinate is larger, and no area larger than its square."""
+"""Maximum coordinate; the maximum area is its square."""
 
 
 class Rle(TypedDict):
-    """Names the fields of a mask as COCO's tools hold it."""
+    """A mask in the format of COCO's tools."""
 
     size: list[int]
-    """Height and width, which are those of the image."""
+    """Height and width of the image."""
     counts: str
     """See `rle`."""
 
 
 Polygons = list[NDArray[np.float64]]
-"""x, y, x, y … of every part, in pixels."""
+"""x, y, x, y … of every polygon, in pixels."""
 Segmentation = Polygons | Rle
 
 
 @dataclass(frozen=True)
 class Instances:
-    """Holds the N annotated objects of one image."""
+    """The N annotated objects of one image."""
 
     image_id: int
     width: int
     height: int
     ids_N: NDArray[np.int64]
     labels_N: NDArray[np.int64]
-    """Indices of their categories."""
+    """Category indices."""
     boxes_N4: NDArray[np.float64]
-    """x, y, width and height in pixels of the image as it is stored."""
+    """x, y, width and height in pixels of the stored image."""
     areas_N: NDArray[np.float64]
-    """Of the masks where there are some, and not of the boxes."""
+    """Areas of the masks if there are masks, not of the boxes."""
     crowds_N: NDArray[np.bool_]
     segmentations: list[Segmentation | None]
-    """None: a box alone."""
+    """None: a box without a mask."""
     negative: tuple[int, ...] | None = None
-    """Categories of which the image is known to have none; of LVIS."""
+    """Categories that are verified as absent from the image (LVIS)."""
     not_exhaustive: tuple[int, ...] | None = None
-    """Categories of which the image may have more than are annotated; of LVIS."""
+    """Categories that are not exhaustively annotated in the image (LVIS)."""
 
     def __len__(self) -> int:
         return len(self.ids_N)
 
     def corners(self) -> NDArray[np.float64]:
-        """Return the boxes (N, 4) as x1, y1, x2 and y2, cut off at the edge of the image."""
+        """Return the boxes (N, 4) as x1, y1, x2 and y2, clipped to the image."""
         corners_N4 = np.concatenate((self.boxes_N4[:, :2], self.boxes_N4[:, :2] + self.boxes_N4[:, 2:]), axis=1)
         return corners_N4.clip(0, (self.width, self.height) * 2)
 
     def to_train(self) -> NDArray[np.int64]:
-        """Return the numbers of the instances that training sees: no crowds, and none whose box, cut off at the edge,
-        has no area."""
+        """Return the indices of the objects for training: no crowds, and no boxes without area after clipping to the
+        image."""
         corners_N4 = self.corners()
         return np.flatnonzero((corners_N4[:, 2:] > corners_N4[:, :2]).all(axis=1) & ~self.crowds_N)
 
     def rle(self, number: int) -> Rle | None:
-        """Return the mask of an instance, compressed; None where it is a box alone."""
+        """Return the compressed mask of an object; None if it has only a box."""
         segmentation = self.segmentations[number]
         if segmentation is None or isinstance(segmentation, dict):
             return segmentation
         return self._drawn(segmentation)
 
     def mask(self, number: int) -> NDArray[np.uint8] | None:
-        """Return the mask (H, W) of an instance, 1 inside; None where it is a box alone."""
+        """Return the mask (H, W) of an object, 1 inside; None if it has only a box."""
         segmentation = self.rle(number)
         if segmentation is None:
             return None
@@ -110,15 +110,15 @@ class Instances:
 
 
 def read_instances(members: Mapping[str, bytes], categories: int | None, size: tuple[int, int]) -> Instances:
-    """Read the instances that a sample has to have.
+    """Read the instances of a sample, which are required.
 
     Args:
-        members: as read from the shard.
-        categories: how many there are; None: the indices are not judged.
-        size: width and height of the sample's image as it is stored.
+        members: files of the sample, by extension.
+        categories: number of categories; None: indices are not checked.
+        size: width and height of the stored image.
 
     Raises:
-        BadSampleError: there are none, they are malformed, or of an image of another size.
+        BadSampleError: instances are missing, malformed, or for another image size.
     """
     data = members.get(INSTANCES)
     if data is None:
@@ -135,23 +135,23 @@ def read_instances(members: Mapping[str, bytes], categories: int | None, size: t
 
 
 def check_turned(orientation: int) -> None:
-    """Refuse instances of an image that is shown otherwise than it is stored: of which of both they are, nobody says.
+    """Check that EXIF does not rotate an image with instances: the annotated orientation would be ambiguous.
 
     Args:
-        orientation: of the image's EXIF data.
+        orientation: EXIF orientation of the image.
 
     Raises:
-        BadSampleError: it is turned.
+        BadSampleError: EXIF rotates or flips the image.
     """
     if orientation != 1:
         raise BadSampleError("image with instances is turned by EXIF", f"orientation {orientation}")
 
 
 def parse_instances(value: Any, categories: int | None) -> Instances:
-    """Return the instances that a member stands for, before its image is known.
+    """Parse and validate instances, without comparing them with their image.
 
     Args:
-        value: the member, read.
+        value: parsed JSON.
         categories: see `read_instances`.
 
     Raises:
@@ -184,7 +184,7 @@ def parse_instances(value: Any, categories: int | None) -> Instances:
 
 @dataclass(frozen=True)
 class _Annotation:
-    """Holds one annotation that is sound."""
+    """One valid annotation."""
 
     id: int
     category: int
@@ -195,11 +195,11 @@ class _Annotation:
 
     @staticmethod
     def of(row: Any, number: int, categories: int | None, size: tuple[int, int]) -> _Annotation:
-        """Read one.
+        """Parse and validate one annotation.
 
         Args:
-            row: what was read.
-            number: in the list.
+            row: parsed JSON.
+            number: index in the list.
             categories: see `read_instances`.
             size: width and height of the image.
 
@@ -227,7 +227,7 @@ class _Annotation:
 
 
 def _segmentation(value: Any, size: tuple[int, int], place: str) -> Segmentation:
-    """Return a mask that can be drawn: the library that draws polygons takes memory in proportion to their outline."""
+    """Validate a mask before rendering: the polygon library uses memory in proportion to the outline length."""
     width, height = size
     if isinstance(value, list):
         polygons = [_numbers(part, 2 * max(width, height)) for part in value]
@@ -248,7 +248,7 @@ def _segmentation(value: Any, size: tuple[int, int], place: str) -> Segmentation
 
 
 def _outline(polygon: NDArray[np.float64]) -> float:
-    """Return the length of a closed polygon in pixels, by the longer of both directions."""
+    """Return the length of a closed polygon in pixels, by the larger of both axis distances per edge."""
     corners_N2 = polygon.reshape(-1, 2)
     return float(abs(corners_N2 - np.roll(corners_N2, 1, axis=0)).max(axis=1).sum())
 
@@ -269,12 +269,12 @@ def _category(value: Any, categories: int | None, place: str) -> int:
 
 
 def _numbers(values: Any, largest: float) -> NDArray[np.float64]:
-    """Return a list of numbers out of JSON; none where it is no such list, or one is beyond ±`largest` or no number."""
+    """Return a JSON list of numbers as an array; empty if it is not one, or a value is not within ±`largest`."""
     none = np.empty(0)
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         return none
     try:
         numbers = np.array(values, dtype=np.float64)
-    except OverflowError:  # a whole number of a thousand digits
+    except OverflowError:  # an integer with a thousand digits
         return none
     return numbers if (np.abs(numbers) <= largest).all() else none

@@ -1,4 +1,4 @@
-"""The loader gives a rank its batches: the same global ones for any number of ranks and workers. A resume is O(1)."""
+"""Data loader of a rank: global batches do not depend on the number of ranks and workers, and resume is O(1)."""
 
 from __future__ import annotations
 
@@ -52,36 +52,34 @@ from m3i_scale.data.watchdog import POLL_S, InThread, NotYetError
 from m3i_scale.errors import DataError, error_prefix
 
 READY_BATCHES = 1
-"""Micro-batches that are joined ahead of the one that is asked for."""
+"""Number of micro-batches that are collated ahead."""
 
 
 class TrainStream:
-    """Iterates over the micro-batches of one rank, without end unless `epochs` of every source are over.
+    """Iterable over the micro-batches of one rank; infinite unless every dataset has `epochs`.
 
-    Rank r owns streams [r·S/W, (r+1)·S/W) of S; the concatenation of the micro-batches of all ranks is the same for
-    every number of ranks W and workers.
+    Rank r owns streams [r·S/W, (r+1)·S/W) of S. Concatenated over ranks, the micro-batches are the same for every
+    number of ranks W and workers.
 
     Args:
         data: streams, workers, limits, augmentation.
-        sources: what to read (data.sources, or data.validation).
-        views: how many views of a sample, or what each is.
-        image_size: the backbone's side of a view in pixels.
+        sources: datasets to read (data.sources or data.validation).
+        views: number of views per sample, or the spec of each view.
+        image_size: view size of the backbone in pixels.
         micro_batch_size: samples per batch of this rank.
-        world_size: number of ranks.
-        rank: this rank.
         seed: seed of the run.
-        tokenizer: None leaves captions out.
-        max_tokens: captions are cut to this many tokens.
-        label_sets: as from `read_label_sets`; the order numbers them.
-        cache_dir: for indices of shards that have none; shared by the ranks.
-        augment: False gives centre crops, for evaluation.
-        quarantine_path: JSON lines of bad samples; None writes none.
-        reads: what every sample has to have, of the label set; `.cls` members are read for `labels` alone, and need
-            not be there.
+        tokenizer: None drops captions.
+        max_tokens: captions are truncated to this length.
+        label_sets: from `read_label_sets`; their order defines the indices.
+        cache_dir: cache for indices of shards without one; shared by the ranks.
+        augment: False uses center crops, for evaluation.
+        quarantine_path: JSON lines file of corrupt samples; None writes none.
+        reads: annotation that every sample must have, in the class list. `labels` reads `.cls` files, which are
+            optional; the other values do not read them.
 
     Raises:
-        ConfigError: ranks, streams, workers, weights and batch do not fit.
-        DataError: shards that are missing, damaged, hostile or too few.
+        ConfigError: ranks, streams, workers, weights and batch size are incompatible.
+        DataError: shards are missing, corrupt, malicious or too few.
     """
 
     def __init__(
@@ -118,9 +116,9 @@ class TrainStream:
         self._shards: dict[str, list[Shard]] = {}
         self._changes: list[dict[str, Any]] = []
         self.can_end = whole_passes(sources)
-        """Whether the stream may end; the same on all ranks."""
+        """Whether the data can end; the same on all ranks."""
         self.samples_at_most: int | None = None
-        """Samples that all ranks together can take before it ends, were none bad; None: it never ends."""
+        """Upper limit of samples over all ranks, if none is corrupt; None: infinite."""
 
         shown = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
 
@@ -134,7 +132,7 @@ class TrainStream:
             {str(index.path): len(index) for source in read for index in source.indices.values()},
             {str(source.indices[shard].path) for source in read for shard in source.order.own_shards},
         )
-        # Made once: with `epochs` a state is taken at every step.
+        # Computed once because with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
         self._states = {stream: first_state(sources) for stream in self._streams}
         self._reached: dict[int, StreamState] = {}
@@ -152,10 +150,10 @@ class TrainStream:
             workers.configure(self._recipe)
 
     def resize(self, image_size: int, micro_batch_size: int) -> None:
-        """Give views and micro-batches of another size from the next iterator on, which goes on with the next sample.
+        """Set another view size and micro-batch size for the next iterator, which continues with the next sample.
 
         Args:
-            image_size: the side of a view in pixels.
+            image_size: view size in pixels.
             micro_batch_size: samples per batch of this rank.
         """
         plans = {
@@ -170,10 +168,10 @@ class TrainStream:
             self._workers.configure(self._recipe)
 
     def __iter__(self) -> Generator[Batch]:
-        """Yield batches from the present position on; `close()` ends workers that were not given.
+        """Yield batches from the current position on; `close()` stops workers that this stream started.
 
-        What workers prepared for an earlier iterator is dropped. Ends before the first batch that cannot be whole;
-        other ranks may have one more.
+        Batches that workers prefetched for an earlier iterator are dropped. Iteration ends before the first incomplete
+        batch; other ranks may yield one more.
         """
         self._reached = {}
         states = {stream: state.to_json() for stream, state in self._states.items()}
@@ -202,8 +200,7 @@ class TrainStream:
                 yield batch
 
     def _joined(self, turns: Generator[list[PartialBatch]]) -> Generator[tuple[list[PartialBatch], Batch | None]]:
-        """Yield the micro-batches with the parts that they are of, in a thread beside the training process; the last
-        one is None."""
+        """Yield each micro-batch with its parts, in a background thread; the last batch is None."""
         with contextlib.closing(turns):
             for parts in turns:
                 batches = [part.batch for part in parts if part.batch is not None]
@@ -214,10 +211,10 @@ class TrainStream:
                 yield parts, batch if self._pin is None else batch.changed(self._pin)
 
     def peek(self, count: int = 1) -> Batch:
-        """Return the next batches as one, without moving on; bad samples are written down when they are handed out.
+        """Return the next batches as one, without advancing and without recording corrupt samples.
 
         Raises:
-            DataError: as when they are handed out; or the sources end before them.
+            DataError: the batches cannot be read, or the datasets end before them.
         """
         before, quarantine = self.state_dict(), self._quarantine
         self._quarantine = Quarantine(None, {})
@@ -234,8 +231,8 @@ class TrainStream:
 
     @property
     def quarantined(self) -> dict[str, int]:
-        """Return how often samples of this rank's streams were bad so far, by reason: once a pass each. At the end of
-        the sources with those on the way to the batch that could not be whole any more."""
+        """Return the number of corrupt samples of this rank's streams by reason, once per epoch each. After the data
+        has ended, samples of the last, incomplete batch are included."""
         counts: Counter[str] = Counter()
         for state in self._counted.values():
             counts.update(state.bad)
@@ -243,13 +240,12 @@ class TrainStream:
 
     @property
     def quarantined_samples(self) -> dict[str, int]:
-        """Count this rank's different bad samples by reason, as far as the quarantine file knows."""
+        """Count this rank's distinct corrupt samples by reason, as listed in the quarantine file."""
         return self._quarantine.samples
 
     @property
     def account(self) -> Account:
-        """Return the counts of bad samples of this rank, as `quarantined` has them; sums over all ranks are judged by
-        `stop_if_bad`."""
+        """Return this rank's counts of corrupt samples, as in `quarantined`; sum them over ranks for `stop_if_bad`."""
         bad, read = single_faults(self.quarantined, sum(state.read for state in self._counted.values()))
         return Account(lost_of_pass(self._counted, self._recipe.plans), sum(bad.values()), read)
 
@@ -260,15 +256,15 @@ class TrainStream:
     def stop_if_bad(
         self, account: Account, reasons: Callable[[], Mapping[str, int]] | None = None, *, begun: bool = True
     ) -> None:
-        """Stop a run with too many bad samples over all ranks: one shard may be much of what one of many ranks reads.
+        """Stop the run if too many samples are corrupt over all ranks: one shard may be most of one rank's data.
 
         Args:
             account: sums over all ranks.
-            reasons: asked for the counts by reason over all ranks where the run stops; those of this rank otherwise.
-            begun: False where the sources have ended before the first step.
+            reasons: called on failure for the counts by reason over all ranks; None uses the counts of this rank.
+            begun: False if the data ended before the first step.
 
         Raises:
-            DataError: more than data.max_bad_fraction is bad, or lost; or the run has not begun.
+            DataError: more than data.max_bad_fraction is corrupt or lost, or the run could not start.
         """
         limit, where = self._data.max_bad_fraction, self._quarantine.path
         place = None if where is None else str(where)
@@ -285,10 +281,10 @@ class TrainStream:
         raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
 
     def source_counts(self) -> dict[str, dict[str, float]]:
-        """Return counts of every source, summed over this rank's streams.
+        """Return the counts of every dataset, summed over this rank's streams.
 
-        `served` and `asked`: good samples it gave, and was to give by its weights; `read`: with the bad ones; `pass`:
-        samples of one pass; `left`: samples that may still be read, none of a source that never ends.
+        `served`: valid samples yielded. `asked`: target count by weight. `read`: samples read, corrupt ones included.
+        `pass`: samples per epoch. `left`: samples that remain; 0 if the dataset never ends.
         """
         return {
             name: counts_of_source(
@@ -298,9 +294,9 @@ class TrainStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the batch handed out last, as JSON types; see `merge_states` for all ranks.
+        """Return the position after the last yielded batch, as JSON types; see `merge_states` for all ranks.
 
-        Its size does not depend on the position. The stream of rank 0 also lists the shards, a few letters each.
+        Its size does not depend on the position. The state of rank 0 also lists the shards, a few characters each.
         """
         return {
             "format": STATE_FORMAT,
@@ -312,18 +308,18 @@ class TrainStream:
         }
 
     def load_state_dict(self, state: dict[str, Any], changed_sources: Collection[str] = ()) -> dict[str, str]:
-        """Go on from a saved position: this rank's streams are picked out, so any number of ranks may have saved it.
+        """Resume this rank's streams from a saved position; any number of ranks may have saved the state.
 
         Args:
             state: from `state_dict` or `merge_states`.
-            changed_sources: names of all sources that are meant to differ from those of the state.
+            changed_sources: names of all datasets that may differ from the state.
 
         Returns:
-            How they differ, by name.
+            The differences, by dataset name.
 
         Raises:
-            DataError: saved with another order (seed, streams), without these streams, or sources differ that are not
-                named; says how.
+            DataError: the state has another order (seed, streams) or lacks these streams, or datasets differ that
+                `changed_sources` does not name.
         """
         check_format(state)
         check_order(state["order"], self._order)
@@ -404,12 +400,12 @@ class TrainStream:
         return plans
 
     def _stop_if_surely_bad(self) -> None:
-        """Stop if this rank's bad samples alone are too many for all ranks, which give equally many good ones."""
+        """Stop if this rank's corrupt samples alone exceed the limit, as all ranks yield equally many valid ones."""
         account = self.account
         self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 
 
 def _await(ready: InThread[tuple[list[PartialBatch], Batch | None]]) -> tuple[list[PartialBatch], Batch | None]:
     while True:
-        with contextlib.suppress(NotYetError):  # who waits too long for a sample is the thread
+        with contextlib.suppress(NotYetError):  # the thread enforces the time limit
             return ready.next(POLL_S)

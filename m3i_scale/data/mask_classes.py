@@ -17,13 +17,13 @@ _REPLACE = (
 
 
 def missing_classes(counts: Mapping[int, int], names: Sequence[str]) -> list[str]:
-    """Return the names of classes without a pixel."""
+    """Return the names of the classes without pixels."""
     return [name for index, name in enumerate(names) if not counts.get(index)]
 
 
 def least_to_evaluate(counts: Mapping[int, int], names: Sequence[str]) -> int:
-    """Return how many classes must have a pixel in masks for evaluation: one, or two if there are ignored pixels, which
-    are likely the other class of masks of 0 and 255."""
+    """Return the minimum number of classes with pixels in evaluation masks: one, or two if there are ignored pixels,
+    which are then probably the second class of 0/255 masks."""
     return min(2 if counts.get(NO_CLASS) else 1, len(names))
 
 
@@ -33,11 +33,11 @@ def check_class_pixels(
     """Check that masks have pixels of enough classes.
 
     Args:
-        counts: pixels by value.
-        names: of the classes, in the order of their indices.
+        counts: number of pixels by value.
+        names: class names, in index order.
         where: names the masks in errors.
-        least: classes that must have a pixel: all for training, two for training on a subset; see `least_to_evaluate`.
-        first: the value of the first class in the files of the user.
+        least: minimum number of classes with pixels: all for training, two for a subset; see `least_to_evaluate`.
+        first: value of the first class in the user's files.
     """
     missing = missing_classes(counts, names)
     present = len(names) - len(missing)
@@ -70,11 +70,11 @@ def check_class_pixels(
 
 
 def pixel_report(counts: Mapping[int, int], names: Sequence[str] | None) -> dict[str, Any]:
-    """Return pixels by class, ignored pixels, and pixels of values without a name, as JSON types.
+    """Return pixels by class, ignored pixels, and pixels with a value without a class name, as JSON types.
 
     Args:
-        counts: pixels by value.
-        names: of the classes; None: values stand for themselves.
+        counts: number of pixels by value.
+        names: class names; None: use the values as names.
     """
     known = sorted(value for value in counts if value != NO_CLASS) if names is None else range(len(names))
     unnamed = sum(count for value, count in counts.items() if value not in known and value != NO_CLASS)
@@ -86,11 +86,11 @@ def pixel_report(counts: Mapping[int, int], names: Sequence[str] | None) -> dict
 
 
 def pixel_lines(report: Mapping[str, Any], where: str) -> list[str]:
-    """Return a `pixel_report` as lines for people.
+    """Format a `pixel_report` as lines of text.
 
     Args:
-        report: of the masks of one split.
-        where: names the split.
+        report: report of the masks of one split.
+        where: name of the split.
     """
     total = max(1, report["ignored"] + report["unnamed"] + sum(report["classes"].values()))
     largest = sorted(report["classes"].items(), key=lambda item: -item[1])

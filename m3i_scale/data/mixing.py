@@ -1,9 +1,9 @@
-"""Sources take turns in a stream, and streams are shared out over ranks and workers.
+"""Mixing of datasets within a stream, and distribution of streams over ranks and workers.
 
-Which source a stream reads next is a pure function of what it has taken, for fixed and for scheduled weights.
+The next dataset of a stream is a pure function of the samples taken so far, for fixed and for scheduled weights.
 
-Shares are whole numbers of `UNIT`. Their sums are exact, so that an account kept over billions of samples is, and so
-that no version of Python or of a library can turn a tie.
+Shares are integer multiples of 1/`UNIT`. Their sums are exact over billions of samples, and ties do not depend on
+the version of Python or of a library.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from m3i_scale.config import DataConfig, SourceConfig
 from m3i_scale.errors import ConfigError
 
 UNIT = 2**40
-"""A share of one, in the whole numbers that shares are counted in."""
+"""A share of 1.0 in integer units."""
 
 Weight = float | list[tuple[int, float]]
 
 
 def weight_at(weight: Weight, samples: int) -> float:
-    """Return a source's weight when the run has seen so many samples."""
+    """Return the weight of a dataset after the run has seen `samples` samples."""
     if not isinstance(weight, list):
         return weight
     after = bisect.bisect_right([at for at, _ in weight], samples)
@@ -33,11 +33,11 @@ def weight_at(weight: Weight, samples: int) -> float:
 
 
 def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.sources") -> None:
-    """Check that some source has a weight at all times."""
+    """Check that at any time at least one dataset has a positive weight."""
     if not sources:
         raise ConfigError("the run has no data", where=where, fix=f"{where}.main.shards=/data/shards/train")
     weights = [source.weight for source in sources.values()]
-    # Between these points all weights are linear, so a sum of zero shows at one of them.
+    # Weights are linear between these points, so a zero sum shows at one of them.
     points = sorted({0, *(at for weight in weights if isinstance(weight, list) for at, _ in weight)})
     for samples in points:
         if not any(weight_at(weight, samples) > 0 for weight in weights):
@@ -49,7 +49,7 @@ def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.source
 
 
 def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) -> None:
-    """Check that ranks, streams, workers and micro-batch fit, before anything is read."""
+    """Check that ranks, streams, workers and micro-batch size are compatible, before any data is read."""
     if data.streams % world_size:
         raise ConfigError(
             f"{data.streams} streams cannot be shared out evenly over {world_size} ranks",
@@ -75,33 +75,33 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
 
 
 def share_of(streams: Sequence[int], number: int, count: int) -> Sequence[int]:
-    """Return the streams of one rank of so many, or of one worker of a rank: neighbours, as many for each."""
+    """Return the contiguous streams of one of `count` ranks, or of one of `count` workers; all have equally many."""
     each = len(streams) // count
     return streams[number * each : (number + 1) * each]
 
 
 class Mix:
-    """Gives every source its share of a stream's samples, at any time as exactly as whole samples allow.
+    """Mixing weights of datasets. At any time, each dataset's sample count matches its share as closely as possible.
 
     Args:
-        weights: of every source, by name.
-        streams: streams of the run; all take alike, so a stream's n-th sample is about the run's (n · streams)-th.
+        weights: weights of the datasets, by name.
+        streams: number of streams. All advance equally, so sample n of a stream is about sample n · streams of the run.
     """
 
     def __init__(self, weights: Mapping[str, Weight], streams: int) -> None:
-        self._weights = dict(sorted(weights.items()))  # ties must not depend on the order in the run file
+        self._weights = dict(sorted(weights.items()))  # ties must not depend on the order in the config file
         self._streams = streams
         self._fixed = not any(isinstance(weight, list) for weight in weights.values())
         self._known: dict[frozenset[str], dict[str, int]] = {}
 
     def shares(self, taken: int, left: Collection[str]) -> dict[str, int]:
-        """Return each remaining source's share of the stream's next sample, in UNIT, which they add up to.
+        """Return each remaining dataset's share of the stream's next sample; shares add up to `UNIT`.
 
-        It is empty when no source remains, or none that has a weight now.
+        The result is empty if no dataset remains or none has a positive weight now.
 
         Args:
-            taken: good samples that the stream has given before.
-            left: sources that are not exhausted.
+            taken: valid samples that the stream has yielded so far.
+            left: datasets that are not exhausted.
         """
         key = frozenset(left)
         if self._fixed and key in self._known:
@@ -118,32 +118,32 @@ class Mix:
 
 
 def furthest_behind(credits: Mapping[str, int], shares: Mapping[str, int]) -> str:
-    """Return the source that is furthest behind its share, the first by name of equals; never one without a share.
+    """Return the dataset that is furthest behind its share, never one without a share. Ties go to the first by name.
 
     Args:
-        credits: what every source was to have got before, less what it got, in UNIT.
-        shares: of the next sample.
+        credits: target count minus actual count of every dataset so far, in `UNIT`.
+        shares: shares of the next sample.
     """
     return max(sorted(name for name in shares if shares[name]), key=lambda name: credits[name] + shares[name])
 
 
 def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> None:
-    """Update the credits after a sample: every source was to get its share of it, and `taken` got all."""
+    """Update the credits after one sample: every dataset gains its share, and `taken` pays a full `UNIT`."""
     for name, share in shares.items():
         credits[name] += share
     credits[taken] -= UNIT
 
 
 def whole_passes(sources: Mapping[str, SourceConfig]) -> bool:
-    """Return whether any source has `epochs`, and so can come to an end."""
+    """Return whether any dataset has `epochs`, so that the run's data can end."""
     return any(source.epochs is not None for source in sources.values())
 
 
 def samples_at_most(ends: Sequence[Sequence[int | None]]) -> int | None:
-    """Count the samples that all streams can give evenly, were none bad; None where some source never ends.
+    """Count the samples that all streams can yield evenly if none is corrupt; None if some dataset never ends.
 
     Args:
-        ends: for every stream the samples of each source until it is exhausted; None: never.
+        ends: for every stream, the end position of each dataset; None: never.
     """
     if any(end is None for stream in ends for end in stream):
         return None

@@ -1,4 +1,4 @@
-"""The annotated objects of an image become boxes, classes and masks of a view here, cut and turned as the view is."""
+"""Boxes, classes and masks of the objects in a view, from the annotations of its image."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _HALF = 128
 
 @dataclass(frozen=True)
 class Objects:
-    """Holds the N objects that a view shows."""
+    """The N objects of a view."""
 
     boxes_N4: NDArray[np.float32]
     """x1, y1, x2, y2 in pixels of the view."""
     labels_N: NDArray[np.int64]
     masks_NMM: NDArray[np.uint8]
-    """1 inside: the part of an object's mask in its box, resized; (N, 0, 0) where masks are not wanted."""
+    """1 inside: each object's mask, cropped to its box and resized; (N, 0, 0) if masks are not read."""
 
 
 def objects_in(instances: Instances, crop: Crop, size: int, *, masks: bool) -> Objects:
-    """Return the objects that a view shows, without crowds.
+    """Return the objects of a view, without crowds.
 
-    A box that the crop cuts is that of the part which is left: of its mask, where there is one, as in detectron2
-    (`recompute_boxes`).
+    A box that the crop cuts is recomputed from the remaining mask if there is one, as in detectron2
+    (`recompute_boxes`). Otherwise the box is clipped.
 
     Args:
-        instances: of the image.
-        crop: what the view shows, in pixels of the flipped image.
-        size: side of the view in pixels.
-        masks: whether masks are wanted; else boxes are cut as such.
+        instances: objects of the image.
+        crop: crop of the view, in pixels of the flipped image.
+        size: view size in pixels.
+        masks: read masks; False clips boxes only.
 
     Raises:
-        BadSampleError: masks are wanted, and some object is a box alone.
+        BadSampleError: masks are read and an object has only a box.
     """
     numbers = instances.to_train()
     corners_N4, width = instances.corners()[numbers], instances.width
@@ -76,7 +76,7 @@ def _mask_of(instances: Instances, number: int, *, flip: bool) -> Image.Image:
 
 
 def _extent(mask: Image.Image, box_4: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the box of what a mask has in a box; one without area where that is nothing."""
+    """Return the bounding box of a mask within a box; a box without area if that part of the mask is empty."""
     left, top = (int(edge) for edge in np.floor(box_4[:2]))
     right, bottom = (int(edge) for edge in np.ceil(box_4[2:]))
     x1, y1, x2, y2 = mask.crop((left, top, right, bottom)).getbbox() or (0, 0, 0, 0)

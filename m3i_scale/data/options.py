@@ -1,4 +1,4 @@
-"""Options that commands of `m3i-scale shards` share are defined once, in sets that become one object each."""
+"""Shared options of the `m3i-scale shards` commands, grouped into sets that become one object each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
 
-if TYPE_CHECKING:  # importing it takes seconds, which --help has not
+if TYPE_CHECKING:  # this import takes seconds, too long for --help
     from m3i_scale.data.make.records import Input
     from m3i_scale.data.make.shards import Progress as Tell
 
@@ -102,18 +102,18 @@ _CUT: Parts = {
 
 @dataclass(frozen=True)
 class MakeOptions:
-    """Holds what all commands of `shards make` take beside their input."""
+    """Options shared by all `shards make` commands."""
 
     output: Path
     name: str
     split: str | None
     options: ShardOptions
     tile: dict[str, int]
-    """Of a `Tiling`; empty where images are not cut."""
+    """Arguments of `Tiling`; empty if images are not cut."""
     as_json: bool
 
     def make(self, source: Input) -> None:
-        """Make the shards, and print what was made."""
+        """Make the shards and print a summary."""
         from m3i_scale.data.make.shards import made_lines, make_shards
         from m3i_scale.data.make.tile import TiledInput, Tiling
 
@@ -132,12 +132,12 @@ class MakeOptions:
 
 
 def takes_making(command: Command) -> Command:
-    """Give a command the options of everything that makes shards, in place of the parameter `making`."""
+    """Replace the parameter `making` of a command by the options of `shards make`."""
     return expanded(command, "making", _MAKE, _making)
 
 
 def takes_sizes(command: Command) -> Command:
-    """Give a command the options of everything that cuts shards anew, in place of the parameter `options`."""
+    """Replace the parameter `options` of a command by the options for resharding."""
     return expanded(command, "options", _CUT, _cut)
 
 
@@ -166,7 +166,7 @@ def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
 
 @contextmanager
 def sample_bar(quiet: bool) -> Iterator[Tell]:
-    """Show a bar over samples; none where standard output is a JSON document."""
+    """Show a progress bar over samples; hidden if standard output is a JSON document."""
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("samples", total=None)
@@ -175,10 +175,10 @@ def sample_bar(quiet: bool) -> Iterator[Tell]:
 
 @contextmanager
 def reading_bar() -> Iterator[Callable[[str, int], None]]:
-    """Show on a terminal what an evaluation does, and the number of samples read; nothing elsewhere."""
+    """Show the current activity and number of samples read of an evaluation, on terminals only."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     console = Console(stderr=True)
-    # What is printed on standard output stays there.
+    # Standard output is not redirected to the bar's console.
     with Progress(
         *columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal
     ) as bar:
@@ -199,7 +199,7 @@ def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def choice(option: str, value: str, kind: Any) -> Any:
-    """Return an option's value, which has to be one of a `Literal`."""
+    """Return the value of an option; raise an error if the `Literal` does not contain it."""
     if value not in get_args(kind):
         raise ConfigError(f"{option} {value}", fix=f"one of {', '.join(get_args(kind))}")
     return value

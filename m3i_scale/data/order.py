@@ -1,11 +1,10 @@
-"""The order of samples is a pure function of (seed, stream, position), with no buffer to save and none to fill again.
+"""Sample order as a pure function of (seed, stream, position), so there is no shuffle buffer to save or refill.
 
-The samples of a source are one list, shard after shard, the shards in an order that is drawn once: neighbours in names
-are often of one class, and would all be in the stretch of one stream. Every pass cuts the list into a stretch for each
-virtual stream, whose ends may lie within shards: so a pass holds every sample once, however long the shards are. In a
-pass a stream permutes the parts of shards in its stretch, reads them in windows of a few shards, and permutes the
-samples inside a window. So position p of a stream is a known sample of a known shard, and going on from p needs no
-reading up to p.
+The shards of a dataset are concatenated into one list of samples, in an order that is drawn once. Without this shuffle,
+neighboring file names, often of one class, would end up in the same stream. Every epoch cuts the list into one slice
+per stream. Slices may start and end within shards, so an epoch has every sample once, however long the shards are. In
+each epoch a stream permutes the shard parts of its slice and reads them in windows of a few shards. It also permutes
+the samples in a window. Position p of a stream thus maps directly to a sample, and resuming at p is O(1).
 """
 
 from __future__ import annotations
@@ -23,29 +22,28 @@ from m3i_scale.errors import DataError
 
 
 def seed_of(*parts: object) -> int:
-    """Return a 63-bit seed that depends on every part, the same on every machine and in every process."""
+    """Return a 63-bit seed that depends on every part and is the same on every machine and in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:
-    """Permute range(count) by raw bits: numpy keeps them stable across versions, unlike its shuffling."""
+    """Permute range(count) by raw random bits, which numpy keeps stable across versions, unlike its shuffling."""
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int64)
 
 
 def shard_order(shards: int, seed: int, source: str) -> NDArray[np.int64]:
-    """Return the order in which the shards of a source make up the list of its samples, by their numbers in order of
-    names."""
+    """Return the shuffled order of a dataset's shards in its list of samples, as indices into shards sorted by name."""
     return permutation(shards, seed_of("deal", seed, source))
 
 
 def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) -> NDArray[np.int64]:
-    """Return where each shard ends in the list of all samples of a source.
+    """Return the end offset of each shard in the list of all samples of a dataset.
 
     Args:
         sizes: samples per shard, in the order of `shard_order`.
-        streams: number of streams that are to share the samples.
-        where: the source, for the error.
+        streams: number of streams to distribute the samples to.
+        where: dataset name for the error.
     """
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     if ends[-1] < streams:
@@ -59,68 +57,68 @@ def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) 
 
 
 def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int:
-    """Return the position at which a stream begins a pass over so many samples.
+    """Return the position at which a stream starts an epoch of `samples` samples.
 
-    Position p of stream s is number p · streams + s of all that the streams give in turn, and pass e is the numbers
-    from e · samples on: streams are in one pass together, and none is through it more than a sample before another.
+    Position p of stream s is sample number p · streams + s of the interleaved streams. Epoch e starts at number
+    e · samples, so all streams are in the same epoch and at most one sample apart.
     """
     return -((stream - epoch * samples) // streams)
 
 
 class Reads(Protocol):
-    """Says which sample every read of a pass is of, where a pass may read samples several times, or not; see `Repeats`.
+    """Reads of an epoch that may repeat samples: maps each read to a sample; see `Repeats`.
 
-    All passes have the same number of reads.
+    All epochs have the same number of reads.
     """
 
     def ends(self, epoch: int) -> NDArray[np.int64]:
-        """Return where each shard ends in the list of all reads of a pass."""
+        """Return the end offset of each shard in the list of all reads of an epoch."""
         ...
 
     def outermost_ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return where each shard ends in the list at least, and at most, whatever the pass."""
+        """Return the minimum and maximum end offset of each shard over all epochs."""
         ...
 
     def sample(self, epoch: int, shard: int, number: int) -> tuple[int, int]:
-        """Return the index within its shard of the sample that a read is of, and how often the pass read it before."""
+        """Return the sample's index within its shard, and the number of earlier reads of that sample in this epoch."""
         ...
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Names the sample that a position of a stream leads to."""
+    """Reference to the sample at a position of a stream."""
 
     epoch: int
-    """How many passes over the source came before."""
+    """Number of completed epochs of the dataset."""
     shard: int
-    """Index of the shard within the source, in the order of `shard_order`."""
+    """Index of the shard within the dataset, in the order of `shard_order`."""
     sample: int
     """Index of the sample within the shard."""
     copy: int = 0
-    """How often this pass has had it before."""
+    """Number of earlier reads of the sample in this epoch."""
 
 
 class _Pass(NamedTuple):
-    """Holds what a stream reads in one pass, in order of reading."""
+    """Shard parts that a stream reads in one epoch, in reading order."""
 
     shards: NDArray[np.int64]
-    """Indices of the shards within the source."""
+    """Indices of the shards within the dataset."""
     firsts: NDArray[np.int64]
-    """The first sample of each that is the stream's."""
+    """Index of the stream's first sample in each shard."""
     counts: NDArray[np.int64]
-    """How many of its samples are."""
+    """Number of the stream's samples in each shard."""
 
 
 class StreamOrder:
-    """Gives the order in which one stream reads one source.
+    """The order in which one stream reads one dataset.
 
     Args:
-        ends: of the source, from `ends_of`.
-        stream: which stream it is.
-        streams: of how many.
-        shuffle_shards: shards per window.
-        seed: seed of this (run, source, stream).
-        reads: of the source, where they are others than its samples once each; the ends are then those of some pass.
+        ends: end offsets of the shards, from `ends_of`.
+        stream: index of the stream.
+        streams: number of streams.
+        shuffle_shards: shards per shuffle window.
+        seed: seed of this (run, dataset, stream).
+        reads: repeated reads of the dataset; None reads every sample once. `ends` then belongs to any one epoch.
     """
 
     def __init__(
@@ -145,23 +143,23 @@ class StreamOrder:
         first = int(np.searchsorted(most, lowest, side="right"))
         last = int(np.searchsorted(least, highest - 1, side="right"))
         self.shards = range(first, last + 1)
-        """Shards of the source that any pass of the stream reads from."""
+        """Shards of the dataset that the stream reads in any epoch."""
         self._reads = reads
         self._edges = self._edges_in(ends)
         owners = self._edges[0] * streams // self._samples
         self.own_shards = [first + int(number) for number in np.flatnonzero(owners == stream)]
-        """Of a shard that several streams read from, one is the owner."""
+        """Shards owned by this stream; a shard that several streams read has exactly one owner."""
         self.longest = -(-self._samples // streams)
-        """Samples of the stream in a pass at most; one less at least."""
+        """Maximum number of samples of the stream per epoch; the minimum is at most one less."""
         self.share = self._samples / streams
-        """The same on average over passes."""
+        """Mean number of samples of the stream per epoch."""
 
     def begin(self, epoch: int) -> int:
-        """Return the position at which a pass begins."""
+        """Return the position at which an epoch starts."""
         return position_of_pass(epoch, self._samples, self._stream, self._streams)
 
     def locate(self, position: int) -> SampleRef:
-        """Return the sample at a position ≥ 0. It costs one permutation per window; asking for neighbours is cheap."""
+        """Return the sample at a position ≥ 0. This costs one permutation per window; nearby positions are cheap."""
         epoch, window = self.window_at(position)
         parts, starts = self._parts_of(epoch)
         ends, order = self._window_of(epoch, window)
@@ -175,12 +173,12 @@ class StreamOrder:
         return SampleRef(epoch, shard, *self._reads.sample(epoch, shard, place))
 
     def window_at(self, position: int) -> tuple[int, int]:
-        """Return the pass and the number of the window that a position lies in."""
+        """Return the epoch and the window index of a position."""
         epoch = (position * self._streams + self._stream) // self._samples
         return epoch, bisect.bisect_right(self._parts_of(epoch)[1], position - self.begin(epoch)) - 1
 
     def shards_of_window(self, epoch: int, window: int) -> list[int]:
-        """Return the shards of a window, within the source; past the last one of a pass, of the first of the next."""
+        """Return the shards of a window; after the last window of an epoch, of the first window of the next epoch."""
         first = window * self._shuffle_shards
         shards = self._pass(epoch).shards
         if first >= len(shards):
@@ -188,7 +186,7 @@ class StreamOrder:
         return [int(shard) for shard in shards[first : first + self._shuffle_shards]]
 
     def samples_of(self, epoch: int, shards: Iterable[int]) -> int:
-        """Count the samples of some shards that the stream has in a pass; without a permutation, as every step asks."""
+        """Count the stream's samples of some shards in an epoch, without a permutation: every step calls this."""
         numbers = np.asarray([shard - self.shards.start for shard in shards if shard in self.shards], dtype=np.int64)
         first, end = self._stretch(epoch)
         begins, ends = self._edges_of(epoch)
@@ -196,13 +194,13 @@ class StreamOrder:
         return int(np.maximum(highs - lows, 0).sum())
 
     def _edges_in(self, ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return where the shards that the stream reads from begin and end in the list of all samples."""
+        """Return start and end of the stream's shards in the list of all samples."""
         first = self.shards.start
         mine = ends[first : self.shards.stop]
         return np.concatenate((ends[first - 1 : first] if first else [0], mine[:-1])), mine
 
     def _edges_of(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the same in a pass: where samples are read several times, the edges move from pass to pass."""
+        """Return `_edges_in` for an epoch: if samples are repeated, the edges move from epoch to epoch."""
         return self._edges if self._reads is None else self._edges_in(self._reads.ends(epoch))
 
     def _stretch(self, epoch: int) -> tuple[int, int]:
@@ -217,7 +215,7 @@ class StreamOrder:
         return _Pass(mine + self.shards.start, (lows - begins)[mine], (highs - lows)[mine])
 
     def _before(self, stream: int, epoch: int) -> int:
-        """Count the samples of earlier streams in a pass, which is where this stream's stretch of the list begins."""
+        """Count the samples of earlier streams in an epoch; this is the start of this stream's slice."""
         low, high = (
             number // self._streams * stream + min(number % self._streams, stream)
             for number in (epoch * self._samples, (epoch + 1) * self._samples)
@@ -225,7 +223,7 @@ class StreamOrder:
         return high - low
 
     def _parts_of(self, epoch: int) -> tuple[_Pass, list[int]]:
-        """Return the pass, and the offset in it at which each window starts."""
+        """Return the shard parts of an epoch and the start offset of each window."""
         if self._epoch is None or self._epoch[0] != epoch:
             parts = self._pass(epoch)
             before = np.concatenate(([0], np.cumsum(parts.counts)[:-1]))
@@ -233,7 +231,7 @@ class StreamOrder:
         return self._epoch[1:]
 
     def _window_of(self, epoch: int, window: int) -> tuple[list[int], NDArray[np.int64]]:
-        """Return where each part of the window ends in it, and the order of its samples."""
+        """Return the end offset of each shard part within the window, and the permutation of its samples."""
         if self._window is None or self._window[:2] != (epoch, window):
             first = window * self._shuffle_shards
             ends = np.cumsum(self._parts_of(epoch)[0].counts[first : first + self._shuffle_shards])

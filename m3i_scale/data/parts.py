@@ -1,8 +1,8 @@
-"""Workers make the parts of micro-batches. They are started once, before they know of which data, and told later.
+"""Worker processes that prepare parts of micro-batches. They start once, and receive their work later.
 
-An accelerator, its collectives and what it pins do not outlive a fork well, and a fork of a large process is slow. So a
-run starts its workers before it touches any of these. Which streams a worker reads, and from where on, reaches it with
-the order for a part: when an iteration begins, when it goes back to a checkpoint, at every evaluation.
+An accelerator, its collectives and pinned memory do not survive a fork, and forking a large process is slow. So a run
+starts its workers before it touches any of these. A worker receives its streams and their positions with a work item:
+at the start of an iteration, after a rollback to a checkpoint, and at every evaluation.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_pa
 from m3i_scale.errors import DataError, UserError
 
 PREFETCH_PARTS = 2
-"""Parts that every worker prepares ahead."""
+"""Parts that every worker prefetches."""
 
 
 @dataclass(frozen=True)
 class PartRecipe:
-    """Holds all that a worker needs to make parts, except the state."""
+    """Everything that a worker needs to prepare parts, except the state."""
 
     plans: dict[int, dict[str, StreamSource]]
     mix: Mix
@@ -50,39 +50,39 @@ class PartRecipe:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Asks a worker for its next part."""
+    """Request for a worker's next part."""
 
     iteration: int
-    """Which iteration the part is for; 0: none yet."""
+    """Iteration of the part; 0: before the first iteration."""
     share: int
-    """Number of the worker, and so of its share of the streams."""
+    """Index of the worker, and of its share of the streams."""
     states: dict[int, dict[str, Any]] | None = None
-    """Where its streams begin, with the first order of an iteration."""
+    """Initial states of its streams, in the first work item of an iteration."""
     recipe: PartRecipe | None = None
-    """With the first states."""
+    """Sent together with the first states."""
 
 
 @dataclass(frozen=True)
 class PartialBatch:
-    """Holds what one worker gives to a micro-batch: samples of its streams, and where the streams stand after them."""
+    """One worker's part of a micro-batch: samples of its streams, and the states of the streams after them."""
 
     order: WorkItem
     batch: Batch | None
-    """None: there is no further whole one."""
+    """None: there is no further complete batch."""
     states: dict[int, dict[str, Any]]
     quarantine: list[dict[str, Any]]
     fault: UserError | None = None
-    """Why there is none, where the sources have not ended. As a value: an exception would lose its parts on the way out
-    of a worker."""
+    """Error if there is no batch although the data has not ended. It is passed as a value, because an exception raised
+    in a worker would lose its fields."""
 
 
 class PartMaker(Dataset[PartialBatch]):
-    """Makes the parts of one worker. The index of a part is the order for it.
+    """Dataset in a worker that returns parts; the index of a part is its work item.
 
-    The end comes out as a part too, and again with every further order.
+    The end of the data is a part too, and is repeated for every further work item.
 
     Args:
-        activities: of all workers, by number.
+        activities: activities of all workers, by index.
     """
 
     def __init__(self, activities: list[Activity]) -> None:
@@ -92,10 +92,10 @@ class PartMaker(Dataset[PartialBatch]):
         self._streams: dict[int, Stream] = {}
 
     def __getitem__(self, order: WorkItem) -> PartialBatch:
-        """Return the part; the last one has no batch."""
+        """Return the part for a work item; the last part has no batch."""
         if order.states is not None:
             self._begin(order, order.states)
-        part = self._part(replace(order, states=None, recipe=None))  # neither need come back with the part
+        part = self._part(replace(order, states=None, recipe=None))  # the part need not return these
         if part.batch is None:
             self._streams = {}
         return part
@@ -140,21 +140,21 @@ class PartMaker(Dataset[PartialBatch]):
 
 
 class _WorkSampler(Sampler[WorkItem]):
-    """Gives the orders that a DataLoader hands to its workers in turn, as indices."""
+    """Sampler of work items, which a DataLoader distributes to its workers in turn."""
 
     def __init__(self, shares: int) -> None:
         self._next = [WorkItem(0, share) for share in range(shares)]
         self._recipes: dict[int, PartRecipe] = {}
-        """Those that are not handed out yet."""
+        """Recipes that are not yet sent, by worker."""
 
     def configure(self, recipe: PartRecipe) -> None:
-        """Hand every worker its share of the recipe, with the next states."""
+        """Send every worker its share of the recipe, together with the next states."""
         for share in range(len(self._next)):
             plans = {number: recipe.plans[number] for number in share_of(list(recipe.plans), share, len(self._next))}
             self._recipes[share] = replace(recipe, plans=plans)
 
     def begin(self, states: Mapping[int, dict[str, Any]]) -> int:
-        """Order parts from these states on; return the number of the iteration."""
+        """Start an iteration from these states; return its number."""
         iteration = self._next[0].iteration + 1
         for share in range(len(self._next)):
             streams = share_of(list(states), share, len(self._next))
@@ -169,10 +169,10 @@ class _WorkSampler(Sampler[WorkItem]):
 
 
 class PartWorkers:
-    """Makes parts of micro-batches in `data.workers` processes, or in a thread if there are none; `close` ends them.
+    """Workers that prepare parts in `data.workers` processes, or in a thread if there are none; `close` stops them.
 
     Args:
-        data: number of workers, and for how long one is waited for.
+        data: number of workers, and the timeout for waiting.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -187,7 +187,7 @@ class PartWorkers:
         if not data.workers:
             self._parts = InThread(maker[order] for order in self._orders)
             return
-        # Without batching, a DataLoader hands out in order what its workers make of their indices, which come in turn.
+        # Without batching, a DataLoader returns results in the order of the indices, which alternate by worker.
         loader = DataLoader(
             maker,
             sampler=self._orders,
@@ -197,23 +197,23 @@ class PartWorkers:
             prefetch_factor=PREFETCH_PARTS,
             timeout=min(POLL_S, data.stall_timeout_s),
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # its own, or it would draw from the generator that training draws from
+            generator=torch.Generator(),  # otherwise the loader would advance the generator of the training process
         )
         with signals_held(), self.watch.starting():
             self._parts = FromWorkers(iter(loader))
 
     def configure(self, recipe: PartRecipe) -> None:
-        """Tell the workers what to read, before the first of `turns`."""
+        """Send the workers their data configuration; call it before the first `iterate`."""
         self._orders.configure(recipe)
 
     def iterate(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[PartialBatch]]:
-        """Yield one part of every worker, in the order of the streams; those up to a fault where there is one.
+        """Yield one part of every worker, in stream order; after an error, only the parts up to it.
 
-        Parts that were ordered before are dropped. Waits for an iteration that is not closed yet.
+        Parts of earlier iterations are dropped. Blocks while an earlier iteration is not closed.
 
         Args:
-            states: of all streams.
-            rank: named where a worker gives nothing.
+            states: states of all streams.
+            rank: names the rank in timeout errors.
         """
         with self._held(rank):
             iteration = self._orders.begin(states)
@@ -252,7 +252,7 @@ class PartWorkers:
         return part
 
     def close(self) -> None:
-        """End the workers, once they are not waited for any more."""
+        """Stop the workers, after waiting for a running iteration."""
         self._in_use.acquire(timeout=POLL_S)
         self._parts.close()
         for worker in self.watch.workers:
@@ -263,9 +263,9 @@ class PartWorkers:
 
 @contextlib.contextmanager
 def started_workers(data: DataConfig) -> Iterator[list[PartWorkers]]:
-    """Start what will read the training and the validation data of this rank, until the context ends.
+    """Start the workers for the training and validation data of this rank; stop them when the context ends.
 
-    They are forks of this process: enter it before an accelerator or a process group is touched.
+    They are forks of this process: enter the context before using an accelerator or a process group.
     """
     with contextlib.ExitStack() as stack:
         yield [
@@ -276,6 +276,6 @@ def started_workers(data: DataConfig) -> Iterator[list[PartWorkers]]:
 
 
 def _start_worker(_: int) -> None:
-    # Otherwise the tokenizer warns of the fork, and every worker starts as many threads as there are cores.
+    # Otherwise the tokenizer warns about the fork, and every worker starts one thread per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     leave_signals_to_parent()

@@ -1,4 +1,4 @@
-"""Which categories the samples of a shard have is kept beside its index, so that an order need not read the shards."""
+"""Object categories of the samples of a shard, stored next to its index, so that sampling need not read the shards."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from m3i_scale.files import replacing
 
 @dataclass(frozen=True)
 class AvailableFields:
-    """Holds which categories the samples of a shard have, crowds apart."""
+    """Categories of the samples of a shard, without crowds."""
 
     counts_N: NDArray[np.int64]
-    """How many each has."""
+    """Number of categories per sample."""
     categories_M: NDArray[np.int64]
-    """Those of the first, of the second and so on, each once a sample."""
+    """Categories of all samples, concatenated; unique per sample."""
 
     def __len__(self) -> int:
         return len(self.counts_N)
 
     @property
     def digest(self) -> str:
-        """Return a digest of all of it."""
+        """Return a digest of all fields."""
         parts = (self.counts_N.astype("<i8").tobytes(), self.categories_M.astype("<i8").tobytes())
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def join(shards: Sequence[AvailableFields]) -> AvailableFields:
-    """Return what the samples of several shards have, as if they were one."""
+    """Concatenate the categories of several shards."""
     counts, categories = zip(*((shard.counts_N, shard.categories_M) for shard in shards), strict=True)
     return AvailableFields(np.concatenate(counts), np.concatenate(categories))
 
 
 def save_present(shard: Path, digest: str, path: Path) -> None:
-    """Write which categories the samples of a shard on this host have.
+    """Write the categories of the samples of a local shard.
 
     Args:
-        shard: with categories beside it.
-        digest: of its index.
-        path: of the file, see `file_of`.
+        shard: shard with a categories file in its folder.
+        digest: digest of its index.
+        path: output file, see `file_of`.
 
     Raises:
-        DataError: the categories beside the shard, or the shard itself, are broken.
-        OSError: the folder cannot be written.
+        DataError: the categories file or the shard is corrupt.
+        OSError: the folder is not writable.
     """
     categories = len(categories_beside(shard.parent) or ())
     found = []
@@ -76,16 +76,16 @@ def save_present(shard: Path, digest: str, path: Path) -> None:
 
 
 def file_of(name: str) -> str:
-    """Return what the file of a shard is called, in `index/` beside it."""
+    """Return the file name for a shard's categories, in `index/` next to it."""
     return f"{name}.categories.npz"
 
 
 def load_present(index: ShardIndex, access: Access | None = None) -> AvailableFields:
-    """Read which categories the samples of a shard have, from `index/` beside it.
+    """Read the categories of the samples of a shard, from `index/` next to it.
 
     Args:
-        index: of the shard.
-        access: how servers are asked.
+        index: index of the shard.
+        access: access settings for servers.
     """
     path = index.path.parent / "index" / file_of(index.path.name)
     try:
@@ -109,7 +109,7 @@ def load_present(index: ShardIndex, access: Access | None = None) -> AvailableFi
 
 
 def _categories_in(data: bytes, categories: int) -> list[int]:
-    """Return the categories in a member; none where it is malformed, since its sample is a bad one."""
+    """Return the categories of a sample's annotations; empty if malformed, as the sample is then corrupt."""
     try:
         rows = json.loads(data)["annotations"]
         found = sorted({row["category"] for row in rows if not row.get("iscrowd")})

@@ -1,4 +1,4 @@
-"""The quarantine file has one line for every bad sample and every lost shard, however often they are met."""
+"""The quarantine file: one line per corrupt sample or lost shard, no matter how often it is read."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 
 WHOLE_SHARD = "*"
-"""The key of a shard that was given up."""
+"""Key that represents a lost shard."""
 _SAME = {"url": str, "key": str, "offset": int, "reason": str}
-"""What two lines about one fault have in common, and of which type it is."""
+"""Fields that identify an entry, with their types."""
 
 
 class Quarantine:
-    """Adds the bad samples that one rank meets to the file, and counts those in it that are this rank's.
+    """Quarantine file of a run, with the counts of this rank's entries.
 
-    A shard may be read by several ranks. What one of them has written the others do not write again, and do not count:
-    they read the file on, under its lock, before they add to it. Of what ranks have written before, however many they
-    were, every rank reads the whole when it opens its data: later, one that cannot would end alone.
+    Several ranks may read a shard, but only the first one writes and counts an entry: before writing, a rank locks the
+    file and reads new entries of other ranks. Every rank reads all earlier entries when it opens its data, because a
+    later read error would stop a single rank.
 
     Args:
-        path: JSON lines, added to; None writes none.
-        sizes: samples of every shard of this rank, by its address.
-        counted: addresses of the shards whose lines from before this rank counts; each shard is one rank's.
+        path: JSON lines file to append to; None writes none.
+        sizes: number of samples of every shard of this rank, by address.
+        counted: addresses of the shards whose earlier entries this rank counts; each shard belongs to one rank.
 
     Raises:
         DataError: the file cannot be read.
@@ -44,7 +44,7 @@ class Quarantine:
         self._read(set(counted))
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add the lines that are not in the file yet."""
+        """Append the entries that are not yet in the file."""
         new = [entry for entry in entries if _digest(entry) not in self._known]
         if not new or self.path is None:
             self._count(new)
@@ -63,7 +63,7 @@ class Quarantine:
 
     @property
     def samples(self) -> dict[str, int]:
-        """Count different samples that were bad in any pass, by reason; of a lost shard all. Ranks' counts add up."""
+        """Count distinct corrupt samples by reason, in lost shards all samples; the total is the sum over ranks."""
         return dict(self._samples)
 
     def _read(self, counted: Collection[str]) -> None:
@@ -77,13 +77,13 @@ class Quarantine:
             raise DataError(f"cannot read the quarantine file: {error}", where=str(self.path)) from None
 
     def _read_on(self, stream: BinaryIO, counted: Collection[str] = ()) -> bool:
-        """Read what has been added since the last time; return whether it ends within a line.
+        """Read new entries; return whether the file ends with an incomplete line.
 
-        A line that a kill cut short counts as none, and the next begins on a line of its own.
+        An incomplete line of a killed process is ignored; the next entry starts on a new line.
         """
-        begin = stream.seek(max(0, self._read_bytes - 1))  # one byte of what is known: does it end a line?
+        begin = stream.seek(max(0, self._read_bytes - 1))  # one known byte, to detect an incomplete line
         content = stream.read()
-        self._read_bytes = begin + content.rfind(b"\n") + 1  # the rest may still be on its way, from another rank
+        self._read_bytes = begin + content.rfind(b"\n") + 1  # another rank may still be writing the rest
         for entry in filter(None, map(_parsed, content.splitlines())):
             if entry["url"] in counted:
                 self._count([entry])
@@ -91,7 +91,7 @@ class Quarantine:
         return bool(content) and not content.endswith(b"\n")
 
     def _count(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Count the records that were not known, and return them."""
+        """Count and return the new entries."""
         new = []
         for entry in entries:
             digest = _digest(entry)

@@ -1,7 +1,7 @@
-"""Augment views by timm's RandAugment, which draws from generators of its own here, seeded by a seed of the sample.
+"""timm's RandAugment for views, with a random generator per thread that is seeded per sample.
 
-With `data.workers: 0` views are made in a thread beside the one that trains: if they were drawn from the generators of
-the process, as timm does it, each of the two would move those of the other.
+With `data.workers: 0`, a thread of the training process creates the views. If both threads drew from the global
+generators, as in timm, each would advance the generator of the other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from timm.data import auto_augment
 from timm.data.auto_augment import posterize, rand_augment_transform
 
 _TRANSLATED = 0.45
-"""RandAugment moves an image by so much of its side at most, as timm's `create_transform` has it."""
+"""Maximum translation of RandAugment as a fraction of the image size, as in timm's `create_transform`."""
 
 
 class _Random(threading.local):
-    """Stands in for the module `random`: draws from the thread's own generator, where it has one."""
+    """Replacement for the module `random` that draws from the thread's generator, if there is one."""
 
     generator: random.Random | None = None
 
@@ -29,16 +29,16 @@ class _Random(threading.local):
 
 
 _random = _Random()
-setattr(auto_augment, "random", _random)  # noqa: B010 - what its operations draw from
+setattr(auto_augment, "random", _random)  # noqa: B010 - the generator of its operations
 
 
 class RandAugment:
-    """Applies timm's RandAugment to views.
+    """timm's RandAugment with an explicit seed.
 
     Args:
-        config: as timm reads it, e.g. rand-m9-mstd0.5-inc1.
-        image_size: side of a view in pixels.
-        fill: the colour, from 0 to 255, of what is moved into the view.
+        config: in timm's format, e.g. rand-m9-mstd0.5-inc1.
+        image_size: view size in pixels.
+        fill: fill color, from 0 to 255.
     """
 
     def __init__(self, config: str, image_size: int, fill: tuple[int, ...]) -> None:
@@ -53,9 +53,9 @@ class RandAugment:
                 operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
-        """Return an augmented RGB image; the same for the same seed."""
+        """Return an augmented RGB image; the same seed gives the same image."""
         transform = self._transform
-        # As the transform itself does, but for the generator, which it does not take.
+        # Same as in timm's transform, which does not accept a generator.
         operations = np.random.RandomState(seed % 2**32).choice(
             transform.ops, transform.num_layers, replace=transform.choice_weights is None, p=transform.choice_weights
         )
@@ -69,8 +69,8 @@ class RandAugment:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
-    """Keep so many bits of every channel. At full strength timm keeps none, which Pillow refuses by now: an image is
-    black then, as it was in what is published."""
+    """Keep `bits_to_keep` bits per channel. At full strength timm keeps 0 bits, for which current Pillow raises an
+    error. The image is then black, as in published results."""
     if bits_to_keep < 1:
         return Image.new("RGB", image.size)
     kept: Image.Image = posterize(image, bits_to_keep, **settings)

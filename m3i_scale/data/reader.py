@@ -1,4 +1,4 @@
-"""Read single samples out of shards by byte range."""
+"""Reader of single samples from shards by byte range."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from m3i_scale.data.watchdog import Activity
 
 OPEN_SHARDS = 32
 NOT_A_MEMBER = "not a tar member"
-"""Reason of a bad sample: the bytes are not what the index says, so one of the two is of another time."""
+"""Reason of a corrupt sample whose bytes do not match the index, so shard or index is outdated."""
 _BLOCK = tarfile.BLOCKSIZE
 _END_OF_TAR = bytes(2 * _BLOCK)
 _COMPRESSED = re.compile(rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\]\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL)
-"""Beginnings by which tarfile would unpack: a member's name can be made to look so, and to unpack to gigabytes."""
-# Fields of a header.
+"""Signatures that make tarfile decompress: a crafted member name could match, and decompress to gigabytes."""
+# Fields of a tar header.
 _NAME, _SIZE = slice(0, 100), slice(124, 136)
 _TYPE, _FORMAT, _PREFIX = 156, slice(257, 263), 345
 _REGULAR, _PAX = ord("0"), ord("x")
@@ -36,7 +36,7 @@ _FORMATS = (b"ustar\0", b"ustar ")
 
 
 class BadSampleError(Exception):
-    """Raised for a sample that cannot be used; it is left out, counted and written to the quarantine file."""
+    """Raised for a corrupt sample, which is skipped, counted and written to the quarantine file."""
 
     def __init__(self, reason: str, detail: str = "", key: str = "?") -> None:
         self.reason, self.detail, self.key = reason, detail, key
@@ -44,25 +44,25 @@ class BadSampleError(Exception):
 
 
 def refuse_large_sample(size: int, limit: int) -> None:
-    """Refuse a sample before it is read.
+    """Check the size of a sample before reading it.
 
     Args:
-        size: bytes of its members in the shard.
+        size: size in bytes in the shard.
         limit: data.max_sample_bytes.
 
     Raises:
-        BadSampleError: it is larger.
+        BadSampleError: the sample is larger.
     """
     if size > limit:
         raise BadSampleError("sample too large", f"{size} bytes, data.max_sample_bytes is {limit}")
 
 
 class ShardReader:
-    """Reads samples by (shard, number). Keeps the last few shards open.
+    """Reader of samples by (shard, index) that keeps the last few shards open.
 
     Args:
-        access: how remote shards are read; of local ones, how often.
-        activity: notes which shard is being read.
+        access: access settings for remote shards, and the number of attempts for local ones.
+        activity: records the shard that is being read.
     """
 
     def __init__(self, access: Access | None = None, activity: Activity | None = None) -> None:
@@ -72,11 +72,11 @@ class ShardReader:
         self._remote = RemoteShards(self._access)
 
     def members(self, index: ShardIndex, number: int) -> dict[str, bytes]:
-        """Return the members of a sample by extension, and its `__key__`.
+        """Return the files of a sample by extension, and its `__key__`.
 
         Raises:
-            BadSampleError: the bytes are too many, no sample, or another one than was indexed.
-            BadShardError: the shard cannot be read any more, after all attempts.
+            BadSampleError: the sample is too large, not a sample, or not the indexed one.
+            BadShardError: the shard cannot be read after all attempts.
         """
         start, end = (int(value) for value in index.ranges_N2[number])
         refuse_large_sample(end - start, self._access.max_sample_bytes)
@@ -111,7 +111,7 @@ class ShardReader:
         return data
 
     def _read_again(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
-        """Open the shard again and read: a network path may fail for a moment."""
+        """Reopen the shard and read again: a network path may fail temporarily."""
 
         def once() -> bytes:
             if path in self._open:
@@ -134,14 +134,14 @@ class ShardReader:
 
 
 def parse_members(data: bytes, url: str) -> dict[str, bytes]:
-    """Return the one sample in a piece of tar, grouped as webdataset does it.
+    """Return the single sample in a part of a tar, grouped as in webdataset.
 
     Args:
-        data: whole members, whose headers are those of the index.
-        url: the shard.
+        data: complete tar members whose headers match the index.
+        url: address of the shard.
 
     Raises:
-        BadSampleError: no sample, several, or a member twice.
+        BadSampleError: no sample, several samples, or a duplicate file.
     """
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
@@ -164,16 +164,15 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
 
 
 def plain_members(data: bytes) -> list[dict[str, Any]] | None:
-    """Return files in order, as webdataset's `tar_file_iterator` gives them; None where a member is not plain.
+    """Parse tar members in order, like webdataset's `tar_file_iterator`; return None if a member is not plain.
 
-    Nearly every shard has plain members only, and reading them without `tarfile` saves about as much as decoding a
-    small image takes. Plain are regular members, and those with a pax header that only tells times: webdataset's own
-    writer puts one before every member. The rest (long names, other pax headers, links, sparse files, binary sizes) is
-    left to `tarfile`.
+    Nearly all shards have only plain members. Parsing them without `tarfile` saves about the time of decoding a small
+    image. Plain members are regular files, optionally with a pax header of timestamps only, as written by webdataset.
+    Others (long names, other pax headers, links, sparse files, binary sizes) need `tarfile`.
 
     Args:
-        data: whole members, the last one's padding and the end of the archive included or not. Their headers are those
-            of the index, whose checksums held when it was made, and are not looked at again.
+        data: complete members, with or without the last padding and the end of the archive. Header checksums are not
+            verified again: the headers match the index, which was built from verified ones.
     """
     files: list[dict[str, Any]] = []
     offset, times_before = 0, False
@@ -200,14 +199,14 @@ def plain_members(data: bytes) -> list[dict[str, Any]] | None:
 
 
 def _tells_times(records: bytes) -> bool:
-    """Return whether a pax header tells only what does not matter here, in records of the length that each names."""
+    """Return whether a pax header has only timestamps, in records with correct lengths."""
     if not _TIMES.fullmatch(records):
         return False
     return all(int(record[1]) == len(record[0]) for record in _TIME.finditer(records))
 
 
 def _size_of_plain(header: bytes) -> int | None:
-    """Return the bytes of a regular member, or of a pax header; None for every other."""
+    """Return the size in bytes of a regular file or a pax header; None for other members."""
     if (
         len(header) < _BLOCK
         or header[_TYPE] not in (_REGULAR, _PAX)
@@ -220,7 +219,7 @@ def _size_of_plain(header: bytes) -> int | None:
 
 
 def _name_of_plain(header: bytes) -> str | None:
-    """Return the name; None where it means more than a file, or something to webdataset."""
+    """Return the file name; None if it is a folder, or if webdataset handles it specially."""
     raw = header[_NAME].split(b"\0", 1)[0]
     if not raw or raw.startswith(b"__") or raw.endswith(b"/"):
         return None

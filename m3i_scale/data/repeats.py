@@ -1,13 +1,12 @@
-"""Samples with rare categories are read several times in a pass, and those without objects not at all.
+"""Repeat-factor sampling: samples with rare categories are read several times per epoch, samples without objects never.
 
-How often a sample is read on average is its factor, as LVIS's repeat-factor sampling has it (Gupta et al. 2019,
-appendix B.2): a whole number of times for certain, and once more as often as the rest of the factor says. That rest is
-rounded along the list of all samples, from a point that is drawn for every pass. So each sample gets its rest on
-average, every pass has the same number of reads, and which sample a read is of follows from the pass and the number of
-the read alone.
+The mean number of reads of a sample is its repeat factor, as in LVIS (Gupta et al. 2019, appendix B.2). The integer
+part is guaranteed; the fractional part is rounded along the list of all samples, from an offset that is drawn per
+epoch. So each sample gets its fractional part on average, and every epoch has the same number of reads. The sample of a
+read depends only on the epoch and the index of the read.
 
-The number of reads of a pass is the sum of all factors, rounded up. All factors are scaled by the same number to add up
-to it, so that the relative frequencies of samples are exactly those of their factors.
+The number of reads per epoch is the sum of all factors, rounded up. All factors are scaled to sum to it, so the
+relative frequencies of samples exactly match their factors.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from m3i_scale.data.scan import ShardIndex
 from m3i_scale.errors import DataError, error_prefix
 
 _ORDER = "2"
-"""Version of which reads a pass has; a checkpoint of another one is of another order of samples."""
+"""Version of the rule for the reads of an epoch; a checkpoint with another version has another sample order."""
 
 
 def repeat_factors(present: AvailableFields, threshold: float) -> NDArray[np.float64]:
-    """Return how often samples are read in a pass on average: r(I) = max over the categories c of I of
-    max(1, √(threshold / f(c))), where f(c) is the share of the images that have c.
+    """Return the mean number of reads per epoch of every sample: r(I) = max over the categories c of I of max(1,
+    √(threshold / f(c))), where f(c) is the fraction of images with c.
 
-    Images without a category have 0, and count in no share: detectron2 drops them before it asks for factors.
+    Images without a category have factor 0 and do not count in f(c), because detectron2 also drops them beforehand.
 
     Args:
-        present: of all samples of a source.
-        threshold: the frequency below which a category is rare; LVIS has 0.001.
+        present: categories of all samples of a dataset.
+        threshold: frequency below which a category is rare; 0.001 for LVIS.
     """
     has = present.counts_N > 0
     factors_N = np.zeros(len(present))
     if not has.any():
         return factors_N
     frequencies = np.bincount(present.categories_M) / has.sum()
-    with np.errstate(divide="ignore"):  # numbers of categories that no image has
+    with np.errstate(divide="ignore"):  # category indices without images
         of_categories = np.maximum(1.0, np.sqrt(threshold / frequencies))
     firsts = np.cumsum(present.counts_N) - present.counts_N
     factors_N[has] = np.maximum.reduceat(of_categories[present.categories_M], firsts[has])
@@ -53,14 +52,14 @@ def repeat_factors(present: AvailableFields, threshold: float) -> NDArray[np.flo
 def repeats_of(
     indices: Sequence[ShardIndex], threshold: float | None, seed: int, where: str, access: Access
 ) -> Repeats | None:
-    """Return how often the samples of a source are read; None where each is once.
+    """Return the repeats of a dataset; None if every sample is read once.
 
     Args:
-        indices: of its shards, in the order of the list of all samples.
-        threshold: of `SourceConfig.repeat_threshold`.
-        seed: of this (run, source).
-        where: names the source in errors.
-        access: how servers are asked.
+        indices: indices of its shards, in the order of the list of all samples.
+        threshold: see `SourceConfig.repeat_threshold`.
+        seed: seed of this (run, dataset).
+        where: names the dataset in errors.
+        access: access settings for servers.
     """
     if threshold is None:
         return None
@@ -71,13 +70,13 @@ def repeats_of(
 
 
 class Repeats:
-    """Says which sample every read of a pass is of; see `order.Reads`.
+    """Repeated reads of an epoch; see `order.Reads`.
 
     Args:
-        factors: of the samples of every shard, in the order of the list of all samples.
-        seed: of this (run, source).
-        where: names the source in errors.
-        digest: of what the factors follow from.
+        factors: repeat factors by shard, in the order of the list of all samples.
+        seed: seed of this (run, dataset).
+        where: names the dataset in errors.
+        digest: digest of the data that determines the factors.
 
     Raises:
         DataError: no sample is read.
@@ -86,7 +85,7 @@ class Repeats:
     def __init__(self, factors: Sequence[NDArray[np.float64]], seed: int, where: str, digest: str = "") -> None:
         of_all = np.concatenate(factors)
         total = float(of_all.sum())
-        self.reads = math.ceil(round(total, 6))  # whatever was rounded in the sum
+        self.reads = math.ceil(round(total, 6))  # removes rounding errors of the sum
         """Number of reads per epoch."""
         if not self.reads:
             raise DataError("no sample has an object", where=where, why="those without are not read in training")
@@ -111,10 +110,10 @@ class Repeats:
         return self._until(last, 0.0), self._whole_N[last] + np.ceil(self._rest_N[last]).astype(np.int64)
 
     def sample(self, epoch: int, shard: int, number: int) -> tuple[int, int]:
-        """See `Reads`; asking for neighbours is cheap."""
+        """See `Reads`; nearby reads are cheap."""
         if self._shard is None or self._shard[:2] != (epoch, shard):
             first = int(self._ends[shard - 1]) if shard else 0
-            # The reads of the samples before the first are those up to the shard.
+            # Reads before the shard's first sample are subtracted.
             before = self._until(np.array([first - 1]), self._point(epoch)) if first else np.zeros(1, dtype=np.int64)
             until = self._until(np.arange(first, self._ends[shard]), self._point(epoch))
             self._shard = (epoch, shard, np.concatenate(([0], until - before)))
@@ -123,8 +122,8 @@ class Repeats:
         return sample, number - int(until[sample])
 
     def _point(self, epoch: int) -> float:
-        return (seed_of("repeats", self._seed, epoch) >> 10) / 2**53  # below 1, whatever is drawn
+        return (seed_of("repeats", self._seed, epoch) >> 10) / 2**53  # always below 1
 
     def _until(self, samples: NDArray[np.int64], point: float) -> NDArray[np.int64]:
-        """Count the reads up to some samples, these included."""
+        """Return the number of reads up to and including each of `samples`."""
         return self._whole_N[samples] + np.floor(self._rest_N[samples] + point).astype(np.int64)

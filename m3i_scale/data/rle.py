@@ -1,8 +1,8 @@
-"""Read and write the run lengths of masks as COCO packs them into text, without a library: text may be hostile.
+"""COCO's compressed run-length encoding of masks, implemented without a library because the text may be malicious.
 
-A mask is written column by column, as the lengths of runs of 0 and 1 in turn, the first of 0. From the fourth on, a
-length is its difference from the one before the last. A number is groups of five bits, the lowest first, each a
-character from `0` on: 32 says that another group follows, and 16 in the last group that the number is negative.
+A mask is a sequence of alternating run lengths of 0 and 1 in column-major order, starting with 0. From the fourth on, a
+run length is stored as the difference from the run two positions before. A number is a sequence of 5-bit groups, lowest
+first, each a character from `0` on. Bit 32 marks that another group follows; bit 16 of the last group marks the sign.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LETTERS = 2
-"""Letters for each pixel at most: a run has no more groups than pixels, and a difference no more than its two runs."""
+"""Maximum characters per pixel: a run has at most as many groups as pixels, a difference as many as its two runs."""
 _GROUPS = 7
-"""No number has more: 2³⁴ is more pixels than any image has."""
+"""Maximum number of groups: 2³⁴ exceeds the number of pixels of any image."""
 
 
 def packed(runs: Sequence[int]) -> str:
-    """Return run lengths as text.
+    """Encode run lengths as text.
 
     Args:
-        runs: each from 0 to 2³³.
+        runs: integers from 0 to 2³³ - 1.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a run is out of range.
     """
     if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
         raise ValueError("a length of the mask is no whole number from 0 on")
@@ -42,14 +42,14 @@ def packed(runs: Sequence[int]) -> str:
 
 
 def unpacked(text: str, pixels: int) -> NDArray[np.int64]:
-    """Return the run lengths in a text.
+    """Decode run lengths from text.
 
     Args:
-        text: as `packed` returns it.
-        pixels: of the mask, which they have to fill.
+        text: in the format of `packed`.
+        pixels: number of pixels of the mask, which the runs must fill.
 
     Raises:
-        ValueError: it is no such text, or of another number of pixels.
+        ValueError: the text is invalid or has another number of pixels.
     """
     if len(text) > _LETTERS * (pixels + 2):
         raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
@@ -60,7 +60,7 @@ def unpacked(text: str, pixels: int) -> NDArray[np.int64]:
     if not len(codes) or codes.min() < 48 or codes.max() > 48 + 63 or (codes[-1] - 48) & 32:
         raise ValueError("the text of the mask is none of run lengths")
     codes = codes - np.uint8(48)
-    lasts = np.flatnonzero((codes & 32) == 0).astype(np.int32)  # of up to 2²⁹ letters, see MAX_SAMPLE_BYTES
+    lasts = np.flatnonzero((codes & 32) == 0).astype(np.int32)  # up to 2²⁹ characters, see MAX_SAMPLE_BYTES
     groups = np.diff(lasts, prepend=np.int32(-1))
     if groups.max() > _GROUPS:
         raise ValueError("a length of the mask is too large")

@@ -1,4 +1,4 @@
-"""The members of a sample become an image, a label and a caption here; each of them is checked."""
+"""Decoding and validation of the files of a sample: image, mask, label and caption."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ MASK_OUT_OF_RANGE = "mask out of range"
 
 @dataclass(frozen=True)
 class Annotations:
-    """Holds what a sample's image is paired with."""
+    """Label and caption of a sample."""
 
     label: int | None
     caption: str | None
 
 
 def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
-    """Open the sample's image: its header is read and its size checked, but it is not decoded yet.
+    """Open the image of a sample: read its header and check its size, without decoding.
 
     Raises:
-        BadSampleError: no image, one that is too large, or one that is no image.
+        BadSampleError: the image is missing, too large, or not an image.
     """
     data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if data is None:
@@ -50,22 +50,22 @@ def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
 
 
 def _instead(extensions: list[str]) -> str:
-    """Say what a sample has instead of an image; a name with several dots is the usual reason."""
+    """List the files of a sample without an image; a file name with several dots is the usual cause."""
     message = f"members: {', '.join(extensions)}"
     dotted = [name for name in extensions if name != MASK and name.rpartition(".")[2] in IMAGE_EXTENSIONS]
     return f"{message}; a key ends at the first dot of the name, so .{dotted[0]} is no image" if dotted else message
 
 
 def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int]) -> Image.Image | None:
-    """Open the sample's mask (the class of every pixel), without decoding it; None where the sample has none.
+    """Open the mask of a sample (the class of every pixel) without decoding; None if there is no mask.
 
     Args:
-        members: as read from the shard.
+        members: files of the sample, by extension.
         max_pixels: see `open_image`.
         size: width and height of the sample's image.
 
     Raises:
-        BadSampleError: the mask is no eight-bit PNG, or not of that size.
+        BadSampleError: the mask is not an 8-bit PNG, or not of that size.
     """
     data = members.get(MASK)
     if data is None:
@@ -80,16 +80,16 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
 
 
 def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int], classes: int) -> Image.Image:
-    """Decode the mask that a sample has to have: the class of every pixel as it is stored, of a palette the index.
+    """Decode the required mask of a sample: the stored class of every pixel, or its palette index.
 
     Args:
-        members: as read from the shard.
+        members: files of the sample, by extension.
         max_pixels: see `open_image`.
         size: width and height of the sample's image.
-        classes: pixels are below this number, or `NO_CLASS`.
+        classes: exclusive upper limit of pixel values, except `NO_CLASS`.
 
     Raises:
-        BadSampleError: there is none, see `open_mask`, it does not decode, or it has a class beyond the last.
+        BadSampleError: the mask is missing, invalid (see `open_mask`), undecodable, or has a class out of range.
     """
     mask = open_mask(members, max_pixels, size)
     if mask is None:
@@ -103,11 +103,11 @@ def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
 
 
 def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str = "image") -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow's is global and differs from the configured one, checked right after
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow's limit is global; the configured one is checked below
     Image.MAX_IMAGE_PIXELS = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e.g. damaged EXIF, which does not touch the pixels
+            warnings.simplefilter("ignore")  # e.g. damaged EXIF data, which does not affect the pixels
             image = Image.open(io.BytesIO(data), formats=formats)
     except DECODE_FAULTS as error:
         raise _undecodable(error, what) from None
@@ -120,10 +120,10 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str = "i
 
 
 def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
-    """Decode to RGB (H, W, 3) where torchvision is sure to give Pillow's pixels, only sooner; None elsewhere.
+    """Decode to RGB (H, W, 3) with the faster torchvision if the pixels surely equal Pillow's; else return None.
 
-    It decodes plain JPEG and PNG without anything to consider beside the pixels. Where it fails the result is None
-    too: Pillow decides whether an image is bad.
+    It handles plain JPEG and PNG images without relevant metadata. On errors the result is None too: Pillow decides
+    whether an image is corrupt.
     """
     stream = getattr(image, "fp", None)
     if image.mode != "RGB" or not isinstance(stream, io.BytesIO):
@@ -138,7 +138,7 @@ def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
         pixels = decode(torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:
         return None
-    if pixels.dtype != torch.uint8:  # 16 bits a channel
+    if pixels.dtype != torch.uint8:  # 16 bits per channel
         return None
     array: NDArray[np.uint8] = pixels.permute(1, 2, 0).numpy()
     return array
@@ -146,7 +146,7 @@ def quick_pixels(image: Image.Image) -> NDArray[np.uint8] | None:
 
 @contextlib.contextmanager
 def decoding(what: str = "image") -> Iterator[None]:
-    """Turn Pillow's errors into `BadSampleError`; `what` names the member in its reason."""
+    """Convert Pillow's errors to `BadSampleError`; `what` names the file in its reason."""
     try:
         yield
     except DECODE_FAULTS as error:
@@ -165,17 +165,17 @@ def read_annotations(
     captions: bool = True,
     max_caption_bytes: int = MAX_CAPTION_BYTES,
 ) -> Annotations:
-    """Return the label (`cls`) and the caption (`txt`) of a sample, as far as it has them.
+    """Return the label (`cls`) and the caption (`txt`) of a sample, if present.
 
     Args:
-        members: as read from the shard.
-        classes: size of the source's label set; None where it has none, then labels are not looked at.
-        draw: a random number that picks one of several captions, a line each; None where all of it is one caption.
-        captions: False leaves the caption out, and unread.
-        max_caption_bytes: of the member, one caption or several.
+        members: files of the sample, by extension.
+        classes: number of classes of the dataset; None ignores labels.
+        draw: random number that selects one of several captions (one per line); None: all lines are one caption.
+        captions: False does not read the caption.
+        max_caption_bytes: maximum size of the file, with one or several captions.
 
     Raises:
-        BadSampleError: a label that is no integer or out of range, a caption that is too large or not UTF-8.
+        BadSampleError: the label is not an integer or out of range, or the caption is too large or not UTF-8.
     """
     return Annotations(_label(members, classes), _caption(members, draw, max_caption_bytes) if captions else None)
 
@@ -194,14 +194,14 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
 
 
 def refuse_large_caption(data: bytes, limit: int) -> None:
-    """Refuse a caption before it is read.
+    """Check the size of a caption before decoding it.
 
     Args:
-        data: the `txt` member.
+        data: content of the `txt` file.
         limit: data.max_caption_bytes.
 
     Raises:
-        BadSampleError: it is larger.
+        BadSampleError: the caption is larger.
     """
     if len(data) > limit:
         raise BadSampleError("caption too large", f"{len(data)} bytes, data.max_caption_bytes is {limit}")

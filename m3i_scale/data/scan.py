@@ -1,7 +1,6 @@
-"""The index of a shard says where every sample lies; it comes from one scan of the tar headers and is kept in a file.
+"""Index of a shard: the byte range of every sample, from one scan of the tar headers, saved in a file.
 
-The index makes a seek O(1), and it is where hostile tars are stopped: after it, only byte ranges of regular members are
-read.
+The index makes a seek O(1). It also stops malicious tars: later, only byte ranges of regular files are read.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from m3i_scale.files import replacing
 
 INDEX_FORMAT = 2
 TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
-"""At most so many lie between the last byte of the last member of a tar and the end of the file: padding of the member,
-two blocks of zeros, and padding up to a whole record."""
+"""Maximum size between the last byte of the last file of a tar and the end: padding of the file, two zero blocks, and
+padding to a full record."""
 PROBES = 16
-"""Samples whose headers are compared where the time of a shard is not that of its index."""
+"""Number of samples whose headers are compared if the modification time of a shard differs from its index."""
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -46,31 +45,31 @@ _EXTENSIONS = (
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Holds the byte ranges of the samples of one shard."""
+    """Index of a shard: the byte ranges of its samples."""
 
     path: Address
     size: int
-    """Bytes of the tar file when it was scanned."""
+    """Size of the tar in bytes when it was scanned."""
     ranges_N2: NDArray[np.int64]
-    """(N, 2): first byte of a sample's first header, and the byte after its last member's data."""
+    """(N, 2): first byte of a sample's first header, and the byte after the data of its last file."""
     heads_N: NDArray[np.uint32]
-    """(N): CRC-32 of the headers of a sample's members. Another shard of the same size has others."""
+    """(N): CRC-32 of the headers of a sample's files. It differs for another shard of the same size."""
     version: str = ""
-    """Of the scanned file: ETag or the like of a remote one, time of the last change of a local one."""
+    """Version of the scanned file: ETag or similar for a remote file, modification time for a local one."""
     sha256: str = ""
-    """Of a remote shard, from the manifest.json beside it; empty without one."""
+    """SHA-256 of a remote shard, from manifest.json in its folder; empty if there is none."""
 
     def __len__(self) -> int:
         return len(self.ranges_N2)
 
     @property
     def digest(self) -> str:
-        """Return a digest of all headers: the same wherever a copy of the shard lies, another one for other samples."""
+        """Return a digest of all headers: equal for copies of the shard, different for other samples."""
         return hashlib.sha256(self.heads_N.astype("<u4").tobytes()).hexdigest()[:16]
 
 
 def scan_shard(path: Path) -> ShardIndex:
-    """Return the index of a shard on this host, from all headers of its tar."""
+    """Build the index of a local shard from its tar headers."""
     facts = _stat(path)
     try:
         with path.open("rb") as stream:
@@ -81,7 +80,7 @@ def scan_shard(path: Path) -> ShardIndex:
 
 
 def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Return `ranges_N2` and `heads_N` of an index, from all headers of a tar.
+    """Build `ranges_N2` and `heads_N` of an index from the headers of a tar.
 
     Raises:
         DataError: see `read_strictly`.
@@ -93,7 +92,7 @@ def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.
 
 
 def head_of(data: bytes) -> int | None:
-    """Return the value of `heads_N` for the sample in a piece of tar; None where that is no piece of tar."""
+    """Return the `heads_N` value of a sample from its bytes in the tar; None if these are not tar members."""
     head, offset = 0, 0
     while offset < len(data):
         header = data[offset : offset + tarfile.BLOCKSIZE]
@@ -103,7 +102,7 @@ def head_of(data: bytes) -> int | None:
         blocks = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         offset += tarfile.BLOCKSIZE
         head = zlib.crc32(header, head)
-        if header[156:157] in _EXTENSIONS:  # what follows belongs to the next header: a long name, say
+        if header[156:157] in _EXTENSIONS:  # its content belongs to the next header, e.g. a long name
             head = zlib.crc32(data[offset : offset + blocks], head)
         offset += blocks
     return head
@@ -112,7 +111,7 @@ def head_of(data: bytes) -> int | None:
 def _member_size(header: bytes) -> int | None:
     field = header[124:136]
     if field[:1] >= b"\x80":
-        return int.from_bytes(field[1:], "big")  # of 8 GiB and more
+        return int.from_bytes(field[1:], "big")  # 8 GiB or more
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None
 
@@ -129,7 +128,7 @@ def _version(facts: os.stat_result) -> str:
 
 
 def cached(path: Address, cache_dir: Path) -> Path:
-    """Return where the index of a shard lies in a cache of indices."""
+    """Return the path of a shard's index in an index cache."""
     parent = path.address if isinstance(path, Url) and path.scheme == "pipe" else path.parent
     named = str(parent.resolve()) if isinstance(parent, Path) else str(parent)
     folder = hashlib.sha256(named.encode()).hexdigest()[:16]
@@ -137,10 +136,10 @@ def cached(path: Address, cache_dir: Path) -> Path:
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
-    """Write an index; readers see the whole file or none.
+    """Write an index atomically.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     with replacing(path, durable=False) as stream:
         np.savez(
@@ -156,7 +155,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_saved(path: Address, saved: Path) -> ShardIndex | None:
-    """Load a saved index; None where there is none, or the (local) shard has changed since."""
+    """Load a saved index; None if it is missing, or the (local) shard has changed since."""
     if not saved.is_file():
         return None
     try:
@@ -176,14 +175,13 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Address, data: bytes) -> ShardIndex | None:
-    """Read an index out of the bytes of its file, which may be damaged or hostile.
+    """Parse an index file, which may be damaged or malicious.
 
     Returns:
-        None where it is of another format, or its scan did not look behind the end of a tar that has more there than
-        padding.
+        None if the format differs, or if an old scan did not look beyond the end of a tar with more than padding there.
 
     Raises:
-        ValueError: no index.
+        ValueError: not a valid index.
     """
     arrays = stored_arrays(data)
     try:
@@ -207,11 +205,11 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
 
 
 def lists_all(index: ShardIndex, open_shard: Callable[[], BinaryIO]) -> bool:
-    """Return whether no sample lies where the index has none. What lies there is looked at only where there is more
-    than the padding of a tar, as folders have it: an index is there for speed.
+    """Return whether the index lists all samples of a shard. The tar is only read at gaps larger than padding, such as
+    folders, because the index exists for speed.
 
     Args:
-        index: of the shard.
+        index: index of the shard.
         open_shard: opens the tar.
 
     Raises:
@@ -236,10 +234,10 @@ def _lists_all(path: Path, index: ShardIndex) -> bool:
 
 
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Read what `np.savez` wrote, without `np.load`, which trusts a header's size before it has seen its checksum.
+    """Read an `np.savez` file without `np.load`, which trusts the size in a header before verifying its checksum.
 
     Raises:
-        ValueError: damaged, or packed so that it could grow.
+        ValueError: the file is damaged or compressed (and could expand).
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -247,13 +245,13 @@ def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise ValueError("it is packed")
             return {entry.filename.removesuffix(".npy"): _array(archive.read(entry)) for entry in entries}
-    # Of bytes that are no archive it says so in many ways: another compression, a password, an offset before the start.
+    # zipfile raises many types for invalid archives: unknown compression, a password, an offset before the start.
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise ValueError(str(error)) from None
 
 
 def _array(data: bytes) -> NDArray[Any]:
-    """Read one array, of no more elements than there are bytes for."""
+    """Read one array and check that its size matches the number of bytes."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("an array of another format")
@@ -269,7 +267,7 @@ def _array(data: bytes) -> NDArray[Any]:
 
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:
-    """Return whether a copied or replaced file still has the headers of its index; compared are places all over it."""
+    """Return whether a copied or replaced file still has the indexed headers; compares samples spread over the file."""
     try:
         with path.open("rb") as stream:
             for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):

@@ -1,4 +1,4 @@
-"""The shards of a source are found here, and its label set beside them."""
+"""Discovery of the shards of a dataset, and of the class lists in their sidecar files."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
 from m3i_scale.text import without_secrets
 
 LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
-"""Files beside shards: what the classes of samples are called, what those of pixels, and what those of objects."""
+"""Sidecar files with class names: of samples, of pixels, and of objects."""
 
 
 def shard_folder(shards: str) -> Address:
-    """Return the folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
+    """Return the folder of a dataset's shards, which contains labels.json and index/. A pipe has no sidecar files."""
     place = to_address(shards)
     return place if place.suffix != ".tar" else place.parent
 
 
 def expand_shards(shards: str, where: str = "shards", access: Access | None = None) -> list[Address]:
-    """Return the shards of a folder, a brace pattern, a path or an address, in order of their names.
+    """List the shards of a folder, a brace pattern, a path or an address, sorted by name.
 
-    Whether shards at addresses are there shows when they are indexed.
+    Remote shards are not checked for existence before they are indexed.
 
     Args:
-        shards: the `shards` value of a source.
+        shards: `shards` value of a dataset.
         where: names the value in errors.
-        access: how servers are asked.
+        access: access settings for servers.
     """
     if is_remote(shards):
         return _expand_remote(shards, where, access)
@@ -62,8 +62,8 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
-    """Check that there are shards where a source says so; of those at addresses the first is asked for."""
-    if shards.startswith("pipe:"):  # a command, which is not run to see what it gives
+    """Check that the shards of a dataset exist; of remote shards, only the first one is checked."""
+    if shards.startswith("pipe:"):  # a command, which is not run for a check
         return
     first = expand_shards(shards, where, access)[0]
     if not isinstance(first, Url):
@@ -80,7 +80,7 @@ def require_shards(shards: str, where: str, access: Access | None = None) -> Non
 
 
 def local_shards(shards: str, where: str = "shards") -> list[Path]:
-    """Return shards on paths of this host; see `expand_shards`."""
+    """List local shards; see `expand_shards`."""
     if is_remote(shards):
         raise DataError(
             "this needs shards on a path of this host",
@@ -127,11 +127,11 @@ def _by_name(named: Sequence[Address], where: str) -> list[Address]:
 def read_label_sets(
     sources: dict[str, SourceConfig], access: Access | None = None, file: str = LABELS
 ) -> dict[str, list[str]]:
-    """Return the class names of every label set, from a file beside the shards; a source without has no classes.
+    """Read the class names of every class list from the shards' sidecar files; a dataset without a file has no classes.
 
     Args:
-        sources: that have the sets.
-        access: how servers are asked.
+        sources: datasets with the class lists.
+        access: access settings for servers.
         file: LABELS, MASK_LABELS or CATEGORIES.
     """
     sets: dict[str, list[str]] = {}
@@ -155,12 +155,12 @@ def read_label_sets(
 
 
 def samples_beside(shards: str, count: str, access: Access | None = None) -> int | None:
-    """Return how many samples the manifest beside the shards counts; None without a manifest that has all shards.
+    """Return the number of samples from the shards' manifest; None without a manifest that lists all shards.
 
     Args:
-        shards: the `shards` value of a source.
-        count: `samples`, or those `with_caption`.
-        access: how servers are asked.
+        shards: `shards` value of a dataset.
+        count: `samples` or `with_caption`.
+        access: access settings for servers.
     """
     if shards.startswith("pipe:"):
         return None
@@ -169,26 +169,26 @@ def samples_beside(shards: str, count: str, access: Access | None = None) -> int
         counts = {name: int(facts[count]) for name, facts in manifest["shards"].items()}
         return sum(counts[shard.name] for shard in expand_shards(shards, access=access)) if counts else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
-        return None  # shards of other tools have no such file, and shards that cannot be listed are an error elsewhere
+        return None  # other tools write no manifest, and a failed listing is reported elsewhere
 
 
 def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
-    """Return the class names in a file beside shards; None where there is no such file.
+    """Read the class names from a sidecar file of shards; None if there is no such file.
 
     Args:
-        folder: of the shards.
+        folder: folder of the shards.
         file: LABELS, MASK_LABELS or CATEGORIES.
     """
     return _read_labels(folder / file)
 
 
 def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
-    """Check that names can be those of the classes of pixels.
+    """Check that a list of names is valid as mask classes.
 
     Args:
-        names: in the order of their numbers.
+        names: class names, in index order.
         where: names their file in errors.
-        most: how many there may be.
+        most: maximum number of classes.
     """
     if not 2 <= len(names) <= most:
         raise ConfigError(f"there are {len(names)} classes, and a pixel is one of 2 to {most}", where=where)
@@ -213,12 +213,12 @@ def _read_labels(path: Address, whose: str = "", access: Access | None = None) -
 
 
 def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -> Any:
-    """Read a JSON file beside shards; None where there is no such file.
+    """Read a JSON sidecar file of shards; None if there is no such file.
 
     Args:
-        path: of the file.
-        whose: names the source in errors.
-        access: how servers are asked.
+        path: path of the file.
+        whose: names the dataset in errors.
+        access: access settings for servers.
     """
     try:
         value = json.loads(read_file(path, access).decode("utf-8"))

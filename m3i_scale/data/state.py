@@ -1,4 +1,4 @@
-"""The data state says where every stream stands in every source, in a few counts; a resume may change some of it."""
+"""Data state: the position of every stream in every dataset, as a few counts. A resume may change some datasets."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ STATE_FORMAT = 2
 
 @dataclass
 class SourceState:
-    """Counts how far one stream is in one source."""
+    """Progress of one stream in one dataset."""
 
     position: int = 0
-    """Samples read, bad ones included; over all passes."""
+    """Samples read over all epochs, including corrupt ones."""
     served: int = 0
-    """Good samples given."""
+    """Valid samples yielded."""
     credit: int = 0
-    """What the stream owes the source: samples it was to get less samples it got, in `mixing.UNIT`."""
+    """Target count minus actual count of samples, in `mixing.UNIT`."""
     bad: dict[str, int] = field(default_factory=dict)
-    """Bad samples by reason."""
+    """Corrupt samples by reason."""
     bad_shards: dict[str, Any] = field(default_factory=dict)
-    """Shards given up in the present pass: {epoch, shards: {number: reason}}. A run that goes on from here gives them
-    up too, so that its order is that of the run before."""
+    """Shards lost in the current epoch: {epoch, shards: {number: reason}}. A resumed run skips them too, so that its
+    sample order stays the same."""
 
     def lost_shard(self, epoch: int, shard: int) -> str | None:
-        """Return why a shard was given up in this pass; None where it was not."""
+        """Return the reason why a shard is lost in this epoch; None if it is not lost."""
         if self.bad_shards and self.bad_shards["epoch"] != epoch:
-            self.bad_shards = {}  # the next pass tries it again
+            self.bad_shards = {}  # retry in the next epoch
         reason: str | None = self.bad_shards.get("shards", {}).get(str(shard))
         return reason
 
     def lose_shard(self, epoch: int, shard: int, reason: str) -> None:
-        """Give a shard up for the rest of this pass."""
+        """Skip a shard for the rest of this epoch."""
         if not self.bad_shards:
             self.bad_shards = {"epoch": epoch, "shards": {}}
         self.bad_shards["shards"][str(shard)] = reason
 
     def to_json(self) -> dict[str, Any]:
-        """Return a copy made of JSON types; spelt out for speed, as one is made for every stream of every batch."""
+        """Copy to JSON types. Written out for speed, because it runs for every stream of every batch."""
         return {
             "position": self.position,
             "served": self.served,
@@ -56,53 +56,53 @@ class SourceState:
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> SourceState:
-        """Return the state that `to_json` copied."""
+        """Restore a state from `to_json`."""
         bad_shards = copy.deepcopy(state["bad_shards"]) if state["bad_shards"] else {}
         return SourceState(state["position"], state["served"], state["credit"], dict(state["bad"]), bad_shards)
 
 
 @dataclass
 class StreamState:
-    """Counts how far a stream is. Everything else follows from the configuration."""
+    """Progress of a stream. Everything else follows from the configuration."""
 
     taken: int
-    """Good samples given, also of sources that are gone."""
+    """Valid samples yielded, including those of removed datasets."""
     sources: dict[str, SourceState]
 
     @property
     def read(self) -> int:
-        """Count the samples read of the present sources, bad ones included."""
+        """Count the samples read from the current datasets, including corrupt ones."""
         return sum(source.position for source in self.sources.values())
 
     @property
     def bad(self) -> dict[str, int]:
-        """Count the bad samples of the present sources, by reason."""
+        """Count the corrupt samples of the current datasets, by reason."""
         counts: Counter[str] = Counter()
         for source in self.sources.values():
             counts.update(source.bad)
         return dict(counts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a copy made of JSON types."""
+        """Copy to JSON types."""
         return {"taken": self.taken, "sources": {name: source.to_json() for name, source in self.sources.items()}}
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> StreamState:
-        """Return the state that `to_json` copied."""
+        """Restore a state from `to_json`."""
         return StreamState(state["taken"], {name: SourceState.from_json(of) for name, of in state["sources"].items()})
 
 
 def first_state(sources: Collection[str]) -> StreamState:
-    """Return the state at the beginning of a stream."""
+    """Return the initial state of a stream."""
     return StreamState(0, {name: SourceState() for name in sources})
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the states of all ranks into one, which any number of ranks can load.
+    """Merge the states of all ranks into one state that any number of ranks can load.
 
     Raises:
-        ConfigError: no list of states.
-        DataError: states of different runs, or of different steps.
+        ConfigError: not a list of states.
+        DataError: states of different runs or of different steps.
     """
     if not isinstance(states, Sequence) or not states or not all(isinstance(state, dict) for state in states):
         raise ConfigError(
@@ -125,7 +125,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_format(state: Mapping[str, Any]) -> None:
-    """Refuse a state that has another format, since another version wrote it."""
+    """Raise an error if another version wrote the state in another format."""
     if state.get("format") != STATE_FORMAT:
         raise DataError(
             f"unknown format of the data state: {state.get('format')}, this version reads {STATE_FORMAT}",
@@ -136,7 +136,7 @@ def check_format(state: Mapping[str, Any]) -> None:
 
 
 def check_order(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Refuse another seed, another number of streams or other windows."""
+    """Raise an error if the seed, the number of streams or the shuffle windows differ."""
     different = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
     if different:
         raise DataError(
@@ -154,15 +154,15 @@ def accept_changes(
     here: Mapping[str, Sequence[Shard]],
     named: Collection[str],
 ) -> dict[str, str]:
-    """Say in words which sources differ from the data state; all of them must have been named, and no others.
+    """Describe the datasets that differ from the data state; raise an error unless exactly these are named.
 
-    A run that was restarted after its change still names it: names of the last change are accepted when nothing
-    differs any more.
+    If nothing differs any more, the names of the last change are accepted: a run restarted after its change still has
+    them in its config.
 
     Args:
-        state: merged.
-        present: fingerprints as they are.
-        here: shards as they are, by source.
+        state: merged state.
+        present: current fingerprints.
+        here: current shards, by dataset.
         named: data.changed_sources.
     """
     differences = changes(state["sources"], present, state["listings"], here)
@@ -190,11 +190,11 @@ def accept_changes(
 def carry_over(
     stream: StreamState, changed: Collection[str], saved: Mapping[str, Any], present: Mapping[str, Any]
 ) -> StreamState:
-    """Return a stream's state under the present sources.
+    """Return the state of a stream for the current datasets.
 
-    What did not change goes on exactly, and so does a source with other settings. Shards that changed, or are dealt to
-    streams by another rule, are read from their beginning. The account of shares begins anew, or a new weight would be
-    made up for in one go.
+    Unchanged datasets continue exactly, and so do datasets with changed settings. Datasets with other shards, or
+    another distribution to streams, restart from the beginning. Credits are reset, because otherwise a new weight would
+    be compensated for at once.
     """
     if not changed:
         return stream

@@ -1,4 +1,4 @@
-"""A virtual stream holds a position in every source, gives the next good sample and counts the bad ones."""
+"""A stream reads its share of every dataset, yields valid samples and counts corrupt ones."""
 
 from __future__ import annotations
 
@@ -24,51 +24,51 @@ from m3i_scale.errors import DataError
 from m3i_scale.text import listed
 
 _ALREADY_NOTED = ""
-"""The key of a sample whose shard is in the quarantine file already."""
+"""Key of a sample in a lost shard that the quarantine file already lists."""
 _SHARDS_NAMED = 4
-"""An error names no more of the shards in question."""
+"""Maximum number of shards that an error message lists."""
 FRACTION_COUNTS_AFTER = 100
-"""The share of bad samples is not judged before so many samples have been read."""
+"""Minimum number of samples read before the fraction of corrupt samples is checked."""
 
 
 @dataclass(frozen=True)
 class StreamSource:
-    """Holds what one stream reads of one source."""
+    """The part of one dataset that one stream reads."""
 
     name: str
     order: StreamOrder
     indices: Mapping[int, ShardIndex]
-    """The shards that the stream reads from, by their number within the source."""
+    """Shards that the stream reads, keyed by their index within the dataset."""
     label_set: int
-    """Index of the label set; −1 for none."""
+    """Index of the class list; −1 if the dataset has none."""
     classes: int | None
-    """Size of the label set; None for none."""
+    """Number of classes; None if labels are not read."""
     views: ViewMaker
     captions: str = "one"
-    """Of `SourceConfig.captions`."""
+    """See `SourceConfig.captions`."""
     end: int | None = None
-    """Position at which the source is exhausted; None: never."""
+    """Position at which the dataset is exhausted; None: never."""
     mask_classes: int | None = None
-    """Number of classes that a pixel may have; None: masks are not read."""
+    """Number of segmentation classes; None: masks are not read."""
     categories: int | None = None
-    """Number of classes that an object may have; None: objects are not read."""
+    """Number of object classes; None: objects are not read."""
 
 
 class ExhaustedError(Exception):
-    """Raised when the stream has no next sample: every source with a weight was read as often as it may be."""
+    """Raised when a stream has no next sample because every dataset with a weight has completed its epochs."""
 
 
 class Stream:
-    """Gives the samples of one stream, one after the other.
+    """Sampler of one stream: mixes its datasets by weight and skips corrupt samples.
 
     Args:
-        sources: what to read.
-        mix: how sources take turns.
-        state: where to begin; changed by `take`.
-        reader: reads shards.
-        data: limits of images, captions and bad samples, and what a shard does that cannot be read.
+        sources: datasets to read, by name.
+        mix: mixing weights of the datasets.
+        state: position to start from; updated by `take`.
+        reader: reads samples from shards.
+        data: limits for images, captions and corrupt samples, and the policy for unreadable shards.
         seed: seed of the run.
-        quarantine: the file that lists bad samples, for errors.
+        quarantine: file that lists corrupt samples; errors refer to it.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class Stream:
         self._seed = seed
 
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
-        """Return the next good sample. A bad one is noted in `quarantine` and replaced by the next of its source.
+        """Return the next valid sample; record corrupt ones in `quarantine` and skip them within the same dataset.
 
         Raises:
-            ExhaustedError: there is none.
-            DataError: a shard cannot be read, or the source is bad from here on.
+            ExhaustedError: every dataset with a weight is exhausted.
+            DataError: a shard cannot be read, or too many samples of the dataset are corrupt.
         """
         while True:
             shares = self._mix.shares(self.state.taken, remaining_sources(self._sources, self.state))
@@ -104,7 +104,7 @@ class Stream:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
             sample = self._next_of(self._sources[name], quarantine)
-            if sample is not None:  # otherwise the source ended in bad samples, and the turn is another's
+            if sample is not None:  # None: the dataset ended with corrupt samples, so another one is selected
                 break
         credits = {source: self.state.sources[source].credit for source in shares}
         settle(credits, shares, name)
@@ -115,7 +115,7 @@ class Stream:
         return sample
 
     def _next_of(self, source: StreamSource, quarantine: list[dict[str, Any]]) -> Sample | None:
-        """Return the next good sample of a source; None where it ends before one."""
+        """Return the next valid sample of a dataset, or None if it ends first."""
         state = self.state.sources[source.name]
         in_a_row, shards = 0, dict[int, None]()
         while source.end is None or state.position < source.end:
@@ -160,7 +160,7 @@ class Stream:
         return Sample(views, annotations.label, source.label_set, annotations.caption, seed, full_key)
 
     def _members(self, source: StreamSource, ref: SampleRef) -> dict[str, bytes]:
-        """Return the members of a sample; all samples of a shard that was given up are bad."""
+        """Return the files of a sample; every sample of a lost shard counts as corrupt."""
         index = source.indices[ref.shard]
         lost = self.state.sources[source.name].lost_shard(ref.epoch, ref.shard)
         if lost is not None:
@@ -176,7 +176,7 @@ class Stream:
             raise BadSampleError(SHARD + bad.reason, bad.why or "", key=WHOLE_SHARD) from None
 
     def _look_ahead(self, source: StreamSource) -> None:
-        """Announce to the reader which shards are read in this window, and in the next."""
+        """Announce to the reader the shards of this window and of the next one."""
         epoch, window = source.order.window_at(self.state.sources[source.name].position - 1)
         if self._windows.get(source.name) == (epoch, window):
             return
@@ -190,10 +190,10 @@ class Stream:
         )
 
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
-        """Stop a stream without good samples: it completes no batch, by which the loader would judge it."""
+        """Stop a stream without valid samples. It never completes a batch, so the loader cannot check its fraction."""
         bad, read = single_faults(self.state.bad, self.state.read)
         too_many = sum(bad.values()) > self._data.max_bad_fraction * read
-        # The last of one pass and the first of the next may be bad, and yet one in every pass be good.
+        # With one valid sample per epoch, a corrupt end of one epoch may meet a corrupt start of the next.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]
@@ -205,27 +205,27 @@ class Stream:
 
 
 class Account(NamedTuple):
-    """Holds the counts that the share of bad samples is judged by, of one rank or of all together."""
+    """Counts for checking the fraction of corrupt samples, of one rank or summed over all ranks."""
 
     lost: int
-    """Samples lost in the present pass, with shards that were given up."""
+    """Samples of lost shards in the current epoch."""
     bad: int
-    """Samples that were bad by themselves."""
+    """Corrupt samples, without those of lost shards."""
     read: int
-    """Samples read of shards that were not given up."""
+    """Samples read, without those of lost shards."""
 
 
 def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], int]:
-    """Return bad samples by reason, and the number of samples read, without those that were lost with a shard.
+    """Return corrupt samples by reason and the number of samples read, both without samples of lost shards.
 
-    A shard lost in a small window would be most of what has been read; its share is taken of the whole pass instead.
+    Early in an epoch, one lost shard would dominate the samples read. Its fraction refers to the full epoch instead.
     """
     single = {reason: count for reason, count in bad.items() if not reason.startswith(SHARD)}
     return single, read - sum(bad.values()) + sum(single.values())
 
 
 def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[str, StreamSource]]) -> int:
-    """Count the samples that are lost in this pass with their shards, over streams and sources."""
+    """Count the samples of lost shards in the current epoch, over streams and datasets."""
     return sum(
         source.order.samples_of(lost["epoch"], map(int, lost["shards"]))
         for number, plan in plans.items()
@@ -235,7 +235,7 @@ def lost_of_pass(states: Mapping[int, StreamState], plans: Mapping[int, Mapping[
 
 
 def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int], where: str | None) -> DataError:
-    """Return the error that stops a run which is losing shards; `reasons` are those of this rank."""
+    """Return the error for too many samples in lost shards; `reasons` are the counts of this rank."""
     table = "; ".join(f"{count} samples × {reason}" for reason, count in reasons.items() if reason.startswith(SHARD))
     return DataError(
         f"{lost} of {total} samples of a pass are lost with their shards, more than data.max_bad_fraction = {limit:g}",
@@ -246,12 +246,12 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
 
 
 def remaining_sources(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
-    """Return the names of the sources that are not exhausted."""
+    """Return the names of the datasets that are not exhausted."""
     return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
 
 
 def counts_of_source(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
-    """Return counts of one source over streams; see `TrainStream.source_counts`."""
+    """Return the counts of one dataset summed over streams; see `TrainStream.source_counts`."""
     counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
     for source, stream in streams:
         state = stream.sources[name]
@@ -283,7 +283,7 @@ def too_many_bad(
     what: str | None = None,
     listed_in: Path | None = None,
 ) -> DataError:
-    """Return the error that stops a run which is losing data; `what` replaces the text about too large a share."""
+    """Return the error for too many corrupt samples; `what` replaces the part of the message about the fraction."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
     fix = "mend the shards, or raise data.max_bad_fraction if you know why they are bad"
     if what is not None:

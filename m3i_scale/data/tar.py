@@ -1,8 +1,8 @@
-"""Read the headers of a tar that may be damaged or hostile: what can be read is returned, the rest becomes faults.
+"""Reader of tar headers of damaged and malicious files: readable samples are returned, the rest becomes faults.
 
-Training is strict: the first fault of a tar is an error. Tools go on, and look at the rest. Python's tarfile finds the
-members, within limits: it may read headers only, none of them large, and must move forward (some versions follow a
-negative size backwards, for ever).
+Training is strict: the first error of a tar is raised. Tools continue and read the rest. Python's tarfile parses the
+headers, within limits: it may read only headers of limited size, and must move forward, because some versions follow a
+negative size backwards and loop forever.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from m3i_scale.errors import DataError
 from m3i_scale.text import printable
 
 MAX_NAME = 1_024
-"""Longer names are refused: webdataset's pattern for keys takes quadratic time."""
+"""Longer names are an error: webdataset's pattern for keys takes quadratic time."""
 MAX_HEADER_BYTES = 16_384
-"""Extended headers (long names, attributes) of more bytes are refused; tarfile would read gigabytes."""
+"""Larger extended headers (long names, attributes) are an error; tarfile would read gigabytes."""
 RESERVED = frozenset({"__key__", "__url__", "__local_path__"})
-"""Prefix of webdataset's own fields of a sample."""
+"""Names of webdataset's internal fields of a sample."""
 UNREADABLE = "shard cannot be read"
 CUT_OFF = "cut off"
 DAMAGED = "damaged header"
 AFTER_END = "data after the end of the tar"
 EMPTY = "shard holds no samples"
 SCATTERED = "members do not lie together"
-"""The one fault of a sample that can be mended without loss."""
+"""The only error of a sample that can be repaired without loss."""
 TWICE = "key stands twice in the shard"
 _BLOCK = tarfile.BLOCKSIZE
 _TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
-"""Errors that tarfile raises on damaged headers; not all of it is a TarError."""
+"""Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
 _MOST_MEMBERS = 64
-"""Of one sample that is read by its offset."""
+"""Maximum number of files of a sample that is read by its offset."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HOSTILE = "take the shard from a source you trust, or make it anew"
@@ -58,27 +58,27 @@ _FIXES = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Says what is wrong with a sample, or (without key) with its shard."""
+    """An error of a sample, or of its shard if it has no key."""
 
     reason: str
     detail: str = ""
     key: str = "?"
     offset: int = 0
-    """First byte of the sample in the shard."""
+    """Offset of the sample's first byte in the shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Says where a regular file lies in a tar."""
+    """Location of a regular file in a tar."""
 
     extension: str
-    """Lower case, as webdataset sees it."""
+    """Lowercase, as webdataset parses it."""
     start: int
-    """First byte of the first header."""
+    """Offset of the first header."""
     data: int
-    """First byte of the content."""
+    """Offset of the content."""
     size: int
-    """Size of the content, bytes."""
+    """Size of the content in bytes."""
 
     @property
     def stop(self) -> int:
@@ -88,49 +88,49 @@ class Member:
 
 @dataclass(slots=True)
 class RawSample:
-    """Holds the members of one key, and what is wrong with them."""
+    """The files of one key, with their errors."""
 
     key: str
     members: list[Member] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     head: int = 0
-    """CRC-32 of the headers of its members."""
+    """CRC-32 of the headers of all files."""
 
     @property
     def start(self) -> int:
-        """Return the offset of the first header's first byte."""
+        """Return the offset of the first header."""
         return self.members[0].start
 
     @property
     def end(self) -> int:
-        """Return the offset of the byte after the last member's data."""
+        """Return the offset of the byte after the last file's content."""
         return self.members[-1].data + self.members[-1].size
 
     @property
     def size(self) -> int:
-        """Return the bytes of its members, headers included."""
+        """Return the size in bytes, headers included."""
         return sum(member.stop - member.start for member in self.members)
 
     def blame(self, reason: str, detail: str = "") -> None:
-        """Add a fault of this sample."""
+        """Add an error of this sample."""
         self.faults.append(Fault(reason, detail, printable(self.key), self.start))
 
 
 @dataclass
 class RawShard:
-    """Holds the samples and faults that the headers of a shard show."""
+    """Samples and errors of a shard, according to its tar headers."""
 
     size: int = 0
-    """Size of the file, bytes."""
+    """Size of the file in bytes."""
     samples: list[RawSample] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    """Faults of the shard and of members that belong to no sample."""
+    """Errors of the shard, and of files that belong to no sample."""
     others: int = 0
-    """Folders, and files that webdataset skips."""
+    """Number of folders and of files that webdataset skips."""
 
 
 def read_shard(path: Path) -> RawShard:
-    """Group the members of a tar into samples. Faults are returned, and so is that a file cannot be read at all."""
+    """Group the files of a tar into samples. Errors are returned, even if the tar cannot be read at all."""
     shard = RawShard()
     try:
         shard.size = path.stat().st_size
@@ -142,16 +142,16 @@ def read_shard(path: Path) -> RawShard:
 
 
 def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
-    """Group the members of a tar into samples. Samples may have faults that their content will show when it is read.
+    """Group the files of a tar into samples. Errors in file contents appear only when a sample is read.
 
     Args:
         stream: the tar.
-        size: its bytes.
-        where: names it in the error.
+        size: size of the tar in bytes.
+        where: names the tar in the error.
 
     Raises:
-        DataError: at the first fault of the tar: no tar, cut off, no samples, a key in two places, data behind the end,
-            or members that no shard should have (absolute paths, `..`, links, devices).
+        DataError: the first error of the tar: not a tar, truncated, no samples, a duplicate key, data after the end, or
+            files that a shard must not have (absolute paths, `..`, links, devices).
         OSError: the stream cannot be read.
     """
     shard = RawShard(size)
@@ -160,7 +160,7 @@ def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
 
 
 def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
-    """Return the error of a shard with this fault, or with `count` faults of which this is the first."""
+    """Return the exception for an error of a shard, the first of `count`."""
     detail = f"byte {fault.offset}, key '{fault.key}': {fault.detail}".removesuffix(": ")
     return DataError(
         f"cannot read the shard: {fault.reason}",
@@ -171,10 +171,10 @@ def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
 
 
 def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
-    """Read a sample's members by extension.
+    """Read the files of a sample, by extension.
 
     Raises:
-        OSError: the file is shorter than it was.
+        OSError: the tar is shorter than before.
     """
     contents = {}
     for member in sample.members:
@@ -187,7 +187,7 @@ def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
 
 
 def key_at(path: Path, offset: int) -> str:
-    """Return the key of the member whose header begins at `offset`; `?` where none does."""
+    """Return the key of the file whose header starts at `offset`; `?` if there is none."""
     try:
         with path.open("rb") as stream:
             member = _member_at(stream, offset)
@@ -198,8 +198,8 @@ def key_at(path: Path, offset: int) -> str:
 
 
 def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
-    """Return the sample whose first header begins at `offset`, of which the rest of the shard is not read; None where
-    none does.
+    """Return the sample whose first header starts at `offset`, without reading the rest of the shard; None if there is
+    none.
 
     Raises:
         OSError: the stream cannot be read.
@@ -217,7 +217,7 @@ def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
 
 
 def has_sample(stream: BinaryIO, start: int, end: int) -> bool:
-    """Return whether a member of a sample begins in a part of a tar, which begins with a header or with padding.
+    """Return whether a file of a sample starts in a section of a tar; the section starts with a header or padding.
 
     Raises:
         OSError: the stream cannot be read.
@@ -235,12 +235,12 @@ def _member_at(stream: BinaryIO, offset: int) -> tarfile.TarInfo | None:
         head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
         with tarfile.open(fileobj=head, mode="r:") as tar:
             return tar.next()
-    except _TAR_FAULTS:  # the shard has changed since it was read
+    except _TAR_FAULTS:  # the shard has changed since it was indexed
         return None
 
 
 class _HeaderFile:
-    """Shows tarfile only a part of a file, in short reads."""
+    """File object that lets tarfile read only headers, in short reads."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -253,16 +253,16 @@ class _HeaderFile:
         return self._stream.read(size)
 
     def close(self) -> None:
-        """Do nothing: the owner closes the file."""
+        """Do nothing: the caller closes the file."""
 
 
 class _Headers:
-    """Sorts the members of a tar into the samples of a shard.
+    """Parser that groups the files of a tar into the samples of a shard.
 
     Args:
         stream: the tar.
-        shard: gets samples and faults; knows the size.
-        strict: names the tar in the error that its first fault raises; None: faults are values.
+        shard: receives samples and errors; its size is set.
+        strict: raise the first error, with this name for the tar; None: collect errors.
     """
 
     def __init__(self, stream: BinaryIO, shard: RawShard, strict: str | None) -> None:
@@ -272,7 +272,7 @@ class _Headers:
         self._newest: RawSample | None = None
 
     def read(self) -> None:
-        """Read all headers, and judge how the tar ends."""
+        """Read all headers and check the end of the tar."""
         end, damage = 0, None
         try:
             with tarfile.open(fileobj=cast(BinaryIO, _HeaderFile(self._stream)), mode="r:") as tar:
@@ -310,7 +310,7 @@ class _Headers:
             return
         extension = extension.lower()
         self._newest = sample = self._sample(key, extension, member.offset)
-        self._stream.seek(member.offset)  # just read, so it is still in the buffer
+        self._stream.seek(member.offset)  # just read, so still buffered
         sample.head = zlib.crc32(self._stream.read(member.offset_data - member.offset), sample.head)
         sample.members.append(Member(extension, member.offset, member.offset_data, member.size))
         self._current = key
@@ -376,7 +376,7 @@ def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if member.size < 0 or tar.offset <= last or member.offset <= last:
             raise tarfile.ReadError("a header points backwards")
         last = member.offset
-        vars(tar)["members"].clear()  # or all headers would be kept
+        vars(tar)["members"].clear()  # otherwise tarfile would keep all headers in memory
         yield member
 
 
@@ -394,7 +394,7 @@ def _hostile(member: tarfile.TarInfo) -> str | None:
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str | None, str | None]:
-    """Return key and extension, as webdataset sees them; None for what it skips."""
+    """Return key and extension as webdataset parses them; None for files that it skips."""
     if not member.isreg() or member.name.startswith("__"):
         return None, None
     key, extension = base_plus_ext(member.name)

@@ -1,4 +1,4 @@
-"""The caption tokenizer is trained by `shards make`, and found again by training and export."""
+"""Caption tokenizer: trained by `shards make`, loaded by training and export."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from m3i_scale.data.shards import shard_folder
 from m3i_scale.errors import ConfigError, DataError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-"""In order of their ids: padding is 0."""
+"""In the order of their ids: padding is 0."""
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.txt")
-"""Files that a folder for `AutoTokenizer` may hold; many servers do not list."""
+"""Files that an `AutoTokenizer` folder may contain; needed because many servers cannot list folders."""
 
 MAX_ALPHABET = 1_000
 _LONG_LETTERS = 200
@@ -34,17 +34,17 @@ _ADDED = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "spe
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
-    """Train a lower-casing WordPiece tokenizer and save it in the layout that `AutoTokenizer` loads.
+    """Train a lowercase WordPiece tokenizer and save it in the layout of `AutoTokenizer`.
 
     Args:
-        captions: texts to learn from.
-        folder: where to save.
-        vocabulary: number of tokens at most, special tokens included.
+        captions: training texts.
+        folder: output folder.
+        vocabulary: maximum number of tokens, special tokens included.
     """
     captions = sorted(captions)
     learner = _pieces(models.WordPiece(unk_token="[UNK]"))
-    # The trainer numbers inner characters in the order of a hash map, and ties between merges go by number. Naming them
-    # beforehand makes the same captions give the same vocabulary.
+    # The trainer numbers inner characters in the order of a hash map, and breaks ties between merges by number.
+    # Naming the characters beforehand makes the vocabulary deterministic.
     fixed = SPECIAL_TOKENS + [f"##{character}" for character in _alphabet(captions, learner)]
     trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=fixed, show_progress=False)
     learner.train_from_iterator(captions, trainer)
@@ -71,7 +71,7 @@ def _pieces(model: models.WordPiece) -> Tokenizer:
 
 
 def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
-    """Return the most frequent characters of the captions, as many as the trainer keeps."""
+    """Return the most frequent characters of the captions, up to the trainer's limit."""
     counts: Counter[str] = Counter()
     for caption in captions:
         counts.update(tokenizer.normalizer.normalize_str(caption).replace(" ", ""))
@@ -81,12 +81,12 @@ def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
 def find_tokenizer(
     sources: dict[str, SourceConfig], configured: str | None, access: Access | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the configured tokenizer, or the one beside the shards of the first source that has one.
+    """Load the configured tokenizer, or the one next to the shards of the first dataset that has one.
 
     Args:
-        sources: training sources; `tokenizer/` is looked for in the shard folder and in its parent.
+        sources: training datasets; `tokenizer/` is searched in the folder of the shards and in its parent.
         configured: a folder or a Hub id (`text.tokenizer`), or None.
-        access: how servers are asked.
+        access: access settings for servers.
     """
     if configured is not None:
         return _load(configured, "text.tokenizer")
@@ -108,7 +108,7 @@ def find_tokenizer(
 
 
 def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that special tokens say where a text begins and ends: what is predicted token by token needs both."""
+    """Check that special tokens mark the start and the end of a text, as next-token prediction requires."""
     ends, text = (tokenizer(given)["input_ids"] for given in ("", "a"))
     if len(ends) < 2 or (ends[0], ends[-1]) != (text[0], text[-1]):
         raise ConfigError(
@@ -120,16 +120,16 @@ def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what makes tokens of a caption, beside the vocabulary, as JSON types; large parts are hashed.
+    """Return all settings besides the vocabulary that determine tokens, as JSON types; large parts are hashed.
 
-    How captions are cut and padded is left out: it is set anew at each call.
+    Truncation and padding are omitted, because they are set at each call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python, which has no description
+    if backend is None:  # a Python tokenizer, which has no description
         return {"class": type(tokenizer).__name__}
     parts = json.loads(backend.to_str())
     model = {key: value for key, value in parts["model"].items() if not isinstance(value, list | dict)}
-    # Older versions of the package write a merge as one text.
+    # Older versions of tokenizers store a merge as one string.
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"].get("merges") or ()]
     scores = parts["model"]["vocab"] if isinstance(parts["model"]["vocab"], list) else None
     added = [[token.get(field) for field in _ADDED] for token in parts["added_tokens"]]
@@ -142,7 +142,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _shortened(value: Any) -> Any:
-    """Replace long texts, such as tables of characters, by their hash."""
+    """Replace long strings, such as character tables, by their hashes."""
     if isinstance(value, dict):
         return {key: _shortened(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -155,7 +155,7 @@ def _sha256(value: Any) -> str | None:
 
 
 def _load_beside(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer in a folder that may be remote; None where there is none."""
+    """Load the tokenizer in a local or remote folder; None if there is none."""
     where = f"data.sources.{source}"
     if isinstance(place, Path):
         return _load(str(place), where) if place.is_dir() else None
@@ -164,7 +164,7 @@ def _load_beside(place: Address, source: str, access: Access | None) -> PreTrain
 
 
 def _copy_files(remote: Url, folder: Path, source: str, access: Access | None) -> bool:
-    """Copy a remote tokenizer; return whether there is one."""
+    """Download a remote tokenizer; return whether it exists."""
     for name in TOKENIZER_FILES:
         try:
             data = read_file(remote / name, access)
@@ -187,7 +187,7 @@ def _load(folder: str, where: str, name: str | None = None) -> PreTrainedTokeniz
             folder, local_files_only=os.path.isdir(folder), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        # of a folder that brings code: transformers goes on to recommend running it
+        # if a folder contains code, transformers recommends running it
         reason = "it brings code of its own" if "trust_remote_code" in str(error) else str(error)
         raise ConfigError(f"cannot load the tokenizer '{name}': {reason}", where=where) from None
     if tokenizer.pad_token_id is None:

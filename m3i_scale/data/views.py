@@ -1,7 +1,7 @@
-"""Images become augmented views here, with the geometry that the position embedding of targets needs.
+"""Augmented views of images, with the crop geometry that position embeddings of targets need.
 
-The order is flip, crop and resize (one step from the decoded image to the view), RandAugment, colour jitter, grey,
-blur, solarise. What a crop has beyond the edge of the image is filled up last.
+The order is flip, crop and resize (one step from the decoded image to the view), RandAugment, color jitter, grayscale,
+blur, solarize. The part of a crop beyond the edge of the image is filled last.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from m3i_scale.data.rand_augment import RandAugment
 
 BLUR_SIGMA = (0.1, 2.0)
-"""Standard deviation of the blur in pixels of a 224-pixel view; in proportion for other sizes."""
+"""Standard deviation of the blur in pixels of a 224-pixel view; scaled in proportion for other sizes."""
 BLUR_REFERENCE_SIZE = 224
 
 
@@ -49,34 +49,34 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Views:
-    """Holds the views of one image, and where each was cut."""
+    """The views of one image, with their crops."""
 
     pixels_VCHW: NDArray[np.uint8]
-    """Views of the backbone's size."""
+    """Views (global crops) of the backbone's size."""
     small_VCHW: NDArray[np.uint8]
-    """Views of a smaller size, which come last: (0, 3, 0, 0) where there are none."""
+    """Smaller views (local crops), which come last; (0, 3, 0, 0) if there are none."""
     crops: list[Crop]
-    """Of all views."""
+    """Crops of all views, in order."""
     size: tuple[int, int]
     """Height and width of the source image in pixels."""
     mask_HW: NDArray[np.uint8] | None = None
-    """Class of every pixel of the first view, where the image has a mask."""
+    """Class of every pixel of the first view, if the image has a mask."""
     objects: Objects | None = None
-    """What the first view shows, where the image has boxes."""
+    """Objects in the first view, if the image has boxes."""
 
 
 class ViewMaker:
-    """Makes views of images.
+    """Transform from an image to its views.
 
     Args:
         config: kinds and strengths of augmentation.
-        views: how many views of an image, or what each is.
-        image_size: the backbone's side of a view in pixels.
-        augment: False gives every view the center crop and the pixels of a stock image processor, with nothing random.
-        reads: what is asked of a sample; where that is objects, the whole image is shown without augmentation, its long
-            side as long as the view.
-        mean: of the pixels, from 0 to 1: the colour beyond the edge of an image.
-        stretch: whether both sides of a whole image are as long as the view.
+        views: number of views per image, or the spec of each view.
+        image_size: view size of the backbone in pixels.
+        augment: False: center crop and pixels of a standard image processor, without randomness.
+        reads: annotation to read. For boxes without augmentation, the view is the full image, with its long side
+            resized to the view size.
+        mean: pixel mean from 0 to 1; the fill color beyond the edge of an image.
+        stretch: resize a full image to the view size on both sides.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class ViewMaker:
         self.resized: Callable[..., ViewMaker] = partial(
             ViewMaker, config, views=views, augment=augment, reads=reads, mean=mean, stretch=stretch
         )
-        """Makes one of another `image_size`."""
+        """Creates a maker with another `image_size`."""
         self._fill = tuple(round(255 * channel) for channel in mean)
         self._rand_augment: RandAugment | None = None
         if augment and config.rand_augment is not None:
-            from m3i_scale.data.rand_augment import RandAugment  # an extra, of which tasks say so where it is missing
+            from m3i_scale.data.rand_augment import RandAugment  # an optional dependency; tasks report if it is missing
 
             self._rand_augment = RandAugment(config.rand_augment, image_size, self._fill)
         self._configs = [spec.distortions(config) for spec in each_view(views)]
@@ -110,16 +110,16 @@ class ViewMaker:
     def __call__(
         self, image: Image.Image, seed: int, mask: Image.Image | None = None, instances: Instances | None = None
     ) -> Views:
-        """Return views of an opened image; the same for the same seed.
+        """Return the views of an opened image; the same seed gives the same views.
 
         Args:
-            image: not decoded yet.
-            seed: of its crops and colours.
-            mask: class of every pixel of the image as it is stored; it is turned and cut as the first view is.
-            instances: boxes and masks of the image as it is stored; they are cut as the first view is.
+            image: opened but not yet decoded.
+            seed: seed of crops and colors.
+            mask: class of every pixel of the stored image; rotated by EXIF and cropped like the first view.
+            instances: boxes and masks of the stored image; cropped like the first view.
 
         Raises:
-            BadSampleError: the image does not decode; or it is turned, and has instances.
+            BadSampleError: the image does not decode, or it has instances and its EXIF data rotates it.
         """
         lies = orientation(image)
         if instances is not None:
@@ -132,8 +132,8 @@ class ViewMaker:
             for view, (config, size) in enumerate(zip(self._configs, self._sizes, strict=True))
         ]
         sides = [(min(crop.height, crop.width), size) for crop, size in zip(crops, self._sizes, strict=True)]
-        # In training, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, never below what any crop needs. That changes
-        # pixels, so an evaluation, which sees what an exported image processor gives, decodes all of it.
+        # In training, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, never below the resolution that any crop needs.
+        # This changes pixels, so evaluation decodes the full size, like an exported image processor.
         factors = (1, 2, 4, 8) if self._augment else (1,)
         shrink = max((by for by in factors if all(side >= by * size for side, size in sides)), default=1)
         quick = quick_pixels(image) if shrink == 1 else None
@@ -174,7 +174,7 @@ class ViewMaker:
         rng: random.Random,
         mask: Image.Image | None = None,
     ) -> Crop:
-        """Draw a crop; one of a mask anew, as long as a class has too much of it."""
+        """Draw a crop; redraw it while one class covers too much of the mask."""
         if not self._augment and self._reads in ("boxes", "boxes_and_masks"):
             if self._stretch:
                 return Crop(0, 0, height, width, False)
@@ -200,7 +200,7 @@ class ViewMaker:
         if rng.random() < config.grayscale:
             cut = _as_image(cut).convert("L").convert("RGB")
         if rng.random() < per_view(config.blur, view):
-            # By the backbone's size for small views too, as multi-crop methods blur them.
+            # Relative to the backbone's size for small views too, as in multi-crop methods.
             sigma = uniform(*BLUR_SIGMA, rng) * self._size / BLUR_REFERENCE_SIZE
             cut = _as_image(cut).filter(ImageFilter.GaussianBlur(sigma))
         if rng.random() < per_view(config.solarize, view):
@@ -211,7 +211,7 @@ class ViewMaker:
 def _draw(
     config: DistortionConfig, size: int, height: int, width: int, rng: random.Random
 ) -> Callable[[], tuple[float, float, float, float]]:
-    """Return what draws top, left, height and width of a crop; of scale jitter, at a scale that is drawn here."""
+    """Return a sampler of crops as (top, left, height, width). The scale of scale jitter is drawn once, here."""
     if config.scale_jitter is None:
         return lambda: random_crop(height, width, config.crop_scale, config.crop_ratio, rng)
     side = (max if config.scale_jitter_side == "long" else min)(height, width)
@@ -228,18 +228,17 @@ def _needs_no_resize(crop: Crop, size: int, source: tuple[int, int]) -> bool:
 def cut_and_resize(
     image: Image.Image, crop: Crop, size: int, source: tuple[int, int], *, exact: bool = False
 ) -> Image.Image:
-    """Return the view that a crop is, cropped and resized in one step. Flipping the small view instead of the large
-    image gives the same pixels.
+    """Return the view of a crop, cropped and resized in one step. Flipping the view gives the same pixels as flipping
+    the image, and is cheaper.
 
     Args:
-        image: decoded, possibly at less than its size.
+        image: decoded, possibly at reduced size.
         crop: in pixels of the source.
-        size: of the view in pixels.
-        source: height and width.
-        exact: resize the whole image and then crop, as a stock image processor does. Otherwise only the crop is
-            resized, and large images are first averaged to about twice the size, which is faster. The
-            faster way is also for strips with more than `MAX_IMAGE_PIXELS` once resized: 1,000,000 × 2 pixels take
-            100 GB.
+        size: view size in pixels.
+        source: height and width of the source.
+        exact: resize the full image, then crop, as a standard image processor does. Otherwise only the crop is resized,
+            after a box reduction of large images to about twice the size, which is faster. The faster way also applies
+            to images above `MAX_IMAGE_PIXELS` once resized: a strip of 1,000,000 × 2 pixels would take 100 GB.
     """
     inside, shown = _inside(crop, size, source)
     rows, columns = round(size * source[0] / crop.height), round(size * source[1] / crop.width)
@@ -249,14 +248,14 @@ def cut_and_resize(
         return resized.crop((left, top, left + shown[0], top + shown[1]))
     box = box_of(inside, source, image)
     if (box[2] - box[0], box[3] - box[1]) == shown and box[0].is_integer() and box[1].is_integer():
-        view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # resizing gives the same pixels
+        view = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))  # same pixels as resizing
     else:
         view = image.resize(shown, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return ImageOps.mirror(view) if crop.flip else view
 
 
 def cut_mask(mask: Image.Image, crop: Crop, size: int) -> NDArray[np.uint8]:
-    """Crop and resize as `cut_and_resize` does, without mixing classes."""
+    """Crop and resize as `cut_and_resize` does, with nearest-neighbor sampling, so that classes do not mix."""
     inside, shown = _inside(crop, size, (mask.height, mask.width))
     view = mask.resize(shown, Image.Resampling.NEAREST, box=box_of(inside, (mask.height, mask.width), mask))
     mask_HW = np.full((size, size), NO_CLASS, dtype=np.uint8)
@@ -265,21 +264,21 @@ def cut_mask(mask: Image.Image, crop: Crop, size: int) -> NDArray[np.uint8]:
 
 
 def _inside(crop: Crop, size: int, source: tuple[int, int]) -> tuple[Crop, tuple[int, int]]:
-    """Return what of a crop lies inside of the source, and how many columns and rows of the view show it."""
+    """Return the part of a crop inside the source, and its number of columns and rows in the view."""
     height, width = min(crop.height, source[0] - crop.top), min(crop.width, source[1] - crop.left)
     columns, rows = round(size * width / crop.width), round(size * height / crop.height)
     return Crop(crop.top, crop.left, height, width, crop.flip), (columns, rows)
 
 
 def _decoded(image: Image.Image, shrink: int) -> Image.Image:
-    """Decode to RGB, at 1/shrink of the size where the format allows that."""
+    """Decode to RGB, at 1/shrink of the size if the format supports it."""
     with decoding():
         image.draft("RGB", (max(1, image.width // shrink), max(1, image.height // shrink)))
         return on_white(image)
 
 
 def _cut_out(pixels: Pixels, crop: Crop) -> Pixels:
-    """Cut out a crop of the size of the view, which is not resized."""
+    """Return the pixels of a crop that already has the view size, without resizing."""
     left = int(pixels.shape[1] - crop.left - crop.width if crop.flip else crop.left)
     top, height, width = int(crop.top), int(crop.height), int(crop.width)
     cut = pixels[top : top + height, left : left + width]
@@ -291,12 +290,12 @@ def _as_image(cut: Pixels | Image.Image) -> Image.Image:
 
 
 def per_view(values: Sequence[float], view: int) -> float:
-    """Return the view's value of a list whose last value serves all further views."""
+    """Return the value for a view; the last value of the list applies to all further views."""
     return values[min(view, len(values) - 1)]
 
 
 def jitter(image: Image.Image, strength: tuple[float, float, float, float], rng: random.Random) -> Image.Image:
-    """Change brightness, contrast, saturation and hue, in random order."""
+    """Apply brightness, contrast, saturation and hue jitter in random order."""
     order = sorted(range(4), key=lambda _: rng.random())
     for which in order:
         amount = strength[which]
@@ -311,7 +310,7 @@ def jitter(image: Image.Image, strength: tuple[float, float, float, float], rng:
 
 
 def shift_hue(image: Image.Image, turns: float) -> Image.Image:
-    """Turn all hues by a share of the colour circle."""
+    """Rotate all hues by a fraction of the color wheel."""
     hue, saturation, value = image.convert("HSV").split()
     steps = round(turns * 256)
     turned = hue.point([(level + steps) % 256 for level in range(256)])

@@ -1,4 +1,4 @@
-"""The watchdog of the loader: readers note what they do where the training process sees it, and waiting is limited."""
+"""Watchdog of the data loader: readers report their activity to the training process, and waiting has a timeout."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Item = TypeVar("Item")
 
 
 class NotYetError(Exception):
-    """Raised when an item is not there yet. It is not TimeoutError, which the work itself may raise."""
+    """Raised if an item is not yet available. Not a TimeoutError, because the work itself may raise one."""
 
 
 class Activity:
-    """Shows what one reader does. The reader writes it, and whoever waits for it reads it, across a fork."""
+    """Activity of one reader, in memory shared across a fork: the reader writes it, the waiting process reads it."""
 
     def __init__(self) -> None:
         self._place = RawArray("c", _NAME_BYTES)
@@ -29,26 +29,26 @@ class Activity:
         self._progress = RawValue("d", time.monotonic())
 
     def begin(self, place: object) -> None:
-        """Note that the reader now reads a shard."""
+        """Record that the reader starts reading a shard."""
         self._place.value = str(place).encode()[: _NAME_BYTES - 1]
         self._since.value = time.monotonic()
 
     def end(self) -> None:
-        """Note that the reader has got what it read."""
+        """Record that the reader has finished reading."""
         self._place.value = b""
         self._progress.value = time.monotonic()
 
     def reset(self) -> None:
-        """Note that waiting starts now."""
+        """Record that waiting starts now."""
         self._progress.value = time.monotonic()
 
     @property
     def idle_s(self) -> float:
-        """Return the seconds since a sample has been read, or since waiting began."""
+        """Return the seconds since the last sample was read, or since waiting started."""
         return time.monotonic() - float(self._progress.value)
 
     def describe(self) -> str:
-        """Say which shard is being read and for how long."""
+        """Describe which shard is being read and for how long."""
         place = self._place.value.decode(errors="replace")
         if not place:
             return "reading no shard: the sample before has not come through"
@@ -56,7 +56,7 @@ class Activity:
 
 
 def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: float) -> DataError:
-    """Return the error that stops a run which waits in vain."""
+    """Return the error for a timeout of the data loader."""
     reader = f"the training process of rank {rank}" if worker is None else f"worker {worker} of rank {rank}"
     return DataError(
         f"no sample has arrived for {activity.idle_s:.0f} s, more than data.stall_timeout_s = {timeout_s:g}",
@@ -67,11 +67,11 @@ def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: flo
 
 
 class InThread(Generic[Item]):
-    """Makes the items of an iterator in a thread, so that waiting for one can end.
+    """Iterator that runs in a background thread, so that waiting for an item can time out.
 
     Args:
-        items: to be made.
-        ahead: how many are made before they are asked for.
+        items: iterator to run.
+        ahead: number of items to prefetch.
     """
 
     def __init__(self, items: Generator[Item], ahead: int = 0) -> None:
@@ -88,7 +88,7 @@ class InThread(Generic[Item]):
         """Return the next item.
 
         Raises:
-            NotYetError: ask again.
+            NotYetError: not available within the timeout; call again.
         """
         if not self._waiting:
             self._asked.put(True)
@@ -103,30 +103,30 @@ class InThread(Generic[Item]):
         return made
 
     def close(self) -> None:
-        """End the thread once it has made what it is making."""
-        self._closed = True  # before what was asked for and is not begun
+        """Stop the thread after its current item."""
+        self._closed = True  # takes effect before requests that are still queued
         self._asked.put(False)
 
     def _make(self) -> None:
         while self._asked.get() and not self._closed:
             try:
                 self._made.put(next(self._items))
-            except Exception as error:  # whatever it is, it is raised again where the item is awaited
+            except Exception as error:  # any exception is raised again in `next`
                 self._made.put(error)
         self._items.close()
 
 
 class FromWorkers(Generic[Item]):
-    """Gives the items of a DataLoader's iterator that was given `timeout=POLL_S`."""
+    """Adapter for the iterator of a DataLoader that was created with `timeout=POLL_S`."""
 
     def __init__(self, items: Iterator[Item]) -> None:
         self._items = items
 
     def next(self, timeout_s: float) -> Item:
-        """Return the next item; the time limit is that of the DataLoader.
+        """Return the next item; the DataLoader's timeout applies.
 
         Raises:
-            NotYetError: ask again.
+            NotYetError: not available within the timeout; call again.
         """
         try:
             return next(self._items)
@@ -136,14 +136,14 @@ class FromWorkers(Generic[Item]):
         raise NotYetError
 
     def close(self) -> None:
-        """Do nothing: the workers end with their iterator."""
+        """Do nothing: the workers stop with their iterator."""
 
 
 def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
     """Wait for the next item as long as its reader makes progress, and return it.
 
     Raises:
-        NotYetError: the reader has got nothing for `limit_s`.
+        NotYetError: the reader has made no progress for `limit_s`.
     """
     activity.reset()
     while True:

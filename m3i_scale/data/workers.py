@@ -1,12 +1,12 @@
-"""Workers of the loader obey their parent alone, and what a killed one leaves is removed; pools are made here too.
+"""Signal handling and cleanup of data loader workers, and process pools.
 
-A scheduler that preempts a job signals every process of it. The training process then finishes its step and saves, for
-which it needs its workers; a worker that died would end the run with an error instead. So a worker obeys SIGTERM,
-SIGUSR2 and SIGINT only when its parent sends them (multiprocessing ends workers so at exit, and waits for them), and it
-ends when its parent is gone. Processes of a pool (`map_in_processes`) do the latter alone.
+A scheduler that preempts a job signals all its processes. The training process then finishes its step and saves, for
+which it needs its workers; a dead worker would turn this into an error. So a worker obeys SIGTERM, SIGUSR2 and SIGINT
+only if its parent sends them (multiprocessing stops workers this way at exit, and waits for them). It exits when its
+parent is gone. Processes of a pool (`map_in_processes`) only do the latter.
 
-A worker sends tensors through a socket in a temporary folder. It holds a lock there: a folder without one has lost its
-worker, and is removed when workers are started next.
+A worker sends tensors through a socket in a temporary folder and holds a lock there. A folder without a lock was left
+by a killed worker, and is removed when workers are started the next time.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 DEFAULT_WORKERS = min(8, usable_cores())
-"""Of a pool, where nobody says how many."""
+"""Default number of processes of a pool."""
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 START_METHOD = "fork"
-"""Workers inherit the signal mask of the process that forks them, which a fork server would not have."""
+"""Workers inherit the signal mask of the process that forks them; with a fork server they would not."""
 _LOOK_AFTER_PARENT_S = 1.0
 _HELD = "m3i-scale-worker"
-"""A file in the temporary folder of a worker, which holds a lock on it as long as it lives."""
+"""Lock file in the temporary folder of a worker, locked as long as the worker lives."""
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Block the signals while workers are started, so that workers begin with them blocked. No signal is lost."""
+    """Block signals while workers start, so that workers start with them blocked. No signal is lost."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
     try:
         yield
@@ -58,11 +58,10 @@ def signals_held() -> Iterator[None]:
 
 
 class DeathWatch:
-    """Tells the parent of worker processes when one of them was killed.
+    """Monitor that raises an error in the parent if a worker process was killed.
 
-    torch raises from its SIGCHLD handler, wherever the parent happens to be. Under this watch an error is raised only
-    while the parent waits for the worker, whose death could otherwise block it for ever; one that died before is seen
-    then.
+    torch raises from its SIGCHLD handler, at any point of the parent's code. This monitor raises only while the parent
+    waits for the worker and could block forever. An earlier death is reported at the next wait.
     """
 
     def __init__(self) -> None:
@@ -70,22 +69,22 @@ class DeathWatch:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Watch the worker processes that the code inside starts."""
+        """Monitor the worker processes that the enclosed code starts."""
         _sweep_temporary_folders()
         earlier, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         yield
         self.workers = [child for child in multiprocessing.active_children() if child not in earlier]
-        if signal.getsignal(signal.SIGCHLD) is not handler:  # torch sets its own, once in a process
+        if signal.getsignal(signal.SIGCHLD) is not handler:  # torch installs a handler once per process
             signal.signal(signal.SIGCHLD, functools.partial(_relay, handler))
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let the code inside wait for workers, and end the wait when one of them dies."""
+        """Let the enclosed code wait for workers; raise an error if one of them dies."""
         _WAITING.append(self)
         try:
             self._check_worker(None)
             yield
-        except (RuntimeError, OSError, EOFError) as error:  # what a death breaks in the parent has many names
+        except (RuntimeError, OSError, EOFError) as error:  # a worker's death causes various errors in the parent
             self._check_worker(str(error))
             raise
         finally:
@@ -116,7 +115,7 @@ def _relay(earlier: Any, number: int, frame: FrameType | None) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Obey signals of the parent alone from now on; called in a worker that was started under `signals_held`."""
+    """Ignore signals from other processes than the parent; call it in a worker started under `signals_held`."""
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         raise RuntimeError("not a worker process")
@@ -135,28 +134,28 @@ def _obey(parent: int, folder: Path | None) -> None:
 
 
 def _own_temporary_folder() -> Path | None:
-    """Make the temporary folder of this worker, held until it ends; None where it shares that of its parent."""
+    """Create and lock the temporary folder of this worker; None if it shares its parent's folder."""
     parent = Path(tempfile.gettempdir())
     before = set(os.listdir(parent))
     folder = Path(get_temp_dir())
     if folder.parent != parent or folder.name in before:
         return None
-    descriptor = os.open(folder / f"{_HELD}.partial", os.O_RDWR | os.O_CREAT, 0o600)  # never closed
+    descriptor = os.open(folder / f"{_HELD}.partial", os.O_RDWR | os.O_CREAT, 0o600)  # open until the process exits
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.rename(folder / f"{_HELD}.partial", folder / _HELD)
     return folder
 
 
 def _sweep_temporary_folders() -> None:
-    """Remove the folders of workers that were killed. A lock is seen from any container that shares the folder."""
+    """Remove the folders of killed workers. Locks are visible to all containers that share the folder."""
     for held in Path(tempfile.gettempdir()).glob(f"pymp-*/{_HELD}"):
         try:
-            descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe of another user would wait
-        except OSError:  # another user's, or gone meanwhile
+            descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # another user's pipe would block
+        except OSError:  # of another user, or already removed
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # its worker lives
+        except BlockingIOError:  # its worker is alive
             continue
         else:
             shutil.rmtree(held.parent, ignore_errors=True)
@@ -165,16 +164,16 @@ def _sweep_temporary_folders() -> None:
 
 
 def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """Do as `map` does, in `workers` processes; at most two tasks a process are under way or wait to be taken."""
+    """Map in order, using `workers` processes; at most two tasks per process are pending or not yet consumed."""
     if workers <= 1 or (isinstance(tasks, Sized) and len(tasks) <= 1):
         yield from map(function, tasks)
         return
-    # Not fork: the caller may run threads (progress bar), which a child would inherit half-locked. Not spawn: every
-    # process would import torch for itself.
+    # Not fork: the caller may run threads (progress bar), and the child would inherit their locks. Not spawn: every
+    # process would import torch again.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    # Ctrl-C reaches these processes too. They start with the signal blocked, and so does their parent, so that none
-    # prints a traceback out of its imports or finds its parent gone. Starting the tracker would unblock the signal.
+    # Ctrl-C also signals these processes. They and their parent start with the signal blocked, so that none prints a
+    # traceback from its imports or loses its parent. Starting the tracker would unblock the signal.
     resource_tracker.ensure_running()
     waiting: deque[Future[Result]] = deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
@@ -197,8 +196,8 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started the pool has ended, in whatever way; after Ctrl-C without a
-    traceback, which is for the one that started the pool to tell."""
+    """Exit this process when the process that created the pool ends for any reason. After Ctrl-C, exit without a
+    traceback, because that process reports the interrupt."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()

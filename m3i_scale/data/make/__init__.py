@@ -1,1 +1,1 @@
-"""Shards are made here: inputs of any kind, the layout of samples, and the writer that all of them share."""
+"""Creation of shards: readers for all kinds of inputs, the layout of samples, and a common writer."""

@@ -1,4 +1,4 @@
-"""Read an annotation file of COCO or LVIS: what is sound becomes the member of an image, and what is odd is counted."""
+"""Reader of COCO and LVIS annotation files: valid annotations are written to shards, unusual ones are counted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from m3i_scale.errors import DataError
 _LISTS = ("images", "annotations", "categories")
 _LVIS = ("neg_category_ids", "not_exhaustive_category_ids")
 _EDGE = 1.0
-"""Pixels that a box may reach beyond the edge of its image without being counted: tools round."""
+"""Tolerance in pixels for boxes beyond the edge of their image: annotation tools round."""
 
 
 @dataclass
 class Counts:
-    """Counts what is in an annotation file; all but `of_unknown_images` is in the shards too."""
+    """Statistics of an annotation file. All annotations except `of_unknown_images` are also in the shards."""
 
     images: int = 0
     annotations: int = 0
@@ -37,20 +37,20 @@ class Counts:
     images_without_annotations: int = 0
     crowds: int = 0
     without_mask: int = 0
-    """Boxes alone."""
+    """Annotations with a box only."""
     zero_areas: int = 0
-    """Boxes without width or height, and annotations whose area is 0; training leaves out the boxes."""
+    """Boxes without width or height, and annotations whose area is 0; training skips the boxes."""
     past_the_edge: int = 0
-    """Boxes that reach beyond the image by more than a pixel; training cuts them off."""
+    """Boxes that extend beyond the image by more than a pixel; training clips them."""
     outside: int = 0
-    """Boxes of which nothing is in the image; training leaves them out."""
+    """Boxes completely outside the image; training skips them."""
     polygons_left_out: int = 0
-    """Parts of masks with less than three corners, or an x without y: they have no area."""
+    """Polygons with fewer than three corners or an odd number of coordinates: they have no area."""
     of_unknown_images: int = 0
-    """Annotations that were left out."""
+    """Annotations of unknown images, which are skipped."""
 
     def count(self, instances: Instances) -> None:
-        """Count the annotations of an image."""
+        """Add the annotations of an image."""
         boxes_N4, corners_N4 = instances.boxes_N4, instances.corners()
         no_size_N = (boxes_N4[:, 2:] == 0).any(axis=1)
         outside_N = (corners_N4[:, 2:] <= corners_N4[:, :2]).any(axis=1) & ~no_size_N
@@ -70,34 +70,34 @@ class Counts:
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """Holds what an annotation file says of an image."""
+    """An image of an annotation file."""
 
     where: str
-    """Names it in errors."""
+    """Names the image in errors."""
     row: dict[str, Any]
-    """As it stands in the file."""
+    """Its entry in the file."""
     member: bytes
-    """Its annotations as a shard holds them; empty where there is a fault."""
+    """Annotations in the format of shards; empty if there is an error."""
     fault: DataError | None
 
 
 @dataclass
 class AnnotationFile:
-    """Gives the images of an annotation file, each with its annotations."""
+    """An annotation file whose annotations are grouped by image."""
 
     path: Path
     categories: Categories
     rows: list[dict[str, Any]]
-    """Of images."""
+    """Entries of the images."""
     annotations: dict[int, list[dict[str, Any]]]
-    """By the id of their image."""
+    """Annotations by image id."""
     repeated: set[int]
-    """Ids that several annotations have."""
+    """Ids that several annotations share."""
     counts: Counts = field(default_factory=Counts)
     forms: BoxForms = field(default_factory=BoxForms)
 
     def images(self) -> Iterator[AnnotatedImage]:
-        """Yield the images in order of the file; its counts are whole afterwards."""
+        """Yield the images in file order; `counts` is complete afterwards."""
         indices = {category.id: index for index, category in enumerate(self.categories.categories)}
         used: set[int] = set()
         for row in self.rows:
@@ -119,10 +119,10 @@ class AnnotationFile:
         self.forms.check(str(self.path))
 
     def _value(self, row: dict[str, Any], indices: dict[int, int]) -> dict[str, Any]:
-        """Return the member of an image, as far as it can be made.
+        """Return the annotations of an image in the format of shards.
 
         Raises:
-            BadSampleError: an unknown category, an id twice, or a mask that cannot be packed.
+            BadSampleError: an unknown category, a duplicate id, or a mask that cannot be packed.
         """
         rows = self.annotations.get(row["id"], [])
         value: dict[str, Any] = {"image_id": row["id"], "width": row.get("width"), "height": row.get("height")}
@@ -144,7 +144,7 @@ class AnnotationFile:
         return made if not segmentation else made | {"segmentation": segmentation}
 
     def _segmentation(self, value: Any, name: str) -> Any:
-        """Return a mask as a shard holds it; what is wrong with it is found later."""
+        """Convert a mask to the format of shards; it is validated later."""
         if isinstance(value, list):
             kept = [part for part in value if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
             self.counts.polygons_left_out += len(value) - len(kept)
@@ -158,11 +158,11 @@ class AnnotationFile:
 
 
 def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
-    """Read an annotation file, and group what is in it by image.
+    """Read an annotation file and group its annotations by image.
 
     Args:
-        path: of the file.
-        skip_bad: annotations of unknown images are left out, and counted.
+        path: COCO or LVIS file.
+        skip_bad: skip and count annotations of unknown images instead of raising an error.
     """
     with reading(path, ValueError, RecursionError, fix="give an annotation file of COCO or LVIS"):
         document = json.loads(path.read_bytes())

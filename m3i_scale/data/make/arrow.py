@@ -1,6 +1,6 @@
-"""Read rows of Arrow and Parquet files, and find which column is the image, the caption, the label.
+"""Reader of Arrow and Parquet files that detects the image, caption and label columns.
 
-A column is found by its type, or by its name where several could be meant.
+A column is detected by its type, or by its name if several are candidates.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from m3i_scale.data.make.records import reading
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 NONE = "none"
-"""Asks for no column."""
+"""Column name that selects no column."""
 BATCH_ROWS = 64
 _parquet_file: Any = pyarrow.parquet.ParquetFile
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Holds the names of columns that the user gave; None: found by type."""
+    """Column names given by the user; None: detected by type."""
 
     image: str | None = None
     caption: str | None = None
@@ -38,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Roles:
-    """Holds the names of the columns that are used, by role."""
+    """Names of the columns in use, by role."""
 
     image: str
     caption: str | None
@@ -47,15 +47,15 @@ class Roles:
     group: str | None
 
     def used(self) -> set[str | None]:
-        """Return the columns that do not go into the json member."""
+        """Return the columns that are not copied to the JSON file of a sample."""
         return {self.image, self.caption, self.label}
 
 
 def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[str]]:
-    """Find the roles of columns, and the class names of the label column.
+    """Detect the roles of columns, and the class names of the label column.
 
-    The image is the one column of type Image (or of a struct with bytes and path), the label the one ClassLabel, the
-    caption the one of `caption`, `text`, `captions` and `texts` that is there.
+    The image is the only column of type Image (or of a struct with bytes and path). The label is the only ClassLabel.
+    The caption is the only existing column of `caption`, `text`, `captions` and `texts`.
     """
     names = list(schema.names)
     for name in vars(columns).values():
@@ -74,14 +74,14 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file, by name of the column; a few at a time are in memory.
+    """Yield the rows of a file as dicts by column name, with few rows in memory.
 
     Args:
-        path: of a .parquet file; else of an Arrow stream.
-        columns: the ones to read; None: all.
+        path: a .parquet file, or an Arrow stream otherwise.
+        columns: columns to read; None: all.
     """
     with _reading(path):
-        if path.is_dir():  # as Spark and dask write a table
+        if path.is_dir():  # Spark and dask write a table as a folder
             for part in sorted(path.glob("*.parquet")):
                 yield from read_rows(part, columns)
         elif columns == []:
@@ -99,7 +99,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 
 
 def row_count(path: Path) -> int:
-    """Return the number of rows of a file, from its headers."""
+    """Return the number of rows of a file from its headers."""
     with _reading(path):
         if _is_parquet(path):
             with _parquet_file(path) as table:
@@ -109,7 +109,7 @@ def row_count(path: Path) -> int:
 
 
 def schema_of(path: Path) -> Any:
-    """Return names and types of the columns of a file, with what `datasets` wrote about them."""
+    """Return the Arrow schema of a file, with the metadata of `datasets`."""
     with _reading(path):
         if _is_parquet(path):
             with _parquet_file(path) as table:
@@ -127,10 +127,10 @@ def _reading(path: Path) -> AbstractContextManager[None]:
 
 
 def python_value(value: Any) -> Any:
-    """Return the value of a cell as JSON types.
+    """Convert a cell to JSON types.
 
     Raises:
-        TypeError: there are none for it.
+        TypeError: the value has no JSON type.
     """
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -158,7 +158,7 @@ def _one(role: str, chosen: str | None, candidates: list[str], where: str) -> st
 
 
 def _features(schema: Any, where: str) -> Mapping[str, Any]:
-    """Read what `datasets` wrote about the columns."""
+    """Return the column features from the metadata of `datasets`."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return {}

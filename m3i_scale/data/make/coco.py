@@ -1,4 +1,4 @@
-"""Read annotation files of COCO or LVIS, and the images that they name, as input of `make`."""
+"""COCO and LVIS annotation files, with their images, as input of `make`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m3i_scale.errors import ConfigError, DataError
 
 _SPLITS = SPLIT_NAMES | {"minival"}
 _KINDS = ("instances_*.json", "lvis_*.json", "*.json")
-"""Annotation files of a folder, the first kind that is there; captions and key points lie beside those of COCO."""
+"""Patterns of annotation files; the first one that matches is used. COCO's folder also has captions and keypoints."""
 _ROBOFLOW = "*/_annotations.coco.json"
 
 
@@ -27,10 +27,10 @@ def coco_input(
     """List images and their annotations.
 
     Args:
-        inputs: annotation files, or folders of them as COCO lies.
-        images: where the names in them lead from; None: the folder of the file, or the one around `annotations`.
-        shares: whether a single file is to be split, and its name says no split.
-        skip_bad: images with a fault are left out when shards are made, and so are annotations of unknown images.
+        inputs: annotation files, or folders in COCO's layout.
+        images: root of the image names; None: the folder of the file, or the parent of `annotations`.
+        shares: a single file is split by fractions, so the split in its name is ignored.
+        skip_bad: skip images with errors and annotations of unknown images.
     """
     files = [file for given in inputs for file in annotation_files(given)]
     splits = [split_of(file) if not shares or len(files) > 1 else None for file in files]
@@ -50,13 +50,13 @@ def coco_input(
         sets[split] = annotated.categories
         records += _records(path, annotated.images(), images, split, skip_bad=skip_bad)
         counts["/".join(path.parts[-2:])] = annotated.counts.to_json()
-    # How many images have a category is asked of those for training.
+    # Image counts per category are those of the training set.
     categories = sets[next((split for split in splits if split in ("train", "training")), splits[0])]
     return ListedInput(records, [], categories=categories, source=categories.format, annotations=counts)
 
 
 def annotation_files(given: Path) -> list[Path]:
-    """Return the annotation files of a folder: in its `annotations`, in it, or one in the folder of each split."""
+    """Return the annotation files of a folder: from its `annotations`, directly in it, or one per split folder."""
     if given.is_file():
         return [given]
     for place in (given / "annotations", given):
@@ -84,8 +84,8 @@ def annotation_files(given: Path) -> list[Path]:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that a file's name says (`instances_train2017`, `lvis_v1_val`), or that of its folder where it
-    lies among the images; None where neither says one."""
+    """Return the split in a file's name (`instances_train2017`, `lvis_v1_val`) or else in its folder's name; None if
+    neither contains exactly one."""
     for name in (path.stem, path.parent.name):
         named = {word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}
         if len(named) == 1:
@@ -105,14 +105,13 @@ def _check_splits(files: Sequence[Path], splits: Sequence[str | None]) -> None:
 
 
 def _named(categories: Categories) -> list[Any]:
-    """Return what has to be the same in all files; numbers of images are not."""
+    """Return the properties that must be equal in all files; image counts may differ."""
     return [categories.format, *(replace(category, image_count=None) for category in categories.categories)]
 
 
 def _records(
     path: Path, annotated: Iterator[AnnotatedImage], images: Path | None, split: str | None, *, skip_bad: bool
 ) -> list[Record]:
-    """Return the records of a file."""
     folders = _folders(path, images, split)
     records, names = list[Record](), set[str]()
     for item in annotated:
@@ -155,10 +154,10 @@ def _records(
 
 
 def _ways(item: AnnotatedImage) -> list[str]:
-    """Return names that an image may have: its `file_name`, and the end of its `coco_url`, as LVIS has it."""
+    """Return candidate names of an image: its `file_name`, and the end of its `coco_url`, as in LVIS."""
     row = item.row
     url, ways = row.get("coco_url"), [row["file_name"]] if row.get("file_name") else []
-    parts = url.split("/") if isinstance(url, str) else []  # of http://host/train2017/NAME the last two
+    parts = url.split("/") if isinstance(url, str) else []  # the last two parts of http://host/train2017/NAME
     ways += ["/".join(parts[-2:]), parts[-1]] if len(parts) > 4 else []
     if not ways or not all(isinstance(way, str) and PurePosixPath(way).name for way in ways):
         raise DataError("the image has no file_name", where=item.where)
@@ -169,8 +168,8 @@ def _ways(item: AnnotatedImage) -> list[str]:
 
 
 def _folders(path: Path, images: Path | None, split: str | None) -> list[Path]:
-    """Return folders that names may lead from: below the root, those called as the end of the file's name
-    (`train2017`) or as the split."""
+    """Return candidate root folders of images: the root, and its subfolders with the name of the split or of the end of
+    the file's name (`train2017`)."""
     around = path.parent.parent if path.parent.name == "annotations" else path.parent
     root = images or around
     below = dict.fromkeys(name for name in (path.stem.rpartition("_")[2], split) if name)
@@ -179,8 +178,8 @@ def _folders(path: Path, images: Path | None, split: str | None) -> list[Path]:
 
 
 def _find(ways: Sequence[str], folders: list[Path]) -> Path | None:
-    """Return the file of an image; the folder that has it is looked into first for the next one."""
-    with suppress(OSError, ValueError):  # no name of a file: too long, say
+    """Return the file of an image. The folder that contains it is searched first for the next image."""
+    with suppress(OSError, ValueError):  # not a valid file name, for example too long
         for folder in folders:
             for way in ways:
                 if (folder / way).is_file():

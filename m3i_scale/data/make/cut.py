@@ -1,4 +1,4 @@
-"""Samples are dealt to splits here, and splits cut into shards."""
+"""Rules for assigning samples to splits and cutting splits into shards."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ _SIZES = ("samples_per_shard", "max_mb", "multiple_of")
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """Says how records are cut into shards."""
+    """Options for cutting records into shards."""
 
     samples_per_shard: int = 10_000
-    """At most so many samples a shard."""
+    """Maximum number of samples per shard."""
     max_mb: float = 500.0
-    """About so many megabytes (10⁶ bytes) a shard at most."""
+    """Approximate maximum size of a shard in megabytes (10⁶ bytes)."""
     multiple_of: int = 8
-    """The number of shards of a split is rounded up to a multiple of this, so that streams (8 by default) hardly share
-    shards, which each of them would read or fetch; a split with fewer samples gets one shard a sample."""
+    """The number of shards per split is rounded up to a multiple of this, so that few shards are read by several
+    streams (8 by default). A split with fewer samples gets one shard per sample."""
     vocabulary: int = 8_192
-    """Size of the tokenizer trained on the captions; 0 trains none."""
+    """Vocabulary size of the tokenizer trained on the captions; 0 trains none."""
     skip_bad: bool = False
-    """Leave out (and list) samples that cannot be used, instead of stopping."""
+    """Skip and list unusable samples instead of raising an error."""
     workers: int = 1
-    """Processes that read and encode images."""
+    """Number of processes that read and encode images."""
     value_range: tuple[float, float] | None = None
-    """Grey values of images of more than eight bits that become black and white; then all images have to be such."""
+    """Intensity window of images with more than 8 bits; all images must then have more than 8 bits."""
     shards: int | None = None
-    """Exactly so many shards a split, instead of what the sizes say."""
+    """Exact number of shards per split; replaces the size limits."""
     keep_order: bool = False
-    """Fill shards in order of the input; else by a hash of the key."""
+    """Fill shards in input order instead of by a hash of the key."""
 
     def check(self) -> None:
-        """Refuse values that make no sense, or one that the other makes pointless."""
+        """Validate the values and their combination."""
         if min(self.samples_per_shard, self.multiple_of, self.workers) < 1 or self.max_mb <= 0:
             raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
         if self.shards is None:
@@ -51,7 +51,7 @@ class ShardOptions:
             )
 
     def count(self, samples: int, size: int) -> int:
-        """Return the number of shards of a split of so many samples and bytes."""
+        """Return the number of shards for a split of `samples` samples and `size` bytes."""
         if self.shards is None:
             count = max(math.ceil(samples / self.samples_per_shard), math.ceil(size / 1e6 / self.max_mb))
             return min(samples, math.ceil(count / self.multiple_of) * self.multiple_of)
@@ -61,7 +61,7 @@ class ShardOptions:
 
 
 def parse_range(text: str) -> tuple[float, float]:
-    """Read `0,4095` as the grey values that become black and white."""
+    """Parse `0,4095` as an intensity window."""
     low, comma, high = text.partition(",")
     try:
         value_range = float(low), float(high)
@@ -73,7 +73,7 @@ def parse_range(text: str) -> tuple[float, float]:
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """Read `train=0.95,val=0.05` as shares that add up to one."""
+    """Parse `train=0.95,val=0.05` as fractions that sum to one."""
     shares = {}
     for part in text.split(","):
         split, equals, share = part.partition("=")

@@ -1,4 +1,4 @@
-"""`make webdataset`, `split` and `merge` read samples of existing shards here: in order, and only from sound tars."""
+"""Ordered reader of samples in existing, valid shards, for `make webdataset`, `split` and `merge`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from m3i_scale.errors import DataError
 from m3i_scale.text import printable
 
 Advance = Callable[[int], None]
-"""Called with the bytes of every shard that is done."""
+"""Called with the number of bytes of every completed shard."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Says which shard is read, and how its samples are named and grouped."""
+    """An input shard, with rules for naming and grouping its samples."""
 
     path: Path
     source: int = 0
-    """Number of the folder or pattern it was named by."""
+    """Index of the input folder or pattern."""
     group: str | None = None
-    """Field of the json member by which samples stay together."""
+    """JSON field whose value keeps samples in the same split."""
     prefix: str = ""
-    """Put before every key."""
+    """Prefix of every key."""
 
     def where(self, key: str) -> str:
-        """Return what names a sample in errors."""
+        """Return the name of a sample for errors."""
         return f"{self.path}: key '{printable(key)}'"
 
 
@@ -44,9 +44,9 @@ def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = 
     """Yield the outlines of all samples, in order.
 
     Args:
-        origins: the shards.
-        workers: processes.
-        advance: progress.
+        origins: input shards.
+        workers: number of processes.
+        advance: progress callback.
     """
     for size, outlines_of_shard in map_in_processes(outline_shard, origins, workers):
         yield from outlines_of_shard
@@ -55,7 +55,7 @@ def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = 
 
 
 def outline_shard(origin: Origin) -> tuple[int, list[Outline]]:
-    """Return the size of a shard in bytes, and the outlines of its samples."""
+    """Return the size of a shard in bytes and the outlines of its samples."""
     shard = sound_shard(origin.path)
     with origin.path.open("rb") as stream:
         return shard.size, [
@@ -67,12 +67,12 @@ def outline_shard(origin: Origin) -> tuple[int, list[Outline]]:
 def contents(
     origins: Sequence[Origin], advance: Advance | None = None, *, keys: Container[str] | None = None
 ) -> Iterator[tuple[Origin, str, dict[str, bytes]]]:
-    """Yield origin, key and members of all samples, in the order of `outlines`.
+    """Yield origin, key and files of all samples, in the order of `outlines`.
 
     Args:
-        origins: the shards.
-        advance: progress.
-        keys: of the samples that are read; None: all of them.
+        origins: input shards.
+        advance: progress callback.
+        keys: keys of the samples to read; None: all.
     """
     for origin in origins:
         shard = sound_shard(origin.path)
@@ -89,7 +89,7 @@ def contents(
 
 
 def sound_shard(path: Path) -> RawShard:
-    """Read a shard that has no fault of the tar itself."""
+    """Read the headers of a shard; raise an error if the tar is not valid."""
     shard = read_shard(path)
     faults = [*shard.faults, *(fault for sample in shard.samples for fault in sample.faults)]
     faults += [
@@ -103,7 +103,7 @@ def sound_shard(path: Path) -> RawShard:
 
 
 def common_labels(source: str, file: str = LABELS) -> list[str] | None:
-    """Read the class names beside the shards of a source, whose pattern may lead into several folders.
+    """Read the class names from the folders of a dataset; a pattern may match several folders.
 
     Args:
         source: a folder, a brace pattern or one tar.
@@ -117,7 +117,7 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
 
 
 def common_categories(source: str) -> Categories | None:
-    """Read the categories beside the shards of a source; see `common_labels`."""
+    """Read the categories from the folders of a dataset; see `common_labels`."""
     folders = sorted({path.parent for path in local_shards(source)})
     sets = [categories_beside(folder) for folder in folders]
     if any(categories != sets[0] for categories in sets):
@@ -126,7 +126,7 @@ def common_categories(source: str) -> Categories | None:
 
 
 def json_object(data: bytes | None, where: str) -> dict[str, Any]:
-    """Read a json member; empty where there is none."""
+    """Parse the JSON file of a sample; empty if there is none."""
     try:
         value = json.loads(data) if data is not None else {}
     except (ValueError, RecursionError) as error:
@@ -137,7 +137,7 @@ def json_object(data: bytes | None, where: str) -> dict[str, Any]:
 
 
 def field_of(data: bytes | None, name: str, where: str) -> Any:
-    """Read a field of a json member; dots lead into objects."""
+    """Return a field of the JSON file of a sample; dots separate nested objects."""
     value: Any = json_object(data, where)
     for part in name.split("."):
         if not isinstance(value, dict) or value.get(part) is None:
@@ -152,7 +152,7 @@ def field_of(data: bytes | None, name: str, where: str) -> Any:
 
 @contextmanager
 def annotations_of(where: str, fix: str | None = None) -> Iterator[None]:
-    """Turn what is wrong with the annotations of a sample into a DataError that names the sample."""
+    """Convert annotation errors of a sample into a DataError that names the sample."""
     try:
         yield
     except BadSampleError as bad:

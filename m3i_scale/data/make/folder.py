@@ -1,4 +1,4 @@
-"""Read a folder of images, by class or by split and class, as input of `make`."""
+"""Folder of images, by class or by split and class, as input of `make`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from m3i_scale.data.make.records import ListedInput, Record, split_name
 from m3i_scale.errors import DataError
 
 Captions = Literal["auto", "none", "optional", "required"]
-"""auto: all images of a folder have a caption file or none has."""
+"""auto: either all images of a folder have a caption file, or none."""
 
 FolderLayout = Literal["auto", "classes", "splits"]
-"""classes: FOLDER/CLASS/…; splits: FOLDER/SPLIT/CLASS/…; auto: the second where all first folders have names of splits
-and one of them has all classes, the first where none has such a name."""
+"""classes: FOLDER/CLASS/…; splits: FOLDER/SPLIT/CLASS/…; auto: splits if all top-level folders have names of splits and
+one of them has all classes, classes if no folder has such a name."""
 
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
-"""In any case of letters."""
+"""Case-insensitive."""
 
 
 def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> ListedInput:
-    """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` beside an image as its caption.
+    """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` next to an image as its caption.
 
     Args:
-        folder: where they lie; what lies directly in it, or in the folder of a split, has no label, and what is hidden
-            (by a dot) is left out.
-        captions: which images have one.
-        layout: what the first folder on the way to an image is; see `FolderLayout`.
+        folder: root folder. Images directly in it or in a split folder have no label; hidden (dot) files are skipped.
+        captions: which images have a caption.
+        layout: meaning of the top-level folders; see `FolderLayout`.
     """
     images = list_images(folder)
     ways = [path.relative_to(folder).parts[:-1] for path in images]
@@ -52,7 +51,7 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the files below a folder that are images by their name and not hidden, sorted."""
+    """Return the files below a folder that have an image extension and are not hidden, sorted."""
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder))
     images = sorted(path for path in folder.rglob("*") if _is_shown_image(path, folder))
@@ -62,24 +61,24 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _is_shown_image(path: Path, folder: Path) -> bool:
-    """Return whether a file is an image by its name, and neither it nor a folder on the way to it is hidden: notebooks
-    leave `.ipynb_checkpoints`, macOS `._NAME.jpg`."""
+    """Return whether a file has an image extension and no hidden part in its path, such as notebooks'
+    `.ipynb_checkpoints` or macOS's `._NAME.jpg`."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
 
 
 def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
-    """Return whether the first folders are splits and not classes.
+    """Return whether the top-level folders are splits, not classes.
 
     Args:
-        ways: the folders on the way to every image.
-        folder: where they begin.
+        ways: path components of the folders of every image.
+        folder: root folder, for errors.
     """
     first = {way[0] for way in ways if way}
     splits = sorted(name for name in first if name.lower() in SPLIT_NAMES)
     others = sorted(first.difference(splits))
     one_of_the_classes = others and len(splits) == 1 and all(len(way) == 1 for way in ways if way and way[0] in splits)
-    if not splits or one_of_the_classes:  # a train is also a vehicle
+    if not splits or one_of_the_classes:  # "train" may also be the class of a vehicle
         return False
     inside = {split: {way[1] for way in ways if len(way) > 1 and way[0] == split} for split in splits}
     most = max(splits, key=lambda split: len(inside[split]))
@@ -113,14 +112,14 @@ def _folder_record(path: Path, folder: Path, label: int | None, split: str | Non
     size = 0
     try:
         size = path.stat().st_size
-    except OSError as error:  # a link to nowhere
+    except OSError as error:  # broken symbolic link
         fault = DataError(f"the image is missing: {error.strerror}", where=str(path), fix="remove the link")
     meta = {"path": relative.as_posix()}
     return Record(key_of(relative), path, caption, label, meta, split, size=size, fault=fault)
 
 
 def read_caption(path: Path, captions: Captions) -> str | None:
-    """Read a caption file; None where it is empty, or missing and optional."""
+    """Read a caption file; return None if it is empty, or missing and optional."""
     if not path.is_file():
         if captions == "optional":
             return None
@@ -136,5 +135,5 @@ def read_caption(path: Path, captions: Captions) -> str | None:
 
 
 def key_of(relative: Path) -> str:
-    """Return a sample's key without dots, which would end it in a shard, and a leading __, which webdataset skips."""
+    """Return a key without dots, which would end it in a shard, and without a leading __, which webdataset skips."""
     return re.sub(r"[^\w-]+", "-", relative.with_suffix("").as_posix().replace("/", "_")).lstrip("_-") or "image"

@@ -1,4 +1,4 @@
-"""Read Hugging Face `datasets` as input of `make`: folders of `save_to_disk` and Parquet files, by pyarrow alone."""
+"""Hugging Face `datasets` as input of `make`: `save_to_disk` folders and Parquet files, read with pyarrow only."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from m3i_scale.files import read_json
 
 @dataclass(frozen=True)
 class TableFile:
-    """Names a file with rows, and the split they go to."""
+    """A file of rows, with its split."""
 
     path: Path
     split: str | None
-    """None: the split rule decides."""
+    """None: assigned by the split rule."""
 
 
 @dataclass
 class TableInput:
-    """Gives the rows of Arrow or Parquet files as records, a few at a time."""
+    """Rows of Arrow or Parquet files as records, with few rows in memory."""
 
     files: Sequence[TableFile]
     roles: Roles
     labels: list[str]
     left_out: set[str] = field(default_factory=set)
-    """Columns that no json member can hold."""
+    """Columns that JSON cannot represent."""
     mask_labels: list[str] | None = None
-    """There are none."""
+    """Not available in this input."""
     categories: Categories | None = None
-    """There are none."""
+    """Not available in this input."""
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""
@@ -64,7 +64,7 @@ class TableInput:
         return {"source": "huggingface", **({"columns_left_out": sorted(self.left_out)} if self.left_out else {})}
 
     def labels_of(self, split: str | None) -> Iterator[tuple[str, int | None]]:
-        """Yield key and label of every row of a split, its image unread; no label where it is out of range."""
+        """Yield key and label of every row of a split without reading images; out-of-range labels become None."""
         for row in self._rows([name for name in (self.roles.label, self.roles.key) if name is not None]):
             if row.file.split == split:
                 try:
@@ -85,7 +85,7 @@ class TableInput:
 
     def _label(self, row: _Row) -> int | None:
         label = None if self.roles.label is None else row.values[self.roles.label]
-        if label is None or label == -1:  # how `datasets` writes "none"
+        if label is None or label == -1:  # the value of `datasets` for "no label"
             return None
         if not (isinstance(label, int) and 0 <= label < len(self.labels)):
             raise DataError(f"the label is out of range: {label!r:.40}", where=row.where)
@@ -114,18 +114,18 @@ class _Row:
     key: str
     values: dict[str, Any]
     size: int
-    """Mean bytes of a row of its file."""
+    """Mean size in bytes of a row of the file."""
     where: str
 
 
 def huggingface_input(source: Path, columns: Columns) -> TableInput:
-    """Open a folder of `datasets.save_to_disk` (also of several splits), a Parquet file, or a folder of such files.
+    """Open a `datasets.save_to_disk` folder (also of several splits), a Parquet file, or a folder of Parquet files.
 
-    Parquet files of a folder are told apart by the beginning of their names, as on the Hub: `train-00000-of-00004`.
+    The split of a Parquet file is the start of its name, as on the Hub: `train-00000-of-00004`.
 
     Args:
         source: file or folder.
-        columns: which column is what; see `find_roles`.
+        columns: names of the columns by role; see `find_roles`.
     """
     files = find_files(source)
     schema = schema_of(files[0].path)
@@ -137,7 +137,7 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
 
 
 def find_files(source: Path) -> list[TableFile]:
-    """List the files of a data set, in order."""
+    """List the files of a dataset, in order."""
     if source.is_file() and source.suffix == ".parquet":
         return [TableFile(source, None)]
     if (source / "dataset_dict.json").is_file():
@@ -163,7 +163,7 @@ def _saved(folder: Path, split: str | None) -> list[TableFile]:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """Return the path of a file that JSON names; it must lie right below, or a downloaded data set could name any."""
+    """Return the path of a file named in JSON: a direct child, or a downloaded dataset could name any file."""
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
         raise DataError(f"not the name of a file in the folder: {name!r:.80}", where=str(folder))
     return folder / name
@@ -184,7 +184,7 @@ def _image(value: Any, where: str) -> bytes:
 
 
 def _text(value: Any) -> str | None:
-    """Return the caption; of a list, one caption a line (`captions: lines` of a source)."""
+    """Return the caption; a list becomes one caption per line (`captions: lines` of a dataset)."""
     if isinstance(value, list):
         return "\n".join(" ".join(str(item).split()) for item in value if item) or None
     return None if value is None else str(value).strip() or None

@@ -1,4 +1,4 @@
-"""The layout says which split and shard every sample goes to; names and sizes decide, before any content is read."""
+"""Assignment of samples to splits and shards, by names and sizes, before any content is read."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import printable
 
 WHOLE = ""
-"""Name of the one split of an output that is not split: its shards lie in the output folder itself."""
+"""Split name of an output without splits: its shards are directly in the output folder."""
 _CHUNK = 65_536
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Holds what the layout has to know of a sample before its content is read."""
+    """Properties of a sample that the layout needs before its content is read."""
 
     key: str
     size: int
-    """Bytes, roughly."""
+    """Approximate size in bytes."""
     group: str | None = None
-    """What the split rule hashes; None: the key."""
+    """Text that the split rule hashes; None: the key."""
     split: str | None = None
-    """Where it goes whatever the rule says."""
+    """Fixed split, which overrides the split rule."""
     place: str = ""
-    """Names it in errors."""
+    """Names the sample in errors."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Says which split and shard every sample goes to, in a few bytes a sample."""
+    """Split and shard of every sample, in a few bytes per sample."""
 
     splits: list[str]
     split_N: NDArray[np.int16]
     """Index into `splits`."""
     shard_N: NDArray[np.int32]
-    """Number of the shard within the split."""
+    """Index of the shard within the split."""
 
     def place(self, number: int) -> tuple[str, int]:
-        """Return the split of a sample, and its shard's number there."""
+        """Return the split of a sample and its shard index within the split."""
         return self.splits[self.split_N[number]], int(self.shard_N[number])
 
     def __len__(self) -> int:
@@ -61,17 +61,17 @@ def plan_layout(
     options: ShardOptions,
     whole: str = WHOLE,
 ) -> Layout:
-    """Return the layout: splits are drawn, and cut into shards that differ by one sample at most.
+    """Plan the layout: draw splits, and cut them into shards that differ by at most one sample.
 
     Args:
-        outlines: gives those of all samples, in order of the input.
-        shares: of samples by split, drawn by hash; None: all go to `whole`.
-        options: how many shards there are, and in which order they are filled.
-        whole: the split of samples that name none, where there are no shares.
+        outlines: returns the outlines of all samples, in input order.
+        shares: fractions of samples by split, drawn by hash; None: all go to `whole`.
+        options: number of shards, and the order in which they are filled.
+        whole: split of samples without one, if there are no `shares`.
     """
     options.check()
     names: dict[str, int] = {}
-    splits, orders, sizes = array("h"), array("Q"), Counter[int]()  # lists of integers take five times as much
+    splits, orders, sizes = array("h"), array("Q"), Counter[int]()  # lists of integers need five times the memory
     drawn = False
     for outline in _unique(outlines):
         name = outline.split
@@ -106,7 +106,7 @@ def plan_layout(
 
 
 def draw_split(key: str, shares: Mapping[str, float]) -> str:
-    """Draw a split by a hash of the key, so a sample stays in its split when others are added."""
+    """Draw a split by a hash of the key, so that a sample keeps its split when others are added."""
     position = int.from_bytes(hash_of("split", key)[:8], "big") / 2**64
     for split, share in shares.items():
         position -= share
@@ -116,18 +116,18 @@ def draw_split(key: str, shares: Mapping[str, float]) -> str:
 
 
 def hash_of(purpose: str, key: str) -> bytes:
-    """Return the hash that orders and splits samples: the same on every machine, whatever other samples there are."""
+    """Return the hash for ordering and splitting samples, independent of the machine and of other samples."""
     return hashlib.sha256(f"{purpose}/{key}".encode()).digest()
 
 
 def training_splits(splits: Iterable[str]) -> set[str]:
-    """Return the splits whose captions the tokenizer may see: `train`, also as `Training`; all where neither exists."""
+    """Return the splits whose captions train the tokenizer: `train` or `training` in any case, or else all."""
     named = set(splits)
     return {split for split in named if split.lower() in ("train", "training")} or named
 
 
 def _unique(outlines: Callable[[], Iterator[Outline]]) -> Iterator[Outline]:
-    """Yield the outlines; raise at the end if a key stands twice."""
+    """Yield the outlines; raise an error at the end if a key occurs twice."""
     with Digests() as keys:
         remaining = outlines()
         total = 0

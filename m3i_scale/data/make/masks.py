@@ -1,4 +1,4 @@
-"""Read a folder of images and one of masks, paired by their names, as input of `make`."""
+"""Folder of images and folder of masks, paired by name, as input of `make`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
-"""The class of every number where names begin at 1: 0 and 255 have none."""
+"""Class of every stored value if classes start at 1: 0 and 255 become 255 (no class)."""
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """Gives a mask as shards hold it; see `LazyContents`."""
+    """A mask file, converted to the format of shards when it is read; see `LazyContents`."""
 
     path: Path
     classes: int
     reduce_zero_label: bool
 
     def read(self) -> bytes:
-        """Return the mask with classes from 0. Data that is no mask is returned unchanged; `check_mask` rejects it."""
+        """Return the mask with classes from 0. Invalid data is returned unchanged; `check_mask` rejects it."""
         with reading(self.path):
             data = self.path.read_bytes()
         if mask_fault(data) is not None:
@@ -75,12 +75,12 @@ def masks_input(
     """List images and the masks of the same name: IMAGES/a/b.jpg and MASKS/a/b.png.
 
     Args:
-        images: a folder of images.
-        masks: a folder of masks: eight-bit grey PNGs, or PNGs with a palette, whose indices are the classes.
-        labels: names of the classes, in the order of their numbers.
-        reduce_zero_label: 0 in a mask is no class, and names begin at 1; in the shards they begin at 0 and 255 is none.
-        split: of all samples; None: the first folder on the way to an image, where those have the names of splits.
-        skip_bad: samples that lack one of the two are left out when shards are made.
+        images: folder of images.
+        masks: folder of masks: 8-bit gray PNGs, or palette PNGs whose indices are the classes.
+        labels: class names, in index order.
+        reduce_zero_label: 0 means no class and the first name has value 1. Shards start at 0 and use 255 for no class.
+        split: split of all samples; None: the top-level folder of an image, if those folders have names of splits.
+        skip_bad: skip samples without an image or without a mask.
     """
     check_mask_classes(labels, "--labels", NO_CLASS - reduce_zero_label)
     of_images, of_masks = _by_name(images), _by_name(masks)
@@ -113,7 +113,7 @@ def masks_input(
                 image or b"",
                 mask=None if mask is None else MaskFile(mask, len(labels), reduce_zero_label),
                 meta={} if image is None else {"path": image.relative_to(images).as_posix()},
-                # What is left out makes no split of its own.
+                # Skipped samples must not create a split.
                 split=name.parts[0] if name.parts[0] in splits else min(splits, default=split),
                 size=sum(path.stat().st_size for path in (image, mask) if path is not None and path.is_file()),
                 where=str(mask or image),
@@ -124,10 +124,10 @@ def masks_input(
 
 
 def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
-    """Read names of classes: a JSON list, one a line, or a table like ADE20k's, with the columns Idx and Name.
+    """Read class names: a JSON list, one name per line, or a table like ADE20k's, with the columns Idx and Name.
 
     Args:
-        path: the file.
+        path: file of class names.
         reduce_zero_label: see `masks_input`.
     """
     lines = read_labels(path)
@@ -151,7 +151,7 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
 
 
 def _by_name(folder: Path) -> dict[Path, Path]:
-    """Return the images below a folder by their way from there, without suffix."""
+    """Return the images below a folder by relative path without suffix."""
     found: dict[Path, Path] = {}
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("")
@@ -164,11 +164,11 @@ def _by_name(folder: Path) -> dict[Path, Path]:
 
 
 def _splits(names: Iterable[Path], images: Path) -> set[str]:
-    """Return the first folders on the way to images, where those are splits.
+    """Return the top-level folders of images if they are splits.
 
     Args:
-        names: of the images: their way from `images`.
-        images: where they lie.
+        names: image paths relative to `images`.
+        images: root folder.
     """
     first = {name.parts[0] if name.parent.parts else "" for name in names}
     splits = {name for name in first if name.lower() in SPLIT_NAMES}

@@ -1,4 +1,4 @@
-"""Inputs of every kind give records: one per sample, its image not read yet."""
+"""Records: the common form of samples of all inputs; a record's image is read later."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from m3i_scale.errors import DataError
 
 
 class LazyContents(Protocol):
-    """Makes an image or a mask when it is needed. It must pickle, as that happens in a worker process."""
+    """An image or mask that is created on demand. It must pickle, because a worker process reads it."""
 
     def read(self) -> bytes:
         """Return the encoded image or mask."""
@@ -38,54 +38,54 @@ class LazyContents(Protocol):
 
 
 Contents = Path | bytes | LazyContents
-"""A file, bytes out of another container, or what is drawn."""
+"""A file, bytes from another container, or generated contents."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Holds a sample on its way into a shard."""
+    """A sample to be written to a shard."""
 
     key: str
-    """Unique name; no dot, since the part of a member's name after the first dot is its type."""
+    """Unique name without a dot: the part of a file name after the first dot is the file's type."""
     image: Contents
     caption: str | None = None
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
-    """The JSON member."""
+    """Content of the JSON file."""
     split: str | None = None
-    """Folder the sample goes to; None leaves it to the split rule."""
+    """Folder of the sample; None: assigned by the split rule."""
     group: str | None = None
-    """Text that the split rule hashes, so that samples that belong together stay together; None: the key."""
+    """Text that the split rule hashes, to keep related samples in the same split; None: the key."""
     size: int = 16_384
-    """Approximate bytes of the image, for planning the number of shards."""
+    """Approximate size of the image in bytes, for planning the number of shards."""
     mask: Contents | None = None
-    """An eight-bit PNG of the image's size: class by pixel, for dense probes."""
+    """8-bit PNG of the image's size with the class of every pixel."""
     instances: bytes | None = None
-    """The member of boxes and masks."""
+    """Boxes and masks in the format of shards."""
     categories: int | None = None
-    """How many categories they may name."""
+    """Number of categories of the instances."""
     where: str = ""
-    """Names the sample in errors, where the image is no file."""
+    """Names the sample in errors if the image is not a file."""
     fault: DataError | None = None
-    """Why the sample cannot be used whatever its image: `--skip-bad` then treats all faults alike."""
+    """Error found before encoding; `--skip-bad` handles it like other errors."""
 
 
 class Input(Protocol):
-    """Gives samples in a fixed order, once as outlines and once as records."""
+    """Samples in a fixed order, read once as outlines and once as records."""
 
     @property
     def labels(self) -> list[str]:
-        """Return the class names in order of their index."""
+        """Return the class names, in index order."""
         ...
 
     @property
     def mask_labels(self) -> list[str] | None:
-        """Return the class names of masks in order of their numbers; None where nothing names them."""
+        """Return the class names of masks, in index order; None if unknown."""
         ...
 
     @property
     def categories(self) -> Categories | None:
-        """Return the categories of boxes and masks; None where nothing names them."""
+        """Return the categories of boxes and masks; None if unknown."""
         ...
 
     def outlines(self) -> Iterator[Outline]:
@@ -97,15 +97,15 @@ class Input(Protocol):
         ...
 
     def info(self) -> dict[str, Any]:
-        """Return what manifest.json says of the input; called when all has been read."""
+        """Return facts about the input for manifest.json; called after all samples are read."""
         ...
 
 
 class InputWrapper:
-    """Gives all of an input; classes below it change a part.
+    """Base class of inputs that change a part of another input.
 
     Args:
-        source: the input.
+        source: wrapped input.
     """
 
     def __init__(self, source: Input) -> None:
@@ -140,19 +140,19 @@ class InputWrapper:
 
 
 class ListedInput:
-    """Gives records that are all known beforehand, though their images are not read: files, mostly.
+    """Input of records that are listed in advance, mostly files; images are read later.
 
-    They are sorted by a hash of the key, so neighbours in the input are no neighbours in a shard.
+    Records are sorted by a hash of the key, so neighbors in the input are not neighbors in a shard.
 
     Args:
         records: in any order.
-        labels: class names in order of their index.
-        mask_labels: those of masks.
-        categories: those of boxes.
-        info: for manifest.json: source, licence …
+        labels: class names, in index order.
+        mask_labels: class names of masks.
+        categories: categories of boxes.
+        info: source, license, … for manifest.json.
 
     Raises:
-        DataError: a label that has no name.
+        DataError: a label has no class name.
     """
 
     def __init__(
@@ -189,21 +189,21 @@ class ListedInput:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """The members of a sample that come from files, and the contents of its mask."""
+    """Encoded files of a sample, and the pixel counts of its mask."""
 
     members: dict[str, bytes]
     """Image, mask and instances by extension."""
     pixels: Counter[int] = field(default_factory=Counter)
-    """Pixels of the mask by value; empty if there is no mask."""
+    """Number of mask pixels by value; empty if there is no mask."""
 
 
 Encoded = EncodedSample | DataError
-"""A sample, or the reason why it cannot be used: the caller decides whether that stops."""
+"""A sample, or the error for the caller to raise or skip."""
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Gives a worker some records to encode."""
+    """Records for a worker to encode."""
 
     records: Sequence[Record]
     value_range: ValueRange | None
@@ -211,7 +211,7 @@ class EncodeTask:
 
 
 def encode_all(task: EncodeTask) -> list[Encoded]:
-    """Read, check and encode what records hold, in a worker process; a fault stands where that fails."""
+    """Read, check and encode records in a worker process; return an error for each record that fails."""
     return [_encode(record, task.value_range) for record in task.records]
 
 
@@ -260,12 +260,12 @@ def _place(record: Record, contents: Contents) -> str:
 
 @contextmanager
 def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iterator[None]:
-    """Turn errors of reading a file or folder inside into a DataError that names it.
+    """Convert errors of reading a file or folder into a DataError that names it.
 
     Args:
-        path: what is read inside.
-        kinds: errors that mean so, beside OSError.
-        fix: what to do then.
+        path: file or folder to read.
+        kinds: further exception types to convert, besides OSError.
+        fix: suggested fix for these errors.
     """
     faults: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
@@ -276,7 +276,7 @@ def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iter
 
 
 def split_name(value: Any, where: str) -> str | None:
-    """Return the folder of shards that a name of a split stands for; None where there is no name."""
+    """Return the shard folder for a split name; None if there is no name."""
     if not value:
         return None
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):

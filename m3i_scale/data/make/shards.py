@@ -1,4 +1,4 @@
-"""Make shards from an input that is read twice, front to back: once for names and sizes, once for contents."""
+"""Creation of shards from an input that is read twice in order: first names and sizes, then contents."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 
 Progress = Callable[[int, int], None]
-"""Called with (samples done, samples in all)."""
+"""Called with (completed samples, total samples)."""
 CHUNK_BYTES = 16_000_000
 CHUNK_RECORDS = 16
 MAX_CAPTIONS = 1_000_000
-"""The tokenizer learns from so many captions at most, drawn by a hash of their keys."""
+"""Maximum number of captions for training the tokenizer, selected by a hash of their keys."""
 SKIPPED = "skipped.jsonl"
 
 
@@ -39,23 +39,23 @@ def make_shards(
     progress: Progress | None = None,
     every_class: bool = False,
 ) -> dict[str, Any]:
-    """Write `output/<split>/<name>-000000.tar …`, with labels, sizes, manifest and index beside, and a tokenizer.
+    """Write `output/<split>/<name>-000000.tar …` with labels, sizes, manifest and index files, and a tokenizer.
 
-    Which split and shard a sample goes to follows from a hash of its key; within a shard, samples keep the order of the
-    input. None of them is held. What `skip_bad` leaves out is listed in `skipped.jsonl`.
+    A hash of its key determines the split and shard of a sample; within a shard, samples keep the input order. No
+    samples stay in memory. With `skip_bad`, skipped samples are listed in `skipped.jsonl`.
 
     Args:
-        source: read twice.
-        output: the folder to make; it must not exist.
-        name: beginning of every shard's file name.
+        source: input, which is read twice.
+        output: output folder; it must not exist.
+        name: prefix of the shards' file names.
         options: see `ShardOptions`.
-        shares: of samples per split, for records that do not name theirs; None: all of these are of `train`.
+        shares: fractions by split, for records without a split; None: these go to `train`.
         progress: called as samples are written.
-        every_class: whether each class of the masks must have a pixel in the training split.
+        every_class: whether the training split must have pixels of every mask class.
 
     Returns:
-        A summary: per split shards, samples, bytes; samples left out, by reason; the path of the tokenizer; what was
-        counted in annotation files; pixels of masks by split and class.
+        A summary: shards, samples and bytes per split; skipped samples by reason; the path of the tokenizer; counts
+        from annotation files; mask pixels by split and class.
     """
     options = options or ShardOptions()
     check_output(output, name)
@@ -83,7 +83,7 @@ def make_shards(
 
 
 def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
-    """Return lines that say what was made of every split, and what was left out."""
+    """Format the result as lines: the shards of every split, and skipped samples."""
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
         f"caption, {facts['with_mask']} with mask"
@@ -99,19 +99,19 @@ def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
 
 
 def annotation_line(file: str, counts: Mapping[str, int]) -> str:
-    """Return what was counted in an annotation file as a line for people."""
+    """Format the counts of an annotation file as a line of text."""
     return f"{file}: " + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 class CaptionSample:
-    """Keeps the captions whose keys have the smallest hashes: all of them up to the limit, a fixed choice beyond."""
+    """Deterministic sample of captions: those whose keys have the smallest hashes, up to a limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._heap: list[tuple[int, str]] = []
 
     def add(self, key: str, caption: str) -> None:
-        """Keep a caption if its key's hash is among the smallest."""
+        """Add a caption if its key's hash is among the smallest."""
         entry = (-int.from_bytes(hash_of("caption", key)[:8], "big"), caption)
         if len(self._heap) < self._limit:
             heapq.heappush(self._heap, entry)
@@ -126,7 +126,7 @@ class CaptionSample:
 
 
 class _Maker:
-    """Turns records into members of samples, and keeps count of what is left out."""
+    """Converter from records to files of samples that counts skipped records."""
 
     def __init__(self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: Progress | None) -> None:
         self._layout, self._options, self._progress = layout, options, progress
@@ -137,7 +137,7 @@ class _Maker:
         """Number of mask pixels by split and value."""
 
     def samples(self, records: Iterator[Record]) -> Iterator[tuple[str, dict[str, bytes]] | None]:
-        """Yield the key and members of every record, in order; None for a record that cannot be used."""
+        """Yield the key and files of every record, in order; None for a skipped record."""
         for number, (record, encoded) in enumerate(self._encoded(records)):
             if isinstance(encoded, DataError):
                 self._skip(record, encoded)
@@ -152,7 +152,7 @@ class _Maker:
                 self._progress(number + 1, len(self._layout))
 
     def check_masks(self, source: Input, *, every_class: bool) -> None:
-        """Check that the masks of each split have something to learn or to measure; see `check_class_pixels`."""
+        """Check that the masks of each split have enough classes to train or evaluate on; see `check_class_pixels`."""
         names, first = source.mask_labels, int(bool(source.info().get("reduce_zero_label")))
         if names is None:
             return
@@ -163,7 +163,7 @@ class _Maker:
             check_class_pixels(counts, names, f"masks of {split}", least=least, first=first)
 
     def _encoded(self, records: Iterator[Record]) -> Iterator[tuple[Record, Encoded]]:
-        ahead: deque[list[Record]] = deque()  # those that the workers have or had, and no more of them than that
+        ahead: deque[list[Record]] = deque()  # only the chunks submitted to workers and not yet returned
 
         def chunks() -> Iterator[EncodeTask]:
             for chunk in _chunks(records):
@@ -183,7 +183,7 @@ class _Maker:
 
 
 def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the members of a sample by extension, as webdataset names them."""
+    """Return the files of a sample by extension, following webdataset's conventions."""
     members = dict(encoded)
     if record.caption is not None:
         members["txt"] = record.caption.encode("utf-8")
@@ -194,7 +194,7 @@ def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Yield as many records as a worker takes at once, and no more than fit in memory."""
+    """Yield chunks of records for workers, limited in number and in bytes."""
     chunk: list[Record] = []
     size = 0
     for record in records:

@@ -1,4 +1,4 @@
-"""Read a table of paths, captions and labels as input of `make`."""
+"""Table of paths, captions and labels as input of `make`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from m3i_scale.errors import ConfigError, DataError, did_you_mean
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Holds the column names of a manifest. `path` must exist, and the others must if they are not the default name."""
+    """Column names of a manifest. `path` must exist; other columns must exist if their names are not the defaults."""
 
     path: str = "path"
     caption: str = "caption"
     label: str = "label"
     split: str = "split"
     mask: str | None = None
-    """Paths of masks; only read where it is named."""
+    """Column of mask paths; read only if named."""
 
 
 def manifest_input(
@@ -37,10 +37,10 @@ def manifest_input(
     """Open a CSV, TSV, Parquet or JSON-lines file that lists images.
 
     Args:
-        manifest: the file; its ending tells the format.
-        columns: names of the columns.
-        root: relative paths start here; default: the manifest's folder.
-        labels: class names. Default: the names that occur, sorted; for numbers, 0 … the largest.
+        manifest: the file; its suffix selects the format.
+        columns: column names.
+        root: root of relative paths; default: the manifest's folder.
+        labels: class names. Default: the sorted names in the table; for numbers, 0 … the largest.
     """
     columns = columns or TableColumns()
     rows = read_table(manifest)
@@ -73,14 +73,14 @@ def _row_record(
         mask=mask,
         meta={"path": str(name)} | _further(row, columns),
         split=split,
-        group=str(name),  # several captions of one image stay on one side
+        group=str(name),  # all captions of an image stay in the same split
         size=sum(file.stat().st_size for file in (path, mask) if file is not None and file.is_file()),
         fault=fault,
     )
 
 
 def _further(row: dict[str, Any], columns: TableColumns) -> dict[str, Any]:
-    """Return the columns without a role here, such as `concept`, `family` and `group`, which `evaluate` reads."""
+    """Return the columns without a role, such as `concept`, `family` and `group`, which `evaluate` reads."""
     known = {"path", *vars(columns).values()}
     return {
         name: value if isinstance(value, int | float) else str(value)
@@ -119,7 +119,7 @@ def _is_integer(text: str) -> bool:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV are None."""
+    """Read the rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV become None."""
     readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
         ".csv": lambda: list(_read_csv(path, ",")),
         ".tsv": lambda: list(_read_csv(path, "\t")),
@@ -145,7 +145,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def _row_name(row: dict[str, Any]) -> str:
-    """Return what names a row of a CSV file in an error: its first cell."""
+    """Return the first cell of a CSV row, which names the row in errors."""
     return repr(next(iter(row.values())))
 
 
@@ -175,7 +175,7 @@ def _check_columns(rows: Sequence[dict[str, Any]], columns: TableColumns, manife
 
 
 def read_labels(path: Path) -> list[str]:
-    """Read class names: a JSON list, or a text file with one a line."""
+    """Read class names from a JSON list, or from a text file with one name per line."""
     try:
         text = path.read_text(encoding="utf-8")
         labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Cut large images into tiles while shards are made: every tile is a sample of its own."""
+"""Tiling of large images while shards are created; every tile becomes a sample."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from m3i_scale.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Tiling:
-    """Says how large images are cut."""
+    """Options for cutting large images into tiles."""
 
     side: int
-    """Of a tile, in pixels. Images that are no larger, in both directions, are kept whole."""
+    """Tile size in pixels. Images that do not exceed it in height or width stay uncut."""
     overlap: int = 0
-    """Pixels that neighbours share, at least."""
+    """Minimum overlap of neighboring tiles in pixels."""
     max_pixels: int = MAX_IMAGE_PIXELS
-    """Larger images are refused; those that are cut are decoded whole, in 3 bytes a pixel and more."""
+    """Larger images are an error. Images are decoded completely before cutting, with 3 or more bytes per pixel."""
 
     def check(self) -> None:
-        """Refuse values that make no sense."""
+        """Validate the values."""
         if self.side < 1 or not 0 <= self.overlap < self.side or self.max_pixels < 1:
             raise ConfigError(
                 f"tiles of {self.side} pixels that share {self.overlap}, of images of {self.max_pixels} pixels at most",
@@ -38,30 +38,30 @@ class Tiling:
             )
 
     def starts(self, length: int) -> list[int]:
-        """Return where tiles begin in one direction. The last one is moved inwards, so that it has the full size; of a
-        shorter length there is one."""
+        """Return the start offsets of tiles along one axis. The last tile is shifted inwards to keep its full size; a
+        shorter axis has one tile."""
         step = self.side - self.overlap
         return [*range(0, max(0, length - self.side), step), max(0, length - self.side)]
 
     def boxes(self, width: int, height: int) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-        """Yield the ending of the key and the box (left, top, right, bottom) of every tile, row by row."""
+        """Yield the key suffix and the box (left, top, right, bottom) of every tile, row by row."""
         for row, top in enumerate(self.starts(height)):
             for column, left in enumerate(self.starts(width)):
                 yield f"_r{row}_c{column}", (left, top, min(width, left + self.side), min(height, top + self.side))
 
 
 class TiledInput(InputWrapper):
-    """Gives the samples of another input, large images cut into tiles with the same label and caption.
+    """Input that cuts large images of another input into tiles with the same label and caption.
 
-    The tiles of an image stay in one split. An image is decoded once, here; its tiles are encoded by the workers.
+    All tiles of an image stay in one split. An image is decoded once, in this process; workers encode its tiles.
 
     Args:
-        source: the other input.
-        tiling: how images are cut.
-        value_range: see `encoded_image`; the tiles of an image that has no such values do not show it.
+        source: wrapped input.
+        tiling: tiling options.
+        value_range: see `encoded_image`; checked here because the tiles of an 8-bit image would not reveal the error.
 
     Raises:
-        ConfigError: values that make no sense, or an input with boxes.
+        ConfigError: invalid tiling values, or an input with boxes.
     """
 
     def __init__(self, source: Input, tiling: Tiling, value_range: ValueRange | None = None) -> None:
@@ -72,7 +72,7 @@ class TiledInput(InputWrapper):
         self._tiling, self._value_range = tiling, value_range
 
     def outlines(self) -> Iterator[Outline]:
-        """See `Input`. Of every image the header is read."""
+        """See `Input`. Reads the header of every image."""
         for outline, record in zip(self._source.outlines(), self._source.records(), strict=True):
             found = self._size(record)
             if isinstance(found, DataError) or not self._is_large(found):
@@ -80,7 +80,7 @@ class TiledInput(InputWrapper):
                 continue
             group = outline.group or outline.key
             for ending, (left, top, right, bottom) in self._tiling.boxes(*found):
-                size = 3 * (right - left) * (bottom - top)  # a PNG is hardly larger, and often larger than its source
+                size = 3 * (right - left) * (bottom - top)  # upper estimate; a PNG often exceeds its source
                 yield replace(outline, key=outline.key + ending, size=size, group=group)
 
     def records(self) -> Iterator[Record]:
@@ -102,7 +102,7 @@ class TiledInput(InputWrapper):
         return max(size) > self._tiling.side
 
     def _size(self, record: Record) -> tuple[int, int] | DataError:
-        """Return width and height of the image when it is upright, or why it cannot be used."""
+        """Return width and height of the upright image, or the error if it is unusable."""
         if record.fault is not None:
             return record.fault
         try:
@@ -115,7 +115,7 @@ class TiledInput(InputWrapper):
         return self._fault(record, width, height) or (width, height)
 
     def _fault(self, record: Record, width: int, height: int) -> DataError | None:
-        """Return why an image of such a size cannot be cut."""
+        """Return the error if an image of this size cannot be cut."""
         where, side = _where(record), self._tiling.side
         if width * height > self._tiling.max_pixels:
             return DataError(
@@ -159,7 +159,7 @@ class TiledInput(InputWrapper):
 
 
 def _named(record: Record) -> Record:
-    """Return it with a `concept`, which intervals count: its own, else its family, else the key of its image."""
+    """Add a `concept`, the unit of confidence intervals: existing concept, else family, else the image's key."""
     named = (record.meta.get(name) for name in ("concept", "family"))
     concept = next((value for value in named if value is not None), record.key)
     return replace(record, meta=record.meta | {"concept": concept})
@@ -170,7 +170,7 @@ def _opened(contents: Contents) -> Image.Image:
 
 
 def _as_tiff(tile: Image.Image) -> bytes:
-    """Return the bytes of a tile with all bits that it has; the workers make a PNG of it as of any TIFF."""
+    """Encode a tile as TIFF with its full bit depth; workers convert it to PNG like any TIFF."""
     buffer = io.BytesIO()
     tile.info = {}
     tile.save(buffer, "TIFF")

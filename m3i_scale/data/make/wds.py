@@ -1,4 +1,4 @@
-"""Read existing WebDataset shards as input of `make`; the members of a sample become a record here."""
+"""Existing WebDataset shards as input of `make`: the files of a sample become a record."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from m3i_scale.errors import DataError
 
 @dataclass
 class ShardInput:
-    """Gives the samples of existing tars as records."""
+    """Samples of existing tars as records."""
 
     origins: Sequence[Origin]
     label_names: Sequence[str] | None = None
-    """None: a sample with a label cannot be used."""
+    """None: a sample with a label is an error."""
     caption_field: str | None = None
-    """Field of the json member that holds the caption; None: the txt member."""
+    """JSON field of the caption; None: the txt file."""
     workers: int = 1
     """Processes that read headers."""
     mask_labels: list[str] | None = None
     """See `Input`."""
     categories: Categories | None = None
-    """See `Input`; None: a sample with instances cannot be used."""
+    """See `Input`; None: a sample with instances is an error."""
 
     @property
     def labels(self) -> list[str]:
-        """Return the class names in order of their index."""
+        """Return the class names, in index order."""
         return list(self.label_names or ())
 
     def outlines(self) -> Iterator[Outline]:
@@ -68,9 +68,9 @@ def webdataset_input(
 
     Args:
         source: a folder, a brace pattern or one tar.
-        labels: class names; None: labels.json beside the shards.
-        caption_field: field of the json members that holds the caption; None: the txt members.
-        group: samples with the same value of this field of their json members go to the same split.
+        labels: class names; None: labels.json in the folder of the shards.
+        caption_field: JSON field of the caption; None: the txt files.
+        group: JSON field whose value keeps samples in the same split.
         workers: processes that read headers.
     """
     names = labels if labels is not None else common_labels(source)
@@ -87,15 +87,15 @@ def record_of(
     caption_field: str | None = None,
     categories: Categories | None = None,
 ) -> Record:
-    """Return the record of a sample; one whose members cannot be used holds the fault.
+    """Convert a sample to a record; if its files are unusable, the record contains the error.
 
     Args:
-        key: of the sample.
-        members: its contents by extension.
-        where: names it in errors.
-        labels: class names; None: a sample with a label cannot be used.
-        caption_field: field of the json member that holds the caption; None: the txt member.
-        categories: of boxes and masks; None: a sample with instances cannot be used.
+        key: key of the sample.
+        members: file contents by extension.
+        where: names the sample in errors.
+        labels: class names; None: a sample with a label is an error.
+        caption_field: JSON field of the caption; None: the txt file.
+        categories: categories of boxes and masks; None: a sample with instances is an error.
     """
     extension = next((extension for extension in FILE_EXTENSIONS if extension in members), None)
     size, mask, fault = sum(map(len, members.values())), members.get(MASK), None

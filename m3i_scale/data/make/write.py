@@ -1,4 +1,4 @@
-"""Write shards and what lies beside them, into a folder that appears when it is complete."""
+"""Writer of shards and their sidecar files, into a folder that appears once it is complete."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from m3i_scale.files import atomic_dir, sha256_of, write_json
 
 MANIFEST_FORMAT = 1
 ClassNames = Mapping[str, Sequence[str] | Mapping[str, Any] | None]
-"""Names of classes by the file that they go to, LABELS, MASK_LABELS or CATEGORIES; None writes none."""
+"""Class names by file (LABELS, MASK_LABELS or CATEGORIES); None writes no file."""
 FACTS = ("samples", "with_label", "with_caption", "with_mask", "bytes")
-"""Figures that the manifest has per shard."""
+"""Statistics per shard in the manifest."""
 WITH_INSTANCES = "with_instances"
-"""One that it has where there are some."""
+"""Further statistic, present only if it is not zero."""
 OPEN_SHARDS = 64
 _MODE = 0o444
-"""The mode that webdataset's writer gives."""
+"""File mode of webdataset's writer."""
 
 
 @contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output`, which is renamed to it if all went well, and removed if not.
+    """Yield a temporary folder next to `output`; rename it on success, remove it on failure.
 
-    What a killed run left behind is removed by the next one; the lock keeps two runs apart.
+    The next run removes leftovers of a killed run. A lock excludes concurrent runs.
     """
     refuse_existing(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".{output.name}.{os.getpid()}"
-        probe.mkdir()  # the lock would wait for a folder that nobody can write, and blame another process
+        probe.mkdir()  # without write permission, the lock would wait and report another process
         probe.rmdir()
     except OSError as error:
         raise DataError(
@@ -57,25 +57,25 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     except Timeout:
         raise DataError("another process is making this output", where=str(output), fix="wait for it") from None
     except OSError as error:
-        # An error of write(2) names no file.
+        # An error of write(2) has no file name.
         if error.filename is not None and not _is_ours(Path(error.filename), output, folder):
             raise DataError(f"cannot read: {error.strerror}", where=str(error.filename)) from None
         raise DataError(f"cannot write: {error}", where=str(output), fix="check permissions and free space") from None
 
 
 def _is_ours(path: Path, output: Path, folder: Path) -> bool:
-    """Return whether an error at `path` is one of writing the output, and not of reading an input."""
+    """Return whether an error at `path` concerns the output, not an input."""
     return path.is_relative_to(folder) or path == output.parent or path.name.startswith(f".{output.name}")
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse an output that exists, so that nothing is overwritten."""
+    """Raise an error if the output exists, so that nothing is overwritten."""
     if output.exists():
         raise DataError("the output exists", where=str(output), fix="remove it, or give another --output")
 
 
 def check_output(output: Path, name: str) -> None:
-    """Check, before anything is read, that shards of such a name can be made there."""
+    """Check, before any data is read, that the output and the shard name are valid."""
     if not name or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
     refuse_existing(output)
@@ -89,15 +89,15 @@ def write_samples(
     names: ClassNames,
     info: Callable[[], Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Write all samples and what lies beside them, and return the counts of every split.
+    """Write all samples with their sidecar files, and return the counts of every split.
 
     Args:
-        folder: where splits, or shards without splits, go.
-        name: beginning of the shards' file names.
-        layout: where every sample goes.
-        samples: key and members of each, in order of the layout; None for one that is left out.
-        names: of classes.
-        info: gives the head of the manifest, when all has been read: source, licence …
+        folder: parent folder of splits, or of shards without splits.
+        name: prefix of the shards' file names.
+        layout: split and shard of every sample.
+        samples: key and files of each sample, in layout order; None for a skipped sample.
+        names: class names.
+        info: returns the head of the manifest (source, license, …) after all samples are read.
     """
     with _Shards(folder, name, layout) as shards:
         number = -1
@@ -112,7 +112,7 @@ def write_samples(
 
 
 class _Shards:
-    """Appends samples to many shards, in any order, and keeps none of them in memory; a context manager."""
+    """Context manager that appends samples to many shards in any order, without keeping them in memory."""
 
     def __init__(self, folder: Path, name: str, layout: Layout) -> None:
         self._folder, self._name, self._layout = folder, name, layout
@@ -129,7 +129,7 @@ class _Shards:
             self._open.popitem()[1].close()
 
     def add(self, number: int, key: str, members: Mapping[str, bytes]) -> None:
-        """Append the sample that has this number in the input."""
+        """Append the sample at position `number` of the input."""
         place = self._layout.place(number)
         stream = self._stream(self._path(*place))
         for extension in sorted(members):
@@ -137,7 +137,7 @@ class _Shards:
         self._members.setdefault(place, Counter()).update(["samples", *members])
 
     def finish(self, names: ClassNames, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Close all shards, write what lies beside them, and return the counts of every split."""
+        """Close all shards, write their sidecar files, and return the counts of every split."""
         self.__exit__()
         sums = {}
         for split in sorted(self._layout.splits):
@@ -167,24 +167,24 @@ class _Shards:
 
 
 def tar_member(name: str, data: bytes) -> bytes:
-    """Return header, content and padding of a member, the same whenever it is written."""
+    """Return header, content and padding of a tar member, independent of the time of writing."""
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = len(data), _MODE, 0
     return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def close_tar(stream: BinaryIO) -> None:
-    """Write the end of a tar."""
+    """Write the end-of-archive marker of a tar."""
     stream.write(bytes(2 * tarfile.BLOCKSIZE))
     stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
 
 
 def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
-    """Return what the manifest says of a shard.
+    """Return the manifest entry of a shard.
 
     Args:
         path: the finished file.
-        members: how many members of each extension it has; under `samples`, how many samples.
+        members: number of files by extension; under `samples`, the number of samples.
     """
     counts = [members.get(name, 0) for name in ("samples", "cls", "txt", MASK)]
     facts: dict[str, Any] = dict(zip(FACTS, [*counts, path.stat().st_size], strict=True))
@@ -199,13 +199,13 @@ def finish_folder(
     names: ClassNames,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write names of classes, sizes.json, manifest.json and index/ beside shards, and return the sums of their counts.
+    """Write class names, sizes.json, manifest.json and index/ next to shards, and return the sums of their counts.
 
     Args:
-        folder: where the shards lie.
-        shards: by file name what the manifest says of them, as `shard_facts` returns it.
-        names: of classes.
-        facts: head of the manifest: name, split, source, licence …
+        folder: folder of the shards.
+        shards: manifest entries from `shard_facts`, by file name.
+        names: class names.
+        facts: head of the manifest: name, split, source, license, …
     """
     for file, of_file in names.items():
         if of_file is not None:

@@ -1,1 +1,1 @@
-"""Shards at addresses are read here: how they are named, fetched ahead and kept on the host."""
+"""Remote shards: addresses, prefetching and the cache on local disk."""

@@ -1,4 +1,4 @@
-"""The run file sets limits, attempts and a cache for reading shards; they are checked here, and failures repeated."""
+"""Access settings for shards from the config file (limits, retries, cache), and the retry loop."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ from m3i_scale.text import GIB
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 MAX_PAUSE_S = 300.0
-"""A server that wants to be left alone for longer is asked after this time all the same."""
+"""Limit for the pause that a server requests."""
 _ONLY_REMOTE = ("cache_gib", "cache_dir", "read_timeout_s", "start_timeout_s")
 
 Result = TypeVar("Result")
 
 
 def default_cache_dir() -> Path:
-    """Return the folder where caches lie by convention."""
+    """Return the default cache folder, following the XDG convention."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m3i-scale"
 
 
 @dataclass(frozen=True)
 class Access:
-    """Says how shards are read, remote ones above all."""
+    """Settings for reading shards, mainly remote ones."""
 
     attempts: int = 8
-    """Attempts of a request, before the shard counts as bad."""
+    """Attempts per request before the shard counts as corrupt."""
     timeout_s: float = 60.0
-    """Limit of one request, from its start to its last byte."""
+    """Time limit of one request, until its last byte."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     cache_bytes: int = 50 << 30
-    """0: nothing is fetched whole, every sample is read by range."""
+    """0: no full downloads, every sample is read by range request."""
     allow_shell: bool = False
     start_timeout_s: float = 20.0
-    """Limit of a small request before the first step, all its attempts together."""
+    """Time limit of a small request before the first step, over all attempts."""
     total_timeout_s: float = math.inf
-    """Limit of any request, all its attempts together; pauses that the server asked for are not cut short."""
+    """Time limit of any request, over all attempts; pauses that a server requests are not cut short."""
     max_sample_bytes: int = MAX_SAMPLE_BYTES
-    """A larger sample is not read, wherever it lies."""
+    """Larger samples are not read, from local or remote shards."""
 
     @property
     def cache(self) -> ShardCache | None:
-        """Return the cache of whole shards; None where there is none."""
+        """Return the cache of complete shards, or None if caching is off."""
         return ShardCache(self.cache_dir, self.cache_bytes) if self.cache_bytes else None
 
     def at_start(self) -> Access:
-        """Return the settings of small requests before the first step: somebody waits, and may mend what is wrong."""
+        """Return shorter timeouts for requests before the first step, so that configuration errors surface quickly."""
         limit = self.start_timeout_s
         return dataclasses.replace(self, timeout_s=min(self.timeout_s, limit), total_timeout_s=limit)
 
 
 def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
-    """Check the settings for reading the shards of `sources`, and return them."""
+    """Validate and return the access settings for the shards of `sources`."""
     named = [*sources.items(), *data.sources.items(), *data.validation.items()]
     remote = [(name, source.shards) for name, source in named if is_remote(source.shards)]
     for name, shards in remote:
@@ -96,15 +96,15 @@ def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
 
 
 def retried(attempt: Callable[[], Result], access: Access, lasting: tuple[type[Exception], ...] = ()) -> Result:
-    """Return the result of an attempt that is repeated while it fails, after random and growing pauses.
+    """Call `attempt` until it succeeds, with exponential backoff and full jitter between attempts.
 
     Args:
-        attempt: is called again after every `FaultError`, and after every error that stands for one.
-        access: how often.
-        lasting: errors that another attempt would not mend.
+        attempt: repeated after every `FaultError` and every error that maps to one.
+        access: number of attempts and time limits.
+        lasting: errors that are not retried.
 
     Raises:
-        FaultError: that of the last attempt.
+        FaultError: the error of the last attempt.
     """
 
     def once() -> Result:
@@ -118,7 +118,7 @@ def retried(attempt: Callable[[], Result], access: Access, lasting: tuple[type[E
                 raise
             raise fault from error
 
-    # Random over the whole interval ("full jitter"), or a thousand readers would all come back at the same moments.
+    # Random over the full interval ("full jitter"), so that a thousand readers do not retry at the same moment.
     retrying = Retrying(
         stop=functools.partial(_gives_up, access),
         wait=wait_combine(_pause_asked_for, wait_random_exponential(multiplier=BACKOFF_S, max=MAX_BACKOFF_S)),

@@ -1,4 +1,4 @@
-"""A file lies at a path, or at an address that fsspec reads. Addresses carry no credentials, nor do their names."""
+"""Addresses of files: a local path or a URL for fsspec. URLs and their display names contain no credentials."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from m3i_scale.errors import DataError
 from m3i_scale.text import without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "pipe")
-"""What is not a path of this host. `file://` is one."""
+"""Schemes of remote addresses. `file://` is a local path."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|:(?=[^\\/]))")
 _PIPED_SHARD = re.compile(r"([^\s/'\"=;|&]+\.tar)(?![^\s'\";|&])")
 
 
 @dataclass(frozen=True, order=True)
 class Url:
-    """Holds an address, with the part of pathlib's interface that shards need. `str` is fit for logs and state."""
+    """A remote address with the parts of pathlib's interface that shards need. `str` is safe for logs and state."""
 
     address: str
-    """What fsspec is given; of a pipe, the command."""
+    """Address for fsspec; for a pipe, the command."""
 
     @property
     def scheme(self) -> str:
@@ -31,7 +31,7 @@ class Url:
 
     @property
     def name(self) -> str:
-        """Return the last part; of a pipe, the file name that its command mentions last."""
+        """Return the last path component; for a pipe, the last file name in its command."""
         if self.scheme == "pipe":
             return str(_PIPED_SHARD.findall(self.address)[-1])
         return self.address.rstrip("/").rpartition("/")[2]
@@ -48,7 +48,7 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """Return the folder. A pipe has none and is its own parent, and so is the root of a server."""
+        """Return the parent folder. A pipe and the root of a server are their own parents."""
         above = self.address.rstrip("/").rpartition("/")[0]
         return self if self.scheme == "pipe" or above.endswith(("/", ":")) else Url(above)
 
@@ -58,10 +58,10 @@ class Url:
     def __str__(self) -> str:
         if self.scheme != "pipe":
             return self.address
-        # A command may hold a password, also in a variable that it is given: only the program and the shard are named.
+        # A command or its environment variables may contain a password, so only program and shard are named.
         try:
             words = shlex.split(self.address.removeprefix("pipe:"))
-        except ValueError:  # an open quotation mark
+        except ValueError:  # unclosed quotation mark
             words = []
         program = next((word for word in words if "=" not in word), "")
         return f"pipe:{program} … {self.name}"
@@ -71,13 +71,13 @@ Address = Path | Url
 
 
 def is_remote(shards: str) -> bool:
-    """Return whether a `shards` value is an address, and not a path of this host."""
+    """Return whether a `shards` value is a remote address, not a local path."""
     scheme = _SCHEME.match(shards)
     return scheme is not None and scheme[1].lower() != "file"
 
 
 def to_address(text: str, where: str = "shards") -> Address:
-    """Return the path or the address that a text names."""
+    """Parse a local path or a remote address."""
     if not is_remote(text):
         return Path(text.removeprefix("file://"))
     scheme = text.partition(":")[0]
@@ -99,7 +99,7 @@ def to_address(text: str, where: str = "shards") -> Address:
 
 
 def _has_login(text: str) -> bool:
-    # A password with a slash ends what is split off as the host: a port that is no number gives it away.
+    # A password with a slash ends the parsed host early, which leaves a port that is not a number.
     host = urlsplit(text).netloc
-    port = host.rpartition("]")[2].partition(":")[2]  # an IPv6 address stands in brackets
+    port = host.rpartition("]")[2].partition(":")[2]  # IPv6 addresses are in brackets
     return "@" in host or (bool(port) and not port.isdecimal())

@@ -1,12 +1,12 @@
-"""The cache keeps whole remote shards on the host's disk for all its processes; the least recently used make room.
+"""Cache of complete remote shards on local disk, shared by all processes of a node, with LRU eviction.
 
-    DIR/shards/KEY.tar       complete, and never written again; its time is that of its last use
-    DIR/shards/KEY.partial   on its way, at its full size from the start; renamed when it is complete and verified
-    DIR/lock                 held while room is made
+    DIR/shards/KEY.tar       complete and never rewritten; its modification time is the time of last use
+    DIR/shards/KEY.partial   being downloaded, at full size from the start; renamed once complete and verified
+    DIR/lock                 locked during eviction
 
-Who reads a shard holds a shared lock on it, who fetches one an exclusive lock on its partial. Both end with their
-process, however it ends. So a shard under a lock is never removed, and a partial without one is what a kill left: the
-first to make room.
+Readers of a shard hold a shared lock on it; a downloader holds an exclusive lock on its partial file. Locks end with
+the process, even if it is killed. So a locked shard is never evicted, and an unlocked partial file is left over from a
+killed process and evicted first.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ Fill = Callable[[BinaryIO], object]
 
 
 class ShardCache:
-    """Keeps a folder of shards, of at most `limit` bytes.
+    """LRU cache of shards in a folder, limited to `limit` bytes.
 
     Args:
-        folder: made where it is absent.
-        limit: in bytes; includes what is on its way.
+        folder: created if it does not exist.
+        limit: in bytes, including downloads in progress.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._root, self._folder, self._limit = folder, folder / "shards", limit
 
     def check(self) -> None:
-        """Check, before anything is read, that the cache can be used."""
+        """Check that the cache is usable before any data is read."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
@@ -60,7 +60,7 @@ class ShardCache:
             )
 
     def open(self, key: str) -> int | None:
-        """Return a descriptor of a complete shard, which is kept until it is closed; None where there is none."""
+        """Return a descriptor of a complete shard, or None if it is not cached. An open shard is not evicted."""
         path = self._path(key)
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -77,9 +77,9 @@ class ShardCache:
         return descriptor
 
     def open_or_add(self, key: str, size: int | None, fill: Fill) -> int | None:
-        """Return a descriptor as `open` does, of a shard that is fetched where there is none; see `add`.
+        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`.
 
-        None where the shards in use leave no room for it.
+        Returns None if the shards in use leave no room for it.
         """
         descriptor = self.open(key)
         if descriptor is None and self.add(key, size, fill):
@@ -87,15 +87,15 @@ class ShardCache:
         return descriptor
 
     def add(self, key: str, size: int | None, fill: Fill) -> bool:
-        """Make sure that a shard is in the cache. One process fetches it, the others wait.
+        """Make sure that a shard is in the cache. One process downloads it while the others wait.
 
         Args:
             key: see `cache_key`.
-            size: in bytes; None where it shows only at the end, and room is made then.
-            fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on.
+            size: in bytes; None if unknown before the end, then space is reserved afterwards.
+            fill: writes the shard from the start of a file and verifies it; its exceptions are passed on.
 
         Returns:
-            False where the shards in use leave no room for it.
+            False if the shards in use leave no room for it.
         """
         path, partial = self._path(key), self._path(key, ".partial")
         try:
@@ -108,7 +108,7 @@ class ShardCache:
                 out.flush()
                 if size is None and not self._reserve(partial, out, out.tell()):
                     return False
-                os.fsync(out.fileno())  # else a power cut could leave zeros under the name of a complete shard
+                os.fsync(out.fileno())  # otherwise a power loss could leave zeros in a complete shard
                 os.replace(partial, path)
         except OSError as error:
             raise self._failed("write", error) from None
@@ -124,24 +124,24 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _exclusive(self, partial: Path) -> Iterator[BinaryIO]:
-        """Open the partial of a shard, locked for this caller alone; it is removed at the end unless it was renamed."""
+        """Open and exclusively lock the partial file of a shard; remove it at the end unless it was renamed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         while True:
             with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as out:
                 fcntl.flock(out, fcntl.LOCK_EX)
-                if not _is_at(out.fileno(), partial):  # renamed or removed while this one waited
+                if not _is_at(out.fileno(), partial):  # renamed or removed while waiting for the lock
                     continue
                 try:
                     yield out
                 finally:
                     if _is_at(out.fileno(), partial):
                         partial.unlink()
-                    # Closing does not end it where a process that was forked meanwhile has the descriptor too.
+                    # Closing does not release the lock if a process forked meanwhile has the descriptor too.
                     fcntl.flock(out, fcntl.LOCK_UN)
                 return
 
     def _reserve(self, partial: Path, out: BinaryIO, size: int) -> bool:
-        """Take `size` bytes for a partial, removing what was used longest ago."""
+        """Reserve `size` bytes for a partial file by evicting the least recently used shards."""
         with self._lock():
             entries = [entry for entry in self._entries() if entry[2] != partial]
             entries.sort(key=lambda entry: (entry[2].suffix != ".partial", entry))
@@ -156,7 +156,7 @@ class ShardCache:
             return True
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """Return the time of last use, the bytes and the path of everything in the cache."""
+        """Return time of last use, size in bytes and path of every file in the cache."""
         entries = []
         for entry in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):
@@ -172,10 +172,7 @@ class ShardCache:
 
 
 def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the name of a shard in the cache, which differs for another version.
-
-    What a pipe gives has a size only when it has been run.
-    """
+    """Return the cache file name of a version of a shard. The size of a pipe's output is unknown before it runs."""
     known_size = 0 if url.scheme == "pipe" else size
     return hashlib.sha256(f"{url.address}\0{version}\0{known_size}".encode()).hexdigest()[:32]
 
@@ -188,7 +185,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file, unless somebody holds a lock on it; return whether it is gone."""
+    """Remove a file unless it is locked; return whether it was removed."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

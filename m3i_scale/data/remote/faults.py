@@ -1,4 +1,4 @@
-"""Errors of reading a shard: one says that an attempt failed, another that the shard is given up."""
+"""Errors of reading a shard: `FaultError` for a failed attempt, `BadShardError` for a shard that is given up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
 SHARD = "shard: "
-"""The reasons of samples that are lost with their shard begin so."""
+"""Prefix of the reason of samples that are lost with their shard."""
 NO_RANGES = "no ranges"
 _DETAIL_LETTERS = 200
 _FIXES = {
@@ -36,17 +36,17 @@ _LIBRARY_ERRORS = (
     ("gcsfs.retry", "HttpError"),
     ("httpx", "HTTPError"),
 )
-"""What file systems raise beside OSError; none of them is imported unless it is in use."""
+"""Errors besides OSError that file systems raise; their libraries are not imported here."""
 
 
 class FaultError(Exception):
     """Raised when one attempt fails.
 
     Args:
-        reason: a few words, the same for all faults of a kind.
-        detail: the case.
-        lasting: another attempt would end the same.
-        pause_s: seconds that the server wants to be left alone.
+        reason: short text, the same for all errors of a kind.
+        detail: details of this case.
+        lasting: the error is permanent, so no retry.
+        pause_s: seconds to wait, as requested by the server.
     """
 
     def __init__(self, reason: str, detail: str = "", *, lasting: bool = False, pause_s: float = 0.0) -> None:
@@ -55,12 +55,12 @@ class FaultError(Exception):
 
     @property
     def not_ranged(self) -> bool:
-        """Return whether the server sends whole files only."""
+        """Return whether the server does not support range requests."""
         return self.reason == NO_RANGES
 
 
 class RemoteReadError(OSError):
-    """Raised for a small file beside remote shards that cannot be read, after all attempts."""
+    """Raised if a small file next to remote shards cannot be read after all attempts."""
 
     def __init__(self, fault: FaultError) -> None:
         self.fault = fault
@@ -68,19 +68,19 @@ class RemoteReadError(OSError):
 
 
 class BadShardError(DataError):
-    """Raised for a shard that cannot be used, after all attempts; `data.bad_shards` says what follows."""
+    """Raised if a shard cannot be used after all attempts; `data.bad_shards` selects the reaction."""
 
     reason = "cannot be read"
-    """A few words, the same for all faults of a kind."""
+    """Short text, the same for all errors of a kind."""
 
 
 def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> BadShardError:
-    """Return the error that says that a shard is given up.
+    """Return the error for a shard that is given up.
 
     Args:
-        place: of the shard.
-        fault: why it is.
-        at_start: before the first step, when every shard must be there whatever data.bad_shards says.
+        place: address of the shard.
+        fault: cause.
+        at_start: before the first step, when every shard must be readable regardless of data.bad_shards.
     """
     mended = _FIXES_OF_A_RUN.get(fault.reason, "mend it, or go on without it: data.bad_shards=quarantine")
     error = BadShardError(
@@ -94,7 +94,7 @@ def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> B
 
 
 def start_fix(error: Exception) -> str | None:
-    """Return how to mend what fails before the first step; None for errors that no server is behind."""
+    """Return a suggested fix for an error before the first step; None for errors not caused by a server."""
     fault = error.fault if isinstance(error, RemoteReadError) else error
     if not isinstance(fault, FaultError):
         return None
@@ -103,19 +103,19 @@ def start_fix(error: Exception) -> str | None:
 
 
 def to_fault(error: Exception, timeout_s: float) -> Exception:
-    """Return the fault that an error of a file system stands for; others, as mistakes in the code, are not changed."""
+    """Convert an error of a file system to a `FaultError`; return other errors, such as bugs, unchanged."""
     if isinstance(error, FaultError | UserError) or not isinstance(error, _library_errors()):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return error  # ours, not the shard's
+        return error  # not an error of the shard
     return _fault_of(error, timeout_s)
 
 
 def _fault_of(error: BaseException, timeout_s: float) -> FaultError:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, _library_errors()):
-        error = error.__cause__  # fsspec says so of every file that it cannot ask after
+        error = error.__cause__  # fsspec raises this for any file that it cannot stat
     name = type(error).__name__
-    # Before the status: aiohttp gives a body that is too short one of its own.
+    # Checked before the status: aiohttp assigns a status to truncated bodies.
     cut_off = isinstance(error, EOFError | IncompleteRead) or "Payload" in name or "Incomplete" in name
     status, headers = (None, {}) if cut_off else _answer(error)
     detail = without_secrets(f"{name if status is None else f'HTTP {status}'}: {error}")[:_DETAIL_LETTERS]
@@ -134,7 +134,7 @@ def _library_errors() -> tuple[type[BaseException], ...]:
 
 
 def _answer(error: BaseException | None) -> tuple[int | None, Mapping[str, Any]]:
-    """Return the status and headers of the HTTP answer that an error, or one that caused it, is about."""
+    """Return status and headers of the HTTP response that caused an error."""
     while error is not None:
         answer = getattr(error, "response", None)
         if isinstance(answer, dict):  # botocore
@@ -146,7 +146,7 @@ def _answer(error: BaseException | None) -> tuple[int | None, Mapping[str, Any]]
             statuses = (getattr(holder, name, None) for name in ("status", "status_code", "code"))
             status = next((value for value in statuses if isinstance(value, int)), None)
             headers = getattr(holder, "headers", None)
-        if type(error) is OSError and str(error).startswith("Forbidden: "):  # all that gcsfs says of a 403
+        if type(error) is OSError and str(error).startswith("Forbidden: "):  # gcsfs reports a 403 only as text
             status = 403
         if isinstance(status, int) and status >= 400:
             return status, headers or {}
@@ -155,7 +155,7 @@ def _answer(error: BaseException | None) -> tuple[int | None, Mapping[str, Any]]
 
 
 def _pause_s(headers: Mapping[str, Any]) -> float:
-    """Return the wait in seconds that `Retry-After` asks for, as a number or a date; 0 where it says nothing."""
+    """Return the `Retry-After` pause in seconds, given as a number or a date; 0 if absent."""
     text = next((str(value).strip() for name, value in headers.items() if str(name).lower() == "retry-after"), "")
     if text.isdecimal():
         return float(text)

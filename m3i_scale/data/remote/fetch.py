@@ -1,6 +1,6 @@
-"""Read remote files through fsspec: each attempt has a time limit, and is repeated.
+"""Reading of remote files through fsspec, with a time limit per attempt and retries.
 
-Every read is checked to be of the length that was asked for, so what is cut off or not ranged never passes for data.
+The length of every read is checked, so truncated responses and ignored ranges never pass for data.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from m3i_scale.data.remote.faults import NO_RANGES, FaultError, RemoteReadError
 from m3i_scale.errors import ConfigError, DataError
 
 SMALL_FILE_BYTES = 256 << 20
-"""Labels, manifests, indices and tokenizers beside shards are not larger; the most that is read of one."""
+"""Maximum size that is read of labels, manifests, indices and tokenizer files next to shards."""
 PART_BYTES = 8 << 20
-"""Whole shards are fetched in requests of this size: a fault costs one of them, and a slow server is soon noticed."""
+"""Request size for complete shards: an error costs one request only, and slow servers are detected early."""
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 _HTTP = ("http", "https")
 _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": True}}
-"""Arguments that make `info` ask the server, and not a listing that it remembers."""
+"""Arguments that make `info` query the server instead of a cached listing."""
 _EXACT = {"hf": {"cache_type": "none"}}
-"""Arguments that make `cat_file` read what is asked for, and not megabytes ahead."""
+"""Arguments that make `cat_file` read the requested range only, without megabytes of read-ahead."""
 _PIPE_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Holds what a server says of a file."""
+    """Size and version of a file on a server."""
 
     size: int
     version: str
-    """Another one when the content is another: ETag, generation, hash or time; empty where the server has none."""
+    """Changes with the content: ETag, generation, hash or time; empty if the server sends none."""
     sha256: str = ""
 
 
 class Output(Protocol):
-    """Takes a whole file from its beginning, and anew for each attempt."""
+    """Sink for a complete file, rewound to the start for every attempt."""
 
     def seek(self, offset: int, /) -> object:
-        """Go back to the beginning; `offset` is 0."""
+        """Rewind to the start; `offset` is 0."""
 
     def write(self, data: bytes, /) -> object:
-        """Take the next bytes of the file."""
+        """Write the next bytes of the file."""
 
 
 def facts(url: Url, access: Access) -> Facts:
-    """Ask the server for size and version of a file.
+    """Query size and version of a file.
 
     Raises:
-        FaultError: after all attempts.
+        FaultError: all attempts failed.
     """
 
     def once() -> Facts:
@@ -78,17 +78,17 @@ def facts(url: Url, access: Access) -> Facts:
 
 
 def read_range(url: Url, start: int, end: int, access: Access, version: str = "") -> bytes:
-    """Return bytes [start, end) of a file.
+    """Read bytes [start, end) of a file.
 
     Args:
-        url: no pipe.
+        url: must not be a pipe.
         start: first byte.
         end: byte after the last.
         access: attempts and time limit.
-        version: of the file; another is refused where the server sends it with every answer (http).
+        version: expected version; another one is an error if the server sends it with every response (HTTP).
 
     Raises:
-        FaultError: after all attempts.
+        FaultError: all attempts failed.
     """
 
     def once() -> bytes:
@@ -104,10 +104,10 @@ def read_range(url: Url, start: int, end: int, access: Access, version: str = ""
 
 
 def read_file(place: Address, access: Access | None = None) -> bytes:
-    """Return a whole small file beside shards.
+    """Read a small file next to shards.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
         OSError: it cannot be read.
     """
     if not isinstance(place, Url):
@@ -118,11 +118,11 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
         try:
             if place.scheme in _HTTP:
                 return _http(place, limits, SMALL_FILE_BYTES)
-            more = SMALL_FILE_BYTES + 1  # one byte more than may be tells that there are more
+            more = SMALL_FILE_BYTES + 1  # one extra byte detects a larger file
             data: bytes = _call(place, "cat_file", limits, start=0, end=more, **_EXACT.get(place.scheme, {}))
             if len(data) == more:
                 raise _too_long(SMALL_FILE_BYTES)
-        except FileNotFoundError:  # most folders lack most of these files: that is no reason to ask again
+        except FileNotFoundError:  # not retried: most folders lack most of these files
             return None
         return data
 
@@ -136,21 +136,21 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
 
 
 def fetch(url: Url, out: Output, access: Access, size: int | None = None, version: str = "") -> int:
-    """Write a whole file to `out`, by ranges; in one piece from a pipe, or a server without ranges.
+    """Download a file to `out` by range requests; in one piece from a pipe or a server without ranges.
 
     Args:
-        url: of the file.
-        out: may be written to several times.
+        url: file to download.
+        out: rewound and rewritten by retries.
         access: attempts and time limit.
-        size: in bytes; None where it shows only at the end, of a pipe.
-        version: of the file.
+        size: in bytes; None if unknown before the end (pipe).
+        version: expected version.
 
     Returns:
-        Its size.
+        Size in bytes.
 
     Raises:
-        FaultError: after all attempts.
-        DataError: a pipe, and those are not run.
+        FaultError: all attempts failed.
+        DataError: a pipe, and shell commands are not allowed.
     """
     if url.scheme != "pipe" and size is not None:
         try:
@@ -166,10 +166,10 @@ def fetch(url: Url, out: Output, access: Access, size: int | None = None, versio
 
 
 def list_folder(url: Url, access: Access | None = None) -> list[Url]:
-    """Return the files directly in a folder.
+    """List the files directly in a folder.
 
     Raises:
-        FaultError: after all attempts.
+        FaultError: all attempts failed.
     """
     access = access or Access().at_start()
     names = retried(lambda: _call(url, "ls", access, detail=False), access)
@@ -177,7 +177,7 @@ def list_folder(url: Url, access: Access | None = None) -> list[Url]:
 
 
 def require_shell(url: Url, access: Access) -> None:
-    """Refuse a pipe where commands are not allowed."""
+    """Raise an error for a pipe unless shell commands are allowed."""
     if url.scheme == "pipe" and not access.allow_shell:
         raise DataError(
             "the shards come out of a shell command, and those are not run",
@@ -188,9 +188,9 @@ def require_shell(url: Url, access: Access) -> None:
 
 
 def filesystem(url: Url, access: Access) -> Any:
-    """Return fsspec's file system of the scheme; each process and thread has its own, as none survives a fork.
+    """Return fsspec's file system for the scheme, one per process and thread because none survives a fork.
 
-    Credentials are found in the usual places of each.
+    Each one finds credentials in its usual places.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.scheme in _HTTP:
@@ -208,15 +208,15 @@ def filesystem(url: Url, access: Access) -> Any:
             fix=f"pip install {package}",
         ) from None
     if url.scheme == "s3":
-        files.retries = 1  # ours are spread out, and counted
+        files.retries = 1  # retries are spread out and counted by `retried`
     elif url.scheme == "gs":
-        # Likewise: gcsfs repeats six times, for longer than a request may take here, and has no setting for it.
+        # gcsfs retries six times, for longer than a request may take here, and has no setting for it.
         files._request = types.MethodType(type(files)._request.__wrapped__, files)
     return files
 
 
 def _call(url: Url, method: str, access: Access, **options: Any) -> Any:
-    """Return the answer to one request. Synchronous file systems have time limits of their own."""
+    """Send one request and return the result. Synchronous file systems have their own time limits."""
     files = filesystem(url, access)
     if files.async_impl:
         options["timeout"] = access.timeout_s
@@ -224,11 +224,11 @@ def _call(url: Url, method: str, access: Access, **options: Any) -> Any:
 
 
 def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str = "") -> bytes:
-    """Return the answer to one request.
+    """Send one HTTP request and return the body.
 
     Raises:
-        FaultError: it is longer than `limit`, or not what was asked for.
-        FileNotFoundError: there is no such file.
+        FaultError: the body exceeds `limit` or does not match the request.
+        FileNotFoundError: the file does not exist.
     """
     data = bytearray()
     _request(url, access, _Limited(data.extend, limit), version, ranged)
@@ -251,14 +251,14 @@ def _request(
 async def _answer(
     files: Any, address: str, write: Callable[[bytes], object], version: str, ranged: str, silence_s: float
 ) -> None:
-    """Read an answer up to a limit, and check its version.
+    """Read a response up to a limit and check its version.
 
-    fsspec's own reads all of a file whose server knows no ranges, or never ends, and notices no other version.
+    fsspec would read all of a file from a server without ranges, even endlessly, and does not notice another version.
     """
     from aiohttp import ClientTimeout
 
     session = await files.set_session()
-    # The caller limits the whole; the session's own limit would cut whole files off after minutes.
+    # The caller limits the total time; the session's default limit would abort full downloads after minutes.
     timeout = ClientTimeout(sock_connect=silence_s, sock_read=silence_s)
     headers = {"Accept-Encoding": "identity", **({"Range": ranged} if ranged else {})}
     async with session.get(files.encode_url(address), headers=headers, timeout=timeout) as answer:
@@ -267,7 +267,7 @@ async def _answer(
         answer.raise_for_status()
         if ranged and answer.status != 206:
             raise FaultError(NO_RANGES, "the server sends whole files only", lasting=True)
-        sent_range = answer.headers.get("Content-Range")  # of what ends early the length tells
+        sent_range = answer.headers.get("Content-Range")  # truncation is detected by the length
         wanted_range = ranged.replace("=", " ").rpartition("-")[0]
         if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):
             raise FaultError("another range", f"asked for {ranged}, the server sent {sent_range[:100]}")
@@ -280,7 +280,7 @@ async def _answer(
 
 
 class _Limited:
-    """Passes bytes on, but no more than a file may have, and counts them."""
+    """Counting writer that limits the number of bytes."""
 
     def __init__(self, write: Callable[[bytes], object], limit: int) -> None:
         self._write, self._limit, self.count = write, limit, 0
@@ -298,11 +298,11 @@ def _too_long(limit: int) -> FaultError:
 
 def _fetch_at_once(url: Url, out: Output, access: Access, size: int | None, version: str) -> int:
     out.seek(0)
-    write = _Limited(out.write, access.cache_bytes if size is None else size)  # what is larger cannot be kept
+    write = _Limited(out.write, access.cache_bytes if size is None else size)  # a larger file could not be cached
     if url.scheme == "pipe":
         require_shell(url, access)
         _run(url.address.removeprefix("pipe:"), write, access.timeout_s)
-    else:  # with as much time as all its parts would have
+    else:  # the time limit is the sum over all parts
         parts = max(1, (size or 0) // PART_BYTES)
         _request(url, access, write, version, limit_s=access.timeout_s * parts)
     if size is not None and write.count != size:
@@ -311,7 +311,7 @@ def _fetch_at_once(url: Url, out: Output, access: Access, size: int | None, vers
 
 
 def _run(command: str, write: Callable[[bytes], object], timeout_s: float) -> None:
-    """Run a command and pass on what it writes. Where one part of a pipeline fails, all of it does."""
+    """Run a command and pass on its output. If one part of a pipeline fails, the pipeline fails."""
     with subprocess.Popen(
         ["bash", "-o", "pipefail", "-c", command],
         stdin=subprocess.DEVNULL,
@@ -325,7 +325,7 @@ def _run(command: str, write: Callable[[bytes], object], timeout_s: float) -> No
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise TimeoutError from None
-        finally:  # nothing of the command outlives its use, whatever it has started itself
+        finally:  # kill all descendants of the command
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if code:

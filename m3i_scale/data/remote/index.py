@@ -1,4 +1,4 @@
-"""Indices of remote shards are fetched from beside them, or made by one reading, and kept with the shards' versions."""
+"""Indices of remote shards, downloaded from their folder or built by one scan, and cached with the shard versions."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from m3i_scale.data.scan import ShardIndex, cached, lists_all, load_saved, parse
 from m3i_scale.errors import DataError
 
 THREADS = 16
-"""Requests at a time: they mostly wait."""
+"""Concurrent requests, which mostly wait."""
 SCAN_BLOCK_BYTES = 1 << 20
 
 
 def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Address, ShardIndex]:
-    """Return the indices of remote shards, and save them in `cache_dir`."""
+    """Return the indices of remote shards and save them in `cache_dir`."""
     for url in shards:
         _check_pipe(url, access)
     sums = _checksums(shards, access.at_start())
-    # Ask after one shard of every folder before all are: a server that is down is reported once, and soon.
+    # Query one shard per folder before all others, so that an unreachable server is reported once and early.
     for url in {url.parent: url for url in reversed(shards) if url.scheme != "pipe"}.values():
         _check_server(url, access)
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
@@ -45,7 +45,7 @@ def _check_pipe(url: Url, access: Access) -> None:
 
 
 def _check_server(url: Url, access: Access) -> None:
-    """Check that a server answers and, where there is no cache, that it knows ranges."""
+    """Check that a server responds and, if caching is off, that it supports range requests."""
     try:
         facts(url, access.at_start())
         if not access.cache_bytes:
@@ -118,7 +118,7 @@ def _from_beside(url: Url, now: Facts, access: Access) -> ShardIndex | None:
 
 
 def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:
-    """Read a shard from front to back; members larger than a block are passed over where the server knows ranges."""
+    """Scan a shard from start to end; large files are skipped if the server supports range requests."""
     try:
         return ShardIndex(url, now.size, *scan_stream(_BufferedShard(url, now.size, access), now.size, url))
     except FaultError as fault:
@@ -128,20 +128,20 @@ def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:
 
 
 class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """Reads a remote shard in blocks, which fsspec keeps; each is checked, and fetched again where that fails."""
+    """Remote shard as a buffered file: fsspec caches its blocks, and each block is checked and retried."""
 
     def __init__(self, url: Url, size: int, access: Access) -> None:
         self._url, self._access = url, access
-        kept = {"maxblocks": 2}  # the headers of a sample may lie in two
+        kept = {"maxblocks": 2}  # the headers of a sample may span two blocks
         blocks = {"block_size": SCAN_BLOCK_BYTES, "cache_type": "blockcache", "cache_options": kept}
-        super().__init__(None, str(url), size=size, **blocks)  # in logs, without a login
+        super().__init__(None, str(url), size=size, **blocks)  # name for logs, without credentials
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return read_range(self._url, start, min(end, self.size), self._access)  # the last block is shorter
 
 
 def _scan_whole(url: Url, now: Facts | None, access: Access) -> ShardIndex:
-    """Fetch a shard into the cache, and read it there. What a pipe gives shows only when it is run."""
+    """Download a shard into the cache and scan it there. The size of a pipe's output is unknown before it runs."""
     if access.cache is None:
         raise _needs_cache(url)
     size, version = (None, "") if now is None else (now.size, now.version)
@@ -155,7 +155,7 @@ def _scan_whole(url: Url, now: Facts | None, access: Access) -> ShardIndex:
 
 
 def _checksums(shards: Sequence[Url], access: Access) -> dict[Url, str]:
-    """Return the SHA-256 of shards, from the manifests beside them."""
+    """Return the SHA-256 of shards, from the manifests in their folders."""
     sums = {}
     for folder in sorted({url.parent for url in shards if url.scheme != "pipe"}):
         place = folder / "manifest.json"

@@ -1,15 +1,15 @@
-"""A process reads remote shards from the cache where they have come whole, and by range until then.
+"""Prefetching of remote shards: a process reads complete shards from the cache, and samples by range request until
+then.
 
-The rule, for every shard that is read:
+Rules for every shard that is read:
 
-- It is fetched whole into the cache, by threads that also look one window ahead, where the cache has room for it beside
-  the shards in use.
-- Until it has come, and where there is no room, single samples are read by range.
-- With a checksum in manifest.json, no sample of it is used before the whole has been verified; a pipe, or a server
-  without ranges, can only be read whole. These wait. A shard without room is read through once to be verified: were it
-  used as it is, the room that others leave would decide whether a damaged one is lost, and orders would part.
-- A fetch ahead of need that fails decides nothing: the shard is bad when it cannot be read once it is needed. Otherwise
-  a fault that has passed would cost a shard in one process and not in another, and their orders would part.
+- Threads download it into the cache, up to one window ahead, if the cache has room for it and the shards in use.
+- Until then, and if there is no room, single samples are read by range request.
+- With a checksum in manifest.json, no sample is used before the complete shard is verified. A pipe, or a server without
+  ranges, can only be read completely. Both must wait. A shard without room is read once to be verified. Otherwise the
+  free space would decide whether a corrupt shard is lost, and sample orders would diverge.
+- A failed download ahead of need decides nothing: a shard is corrupt only if it cannot be read when it is needed.
+  Otherwise a transient error would lose a shard in one process but not in another, and orders would diverge.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from m3i_scale.data.scan import ShardIndex
 from m3i_scale.errors import DataError
 
 FETCHERS = 4
-"""Threads of a process that fetch shards."""
+"""Download threads per process."""
 CHECKSUM_ATTEMPTS = 2
-"""A wrong checksum may be a fault of the way; twice it is one of the shard."""
+"""The first wrong checksum may be a transmission error; the second one means a corrupt shard."""
 
 Fetch = Future[int | None]
-"""A descriptor of the shard in the cache; None where there was no room for it."""
+"""Descriptor of the shard in the cache; None if there was no room for it."""
 
 
 class RemoteShards:
-    """Fetches remote shards for one process; its threads start with the first shard that is expected.
+    """Prefetcher of remote shards for one process; its threads start with the first expected shard.
 
     Args:
         access: time limits, attempts, cache.
@@ -50,21 +50,21 @@ class RemoteShards:
         self._cache = access.cache
         self._expected: dict[Hashable, tuple[Sequence[ShardIndex], Sequence[ShardIndex]]] = {}
         self._wanted: dict[Address, ShardIndex] = {}
-        """All that is expected, the most urgent first."""
+        """All expected shards, the most urgent first."""
         self._fetches: dict[Address, Fetch] = {}
-        """Locks all that is wanted."""
+        """Downloads of all expected shards, which also lock them."""
         self._only_whole: set[Address] = set()
-        """Shards whose server has turned out to know no ranges."""
+        """Shards on servers without range requests."""
         self._same_version: set[Address] = set()
-        """Shards of present windows whose server has been asked for the version."""
+        """Shards of current windows with a checked version."""
         self._verified: set[Address] = set()
-        """Shards without room whose checksum is right."""
+        """Uncached shards with a valid checksum."""
         self._changed = threading.Condition()
         self._fetchers: list[threading.Thread] = []
         self._closed = False
 
     def expect(self, reader: Hashable, now: Sequence[ShardIndex], then: Sequence[ShardIndex] = ()) -> None:
-        """Announce which shards a stream reads now and which it reads next; those it named before are released."""
+        """Announce the shards that a stream reads now and next; release the shards that it announced before."""
         if self._cache is None:
             self._same_version.difference_update(index.path for index in now)
             return
@@ -74,7 +74,7 @@ class RemoteShards:
             self._wanted = {index.path: index for turn in (0, 1) for pair in pairs for index in pair[turn]}
             begin = {index.path for index in now}
             for path, future in list(self._fetches.items()):
-                # What failed in the pass before, or ahead of its time, gets another chance when its time has come.
+                # Downloads that failed in the previous epoch or ahead of need are retried when the shard is needed.
                 if path not in self._wanted or _had_no_room(future) or (path in begin and _failed(future)):
                     self._let_go(path)
             for path in self._wanted:
@@ -87,11 +87,11 @@ class RemoteShards:
                 fetcher.start()
 
     def read(self, index: ShardIndex, start: int, end: int) -> bytes:
-        """Return bytes [start, end) of a shard.
+        """Read bytes [start, end) of a shard.
 
         Raises:
-            BadShardError: it cannot be read, after all attempts.
-            DataError: the cache fails, or is too small for a shard that can only be read whole.
+            BadShardError: it cannot be read after all attempts.
+            DataError: the cache fails, or is too small for a shard that must be downloaded completely.
         """
         try:
             return self._read(index, start, end)
@@ -99,7 +99,7 @@ class RemoteShards:
             raise bad_shard(index.path, fault) from None
 
     def close(self) -> None:
-        """Release all shards; threads end after what they do now."""
+        """Release all shards; threads end after their current download."""
         with self._changed:
             self._closed = True
             for path in list(self._fetches):
@@ -126,7 +126,7 @@ class RemoteShards:
             return self._read(index, start, end)
 
     def _descriptor(self, index: ShardIndex) -> int | None:
-        """Return the descriptor of the shard in the cache; None where it is to be read by range."""
+        """Return the descriptor of the shard in the cache; None if it must be read by range request."""
         if self._cache is None:
             return None
         url = _url(index)
@@ -145,7 +145,7 @@ class RemoteShards:
         return future.result()
 
     def _wait_for(self, path: Address, ahead_of_need: bool) -> int | None:
-        """Wait for a fetch and return its descriptor. A fetch that began ahead of need and failed is repeated."""
+        """Wait for a download and return its descriptor. A failed download ahead of need is repeated."""
         try:
             return self._fetches[path].result()
         except FaultError:
@@ -162,7 +162,7 @@ class RemoteShards:
             future.add_done_callback(_close)
 
     def _work(self) -> None:
-        """Fetch the most urgent shard that no other thread fetches, again and again."""
+        """Download the most urgent shard that no other thread downloads, in a loop."""
         while True:
             with self._changed:
                 while not self._closed and (index := self._next()) is None:
@@ -173,7 +173,7 @@ class RemoteShards:
                 future.set_running_or_notify_cancel()
             try:
                 future.set_result(self._fetch(index))
-            except Exception as error:  # whatever it is, it is raised where the shard is read
+            except Exception as error:  # raised again when the shard is read
                 future.set_exception(error)
 
     def _next(self) -> ShardIndex | None:
@@ -181,7 +181,7 @@ class RemoteShards:
         return next(waiting, None)
 
     def _fetch(self, index: ShardIndex) -> int | None:
-        """Return a descriptor of the shard in the cache, fetched if it is not there; None where there is no room."""
+        """Return a descriptor of the shard in the cache, downloaded if missing; None if there is no room."""
         if self._cache is None:
             raise RuntimeError("no cache")
         key = cache_key(_url(index), index.version or index.sha256 or index.digest, index.size)
@@ -190,14 +190,14 @@ class RemoteShards:
             try:
                 self._fetch_verified(index, None)
             except FaultError as fault:
-                if not fault.not_ranged:  # otherwise the reader will say that there is no room
+                if not fault.not_ranged:  # otherwise the reader reports the missing room
                     raise
             else:
                 self._verified.add(index.path)
         return descriptor
 
     def _fetch_verified(self, index: ShardIndex, out: BinaryIO | None) -> None:
-        """Fetch a whole shard and verify it; without `out` nothing is kept."""
+        """Download and verify a complete shard; without `out` nothing is stored."""
         if out is not None and not index.sha256:
             self._fetch_whole(index, out)
             return
@@ -216,7 +216,7 @@ class RemoteShards:
 
 
 class _Hashed:
-    """Writes a file from its beginning, and computes its SHA-256; without `out` nothing is kept."""
+    """Writer of a file from its start that computes the SHA-256; without `out` nothing is stored."""
 
     def __init__(self, out: BinaryIO | None) -> None:
         self._out, self._sha256 = out, hashlib.sha256()
@@ -237,10 +237,10 @@ class _Hashed:
 
 
 def check_version(index: ShardIndex, access: Access) -> None:
-    """Check that the server still has the version that was indexed.
+    """Check that the server still has the indexed version.
 
     Raises:
-        FaultError: it has not, or does not answer.
+        FaultError: the version changed, or the server does not respond.
     """
     url = _url(index)
     if url.scheme == "pipe":
@@ -253,7 +253,7 @@ def check_version(index: ShardIndex, access: Access) -> None:
 
 
 def no_room(url: Url) -> DataError:
-    """Return the error of a shard that can only be read whole, and does not fit into the cache."""
+    """Return the error for a shard that must be downloaded completely and does not fit into the cache."""
     return DataError(
         "the shard can only be read whole, and the cache has no room for it beside the shards in use",
         where=str(url),

@@ -1,1 +1,1 @@
-"""These tools read shards that others made: every tar may be hostile, every fault is reported, none stops the rest."""
+"""Tools for shards of any origin: tars may be malicious, and every error is reported without stopping."""

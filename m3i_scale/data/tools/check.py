@@ -1,4 +1,4 @@
-"""`shards check` looks at every member of every sample, at keys across shards, and at what lies beside the shards."""
+"""`shards check`: validation of all files of all samples, of keys across shards, and of sidecar files."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ IN_TWO_SHARDS = "key in two shards"
 BOXES_OF_ANOTHER_FORM = "boxes of another form"
 ONE_CLASS = "masks of one class"
 BESIDE = frozenset({"count differs", "index is stale", "shard is missing", "shard is not listed"})
-"""Faults of the files beside: the shard itself may be good."""
+"""Errors of sidecar files: the shard itself may be valid."""
 
 Write = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Gives a worker one shard to check."""
+    """A shard for a worker to check."""
 
     path: Path
     number: int
-    """Among all shards."""
+    """Index among all shards."""
     rules: Rules
     claims: Claims
 
 
 @dataclass
 class ShardReport:
-    """Holds what a worker found in one shard."""
+    """Result of checking one shard."""
 
     path: Path
     number: int
@@ -67,22 +67,22 @@ class ShardReport:
     samples: int
     faults: list[Fault]
     bad: set[int]
-    """Offsets of bad samples."""
+    """Offsets of corrupt samples."""
     keys: NDArray[Any]
-    """Digests of the keys of samples that are good, or that `--repair` mends."""
+    """Digests of the keys of samples that are valid or that `--repair` fixes."""
     members: Counter[str]
     others: int
     contents: Contents
 
     @property
     def clean(self) -> bool:
-        """Return whether nothing is wrong with the shard itself."""
+        """Return whether the shard itself has no errors."""
         return all(fault.reason in BESIDE for fault in self.faults)
 
 
 @dataclass
 class CheckReport:
-    """Holds what was found in all shards."""
+    """Result of checking all shards."""
 
     source: str
     shards: list[ShardReport] = field(default_factory=list)
@@ -93,11 +93,11 @@ class CheckReport:
 
     @property
     def bad(self) -> bool:
-        """Return whether anything is wrong."""
+        """Return whether there are any errors."""
         return bool(self.reasons)
 
     def summary(self) -> dict[str, Any]:
-        """Return the whole report as JSON types."""
+        """Return the complete report as JSON types."""
         return {
             "source": self.source,
             "shards": len(self.shards),
@@ -123,15 +123,15 @@ def check_shards(
     quarantine: Path | None = None,
     advance: Advance | None = None,
 ) -> CheckReport:
-    """Check all shards of a source; faults are counted, and none of them stops the rest.
+    """Check all shards of a dataset; count errors without stopping.
 
     Args:
         source: a folder, a brace pattern or one tar.
-        rules: what a sample must have; `classes` None takes the number of labels.json beside the shards.
-        workers: processes.
-        keys_per_shard: the same key may stand in several shards.
-        quarantine: file for one JSON line per fault (source, url, key, offset, reason, detail); replaced when complete.
-        advance: progress.
+        rules: requirements for samples; if `classes` is None, labels.json of the shards defines it.
+        workers: number of processes.
+        keys_per_shard: allow the same key in several shards.
+        quarantine: JSON lines file of errors (source, url, key, offset, reason, detail); replaced when complete.
+        advance: progress callback.
     """
     report = CheckReport(source)
     with _lines(quarantine) as write, Digests() as keys:
@@ -160,7 +160,7 @@ def check_shards(
 
 
 def check_shard(task: ShardTask) -> ShardReport:
-    """Check one shard: its tar, the members of its samples, and what is claimed of it."""
+    """Check one shard: its tar, the files of its samples, and the claims of sidecar files."""
     raw = read_shard(task.path)
     members, contents = Counter[str](), Contents()
     faults = raw.faults + [fault for sample in _checked(task, raw, members, contents) for fault in sample.faults]

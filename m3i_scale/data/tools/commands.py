@@ -1,4 +1,4 @@
-"""`m3i-scale shards check | stats | peek | split | merge` look at shards, whoever made them, and rearrange them."""
+"""CLI of `m3i-scale shards check | stats | peek | split | merge`: inspect and reshard WebDataset shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import writes_to
 from m3i_scale.output import print_json, wide_console
 
-if TYPE_CHECKING:  # importing them takes seconds, which --help has not
+if TYPE_CHECKING:  # these imports take seconds, too long for --help
     from m3i_scale.data.tools.check import CheckReport
 
 MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
@@ -53,9 +53,9 @@ def check(
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Verify every member of every sample.
+    """Validate every file of every sample.
 
-    Exit code 2 where something is bad; nothing is changed.
+    Exits with code 2 if there are errors; changes nothing.
     """
     from m3i_scale.data.make.write import atomic_folder, refuse_existing
     from m3i_scale.data.tools.check import check_shards
@@ -107,7 +107,7 @@ def stats(
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Count samples, sizes, captions, their tokens, classes and exact duplicates."""
+    """Report statistics of samples, sizes, captions, tokens and classes, and exact duplicates."""
     from m3i_scale.data.tools.stats import stats_of
 
     with progress_bar([shards], quiet=as_json) as advance:
@@ -136,7 +136,7 @@ def look(
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Draw random samples onto a contact sheet: a picture, and a page with captions, labels and keys."""
+    """Draw random samples on a contact sheet: a picture, and a page with captions, labels and keys."""
     from m3i_scale.data.tools.peek import peek
 
     with progress_bar([shards], quiet=as_json) as advance:
@@ -169,7 +169,7 @@ def split(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Deal samples into splits, or only cut shards anew. Contents of members stay as they are."""
+    """Split samples by fractions, or only reshard them. File contents stay unchanged."""
     from m3i_scale.data.tools.rearrange import split_shards
 
     with progress_bar([shards], quiet=as_json, times=2) as advance:
@@ -196,7 +196,7 @@ def merge(
     ] = "refuse",
     as_json: AsJson = False,
 ) -> None:
-    """Put the samples of several sources into one folder; label sets are joined by the names of the classes."""
+    """Merge the samples of several datasets into one folder. Class lists are merged by class name."""
     from m3i_scale.data.tools.rearrange import Keys, merge_shards
 
     with progress_bar(sources, quiet=as_json, times=2) as advance:
@@ -208,12 +208,12 @@ def merge(
 
 @contextmanager
 def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
-    """Show a bar over the bytes of all shards, times how often they are read; none where `quiet`."""
+    """Show a progress bar over the bytes of all shards, multiplied by the number of reads; hidden if `quiet`."""
     from m3i_scale.data.shards import local_shards
 
     total = 0
     for path in (path for source in shards for path in local_shards(source)):
-        with suppress(OSError):  # a file that cannot be read is a fault for who reads it
+        with suppress(OSError):  # the reader of the file reports the error
             total += times * path.stat().st_size
     columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
@@ -293,7 +293,7 @@ def _print_stats(counts: dict[str, Any]) -> None:
 
 
 def _plain(*cells: object) -> list[Any]:
-    """Return cells whose brackets are not read as markup."""
+    """Return cells with escaped brackets, so that they are not parsed as markup."""
     return [Text(str(cell)) for cell in cells]
 
 

@@ -1,8 +1,8 @@
-"""Hash images by their coarse structure.
+"""Perceptual hashes of images, from their coarse structure.
 
-A bit of a hash is the sign of one low frequency of the grey image (its cosine transform at 32 × 32 pixels). Shrinking,
-compression and brighter light change few of them; a mirrored image has another hash, which is kept beside. Colour is
-not looked at.
+A bit of a hash is the sign of one low frequency of the grayscale image (its cosine transform at 32 × 32 pixels).
+Resizing, compression and brightness change few bits. A mirrored image has another hash, which is stored separately.
+Color is ignored.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 
 PLAIN = "nearly one colour"
-"""Images without structure are counted by this reason and not compared: their hashes would be noise."""
+"""Images without structure are counted with this reason and not compared: their hashes would be noise."""
 SIDE = 32
 LEAST_DEVIATION = 2.0
-"""Standard deviation of grey levels (0 … 255) below which an image is `PLAIN`."""
+"""Standard deviation of gray levels (0 … 255) below which an image is `PLAIN`."""
 NEAR_ZERO = 0.1
-"""Frequencies below this share of the mean amplitude count as zero: of a symmetric image half of them are rounding."""
+"""Frequencies below this fraction of the mean amplitude count as zero: half are rounding in symmetric images."""
 
 
 def _cosines() -> NDArray[np.float64]:
@@ -47,7 +47,7 @@ _COSINES = _cosines()
 
 
 def hashes_of(image: Image.Image) -> tuple[int, int] | None:
-    """Return the 64 bits of an upright RGB image and those of its mirror image; None where it is `PLAIN`."""
+    """Return the 64-bit hashes of an upright RGB image and of its mirror image; None if it is `PLAIN`."""
     grey_HW = np.asarray(
         image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0), dtype=np.float64
     )
@@ -65,7 +65,7 @@ def _bits(grey_HW: NDArray[np.float64]) -> int:
 
 @dataclass(frozen=True)
 class HashTask:
-    """Gives a worker one shard to hash."""
+    """A shard for a worker to hash."""
 
     path: Path
     max_pixels: int
@@ -73,7 +73,7 @@ class HashTask:
 
 @dataclass
 class ShardHashes:
-    """Holds what a worker made of one shard."""
+    """Hashes of one shard."""
 
     size: int
     rows: list[tuple[int, int, int]]
@@ -83,7 +83,7 @@ class ShardHashes:
 
 @dataclass
 class HashedImages:
-    """Holds the hashes of a set of images, and where each image lies: 28 bytes an image."""
+    """Hashes and locations of the images of a dataset, in 28 bytes per image."""
 
     paths: list[Path]
     shard_N: NDArray[np.uint32]
@@ -103,15 +103,15 @@ class HashedImages:
         return {"shard": str(path), "key": key_at(path, int(self.offset_N[number]))}
 
     def likeness(self, number: int, others: HashedImages, other: int) -> dict[str, Any]:
-        """Return in how many bits an image differs from one of others, and whether it is rather its mirror image."""
+        """Return the distance in bits to an image of another set, and whether the mirror image is closer."""
         straight, mirrored = (
             (int(hashes[number]) ^ int(others.hash_N[other])).bit_count() for hashes in (self.hash_N, self.mirrored_N)
         )
         return {"distance": min(straight, mirrored), "mirrored": mirrored < straight}
 
     def pairs(self, distance: int, groups: Groups) -> Pairs:
-        """Yield pairs of alike images; of those with equal hashes the first stands for the others, with which it is
-        paired. Their mirror images are all looked for, as they may have different hashes."""
+        """Yield pairs of similar images. The first of several equal hashes represents the others and is paired with
+        each. Mirror images are all compared, as their hashes may differ even then."""
         values, first, which = np.unique(self.hash_N, return_index=True, return_inverse=True)
         repeated = np.flatnonzero(first[which] != np.arange(len(self)))
         yield first[which[repeated]], repeated
@@ -126,7 +126,7 @@ class HashedImages:
                 yield images[left[unequal]], first[right[unequal]]
 
     def alike(self, others: HashedImages, distance: int) -> Alike:
-        """Yield what is like them among others, of all images that are like any. Equal hashes are compared once."""
+        """Yield the matches in another set for every image that has any. Equal hashes are compared once."""
         hash_U2, _, mine = self._distinct()
         values, first, which, counts = np.unique(
             others.hash_N, return_index=True, return_inverse=True, return_counts=True
@@ -136,7 +136,7 @@ class HashedImages:
         for column, queries in enumerate(hash_U2.T):
             for left, right in pairs_within(queries, values, distance):
                 straight, mirrored = (unlike_bits(hash_U2[left, side], values[right]) for side in (0, 1))
-                new = (straight > distance) | (column == 0)  # others were found as they are
+                new = (straight > distance) | (column == 0)  # other pairs were already found unmirrored
                 bits = np.minimum(straight, mirrored)[new]
                 nearest.add(left[new], first[right[new]], bits, counts[right[new]])
         for number in np.flatnonzero(nearest.count_Q[mine]).tolist():
@@ -147,8 +147,8 @@ class HashedImages:
             yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(found)[:FEW]]
 
     def _distinct(self) -> tuple[NDArray[np.uint64], Numbers, Numbers]:
-        """Return the distinct pairs of a hash and that of the mirror image (U, 2), of each the first image that has it,
-        and of every image its pair."""
+        """Return the distinct pairs (U, 2) of hash and mirror hash, the first image of each pair, and every image's
+        pair index."""
         both_N2 = np.stack([self.hash_N, self.mirrored_N], axis=1)
         hash_U2, first, which = np.unique(both_N2, axis=0, return_index=True, return_inverse=True)
         return hash_U2, first, which.reshape(-1)
@@ -157,13 +157,13 @@ class HashedImages:
 def read_hashes(
     sources: Sequence[str], *, max_pixels: int, workers: int = 1, advance: Advance | None = None
 ) -> HashedImages:
-    """Hash the images of all shards of some sources.
+    """Hash the images of all shards of some datasets.
 
     Args:
         sources: folders, brace patterns or single tars.
-        max_pixels: larger images are left out.
-        workers: processes.
-        advance: called with the bytes of every shard that is done.
+        max_pixels: larger images are skipped.
+        workers: number of processes.
+        advance: called with the number of bytes of every completed shard.
     """
     paths = [path for source in sources for path in local_shards(source)]
     left_out: Counter[str] = Counter()
@@ -180,7 +180,7 @@ def read_hashes(
 
 
 def hash_shard(task: HashTask) -> ShardHashes:
-    """Hash the images of one shard; what is bad is counted by its reason."""
+    """Hash the images of one shard; count corrupt images by reason."""
     raw = read_shard(task.path)
     found = ShardHashes(raw.size, [], Counter(fault.reason for fault in raw.faults))
     if not raw.samples:

@@ -1,4 +1,4 @@
-"""Group images that look alike, and say which images of an evaluation are among those of a training set."""
+"""Groups of near-duplicate images, and train/test contamination of evaluation images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.data.tools.nearest import Alike, Groups, Pairs
 
 
 class Images(Protocol):
-    """Holds what stands for the images of a set."""
+    """Image hashes or features of one dataset."""
 
     left_out: Counter[str]
     """Images that cannot be compared, by reason."""
@@ -27,23 +27,23 @@ class Images(Protocol):
         ...
 
     def likeness(self, number: int, others: Self, other: int) -> dict[str, Any]:
-        """Return how an image resembles one of others."""
+        """Return the similarity to an image of another set."""
         ...
 
     def pairs(self, threshold: Any, groups: Groups) -> Pairs:
-        """Yield enough pairs of alike images to connect all that are; the caller joins each in `groups`."""
+        """Yield enough pairs of similar images to connect all similar ones; the caller joins each pair in `groups`."""
         ...
 
     def alike(self, others: Self, threshold: Any) -> Alike:
-        """Yield what is like them among others, of all images that are like any."""
+        """Yield the matches in another set for every image that has any."""
         ...
 
 
 def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
-    """Return groups of images that are alike, or connected by such as are; the largest first.
+    """Return groups of images connected by similar pairs, the largest first.
 
     Returns:
-        By group its `size` and its `images`: place, and likeness to the first of them.
+        For each group its `size` and its `images`: place, and likeness to the first image.
     """
     connected = Groups(len(images))
     for left, right in images.pairs(threshold, connected):
@@ -60,10 +60,10 @@ def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
 
 
 def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str, Any]]:
-    """Return the images of an evaluation that are like images of a training set; those with the most first.
+    """Return evaluation images that resemble training images, those with the most matches first.
 
     Returns:
-        By image its place; `alike`: how many it resembles; `training`: place and likeness of the nearest of them.
+        For each image its place; `alike`: number of matches; `training`: place and likeness of the nearest matches.
     """
     found = sorted(evaluation.alike(training, threshold), key=lambda leak: (-leak[1], leak[0]))
     return [
@@ -81,14 +81,14 @@ def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str
 def report_of(
     training: Images, evaluation: Images | None, measure: str, threshold: float, sources: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what is alike within a set of images, or between it and those of an evaluation, as JSON types.
+    """Return near-duplicates within a dataset, or its overlap with an evaluation set, as JSON types.
 
     Args:
-        training: the set.
-        evaluation: the other one; None where the first is looked at alone.
-        measure: what is compared by `threshold`: "distance" or "similarity".
-        threshold: the largest distance, or the least similarity.
-        sources: what the set was read from.
+        training: the dataset.
+        evaluation: evaluation set; None finds near-duplicates within `training`.
+        measure: quantity of `threshold`: "distance" or "similarity".
+        threshold: maximum distance or minimum similarity.
+        sources: paths of the dataset.
     """
     report: dict[str, Any] = {
         "source": list(sources),

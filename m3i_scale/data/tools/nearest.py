@@ -1,6 +1,6 @@
-"""Find hashes that differ in a few bits; count the images that are like one, and keep the nearest few.
+"""Search for hashes that differ in a few bits; counts all matches of an image and keeps the nearest few.
 
-All of them would not fit in memory: where images are missing, a picture that says so stands many thousand times.
+All matches would not fit in memory: a placeholder for missing images may occur many thousand times.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEW = 5
-"""Images that are kept."""
+"""Number of matches kept per image."""
 
 BANDS, BAND_BITS = 4, 16
 MAX_DISTANCE = 11
-"""Beyond it, unlike images meet by chance, and a search would compare nearly all pairs."""
+"""Beyond it, different images match by chance, and the search would compare nearly all pairs."""
 BLOCK_PAIRS = 2_000_000
 LARGE, PILOTS, ROUNDS = 1_024, 64, 16
-"""More values than `LARGE` in one band are compared with a few queries first, in rounds, which connect most of them."""
+"""More than `LARGE` values in a band are first compared with a few queries, in rounds, which connect most of them."""
 _MOST = 0.98
-"""Share of values in one group from which on further rounds are not worth it."""
+"""Fraction of values in one group above which further rounds are not worthwhile."""
 _ONES = np.array([value.bit_count() for value in range(1 << BAND_BITS)], dtype=np.uint8)
 
 Numbers = NDArray[np.integer[Any]]
 Pairs = Iterator[tuple[Numbers, Numbers]]
-"""Numbers of images, the first of each pair and the second."""
+"""Image indices: the first and the second of each pair."""
 Alike = Iterator[tuple[int, int, list[int]]]
-"""Number of an image, how many others are like it, and the numbers of the nearest `FEW`, nearest first."""
+"""Index of an image, number of its matches, and indices of the nearest `FEW` matches, nearest first."""
 
 
 class Nearest:
-    """Counts, for every query, the values that are like it, and keeps the nearest few of them.
+    """Counter of the matches of every query, with the nearest few of them.
 
     Args:
-        queries: how many there are.
+        queries: number of queries.
     """
 
     def __init__(self, queries: int) -> None:
@@ -45,13 +45,13 @@ class Nearest:
         self._far_K = np.zeros(0, dtype=np.float64)
 
     def add(self, query_P: Numbers, value_P: Numbers, far_P: NDArray[Any], weight_P: Numbers | None = None) -> None:
-        """Add pairs of a query and a value, none of which was there before.
+        """Add new pairs of a query and a value.
 
         Args:
-            query_P: numbers of queries.
-            value_P: numbers of values; of equally near ones the lower is kept.
-            far_P: how far they are apart.
-            weight_P: for how many images the value stands; None: for one.
+            query_P: indices of queries.
+            value_P: indices of values; of equally near values, the lower index is kept.
+            far_P: distances.
+            weight_P: number of images that the value represents; None: one.
         """
         if not len(query_P):
             return
@@ -62,18 +62,18 @@ class Nearest:
         far = np.concatenate([self._far_K, far_P])
         order = np.lexsort((value, far, query))
         sorted_query, places = query[order], np.arange(len(order))
-        begins = np.searchsorted(sorted_query, sorted_query)  # where the pairs of the same query do
+        begins = np.searchsorted(sorted_query, sorted_query)  # start of the pairs of the same query
         kept = order[places - begins < FEW]
         self._query_K, self._value_K, self._far_K = query[kept], value[kept], far[kept]
 
     def of(self, query: int) -> list[tuple[float, int]]:
-        """Return how far the nearest values of a query are, and their numbers, nearest first."""
+        """Return distances and indices of the nearest values of a query, nearest first."""
         start, end = np.searchsorted(self._query_K, [query, query + 1])
         return list(zip(self._far_K[start:end].tolist(), self._value_K[start:end].tolist(), strict=True))
 
 
 class Groups:
-    """Images that are connected by pairs of alike ones. The first image of a group stands for it."""
+    """Disjoint groups of images connected by similar pairs; the first image represents its group."""
 
     def __init__(self, images: int) -> None:
         self._above = np.arange(images)
@@ -83,11 +83,11 @@ class Groups:
         found = self._above[image_P]
         while not np.array_equal(found, above := self._above[found]):
             found = above
-        self._above[image_P] = found  # a short way for the next one
+        self._above[image_P] = found  # path compression
         return found
 
     def join(self, left_P: Numbers, right_P: Numbers) -> None:
-        """Make one group of the groups of both images of each pair."""
+        """Merge the groups of both images of each pair."""
         pairs = np.stack([self.of(left_P), self.of(right_P)], axis=1)
         for pair in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
             first, second = sorted(map(self._first, pair))
@@ -95,7 +95,7 @@ class Groups:
 
     def _first(self, image: int) -> int:
         while (above := int(self._above[image])) != image:
-            self._above[image] = self._above[above]  # halves the way for the next one
+            self._above[image] = self._above[above]  # path halving
             image = above
         return image
 
@@ -107,17 +107,17 @@ GroupsOf = Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]
 def pairs_within(
     query_Q: NDArray[np.uint64], value_N: NDArray[np.uint64], distance: int, groups_of: GroupsOf | None = None
 ) -> Pairs:
-    """Yield the numbers of all queries and values that differ in at most `distance` bits, each pair once.
+    """Yield index pairs of queries and values that differ in at most `distance` bits, each pair once.
 
-    Hashes are four bands of 16 bits. Of two that differ in d bits, one band differs in d // 4 at most, so only values
-    are compared whose band is that of the query up to so many bits.
+    Hashes have four bands of 16 bits. If two hashes differ in d bits, at least one band differs in at most d // 4 bits.
+    So only values with such a band are compared with a query.
 
     Args:
         query_Q: hashes.
         value_N: hashes.
-        distance: in bits.
-        groups_of: leave out pairs within one group. The groups grow while pairs are yielded: so many images that are
-            all alike take no time that grows with the square of their number.
+        distance: maximum number of different bits.
+        groups_of: skips pairs within one group. Groups grow while pairs are yielded, which avoids quadratic time for
+            many similar images.
     """
     radius = distance // BANDS
     masks = np.flatnonzero(radius >= _ONES)
@@ -135,7 +135,7 @@ def pairs_within(
                 unlike = query_Q[left] ^ value_N[right]
                 ones = [_ONES[_band(unlike, number)] for number in range(BANDS)]
                 same = ones[0] + ones[1] + ones[2] + ones[3] <= distance
-                for earlier in range(band):  # by which the pair was found before
+                for earlier in range(band):  # already found by an earlier band
                     same &= ones[earlier] > radius
                 yield left[same], right[same]
 
@@ -145,7 +145,7 @@ def _band(hashes: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
 
 
 def unlike_bits(first_N: NDArray[np.uint64], second_N: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    """Return in how many bits hashes differ."""
+    """Return the number of different bits of hashes."""
     ones: NDArray[np.uint8] = _ONES[(first_N ^ second_N).view(np.uint16).reshape(-1, BANDS)].sum(1, dtype=np.uint8)
     return ones
 
@@ -162,7 +162,7 @@ def _candidates(end_Q: Numbers, count_Q: Numbers) -> Pairs:
 
 
 def _apart(end_Q: Numbers, count_Q: Numbers, order: Numbers, groups_of: GroupsOf) -> Pairs:
-    """Yield `_candidates`, of many values without most pairs within one group."""
+    """Yield `_candidates`; for queries with many values, skip most pairs within one group."""
     large = count_Q > LARGE
     yield from _candidates(end_Q, np.where(large, 0, count_Q))
     asked = np.flatnonzero(large)
@@ -175,7 +175,7 @@ def _apart(end_Q: Numbers, count_Q: Numbers, order: Numbers, groups_of: GroupsOf
 
 
 def _apart_in_band(queries: Numbers, places: Numbers, values: Numbers, groups_of: GroupsOf) -> Pairs:
-    queries = np.random.default_rng(0).permutation(queries)  # neighbours are alike, and would connect the same few
+    queries = np.random.default_rng(0).permutation(queries)  # neighbors are similar and would connect the same few
     for _ in range(ROUNDS):
         yield from _product(queries[:PILOTS], places)
         queries = queries[PILOTS:]

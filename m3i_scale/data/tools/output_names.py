@@ -1,4 +1,4 @@
-"""Compare shards with what lies beside them: sizes.json, manifest.json, index/, img2dataset's statistics."""
+"""Comparison of shards with their sidecar files: sizes.json, manifest.json, index/, img2dataset's statistics."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from m3i_scale.files import read_json, sha256_of
 
 @dataclass(frozen=True)
 class Claims:
-    """Holds what is claimed of one shard; None where nothing is."""
+    """Claims of sidecar files about one shard; None if there are none."""
 
     samples: dict[str, int] = field(default_factory=dict)
-    """By the file that says so."""
+    """Number of samples by sidecar file."""
     size: int | None = None
     sha256: str | None = None
 
 
 @dataclass
 class FolderClaims:
-    """Holds what a folder claims about its shards."""
+    """Claims of a folder's sidecar files about its shards."""
 
     claims: dict[str, Claims] = field(default_factory=dict)
     faults: list[tuple[str, Fault]] = field(default_factory=list)
-    """(file, fault) of the files themselves."""
+    """(file, fault) for errors of the sidecar files themselves."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -39,9 +39,9 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> FolderClaims:
     """Read sizes.json, manifest.json and img2dataset's `NAME_stats.json`.
 
     Args:
-        folder: where the shards lie.
-        shards: those that are looked at.
-        whole: whether they are all shards of the folder; then one that is listed and not among them is missing.
+        folder: folder of the shards.
+        shards: shards to check.
+        whole: `shards` are all shards of the folder; then a listed shard that is not among them is missing.
     """
     beside = FolderClaims()
     sizes = _read(folder / "sizes.json", beside)
@@ -70,7 +70,7 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> FolderClaims:
 
 
 def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
-    """Return where a shard, or its index, is not what is claimed of it."""
+    """Return the differences of a shard or its index from the claims."""
     if any(fault.reason == UNREADABLE for fault in shard.faults):
         return []
     faults = [

@@ -1,4 +1,4 @@
-"""`shards peek` makes a contact sheet of random samples, as a picture and as a page."""
+"""`shards peek`: a contact sheet of random samples, as a picture and as an HTML page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BACKGROUND, INK, FAULT = "white", "black", (170, 30, 30)
 
 @dataclass(frozen=True)
 class Card:
-    """Holds what the sheet shows of one sample."""
+    """One sample of the contact sheet."""
 
     shard: str
     key: str
@@ -46,9 +46,9 @@ class Card:
     size: tuple[int, int] | None
     """Width and height of the image in pixels."""
     fault: str | None
-    """Why there is no picture."""
+    """Reason why there is no picture."""
     picture: bytes
-    """A small PNG, encoded here: no byte of the shard gets into the page."""
+    """A small PNG, re-encoded so that no bytes of the shard get into the page."""
 
 
 def peek(
@@ -63,18 +63,18 @@ def peek(
     workers: int = 1,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Write `sheet.png` and `index.html` with random samples, each as likely as any other.
+    """Write `sheet.png` and `index.html` with uniformly drawn samples.
 
     Args:
         source: a folder, a brace pattern or one tar.
-        output: folder to make.
-        count: samples, fewer where there are fewer.
+        output: output folder.
+        count: number of samples; fewer if the dataset is smaller.
         seed: the same seed draws the same samples.
-        side: of a picture, in pixels.
-        columns: pictures in a row of sheet.png.
+        side: picture size in pixels.
+        columns: pictures per row of sheet.png.
         max_pixels: larger images are not decoded.
         workers: processes that count samples.
-        advance: called with the bytes of every shard that is counted.
+        advance: called with the number of bytes of every counted shard.
     """
     paths = local_shards(source)
     counts = []
@@ -104,13 +104,13 @@ def peek(
 
 
 def count_samples(path: Path) -> tuple[int, int]:
-    """Return the bytes and the number of samples of a shard."""
+    """Return the size in bytes and the number of samples of a shard."""
     shard = read_shard(path)
     return shard.size, len(shard.samples)
 
 
 def read_cards(path: Path, numbers: Sequence[int], side: int, max_pixels: int) -> list[Card]:
-    """Return the cards of some samples of a shard, by their numbers."""
+    """Return the cards of some samples of a shard, by sample index."""
     shard = read_shard(path)
     labels = read_labels(path.parent)
     with path.open("rb") as stream:
@@ -131,7 +131,7 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
         size = upright_size(image.size, lies)
         with image, decoding():
             image.draft("RGB", (side, side))
-            picture = _fitting(upright(on_white(image), lies), side)  # as in training
+            picture = _fitting(upright(on_white(image), lies), side)  # same orientation as in training
     except BadSampleError as bad:
         fault = printable(f"{bad.reason} {bad.detail}".strip())
     buffer = io.BytesIO()
@@ -140,7 +140,7 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
 
 
 def _fitting(picture: Image.Image, side: int) -> Image.Image:
-    """Resize a picture to at most `side` high and wide, and more than half of it; small ones get larger pixels."""
+    """Resize a picture to at most `side` × `side`, but more than half of it; enlarge by integer factors only."""
     factor = side // max(picture.size)
     if factor > 1:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -161,7 +161,7 @@ def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
 
 
 def page(cards: Sequence[Card], source: str, samples: int, seed: int) -> str:
-    """Return a page that needs nothing else, runs nothing, and escapes all text of others."""
+    """Return a self-contained HTML page without scripts, with all text from the dataset escaped."""
     template = _environment().get_template("peek.html.j2")
     return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)
 

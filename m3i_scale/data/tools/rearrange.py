@@ -1,4 +1,4 @@
-"""`shards split` and `shards merge` make new shards of existing ones; contents of members stay as they are."""
+"""`shards split` and `shards merge`: resharding of existing shards; file contents stay unchanged."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from m3i_scale.errors import ConfigError, DataError
 _Names = TypeVar("_Names")
 
 Keys = Literal["refuse", "prefix"]
-"""Keys that stand for several samples: refuse them, or put number of source and name of shard before all keys."""
+"""Handling of duplicate keys: raise an error, or prefix all keys with the dataset's index and the shard's name."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Holds one label set that several were joined to, and their new numbers."""
+    """A merged class list, with the new label indices."""
 
     names: list[str] | None
-    """None: no source has labels.json."""
+    """None: no dataset has labels.json."""
     numbers: list[list[int] | None]
-    """By source: the new number of every old label; None: labels are not looked at."""
+    """By dataset: new index of every old label; None: labels are ignored."""
 
 
 def split_shards(
@@ -54,15 +54,15 @@ def split_shards(
     group: str | None = None,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Deal the samples of shards into splits, or only cut them anew.
+    """Split the samples of shards by fractions, or only reshard them.
 
     Args:
         source: a folder, a brace pattern or one tar.
-        output: folder to make; it has a folder for each split, or without `shares` the shards themselves.
+        output: output folder, with a folder per split, or the shards themselves without `shares`.
         options: size and order of the new shards.
-        name: beginning of their file names.
-        shares: of samples by split.
-        group: samples with the same value of this field of their json members go to the same split.
+        name: prefix of their file names.
+        shares: fractions of samples by split.
+        group: JSON field whose value keeps samples in the same split.
         advance: called with bytes read; every shard is read twice.
     """
     if group is not None and not shares:
@@ -81,14 +81,14 @@ def merge_shards(
     keys: Keys = "refuse",
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Put the samples of several sources into one folder. Label sets are joined by name; labels get their new numbers.
+    """Merge the samples of several datasets. Class lists are merged by name, and labels are renumbered.
 
     Args:
         sources: folders, brace patterns or single tars.
-        output: folder to make.
+        output: output folder.
         options: size and order of the new shards.
-        name: beginning of their file names.
-        keys: what to do with keys that stand for several samples.
+        name: prefix of their file names.
+        keys: handling of duplicate keys.
         advance: called with bytes read; every shard is read twice.
     """
     if len(sources) < 2:
@@ -103,10 +103,10 @@ def merge_shards(
 
 
 def join_labels(sets: Sequence[list[str] | None]) -> Labels:
-    """Join label sets; names are in order of their first appearance."""
+    """Merge class lists; names are in order of first appearance."""
     known = [names for names in sets if names is not None]
     if not known:
-        return Labels(None, [[] for _ in sets])  # labels without names would be mixed up: see `_new_label`
+        return Labels(None, [[] for _ in sets])  # merging labels without names would mix them up: see `_new_label`
     joined = list(dict.fromkeys(name for names in known for name in names))
     numbers: list[list[int] | None] = []
     for names in sets:
@@ -175,12 +175,12 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
 
 
 def _same(sets: Sequence[_Names | None], sources: Sequence[str], file: str) -> tuple[_Names | None, set[int]]:
-    """Return the classes of masks or boxes, the same in all sources that have some, and the numbers of the others.
+    """Return the classes of masks or boxes, equal in all datasets that have any, and the indices of the other datasets.
 
     Args:
-        sets: by source.
-        sources: where they lie.
-        file: that they stand in.
+        sets: class lists by dataset.
+        sources: paths of the datasets.
+        file: file of the class lists.
     """
     first = next((names for names in sets if names is not None), None)
     for source, names in zip(sources, sets, strict=True):
@@ -199,7 +199,7 @@ def _plain(stem: str) -> str:
 
 
 def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
-    """Copy the tokenizer beside the sources if all have the same; return whether they do."""
+    """Copy the tokenizer if all datasets have the same one; return whether it was copied."""
     tokenizers = []
     for source in sources:
         beside = local_shards(source)[0].parent

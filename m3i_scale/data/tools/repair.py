@@ -1,4 +1,4 @@
-"""`shards check --repair` copies the good samples of bad shards, byte by byte, into a folder of their own."""
+"""`shards check --repair`: byte-exact copies of the valid samples of corrupt shards, in a new folder."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RepairTask:
-    """Gives a worker one shard to repair."""
+    """A shard for a worker to repair."""
 
     path: Path
     output: Path
     bad: frozenset[int]
-    """Offsets of samples to leave out."""
+    """Offsets of samples to skip."""
 
 
 def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[str, Any]:
-    """Write clean copies of bad shards into `folder`; shards that are good as they are stay where they are.
+    """Write repaired copies of corrupt shards to `folder`; valid shards are not copied.
 
     Args:
-        report: what `check_shards` found.
-        folder: exists and is empty.
-        workers: processes.
-        link: put symbolic links to the good shards beside the copies, so that the folder holds all good samples.
+        report: result of `check_shards`.
+        folder: existing, empty folder.
+        workers: number of processes.
+        link: also create symbolic links to the valid shards, so that the folder contains all valid samples.
 
     Returns:
-        What went where, as in `shards.json`: shards as they are, repaired ones (samples kept and left out), and those
-        without a good sample.
+        Content of `shards.json`: valid shards, repaired shards (samples kept and skipped), and shards without a valid
+        sample.
     """
     bad = [shard for shard in report.shards if not shard.clean]
     mendable = _scattered_only(report)
@@ -77,7 +77,7 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
 
 
 def repair_shard(task: RepairTask) -> dict[str, Any]:
-    """Copy one shard without its bad samples, and return what the manifest says of it."""
+    """Copy one shard without its corrupt samples, and return its manifest entry."""
     good = [sample for sample in read_shard(task.path).samples if sample.start not in task.bad]
     if not good:
         return {"samples": 0}
@@ -96,7 +96,7 @@ def _facts(samples: Sequence[RawSample], path: Path) -> dict[str, Any]:
 
 
 def _scattered_only(report: CheckReport) -> dict[int, set[int]]:
-    """Return offsets, by shard, of samples whose only fault is that their members lie apart, which copying mends."""
+    """Return by shard the offsets of samples whose only error is scattered files, which copying fixes."""
     mendable: dict[int, set[int]] = {}
     for shard in report.shards:
         reasons: dict[int, set[str]] = {}
@@ -115,4 +115,4 @@ def _copy(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:
             break
         target.write(block)
         count -= len(block)
-    target.write(bytes(count))  # padding that the file's end lacks
+    target.write(bytes(count))  # padding missing at the end of the file

@@ -1,4 +1,4 @@
-"""`shards stats` counts what is in shards. It decodes masks, and no images."""
+"""`shards stats`: statistics of shards. Decodes masks, but no images."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 EQUAL = ("images", "captions")
 TALLIES = ("width", "height", "aspect_ratio", "pixels", "image_bytes", "caption_characters", "caption_words")
 TOKENS = "caption_tokens"
-"""One more, where there is a tokenizer; special tokens count."""
+"""Additional statistic if there is a tokenizer; includes special tokens."""
 MAX_LABEL = 10**9
 
 
 @dataclass
 class Tally:
-    """Gives quantiles of any number of values in bounded memory.
+    """Quantile estimator for any number of values in bounded memory.
 
-    Values are counted after rounding to `digits` significant digits.
+    Values are rounded to `digits` significant digits and counted.
     """
 
     digits: int = 4
@@ -50,7 +50,7 @@ class Tally:
         self.counts[_rounded(value, self.digits)] += 1
 
     def quantiles(self, shares: Sequence[float] = QUANTILES) -> dict[str, float]:
-        """Return the value at or below which each share of values lies, by per cent, and the mean; empty if none."""
+        """Return the quantile at each of `shares`, keyed by percentage, and the mean; empty if there are no values."""
         if not self.counts:
             return {}
         values = sorted(self.counts)
@@ -64,22 +64,22 @@ class Tally:
 
 @dataclass
 class ShardStats:
-    """Holds the counts of one shard, or of several."""
+    """Statistics of one or several shards."""
 
     size: int = 0
     samples: int = 0
     tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in (*TALLIES, TOKENS)})
     formats: Counter[str] = field(default_factory=Counter)
     having: Counter[str] = field(default_factory=Counter)
-    """Samples with label, caption, mask, instances, json."""
+    """Number of samples with label, caption, mask, instances, JSON."""
     labels: Counter[int] = field(default_factory=Counter)
     pixels: Counter[int] = field(default_factory=Counter)
     """Number of mask pixels by value."""
     tokens: CaptionTokens = field(default_factory=CaptionTokens)
     bad: Counter[str] = field(default_factory=Counter)
-    """What could not be counted, by reason."""
+    """Corrupt samples and files by reason."""
     digests: dict[str, list[tuple[bytes, int]]] = field(default_factory=lambda: {name: [] for name in EQUAL})
-    """Of images and captions: what stands for their bytes, and where the sample begins. Not kept of several shards."""
+    """Digest of every image and caption with the offset of its sample. Not kept when shards are merged."""
 
     def merge(self, other: ShardStats) -> None:
         """Add the counts of another shard."""
@@ -92,7 +92,7 @@ class ShardStats:
             getattr(self, name).update(getattr(other, name))
 
     def count(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
-        """Count a sample, each of its parts separately."""
+        """Count a sample, each of its files separately."""
         parts = {"mask": MASK, "instances": INSTANCES, "json": "json"}
         self.having.update(name for name, extension in parts.items() if extension in members)
         for part in (self._image, self._caption, self._label, self._mask):
@@ -130,7 +130,7 @@ class ShardStats:
         try:
             size = open_image(members, task.max_pixels).size
         except BadSampleError:
-            return  # counted with the images
+            return  # already counted with the images
         mask = open_mask(members, task.max_pixels, size)
         if mask is not None:
             with decoding("mask"):
@@ -143,16 +143,16 @@ class ShardStats:
 
 @dataclass(frozen=True)
 class StatsTask:
-    """Gives a worker one shard to count."""
+    """A shard for a worker to count."""
 
     path: Path
     max_pixels: int
     cut: Cut | None
-    """How captions become tokens; None: they do not."""
+    """Tokenization of captions; None: captions are not tokenized."""
 
 
 def shard_stats(task: StatsTask) -> ShardStats:
-    """Count one shard."""
+    """Compute the statistics of one shard."""
     raw = read_shard(task.path)
     stats = ShardStats(size=raw.size, samples=len(raw.samples))
     stats.bad.update(fault.reason for fault in raw.faults)
@@ -180,11 +180,11 @@ def stats_of(
 
     Args:
         source: a folder, a brace pattern or one tar.
-        max_pixels: larger images are counted as bad.
-        tokenizer: a folder or Hub id; None: the one beside the shards, if there is one.
-        max_tokens: captions are cut to as many; None: `MAX_TOKENS`.
-        workers: processes.
-        advance: called with the bytes of every shard that is done.
+        max_pixels: larger images count as corrupt.
+        tokenizer: a folder or Hub id; None: the tokenizer in the folder of the shards, if any.
+        max_tokens: captions are truncated to this length; None: `MAX_TOKENS`.
+        workers: number of processes.
+        advance: called with the number of bytes of every completed shard.
     """
     paths = local_shards(source)
     name = tokenizer_for(paths[0].parent, tokenizer)
@@ -227,7 +227,7 @@ def stats_of(
 
 
 def _duplicates(digests: Digests, paths: Sequence[Path]) -> dict[str, Any]:
-    """Count groups of equal things, samples beyond the first of each, and the largest groups."""
+    """Count groups of duplicates and redundant samples, and list the largest groups."""
     groups = beyond = 0
     largest: list[list[tuple[int, int]]] = []
     for places in digests.repeated():
@@ -242,7 +242,7 @@ def _duplicates(digests: Digests, paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _set_aside(total: ShardStats, classes: int) -> None:
-    """Count labels without a name as bad, as training does: no classes, and no samples with a label."""
+    """Count labels without a class name as corrupt, as in training: they are neither classes nor labeled samples."""
     outside = [label for label in total.labels if label >= classes]
     count = sum(total.labels.pop(label) for label in outside)
     total.having["label"] -= count
@@ -251,7 +251,7 @@ def _set_aside(total: ShardStats, classes: int) -> None:
 
 
 def _balance(labels: Counter[int], names: Sequence[str] | None) -> dict[str, Any]:
-    """Return how often each class occurs; `effective` is the exponential of the entropy: so many equal classes."""
+    """Return the class frequencies; `effective` is the effective number of classes, the exponential of the entropy."""
     total = sum(labels.values())
     shares = [count / total for count in labels.values()]
     known = range(len(names)) if names is not None else sorted(labels)

@@ -1,4 +1,4 @@
-"""Count what a tokenizer loses of captions: unknown tokens, what is cut, and marks that it strips."""
+"""Information that a tokenizer loses: unknown tokens, truncated captions, and stripped marks."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from transformers import PreTrainedTokenizerBase
 from m3i_scale.data.tokenizer import find_tokenizer
 
 UNKNOWN_SHARE, CUT_SHARE, STRIPPED_SHARE = 0.01, 0.05, 0.01
-"""Above these shares a warning is given."""
+"""Fractions above which a warning is reported."""
 _ACCENTS = range(0x300, 0x370)
-"""Marks of European scripts, without which a word mostly stays readable."""
+"""Combining marks of European scripts; words mostly stay readable without them."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Says by what captions are read."""
+    """Tokenizer and maximum caption length."""
 
     tokenizer: str
-    """Its folder, or Hub id."""
+    """Folder or Hub id."""
     max_tokens: int
-    """Longer captions are cut; special tokens count."""
+    """Longer captions are truncated; includes special tokens."""
 
 
 @dataclass
 class CaptionTokens:
-    """Holds the counts of captions as a tokenizer reads them."""
+    """Statistics of tokenized captions."""
 
     captions: int = 0
     tokens: int = 0
-    """Without special ones."""
+    """Without special tokens."""
     unknown: int = 0
     having: Counter[str] = field(default_factory=Counter)
-    """Captions that are `cut`, have an `unknown` token, or are `stripped` of marks."""
+    """Number of captions that are `cut`, have an `unknown` token, or are `stripped` of marks."""
 
     def add(self, caption: str, cut: Cut) -> int:
-        """Count a caption, and return how many tokens it has, special ones included."""
+        """Count a caption and return its number of tokens, special tokens included."""
         tokenizer = _tokenizer(cut.tokenizer)
         ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
         length: int = len(ids) + tokenizer.num_special_tokens_to_add()
@@ -65,7 +65,7 @@ class CaptionTokens:
         self.having.update(other.having)
 
     def report(self, cut: Cut) -> dict[str, Any]:
-        """Return shares of tokens and of captions, and warnings, as JSON types."""
+        """Return fractions of tokens and captions, and warnings, as JSON types."""
         shares = {
             "unknown_tokens": _share(self.unknown, self.tokens),
             "captions_with_unknown": _share(self.having["unknown"], self.captions),
@@ -85,10 +85,10 @@ class CaptionTokens:
 
 
 def tokenizer_for(folder: Path, configured: str | None) -> str | None:
-    """Return the tokenizer that was named, or the one that lies beside shards; None where there is neither.
+    """Return the configured tokenizer, or the one in the shards' folder; None if there is neither.
 
     Args:
-        folder: of the shards.
+        folder: folder of the shards.
         configured: a folder or a Hub id.
     """
     beside = [str(place) for place in (folder / "tokenizer", folder.parent / "tokenizer") if place.is_dir()]
@@ -109,7 +109,7 @@ def _normalized(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
 
 
 def _marks(text: str) -> int:
-    """Return the number of combining marks in a text, however it is composed, but for accents of European scripts."""
+    """Return the number of combining marks in a text in any normalization form, without accents of European scripts."""
     if text.isascii():
         return 0
     return sum(

@@ -1,4 +1,4 @@
-"""The contents of a sample are checked here; faults have the words of the loader's quarantine file."""
+"""Validation of the contents of a sample; errors use the words of the loader's quarantine file."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 
 @dataclass(frozen=True)
 class Rules:
-    """Says what a sample must have."""
+    """Requirements for samples."""
 
     max_pixels: int
-    """Larger images are bad; only their header is read."""
+    """Larger images are errors; only their header is read."""
     classes: int | None = None
-    """Labels must be below; None: there is no label set, labels are not judged."""
+    """Exclusive upper limit of labels; None: there is no class list and labels are not checked."""
     required: tuple[str, ...] = ()
-    """Members that every sample must have beside its image."""
+    """Extensions that every sample must have besides its image."""
     decode: bool = True
     """Decode images and masks fully, not only their headers."""
     max_caption_bytes: int = MAX_CAPTION_BYTES
-    """Larger captions are bad."""
+    """Larger captions are errors."""
     max_sample_bytes: int = MAX_SAMPLE_BYTES
-    """Larger samples are bad, and not read."""
+    """Larger samples are errors and not read."""
     categories: int | None = None
-    """Those of instances must be below; None: nothing names them, and instances are not judged."""
+    """Exclusive upper limit of instance categories; None: categories are unknown and not checked."""
 
 
 @dataclass
 class Contents:
-    """Masks and boxes of valid samples, summed: some mistakes show in a whole set alone."""
+    """Masks and boxes summed over valid samples: some errors are visible only in the complete dataset."""
 
     pixels: Counter[int] = field(default_factory=Counter)
     """Number of mask pixels by value."""
@@ -54,10 +54,10 @@ class Contents:
 
 
 def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
-    """Read a sample's members by extension.
+    """Read the files of a sample by extension.
 
     Raises:
-        BadSampleError: they are too large, or cannot be read.
+        BadSampleError: they are too large or cannot be read.
     """
     refuse_large_sample(sample.size, max_bytes)
     try:
@@ -67,7 +67,7 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
 
 
 def faults_of(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> list[tuple[str, str]]:
-    """Return (reason, detail) of everything that is wrong with a sample, and add its masks and boxes to `contents`."""
+    """Return (reason, detail) of every error of a sample, and add its masks and boxes to `contents`."""
     faults = []
     for check in (_image, _caption, _label, _json):
         try:
@@ -84,14 +84,14 @@ def faults_of(members: Mapping[str, bytes], rules: Rules, contents: Contents) ->
 
 
 def image_extensions(members: Mapping[str, bytes]) -> list[str]:
-    """Return the extensions of the image members; first stands the one that the loader takes."""
+    """Return the extensions of the image files; the loader uses the first one."""
     return [extension for extension in IMAGE_EXTENSIONS if extension in members]
 
 
 def _image(members: Mapping[str, bytes], rules: Rules) -> None:
     extensions = image_extensions(members)
     if not extensions:
-        open_image(members, rules.max_pixels)  # tells which members there are
+        open_image(members, rules.max_pixels)  # its error lists the existing files
     for extension in extensions:
         image = open_image({extension: members[extension]}, rules.max_pixels)
         if rules.decode:
@@ -143,7 +143,7 @@ def _instances(members: Mapping[str, bytes], rules: Rules, contents: Contents) -
 
 
 def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:
-    """Return width and height of the image as it is stored; None where it is at fault, and reported as such."""
+    """Return width and height of the stored image; None if it has an error, which is reported elsewhere."""
     extensions = image_extensions(members)
     if not extensions:
         return None
