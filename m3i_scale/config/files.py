@@ -54,7 +54,7 @@ def find_run_file(name_or_path: str) -> Path:
 
 
 def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Return the values of a config file with `extends` and `key=value` overrides applied, without further validation."""
+    """Return the values of a config file with `extends` and `key=value` overrides applied, without validation."""
     if isinstance(overrides, str):  # a string would be read as one override per letter
         raise ConfigError(
             f"overrides must be a list, got '{quoted(overrides)}'", where="load_run", fix=f'["{quoted(overrides)}"]'
