@@ -60,7 +60,7 @@ class Rewinds:
         return len(self._entries)
 
     def data_states(self, checkpoint: Path) -> list[dict[str, Any]] | None:
-        """Return the data positions at the last rollback to `checkpoint`, or None if there was none since it was saved."""
+        """Return the data positions at the last rollback to `checkpoint` since it was saved, or None."""
         if checkpoint.parent.resolve() != self._root.resolve():
             return None  # checkpoint of another run
         later = self._entries[int(read_meta(checkpoint).get("rewinds", 0)) :]

@@ -327,7 +327,7 @@ class Trainer:
 
 
 def ema_decay(step: int, resolved: ResolvedRun) -> float:
-    """Return the EMA decay at a step. The decay of a task warms up; the decay of an EMA teacher follows its schedule."""
+    """Return the EMA decay at a step. It warms up for a task and follows a schedule for an EMA teacher."""
     task, schedule = resolved.run.task, resolved.recipe.momentum
     if task is not None and task.ema is not None:
         return warmed_up_decay(step, task.ema)

@@ -73,7 +73,7 @@ def open_stream(
     validation: bool = False,
     pin: Callable[[Tensor], Tensor] | None = None,
 ) -> TrainStream:
-    """Open this rank's stream of micro-batches. Validation has no augmentation and always starts at the first sample."""
+    """Open this rank's stream of micro-batches. Validation has no augmentation and starts at the first sample."""
     run = given.run
     output_dir = run.output_dir
     return TrainStream(

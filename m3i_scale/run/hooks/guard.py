@@ -143,7 +143,7 @@ class Guard(Hook):
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": spikes}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Restore the result of `state`. Checkpoints saved without a guard have none, so the guard starts from scratch."""
+        """Restore the result of `state`. Start from scratch if a checkpoint was saved without a guard."""
         state = state or {}
         self.skipped, self._in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
         if self._spikes is not None and state.get("spikes") is not None:
