@@ -163,7 +163,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled weight decay of matrices. Biases, norms and other vectors are not decayed."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment (β₁, β₂)."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's ε, added to the square root of the second moment."""
     momentum_correction: bool = True
     """Adam bias correction of the first moment: divide it by 1 − β₁ᵗ in step t. false: multiply the learning rate by
     that factor, which undoes the correction. With eps far above the second moment this is SGD with momentum
@@ -238,7 +240,7 @@ class RetentionConfig(Section):
     """Number of most recent checkpoints to keep. Others are deleted after the next save, unless another rule keeps them
     (docs/checkpoints.md)."""
     keep_every_steps: int | None = Field(default=None, ge=1)
-    """Keep every checkpoint whose step is a multiple of this. Default: off."""
+    """Keep every checkpoint with a step that is a multiple of this. Default: off."""
     keep_best: KeepBestConfig | None = None
     """Keep the checkpoints with the best evaluation metric at their step. Default: off."""
     max_gib: float | None = Field(default=None, gt=0)
@@ -307,7 +309,7 @@ class TimeoutsConfig(Section):
     exceed data.stall_timeout_s, so that missing data is reported as a data error."""
 
     join_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
-    """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun has its separate timeout."""
+    """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""
     start_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
     """Startup timeout: until the second step is done. Also applies while saving, evaluating, making pictures or rolling
     back."""
@@ -340,19 +342,29 @@ class RunConfig(Section):
     protocol: Protocol | None = None
     """Published result that the run reproduces, and deviations from it. Included in the result of a task."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    """Vision backbone to pre-train."""
     text: TextConfig = Field(default_factory=TextConfig)
+    """Text encoder and captions."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """Datasets, data loading and augmentation."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimizer, batch size and learning-rate schedule."""
     phases: list[Phase] = Field(default_factory=list)
     """Consecutive training stages with different image or micro-batch sizes (docs/training.md)."""
     deepspeed: Annotated[str, InHome] = "zero3_bf16"
     """DeepSpeed JSON config: a name from ds_configs/, or a path."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Saving, retention and resume of checkpoints."""
     guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Handling of NaN/Inf and loss spikes."""
     log: LogConfig = Field(default_factory=LogConfig)
+    """Loggers and pictures."""
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    """Peak compute for MFU, and determinism."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Losses on data.validation during training."""
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+    """Rendezvous, startup and collective timeouts."""
 
     @model_validator(mode="before")
     @classmethod

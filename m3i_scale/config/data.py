@@ -218,7 +218,7 @@ class DataConfig(Section):
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
     """Datasets for the validation losses during training."""
     streams: int = Field(default=defaults.STREAMS, ge=1, le=MAX_STREAMS)
-    """Number of logical data shards, each with the same number of samples, distributed over ranks × workers. The sample
+    """Number of logical data shards that samples are distributed to evenly, shared by ranks × workers. The sample
     order depends only on this number and the seed. Must divide evenly into micro-batches (docs/data.md)."""
     workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """Data loader processes per rank. 0 loads in the training process."""
@@ -253,6 +253,7 @@ class DataConfig(Section):
     allow_shell: bool = False
     """Allow `pipe:COMMAND` datasets to run shell commands."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    """Augmentation and normalization of images, for all datasets."""
     changed_sources: list[str] = Field(default_factory=list)
     """Names of the datasets that a resumed run adds, removes or changes (docs/data.md). Any other change is an error on
     resume."""

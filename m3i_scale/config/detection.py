@@ -108,6 +108,7 @@ class MaskRcnn(DetectionHead):
     norm: Literal["layer", "none"] = "layer"
     """Normalization of the convolutions in pyramid and heads ("LN"; a plain FPN has none)."""
     regions: Regions = Regions()
+    """Anchors, region proposals and region sampling."""
     box_convs: int = Field(default=4, ge=0, le=MAX_LAYERS)
     """Convolutions of the box head (conv_dims = [256] * 4; a plain FPN has none and two linear layers)."""
     box_linears: int = Field(default=1, ge=1, le=MAX_LAYERS)

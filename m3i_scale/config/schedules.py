@@ -42,6 +42,7 @@ class Poly(Schedule):
 
     kind: ClassVar[str] = "poly"
     power: float = Field(default=1.0, gt=0)
+    """Exponent of 1 − step / steps."""
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
         """Return the fraction."""
@@ -55,6 +56,7 @@ class MultiStep(Schedule):
     milestones: tuple[int, ...]
     """Steps in ascending order at which the learning rate drops."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
+    """Factor of the learning rate at every milestone."""
 
     @field_validator("milestones")
     @classmethod

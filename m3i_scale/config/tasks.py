@@ -104,6 +104,7 @@ class Classification(Task):
     """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing of the cross-entropy. 0 disables it."""
     mixup: float = Field(default=0.0, ge=0)
     """Mixup α: the weight of the first image is sampled from Beta(α, α). 0 disables mixup."""
     cutmix: float = Field(default=0.0, ge=0)
@@ -210,6 +211,7 @@ class EomtSegmentation(SegmentationHead):
     module: ClassVar[str] = "m3i_scale.objective.mask_queries.MaskQueries"
 
     queries: int = Field(default=100, ge=1, le=MAX_CANDIDATES)
+    """Number of queries."""
     blocks: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Number of last backbone blocks that process the queries."""
     class_weight: float = Field(default=2.0, ge=0)

@@ -20,7 +20,7 @@ class ViewSpec(Section):
     size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     """Crop size in pixels. Default: the image size of the backbone."""
     crop_scale: CropScale | None = None
-    """Overrides `scale_jitter` too, as does crop_ratio."""
+    """Minimum and maximum crop area as a fraction of the image. Replaces `scale_jitter` too, as does crop_ratio."""
     crop_ratio: CropRatio | None = None
     flip: Probability | None = None
     color_jitter: JitterStrengths | None = None

@@ -217,7 +217,7 @@ class Checks(DataChecks):
         if self.has_no_errors("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
             deepspeed = faults.note(resolve_engine, run, self.ranks, width)
-        elif self.has_no_errors("deepspeed"):  # whose "auto" values are resolved from `optim`
+        elif self.has_no_errors("deepspeed"):  # its "auto" values are resolved from `optim`
             faults.note(load_ds_config, run.deepspeed)
         if deepspeed is not None:
             faults.note(check_stage, run, deepspeed.config)

@@ -8,7 +8,7 @@ from m3i_scale.data.batch import Batch
 
 
 class DeviceCopies:
-    """Copies pinned batches (`pinning`) to the accelerator without blocking the CPU."""
+    """Asynchronous copier of pinned batches (`pinning`) to the accelerator, which does not block the CPU."""
 
     def __init__(self) -> None:
         accelerator = get_accelerator()

@@ -34,8 +34,8 @@ from m3i_scale.scale.checkpoint.layout import MANIFEST
 from m3i_scale.scale.output_dir import check_output_dir, is_run_folder
 
 STEPS_APART = 20
-"""Minimum number of steps between evaluations, which otherwise happen once per epoch. They never read more images than
-the training steps in between: with few images, evaluation would take longer than training."""
+"""Minimum number of steps between evaluations, which otherwise happen once per epoch. They do not read more images
+than the training steps in between: with few images, evaluation would take longer than training."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",

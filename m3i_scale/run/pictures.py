@@ -55,7 +55,7 @@ class LearntPictures:
 
     Args:
         objective: modules in training.
-        samples: samples on the CPU; their first view is drawn.
+        samples: samples on the CPU; their first crop is drawn.
         seen: training samples on the CPU.
     """
 

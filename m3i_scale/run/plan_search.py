@@ -35,7 +35,7 @@ class RunPlan:
     planned: Estimate
     samples: int
     phases: tuple[RunPlan, ...] = ()
-    """Plan of each stage. The numbers of the run are then those of the stage with the highest peak memory."""
+    """Plan of each stage. The numbers of the run then come from the stage with the highest peak memory."""
 
     @property
     def fits(self) -> bool:

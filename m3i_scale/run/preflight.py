@@ -42,11 +42,10 @@ def needs_of(
     """Return the minimum resources that a run needs on a node. The model is built on `meta`, without memory.
 
     Args:
-        run: the run file.
-        world_size: ranks on all hosts.
-        ranks_here: ranks on the host.
-        vocabulary: label sets and tokens; default: those of the shards, where they are here, else as plans assume them.
-        config: the resolved DeepSpeed configuration, where it is known.
+        world_size: ranks on all nodes.
+        ranks_here: ranks on this node.
+        vocabulary: label spaces and tokens. Default: from local shards, or the assumptions of plans.
+        config: resolved DeepSpeed config, if known.
     """
     recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
     if config is None:

@@ -1,8 +1,8 @@
 """Rollback to a checkpoint without rewinding the data.
 
 `output_dir/rewinds.json` lists every rollback with the data position at that moment. The meta.json of a checkpoint has
-the number of rollbacks before it was saved. If a run is killed between a rollback and its next checkpoint, it restarts
-from the rolled-back checkpoint and reads the data position from this file.
+the number of rollbacks before it was saved. If a run is killed after a rollback and before its next save, it restarts
+from the checkpoint of the rollback and reads the data position from this file.
 """
 
 from __future__ import annotations

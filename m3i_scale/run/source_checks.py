@@ -97,7 +97,7 @@ _NAMED = {
     MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, beside the shards"),
     CATEGORIES: ("boxes", "make the shards by `m3i-scale shards make coco`, which writes it"),
 }
-"""Annotations whose classes a file names, and how to create the file."""
+"""Annotations that use the classes in a file, and how to create the file."""
 
 
 def _check_class_names(source: SourceConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:

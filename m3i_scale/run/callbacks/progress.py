@@ -57,7 +57,7 @@ class ProgressDisplay(Callback):
         """First completed step and its time."""
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Print where the run starts."""
+        """Print the first step and the size of the run, and start the bar on a terminal."""
         recipe = run_info.config.get("recipe", {})
         balance = recipe.get("balance") or {}
         scheduled = any(isinstance(target.get("weight"), list) for target in recipe.get("targets", []))

@@ -25,7 +25,7 @@ from m3i_scale.scale.deepspeed.rules import precision
 
 
 class Checkpointing(Hook):
-    """Saves and commits the checkpoints of one run, and deletes checkpoints that no retention rule keeps.
+    """Hook that saves and commits checkpoints, and deletes checkpoints that no retention rule keeps.
 
     Args:
         resume_from: checkpoint to resume from; None to start at step 0.

@@ -16,7 +16,7 @@ _EVERY_STEPS = 50
 
 
 class Garbage(Hook):
-    """Disables the automatic collector after the second step, and collects every 50 steps."""
+    """Hook that disables the automatic collector after the second step and collects every 50 steps."""
 
     def __init__(self) -> None:
         self._steps = 0

@@ -33,7 +33,7 @@ class RunEndedError(UserError):
 
 
 class Guard(Hook):
-    """Detects non-finite steps and loss spikes after every step. Ranks only communicate about a bad step.
+    """Hook that detects non-finite steps and loss spikes after every step. Ranks only communicate about bad steps.
 
     Args:
         gradients: returns names and norms of this step's gradients at the encoder output, on this rank.
@@ -70,7 +70,7 @@ class Guard(Hook):
 
     def _level_changes(self, step: int) -> bool:
         """Return whether a stage begins with this step, or a schedule of the recipe changed a loss weight since the
-        previous step. The loss then jumps without a fault, and would jump again after every rollback."""
+        previous step. The loss then jumps without an error, and would jump again after every rollback."""
         resolved = self._state.resolved
         if step - 1 in resolved.run.phase_starts[1:]:
             return True

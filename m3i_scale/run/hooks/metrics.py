@@ -22,7 +22,7 @@ from m3i_scale.scale.loss_scale import loss_scale
 
 
 class Metrics(Hook):
-    """Sends the records of logged steps, and warnings derived from them, to the callbacks of rank 0.
+    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0.
 
     Args:
         meter: meter of this rank.

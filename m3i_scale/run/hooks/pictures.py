@@ -24,7 +24,7 @@ from m3i_scale.scale.partition import end_recorded_step
 
 
 class Pictures(Hook):
-    """Writes visualizations to `output_dir/pictures`, one folder per step. It does not affect the run.
+    """Hook that writes visualizations to `output_dir/pictures`, one folder per step. It does not affect the run.
 
     Create it before resuming from a checkpoint: the streams are then at their start, so that the samples are the same
     after every resume.
