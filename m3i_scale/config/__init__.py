@@ -97,8 +97,8 @@ class BackboneConfig(Section):
     preset: str | None = Field(default=None, min_length=1)
     """Name of a model size. Default: vit-b/16. Fields in `config` override the preset."""
     from_pretrained: Annotated[str, InHome] | None = None
-    """Pretrained weights to initialize from: a folder or Hub id of `transformers`, timm or open_clip, or a single file
-    with timm or open_clip parameter names (docs/backbones.md). Default: random initialization."""
+    """Pretrained weights to initialize from (docs/backbones.md). Either a folder or Hub id of `transformers`, timm or
+    open_clip, or a single file with timm or open_clip parameter names. Default: random initialization."""
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
     attention: Literal["own", "mixed"] = "own"
@@ -263,8 +263,8 @@ class CheckpointConfig(RetentionConfig):
     probe: bool = True
     """Save two samples with their loss and recompute the loss on resume to verify the weights. Costs a forward pass."""
     resume: Annotated[str, InHome] = "auto"
-    """auto: resume from the latest valid checkpoint of output_dir, or start from scratch if there is none; never: fail
-    if output_dir has a checkpoint; or the path of a checkpoint to resume from."""
+    """auto: resume from the latest valid checkpoint of output_dir, or start from scratch if there is none. never: fail if
+    output_dir has a checkpoint. Or the path of a checkpoint to resume from."""
 
 
 class LogConfig(Section):

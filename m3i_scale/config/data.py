@@ -97,8 +97,8 @@ class DistortionConfig(Section):
     flip: Probability = 0.5
     """Probability of a horizontal flip, before the crop."""
     color_jitter: JitterStrengths = (0.4, 0.4, 0.2, 0.1)
-    """Jitter strength of brightness, contrast and saturation (0 to 2: random factors between 1 − strength and 1 +
-    strength) and hue (0 to 0.5, in turns of the color circle)."""
+    """Jitter strengths of brightness, contrast, saturation and hue. The first three are from 0 to 2, for random factors
+    between 1 − strength and 1 + strength. Hue is from 0 to 0.5, in turns of the color circle."""
     color_jitter_p: Probability = 0.8
     """Probability of color jitter."""
     grayscale: Probability = 0.2

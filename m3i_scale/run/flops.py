@@ -33,10 +33,10 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
         vocab_size: vocabulary size of the tokenizer; None without a text target.
 
     Returns:
-        `forward` (student), `target` (EMA, teacher and text encoder), `decoder` (decoders, heads, losses), `backward`,
-            `model` (the sum of these four, used for MFU), `text` (the part of `model` that scales with caption tokens),
-            and `recompute` (recomputation by activation checkpointing, not part of `model`; for a budget, and for
-            `selective` with compiled layers, the larger value of `full`).
+        `forward` (student), `target` (EMA, teacher and text encoder), `decoder` (decoders, heads, losses), `backward`.
+        `model`: the sum of these four, used for MFU. `text`: the part of `model` that scales with caption tokens.
+        `recompute`: recomputation by activation checkpointing, not part of `model`. For a budget, and for `selective`
+        with compiled layers, it is the larger value of `full`.
     """
     micro = run.optim.micro_batch_size
     scale = run.optim.batch_size / micro
