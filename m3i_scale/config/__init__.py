@@ -156,8 +156,8 @@ class OptimConfig(Section):
     """Layer-wise learning-rate decay: each backbone layer's learning rate is this factor times the next layer's.
     Decoders, heads and text encoder use the full rate. For recipes only; tasks use `task.layer_decay`."""
     schedule: Schedule = Field(default_factory=Cosine)
-    """Learning-rate schedule: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv, over all steps) | {kind:
-    multi_step, milestones: [8000, 9000], gamma: 0.1}."""
+    """Learning-rate schedule: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv, over all steps) |
+    {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
     warmup_steps: int = Field(default=2_500, ge=0)
     """Steps of linear warm-up. Default: 2,500, or a tenth of `steps` for runs of at most 2,500 steps."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -168,8 +168,8 @@ class OptimConfig(Section):
     """AdamW's ε, added to the square root of the second moment."""
     momentum_correction: bool = True
     """Adam bias correction of the first moment: divide it by 1 − β₁ᵗ in step t. false: multiply the learning rate by
-    that factor, which undoes the correction. With eps far above the second moment this is SGD with momentum
-    (docs/downstream.md)."""
+    that factor, which undoes the correction. Together with an eps far above the second moment, false
+    gives SGD with momentum (docs/downstream.md)."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum global gradient norm. 0 disables clipping."""
 
@@ -263,8 +263,8 @@ class CheckpointConfig(RetentionConfig):
     probe: bool = True
     """Save two samples with their loss and recompute the loss on resume to verify the weights. Costs a forward pass."""
     resume: Annotated[str, InHome] = "auto"
-    """auto: resume from the latest valid checkpoint of output_dir, or start from scratch if there is none. never: fail if
-    output_dir has a checkpoint. Or the path of a checkpoint to resume from."""
+    """auto: resume from the latest valid checkpoint of output_dir, or start from scratch if there is none. never: fail
+    if output_dir has a checkpoint. Or the path of a checkpoint to resume from."""
 
 
 class LogConfig(Section):
