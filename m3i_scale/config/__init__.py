@@ -1,6 +1,6 @@
-"""Read the typed run file: what is trained, on which data, for how long, on which engine.
+"""Typed configuration of a run: the training objective, the data, the schedule and the DeepSpeed engine.
 
-A run file is YAML. It may extend another one (`extends: m3i` for a built-in recipe, or a path); every field can be
+A config file is YAML. It can extend another one (`extends: m3i` for a built-in recipe, or a path). Every field can be
 overridden on the command line as `section.key=value`. Unknown keys are errors.
 """
 
@@ -92,32 +92,32 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BackboneConfig(Section):
-    """Describes the model that is being pre-trained (f_θ)."""
+    """Settings of the vision backbone that is pre-trained (f_θ)."""
 
     preset: str | None = Field(default=None, min_length=1)
-    """A size by name, vit-b/16 where nothing else is said; `config` overrides single fields."""
+    """Name of a model size. Default: vit-b/16. Fields in `config` override the preset."""
     from_pretrained: Annotated[str, InHome] | None = None
-    """Start from published weights instead of random ones: a folder or Hub id of `transformers`, timm or open_clip, or
-    one file with the names of timm or open_clip (docs/backbones.md)."""
+    """Pretrained weights to initialize from (docs/backbones.md). Either a folder or Hub id of `transformers`, timm or
+    open_clip, or a single file with timm or open_clip parameter names. Default: random initialization."""
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
     attention: Literal["own", "mixed"] = "own"
-    """In mixed inputs, tokens attend within their own image (own) or across both images (mixed)."""
+    """Attention in mixed inputs: tokens attend within their image (own) or across both images (mixed)."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
-    """How attention is computed in the Transformers that are trained or averaged: torch's fused kernel, or matrix
-    products and a softmax, which are faster for short sequences in bf16 on CPUs (docs/performance.md) and need more
-    memory."""
+    """Attention implementation of trained Transformers and their EMA. sdpa: fused PyTorch kernel. eager: matrix
+    products and softmax, which need more memory but are faster for short bf16 sequences on CPUs (docs/performance.md).
+    """
     activation_checkpointing: str = "none"
-    """Which layers recompute their activations in the backward pass (docs/memory.md): none | full | every_N |
-    selective (matrix products and attention are kept) | offload (as full, layer inputs wait in host memory) |
-    budget_GIB (as few layers as fit)."""
+    """Activation checkpointing (docs/memory.md): none | full | every_N (every N-th layer) | selective (keeps the
+    outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory) | budget_GIB
+    (recomputes as few layers as fit into GIB)."""
     compile: Literal["auto", True, False] = "auto"
-    """Compile each Transformer layer with `torch.compile` (docs/performance.md). auto: off, until a GPU has shown equal
-    losses (section `compile` of benchmarks/gpu.py)."""
+    """Compile each Transformer layer with `torch.compile` (docs/performance.md). auto: off, until equal losses have
+    been measured on a GPU (section `compile` of benchmarks/gpu.py)."""
 
     @property
     def compiles(self) -> bool:
-        """Return whether layers are compiled."""
+        """Return whether Transformer layers are compiled."""
         return self.compile is True
 
     @model_validator(mode="after")
@@ -128,62 +128,66 @@ class BackboneConfig(Section):
 
 
 class TextConfig(Section):
-    """Describes the text target encoder, trained jointly. It is only built when the recipe has a text target."""
+    """Settings of the jointly trained text encoder, which is only built if the recipe has a text target."""
 
     config: ModelFields = Field(default_factory=dict)
-    """Fields of the `transformers` BERT configuration; the default is the BERT-Base shape (12 layers, 768)."""
+    """Fields of the `transformers` BERT configuration. Default: BERT-Base (12 layers, hidden size 768)."""
     tokenizer: Annotated[str, InHome] | None = None
-    """A tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote beside the shards."""
+    """Tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote next to the shards."""
     max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4, le=MAX_CAPTION_TOKENS)
-    """Captions are cut to this many tokens."""
+    """Maximum caption length in tokens. Longer captions are truncated."""
 
 
 class OptimConfig(Section):
-    """Sets the optimisation: AdamW, warm-up, and how the rate falls."""
+    """Settings of the AdamW optimizer, gradient clipping and the learning-rate schedule."""
 
     batch_size: int = Field(default=4096, ge=1, le=MAX_BATCH)
-    """Samples per optimizer step, over all ranks."""
+    """Global batch size: samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
-    """Samples per rank in one forward pass. batch_size = micro_batch_size × accumulation × ranks."""
+    """Per-device batch size of one forward pass. batch_size = micro_batch_size × gradient accumulation steps × ranks.
+    """
     steps: int = Field(default=100_000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps of the run."""
     lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate, as is (no scaling rule is applied)."""
+    """Peak learning rate. It is used unchanged: no scaling rule is applied."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate that the schedule falls to."""
+    """Final learning rate of the schedule."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Every layer of the backbone learns at so much of the rate of the layer behind it; decoders, heads and the text
-    tower have the whole rate. For a recipe; a task has its own (`task.layer_decay`)."""
+    """Layer-wise learning-rate decay: each backbone layer's learning rate is this factor times the next layer's.
+    Decoders, heads and text encoder use the full rate. For recipes only; tasks use `task.layer_decay`."""
     schedule: Schedule = Field(default_factory=Cosine)
-    """How the rate falls: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv's: over all steps) |
+    """Learning-rate schedule: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv, over all steps) |
     {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
     warmup_steps: int = Field(default=2_500, ge=0)
-    """Linear warm-up. Default: 2,500, or a tenth of the steps where 2,500 would not fit."""
+    """Steps of linear warm-up. Default: 2,500, or a tenth of `steps` for runs of at most 2,500 steps."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled decay of matrices; biases, norms and other vectors have none."""
+    """Decoupled weight decay of matrices. Biases, norms and other vectors are not decayed."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment (β₁, β₂)."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's ε, added to the square root of the second moment."""
     momentum_correction: bool = True
-    """AdamW divides the first moment of step t by 1 − β₁ᵗ. false: the rate is multiplied by it, which undoes that;
-    beside an eps far above the second moment, steps are then those of SGD with momentum (docs/downstream.md)."""
+    """Adam bias correction of the first moment: divide it by 1 − β₁ᵗ in step t. false: multiply the learning rate by
+    that factor, which undoes the correction. Together with an eps far above the second moment, false
+    gives SGD with momentum (docs/downstream.md)."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
-    """Global gradient-norm limit; 0 switches clipping off."""
+    """Maximum global gradient norm. 0 disables clipping."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_warmup(cls, values: Any) -> Any:
-        """Make a short run need no second setting; runs that the default fits keep their schedule."""
+        """Default to a shorter warm-up in short runs, so that setting `steps` alone is enough."""
         if not isinstance(values, dict) or "warmup_steps" in values:
             return values
         try:
             steps = int(values["steps"])
-        except (KeyError, TypeError, ValueError, OverflowError):  # told of the key itself, where it is there
+        except (KeyError, TypeError, ValueError, OverflowError):  # `steps` itself is reported by its field
             return values
         if steps > cls.model_fields["warmup_steps"].default:
             return values
         return {**values, "warmup_steps": max(steps // 10, 0)}
 
-    # Rules of two fields are checked with the later one: a rule of the model would wait until all fields are valid.
+    # Rules about two fields belong to the later field: a model validator would only run if all fields were valid.
     @field_validator("warmup_steps")
     @classmethod
     def _warms_up_within_the_run(cls, warmup_steps: int, info: ValidationInfo) -> int:
@@ -219,65 +223,66 @@ class OptimConfig(Section):
 
 
 class KeepBestConfig(Section):
-    """Keeps checkpoints that are best by a figure of data.validation."""
+    """Rule that retains the best checkpoints by a metric on data.validation."""
 
     metric: str
-    """As metrics.jsonl calls it: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
+    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
     mode: Literal["min", "max"] = "min"
-    """Whether the smallest or the largest is the best."""
+    """Whether lower (min) or higher (max) values are better."""
     count: int = Field(default=1, ge=1)
-    """How many stay."""
+    """Number of best checkpoints to keep."""
 
 
 class RetentionConfig(Section):
-    """Says which checkpoints stay: those that any rule wants, as far as `max_gib` allows."""
+    """Checkpoint retention rules. A checkpoint is kept if any rule selects it, within `max_gib`."""
 
     keep_latest: int = Field(default=2, ge=1)
-    """The newest so many stay. Others are removed once a newer one has been committed, unless a rule below wants them
+    """Number of most recent checkpoints to keep. Others are deleted after the next save, unless another rule keeps them
     (docs/checkpoints.md)."""
     keep_every_steps: int | None = Field(default=None, ge=1)
-    """Those of steps that are multiples of this stay."""
+    """Keep every checkpoint with a step that is a multiple of this. Default: off."""
     keep_best: KeepBestConfig | None = None
-    """Those with the best figure of the evaluation at their step stay."""
+    """Keep the checkpoints with the best evaluation metric at their step. Default: off."""
     max_gib: float | None = Field(default=None, gt=0)
-    """All together take no more than this, whatever the rules above want; the last good one stays in any case."""
+    """Maximum total size of all checkpoints in GiB. It overrides the other rules, but the latest valid checkpoint is
+    always kept. Default: no limit."""
 
     @property
     def max_bytes(self) -> int | None:
-        """Return `max_gib` in bytes."""
+        """Return `max_gib` in bytes, or None if there is no limit."""
         return None if self.max_gib is None else max(1, int(self.max_gib * GIB))
 
 
 class CheckpointConfig(RetentionConfig):
-    """Sets how checkpoints are saved, kept and resumed."""
+    """Settings for saving, retaining and resuming from checkpoints."""
 
     every_steps: int = Field(default=1_000, ge=1)
-    """A checkpoint is committed after every so many steps, and at the end."""
+    """Save a checkpoint every N optimizer steps, and at the end of the run."""
     background: bool = True
-    """Training goes on while a checkpoint is written, from a copy in host memory; false: it waits, and needs none."""
+    """Save asynchronously from a copy in CPU memory while training continues. false: training waits, without a copy."""
     probe: bool = True
-    """Two samples and their loss are saved too, and the loss is computed again at a resume; costs a forward pass."""
+    """Save two samples with their loss and recompute the loss on resume to verify the weights. Costs a forward pass."""
     resume: Annotated[str, InHome] = "auto"
-    """auto: go on from the newest good checkpoint of output_dir, start anew where there is none;
-    never: refuse to run where there is one; or the path of a checkpoint."""
+    """auto: resume from the latest valid checkpoint of output_dir, or start from scratch if there is none. never: fail
+    if output_dir has a checkpoint. Or the path of a checkpoint to resume from."""
 
 
 class LogConfig(Section):
-    """Says what is written while the run goes on. metrics.jsonl is always written."""
+    """Settings of loggers and pictures. metrics.jsonl is always written."""
 
     every_steps: int = Field(default=10, ge=1)
-    """Metrics are reduced over the ranks and written after every so many steps."""
+    """Reduce metrics over the ranks and log them every N optimizer steps."""
     progress: bool = True
-    """A progress bar on rank 0 (plain lines where the output is no terminal)."""
+    """Progress bar on rank 0, or plain lines if the output is not a terminal."""
     tensorboard: bool = False
-    """Event files in output_dir/tensorboard (needs the `tensorboard` package)."""
+    """Write event files to output_dir/tensorboard (requires the `tensorboard` package)."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases (needs the `wandb` package)."""
+    """Weights & Biases mode (requires the `wandb` package)."""
     pictures_every_steps: int = Field(default=0, ge=0)
-    """Pictures of what is learnt, of the same samples every so many steps, at the first and at the last step
-    (docs/pictures.md). 0 switches them off."""
+    """Write visualizations of the same samples every N optimizer steps, and at the first and last step
+    (docs/pictures.md). 0 disables them."""
     picture_samples: int = Field(default=8, ge=4, le=64)
-    """How many samples the pictures are of; of more than eight, those after are candidates of neighbours and texts."""
+    """Number of samples to visualize. Samples after the eighth only serve as candidates for neighbors and texts."""
 
     @model_validator(mode="after")
     def _pictures_are_made(self) -> Self:
@@ -289,77 +294,87 @@ class LogConfig(Section):
 
 
 class HardwareConfig(Section):
-    """Describes the machine, as far as a run must know it, and what is asked of its arithmetic."""
+    """Hardware properties and numerical determinism."""
 
     peak_tflops: float | str | None = None
-    """What one rank's device computes at most, which MFU is a share of: 10¹² FLOPs a second, or a name such as
-    h100-bf16. Default: a short matrix product measures it at the start."""
+    """Peak compute of one rank's device, the reference for MFU: in TFLOP/s (10¹² FLOP/s), or a name such as h100-bf16.
+    Default: measured at startup with a short matrix product."""
     deterministic: bool = False
-    """Whether sums have one order on GPUs too, so that a run that was killed and resumed is that of one that was not,
-    to the bit (docs/gpu.md). Slower; on CPUs it is so anyway. A resume may change it."""
+    """Use deterministic kernels on GPUs, so that an interrupted and resumed run is bit-exact (docs/gpu.md). Slower.
+    CPUs are always deterministic. Can be changed on resume."""
 
 
 class TimeoutsConfig(Section):
-    """Says how long ranks wait for each other before they take one for dead (docs/failures.md). Once data are read,
-    this is longer than data.stall_timeout_s, so that missing data are reported as such.
-    """
+    """Timeouts in seconds after which a rank counts as dead (docs/failures.md). Timeouts after the rendezvous must
+    exceed data.stall_timeout_s, so that missing data is reported as a data error."""
 
     join_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
-    """Until all ranks have started and reached rank 0; torchrun waits by itself."""
+    """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""
     start_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
-    """Until the second step is done, and while the run saves, evaluates, makes pictures or goes back."""
+    """Startup timeout: until the second step is done. Also applies while saving, evaluating, making pictures or rolling
+    back."""
     step_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
-    """Inside of a step."""
+    """Collective timeout within a training step."""
 
 
 class EvaluationConfig(Section):
-    """Sets the evaluation hook: losses on data.validation while training."""
+    """Settings of the evaluation during training: losses on data.validation."""
 
     every_steps: int = Field(default=0, ge=0)
-    """0 switches the hook off."""
+    """Evaluate every N optimizer steps. 0 disables the evaluation."""
     batches: int = Field(default=8, ge=1)
-    """Micro-batches per rank, the same ones every time."""
+    """Number of micro-batches per rank. Every evaluation uses the same ones."""
 
 
 class RunConfig(Section):
-    """Holds a whole run."""
+    """Complete configuration of a run."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run."""
+    """Name of the run. Letters, digits, `.`, `_` and `-` are allowed."""
     output_dir: WrittenPath = Path("runs/run")
-    """Everything the run writes lies here."""
+    """Output directory for all files of the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of first weights, of the order of samples and of their views and masks."""
+    """Seed of the weight initialization, sample order, crops and masks."""
     recipe: dict[str, Any] = Field(default_factory=dict)
-    """Inputs × targets (docs/recipes.md). A task gives its own."""
+    """Training objective: inputs × targets (docs/recipes.md). A task defines it automatically."""
     task: Task | None = None
-    """A labelled task in place of a recipe (docs/downstream.md)."""
+    """Labelled task to train instead of a recipe (docs/downstream.md)."""
     protocol: Protocol | None = None
-    """What is published of such a run, and what differs here; it stands in the result of a task."""
+    """Published result that the run reproduces, and deviations from it. Included in the result of a task."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    """Vision backbone to pre-train."""
     text: TextConfig = Field(default_factory=TextConfig)
+    """Text encoder and captions."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """Datasets, data loading and augmentation."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimizer, batch size and learning-rate schedule."""
     phases: list[Phase] = Field(default_factory=list)
-    """Parts of the steps, in order, in which images or micro-batches have another size (docs/training.md)."""
+    """Consecutive training stages with different image or micro-batch sizes (docs/training.md)."""
     deepspeed: Annotated[str, InHome] = "zero3_bf16"
-    """A DeepSpeed JSON: a name from ds_configs/, or a path."""
+    """DeepSpeed JSON config: a name from ds_configs/, or a path."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Saving, retention and resume of checkpoints."""
     guard: GuardConfig = Field(default_factory=GuardConfig)
+    """Handling of NaN/Inf and loss spikes."""
     log: LogConfig = Field(default_factory=LogConfig)
+    """Loggers and pictures."""
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+    """Peak compute for MFU, and determinism."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Losses on data.validation during training."""
     timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
+    """Rendezvous, startup and collective timeouts."""
 
     @model_validator(mode="before")
     @classmethod
     def _recipe_of_task(cls, values: Any) -> Any:
-        """Fill in the recipe of a task; in what `run_yaml` wrote it stands already."""
+        """Fill in the recipe of a task. A config written by `run_yaml` already includes it."""
         if not isinstance(values, dict) or values.get("task") is None:
             return values
         try:
             recipe = Task.model_validate(values["task"]).recipe()
-        except ValidationError:  # told of the section itself
+        except ValidationError:  # reported for the section `task` itself
             return {**values, "recipe": {}}
         if values.get("recipe") not in (None, {}, recipe):
             raise FixableError(
@@ -399,16 +414,17 @@ class RunConfig(Section):
 
     @property
     def phase_starts(self) -> list[int]:
-        """Return how many steps are done when each phase begins; of a run without phases, [0]."""
+        """Return the number of steps done when each stage begins; [0] for a run without stages."""
         return [sum(phase.steps for phase in self.phases[:number]) for number in range(max(len(self.phases), 1))]
 
     def phase_at(self, step: int) -> int:
-        """Return the number, from 0, of the phase of the step that follows `step` steps; at the end, of the last."""
+        """Return the index of the stage that step `step` belongs to (steps count from 0), or of the last stage at the
+        end."""
         return max(number for number, start in enumerate(self.phase_starts) if number == 0 or start <= step)
 
     def in_phase(self, number: int) -> RunConfig:
-        """Return the run as a phase has it: with its micro-batch, and with it alone in `phases`; steps and schedules
-        are those of the whole run. Without phases it is the run itself."""
+        """Return the run with the micro-batch size of a stage, and only this stage in `phases`. Steps and schedules are
+        unchanged. Without stages, return the run itself."""
         if not self.phases:
             return self
         phase = self.phases[number]
@@ -417,10 +433,10 @@ class RunConfig(Section):
         return self.model_copy(update={"optim": optim, "phases": [phase]})
 
     def image_size(self, backbone: int) -> int:
-        """Return the side of the images of the first phase in pixels.
+        """Return the image size of the first stage in pixels.
 
         Args:
-            backbone: the side that the backbone's configuration says.
+            backbone: image size in the backbone's configuration, in pixels.
         """
         return (self.phases[0].image_size if self.phases else None) or backbone
 
@@ -463,7 +479,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:
         for name, limit_s in self.timeouts:
-            if name != "join_s" and limit_s <= self.data.stall_timeout_s:  # nothing is read yet while ranks join
+            if name != "join_s" and limit_s <= self.data.stall_timeout_s:  # no data is read during the rendezvous
                 raise ValueError(
                     f"timeouts.{name} ({limit_s:g}) must be longer than data.stall_timeout_s "
                     f"({self.data.stall_timeout_s:g}): a reader that stalls would be taken for a dead rank"
@@ -472,12 +488,12 @@ class RunConfig(Section):
 
 
 def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict[str, Any] | None = None) -> RunConfig:
-    """Read a run file, follow `extends`, apply `key=value` overrides, check everything but the recipe.
+    """Read a config file, resolve `extends`, apply overrides and validate everything except the recipe.
 
     Args:
-        name_or_path: the run file, or the name of a built-in one.
+        name_or_path: path of a config file, or the name of a built-in one.
         overrides: `section.key=value`.
-        values: what `run_values` gave for both, where it has been asked.
+        values: result of `run_values` for the same arguments, if already computed.
     """
     if values is None:
         values = run_values(name_or_path, overrides)

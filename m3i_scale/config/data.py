@@ -1,4 +1,4 @@
-"""Read the section `data` of a run file: where samples come from and how they become inputs."""
+"""Config section `data`: datasets, data loading and augmentation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from m3i_scale.config.sections import FixableError, InHome, Section, WrittenPath
 
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _CROPS = ("crop_scale", "crop_ratio")
-"""Fields in whose place scale_jitter stands."""
+"""Fields that scale_jitter replaces."""
 Reads = Literal["labels", "masks", "boxes", "boxes_and_masks"]
-"""What a sample is asked for beside its image and caption: its class, that of every pixel, or objects."""
+"""Annotations to read with image and caption: class label, segmentation mask, or objects."""
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
 
 
@@ -42,7 +42,7 @@ def _lies_inside(scale: tuple[float, float], info: ValidationInfo) -> tuple[floa
 
 
 CropScale = Annotated[tuple[float, float], AfterValidator(_lies_inside)]
-"""Smallest and largest area of a crop, as a share of the image."""
+"""Minimum and maximum crop area as a fraction of the image."""
 
 
 def _has_a_shape(ratio: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
@@ -56,7 +56,7 @@ def _has_a_shape(ratio: tuple[float, float], info: ValidationInfo) -> tuple[floa
 
 
 CropRatio = Annotated[tuple[float, float], AfterValidator(_has_a_shape)]
-"""Smallest and largest width : height of a crop."""
+"""Minimum and maximum aspect ratio (width : height) of a crop."""
 
 
 def _leaves_an_image(
@@ -73,42 +73,43 @@ def _leaves_an_image(
 
 
 JitterStrengths = Annotated[tuple[float, float, float, float], AfterValidator(_leaves_an_image)]
-"""Of brightness, contrast, saturation and hue."""
+"""Jitter strengths of brightness, contrast, saturation and hue."""
 
 
 class DistortionConfig(Section):
-    """Says how views are drawn from an image. A list holds one value per view; the last serves all further views."""
+    """Augmentations of the crops of an image. Lists have one value per crop; the last value applies to all further
+    crops."""
 
     crop_scale: CropScale = (0.08, 1.0)
-    """Smallest and largest area of a random crop, as a share of the image: above 0, at most 1."""
+    """Minimum and maximum area of a random crop as a fraction of the image: above 0, at most 1."""
     crop_ratio: CropRatio = (0.75, 1.3333333333333333)
-    """Smallest and largest width : height of a random crop, from 1/20 to 20."""
+    """Minimum and maximum aspect ratio (width : height) of a random crop, from 1/20 to 20."""
     scale_jitter: tuple[float, float] | None = None
-    """Scale jitter, in place of crop_scale and crop_ratio: the short side of the image becomes the side of a view times
-    a random factor, from the smallest to the largest that stands here, from 1/20 to 20. Of that a view is cut; where
-    the image ends before the view does, it is filled up with `mean`, and its mask with 255. Default: none."""
+    """Scale jitter, instead of crop_scale and crop_ratio: minimum and maximum factor, from 1/20 to 20. The short side
+    of the image is resized to the crop size times a random factor, then cropped. Smaller images are padded with `mean`,
+    their masks with 255. Default: off."""
     scale_jitter_side: Literal["short", "long"] | None = None
-    """The side that `scale_jitter` scales: the short one as mmsegmentation, the long one as detectron2 and torchvision.
-    Default: the short one."""
+    """Image side that `scale_jitter` resizes: short (mmsegmentation) or long (detectron2, torchvision). Default: short.
+    """
     cat_max_ratio: float | None = Field(default=None, gt=0, lt=1)
-    """A crop is drawn anew, up to ten times in all, where one class takes more than this share of the labelled pixels.
-    Default: any crop will do."""
+    """Maximum fraction of labelled pixels in one class. Crops above it are resampled, with up to ten attempts. Default:
+    no limit."""
     flip: Probability = 0.5
-    """Probability of a horizontal flip (before the crop)."""
+    """Probability of a horizontal flip, before the crop."""
     color_jitter: JitterStrengths = (0.4, 0.4, 0.2, 0.1)
-    """Strength of brightness, contrast, saturation (0 to 2: factors between 1 − strength and 1 + strength) and hue
-    (0 to 0.5, in turns of the colour circle)."""
+    """Jitter strengths of brightness, contrast, saturation and hue. The first three are from 0 to 2, for random factors
+    between 1 − strength and 1 + strength. Hue is from 0 to 0.5, in turns of the color circle."""
     color_jitter_p: Probability = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     grayscale: Probability = 0.2
-    """Probability of a grey image."""
+    """Probability of conversion to grayscale."""
     blur: list[Probability] = Field(default=[0.0], min_length=1)
-    """Probability of Gaussian blur, per view. What a view is for, an input or a target, is known to the recipe: those
-    with pairs of views state it (docs/recipes.md)."""
+    """Probability of Gaussian blur, per crop. Recipes with pairs of crops set it, because only they know which crop is
+    an input or a target (docs/recipes.md)."""
     solarize: list[Probability] = Field(default=[0.0], min_length=1)
-    """Probability of solarisation, per view; stated by recipes as `blur` is."""
+    """Probability of solarization, per crop. Set by recipes, like `blur`."""
     rand_augment: str | None = Field(default=None, pattern=_RAND_AUGMENT)
-    """RandAugment as timm has it and calls it, e.g. rand-m9-mstd0.5-inc1, of labelled images. Default: none."""
+    """RandAugment policy for labelled images in timm's notation, e.g. rand-m9-mstd0.5-inc1. Default: off."""
 
     @field_validator("scale_jitter")
     @classmethod
@@ -122,7 +123,7 @@ class DistortionConfig(Section):
 
     @model_validator(mode="after")
     def _crops_are_drawn_one_way(self) -> Self:
-        fields = type(self).model_fields  # a complete run file holds the defaults too
+        fields = type(self).model_fields  # a resolved config file includes the defaults too
         if self.scale_jitter is None and self.scale_jitter_side is not None:
             raise ValueError("scale_jitter_side has no effect without scale_jitter")
         idle = [name for name in _CROPS if getattr(self, name) != fields[name].default]
@@ -136,19 +137,18 @@ class DistortionConfig(Section):
 
 
 class AugmentConfig(DistortionConfig):
-    """Describes the views of an image, and how their pixels are normalised."""
+    """Augmentation and normalization of images."""
 
     erasing: Probability = 0.0
-    """Probability that a rectangle of a labelled image is erased: after normalisation, by standard normal noise, as
-    timm's random erasing does `pixel` by pixel."""
+    """Probability of random erasing of labelled images: after normalization, with standard normal noise per pixel
+    (timm's `pixel` mode)."""
     stretch: bool = False
-    """Of images with objects: what is shown whole, as in every evaluation, is resized to the square whatever its shape,
-    as RF-DETR does. Default: it keeps its shape, and the rest of the square is filled up with `mean`."""
+    """For images with objects: resize uncropped images, as in every evaluation, to a square without keeping the aspect
+    ratio (RF-DETR). Default: keep the aspect ratio and pad with `mean`."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means that the model's input is normalised with, of pixels from 0 to 1; written into the export."""
+    """Channel means that normalize the input, for pixels in [0, 1]. Written into the export."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel standard deviations that the model's input is normalised with, of pixels from 0 to 1; written into the
-    export."""
+    """Channel standard deviations that normalize the input, for pixels in [0, 1]. Written into the export."""
 
     @field_validator("mean", "std")
     @classmethod
@@ -166,29 +166,29 @@ class AugmentConfig(DistortionConfig):
 
 
 class SourceConfig(Section):
-    """Describes one source of samples."""
+    """Settings of one dataset of the mixture."""
 
     shards: Annotated[str, InHome]
-    """A folder of .tar shards, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one shard; a path, or an
-    address that begins with http(s)://, s3://, gs:// or hf:// (docs/data.md)."""
+    """Location of the shards: a folder of .tar files, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one
+    shard. Either a path or an address with http(s)://, s3://, gs:// or hf:// (docs/data.md)."""
     weight: float | list[tuple[int, float]] = 1.0
-    """Share of samples, relative to the weights of the other sources; 0 gives none. Or a schedule: a list of
-    [samples the run has seen, weight], the first at 0 samples; linear between them, constant after the last."""
+    """Sampling weight relative to the other datasets; 0 disables the dataset. Or a schedule: a list of [samples seen by
+    the run, weight], starting at 0 samples, linear between points and constant after the last one."""
     epochs: int | None = Field(default=None, ge=1)
-    """How many times the source is gone through at most; then its share goes to the others. Default: for ever."""
+    """Maximum number of epochs over this dataset. Afterwards the other datasets take its share. Default: no limit."""
     label_set: str | None = None
-    """Name of the label set of `.cls` members. Default: the source's own name. Samples need no label."""
+    """Name of the label space of the `.cls` fields. Default: the name of the dataset. Samples do not need a label."""
     labels: bool = True
-    """False: `.cls` members are not read, so that no category target applies to this source."""
+    """Read `.cls` fields (class labels). false: no class-label target applies to this dataset."""
     captions: Literal["one", "lines", "none"] = "one"
-    """What a `.txt` member holds: one caption, or one on every line, of which each visit draws one. `none`: captions
-    are not read, so that no text target applies to this source."""
+    """Content of a `.txt` field. one: a single caption. lines: one caption per line, sampled at random each time. none:
+    captions are not read, so no text target applies to this dataset."""
     repeat_threshold: float | None = Field(default=None, ge=0, le=1)
-    """Samples with objects of a category that a smaller share of them has are read several times in a pass, by LVIS's
-    repeat factors (0.001 there), and those without objects are not read. 0 only leaves these out. Default: each sample
-    is read once. Needs shards of boxes and their index."""
+    """Repeat-factor sampling threshold of LVIS (0.001 there). Samples with categories rarer than this fraction are
+    repeated within an epoch; samples without objects are skipped. 0 only skips those. Default: off. Needs box
+    annotations and their index."""
     augment: DistortionConfig | None = None
-    """Where views of this source differ from `data.augment`; what is left out is as there."""
+    """Augmentations that differ from `data.augment`. Omitted fields keep their value from there."""
 
     @field_validator("weight")
     @classmethod
@@ -211,55 +211,57 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Says where samples come from and how they become inputs."""
+    """Settings of datasets, data loading and augmentation."""
 
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Training sources by name."""
+    """Training datasets by name."""
     validation: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Sources that the evaluation hook measures losses on."""
+    """Datasets for the validation losses during training."""
     streams: int = Field(default=defaults.STREAMS, ge=1, le=MAX_STREAMS)
-    """Number of virtual streams that samples are dealt to, evenly. Ranks × workers share them out; the order of samples
-    depends on this number and the seed alone. Must divide the micro-batches evenly (see docs/data.md)."""
+    """Number of logical data shards that samples are distributed to evenly, shared by ranks × workers. The sample
+    order depends only on this number and the seed. Must divide evenly into micro-batches (docs/data.md)."""
     workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
-    """Loader processes per rank; 0 loads in the training process."""
+    """Data loader processes per rank. 0 loads in the training process."""
     shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1)
-    """Samples are shuffled across this many shards of a stream at a time."""
+    """Size of the shuffle buffer in shards, per stream."""
     max_image_pixels: int = Field(default=defaults.MAX_IMAGE_PIXELS, ge=1)
-    """Images with more pixels are quarantined instead of decoded."""
+    """Images with more pixels are skipped as corrupt instead of decoded."""
     max_caption_bytes: int = Field(default=defaults.MAX_CAPTION_BYTES, ge=1)
-    """Samples whose `.txt` member has more bytes are quarantined: a tokenizer takes seconds for a megabyte."""
+    """Samples with a longer `.txt` field, in bytes, are skipped as corrupt: tokenizing a megabyte takes seconds."""
     max_sample_bytes: int = Field(default=defaults.MAX_SAMPLE_BYTES, ge=1)
-    """Samples of which all members together take more bytes in the shard are quarantined instead of read."""
+    """Samples whose fields exceed this total size in bytes are skipped as corrupt instead of read."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
-    """The run stops when more than this share of the samples read so far (after the first 100) is bad, or more than
-    this share of a pass is lost with its shards."""
+    """Maximum fraction of corrupt samples among the samples read so far (checked after 100), and of an epoch's samples
+    lost with their shards. The run stops if it is exceeded."""
     bad_shards: Literal["stop", "quarantine"] = "stop"
-    """What a shard does that cannot be read after all attempts: it stops the run, or all its samples count as bad for
-    the rest of the pass."""
+    """Action if a shard cannot be read after all attempts. stop: end the run. quarantine: count all its samples as
+    corrupt for the rest of the epoch."""
     stall_timeout_s: float = Field(default=900.0, gt=0, le=MAX_WAIT_S)
-    """The run stops when a reader has got no sample for so long."""
+    """Data loader timeout: the run stops if a reader gets no sample for this many seconds."""
     cache_gib: float = Field(default=50.0, ge=0)
-    """Room on the host's disk for whole remote shards; 0 keeps none, and reads every sample by range."""
+    """Disk space per node for caching complete remote shards, in GiB. 0 disables the cache; samples are read by byte
+    range."""
     cache_dir: WrittenPath | None = None
-    """Where they lie, shared by all ranks of a host and by runs. Default: m3i-scale in $XDG_CACHE_HOME or ~/.cache."""
+    """Cache folder, shared by all ranks of a node and by runs. Default: m3i-scale in $XDG_CACHE_HOME or ~/.cache."""
     read_timeout_s: float = Field(default=60.0, gt=0, le=MAX_WAIT_S)
-    """A request for a part of a remote shard (8 MiB at most) counts as failed after so long."""
+    """Timeout in seconds of a request for part of a remote shard (8 MiB at most)."""
     start_timeout_s: float = Field(default=20.0, gt=0, le=MAX_WAIT_S)
-    """Before the first step, a server that does not answer is given up after so long, whatever `read_attempts` says;
-    one that answers with a time to wait (`Retry-After`) is not."""
+    """Timeout in seconds for an unresponsive server before the first step, regardless of `read_attempts`. Servers that
+    answer with `Retry-After` are not affected."""
     read_attempts: int = Field(default=8, ge=1)
-    """Of every read that fails, with growing random pauses between them."""
+    """Maximum attempts per failing read, with increasing random delays between them."""
     allow_shell: bool = False
-    """Whether `pipe:COMMAND` may run commands."""
+    """Allow `pipe:COMMAND` datasets to run shell commands."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    """Augmentation and normalization of images, for all datasets."""
     changed_sources: list[str] = Field(default_factory=list)
-    """Names of the sources that a resumed run means to add, remove or change (docs/data.md). A resume refuses every
-    other change."""
+    """Names of the datasets that a resumed run adds, removes or changes (docs/data.md). Any other change is an error on
+    resume."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_augment(cls, values: Any) -> Any:
-        """Put sources' distortions over the common ones, so that a written run file says what holds."""
+        """Merge the common augmentations into each dataset's, so that a written config file is fully resolved."""
         if not isinstance(values, dict) or not isinstance(values.get("sources"), dict):
             return values
         common = plain_values(values.get("augment", {}))
@@ -296,7 +298,7 @@ class DataConfig(Section):
 
 
 def _inherited(shared: dict[str, Any], of_source: dict[str, Any]) -> dict[str, Any]:
-    """Return which common distortions a source has: of crops none where it says in the other way how large they are."""
+    """Return the common augmentations of a dataset, without crop settings that its augmentations replace."""
     replaced: tuple[str, ...] = ()
     if of_source.get("scale_jitter") is not None:
         replaced = _CROPS

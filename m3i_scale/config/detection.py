@@ -1,8 +1,8 @@
-"""Define the heads that find objects: what a Mask R-CNN is made of, and how its regions are chosen; and RF-DETR.
+"""Detection heads: Mask R-CNN with its region proposals, and RF-DETR.
 
-Every default of a Mask R-CNN is detectron2's for ViTDet (`configs/common/models/mask_rcnn_fpn.py` and
-`mask_rcnn_vitdet.py`), and every one of RF-DETR that of the rfdetr package 1.4 (`rfdetr/config.py`, `rfdetr/main.py`),
-so a run file states what differs.
+Mask R-CNN defaults are detectron2's for ViTDet (`configs/common/models/mask_rcnn_fpn.py` and `mask_rcnn_vitdet.py`).
+RF-DETR defaults are from the rfdetr package 1.4 (`rfdetr/config.py`, `rfdetr/main.py`). A config file only states
+differences.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from m3i_scale.config.tasks import Task
 
 
 class Windows(Section):
-    """Has a plain Transformer attend within windows in most layers, as ViTDet does."""
+    """Windowed attention in most layers of a plain Transformer, as in ViTDet."""
 
     size: int = Field(default=14, ge=0, le=MAX_SIDE)
-    """Side of a window in tokens (ViT(window_size=14)); 0: all layers see the whole image."""
+    """Window size in tokens (ViT(window_size=14)). 0: global attention in all layers."""
     global_layers: tuple[int, ...] | None = None
-    """Layers that see the whole image, from 0. Default: the last of every quarter, 2, 5, 8, 11 of 12 layers."""
+    """Layers with global attention, from 0. Default: the last layer of each quarter, 2, 5, 8, 11 of 12 layers."""
     relative_positions: bool = True
-    """Attention knows how far apart two tokens are, in rows and columns; from zero (ViT(use_rel_pos=True))."""
+    """Decomposed relative position embeddings for rows and columns, initialized to zero (ViT(use_rel_pos=True))."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
@@ -39,32 +39,34 @@ class Windows(Section):
 
 
 class Regions(Section):
-    """Says how anchors propose regions (RPN), and which of them are looked at."""
+    """Settings of anchors, region proposals (RPN) and region sampling."""
 
     sizes: tuple[float, float, float, float, float] | None = None
-    """Sides of the anchors in pixels, by level (DefaultAnchorGenerator.sizes). Default: eight times the stride of the
-    level, which are ViTDet's 32 to 512 of strides 4 to 64."""
+    """Anchor sizes in pixels, by level (DefaultAnchorGenerator.sizes). Default: eight times the stride of the level,
+    i.e. ViTDet's 32 to 512 for strides 4 to 64."""
     ratios: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
-    """Height over width of the anchors (aspect_ratios)."""
+    """Aspect ratios (height / width) of the anchors (aspect_ratios)."""
     convs: int = Field(default=2, ge=1, le=MAX_LAYERS)
     """Convolutions of the RPN (StandardRPNHead.conv_dims = [-1, -1]; a plain FPN has 1)."""
     positive_iou: float = Field(default=0.7, gt=0, le=1)
     negative_iou: float = Field(default=0.3, ge=0, lt=1)
-    """An anchor is an object or ground by its best overlap; what lies between counts for nothing (anchor_matcher)."""
+    """IoU thresholds for positive and negative anchors by best overlap. Anchors in between are ignored
+    (anchor_matcher)."""
     anchors_per_image: int = Field(default=256, ge=2, le=MAX_CANDIDATES)
-    """So many anchors of an image are trained on (batch_size_per_image of RPN), half of them objects at most."""
+    """Anchors per image in the RPN loss, at most half of them positive (batch_size_per_image of RPN)."""
     before_nms: tuple[int, int] = (2000, 1000)
-    """So many best proposals of every level go into NMS, in training and outside of it (pre_nms_topk)."""
+    """Top-scoring proposals per level before NMS, in training and in evaluation (pre_nms_topk)."""
     after_nms: tuple[int, int] = (1000, 1000)
-    """So many of an image come out of it (post_nms_topk; torchvision keeps 2,000 in training)."""
+    """Proposals per image after NMS, in training and in evaluation (post_nms_topk; torchvision keeps 2,000 in
+    training)."""
     nms_iou: float = Field(default=0.7, gt=0, le=1)
-    """Of two proposals that overlap by more, one goes (nms_thresh of RPN)."""
+    """IoU threshold of NMS for proposals (nms_thresh of RPN)."""
     per_image: int = Field(default=512, ge=2, le=MAX_CANDIDATES)
-    """So many regions of an image are trained on (batch_size_per_image of StandardROIHeads)."""
+    """Regions per image in the losses of the heads (batch_size_per_image of StandardROIHeads)."""
     positive_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """So much of them are objects at most (positive_fraction of StandardROIHeads)."""
+    """Maximum fraction of positive regions (positive_fraction of StandardROIHeads)."""
     object_iou: float = Field(default=0.5, gt=0, le=1)
-    """A region that overlaps an object by so much is that object (proposal_matcher)."""
+    """Minimum IoU of a region with an object to be assigned to it (proposal_matcher)."""
 
     @model_validator(mode="after")
     def _orders(self) -> Self:
@@ -84,63 +86,64 @@ class Regions(Section):
 
 
 class DetectionHead(Kind):
-    """Finds objects on what the backbone gives."""
+    """Head that detects objects on the features of the backbone."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
     masks: bool = True
-    """Predict masks too. Without, sets that have boxes alone will do."""
+    """Predict masks too. false: datasets with boxes but without masks can be used."""
 
 
 class MaskRcnn(DetectionHead):
-    """Finds boxes, classes and masks of objects by Mask R-CNN: of a plain Transformer on the simple pyramid of ViTDet,
-    of an InternImage on a feature pyramid network of its four maps."""
+    """Mask R-CNN for boxes, classes and masks. A plain Transformer gets ViTDet's simple feature pyramid, InternImage a
+    feature pyramid network on its four feature maps."""
 
     kind: ClassVar[str] = "mask_rcnn"
 
     windows: Windows | None = None
-    """Of a plain Transformer. Default: as ViTDet; where an image is less than two windows wide, neither windows nor
-    relative positions. An InternImage has none."""
+    """Windowed attention of a plain Transformer. Default: as ViTDet; neither windows nor relative positions if the
+    image is less than two windows wide. Not available for InternImage."""
     channels: int = Field(default=256, ge=4, le=MAX_WIDTH)
-    """Of the maps and of the heads' convolutions (out_channels)."""
+    """Channels of the feature maps and of the heads' convolutions (out_channels)."""
     norm: Literal["layer", "none"] = "layer"
-    """Of the convolutions of pyramid and heads ("LN"; a plain FPN has none)."""
+    """Normalization of the convolutions in pyramid and heads ("LN"; a plain FPN has none)."""
     regions: Regions = Regions()
+    """Anchors, region proposals and region sampling."""
     box_convs: int = Field(default=4, ge=0, le=MAX_LAYERS)
     """Convolutions of the box head (conv_dims = [256] * 4; a plain FPN has none and two linear layers)."""
     box_linears: int = Field(default=1, ge=1, le=MAX_LAYERS)
     box_width: int = Field(default=1024, ge=1, le=MAX_WIDTH)
-    """Linear layers of the box head and their width (fc_dims = [1024])."""
+    """Number and width of the linear layers of the box head (fc_dims = [1024])."""
     mask_convs: int = Field(default=4, ge=1, le=MAX_LAYERS)
-    """Convolutions of the mask head, before it doubles the side."""
+    """Convolutions of the mask head, before it doubles the resolution."""
     box_side: int = Field(default=7, ge=1, le=MAX_SIDE)
     mask_side: int = Field(default=14, ge=1, le=MAX_SIDE)
-    """Sides of what RoIAlign cuts out of the maps (box_pooler, mask_pooler); masks have twice that."""
+    """RoIAlign output sizes for boxes and masks (box_pooler, mask_pooler). Predicted masks have twice the mask size."""
     sampling_ratio: int = Field(default=0, ge=0, le=MAX_SIDE)
-    """Samples by side of a cell of RoIAlign; 0: as many as pixels lie in it (torchvision takes 2)."""
+    """RoIAlign sampling points per side of a cell. 0: as many as the cell has pixels (torchvision uses 2)."""
     aligned: bool = True
-    """RoIAlign knows that the centre of a pixel is half a pixel from its edge (ROIAlignV2; torchvision: false)."""
+    """Half-pixel alignment of RoIAlign (ROIAlignV2; torchvision: false)."""
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
-    """Scales of shifts and log-sizes that the box head predicts (Box2BoxTransform)."""
+    """Scales of the predicted box shifts and log-sizes (Box2BoxTransform)."""
     smooth_l1_beta: float = Field(default=0.0, ge=0)
-    """Where the losses of boxes turn from squares to L1; 0: L1 (smooth_l1_beta; torchvision's RPN has 1/9)."""
+    """Transition point of the smooth L1 box losses; 0: L1 (smooth_l1_beta; torchvision's RPN uses 1/9)."""
     class_agnostic_boxes: bool = False
-    """One box for all classes (cls_agnostic_bbox_reg; Cascade's is true)."""
+    """Predict one box for all classes (cls_agnostic_bbox_reg; true for Cascade)."""
     class_agnostic_masks: bool = False
-    """One mask for all classes (cls_agnostic_mask)."""
+    """Predict one mask for all classes (cls_agnostic_mask)."""
     classifier: Literal["softmax", "sigmoid"] = "softmax"
-    """Softmax over classes and ground, or a sigmoid for every class (use_sigmoid_ce, for LVIS)."""
+    """Softmax over classes and background, or a sigmoid per class (use_sigmoid_ce, for LVIS)."""
     federated_classes: int | None = Field(default=None, ge=1, le=MAX_CANDIDATES)
-    """Of a sigmoid: an image trains so many classes alone, its own and others drawn by how frequent they are
-    (use_fed_loss, fed_loss_num_classes = 50). Default: all."""
+    """Federated loss of a sigmoid classifier: classes trained per image, namely its classes and others sampled by
+    frequency (use_fed_loss, fed_loss_num_classes = 50). Default: all classes."""
     federated_power: float = Field(default=0.5, ge=0)
-    """Others are drawn by the number of their images to this power (get_fed_loss_cls_weights(…, 0.5))."""
+    """Exponent of the image count in the sampling probability of other classes (get_fed_loss_cls_weights(…, 0.5))."""
     score_above: float = Field(default=0.05, ge=0, lt=1)
-    """Lowest score of a detection (test_score_thresh; LVIS 0.02)."""
+    """Minimum score of a detection (test_score_thresh; LVIS 0.02)."""
     nms_iou: float = Field(default=0.5, gt=0, le=1)
-    """Of two detections of a class that overlap by more, one goes (test_nms_thresh)."""
+    """IoU threshold of NMS for detections of a class (test_nms_thresh)."""
     detections: int = Field(default=100, ge=1, le=MAX_CANDIDATES)
-    """Of an image at most (test_topk_per_image; LVIS 300)."""
+    """Maximum detections per image (test_topk_per_image; LVIS 300)."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
@@ -157,50 +160,49 @@ class MaskRcnn(DetectionHead):
 
 
 class RfDetr(DetectionHead):
-    """Finds boxes, classes and masks of objects by queries that a decoder matches with what the image shows, on a plain
-    Transformer, as RF-DETR. It is the stock model of `transformers` round the backbone of the run."""
+    """RF-DETR for boxes, classes and masks: a query decoder on a plain Transformer. It is the standard model of
+    `transformers` around the backbone of the run."""
 
     kind: ClassVar[str] = "rfdetr"
 
     windows: int = Field(default=2, ge=1, le=MAX_SIDE)
-    """Windows along a side of the image, each with a class token of its own, that all layers attend within but for
-    those right behind a layer that is read (num_windows); 1: all layers see the whole image."""
+    """Windows per side of the image, each with its class token. All layers attend within windows, except the layers
+    directly after an output layer (num_windows). 1: global attention in all layers."""
     out_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Layers of the backbone that are read, from 1; the last one is among them (out_feature_indexes). Default: the last
-    of every quarter, 3, 6, 9, 12 of 12."""
+    """Output layers of the backbone, from 1, including the last one (out_feature_indexes). Default: the last layer of
+    each quarter, 3, 6, 9, 12 of 12."""
     channels: int = Field(default=256, ge=4, le=MAX_WIDTH, multiple_of=4)
-    """Of map and queries (hidden_dim)."""
+    """Channels of feature map and queries (hidden_dim)."""
     queries: int = Field(default=300, ge=1, le=MAX_CANDIDATES)
-    """So many objects of an image are found at most (num_queries)."""
+    """Number of queries, i.e. the maximum number of objects per image (num_queries)."""
     groups: int = Field(default=13, ge=1, le=MAX_HEADS)
-    """In training, queries are there so many times, and each group finds all objects by itself (group_detr)."""
+    """Query groups in training. Each group is matched with all objects independently (group_detr)."""
     decoder_layers: int = Field(default=3, ge=1, le=MAX_LAYERS)
-    """Of the decoder (dec_layers: 2 of Nano, 3 of Small and Base, 4 of Medium and Large)."""
+    """Decoder layers (dec_layers: 2 for Nano, 3 for Small and Base, 4 for Medium and Large)."""
     self_attention_heads: int = Field(default=8, ge=1, le=MAX_HEADS)
-    """Of queries among each other (sa_nheads)."""
+    """Self-attention heads of the decoder (sa_nheads)."""
     cross_attention_heads: int = Field(default=16, ge=1, le=MAX_HEADS)
-    """Of queries in the map (ca_nheads)."""
+    """Cross-attention heads of the decoder (ca_nheads)."""
     points: int = Field(default=2, ge=1, le=MAX_SIDE)
-    """Places of the map that a head of a query reads (dec_n_points)."""
+    """Sampling points in the feature map per query and head (dec_n_points)."""
     decoder_width: int = Field(default=2048, ge=1, le=MAX_WIDTH)
-    """Of the decoder's hidden layers (dim_feedforward)."""
+    """Width of the decoder's feed-forward layers (dim_feedforward)."""
     mask_stride: int = Field(default=4, ge=1, le=MAX_SIDE)
-    """Pixels along a side that share a value of a mask (mask_downsample_ratio)."""
+    """Stride of predicted masks in pixels (mask_downsample_ratio)."""
     class_weight: float = Field(default=1.0, ge=0)
-    """Weight of the loss of classes, which knows how well the box fits (cls_loss_coef; with masks the published one is
-    5)."""
+    """Weight of the IoU-aware classification loss (cls_loss_coef; published as 5 with masks)."""
     box_weight: float = Field(default=5.0, ge=0)
     """Weight of the L1 loss of boxes (bbox_loss_coef)."""
     giou_weight: float = Field(default=2.0, ge=0)
-    """Weight of the loss of their generalised overlap (giou_loss_coef)."""
+    """Weight of the generalized IoU loss of boxes (giou_loss_coef)."""
     mask_weight: float = Field(default=5.0, ge=0)
     """Weight of the cross-entropy of masks, in the loss and in the matching (mask_ce_loss_coef)."""
     dice_weight: float = Field(default=5.0, ge=0)
     """Weight of the Dice loss of masks, in the loss and in the matching (mask_dice_loss_coef)."""
     score_above: float = Field(default=0.0, ge=0, lt=1)
-    """Lowest score of a detection. The package has none."""
+    """Minimum score of a detection. The rfdetr package has no such limit."""
     detections: int = Field(default=300, ge=1, le=MAX_CANDIDATES)
-    """Of an image at most (num_select)."""
+    """Maximum detections per image (num_select)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -213,7 +215,7 @@ class RfDetr(DetectionHead):
         if not (self.class_weight or self.box_weight or self.giou_weight):
             raise ValueError("class_weight, box_weight and giou_weight are all 0: nothing would be learnt of boxes")
         if self.masks and self.queries < 4:
-            # The stock matcher compares masks at queries × groups / 4 points: at none, all costs are NaN.
+            # The standard matcher compares masks at queries × groups / 4 points: with no points, all costs are NaN.
             raise ValueError(f"queries {self.queries} must be at least 4 with masks")
         for name in () if self.masks else ("mask_stride", "mask_weight", "dice_weight"):
             if getattr(self, name) != type(self).model_fields[name].default:
@@ -222,16 +224,16 @@ class RfDetr(DetectionHead):
 
 
 class Detection(Task):
-    """Finds the objects of an image. Its categories are those of categories.json beside the shards."""
+    """Object detection task. Its categories come from categories.json next to the shards."""
 
     kind: ClassVar[str] = "detection"
     dense: ClassVar[bool] = True
 
     head: DetectionHead = MaskRcnn()
-    """mask_rcnn | rfdetr, or {kind: mask_rcnn, channels: 128}."""
+    """Detection head: mask_rcnn | rfdetr, or with options, e.g. {kind: mask_rcnn, channels: 128}."""
 
     def recipe(self) -> dict[str, Any]:
-        """Return boxes, classes and masks predicted from the whole image."""
+        """Return a recipe that predicts boxes, classes and masks from the uncropped image."""
         target = {
             "name": "detection",
             "kind": "detection",

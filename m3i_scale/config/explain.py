@@ -1,4 +1,4 @@
-"""Turn what pydantic finds in a section into errors that name the key and what would be right."""
+"""Convert pydantic validation errors into config errors that name the key and suggest a fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3i_scale.text import quoted
 KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str", "constrained-float")
-"""How pydantic names the alternatives of a union, as if they were keys."""
+"""Path components that pydantic adds for the members of a union, as if they were keys."""
 
 HINTS = {
     "epochs": "optim.steps (samples × epochs / optim.batch_size); of one source: data.sources.NAME.epochs",
@@ -94,7 +94,7 @@ HINTS = {
     "eval_every": "evaluation.every_steps",
     "ema_decay": "recipe.momentum.start",
 }
-"""What keys of other code bases are called here."""
+"""Config keys of other code bases, mapped to the keys of this one."""
 
 
 def parse_section(
@@ -106,15 +106,13 @@ def parse_section(
     stored: bool = False,
     imports: bool = False,
 ) -> SectionT:
-    """Read `values` as a `kind`; faults become ConfigErrors that name the key and the nearest known one.
+    """Parse `values` as a `kind`; validation errors become ConfigErrors with the key and its closest known name.
 
     Args:
-        kind: the section.
-        values: what was read.
-        where: named in errors; or what names the place that a key below the section was written at.
-        below: the key of the run file that holds the section.
-        stored: they are of a training that is over (see `is_stored`).
-        imports: modules of the user's own classes may be imported (see `may_import`).
+        where: location for error messages, or a function that returns the location of a key of the section.
+        below: key of the section in the config file.
+        stored: the values belong to a finished training (see `is_stored`).
+        imports: allow importing modules of user-defined classes (see `may_import`).
     """
     try:
         return kind.model_validate(values, context={"stored": stored, "imports": imports})
@@ -126,14 +124,12 @@ def parse_section(
 def validation_error(
     kind: type[Section], error: ValidationError, where_of: WhereOf, values: Any, below: str = ""
 ) -> ConfigError:
-    """Return what to raise for a ValidationError, once for every key.
+    """Convert a ValidationError into a ConfigError, with one error per key.
 
     Args:
-        kind: the section that was read.
-        error: of pydantic.
-        where_of: names the place that a key was written at.
-        values: what was read.
-        below: the key of the run file that holds the section.
+        where_of: returns the location where a key was written.
+        values: input of the validation.
+        below: key of the section in the config file.
     """
     error_of: dict[str, ConfigError] = {}
     details = error.errors()
@@ -142,13 +138,13 @@ def validation_error(
             continue
         key = ".".join(map(str, _without_branches(fault["loc"])))
         error_of.setdefault(key, _explain(_Sections(kind, values), fault, where_of(fault["loc"]), below))
-    # Of the alternatives of a union, that which got furthest tells most.
+    # Of the members of a union, the one that was parsed furthest has the most useful error.
     faults = [fault for key, fault in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
     return faults[0] if len(faults) == 1 else FaultsError(faults)
 
 
 def reason_of(error: OSError | ValidationError) -> str:
-    """Return in a few words why a JSON file cannot be read: the disk's reason, or the first field that is wrong."""
+    """Return a short reason why a JSON file cannot be read: the OS error, or its first invalid field."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     first = error.errors(include_url=False)[0]
@@ -157,7 +153,7 @@ def reason_of(error: OSError | ValidationError) -> str:
 
 
 def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
-    """Return whether a key that is missing is there under a wrong name, which is reported instead."""
+    """Return whether a missing key is present under a misspelled name, which is reported instead."""
     beside = [
         str(fault["loc"][-1])
         for fault in faults
@@ -167,7 +163,7 @@ def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
 
 
 def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
-    """Return where a key was written: its last override or that of a part, without secrets, else the run file."""
+    """Return where a key was set: the last override of it or of a part of it (secrets redacted), or the config file."""
     fault = [str(part) for part in place]
     for override in reversed(overrides):
         key = override.partition("=")[0].split(".")
@@ -182,13 +178,13 @@ def _without_branches(place: KeyPath) -> list[int | str]:
 
 
 class _Sections:
-    """Finds the section at a place of what was read."""
+    """Lookup of config sections by key path."""
 
     def __init__(self, kind: type[BaseModel], values: Any) -> None:
         self.kind, self.values = kind, values
 
     def at(self, path: KeyPath) -> type[BaseModel]:
-        """Return the section that `path` leads to; the last typed one where it leaves them."""
+        """Return the section at `path`, or the last typed section if the path leaves the typed part."""
         here, value = self.kind, self.values
         for part in path:
             field = here.model_fields.get(str(part))
@@ -200,12 +196,12 @@ class _Sections:
             if issubclass(here, Kind) and isinstance(value, str | dict) and part != "kind":
                 try:
                     here = here.class_of(value)
-                except ValueError:  # told of the kind itself
+                except ValueError:  # reported for the key `kind` itself
                     continue
         return here
 
     def field_at(self, path: KeyPath) -> FieldInfo | None:
-        """Return the field that `path` leads to."""
+        """Return the field at `path`."""
         return self.at(path[:-1]).model_fields.get(str(path[-1])) if path else None
 
 
@@ -230,14 +226,14 @@ def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigE
         return ConfigError(f"'{key}' is a section, and got {quoted(repr(fault['input']))}", where=where, fix=keys)
     default = _default_of(sections.field_at(fault["loc"]))
     fix = None if default is None else f"e.g. the default, {key}={default}"
-    if fault["type"] == "value_error":  # a rule of ours: its sentence says all
+    if fault["type"] == "value_error":  # one of our rules: its message is complete
         rule = fault["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
     return ConfigError(f"'{key}': {fault['msg']} (got {quoted(repr(fault['input']))})", where=where, fix=fix)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:
-    """Return what an unknown key may have meant: by its meaning, by its name in another section, or nearby."""
+    """Suggest a replacement for an unknown key: a synonym, the same name in another section, or a similar name."""
     name = str(path[-1])
     meant = HINTS.get(name.casefold())
     if meant is not None and re.split(r"[ ,.:]", meant)[0] in sections.kind.model_fields:
@@ -251,7 +247,7 @@ def _nearest(sections: _Sections, path: KeyPath) -> str:
 
 
 def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
-    """Return all keys of a section and of those in it, with dots; none below names of the user's, as of sources."""
+    """Return all dotted keys of a section and its subsections, excluding user-defined names such as datasets."""
     keys = []
     for name, field in kind.model_fields.items():
         keys.append(f"{above}{name}")
@@ -261,7 +257,7 @@ def _keys_of(kind: type[BaseModel], above: str = "") -> list[str]:
 
 
 def _choices_of(field: FieldInfo | None) -> str | None:
-    """Return the values of a field that has a few, or the kinds of its section; None for others."""
+    """Return the allowed values of a field or the kinds of its section, or None if they are not enumerable."""
     annotation = field.annotation if field is not None else None
     values: Sequence[Any] = get_args(annotation) if get_origin(annotation) is Literal else ()
     if isinstance(annotation, type) and issubclass(annotation, Kind):
@@ -270,6 +266,6 @@ def _choices_of(field: FieldInfo | None) -> str | None:
 
 
 def _default_of(field: FieldInfo | None) -> str | None:
-    """Return the default of a plain field, as it is written on the command line; None where there is none."""
+    """Return the default of a scalar field in command-line syntax, or None if there is none."""
     default = field.get_default() if field is not None else None
     return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None

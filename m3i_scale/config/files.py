@@ -1,6 +1,5 @@
-"""Read run files as they are written: where they lie, `extends`, `key=value` overrides. Only YAML is checked, and
-that targets from before they had kinds do not lose what the heads of the file that they extend remember.
-"""
+"""Config files as written: locate them, resolve `extends` and apply `key=value` overrides. This module only checks the
+YAML, and that old-style targets do not lose the memory settings of an extended file's heads."""
 
 from __future__ import annotations
 
@@ -15,18 +14,18 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def resource_folder(name: Literal["recipes", "protocols", "ds_configs"]) -> Path:
-    """Return the folder of built-in files: beside the package in a checkout, inside it when installed as a wheel."""
+    """Return the folder of built-in files: next to the package in a checkout, inside it in an installed wheel."""
     beside = _PACKAGE.parent / name
     return beside if beside.is_dir() else _PACKAGE / f"_{name}"
 
 
 def known_runs() -> dict[str, Path]:
-    """Return built-in run files by name: recipes, sizes of them, and protocols of tasks."""
+    """Return built-in config files by name: recipes, their model sizes, and protocols of tasks."""
     return _recipe_files() | known_protocols()
 
 
 def known_protocols() -> dict[str, Path]:
-    """Return built-in run files that train a task as it has been published."""
+    """Return built-in config files that train a task with a published protocol."""
     return {path.stem: path for path in sorted(resource_folder("protocols").glob("*.yaml"))}
 
 
@@ -35,12 +34,12 @@ def _recipe_files() -> dict[str, Path]:
 
 
 def known_recipes() -> dict[str, Path]:
-    """Return built-in run files that define a recipe of their own; those that extend another one are sizes of it."""
+    """Return built-in config files that define a recipe. Files that extend another one only change its model size."""
     return {name: path for name, path in _recipe_files().items() if "extends" not in read_yaml(path)}
 
 
 def find_run_file(name_or_path: str) -> Path:
-    """Return the path of a built-in name (`m3i`) or of a file."""
+    """Return the path of a built-in config file (`m3i`) or of a file."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -55,8 +54,8 @@ def find_run_file(name_or_path: str) -> Path:
 
 
 def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Return what a run file says, `extends` and `key=value` overrides applied, and nothing else checked."""
-    if isinstance(overrides, str):  # its letters would be overrides
+    """Return the values of a config file with `extends` and `key=value` overrides applied, without validation."""
+    if isinstance(overrides, str):  # a string would be read as one override per letter
         raise ConfigError(
             f"overrides must be a list, got '{quoted(overrides)}'", where="load_run", fix=f'["{quoted(overrides)}"]'
         )
@@ -89,7 +88,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the regularisers of targets that have a kind and remember, by the head that the target names."""
+    """Return the regularizers with a memory of targets that have a kind, by the name of the target's head."""
     return {
         target["head"]: target["regularizer"]
         for target in _targets(values)
@@ -99,7 +98,7 @@ def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_memories(values: dict[str, Any], memories: dict[str, dict[str, Any]], path: Path) -> None:
-    """Reject targets without `kind` whose head had a memory in the file they come from, and has none now."""
+    """Reject targets without `kind` whose head had a memory in the extended file but no longer has one."""
     for number, target in enumerate(_targets(values)):
         name = target.get("head")
         if "modality" not in target or "kind" in target or not isinstance(name, str) or name not in memories:
@@ -151,7 +150,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     except NOT_YAML as error:
         raise ConfigError(f"the value of '{key}' is not YAML: {quoted(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
-        value = float(value)  # YAML 1.1 reads 3e-4 as text; nobody means that. In quotes it is meant
+        value = float(value)  # YAML 1.1 reads 3e-4 as text, which is never intended unless it is quoted
     *parents, last = key.split(".")
     node: Any = values
     for part in parents:
@@ -171,7 +170,7 @@ def _child(node: Any, part: str, key: str) -> Any:
         raise ConfigError(f"'{key}' goes below a single value")
     if node.get(part) is None:
         node[part] = {}
-    elif isinstance(node[part], str) and key.startswith("recipe."):  # a section by its kind alone
+    elif isinstance(node[part], str) and key.startswith("recipe."):  # a section given only by its kind
         node[part] = {"kind": node[part]}
     return node[part]
 

@@ -1,4 +1,4 @@
-"""Read the section `guard` of a run file: steps that are not finite, and losses that jump."""
+"""Config section `guard`: handling of non-finite steps and loss spikes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from m3i_scale.config.sections import Section
 
 
 class SpikeConfig(Section):
-    """Says when a loss counts as a spike, and how often the run goes back for one."""
+    """Settings of loss-spike detection and rollback."""
 
     z: float = Field(default=8.0, gt=0)
-    """A loss is above the limit when it exceeds the median of the window by so many standard deviations, which are
+    """Threshold in standard deviations above the median loss of the window. The standard deviation is estimated as
     1.4826 times the median absolute deviation."""
     window: int = Field(default=128, ge=4)
-    """Losses of so many steps before are looked at."""
+    """Number of previous steps whose losses form the window."""
     min_history: int = Field(default=64, ge=4)
-    """With fewer losses than this nothing is judged."""
+    """Minimum number of losses in the window before spikes are detected."""
     patience: int = Field(default=3, ge=1)
-    """Steps in a row above the limit that make a spike; fewer are a bad batch."""
+    """Consecutive steps above the threshold that count as a spike. Fewer are treated as a bad batch."""
     max_rewinds: int = 3
-    """The run goes back so many times at most, restarts included; the next spike ends it."""
+    """Maximum number of rollbacks, including across restarts. The next spike ends the run."""
 
     @field_validator("max_rewinds")
     @classmethod
@@ -44,15 +44,15 @@ class SpikeConfig(Section):
 
 
 class GuardConfig(Section):
-    """Says what a run does about steps that are not finite, and about losses that jump."""
+    """Settings of NaN/Inf handling and loss-spike rollback."""
 
     nonfinite: Literal["skip", "stop"] = "skip"
-    """A loss or gradient that is not finite on any rank: leave the step out on all ranks, or end the run."""
+    """Action for a non-finite loss or gradient on any rank. skip: skip the step on all ranks. stop: end the run."""
     max_skipped_in_a_row: int = Field(default=3, ge=2)
-    """The run ends at the so manieth step in a row that is not finite. One is a bad batch, two are bad luck; weights
-    that are at fault never recover, and every further step would only use up data."""
+    """End the run at this many consecutive skipped steps. A single bad batch is tolerated, but diverged weights never
+    recover, and further steps only use up data."""
     spike: SpikeConfig | None = None
-    """Go back to a checkpoint when the loss spikes, and go on behind the data that came since. Default: do not."""
+    """Roll back to a checkpoint on a loss spike and skip the data since then. Default: off."""
 
     @model_validator(mode="after")
     def _count_is_read(self) -> Self:

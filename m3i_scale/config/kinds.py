@@ -1,6 +1,6 @@
-"""Define sections of which there are several kinds, each a class of its own with its own fields.
+"""Config sections with several kinds, where each kind is a class with separate fields.
 
-A family is a class below `Kind` with an empty `kinds`; every class below it that has a `kind` is known by that name:
+A family is a subclass of `Kind` with an empty `kinds`. Each of its subclasses with a `kind` is registered by that name:
 
     class Shape(Kind):
         kinds: ClassVar[dict[str, type[Kind]]] = {}
@@ -9,11 +9,11 @@ A family is a class below `Kind` with an empty `kinds`; every class below it tha
         kind: ClassVar[str] = "circle"
         radius: float = 1.0
 
-`kinds` is also set, to that of its family, by a class between the two that is no kind itself. A class with a `kind`
-and no family is one of its own: nothing else may stand in its fields, and `kind` may be left out there.
+An intermediate class that is not a kind itself also sets `kinds`, to its family's. A class with a `kind` but no family
+is a family of one: its fields accept no other kind, and `kind` is optional there.
 
-A field of type `Shape` then reads `circle`, `{kind: circle, radius: 2}`, or `{kind: my_package.my_module.Square}`, the
-import path of a class of the user's own below `Shape`. Such a class has no name but that path: it states no `kind`.
+A field of type `Shape` then accepts `circle`, `{kind: circle, radius: 2}`, or `{kind: my_package.my_module.Square}`,
+the import path of a user-defined subclass of `Shape`. Such a class has no other name and does not set `kind`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class Kind(Section):
-    """Gives families and their kinds a common base."""
+    """Base class of kind families and their kinds."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    """The classes of a family by name."""
+    """Classes of the family by name."""
     kind: ClassVar[str] = ""
-    """The name of the class in run files: by default its import path."""
+    """Name of the class in config files. Default: its import path."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Register a class that has a name; give others their import path for one.
+        """Register a class that sets `kind`; use the import path as the name of any other class.
 
         Raises:
-            TypeError: the name is another class's, or that of a class outside of this package.
+            TypeError: the name is already registered, or a class outside this package sets `kind`.
         """
         super().__pydantic_init_subclass__(**options)
         path = f"{cls.__module__}.{cls.__qualname__}"
@@ -68,14 +68,13 @@ class Kind(Section):
 
     @classmethod
     def class_of(cls, value: Any, *, imports: bool = False) -> type[Kind]:
-        """Return the class that a value of a run file names, by itself or by its `kind`.
+        """Return the class that a config value names, either as a string or in its `kind`.
 
         Args:
-            value: of the run file.
-            imports: whether to import the module of a class of the user's own, which runs its code.
+            imports: import the module of a user-defined class, which runs its code.
 
         Raises:
-            ValueError: it names none below this one.
+            ValueError: the value does not name a subclass of this class.
         """
         kind = value.get("kind") if isinstance(value, dict) else value
         if not isinstance(kind, str):
@@ -88,7 +87,7 @@ class Kind(Section):
 
     @classmethod
     def _own_class(cls, path: str, *, imports: bool) -> type[Kind]:
-        """Return a class of the user's own."""
+        """Return a user-defined class."""
         module, _, name = path.rpartition(".")
         if imports:
             import_module(module)
@@ -97,7 +96,7 @@ class Kind(Section):
                 f"'{path}' is a class of somebody's own, whose module is not imported: reading this file runs no code",
                 f"where you trust it: --import {module}, or in Python `import {module}` before",
             )
-        kind = vars(sys.modules[module]).get(name)  # no attribute: a module may compute those, which runs its code
+        kind = vars(sys.modules[module]).get(name)  # not getattr: modules can compute attributes, which runs their code
         if not (isinstance(kind, type) and issubclass(kind, cls)):
             raise ValueError(f"'{path}' is no subclass of {cls.__module__}.{cls.__name__}")
         if missing := kind.missing_methods():
@@ -106,13 +105,13 @@ class Kind(Section):
 
     @classmethod
     def missing_methods(cls) -> list[str]:
-        """Return the methods that a class must define to be used, and does not define."""
+        """Return the abstract methods that the class does not implement."""
         return sorted(cls.__abstractmethods__)
 
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Any:
-        """Let the class that `kind` names read the other fields."""
+        """Validate the other fields with the class that `kind` names."""
         if isinstance(value, cls):
             return value
         named = isinstance(value, str) or (isinstance(value, dict) and "kind" in value)
@@ -129,14 +128,14 @@ class Kind(Section):
 
 
 def import_module(module: str) -> None:
-    """Import a module with classes of the user's own, which runs its code.
+    """Import a module with user-defined classes, which runs its code.
 
     Raises:
-        FixableError: it cannot be imported.
+        FixableError: the module cannot be imported.
     """
     try:
         importlib.import_module(module)
-    except Exception as error:  # a module of the user's own may raise anything
+    except Exception as error:  # user code can raise anything
         raise FixableError(
             f"cannot import '{module}': {type(error).__name__}: {error}",
             "install the package, or put its folder on PYTHONPATH, on every host",

@@ -1,12 +1,12 @@
-"""Set upper limits for sizes in a run file: far above any model that anyone trains, and low enough that a number with
-three zeros too many is an error at once instead of a check without end."""
+"""Upper limits of sizes in a config file. They are far above any real model, but low enough that a number with three
+extra zeros fails at once instead of blocking validation."""
 
 from __future__ import annotations
 
 MAX_LAYERS = 1_000
 """Layers of a model or a head."""
 MAX_VIEWS = 1_000
-"""Views of an image, masks of a view, or blocks of a mask."""
+"""Crops of an image, masks of a crop, or blocks of a mask."""
 MAX_HEADS = 1_024
 """Attention heads, or groups of channels."""
 MAX_WIDTH = 2**18
@@ -20,10 +20,10 @@ MAX_BATCH = 2**24
 MAX_CAPTION_TOKENS = 2**16
 """Tokens of a caption."""
 MAX_STREAMS = 2**20
-"""Streams of samples."""
+"""Logical data shards."""
 MAX_WORKERS = 1_024
-"""Loader processes of a rank."""
+"""Data loader processes per rank."""
 MAX_WAIT_S = 1e9
-"""Seconds, which are 31 years: as good as no limit."""
+"""Seconds; about 31 years, effectively no limit."""
 MAX_ASPECT = 20.0
-"""The longer side over the shorter one, or how far scale jitter shrinks or enlarges an image."""
+"""Aspect ratio (longer side / shorter side), or maximum factor by which scale jitter shrinks or enlarges an image."""

@@ -1,4 +1,4 @@
-"""Read what is valid of a run file with errors, so that one look finds all else that is wrong with it."""
+"""Parse the valid parts of an invalid config file, so that one check can report all errors."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from m3i_scale.config import RunConfig
 
 
 def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
-    """Return what can be looked at of a run file with faults: its sound sections, the others as by default.
+    """Return a run with the valid sections of an invalid config, and default values for the other sections.
 
     Returns:
-        The run, None where not even that holds together; and the names of the sections that are at fault.
+        The run, or None if the valid sections are inconsistent; and the names of the invalid sections.
     """
     try:
         return RunConfig.model_validate(values), frozenset()
     except ValidationError as error:
         broken = frozenset(str(fault["loc"][0]) for fault in error.errors() if fault["loc"])
-    without = broken | ({"phases"} if "optim" in broken else set())  # they share out its steps
+    without = broken | ({"phases"} if "optim" in broken else set())  # the stages divide its steps
     sound = {key: value for key, value in values.items() if key not in without}
     try:
         return RunConfig.model_validate({"recipe": {}, **sound}), broken
-    except ValidationError:  # sections that do not fit to each other
+    except ValidationError:  # sections that are inconsistent with each other
         return None, broken
 
 
 def fields_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
-    """Return a run file with defaults in place of the values that have errors.
+    """Return a run with default values in place of the values that have errors.
 
     Returns:
-        The run, None if a value that is required has an error; and the dotted keys of values with errors.
+        The run, or None if a required value has an error; and the dotted keys of the values with errors.
     """
     values, faulty = copy.deepcopy(values), set[str]()
-    while True:  # each turn removes a key
+    while True:  # each iteration removes a key
         try:
             return RunConfig.model_validate(values), frozenset(faulty)
         except ValidationError as error:
@@ -46,7 +46,7 @@ def fields_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozense
 
 
 def _remove(values: dict[str, Any], place: tuple[int | str, ...]) -> str | None:
-    """Remove the value at a place, or the innermost one around it that is in a mapping; return its dotted key."""
+    """Remove the value at a path, or the innermost enclosing value in a mapping; return its dotted key."""
     above, keys = values, list[str]()
     for part in place:
         if not isinstance(above, dict) or part not in above:

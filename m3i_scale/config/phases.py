@@ -1,4 +1,4 @@
-"""Read the phases of a run: the last steps may see images of another size."""
+"""Config section `phases`: training stages with different image sizes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from m3i_scale.config.sections import Section
 
 
 class Phase(Section):
-    """Describes some of the steps of a run. What is left out is as in the rest of the run file."""
+    """One stage of a run. Omitted fields keep their value from the rest of the config file."""
 
     steps: int = Field(ge=1)
-    """So many of `optim.steps`, which those of all phases make together."""
+    """Number of steps of this stage. All stages together must have `optim.steps`."""
     image_size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
-    """Side of the images in pixels; default: the backbone's. Its positions are interpolated to another one."""
+    """Image size in pixels. Default: the backbone's. Position embeddings are interpolated to any other size."""
     micro_batch_size: int | None = Field(default=None, ge=1, le=MAX_BATCH)
-    """Samples per rank in one forward pass; default: optim.micro_batch_size. optim.batch_size stays."""
+    """Samples per rank in one forward pass. Default: optim.micro_batch_size. optim.batch_size does not change."""

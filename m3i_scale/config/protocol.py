@@ -1,4 +1,4 @@
-"""Define what a run file says of the published protocol that it follows: the section `protocol`."""
+"""Config section `protocol`: the published protocol that a config file follows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from m3i_scale.config.sections import Section
 
 
 class Published(Section):
-    """Holds the number that was published with a protocol."""
+    """Published result of a protocol."""
 
     model: str
-    """What was trained, and from which weights."""
+    """Trained model and its pretrained weights."""
     number: float = Field(ge=0, le=100)
-    """In percent."""
+    """Published value of the metric, in percent."""
     metric: Literal["top-1", "mIoU", "box AP"] = "top-1"
-    """What was counted: images whose class is right, the overlap of classes over all pixels, or the average precision
-    of boxes."""
+    """Published metric: top-1 accuracy, mean IoU over classes from all pixels, or average precision of boxes."""
     mask_ap: float | None = Field(default=None, ge=0, le=100)
-    """Average precision of masks beside that of boxes, in percent."""
+    """Mask AP that was published with the box AP, in percent."""
     source: str
-    """Where it stands: paper and table, or file of the published code."""
+    """Source of the number: paper and table, or a file of the published code."""
 
     @model_validator(mode="after")
     def _masks_have_boxes(self) -> Self:
@@ -34,22 +33,21 @@ class Published(Section):
 
 
 class Protocol(Section):
-    """Says what a run file follows and where it differs. Results repeat it, so that nobody compares unlike things."""
+    """Published protocol and deviations from it. Results repeat both, so that only comparable numbers are compared."""
 
     family: Literal["transformer", "internimage"] | None = None
-    """The kind of backbone that the numbers are for: a plain Transformer (ViT, DINOv2, CLIP) or InternImage. Default:
-    any."""
+    """Backbone family that the numbers apply to: plain Transformer (ViT, DINOv2, CLIP) or InternImage. Default: any."""
     epochs: int | None = Field(default=None, ge=1)
-    """`finetune` computes `optim.steps` from it, for as many images as there are."""
+    """Number of epochs, from which `finetune` computes `optim.steps` for the number of training images."""
     steps: int | None = Field(default=None, ge=1)
-    """`finetune` trains so many, however many images there are. Stated is one of both."""
+    """Number of steps that `finetune` trains for, regardless of the dataset size. Set either `epochs` or `steps`."""
     lr_width: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
-    """`optim.lr` is for a backbone of this width: `finetune` multiplies it by `lr_width` / width. Default: it is for
-    any backbone."""
+    """Backbone width that `optim.lr` applies to: `finetune` multiplies it by `lr_width` / width. Default: `optim.lr`
+    applies to any width."""
     published: Published | None = None
-    """Default: nobody has published a number by it."""
+    """Published result. Default: no result has been published with this protocol."""
     deviations: list[str] = Field(default_factory=list)
-    """What is done otherwise here."""
+    """Deviations from the published setup."""
 
     @model_validator(mode="after")
     def _is_of_one_length(self) -> Self:
@@ -62,10 +60,10 @@ class Protocol(Section):
         return lr if self.lr_width is None else lr * self.lr_width / width
 
     def steps_for(self, images: int, batch_size: int) -> int:
-        """Return how many steps it has with so many images for training."""
+        """Return the number of steps of the protocol for this number of training images."""
         return self.steps or steps_of(self.epochs or 1, images, batch_size)
 
 
 def steps_of(epochs: int, images: int, batch_size: int) -> int:
-    """Return the nearest whole number of steps, one at least."""
+    """Return the nearest integer number of steps, at least 1."""
     return max(1, round(epochs * images / batch_size))

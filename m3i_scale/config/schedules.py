@@ -1,4 +1,4 @@
-"""Define how the learning rate falls once the warm-up is over: `optim.schedule` of a run file."""
+"""Learning-rate schedules after the warm-up: `optim.schedule` of a config file."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from m3i_scale.config.kinds import Kind
 
 
 class Schedule(Kind):
-    """Gives the share of `lr − min_lr` that a step has, before the warm-up is applied."""
+    """Learning-rate schedule as a fraction of `lr − min_lr` per step, before the warm-up is applied."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
     @abstractmethod
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the share, 1 at most. `step` counts from 0."""
+        """Return the fraction at a step, at most 1. `step` counts from 0."""
 
     def fitted(self, steps: int, to: int) -> Self:
-        """Return the schedule of a run of `steps`, for one of `to` steps."""
+        """Return the schedule of a run of `steps` steps, rescaled to `to` steps."""
         return self
 
 
 class Cosine(Schedule):
-    """Follows a half cosine from the end of the warm-up to 0 at the last step."""
+    """Half-cosine schedule from the end of the warm-up to 0 at the last step."""
 
     kind: ClassVar[str] = "cosine"
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the share."""
+        """Return the fraction."""
         progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
         return (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
 class Poly(Schedule):
-    """Falls as a power of the steps that are left, the warm-up included: what segmentation is trained with (mmcv)."""
+    """Polynomial schedule over all steps, including the warm-up; used for segmentation (mmcv)."""
 
     kind: ClassVar[str] = "poly"
     power: float = Field(default=1.0, gt=0)
+    """Exponent of 1 − step / steps."""
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the share."""
+        """Return the fraction."""
         return float((1 - step / steps) ** self.power)
 
 
 class MultiStep(Schedule):
-    """Is multiplied by `gamma` at every milestone: what detection is trained with (detectron2)."""
+    """Step schedule that multiplies by `gamma` at every milestone; used for detection (detectron2)."""
 
     kind: ClassVar[str] = "multi_step"
     milestones: tuple[int, ...]
-    """Steps, ascending."""
+    """Steps in ascending order at which the learning rate drops."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
+    """Factor of the learning rate at every milestone."""
 
     @field_validator("milestones")
     @classmethod
@@ -64,11 +66,11 @@ class MultiStep(Schedule):
         return milestones
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the share."""
+        """Return the fraction."""
         return self.gamma ** sum(milestone <= step for milestone in self.milestones)
 
     def fitted(self, steps: int, to: int) -> Self:
-        """Return one whose milestones are at the same shares of the run; of a few steps they may be fewer."""
+        """Return a schedule with milestones at the same fractions of the run. Short runs can have fewer milestones."""
         nearest = {min(round(milestone * to / steps), to - 1) for milestone in self.milestones}
         milestones = tuple(sorted(nearest - {0}))
         return self.model_copy(update={"milestones": milestones}) if milestones else self

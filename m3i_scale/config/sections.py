@@ -1,4 +1,4 @@
-"""Define what all sections of a run file share."""
+"""Base classes and types shared by all sections of a config file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from m3i_scale.errors import ConfigError
 
 
 class FixableError(ValueError):
-    """Reports a rule of ours that values break, with what to write instead.
+    """Raised when a config value violates a validation rule; carries a suggested fix.
 
     Args:
-        what: the fault.
-        fix: `key=value`, or words.
+        what: description of the error.
+        fix: `key=value`, or a sentence.
     """
 
     def __init__(self, what: str, fix: str) -> None:
@@ -28,15 +28,15 @@ class FixableError(ValueError):
 
 
 class Section(BaseModel):
-    """Refuses unknown keys, changes after reading, and numbers that are not finite: the base of every section."""
+    """Base class of all sections: immutable, without unknown keys or non-finite numbers."""
 
-    # Schemas are built when they are first used: help has no time for it.
+    # Build schemas on first use to keep `--help` fast.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse truth values for numbers: YAML reads `yes` and `on` as true, and pydantic true as 1."""
+        """Reject booleans for numbers: YAML reads `yes` and `on` as true, and pydantic reads true as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         types = set(_types_in(annotation))
         for key, leaf in _leaves(value):
@@ -49,12 +49,12 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def is_stored(info: ValidationInfo) -> bool:
-    """Return whether values are those of a finished training: its export does not check ranges of training."""
+    """Return whether the values belong to a finished training. Its export skips range checks of training options."""
     return bool(info.context and info.context.get("stored"))
 
 
 def may_import(info: ValidationInfo) -> bool:
-    """Return whether modules with classes of the user's own may be imported: only those that his run file names."""
+    """Return whether user-defined modules may be imported: only those named in the user's config file."""
     return bool(info.context and info.context.get("imports"))
 
 
@@ -66,7 +66,7 @@ def _in_home(path: PathT) -> PathT:
 
 
 InHome = AfterValidator(_in_home)
-"""Expands `~` in a path to the home of the user: a shell leaves it alone behind `key=`."""
+"""Path with `~` expanded to the home directory, which shells do not do after `key=`."""
 
 
 def _written(place: Any, info: ValidationInfo) -> Any:
@@ -81,11 +81,11 @@ def _written(place: Any, info: ValidationInfo) -> Any:
 
 
 WrittenPath = Annotated[Path, BeforeValidator(_written)]
-"""A place to write to: see `local_path`."""
+"""Path to write to; see `local_path`."""
 
 
 def plain_values(value: Any) -> Any:
-    """Return the set fields of a section; any other value as it is."""
+    """Return the explicitly set fields of a section; return any other value unchanged."""
     return value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
 
 
@@ -97,18 +97,18 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 ModelFields = Annotated[dict[str, Any], AfterValidator(_finite)]
-"""Fields of a configuration of `transformers`."""
+"""Fields of a `transformers` configuration."""
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
-    """Yield all types that an annotation is made of."""
+    """Yield all types in an annotation."""
     yield annotation
     for part in get_args(annotation):
         yield from _types_in(part)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield plain values within lists and mappings, with their dotted keys."""
+    """Yield scalar values in nested lists and mappings with their dotted keys."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         yield key, value

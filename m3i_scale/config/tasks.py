@@ -1,7 +1,7 @@
-"""Define what a labelled task is trained by: the section `task` of a run file, in place of `recipe`.
+"""Config section `task`: a labelled task that replaces `recipe`.
 
-A task says how a backbone is fine-tuned or probed. What is predicted from what is a recipe all the same, which the task
-gives, so that everything that serves pre-training serves it too.
+A task defines how a backbone is fine-tuned or probed. It generates a recipe for its predictions, so that all
+pre-training features also work for tasks.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from m3i_scale.config.sections import Section
 
 
 class Task(Kind):
-    """Fine-tunes a backbone, or trains a head on it."""
+    """Base class of tasks that fine-tune a backbone or train a head on it."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     dense: ClassVar[bool] = False
-    """Whether places of the image are predicted, and not the image: InternImage has other learning rates then."""
+    """Whether the task predicts locations instead of image labels. InternImage then uses other learning rates."""
 
     freeze: bool = False
-    """The backbone stays as it is, in evaluation mode; heads alone are trained."""
+    """Freeze the backbone in evaluation mode and train only the heads."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Every layer of the backbone learns at so much of the rate of the layer behind it (docs/downstream.md)."""
+    """Layer-wise learning-rate decay: each backbone layer's rate is this factor times the next layer's
+    (docs/downstream.md)."""
     dcn_lr: float = Field(default=1.0, gt=0)
-    """InternImage: further factor of the rate of the offsets of deformable convolutions (`DCN_LR_MUL`)."""
+    """InternImage: additional LR multiplier for the offsets of deformable convolutions (`DCN_LR_MUL`)."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that a sample skips a residual branch, at the last layer; a linear ramp from 0 at the first."""
+    """Stochastic depth: drop probability of residual branches at the last layer, increasing linearly from 0 at the
+    first."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an EMA of all weights, which `export --weights momentum` takes. In step t the decay is at most
-    t / (9 + t), so that the EMA forgets the initial weights. Evaluations during training measure the trained weights.
-    Default: no EMA."""
+    """Decay of an EMA of all weights, exported with `export --weights momentum`. In step t the decay is at most t / (9
+    + t), so that the EMA forgets the initial weights. Evaluations during training use the trained weights. Default: no
+    EMA."""
 
     @model_validator(mode="after")
     def _acts(self) -> Self:
@@ -48,19 +50,19 @@ class Task(Kind):
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
-        """Return what is predicted from what, as the section `recipe` has it."""
+        """Return the content of the section `recipe` for this task."""
 
 
 class Sweep(Section):
-    """Trains a linear head for every choice of what it reads and how fast it learns, each as if it were alone; the best
-    one on data.validation is exported."""
+    """Grid of linear heads over input features and learning rates, trained independently in one pass. The best head on
+    data.validation is exported."""
 
     blocks: tuple[int, ...] = (1, 4)
-    """The class tokens of so many last layers are read, each normalised by the backbone's last norm."""
+    """Numbers of last layers whose class tokens are concatenated, each normalized by the backbone's final norm."""
     mean: tuple[bool, ...] = (False, True)
-    """Whether the mean of the last layer's patches is read beside them."""
+    """Whether to append the mean patch token of the last layer."""
     lr_scales: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
-    """Shares of optim.lr."""
+    """Learning rates as fractions of optim.lr."""
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
@@ -78,7 +80,7 @@ class Sweep(Section):
         return self
 
     def decoders(self) -> dict[str, dict[str, Any]]:
-        """Return what heads read, by name, as a recipe has it."""
+        """Return the head inputs by name, as decoders of a recipe."""
         return {
             f"last{blocks}{'_mean' if mean else ''}": {"kind": "class_token", "blocks": blocks, "mean": mean}
             for blocks in self.blocks
@@ -86,7 +88,7 @@ class Sweep(Section):
         }
 
     def heads(self) -> dict[str, tuple[str, float]]:
-        """Return what a head reads and its share of the rate, by its name."""
+        """Return the decoder and learning-rate fraction of each head, by head name."""
         return {
             f"{decoder}_lr{scale:g}".replace(".", "_"): (decoder, scale)
             for decoder in self.decoders()
@@ -95,25 +97,26 @@ class Sweep(Section):
 
 
 class Classification(Task):
-    """Predicts the class of an image."""
+    """Image classification task."""
 
     kind: ClassVar[str] = "classification"
     pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
-    """What the linear classifier reads: the class token, the mean of the patches, normalised, or attention with that
+    """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing of the cross-entropy. 0 disables it."""
     mixup: float = Field(default=0.0, ge=0)
-    """α of the share of the first image, drawn from Beta(α, α), when two are blended; 0: none are."""
+    """Mixup α: the weight of the first image is sampled from Beta(α, α). 0 disables mixup."""
     cutmix: float = Field(default=0.0, ge=0)
-    """α of the share of the first image when a rectangle of it is replaced; 0: none is."""
+    """CutMix α: the area of the first image is sampled from Beta(α, α). 0 disables CutMix."""
     mix_prob: float = Field(default=1.0, gt=0, le=1)
-    """Probability that a micro-batch is mixed."""
+    """Probability of mixing a micro-batch."""
     switch_prob: float = Field(default=0.5, gt=0, lt=1)
-    """Probability of cutmix, where both are asked for."""
+    """Probability of CutMix instead of mixup, if both are enabled."""
     batch_norm: bool = False
-    """Normalise what a linear head reads by the statistics of a micro-batch of all ranks, without a learnt scale."""
+    """Normalize the input of a linear head by micro-batch statistics over all ranks, without learnable scale."""
     sweep: Sweep | None = None
-    """Many linear heads on a frozen backbone in one pass. Default: one."""
+    """Train many linear heads on a frozen backbone in one pass. Default: a single head."""
 
     @model_validator(mode="after")
     def _sweeps(self) -> Self:
@@ -134,7 +137,7 @@ class Classification(Task):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """Return a category predicted from the whole image, by every head of a sweep."""
+        """Return a recipe that predicts the class label from the uncropped image, with every head of a sweep."""
         sweep, decoder_of = self.sweep, {"category": "pool"}
         if sweep is not None:
             decoder_of = {name: decoder for name, (decoder, _) in sweep.heads().items()}
@@ -159,39 +162,39 @@ class Classification(Task):
 
 
 class SegmentationHead(Kind):
-    """Predicts the class of every pixel from what the backbone gives."""
+    """Head that predicts the class of every pixel from the features of the backbone."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     module: ClassVar[str]
-    """Import path of the `PixelHead` that is built of it; a kind of one's own names its own."""
+    """Import path of the `PixelHead` to build; user-defined kinds set it to their class."""
 
 
 class LinearSegmentation(SegmentationHead):
-    """Classifies every patch token of the last layer, batch-normalised."""
+    """Linear classifier on the batch-normalized patch tokens of the last layer."""
 
     kind: ClassVar[str] = "linear"
     module: ClassVar[str] = "m3i_scale.objective.segmentation.LinearPixelHead"
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability that a channel is left out, before the classifier, while training."""
+    """Channel dropout probability before the classifier, in training."""
 
 
 class UperNetSegmentation(SegmentationHead):
-    """Joins maps of four sizes by UPerNet. A plain Transformer's are made of four of its layers, scaled ×4, ×2, ×1, ×½
-    by transposed convolutions and pooling, as BEiT and MAE are fine-tuned; an InternImage has them in its stages."""
+    """UPerNet on four feature maps. For a plain Transformer they are four of its layers, scaled ×4, ×2, ×1, ×½ by
+    transposed convolutions and pooling as in BEiT and MAE. For InternImage they are its stages."""
 
     kind: ClassVar[str] = "upernet"
     module: ClassVar[str] = "m3i_scale.objective.segmentation.UperNet"
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability that a channel is left out, before the classifiers, while training."""
+    """Channel dropout probability before the classifiers, in training."""
     channels: int = Field(default=512, ge=1, le=MAX_WIDTH)
-    """Width of the head."""
+    """Width of the head in channels."""
     out_layers: tuple[int, int, int, int] | None = None
-    """Layers that are read, from 1. Default: the layers at a third, a half and two thirds of the depth, and the last:
-    4, 6, 8, 12 of 12."""
+    """Output layers of the backbone, from 1. Default: the layers at a third, a half and two thirds of the depth, and
+    the last: 4, 6, 8, 12 of 12."""
     auxiliary_weight: float = Field(default=0.4, ge=0)
-    """Weight of the loss of a small convolutional head on the third map; 0: there is none."""
+    """Loss weight of an auxiliary convolutional head on the third feature map. 0 disables it."""
 
     @field_validator("out_layers")
     @classmethod
@@ -202,24 +205,25 @@ class UperNetSegmentation(SegmentationHead):
 
 
 class EomtSegmentation(SegmentationHead):
-    """Predicts masks and their classes by queries that go through the last blocks of a plain Transformer, as EoMT."""
+    """EoMT mask classification: queries pass through the last blocks of a plain Transformer."""
 
     kind: ClassVar[str] = "eomt"
     module: ClassVar[str] = "m3i_scale.objective.mask_queries.MaskQueries"
 
     queries: int = Field(default=100, ge=1, le=MAX_CANDIDATES)
+    """Number of queries."""
     blocks: int = Field(default=4, ge=1, le=MAX_LAYERS)
-    """Of the backbone, counted from the last, that the queries go through."""
+    """Number of last backbone blocks that process the queries."""
     class_weight: float = Field(default=2.0, ge=0)
-    """Weight of the cross-entropy of the queries' classes, in the loss and in the matching."""
+    """Weight of the cross-entropy of query classes, in the loss and in the matching."""
     mask_weight: float = Field(default=5.0, ge=0)
-    """Weight of the cross-entropy of the pixels of matched masks."""
+    """Weight of the pixel-wise cross-entropy of matched masks."""
     dice_weight: float = Field(default=5.0, ge=0)
     """Weight of the Dice loss of matched masks."""
     no_object_weight: float = Field(default=0.1, gt=0, le=1)
-    """What a query counts that matches no mask."""
+    """Weight of unmatched queries (class "no object") in the cross-entropy of query classes."""
     points: int = Field(default=12544, ge=1, le=MAX_CANDIDATES)
-    """Pixels of a mask that its losses are computed of, most of them where it is uncertain."""
+    """Sampled pixels per mask for its losses, mostly where the prediction is uncertain."""
 
     @model_validator(mode="after")
     def _matches(self) -> Self:
@@ -229,13 +233,13 @@ class EomtSegmentation(SegmentationHead):
 
 
 class Segmentation(Task):
-    """Predicts the class of every pixel. Its classes are those of mask_labels.json beside the shards."""
+    """Semantic segmentation task. Its classes come from mask_labels.json next to the shards."""
 
     kind: ClassVar[str] = "segmentation"
     dense: ClassVar[bool] = True
 
     head: SegmentationHead = UperNetSegmentation()
-    """upernet | linear | eomt, or {kind: upernet, channels: 768}."""
+    """Segmentation head: upernet | linear | eomt, or with options, e.g. {kind: upernet, channels: 768}."""
 
     @model_validator(mode="after")
     def _averages_no_statistics(self) -> Self:
@@ -246,7 +250,7 @@ class Segmentation(Task):
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """Return the class of every pixel predicted from the whole image."""
+        """Return a recipe that predicts the class of every pixel from the uncropped image."""
         target = {
             "name": "segmentation",
             "kind": "segmentation",

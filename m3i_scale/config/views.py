@@ -1,4 +1,4 @@
-"""Read the views of a recipe: how many, of which size, and how they are drawn where `data.augment` says otherwise."""
+"""Crops of a recipe: their number, size, and augmentations that differ from `data.augment`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from m3i_scale.config.sections import Section
 
 
 class ViewSpec(Section):
-    """Describes views of one role. What is left out is as in `data.augment`, or a source's own."""
+    """Group of crops with the same settings. Omitted augmentations come from `data.augment` or from the dataset."""
 
     count: int = Field(default=1, ge=1, le=MAX_VIEWS)
-    """So many views, numbered on from those before."""
+    """Number of crops in the group. Indices continue after the previous group."""
     size: int | None = Field(default=None, ge=1, le=MAX_SIDE)
-    """Side in pixels; default: the backbone's."""
+    """Crop size in pixels. Default: the image size of the backbone."""
     crop_scale: CropScale | None = None
-    """In the place of `scale_jitter`, too, as is crop_ratio."""
+    """Minimum and maximum crop area as a fraction of the image. Replaces `scale_jitter` too, as does crop_ratio."""
     crop_ratio: CropRatio | None = None
     flip: Probability | None = None
     color_jitter: JitterStrengths | None = None
@@ -30,7 +30,7 @@ class ViewSpec(Section):
     solarize: Probability | None = None
 
     def distortions(self, common: DistortionConfig) -> DistortionConfig:
-        """Return how its views are drawn, where others are drawn as `common` says."""
+        """Return the augmentations of these crops, with `common` for omitted fields."""
         own: dict[str, Any] = {
             name: value for name, value in self if name not in ("count", "size") and value is not None
         }
@@ -41,21 +41,20 @@ class ViewSpec(Section):
 
 
 ViewSpecs = int | Sequence[ViewSpec]
-"""So many views of the backbone's size, all drawn as `data.augment` says; or what each is."""
+"""Number of crops with the backbone's image size and `data.augment`, or the settings of each group of crops."""
 
 
 def each_view(views: ViewSpecs) -> list[ViewSpec]:
-    """Return the description of every view, in order."""
+    """Return the settings of every crop, in order."""
     if isinstance(views, int):
         return [ViewSpec()] * views
     return [spec for spec in views for _ in range(spec.count)]
 
 
 def view_sizes(views: ViewSpecs, image_size: int) -> list[int]:
-    """Return the side of every view in pixels.
+    """Return the size of every crop in pixels.
 
     Args:
-        views: of a recipe.
-        image_size: the backbone's.
+        image_size: image size of the backbone, in pixels.
     """
     return [spec.size or image_size for spec in each_view(views)]

@@ -1,4 +1,4 @@
-"""Read YAML of users and of strangers: numbers are those of YAML 1.2, no key stands twice, aliases cannot multiply."""
+"""YAML parser for untrusted files: YAML 1.2 numbers, no duplicate keys, and a limit on alias expansion."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.text import quoted
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-"""Bytes that are no text, what is no YAML, a date that is none (2024-13-01), or nesting without end."""
+"""Exceptions for invalid YAML: undecodable bytes, syntax errors, invalid dates (2024-13-01), or excessive nesting."""
 MOST_VALUES = 100_000
-"""Values of a document once its aliases are replaced. The largest built-in recipe has a few hundred."""
+"""Maximum number of values of a document after alias expansion. The largest built-in recipe has a few hundred."""
 _LETTERS = 64
-"""A long text counts as one more value for each group of this many letters."""
+"""Characters of a long string that count as one additional value."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml is seven times as fast
-    """Reads numbers as YAML 1.2 does, which most people write: PyYAML follows 1.1, where `3:00` is 180 and `0300` 192.
+    """YAML loader with the numbers of YAML 1.2. PyYAML follows 1.1, where `3:00` is 180 and `0300` is 192.
 
-    Files that PyYAML wrote keep their values: it quotes every text that is a number in YAML 1.1.
+    Files written by PyYAML keep their values, because it quotes all strings that are YAML 1.1 numbers.
     """
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
@@ -41,7 +41,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return a YAML mapping."""
+    """Read a YAML file whose top level is a mapping."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:
@@ -52,11 +52,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML document.
+    """Parse a YAML document.
 
     Raises:
-        yaml.YAMLError: it is none.
-        ConfigError: a key stands twice in a mapping, of which YAML would take the last; or aliases multiply the values.
+        yaml.YAMLError: the document is invalid.
+        ConfigError: a mapping has a duplicate key, or the aliases expand to too many values.
     """
     loader = _Loader(text)
     try:
@@ -78,11 +78,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _check_aliases(root: yaml.Node, where: str) -> None:
-    """Refuse a document that is small in the file and would fill the memory of whoever walks through it.
+    """Reject documents whose aliases would expand to fill the memory ("billion laughs").
 
     Raises:
-        yaml.YAMLError: an anchor holds itself.
-        ConfigError: its aliases stand for too many values.
+        yaml.YAMLError: an anchor contains itself.
+        ConfigError: the aliases expand to too many values.
     """
     sizes: dict[int, int] = {}
     written = 0
@@ -116,7 +116,7 @@ def _parts_of(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield dotted keys that stand twice in their mapping, and on which lines, counted from 1."""
+    """Yield dotted keys that occur twice in their mapping, with both line numbers counted from 1."""
     if id(node) in seen:
         return
     seen.add(id(node))

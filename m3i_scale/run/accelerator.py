@@ -1,4 +1,5 @@
-"""Refuse a GPU that a run cannot use, before anything waits for it or fails on it in words of CUDA or NCCL."""
+"""GPU checks before training, so that unusable GPUs are reported clearly instead of as hangs or CUDA and NCCL
+errors."""
 
 from __future__ import annotations
 
@@ -20,22 +21,22 @@ from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.text import size_text
 
 _TAKEN = 0.2
-"""Share of a card's memory. A display, or what watches the card, takes less."""
+"""Fraction of a GPU's memory that other processes can use without a warning. Displays and monitoring need less."""
 _BF16_CAPABILITY = 8
-"""Of Ampere. Torch computes bf16 on earlier cards too, by way of fp32."""
+"""Minimum major compute capability for bf16 (Ampere). On older GPUs, torch emulates bf16 with fp32."""
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables that configure the allocator: the name in all versions of PyTorch, which is read first; and since 2.9."""
+"""Allocator variables: the name in all PyTorch versions, which has priority, and the name since 2.9."""
 RELEASED_S = 10.0
-"""A process that was killed may have its GPU for so long."""
+"""Seconds in which a killed process may still occupy its GPU."""
 _LOOK_S = 0.2
 
 
 def extend_segments() -> None:
-    """Have PyTorch's CUDA allocator extend its segments, if no variable configures it. Call it before CUDA is
+    """Enable expandable segments in PyTorch's CUDA allocator, unless a variable configures it. Call it before CUDA is
     initialized, when the allocator reads the variable.
 
-    Crops and captions have many lengths: segments of fixed sizes fragment, and a rank runs out of memory that is free.
-    https://pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf
+    Crops and captions vary in length: fixed-size segments fragment, so that a rank runs out of memory despite free
+    memory. https://pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf
     """
     chosen = any(name in os.environ for name in ALLOCATOR)
     if get_accelerator().device_name() == "cuda" and torch.version.hip is None and not chosen:
@@ -43,11 +44,11 @@ def extend_segments() -> None:
 
 
 def check_before_joining(devices: Path = Path("/dev")) -> None:
-    """Check what would keep this rank from joining the others, or make it join them on the CPU; have gloo take the
-    network that NCCL is given, where it is not given one.
+    """Check the GPU of this rank before the rendezvous, including silent fallback to the CPU. Let gloo use the network
+    interface of NCCL, unless one is set for gloo.
 
     Args:
-        devices: where the kernel shows GPUs.
+        devices: folder with the device files of GPUs.
     """
     name = get_accelerator().device_name()
     if name == "cpu":
@@ -62,18 +63,17 @@ def check_before_joining(devices: Path = Path("/dev")) -> None:
             fix="as many ranks a host as it has GPUs, and every GPU visible to every rank",
         )
     interface = _interface_of_nccl(interfaces())
-    if interface is not None:  # else gloo takes the address of the host's name, which may be the loopback
+    if interface is not None:  # otherwise gloo uses the address of the hostname, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def check_distinct_cards() -> None:
-    """Check that no two ranks are on one GPU, which NCCL refuses in words of its own. Every rank calls it, once they
-    have met and before their first collective on a GPU.
-    """
+    """Check that no two ranks share a GPU, which NCCL reports unclearly. Every rank must call it, after the
+    rendezvous and before the first GPU collective."""
     if get_accelerator().device_name() != "cuda":
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    # A slice may have the UUID of its card; a process sees one slice, by name.
+    # A MIG slice can share the UUID of its GPU; a process only sees one slice, by name.
     card = visible if visible.startswith("MIG-") else str(torch.cuda.get_device_properties().uuid)
     cards = gather_objects(card)
     twice, count = Counter(cards).most_common(1)[0]
@@ -88,10 +88,10 @@ def check_distinct_cards() -> None:
 
 
 def check_card(config: dict[str, Any]) -> None:
-    """Check that this rank's GPU computes in the run's precision.
+    """Check that this rank's GPU supports the precision of the run.
 
     Args:
-        config: the resolved DeepSpeed configuration.
+        config: resolved DeepSpeed config.
     """
     if get_accelerator().device_name() != "cuda":
         return
@@ -106,11 +106,11 @@ def check_card(config: dict[str, Any]) -> None:
 
 
 def check_memory(needed: int, tell: Callable[[str], None]) -> None:
-    """Check that this rank's device has room for what is known to lie on it.
+    """Check that this rank's device has enough memory for its known states.
 
     Args:
-        needed: bytes of weights, moments and averages of a rank.
-        tell: told where other processes have much of it, and leave enough.
+        needed: bytes of weights, optimizer states and EMA per rank.
+        tell: called if other processes use much of the memory but leave enough.
     """
     if get_accelerator().device_name() == "cpu":
         return
@@ -143,8 +143,8 @@ def check_memory(needed: int, tell: Callable[[str], None]) -> None:
 
 
 def _check_driver(devices: Path) -> None:
-    """Refuse GPUs that torch was made for and cannot use: the run would go on without them, on the CPU."""
-    # Schedulers hide cards by values that name none, as NoDevFiles, or by taking the right to open them.
+    """Raise an error if torch is built for GPUs that it cannot use: the run would silently use the CPU."""
+    # Schedulers hide GPUs by invalid values such as NoDevFiles, or by removing access rights.
     hidden = re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")) is None
     there = any(os.access(device, os.R_OK | os.W_OK) for device in devices.glob("nvidia[0-9]*"))
     if torch.version.cuda is None or "DS_ACCELERATOR" in os.environ or hidden or not there:
@@ -161,9 +161,9 @@ def _check_driver(devices: Path) -> None:
 
 
 def _interface_of_nccl(there: Mapping[str, list[str]]) -> str | None:
-    """Return the first interface that is chosen for NCCL; None where none is, or some are only ruled out.
+    """Return the first network interface selected for NCCL, or None if none is selected or some are only excluded.
 
-    It takes prefixes, `=` for whole names, `^` for all others.
+    NCCL accepts prefixes, `=` for exact names, and `^` for exclusion.
 
     Args:
         there: addresses by interface.

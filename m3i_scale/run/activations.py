@@ -1,4 +1,5 @@
-"""Once the engine stands, choose and report the layers that recompute their activations."""
+"""Activation checkpointing after the engine is initialized: measure memory budgets and report the checkpointed
+layers."""
 
 from __future__ import annotations
 
@@ -18,13 +19,12 @@ from m3i_scale.scale.activations import read_policy, recomputing, summarize_laye
 
 
 def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:
-    """Say which layers recompute (`start_engine` has set it), and with a budget find out, on a first batch that the
-    stream gives again. Every rank calls it.
-    """
+    """Return a description of the activation checkpointing set by `start_engine`. A memory budget is measured on a
+    first batch that the stream then repeats. Every rank must call it."""
     text = run.backbone.activation_checkpointing
     policy = read_policy(text)
     if policy.kind == "budget":
-        first = next(Fetcher(_first_batch(stream)))  # all ranks have one, or none goes on
+        first = next(Fetcher(_first_batch(stream)))  # all ranks have a batch, or all raise
         batch = _longest(first, run.text.max_tokens).to(get_accelerator().current_device_name())
         return str(fit_activations(engine.module, lambda: engine(batch), policy.budget_gib))
     if policy.kind == "selective" and run.backbone.compiles:
@@ -39,7 +39,7 @@ def _first_batch(stream: TrainStream) -> Iterator[Batch]:
 
 
 def _longest(batch: Batch, max_tokens: int) -> Batch:
-    """Return the batch with captions padded to the most tokens that a later batch may have."""
+    """Pad the captions of a batch to the maximum length of later batches."""
     missing = max(max_tokens - batch.text_ids_BT.shape[1], 0)
     return replace(
         batch,

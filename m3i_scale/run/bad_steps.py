@@ -1,4 +1,4 @@
-"""Record, for a person to read, which rank had which samples in a step that was not finite, and what was not."""
+"""Readable reports about non-finite steps: the affected ranks, samples and values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class MicroBatchResult:
-    """Holds what is kept of a forward pass until the ranks have agreed that the step is good."""
+    """Result of a forward pass, stored until all ranks agree that the step is valid."""
 
     loss: Tensor
     figures: dict[str, Tensor]
@@ -30,28 +30,27 @@ class MicroBatchResult:
 
 @dataclass(frozen=True)
 class RankReport:
-    """Holds one rank's part of a step."""
+    """Part of one rank in a step."""
 
     rank: int
     losses: list[float]
-    """Of its micro-batches."""
+    """Losses of the micro-batches."""
     groups: list[str]
-    """Figures, and gradients at the encoder output, that are not finite here."""
+    """Names of metrics, and of gradients at the encoder output, that are not finite on this rank."""
     keys: list[str]
-    """Of its samples: of the micro-batches whose loss is not finite where there are any, else all."""
+    """Sample keys of the micro-batches with a non-finite loss, or of all micro-batches if there are none."""
 
     @property
     def bad(self) -> bool:
-        """Return whether any of this rank's own figures is not finite."""
+        """Return whether any value of this rank is not finite."""
         return bool(self.groups) or not all(map(math.isfinite, self.losses))
 
 
 def report_of(rank: int, seen: Sequence[MicroBatchResult], gradients: Iterable[tuple[str, Tensor]]) -> RankReport:
-    """Return this rank's part of a step, read back from the device.
+    """Return the report of this rank. Synchronizes with the device.
 
     Args:
-        rank: this one.
-        seen: its micro-batches.
+        seen: micro-batches of the step.
         gradients: names and norms at the encoder output.
     """
     losses = torch.stack([micro.loss for micro in seen]).tolist()
@@ -62,25 +61,25 @@ def report_of(rank: int, seen: Sequence[MicroBatchResult], gradients: Iterable[t
 
 
 def gather_reports(own: RankReport) -> list[RankReport]:
-    """Return the reports of ranks whose own figures are not finite; where there are none, of all ranks. Collective."""
+    """Return the reports of ranks with non-finite values, or of all ranks if there are none. Collective."""
     reports: list[RankReport] = gather_objects(own)
     return [report for report in reports if report.bad] or reports
 
 
 @dataclass(frozen=True)
 class BadStep:
-    """Describes a step that was not finite."""
+    """Step with a non-finite loss or gradient."""
 
     step: int
     what: str
     """`loss` or `gradient`."""
     grad_norm: float | None
-    """Of the whole gradient, over all ranks."""
+    """Global gradient norm over all ranks."""
     ranks: list[RankReport]
 
     @property
     def where(self) -> str:
-        """Return ranks and groups in a line."""
+        """Summarize the affected ranks and groups in one line."""
         if not any(report.bad for report in self.ranks):
             return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
         ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
@@ -93,17 +92,16 @@ class BadStep:
 
 
 def write_bad_steps(output_dir: Path, step: int, why: str, steps: Iterable[BadStep], records: Iterable[Any]) -> str:
-    """Write `output_dir/bad_steps/step-00000100.json` on rank 0; every rank calls it.
+    """Write `output_dir/bad_steps/step-00000100.json` on rank 0. Every rank must call it.
 
     Args:
-        output_dir: of the run.
-        step: where the run ends.
-        why: in a sentence.
-        steps: the last ones that were not finite.
-        records: the last lines of metrics.jsonl.
+        step: last step of the run.
+        why: reason in one sentence.
+        steps: last non-finite steps.
+        records: last records of metrics.jsonl.
 
     Returns:
-        Where it lies, or that the disk refused it: that must not hide why the run ends.
+        The path, or a message that writing failed, which must not hide why the run ends.
     """
     path = output_dir / FOLDER / f"step-{step:08d}.json"
     content = {"step": step, "why": why, "steps": [asdict(bad) for bad in steps], "records": list(records)}

@@ -1,4 +1,4 @@
-"""Check everything of a run that can be checked before anything is started, all at once."""
+"""Validation of a run before it starts, with all errors reported at once."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ from m3i_scale.scale.output_dir import check_output_dir
 from m3i_scale.scale.peak import compute_dtype, named_peak
 
 _ANY_WIDTH = 768
-"""Of a backbone that is at fault: buckets of the DeepSpeed file are filled in with it, and thrown away."""
+"""Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""
 
 
 def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
-    """List all that `train` would refuse before it starts anything, but for what only the machines of the run can tell.
+    """Return all errors that `train` would raise at startup, except errors that only the machines of the run can
+    detect.
 
     Args:
-        name_or_path: a run file, or the name of a built-in one.
+        name_or_path: config file, or the name of a built-in one.
         overrides: `section.key=value`.
-        ranks: that the run would have; None: what depends on their number is not looked at.
+        ranks: number of ranks. None: skip checks that depend on it.
     """
     faults = Faults()
     values = faults.note(run_values, name_or_path, overrides)
@@ -74,17 +75,17 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
 
 
 def _note_weights(run: RunConfig, faults: Faults) -> None:
-    """Match the weights of a folder or file that the backbone starts from with its parameters, by their headers."""
+    """Match the local pretrained weights with the parameters of the backbone, reading only file headers."""
     start, goes_on = run.backbone.from_pretrained, (run.output_dir / "checkpoints").exists()
     if start is None or goes_on or not Path(start).exists():
         return
-    model = Faults().note(backbone_config, run.backbone)  # whose faults are noted
+    model = Faults().note(backbone_config, run.backbone)  # its errors are already recorded
     if model is not None:
         faults.note(plan_load, backbone_source(run.backbone), model)
 
 
 def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, faults: Faults) -> None:
-    """Look for the checkpoint to resume from, by the sizes of its files, and compare the run with it."""
+    """Find the checkpoint to resume from, checking file sizes only, and compare the run with it."""
     checkpoint, _ = faults.note(find_resume, run, contents=False) or (None, [])
     if checkpoint is None or resolved is None:
         return
@@ -93,14 +94,14 @@ def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, fault
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
-    """Raise the faults that `faults_of` returns."""
+    """Raise the errors that `faults_of` returns."""
     faults = Faults()
     faults.found = faults_of(name_or_path, overrides, ranks)
     faults.end()
 
 
 def phase_lines(run: RunConfig) -> list[str]:
-    """Return the phases of a run that holds together, a line each; none of a run without."""
+    """Return one line per stage of a valid run; empty without stages."""
     image_size = backbone_config(run.backbone).image_size
     lines = []
     for number, (start, phase) in enumerate(zip(run.phase_starts, run.phases, strict=False)):
@@ -115,17 +116,17 @@ def phase_lines(run: RunConfig) -> list[str]:
 def warnings_of(
     name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
 ) -> list[str]:
-    """Return warnings about a run file; of one with errors, those about the other values.
+    """Return warnings about a config file. If it has errors, only warn about the valid values.
 
     Args:
-        name_or_path: a run file, or the name of a built-in one.
+        name_or_path: config file, or the name of a built-in one.
         overrides: `section.key=value`.
-        ranks: of the run; None if they are not known.
-        ask_servers: read the manifests of remote shards. False: the run has errors, maybe a server that is down.
+        ranks: number of ranks, or None if unknown.
+        ask_servers: read the manifests of remote shards. False if the run has errors, e.g. an unreachable server.
     """
     try:
         values = run_values(name_or_path, overrides)
-    except UserError:  # of which `faults_of` tells
+    except UserError:  # reported by `faults_of`
         return []
     run, faulty = fields_that_hold(values)
     warnings = repeated_overrides(overrides or [])
@@ -138,8 +139,8 @@ def run_warnings(
     """Return warnings about a run.
 
     Args:
-        run: with defaults in place of values with errors.
-        ranks: of the run; None if they are not known.
+        run: config with default values in place of values with errors.
+        ranks: number of ranks, or None if unknown.
         faulty: dotted keys with errors.
         ask_servers: see `warnings_of`.
     """
@@ -152,7 +153,7 @@ def run_warnings(
 
 
 def _other_images(run: RunConfig) -> list[str]:
-    """Return how the images of a run differ from those that its weights were trained with."""
+    """Describe how the run's images differ from the images that its pretrained weights expect."""
     if run.backbone.from_pretrained is None:
         return []
     source = backbone_source(run.backbone)
@@ -161,7 +162,7 @@ def _other_images(run: RunConfig) -> list[str]:
 
 
 def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
-    """Check a run file against its data, its engine configuration, the number of ranks and this machine."""
+    """Validate a config against its data, its DeepSpeed config, the number of ranks and this machine."""
     faults = Faults()
     resolved = Checks(run, world_size).resolve(faults)
     faults.end()
@@ -171,13 +172,12 @@ def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
 
 
 class Checks(DataChecks):
-    """Runs all checks of one run, but for those that need a section which is at fault already.
+    """All checks of one run, except checks that depend on an invalid section.
 
     Args:
-        run: the run file.
-        ranks: of the run; None: not known.
-        at_fault: names of sections that hold defaults, because what was written there has faults.
-        here: whether this machine would be a part of the run.
+        ranks: number of ranks, or None if unknown.
+        at_fault: names of invalid sections, which hold default values instead.
+        here: whether this machine takes part in the run.
     """
 
     def __init__(
@@ -187,13 +187,13 @@ class Checks(DataChecks):
         self.here = here
 
     def resolve(self, faults: Faults) -> ResolvedRun | None:
-        """Run all checks, and return the resolved run.
+        """Run all checks and return the resolved run.
 
         Args:
-            faults: what is found is added.
+            faults: receives the errors.
 
         Returns:
-            None where something does not hold together.
+            The resolved run, or None if there are errors.
         """
         run, before = self.run, len(faults.found)
         recipe = faults.note(parse_recipe, run.recipe) if self.has_no_errors("recipe") else None
@@ -217,7 +217,7 @@ class Checks(DataChecks):
         if self.has_no_errors("optim", "deepspeed"):
             width = _ANY_WIDTH if model is None else model.hidden_size
             deepspeed = faults.note(resolve_engine, run, self.ranks, width)
-        elif self.has_no_errors("deepspeed"):  # which is filled in from `optim`
+        elif self.has_no_errors("deepspeed"):  # its "auto" values are resolved from `optim`
             faults.note(load_ds_config, run.deepspeed)
         if deepspeed is not None:
             faults.note(check_stage, run, deepspeed.config)
@@ -241,7 +241,7 @@ class Checks(DataChecks):
             bool(precision),
         )
         vocab_size = resolved.vocab_size
-        whole = run.model_copy(update={"phases": []})  # each phase is looked at by itself
+        whole = run.model_copy(update={"phases": []})  # each stage is checked separately
         built = faults.note(lambda: build_on_meta(whole, label_sets, vocab_size, image_counts=image_counts))
         if built is not None and run.phases:
             faults.note(_check_borders, run, model.image_size)
@@ -250,12 +250,11 @@ class Checks(DataChecks):
         return resolved if len(faults.found) == before else None
 
     def _check_phase(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
-        """Check one phase as if all steps were of it.
+        """Check one stage as if the run consisted of it alone.
 
         Args:
-            resolved: the whole run.
-            number: of the phase, from 0.
-            built: modules of the run, on `meta`.
+            number: index of the stage, from 0.
+            built: modules of the run on the `meta` device.
         """
         run = resolved.run.in_phase(number)
         size = run.image_size(built.student.image_size)
@@ -283,7 +282,7 @@ class Checks(DataChecks):
     def _check_engine(self, deepspeed: ResolvedConfig | None, faults: Faults) -> None:
         peak = self.run.hardware.peak_tflops
         if deepspeed is None:
-            if not isinstance(peak, str | None):  # a name is one of some precision
+            if not isinstance(peak, str | None):  # the name of a preset depends on the precision
                 faults.note(named_peak, peak, torch.float32)
             return
         if self.here:
@@ -298,7 +297,7 @@ class Checks(DataChecks):
 
 @contextmanager
 def _of_phase(number: int, phase: Phase) -> Iterator[None]:
-    """Put the phase before the `where` of errors, and its own micro-batch, where it has one, for that of the run."""
+    """Prefix the location of errors with the stage, and name the stage's micro-batch key if it sets one."""
     with error_prefix(f"phases.{number}"):
         try:
             yield
@@ -311,11 +310,10 @@ def _of_phase(number: int, phase: Phase) -> Iterator[None]:
 
 
 def _check_borders(run: RunConfig, image_size: int) -> None:
-    """Check that something changes between phases, and that a single one changes something.
+    """Check that consecutive stages differ, and that a single stage changes a setting.
 
     Args:
-        run: with phases.
-        image_size: of the backbone.
+        image_size: image size of the backbone, in pixels.
     """
     own = run.optim.micro_batch_size
     sizes = [(phase.image_size or image_size, phase.micro_batch_size or own) for phase in run.phases]
@@ -342,7 +340,7 @@ def _check_borders(run: RunConfig, image_size: int) -> None:
 
 
 def _check_evaluation(run: RunConfig) -> None:
-    """Check that an evaluation has validation data and a run that is long enough, and that such data are used."""
+    """Check that evaluations have validation data and happen during the run, and that validation data is used."""
     every, steps = run.evaluation.every_steps, run.optim.steps
     if every and not run.data.validation:
         raise ConfigError(

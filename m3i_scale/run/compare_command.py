@@ -1,4 +1,4 @@
-"""`m3i-scale compare`. What takes long to import is imported when it is called."""
+"""Command `m3i-scale compare`. Slow imports happen when it is called."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def compare(
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a training has gained and what it has forgotten: the frozen features of two models on the same samples,
-    with intervals of their differences."""
+    """Show what a training has improved and what it has forgotten: compare the frozen features of two models on the
+    same samples, with confidence intervals of the differences."""
     from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.compare import compare as run_comparison
     from m3i_scale.report.comparison import comparison_table, write_comparison

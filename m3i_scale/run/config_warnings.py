@@ -1,6 +1,6 @@
-"""Warn of valid settings that hardly anyone means: they have no effect, or another one than their unit suggests.
+"""Warnings about valid settings that are probably mistakes: they have no effect, or an unintended one (wrong unit).
 
-`check` prints these warnings, and so does `train` when it starts. A setting that cannot work is an error instead.
+`check` prints these warnings, and so does `train` at startup. A setting that cannot work is an error instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from m3i_scale.objective.schedule import values_of
 
 _DAY_S = 86_400.0
 _LARGEST_ALPHA = 10.0
-"""Of Beta(α, α): above, two images are nearly always blended in halves."""
+"""Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class ConfigWarning:
     """A valid setting that is probably a mistake."""
 
     keys: tuple[str, ...]
-    """Keys of the run file that it follows from."""
+    """Config keys that the warning depends on."""
     text: str
 
     def depends_on(self, faulty: Collection[str]) -> bool:
-        """Return whether one of its keys has an error, so that its value is not known."""
+        """Return whether one of its keys has an error, so that the value is unknown."""
         return any(
             f"{key}.".startswith(f"{fault}.") or f"{fault}.".startswith(f"{key}.")
             for key in self.keys
@@ -46,11 +46,11 @@ class ConfigWarning:
 
 
 def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[str] = ()) -> list[str]:
-    """Return warnings about the values of a run file.
+    """Return warnings about the values of a config.
 
     Args:
-        run: the run, with defaults in place of values with errors.
-        recipe: None if it has errors.
+        run: config with default values in place of values with errors.
+        recipe: parsed recipe, or None if it has errors.
         faulty: dotted keys with errors.
     """
     warnings = [*_optim(run), *_timeouts(run), *_task(run)]
@@ -95,7 +95,7 @@ def _optim(run: RunConfig) -> Iterator[ConfigWarning]:
 
 
 def _as_sgd(optim: OptimConfig) -> bool:
-    """Return whether an eps far above the second moment makes AdamW compute SGD, which has other learning rates."""
+    """Return whether eps far above the second moment turns AdamW into SGD, which has other learning rates."""
     return not optim.momentum_correction and optim.eps >= 1
 
 

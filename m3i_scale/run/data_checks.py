@@ -1,4 +1,4 @@
-"""Check a run file against its data, and read what they say: classes and tokenizer."""
+"""Validation of a config against its data, and properties read from the data: class lists and tokenizer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from m3i_scale.text import quoted
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
-    """Refuse a micro-batch whose losses would say nothing."""
-    # A mix asks for as many samples on every rank, when the modules are built.
+    """Validate that the micro-batch is large enough for contrastive losses."""
+    # A mix requires the same number of samples on every rank when the modules are built.
     if recipe.mix is None and recipe.compares_samples and run.optim.micro_batch_size * world_size < 2:
         raise ConfigError(
             f"{recipe.compares_samples}, which needs at least two samples at a time",
@@ -32,8 +32,8 @@ def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
 
 
 def check_text(run: RunConfig, recipe: Recipe) -> None:
-    """Refuse a `text` section that nothing reads."""
-    if not recipe.uses_text and run.text != TextConfig():  # a complete run file holds the defaults of all sections
+    """Validate that the `text` section is used."""
+    if not recipe.uses_text and run.text != TextConfig():  # a resolved config includes the defaults of all sections
         raise ConfigError("`text` has no effect: the recipe has no text target", where="text", fix="leave it out")
     if run.text.config and not recipe.uses_text_tower:
         raise ConfigError(
@@ -45,40 +45,38 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
 
 @dataclass
 class DataFacts:
-    """Holds what the data of a run say of it."""
+    """Properties of a run that are read from its data."""
 
     run: RunConfig
-    """With validation sources under the training label sets."""
+    """Config with validation datasets mapped to the training label spaces."""
     label_sets: dict[str, list[str]] = field(default_factory=dict)
     image_counts: list[int] | None = None
-    """In how many images a category is, where a source says so."""
+    """Number of images per category, if a dataset provides it."""
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class DataChecks:
-    """Runs the checks of a run that concern its data, but for those that need a section which is at fault already.
+    """Data-related checks of a run, except checks that depend on an invalid section.
 
     Args:
-        run: the run file.
-        ranks: of the run; None: not known.
-        at_fault: names of sections that hold defaults, because what was written there has faults.
+        ranks: number of ranks, or None if unknown.
+        at_fault: names of invalid sections, which hold default values instead.
     """
 
     def __init__(self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset()) -> None:
         self.run, self.ranks, self.at_fault = run, ranks, at_fault
 
     def has_no_errors(self, *sections: str) -> bool:
-        """Return whether nothing in these sections is known to be at fault."""
+        """Return whether none of these sections has a known error."""
         return not self.at_fault.intersection(sections)
 
     def read(self, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool) -> DataFacts:
-        """Check the sources against the recipe, and read what they say.
+        """Check the datasets against the recipe and read their properties.
 
         Args:
-            recipe: of the run.
-            access: how servers are asked; None: `data` is at fault.
-            faults: what is found is added.
-            there: whether the shards are.
+            access: access to remote servers; None if the section `data` is invalid.
+            faults: receives the errors.
+            there: whether the shards exist.
         """
         facts = DataFacts(self.run)
         if self.has_no_errors("data"):
@@ -94,7 +92,7 @@ class DataChecks:
         return facts
 
     def access(self, faults: Faults) -> tuple[Access | None, bool]:
-        """Return the access to servers, and whether the shards are there."""
+        """Return the access to remote servers, and whether the shards exist."""
         data = self.run.data
         if self.ranks is not None and self.has_no_errors("optim"):
             size = self.run.optim.micro_batch_size
@@ -111,7 +109,7 @@ class DataChecks:
     def _read_classes(
         self, recipe: Recipe, access: Access, faults: Faults
     ) -> tuple[dict[str, list[str]], list[int] | None]:
-        """Return class names by label set, and in how many images the classes are, where a source says so."""
+        """Return class names by label space, and images per class if a dataset provides them."""
         if recipe.labels_file is None:
             return {}, None
         label_sets = faults.note(self._read_labels, access, recipe.labels_file) or {}
@@ -124,8 +122,8 @@ class DataChecks:
         return label_sets
 
     def _image_counts(self, access: Access) -> list[int] | None:
-        """Return in how many images of all sources every category is; None where no source says so. That sources have
-        other categories is told with their names."""
+        """Return the number of images per category over all datasets, or None if no dataset provides it. Different
+        categories between datasets are reported elsewhere, with their names."""
         by_source = []
         for name, source in self.run.data.sources.items():
             categories = categories_beside(shard_folder(source.shards), f"source '{name}': ", access)
@@ -137,7 +135,7 @@ class DataChecks:
 
 
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run, of which padding is token 0."""
+    """Return the tokenizer of a run. Its padding token must be 0."""
     read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
     if read and all(samples_beside(source.shards, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
@@ -157,9 +155,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
 
 
 def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], file: str) -> RunConfig:
-    """Return the run with validation sources under the training label set that they share: they never add one to the
-    model.
-    """
+    """Map validation datasets to the training label space with the same classes. They never add one to the model."""
     if not label_sets or not run.data.validation:
         return run
     sources = {}
@@ -172,7 +168,7 @@ def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], fi
                 where=f"data.validation.{name}: {source.shards}",
                 fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
             )
-        # The same names under another set name: the model has one head for them.
+        # The same class list under another name: the model has one head for it.
         chosen = label_set if label_set in same else (same[0] if same else source.label_set)
         sources[name] = source.model_copy(update={"label_set": chosen})
     return run.model_copy(update={"data": run.data.model_copy(update={"validation": sources})})

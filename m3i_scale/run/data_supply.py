@@ -1,4 +1,5 @@
-"""Give a run its micro-batches: all ranks get one or none, and all end at the same whole batch."""
+"""Supply of micro-batches that keeps ranks in step: all ranks get a batch or none, and all end at the same global
+batch."""
 
 from __future__ import annotations
 
@@ -16,15 +17,12 @@ from m3i_scale.scale.agree import agree, mean_over_ranks, raise_together, summed
 
 
 class Fetcher(Iterator[Batch]):
-    """Gives this rank's micro-batches; where one cannot be had, the last one again, until the ranks next agree.
+    """Iterator over this rank's micro-batches. If one is missing, it repeats the last one until the ranks next agree.
 
-    A rank without data cannot leave: the forward and backward passes of the others gather and reduce with it. Asking
-    all ranks before every pass would cost a collective and a wait for the device each time. So the rank goes through
-    the rest of the step with the batch that it had before, and the vote that ends every step anyway, before the
-    optimizer, carries its fault along. Only the first batch has nothing to stand in for it, and is voted on by itself.
-
-    Args:
-        batches: of this rank.
+    A rank without data cannot leave: the forward and backward passes of the other ranks run collectives with it. Asking
+    all ranks before every pass would cost a collective and a device synchronization each time. So the rank finishes the
+    step with its previous batch, and the vote that ends every step anyway, before the optimizer, carries its error.
+    Only the first batch has no predecessor to repeat, so it needs a separate vote.
     """
 
     def __init__(self, batches: Iterator[Batch]) -> None:
@@ -34,11 +32,11 @@ class Fetcher(Iterator[Batch]):
 
     @property
     def failed(self) -> bool:
-        """Return whether this rank's data failed since the ranks last agreed."""
+        """Return whether this rank's data failed since the last agreement."""
         return self._fault is not None
 
     def __next__(self) -> Batch:
-        """Return the next batch, or the last one again; all ranks ask for the first one together."""
+        """Return the next batch, or repeat the last one. All ranks must request the first one together."""
         if self._fault is not None and self._last is not None:
             return self._last
         first, batch = self._last is None, None
@@ -55,35 +53,34 @@ class Fetcher(Iterator[Batch]):
         return self._last
 
     def raise_together(self) -> None:
-        """Raise the fault of one rank on every rank; called on all ranks once one of them has `failed`."""
+        """Raise the error of one rank on every rank. Call it on all ranks once one of them has `failed`."""
         raise_together(self._fault)
 
 
 class StepBatches(Iterator[Batch]):
-    """Gives the micro-batches of a stream, in turn.
+    """Iterator over the micro-batches of a stream that detects the end of the data before a step.
 
     Args:
-        stream: of this rank.
-        batches: its iterator.
-        accumulation: micro-batches of a step.
+        batches: iterator of the stream.
+        accumulation: micro-batches per step.
     """
 
     def __init__(self, stream: TrainStream, batches: Iterator[Batch], accumulation: int) -> None:
         self._stream, self._batches, self._accumulation = stream, batches, accumulation
         self._held: deque[Batch] = deque()
         self.waited_s = 0.0
-        """Of `ended`, the last time it was called."""
+        """Seconds that the last call of `ended` waited for data."""
         self.bad = 0
-        """How often samples of all ranks were bad, once the sources have ended."""
+        """Number of corrupt samples over all ranks, set when the datasets are exhausted."""
 
     def __next__(self) -> Batch:
         """Return the next micro-batch."""
         return self._held.popleft() if self._held else next(self._batches)
 
     def ended(self) -> bool:
-        """Return whether some rank lacks the micro-batches of a whole step; every rank calls it before a step.
+        """Return whether any rank lacks the micro-batches of a complete step. Every rank must call it before a step.
 
-        Without `epochs` nothing is fetched and nobody is asked. The stream's state is then that before the step.
+        Without `epochs`, it neither reads data nor communicates. The stream then keeps its state from before the step.
         """
         self.waited_s = 0.0
         if not self._stream.can_end:
@@ -94,13 +91,13 @@ class StepBatches(Iterator[Batch]):
         try:
             self._held.extend(islice(self._batches, self._accumulation))
         except UserError as error:
-            fault = error  # not before the others know
+            fault = error  # raise it only once the other ranks know
         self.waited_s = time.perf_counter() - started
         ended, failed = agree(len(self._held) < self._accumulation, fault is not None)
         if failed:
             raise_together(fault)
         if ended:
-            # Judged here with what was read on the way to a step that is not taken: nobody comes to it any more.
+            # Check now, with the samples read for the step that is not taken: no later check would count them.
             begun = any(stream["taken"] for stream in before["streams"].values())
             reasons = summed_counts(self._stream.quarantined)
             stop_if_bad(self._stream, account_of_all(self._stream), reasons, begun=begun)
@@ -111,7 +108,7 @@ class StepBatches(Iterator[Batch]):
 
 
 def account_of_all(stream: TrainStream) -> Account:
-    """Return the account of bad samples and shards over all ranks; every rank calls it."""
+    """Return the counts of corrupt samples and shards over all ranks. Every rank must call it."""
     sums = summed_counts(stream.account._asdict())
     return Account(*(sums.get(name, 0) for name in Account._fields))
 
@@ -119,13 +116,12 @@ def account_of_all(stream: TrainStream) -> Account:
 def stop_if_bad(
     stream: TrainStream, account: Account, reasons: dict[str, int] | None = None, *, begun: bool = True
 ) -> None:
-    """End the run where too much is bad. All ranks have the same account, so all end or none does.
+    """End the run if too much data is corrupt. All ranks have the same counts, so all of them end or none.
 
     Args:
-        stream: of this rank.
-        account: of all ranks.
-        reasons: of all ranks; they are asked where it matters, if not given.
-        begun: False where the sources have ended before the first step.
+        account: counts over all ranks.
+        reasons: counts by reason over all ranks. Default: gathered if needed.
+        begun: False if the datasets ended before the first step.
     """
 
     def of_all() -> dict[str, int]:
@@ -138,7 +134,7 @@ def stop_if_bad(
 
 
 def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str | None:
-    """Return the note, before the first step, on sources that may end before the last step; None where they do not."""
+    """Return a note if the datasets may end before the last step, or None. Call it before the first step."""
     most = stream.samples_at_most
     if most is None or most >= batch_size * steps:
         return None
@@ -152,7 +148,7 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
 
 
 def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
-    """Return the message of a run whose sources have ended, with so many bad samples; every rank calls it."""
+    """Return the message for exhausted datasets, with the number of corrupt samples. Every rank must call it."""
     unused = mean_over_ranks({name: counts["left"] for name, counts in stream.source_counts().items()})
     per_source = ", ".join(f"{name} {round(count * world_size)}" for name, count in unused.items())
     bad_text = f", {bad} were bad on the way" if bad else ""
@@ -161,7 +157,7 @@ def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, 
 
 
 class Shares:
-    """Compares realised with asked shares of sources, over all ranks, so far and since the last record."""
+    """Realized and target shares of the datasets over all ranks, since the start and since the last record."""
 
     def __init__(self, stream: TrainStream) -> None:
         self._stream = stream
@@ -169,11 +165,11 @@ class Shares:
         """Means over the ranks at the last record."""
 
     def start(self) -> None:
-        """Begin to count what comes after the last record; every rank calls it."""
+        """Start counting from the current position. Every rank must call it."""
         self._before = self._mean_counts()
 
     def record(self) -> dict[str, SourceFigures]:
-        """Return the figures of every source by name; every rank calls it."""
+        """Return the sampling statistics of every dataset by name. Every rank must call it."""
         total, names = self._mean_counts(), list(self._stream.source_counts())
         recent = {key: value - self._before[key] for key, value in total.items()}
         self._before = total

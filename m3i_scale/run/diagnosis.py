@@ -1,7 +1,7 @@
-"""Notice what goes wrong without a crash: collapse, a runaway temperature, a group that outweighs the others.
+"""Detection of silent failures: representation collapse, a diverging temperature, a loss that dominates the gradient.
 
-Every rule looks at logged figures alone (docs/metrics.md), holds for several records in a row before it is named, and
-is named once until it has healed.
+Every rule only uses logged metrics (docs/metrics.md). It warns after it holds for several consecutive records, and
+warns again only after it has recovered.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from dataclasses import dataclass
 from m3i_scale.run.callbacks.base import StepRecord
 
 PATIENCE = 3
-"""Records in a row that a fault must be seen in: 30 steps at log.every_steps = 10."""
+"""Consecutive records after which a problem is reported: 30 steps at log.every_steps = 10."""
 LEAST_SPREAD = 1e-3
-"""Share of a target's length that differs between samples; 0 when all samples have the same target."""
+"""Minimum variation of a target between samples as a fraction of its length; 0 if all samples have the same target."""
 GROWING_UP_STEPS = 200
-"""A text tower may take so long until its captions are told apart for the first time."""
+"""Steps that a text encoder may need until it first distinguishes captions."""
 LEAST_EVENNESS = 0.02
-"""Entropy of the mean assignment to prototypes, as a share of log K; 0 when all samples have the same prototype."""
+"""Minimum entropy of the mean prototype assignment, as a fraction of log K; 0 if all samples share one prototype."""
 LEAST_STD = 1e-3
-"""Of the backbone's own features."""
+"""Minimum standard deviation of the backbone features."""
 MOST_SCALE, LEAST_SCALE = 99.5, 1.0
-"""Of 1/τ, which is limited to 100."""
+"""Range of the logit scale 1/τ, which is limited to 100."""
 LEAST_NATS = 0.5
-"""A group with more information than this may well sit at the upper limit of 1/τ, as CLIP does."""
+"""A group with a higher mutual information may legitimately reach the upper limit of 1/τ, as in CLIP."""
 MOST_RATIO = 100.0
-"""Gradient of the strongest group at the encoder output over that of the next one."""
+"""Maximum ratio of the largest group gradient at the encoder output to the next largest."""
 
 
 @dataclass(frozen=True)
 class RunWarning:
-    """Names something that a person should look at."""
+    """Warning about a problem of the run."""
 
     group: str
-    """The group of targets, `backbone`, or `speed`."""
+    """Group of targets, `backbone`, or `speed`."""
     what: str
     why: str
     fix: str
@@ -45,14 +45,14 @@ class RunWarning:
 
 
 class Diagnosis:
-    """Reads every logged record of a run, and warns."""
+    """Checks on every logged record of a run."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], int] = {}
         self._spread_once: set[str] = set()
 
     def check(self, record: StepRecord) -> list[RunWarning]:
-        """Return the faults that have now held for `PATIENCE` records."""
+        """Return the warnings that have now held for `PATIENCE` records."""
         health = {name.removeprefix("health/"): value for name, value in record.health.items()}
         spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
         self._spread_once |= spread
@@ -98,7 +98,7 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
 
 def _target_faults(name: str, health: dict[str, float], young: set[str], nats: float) -> Iterator[RunWarning]:
     spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
-    trained_too = scale is not None  # a text tower: fresh ones give all captions nearly the same vector
+    trained_too = scale is not None  # text encoders: at initialization, all captions have nearly the same vector
     if spread is not None and spread < LEAST_SPREAD and not (trained_too and name in young):
         yield RunWarning(
             name,

@@ -1,4 +1,4 @@
-"""`m3i-scale doctor` goes from a run file and a description of hosts to findings."""
+"""`m3i-scale doctor`: check the environment for a config file and a cluster description."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def examine(
     connect_s: float = 10.0,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[Finding]:
-    """Examine the hosts of a description, or this machine where it names none.
+    """Check the nodes of a cluster description, or this machine if it names none.
 
     Args:
-        run: a run file, or the name of a built-in one; None: hosts alone are looked at.
+        run: config file, or the name of a built-in one. None: check the nodes only.
         overrides: `section.key=value`.
-        cluster: hosts, and how they are reached.
-        connect_s: seconds that ssh may take to connect.
-        tell: is told what is being done.
+        cluster: nodes and how to connect to them.
+        connect_s: ssh connection timeout in seconds.
+        tell: called with progress messages.
     """
     if overrides and run is None:
         raise ConfigError("overrides have no effect without a run file", where=" ".join(overrides))
@@ -76,7 +76,7 @@ def examine(
 
 
 def _same_everywhere(run: str) -> str:
-    """Return a built-in name as it is, a path as an absolute one: as launchers give it to ranks."""
+    """Return a built-in name unchanged and a path as an absolute path, as launchers pass it to ranks."""
     path = find_run_file(run)
     return run if known_runs().get(run) == path else str(path.absolute())
 

@@ -1,4 +1,4 @@
-"""Put the run file of `m3i-scale finetune` together, of a protocol, an export and labelled images."""
+"""Config of `m3i-scale finetune`, assembled from a protocol, an export and labelled images."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from m3i_scale.scale.checkpoint.layout import MANIFEST
 from m3i_scale.scale.output_dir import check_output_dir, is_run_folder
 
 STEPS_APART = 20
-"""Evaluations are an epoch apart, so many steps at least, and read no more images than training does: of a few images
-they would take longer than that."""
+"""Minimum number of steps between evaluations, which otherwise happen once per epoch. They do not read more images
+than the training steps in between: with few images, evaluation would take longer than training."""
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
@@ -43,9 +43,9 @@ _COMPUTED = {
     "data.validation": "--data",
     "protocol": "--protocol",
 }
-"""Keys that the command sets itself, and what it takes them from."""
+"""Keys that the command sets, and the argument that determines each."""
 _REPEATED = f"data.sources.{TRAIN}.repeat_threshold"
-"""The one field of the source for training that a protocol may state."""
+"""The only field of the training dataset that a protocol can set."""
 
 
 def prepare(
@@ -62,24 +62,24 @@ def prepare(
     skip_bad: bool = False,
     random_weights: bool = False,
 ) -> FineTuning:
-    """Put the run file together, and check all of it that can be checked before images are read.
+    """Assemble the config and validate as much as possible before images are read.
 
     Args:
-        task_name: what is trained.
-        start: an export, or what else `backbone.from_pretrained` names; a run or a checkpoint is exported first.
-        folder: of labelled images.
-        protocol: a run file with a task, or the name of a built-in one.
-        overrides: `section.key=value`, which come last.
-        epochs: default: the protocol's.
-        shards: where images are packed into; default: `shards` in the output folder.
-        here: whether this machine is to train.
-        subset: of the images for training; None: all of them.
-        skip_bad: whether images that cannot be used are left out.
-        random_weights: start from random weights of the architecture of `start`.
+        task_name: task to train.
+        start: an export, or any value of `backbone.from_pretrained`. A run or checkpoint is exported first.
+        folder: labelled images.
+        protocol: config file with a task, or the name of a built-in one.
+        overrides: `section.key=value`, applied last.
+        epochs: number of epochs. Default: the protocol's length.
+        shards: folder for packed images. Default: `shards` in the output directory.
+        here: whether to train on this machine.
+        subset: subset of the training images; None: all of them.
+        skip_bad: skip images that cannot be used.
+        random_weights: initialize the architecture of `start` randomly.
     """
     _refuse_ranks(protocol)
     _refuse_computed(overrides)
-    # The length is not known yet: whatever is measured in steps fits into so many. Nor are the shards.
+    # The number of steps is still unknown, so use one that every step setting fits into. The shards are unknown too.
     unknown = ["optim.steps=1000000000", "optim.warmup_steps=0"]
     source = f"data.sources.{TRAIN}.shards={json.dumps(str(folder))}"
     run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
@@ -104,7 +104,7 @@ def prepare(
         first_weights = str(random_start(first_weights, run.output_dir / "start", run.seed))
     first = _start(first_weights)
     sources = _sources(data, repeat_threshold(run))
-    # `start` may be a run, which has no configuration of a model.
+    # `start` may be a run, which has no model config.
     run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
     computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
@@ -115,9 +115,8 @@ def prepare(
 
 
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
-    """Return as what the result can be exported: as its task's, or as features and a head where no class computes both;
-    which head of a sweep is the best, and whether a class computes that, is not known yet.
-    """
+    """Return the export type of the result: the task, or features and a head if no standard class computes both. For
+    a sweep, the best head and whether a class supports it are unknown yet."""
     if isinstance(task, Classification) and task.sweep is not None:
         return "features"
     refusal = _refusal(run, task, name, classes)
@@ -137,7 +136,7 @@ def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str])
 
 
 def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -> ExportError | None:
-    """Return why no class computes what the task trains; None where one does."""
+    """Return why no standard class computes the task, or None if one does."""
     source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
     try:
         plan_parts(source, ExportContents(name), None)
@@ -159,7 +158,7 @@ def _refuse_few(run: RunConfig, data: Labelled) -> None:
 
 
 def _check_boxes(task: Task, data: Labelled) -> None:
-    """Refuse boxes that the head of a detector cannot learn from."""
+    """Validate that a detection head can be trained on the boxes."""
     if data.categories is None:
         return
     counts = [category.image_count for category in data.categories.categories]
@@ -190,7 +189,7 @@ def _start(start: str) -> list[str]:
 
 
 def _exported(start: str, output_dir: Path) -> str:
-    """Return an export of the newest good checkpoint, made once, where `start` is a run; else `start`."""
+    """Return an export of the latest valid checkpoint if `start` is a run (created once), otherwise `start`."""
     folder = Path(start).expanduser()
     if not is_run_folder(folder):
         return start
@@ -216,7 +215,7 @@ def _refuse_computed(overrides: list[str]) -> None:
 
 
 def _sources(data: Labelled, repeats: float | None) -> list[str]:
-    """Return overrides of the data, in place of all that the run file has but for its `repeat_threshold`."""
+    """Return overrides that replace all data settings of the config except `repeat_threshold`."""
     validation = {} if data.validation is None else {"val": {"shards": str(data.validation)}}
     repeated = {} if repeats is None else {"repeat_threshold": repeats}
     return [
@@ -228,19 +227,19 @@ def _sources(data: Labelled, repeats: float | None) -> list[str]:
 def _length(
     run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
 ) -> list[str]:
-    """Return overrides of all that depends on the number of images: warm-up and milestones keep their shares of the
-    steps, and every evaluation reads all images for evaluation once. The learning rate follows the backbone's width.
+    """Return overrides of settings that depend on the number of images. Warm-up and milestones keep their fraction of
+    the steps, and every evaluation reads all evaluation images once. The learning rate follows the backbone width.
 
     Args:
-        run: the run, whose steps are not known yet.
-        published: what the protocol says of them.
-        data: the images.
-        epochs: that are given.
-        overrides: that are given.
+        run: config whose number of steps is still unknown.
+        published: optimizer settings of the protocol.
+        data: labelled images.
+        epochs: epochs from the command line.
+        overrides: overrides from the command line.
     """
     given = dict(override.partition("=")[::2] for override in overrides)
     optim, steps = run.optim, published.steps
-    with contextlib.suppress(ValueError):  # what is no number is refused with the whole run file
+    with contextlib.suppress(ValueError):  # invalid numbers are reported with the complete config
         steps = int(given.get("optim.steps", steps))
     if epochs is not None and "optim.steps" in given:
         raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
@@ -268,7 +267,7 @@ def _length(
 
 
 def trained_checkpoint(run: RunConfig) -> Path:
-    """Return the newest good checkpoint of a run that is only to be measured."""
+    """Return the latest valid checkpoint of a run to evaluate."""
     newest, _ = find_resume(run)
     if newest is None:
         raise ConfigError(
@@ -278,7 +277,7 @@ def trained_checkpoint(run: RunConfig) -> Path:
 
 
 def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
-    """Refuse a checkpoint of another run than the one that the result would be named by."""
+    """Validate that a checkpoint belongs to the run that the result would describe."""
     steps = read_yaml(checkpoint / "run.yaml")["optim"]["steps"]
     if steps != run.optim.steps:
         raise ConfigError(

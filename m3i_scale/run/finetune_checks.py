@@ -19,11 +19,10 @@ from m3i_scale.scale.output_dir import lock_directory
 
 
 class _ChecksBeforePacking(Checks):
-    """The checks of a run whose shards do not exist yet, but whose classes are known.
+    """Checks of a run whose classes are known but whose shards do not exist yet.
 
     Args:
-        run: the run file.
-        data: the images.
+        data: labelled images.
         here: see `Checks`.
     """
 
@@ -43,7 +42,7 @@ class _ChecksBeforePacking(Checks):
 
 
 def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> ResolvedRun:
-    """Check the whole run file, also if the shards do not exist yet."""
+    """Validate the complete config, even if the shards do not exist yet."""
     checks = Checks(run, 1, here=here) if data.source is None else _ChecksBeforePacking(run, data, here=here)
     faults = Faults()
     resolved = checks.resolve(faults)
@@ -55,7 +54,7 @@ def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> Resolve
 
 @contextmanager
 def packing(run: RunConfig, data: Labelled) -> Iterator[None]:
-    """Hold the lock of the output folder while images are packed, and check first that no other run is in it."""
+    """Lock the output directory while images are packed. Check first that it has no checkpoint of a different run."""
     if data.source is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""`m3i-scale finetune` has a command per task. What takes long to import is imported when a command is called."""
+"""Commands `m3i-scale finetune TASK`. Slow imports happen when a command is called."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ _PER_CLASS: Parts = {
 
 @finetune_app.callback()
 def tasks() -> None:
-    """Hold the options of no task."""
+    """Provide the command group; the options belong to the tasks."""
 
 
 @dataclass(frozen=True)
 class FineTuneOptions:
-    """Holds what the command of any task is given."""
+    """Options of the commands of all tasks."""
 
     start: str
     data: Path
@@ -112,7 +112,7 @@ class FineTuneOptions:
     per_class: int | None = None
 
     def subset(self) -> Subset | None:
-        """Return which of the images for training are taken; None: all of them."""
+        """Return the subset of the training images; None: all of them."""
         from m3i_scale.downstream.subset import Subset
 
         if self.per_class is None and self.share is None:
@@ -134,11 +134,10 @@ class FineTuneOptions:
         return Subset(self.per_class, self.share, self.subset_seed or 0)
 
     def run(self, task: TaskName, protocol: str) -> None:
-        """Train and measure, or only tell what that takes.
+        """Train and evaluate, or with `--dry-run` only estimate the cost.
 
         Args:
-            task: of the command.
-            protocol: where none is named.
+            protocol: default protocol of the task.
         """
         if self.dry_run:
             leave_out_accelerator_warning()
@@ -173,7 +172,7 @@ class FineTuneOptions:
             wide_console().print("\n".join(result_lines(document)), markup=False, highlight=False)
 
     def _measured(self, prepared: FineTuning) -> dict[str, Any]:
-        """Train unless that is over, and measure."""
+        """Train unless training is finished, then evaluate."""
         from m3i_scale.downstream.contents import check_contents
         from m3i_scale.run.accelerator import check_before_joining
         from m3i_scale.run.finetune import check_trained, trained_checkpoint
@@ -191,7 +190,7 @@ class FineTuneOptions:
             check_before_joining()
         with packing(run, data):
             data.pack(print_rank0, skip_bad=self.skip_bad)
-        if not (run.output_dir / "checkpoints").exists():  # else they were checked when the run began
+        if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
             check_contents(data, prepared.outcome.names, print_rank0)
         if not self.evaluate_only and train_run(run) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
@@ -199,7 +198,7 @@ class FineTuneOptions:
 
 
 def _takes(parts: Parts) -> Callable[[Command], Command]:
-    """Return what gives a command options in place of the parameter `asked`."""
+    """Decorate a command so that its parameter `asked` is replaced by these options."""
     return lambda command: expanded(command, "asked", parts, FineTuneOptions)
 
 
@@ -208,12 +207,12 @@ def _takes(parts: Parts) -> Callable[[Command], Command]:
 )
 @_takes({**_PER_CLASS, **_OPTIONS})
 def classification(asked: FineTuneOptions) -> None:
-    """Train a classifier on one device, export it to output_dir/classifier, and measure it.
+    """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
 
-    The same command goes on with a run that was stopped. DIR of --data holds train/CLASS/… and val/CLASS/…, shards in
-    train and val, or a data set of save_to_disk. Default protocol: finetune.
+    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, shards in
+    train and val, or a dataset of save_to_disk. Default protocol: finetune.
 
-    Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.sources.train.shards=/data/shards/train
     """
     asked.run("classification", "finetune")
@@ -224,13 +223,12 @@ def classification(asked: FineTuneOptions) -> None:
 )
 @_takes(_OPTIONS)
 def segmentation(asked: FineTuneOptions) -> None:
-    """Train a segmenter on one device, export it to output_dir/segmenter, and measure it.
+    """Train a segmenter on one device, export it to output_dir/segmenter, and evaluate it.
 
-    The same command goes on with a run that was stopped. DIR of --data holds shards with masks in train and val, and
-    mask_labels.json beside each; train/images, train/masks and such in val; or ADE20k as it is. Default protocol:
-    segment.
+    Rerun the same command to resume a stopped run. DIR of --data contains shards with masks in train and val, each with
+    mask_labels.json; train/images, train/masks and the same in val; or ADE20k as published. Default protocol: segment.
 
-    Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.sources.train.shards=/data/shards/train
     """
     asked.run("segmentation", "segment")
@@ -241,13 +239,13 @@ def segmentation(asked: FineTuneOptions) -> None:
 )
 @_takes(_OPTIONS)
 def detection(asked: FineTuneOptions) -> None:
-    """Train a detector on one device, export it to output_dir/detector, and measure it.
+    """Train a detector on one device, export it to output_dir/detector, and evaluate it.
 
-    The same command goes on with a run that was stopped. DIR of --data holds shards with boxes in train and val, and
-    categories.json beside each; or COCO or LVIS as it is, with images in DIR and files in DIR/annotations. --data FILE
-    names the annotation file for training. Default protocol: detect.
+    Rerun the same command to resume a stopped run. DIR of --data contains shards with boxes in train and val, each with
+    categories.json; or COCO or LVIS as published, with images in DIR and files in DIR/annotations. --data FILE names
+    the annotation file for training. Default protocol: detect.
 
-    Several GPUs or hosts: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.sources.train.shards=/data/shards/train
     """
     asked.run("detection", "detect")

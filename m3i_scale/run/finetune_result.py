@@ -1,4 +1,4 @@
-"""Tell what a fine-tuning takes before it begins, and what it is worth when it is over."""
+"""Cost estimates and results of fine-tuning runs."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ _FOLLOWED: dict[str, set[str] | None] = {
     "data": {"augment"},
     "backbone": {"config"},
 }
-"""Sections, and their fields, in which a run may differ from its protocol; None: all."""
+"""Sections and fields that are compared with the protocol; None: all fields."""
 
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """Says what comes of a task."""
+    """Names of the exported model, class list file and metrics of a task."""
 
     model: str
-    """The folder of the export, and the measure of `evaluate`."""
+    """Name of the export folder, and of the measure in `evaluate`."""
     names: str
-    """The file beside shards that names the classes."""
+    """File next to the shards with the class names."""
     figures: dict[str, str]
-    """What a result calls its figures, in percent, and `evaluate` calls them. Not all models have all but the first."""
+    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all have the
+    others."""
 
 
 OUTCOMES: dict[TaskName, TaskMetric] = {
@@ -63,31 +64,31 @@ OUTCOMES: dict[TaskName, TaskMetric] = {
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Holds a run file that is complete but for shards that are still to be made."""
+    """Complete fine-tuning config; its shards may still have to be created."""
 
     task: TaskName
     protocol: str
     run: RunConfig
     data: Labelled
     export_task: ExportTask
-    """As what the result is exported."""
+    """Export type of the result."""
     subset: Subset | None = None
-    """Of the images for training; None: all of them."""
+    """Subset of the training images; None: all of them."""
     random_weights: str | None = None
-    """The export whose architecture starts from random weights; None: the run starts from the export's weights."""
+    """Export whose architecture is initialized randomly; None: the run starts from the export's weights."""
 
     @property
     def outcome(self) -> TaskMetric:
-        """Return what comes of the task."""
+        """Return the names and metrics of the task."""
         return OUTCOMES[self.task]
 
     @property
     def epochs(self) -> float:
-        """Return how often an image for training is seen."""
+        """Return the number of epochs over the training images."""
         return self.run.optim.steps * self.run.optim.batch_size / self.data.read
 
     def facts(self) -> dict[str, Any]:
-        """Return what a result cannot be read without."""
+        """Return the context that every result must include: protocol, deviations, data and schedule."""
         run = self.run
         of_protocol = run.protocol
         published = None if of_protocol is None else of_protocol.published
@@ -118,7 +119,7 @@ class FineTuning:
         }
 
     def _differences(self) -> list[str]:
-        """Return where the run is not as the file of the protocol has it; its length counts in what that states."""
+        """Return the deviations from the protocol. The length is compared in the protocol's unit."""
         followed = load_run(self.protocol)
         fitted = followed.optim.schedule.fitted(followed.optim.steps, self.run.optim.steps)
         fits: dict[str, Any] = {"schedule": fitted}
@@ -147,14 +148,15 @@ class FineTuning:
 
 
 def start_lines(prepared: FineTuning) -> list[str]:
-    """Return what is said of the data before the training: classes, annotations, and whether anything is measured."""
+    """Return lines about the data before training: classes, annotations, and a warning if there is nothing to
+    evaluate."""
     facts = prepared.facts()
     keys = ("classes", "class_names", "class_images", "annotations", "evaluated")
     return _data_lines({key: facts[key] for key in keys})
 
 
 def _data_lines(facts: dict[str, Any]) -> list[str]:
-    """Return lines about the data, of those facts that are there."""
+    """Return lines about the data for the facts that are present."""
     lines, images = [], facts.get("class_images")
     if "class_names" in facts:
         names = facts["class_names"] if images is None else [f"{name} {count}" for name, count in images.items()]
@@ -167,7 +169,7 @@ def _data_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _told_model(run: RunConfig) -> str:
-    """Return how large the backbone is, to stand beside what was published."""
+    """Describe the size of the backbone for comparison with the published result."""
     config = backbone_config(run.backbone)
     if isinstance(config, InternImageConfig):
         return f"{config.model_type}, {config.channels} channels, depths {config.depths}, images of {config.image_size}"
@@ -176,16 +178,15 @@ def _told_model(run: RunConfig) -> str:
 
 
 def repeat_threshold(run: RunConfig) -> float | None:
-    """Return how the images for training are repeated; see `SourceConfig`."""
+    """Return the repeat threshold of the training dataset; see `SourceConfig`."""
     return run.data.sources[TRAIN].repeat_threshold if TRAIN in run.data.sources else None
 
 
 def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
-    """Return what the run takes on one device, of which nothing is started.
+    """Estimate the cost of the run on one device without starting it.
 
     Args:
-        prepared: the run.
-        device: h100, a100 or cpu; `hardware.peak_tflops` takes the place of its peak.
+        device: h100, a100 or cpu. `hardware.peak_tflops` overrides its peak.
     """
     run = prepared.run
     peak = run.hardware.peak_tflops
@@ -200,7 +201,7 @@ def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
 
 
 def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Export the trained model, measure it on the images for evaluation, and write and return the result."""
+    """Export the trained model, evaluate it on the evaluation images, and write and return the result."""
     run, outcome = prepared.run, prepared.outcome
     folder = run.output_dir / outcome.model
     weights: Any = "student" if run.task is None or run.task.ema is None else "momentum"
@@ -228,7 +229,7 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
 
 
 def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> None:
-    """Have the card of an export say what was measured of it: that took the export."""
+    """Update the model card with the evaluation, which needed the finished export."""
     stored = read_json(folder / PROVENANCE) | {"evaluation": redact(evaluation)}
     stored["files"] = {name: digest for name, digest in stored["files"].items() if name != CARD}
     card = render_card(find_source(checkpoint), stored, read_json(folder / "config.json"))
@@ -238,7 +239,7 @@ def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> N
 
 
 def result_lines(document: dict[str, Any]) -> list[str]:
-    """Return a plan or a result as lines for people: what was published, and what differs, beside the figure."""
+    """Format a plan or result as text lines, with the published result and deviations."""
     lines, outcome = [], OUTCOMES[document["task"]]
     for key, value in document.items():
         if key == "published" and value is not None:
@@ -265,6 +266,6 @@ def result_lines(document: dict[str, Any]) -> list[str]:
 
 def _percent(estimate: dict[str, Any]) -> str:
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    guesses = {"chance": "by chance", "majority": "by the commonest class"}  # average precision has none
+    guesses = {"chance": "by chance", "majority": "by the commonest class"}  # average precision has neither
     guess = "".join(f"; {by} {100 * estimate[name]:.2f}" for name, by in guesses.items() if name in estimate)
     return f"{value:.2f} % (95 % interval {low:.2f} to {high:.2f}{guess})"

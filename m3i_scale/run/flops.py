@@ -1,4 +1,4 @@
-"""Count the FLOPs of a training step from the modules themselves. Nothing is allocated."""
+"""FLOP counter for training steps, based on the modules on `meta`. Allocates no memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from m3i_scale.scale.activations import apply_activation_checkpointing, policy_o
 
 
 def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:
-    """Return the FLOPs of one optimizer step over the global batch, of all ranks; a multiply-add counts as two.
+    """Return the FLOPs of one optimizer step over the global batch and all ranks. A multiply-add counts as two.
 
-    Matrix products, convolutions and attention are counted, on a batch in which every sample has every target and
-    every caption fills `text.max_tokens`. Sums over other ranks' samples (similarities of a global batch) are not:
-    they are counted within a micro-batch.
+    Counts matrix products, convolutions and attention, on a batch in which every sample has every target and every
+    caption has `text.max_tokens` tokens. Similarities with samples of other ranks are not included: they are only
+    counted within a micro-batch.
 
     Args:
-        run: the run file; of several phases (`RunConfig.in_phase`), the first counts.
-        label_sets: class names by label set.
-        vocab_size: of the tokenizer; None without a text target.
+        run: config; if it has several stages (`RunConfig.in_phase`), the first one counts.
+        label_sets: class names by label space.
+        vocab_size: vocabulary size of the tokenizer; None without a text target.
 
     Returns:
-        `forward` (student), `target` (momentum, teacher and text tower), `decoder` (decoders, heads, losses),
-        `backward`, `model` (the sum of these four, what MFU is made of), `text` (of `model`, what goes by the tokens of
-        captions), and `recompute` (what activation checkpointing computes a second time; not part of `model`; of a
-        budget, and of `selective` where layers are compiled, what `full` computes, which is more).
+        `forward` (student), `target` (EMA, teacher and text encoder), `decoder` (decoders, heads, losses), `backward`.
+        `model`: the sum of these four, used for MFU. `text`: the part of `model` that scales with caption tokens.
+        `recompute`: recomputation by activation checkpointing, not part of `model`. For a budget, and for `selective`
+        with compiled layers, it is the larger value of `full`.
     """
     micro = run.optim.micro_batch_size
     scale = run.optim.batch_size / micro
@@ -60,7 +60,8 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
 
 
 def _counted_policy(run: RunConfig) -> str:
-    """Return a policy that recomputes the same and needs no device: where inputs wait says nothing about products."""
+    """Return a policy that recomputes the same operations without a device. The location of stored inputs is
+    irrelevant."""
     text = run.backbone.activation_checkpointing
     compilers = policy_of_switches(text, run.backbone.compiles) != text
     return "full" if compilers or read_policy(text).kind in ("offload", "budget") else text
@@ -86,14 +87,14 @@ def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
             loss.backward()
     for hook in hooks:
         hook.remove()
-    parts["text"] *= 3  # and a backward pass of twice the products
+    parts["text"] *= 3  # plus a backward pass with twice the products
     objective.span = contextlib.nullcontext
     objective.zero_grad()
     return parts
 
 
 def _around(module: torch.nn.Module, span: Callable[[], contextlib.AbstractContextManager[None]]) -> list[Any]:
-    """Register hooks that open a span before a module's forward pass and close it after; return their handles."""
+    """Register hooks that wrap a module's forward pass in a span; return their handles."""
     opened: list[contextlib.ExitStack] = []
 
     def enter(*_: Any) -> None:
@@ -107,7 +108,7 @@ def _around(module: torch.nn.Module, span: Callable[[], contextlib.AbstractConte
 
 
 class _EveryRow(TorchDispatchMode):
-    """Takes every mask of rows or tokens to be true of all: meta tensors hold no values."""
+    """Dispatch mode that treats every mask of rows or tokens as all true, because meta tensors have no values."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Collect what happened since the last logged step, and reduce it over the ranks."""
+"""Metrics accumulated since the last logged step, reduced over the ranks."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class Work:
-    """Holds what a step computes, and what the device could compute in the same time."""
+    """FLOPs per step and the peak FLOP/s of the device."""
 
     flop: dict[str, float]
-    """Of `m3i_scale.run.flops.step_flop`."""
+    """Result of `m3i_scale.run.flops.step_flop`."""
     max_tokens: int
-    """Length of the captions that were counted."""
+    """Caption length that was counted, in tokens."""
     peak: Peak
 
     def step_flop(self, caption_tokens: float) -> float:
-        """Return the FLOPs of a step with so many tokens a caption on average; those of a text tower or a
-        decoder of captions are nearly all by token."""
+        """Return the FLOPs per step for a mean caption length. The FLOPs of a text encoder or caption decoder are
+        nearly proportional to it."""
         return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 
 def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Return how long a run will take, in words, where that is more than a day at the MFU that plans assume.
+    """Return an estimate of the run time, or None if it is below one day. It assumes the MFU of plans.
 
     Args:
-        work: of a step.
-        steps: that are left.
-        batch_size: samples of a step.
-        ranks: that share it.
+        work: FLOPs per step and peak.
+        steps: remaining steps.
+        batch_size: samples per step.
+        ranks: number of ranks.
     """
     device = work.peak.source.partition("-")[0]
     mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
@@ -58,7 +58,7 @@ def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | 
 
 
 class _Sums:
-    """Sums up figures by name, for their means."""
+    """Running sums of metrics by name."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
@@ -73,28 +73,28 @@ class _Sums:
     def means(self) -> dict[str, float]:
         if not self._totals:
             return {}
-        totals = torch.stack(list(self._totals.values())).tolist()  # one wait for the device
+        totals = torch.stack(list(self._totals.values())).tolist()  # a single device synchronization
         return {name: total / self._counts[name] for name, total in zip(self._totals, totals, strict=True)}
 
 
 class Meter:
-    """Keeps one rank's running means. Figures stay on the device until a step is logged, so that no step waits for
-    them."""
+    """Running means of one rank. Metrics stay on the device until a step is logged, so that steps do not
+    synchronize."""
 
     def __init__(self, objective: Objective, total_steps: int, batch_size: int, work: Work | None = None) -> None:
         self.objective = objective
         self.work = work
-        """None: no MFU."""
+        """None: do not report MFU."""
         self.step_times = StepTimes()
         self.total_steps, self.batch_size = total_steps, batch_size
         self.reset()
 
     def reset(self) -> None:
-        """Forget what has not been recorded."""
+        """Discard everything since the last record."""
         self._good, self._left_out = _Sums(), _Sums()
         self._figures: list[tuple[str, Tensor]] = []
         self.gradients: list[tuple[str, Tensor]] = []
-        """Names and norms of this step, at the encoder output."""
+        """Names and norms of this step's gradients at the encoder output."""
         self._steps = 0
         self._tokens = 0
         self._micro_batches = self._caption_tokens = 0
@@ -103,7 +103,8 @@ class Meter:
         self._started = time.perf_counter()
 
     def add_micro_batch(self, loss: Tensor, figures: dict[str, Tensor], tokens: int, caption_tokens: int = 0) -> None:
-        """Add a forward pass; tokens are those that went through the backbone, caption tokens those of a row."""
+        """Add a forward pass. `tokens` counts tokens through the backbone, `caption_tokens` is the padded caption
+        length."""
         self._figures += [("loss", loss.detach()), *figures.items()]
         self._tokens += tokens
         self._micro_batches += 1
@@ -114,14 +115,14 @@ class Meter:
         self._data_wait_s += data_wait_s
 
     def add_gradients(self, scale: float) -> None:
-        """Add, after a backward pass, every group's gradient norm at the encoder output, `scale` times too large."""
+        """Add the gradient norm of every group at the encoder output after a backward pass, divided by `scale`."""
         for name, squared in self.objective.squared_grad_norms.items():
             if squared:
                 self.gradients.append((f"{name}/grad_norm", torch.stack(squared).sum().sqrt() / scale))
 
     def end_step(self, *, applied: bool = True, finite: bool = True) -> None:
-        """Add an optimizer step. The gradients of one that was skipped say nothing; nor do its losses, where they are
-        not finite on some rank, unless there are no others until the next record."""
+        """Add an optimizer step. Gradients of a skipped step are ignored. Losses of a step that is not finite on
+        some rank only count if there are no others until the next record."""
         (self._good if finite else self._left_out).add(self._figures)
         if not finite:
             self.objective.host_figures.clear()
@@ -147,8 +148,7 @@ class Meter:
         skipped_nonfinite: int = 0,
         sources: dict[str, SourceFigures] | None = None,
     ) -> StepRecord:
-        """Return the means since the last record, over all ranks, without those of `HostFigures`; every rank calls
-        it."""
+        """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it."""
         own = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
@@ -197,14 +197,14 @@ class Meter:
 
 
 def _means_over_ranks(*parts: dict[str, float]) -> list[dict[str, float]]:
-    """Return the means of several dicts over the ranks, in one collective."""
+    """Average several dicts over the ranks in one collective."""
     joined = {f"{number}/{name}": value for number, part in enumerate(parts) for name, value in part.items()}
     means = mean_over_ranks(joined)
     return [{name: means[f"{number}/{name}"] for name in part} for number, part in enumerate(parts)]
 
 
 def _memory_gib() -> float:
-    """Return the peak of the accelerator's memory; of the process on a CPU."""
+    """Return the peak memory of the accelerator in GiB, or of the process on a CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

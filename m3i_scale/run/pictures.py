@@ -1,4 +1,4 @@
-"""Encode samples with the modules in training, and draw what is learnt so far."""
+"""Visualizations of the current model: encode samples with the modules in training and draw their features."""
 
 from __future__ import annotations
 
@@ -28,36 +28,35 @@ from m3i_scale.objective.targets.text import Text
 from m3i_scale.run.setup import ResolvedRun
 
 DRAWN = 8
-"""Of more samples, the first so many are drawn; neighbours and texts are looked for among all."""
+"""Number of samples to draw. Neighbors and texts are searched among all samples."""
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class EncodedSamples:
-    """Holds what the modules make of samples, on the host."""
+    """Outputs of the modules for the samples, on the CPU."""
 
     tokens_BND: Floats
     attention_BHN: Floats | None
-    """Of the class token in the last layer; None where there is none."""
+    """Attention of the class token in the last layer; None without a class token."""
     other_tokens_BND: Floats
-    """Of the other view of each image that is drawn."""
+    """Tokens of the second view of each drawn image."""
     reconstructed: dict[tuple[str, str], NDArray[np.uint8]]
-    """Of `Objective.reconstruct`."""
+    """Result of `Objective.reconstruct`."""
     image_BE: Floats | None = None
-    """In the space of the first text target; None where there is none."""
+    """Image embeddings in the space of the first text target; None without a text target."""
     text_BE: Floats | None = None
     logits_BK: Floats | None = None
-    """Of the first category target, those of all label sets side by side; None where there is none."""
+    """Logits of the first class-label target, concatenated over all label spaces; None without such a target."""
 
 
 class LearntPictures:
-    """Draws the same samples again and again, as what is learnt changes.
+    """Visualizations of a fixed set of samples during training.
 
     Args:
-        resolved: of the run.
-        objective: the modules in training.
-        samples: on the host; their first view is drawn.
-        seen: samples as they are trained on, on the host.
+        objective: modules in training.
+        samples: samples on the CPU; their first crop is drawn.
+        seen: training samples on the CPU.
     """
 
     def __init__(self, resolved: ResolvedRun, objective: Objective, samples: Batch, seen: Batch) -> None:
@@ -75,10 +74,10 @@ class LearntPictures:
 
     @torch.no_grad()
     def encode(self, device: torch.device) -> EncodedSamples:
-        """Return what the modules make of the samples. Under ZeRO-3 every rank calls it.
+        """Encode the samples. Under ZeRO-3, every rank must call it.
 
         Args:
-            device: of this rank.
+            device: device of this rank.
         """
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]
@@ -96,7 +95,7 @@ class LearntPictures:
         return EncodedSamples(_host(tokens_BND), shown, _host(other_BND), reconstructed, **in_targets)
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
-        """Return all pictures that the recipe and the samples have something for.
+        """Return all pictures that apply to the recipe and the samples.
 
         Raises:
             NotMeasuredError: features are not finite.
@@ -181,7 +180,7 @@ class LearntPictures:
         return [confusion(list(labelled.values()), predicted, "the head in training")]
 
     def _true_classes(self) -> list[str | None]:
-        """Return the class of every sample; None where it has none, or none is predicted."""
+        """Return the class of every sample, or None if it has none or no class is predicted."""
         sets = list(self._label_sets.values())
         numbers = zip(self._samples.label_sets_B.tolist(), self._samples.labels_B.tolist(), strict=True)
         return [sets[number][label] if number >= 0 and label >= 0 else None for number, label in numbers]
@@ -194,12 +193,12 @@ class LearntPictures:
 
 
 def _names(samples: Batch) -> list[str]:
-    """Return the keys of samples in their shards."""
+    """Return the keys of samples within their shards."""
     return [key.split("/", 2)[-1] for key in samples.keys]
 
 
 def _captions(resolved: ResolvedRun, samples: Batch) -> list[str]:
-    """Return the caption of every sample, cut to `text.max_tokens`; "" where it has none, or none is learnt from."""
+    """Return the caption of every sample, truncated to `text.max_tokens`, or "" if it has none or no text is used."""
     if resolved.tokenizer is None:
         return [""] * len(samples)
     decoded = resolved.tokenizer.batch_decode(samples.text_ids_BT, skip_special_tokens=True)

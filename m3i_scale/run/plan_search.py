@@ -1,4 +1,4 @@
-"""Plan a run as it is written, and search for settings that would be better."""
+"""Resource plan of a run as configured, and a search for better settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Holds what the run as it is written takes; finds what would be better."""
+    """Estimated resources of a run as configured, with suggestions for better settings."""
 
     run: RunConfig
     model: Model
@@ -35,37 +35,36 @@ class RunPlan:
     planned: Estimate
     samples: int
     phases: tuple[RunPlan, ...] = ()
-    """Of a run that has phases, the plan of each; the run's own figures are those of the phase with the largest
-    peak."""
+    """Plan of each stage. The numbers of the run then come from the stage with the highest peak memory."""
 
     @property
     def fits(self) -> bool:
-        """Return whether it fits as it is written, in every phase."""
+        """Return whether the configured run fits in every stage."""
         return all(each.planned.fits(self.machine) for each in self.phases or [self])
 
     @property
     def seconds(self) -> float:
-        """Return how long the samples take."""
+        """Return the estimated training time in seconds."""
         if self.phases:
             return sum(each.seconds for each in self.phases)
         return self.samples / self.run.optim.batch_size * self.planned.step_s
 
     @cached_property
     def hopeless(self) -> bool:
-        """Return whether it would not fit with the smallest micro-batch either; of a run with phases, in any."""
+        """Return whether even the smallest micro-batch does not fit, in any stage."""
         if self.phases:
             return any(each.hopeless for each in self.phases)
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     @cached_property
     def compared(self) -> list[Estimate]:
-        """Return the fastest choice of every DeepSpeed file that fits."""
+        """Return the fastest fitting choice of every DeepSpeed config."""
         return compare(self.model, self.machine, self.planned.choice)
 
     @cached_property
     def suggestion(self) -> Estimate | None:
-        """Return what would be best; None where nothing fits. Of a run with phases, for the one with the largest peak,
-        and None where another would not fit so with its own micro-batch."""
+        """Return the best choice, or None if nothing fits. With stages, it is for the stage with the highest peak
+        memory, and None if another stage would not fit with its micro-batch."""
         best = choose(self.compared)
         others = [each for each in self.phases if each.planned is not self.planned]
         if best is not None and not all(each.fits_as(best.choice) for each in others):
@@ -73,13 +72,13 @@ class RunPlan:
         return best
 
     def fits_as(self, choice: Choice) -> bool:
-        """Return whether it fits by another choice with its own micro-batch."""
+        """Return whether another choice fits with the run's micro-batch."""
         own = replace(choice, micro_batch=self.planned.choice.micro_batch)
         return estimate(self.model, self.machine, own).fits(self.machine)
 
     @property
     def warnings(self) -> list[str]:
-        """Return why the plan may not be the one that was meant."""
+        """Return warnings about a probable mistake in the planned settings."""
         file = self.planned.choice.deepspeed
         if self.machine.on_host or file not in _ON_DEVICES:
             return []
@@ -136,7 +135,7 @@ class RunPlan:
         }
 
     def summary(self, estimated: Estimate) -> dict[str, Any]:
-        """Return a choice in the words of a run file."""
+        """Describe a choice by config keys."""
         choice = estimated.choice
         larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
         return {
@@ -167,7 +166,7 @@ class RunPlan:
         return f"phases.{numbers[0]}.micro_batch_size" if numbers else "optim.micro_batch_size"
 
     def _described_phase(self) -> dict[str, Any]:
-        """Return what one phase takes."""
+        """Describe the resources of one stage."""
         (phase,), planned, batch = self.run.phases, self.planned, self.run.optim.batch_size
         return {
             "steps": phase.steps,
@@ -190,14 +189,14 @@ def plan_run(
     tokens: int | None = None,
     samples: int | None,
 ) -> RunPlan:
-    """Plan a run.
+    """Estimate the resources of a run.
 
     Args:
-        run: the run file; its shards need not be there.
-        machine: where it is to run.
-        classes: of a category target, where the shards are not to be read.
-        tokens: of the vocabulary, likewise.
-        samples: how many are to be seen; None for the run's steps × batch size.
+        run: config; its shards need not exist.
+        machine: planned hardware.
+        classes: number of classes of a class-label target, instead of reading the shards.
+        tokens: vocabulary size, instead of reading the shards.
+        samples: number of training samples. None: the run's steps × batch size.
     """
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
     if not run.phases:
@@ -212,7 +211,6 @@ def plan_run(
 
 
 def _plan(run: RunConfig, machine: Machine, classes: int | None, tokens: int | None, samples: int) -> RunPlan:
-    """Plan a run of one phase."""
     recipe = parse_recipe(run.recipe)
     world = machine.links.world
     check_batch(run, recipe, world)
@@ -228,29 +226,29 @@ def _plan(run: RunConfig, machine: Machine, classes: int | None, tokens: int | N
 
 
 POLICIES = ("none", "every_2", "full")
-"""Of recomputation, that are tried beside the run's own."""
+"""Activation checkpointing policies to try, in addition to the run's."""
 ENGINE_FILES = {
     ("bf16", False): ("zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_all_reduce", "zero3_bf16_cpu_offload"),
     ("bf16", True): ("zero3_cpu",),
     ("fp32", True): ("zero1_cpu_fp32", "zero3_cpu_fp32"),
     ("fp16", False): ("zero3_fp16",),
 }
-"""Built-in files by precision, and whether the host computes."""
+"""Built-in DeepSpeed configs by precision and whether the CPU computes."""
 _ON_DEVICES = {
     "zero1_cpu_fp32": "zero1_bf16",
     "zero3_cpu": "zero3_bf16",
     "zero3_cpu_fp32": "zero3_bf16",
     "zero3_cpu_lean": "zero3_bf16_lean",
 }
-"""Built-in files that are meant for hosts, and the one of the same kind that is meant for accelerators."""
+"""Built-in DeepSpeed configs for CPUs, with their counterparts for accelerators."""
 
 
 def compare(model: Model, machine: Machine, choice: Choice) -> list[Estimate]:
-    """Find the fastest choice that fits of every DeepSpeed file: for every policy the largest micro-batch is looked
-    for, then larger buckets. What fits in no way is left out.
+    """Find the fastest fitting choice of every DeepSpeed config. For every policy, search for the largest micro-batch,
+    then for larger buckets. Configs that do not fit are omitted.
 
-    What offloads is taken where nothing else fits: its copies and the host's arithmetic are not in the time. A file
-    that is meant for hosts is not suggested for accelerators, but the one of the same kind that is meant for them.
+    Offloading configs are only used if no other fits, because the estimate excludes their copies and CPU arithmetic. On
+    accelerators, a config for CPUs is replaced by its counterpart.
     """
     if not machine.on_host and choice.deepspeed in _ON_DEVICES:
         choice = replace(choice, deepspeed=_ON_DEVICES[choice.deepspeed])
@@ -265,11 +263,11 @@ def compare(model: Model, machine: Machine, choice: Choice) -> list[Estimate]:
 
 
 EQUAL = 1.01
-"""Steps that take no longer than so many times the fastest one are equal: the plan errs by more."""
+"""Steps within this factor of the fastest one count as equal: the estimate is less accurate."""
 
 
 def choose(compared: list[Estimate]) -> Estimate | None:
-    """Return the fastest; of equals the one that takes least of the host, which has other things to do too."""
+    """Return the fastest choice. Among equally fast ones, prefer the lowest CPU overhead."""
     limit = EQUAL * min((each.step_s for each in compared), default=0.0)
     return min((each for each in compared if each.step_s <= limit), key=lambda each: each.host_s, default=None)
 
@@ -284,18 +282,18 @@ BUCKETS: dict[int, tuple[tuple[str, int], ...]] = {
         ("stage3_max_reuse_distance", 6),
     ),
 }
-"""Sizes by stage that decide how many collectives a step has, as multiples of a bucket."""
+"""Settings by stage that determine the number of collectives per step, as multiples of a bucket."""
 ELEMENTS = (12_500_000, 25_000_000, 50_000_000, 100_000_000, 200_000_000)
-"""Of a bucket, that are tried."""
+"""Bucket sizes to try, in elements."""
 PAYS = 0.98
-"""Larger buckets are proposed where a step takes no more than this share of what it takes without."""
+"""Larger buckets are suggested if they reduce the step time to at most this fraction."""
 
 
 def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) -> Estimate:
-    """Find the smallest buckets that come within a hundredth of the fastest ones, where they pay."""
+    """Return the smallest buckets within 1% of the fastest ones, or the given estimate if larger buckets do not pay."""
     zero = estimated.resolved.config["zero_optimization"]
     tried = []
-    for elements in () if estimated.settings.bf16_optimizer else ELEMENTS:  # that one reduces everything at once
+    for elements in () if estimated.settings.bf16_optimizer else ELEMENTS:  # it reduces everything at once
         wanted = ((key, elements * count) for key, count in BUCKETS[estimated.settings.stage])
         sizes = tuple((key, size) for key, size in wanted if size > zero.get(key, 0))
         if sizes:
@@ -320,7 +318,7 @@ def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estim
 
 
 def _smaller(model: Model, machine: Machine, estimated: Estimate) -> Estimate | None:
-    """Find the next smaller micro-batch that fits, counted exactly."""
+    """Find the next smaller micro-batch that fits, with exact counts."""
     for size in reversed(list(_sizes(model, machine))):
         if size < estimated.choice.micro_batch:
             exact = estimate(model, machine, replace(estimated.choice, micro_batch=size))
@@ -330,7 +328,7 @@ def _smaller(model: Model, machine: Machine, estimated: Estimate) -> Estimate | 
 
 
 def _sizes(model: Model, machine: Machine) -> Iterator[int]:
-    """Yield micro-batches that divide the global batch and that the recipe allows, up to 512 or the run's own."""
+    """Yield micro-batch sizes that divide the global batch and suit the recipe, up to 512 or the configured size."""
     per_rank, rest = divmod(model.run.optim.batch_size, machine.links.world)
     if rest:
         return
@@ -339,7 +337,7 @@ def _sizes(model: Model, machine: Machine) -> Iterator[int]:
 
 
 def _largest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
-    """Find the largest micro-batch that fits, by halving the range."""
+    """Find the largest micro-batch that fits by binary search."""
     sizes = list(_sizes(model, machine))
     low, high, best = 0, len(sizes) - 1, None
     while low <= high:
@@ -360,8 +358,7 @@ def _fits_smaller(model: Model, machine: Machine, choice: Choice) -> bool:
 
 
 def nodes_that_fit(model: Model, machine: Machine, choice: Choice, *, most: int = 1024) -> tuple[int, int, int] | None:
-    """Find nodes that the run would fit on as it is, with the batch size and the smallest micro-batch that fit them;
-    None where none of them do."""
+    """Find a number of nodes that the run fits on, with the batch size and smallest micro-batch for it, or None."""
     nodes = machine.links.nodes
     while (nodes := nodes * 2) * machine.links.ranks_per_node <= most:
         wider = replace(machine, links=replace(machine.links, nodes=nodes))
@@ -374,7 +371,7 @@ def nodes_that_fit(model: Model, machine: Machine, choice: Choice, *, most: int 
 
 
 def refuse_hopeless(plan: RunPlan) -> None:
-    """Refuse a run that does not fit even with the smallest micro-batch."""
+    """Raise an error if the run does not fit even with the smallest micro-batch."""
     if not plan.hopeless:
         return
     for number, phase in enumerate(plan.phases):
@@ -398,7 +395,7 @@ def refuse_hopeless(plan: RunPlan) -> None:
 
 
 def _no_host_memory(plan: RunPlan) -> ConfigError:
-    """Return the error of a run whose devices suffice, and whose hosts do not."""
+    """Return the error of a run that fits on its devices but not into CPU memory."""
     taken, ranks = plan.planned.host_of_node(plan.machine), plan.machine.links.ranks_per_node
     limit = float(plan.machine.host_memory_gib or 0)
     parts = plan.planned.parts if plan.machine.on_host else plan.planned.host_parts
@@ -415,19 +412,19 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
 
 
 def write_deepspeed(plan: RunPlan, path: Path) -> str:
-    """Write the DeepSpeed JSON of the suggestion, or of the run where there is none, with every size as a number.
+    """Write the DeepSpeed JSON of the suggestion, or of the run if there is none, with all sizes as numbers.
 
-    What the run file says stays "auto", so that the two cannot contradict each other.
+    Settings of the config file stay "auto", so that both files cannot contradict each other.
 
     Returns:
-        The overrides to train with, the file among them.
+        The overrides to train with, including the written file.
     """
     written = plan.suggestion or plan.planned
     config = load_ds_config(written.choice.deepspeed)
     config["zero_optimization"] = written.resolved.config["zero_optimization"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_text(config), encoding="utf-8")  # whatever it is: a link, /dev/stdout
+        path.write_text(json_text(config), encoding="utf-8")  # also if it is a link or /dev/stdout
     except OSError as error:
         raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
     return " ".join([f"deepspeed={path}", *plan.summary(written)["overrides"][1:]])
@@ -440,7 +437,7 @@ _COUNTED = {
     "contiguous_gradients": True,
     "stage3_module_granularity_threshold": 0,
 }
-"""Settings of DeepSpeed that change memory or traffic, with the value that the plan counts with."""
+"""DeepSpeed settings that affect memory or traffic, with the values that the plan supports."""
 
 
 def _check_counted(resolved: ResolvedConfig) -> None:

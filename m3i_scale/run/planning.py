@@ -1,4 +1,4 @@
-"""`m3i-scale plan` computes what a run file takes, without data, weights or a GPU."""
+"""Memory and throughput estimates of `m3i-scale plan`, without data, weights or a GPU."""
 
 from __future__ import annotations
 
@@ -43,49 +43,49 @@ from m3i_scale.scale.plan.trace import Trace, record, scaled
 from m3i_scale.text import GIB
 
 AVERAGE_BYTES = 4
-"""A checkpoint takes so many for an element of the momentum target."""
+"""Bytes per element of the EMA in a checkpoint."""
 _ASSUMED_CLASSES: dict[Reads, int] = {"labels": 1000, "masks": 150, "boxes": 80, "boxes_and_masks": 80}
 VOCABULARY = 30522
-"""What a run without its shards is planned with: classes of ImageNet, ADE20k and COCO, BERT's tokens."""
+"""Vocabulary of a plan without shards: the classes of ImageNet, ADE20k and COCO, and BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0
-"""Beside tensors: the context, workspaces of libraries, NCCL's channels. An allowance, not measured."""
+"""Non-tensor memory: CUDA context, library workspaces, NCCL channels. An assumption, not measured."""
 _ROLES: dict[str, Role] = {"momentum": "momentum", "teachers": "teacher"}
-"""Of parts of the objective that are never trained."""
+"""Roles of untrained parts of the objective."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Describes the devices, hosts and links that the run is planned for."""
+    """Devices, nodes and network links of a plan."""
 
     name: str
-    """Of the hardware preset."""
+    """Name of the hardware preset."""
     links: Links
     memory_gib: float
-    """Of one rank's device."""
+    """Memory of one rank's device in GiB."""
     tflops: dict[str, float]
-    """By precision: the peak rate of a rank's device."""
+    """Peak TFLOP/s of one rank's device, by precision."""
     mfu: float
     on_host: bool
-    """Ranks compute on CPUs."""
+    """Whether ranks compute on CPUs."""
     workspace_gib: float
-    """What a rank holds beside tensors."""
+    """Non-tensor memory per rank in GiB."""
     host_memory_gib: float | None = None
-    """Of a node; None where it is not said, and not checked."""
+    """CPU memory per node in GiB; None: unknown and not checked."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Holds what a model needs to know of the data."""
+    """Data properties that determine the model: classes and vocabulary size."""
 
     label_sets: dict[str, list[str]]
     tokens: int
     assumed: tuple[str, ...]
-    """What was not read but taken for granted."""
+    """Descriptions of values that were assumed instead of read."""
 
 
 class _PlannedRanks:
-    """Stands for other ranks on `meta`: a gather has the rows of all ranks, a sum the shape of its input."""
+    """Ranks on `meta`, without communication: a gather has the rows of all ranks, a sum the shape of its input."""
 
     rank = 0
 
@@ -106,14 +106,14 @@ class _PlannedRanks:
 
 
 def beside_tensors_gib(*, hosts: bool) -> float:
-    """Return the GiB of a rank beside tensors; on hosts those of this process, which has imported the same."""
+    """Return the non-tensor memory per rank in GiB. On CPUs, measure this process, which has the same imports."""
     if not hosts:
         return ACCELERATOR_WORKSPACE_GIB
     return float(psutil.Process().memory_info().rss) / GIB
 
 
 def on_host() -> bool:
-    """Return whether DeepSpeed finds no accelerator here."""
+    """Return whether DeepSpeed has no accelerator on this machine."""
     return bool(get_accelerator().device_name() == "cpu")
 
 
@@ -132,7 +132,7 @@ def machine_of(
     workspace_gib: float | None = None,
     host_memory_gib: float | None = None,
 ) -> Machine:
-    """Return a machine by the name of its devices; what is given takes the place of the preset's numbers."""
+    """Return a machine from a hardware preset. Arguments override its numbers."""
     preset = hardware(name)
     hosts = name == "cpu"
     links = Links(
@@ -151,10 +151,11 @@ def machine_of(
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:
-    """Read label sets and number of tokens: as given, else as the run's shards have them, else as stated."""
+    """Return label spaces and vocabulary size from the arguments, else from local shards, else from stated
+    assumptions."""
     assumed = []
     folders = [shard_folder(source.shards) for source in run.data.sources.values()]
-    # A plan asks no server: shards elsewhere count as not there, and what it assumes then is told.
+    # Plans contact no server: remote shards count as missing, and the resulting assumptions are reported.
     there = bool(folders) and all(isinstance(folder, Path) and folder.is_dir() for folder in folders)
     label_sets: dict[str, list[str]] = {}
     if recipe.labels_file is not None:
@@ -175,7 +176,7 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
 
 @dataclass
 class Model:
-    """Builds a run's objective on `meta`, and records its micro-batches."""
+    """Objective of a run on `meta`, with recorded micro-batches."""
 
     run: RunConfig
     vocabulary: Vocabulary
@@ -189,7 +190,7 @@ class Model:
 
     @cached_property
     def objective(self) -> Objective:
-        """Return the objective on `meta`, in the type that is computed in."""
+        """Return the objective on `meta` in the computing precision."""
         tokens = self.vocabulary.tokens if self.recipe.uses_text else None
         ranks = _PlannedRanks(self.world)
         objective = build_on_meta(self.run, self.vocabulary.label_sets, tokens, ranks)
@@ -198,12 +199,12 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        """Return the side of the images in pixels, as the first phase of the run has it."""
+        """Return the image size of the first stage in pixels."""
         return self.run.image_size(self.objective.student.image_size)
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Return the parameters of the whole model."""
+        """Return the parameters of the complete model."""
         parameters, scales = [], scales_of(self.objective, self.run)
         named = dict(self.objective.named_parameters())
         places = {name: place for place, name in enumerate(named) if named[name].requires_grad}
@@ -218,11 +219,11 @@ class Model:
 
     @property
     def remembered_bytes(self) -> int:
-        """Return the bytes of buffers that outlast a batch, which a checkpoint has too."""
+        """Return the bytes of persistent buffers, which are also saved in checkpoints."""
         return sum(buffer.nbytes for buffer in buffers_of(self.objective).values())
 
     def checkpoint_bytes(self, settings: Settings) -> int:
-        """Return the bytes of a checkpoint's tensors: master weights and moments, frozen weights, fp32 averages,
+        """Return the tensor bytes of a checkpoint: master weights and optimizer states, frozen weights, fp32 EMA,
         buffers."""
         trained = numel_of(self.parameters, "trained") * (settings.master_bytes + 2 * settings.state_bytes)
         frozen = numel_of(self.parameters, "frozen") * _DTYPES[self.precision].itemsize
@@ -234,13 +235,13 @@ class Model:
         return {}
 
     def trace(self, policy: str, micro_batch: int) -> Trace:
-        """Record one micro-batch."""
+        """Return the recorded trace of one micro-batch."""
         if (policy, micro_batch) not in self._traces:
             self._traces[policy, micro_batch] = self._record(policy, micro_batch)
         return self._traces[policy, micro_batch]
 
     def quick_trace(self, policy: str, micro_batch: int) -> Trace:
-        """Return the same from two small micro-batches: a tensor's size is a constant plus a number a sample."""
+        """Extrapolate the trace from two small micro-batches: tensor sizes are affine in the number of samples."""
         small = self.smallest
         if micro_batch <= 2 * small:
             return self.trace(policy, micro_batch)
@@ -274,55 +275,55 @@ class Model:
 
 @dataclass(frozen=True)
 class Choice:
-    """Holds what can be changed without changing what is learnt (in stages 1 to 3, and short of rounding)."""
+    """Settings that can change without affecting learning (in stages 1 to 3, up to rounding)."""
 
     deepspeed: str
     policy: str
     micro_batch: int
     sizes: tuple[tuple[str, int], ...] = ()
-    """Of `zero_optimization`, in elements, in place of the file's."""
+    """Overrides of `zero_optimization` sizes, in elements."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Holds what one choice takes."""
+    """Estimated resources of one choice."""
 
     choice: Choice
     resolved: ResolvedConfig
     settings: Settings
     peak_bytes: int
-    """Of a rank's device, workspace included."""
+    """Peak bytes on one rank's device, including the workspace."""
     parts: dict[str, int]
-    """At the peak, bytes."""
+    """Bytes by part at the peak."""
     activation_bytes: int
-    """The most that activations take at a moment, which need not be the peak."""
+    """Maximum bytes of activations, not necessarily at the peak."""
     host_parts: dict[str, int]
-    """Host memory beside the device, bytes of a rank; nothing where the host is the device."""
+    """CPU memory in addition to the device, in bytes per rank; empty if the CPU is the device."""
     flop: int
-    """Of one step, on one rank."""
+    """FLOPs per step and rank."""
     collectives: tuple[Traffic, Traffic]
-    """Of a step with few micro-batches, and of the last one of these."""
+    """Collectives of a step with few micro-batches, and of its last micro-batch."""
     operations: int
-    """Of one micro-batch, that make a tensor."""
+    """Operations per micro-batch that create a tensor."""
     parameter_count: int
-    """Of the whole model."""
+    """Number of parameter tensors of the complete model."""
     traffic: StepTraffic
     compute_s: float
     host_s: float
-    """What the host takes to queue a step."""
+    """CPU time to queue a step, in seconds."""
     step_s: float
 
     @property
     def host_bytes(self) -> int:
-        """Return the bytes of host memory that a rank takes beside its device."""
+        """Return the CPU memory per rank in addition to its device, in bytes."""
         return sum(self.host_parts.values())
 
     def host_of_node(self, machine: Machine) -> int:
-        """Return the bytes of host memory that the ranks of a node take."""
+        """Return the CPU memory of all ranks of a node in bytes."""
         return (self.peak_bytes if machine.on_host else self.host_bytes) * machine.links.ranks_per_node
 
     def fits(self, machine: Machine) -> bool:
-        """Return whether it fits on its device, and, where the memory of a node is known, on its host."""
+        """Return whether the choice fits on its device and, if the memory of a node is known, on its node."""
         on_device = self.peak_bytes <= machine.memory_gib * GIB
         limit = machine.host_memory_gib
         return on_device and (limit is None or self.host_of_node(machine) <= limit * GIB)
@@ -365,7 +366,7 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
 
 
 def with_links(estimated: Estimate, links: Links) -> Estimate:
-    """Return the same step over other links between as many ranks; or over the same, with other `collectives`."""
+    """Return the estimate with other links between the same ranks, or with changed `collectives`."""
     settings, (traffic, last_micro_batch) = estimated.settings, estimated.collectives
     further = settings.accumulation_steps - min(settings.accumulation_steps, REPLAYED)
     sent = step_traffic(traffic, last_micro_batch, links, further=further, group=settings.hpz)
@@ -387,8 +388,8 @@ def with_links(estimated: Estimate, links: Links) -> Estimate:
 
 
 def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
-    """Return what a rank of a device holds in host memory: what is offloaded, the copy of a save, batches that workers
-    have ready, and its process."""
+    """Return the CPU memory by part of a rank with a device: offloaded states, staging buffers of saves, prefetched
+    batches and the process."""
     parts = dict(host.at_peak)
     if model.run.data.workers:
         sides = view_sizes(model.recipe.drawn_views, model.image_size)
@@ -398,7 +399,7 @@ def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
 
 
 def _sized(resolved: ResolvedConfig, sizes: tuple[tuple[str, int], ...]) -> ResolvedConfig:
-    """Return the same configuration with other sizes."""
+    """Return the DeepSpeed config with other sizes."""
     zero = resolved.config["zero_optimization"] | dict(sizes)
     return replace(resolved, config=resolved.config | {"zero_optimization": zero})
 

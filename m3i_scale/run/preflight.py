@@ -1,5 +1,5 @@
-"""Say what a run needs of its hosts, and check what is cheap before the engine starts; `m3i-scale doctor` does the
-rest."""
+"""Resource requirements of a run, and cheap checks before the engine starts. `m3i-scale doctor` runs the full
+checks."""
 
 from __future__ import annotations
 
@@ -30,30 +30,29 @@ from m3i_scale.scale.checkpoint.layout import step_name
 from m3i_scale.scale.plan.settings import settings_of
 
 _FILES_OF_A_RANK = 128
-"""Libraries, logs, pipes."""
+"""Open files of a rank for libraries, logs and pipes."""
 _FILES_OF_A_WORKER = 8
 _GROUPS = 4
-"""Groups of ranks, in each of which a rank may have a connection to every other."""
+"""Number of process groups in which a rank may connect to every other rank."""
 
 
 def needs_of(
     run: RunConfig, *, world_size: int, ranks_here: int, vocabulary: Vocabulary | None = None, config: Any = None
 ) -> Needs:
-    """Return what a run needs of a host, at least; the model is built on `meta`, without memory.
+    """Return the minimum resources that a run needs on a node. The model is built on `meta`, without memory.
 
     Args:
-        run: the run file.
-        world_size: ranks on all hosts.
-        ranks_here: ranks on the host.
-        vocabulary: label sets and tokens; default: those of the shards, where they are here, else as plans assume them.
-        config: the resolved DeepSpeed configuration, where it is known.
+        world_size: ranks on all nodes.
+        ranks_here: ranks on this node.
+        vocabulary: label spaces and tokens. Default: from local shards, or the assumptions of plans.
+        config: resolved DeepSpeed config, if known.
     """
     recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
     if config is None:
         config = resolve_engine(run, world_size, model.hidden_size).config
     known = vocabulary or read_vocabulary(run, recipe, None, None)
     settings = settings_of(config, world=world_size, on_host=on_host())
-    with torch.random.fork_rng(devices=[]):  # a run must begin as if it had not been looked at
+    with torch.random.fork_rng(devices=[]):  # building the model must not change the random state of the run
         checkpoint = Model(run, known, world_size, settings.precision).checkpoint_bytes(settings)
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0
@@ -65,7 +64,7 @@ def needs_of(
         for phase in (run.in_phase(number) for number in range(len(run.phase_starts)))
     )
     count = kept_checkpoints(run.checkpoint, run.optim.steps)
-    loaders = 1 + bool(run.data.validation)  # workers of both stand, and hold parts, for the whole run
+    loaders = 1 + bool(run.data.validation)  # workers of both loaders exist and hold parts for the entire run
     return Needs(
         ranks=ranks_here,
         world_size=world_size,
@@ -83,7 +82,7 @@ def needs_of(
 
 
 def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
-    """Return how many checkpoints are on the disk at the same time at most, the one being written included."""
+    """Return the maximum number of checkpoints on disk at the same time, including the one being written."""
     saves = math.ceil(steps / config.every_steps)
     kept = config.keep_latest + (config.keep_best.count if config.keep_best is not None else 0)
     if config.keep_every_steps is not None:
@@ -99,11 +98,11 @@ def _kept_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> int:
 
 
 def check_software(run: RunConfig) -> None:
-    """Compare code, Python, packages and run file of all ranks, whoever started them. Every rank calls it, before
-    anything else that they do together.
+    """Check that all ranks have the same code, Python, packages and config. Every rank must call it, before any other
+    collective operation.
 
     Raises:
-        HostsNotReadyError: the hosts that are not as rank 0's, and what differs.
+        HostsNotReadyError: nodes that differ from rank 0's, with the differences.
     """
     if dist.get_world_size() == 1:
         return
@@ -116,26 +115,25 @@ def check_software(run: RunConfig) -> None:
         return
     answers: dict[str, Any] = {}
     for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), facts_here))):
-        apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one host
+        apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one node
         answers[f"{host}, rank {rank}" if apart else host] = answer
     compared = checks.findings_of(answers, ("commit", "python", "packages", "config"))
     raise not_ready(faults_of(compared)).raised_everywhere()
 
 
 def check_machines(resolved: ResolvedRun, tell: Callable[[str], None]) -> None:
-    """Do the cheap checks of the doctor on every host of a run that is about to start: memory, /dev/shm, file limits,
-    room for a checkpoint; and look at every rank's GPU. Every rank calls it.
+    """Run the cheap `doctor` checks on every node before a run starts: memory, /dev/shm, file limits, disk space for a
+    checkpoint, and every rank's GPU. Every rank must call it.
 
     Args:
-        resolved: the run.
-        tell: told on a rank whose GPU others use too, and leave room on.
+        tell: called on a rank whose GPU is also used by other processes that leave enough memory.
 
     Raises:
-        HostsNotReadyError: all that was found, on all ranks.
-        UserError: a GPU that is too old, too small, or on which others leave too little room.
+        HostsNotReadyError: all failed checks, on all ranks.
+        UserError: a GPU is too old, too small, or has too little free memory.
     """
     together(lambda: check_card(resolved.deepspeed.config), names_rank=True)
-    looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of every host
+    looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank per node
     nothing: tuple[list[Finding], int] = [], 0
     hosts = gather_objects(together(lambda: _findings_here(resolved) if looks else nothing))
     faults = faults_of(dict.fromkeys(finding for findings, _ in hosts for finding in findings))
@@ -146,14 +144,14 @@ def check_machines(resolved: ResolvedRun, tell: Callable[[str], None]) -> None:
 
 
 def _findings_here(resolved: ResolvedRun) -> tuple[list[Finding], int]:
-    """Return the findings of this host, and the bytes of a rank's states; one of its ranks calls it."""
+    """Return the results for this node, and the state bytes per rank. One rank per node calls it."""
     host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
     config = resolved.deepspeed.config
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
     ranks_here = min(world, ranks_on_host(os.environ) or 1)
     needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
     findings = machine_findings(host, look(), needs, on_host=on_host())
-    if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # else there is nothing to save
-        one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # what retention keeps is for the doctor
+    if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # otherwise there is nothing to save
+        one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # retention is checked by `doctor`
         findings.append(disk_finding(host, run.output_dir, one_checkpoint))
     return findings, needs.state_bytes // ranks_here

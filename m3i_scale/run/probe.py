@@ -1,7 +1,7 @@
-"""Store a few samples and their loss with a checkpoint; a run that resumes computes the loss again.
+"""Load-time sanity check: a checkpoint stores a few samples and their loss, which a resumed run recomputes.
 
-The loss is that of these samples alone, as if there were one rank, so it is the same in every shape of the run. It
-notices what norms cannot: weights that are in the wrong place.
+The loss only depends on these samples, as with one rank, so it is independent of the number of ranks. It detects errors
+that tensor norms cannot: weights mapped to the wrong parameters.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from m3i_scale.scale.checkpoint.stream import write_tensors
 
 FILE = "probe.safetensors"
 SAMPLES = 2
-"""As few as every loss is defined for."""
+"""Minimum number of samples for which every loss is defined."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
-"""Relative, by precision: another machine, stage or number of threads adds up in another order."""
+"""Relative tolerance by precision: other machines, ZeRO stages or thread counts sum in a different order."""
 OTHER_PRECISION_TOLERANCE = 2e-2
 
 
 def first_samples(batch: Batch, count: int = SAMPLES) -> Batch:
-    """Return the first samples of the global micro-batch, on the host, the same on all ranks. Collective."""
-    # All ranks have as many: the first few give enough, and the samples of all would be thousands.
+    """Return the first samples of the global micro-batch on the CPU, the same on all ranks. Collective."""
+    # All ranks have the same batch size: the first few suffice, while gathering all would give thousands of samples.
     givers = range(min(math.ceil(count / len(batch)), dist.get_world_size()))
     return _first(Batch.cat([from_rank(rank, lambda: _first(batch, count).to("cpu")) for rank in givers]), count)
 
 
 @torch.no_grad()
 def probe_loss(engine: Any, batch: Batch) -> float:
-    """Return the loss of these samples alone; no buffer changes. Every rank calls it, with the same batch."""
+    """Return the loss of these samples alone, without changing buffers. Every rank must call it with the same batch."""
     with evaluating(engine.module), _alone(engine.module):
         loss, _ = engine(batch.to(get_accelerator().current_device_name()))
     return float(loss)
@@ -51,7 +51,7 @@ def probe_loss(engine: Any, batch: Batch) -> float:
 
 @contextlib.contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """Put the module into evaluation mode between two steps: nothing counts as part of a step."""
+    """Switch the module to evaluation mode between two steps, without recording step times or health metrics."""
     span, module.span = module.span, contextlib.nullcontext
     module.measure_health = False
     module.eval()
@@ -63,18 +63,18 @@ def evaluating(module: Any) -> Iterator[None]:
 
 
 def write_probe(folder: Path, batch: Batch) -> None:
-    """Store the samples beside the weights."""
+    """Store the samples with the weights."""
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     write_tensors(folder / FILE, tensors, {"keys": json.dumps(batch.keys)})
 
 
 def read_probe(folder: Path) -> Batch:
-    """Return the samples of a checkpoint."""
+    """Read the samples of a checkpoint."""
     try:
         with safe_open(folder / FILE, framework="pt") as opened:
             keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
             tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name in saved}
-            # Earlier versions stored none of these.
+            # Checkpoints of earlier versions lack these.
             missing = {"masks_BHW": no_masks(len(keys)), "small_VBCHW": no_small_views(len(keys))}
             missing |= no_objects(len(keys))
             return Batch(**(missing | tensors), keys=keys)
@@ -87,16 +87,16 @@ def read_probe(folder: Path) -> Batch:
 
 
 def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> Batch | None:
-    """Check that the stored samples have the loss that they had when they were saved. Collective.
+    """Check that the stored samples have the same loss as when they were saved. Collective.
 
     Args:
-        folder: the checkpoint that was loaded.
-        meta: its meta.json.
-        engine: that loaded it.
-        precision: that the run computes in; the checkpoint's may be another.
+        folder: loaded checkpoint.
+        meta: content of its meta.json.
+        engine: engine with the loaded weights.
+        precision: precision of the run, which may differ from the checkpoint's.
 
     Returns:
-        The samples; None where the run that saved was told not to store any.
+        The samples, or None if the checkpoint has none.
     """
     wanted = meta.get("probe_loss")
     if wanted is None:
@@ -117,7 +117,7 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
 
 @contextlib.contextmanager
 def _alone(module: nn.Module) -> Iterator[None]:
-    """Keep every loss from gathering samples of other ranks."""
+    """Disable gathering of samples from other ranks in all losses."""
     looking: list[Any] = [child for child in module.modules() if hasattr(child, "ranks")]
     ranks = [child.ranks for child in looking]
     for child in looking:

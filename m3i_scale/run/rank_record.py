@@ -1,4 +1,4 @@
-"""A rank that ends by an error leaves a record of when, where and why, for its launcher."""
+"""Error reports: a failing rank records when, where and why it failed, for its launcher."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ _TRACE = 30
 
 @contextlib.contextmanager
 def recorded(output_dir: Path) -> Iterator[Heartbeat]:
-    """Write a record of whatever ends the work inside. Under an agent it lies where the agent looks, under other
-    launchers in OUTPUT/failure; a rank without a launcher prints its error itself.
+    """Write an error report if the code inside fails. The launch agent determines its folder; other launchers use
+    OUTPUT/failure. A rank without a launcher prints its error instead.
 
-    An agent sees what a signal ends. Nobody else does: there a rank notes that it has begun, and that it has ended.
+    Agents detect ranks killed by a signal, but other launchers do not. Without an agent, a rank therefore also records
+    its start and its end.
 
     Args:
-        output_dir: of the run.
+        output_dir: output directory of the run.
 
     Yields:
-        Where this rank is; it is kept up to date by whoever works.
+        The heartbeat of this rank, which the running code updates.
     """
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     heartbeat = own_heartbeat(rank)
     folder = _folder(output_dir)
     if folder is not None:
-        with contextlib.suppress(OSError):  # what is wrong with the folder is explained when the run opens it
+        with contextlib.suppress(OSError):  # errors of the folder are reported when the run opens it
             _begin(folder, rank)
         if not faulthandler.is_enabled():
-            faulthandler.enable()  # a crash in native code shows at least its Python lines
+            faulthandler.enable()  # shows at least the Python lines of a crash in native code
     try:
         yield heartbeat
     except BaseException as error:
@@ -69,14 +70,14 @@ def _as_it_should(error: BaseException) -> bool:
 
 
 def _begin(folder: Path, rank: int) -> None:
-    record_file(folder, rank).unlink(missing_ok=True)  # of an earlier attempt
+    record_file(folder, rank).unlink(missing_ok=True)  # from an earlier attempt
     if not os.environ.get(RECORDS):
         begin_rank(folder, rank)
 
 
 def _end(folder: Path, rank: int) -> None:
     if not os.environ.get(RECORDS):
-        with contextlib.suppress(OSError):  # a folder that was lost meanwhile is told by who writes into it
+        with contextlib.suppress(OSError):  # a folder lost in the meantime is reported by the code that writes into it
             end_rank(folder, rank)
 
 
@@ -113,5 +114,5 @@ def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
 def _leave(folder: Path, failure: Failure) -> None:
     try:
         write_record(folder, failure)
-    except OSError as fault:  # it must not hide why the rank ends
+    except OSError as fault:  # it must not hide why the rank failed
         print_line(f"no record of this failure ({fault}): {failure.where()}: {failure.message}", stderr=True)

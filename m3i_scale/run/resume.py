@@ -1,4 +1,4 @@
-"""Go on from a checkpoint: find it, and check what must be as it was; the rest may have changed."""
+"""Resuming from a checkpoint: find it and verify the settings that must not change. All other settings can change."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ from m3i_scale.text import known_part, listed, told_differences
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
-"""Parts that checkpoints of earlier versions have not; those are resumed without a look at them."""
+"""Identity fields that checkpoints of earlier versions lack. They are not compared for such checkpoints."""
 _TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
 
 
 def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to resume from, and those passed over.
+    """Return the checkpoint to resume from, and notes on checkpoints that were skipped as invalid.
 
     Args:
-        run: of the checkpoints.
-        contents: read every byte of the checkpoint: call it on one rank. False: see `verify`.
+        contents: verify every byte of the checkpoint; only use it on one rank. False: see `verify`.
     """
     checkpoint, notes = _find_resume(run, contents)
     if checkpoint is None and run.data.changed_sources:
@@ -79,9 +78,8 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
 
 
 def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> list[str]:
-    """Refuse a checkpoint of another model or recipe, or of a later step than the run has. Return notes about a run
-    that goes on in another shape. Call it on one rank: it may read whole teachers.
-    """
+    """Validate that a run can resume from a checkpoint: same model and recipe, and not past the last step. Return notes
+    on changed settings. Call it on one rank: it can read complete teachers."""
     meta = read_meta(checkpoint)
     _check_identity(resolved, checkpoint, meta)
     if meta["step"] > resolved.run.optim.steps:
@@ -101,14 +99,8 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
 
 
 def check_counts(checkpoint: Path, batch_size: int) -> None:
-    """Check that a checkpoint agrees with itself on how far it is. Skipped steps count for the data alone, and so do
-    steps that a rewind has undone, of this run or of one that it branched off. Call it on one rank: it reads a file of
-    each rank.
-
-    Args:
-        checkpoint: to resume from.
-        batch_size: samples in a step.
-    """
+    """Validate that the step counts of a checkpoint are consistent. Skipped steps and steps undone by a rollback, also
+    in a parent run, count for the data only. Call it on one rank: it reads a file of every rank."""
     meta = read_meta(checkpoint)
     files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
     try:
@@ -135,9 +127,8 @@ def check_counts(checkpoint: Path, batch_size: int) -> None:
 
 
 def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int) -> None:
-    """Check that the steps so far were trained on images of the size that the run file says now. Phases that have not
-    begun may change, as the schedule may.
-    """
+    """Validate that the image sizes of all steps so far match the current config. Future stages can change, like the
+    schedule."""
     if not (saved or run.phases):
         return
     before = run.model_copy(update={"phases": saved})
@@ -157,13 +148,13 @@ def _saved_phases(meta: dict[str, Any], checkpoint: Path) -> list[Phase]:
 
 
 def _changed_phases(run: RunConfig, saved: list[Phase]) -> list[str]:
-    """Return a note on phases that are others than they were."""
+    """Return a note if the stages changed."""
     changes = told_differences("phases", *([phase.model_dump() for phase in of] for of in (saved, run.phases)))
     return [f"phases changed: {', '.join(changes)}"] if changes else []
 
 
 def _sizes_until(run: RunConfig, step: int) -> str:
-    """Return the sizes of the images of the first `step` steps, in words."""
+    """Describe the image sizes of the first `step` steps."""
     image_size = backbone_config(run.backbone).image_size
     sizes: dict[int, int] = {}
     for number, start in enumerate(run.phase_starts):
@@ -174,7 +165,7 @@ def _sizes_until(run: RunConfig, step: int) -> str:
 
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
-    """Return notes on another number of ranks, stage or precision."""
+    """Return notes on changes of the number of ranks, ZeRO stage or precision."""
     now = computed_shape(resolved, int(meta["step"]), world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"
@@ -199,7 +190,7 @@ def saved_steps(checkpoint: Path) -> int:
 
 
 def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
-    """Return a note on another length or height of the schedule: the learning rate follows the new one from here on."""
+    """Return a note if the schedule changed. The learning rate then follows the new schedule."""
     if step >= run.optim.steps:
         return []
     saved = read_yaml(checkpoint / "run.yaml").get("optim")
@@ -216,7 +207,7 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
 
 
 def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:
-    """Return the shape in which a run is computed when `step` steps are done; a resumed run may have another."""
+    """Return the parallel layout and precision of a run after `step` steps. They can change on resume."""
     config, run = resolved.deepspeed.config, resolved.run
     phase = run.in_phase(run.phase_at(max(step - 1, 0)))
     return {
@@ -229,12 +220,12 @@ def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[st
 
 def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
-    for identity in (saved, now):  # a recipe may be written in several ways
+    for identity in (saved, now):  # equivalent recipes can be written differently
         identity["recipe"] = meaning(identity.get("recipe"))
     if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
-        stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # which are prose
+        stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # free text
         saved["protocol"], now["protocol"] = stated, known_part(stated, now["protocol"])
-    if "teacher_sha256" in saved:  # of before a recipe could have several
+    if "teacher_sha256" in saved:  # from before recipes could have several teachers
         only = saved.pop("teacher_sha256")
         saved["teachers_sha256"] = {} if only is None else {"teacher": only}
     check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
@@ -258,7 +249,7 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """Return the value before and now: recipes by their names, where those differ, everything else field by field."""
+    """Return the old and new value: recipe names if they differ, otherwise all differing fields."""
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', is '{names[1]}'"
@@ -266,7 +257,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 
 def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:
-    """Return what meta.json and the manifest say about a checkpoint."""
+    """Return the content of meta.json and the metadata in the manifest of a checkpoint."""
     text = run_yaml(resolved.run)
     return {
         "step": step,

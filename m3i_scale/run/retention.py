@@ -1,4 +1,4 @@
-"""Decide which checkpoints a run keeps: its rules, checked before step 1, and the figures that they ask for."""
+"""Validation of the checkpoint retention rules before step 1, and the metrics that they use."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from m3i_scale.scale.output_dir import METRICS
 
 PREFIX = "evaluation/"
 _BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"}
-"""Whether a figure is better when it is small or large. Of others, those of one's own targets, nobody knows."""
+"""Whether lower or higher values of a metric are better. Metrics of user-defined targets are not listed."""
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
-    """Return, by step, the figures of the last evaluation at that step, from the run's metrics.jsonl.
+    """Return the metrics of the last evaluation at each step, from the run's metrics.jsonl.
 
-    Lines of steps that a resumed run does again are no longer in that file, so no figure is of weights that are gone.
+    The file no longer has lines of steps that a resumed run repeats, so all metrics belong to current weights.
     """
     by_step: dict[int, dict[str, float]] = {}
     path = output_dir / METRICS
     try:
         for record in read_json_lines(path, containing='"kind": "evaluation"'):
-            with suppress(ValueError, KeyError, TypeError):  # nothing that this package has written
+            with suppress(ValueError, KeyError, TypeError):  # not written by this package
                 figures = {name: float(value) for name, value in record.items() if name.startswith(PREFIX)}
                 by_step[int(record["step"])] = figures
     except FileNotFoundError:
@@ -42,8 +42,8 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def evaluated_figures(recipe: Recipe) -> set[str]:
-    """Return the names of all figures that every evaluation of a recipe writes. Nats of densities are estimated on
-    logged training steps alone."""
+    """Return the names of all metrics that an evaluation of this recipe writes. Mutual information of densities is
+    only estimated on logged training steps."""
     names = {f"{PREFIX}loss"}
     for target in recipe.targets:
         figures = ["loss", "count"] + (["nats"] if target.distribution.bounds_information else [])
@@ -53,7 +53,7 @@ def evaluated_figures(recipe: Recipe) -> set[str]:
 
 
 def check_retention(run: RunConfig, recipe: Recipe) -> None:
-    """Refuse rules of `checkpoint` that can never have an effect, and figures that the run does not produce."""
+    """Validate that the retention rules of `checkpoint` have an effect and that the run produces their metrics."""
     checkpoint = run.checkpoint
     saves, steps, every = checkpoint.every_steps, run.optim.steps, checkpoint.keep_every_steps
     if every is not None and not _meet(saves, every, steps):
@@ -104,5 +104,5 @@ def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
 
 
 def _meet(saves: int, every: int, steps: int) -> bool:
-    """Return whether a step that is a multiple of `saves`, or the last one, is ever a multiple of `every`."""
+    """Return whether a saved step (a multiple of `saves`, or the last step) is ever a multiple of `every`."""
     return math.lcm(saves, every) <= steps or steps % every == 0

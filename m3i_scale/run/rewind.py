@@ -1,8 +1,8 @@
-"""Go back to a checkpoint while the data go on: choose it, and note it for a restart.
+"""Rollback to a checkpoint without rewinding the data.
 
-`output_dir/rewinds.json` lists every rewind with the position of the data at that moment. A checkpoint says in its
-meta.json how many rewinds there had been when it was written. So a run that was killed between a rewind and its next
-checkpoint finds the weights in the checkpoint that it had gone back to, and the data position in this file.
+`output_dir/rewinds.json` lists every rollback with the data position at that moment. The meta.json of a checkpoint has
+the number of rollbacks before it was saved. If a run is killed after a rollback and before its next save, it restarts
+from the checkpoint of the rollback and reads the data position from this file.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ REWINDS = "rewinds.json"
 
 
 class _Entry(BaseModel):
-    """Holds what a restart reads of an entry of `rewinds.json`."""
+    """Fields of an entry of `rewinds.json` that a restart needs."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     rewound_to: int
     data: list[dict[str, Any]] = Field(min_length=1)
-    """Position of every rank in the data."""
+    """Data position of every rank."""
 
 
 _ENTRIES = TypeAdapter(list[_Entry])
 
 
 class Rewinds:
-    """Keeps the rewinds of one run so far, restarts included; the same on every rank."""
+    """Rollbacks of one run so far, including before restarts. Identical on every rank."""
 
     def __init__(self, output_dir: Path, *, anew: bool) -> None:
-        """Read the file; every rank makes one.
+        """Read the file. Every rank must call it.
 
         Args:
-            output_dir: of the run.
-            anew: the run starts at step 0, and rewinds of an earlier one that lay here do not count.
+            anew: the run starts at step 0, so rollbacks of an earlier run in this folder do not count.
         """
         self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
         self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(anew))
@@ -61,10 +60,9 @@ class Rewinds:
         return len(self._entries)
 
     def data_states(self, checkpoint: Path) -> list[dict[str, Any]] | None:
-        """Return where the data stood when the run last went back to `checkpoint`; None where it did not since it was
-        written."""
+        """Return the data positions at the last rollback to `checkpoint` since it was saved, or None."""
         if checkpoint.parent.resolve() != self._root.resolve():
-            return None  # of another run
+            return None  # checkpoint of another run
         later = self._entries[int(read_meta(checkpoint).get("rewinds", 0)) :]
         states = [entry["data"] for entry in later if entry["rewound_to"] == step_of(checkpoint)]
         return states[-1] if states else None
@@ -72,18 +70,19 @@ class Rewinds:
     def begin(
         self, spike: Spike, data_state: dict[str, Any], *, batch_size: int, most: int
     ) -> tuple[Path, Rewind] | None:
-        """Choose the checkpoint to go back to, note it, and withdraw those from after it. Every rank calls it.
+        """Select the checkpoint to roll back to, record the rollback, and delete later checkpoints. Every rank must
+        call it.
 
-        A checkpoint of step s is good here if the loss of step s + 1, which its weights gave, was within the limit.
+        A checkpoint of step s is acceptable if the loss of step s + 1, computed with its weights, was within the limit.
 
         Args:
-            spike: what was confirmed.
-            data_state: this rank's position now, where the data will go on.
-            batch_size: samples of a step.
-            most: rewinds that are allowed.
+            spike: confirmed loss spike.
+            data_state: current data position of this rank, where training continues.
+            batch_size: samples per step.
+            most: maximum number of rollbacks.
 
         Returns:
-            None where no verified checkpoint lies before the spike.
+            None if there is no valid checkpoint before the spike.
         """
         checkpoint: Path | None = from_rank_0(lambda: newest_before(self._root, spike.since - 1))
         if checkpoint is None:
@@ -104,7 +103,7 @@ class Rewinds:
         return checkpoint, rewind
 
     def _note(self) -> None:
-        """Write the file first, then withdraw undone checkpoints: after a kill in between, a restart does that."""
+        """Write the file before deleting undone checkpoints. If killed in between, the next start deletes them."""
         try:
             write_json(self._path, self._entries)
         except OSError as error:
@@ -113,7 +112,7 @@ class Rewinds:
 
 
 def read_rewinds(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of `rewinds.json`; [] where there is none."""
+    """Return the entries of `rewinds.json`, or [] if there is no file."""
     try:
         return [entry.model_dump() for entry in _ENTRIES.validate_json(path.read_bytes())]
     except FileNotFoundError:
@@ -128,12 +127,12 @@ def read_rewinds(path: Path) -> list[dict[str, Any]]:
 
 
 def newest_before(root: Path, step: int) -> Path | None:
-    """Return the newest checkpoint below `step` that verifies. Reads every byte of it: call it on one rank."""
+    """Return the latest valid checkpoint below `step`. Reads all of its bytes, so call it on one rank."""
     return next((path for path in checkpoints(root) if (step_of(path) or 0) < step and not verify(path)), None)
 
 
 def finish_rewind(output_dir: Path) -> None:
-    """Remove checkpoints of steps that the last rollback has undone. Every start calls it, in case of a kill."""
+    """Delete checkpoints of steps that the last rollback undid. Called at every start, in case the run was killed."""
     entries, root = read_rewinds(output_dir / REWINDS), output_dir / "checkpoints"
     if not entries:
         return
@@ -146,7 +145,7 @@ def finish_rewind(output_dir: Path) -> None:
 
 
 def _rewinds_before(checkpoint: Path) -> int:
-    """Count the rewinds before it was saved; of a damaged checkpoint, which no resume takes, as if it were new."""
+    """Return the number of rollbacks before a checkpoint was saved. A corrupt checkpoint counts as new."""
     try:
         return int(read_meta(checkpoint).get("rewinds", 0))
     except (CheckpointError, ValueError):

@@ -1,4 +1,4 @@
-"""Set a run up: batch and engine checked, streams opened, the engine started with its first weights."""
+"""Setup of a run: batch size and engine config, data streams, and an engine with initialized weights."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ from m3i_scale.scale.peak import compute_dtype
 
 @dataclass
 class ResolvedRun(RunWithData):
-    """Holds a run that holds together: recipe, data, engine configuration."""
+    """Validated run: recipe, data and DeepSpeed config."""
 
     deepspeed: ResolvedConfig
     accumulation: int
     image_counts: list[int] | None = None
-    """In how many images for training a category is, where categories.json says so (LVIS)."""
+    """Number of training images per category, if categories.json has it (LVIS)."""
     measures_precision: bool = False
-    """Whether evaluations write average precision; see `source_checks.measures_precision`."""
+    """Whether evaluations compute average precision; see `source_checks.measures_precision`."""
 
     def in_phase(self, number: int) -> ResolvedRun:
-        """Return the run as one of its phases has it: image size, micro-batch and accumulation; itself where it has no
-        phases. See `RunConfig.in_phase`."""
+        """Return the run with the image size, micro-batch size and accumulation of a stage. Without stages, return the
+        run itself. See `RunConfig.in_phase`."""
         if not self.run.phases:
             return self
         run = self.run.in_phase(number)
@@ -68,14 +68,13 @@ class ResolvedRun(RunWithData):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must share with a run that goes on from it: the shape of the model and what it
-        learns.
+        """Return the properties that a run must share with a checkpoint to resume from it: model shape and objective.
 
-        Reads every byte of the teachers, once: ask for it on one rank.
+        The first access reads all teacher files completely, so only use it on one rank.
         """
         run = self.run
         model = backbone_config(run.backbone).to_diff_dict()
-        for key in ("transformers_version", "_name_or_path"):  # says nothing about the weights
+        for key in ("transformers_version", "_name_or_path"):  # irrelevant for the weights
             model.pop(key, None)
         return {
             "recipe": without_folders(run.recipe),
@@ -93,7 +92,7 @@ class ResolvedRun(RunWithData):
         } | self._task_identity()
 
     def _task_identity(self) -> dict[str, Any]:
-        """Return all that the result of a task is named by."""
+        """Return the settings that identify the result of a task."""
         run = self.run
         if run.task is None:
             return {}
@@ -111,7 +110,7 @@ class ResolvedRun(RunWithData):
 
 
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
-    """Return the run's DeepSpeed file, filled in."""
+    """Return the DeepSpeed config of the run with all "auto" values resolved."""
     optim = run.optim
     resolved = resolve(
         load_ds_config(run.deepspeed),
@@ -140,12 +139,10 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
 def open_data(
     resolved: ResolvedRun, ranks: ProcessGroupRanks, workers: Sequence[PartWorkers] = ()
 ) -> tuple[TrainStream, TrainStream | None]:
-    """Return this rank's streams for training and for validation; every rank calls it.
+    """Open the training and validation streams of this rank. Every rank must call it.
 
     Args:
-        resolved: of the run.
-        ranks: of the run.
-        workers: of `started_workers`; without them, each iterator starts some.
+        workers: result of `started_workers`. Without it, each iterator starts its worker processes.
     """
     of_training, of_validation = (*workers, None, None)[:2]
     stream = open_together(lambda: open_stream(resolved, ranks, of_training, pin=pinning()))
@@ -164,13 +161,11 @@ def start_engine(
     *,
     reads_source: bool = True,
 ) -> tuple[Any, ShardedMomentum | None]:
-    """Build the partitioned modules, give them their first weights, start DeepSpeed and the momentum target.
+    """Build the partitioned modules, initialize the weights, and start DeepSpeed and the EMA.
 
     Args:
-        resolved: of the run.
-        ranks: of the run.
-        report_start: called on rank 0 with what became of every tensor of `backbone.from_pretrained`.
-        reads_source: False where a checkpoint is loaded right after, over whatever the backbone starts from.
+        report_start: called on rank 0 with a report on every tensor of `backbone.from_pretrained`.
+        reads_source: load the pretrained weights. False if a checkpoint is loaded right after.
     """
     run = resolved.run
     allow_tf32(compute_dtype(resolved.deepspeed.config))
@@ -185,9 +180,9 @@ def start_engine(
     order_gathers(engine)
     refuse_unwritable(engine, kept_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
-    apply_activation_checkpointing(engine.module, policy)  # a budget: all, until counted
+    apply_activation_checkpointing(engine.module, policy)  # with a memory budget: all layers, until memory is measured
     pairs = momentum_pairs(engine.module)
-    computes = resolved.recipe.momentum is not None  # that of a task is exported, and no target
+    computes = resolved.recipe.momentum is not None  # the EMA of a task is only exported, not a target
     return engine, ShardedMomentum(engine, pairs, computes=computes) if pairs else None
 
 
@@ -199,7 +194,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
         prepare(objective, resolved.run.task, len(names), resolved.run.data.augment.erasing)
-        torch.manual_seed(resolved.run.seed + ranks.rank)  # what drops branches must not drop the same on every rank
+        torch.manual_seed(resolved.run.seed + ranks.rank)  # stochastic depth must drop different branches on every rank
     return objective
 
 
@@ -226,5 +221,5 @@ def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart,
 
 
 def run_yaml(run: RunConfig) -> str:
-    """Return the complete run file, defaults included."""
+    """Return the complete config as YAML, including defaults."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Refuse, before step 1, settings of sources that have no effect in this run, or another one than was meant."""
+"""Validation of dataset settings before step 1: settings without effect, or with an unintended one, are errors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from m3i_scale.text import without_secrets
 
 
 def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, *, there: bool = True) -> None:
-    """Refuse settings of sources without effect, and targets that no source has left.
+    """Validate that dataset settings have an effect, and that every target has a dataset.
 
     Args:
-        run: the run file.
-        recipe: of the run.
-        access: how servers are asked.
-        there: whether the shards are; else nothing is looked for beside them.
+        access: access to remote servers.
+        there: whether the shards exist. If not, files next to them are not checked.
     """
     sources, file = run.data.sources, recipe.labels_file
     for name, source in sources.items():
@@ -65,15 +63,14 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
 
 
 def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = None) -> bool:
-    """Return whether evaluations write average precision: of a detector, on images of which every object is known.
+    """Return whether evaluations compute average precision. This requires a detector, and images with complete
+    annotations.
 
-    Of LVIS's it is not known which categories were looked for once an image is in a batch; counted as COCO's, a right
-    prediction of another category would be false.
+    LVIS images are only annotated for some categories, and batches do not record which. With COCO's rules, a correct
+    prediction of another category would count as false.
 
     Args:
-        run: the run file.
-        recipe: of the run.
-        access: how servers are asked.
+        access: access to remote servers.
     """
     if recipe.labels_file != CATEGORIES or not run.data.validation:
         return False
@@ -91,7 +88,7 @@ def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = N
                 fix="checkpoint.keep_best={metric: evaluation/loss, mode: min}",
             )
         return False
-    if recipe.reads == "boxes":  # of masks it is known by now
+    if recipe.reads == "boxes":  # for masks this has been checked already
         check_library("evaluation.every_steps")
     return True
 
@@ -100,11 +97,11 @@ _NAMED = {
     MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, beside the shards"),
     CATEGORIES: ("boxes", "make the shards by `m3i-scale shards make coco`, which writes it"),
 }
-"""What a file names the classes of, and where it comes from."""
+"""Annotations that use the classes in a file, and how to create the file."""
 
 
 def _check_class_names(source: SourceConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
-    """Check that a file beside the shards of a source names the classes of its masks or boxes."""
+    """Validate that a file next to the shards names the classes of the masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
         raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
@@ -125,7 +122,8 @@ def _check_class_names(source: SourceConfig, where: str, access: Access | None, 
 
 
 def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:
-    """Refuse label sets in another order: heads are numbered, so each would go on with the weights of another."""
+    """Validate that the label spaces have the same order. Heads are numbered, so each would otherwise resume with
+    the weights of another one."""
     if saved and now and set(saved) == set(now) and list(saved) != list(now):
         raise CheckpointError(
             f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",

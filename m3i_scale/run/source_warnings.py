@@ -1,4 +1,4 @@
-"""Warn of data that a run reads too often: shards in two sources, too many validation batches, or too many epochs."""
+"""Warnings about data that is read too often: shards in two datasets, too many validation batches, too many epochs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from m3i_scale.data.shards import expand_shards, samples_beside
 from m3i_scale.errors import UserError
 
 MOST_EPOCHS = 1600
-"""The longest published training of a built-in recipe (MAE, SIM)."""
+"""Longest published training of a built-in recipe (MAE, SIM), in epochs."""
 
 
 def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = None) -> Iterator[str]:
-    """Yield warnings about the sources of a run. A source that cannot be listed is an error elsewhere.
+    """Yield warnings about the datasets of a run. Datasets that cannot be listed are reported as errors elsewhere.
 
     Args:
-        run: the run.
-        ranks: of the run; None if they are not known.
-        access: how servers are asked; None: they are not.
+        ranks: number of ranks, or None if unknown.
+        access: access to remote servers; None: do not contact them.
     """
     shards_of = {f"data.sources.{name}": _listed(source, access) for name, source in run.data.sources.items()}
     held_out = {f"data.validation.{name}": _listed(source, access) for name, source in run.data.validation.items()}
@@ -59,8 +58,8 @@ def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iter
 
 
 def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
-    """Yield sources that the run repeats more often than any published training. Sources without a manifest, and
-    mixtures with a schedule, are left out."""
+    """Warn about datasets that are repeated more often than in any published training. Datasets without a manifest
+    and mixtures with a schedule are not checked."""
     sources = run.data.sources
     weights = {name: source.weight for name, source in sources.items() if not isinstance(source.weight, list)}
     total = sum(weights.values())
@@ -81,12 +80,12 @@ def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
 
 
 def _may_be_read(source: SourceConfig, access: Access | None) -> bool:
-    """Return whether what lies beside shards can be read; nothing lies beside a pipe."""
+    """Return whether files next to the shards can be read. Pipes have no such files."""
     return not source.shards.startswith("pipe:") and (access is not None or not is_remote(source.shards))
 
 
 def _listed(source: SourceConfig, access: Access | None) -> frozenset[str]:
-    """Return the shards of a source, by which they can be compared; none if they cannot be listed."""
+    """Return the shards of a dataset in comparable form; empty if they cannot be listed."""
     if not _may_be_read(source, access):
         return frozenset()
     try:

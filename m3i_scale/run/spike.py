@@ -1,4 +1,4 @@
-"""Decide when the loss of a step is a spike, by a robust score over the losses before it. Numbers only."""
+"""Loss-spike detection with a robust z-score over the previous losses. Pure Python, without tensors."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 from m3i_scale.config import SpikeConfig
 
 MAD_TO_DEVIATION = 1.4826
-"""Standard deviations of a normal distribution in one median absolute deviation."""
+"""Standard deviation of a normal distribution per median absolute deviation."""
 LEAST_DEVIATION = 1e-3
-"""As a share of the median: losses that have hardly moved must not make the next rounding error a spike."""
+"""Minimum deviation as a fraction of the median, so that rounding errors of a constant loss are not spikes."""
 
 
 @dataclass(frozen=True)
 class Spike:
-    """Describes a loss that has been above the limit for `patience` steps in a row."""
+    """Loss that exceeded the limit for `patience` consecutive steps."""
 
     step: int
-    """The last of them."""
+    """Last of these steps."""
     since: int
-    """The first of them."""
+    """First of these steps."""
     loss: float
-    """Of the last one; NaN where it was not finite."""
+    """Loss of the last step; NaN if it was not finite."""
     median: float
-    """Of the window."""
+    """Median of the window."""
     limit: float
-    """What the loss was not to exceed."""
+    """Upper limit of the loss."""
 
     def __str__(self) -> str:
         return (
@@ -40,12 +40,12 @@ class Spike:
 
 
 class SpikeWatch:
-    """Judges the global loss of every step. One-sided: a loss that falls fast is no fault.
+    """One-sided loss-spike detector on the global loss of every step. A rapidly falling loss is not a spike.
 
     The limit is median + z · max(1.4826 · MAD, 0.001 · |median|) over the window, with MAD the median absolute
     deviation from the median (Leys et al. 2013, "Detecting outliers: do not use standard deviation around the mean, use
-    absolute deviation around the median"). Losses above it stay out of the window, until a spike has been told that was
-    not undone: then what comes is the new level.
+    absolute deviation around the median"). Losses above the limit stay out of the window. After a reported spike
+    without a rollback they enter it as the new level.
     """
 
     def __init__(self, config: SpikeConfig) -> None:
@@ -54,7 +54,7 @@ class SpikeWatch:
         self._above = self._since = 0
 
     def limit(self) -> tuple[float, float] | None:
-        """Return (median, limit) for the next loss; None with too short a history."""
+        """Return (median, limit) for the next loss, or None if the history is too short."""
         if len(self._losses) < self.config.min_history:
             return None
         middle = median(self._losses)
@@ -62,10 +62,10 @@ class SpikeWatch:
         return middle, middle + self.config.z * max(deviation, LEAST_DEVIATION * abs(middle))
 
     def add(self, step: int, loss: float) -> Spike | None:
-        """Judge the loss of a step and remember it; one that is not finite is above every limit.
+        """Add the loss of a step; a non-finite loss exceeds every limit.
 
         Returns:
-            The spike, at its `patience`-th step and only then.
+            The spike, only at its `patience`-th step.
         """
         bounds = self.limit()
         if bounds is None or loss <= bounds[1]:
@@ -80,7 +80,7 @@ class SpikeWatch:
         return Spike(step, self._since, loss, *bounds) if self._above == self.config.patience else None
 
     def forget(self) -> None:
-        """Begin anew: what comes has another level than the losses before it."""
+        """Clear the history, because the following losses have a different level."""
         self._losses.clear()
         self._above = self._since = 0
 
@@ -89,10 +89,10 @@ class SpikeWatch:
             self._losses.append(loss)
 
     def state(self) -> dict[str, Any]:
-        """Return the state as JSON types: with it, a resumed run judges as the one that was interrupted would have."""
+        """Return the detector state in JSON types, so that a resumed run behaves as if uninterrupted."""
         return {"losses": list(self._losses), "above": self._above, "since": self._since}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave; only the newest losses where the window is now shorter."""
+        """Restore the result of `state`. If the window is now shorter, only the latest losses remain."""
         self._losses = deque(state["losses"], maxlen=self.config.window)
         self._above, self._since = int(state["above"]), int(state["since"])

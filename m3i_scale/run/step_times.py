@@ -1,5 +1,5 @@
-"""Measure the time of a step by phase, without waiting for the device before a step is logged; and set how long ranks
-wait for each other: long at the start and round checkpoints, short within steps."""
+"""Step timing by profiler section without device synchronization between logged steps, and collective timeouts: long
+at startup and around checkpoints, short within steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ R = TypeVar("R")
 
 
 class StepTimes:
-    """Measures time by phase since the last reset. A phase inside another one does not count in the outer one too.
+    """Timer by profiler section since the last reset. Time in a nested section does not count in the outer one.
 
-    Every change of phase sets a mark. On an accelerator that runs beside the host, a mark is an event in its stream:
-    what is measured is when the device gets there, and no mark waits for it.
+    Every change of section sets a mark. On an asynchronous accelerator, a mark is an event in its stream: it measures
+    when the device reaches it, without synchronization.
     """
 
     def __init__(self) -> None:
@@ -34,19 +34,19 @@ class StepTimes:
         self._host = bool(self._accelerator.is_synchronized_device())
         self._now = "other"
         self.on_change: Callable[[str], object] = lambda phase: None
-        """Called at every change of phase, but for those after an error."""
+        """Called at every change of section, except after an error."""
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew, in the current phase."""
+        """Restart the timer in the current section."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._marks: deque[tuple[str, Any]] = deque()
         self._mark(self._now)
 
     @contextlib.contextmanager
     def span(self, phase: str) -> Iterator[None]:
-        """Count the time inside as `phase`; the phase around it goes on afterwards. After an error `on_change` is not
-        called: the error came up in here."""
+        """Count the time inside as `phase`, then continue the outer section. After an error `on_change` is not called,
+        so that the section of the error stays reported."""
         around = self._now
         self._mark(phase)
         try:
@@ -57,7 +57,7 @@ class StepTimes:
         self._mark(around)
 
     def timed(self, phase: str, function: Callable[P, R]) -> Callable[P, R]:
-        """Return `function`, with its calls counted as `phase`."""
+        """Wrap `function` so that its calls count as `phase`."""
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -67,12 +67,12 @@ class StepTimes:
         return call
 
     def end_step(self) -> None:
-        """Add up the marks that the device has passed, so that they do not pile up between logged steps."""
+        """Accumulate the marks that the device has passed, so that they do not pile up between logged steps."""
         while len(self._marks) > 1 and (self._host or self._marks[1][1].query()):
             self._take()
 
     def shares(self) -> dict[str, float]:
-        """Return the share of every phase in the time since the last reset; waits for the device."""
+        """Return the fraction of time per section since the last reset. Synchronizes with the device."""
         self._mark(self._now)
         self._accelerator.synchronize()
         while len(self._marks) > 1:
@@ -94,20 +94,19 @@ class StepTimes:
     def _take(self) -> None:
         phase, begin = self._marks.popleft()
         end = self._marks[0][1]
-        self.seconds[phase] += end - begin if self._host else begin.elapsed_time(end) / 1e3  # events tell ms
+        self.seconds[phase] += end - begin if self._host else begin.elapsed_time(end) / 1e3  # events return ms
 
 
 _LONG_STEPS = 2
-"""The first steps also allocate, and compile where the run file says so; so do those with images of another size."""
+"""First steps also allocate memory and compile, if enabled, and so do the first steps with a new image size."""
 
 
 class Timeouts:
-    """Sets the timeout of collectives as the loop goes on. Every rank makes the same calls.
+    """Collective timeouts, adjusted during the training loop. Every rank must make the same calls.
 
     Args:
-        timeouts: of the run file.
-        step_times: whose changes say where this rank is.
-        heartbeat: of this rank.
+        timeouts: timeouts of the config.
+        step_times: its section changes update the heartbeat.
     """
 
     def __init__(self, timeouts: TimeoutsConfig, step_times: StepTimes, heartbeat: Heartbeat) -> None:
@@ -115,22 +114,22 @@ class Timeouts:
         self._steps = 0
 
     def end_step(self) -> None:
-        """Note that a step is done."""
+        """Count a completed step."""
         self._steps += 1
         if self._steps == _LONG_STEPS:
             set_timeout(self._timeouts.step_s)
 
     def begin_phase(self) -> None:
-        """Allow the timeout of a start for the next steps."""
+        """Apply the startup timeout to the next steps."""
         self._steps = 0
         set_timeout(self._timeouts.start_s)
 
     @contextlib.contextmanager
     def outside_of_steps(self, name: str) -> Iterator[None]:
-        """Allow the timeout of a start for work that one rank may do alone while the others wait, as saving is.
+        """Apply the startup timeout to work that one rank may do alone while the others wait, such as saving.
 
         Args:
-            name: the phase of this rank meanwhile. After an error it stays so, for the record of the failure.
+            name: phase of this rank in the meantime. It remains after an error, for the error report.
         """
         around = self._heartbeat.phase
         on_change, self._step_times.on_change = self._step_times.on_change, lambda phase: None

@@ -1,4 +1,4 @@
-"""`m3i-scale stop` has a run finish its step, save and leave, wherever it runs."""
+"""`m3i-scale stop`: stop a run gracefully, on whichever nodes it runs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _TELL_S = 60.0
 
 
 def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Ask a run to stop, through a file in its output folder that rank 0 looks for after every step. So it does not
-    matter on which host, in which container or under which launcher it runs.
+    """Request a run to stop, through a file in its output directory that rank 0 checks after every step. It works
+    across nodes, containers and launchers.
 
     Args:
-        run: its output folder, or its run file (or the name of a built-in one).
-        overrides: of the run file.
-        wait: until it has ended.
-        tell: is told what happens meanwhile.
+        run: output directory of the run, its config file, or the name of a built-in config file.
+        overrides: overrides of the config file.
+        wait: wait until the run has stopped.
+        tell: called with progress messages.
 
     Returns:
-        `status` (`idle`, `asked`, `stopped`, `finished`, or `ended`: by something else), `output_dir`, `step` and
-        `checkpoint` (the newest, or None), `text`.
+        `status` (`idle`, `asked`, `stopped`, `finished`, or `ended` for any other reason), `output_dir`, `step` and
+        `checkpoint` (the latest, or None), `text`.
     """
     folder = _folder(run, overrides)
     holder = holder_of(folder)
@@ -63,7 +63,7 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
 
 
 def _last_status(folder: Path) -> str | None:
-    """Return what the run wrote into metrics.jsonl when it left; None where it did not get so far."""
+    """Return the final status of the run in metrics.jsonl, or None if it is missing."""
     try:
         with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
             last = json.loads(deque(file, maxlen=1)[0])
@@ -100,7 +100,7 @@ def _await_end(folder: Path, holder: Holder, tell: Callable[[str], None]) -> Non
 def _holds(folder: Path, holder: Holder) -> bool:
     try:
         return holder_of(folder) == holder
-    except CheckpointError:  # it has removed its note and lets go, or another one is just starting
+    except CheckpointError:  # the lock is being released, or another run is starting
         return False
 
 

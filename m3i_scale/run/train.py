@@ -1,4 +1,4 @@
-"""Train: the ranks meet, the run's folder is locked, a checkpoint is found, the loop begins."""
+"""Entry point of training: connect the ranks, lock the output directory, find a checkpoint, and run the loop."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
 
 def make_callbacks(run: RunConfig) -> list[Callback]:
-    """Return the callbacks that the run file asks for; the one of metrics.jsonl always."""
+    """Return the callbacks configured in `log`, and always the writer of metrics.jsonl."""
     callbacks: list[Callback] = [MetricsWriter()]
     if run.log.progress:
         from m3i_scale.run.callbacks.progress import ProgressDisplay
@@ -58,11 +58,10 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
 
 
 def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
-    """Join the other ranks and train.
+    """Connect to the other ranks and train.
 
     Args:
-        run: the run file.
-        warnings: about the command line, which rank 0 prints with those about the run.
+        warnings: warnings about the command line. Rank 0 prints them with the warnings about the run.
     """
     extend_segments()
     torch.manual_seed(run.seed)
@@ -86,22 +85,22 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
                 clean = True
             finally:
                 stop_ranks(wait=clean)
-    if status == "preempted" and ranks.rank == 0 and launch_of(run.output_dir) is None:  # else the launch says it
+    if status == "preempted" and ranks.rank == 0 and launch_of(run.output_dir) is None:  # else the launcher does
         print_rank0(stopped_words(run.output_dir / "checkpoints"))
     return status
 
 
 def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
-    """Check the run before the ranks meet and before anything is built for them.
+    """Validate the run before the rendezvous and before anything is built.
 
     Returns:
-        A function that gives the resolved run, or raises its fault: it is called once the ranks have met, since one
-        host with a fault would leave the others waiting.
+        A function that returns the resolved run or raises its error. Call it after the rendezvous, because a node that
+        fails earlier would leave the others waiting.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         resolved = resolve_run(run, world)
-    except Exception as error:  # raised when the ranks have met
+    except Exception as error:  # raised after the rendezvous
         if isinstance(error, UserError) and (ranks_on_host(os.environ) or 1) == world:
             raise
         fault = error
@@ -115,7 +114,7 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
 
 
 def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], warnings: Sequence[str]) -> None:
-    """Print what will run, before it runs."""
+    """Print the settings of the run before it starts."""
     run, config = resolved.run, resolved.deepspeed.config
     _CONSOLE.print(explain_table(resolved.deepspeed))
     for line in phase_lines(run):
@@ -132,7 +131,7 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], 
 
 
 def print_rank0(text: str) -> None:
-    """Print one line for people."""
+    """Print one line for the user."""
     _CONSOLE.print(text, markup=False, highlight=False)
 
 
@@ -145,16 +144,15 @@ def train(
     workers: Sequence[PartWorkers] = (),
     warnings: Sequence[str] = (),
 ) -> Status:
-    """Check, lock, resume, train. Every rank calls it.
+    """Validate, lock, resume and train. Every rank must call it.
 
     Args:
-        run: the run file.
-        ranks: that have joined.
-        callbacks: of rank 0; those of other ranks are not called.
-        heartbeat: says where this rank is.
-        resolve: gives the resolved run where that was made before the ranks met, or raises its fault.
-        workers: of `started_workers`.
-        warnings: about the command line.
+        ranks: connected process group.
+        callbacks: used on rank 0 only.
+        heartbeat: reports the current phase of this rank.
+        resolve: returns the run that was resolved before the rendezvous, or raises its error.
+        workers: result of `started_workers`.
+        warnings: warnings about the command line.
     """
     heartbeat = heartbeat or Heartbeat(None)
     heartbeat.at("open")
@@ -170,7 +168,7 @@ def train(
             from_rank_0(lambda: check_counts(resume_from, run.optim.batch_size))
         check_machines(resolved, print_rank0)
         from_rank_0(lambda: _write_settings(resolved))
-        # Before the tables about the engine: what is wrong with the data should not stand below them.
+        # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_phase(0), ranks, workers)
         if ranks.rank == 0:
             announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
@@ -188,16 +186,16 @@ def train(
 
 
 def _lock(run: RunConfig, stack: contextlib.ExitStack) -> None:
-    """Hold the run's folder, and clear what a killed job left half written."""
+    """Lock the output directory and clean up incomplete files of a killed job."""
     stack.enter_context(lock_directory(run.output_dir, trains=True))
     sweep(run.output_dir / "checkpoints")
     finish_rewind(run.output_dir)
 
 
 def _write_settings(resolved: ResolvedRun) -> None:
-    """Write the run file and the tokenizer that an export needs. Called only once nothing is left to refuse."""
+    """Write the config and the tokenizer for exports. Call it only after all validation."""
     folder = resolved.run.output_dir
-    _ = resolved.identity  # that of the teachers' files as they are now, not as they are at the first save
+    _ = resolved.identity  # hash the teachers' files now, not at the first save
     try:
         atomic_write(folder / "run.yaml", run_yaml(resolved.run))
         write_json(folder / "deepspeed.json", resolved.deepspeed.config)

@@ -1,4 +1,4 @@
-"""The training loop. What acts beside the training step is a hook, what only looks on a callback."""
+"""Training loop. Hooks act on all ranks around the training step; callbacks only observe, on rank 0."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Status = Literal["finished", "preempted"]
 
 
 class Trainer:
-    """Trains one run on one rank, from the newest good checkpoint to the last step or to a signal."""
+    """Training loop of one run on one rank, from the latest valid checkpoint to the last step or to a stop signal."""
 
     def __init__(
         self,
@@ -62,13 +62,12 @@ class Trainer:
         tell: Callable[[str], None] = lambda text: None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        """Open the run's own data where no stream of micro-batches is given (see `open_data`); `tell` is of rank
-        0."""
+        """Prepare the run. Opens its data if no stream is passed (see `open_data`). `tell` is only used on rank 0."""
         self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
         if ranks.rank != 0:
             callbacks, tell = [], lambda text: None
         self.phases = [resolved.in_phase(number) for number in range(max(len(self.run.phases), 1))]
-        """The run as each of its phases has it; itself where it has none."""
+        """The run with the settings of each stage; a single entry without stages."""
         if stream is None:
             stream, validation = open_data(self.phases[0], ranks)
         if validation is None and self.run.evaluation.every_steps:
@@ -82,13 +81,13 @@ class Trainer:
         check_guard_room(resolved.run, bytes_wanted(engine, momentum))
         set_micro_batch_size(engine, self.phases[0].run.optim.micro_batch_size)
         self.activations = set_activations(resolved.run, engine, stream)
-        """Which layers recompute, in words."""
+        """Description of the activation checkpointing, for the log."""
         self.device = torch.device(get_accelerator().current_device_name())
         self.work = count_work(self.phases[0])
         self.meter = Meter(engine.module, self.run.optim.steps, self.run.optim.batch_size, self.work)
         self.step_times = self.meter.step_times
         engine.module.span = self.step_times.span
-        # What is left of the reduction when the backward pass is over; the engine calls it by this name.
+        # The engine calls this name for the gradient reduction that remains after the backward pass.
         engine.allreduce_gradients = self.step_times.timed("reduce", engine.allreduce_gradients)
         timeouts = Timeouts(self.run.timeouts, self.step_times, self.heartbeat)
         self.state = TrainState(
@@ -100,7 +99,7 @@ class Trainer:
         guard = Guard(self.state, lambda: self.meter.gradients)
         self.preemption = Preemption(self.state, self.run.output_dir if ranks.rank == 0 else None)
         self.checkpointing = Checkpointing(self.state, resume_from, guard, rewinds)
-        # After a step the guard judges it before its record is written, and a step that is undone is not evaluated.
+        # The guard must judge a step before its record is written, and undone steps must not be evaluated.
         self.hooks: list[Hook] = [
             Garbage(),
             self.preemption,
@@ -115,12 +114,12 @@ class Trainer:
     def _pictures(self, validation: TrainStream | None) -> list[Hook]:
         if not self.run.log.pictures_every_steps:
             return []
-        from m3i_scale.run.hooks.pictures import Pictures  # what draws takes seconds to import
+        from m3i_scale.run.hooks.pictures import Pictures  # plotting modules take seconds to import
 
         return [Pictures(self.state, validation, self.device)]
 
     def long_run_note(self, first_step: int) -> str | None:
-        """Return `m3i_scale.run.meter.long_run_note` for the steps from `first_step` on."""
+        """Return the long-run note (`m3i_scale.run.meter.long_run_note`) for the steps from `first_step` on."""
         optim, work = self.run.optim, self.work
         left = optim.steps - first_step
         if self.run.phases and left > 0:
@@ -133,7 +132,7 @@ class Trainer:
         return long_run_note(work, left, optim.batch_size, self.state.ranks.world_size)
 
     def fit(self) -> Status:
-        """Train, and return how the run ended; raise a UserError where it must not go on."""
+        """Train until the end of the run. Return how it ended, or raise a UserError if it must not continue."""
         state = self.state
         self.preemption.install()
         self.heartbeat.at("resume")
@@ -146,7 +145,7 @@ class Trainer:
             self._loop()
             status = "preempted" if state.stopping and state.step < self.run.optim.steps else "finished"
         except UserError as error:
-            if error.everywhere:  # all ranks are here
+            if error.everywhere:  # raised on all ranks, so collectives are safe
                 for hook in self.hooks:
                     hook.on_error()
             raise
@@ -184,11 +183,11 @@ class Trainer:
             hook.on_finish()
 
     def _train_phase(self) -> bool:
-        """Train as long as the phase goes that the next step is of; return whether the data have ended."""
+        """Train until the stage of the next step ends. Return whether the data is exhausted."""
         state = self.state
         self._enter_phase()
         self._tell_phase()
-        # Closing ends what reads ahead here, while everything still stands, and not at the exit of the interpreter.
+        # Stop the data readers here, while the process is intact, instead of at interpreter exit.
         with contextlib.closing(iter(state.stream)) as batches_of_rank:
             batches = StepBatches(state.stream, batches_of_rank, state.phase.accumulation)
             self.fetcher = Fetcher(batches)
@@ -204,8 +203,8 @@ class Trainer:
         return self.phases[self.run.phase_at(step)]
 
     def _enter_phase(self) -> None:
-        """Go over to the phase of the next step, where that is another one than that in hand: its images and
-        micro-batches come from the next sample on; weights, optimizer and averages are untouched."""
+        """Switch to the stage of the next step if it changes. Image and micro-batch size change from the next sample
+        on; weights, optimizer and EMA stay unchanged."""
         state, phase = self.state, self._phase_of(self.state.step)
         if phase is state.phase:
             return
@@ -220,7 +219,7 @@ class Trainer:
         self.meter.reset()
 
     def _tell_phase(self) -> None:
-        """Tell hooks and callbacks of a phase that begins with the next step; in the middle of one, of nothing."""
+        """Notify hooks and callbacks if a stage begins with the next step."""
         state = self.state
         if not self.run.phases or state.step not in self.run.phase_starts:
             return
@@ -234,7 +233,7 @@ class Trainer:
         )
 
     def _data_ended(self, batches: StepBatches) -> bool:
-        """Return whether the data have ended, and say so where they have."""
+        """Return whether the data is exhausted, and log it if so."""
         with self.step_times.span("fetch"):
             ended = batches.ended()
         self.meter.add_wait(batches.waited_s)
@@ -247,17 +246,17 @@ class Trainer:
         return ended
 
     def train_step(self) -> None:
-        """Take one step, after which the hooks act; none acts after the one that has undone the step."""
+        """Run one optimizer step, then the hooks. If a hook undoes the step, later hooks do not run."""
         self._optimizer_step()
         if any(hook.post_step() for hook in self.hooks):
             for hook in self.hooks:
                 hook.on_rewind()
 
     def _optimizer_step(self) -> None:
-        """Take one optimizer step over the global batch: every forward and backward pass, the vote, the step."""
+        """Run the forward and backward passes of a global batch, the vote of all ranks, and the optimizer step."""
         state, run = self.state, self.run
         done = state.step + 1
-        # No record is of two phases: their steps take other times.
+        # Steps of different stages take different times, so no record may cover two stages.
         state.logged = done % run.log.every_steps == 0 or done in (run.optim.steps, *run.phase_starts)
         state.lr = learning_rate(state.step, run.optim)
         state.engine.module.progress = state.step / run.optim.steps
@@ -269,18 +268,17 @@ class Trainer:
                 last = number + 1 == state.phase.accumulation
                 state.engine.module.measure_health = state.logged and last
                 self._micro_batch()
-                if last:  # one vote a step, however many micro-batches
+                if last:  # one vote per step, regardless of gradient accumulation
                     self._vote()
                 with self.step_times.span("step"):
                     take_step(state.engine)
-        state.applied = state.engine.was_step_applied()  # else the average does not move either
+        state.applied = state.engine.was_step_applied()  # a skipped step does not update the EMA either
         self._update_average()
         state.step += 1
         self.heartbeat.at("other", state.step)
         state.timeouts.end_step()
 
     def _micro_batch(self) -> None:
-        """Run one forward and backward pass."""
         state = self.state
         batch = self._next_batch()
         with self.step_times.span("forward"):
@@ -301,7 +299,7 @@ class Trainer:
             return self.copy(batch)
 
     def _vote(self) -> None:
-        """Exchange the votes of all ranks on the step, before the optimizer takes it, in one collective."""
+        """Exchange the votes of all ranks on the step in one collective, before the optimizer step."""
         state = self.state
         losses = torch.stack([micro_batch.loss for micro_batch in state.micro_batches]).float()
         (bad, starved, *voted), state.loss, sums = agree_and_average(
@@ -329,8 +327,7 @@ class Trainer:
 
 
 def ema_decay(step: int, resolved: ResolvedRun) -> float:
-    """Return the decay of the average at a step: that of a task warms up, that of a momentum target follows its
-    schedule."""
+    """Return the EMA decay at a step. It warms up for a task and follows a schedule for an EMA teacher."""
     task, schedule = resolved.run.task, resolved.recipe.momentum
     if task is not None and task.ema is not None:
         return warmed_up_decay(step, task.ema)
@@ -340,12 +337,12 @@ def ema_decay(step: int, resolved: ResolvedRun) -> float:
 
 
 def count_work(resolved: ResolvedRun) -> Work:
-    """Count the FLOPs of a step, on every rank alike, and take the peak that MFU is a share of."""
+    """Count the FLOPs per step and determine the peak FLOP/s for MFU, identically on every rank."""
     given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
     peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
     return Work(flop_of(resolved), resolved.run.text.max_tokens, peak)
 
 
 def flop_of(resolved: ResolvedRun) -> dict[str, float]:
-    """Return the FLOPs of a step of a phase, as `step_flop` has them."""
+    """Return the FLOPs per step of a stage, as computed by `step_flop`."""
     return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)

@@ -1,4 +1,4 @@
-"""Put a run file and its data together, and open its stream: what every loop needs, whatever engine trains."""
+"""Validation of a config against its data, and its data streams, independent of the training engine."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from m3i_scale.scale.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_
 
 @dataclass
 class RunWithData:
-    """Holds a run whose recipe, backbone and data hold together."""
+    """Run whose recipe, backbone and data have been validated together."""
 
     run: RunConfig
     recipe: Recipe
     label_sets: dict[str, list[str]]
     tokenizer: PreTrainedTokenizerBase | None
     image_size: int
-    """Side of the images in pixels, as the first phase of the run has it."""
+    """Image size of the first stage in pixels."""
 
     @property
     def vocab_size(self) -> int | None:
-        """Return the size of the tokenizer; None without a text target."""
+        """Return the vocabulary size of the tokenizer, or None without a text target."""
         return len(self.tokenizer) if self.tokenizer is not None else None
 
 
 def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
-    """Check a run file against its data and the number of ranks, whatever engine trains it."""
+    """Validate a config against its data and the number of ranks, independent of the training engine."""
     if len(run.phases) > 1:
         raise ConfigError(
             f"the run has {len(run.phases)} phases, and a loop of your own has one at a time",
@@ -73,7 +73,7 @@ def open_stream(
     validation: bool = False,
     pin: Callable[[Tensor], Tensor] | None = None,
 ) -> TrainStream:
-    """Return this rank's stream of micro-batches; for validation without augmentation, and always from the start."""
+    """Open this rank's stream of micro-batches. Validation has no augmentation and starts at the first sample."""
     run = given.run
     output_dir = run.output_dir
     return TrainStream(

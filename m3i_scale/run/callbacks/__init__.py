@@ -1,1 +1,1 @@
-"""Callbacks look on, on rank 0 alone: progress, metrics.jsonl, TensorBoard, Weights & Biases. No collectives."""
+"""Callbacks on rank 0 that observe the run: progress, metrics.jsonl, TensorBoard, Weights & Biases. No collectives."""

@@ -1,4 +1,4 @@
-"""A callback looks on, on rank 0; this is what it is given, and how several are called."""
+"""Base class of callbacks, their event data, and a list that calls several of them."""
 
 from __future__ import annotations
 
@@ -16,107 +16,108 @@ from m3i_scale.evaluate.pictures.write import Picture
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Describes the run, once before the first step."""
+    """Description of the run, sent once before the first step."""
 
     name: str
     output_dir: Path
     total_steps: int
     start_step: int
-    """Step of the checkpoint that the run goes on from; 0 for a new run."""
+    """Step of the checkpoint to resume from; 0 for a new run."""
     world_size: int
     config: dict[str, Any]
-    """The run file as plain values."""
+    """Config of the run as plain values."""
     flop_per_step: float | None = None
-    """Counted FLOPs of a step, all ranks, without what is recomputed."""
+    """FLOPs per step over all ranks, without recomputation."""
     peak_tflops: float | None = None
-    """Of one rank's device, in 10¹² FLOPs a second; what MFU is a share of."""
+    """Peak compute of one rank's device in TFLOP/s (10¹² FLOP/s), the reference for MFU."""
     peak_source: str | None = None
-    """`measured`, `given`, or the preset."""
+    """`measured`, `given`, or the name of the preset."""
     data_sheet_tflops: float | None = None
-    """Where it was measured: that of the vendor's data sheet, for devices that are known."""
+    """If the peak was measured: the peak in the vendor's data sheet, for known devices."""
     device: str | None = None
-    """What a rank computes on: `cpu`, or the name of rank 0's GPU."""
+    """Device of a rank: `cpu`, or the name of rank 0's GPU."""
     micro_batch_size: int | None = None
-    """Samples of a rank in a forward pass, in the phase in hand."""
+    """Per-device batch size of a forward pass in the current stage."""
 
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """Says how much of a source was served, over all ranks."""
+    """Sampling statistics of one dataset, over all ranks."""
 
     share: float
-    """Of all good samples of the present sources so far, 0 to 1."""
+    """Fraction of all valid samples of the present datasets so far, 0 to 1."""
     asked: float
-    """What `share` was to be by the weights, their schedules and exhausted sources."""
+    """Target value of `share`, given weights, schedules and exhausted datasets."""
     recent_share: float
     """`share` since the last record."""
     recent_asked: float
     """`asked` since the last record."""
     epoch: float
-    """Passes over the source so far."""
+    """Number of epochs over the dataset so far."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Holds the figures of one logged step: means over ranks and steps since the last record, unless said otherwise."""
+    """Metrics of one logged step. Unless stated otherwise, means over ranks and steps since the last record."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     total_steps: int
     samples: int
-    """That the weights have been trained on since the run was first started, over all ranks: undone steps left out."""
+    """Samples that the weights were trained on since the first start of the run, over all ranks, without undone steps.
+    """
     loss: float
-    """Weighted sum over the groups of targets, nats."""
+    """Weighted sum over the groups of targets, in nats."""
     lr: float
     """Learning rate of this step."""
     grad_norm: float | None
-    """Global gradient norm before clipping; None where the engine does not report it."""
+    """Global gradient norm before clipping; None if the engine does not report it."""
     groups: dict[str, dict[str, float]]
-    """Per group of targets: loss, weight, grad_norm, nats, count."""
+    """Metrics per group of targets: loss, weight, grad_norm, nats, count."""
     information: float
-    """Sum of the groups' nats: a bound for Boltzmann groups, an estimate for Gaussian ones."""
+    """Mutual information in nats, summed over groups: a bound for Boltzmann groups, an estimate for Gaussian groups."""
     health: dict[str, float]
-    """Spread and effective rank of features, by name, with or without a leading `health/`."""
+    """Standard deviation and effective rank of features, by name, with or without the prefix `health/`."""
     momentum: float | None
-    """Momentum of the target network in this step; None where there is none."""
+    """EMA decay in this step; None without an EMA."""
     step_s: float
-    """Wall-clock seconds per optimizer step, the wait for data included."""
+    """Wall-clock seconds per optimizer step, including data loading."""
     data_wait_s: float
-    """Of these, seconds that the slowest rank waited for data."""
+    """Seconds of `step_s` that the slowest rank waited for data."""
     samples_per_s: float
-    """Over all ranks."""
+    """Samples per second over all ranks."""
     tokens_per_s: float
-    """Visible patch tokens through the backbone per second, over all ranks."""
+    """Visible patch tokens per second through the backbone, over all ranks."""
     quarantined: int
-    """How often samples were put aside so far, over all ranks and passes."""
+    """Number of skipped corrupt samples so far, over all ranks, counted once per epoch."""
     memory_gib: float
-    """Peak memory of the rank that used most."""
+    """Peak memory of the rank with the highest usage, in GiB."""
     quarantined_samples: int = 0
-    """How many different samples these were, over all ranks."""
+    """Number of distinct skipped corrupt samples, over all ranks."""
     lr_lowest: float | None = None
-    """Learning rate of the parameters that learn slowest in this step; None where all have the same."""
+    """Lowest learning rate of any parameter group in this step; None if all groups share one."""
     loss_scale: float | None = None
-    """Factor of the loss in the backward pass of the next step; None unless the run computes in fp16."""
+    """Loss scale of the next step; None except in fp16."""
     skipped_steps: int | None = None
-    """Steps so far whose gradients overflowed, which moved no weight; None unless the run computes in fp16."""
+    """Number of steps skipped because of gradient overflow so far; None except in fp16."""
     skipped_nonfinite: int = 0
-    """Steps so far that were left out because a loss, or outside of fp16 a gradient, was not finite."""
+    """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Share of a step by phase (m3i_scale.run.step_times.PHASES), 0 to 1."""
+    """Fraction of the step time per profiler section (m3i_scale.run.step_times.PHASES), 0 to 1."""
     flop_per_s: float | None = None
-    """FLOPs of the model a second, all ranks, without what is recomputed."""
+    """Model FLOPs per second over all ranks, without recomputation."""
     mfu: float | None = None
-    """`flop_per_s` as a share of what all devices could compute; None if it exceeds 1, because the peak is wrong."""
+    """`flop_per_s` as a fraction of the peak of all devices; None if it exceeds 1, because the peak is wrong."""
     sources: dict[str, SourceFigures] = field(default_factory=dict)
-    """By name."""
+    """Sampling statistics by dataset name."""
 
     @property
     def data_wait_share(self) -> float:
-        """Return the share of the step that was spent waiting for data, 0 to 1."""
+        """Return the fraction of the step spent waiting for data, 0 to 1."""
         return self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
 
     def with_figures(self, figures: Mapping[str, float]) -> StepRecord:
-        """Return the record with further metrics of its groups, `<group>/…`, and of `health/…`."""
+        """Return the record with additional metrics: `<group>/…` of its groups, and `health/…`."""
 
         def below(name: str) -> dict[str, float]:
             return {key.removeprefix(f"{name}/"): value for key, value in figures.items() if key.startswith(f"{name}/")}
@@ -126,7 +127,7 @@ class StepRecord:
         return replace(self, groups=groups, health=self.health | below("health"), information=information)
 
     def scalars(self) -> dict[str, float]:
-        """Return every figure under the one name that all writers use (docs/metrics.md); what is None is left out."""
+        """Return all metrics under the names that all loggers use (docs/metrics.md), without values that are None."""
         optional = {
             "grad_norm": self.grad_norm,
             "lr_lowest": self.lr_lowest,
@@ -160,23 +161,22 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Rewind:
-    """Says that the run went back to a checkpoint because its loss spiked, and goes on behind the data it had by
-    then."""
+    """Rollback to a checkpoint after a loss spike. Training skips the data that was read until then."""
 
     rewound_from: int
-    """Steps done when the spike was confirmed; those after `rewound_to` are undone."""
+    """Steps completed when the spike was confirmed. The steps after `rewound_to` are undone."""
     rewound_to: int
     """Step of the checkpoint."""
     skipped_samples: int
-    """Samples of the undone steps, over all ranks; they are not seen again."""
+    """Samples of the undone steps, over all ranks. They are not used again."""
     spike_since: int
-    """First step whose loss was above the limit."""
+    """First step with a loss above the limit."""
     loss: float
-    """Of the step `rewound_from`; NaN where it was not finite."""
+    """Loss of the step `rewound_from`; NaN if it was not finite."""
     limit: float
-    """What the loss was not to exceed."""
+    """Upper limit of the loss."""
     number: int
-    """Which rewind of the run this is, from 1."""
+    """Number of this rollback within the run, from 1."""
     most: int
     """guard.spike.max_rewinds."""
 
@@ -190,62 +190,62 @@ class Rewind:
 
 @dataclass(frozen=True)
 class PhaseInfo:
-    """Says that images or micro-batches have another size from here on."""
+    """Start of a stage with a different image or micro-batch size."""
 
     step: int
-    """Steps done when the phase begins."""
+    """Steps completed when the stage begins."""
     image_size: int
-    """Side of the images in pixels."""
+    """Image size in pixels."""
     micro_batch_size: int
-    """Samples of a rank in a forward pass."""
+    """Per-device batch size of a forward pass."""
     flop_per_step: float
-    """Of one step, all ranks, without what is recomputed."""
+    """FLOPs per step over all ranks, without recomputation."""
 
 
 class Callback:
-    """Looks on beside the training step, on rank 0. Every method may be left out.
+    """Observer of the run on rank 0. Every method is optional.
 
-    A UserError raised by a callback ends the run with its explanation.
+    A UserError raised by a callback ends the run with its message.
     """
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Begin, before the first step."""
+        """Called before the first step."""
 
     def on_step(self, record: StepRecord) -> None:
-        """Receive every logged step, with values that are reduced over the ranks. The next steps may have begun, since
-        some metrics take long on the host."""
+        """Called for every logged step, with values reduced over the ranks. Later steps may have begun, because some
+        metrics take long on the CPU."""
 
     def on_progress(self, step: int) -> None:
-        """Receive every step that is not logged; nothing is known of it but that it is done."""
+        """Called for every step that is not logged, without metrics."""
 
     def on_phase(self, phase: PhaseInfo) -> None:
-        """Receive that a phase begins after a step, with images or micro-batches of another size; in a run that has
-        phases, the first begins after step 0."""
+        """Called when a stage with a different image or micro-batch size begins. In a run with stages, the first begins
+        after step 0."""
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Receive the result of an evaluation; `values` are numbers by name, and may be nested."""
+        """Called with the result of an evaluation: numbers by name, possibly nested."""
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        """Receive the pictures of what is learnt; step 0 is before the first."""
+        """Called with visualizations after a step; step 0 is before training."""
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Receive a warning that the run goes wrong without crashing: `group`, `what`, `why`, `fix`
+        """Called with a warning about a problem that does not crash the run: `group`, `what`, `why`, `fix`
         (docs/metrics.md)."""
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Receive that the run has gone back to a checkpoint: steps after `rewind.rewound_to` come a second time."""
+        """Called after a rollback to a checkpoint. Steps after `rewind.rewound_to` are repeated."""
 
     def on_end(self, status: str) -> None:
-        """End, once, however the run ends: `finished`, `preempted` or `failed`."""
+        """Called once, however the run ends, with `finished`, `preempted` or `failed`."""
 
 
 class CallbackList(Callback):
-    """Calls several callbacks as one, in order; ends them in reverse order."""
+    """List of callbacks that behaves as one. They are called in order; `on_end` runs in reverse order."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = list(callbacks)
         self.flush: Callable[[], None] = lambda: None
-        """Called before every event, except for progress: the record of an earlier step may not be complete yet."""
+        """Called before every event except progress, because the record of an earlier step may still be incomplete."""
 
     def on_start(self, run_info: RunInfo) -> None:
         """Call every callback."""
@@ -281,7 +281,7 @@ class CallbackList(Callback):
         self._call(lambda callback: callback.on_rewind(rewind))
 
     def on_end(self, status: str) -> None:
-        """Call every callback, also when one of them raises; the error is raised after the last one."""
+        """Call every callback, even if one raises. The error is raised after the last one."""
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.callback(callback.on_end, status)
@@ -294,10 +294,10 @@ class CallbackList(Callback):
 
 
 def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Return nested numbers under names with `/`.
+    """Flatten nested numbers to names joined with `/`.
 
     Raises:
-        TypeError: something that is not a number.
+        TypeError: a value is not a number.
     """
     flat: dict[str, float] = {}
     for name, value in values.items():
@@ -312,12 +312,11 @@ def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def require(package: str, *, extra: str, setting: str) -> ModuleType:
-    """Import an optional package.
+    """Import an optional package, with an installation hint if it is missing.
 
     Args:
-        package: module to import.
-        extra: the extra of this package that installs it.
-        setting: the key of the run file that asked for it.
+        extra: extra of this package that installs it.
+        setting: config key that requires it.
     """
     try:
         return importlib.import_module(package)

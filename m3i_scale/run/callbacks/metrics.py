@@ -1,4 +1,4 @@
-"""This callback writes metrics.jsonl, one line a record, in every run."""
+"""Callback that writes metrics.jsonl in every run, with one record per line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from m3i_scale.run.callbacks.base import Callback, PhaseInfo, Rewind, RunInfo, S
 from m3i_scale.scale.output_dir import METRICS
 
 REPLACED = "metrics.replaced.jsonl"
-"""Lines of a killed run that a resumed one has done over: kept here, out of the way of plots."""
+"""File for lines of a killed run that a resumed run repeats, so that plots do not include them."""
 
 
 class MetricsWriter(Callback):
-    """Appends to `output_dir/metrics.jsonl`; every line is flushed, so that kill -9 loses none that was written.
+    """Writer of `output_dir/metrics.jsonl`. Every line is flushed, so that kill -9 loses no written line.
 
-    On a resume at step s, lines of steps after s move to `metrics.replaced.jsonl`: those steps are about to be run
-    again, and no step stands in the file twice. The same when the run goes back for a spike.
+    On a resume at step s, the lines of steps after s move to `metrics.replaced.jsonl`, because those steps are
+    repeated. No step occurs twice in the file. The same happens on a rollback.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class MetricsWriter(Callback):
         self._step = 0
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Cut the file back to the step that the run goes on from, and write a `run` line."""
+        """Truncate the file to the step that the run resumes from, and write a `run` line."""
         self._path = run_info.output_dir / METRICS
         self._step = run_info.start_step
         try:
@@ -79,7 +79,7 @@ class MetricsWriter(Callback):
         self._write("warning", step, dict(fault))
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Move the lines of steps that were undone to the file of replaced lines, and write a `rewind` line."""
+        """Move the lines of undone steps to the file of replaced lines, and write a `rewind` line."""
         if self._file is None:
             raise RuntimeError("on_start has not been called")
         try:
@@ -93,14 +93,14 @@ class MetricsWriter(Callback):
 
     def on_end(self, status: str) -> None:
         """Write an `end` line and close the file."""
-        if self._file is None:  # the run ended before it began
+        if self._file is None:  # the run failed before it began
             return
         try:
             self._write("end", self._step, {"status": status})
         finally:
             file, self._file = self._file, None
             try:
-                file.close()  # tries once more to write what did not fit
+                file.close()  # retries writing the remaining buffer
             except OSError as error:
                 raise _refused(self._path, error) from None
 
@@ -118,10 +118,10 @@ class MetricsWriter(Callback):
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Move lines of steps after `step`, and lines that a kill has torn, from `path` to the file of replaced lines.
+    """Move lines after `step`, and lines truncated by a kill, from `path` to the file of replaced lines.
 
-    From step 0 the run starts anew, so all lines go. The file is replaced atomically; killed in between, the moved
-    lines are found twice in the file of replaced lines, and none is lost.
+    From step 0 the run starts from scratch, so all lines move. The file is replaced atomically. If killed in between,
+    the moved lines occur twice in the file of replaced lines, but none is lost.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -147,7 +147,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> int | None:
-    """Return the step of a whole line; None for a torn one (also one that only lacks its end)."""
+    """Return the step of a complete line, or None for a truncated one (including one that only lacks its line end)."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

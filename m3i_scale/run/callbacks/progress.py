@@ -1,4 +1,4 @@
-"""This callback shows progress on stderr: a bar on a terminal, plain lines elsewhere."""
+"""Callback that shows progress on stderr: a bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, 
 from m3i_scale.text import filled
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA
-_MOST_GROUPS = 12  # whose losses are shown one by one
+_MOST_GROUPS = 12  # maximum number of groups with individually shown losses
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """Shows figures of a step; a line breaks between two of them where the terminal ends."""
+    """Metrics of a step, wrapped between metrics at the terminal width."""
 
     parts: tuple[str, ...] = ()
 
@@ -31,34 +31,33 @@ class _Figures:
 
 
 class _Bar(Progress):
-    """Shows a bar with the newest figures under it."""
+    """Progress bar with the latest metrics below it."""
 
     figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, then the figures."""
+        """Yield the bar, then the metrics."""
         yield self.make_tasks_table(self.tasks)
         yield self.figures
 
 
 class ProgressDisplay(Callback):
-    """Shows step, time left, throughput; under them loss by group, learning rate, share of time spent waiting for
-    data."""
+    """Display of step, ETA and throughput, with group losses, learning rate and data wait fraction below."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Show on `console`, by default stderr: stdout belongs to `--json`."""
+        """Show on `console`. Default: stderr, because stdout is reserved for `--json`."""
         self.console = console or wide_console(stderr=True, soft_wrap=True)
         self._bar: _Bar | None = None
         self._task = TaskID(0)
         self._step_s: float | None = None
-        """Of logged steps; None until there is one."""
+        """Seconds per logged step; None before the first one."""
         self._moving = False
         self._total_steps = 0
         self._first: tuple[int, float] | None = None
-        """The first step that ended, and when."""
+        """First completed step and its time."""
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Show where the run starts."""
+        """Print the first step and the size of the run, and start the bar on a terminal."""
         recipe = run_info.config.get("recipe", {})
         balance = recipe.get("balance") or {}
         scheduled = any(isinstance(target.get("weight"), list) for target in recipe.get("targets", []))
@@ -80,17 +79,17 @@ class ProgressDisplay(Callback):
             BarColumn(bar_width=12),
             TextColumn("{task.description}", markup=False),
             console=self.console,
-            redirect_stdout=False,  # what is printed on stdout must stay there
+            redirect_stdout=False,  # stdout output must stay on stdout
         )
         self._task = self._bar.add_task("", total=run_info.total_steps, completed=run_info.start_step, left="ETA -")
         self._bar.start()
 
     def on_progress(self, step: int) -> None:
-        """Move the bar; without one, write that the first step is done."""
+        """Update the bar. Without a bar, print the completion of the first step."""
         now = time.monotonic()
         if self._bar is not None:
             step_s = self._step_s
-            if step_s is None and self._first is not None and step > self._first[0]:  # the first step warms up
+            if step_s is None and self._first is not None and step > self._first[0]:  # the first step includes warm-up
                 step_s = (now - self._first[1]) / (step - self._first[0])
             self._bar.update(self._task, completed=step)
             if step_s is not None:
@@ -100,7 +99,7 @@ class ProgressDisplay(Callback):
         self._first = self._first or (step, now)
 
     def on_step(self, record: StepRecord) -> None:
-        """Move the bar, or write a line."""
+        """Update the bar, or print a line."""
         self._step_s = smooth(self._step_s, record.step_s)
         left, rate = self._left(record.step, self._step_s), f"{record.samples_per_s:,.1f} samples/s"
         figures = summary(record, moving=self._moving)
@@ -108,49 +107,48 @@ class ProgressDisplay(Callback):
             self._print("  ".join([f"step {record.step:,}/{record.total_steps:,}", left, *figures, rate]))
         else:
             self._bar.figures = _Figures(figures)
-            step = max(record.step, int(self._bar.tasks[0].completed))  # a record may come some steps late
+            step = max(record.step, int(self._bar.tasks[0].completed))  # a record can arrive some steps late
             self._bar.update(self._task, completed=step, description=rate, left=self._left(step, self._step_s))
 
     def _left(self, step: int, step_s: float) -> str:
         return f"ETA {timedelta(seconds=round((self._total_steps - step) * step_s))}"
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Write a line, above the bar."""
+        """Print a line above the bar."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in flatten(values, "evaluation").items())
         self._print(f"step {step:,}  {shown}")
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Write the warning, above the bar."""
+        """Print the warning above the bar."""
         text = f"step {step:,}  warning: {fault['group']}: {fault['what']} ({fault['why']})\n  fix: {fault['fix']}"
         self.console.print(Text(text, style="yellow"))
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Move the bar back; a warning says why."""
+        """Move the bar back. A warning gives the reason."""
         if self._bar is not None:
             self._bar.update(self._task, completed=rewind.rewound_to)
 
     def on_end(self, status: str) -> None:
-        """Leave the bar as it is and say how the run ended."""
+        """Stop the bar and print how the run ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         self._print(f"run {status}")
 
     def _print(self, text: str) -> None:
-        self.console.print(Text(text))  # a Text is shown as it is: names in brackets are no markup
+        self.console.print(Text(text))  # Text disables markup, so names in brackets are printed literally
 
 
 def smooth(mean_s: float | None, newest_s: float) -> float:
-    """Return a running mean of step times that follows a change within a few records."""
+    """Return an exponential moving average of step times that adapts within a few records."""
     return newest_s if mean_s is None else mean_s + _SMOOTHING * (newest_s - mean_s)
 
 
 def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
-    """Return the figures of a step as words, the most important ones first.
+    """Return the metrics of a step as text, the most important ones first.
 
     Args:
-        record: of the step.
-        moving: whether weights change. Then their sum says nothing from step to step and every group shows its own.
+        moving: whether loss weights change. If so, show every group, because the total loss is not comparable.
     """
     groups = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
     losses = ", ".join(

@@ -1,4 +1,4 @@
-"""This callback writes event files for TensorBoard."""
+"""Callback that writes TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardWriter(Callback):
-    """Writes to `output_dir/tensorboard`. A resumed run hides the points that it is about to write again."""
+    """Writer of event files in `output_dir/tensorboard`. A resumed run hides the points that it will repeat."""
 
     def __init__(self) -> None:
         """Check that the package is installed, long before the first step."""
@@ -29,18 +29,18 @@ class TensorBoardWriter(Callback):
         self._folder = Path()
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Open an event file and store the run file in it."""
+        """Open an event file and store the config in it."""
         self._folder = run_info.output_dir / FOLDER
         self._writer = self._open(run_info.start_step)
         config = yaml.safe_dump(redact(run_info.config, names=True), sort_keys=False)
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:
-        """Write one point per figure."""
+        """Write one point per metric."""
         self._add(record.step, record.scalars())
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Write one point per figure, under `evaluation/`."""
+        """Write one point per metric, under `evaluation/`."""
         self._add(step, flatten(values, "evaluation"))
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:

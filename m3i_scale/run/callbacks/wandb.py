@@ -1,4 +1,4 @@
-"""This callback logs to Weights & Biases, online or offline."""
+"""Callback that logs to Weights & Biases, online or offline."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _RUN_ID = "wandb-run-id"
 
 
 class WandbWriter(Callback):
-    """Sends figures, pictures where they are made, and the run file; nothing else: no console output, source code,
-    command line or environment.
+    """Weights & Biases logger for metrics, pictures and the config. It sends no console output, source code, command
+    line or environment.
 
-    A resumed run goes on under the same run id, kept in `output_dir/wandb-run-id`. Entity, project and server come
-    from the package's own variables (`WANDB_ENTITY`, `WANDB_PROJECT`, `WANDB_BASE_URL`), the key from `wandb login`.
+    A resumed run keeps its run id, which is stored in `output_dir/wandb-run-id`. Entity, project and server come from
+    the package's variables (`WANDB_ENTITY`, `WANDB_PROJECT`, `WANDB_BASE_URL`), the key from `wandb login`.
     """
 
     def __init__(self, mode: Literal["offline", "online"]) -> None:
@@ -34,7 +34,7 @@ class WandbWriter(Callback):
         self._run: Any = None
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Open the run at Weights & Biases."""
+        """Start the Weights & Biases run."""
         settings = self._wandb.Settings(
             mode=self._mode,
             console="off",
@@ -44,7 +44,7 @@ class WandbWriter(Callback):
             silent=True,
         )
         try:
-            # Asking for the key on a terminal would leave the other ranks waiting.
+            # A prompt for the key on a terminal would leave the other ranks waiting.
             if self._mode == "online" and not self._wandb.login(prompt=False, verify=False):
                 raise self._refused("no API key")
             self._run = self._wandb.init(
@@ -58,16 +58,16 @@ class WandbWriter(Callback):
             )
         except self._wandb.Error as error:
             raise self._refused(str(error)) from None
-        # The package's own step may not go back, which a resumed run does; ours is the x axis.
+        # The package's step cannot decrease, but a resumed run's does, so our step is the x axis.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: StepRecord) -> None:
-        """Log one point per figure."""
+        """Log one point per metric."""
         self._run.log({"step": record.step, **record.scalars()})
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Log one point per figure, under `evaluation/`."""
+        """Log one point per metric, under `evaluation/`."""
         self._run.log({"step": step, **flatten(values, "evaluation")})
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
@@ -78,7 +78,7 @@ class WandbWriter(Callback):
         self._run.log({"step": step, **images})
 
     def on_end(self, status: str) -> None:
-        """Close the run; mark it as failed where it has not finished."""
+        """Close the run, marked as failed if it has not finished."""
         if self._run is not None:
             self._run.finish(exit_code=0 if status == "finished" else 1)
             self._run = None
@@ -92,7 +92,7 @@ class WandbWriter(Callback):
 
 
 def _run_id(output_dir: Path) -> str:
-    """Return the id of this output directory's run; make it on first use."""
+    """Return the run id of this output directory; create it on first use."""
     path = output_dir / _RUN_ID
     if not path.exists():
         output_dir.mkdir(parents=True, exist_ok=True)

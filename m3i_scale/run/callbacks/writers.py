@@ -1,4 +1,4 @@
-"""Make the callbacks that need an optional package."""
+"""Factory of the callbacks that need an optional package."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`m3i-scale checkpoint` looks at checkpoints, compares them, and removes those that no rule keeps."""
+"""Commands `m3i-scale checkpoint`: inspect, verify, compare and prune checkpoints."""

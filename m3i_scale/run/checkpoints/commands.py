@@ -1,4 +1,4 @@
-"""The command line of `m3i-scale checkpoint list | verify | inspect | diff | prune | consolidate`."""
+"""Command line of `m3i-scale checkpoint list | verify | inspect | diff | prune | consolidate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def list_(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte; otherwise sizes are compared.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List all checkpoints of a run: step, age, size, whether good, figures, and why each stays."""
+    """List all checkpoints of a run: step, age, size, validity, metrics, and why each is kept."""
     from m3i_scale.report.checkpoint_tables import listing
     from m3i_scale.run.checkpoints.documents import root_of
     from m3i_scale.run.retention import evaluations
@@ -43,7 +43,7 @@ def verify(
     threads: Annotated[int, typer.Option(min=1, max=256, help="Files that are read at a time.")] = 4,
     as_json: AsJson = False,
 ) -> None:
-    """Compare every byte with the manifest. Exit code 2 where anything differs; the files at fault are named."""
+    """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
     from m3i_scale.report.checkpoint_tables import verification
     from m3i_scale.run.checkpoints.documents import named_checkpoints, verify_checkpoints
     from m3i_scale.scale.checkpoint.retention import folder_bytes
@@ -57,7 +57,7 @@ def verify(
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
-    """Show what is in a checkpoint; reads headers and small files only."""
+    """Show the contents of a checkpoint; reads headers and small files only."""
     from m3i_scale.report.checkpoint_tables import inspection
     from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, inspect_checkpoint
 
@@ -71,7 +71,7 @@ def diff(
     values: Annotated[bool, typer.Option("--values", help="Compare the tensors' values as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what differs between two checkpoints: settings field by field, position in the data, tensors."""
+    """Show the differences between two checkpoints: settings by field, data position, tensors."""
     from m3i_scale.report.checkpoint_tables import comparison
     from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, diff_checkpoints
     from m3i_scale.scale.checkpoint.contents import tensors_of
@@ -95,7 +95,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what no rule keeps; without options, by the rules of the run file. The last good one always stays."""
+    """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
     from m3i_scale.report.checkpoint_tables import pruning
     from m3i_scale.run.checkpoints.documents import root_of
     from m3i_scale.run.checkpoints.pruning import prune_run, rules_given
@@ -119,7 +119,7 @@ def consolidate(
     ] = "safetensors",
     as_json: AsJson = False,
 ) -> None:
-    """Join the pieces of all ranks into whole tensors, streamed: memory does not grow with the model."""
+    """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
     from m3i_scale.report.checkpoint_tables import consolidation
     from m3i_scale.scale.checkpoint.consolidate import consolidate as write
 
@@ -143,7 +143,7 @@ def _show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, An
 
 @contextmanager
 def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar over bytes on standard error; none where standard output is a JSON document."""
+    """Show a progress bar over bytes on stderr, unless `quiet` because stdout is a JSON document."""
     if quiet:
         yield lambda size: None
         return

@@ -1,4 +1,4 @@
-"""`m3i-scale checkpoint verify, inspect, diff` print these JSON documents."""
+"""JSON documents of `m3i-scale checkpoint verify, inspect, diff`."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from m3i_scale.scale.checkpoint.retention import folder_bytes
 from m3i_scale.text import differences
 
 SETTLE_S = 2.0
-"""A job that has just renamed a folder takes a moment until `latest` names it."""
+"""Seconds to wait for a running job to update `latest` after renaming a folder."""
 _INSPECTED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "config_sha256")
 _COMPARED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "label_sets", "versions")
 _BACKBONE = ("hidden_size", "num_hidden_layers", "channels", "depths", "image_size", "patch_size")
 Advance = Callable[[int], None]
 
 
-# ------------------------------------------------------------------ what a path on the command line stands for
+# ------------------------------------------------------------------ resolving paths of the command line
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is one checkpoint, whatever its state."""
+    """Return whether a path is a checkpoint, valid or not."""
     return path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists())
 
 
 def root_of(path: Path) -> Path:
-    """Return the folder of a run's checkpoints, by its output_dir or by the folder itself."""
+    """Return the checkpoints folder of a run, given its output_dir or the folder itself."""
     root = path if path.name == "checkpoints" or checkpoints(path) else path / "checkpoints"
     if is_checkpoint(path) or not root.is_dir():
         what = "one checkpoint, not a run" if is_checkpoint(path) else "no checkpoints here"
@@ -49,7 +49,7 @@ def root_of(path: Path) -> Path:
 
 
 def checkpoint_or_newest(path: Path) -> Path:
-    """Return one checkpoint: the given one, or a run's newest whose files are all there."""
+    """Return the checkpoint at a path, or the latest complete checkpoint of a run."""
     if is_checkpoint(path):
         return path
     root = root_of(path)
@@ -60,7 +60,7 @@ def checkpoint_or_newest(path: Path) -> Path:
 
 
 def named_checkpoints(path: Path) -> list[Path]:
-    """Return the one checkpoint of a path, or all of a run."""
+    """Return the checkpoint at a path, or all checkpoints of a run."""
     folders = [path] if is_checkpoint(path) else checkpoints(root_of(path))
     if not folders:
         raise CheckpointError("no checkpoints here", where=str(path))
@@ -71,18 +71,18 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 
 def verify_checkpoints(path: Path, threads: int, advance: Advance) -> dict[str, Any]:
-    """Return the document of `checkpoint verify`: every byte of checkpoints, and what `latest` names.
+    """Return the document of `checkpoint verify`: a check of every byte, and of the target of `latest`.
 
     Args:
         path: one checkpoint, or a run.
-        threads: files that are read at a time.
-        advance: called with the bytes that have been read, from any thread.
+        threads: files to read in parallel.
+        advance: called with the number of bytes read, from any thread.
     """
     rows, good = [], []
     for checkpoint in named_checkpoints(path):
         faults = find_faults(checkpoint, threads=threads, advance=advance)
         if not checkpoint.exists() and checkpoint != path:
-            continue  # the run has removed it meanwhile
+            continue  # deleted by the run in the meantime
         lines = [{"file": fault.file, "what": fault.what} for fault in faults]
         rows.append({"checkpoint": str(checkpoint), "good": not faults, "faults": lines})
         good += [] if faults else [checkpoint]
@@ -122,7 +122,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """Return the run file of a checkpoint, as plain values."""
+    """Return the config of a checkpoint as plain values."""
     try:
         return read_yaml(folder / "run.yaml")
     except ConfigError as error:
@@ -130,7 +130,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def positions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return where the run was in every source, over all ranks and streams."""
+    """Return the data position in every dataset, over all ranks and streams."""
     files = sorted(folder.glob("data/*.json"))
     if not files:
         return {}
@@ -165,7 +165,7 @@ def _in_words(name: str, at: Mapping[str, Any]) -> str:
 
 
 def _backbone(meta: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """Return the backbone in words: `vit, preset vit-b/16, hidden_size 768 …`."""
+    """Describe the backbone: `vit, preset vit-b/16, hidden_size 768 …`."""
     config = _at(meta, "identity", "backbone") or {}
     chosen = _at(run, "backbone", "preset") or _at(run, "backbone", "from_pretrained")
     words = [str(config.get("model_type", "unknown"))] + ([str(chosen)] if chosen else [])
@@ -187,10 +187,8 @@ def diff_checkpoints(
     """Return the document of `checkpoint diff`.
 
     Args:
-        one: a checkpoint.
-        other: another one.
         values: compare the values of tensors in safetensors files.
-        advance: called with the bytes of `one` that have been compared.
+        advance: called with the number of compared bytes of `one`.
     """
     metas = [read_meta(folder) for folder in (one, other)]
     facts = [{name: meta[name] for name in _COMPARED if name in meta} for meta in metas]

@@ -1,4 +1,4 @@
-"""`m3i-scale checkpoint prune` applies retention by hand."""
+"""`m3i-scale checkpoint prune`: apply retention rules manually."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]
 def rules_given(
     root: Path, latest: int | None, every: int | None, best: str | None, max_gib: float | None
 ) -> tuple[RetentionConfig, str]:
-    """Return the rules of the options, where there is none those of the run file; and which of the two, in words."""
+    """Return the rules of the options, or the rules of the config if there are none, and a description of their
+    origin."""
     if latest is None and every is None and best is None:
         if max_gib is not None:
             raise ConfigError(
@@ -45,7 +46,7 @@ def rules_given(
 
 
 def prune_run(root: Path, rules: RetentionConfig, *, dry_run: bool) -> dict[str, Any]:
-    """Return the document of `checkpoint prune`."""
+    """Prune the checkpoints of a run and return the document of `checkpoint prune`."""
     output_dir = root.absolute().parent
     metrics = evaluations(output_dir)
     with contextlib.nullcontext() if dry_run else lock_directory(output_dir):
@@ -74,7 +75,7 @@ def _parse_best(text: str) -> KeepBestConfig:
 
 
 def _check_effect(root: Path, rules: RetentionConfig, metrics: Metrics) -> None:
-    """Refuse rules that keep nothing here: a typing mistake must not remove what was meant to stay."""
+    """Validate that every rule matches a checkpoint, so that a typo cannot delete checkpoints that should be kept."""
     entries = entries_of(root, metrics)
     if not entries:
         raise CheckpointError("no checkpoints here", where=str(root))

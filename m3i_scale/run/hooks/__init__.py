@@ -1,1 +1,1 @@
-"""Hooks act in the loop beside the training step, on every rank at the same moments; one purpose a file."""
+"""Hooks of the training loop. Every rank runs the same hooks at the same points; each file has one purpose."""

@@ -1,4 +1,4 @@
-"""A hook acts in the loop beside the training step; this is what the loop tells it."""
+"""Base class of hooks, and the state that they share with the training loop."""
 
 from __future__ import annotations
 
@@ -18,73 +18,73 @@ from m3i_scale.scale.collectives import ProcessGroupRanks
 
 @dataclass
 class TrainState:
-    """Holds what the loop and its hooks share. Steps and votes are the same on every rank."""
+    """State shared by the training loop and its hooks. Steps and votes are identical on every rank."""
 
     resolved: ResolvedRun
     phase: ResolvedRun
-    """The same run as the phase in hand has it: image size, micro-batch, accumulation."""
+    """The run with the settings of the current stage: image size, micro-batch size, accumulation."""
     ranks: ProcessGroupRanks
     engine: Any
-    """Of DeepSpeed."""
+    """DeepSpeed engine."""
     momentum: ShardedMomentum | None
     stream: TrainStream
     callbacks: CallbackList
-    """Of rank 0; of other ranks none."""
+    """Callbacks of rank 0; empty on other ranks."""
     tell: Callable[[str], None]
-    """Prints a line for the user; of rank 0."""
+    """Prints a line for the user on rank 0."""
     timeouts: Timeouts
     step: int = 0
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     logged: bool = False
-    """Whether the step that is taken, or was last, is one that is logged."""
+    """Whether the current (or last) step is logged."""
     lr: float = 0.0
-    """Of that step."""
+    """Learning rate of that step."""
     ema_decay: float | None = None
-    """Momentum of the average in that step; None without one."""
+    """EMA decay in that step; None without an EMA."""
     micro_batches: list[MicroBatchResult] = field(default_factory=list)
-    """Of that step, on this rank."""
+    """Micro-batches of that step on this rank."""
     loss: float = 0.0
-    """Of that step, mean over ranks and micro-batches."""
+    """Loss of that step, averaged over ranks and micro-batches."""
     finite: bool = True
-    """Whether every loss of every rank was, in that step."""
+    """Whether all losses of that step were finite on every rank."""
     applied: bool = True
-    """Whether the optimizer has taken that step: a gradient that is not finite skips it."""
+    """Whether the optimizer applied that step. Non-finite gradients skip it."""
     stopping: bool = False
-    """Whether some rank was asked to stop after that step."""
+    """Whether any rank was asked to stop after that step."""
 
 
 class Hook:
-    """Acts in the loop. Every rank has the same hooks and calls them in the same order, so that they may exchange
-    values; every method may be left out.
+    """Extension of the training loop on all ranks. All ranks have the same hooks and call them in the same order, so
+    hooks can use collectives. Every method is optional.
 
-    What only looks on, on rank 0, is a `Callback`.
+    For observers on rank 0, see `Callback`.
     """
 
     def on_start(self) -> None:
-        """Begin, once the checkpoint is loaded that the run goes on from."""
+        """Run once, after the checkpoint to resume from is loaded."""
 
     def on_phase(self) -> None:
-        """Act before the first step of a further phase: images or micro-batches have another size from here on."""
+        """Run before the first step of each later stage, which changes the image or micro-batch size."""
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Act after a forward and backward pass."""
+        """Run after a forward and backward pass."""
 
     def vote(self) -> bool:
-        """Return this rank's vote, before the optimizer takes the step. All votes go in one collective."""
+        """Return this rank's vote before the optimizer step. All votes share one collective."""
         return False
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Act on whether the `vote` of any rank was true."""
+        """Run before the optimizer step, with the result: whether the `vote` of any rank was true."""
 
     def post_step(self) -> bool:
-        """Act after a step; return True where this hook has undone it: later hooks are then not called."""
+        """Run after a step. Return True if this hook has undone it, in which case later hooks do not run."""
         return False
 
     def on_rewind(self) -> None:
-        """Forget what was seen since the step that the run has gone back to."""
+        """Discard data collected since the step that the run was rolled back to."""
 
     def on_finish(self) -> None:
-        """Act after the last step of this process."""
+        """Run after the last step of this process."""
 
     def on_error(self) -> None:
-        """Act before all ranks end with the same error."""
+        """Run before all ranks exit with the same error."""

@@ -1,4 +1,4 @@
-"""This hook saves checkpoints when they are due, and loads the one that a run goes on from."""
+"""Hook that saves checkpoints and loads the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ from m3i_scale.scale.deepspeed.rules import precision
 
 
 class Checkpointing(Hook):
-    """Saves the checkpoints of one run, commits them, and drops what retention no longer keeps.
+    """Hook that saves and commits checkpoints, and deletes checkpoints that no retention rule keeps.
 
     Args:
-        state: of the loop.
-        resume_from: the checkpoint that the run goes on from; None from step 0.
-        guard: whose history a checkpoint keeps.
-        rewinds: of the run so far.
+        resume_from: checkpoint to resume from; None to start at step 0.
+        guard: its state is saved in checkpoints.
     """
 
     def __init__(self, state: TrainState, resume_from: Path | None, guard: Guard, rewinds: Rewinds) -> None:
@@ -40,23 +38,23 @@ class Checkpointing(Hook):
         self._saver = Saver(state.engine, state.momentum, self._config.background, self._drop_older)
         self._limit_told = False
         self._step = -1
-        """That of the last save, or of the checkpoint that was loaded."""
+        """Step of the last save, or of the loaded checkpoint."""
         self._loaded = resume_from
         self._probe: Batch | None = None
-        """Two samples, whose loss a resume computes again."""
+        """Two samples for the load-time sanity check on resume."""
         self._others_write = False
-        """Whether any rank was still writing when all were last asked."""
+        """Whether any rank was still writing at the last vote."""
 
-    # -------------------------------------------------------------------- going on from a checkpoint
+    # -------------------------------------------------------------------- resuming from a checkpoint
 
     def resume(self) -> None:
-        """Load the checkpoint that the run goes on from, if there is one: weights, data, and what the guard knew."""
+        """Load the weights, data position and guard state of the checkpoint to resume from, if there is one."""
         if self._loaded is None:
             return
         checkpoint, state = self._loaded, self._state
         data_states = load_checkpoint(checkpoint, state.engine, state.momentum)
         meta = together(lambda: read_meta(checkpoint))
-        # Schedules of the recipe stood there when the loss of the probe was saved.
+        # The stored loss was computed at this position of the recipe's schedules.
         state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_steps(checkpoint))
         probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.resolved.deepspeed.config))
         if self._config.probe:
@@ -69,7 +67,7 @@ class Checkpointing(Hook):
         self._take_over(meta)
 
     def go_back(self, checkpoint: Path) -> None:
-        """Load an earlier checkpoint of the run; the data stay where they are."""
+        """Load an earlier checkpoint of the run, keeping the current data position."""
         self._loaded = checkpoint
         load_checkpoint(checkpoint, self._state.engine, self._state.momentum)
         self._take_over(together(lambda: read_meta(checkpoint)))
@@ -81,26 +79,26 @@ class Checkpointing(Hook):
     # -------------------------------------------------------------------- saving
 
     def on_phase(self) -> None:
-        """Take the stored samples anew: those of the phase before show images of its size."""
+        """Discard the stored samples: samples of the previous stage have a different image size."""
         self._probe = None
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Take the samples that are stored with checkpoints from the first batch, where the run file asks for them."""
+        """Store samples of the first batch for the sanity check, if enabled."""
         if self._probe is None and self._config.probe:
             self._probe = first_samples(batch)
 
     def vote(self) -> bool:
-        """Return whether this rank's thread is still writing."""
+        """Return whether this rank is still writing in the background."""
         return self._saver.writing
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Remember whether any rank is still writing."""
+        """Store whether any rank is still writing."""
         self._others_write = voted
 
     def post_step(self) -> bool:
-        """Save where that is due; else commit a save that no rank is writing any more.
+        """Save if due, otherwise commit a pending save that all ranks have written.
 
-        A save in the background is committed some steps after its own: `latest` names it from then on.
+        Asynchronous saves are committed some steps later; only then does `latest` point to them.
         """
         state = self._state
         last = state.step == state.resolved.run.optim.steps
@@ -114,34 +112,34 @@ class Checkpointing(Hook):
         return False
 
     def on_finish(self) -> None:
-        """Save the last step, and wait until every save is committed."""
+        """Save the last step and wait until all saves are committed."""
         with self._state.timeouts.outside_of_steps("save"):
             if self._step != self._state.step:
                 self.save()
             self.close()
 
     def on_error(self) -> None:
-        """Commit a save that has begun before all ranks end together; why they end is the error to report."""
+        """Commit a pending save before all ranks exit, without hiding the original error."""
         with self._state.timeouts.outside_of_steps("save"):
             try:
                 self.close()
-            except Exception as fault:  # of the thread too: it must not stand in for why they end
+            except Exception as fault:  # including errors of the thread: they must not replace the original error
                 self._state.tell(str(fault))
 
     def close(self) -> None:
-        """Commit a save that has begun, and wait for what follows a commit."""
+        """Commit a pending save and wait for the work after the commit."""
         self._saver.close()
 
     def save(self) -> None:
-        """Commit a checkpoint of this step, or begin to; what retention no longer keeps is dropped after the commit.
-        Does nothing where nothing was trained since the checkpoint that was loaded."""
+        """Save a checkpoint of this step, or start an asynchronous save. Retention is applied after the commit. Does
+        nothing if no step was taken since the loaded checkpoint."""
         state, probe = self._state, self._probe
         final = self._root / step_name(state.step)
         if self._loaded == final:
             return
         state.callbacks.flush()  # a resume continues the metrics after this step
         meta: dict[str, Any] = {}
-        if state.ranks.rank == 0:  # who writes it
+        if state.ranks.rank == 0:  # only rank 0 writes it
             meta = checkpoint_meta(state.resolved, step=state.step, world_size=state.ranks.world_size)
             meta |= {"guard": self._guard.state(), "rewinds": len(self._rewinds)}
         if probe is not None:
@@ -165,7 +163,7 @@ class Checkpointing(Hook):
         return None
 
     def _drop_older(self, committed: Path) -> None:
-        """Remove the checkpoints that no rule keeps. Rank 0 alone calls it, on any thread."""
+        """Delete checkpoints that no retention rule keeps. Called on rank 0 only, from any thread."""
         output_dir = self._state.resolved.run.output_dir
         metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
         pruned = prune(committed.parent, self._config, metrics, committed=committed)

@@ -1,4 +1,4 @@
-"""This hook computes losses on the validation sources, every so many steps."""
+"""Hook that computes losses on the validation datasets every N steps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from m3i_scale.scale.agree import mean_over_ranks
 
 
 class Evaluation(Hook):
-    """Evaluates the student as it is in training.
+    """Validation of the current student weights during training.
 
     Args:
-        state: of the loop.
-        stream: of the validation sources.
-        device: of this rank.
+        stream: stream of the validation datasets.
+        device: device of this rank.
     """
 
     def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
@@ -34,12 +33,12 @@ class Evaluation(Hook):
         run = state.resolved.run
         self._every = run.evaluation.every_steps
         self._chooses = bool(self._every) and isinstance(run.task, Classification) and run.task.sweep is not None
-        """Whether the last step is evaluated too, since one head of a sweep is chosen."""
+        """Whether to evaluate the last step too, to select a head of a sweep."""
         self._is_behind = False
-        """Whether a step was taken since the last evaluation."""
+        """Whether steps were taken since the last evaluation."""
 
     def post_step(self) -> bool:
-        """Evaluate where that is due."""
+        """Evaluate if due."""
         step = self._state.step
         self._is_behind = True
         is_last = step == self._state.resolved.run.optim.steps
@@ -48,7 +47,7 @@ class Evaluation(Hook):
         return False
 
     def on_finish(self) -> None:
-        """Evaluate the step that turns out to be the last where the data have ended."""
+        """Evaluate the last step if the run ended early because the data is exhausted."""
         if self._chooses and self._is_behind and not self._state.stopping:
             self._evaluate()
 
@@ -59,15 +58,15 @@ class Evaluation(Hook):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return losses, nats, top-1 accuracies, mIoU and average precision of the same micro-batches without
-        augmentation every time; every rank calls it.
+        """Return losses, nats, top-1 accuracies, mIoU and average precision. Every call uses the same micro-batches
+        without augmentation. Every rank must call it.
 
-        mIoU is that of all their pixels together, and average precision that of all their images, each once: neither is
-        the mean over micro-batches.
+        mIoU is computed over all pixels, and average precision over all images, each image once. Neither is a mean over
+        micro-batches.
         """
         self._stream.load_state_dict(self._start)
         engine, run = self._state.engine, self._state.resolved.run
-        # The same samples in every phase, as far as its micro-batches make them.
+        # The same samples in every stage, as far as its micro-batch size allows.
         of_phase = self._state.phase.run.optim.micro_batch_size
         count = math.ceil(run.evaluation.batches * run.optim.micro_batch_size / of_phase)
         totals: dict[str, float] = {}
@@ -78,7 +77,7 @@ class Evaluation(Hook):
             for batch in itertools.islice(batches, count):
                 loss, figures = engine(batch.to(self._device))
                 for name, value in {"loss": loss, **figures}.items():
-                    if name.endswith("/weight"):  # as in the training records
+                    if name.endswith("/weight"):  # training records have the loss weights
                         continue
                     totals[name] = totals.get(name, 0.0) + float(value) / count
                 for name, counts_3K in engine.module.overlaps_3K.items():
@@ -86,7 +85,7 @@ class Evaluation(Hook):
                 for name, images in shown.items():
                     images.add(batch, engine.module.detections[name])
         batches.raise_together()
-        stop_if_bad(self._stream, account_of_all(self._stream))  # a rank by itself is sure of the worst only
+        stop_if_bad(self._stream, account_of_all(self._stream))  # a single rank can only detect clear cases
         ranks = engine.module.ranks
         scores = {f"{name}/miou": mean_iou(ranks.sum(counts_3K)) for name, counts_3K in overlaps_3K.items()}
         for name, images in shown.items():
@@ -95,7 +94,7 @@ class Evaluation(Hook):
         return mean_over_ranks(totals) | scores
 
     def _shown_images(self) -> dict[str, ShownImages]:
-        """Return what is to be filled with the images of an evaluation, by target that finds objects."""
+        """Return empty accumulators for the images of an evaluation, by detection target."""
         resolved = self._state.resolved
         if not resolved.measures_precision:
             return {}

@@ -1,7 +1,7 @@
-"""This hook collects Python's cyclic garbage after the same steps on all ranks.
+"""Hook that runs Python's garbage collector after the same steps on all ranks.
 
-Left to itself the collector begins at another moment on every rank, and each time all others wait in a collective for
-the one that it stops. torchtitan and DINOv3 collect by steps too.
+By default the collector runs at different moments on every rank, and each time all other ranks wait in a collective.
+torchtitan and DINOv3 also collect after fixed steps.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import gc
 from m3i_scale.run.hooks.base import Hook
 
 _STARTED = 2
-"""Steps after which all is there that stays."""
+"""Number of steps after which all long-lived objects exist."""
 _EVERY_STEPS = 50
 
 
 class Garbage(Hook):
-    """Switches the collector off after the second step, and collects every so many steps."""
+    """Hook that disables the automatic collector after the second step and collects every 50 steps."""
 
     def __init__(self) -> None:
         self._steps = 0
-        """That this process has taken, those that were undone included."""
+        """Steps taken by this process, including undone ones."""
 
     def post_step(self) -> bool:
-        """Collect where that is due. Modules, engine and optimizer stay, and are not looked at again."""
+        """Collect if due. Modules, engine and optimizer are frozen and not scanned again."""
         self._steps += 1
         if self._steps == _STARTED:
             gc.collect()
@@ -35,6 +35,6 @@ class Garbage(Hook):
 
 
 def give_back_collector() -> None:
-    """Have Python collect by itself again, and look at everything."""
+    """Reenable automatic garbage collection for all objects."""
     gc.unfreeze()
     gc.enable()

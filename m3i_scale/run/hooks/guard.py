@@ -1,7 +1,7 @@
-"""This hook counts the steps that are not finite, which are left out, and ends the run when they do not cease.
+"""Hook that counts skipped non-finite steps and ends the run after too many in a row.
 
-The engine itself skips a step whose global gradient norm is not finite, on every ZeRO stage and on all ranks alike;
-`spread_nonfinite` makes that of a loss that is not finite. Here is what follows from it.
+The engine skips a step with a non-finite global gradient norm, on every ZeRO stage and on all ranks. `spread_nonfinite`
+turns a non-finite loss into such a step. This hook handles the consequences.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from m3i_scale.run.spike import Spike, SpikeWatch
 from m3i_scale.text import GIB, size_text
 
 RECORDS = 20
-"""How many of the last records go into the file about a failure."""
+"""Number of last records in the failure report."""
 
 
 class RunEndedError(UserError):
-    """Says that the run must not go on. All ranks raise it together."""
+    """Raised on all ranks together if the run must not continue."""
 
     everywhere = True
 
 
 class Guard(Hook):
-    """Judges every step once it is over. Nothing is exchanged unless it is bad.
+    """Hook that detects non-finite steps and loss spikes after every step. Ranks only communicate about bad steps.
 
     Args:
-        state: of the loop.
-        gradients: gives names and norms of this step's gradients at the encoder output, on this rank.
+        gradients: returns names and norms of this step's gradients at the encoder output, on this rank.
     """
 
     def __init__(self, state: TrainState, gradients: Callable[[], list[tuple[str, Tensor]]]) -> None:
@@ -45,16 +44,16 @@ class Guard(Hook):
         self._state, self._gradients = state, gradients
         self._config, self._output_dir = run.guard, run.output_dir
         self.spike: Spike | None = None
-        """That this step has confirmed."""
+        """Loss spike confirmed in this step."""
         self.skipped = 0
-        """Steps left out so far, those of undone steps not counted."""
+        """Number of skipped steps so far, excluding undone steps."""
         self._in_a_row = 0
         self._bad: deque[BadStep] = deque(maxlen=self._config.max_skipped_in_a_row)
         self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
     def post_step(self) -> bool:
-        """Judge the step."""
+        """Check the step."""
         state = self._state
         if self._spikes is not None:
             if self._level_changes(state.step):
@@ -62,7 +61,7 @@ class Guard(Hook):
             self.spike = self._spikes.add(state.step, state.loss if state.finite else math.nan)
         what = None if state.finite else "loss"
         if what is None and not state.applied and not state.engine.fp16_enabled():
-            what = "gradient"  # in fp16 the loss scale answers for it
+            what = "gradient"  # in fp16, the dynamic loss scale handles it
         if what is None:
             self._in_a_row = 0
         else:
@@ -70,8 +69,8 @@ class Guard(Hook):
         return False
 
     def _level_changes(self, step: int) -> bool:
-        """Return whether this step is the first of a phase, or a schedule of the recipe gave a target another weight in
-        it than in the one before: the loss then jumps by itself, and would jump again after every rewind."""
+        """Return whether a stage begins with this step, or a schedule of the recipe changed a loss weight since the
+        previous step. The loss then jumps without an error, and would jump again after every rollback."""
         resolved = self._state.resolved
         if step - 1 in resolved.run.phase_starts[1:]:
             return True
@@ -80,7 +79,7 @@ class Guard(Hook):
         return any(value_at(weight, now) != value_at(weight, before) for weight in weights)
 
     def _leave_out(self, step: int, what: str) -> None:
-        state = self._state  # what is asked of the engine now waits for the device
+        state = self._state  # the following queries of the engine synchronize with the device
         report = report_of(state.ranks.rank, state.micro_batches, self._gradients())
         bad = BadStep(step, what, float(state.engine.get_global_grad_norm()), gather_reports(report))
         self._bad.append(bad)
@@ -103,7 +102,7 @@ class Guard(Hook):
         state.callbacks.on_warning(step, fault)
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
-        """Return the error to end with, on every rank, once the file about it is written."""
+        """Write the failure report and return the error to raise. Every rank must call it."""
         self._state.callbacks.flush()
         path = write_bad_steps(self._output_dir, step, what, self._bad, self._records)
         return RunEndedError(
@@ -115,7 +114,7 @@ class Guard(Hook):
         )
 
     def warn_no_checkpoint(self, spike: Spike) -> None:
-        """Warn of a spike that has no checkpoint from before it."""
+        """Warn about a spike without an earlier checkpoint."""
         fault = {
             "group": "guard",
             "what": "the loss has spiked, and there is no checkpoint to go back to",
@@ -125,7 +124,7 @@ class Guard(Hook):
         self._state.callbacks.on_warning(spike.step, fault)
 
     def warn_rewound(self, rewind: Rewind) -> None:
-        """Warn that the run went back to a checkpoint."""
+        """Warn that the run was rolled back to a checkpoint."""
         fault = {
             "group": "guard",
             "what": "the loss has spiked, and the run has gone back to a checkpoint",
@@ -135,17 +134,16 @@ class Guard(Hook):
         self._state.callbacks.on_warning(rewind.rewound_to, fault)
 
     def remember(self, record: StepRecord) -> None:
-        """Keep a record for the file about a failure, which rank 0 writes."""
+        """Store a record for the failure report that rank 0 writes."""
         self._records.append({"step": record.step, **record.scalars()})
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to judge as this one would have, for meta.json."""
+        """Return the state for meta.json, so that a resumed run behaves as if uninterrupted."""
         spikes = self._spikes.state() if self._spikes is not None else None
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "spikes": spikes}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Take over what `state` gave; a checkpoint that was saved without a guard has none, and the guard begins
-        anew."""
+        """Restore the result of `state`. Start from scratch if a checkpoint was saved without a guard."""
         state = state or {}
         self.skipped, self._in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
         if self._spikes is not None and state.get("spikes") is not None:
@@ -153,11 +151,10 @@ class Guard(Hook):
 
 
 def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Refuse settings of the guard that can have no effect.
+    """Validate the guard settings: reject settings without effect.
 
     Args:
-        run: the run file.
-        deepspeed: resolved DeepSpeed configuration.
+        deepspeed: resolved DeepSpeed config.
     """
     if deepspeed.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(
@@ -191,18 +188,17 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
 
 
 def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
-    """Refuse a `checkpoint.max_gib` that may remove what a rewind goes back to: `check_guard` with the size of a
-    checkpoint, which is known once the engine stands.
+    """Validate that `checkpoint.max_gib` keeps the checkpoints that a rollback needs. This completes `check_guard` once
+    the engine exists and the size of a checkpoint is known.
 
     Args:
-        run: the run file.
-        checkpoint_bytes: of one.
+        checkpoint_bytes: size of one checkpoint.
     """
     spike, saves = run.guard.spike, run.checkpoint
     if spike is None or saves.max_gib is None:
         return
     late = _checkpoints_needed(spike.patience, saves.every_steps)
-    best = 0 if saves.keep_best is None else saves.keep_best.count  # they go later than late ones
+    best = 0 if saves.keep_best is None else saves.keep_best.count  # best checkpoints are deleted after the latest ones
     wanted_gib = (late + best) * checkpoint_bytes / GIB
     if wanted_gib > saves.max_gib:
         beside = f", beside the {best} of keep_best" if best else ""
@@ -217,11 +213,11 @@ def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
 
 
 def _checkpoints_needed(patience: int, every_steps: int) -> int:
-    """Return how many of the newest checkpoints reach back to before a spike at the moment it is confirmed."""
+    """Return how many of the latest checkpoints are needed to reach back before a spike when it is confirmed."""
     return 1 + math.ceil(patience / every_steps)
 
 
 def _rounded_up(gib: float) -> float:
-    """Return GiB with room for the small files, rounded up to three digits."""
+    """Return GiB with 2% margin for small files, rounded up to three digits."""
     step = 10.0 ** (math.floor(math.log10(gib)) - 2)
     return math.ceil(1.02 * gib / step) * step

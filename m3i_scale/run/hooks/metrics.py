@@ -1,8 +1,8 @@
-"""This hook gathers the metrics of a run in every step, and reduces them over the ranks when a step is logged.
+"""Hook that collects metrics in every step and reduces them over the ranks when a step is logged.
 
-Effective ranks and the information of Gaussian targets take eigenvalues, a second of a core for wide models. Rank 0
-computes them on a thread while the training continues. Callbacks get the record once it is complete, by the next logged
-step at the latest. They get it before any other event.
+Effective ranks and the information of Gaussian targets need eigenvalues, which take one second of a core for wide
+models. Rank 0 computes them on a thread while training continues. Callbacks get the record once it is complete, by the
+next logged step at the latest. They get it before any other event.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from m3i_scale.scale.loss_scale import loss_scale
 
 
 class Metrics(Hook):
-    """Gives the callbacks of rank 0 the record of a logged step, and the warnings that follow from it.
+    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0.
 
     Args:
-        state: of the loop.
-        meter: of this rank.
-        guard: keeps the last records for its file about a failure.
+        meter: meter of this rank.
+        guard: stores the last records for its failure report.
     """
 
     def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
@@ -39,17 +38,17 @@ class Metrics(Hook):
         state.callbacks.flush = self.flush
 
     def on_start(self) -> None:
-        """Count shares of sources from where the data stand."""
+        """Count dataset shares from the current data position."""
         self._shares.start()
 
     def on_rewind(self) -> None:
-        """Forget what was seen since the step that the run has gone back to."""
+        """Discard data collected since the step that the run was rolled back to."""
         self._meter.reset()
         self._shares.start()
         self._diagnosis = Diagnosis()
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Add the figures of a micro-batch, which stay on the device."""
+        """Add the metrics of a micro-batch without moving them off the device."""
         if self._pending is not None and self._pending[1].done():
             self.flush()
         module = self._state.engine.module
@@ -59,7 +58,7 @@ class Metrics(Hook):
         self._meter.add_gradients(gradient_scale(self._state))
 
     def post_step(self) -> bool:
-        """Write the record where the step is logged."""
+        """Write the record if the step is logged."""
         state = self._state
         self._meter.end_step(applied=state.applied, finite=state.finite)
         if state.logged:
@@ -94,7 +93,7 @@ class Metrics(Hook):
             self._pending = record, self._thread.submit(compute)
 
     def flush(self) -> None:
-        """Wait until the last record is complete, and give it to the callbacks."""
+        """Wait until the last record is complete and send it to the callbacks."""
         if self._pending is None:
             return
         (record, figures), self._pending = self._pending, None
@@ -106,5 +105,5 @@ class Metrics(Hook):
 
 
 def gradient_scale(state: TrainState) -> float:
-    """Return how much larger than the true gradient the backward pass computes it (fp16 loss scale, accumulation)."""
+    """Return the factor by which the backward pass scales gradients (fp16 loss scale, accumulation)."""
     return (loss_scale(state.engine) or 1.0) / state.phase.accumulation

@@ -1,4 +1,4 @@
-"""This hook writes pictures of what is learnt, of the same samples every so many steps."""
+"""Hook that writes visualizations of the same samples every N steps."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from m3i_scale.scale.partition import end_recorded_step
 
 
 class Pictures(Hook):
-    """Writes to `output_dir/pictures`, one folder a step. Nothing of the run depends on it.
+    """Hook that writes visualizations to `output_dir/pictures`, one folder per step. It does not affect the run.
 
-    Made before the run goes on from a checkpoint: the streams still stand at their start, so that the samples are the
-    same after every resume.
+    Create it before resuming from a checkpoint: the streams are then at their start, so that the samples are the same
+    after every resume.
 
     Args:
-        state: of the loop.
-        validation: stream of the validation sources, whose first samples are drawn; None: those of training are.
-        device: of this rank.
+        validation: stream of the validation datasets with the samples to visualize; None: use training samples.
+        device: device of this rank.
 
     Raises:
-        DataError: some rank has no first samples; on all ranks.
+        DataError: some rank has no samples. Raised on all ranks.
     """
 
     def __init__(self, state: TrainState, validation: TrainStream | None, device: torch.device) -> None:
@@ -46,33 +45,33 @@ class Pictures(Hook):
         self._pictures = LearntPictures(state.resolved, state.engine.module, samples, seen)
 
     def _first_of(self, stream: TrainStream) -> Batch:
-        """Return the first samples of a stream, the same on every rank; the stream gives them again."""
+        """Return the first samples of a stream, the same on every rank, without consuming them."""
         run = self._state.phase.run
         count = run.log.picture_samples
         batches = math.ceil(count / (run.optim.micro_batch_size * self._state.ranks.world_size))
         return first_samples(together(lambda: stream.peek(batches), names_rank=True), count)
 
     def on_start(self) -> None:
-        """Remove the pictures of steps that are done over; write those of what a run starts from."""
+        """Delete the pictures of steps that are repeated. A new run writes pictures of its initial weights."""
         self.on_rewind()
         if self._state.step == 0:
             self._write()
 
     def post_step(self) -> bool:
-        """Write pictures where they are due, and after the last step."""
+        """Write pictures if due, and after the last step."""
         step, run = self._state.step, self._state.resolved.run
         if step % run.log.pictures_every_steps == 0 or step == run.optim.steps:
             self._write()
         return False
 
     def on_finish(self) -> None:
-        """Write pictures of the step that turns out to be the last where the data have ended."""
+        """Write pictures of the last step if the run ended early because the data is exhausted."""
         step, run = self._state.step, self._state.resolved.run
         if not self._state.stopping and step < run.optim.steps and step % run.log.pictures_every_steps:
             self._write()
 
     def on_rewind(self) -> None:
-        """Remove the pictures of steps that were undone."""
+        """Delete the pictures of undone steps."""
         from_rank_0(lambda: _remove_after(self._folder, self._state.step))
 
     def _write(self) -> None:
@@ -100,7 +99,6 @@ class Pictures(Hook):
 
 
 def _remove_after(folder: Path, step: int) -> None:
-    """Remove the pictures of later steps."""
     try:
         for path in checkpoints(folder):
             if (step_of(path) or 0) > step:

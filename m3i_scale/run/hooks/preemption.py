@@ -1,6 +1,6 @@
-"""SIGTERM, SIGUSR2, SIGINT and `m3i-scale stop` ask the run to finish its step, save and leave with exit code 75.
+"""Graceful stop on SIGTERM, SIGUSR2, SIGINT or `m3i-scale stop`: finish the step, save and exit with code 75.
 
-A second SIGINT ends it at once.
+A second SIGINT ends the run immediately.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from m3i_scale.scale.output_dir import stop_requested
 
 
 class Preemption(Hook):
-    """Remembers that a signal arrived. All ranks vote on it before they stop, after the same step.
+    """Graceful stop after a signal. All ranks vote, so that they stop after the same step.
 
     Args:
-        state: of the loop.
-        output_dir: where requests to stop are looked for; None on ranks that do not.
+        output_dir: folder to check for stop requests; None on ranks that do not check.
     """
 
     def __init__(self, state: TrainState, output_dir: Path | None = None) -> None:
@@ -33,11 +32,11 @@ class Preemption(Hook):
         return self._signalled or (self._output_dir is not None and stop_requested(self._output_dir))
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Stop after the step where any rank has been asked."""
+        """Stop after this step if any rank has been asked to."""
         self._state.stopping = voted
 
     def install(self) -> None:
-        """Take over the signals of this process; the main thread must call it."""
+        """Install the signal handlers. Must be called on the main thread."""
         for number in PREEMPTION_SIGNALS:
             signal.signal(number, self._note)
 
@@ -47,6 +46,6 @@ class Preemption(Hook):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt
             self._interrupted = True
-            # Not through a console, which the handler may have interrupted while it held its lock.
+            # Not through a console: the handler may have interrupted it while it held its lock.
             os.write(2, b"saving after this step; once more to stop at once, unsaved\n")
         self._signalled = True

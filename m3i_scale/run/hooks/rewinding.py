@@ -1,4 +1,4 @@
-"""This hook goes back to a checkpoint from before a loss spike, while the data go on."""
+"""Hook that rolls back to a checkpoint before a loss spike and skips the data since then."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from m3i_scale.run.spike import Spike
 
 
 class Rewinding(Hook):
-    """Goes back to a checkpoint when the guard has confirmed a spike.
+    """Rollback to a checkpoint after a confirmed loss spike.
 
     Args:
-        state: of the loop.
-        guard: which has judged the step before this hook is called.
-        checkpointing: that loads the checkpoint.
-        rewinds: of the run so far.
+        guard: must judge the step before this hook runs.
+        checkpointing: loads the checkpoint.
     """
 
     def __init__(self, state: TrainState, guard: Guard, checkpointing: Checkpointing, rewinds: Rewinds) -> None:
         self._state, self._guard, self._checkpointing, self._rewinds = state, guard, checkpointing, rewinds
 
     def post_step(self) -> bool:
-        """Go back where a spike is confirmed."""
+        """Roll back if a spike is confirmed."""
         spike = self._guard.spike
         if spike is None:
             return False
@@ -31,12 +29,12 @@ class Rewinding(Hook):
             return self._go_back(spike)
 
     def _go_back(self, spike: Spike) -> bool:
-        """Go back to the newest good checkpoint from before the spike; where there is none, warn and return False."""
+        """Roll back to the latest valid checkpoint before the spike. If there is none, warn and return False."""
         state = self._state
         config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:
             raise self._guard.ended(state.step, f"the loss has spiked, and max_rewinds are used up: {spike}")
-        self._checkpointing.close()  # a save that is on its way may be one of those that are undone
+        self._checkpointing.close()  # a pending save may be one of the undone checkpoints
         begun = self._rewinds.begin(
             spike,
             state.stream.state_dict(),
