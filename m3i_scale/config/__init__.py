@@ -277,7 +277,7 @@ class LogConfig(Section):
     """Pictures of what is learnt, of the same samples every so many steps, at the first and at the last step
     (docs/pictures.md). 0 switches them off."""
     picture_samples: int = Field(default=8, ge=4, le=64)
-    """How many samples the pictures are of; of more than eight, those after are candidates of neighbours and texts."""
+    """Number of samples in the pictures."""
 
     @model_validator(mode="after")
     def _pictures_are_made(self) -> Self:
