@@ -282,7 +282,7 @@ class LogConfig(Section):
     """Write visualizations of the same samples every N optimizer steps, and at the first and last step
     (docs/pictures.md). 0 disables them."""
     picture_samples: int = Field(default=8, ge=4, le=64)
-    """Number of samples to visualize. Samples after the eighth only serve as candidates for neighbors and texts."""
+    """Number of samples in the pictures."""
 
     @model_validator(mode="after")
     def _pictures_are_made(self) -> Self:

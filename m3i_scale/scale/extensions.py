@@ -7,12 +7,9 @@ minute or more, whenever the other one has: their paths differ, so each takes th
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import glob
 import os
 import shutil
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -87,8 +84,7 @@ def _build_root() -> Path:
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     """Remove lock files of builders that no longer exist; return them.
 
-    A builder holds its lock file open, in a container too whose processes cannot be seen from here. One on another host
-    is given some time.
+    A builder keeps its lock file open. On a shared file system it may run on another host, so a young lock stays.
 
     Args:
         root: the folder of extensions; default: where PyTorch builds them.
@@ -98,7 +94,7 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
         # Other ranks sweep at the same time, and the first of them may already build under a new lock.
         seen = _status(lock)
-        if seen is None or _is_believed(lock, seen) or _is_held(lock, seen) or _status(lock) != seen:
+        if seen is None or _is_believed(lock, seen) or _is_open(seen) or _status(lock) != seen:
             continue
         lock.unlink(missing_ok=True)
         removed.append(lock)
@@ -123,38 +119,6 @@ def _file_system(path: Path) -> str:
     path = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
-
-
-def _is_held(lock: Path, status: tuple[int, int, float]) -> bool:
-    """Return whether a process has the file open.
-
-    The kernel knows it of all processes, and leases a file only to who has it alone. Where a file system has no leases,
-    or those of a network may be refused for other reasons, the processes that this user may look at are searched.
-    """
-    if _file_system(lock) not in LOCAL_FILE_SYSTEMS:
-        return _is_open(status)
-    folder = os.open(lock.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # other ranks look at the same time, and are no builders
-        file = os.open(lock, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            _lease(file)
-        finally:
-            os.close(file)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES) or _is_open(status)
-    finally:
-        os.close(folder)
-    return False
-
-
-def _lease(file: int) -> None:
-    """Take a lease of a file and give it back; raise OSError where it is refused."""
-    fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # else whoever opens it meanwhile ends this process by SIGIO
-    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
 def _is_open(status: tuple[int, int, float]) -> bool:

@@ -22,7 +22,7 @@ from m3i_scale.scale.agree import join_host_group
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.scale.host_memory import keep_host_memory
-from m3i_scale.scale.store import await_ranks, choose_interface, listen_at_master_address
+from m3i_scale.scale.store import await_ranks, choose_interface
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FORK_SAFE = ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE")
@@ -70,7 +70,6 @@ def start_ranks(
         for name in _FORK_SAFE:
             os.environ.setdefault(name, "1")
     timeout = timedelta(seconds=timeout_s)
-    listen_at_master_address(timeout)
     await_ranks(join_s)
     choose_interface(join_s)
     # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes

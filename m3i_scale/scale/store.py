@@ -1,5 +1,4 @@
-"""Open the store in which ranks find each other. Where an interface is chosen, it listens there and nowhere else; ranks
-that have not come are named."""
+"""Rendezvous of ranks in the store of rank 0: missing ranks are named, and gloo gets the interface of the route."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from m3i_scale.errors import EXIT_FAILED, UserError
 from m3i_scale.rank_variables import ranks_on_host
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Whoever sets one of them has chosen."""
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _KEPT: list[TCPStore] = []
 _HERE, _ANSWER = "m3i_scale/here", "m3i_scale/all"
 """Keys: the host of a rank that has come; what rank 0 says in the end, nothing where all have."""
@@ -36,56 +34,6 @@ class MissingRanksError(UserError):
     """Names ranks that have not come. Nothing has to be mended here before the run is started again."""
 
     exit_code = EXIT_FAILED
-
-
-def listen_at_master_address(timeout: timedelta) -> None:
-    """Open rank 0's store at MASTER_ADDR, where an interface is chosen; PyTorch would open it on all interfaces.
-
-    PyTorch then uses this one, which it finds by its port, as long as it is kept. Under torchrun the store is in its
-    agent, which was started before, and is none of ours.
-
-    Args:
-        timeout: of a rank that waits for a key.
-    """
-    chosen = [os.environ[name] for name in INTERFACES if name in os.environ]
-    if os.environ["RANK"] != "0" or not chosen or _of_agent():
-        return
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    listener = socket.socket()
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(socket.SOMAXCONN)
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"rank 0 cannot listen at {host}, port {port}: {error.strerror}",
-            where="MASTER_ADDR, MASTER_PORT",
-            why="the other ranks look for it there",
-            fix="the address of the chosen interface on this host, and a port that nobody uses",
-        ) from None
-    address = listener.getsockname()[0]
-    if is_loopback(address) and "lo" not in chosen and _several_hosts():
-        listener.close()
-        raise UserError(
-            f"rank 0 would listen at {address} alone, where no other host can reach it",
-            where=f"MASTER_ADDR: {host}",
-            why=f"an interface is chosen ({chosen[0]}), and that is no address of it; /etc/hosts may give a host's own "
-            "name the loopback",
-            fix="the address of the chosen interface on this host",
-        )
-    _KEPT.append(
-        TCPStore(
-            host,
-            port,
-            int(os.environ["WORLD_SIZE"]),
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-            master_listen_fd=listener.detach(),
-        )
-    )
 
 
 def _of_agent() -> bool:
@@ -163,7 +111,7 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
     if not is_loopback(local):
         store.set(_ROUTE, local)
     store.add(_ROUTES, 1)
-    if INTERFACES[0] in os.environ:
+    if _INTERFACE in os.environ:
         return
     if is_loopback(local):
         ends_at = time.monotonic() + timeout_s
@@ -174,7 +122,7 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
         local = local_address(store.get(_ROUTE).decode())
     for name, addresses in psutil.net_if_addrs().items():
         if local in [item.address.partition("%")[0] for item in addresses]:
-            os.environ[INTERFACES[0]] = name
+            os.environ[_INTERFACE] = name
             return
 
 

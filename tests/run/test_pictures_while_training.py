@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from saved_runs import Done, call, make_calls, make_run
 from shapes import metrics
-from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, part, random_batch, tiny_objective
+from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, random_batch, tiny_objective
 
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.files import read_json
@@ -21,8 +21,7 @@ from m3i_scale.run.pictures import LearntPictures
 from m3i_scale.run.probe import evaluating
 from m3i_scale.scale.checkpoint.weights import load_weights
 
-EVERY = {"views", "dense_pca", "attention", "similarity", "neighbours"}
-OF_M3I = EVERY | {"text_to_image", "image_to_text", "confusion"}
+EVERY = {"views", "dense_pca", "attention", "similarity"}
 ON = ("checkpoint.background=false", "log.pictures_every_steps=2", "log.picture_samples=6")
 
 
@@ -46,12 +45,11 @@ def learnt(recipe: str, *overrides: str, image: int = 32) -> tuple[Any, LearntPi
 @pytest.mark.parametrize(
     ("recipe", "overrides", "image", "more"),
     [
-        ("m3i", (), 32, OF_M3I),
-        ("m3i", (*MAPS, "backbone.attention=mixed"), 64, OF_M3I),
+        ("m3i", (), 32, set()),
+        ("m3i", (*MAPS, "backbone.attention=mixed"), 64, set()),
         ("mae", DINOV2, 32, {"reconstruction"}),
         ("novel_view", (), 32, {"reconstruction"}),
-        ("supervised", ("backbone.preset=clip-b/16",), 32, {"confusion"}),
-        ("clip", (), 32, {"text_to_image", "image_to_text"}),
+        ("supervised", ("backbone.preset=clip-b/16",), 32, set()),
         ("barlow", (), 32, set()),
     ],
 )
@@ -64,24 +62,6 @@ def test_every_recipe_has_the_pictures_that_it_has_something_for(
     assert {picture.name for picture in drawn} == EVERY | more
     assert all(picture.alt and picture.title and min(picture.image.size) > 100 for picture in drawn)
     assert len({picture.name for picture in drawn}) == len(drawn)
-
-
-def test_of_many_samples_eight_are_drawn_and_neighbours_are_found_among_all() -> None:
-    objective, resolved = tiny_objective("m3i"), SimpleNamespace(label_sets=LABEL_SETS, tokenizer=Words())
-    batch = random_batch(12)
-    batch.images_VBCHW[0, 11] = batch.images_VBCHW[0, 0]
-    heights = []
-    for samples in (part(batch, 0, 8), batch):
-        pictures: Any = LearntPictures(resolved, objective, samples, samples)
-        with evaluating(objective):
-            drawn = {one.name: one for one in pictures.draw(pictures.encode(torch.device("cpu")))}
-        heights.append({name: drawn[name].image.height for name in EVERY})
-    assert heights[0] == heights[1]
-    first = drawn["neighbours"].image.crop((0, 0, 400, 200))
-    other = LearntPictures(resolved, objective, part(batch, 0, 11), samples)
-    with evaluating(objective):
-        (without,) = (one for one in other.draw(other.encode(torch.device("cpu"))) if one.name == "neighbours")
-    assert first.tobytes() != without.image.crop((0, 0, 400, 200)).tobytes()
 
 
 def test_features_that_are_not_finite_are_no_pictures() -> None:
@@ -151,7 +131,7 @@ def test_pictures_are_there_of_the_first_step_every_so_many_and_the_last(runs: d
     for folder in root.iterdir():
         told = read_json(folder / "pictures.json")
         assert folder.name == f"step-{told['step']:08d}"
-        assert {one["name"] for one in told["pictures"]} == OF_M3I
+        assert {one["name"] for one in told["pictures"]} == EVERY
         assert {path.name for path in folder.iterdir()} == {"pictures.json", *(one["file"] for one in told["pictures"])}
         for one in told["pictures"]:
             assert (folder / one["file"]).stat().st_size < 300_000

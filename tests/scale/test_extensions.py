@@ -1,6 +1,5 @@
 """Lock files of killed builders go; those of living ones stay."""
 
-import errno
 import os
 import shutil
 import signal
@@ -79,50 +78,6 @@ def test_the_build_by_hand_builds_where_training_looks(tmp_path):
     assert list((Path(sys.prefix) / "torch_extensions").glob("*/*.so"))
 
 
-SWEEPER = """
-import sys
-from pathlib import Path
-from m3i_scale.scale.extensions import sweep_stale_locks
-print(len(sweep_stale_locks(Path(sys.argv[1]))))
-"""
-
-
-def _apart() -> bool:
-    return subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], check=False).returncode == 0
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or not _apart(), reason="no right to a namespace of processes")
-def test_the_lock_of_a_builder_in_another_container_stays(tmp_path, lock):
-    """Neither sees the processes of the other."""
-    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
-    sweep = [*apart, sys.executable, "-c", SWEEPER, str(tmp_path)]
-    builder = subprocess.Popen([sys.executable, "-c", BUILDER, str(lock)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert builder.stdout.readline() == "building\n"
-        assert subprocess.run(sweep, capture_output=True, text=True, check=True).stdout == "0\n"
-        assert lock.exists()
-    finally:
-        builder.kill()
-        builder.wait()
-    assert subprocess.run(sweep, capture_output=True, text=True, check=True).stdout == "1\n"
-    assert not lock.exists()
-
-
-@pytest.mark.parametrize("kind", ["without leases", "nfs4"])
-def test_without_leases_the_processes_are_searched_for_holders(tmp_path, lock, monkeypatch, kind):
-    def none(file):
-        raise OSError(errno.EINVAL, "no leases")
-
-    if kind == "nfs4":
-        monkeypatch.setattr(extensions, "_file_system", lambda path: kind)
-        monkeypatch.setattr(extensions, "FOREIGN_AGE_S", 0.0)
-    else:
-        monkeypatch.setattr(extensions, "_lease", none)
-    with lock.open("w"):
-        assert sweep_stale_locks(tmp_path) == []
-    assert sweep_stale_locks(tmp_path) == [lock]
-
-
 def test_ranks_that_sweep_at_once_leave_no_stale_lock(tmp_path, lock):
     for _time in range(3):
         lock.touch()
@@ -149,12 +104,12 @@ def test_on_a_shared_file_system_a_fresh_lock_is_believed(tmp_path, lock, monkey
 def test_a_lock_that_was_taken_anew_during_the_sweep_stays(tmp_path, lock, monkeypatch):
     lock.touch()
 
-    def taken_anew(lock, status):
+    def taken_anew(status):
         lock.rename(lock.with_name("old"))
         lock.touch()
         return False
 
-    monkeypatch.setattr(extensions, "_is_held", taken_anew)
+    monkeypatch.setattr(extensions, "_is_open", taken_anew)
     assert sweep_stale_locks(tmp_path) == []
     assert lock.exists()
 
