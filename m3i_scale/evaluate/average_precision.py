@@ -72,7 +72,7 @@ def average_precision(
         truths: ground truth of all images of the dataset.
         predictions: for images of the dataset; other images have no detections.
         categories: of the dataset. Their format selects the rules. COCO: 100 predictions per image and class. LVIS: the
-            300 best per image, in the categories that were annotated exhaustively or as negative.
+            300 best per image, in categories that are annotated in the image or listed as absent.
 
     Returns:
         The number of images and objects, and for `box` and `mask`: AP, AP50, AP75, APs, APm, APl (by area), AP per
