@@ -66,9 +66,7 @@ def linear_probe(
         selection[strength] = float((probe.predict(chosen_on_HD) == train_labels_N[held_out]).mean())
         if _declines(list(selection.values())):
             break
-    best = max(
-        selection, key=lambda strength: (selection[strength], -strength)
-    )  # in a tie, the stronger regularization
+    best = max(selection, key=lambda strength: (selection[strength], -strength))  # ties: the stronger regularization
     probe, scaler = _probe(), StandardScaler().fit(train_ND)
     converged = _fit(probe, scaler.transform(train_ND), train_labels_N, best)
     predicted_M = np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""`m3i-scale shards near-duplicates`. What takes long to import is imported when it is called."""
+"""`m3i-scale shards near-duplicates`. Slow imports happen inside the functions."""
 
 from __future__ import annotations
 
