@@ -227,9 +227,7 @@ def measure_retrieval(
         ("text_to_image", retrieval.text_to_image, of_captions, len(asked)),
     ):
         result[direction] = {}
-        for depth in (
-            depth for depth in DEPTHS if depth < candidates
-        ):  # at a depth of all candidates, recall is always 1
+        for depth in (depth for depth in DEPTHS if depth < candidates):  # otherwise recall is always 1
             recall, chance = mean_of(ranks < depth, drawn), retrieval.chance(direction, depth)
             ratio = recall.estimate.value / chance
             result[direction][f"R@{depth}"] = {**recall.estimate.as_dict(), "chance": chance, "ratio": ratio}
