@@ -164,9 +164,7 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
             masks_BQHW = resized(output.masks_queries_logits, (windows_BCHW.shape[2], windows_BCHW.shape[3]))
             return class_scores(output.class_queries_logits, masks_BQHW)
         logits_BKHW: Tensor = output.logits
-        return resized(
-            logits_BKHW, (windows_BCHW.shape[2], windows_BCHW.shape[3])
-        )  # some return a quarter of the input size
+        return resized(logits_BKHW, (windows_BCHW.shape[2], windows_BCHW.shape[3]))  # some return a quarter of the size
 
     return Segmenter(logits, side, classes, model.config.model_type, device, batch_size)
 

@@ -1,4 +1,4 @@
-"""Draw a recipe's graph in a terminal of 80 columns: one row of boxes per target."""
+"""Drawing of a recipe's graph in a terminal with 80 columns: one row of boxes per target."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _COLUMNS = (
     ("", 1),
     ("target y", 14),
 )
-"""Heading and width in cells: 79 in all, because the last column of some terminals wraps."""
+"""Heading and width in cells: 79 in total, because some terminals wrap the last column."""
 _ARROW_WIDTH = 13
 _SIGN = "//"
-"""On an arrow: no gradient this way."""
+"""Label of an arrow without gradient."""
 
 
 def render_terminal(graph: Graph) -> RenderableType:
-    """Return boxes for a console. Names are shown as they are: nothing in them is markup."""
+    """Return boxes for a console. Names are printed literally, without markup."""
     grid = Table.grid()
     for heading, width in _COLUMNS:
         grid.add_column(Text(heading, style="dim"), width=width, vertical="middle", justify="center")
@@ -80,7 +80,8 @@ def _below_each_other(lines: list[Text]) -> Text:
 
 
 def _likelihood(link: Link) -> RenderableType:
-    """Return distribution and regulariser above the arrow, weight and head below: the arrow is level with the boxes."""
+    """Return distribution and regularizer above the arrow, weight and head below, so that the arrow is level with the
+    boxes."""
     end = f"{_SIGN}─▶" if link.stopped else "─▶"
     arrow = "◀" + end.rjust(_ARROW_WIDTH - 1, "─")
     regularizer, *others = link.likelihood.details
