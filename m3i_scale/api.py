@@ -1,5 +1,4 @@
-"""Public functions for custom training loops: load, build and stream. `m3i_scale.__all__` is the public interface
-(docs/python.md)."""
+"""Public functions for custom training loops: load, build, stream. `m3i_scale.__all__` is public (docs/python.md)."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> Ru
         overrides: `section.key=value`, as on the command line.
 
     Raises:
-        ConfigError: the file does not exist, a key is unknown, or values are inconsistent. All errors are reported at
-            once.
+        ConfigError: the file is missing, a key is unknown, or values are inconsistent. All errors are reported at once.
     """
     return load_run_and_recipe(str(name_or_path), overrides)[0]
 

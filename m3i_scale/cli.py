@@ -345,8 +345,8 @@ def evaluate(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and the accuracy of
-    trained heads (top-1, top-5, mIoU of a segmenter, AP of a detector), with intervals by concept."""
+    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
+    often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
     from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
@@ -482,8 +482,7 @@ def main() -> None:
 
 
 def _format_error(error: UserError, rank: str | None) -> Text:
-    """Return a message that rank 0 prints in full and the others on one line. It is printed in one call, so lines do
-    not mix.
+    """Return a message that rank 0 prints in full and others on one line. One call prints it, so lines do not mix.
 
     If not all ranks are known to have the error, each prints all of it, on one line.
     """

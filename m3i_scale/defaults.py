@@ -1,5 +1,4 @@
-"""Defaults of `data` shared with the shard commands, which avoid `config`: importing it takes half the time of
-`--help`."""
+"""Defaults of `data` shared with the shard commands: importing `config` would take half the time of `--help`."""
 
 from __future__ import annotations
 
@@ -15,5 +14,4 @@ MAX_TOKENS = 64
 NO_CLASS = 255
 """Mask value of ignored pixels."""
 MASK_SIDE = 112
-"""Resolution (pixels per side) of object masks within their boxes: four times the training resolution of a Mask R-CNN.
-"""
+"""Resolution (pixels per side) of object masks within their boxes: four times the training resolution of Mask R-CNN."""

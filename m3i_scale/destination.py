@@ -1,4 +1,4 @@
-"""Validation of output paths given by the user."""
+"""Validation of user-specified output paths."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from typing_extensions import ParamSpec, Self
 
 EXIT_USER_ERROR = 2
-"""The input, the configuration or the machine is at fault; the message says how to fix it."""
+"""The input, the configuration or the machine is at fault; the message contains the fix."""
 
 EXIT_FAILED = 1
 """Any other failure. A supervisor may restart the run from its latest checkpoint."""
@@ -65,8 +65,7 @@ class UserError(Exception):
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Preserve the keyword arguments when the error is pickled, which happens on its way out of a data-loader
-        worker."""
+        """Preserve keyword arguments when the error is pickled, as on its way out of a data-loader worker."""
         return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
 
 

@@ -38,15 +38,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file for writing that replaces `path` at the end. If the process is killed or fails, the old file remains.
+    """Open a file for writing that replaces `path` at the end. After a kill or an error, the old file remains.
 
     Concurrent writers are safe: the last one wins.
 
     Args:
         path: target, in an existing folder.
         mode: file mode from the first byte on. None: 0666 minus the umask.
-        durable: sync the file and its name to disk. False: for files that are recreated if a power failure corrupts
-            them.
+        durable: sync the file and its name to disk. False: for files that are recreated if a power cut corrupts them.
 
     Raises:
         OSError: the write failed; the error names `path`.

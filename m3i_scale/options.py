@@ -84,8 +84,7 @@ def field_options(model: type[BaseModel], fields: Iterable[str], names: Mapping[
 
 
 def _option_type(annotation: Any) -> Any:
-    """Return the type for typer: a plain type or a list, without None and constraints. The model validates the
-    constraints."""
+    """Return the type for typer: a plain type or a list, without None and constraints, which the model validates."""
     origin, inner = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
     if origin is Literal:
         return str

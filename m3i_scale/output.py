@@ -23,7 +23,7 @@ _DOCUMENT: list[TextIO] = []
 
 
 def reserve_stdout() -> None:
-    """Reserve standard output for `print_json`. Redirect all other output, including that of C code, to standard error."""
+    """Reserve standard output for `print_json`; redirect all other output, also of C code, to standard error."""
     _DOCUMENT.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     sys.stdout.flush()
     os.dup2(2, 1)
@@ -67,8 +67,8 @@ def wide_console(*, stderr: bool = False, **options: Any) -> Console:
 
 
 def leave_out_accelerator_warning() -> None:
-    """Silence the warning that no GPU was found, for commands that only read and write files. Call it before DeepSpeed
-    is imported, because the import looks for a GPU."""
+    """Silence the warning about a missing GPU, for commands that only read and write files. Call it before DeepSpeed is
+    imported, because the import looks for a GPU."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 

@@ -13,10 +13,9 @@ _OF_MPI = (
 
 
 def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
-    """Set the variables of `NAMES` from those of an MPI launcher, if RANK is not set.
+    """Set the variables of `NAMES` from the variables of an MPI launcher, if RANK is not set.
 
-    Slurm variables are not read: a batch script has them outside `srun` too, and its single process would wait for
-    others.
+    Slurm variables are not read: a batch script has them outside `srun` too, and its single process would wait forever.
 
     Args:
         environment: of this process; modified in place unless RANK is set.

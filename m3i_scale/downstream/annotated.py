@@ -24,8 +24,7 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
     """List images and their annotations, by split.
 
     Args:
-        given: the annotation file for training, or a folder with annotation files. The evaluation file is detected next
-            to the training file.
+        given: a folder of annotation files, or the training file; the evaluation file is detected next to it.
         skip_bad: skip unusable images when shards are created.
     """
     train, evaluated = _find_annotations(given) if given.is_file() else _in_folder(given)

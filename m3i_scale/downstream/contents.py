@@ -30,8 +30,8 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
 
 LARGEST_OVERLAP = 0.1
-"""Maximum fraction of evaluation images that are also training images. A model is nearly always right about those, so
-more of them can change a result by more than the difference between two pre-trained models."""
+"""Maximum fraction of evaluation images that are also training images. A model is nearly always right about these. More
+of them can change a result by more than the difference between two pre-trained models."""
 _EXAMPLES, _LISTED = 3, 8
 _FOR_ONE_PROCESS = 64_000_000
 """Size of shards in bytes below which one process is faster than several."""

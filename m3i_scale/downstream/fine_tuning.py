@@ -32,8 +32,7 @@ _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "
 
 
 def check_task(run: RunConfig, model: VisionConfig) -> None:
-    """Validate the task of a run, independent of its data. Options without effect and unsupported combinations are
-    errors.
+    """Validate the task of a run, independent of its data. Options without effect are errors.
 
     Args:
         run: the config.

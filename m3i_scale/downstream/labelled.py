@@ -107,7 +107,7 @@ class Labelled:
         every_class = self.every_class
         summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
         counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
-        for line in made_lines(counted, folder):  # the others are printed together with those of existing shards
+        for line in made_lines(counted, folder):  # the others are printed together with counts of existing shards
             tell(line)
 
 

@@ -64,7 +64,8 @@ def _block_of(name: str, depths: tuple[int, ...]) -> int:
 
 
 def _dense_layer_of(name: str, depths: tuple[int, ...]) -> int:
-    """Return 0 for the stem and N + 1 for block N over all stages. Layers after a stage count as the next block."""
+    """Return 0 for the stem and N + 1 for block N over all stages. Downsampling and norm after a stage count as the
+    next block; after the last stage, as its first block."""
     if name.startswith("patch_embed"):
         return 0
     level = _LEVEL.match(name)

@@ -10,8 +10,7 @@ from m3i_scale.data.batch import Batch, MixedBatch
 
 
 class LabelMixing:
-    """Mixup and cutmix: every image is blended with another one of its micro-batch, or gets a rectangle of it pasted
-    in.
+    """Mixup and cutmix: every image is blended with another one of its micro-batch, or gets a rectangle of it.
 
     Random draws depend only on the first sample's seed, so a resumed run repeats them.
 

@@ -1,5 +1,4 @@
-"""Subsets of the training images: a number of shots per class, or a fraction; deterministic for a seed on every
-machine."""
+"""Subsets of the training images: shots per class, or a fraction; deterministic for a seed on every machine."""
 
 from __future__ import annotations
 
@@ -104,7 +103,7 @@ class _Chosen(InputWrapper):
 
 
 def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
-    """Return the selected samples of shards for packing, among those with a label, a mask or boxes.
+    """Return the selected samples of shards for packing. Only samples with a label, a mask or boxes are eligible.
 
     Args:
         subset: selection of the samples.

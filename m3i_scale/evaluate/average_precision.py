@@ -41,8 +41,7 @@ def measure_detector(
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """Return the result of `average_precision`, and AP of boxes and masks with a bootstrap interval over image
-    clusters.
+    """Return `average_precision`, and AP of boxes and masks with a bootstrap interval over image clusters.
 
     Args:
         truths: ground truth of all images of the dataset.

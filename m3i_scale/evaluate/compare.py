@@ -235,8 +235,7 @@ def _measure(
 
 
 def _in_words(reasons: dict[str, str]) -> str:
-    """Return why a metric is missing, by model unless the reason is the same for both. A model without a reason
-    supports it."""
+    """Return why a metric is missing, by model unless the reasons are equal. A model without a reason supports it."""
     if len(reasons) > 1 and len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))
     return "; ".join(f"{role}: {reason}" for role, reason in reasons.items())

@@ -70,7 +70,7 @@ def evaluate_detector(
 
 
 def check_categories(detector: Detector, shards: str) -> Categories:
-    """Return the categories of a dataset, after checking that they match those of the detector."""
+    """Return the categories of a dataset, after checking that they match the detector's categories."""
     found = categories_beside(shard_folder(shards), "--data: ")
     if found is None or found.names != detector.classes:
         raise DataError(

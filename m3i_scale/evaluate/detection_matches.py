@@ -30,8 +30,7 @@ def mask_of(one: Instance, truth: GroundTruth) -> Rle:
 
 
 def overlaps(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
-    """Return the IoU of every prediction and object: (D, G). For a crowd, return the fraction of the prediction inside
-    it."""
+    """Return the IoU of every prediction and object: (D, G); for a crowd, the fraction of the prediction inside it."""
     from faster_coco_eval.core import mask
 
     objects = truth["annotations"]

@@ -130,7 +130,7 @@ def pair_by_image(
 
     Args:
         truths: ground truth of all images of the dataset, in any order.
-        predictions: for images of the dataset, in any order; those of several ranks may be concatenated.
+        predictions: for images of the dataset, in any order; predictions of several ranks may be concatenated.
         categories: of the dataset.
     """
     check_library()
@@ -214,8 +214,7 @@ def _check_masks(truths: Iterable[GroundTruth]) -> None:
 
 
 def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categories) -> Prediction:
-    """Sort a prediction by score. For LVIS, select the 300 best of all classes, then drop categories that were not
-    annotated."""
+    """Sort a prediction by score. For LVIS, select the 300 best, then drop categories that were not annotated."""
     where = f"image {truth['image_id']}"
     boxes_D4 = np.asarray(given["boxes"], dtype=np.float64).reshape(-1, 4)
     scores_D = np.asarray(given["scores"], dtype=np.float64)

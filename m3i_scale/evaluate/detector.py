@@ -35,8 +35,7 @@ from m3i_scale.objective.targets.detection import shown_sizes
 from m3i_scale.output import quiet_loading
 
 DETECTOR = "detector"
-"""Metric of a detector, which excludes other metrics. The model folder has a detector, or features with a detector in
-`heads/`."""
+"""Metric of a detector; excludes other metrics. The folder has a detector, or features with one in `heads/`."""
 DETECTED = 4
 """Default number of images per forward pass: layers with global attention need about 800 MB per image of 1,024 pixels.
 """

@@ -74,8 +74,7 @@ def linear_probe(
 
 
 def _declines(accuracies: list[float]) -> bool:
-    """Return whether the last two values of C were both worse than the best before: weaker regularization only
-    overfits."""
+    """Return whether the last two values of C were both worse than the best before: less regularization overfits."""
     return len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies[:-2])
 
 

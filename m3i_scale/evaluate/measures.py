@@ -26,7 +26,7 @@ Statistics = dict[str, Statistic]
 
 
 class NotMeasuredError(Exception):
-    """Missing requirement of a metric; the message is the reason shown to users."""
+    """Missing requirement of a metric; the message is the reason for users."""
 
 
 @dataclass

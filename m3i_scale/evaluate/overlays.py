@@ -1,5 +1,4 @@
-"""Prediction overlays for segmenters: the image, and ground truth and prediction in colors over it. Also shared drawing
-code."""
+"""Prediction overlays of segmenters (image, ground truth and prediction in colors over it), and shared drawing code."""
 
 from __future__ import annotations
 

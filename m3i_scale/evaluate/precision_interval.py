@@ -22,8 +22,7 @@ def ap_interval(
 ) -> Estimate:
     """Return AP and its percentile interval, by resampling clusters of images with replacement.
 
-    A resample weights images and needs no new matching. Classes without objects in a resample are excluded from its
-    mean.
+    Resamples weight images and need no new matching. Classes without objects in a resample are excluded from its mean.
 
     Args:
         detections: all images.

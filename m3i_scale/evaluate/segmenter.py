@@ -23,8 +23,7 @@ from m3i_scale.objective.segmentation import resized
 from m3i_scale.output import quiet_loading
 
 SEGMENTER = "segmenter"
-"""Metric of a segmenter, which excludes other metrics. The model folder has a segmenter, or features with one in
-`heads/`."""
+"""Metric of a segmenter; excludes other metrics. The folder has a segmenter, or features with one in `heads/`."""
 EOMT = "EomtForUniversalSegmentation"
 STRIDE = 2 / 3
 """Distance between windows, as a fraction of the window size."""
@@ -75,8 +74,8 @@ class Segmenter:
 
 
 def classes_at(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the class of every pixel (H, W) at a given size. The logits are resized a few classes at a time, because
-    those of all classes would not fit into memory for a large image."""
+    """Return the class of every pixel (H, W) at a given size. Logits are resized a few classes at a time, because the
+    logits of all classes would not fit into memory for a large image."""
     step = max(RESIZED // (size[0] * size[1]), 1)
     best_HW = torch.full(size, -math.inf, device=logits_KHW.device)
     classes_HW = torch.zeros(size, dtype=torch.int64, device=logits_KHW.device)

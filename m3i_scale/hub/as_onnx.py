@@ -36,11 +36,11 @@ def check_also(also: tuple[str, ...]) -> None:
 
 
 def write_onnx(folder: Path, reference: Reference) -> float:
-    """Write the first model of a verified folder as `model.onnx`. Return the largest difference from training's
+    """Write the first model of a verified folder as `model.onnx`; return the largest difference from training's
     outputs.
 
-    One fresh process converts the model as loaded from the folder. Another one, without the model's class and without
-    `transformers`, runs the ONNX file on the reference images: first all in one batch, then a single image.
+    One fresh process converts the model as loaded from the folder. Another one, without the model's class or
+    `transformers`, runs the ONNX file on the reference images: in one batch, then a single one.
     """
     part = reference.parts[0]
     if part.name == "detector":

@@ -1,5 +1,4 @@
-"""Conversion of a plain Transformer and its UPerNet to standard classes. The Transformer becomes a BEiT, which has the
-pyramid."""
+"""Conversion of a plain Transformer and its UPerNet to standard classes: a BEiT, which has the pyramid, with UPerNet."""
 
 from __future__ import annotations
 
@@ -29,8 +28,7 @@ _BEIT = {
     **{part: f"layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
     "scale2": "layers.{}.lambda_2",
 }
-"""Names of BEiT's parts, by the keys of `TokenFamily.parts`. The final norm is omitted: feature maps do not pass
-through it."""
+"""Names of BEiT's parts, by the keys of `TokenFamily.parts`; without the final norm, which feature maps do not use."""
 _COUNT = "num_batches_tracked"
 
 
@@ -96,7 +94,7 @@ def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
     width, tensors = config.hidden_size, {}
     for name in vision_names(config):
         part, number, suffix = part_of(name, token_family(config).parts)
-        # The bias of keys shifts all logits of a query equally, which softmax ignores; BEiT has none.
+        # The bias of keys shifts all logits of a query equally, which softmax ignores; BEiT does not have it.
         if part in _BEIT and (part, suffix) != ("k", ".bias"):
             tensors["backbone.beit." + _BEIT[part].format(number) + suffix] = TensorSource((VISION + name,))
     if not isinstance(config, Dinov2Config):

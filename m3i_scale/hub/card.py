@@ -47,8 +47,7 @@ _KINDS = {
 }
 
 OLDEST_TRANSFORMERS = "4.57"
-"""Oldest version that loads every export except detectors. Verification also runs in it
-(tests/hub/test_oldest_transformers.py)."""
+"""Oldest version that loads every export except detectors, as tested in tests/hub/test_oldest_transformers.py."""
 OLDEST_OF_DETECTOR = "5.24"
 """Oldest version with RF-DETR and support for the source files of a Mask R-CNN. In version 4, ViT layers pass no
 arguments on to their attention."""

@@ -54,8 +54,7 @@ def export(
     license_id: str = "other",
     evaluation_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Export a checkpoint to a folder and verify it in a fresh process. The folder appears at `to` only after
-    verification.
+    """Export a checkpoint and verify it in a fresh process. The folder appears at `to` only after verification.
 
     Args:
         run_dir_or_checkpoint: one checkpoint, or a run's output folder (uses its latest valid checkpoint).

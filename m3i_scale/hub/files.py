@@ -1,4 +1,4 @@
-"""Safetensors files of a part, written shard by shard: memory holds one shard, never the full model."""
+"""Safetensors files of a part, written shard by shard: memory contains one shard, never the full model."""
 
 from __future__ import annotations
 

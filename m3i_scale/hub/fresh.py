@@ -49,8 +49,7 @@ def fingerprint(tensor: Any) -> str:
 
 
 def inspect_files(folder: Path) -> dict[str, Any]:
-    """Return dtypes and fingerprints of all tensors in the folder's safetensors, and errors for values that no training
-    produces."""
+    """Return dtypes and fingerprints of all tensors in the folder's safetensors, and errors for implausible values."""
     import torch
     from safetensors import safe_open
 

@@ -17,11 +17,9 @@ CURVE_ROWS = 10
 
 
 def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
-    """Return a checkpoint of a sweep with its best head only, and the results of all heads. Other checkpoints are
-    returned unchanged.
+    """Return a checkpoint of a sweep with its best head only, and the accuracy of all heads. Others remain unchanged.
 
-    The best head is the one with the highest accuracy in the last evaluation at or before the checkpoint's step. In a
-    tie, the first one wins.
+    The last evaluation at or before the checkpoint's step decides. In a tie, the first head wins.
     """
     task = source.run.task
     if not isinstance(task, Classification) or task.sweep is None:
@@ -104,8 +102,7 @@ def supervision_of(source: Source) -> dict[str, float]:
 
 
 def curve_of(source: Source) -> list[dict[str, Any]]:
-    """Return step, loss and loss per target: from the first record, and from the last record in each tenth of the
-    training."""
+    """Return step, loss and loss per target: of the first record, and of the last record in each tenth of training."""
     rows: dict[int, dict[str, Any]] = {}
     for record in _trained(source):
         rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record
@@ -127,8 +124,7 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
-    """Yield run and train records with the steps that each covers, the number of ranks, and the per-rank micro-batch
-    size."""
+    """Yield run and train records, the steps that each covers, the number of ranks, and the per-rank micro-batch size."""
     world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
     before: int | None = None
     for record in _records(source):

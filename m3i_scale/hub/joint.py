@@ -167,9 +167,9 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
 def backbone_part(source: Source) -> ExportedModule:
     """Return the backbone under `AutoBackbone`, for detectors and segmenters: feature maps by stage.
 
-    A ViT is converted to a DINOv2 with layer scales of 1, because `transformers` has no backbone class for ViT.
-    DINOv2's MLP width is an integer multiple of the model width. Otherwise the MLP is padded with hidden units that are
-    always zero.
+    A ViT is converted to a DINOv2 with layer scales of 1, because `transformers` has no backbone class for ViT. DINOv2
+    needs an MLP width that is a multiple of the model width, so the MLP is padded with hidden units that are always
+    zero.
     """
     config = backbone_config(source.run.backbone)
     tensors = copied(vision_names(config), VISION)

@@ -22,8 +22,7 @@ def run_fresh(arguments: list[str], folder: Path, work: Path) -> None:
     Args:
         arguments: the file and its arguments.
         folder: the export, for messages.
-        work: working directory. Modeling files of a folder are copied here before they run, never into the user's
-            cache.
+        work: working directory. Modeling files are copied here before they run, never into the user's cache.
     """
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
     environment = inherited | _OFFLINE | {"HF_MODULES_CACHE": str(work / "modules")}

@@ -42,8 +42,8 @@ def listed_files(folder: Path) -> dict[str, int]:
 def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Publish an export as a model repository, in one commit.
 
-    Files of an earlier export in the repository that are not part of this one (such as shards of a larger model) are
-    removed in the same commit. Files that no export lists remain.
+    Files of an earlier export that are not part of this one (such as shards of a larger model) are removed in the same
+    commit. Files that no export lists remain.
 
     The access token comes from `huggingface_hub` (`HF_TOKEN`, `hf auth login`). After a failure, call it again:
     uploaded files are not sent again, and no commit contains a partial model.
@@ -100,7 +100,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
             if refused
             else "give the same command again: it goes on with what has not arrived",
         ) from None
-    public = there.private is False  # an existing repository keeps its visibility
+    public = there.private is False  # the visibility of an existing repository does not change
     return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}
 
 

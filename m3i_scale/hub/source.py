@@ -226,8 +226,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
         given: the file.
 
     Returns:
-        The document, or None if there is none or the run's file is for other weights. In the latter case, also a
-        warning.
+        The document, or None if it is missing or for other weights. In the latter case, also a warning.
     """
     path = given or source.run_dir / "evaluation.json"
     if given is None and not path.is_file():

@@ -70,8 +70,8 @@ def trained_output(
 
 
 def _logits(objective: Objective, part: ExportedModule, pixels_BCHW: Tensor) -> Tensor:
-    """Return the logits of a classifier (B, K), of a segmenter at input resolution (B, K, H, W), or of query masks (B,
-    Q, H, W)."""
+    """Return logits: of a classifier (B, K), of a segmenter at input resolution (B, K, H, W), or query masks (B, Q, H,
+    W)."""
     if part.name == "classifier":
         logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
         return logits_BK

@@ -1,5 +1,4 @@
-"""Verification of an export: load it in a fresh process with standard classes, and compare it with the training
-modules."""
+"""Verification of an export: load it with standard classes in a fresh process, and compare it with training modules."""
 
 from __future__ import annotations
 
@@ -78,7 +77,7 @@ def make_reference(
         fingerprints: of their tensors.
         weights: of the checkpoint by full name.
         dtype: of the export; the reference computes in fp32 with weights rounded to it.
-        tokenizer: of the text tower; None if the folder has none.
+        tokenizer: of the text tower; None for folders without one.
     """
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment

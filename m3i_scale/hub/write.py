@@ -89,7 +89,7 @@ def write_folder(
         parts: result of `plan_parts`.
         weights: of the checkpoint by full name, read one at a time.
         dtype: data type of the written tensors.
-        tokenizer: of the text tower; None if the folder has none.
+        tokenizer: of the text tower; None for folders without one.
         wanted: requested contents of the folder.
 
     Returns:
@@ -228,8 +228,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
 
 
 def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe with only the names of its teachers: their folders are on the training machine and not read
-    again."""
+    """Return a recipe with only the names of its teachers: their folders are local and not read again."""
     recipe = upgraded(recipe)
     for teacher in recipe.get("teachers", {}).values():
         if teacher["from_pretrained"] != "student":  # "student" is the initial backbone

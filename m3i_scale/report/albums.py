@@ -39,10 +39,10 @@ class _Set:
 
 
 def albums_of(runs: list[RunFiles], folders: list[Path], room: int) -> list[dict[str, Any]]:
-    """Return `title, steps, pictures, notes` for every given folder and every run with pictures.
+    """Return `title, steps, pictures, notes` for every folder in `folders` and every run with pictures.
 
     The newest pictures of a run are unchanged; all others and overlays are scaled down. If there are too many, the
-    newest and the first are included, and as many as fit of those in between.
+    newest and the first are included, and the ones in between as far as they fit.
 
     Args:
         runs: runs with pictures in their folders.
@@ -100,7 +100,7 @@ def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tupl
 
 
 def _by_weight(count: int) -> Iterator[int]:
-    """Yield all numbers below `count`: the last, the first, then those halfway between, and so on."""
+    """Yield all numbers below `count`: the last, the first, then the ones halfway between, and so on."""
     seen: set[int] = set()
     parts = 1
     while len(seen) < count:

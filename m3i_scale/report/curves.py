@@ -74,8 +74,7 @@ def _every_so_many(steps: NDArray[np.int64], values: NDArray[np.float64], count:
 
 
 def _rounded(value: float) -> float | None:
-    """Round to five significant digits; None for values that JSON cannot represent, such as overflow of the largest
-    floats."""
+    """Round to five significant digits; None for values outside JSON, such as overflow of the largest floats."""
     rounded = float(f"{value:.5g}")
     return rounded if math.isfinite(rounded) else None
 

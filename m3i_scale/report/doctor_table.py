@@ -17,8 +17,7 @@ _SHOWN = 3
 
 
 def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
-    """Return a table of environment checks and the totals. Passed checks take one line; others one line per host, with
-    reason and fix."""
+    """Return a table of environment checks and the totals. Passed checks share a line; others have one per host."""
     table = Table("", "check", "host", "found", box=None, pad_edge=False)
     counts = dict.fromkeys(_MARKS, 0)
     by_check: dict[str, list[Mapping[str, Any]]] = {}

@@ -10,9 +10,8 @@ from tsdownsample import MinMaxLTTBDownsampler
 
 
 def downsample(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Downsample a curve to at most `count` points with MinMaxLTTB. The extremes of every interval are candidates. Of
-    these, largest-triangle-three-buckets selects the points that change the line most. Values are never averaged or
-    moved.
+    """Downsample a curve to at most `count` points with MinMaxLTTB. The extremes of every interval are candidates.
+    Largest-triangle-three-buckets selects those that change the line most. Values are never averaged or moved.
 
     Points with non-finite y are dropped, because a line cannot show them.
 

@@ -32,8 +32,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "phase": {"image_size": int, "micro_batch_size": int},
     "end": {"status": str},
 }
-"""Additional required fields by kind, besides `kind`, `step` and `time`, with their types. Integers are non-negative.
-"""
+"""Additional required fields by kind, besides `kind`, `step` and `time`, with types. Integers are non-negative."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ class MetricsFile:
         self.records: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         """Lines other than logged steps, by kind."""
         self.unreadable = 0
-        """Number of lines that are truncated, no JSON, too long, of wrong types, or not later than the previous step.
-        """
+        """Number of lines that are truncated, no JSON, too long, of wrong types, or not in step order."""
 
     def read_new_lines(self) -> None:
         """Read new lines. If the file was truncated, as by a resumed run, read it from the beginning.

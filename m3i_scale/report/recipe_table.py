@@ -118,8 +118,7 @@ class RecipeTable:
         self.rows = rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table with one column per field, or with two fields per column on a narrow console, so that no word
-        is broken."""
+        """Yield a table with one field per column, or two on a narrow console, so that no word is broken."""
         columns = _WIDE if options.max_width >= _cells_of(_WIDE) else _NARROW
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for fields, width in columns.items():

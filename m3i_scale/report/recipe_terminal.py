@@ -80,8 +80,7 @@ def _below_each_other(lines: list[Text]) -> Text:
 
 
 def _likelihood(link: Link) -> RenderableType:
-    """Return distribution and regularizer above the arrow, weight and head below, so that the arrow is level with the
-    boxes."""
+    """Return distribution and regularizer above the arrow, weight and head below: the arrow is level with the boxes."""
     end = f"{_SIGN}─▶" if link.stopped else "─▶"
     arrow = "◀" + end.rjust(_ARROW_WIDTH - 1, "─")
     regularizer, *others = link.likelihood.details

@@ -49,7 +49,7 @@ class RunFiles:
     figures: dict[str, NDArray[np.float64]]
     """By the names in metrics.jsonl, each of shape N; NaN for missing values."""
     unreadable: int
-    """Number of lines that are truncated, no JSON, too long, of wrong types, or not later than the previous step."""
+    """Number of lines that are truncated, no JSON, too long, of wrong types, or not in step order."""
 
     @property
     def total_steps(self) -> int | None:

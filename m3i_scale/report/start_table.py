@@ -29,7 +29,7 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
 
 
 def other_images(normalisation: Mapping[str, list[float]], image_size: int | None, run: RunConfig) -> list[str]:
-    """Return warnings about image settings that differ from those of the pretrained weights, which is often a mistake.
+    """Return warnings about image settings that differ from the pretrained weights, which is often a mistake.
 
     Args:
         normalisation: of the weights, as in `Source`; empty if unknown.

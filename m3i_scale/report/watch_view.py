@@ -121,7 +121,7 @@ def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 
 
 def _charts(run: RunFiles, width: int, room: int | None) -> list[Text]:
-    """Return rows of charts, most important first, as many as fit."""
+    """Return rows of charts, most important first, within the available height."""
     columns = max(1, width // _LEAST_COLUMNS)
     chart_width = max(1, width // columns - 1)
     shown = [chart for chart in _latest(run) if chart[0] not in _WITHOUT_CURVE]

@@ -1,5 +1,4 @@
-"""Picture of patch weights in the image vector: attention of the class token or pooling head, else similarity to the
-mean."""
+"""Picture of patch weights in the image vector: attention of class token or pooling head, or similarity to the mean."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ def similarity_to_mean(tokens_NLD: NDArray[np.float64]) -> Attention:
 
 
 def _of_class_token(model: Any, pixels_1CHW: Tensor, patches: int) -> Tensor:
-    """Return the attention of one image: (1, H, L). All layers return attention, which would not fit into memory for
-    many images."""
+    """Return the attention of one image: (1, H, L). For many images, attention of all layers would not fit into memory."""
     layers = None
     if not isinstance(model, TimmWrapperModel):
         with _eager(model):
@@ -93,8 +91,7 @@ def _eager(model: Any) -> Iterator[None]:
 
 
 def attention(images: Sequence[Image.Image], names: Sequence[str], shown: Attention) -> Picture:
-    """Return the picture `attention`: images, the mean over heads, and every head, each map scaled from its minimum to
-    its maximum.
+    """Return the picture `attention`: images, the mean over heads, and every head, each map scaled to its range.
 
     Raises:
         NotMeasuredError: the patches do not form a square grid, or the maps contain NaN.

@@ -71,8 +71,8 @@ def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sam
 
 
 def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
-    """Return a second view of an image (mirrored and cropped), the index of the image's center patch, and the index of
-    the patch at the same location in the second view.
+    """Return a second view of an image (mirrored and cropped), and the index of the image's center patch. Also return
+    the index of the patch at the same location in the second view.
 
     Args:
         image: a square image.
