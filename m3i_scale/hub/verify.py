@@ -36,7 +36,7 @@ RELATIVE_TOLERANCE = 1e-4
 """Relative to the largest output. Both sides compute in fp32, so only the order of sums may differ."""
 
 LEVELS_TOLERANCE = {"exact": 0.01, "pixels": 8.0}
-"""Allowed difference of the image processor in grey levels (of 255). With Pillow, the filter of training, there is
+"""Allowed difference of the image processor in gray levels (of 255). With Pillow, the filter of training, there is
 none. The default filter, torchvision's bicubic, differs slightly."""
 
 
@@ -285,7 +285,7 @@ def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: 
         view = ViewMaker(augment, views=1, image_size=side, augment=False, reads="boxes", mean=augment.mean)
         pixels_1CHW = normalize(torch.from_numpy(view(picture.copy(), 0).pixels_VCHW), augment.mean, augment.std)
         width, height = (round(side * length / max(picture.size)) for length in picture.size)
-        # The mean color: training rounds it to a grey level, while image processors pad after normalization.
+        # The mean color: training rounds it to a gray level, while image processors pad after normalization.
         pixels_1CHW[:, :, height:] = pixels_1CHW[:, :, :, width:] = 0
         return pixels_1CHW
     if shown != "centre":
