@@ -1,6 +1,6 @@
 """M3I pre-training at any size: one formula, one engine, one command.
 
-`__all__` is the public interface for programs (docs/python.md); each name is imported when it is asked for.
+`__all__` is the public Python interface (docs/python.md). Each name is imported on first access.
 """
 
 from importlib import import_module
@@ -60,10 +60,10 @@ _ELSEWHERE = {
     "merge_states": "data.state",
     "parameter_groups": "scale.parameter_groups",
 }
-"""Modules of what does not lie in `api`."""
+"""Module of each public name that is not in `api`."""
 
 
-if not TYPE_CHECKING:  # or a type checker would take every name for a public one
+if not TYPE_CHECKING:  # otherwise a type checker would treat every name as public
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

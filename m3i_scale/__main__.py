@@ -1,4 +1,4 @@
-"""Start the command as a module, for `python -m m3i_scale`, `m3i-scale` and launchers."""
+"""Entry point of `python -m m3i_scale`, `m3i-scale` and launchers."""
 
 import os
 import sys
@@ -8,20 +8,20 @@ from m3i_scale.launch.processes import end_with_parent
 from m3i_scale.rank_variables import ranks_on_host
 
 _STARTERS = ["launch"], ["doctor"]
-"""Commands that start ranks, which choose their threads themselves."""
+"""Commands that start ranks, which set their thread counts themselves."""
 
 _INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell has it; typer ends commands with it too."""
+"""Exit code after Ctrl-C, as in a shell; typer uses it too."""
 
 
 def run() -> None:
-    """Run the command line, and end the process.
+    """Run the command line and end the process.
 
-    Whatever is open has been closed by then. What is left is an engine that DeepSpeed's hooks keep alive, with threads
-    of the process group, and, after an error, a thread that still writes a checkpoint: an interpreter that goes down
-    under them is aborted now and then, or waits for them.
+    The process exits without interpreter shutdown. DeepSpeed's hooks keep an engine alive, with threads of the process
+    group. After an error, a thread may still be writing a checkpoint. Normal shutdown sometimes aborts on these threads
+    or waits for them. All open files are closed before.
     """
-    end_with_parent()  # before seconds of imports, in which the parent may end
+    end_with_parent()  # before the imports, which take seconds in which the parent may end
     if sys.argv[1:2] not in _STARTERS:
         limit_threads(os.environ, ranks_on_host(os.environ) or 1)
     try:

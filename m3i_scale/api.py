@@ -1,4 +1,4 @@
-"""Load, build and stream what your own training loop needs; `m3i_scale.__all__` is what is public (docs/python.md)."""
+"""Public functions for custom training loops: load, build, stream. `m3i_scale.__all__` is public (docs/python.md)."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ from m3i_scale.scale.collectives import ProcessGroupRanks
 
 
 def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a run file: recipe, backbone, data and optimisation.
+    """Load a config file: recipe, backbone, data and optimization.
 
-    Modules of your own classes that its recipe names are imported, which runs their code.
+    If the recipe names modules with custom classes, they are imported, which runs their code.
 
     Args:
-        name_or_path: the file, or the name of a built-in one, as `m3i`.
+        name_or_path: path, or name of a built-in config such as `m3i`.
         overrides: `section.key=value`, as on the command line.
 
     Raises:
-        ConfigError: no such file, an unknown key, or values that do not hold together; all of it at once.
+        ConfigError: the file is missing, a key is unknown, or values are inconsistent. All errors are reported at once.
     """
     return load_run_and_recipe(str(name_or_path), overrides)[0]
 
 
 def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read the recipe of a run file, inputs × targets (Su et al., arXiv 2211.09807, table 1); as `load_run`.
+    """Load the recipe of a config file, inputs × targets (Su et al., arXiv 2211.09807, table 1). See `load_run`.
 
     Raises:
-        ConfigError: as of `load_run`.
+        ConfigError: as for `load_run`.
     """
     return load_run_and_recipe(str(name_or_path), overrides)[1]
 
 
 def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
-    """Open the stream of micro-batches of a run, that of this rank where `torch.distributed` has a process group.
+    """Open the stream of micro-batches of a run. If `torch.distributed` has a process group, it is the stream of this
+    rank.
 
-    An iterator over it yields a `Batch` of `optim.micro_batch_size` samples at a time, on the host, in the order that
-    `m3i-scale train` reads them in. `state_dict` is the position after the batch handed out last, and
-    `load_state_dict` goes on from there; `merge_states` joins those of all ranks. Samples that cannot be used are
-    written down in `output_dir`.
+    Iterate over it to get a `Batch` of `optim.micro_batch_size` samples at a time, on the CPU, in the same order as
+    `m3i-scale train`. `state_dict` is the position after the last batch returned, and `load_state_dict` resumes from
+    there. `merge_states` joins the states of all ranks. Unusable samples are logged in `output_dir`.
 
     Args:
-        run: of `load_run`.
+        run: result of `load_run`.
         validation: read `data.validation`, without augmentation.
 
     Raises:
-        ConfigError: recipe, data and ranks do not fit together.
-        DataError: shards that are missing or damaged.
+        ConfigError: recipe, data and number of ranks are inconsistent.
+        DataError: shards are missing or damaged.
     """
     ranks = _ranks()
     _check_run(run, "open_stream")
@@ -72,18 +72,18 @@ def open_stream(run: RunConfig, *, validation: bool = False) -> TrainStream:
 
 
 def build_objective(run: RunConfig) -> Objective:
-    """Build the modules of a run's recipe with their first weights, on the host in fp32.
+    """Build the modules of a run's recipe with their initial weights, on the CPU in fp32.
 
-    `loss, figures = objective(batch)` computes equation 6 of Su et al. (arXiv 2211.09807), over the micro-batches of
-    all ranks where `torch.distributed` has a process group; gradients are then to be averaged, as DDP does. After every
-    backward pass comes `objective.after_backward()`, after every step of the optimizer `update_momentum`.
+    `loss, figures = objective(batch)` computes equation 6 of Su et al. (arXiv 2211.09807). If `torch.distributed` has a
+    process group, it covers the micro-batches of all ranks, and gradients must be averaged, as DDP does. Call
+    `objective.after_backward()` after every backward pass and `update_momentum` after every optimizer step.
 
     Args:
-        run: of `load_run`; its data say how many classes and words there are.
+        run: result of `load_run`. Its data determine the number of classes and the vocabulary size.
 
     Raises:
-        ConfigError: recipe, backbone and data do not fit together, or weights to start from cannot be read.
-        DataError: shards that are missing.
+        ConfigError: recipe, backbone and data are inconsistent, or pretrained weights cannot be read.
+        DataError: shards are missing.
     """
     ranks = _ranks()
     checked = _checked(run, ranks, "build_objective")
@@ -93,12 +93,12 @@ def build_objective(run: RunConfig) -> Objective:
 
 
 def update_momentum(objective: Objective, step: int, steps: int) -> None:
-    """Move the momentum target after a step of the optimizer, by the schedule of its recipe; without one, do nothing.
+    """Update the EMA weights after an optimizer step, by the schedule of the recipe. Without EMA, do nothing.
 
     Args:
-        objective: of `build_objective`.
-        step: that has been taken, from 0.
-        steps: of the whole training.
+        objective: result of `build_objective`.
+        step: the step just completed, from 0.
+        steps: total number of training steps.
     """
     if objective.recipe.momentum is not None:
         move_averages(objective, momentum_at(step, objective.recipe.momentum, steps))
@@ -108,13 +108,13 @@ def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:
     """Load a vision model for images: `pooled_BD, tokens_BLD = backbone(images_BCHW)`, in evaluation mode.
 
     Args:
-        source: a folder of `m3i-scale export`, any folder of a vision model of `transformers`, or a Hub id. No code of
-            the folder is run.
-        pool: what stands for an image: the mean of the patch tokens, the class token, or both side by side.
+        source: a folder from `m3i-scale export`, any folder with a vision model of `transformers`, or a Hub id. No code
+            from the folder is executed.
+        pool: image representation: the mean of the patch tokens, the class token, or both concatenated.
 
     Raises:
-        ConfigError: no such folder and no such id, or no such pool.
-        ExportError: the folder holds no such model, or not all of its weights.
+        ConfigError: the folder, Hub id or pool does not exist.
+        ExportError: the folder has no such model, or some of its weights are missing.
     """
     if pool not in get_args(Pool):
         raise ConfigError(f"no pool '{pool}'", where="load_backbone", fix=did_you_mean(pool, get_args(Pool)))

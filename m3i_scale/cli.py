@@ -1,4 +1,4 @@
-"""Define the command line: one verb per command, no logic."""
+"""Command line: one verb per command, without logic."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end.")
     ] = False,
 ) -> None:
-    """Hold the options of no command."""
+    """Declare the options that do not belong to a command."""
 
 
 recipes_app = typer.Typer(invoke_without_command=True)
@@ -123,7 +123,7 @@ def train(
     run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
 ) -> None:
-    """Train, or go on from the newest good checkpoint. Start it with any launcher; alone it runs on one rank."""
+    """Train, or resume from the latest valid checkpoint. Start it with any launcher; alone it runs on one rank."""
     from m3i_scale.objective.recipe import load_run_and_recipe
 
     try:
@@ -135,7 +135,7 @@ def train(
         adopt_rank_variables(os.environ)
         world = os.environ.get("WORLD_SIZE", "")
         ranks = int(world) if world.isdecimal() else 0
-        check_run(run, overrides, ranks or None)  # which tells all else that is wrong, too
+        check_run(run, overrides, ranks or None)  # which also reports all other errors
         raise
     from m3i_scale.run.config_warnings import repeated_overrides
     from m3i_scale.run.train import start
@@ -151,7 +151,7 @@ def check(
     ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell all that `train` would refuse before it reads samples; start nothing. Exit code 2 where there is anything.
+    """Tell all errors that `train` would report before it reads samples; start nothing. Exit code 2 if there are any.
 
     A valid setting that is probably a mistake is a warning, and does not change the exit code: a learning rate of SGD,
     a setting without effect, validation on training data. `shards check` reads the samples.
@@ -178,16 +178,16 @@ def check(
 
 @app.command(epilog="Example: m3i-scale show m3i optim.steps=10")
 def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Print the whole run file: `extends` followed, overrides applied, defaults filled in, secrets hidden.
+    """Print the whole run file: `extends` resolved, overrides applied, defaults filled in, secrets redacted.
 
-    The recipe is printed as it is written; `check` says whether it holds together.
+    The recipe is printed as written; `check` validates it.
     """
     import yaml
 
     from m3i_scale.config import load_run
     from m3i_scale.text import redact
 
-    # The classes of a recipe's parts are not asked: they hold losses too, so that torch would be imported first.
+    # Recipe classes are not used: they include losses, so they would import torch first.
     values = redact(load_run(run, overrides).model_dump(mode="json"))
     if as_json:
         print_json(values)
@@ -202,7 +202,7 @@ def stop(
     wait: Annotated[bool, typer.Option(help="Until the run has ended.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Have a run finish its step, save and leave, on whichever hosts it runs; the same command goes on with it."""
+    """Have a run finish its step, save and exit, on all of its hosts. Rerun the same command to resume."""
     from m3i_scale.run.stop import stop as stop_run
 
     result = stop_run(run, overrides or [], wait=wait, tell=lambda text: print_line(text, stderr=True))
@@ -248,7 +248,7 @@ def plan(
     write: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Plan memory, communication and time of a run before anything runs; needs neither data nor a GPU."""
+    """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
     from m3i_scale.objective.recipe import load_run_and_recipe
 
     config, _ = load_run_and_recipe(run, overrides)
@@ -292,7 +292,7 @@ def doctor(
 ) -> None:
     """Check whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards.
 
-    Exit code 2 where one is not.
+    Exit code 2 if one is not.
     """
     leave_out_accelerator_warning()
     from m3i_scale.launch.doctor.findings import faults_of
@@ -344,8 +344,8 @@ def evaluate(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval), and how often a
-    trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector), with intervals by concept."""
+    """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
+    often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
     from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
     from m3i_scale.evaluate.report import render
@@ -407,7 +407,7 @@ def export(
     imports: Imports = None,
     as_json: Json = False,
 ) -> None:
-    """Write a Hugging Face folder that stock classes load, proven in a fresh process."""
+    """Write a Hugging Face folder for standard classes, verified in a fresh process."""
     leave_out_accelerator_warning()
     from m3i_scale.config.kinds import import_given
     from m3i_scale.hub.export import export_and_push
@@ -453,12 +453,12 @@ app.add_typer(finetune_app, name="finetune")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Drop --local_rank=N, which the `deepspeed` launcher puts first; LOCAL_RANK says the same."""
+    """Drop --local_rank=N, which the `deepspeed` launcher adds first; LOCAL_RANK has the same value."""
     return [item for item in arguments if not item.startswith("--local_rank=")]
 
 
 def _refuse_dotted_options(arguments: list[str]) -> None:
-    """Refuse `--optim.lr 1e-3`, as other command lines have it: no option here has a dot."""
+    """Raise an error for options with a dot, such as `--optim.lr 1e-3`: settings have no leading dashes here."""
     for item in arguments:
         match = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
         if match:
@@ -466,7 +466,7 @@ def _refuse_dotted_options(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; a UserError becomes its message and its exit code."""
+    """Run the command line; a UserError is printed, and its exit code is used."""
     sys.argv[1:] = _without_local_rank(sys.argv[1:])
     if "--json" in sys.argv:
         reserve_stdout()
@@ -481,9 +481,9 @@ def main() -> None:
 
 
 def _format_error(error: UserError, rank: str | None) -> Text:
-    """Return a message that one rank tells whole and the others in one line. It is printed at once, or lines would mix.
+    """Return a message that rank 0 prints in full and others on one line. One call prints it, so lines do not mix.
 
-    An error that not all ranks are known to have is printed whole by each, in one line.
+    If not all ranks are known to have the error, each prints all of it, on one line.
     """
     head = Text("error: " if rank is None else f"[rank {rank}] error: ", style="bold red")
     if rank in (None, "0"):

@@ -1,4 +1,4 @@
-"""Choose how many threads a process computes with on the CPU."""
+"""Number of CPU threads per process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CGROUP = Path("/sys/fs/cgroup")
 DEVICES = Path("/dev")
 THREADS = "OMP_NUM_THREADS"
 _MAX_THREADS = 8
-"""Beside a GPU. The CPU work of such a rank is too small for more: it launches kernels and joins batches."""
+"""Limit for ranks with a GPU: their CPU work (launching kernels, collating batches) is too small for more threads."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """Return the number of cores of the affinity mask, within the CPU quota of the container; at least 1."""
+    """Return the number of cores in the affinity mask, limited by the CPU quota of the container; at least 1."""
     cores = len(os.sched_getaffinity(0))
     limit = container_limit("cpu.max", cgroup)
     if limit is not None:
@@ -25,32 +25,32 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def container_limit(name: str, cgroup: Path = CGROUP) -> tuple[Path, str] | None:
-    """Return a limit of the control group of this process and the folder with the limit; None without a limit.
+    """Return a limit of this process's cgroup, and the folder that sets it; None without a limit.
 
     Args:
         name: the file with the limit, for example `memory.max`.
-        cgroup: the root of the control groups, version 2.
+        cgroup: the cgroup root, version 2.
     """
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
-        for folder in (cgroup / group, cgroup):  # in a container the root is the group of the container
+        for folder in (cgroup / group, cgroup):  # in a container, the root is the container's cgroup
             file = folder / name
             if file.is_file() and not (text := file.read_text(encoding="utf-8").strip()).startswith("max"):
                 return folder, text
-    except OSError:  # version 1, or no control groups
+    except OSError:  # cgroup version 1, or no cgroups
         return None
     return None
 
 
 def default_threads(ranks: int, cores: int) -> int:
-    """Return the number of threads of each rank, if OMP_NUM_THREADS is not set."""
+    """Return the default number of threads per rank, for when OMP_NUM_THREADS is not set."""
     threads = max(1, cores // ranks)
     has_gpu = any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "kfd").exists()  # torch is not imported yet
     return min(_MAX_THREADS, threads) if has_gpu else threads
 
 
 def threads_of(environment: Mapping[str, str]) -> int | None:
-    """Return OMP_NUM_THREADS; None if it is not set or not a number. Of nested levels, return the outer one."""
+    """Return OMP_NUM_THREADS; None if it is not set or not a number. For nested levels, return the outer one."""
     first = environment.get(THREADS, "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else None
 
@@ -58,12 +58,12 @@ def threads_of(environment: Mapping[str, str]) -> int | None:
 def limit_threads(environment: MutableMapping[str, str], ranks: int) -> None:
     """Set OMP_NUM_THREADS to the cores of this host divided by its ranks, if it is not set.
 
-    OpenMP reads its variables when torch is imported: call this before. Waiting threads sleep instead of spinning: on
-    two cores with other processes, a training step with spinning threads is 20 times slower.
+    Call this before torch is imported, because OpenMP reads its variables then. Waiting threads sleep instead of
+    spinning: on two cores with other processes, a training step with spinning threads is 20 times slower.
 
     Args:
-        environment: of this process; is changed.
-        ranks: on this host.
+        environment: of this process; modified in place.
+        ranks: number of ranks on this host.
     """
     environment.setdefault(THREADS, str(default_threads(ranks, usable_cores())))
     if not any(name in environment for name in _WAITING):

@@ -1,17 +1,17 @@
-"""Hold defaults of `data` that commands on shards share: importing `config` takes half of the time of `--help`."""
+"""Defaults of `data` shared with the shard commands: importing `config` would take half the time of `--help`."""
 
 from __future__ import annotations
 
 STREAMS = 8
 SHUFFLE_SHARDS = 8
 MAX_IMAGE_PIXELS = 89_478_485
-"""Pillow's own limit against images that unpack to gigabytes."""
+"""Pillow's default limit against decompression bombs."""
 MAX_CAPTION_BYTES = 2**16
 MAX_SAMPLE_BYTES = 2**29
-"""No image of `MAX_IMAGE_PIXELS` is so large."""
+"""Larger than any image of `MAX_IMAGE_PIXELS`."""
 MAX_TOKENS = 64
-"""Of a caption, special tokens included."""
+"""Per caption, including special tokens."""
 NO_CLASS = 255
-"""Pixels of a mask that are ignored."""
+"""Mask value of ignored pixels."""
 MASK_SIDE = 112
-"""Masks of objects are kept in their boxes at so many pixels a side: four times what a Mask R-CNN learns from."""
+"""Resolution (pixels per side) of object masks within their boxes: four times the training resolution of Mask R-CNN."""

@@ -1,4 +1,4 @@
-"""Check the places that users name for files to be written to."""
+"""Validation of user-specified output paths."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _SHARD = ".tar"
 
 
 def local_path(place: str | Path, where: str | None = None) -> Path:
-    """Return a place in a file system of this machine, with `~` as the home of the user.
+    """Return a path on this machine, with `~` expanded.
 
     Args:
-        place: as it was written.
-        where: names the setting or the option in errors.
+        place: path as the user wrote it.
+        where: setting or option to name in errors.
     """
     text = os.fspath(place)
     if (scheme := _ADDRESS.match(text)) is not None:
-        address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # a Path has lost a slash
+        address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
         raise ConfigError(
             f"output must go to a local path, got the address '{quoted(address)}'",
             where=where,
@@ -48,7 +48,7 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
 
 
 def check_destination(place: str | Path, where: str | None = None) -> Path:
-    """Return `local_path`; refuse a shard, and a folder that holds shards."""
+    """Return `local_path`. Raise an error for a shard or a folder that contains shards."""
     path = local_path(place, where)
     shard = _shard_at(path)
     if shard is not None:
@@ -62,7 +62,7 @@ def check_destination(place: str | Path, where: str | None = None) -> Path:
 
 
 def _shard_at(path: Path) -> Path | None:
-    with suppress(OSError):  # who writes there says what is wrong
+    with suppress(OSError):  # the later write reports the error
         if path.is_dir():
             with os.scandir(path) as entries:
                 return next((Path(entry.path) for entry in entries if entry.name.endswith(_SHARD)), None)

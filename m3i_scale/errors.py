@@ -1,4 +1,4 @@
-"""Errors that explain: they say what is wrong, where, why it matters and what to do about it."""
+"""Errors with an explanation: the problem, its location, its consequence and a fix."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TypeVar
 from typing_extensions import ParamSpec, Self
 
 EXIT_USER_ERROR = 2
-"""The input, the configuration or the machine is at fault; the message says how to mend it."""
+"""The input, the configuration or the machine is at fault; the message contains the fix."""
 
 EXIT_FAILED = 1
-"""Anything else went wrong. Whoever supervises may start the run again from its last checkpoint."""
+"""Any other failure. A supervisor may restart the run from its latest checkpoint."""
 
 EXIT_PREEMPTED = 75
-"""The run was asked to stop (SIGTERM, SIGUSR2), saved a checkpoint and can be started again (EX_TEMPFAIL)."""
+"""The run received a stop request (SIGTERM, SIGUSR2), saved a checkpoint and can be restarted (EX_TEMPFAIL)."""
 
 
 Given = ParamSpec("Given")
@@ -25,18 +25,18 @@ Looked = TypeVar("Looked")
 
 
 class UserError(Exception):
-    """Reports a mistake that the user can mend. The command line prints it without a traceback and exits with code 2.
+    """Error that the user can fix. The command line prints it without a traceback and exits with code 2.
 
     Args:
-        what: the fault, in one sentence.
-        where: file, key or value at fault.
-        why: the consequence, where the fault alone does not tell it.
-        fix: what to do next.
+        what: the problem, in one sentence.
+        where: the file, key or value that causes it.
+        why: the consequence, if it is not obvious.
+        fix: the next step for the user.
     """
 
     exit_code = EXIT_USER_ERROR
     everywhere = False
-    """Whether all ranks raise it; then one of them tells it."""
+    """Whether all ranks raise it; then only one of them prints it."""
 
     def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.why, self.fix = what, where, why, fix
@@ -50,22 +50,22 @@ class UserError(Exception):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, str | None]:
-        """Return `where, message, fix`."""
+        """Return the error as `where, message, fix`."""
         message = self.what if self.why is None else f"{self.what}; {self.why}"
         return {"where": self.where, "message": message, "fix": self.fix}
 
     def on_rank(self, rank: int) -> UserError:
-        """Return the same fault for all ranks to raise, with the rank that met it."""
+        """Return the same error for all ranks to raise, with the rank where it occurred."""
         where = f"rank {rank}" if self.where is None else f"rank {rank}: {self.where}"
         return type(self)(self.what, where=where, why=self.why, fix=self.fix)
 
     def raised_everywhere(self) -> Self:
-        """Mark the error as known to be raised on all ranks, and return it."""
+        """Mark the error as raised on all ranks, and return it."""
         self.everywhere = True
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keep the keyword arguments when the error is pickled, as it is on its way out of a data-loader worker."""
+        """Preserve keyword arguments when the error is pickled, as on its way out of a data-loader worker."""
         return (_rebuild, (type(self), self.what, self.where, self.why, self.fix))
 
 
@@ -75,7 +75,7 @@ def _rebuild(kind: type[UserError], what: str, where: str | None, why: str | Non
 
 @contextmanager
 def error_prefix(whose: str) -> Iterator[None]:
-    """Put `whose` before the `where` of every error that is raised inside."""
+    """Prefix the `where` of every error raised inside the block with `whose`."""
     try:
         yield
     except UserError as error:
@@ -84,14 +84,14 @@ def error_prefix(whose: str) -> Iterator[None]:
 
 
 class ConfigError(UserError):
-    """Reports a run file, a recipe or a DeepSpeed JSON that does not hold together."""
+    """Invalid or inconsistent config file, recipe or DeepSpeed JSON."""
 
 
 class FaultsError(ConfigError):
-    """Reports several faults at once.
+    """Several errors, reported at once.
 
     Args:
-        faults: each as it would have been raised alone.
+        faults: the errors, each as it would be raised alone.
     """
 
     def __init__(self, faults: Sequence[UserError]) -> None:
@@ -105,7 +105,7 @@ class FaultsError(ConfigError):
         return "\n".join([f"{len(self.faults)} faults", *parts])
 
     def on_rank(self, rank: int) -> FaultsError:
-        """Return the same faults for all ranks to raise, with the rank that met them."""
+        """Return the same errors for all ranks to raise, with the rank where they occurred."""
         return FaultsError([fault.on_rank(rank) for fault in self.faults])
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -113,13 +113,13 @@ class FaultsError(ConfigError):
 
 
 class Faults:
-    """Collects the faults of several checks, so that all of them are reported at once."""
+    """Collector of errors from several checks, which reports all of them at once."""
 
     def __init__(self) -> None:
         self.found: list[UserError] = []
 
     def note(self, look: Callable[Given, Looked], *given: Given.args, **named: Given.kwargs) -> Looked | None:
-        """Return what `look` gives for what it is given; None where it raises a UserError, which is kept."""
+        """Call `look` and return its result. If it raises a `UserError`, store the error and return None."""
         try:
             return look(*given, **named)
         except FaultsError as error:
@@ -129,7 +129,7 @@ class Faults:
         return None
 
     def end(self) -> None:
-        """Raise what was found."""
+        """Raise the collected errors, if any."""
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:
@@ -137,30 +137,30 @@ class Faults:
 
 
 class DataError(UserError):
-    """Reports shards, samples or labels that cannot be used."""
+    """Shards, samples or labels that cannot be used."""
 
 
 class LostWorkerError(DataError):
-    """Reports a loader process that something else has ended. Nothing has to be mended before the run goes on."""
+    """Data-loader process that was killed externally. The run can resume without a fix."""
 
     exit_code = EXIT_FAILED
 
 
 class CheckpointError(UserError):
-    """Reports a checkpoint that is missing, torn, changed or made by another run."""
+    """Checkpoint that is missing, corrupt, modified or from a different run."""
 
 
 class ExportError(UserError):
-    """Reports an export that would not load, or would load as something else."""
+    """Export that would not load, or would load as a different model."""
 
 
-_LISTED = 80  # the built-in run files are fewer
+_LISTED = 80  # there are fewer built-in configs than this
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the hint for a misspelt name: the nearest known names, or the whole (short) list."""
+    """Return the hint for a misspelled name: the closest known names, or the full list if it is short."""
     names = sorted(known)
-    same = [name for name in names if _letters(name) == _letters(word)]  # but for case and punctuation
+    same = [name for name in names if _letters(name) == _letters(word)]  # equal except for case and punctuation
     near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if not near:
         folded = difflib.get_close_matches(word.casefold(), [name.casefold() for name in names], n=3, cutoff=0.6)

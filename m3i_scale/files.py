@@ -1,4 +1,4 @@
-"""Write files and folders that take their name when they are whole; read and hash what is in files."""
+"""Atomic writes of files and folders; reading and hashing of files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _BLOCK_BYTES = 1 << 20
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, have reached the disk.
+    """Wait until a file, or the entries of a directory, are on disk.
 
     Raises:
-        OSError: the disk is full or broken (some file systems only say so here).
+        OSError: the disk is full or broken (some file systems report it only here).
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) and path.is_dir():
-            return  # a file system that has no such call for directories
+            return  # this file system does not support fsync on directories
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
@@ -38,24 +38,24 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> Iterator[BinaryIO]:
-    """Give a file to write that takes the name `path` at the end; a kill or an error leaves what was there before.
+    """Open a file for writing that replaces `path` at the end. After a kill or an error, the old file remains.
 
-    Any number of processes may do so at once: the last one stays.
+    Concurrent writers are safe: the last one wins.
 
     Args:
-        path: in a folder that exists.
-        mode: of the file from its first byte on; None: what the umask leaves of 0666.
-        durable: bring the file, then its name to the disk. False: for what is made anew where a power cut has torn it.
+        path: target, in an existing folder.
+        mode: file mode from the first byte on. None: 0666 minus the umask.
+        durable: sync the file and its name to disk. False: for files that are recreated if a power cut corrupts them.
 
     Raises:
-        OSError: the disk refused; names `path`.
+        OSError: the write failed; the error names `path`.
     """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
         with os.fdopen(descriptor, "wb") as file:
             if mode is not None:
-                os.fchmod(descriptor, mode)  # the umask may have taken a part of it
+                os.fchmod(descriptor, mode)  # the umask may have cleared some bits
             yield file
             file.flush()
             if durable:
@@ -64,20 +64,20 @@ def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> I
         if durable:
             sync(path.parent)
     except OSError as error:
-        unnamed = error.filename is None and error.errno is not None  # write(2) names no file
+        unnamed = error.filename is None and error.errno is not None  # errors of write(2) have no file name
         if unnamed or error.filename == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     finally:
-        with suppress(OSError):  # gone but after an error, which says more
+        with suppress(OSError):  # only exists after an error, and that error is more informative
             temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str, *, mode: int | None = None, durable: bool = True) -> None:
-    """Write a text file so that a kill leaves the old one or the new one (see `replacing`).
+    """Write a text file atomically: after a kill there is either the old or the new file (see `replacing`).
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     with replacing(path, mode=mode, durable=durable) as file:
         file.write(text.encode())
@@ -85,17 +85,17 @@ def atomic_write(path: Path, text: str, *, mode: int | None = None, durable: boo
 
 @contextmanager
 def atomic_dir(target: Path, *, replace: bool = False, alone: bool = False, durable: bool = True) -> Iterator[Path]:
-    """Give an empty folder beside `target` that takes its name when all in it is on the disk, and is gone after an
-    error. What a killed process left of such a folder goes with the next one on its host.
+    """Create an empty folder next to `target`. It is renamed to `target` once its files are on disk, and removed after
+    an error. Partial folders of killed processes are removed by the next call on the same host.
 
     Args:
         target: missing, or an empty folder.
-        replace: a `target` with something in it goes when the new one is there.
-        alone: no other process, on any host, makes this target: what all of them left goes.
+        replace: replace a non-empty `target` when the new folder is complete.
+        alone: no other process on any host writes this target, so all partial folders are removed.
         durable: see `replacing`.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     begun = f".{target.name}@{socket.gethostname()}.{os.getpid()}"
     folder, old = target.with_name(f"{begun}.partial"), target.with_name(f"{begun}.old")
@@ -125,16 +125,16 @@ def _remove_left(target: Path, alone: bool) -> None:
         name = re.fullmatch(rf"\.{re.escape(target.name)}@([^@]+)\.(\d+)\.(partial|old)", path.name)
         if name is None:
             continue
-        host, process = name[1], int(name[2])  # a container that starts again may have the same number on the same host
+        host, process = name[1], int(name[2])  # a restarted container may have the same process id on the same host
         if alone or (host == socket.gethostname() and (process == os.getpid() or has_ended(process))):
             if name[3] == "old" and not target.exists():
-                path.rename(target)  # killed before the new one took the name
+                path.rename(target)  # killed before the rename
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def has_ended(process: int) -> bool:
-    """Return whether a process of this host is no more."""
+    """Return whether a process of this host has ended."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -153,7 +153,7 @@ def _sync_below(folder: Path) -> None:
 
 
 def sha256_of(*paths: Path) -> str:
-    """Return the SHA-256, hexadecimal, of the contents of one file, or of several one after the other.
+    """Return the SHA-256 in hexadecimal of one file, or of several files concatenated.
 
     Raises:
         OSError: a file cannot be read.
@@ -168,14 +168,14 @@ def sha256_of(*paths: Path) -> str:
 
 
 def sha256_of_json(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def json_ready(value: Any) -> Any:
-    """Return the same value for JSON: NaN and the infinities, which JSON has not, become "nan", "inf" and "-inf".
+    """Return a value that JSON can represent: NaN and the infinities become "nan", "inf" and "-inf".
 
-    `float()` reads all three back.
+    `float()` parses all three.
     """
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}
@@ -187,31 +187,31 @@ def json_ready(value: Any) -> Any:
 
 
 def json_text(value: Any) -> str:
-    """Return a JSON document with one line per entry, so that differences can be read."""
+    """Return a JSON document with one line per entry, for readable diffs."""
     return _json(value, indent=1)
 
 
 def json_line(value: Any) -> str:
-    """Return a JSON value as one line of a file of lines."""
+    """Return a JSON value as one line of a JSON Lines file."""
     return _json(value, indent=None)
 
 
 def _json(value: Any, indent: int | None) -> str:
     text = json.dumps(json_ready(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
+    return text.encode(errors="backslashreplace").decode()  # file names may be invalid Unicode
 
 
 def write_json(path: Path, value: Any, *, mode: int | None = None, durable: bool = True) -> None:
-    """Write a JSON document so that a kill leaves the old one or the new one (see `replacing`).
+    """Write a JSON document atomically: after a kill there is either the old or the new file (see `replacing`).
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     atomic_write(path, json_text(value), mode=mode, durable=durable)
 
 
 def read_json(path: Path) -> Any:
-    """Return the value of a JSON document.
+    """Read a JSON document.
 
     Raises:
         OSError: the file cannot be read.
@@ -221,11 +221,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of lines (see `json_line`), but for lines that a kill has torn.
+    """Yield the objects of a JSON Lines file (see `json_line`). Skip truncated lines.
 
     Args:
-        path: of the file.
-        containing: text of a line; others are not parsed.
+        path: the file.
+        containing: parse only lines with this text.
 
     Raises:
         OSError: the file cannot be read.

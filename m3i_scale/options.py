@@ -1,7 +1,7 @@
-"""Options of the command line that are defined once: by a set that several commands take, or by a model's fields.
+"""Command-line options that are defined once: a set shared by several commands, or the fields of a model.
 
-A command asks for the object that they make: a function with a parameter `options: ShardOptions` becomes one with the
-options of the command line in its place, which is what typer looks at.
+A command declares one parameter for the object built from the options, such as `options: ShardOptions`. The decorated
+function has the options in place of this parameter, and typer inspects that signature.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Imports = Annotated[
     list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
 ]
 Parts = Mapping[str, tuple[Any, Any]]
-"""Type and default of every option, by the name of its parameter; no default: `inspect.Parameter.empty`."""
+"""Type and default of every option, by parameter name; `inspect.Parameter.empty` means no default."""
 
 
 def writes_to(parameter: typer.CallbackParam, place: Path | None) -> Path | None:
-    """Check the place of an option that names a file or folder to write; the `callback` of every such option."""
+    """Validate an option for an output file or folder; the `callback` of every such option."""
     return None if place is None else check_destination(place, f"{parameter.opts[0]} {place}")
 
 
 def expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:
-    """Return the command with options in place of one parameter.
+    """Return the command with one parameter replaced by options.
 
     Args:
-        command: a function that typer is to call.
-        parameter: the one that goes.
-        parts: the options that come.
-        build: makes the value of the parameter from those of the options.
+        command: function for typer to call.
+        parameter: name of the replaced parameter.
+        parts: options that replace it.
+        build: function from the options to the parameter's value.
     """
     signature = inspect.signature(command, eval_str=True)
     named: list[inspect.Parameter] = []
@@ -67,12 +67,12 @@ def expanded(command: Command, parameter: str, parts: Parts, build: Callable[...
 
 
 def field_options(model: type[BaseModel], fields: Iterable[str], names: Mapping[str, str]) -> Parts:
-    """Return an option for each field of a model, with its docstring as help; it is None where it is not given.
+    """Return an option for each field of a model, with its docstring as help. The default is None.
 
     Args:
-        model: takes its descriptions from docstrings (`use_attribute_docstrings`).
-        fields: of the model, in this order.
-        names: of options that are not called as their fields are.
+        model: has descriptions from docstrings (`use_attribute_docstrings`).
+        fields: field names, in the order of the options.
+        names: option names that differ from the field names.
     """
     parts = {}
     for name in fields:
@@ -84,7 +84,7 @@ def field_options(model: type[BaseModel], fields: Iterable[str], names: Mapping[
 
 
 def _option_type(annotation: Any) -> Any:
-    """Return what typer reads: a plain type or a list of one, without None and without rules; the model has those."""
+    """Return the type for typer: a plain type or a list, without None and constraints, which the model validates."""
     origin, inner = get_origin(annotation), [kind for kind in get_args(annotation) if kind is not NoneType]
     if origin is Literal:
         return str

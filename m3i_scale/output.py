@@ -1,4 +1,4 @@
-"""Keep standard output for the one JSON document of `--json`, and leave out messages of libraries that say nothing."""
+"""Standard output reserved for the JSON document of `--json`, and filters for irrelevant library messages."""
 
 from __future__ import annotations
 
@@ -17,50 +17,49 @@ from m3i_scale.files import json_text
 from m3i_scale.text import printable
 
 PIPED_COLUMNS = 4_000
-"""Tables take what their cells need of it."""
+"""Maximum width; tables use only as much as their cells need."""
 _DOCUMENT: list[TextIO] = []
 """Standard output, while it is reserved."""
 
 
 def reserve_stdout() -> None:
-    """Let only `print_json` reach standard output from now on; C code is kept from it too."""
+    """Reserve standard output for `print_json`; redirect all other output, also of C code, to standard error."""
     _DOCUMENT.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     sys.stdout.flush()
     os.dup2(2, 1)
 
 
 def release_stdout() -> None:
-    """Take the reservation back, for a process that is about to become another program."""
+    """Undo the reservation, for a process that is about to exec another program."""
     if _DOCUMENT:
-        document = _DOCUMENT.pop()  # kept until it is copied: a file that nobody holds is closed
+        document = _DOCUMENT.pop()  # a reference until it is duplicated: an unreferenced file is closed
         os.dup2(document.fileno(), 1)
 
 
 def print_json(value: Any) -> None:
-    """Write the one JSON document of `--json` to standard output."""
+    """Write the JSON document of `--json` to standard output."""
     stream = _DOCUMENT[-1] if _DOCUMENT else sys.stdout
     stream.write(json_text(value))
     stream.flush()
 
 
 class PrintableConsole(Console):
-    """A console for text of others: file names, keys and messages cannot steer the terminal. Styles are rich's own."""
+    """Console for untrusted text: file names, keys and messages cannot control the terminal. Styles still work."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield the segments of a renderable, without escapes in their texts."""
+        """Yield the segments of a renderable, with escape sequences in their text made printable."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
 
 
 def print_line(text: str, *, stderr: bool = False) -> None:
-    """Print text for people without styles, as a `PrintableConsole` does."""
+    """Print text for people without styles, like a `PrintableConsole`."""
     print(printable(text, lines=True), file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def wide_console(*, stderr: bool = False, **options: Any) -> Console:
-    """Return a console that breaks lines at the width of a terminal. It breaks none where there is no terminal: a file
-    or a program has not 80 columns. COLUMNS overrides both.
-    """
+    """Return a console that wraps lines at the terminal width. Without a terminal it does not wrap, because a file or
+    pipe has no 80 columns. COLUMNS overrides both."""
     made = PrintableConsole(stderr=stderr, **options)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PIPED_COLUMNS
@@ -68,9 +67,8 @@ def wide_console(*, stderr: bool = False, **options: Any) -> Console:
 
 
 def leave_out_accelerator_warning() -> None:
-    """Silence the warning that no GPU was found, in commands that only read and write files. To be called before
-    DeepSpeed is imported, which looks for one then.
-    """
+    """Silence the warning about a missing GPU, for commands that only read and write files. Call it before DeepSpeed is
+    imported, because the import looks for a GPU."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
@@ -80,10 +78,9 @@ _MISMATCHES = ("MISSING", "MISMATCH", "CONVERSION")
 
 @contextmanager
 def quiet_loading(folder: Path) -> Iterator[None]:
-    """Leave out messages of `transformers` about a folder that we exported: progress bars, the report that the backbone
-    of a classifier does not read the head, and the choice of an image processor. Reports of tensors that are missing or
-    do not fit stay, and so do all messages about folders from elsewhere.
-    """
+    """Hide irrelevant `transformers` messages for a folder that we exported: progress bars, the choice of an image
+    processor, and the report about the head that a classifier's backbone does not load. Reports of missing or
+    mismatched tensors remain, as do all messages about other folders."""
     if not (folder / "export.json").is_file():
         yield
         return

@@ -1,4 +1,4 @@
-"""Read the place of a process among the ranks from variables of launchers, and set those that the trainer reads."""
+"""Rank variables: read from launchers, and set for the trainer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _OF_MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS"),
 )
-"""Open MPI's; those of Hydra, which starts MPICH and Intel MPI. In the order of `NAMES`."""
+"""Open MPI, then Hydra (MPICH and Intel MPI). In the order of `NAMES`."""
 
 
 def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
-    """Set the variables of `NAMES` from those of an MPI launcher, where RANK is not set.
+    """Set the variables of `NAMES` from the variables of an MPI launcher, if RANK is not set.
 
-    Those of Slurm are not read: a batch script has them too, outside `srun`, and its one process would wait for others.
+    Slurm variables are not read: a batch script has them outside `srun` too, and its single process would wait forever.
 
     Args:
-        environment: of this process; is changed. Where RANK is set, nothing is.
+        environment: of this process; modified in place unless RANK is set.
     """
     if "RANK" in environment:
         return

@@ -1,4 +1,4 @@
-"""Write sizes, durations and differences for a person to read, and keep secrets and escapes out of terminals."""
+"""Human-readable sizes, durations and differences; removal of secrets and terminal escapes from text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _AUTHORIZATION = re.compile(r"(\bAuthorization['\"]?:\s*['\"]?)[^'\"\n]+", re.IG
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{8,}|ya29\.[\w-]+|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
 )
-"""Tokens that are known by their beginnings: of the Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
+"""Tokens that are recognized by their prefix: Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
 HIDDEN = "(hidden)"
-"""Stands for a value that is a secret by its name, wherever a person reads it."""
+"""Placeholder for a value with a secret name, in all output for people."""
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)AUTH(?!_SOCK)(?:_|$)|^AWS_", re.IGNORECASE
 )
@@ -30,13 +30,13 @@ _COUNTED = {"tokens", "max_tokens"}
 
 
 def is_secret(name: str) -> bool:
-    """Return whether a variable or a setting is a secret by its name: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_* and
-    the like."""
+    """Return whether the name of a variable or setting marks it as secret: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_*
+    and similar."""
     return name not in _COUNTED and _SECRET_NAME.search(name) is not None
 
 
 def without_secrets(text: str) -> str:
-    """Return a text from elsewhere without the logins and queries of addresses, signatures and tokens in it."""
+    """Return external text without logins, URL queries, signatures and tokens."""
     if text.startswith("pipe:"):
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
@@ -46,16 +46,16 @@ def without_secrets(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return what a user wrote, fit for logs: `without_secrets`, and without commands of `pipe:`."""
+    """Return user input for logs: like `without_secrets`, and without `pipe:` commands."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Return text of others with an escape for each character that steers a terminal or is no Unicode text.
+    """Return untrusted text with terminal control characters and invalid Unicode escaped.
 
     Args:
-        text: a file name, a key, an error message.
-        lines: keep line breaks and tabs.
+        text: a file name, a key or an error message.
+        lines: preserve line breaks and tabs.
     """
     safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if safe.isprintable():
@@ -68,11 +68,11 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def redact(value: Any, *, names: bool = False) -> Any:
-    """Return a JSON value with every login, query and access token in its texts, keys included, replaced by `…`.
+    """Return a JSON value with every login, query and access token in its strings and keys replaced by `…`.
 
     Args:
-        value: of JSON types.
-        names: hide all of what is a secret by its name as well, but for sections: for logs, as it may hide more than
+        value: JSON types.
+        names: also redact values with a secret name, except sections. For logs, because it may redact more than
             secrets.
     """
     if isinstance(value, str):
@@ -90,13 +90,13 @@ def redact(value: Any, *, names: bool = False) -> Any:
 
 
 def listed(items: Sequence[object], most: int, between: str = ", ") -> str:
-    """Return the first `most` items, joined, and how many more there are."""
+    """Return the first `most` items, joined, and the number of remaining items."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return between.join([*map(str, items[:most]), *more])
 
 
 def filled(parts: Iterable[str], width: int) -> list[str]:
-    """Fill lines with whole parts, no longer than `width` where no part is."""
+    """Pack parts into lines of at most `width` letters. A part is never split, even if it is longer."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:
@@ -110,7 +110,7 @@ GIB = 2**30
 
 
 def size_text(count: float) -> str:
-    """Return bytes in a unit that suits them: `1.50 GiB`."""
+    """Format a number of bytes in a suitable unit: `1.50 GiB`."""
     for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
@@ -118,7 +118,7 @@ def size_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration in the unit that a person would take: `36 hours`."""
+    """Format a duration in a suitable unit: `36 hours`."""
     for unit, factor in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * factor:
             value = seconds / factor
@@ -127,7 +127,7 @@ def duration_text(seconds: float) -> str:
 
 
 def short(value: Any, letters: int = 100) -> str:
-    """Return a JSON value in at most about so many letters."""
+    """Return a JSON value, truncated to about `letters` characters."""
     text = _json_text(value)
     return text if len(text) <= letters else text[:letters] + " …"
 
@@ -137,10 +137,10 @@ def _json_text(value: Any) -> str:
 
 
 def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) of every field that differs; below dicts, and below lists of the same length.
+    """Yield (key, old value, new value) for every difference, recursively for dicts and lists of equal length.
 
     Args:
-        key: of the whole; "" for none.
+        key: prefix of the keys; "" for none.
         before: JSON values.
         now: JSON values.
     """
@@ -157,21 +157,20 @@ def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any
 
 
 def short_differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, str, str]]:
-    """Yield `differences` as `short` texts; whole ones where they would be the same."""
+    """Yield `differences` as `short` texts, or in full if the short texts are equal."""
     for name, was, present in differences(key, before, now):
         texts = short(was), short(present)
         yield (name, *texts) if texts[0] != texts[1] else (name, _json_text(was), _json_text(present))
 
 
 def told_differences(key: str, before: Any, now: Any) -> list[str]:
-    """Return `optim.lr was 0.001, is 0.002`, a line a field."""
+    """Format differences as `optim.lr was 0.001, is 0.002`, one line per field."""
     return [f"{name} was {was}, is {present}" for name, was, present in short_differences(key, before, now)]
 
 
 def known_part(before: Any, now: Any) -> Any:
-    """Drop the fields that the older description does not have: a newer version of a package may describe the same
-    thing with more of them.
-    """
+    """Drop the fields that the older description lacks. A newer version of a package may describe the same thing with
+    additional fields."""
     if isinstance(before, dict) and isinstance(now, dict):
         return {key: known_part(before[key], value) for key, value in now.items() if key in before}
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
@@ -180,15 +179,14 @@ def known_part(before: Any, now: Any) -> Any:
 
 
 def estimates(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yield name, estimate (`value`, `low`, `high`) and guesses (`chance`, `majority`, as far as they are known) of
-    every estimate in an evaluation's `measures`, however deep it lies.
-    """
+    """Yield (name, estimate, baselines) for every estimate in an evaluation's `measures`, at any depth. An estimate has
+    `value`, `low` and `high`. The baselines are `chance` and `majority`, if known."""
     for key, value in measures.items() if isinstance(measures, dict) else ():
         if not isinstance(value, dict):
             continue
         here = (*path, str(key))
         if {"value", "low", "high"} <= value.keys():
-            has_majority = "majority" in value  # then the chance of the other figures is not this one's
+            has_majority = "majority" in value  # then the chance level of the other metrics does not apply to this one
             chance = value.get("chance", None if has_majority else measures.get("chance"))
             guesses = {"chance": chance, "majority": value.get("majority", measures.get("majority"))}
             yield (

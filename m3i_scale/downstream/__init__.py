@@ -1,1 +1,1 @@
-"""Measure what a backbone is worth: fine-tuning by published protocols."""
+"""Fine-tuning of backbones with published recipes."""

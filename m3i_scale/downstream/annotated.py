@@ -1,4 +1,4 @@
-"""List images with boxes that are still to be packed into shards, out of annotation files of COCO or LVIS."""
+"""Images with boxes from COCO or LVIS annotation files, listed for packing into shards."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
     """List images and their annotations, by split.
 
     Args:
-        given: the annotation file for training, beside which that for evaluation may lie; or a folder of both.
-        skip_bad: images with a fault are left out when shards are made.
+        given: a folder of annotation files, or the training file; the evaluation file is detected next to it.
+        skip_bad: skip unusable images when shards are created.
     """
     train, evaluated = _find_annotations(given) if given.is_file() else _in_folder(given)
     files = {TRAIN: train} | ({} if evaluated is None else {split_of(evaluated) or "": evaluated})
@@ -60,10 +60,10 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
 
 
 def masked_of(counts: Mapping[str, Any]) -> Masked:
-    """Return which objects have masks.
+    """Return whether all, some or no objects have masks.
 
     Args:
-        counts: of annotation files, by file, as `shards make coco` gives them.
+        counts: of annotation files, by file, as in `shards make coco`.
     """
     objects, bare = (sum(int(one[name]) for one in counts.values()) for name in ("annotations", "without_mask"))
     return "some" if 0 < bare < objects else "none" if bare else "all"
@@ -93,7 +93,7 @@ def _in_folder(folder: Path) -> tuple[Path, Path | None]:
 
 
 def _find_annotations(train: Path) -> tuple[Path, Path | None]:
-    """Return a file, and the one whose way differs by the name of the split alone."""
+    """Return the training file, and the evaluation file with the same path except for the split name."""
     near = [*train.parent.glob("*.json"), *train.parent.parent.glob(f"*/{train.name}")]
     return train, _first([file for file in near if file != train and _without_split(file) == _without_split(train)])
 

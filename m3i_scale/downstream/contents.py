@@ -1,4 +1,4 @@
-"""Check the samples of shards before training on them: masks, boxes, labels, and images in both splits."""
+"""Validation of samples before training on them: masks, boxes, labels, and images that are in both splits."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
 
 LARGEST_OVERLAP = 0.1
-"""Share of images for evaluation that may be training images. A model is nearly always right about those, so more of
-them can raise a result by more than two pre-trainings differ."""
+"""Maximum fraction of evaluation images that are also training images. A model is nearly always right about these. More
+of them can change a result by more than the difference between two pre-trained models."""
 _EXAMPLES, _LISTED = 3, 8
 _FOR_ONE_PROCESS = 64_000_000
-"""Bytes of shards that one process reads sooner than several start."""
+"""Size of shards in bytes below which one process is faster than several."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class ContentTask:
 
     path: Path
     number: int
-    """Among the shards of both splits."""
+    """Index among the shards of both splits."""
     file: str
-    """Names the classes, and says what is learned: LABELS, MASK_LABELS or CATEGORIES."""
+    """File with the class names, which implies the task: LABELS, MASK_LABELS or CATEGORIES."""
     classes: int
     images: bool
     """Hash the images, to compare the splits."""
@@ -53,7 +53,7 @@ class ContentTask:
 
 @dataclass
 class Contents:
-    """The contents of shards."""
+    """Statistics of the samples in shards."""
 
     labels: Counter[int] = field(default_factory=Counter)
     pixels: Counter[int] = field(default_factory=Counter)
@@ -62,7 +62,7 @@ class Contents:
     """Number of hashed images."""
 
     def merge(self, other: Contents) -> None:
-        """Add the contents of another shard."""
+        """Add the statistics of another shard."""
         self.labels.update(other.labels)
         self.pixels.update(other.pixels)
         self.boxes.merge(other.boxes)
@@ -88,7 +88,7 @@ class Contents:
 
 
 def read_contents(task: ContentTask) -> tuple[Contents, NDArray[Any]]:
-    """Return the contents of a shard, and the digests of its images."""
+    """Return the statistics of a shard, and the digests of its images."""
     contents, digests, starts = Contents(), list[bytes](), list[int]()
     wanted = {MEMBERS[task.file], *(IMAGE_EXTENSIONS if task.images else ())}
     raw = read_shard(task.path)
@@ -109,11 +109,11 @@ def read_contents(task: ContentTask) -> tuple[Contents, NDArray[Any]]:
 
 
 def check_contents(data: Labelled, file: str, tell: Callable[[str], None]) -> None:
-    """Read the shards of both splits once, and check what shows in a whole set alone.
+    """Read the shards of both splits once, and run the checks that need the full dataset.
 
     Args:
         data: in shards.
-        file: names the classes beside the shards: LABELS, MASK_LABELS or CATEGORIES.
+        file: file with the class names next to the shards: LABELS, MASK_LABELS or CATEGORIES.
         tell: prints a line for people.
     """
     train = local_shards(str(data.train), "--data")
@@ -167,13 +167,13 @@ def _check_masks(train: Counter[int], evaluated: Counter[int], data: Labelled, t
 def _check_overlap(
     digests: Digests, paths: list[Path], train: int, evaluated: int, data: Labelled, tell: Callable[[str], None]
 ) -> None:
-    """Count images for evaluation whose files are training images, and refuse too many of them.
+    """Count evaluation images that are also training images, and raise an error if there are too many.
 
     Args:
         digests: of all images.
         paths: of all shards.
-        train: how many of the shards are for training; they come first.
-        evaluated: how many images for evaluation there are.
+        train: number of training shards, which come first.
+        evaluated: number of evaluation images.
         data: in shards.
         tell: prints a line for people.
     """

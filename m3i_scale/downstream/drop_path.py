@@ -1,4 +1,4 @@
-"""Leave out residual branches at random while training: drop path, also called stochastic depth."""
+"""Drop path (stochastic depth): residual branches are dropped at random during training."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.internimage.modeling_internimage import InternImageLayer
 
 _BRANCHES = ("attention", "self_attn", "mlp")
-"""What the layers of ViT, DINOv2 and CLIP call the modules whose outputs they add to their input."""
+"""Names of the residual branch modules in layers of ViT, DINOv2 and CLIP."""
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Return the rate of every layer: a linear ramp from 0 to `rate`, as all published recipes mean it."""
+    """Return the drop rate of every layer: a linear ramp from 0 to `rate`, as in all published recipes."""
     return [rate * layer / max(depth - 1, 1) for layer in range(depth)]
 
 
 def apply_drop_path(backbone: Backbone, rate: float) -> None:
-    """Have every layer of a backbone drop its branches, at a rate that grows with depth.
+    """Add drop path to every layer of a backbone, with a rate that increases with depth.
 
-    The output of a branch is dropped before its layer scale, if it has one: both are factors. `transformers` has no
-    drop path for ViT and CLIP, and one rate for all layers of DINOv2.
+    The output of a branch is dropped before its layer scale, if any; the order does not matter, because both are
+    factors. `transformers` has no drop path for ViT and CLIP, and only one rate for all layers of DINOv2.
     """
     layers = backbone.layers
     for layer, layer_rate in zip(layers, drop_path_rates(rate, len(layers)), strict=True):
@@ -36,7 +36,7 @@ def apply_drop_path(backbone: Backbone, rate: float) -> None:
 
 
 class _Drop:
-    """Multiplies the output of a branch by 0 or 1/(1 − rate), sample by sample; outside of training by 1."""
+    """Forward hook that multiplies a branch's output by 0 or 1/(1 − rate) per sample. Inactive in evaluation mode."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate

@@ -1,4 +1,4 @@
-"""Erase rectangles of labelled images by timm's random erasing, each by its sample's seed."""
+"""Random erasing of labeled images with timm, seeded per sample."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from m3i_scale.objective.inputs import PixelNorm
 
 
 class Erasing:
-    """Erases a rectangle of labelled images by timm's random erasing: normalised pixels become standard normal noise.
+    """Random erasing (timm) of rectangles in labeled images: normalized pixels are replaced by standard normal noise.
 
     Args:
-        probability: that a rectangle of an image is erased.
+        probability: of erasing a rectangle in an image.
         pixel_norm: of the objective.
     """
 
     def __init__(self, probability: float, pixel_norm: PixelNorm) -> None:
-        # The noise comes from the CPU, so that it is the same on every device.
+        # The noise is drawn on the CPU, so that it is the same on every device.
         self._erase = RandomErasing(probability, mode="pixel", device="cpu")
         self._pixel_norm = pixel_norm
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return the batch with float images, not normalised as before, each erased by its sample's seed."""
+        """Return the batch with float images, unnormalized as before, each erased with its sample's seed."""
         norm = self._pixel_norm
         images_BCHW = norm(batch.images_VBCHW[0])
         with _generators_kept():
@@ -40,14 +40,14 @@ class Erasing:
 
 
 def _seed_generators(seed: int) -> None:
-    """Seed what timm draws from: Python's generator, and torch's of the CPU."""
+    """Seed timm's random generators: Python's, and torch's CPU generator."""
     random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of GPUs too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU generators
 
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Leave the generators of the process as they were before the code inside."""
+    """Restore the state of the random generators after the block."""
     python, of_torch = random.getstate(), torch.get_rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Prepare the modules of a task: what is frozen, how fast each parameter learns, what is dropped and mixed."""
+"""Setup of a task's modules: freezing, learning-rate scales, drop path and mixing."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "
 
 
 def check_task(run: RunConfig, model: VisionConfig) -> None:
-    """Refuse what the task of a run has no effect on, or cannot be trained with; whatever its data.
+    """Validate the task of a run, independent of its data. Options without effect are errors.
 
     Args:
-        run: the run file.
+        run: the config.
         model: the configuration of its backbone.
     """
     task, family = run.task, family_of(model)
@@ -78,7 +78,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
 
 
 def _check_family(run: RunConfig, config: VisionConfig) -> None:
-    """Check that the run's backbone is of the kind that the numbers of its protocol are for."""
+    """Check that the run's backbone belongs to the model family of its fine-tuning recipe."""
     backbone, protocol = run.backbone, run.protocol
     if protocol is None or protocol.family is None:
         return
@@ -152,11 +152,11 @@ def _check_sweep(run: RunConfig, family: Family) -> None:
 
 
 def check_stage(run: RunConfig, engine: dict[str, Any]) -> None:
-    """Refuse partitioned parameters where the ranks' passes differ.
+    """Raise an error for partitioned parameters if ranks may run different modules.
 
     Args:
-        run: the run file.
-        engine: its DeepSpeed file, filled in.
+        run: the config.
+        engine: its resolved DeepSpeed config.
     """
     if isinstance(run.task, Detection) and engine.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
@@ -169,13 +169,13 @@ def check_stage(run: RunConfig, engine: dict[str, Any]) -> None:
 
 
 def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
-    """Check that there is one list of classes to predict.
+    """Check that there is exactly one list of classes to predict.
 
     Args:
         task: of the run.
-        label_sets: class names by label set, over all training sources.
+        label_sets: class names by label set, over all training datasets.
     """
-    if isinstance(task, Segmentation) and label_sets:  # a source without is told of by itself
+    if isinstance(task, Segmentation) and label_sets:  # datasets without classes are reported elsewhere
         _check_mask_labels(label_sets)
     if isinstance(task, Detection) and len(label_sets) > 1:
         raise ConfigError(
@@ -197,11 +197,11 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
 
 
 def check_image_counts(task: Task | None, counts: list[int] | None) -> None:
-    """Check that a federated loss knows in how many images every category is.
+    """Check that the number of images per category, which a federated loss needs, is known.
 
     Args:
         task: of the run.
-        counts: by category; None: the sources do not say so.
+        counts: by category; None if the datasets do not have them.
     """
     head = task.head if isinstance(task, Detection) else None
     if isinstance(head, MaskRcnn) and head.federated_classes is not None and counts is None:
@@ -226,19 +226,19 @@ def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
 
 
 def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0) -> None:
-    """Have the modules train as the task says.
+    """Set up the modules for training on the task.
 
     Args:
-        objective: of the task's recipe, just built.
+        objective: newly built, with the task's recipe.
         task: of the run.
-        classes: of its label set.
+        classes: number of classes.
         erasing: see `AugmentConfig`.
     """
     if task.drop_path:
         apply_drop_path(objective.student, task.drop_path)
     if task.freeze:
-        objective.train()  # all but the backbone
-    changes: list[Callable[[Batch], Batch]] = []  # by timm, which is an extra; `check_task` has looked for it
+        objective.train()  # everything except the backbone
+    changes: list[Callable[[Batch], Batch]] = []  # needs timm, an optional dependency checked in `check_task`
     if erasing:
         from m3i_scale.downstream.erasing import Erasing
 
@@ -270,7 +270,7 @@ def _check_timm(what: str, without: str) -> None:
 
 
 def scales_of(module: Any, run: RunConfig) -> dict[str, float]:
-    """Return what the learning rate is multiplied by, by name of a parameter; 1 where nothing is said."""
+    """Return learning-rate multipliers by parameter name; missing names have 1."""
     task = run.task
     if task is None:
         return _by_layer(module, run.optim.layer_decay) if run.optim.layer_decay != 1 else {}
@@ -284,7 +284,7 @@ def scales_of(module: Any, run: RunConfig) -> dict[str, float]:
     if task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
         return {}
     named = _by_layer(module, task.layer_decay, dense=task.dense, dcn=task.dcn_lr)
-    if module.detector is not None:  # its windows have parameters of the backbone's layers
+    if module.detector is not None:  # its windowed layers have parameters of the backbone's layers
         depth = len(module.student.layers)
         for name, layer in module.detector.backbone_layers().items():
             named[f"heads.detection.{name}"] = task.layer_decay ** (depth - layer)

@@ -1,7 +1,7 @@
-"""Find labelled images in a folder, and pack those that are not in shards.
+"""Labeled images in a folder, which are packed into shards if necessary.
 
-Shards are packed once. They are used again as long as the splits that they were made of have the same files, by name
-and size; the contents of files are not compared.
+Shards are packed once. They are reused as long as the original splits have the same files, by name and size; file
+contents are not compared.
 """
 
 from __future__ import annotations
@@ -43,56 +43,56 @@ MASKS_FIX = (
 )
 _FIXES = {LABELS: FIX, MASK_LABELS: MASKS_FIX, CATEGORIES: BOXES_FIX}
 _COUNTED = {LABELS: "with_label", MASK_LABELS: "with_mask", CATEGORIES: "with_instances"}
-"""What the manifest calls samples that can be learnt from, by the file that names their classes."""
+"""Manifest key for the number of samples with labels, by the file with the class names."""
 _DIGEST = "input_sha256"
 _TOLD_EVERY = 50_000
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Describes labelled images for training and, where there are some, for evaluation."""
+    """Labeled images for training and, if available, for evaluation."""
 
     train: Path
-    """A folder of shards, which is there once `pack` has been called."""
+    """A folder of shards, which exists after `pack`."""
     validation: Path | None
     classes: list[str]
     samples: int
-    """For training, with a label, a mask or a list of boxes, which may be empty; where `unlabelled` is None, those
-    without are among them."""
+    """Training samples with a label, a mask or a list of boxes (which may be empty). If `unlabelled` is None, samples
+    without labels are included."""
     unlabelled: int | None = 0
-    """How many others are read beside them; None: nobody has counted."""
+    """Number of additional training samples without labels; None: not counted."""
     source: Input | None = None
-    """What the shards are still to be made of."""
+    """Input from which the shards are still to be created."""
     evaluated: int = 0
-    """How many images there are for evaluation, with a class or not."""
+    """Number of evaluation images, with or without a class."""
     categories: Categories | None = None
-    """Of boxes."""
+    """Categories of boxes."""
     masked: Masked = "all"
-    """Of objects with boxes: which of them have masks."""
+    """Whether all, some or no objects with boxes have masks."""
     class_images: dict[str, int] | None = None
-    """Images for training by class; None: an image has several classes, or nobody has counted."""
+    """Training images per class; None: images have several classes, or were not counted."""
     annotations: dict[str, dict[str, int]] | None = None
-    """Counts of `shards make coco` by annotation file; None for other tasks."""
+    """Counts from `shards make coco` by annotation file; None for other tasks."""
     every_class: bool = True
-    """Whether each class of masks must have a pixel for training; a subset may lack some."""
+    """Whether each class of masks must have a training pixel; a subset may lack some."""
 
     @property
     def read(self) -> int:
-        """Return how many images a pass reads."""
+        """Return the number of images per epoch."""
         return self.samples + (self.unlabelled or 0)
 
     @property
     def skipped(self) -> int:
-        """Return how many images were left out when the shards were made, since they could not be used."""
+        """Return the number of unusable images that were skipped when the shards were created."""
         path = self.train.parent / SKIPPED
         return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
     def pack(self, tell: Callable[[str], None], *, skip_bad: bool = False) -> None:
-        """Make the shards where they are not there yet.
+        """Create the shards if they do not exist yet.
 
         Args:
             tell: prints a line for people.
-            skip_bad: leave out images that cannot be used, and list them.
+            skip_bad: skip and list unusable images.
         """
         if self.source is None:
             return
@@ -107,7 +107,7 @@ class Labelled:
         every_class = self.every_class
         summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
         counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
-        for line in made_lines(counted, folder):  # the others are told with those of data that are in shards
+        for line in made_lines(counted, folder):  # the others are printed together with counts of existing shards
             tell(line)
 
 
@@ -120,15 +120,15 @@ def find_labelled(
     subset: Subset | None = None,
     skip_bad: bool = False,
 ) -> Labelled:
-    """Find out what kind of data lie in a folder, and check them as far as names tell.
+    """Detect the type of data in a folder, and validate it as far as possible from file names.
 
     Args:
-        folder: where they lie; of boxes also the annotation file for training.
-        packed: where shards of what is not in shards, or of a subset, lie or will.
-        cache: keeps indices of shards that have none beside them.
-        file: names classes beside shards, and says of what: of images, of pixels or of boxes.
-        subset: of the images for training; None: all of them.
-        skip_bad: whether images may lack a mask, masks an image, and images of an annotation file may have faults.
+        folder: data folder; for boxes also the annotation file for training.
+        packed: folder of shards created from other data or a subset.
+        cache: folder for indices of shards that have none.
+        file: file with the class names next to shards, which implies the task: classes of images, pixels or boxes.
+        subset: of the training images; None: all of them.
+        skip_bad: allow images without masks, masks without images, and unusable images in annotation files.
     """
     found = _find(folder, packed, cache, file, subset=subset, skip_bad=skip_bad)
     if file == LABELS and len(found.classes) < 2:
@@ -180,8 +180,8 @@ def _places(train: Path, evaluated: Path | None) -> dict[str, Path]:
 
 
 def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> dict[str, tuple[Path, Path]]:
-    """Return folders of images and of masks by split: DIR/images/SPLIT and DIR/annotations/SPLIT, or DIR/SPLIT/images
-    and DIR/SPLIT/masks."""
+    """Return folders of images and masks by split: DIR/images/SPLIT and DIR/annotations/SPLIT, or DIR/SPLIT/images and
+    DIR/SPLIT/masks."""
     images, masks = folder / "images", folder / "annotations"
     together = images.is_dir() and masks.is_dir()
     if together:
@@ -199,7 +199,7 @@ def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> di
 
 
 def _mask_names(folder: Path) -> Path:
-    """Return the file that names the classes of masks in folders."""
+    """Return the file with the class names of masks in folders."""
     for name in (ADE_NAMES, MASK_LABELS):
         if (folder / name).is_file():
             return folder / name
@@ -212,7 +212,7 @@ def _mask_names(folder: Path) -> Path:
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the folder of the first split that is there."""
+    """Return the folder of the first existing split."""
     folders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     return next((folders[name] for name in names if name in folders), None)
 
@@ -241,7 +241,7 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
 
 
 def _classes_beside(folder: Path, file: str) -> list[str]:
-    """Return what a file beside shards names."""
+    """Return the class names from a file next to shards."""
     classes = read_labels(folder, file)
     if not classes:
         makes = {
@@ -258,32 +258,32 @@ def _classes_beside(folder: Path, file: str) -> list[str]:
 
 
 def _labelled(train: Path, shards: set[str], file: str) -> int | None:
-    """Return how many samples have a label, a mask or boxes, as the manifest counts them; None where it is of other
-    shards or not there."""
+    """Return the number of samples with a label, a mask or boxes from the manifest; None if it is missing or covers
+    other shards."""
     try:
         counts = read_json(train / "manifest.json")["shards"]
         if {*counts} != shards:
             return None
         return sum(int(counts[name][_COUNTED[file]]) for name in shards)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # shards of other tools have no such file
+        return None  # shards of other tools have no manifest
 
 
 def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
-    """Return what the manifest counts in annotation files, by file."""
+    """Return the annotation counts in the manifest, by annotation file."""
     try:
         counts = read_json(train / "manifest.json")["annotations"]
         return {str(file): {str(name): int(count) for name, count in of.items()} for file, of in counts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # shards of other tools have no such file
+        return None  # shards of other tools have no manifest
 
 
 def _find_masks(train: Path) -> Masked:
-    """Return which objects have masks, as the manifest counts them."""
+    """Return whether all, some or no objects have masks, from the manifest."""
     try:
         return masked_of(_annotations(train) or {})
     except KeyError:
-        return "all"  # a sample without masks is a bad one
+        return "all"  # samples without masks are then skipped as unusable
 
 
 def _to_pack(packed: Path, found: Unpacked) -> Labelled:
@@ -321,7 +321,7 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
 
 
 class _Marked(InputWrapper):
-    """Has the manifest say which files an input had.
+    """Input that records a digest of its files in the manifest.
 
     Args:
         source: the input.

@@ -1,6 +1,6 @@
-"""Scale the learning rate of every parameter of a backbone by its depth: layer-wise learning-rate decay.
+"""Layer-wise learning-rate decay: multipliers for every parameter of a backbone by depth.
 
-The scales are those of published code, whose rules differ: MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`) for
+The multipliers follow published code, with different rules: MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`) for
 plain Transformers; InternImage for classification (`classification/models/intern_image.py`, `optimizer.py`) and for
 detection and segmentation (`mmcv_custom/custom_layer_decay_optimizer_constructor.py`).
 """
@@ -17,18 +17,18 @@ _LAYER = re.compile(r"(?:encoder\.|model\.)?layers?\.(\d+)\.")
 _BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.")
 _LEVEL = re.compile(r"levels\.(\d+)\.(\w+)(?:\.(\d+))?")
 _DCN = ("offset", "center_feature_scale_proj")
-"""Parts of the names of weights that say where and how strongly a deformable convolution looks."""
+"""Substrings in the names of weights that control offsets and scale of a deformable convolution."""
 
 
 def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float = 1.0) -> dict[str, float]:
-    """Return what the learning rate is multiplied by, by name of the parameter; heads have the whole rate.
+    """Return learning-rate multipliers by parameter name; heads use the full learning rate.
 
     Args:
         model: the backbone.
-        decay: from one layer to the one before it.
-        dense: InternImage alone: the rule of its detection and segmentation code instead of that for classification.
-            The former takes `post_norms.K` for block K, the latter gives them the whole rate.
-        dcn: InternImage alone: further factor of the offsets of deformable convolutions (`DCN_LR_MUL`).
+        decay: factor from one layer to the previous one.
+        dense: InternImage only: use the rule of its detection and segmentation code instead of classification. It
+            assigns `post_norms.K` to block K; for classification they use the full learning rate.
+        dcn: InternImage only: additional factor for the offsets of deformable convolutions (`DCN_LR_MUL`).
     """
     config, names = model.config, [name for name, _ in model.named_parameters()]
     if not isinstance(config, InternImageConfig):
@@ -42,7 +42,7 @@ def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float =
 
 
 def _layer_of(name: str, depth: int) -> int:
-    """Return 0 for embeddings and the norm right behind them, N + 1 for layer N, and what heads have for the rest."""
+    """Return 0 for embeddings and the norm directly after them, N + 1 for layer N, depth + 1 for all others."""
     if name.startswith(("embeddings.", "pre_layrnorm.")):
         return 0
     found = _LAYER.match(name)
@@ -50,8 +50,8 @@ def _layer_of(name: str, depth: int) -> int:
 
 
 def _block_of(name: str, depths: tuple[int, ...]) -> int:
-    """Return the number of a block over all stages, from 1; the stem has that of the first, what lies between stages
-    that of the block behind it, and the rest that of the last."""
+    """Return the number of a block over all stages, from 1. The stem counts as the first block, layers between stages
+    as the next block, and all others as the last block."""
     found = _BLOCK.match(name)
     if found:
         return sum(depths[: int(found[1])]) + int(found[2]) + 1
@@ -64,7 +64,8 @@ def _block_of(name: str, depths: tuple[int, ...]) -> int:
 
 
 def _dense_layer_of(name: str, depths: tuple[int, ...]) -> int:
-    """Return 0 for the stem, N + 1 for block N over all stages, the last block of a stage for what follows it."""
+    """Return 0 for the stem and N + 1 for block N over all stages. Downsampling and norm after a stage count as the
+    next block; after the last stage, as its first block."""
     if name.startswith("patch_embed"):
         return 0
     level = _LEVEL.match(name)

@@ -1,4 +1,4 @@
-"""Mix labelled images of a micro-batch, by timm's mixup and cutmix."""
+"""Mixup and cutmix (timm) of labeled images within a micro-batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from m3i_scale.data.batch import Batch, MixedBatch
 
 
 class LabelMixing:
-    """Blends every image with another one of its micro-batch, or pastes a rectangle of that one into it.
+    """Mixup and cutmix: every image is blended with another one of its micro-batch, or gets a rectangle of it.
 
-    What is drawn depends on the first sample's seed alone, so that a run that was resumed draws the same.
+    Random draws depend only on the first sample's seed, so a resumed run repeats them.
 
     Args:
         task: of the run.
-        classes: of the label set.
+        classes: number of classes.
     """
 
     def __init__(self, task: Classification, classes: int) -> None:
@@ -30,7 +30,7 @@ class LabelMixing:
         )
 
     def __call__(self, batch: Batch) -> MixedBatch:
-        """Return the batch with float images, mixed, and soft labels."""
+        """Return the batch with mixed float images and soft labels."""
         images_BCHW = batch.images_VBCHW[0].float()
         drawn_from = np.random.get_state()  # timm draws from numpy's global generator
         np.random.seed(int(batch.seeds_B[0]) % 2**32)
@@ -38,6 +38,6 @@ class LabelMixing:
             images_BCHW, soft_BK = self._mixup(images_BCHW, batch.labels_B.clamp(min=0))
         finally:
             np.random.set_state(drawn_from)
-        labelled_B = batch.labels_B.flip(0) >= 0  # the other image's label counts as well
+        labelled_B = batch.labels_B.flip(0) >= 0  # the other image's label matters as well
         mixed = {"images_VBCHW": images_BCHW[None], "labels_B": batch.labels_B.where(labelled_B, -1)}
         return MixedBatch(**vars(batch) | mixed, soft_labels_BK=soft_BK)

@@ -1,4 +1,4 @@
-"""Make a folder of random weights with the architecture of an export, to compare the export with."""
+"""Model folder with random weights and the architecture of an export, as a baseline for the export."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PROCESSOR = "preprocessor_config.json"
 
 
 def random_start(start: str, folder: Path, seed: int) -> Path:
-    """Return a folder to start from that has the architecture of `start` and random weights, drawn as pre-training from
-    scratch draws them. The weights are a function of the architecture and the seed; a folder that exists is used again.
+    """Return a model folder with the architecture of `start` and random weights, initialized as for pre-training from
+    scratch. The weights depend only on architecture and seed; an existing folder is reused.
 
     Args:
-        start: an export, or what else `backbone.from_pretrained` names.
-        folder: where the folder is made.
+        start: an export, or any other value of `backbone.from_pretrained`.
+        folder: parent of the new folder.
         seed: of the weights.
     """
     section = BackboneConfig(from_pretrained=start)
@@ -37,5 +37,5 @@ def random_start(start: str, folder: Path, seed: int) -> Path:
         config.save_pretrained(unfinished)
         save_file(backbone.model.state_dict(), unfinished / "model.safetensors", {"format": "pt"})
         if (source.folder / _PROCESSOR).is_file():
-            shutil.copy(source.folder / _PROCESSOR, unfinished)  # of images with this mean and deviation
+            shutil.copy(source.folder / _PROCESSOR, unfinished)  # has mean and std of the images
     return made

@@ -1,4 +1,4 @@
-"""Take a few of the images for training: so many of every class, or a share, the same for a seed on every machine."""
+"""Subsets of the training images: shots per class, or a fraction; deterministic for a seed on every machine."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.text import listed
 
 MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}
-"""What a sample has to be learnt, by the file that names its classes."""
+"""Required field of a sample, by the file with the class names."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Says which of the images for training are taken. A larger subset of the same seed holds the smaller one."""
+    """Selection of training images. For the same seed, a larger subset contains the smaller one."""
 
     per_class: int | None = None
-    """So many of every class."""
+    """Images per class (shots)."""
     share: float | None = None
-    """So much of every class, one image at least. One of both is given."""
+    """Fraction of every class, at least one image. Exactly one of the two is set."""
     seed: int = 0
 
     @property
     def words(self) -> str:
-        """Return it as people say it."""
+        """Return a description for people."""
         amount = f"{self.per_class} images of every class" if self.per_class else f"{self.share:.4g} of the images"
         return f"{amount}, drawn with seed {self.seed}"
 
     def choose(self, classes: Mapping[str, str]) -> set[str]:
-        """Return the keys of the images that are taken: those whose hashes are the smallest.
+        """Return the keys of the selected images, which have the smallest hashes.
 
         Args:
             classes: by key.
@@ -67,11 +67,11 @@ class Subset:
         }
 
     def _count(self, images: int) -> int:
-        """Return how many of so many images of a class are taken."""
+        """Return the number of images to select from a class with `images` images."""
         return self.per_class or max(1, round((self.share or 0.0) * images))
 
     def of(self, found: Unpacked) -> Unpacked:
-        """Return what is left to be packed when the subset is taken; images to evaluate all are."""
+        """Return the input restricted to the subset; all evaluation images remain."""
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
         digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
@@ -79,11 +79,11 @@ class Subset:
 
 
 class _Chosen(InputWrapper):
-    """Gives those samples of an input that are taken.
+    """Input restricted to a subset of the training samples.
 
     Args:
         source: the input.
-        keys: of samples for training.
+        keys: of the selected training samples.
     """
 
     def __init__(self, source: Input, keys: Container[str]) -> None:
@@ -103,13 +103,13 @@ class _Chosen(InputWrapper):
 
 
 def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
-    """Return what is to be packed of the samples of shards that have a label, a mask or boxes.
+    """Return the selected samples of shards for packing. Only samples with a label, a mask or boxes are eligible.
 
     Args:
-        subset: which of them.
+        subset: selection of the samples.
         train: a folder of shards.
-        classes: of labels, of pixels or of boxes.
-        file: which names them beside the shards: one of `MEMBERS`. Labels count where it is that of labels.
+        classes: class names of labels, pixels or boxes.
+        file: file with the class names, a key of `MEMBERS`. With labels, each class is sampled separately.
     """
     labels = classes if file == LABELS else []
     origins = [Origin(path) for path in local_shards(str(train), "--data")]
@@ -137,15 +137,15 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
 
 @dataclass(frozen=True)
 class _ChosenShards:
-    """Gives those samples of existing shards that are taken; others are not read."""
+    """Input of selected samples from existing shards; others are not read."""
 
     origins: Sequence[Origin]
     keys: Container[str]
     labels: list[str]
-    """Where there are none, those of samples are not read."""
+    """If empty, labels are not read."""
     mask_labels: list[str] | None
     categories: Categories | None
-    """Where there are none, boxes are not read."""
+    """If None, boxes are not read."""
 
     def outlines(self) -> Iterator[Outline]:
         """See `Input`."""

@@ -1,4 +1,4 @@
-"""List labelled images that are still to be packed into shards: a tree of images by class, or a saved data set."""
+"""Labeled images that are not in shards yet: image folders by class, or a saved dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Masked = Literal["all", "some", "none"]
 TRAIN = "train"
 TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
-"""Names of splits, in any case of letters; the first that is there is trained, or evaluated, on."""
+"""Split names, case-insensitive; the first existing one is used for training, or for evaluation."""
 ADE_NAMES = "objectInfo150.txt"
 _IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
 _ANNOTATIONS = {"masks", "mask", "annotations", "annotation", "labels", "label", "gt", "boxes", "bboxes"}
@@ -34,27 +34,27 @@ FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evalu
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Holds what is to be packed."""
+    """Images to pack into shards."""
 
     source: Input
     splits: list[str]
     classes: dict[str, str]
-    """Class by key, of the images for training that have one; where pixels have classes, of all, the same."""
+    """Class by key, for training images with one; the same dummy class for all images if pixels have classes."""
     unlabelled: int
-    """How many images for training have none."""
+    """Number of training images without a class."""
     digest: str
-    """Of all that goes into the shards."""
+    """Digest of everything that goes into the shards."""
     evaluated: int = 0
-    """How many images there are for evaluation."""
+    """Number of evaluation images."""
     masked: Masked = "all"
-    """Of objects with boxes: which of them have masks."""
+    """Whether all, some or no objects with boxes have masks."""
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:
     """List images by split and class.
 
     Args:
-        places: folders of classes by split, that of training first.
+        places: folders of classes by split, training first.
     """
     records: list[Record] = []
     classes: dict[str, list[str]] = {}
@@ -89,9 +89,9 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
     """List images with masks of the same names, by split.
 
     Args:
-        places: folders of images and of masks by split, that of training first.
-        names: of the classes: a list from 0 on, or the table of ADE20k, where 0 in a mask is no class.
-        skip_bad: images without mask, and masks without image, are left out when the shards are made.
+        places: folders of images and of masks by split, training first.
+        names: file with the class names: a list from 0 on, or the table of ADE20k, where 0 in a mask is no class.
+        skip_bad: skip images without mask, and masks without image, when the shards are created.
     """
     reduce_zero_label = names.name == ADE_NAMES
     labels = read_mask_labels(names, reduce_zero_label=reduce_zero_label)
@@ -126,7 +126,7 @@ def _refuse_names(place: Path, names: list[str]) -> None:
 
 
 def _refuse_other_layouts(place: Path, names: list[str]) -> None:
-    """Refuse folders that are data for segmentation or detection, or splits of unknown names."""
+    """Raise an error for folder layouts of segmentation or detection data, and for unknown split names."""
     folded = [name.casefold() for name in names]
     images, annotations = (kind.intersection(folded) for kind in (_IMAGES, _ANNOTATIONS))
     splits = [name for name in folded if _NUMBERED_SPLIT.fullmatch(name)]
@@ -143,7 +143,7 @@ def _refuse_other_layouts(place: Path, names: list[str]) -> None:
 
 
 def saved_dataset(folder: Path) -> Unpacked:
-    """List the rows of a data set that Hugging Face's `save_to_disk` wrote."""
+    """List the rows of a dataset from Hugging Face's `save_to_disk`."""
     found = find_files(folder)
     there = {file.split.lower(): file.split for file in found if file.split is not None}
     train = next((there[name] for name in TRAINED if name in there), None)
@@ -202,7 +202,7 @@ def _refuse_empty(names: list[str], where: str) -> None:
 
 
 def differing_classes(train: list[str], others: list[str], where: str) -> ConfigError:
-    """Return the error of a split whose classes are others than those to train."""
+    """Return the error for a split with other classes than the training split."""
     missing, extra = sorted(set(train) - set(others)), sorted(set(others) - set(train))
     parts = [f"{what} {listed(names, 4)}" for what, names in (("lacks", missing), ("adds", extra)) if names]
     return ConfigError(

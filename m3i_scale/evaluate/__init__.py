@@ -1,1 +1,1 @@
-"""Measure what frozen features are worth: kNN, linear probe, zero-shot, retrieval."""
+"""Evaluation of frozen features: kNN, linear probe, zero-shot, retrieval."""

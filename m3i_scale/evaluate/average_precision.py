@@ -1,4 +1,4 @@
-"""Measure a detector: average precision of boxes and masks, as COCO and LVIS define it."""
+"""Average precision of detected boxes and masks, as defined by COCO and LVIS."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from m3i_scale.evaluate.precision_interval import ap_interval
 from m3i_scale.scale.agree import from_rank_0, gather_objects
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-"""Of overlap, over which AP is the mean."""
+"""IoU thresholds; AP is the mean over them."""
 RECALLS = np.linspace(0.0, 1.0, 101)
-"""At which precision is read."""
+"""Recall values at which precision is sampled."""
 _SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 _TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
@@ -41,14 +41,14 @@ def measure_detector(
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """Return what `average_precision` does, and AP of boxes and of masks with its interval over clusters of images.
+    """Return `average_precision`, and AP of boxes and masks with a bootstrap interval over image clusters.
 
     Args:
-        truths: of all images of the set.
-        predictions: of images of the set.
-        categories: of the set.
+        truths: ground truth of all images of the dataset.
+        predictions: for images of the dataset.
+        categories: of the dataset.
         clusters: of the images, in the order of `truths`.
-        resamples: bootstrap draws.
+        resamples: number of bootstrap resamples.
     """
     detections = pair_by_image(truths, predictions, categories)
     drawn, intervals = clusters.take(detections.order), {}
@@ -65,19 +65,19 @@ def measure_detector(
 def average_precision(
     truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> dict[str, Any]:
-    """Return AP of boxes, and of masks where there are some, from 0 to 1. The order of images does not matter.
+    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter.
 
     Args:
-        truths: of all images of the set.
-        predictions: of images of the set; nothing is found in the others.
-        categories: of the set, whose format says by which rules: of COCO, 100 predictions of an image and class count,
-            of LVIS the 300 best of an image, in categories that its annotators looked for.
+        truths: ground truth of all images of the dataset.
+        predictions: for images of the dataset; other images have no detections.
+        categories: of the dataset. Their format selects the rules. COCO: 100 predictions per image and class. LVIS: the
+            300 best per image, in categories that are annotated in the image or listed as absent.
 
     Returns:
-        The number of images and objects, and for `box` and `mask`: AP, AP50, AP75, APs, APm, APl (by area), of LVIS
-        APr, APc, APf (by frequency), of COCO class_agnostic_AP; AP of every class; and precision by recall, the mean
-        over classes. None: there is no object to find. LVIS has no class-agnostic AP, since its images do not hold
-        every object.
+        The number of images and objects, and for `box` and `mask`: AP, AP50, AP75, APs, APm, APl (by area), AP per
+            class, and the precision-recall curve averaged over classes. LVIS adds APr, APc, APf (by frequency), COCO
+            adds class_agnostic_AP. None: there is no object to detect. LVIS has no class-agnostic AP, because its
+            images are not annotated exhaustively.
     """
     return _figures(pair_by_image(truths, predictions, categories))
 
@@ -85,14 +85,14 @@ def average_precision(
 def average_precision_of_ranks(
     truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> dict[str, Any]:
-    """Return on all ranks what `average_precision` gives for the images of all of them; every rank calls it.
+    """Compute `average_precision` over the images of all ranks and return it on all ranks; every rank must call it.
 
-    What a rank has is sent to all, and counted on rank 0.
+    Data of each rank are gathered on all ranks, and evaluated on rank 0.
 
     Args:
-        truths: of this rank's images, of which no other rank has one.
-        predictions: of this rank's images.
-        categories: of the set, the same on all ranks.
+        truths: ground truth of this rank's images; ranks must not share images.
+        predictions: for this rank's images.
+        categories: of the dataset, the same on all ranks.
     """
     parts = gather_objects((list(truths), list(predictions)))
 
@@ -146,7 +146,7 @@ def _of_kind(detections: Detections, kind: Kind) -> dict[str, Any]:
 def _precision(
     documents: tuple[dict[str, Any], dict[str, Any]], kind: Kind, form: Form, *, by_class: bool = True
 ) -> NDArray[np.float64]:
-    """Return the precision at every threshold, recall, class and range of areas: (T, R, K, A); −1 without objects."""
+    """Return precision by threshold, recall, class and area range: (T, R, K, A); −1 without objects."""
     from faster_coco_eval.core.coco import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
@@ -164,9 +164,9 @@ def _precision(
 
 
 def _documents(detections: Detections, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return truth and predictions as the library takes them.
+    """Return ground truth and predictions in the format of the library.
 
-    All ids are counted from 1: an object with id 0 would count as not found, and ids of images may be any.
+    All ids start at 1: the library treats a match with object id 0 as unmatched. Image ids may be arbitrary.
     """
     from faster_coco_eval.core import mask
 
@@ -212,6 +212,6 @@ def _place(threshold: float) -> int:
 
 
 def _mean(precision: NDArray[np.float64]) -> float | None:
-    """Return the mean over what has objects; None where nothing has."""
+    """Return the mean over entries with objects; None if there are none."""
     known = precision[precision > -1]
     return float(known.mean()) if known.size else None

@@ -1,4 +1,4 @@
-"""Measure the trained head of a model folder: is the right class the first that it names, or among the first five?"""
+"""Top-1 and top-5 accuracy of the trained classifier of a model folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEPTHS = (1, 5)
 
 @dataclass
 class Classifier:
-    """Holds a head, and what its classes are called."""
+    """Classification head and its class names."""
 
     logits: Encoder
     classes: list[str]
@@ -33,20 +33,20 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Return the numbers of the likeliest classes, best first (B, ≤ 5), for uint8 (B, 3, H, W)."""
+        """Return the indices of the most likely classes, best first (B, ≤ 5), for uint8 (B, 3, H, W)."""
         return self.logits(images_BCHW).topk(min(max(DEPTHS), len(self.classes)), dim=1).indices
 
 
 def has_classifier(folder: Path) -> bool:
-    """Return whether the folder is that of an image classifier."""
+    """Return whether the folder contains an image classifier."""
     return any(name.endswith("ForImageClassification") for name in architectures(folder))
 
 
 def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
-    """Return the head of a stock image classifier.
+    """Load the head of a standard image classifier.
 
     Raises:
-        NotMeasuredError: its weights do not fill it, or its classes have no names. The features are sound all the same.
+        NotMeasuredError: weights are missing or its classes have no names. The features are valid nevertheless.
     """
     try:
         with quiet_loading(folder):
@@ -74,12 +74,12 @@ def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
 
 
 def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], classes: list[str]) -> Classifier:
-    """Return the head of a category target, kept beside the features of an export.
+    """Return the head of a class-label target, stored with the features of an export.
 
     Args:
-        objective: put together from `heads/`.
+        objective: built from `heads/`.
         label_sets: class names by label set, in the order of the head.
-        classes: of the test data; with several label sets the first one that has them all is taken.
+        classes: of the test data. Of several label sets, the first that contains all of them is used.
     """
     target = next(item.name for item in objective.recipe.targets if item.modality == "category")
     chosen = next((name for name, own in label_sets.items() if set(classes) <= set(own)), next(iter(label_sets)))
@@ -97,16 +97,16 @@ def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], clas
 def measure_classifier(
     classifier: Classifier, ranked_NK: NDArray[np.float32], test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Measure top-1 and, with more than five classes, top-5 accuracy among all classes of the head.
+    """Compute top-1 and, with more than five classes, top-5 accuracy among all classes of the head.
 
     Args:
         classifier: the head.
-        ranked_NK: what it gave for the test samples.
+        ranked_NK: its predictions for the test samples.
         test: the test samples.
-        clusters: what they belong to.
+        clusters: cluster of each test sample.
 
     Raises:
-        NotMeasuredError: no labels, or classes that the head does not know by name.
+        NotMeasuredError: there are no labels, or the head lacks some of the class names.
     """
     asked = test.labelled()
     if not len(asked):
@@ -124,15 +124,15 @@ def measure_classifier(
 
 
 def class_indices(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
-    """Return the numbers of labels in the head: (M).
+    """Return the indices of labels in the head: (M).
 
     Args:
         classes: class names of the data.
-        labels_M: numbers in `classes`.
+        labels_M: indices into `classes`.
         head: class names of the head.
 
     Raises:
-        NotMeasuredError: the head does not know them by name.
+        NotMeasuredError: the head lacks some of the class names.
     """
     if classes == head:
         return labels_M
@@ -152,14 +152,14 @@ def class_indices(classes: list[str], labels_M: NDArray[np.int64], head: list[st
 def trained_heads(
     folder: Path, vision: VisionModel, classes: list[str], *, wants_text: bool, wants_classifier: bool
 ) -> tuple[Classifier | None, str | None, Towers | None]:
-    """Return the trained classifier or, where it is asked for, why there is none; and both towers of a text target.
+    """Return the trained classifier or, if requested but missing, the reason; and both towers of a text target.
 
     Args:
         folder: of the model.
-        vision: the same model as one of features.
+        vision: the same model as a feature extractor.
         classes: of the test data.
-        wants_text: whether the towers are asked for.
-        wants_classifier: whether the classifier is asked for.
+        wants_text: whether to load the towers.
+        wants_classifier: whether to load the classifier.
     """
     classifier: Classifier | None = None
     no_classifier: str | None = None
@@ -177,5 +177,5 @@ def trained_heads(
     except UserError as fault:
         if wants_text:
             raise
-        no_classifier = f"{fault.what} ({fault.where})"  # the features can be measured all the same
+        no_classifier = f"{fault.what} ({fault.where})"  # the features can be evaluated nevertheless
     return classifier, no_classifier, towers

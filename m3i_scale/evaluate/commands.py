@@ -1,4 +1,4 @@
-"""Run `m3i-scale evaluate`: a model folder and shards in, figures with intervals out."""
+"""`m3i-scale evaluate`: metrics with confidence intervals for a model folder and shards."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def evaluate(
     picture_samples: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure what the frozen features of a model are worth, and how often its trained head is right.
+    """Evaluate the frozen features of a model, and the accuracy of its trained classifier.
 
-    Changes nothing on disk but for overlays and pictures; the same call, the same figures.
+    Deterministic. Writes nothing to disk except overlays and pictures.
 
     Args:
-        model_dir: a folder of `m3i-scale export`, or any Hub folder of a vision model (then without text).
-        data: shards to test on: a folder, a brace pattern or one .tar.
-        train_data: shards that the probes learn from; kNN and the linear probes need it.
-        measures: which of `MEASURES`, or `SEGMENTER` or `DETECTOR` alone; default: all that the folder is for.
-        pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
-        baseline: `pixels` also probes the raw 32 × 32 image.
-        exclude_groups: leave out samples whose json member has one of these as `group`.
-        templates: prompts of zero-shot, `{}` stands for the class name.
-        batch_size: images in one forward pass (default: `IMAGES`, of a detector `DETECTED`), of a segmenter windows
+        model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
+        data: test shards: a folder, a brace pattern or one .tar.
+        train_data: training shards of the probes; required by kNN and the linear probes.
+        measures: a subset of `MEASURES`, or only `SEGMENTER` or `DETECTOR`; default: all that the model supports.
+        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        baseline: `pixels` also runs the probes on the raw 32 × 32 image.
+        exclude_groups: skip samples with one of these values as `group` in their json field.
+        templates: zero-shot prompts; `{}` is replaced by the class name.
+        batch_size: images per forward pass (default: `IMAGES`; `DETECTED` for a detector), or windows for a segmenter
             (default: `WINDOWS`).
-        device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
-        overlays: a new folder for pictures of what a segmenter predicts, or a detector of the worst images.
-        overlay_count: so many of them; default: `OVERLAY_COUNT`.
-        pictures: a new folder for pictures of what the features show.
-        picture_samples: keys (`shard.tar/key`) of the samples that they show; at most and by default `SAMPLES`.
-        progress: told about samples read and measures.
+        device: auto (CUDA if available), cpu, cuda, cuda:1, …
+        overlays: new folder for prediction overlays of a segmenter, or of a detector's worst images.
+        overlay_count: number of overlays; default: `OVERLAY_COUNT`.
+        pictures: new folder for feature visualizations.
+        picture_samples: keys (`shard.tar/key`) of the samples to visualize; at most and by default `SAMPLES`.
+        progress: callback for the number of samples read and the current metric.
 
     Returns:
-        One JSON-able document: model, data, measures, not_measured (with the reason), pictures where they are asked
-        for, warnings.
+        A JSON-serializable document: model, data, measures, not_measured (with reasons), warnings, and pictures if
+        requested.
     """
     check_options(measures, (*MEASURES, SEGMENTER, DETECTOR), pool, batch_size)
     _check(baseline, overlays, overlay_count)
@@ -171,13 +171,13 @@ def _encoders(
 
 
 def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
-    """Check what is asked of a model's features.
+    """Validate the options for evaluating a model's features.
 
     Args:
-        measures: that are asked for; None: all that there are.
-        known: measures.
-        pool: what stands for an image.
-        batch_size: images in one forward pass; None: the default.
+        measures: requested metrics; None: all.
+        known: available metrics.
+        pool: pooling of the image features.
+        batch_size: images per forward pass; None: the default.
     """
     for name in measures or ():
         _check_known(name, known, "measure")
@@ -202,7 +202,7 @@ def _check(baseline: str, overlays: Path | None, overlay_count: int | None) -> N
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of a name; `auto` is CUDA where there is one."""
+    """Return the device with this name; `auto` is CUDA if available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Compare two models on the same samples: what a training has gained, and what it has forgotten."""
+"""Comparison of two models on the same samples: improvements and catastrophic forgetting after training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Model:
 
 @dataclass
 class _Set:
-    """Names a set of samples; its tables stay empty, as each model fills its own."""
+    """Dataset with training and test samples. Its tables stay empty, because each model fills separate copies."""
 
     name: str
     folder: str
@@ -61,25 +61,25 @@ def compare(
     draw: bool = False,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Measure the frozen features of two models on the same samples, and their differences with paired intervals.
+    """Evaluate the frozen features of two models on the same samples, and their differences with paired intervals.
 
-    Every model sees images at its own size. Changes nothing on disk; the same call, the same figures.
+    Each model gets images at its input size. Deterministic; writes nothing to disk.
 
     Args:
-        before: a folder of `m3i-scale export`, a folder of a vision model of `transformers`, or a Hub id.
-        after: the other model, likewise.
-        data: a folder with shards in `train` and `val`, as `m3i-scale shards make` writes it.
-        general: another such folder, for what may have been forgotten.
-        measures: which of `COMPARED`; default: all.
-        pool: the image vector of kNN and linear probe: mean of the patch tokens, class token, or both.
-        batch_size: images in one forward pass (default: `IMAGES`).
-        device: auto (CUDA where there is one), cpu, cuda, cuda:1, …
-        draw: also draw dense features side by side.
-        progress: told about samples read and measures.
+        before: a folder from `m3i-scale export`, a folder of a vision model of `transformers`, or a Hub id.
+        after: the other model, with the same options.
+        data: a folder with shards in `train` and `val`, as written by `m3i-scale shards make`.
+        general: another such folder, to measure catastrophic forgetting.
+        measures: a subset of `COMPARED`; default: all.
+        pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
+        batch_size: images per forward pass (default: `IMAGES`).
+        device: auto (CUDA if available), cpu, cuda, cuda:1, …
+        draw: also draw the patch features of both models side by side.
+        progress: callback for the number of samples read and the current metric.
 
     Returns:
-        One JSON-able document: before, after, sets → data, general → measures → before, after, difference, change; and
-        by set `title`, `alt` and `jpeg` of a picture, where one is asked for and can be drawn.
+        A JSON-serializable document: before, after, sets → data, general → measures → before, after, difference,
+        change. And `title`, `alt` and `jpeg` of a picture per dataset, if requested and possible.
     """
     check_options(measures, COMPARED, pool, batch_size)
     where, asked = device_of(device), measures or COMPARED
@@ -87,7 +87,7 @@ def compare(
     sets = [_open(data, "data")] + ([] if general is None else [_open(general, "general")])
     if general is not None:
         _check_other(*sets)
-    # a text tower of one model alone has nothing to be compared with, so that it is not asked either
+    # if only one model has a text tower, there is nothing to compare, so it is not used
     no_text = {role: reason for role, folder in folders.items() if (reason := why_no_towers(folder)) is not None}
     wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
     models = {role: _load(role, folder, pool, where, wants_text=wants_text) for role, folder in folders.items()}
@@ -146,7 +146,7 @@ def _open(folder: str, name: str) -> _Set:
 
 
 def _check_other(data: _Set, general: _Set) -> None:
-    """Check that what was learnt and what may have been forgotten are not the same samples."""
+    """Check that the domain data and the general data share no shards."""
     shared = shared_shards([data.train, data.test], [general.train, general.test])
     if shared:
         raise ConfigError(
@@ -183,9 +183,8 @@ def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int, pro
 
 
 def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
-    """Keep the patches of images that have some for both models: a patch of a coarse grid may have no class where those
-    of a finer one have.
-    """
+    """Restrict patches to images that have labeled patches for both models. A patch of a coarse grid may have no class
+    when the patches of a finer grid do."""
     if before.table.keys != after.table.keys:
         raise DataError("the shards changed while they were read", where=f"--{one.name} {one.folder}")
     if before.patches is None or after.patches is None:
@@ -211,7 +210,7 @@ def _describe(model: _Model, job: Job, one: _Set) -> dict[str, Any]:
 def _measure(
     asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job], progress: Progress | None
 ) -> dict[str, Any]:
-    """Return figures by measure, reasons for those that are absent, and warnings."""
+    """Return metrics, reasons for missing metrics, and warnings."""
     names = tuple(name for name in asked if name in PROBES or not no_text)
     reasons: dict[str, dict[str, str]] = {name: dict(no_text) for name in asked if name not in names}
     statistics: dict[str, dict[str, Statistics]] = {}
@@ -236,17 +235,17 @@ def _measure(
 
 
 def _in_words(reasons: dict[str, str]) -> str:
-    """Return why a measure is absent, by model where it is not the same for both: one without a reason could do it."""
+    """Return why a metric is missing, by model unless the reasons are equal. A model without a reason supports it."""
     if len(reasons) > 1 and len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))
     return "; ".join(f"{role}: {reason}" for role, reason in reasons.items())
 
 
 def compared(before: Statistic, after: Statistic) -> dict[str, Any]:
-    """Return two figures of the same clusters, their difference with its paired interval, and what that says.
+    """Return two metrics on the same clusters, their difference with its paired interval, and the direction of change.
 
     Raises:
-        ValueError: they are of different clusters.
+        ValueError: they are on different clusters.
     """
     difference = after.minus(before).estimate
     return {
@@ -264,10 +263,10 @@ def _change(difference: Estimate) -> str:
 
 
 def _draw(jobs: dict[str, Job]) -> Picture:
-    """Return the dense features of both models side by side.
+    """Return the patch features of both models side by side.
 
     Raises:
-        NotMeasuredError: a model has no square grid of patches, or its features hold NaN.
+        NotMeasuredError: a model has no square grid of patches, or its features contain NaN.
     """
     shown = {role: EvaluationPictures(job, None) for role, job in jobs.items()}
     features = {role: (drawing.images, drawing.patch_features) for role, drawing in shown.items()}

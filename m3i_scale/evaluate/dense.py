@@ -1,4 +1,4 @@
-"""Probe what single patches know, by a linear classifier from the feature of a patch to the class of its pixels."""
+"""Dense probe: linear classification of single patches into the class of their pixels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from m3i_scale.defaults import NO_CLASS
 from m3i_scale.evaluate.intervals import Clusters, Statistic
 
 PATCHES_PER_IMAGE = 16
-"""So many patches of every image are looked at, drawn at random: neighbours say nearly the same, and all of them would
-not fit into memory."""
+"""Number of patches sampled per image: neighboring patches are nearly redundant, and all of them would not fit into
+memory."""
 
 FIT_PATCHES = 16_384
-"""At most so many patches of the training side are kept, drawn from all of them."""
+"""Maximum number of training patches, sampled from all of them."""
 
 _CLASSES = 256
 _SEED = 20_221
@@ -31,26 +31,26 @@ PatchEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class Patches:
-    """Holds the patches that have a class, of all images with a mask."""
+    """Patches with a class, from all images with a mask."""
 
     labels_P: NDArray[np.int64]
     image_P: NDArray[np.int64]
-    """Number of the image in the table."""
+    """Index of the image in the table."""
     features: dict[str, NDArray[np.float32]]
     """By encoder, (P, E)."""
 
     def of_images(self, images: NDArray[np.int64]) -> Patches:
-        """Return the patches of some of the images alone."""
+        """Return only the patches of the given images."""
         kept_P = np.isin(self.image_P, images)
         features = {name: rows[kept_P] for name, rows in self.features.items()}
         return Patches(self.labels_P[kept_P], self.image_P[kept_P], features)
 
 
 class PatchCollector:
-    """Gathers patches as images are read, in the order of the table.
+    """Collector of patches from images in the order of the table.
 
     Args:
-        limit: keep at most so many, drawn from all; None keeps all.
+        limit: maximum number of patches, sampled from all; None for all.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -58,20 +58,20 @@ class PatchCollector:
         self._parts: list[dict[str, NDArray[Any]]] = []
         self._held = 0
         self.masks = 0
-        """Images with a mask so far."""
+        """Number of images with a mask so far."""
         self.fault: str | None = None
-        """Why there are no patches although there are masks."""
+        """Reason why there are no patches although there are masks."""
 
     def add(
         self, first: int, masks: list[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
     ) -> None:
-        """Draw patches of a batch. Tokens that are no square grid are left alone.
+        """Sample patches of a batch. Tokens that do not form a square grid are ignored.
 
         Args:
-            first: number of the batch's first image in the table.
-            masks: (S, S) of every image, None without one.
+            first: index of the batch's first image in the table.
+            masks: (S, S) for every image, None without a mask.
             tokens_BLD: the model's features of all patches.
-            images_BCHW: where the raw pixels of the same patches are wanted too.
+            images_BCHW: raw pixels; None unless the pixel baseline is requested.
         """
         side = math.isqrt(tokens_BLD.shape[1])
         if side * side != tokens_BLD.shape[1]:
@@ -101,7 +101,7 @@ class PatchCollector:
             self._draw(self._limit)
 
     def patches(self) -> Patches | None:
-        """Return what was drawn; None, and a `fault`, where nothing was."""
+        """Return the sampled patches; None, with a `fault`, if there are none."""
         if not self._held:
             self.fault = self.fault or ("no mask names the class of any patch" if self.masks else "no masks")
             return None
@@ -111,7 +111,7 @@ class PatchCollector:
         return Patches(whole["labels"], whole["image"], features)
 
     def _draw(self, limit: int | None) -> None:
-        """Join the parts; over the limit keep those with the lowest random numbers, so that each is as likely."""
+        """Concatenate the parts. Above the limit, select the patches with the lowest random numbers: a uniform sample."""
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         if limit is not None and self._held > limit:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])
@@ -120,11 +120,11 @@ class PatchCollector:
 
 
 def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
-    """Return the commonest class of every patch, `NO_CLASS` where most of it has none: (side²).
+    """Return the most common class of every patch, `NO_CLASS` if most of its pixels have none: (side²).
 
     Args:
         mask_SS: class of every pixel.
-        side: patches along a side; the mask is cut into them as evenly as whole pixels allow.
+        side: patches along a side; the mask is split as evenly as possible.
     """
     rows = np.arange(mask_SS.shape[0]) * side // mask_SS.shape[0]
     columns = np.arange(mask_SS.shape[1]) * side // mask_SS.shape[1]
@@ -141,16 +141,16 @@ def pixel_patches(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 def mean_iou(predicted_P: NDArray[np.int64], truth_P: NDArray[np.int64], clusters: Clusters) -> Statistic:
-    """Return intersection over union, mean over the classes that occur in `truth_P`, for any draw of clusters.
+    """Return the mean IoU over the classes in `truth_P`, as a function of resampled clusters.
 
     Args:
-        predicted_P: class of every patch.
-        truth_P: the right ones.
+        predicted_P: predicted class of every patch.
+        truth_P: ground truth.
         clusters: of the same patches.
     """
     classes, truth = np.unique(truth_P, return_inverse=True)
     count, drawn = len(classes), np.unique(clusters.of, return_inverse=True)[1]
-    # a prediction outside the classes that occur is wrong, and counts in no class's union but the true one's
+    # a prediction of an absent class is wrong, and only counts in the union of the true class
     place = np.searchsorted(classes, predicted_P).clip(max=count - 1)
     predicted = np.where(classes[place] == predicted_P, place, count)
     number = int(drawn.max()) + 1
@@ -172,14 +172,14 @@ def iou_of_clusters(
     clusters: Clusters,
     samples: int,
 ) -> Statistic:
-    """Return intersection over union, mean over the classes that count, for any draw of clusters.
+    """Return the mean IoU over the counted classes, as a function of resampled clusters.
 
     Args:
-        both_CK: how much of every class truth and prediction share, by cluster in the order of `np.unique`.
-        counted_CK: positive in some cluster that is drawn: the class counts.
-        either_CK: how much is of it in one of them.
-        clusters: of what was counted.
-        samples: how much was counted, for the record.
+        both_CK: intersection per class, by cluster in the order of `np.unique`.
+        counted_CK: a class counts if this is positive in a resampled cluster.
+        either_CK: union per class.
+        clusters: of the counted units.
+        samples: number of counted units, for the record.
     """
 
     def mean(chosen: NDArray[np.int64]) -> float:

@@ -1,4 +1,4 @@
-"""Measure a detector on shards: every image is read once, shown whole, and counted by the rules of its set."""
+"""Evaluation of a detector on shards: each image is read once, at full extent, and scored by the rules of its dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from m3i_scale.evaluate.precision_recall import draw_curves
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 
 CURVES = "precision_recall.png"
-"""Beside the pictures of the worst images."""
+"""File next to the pictures of the worst images."""
 
 
 def evaluate_detector(
@@ -33,15 +33,15 @@ def evaluate_detector(
     overlays: tuple[Path, int] | None,
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a model that finds objects.
+    """Return the document of `evaluate` for a detector.
 
     Args:
         detector: the model.
-        folder: where it comes from.
-        data: shards to measure on.
-        exclude_groups: leave out samples that have one of these as `group`.
-        overlays: a new folder for pictures of the worst images and curves of precision by recall, and how many.
-        progress: told about samples read.
+        folder: source folder of the model.
+        data: test shards.
+        exclude_groups: skip samples with one of these values as `group`.
+        overlays: new folder for pictures of the worst images and precision-recall curves, and the number of pictures.
+        progress: callback for the number of samples read.
     """
     categories = check_categories(detector, data)
     drawing = None if overlays is None else DetectionOverlays(*overlays, categories)
@@ -70,7 +70,7 @@ def evaluate_detector(
 
 
 def check_categories(detector: Detector, shards: str) -> Categories:
-    """Return the categories of a set, which are those of a detector."""
+    """Return the categories of a dataset, after checking that they match the detector's categories."""
     found = categories_beside(shard_folder(shards), "--data: ")
     if found is None or found.names != detector.classes:
         raise DataError(
@@ -91,18 +91,18 @@ def find_objects(
     progress: Callable[[int], None] | None,
     draw: Callable[[str, Any, GroundTruth, Prediction], None] | None = None,
 ) -> tuple[list[GroundTruth], list[Prediction]]:
-    """Read all samples once; this fills the table.
+    """Run the detector on all samples once and fill the table.
 
     Args:
-        detector: what is measured.
+        detector: the model.
         table: of the samples, still empty.
-        categories: of the set.
-        exclude_groups: leave out samples that have one of these as `group`.
+        categories: of the dataset.
+        exclude_groups: skip samples with one of these values as `group`.
         progress: called with the number of samples read.
-        draw: called with every sample's key and pixels, its truth, and what is predicted.
+        draw: called with key, pixels, ground truth and prediction of every sample.
 
     Returns:
-        Truth and prediction of every sample in the table.
+        Ground truth and prediction of every sample in the table.
     """
     truths: list[GroundTruth] = []
     predictions: list[Prediction] = []
@@ -114,7 +114,7 @@ def find_objects(
             for (sample, _), truth, prediction in zip(batch, new, found, strict=True):
                 draw(sample.key, sample.pixels, truth, prediction)
         truths += new
-        # Of LVIS most of what is predicted does not count; it need not be kept.
+        # For LVIS most predictions do not count, so they are dropped here.
         predictions += [sorted_by_score(one, truth, categories) for one, truth in zip(found, new, strict=True)]
         if progress is not None:
             progress(len(truths))
@@ -126,7 +126,7 @@ def _with_objects(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Instances
 
 
 def truth_of(instances: Instances) -> GroundTruth:
-    """Return the objects of an image as they are counted; masks are compressed, since polygons take more memory."""
+    """Return the ground truth of an image. Masks are RLE-compressed, because polygons need more memory."""
     annotations: list[Instance] = []
     for number in range(len(instances)):
         one: Instance = {

@@ -1,4 +1,4 @@
-"""Match what a detector predicts in an image with the objects that are there, as COCO and LVIS do."""
+"""Matching of detections with ground-truth objects of an image, as in COCO and LVIS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m3i_scale.evaluate.detections import PER_IMAGE, Form, GroundTruth, Instance
 
 
 def mask_of(one: Instance, truth: GroundTruth) -> Rle:
-    """Return the mask of an object, compressed and as large as its image."""
+    """Return the mask of an object, compressed and at the size of its image."""
     from faster_coco_eval.core import mask
 
     size, shape = [truth["height"], truth["width"]], one["segmentation"] or [[]]
@@ -30,7 +30,7 @@ def mask_of(one: Instance, truth: GroundTruth) -> Rle:
 
 
 def overlaps(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
-    """Return how much of their union every prediction and object share: (D, G); with a crowd, how much of itself."""
+    """Return the IoU of every prediction and object: (D, G); for a crowd, the fraction of the prediction inside it."""
     from faster_coco_eval.core import mask
 
     objects = truth["annotations"]
@@ -47,13 +47,13 @@ def overlaps(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[
 
 @dataclass(frozen=True)
 class Matches:
-    """Says which predictions of an image find which of its objects, at every threshold of overlap."""
+    """Matches between the predictions and objects of an image, for every IoU threshold."""
 
     found_TD: NDArray[np.int64]
-    """Index of the object; −1: none."""
+    """Index of the matched object; −1: none."""
     ignored_TD: NDArray[np.bool_]
-    """Whether a prediction counts for nothing: it is beyond the number that counts, in a crowd, or of a class of which
-    not every object is there."""
+    """Whether a prediction is ignored: it exceeds the maximum number, is matched to a crowd, or belongs to a class that
+    is not exhaustively annotated."""
 
 
 def match(
@@ -65,16 +65,16 @@ def match(
     *,
     by_class: bool = True,
 ) -> Matches:
-    """Return the matches of an image as COCO defines them: the best prediction first, each finds the object that it
-    overlaps most of those that are left.
+    """Return the matches of an image as COCO defines them. In order of score, each prediction matches the remaining
+    object with the highest IoU.
 
     Args:
         truth: of the image.
         prediction: in order of the scores.
-        ious_DG: of `overlaps`.
-        thresholds: of overlap that count as found.
-        form: whose rules hold.
-        by_class: an object is found by predictions of its class alone.
+        ious_DG: result of `overlaps`.
+        thresholds: IoU thresholds.
+        form: COCO or LVIS rules.
+        by_class: match objects only with predictions of the same class.
     """
     objects, labels_D = truth["annotations"], np.asarray(prediction["labels"], dtype=np.int64)
     classes_G = np.asarray([one["category"] for one in objects], dtype=np.int64)
@@ -89,9 +89,9 @@ def match(
     taken_TG = np.zeros((len(bars_T1), len(objects)), dtype=bool)
     for number in np.flatnonzero(ious_DG.max(axis=1, initial=-1.0) >= bars_T1.min()):
         near_TG = (ious_DG[number] >= bars_T1) & ~taken_TG
-        real_TG = near_TG & ~crowd_G  # a crowd is left to those that find nothing else
+        real_TG = near_TG & ~crowd_G  # a crowd only matches predictions without another match
         near_TG = np.where(real_TG.any(axis=1, keepdims=True), real_TG, near_TG)
-        most_T = np.where(near_TG, ious_DG[number], -2.0)[:, ::-1].argmax(axis=1)  # of equals the last
+        most_T = np.where(near_TG, ious_DG[number], -2.0)[:, ::-1].argmax(axis=1)  # in a tie, the last object wins
         best_T = len(objects) - 1 - most_T
         hits_T = np.flatnonzero(near_TG.any(axis=1))
         found_TD[hits_T, number] = best_T[hits_T]
@@ -104,7 +104,7 @@ def match(
 
 
 def _rank(labels_D: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many before it have the same label."""
+    """Return the number of previous entries with the same label."""
     order_D = np.argsort(labels_D, kind="stable")
     starts = np.flatnonzero(np.diff(labels_D[order_D], prepend=-1))
     rank_D = np.empty_like(labels_D)

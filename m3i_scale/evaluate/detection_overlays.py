@@ -1,4 +1,4 @@
-"""Draw what a detector predicts beside the truth, image | truth | prediction, the worst images first."""
+"""Overlays of detections: image | ground truth | prediction, worst images first."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 
 DRAWN_SCORE = 0.5
-"""Predictions from this score on are drawn and counted, unless another is asked for."""
+"""Default score threshold for predictions to be drawn and counted."""
 SUMMARY = "worst.json"
-"""Beside the pictures: what is right and wrong in each, and the colours of classes."""
+"""File next to the pictures: errors in each, and the colors of classes."""
 _OVERLAP = 0.5
 _LETTERS = 24
-"""Longer names are cut."""
+"""Longer names are truncated."""
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Counts what a detector got right in one image, by boxes that share half of their union or more."""
+    """Numbers of correct and wrong detections in one image, by boxes with an IoU of at least 0.5."""
 
     found: int
     missed: int
@@ -34,19 +34,19 @@ class ImageScore:
 
     @property
     def f_measure(self) -> float:
-        """Return the harmonic mean of precision and recall; 1 where there is nothing to find and nothing is found."""
+        """Return the F1 score; 1 if there are neither objects nor predictions."""
         wrong = self.missed + self.false
         return 2 * self.found / (2 * self.found + wrong) if wrong else 1.0
 
 
 def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
-    """Return how right a prediction is; what COCO and LVIS do not count is not counted either.
+    """Return the numbers of correct and wrong detections, with predictions ignored as in COCO and LVIS.
 
     Args:
         truth: of the image.
         prediction: in order of the scores.
-        categories: of the set.
-        least: score from which on something counts as predicted.
+        categories: of the dataset.
+        least: score threshold.
     """
     matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories["format"])
     counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
@@ -60,24 +60,24 @@ class _Overlay:
     key: str
     score: ImageScore
     image: Image.Image
-    """As it is drawn."""
+    """As drawn, at reduced size."""
     truth: GroundTruth
     prediction: Prediction
 
 
 class DetectionOverlays:
-    """Keeps the worst of the images that it is shown, and draws them at the end, the worst first.
+    """Collector of the worst images, which are drawn at the end, worst first.
 
-    Worst is the lowest F-measure, of equals what has most wrong, of these what was shown first.
+    The worst image has the lowest F1 score. Ties are broken by the number of errors, then by the order of images.
 
     Args:
-        folder: is made; one that exists is empty.
-        count: so many images are drawn.
-        categories: of the set.
-        least: score from which on predictions are drawn and counted.
+        folder: created if missing; must be empty.
+        count: number of images to draw.
+        categories: of the dataset.
+        least: score threshold for predictions to be drawn and counted.
 
     Raises:
-        ConfigError: the folder cannot be made, or something is in it.
+        ConfigError: the folder cannot be created, or is not empty.
     """
 
     def __init__(self, folder: Path, count: int, categories: Categories, *, least: float = DRAWN_SCORE) -> None:
@@ -86,13 +86,13 @@ class DetectionOverlays:
         make_folder(folder)
 
     def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
-        """Show an image.
+        """Add an image.
 
         Args:
-            key: what its picture is called by.
-            pixels_CHW: of the whole image.
-            truth: what is there.
-            prediction: what a detector finds.
+            key: used in the file name of its picture.
+            pixels_CHW: of the full image.
+            truth: ground truth.
+            prediction: detections.
         """
         ordered = sorted_by_score(prediction, truth, self._categories)
         score = score_image(truth, ordered, self._categories, self._least)
@@ -105,7 +105,7 @@ class DetectionOverlays:
         del self._kept[self._count :]
 
     def write(self) -> None:
-        """Write the pictures, and what is wrong in each."""
+        """Write the pictures, and a summary of the errors in each."""
         pictures = []
         try:
             for number, one in enumerate(self._kept, start=1):
@@ -132,14 +132,14 @@ class DetectionOverlays:
 
     def _prediction_panel(self, kept: _Overlay) -> Image.Image:
         panel, found = _Panel(kept.image, kept.truth), kept.prediction
-        for place in np.flatnonzero(found["scores"] >= self._least)[::-1]:  # the best on top
+        for place in np.flatnonzero(found["scores"] >= self._least)[::-1]:  # the highest scores on top
             mask = None if found["masks"] is None else found["masks"][place]
             label = int(found["labels"][place])
             panel.add(found["boxes"][place].tolist(), mask, label, f"{self._name(label)}: {found['scores'][place]:.2f}")
         return panel.picture
 
     def _name(self, label: int) -> str:
-        """Return the name of a class in one line of letters that the built-in font has."""
+        """Return the name of a class on one line, in letters of the built-in font."""
         return drawable(self._categories["categories"][label]["name"], _LETTERS)
 
 
@@ -148,11 +148,11 @@ def _badness(score: ImageScore) -> tuple[float, int]:
 
 
 class _Panel:
-    """Draws objects over an image.
+    """Image with objects drawn on it.
 
     Args:
-        image: in the size that is drawn.
-        truth: says which size boxes and masks are for.
+        image: in the size of the drawing.
+        truth: has the image size that boxes and masks refer to.
     """
 
     def __init__(self, image: Image.Image, truth: GroundTruth) -> None:
@@ -161,14 +161,14 @@ class _Panel:
         self._most = np.array([image.width - 1, image.height - 1] * 2)
 
     def add(self, box: list[float], mask: Rle | None, label: int, caption: str) -> None:
-        """Draw one object: its mask, its box round it, and above it what it is."""
+        """Draw the mask of one object, its box, and a caption above the box."""
         from faster_coco_eval.core import mask as rle
 
         red, green, blue = (int(part) for part in PALETTE[label % 256])
         if mask is not None:
             half = Image.fromarray(127 * np.asarray(rle.decode(mask), dtype=np.uint8))
             self.picture.paste((red, green, blue), mask=half.resize(self.picture.size, Image.Resampling.NEAREST))
-        corners = np.clip(np.array(box) * self._scale, 0, self._most).round()  # a box may lie outside
+        corners = np.clip(np.array(box) * self._scale, 0, self._most).round()  # a box may be outside the image
         left, right = sorted(corners[0::2].tolist())
         top, bottom = sorted(corners[1::2].tolist())
         draw, font = ImageDraw.Draw(self.picture), ImageFont.load_default()

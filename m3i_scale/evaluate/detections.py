@@ -1,4 +1,4 @@
-"""Put what a detector predicts beside the truth, image by image, and check both."""
+"""Pairs of detections and ground truth by image, with validation of both."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing_extensions import NotRequired
 from m3i_scale.errors import ConfigError, DataError
 
 Form = Literal["coco", "lvis"]
-"""Whose rules hold."""
+"""Rules for counting."""
 Kind = Literal["box", "mask"]
-"""What is held against each other."""
+"""Type of region to compare."""
 PER_IMAGE = {"coco": 100, "lvis": 300}
-"""So many predictions of an image count, the best ones: in COCO of every class, in LVIS of all classes together."""
+"""Maximum number of counted predictions per image, by score: in COCO per class, in LVIS over all classes."""
 
 
 class Rle(TypedDict):
-    """Holds a mask as COCO compresses it."""
+    """COCO mask in compressed RLE."""
 
     size: list[int]
     """Height and width of the image."""
@@ -31,7 +31,7 @@ class Rle(TypedDict):
 
 
 class Instance(TypedDict):
-    """Holds one object of the truth."""
+    """One ground-truth object."""
 
     id: int
     category: int
@@ -44,20 +44,20 @@ class Instance(TypedDict):
 
 
 class GroundTruth(TypedDict):
-    """Holds the objects of one image: the instances.json of a sample."""
+    """Ground-truth objects of one image: the instances.json of a sample."""
 
     image_id: int
     width: int
     height: int
     annotations: list[Instance]
     neg_category_ids: NotRequired[list[int]]
-    """LVIS: categories that are known not to be there; of others without an object nobody has looked."""
+    """LVIS: categories known to be absent. Other categories without objects were not annotated."""
     not_exhaustive_category_ids: NotRequired[list[int]]
-    """LVIS: categories of which not every object is there."""
+    """LVIS: categories that are not exhaustively annotated."""
 
 
 class Prediction(TypedDict):
-    """Holds what a detector finds in one image, in any order."""
+    """Detections in one image, in any order."""
 
     image_id: int
     boxes: NDArray[np.floating]
@@ -69,7 +69,7 @@ class Prediction(TypedDict):
 
 
 class Category(TypedDict):
-    """Holds one category, at its index."""
+    """One category, at its index."""
 
     id: int
     name: str
@@ -78,7 +78,7 @@ class Category(TypedDict):
 
 
 class Categories(TypedDict):
-    """Holds the categories.json of shards."""
+    """The categories.json of shards."""
 
     format: Form
     categories: list[Category]
@@ -86,34 +86,34 @@ class Categories(TypedDict):
 
 @dataclass(frozen=True)
 class Detections:
-    """Holds the images of a set in order of their ids, each once, with what is predicted of them."""
+    """Images of a dataset, unique and sorted by id, with their predictions."""
 
     truths: list[GroundTruth]
     predictions: list[Prediction]
-    """Of the same images, each in order of the scores; of LVIS those that count."""
+    """For the same images, sorted by score; for LVIS only the counted ones."""
     categories: Categories
     order: NDArray[np.int64]
-    """Where the images were in the truth as it was given."""
+    """Index of each image in the original ground truth."""
 
     @cached_property
     def kinds(self) -> list[Kind]:
-        """Return what can be held against each other: masks where the truth and all predictions have them."""
+        """Return the comparable region types: masks only if ground truth and all predictions have them."""
         masked = all("segmentation" in one for truth in self.truths for one in truth["annotations"])
         both = masked and all(one["masks"] is not None for one in self.predictions)
         return ["box", "mask"] if both else ["box"]
 
     @cached_property
     def objects(self) -> list[tuple[int, Instance]]:
-        """Return all objects that could be found, each with the number of its image; crowds are none."""
+        """Return all detectable objects with their image index; crowds are excluded."""
         images = enumerate(self.truths)
         return [(number, one) for number, truth in images for one in truth["annotations"] if not one["iscrowd"]]
 
 
 def check_library(where: str = "detection") -> None:
-    """Check that what measures detectors is there.
+    """Check that the library for detection metrics is installed.
 
     Args:
-        where: names in the error who asks for it.
+        where: caller to name in the error.
     """
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ConfigError(
@@ -126,12 +126,12 @@ def check_library(where: str = "detection") -> None:
 def pair_by_image(
     truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> Detections:
-    """Return predictions beside the truth. Images of which nothing is predicted count all the same.
+    """Pair predictions with ground truth by image. Images without predictions count too.
 
     Args:
-        truths: of all images of the set, in any order.
-        predictions: of images of the set, in any order: those of several ranks one after another.
-        categories: of the set.
+        truths: ground truth of all images of the dataset, in any order.
+        predictions: for images of the dataset, in any order; predictions of several ranks may be concatenated.
+        categories: of the dataset.
     """
     check_library()
     truth_of: dict[int, GroundTruth] = {}
@@ -214,7 +214,7 @@ def _check_masks(truths: Iterable[GroundTruth]) -> None:
 
 
 def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categories) -> Prediction:
-    """Return a prediction in order of its scores; of LVIS the best of all classes, and of these what was looked for."""
+    """Sort a prediction by score. For LVIS, select the 300 best, then drop categories that were not annotated."""
     where = f"image {truth['image_id']}"
     boxes_D4 = np.asarray(given["boxes"], dtype=np.float64).reshape(-1, 4)
     scores_D = np.asarray(given["scores"], dtype=np.float64)

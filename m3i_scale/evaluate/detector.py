@@ -1,4 +1,4 @@
-"""Load a trained detector, and run it on images of any size."""
+"""Trained detectors: loading, and inference on images of any size."""
 
 from __future__ import annotations
 
@@ -35,40 +35,40 @@ from m3i_scale.objective.targets.detection import shown_sizes
 from m3i_scale.output import quiet_loading
 
 DETECTOR = "detector"
-"""The measure of a detector, asked for alone: of a folder that holds one, or of features with one in `heads/`."""
+"""Metric of a detector; excludes other metrics. The folder has a detector, or features with one in `heads/`."""
 DETECTED = 4
-"""Images in one forward pass, unless another number is asked for: layers that see whole images of 1,024 pixels take
-some 800 MB each."""
+"""Default number of images per forward pass: layers with global attention need about 800 MB per image of 1,024 pixels.
+"""
 _KINDS: dict[str, tuple[Any, Any]] = {
     "MaskRcnnForObjectDetection": (MaskRcnnForObjectDetection, SamImageProcessor),
     "RfDetrForObjectDetection": (RfDetrForObjectDetection, DeformableDetrImageProcessor),
     "RfDetrForInstanceSegmentation": (RfDetrForInstanceSegmentation, DeformableDetrImageProcessor),
 }
-"""Classes of detectors, and their image processors."""
+"""Detector classes and their image processors."""
 
 
 @dataclass
 class Detector:
-    """Runs a model on images."""
+    """Detection model with its preprocessing."""
 
     detect: Callable[[Tensor, Tensor, Tensor], list[Detections]]
-    """Normalised images, (B, 2) of heights and widths before padding, and of the images themselves → what is found."""
+    """Normalized images, (B, 2) heights and widths before padding, and (B, 2) original sizes → detections."""
     augment: AugmentConfig
-    """Mean and deviation of the images, and whether they are stretched to the square."""
+    """Mean and std of the images, and whether images are stretched to a square."""
     size: int
-    """Side of the square that an image is shown in, in pixels."""
+    """Input size (side of the square) in pixels."""
     classes: list[str]
     model_type: str
     device: torch.device
     batch_size: int = DETECTED
-    """Images in one forward pass."""
+    """Images per forward pass."""
 
     def __call__(self, images: Sequence[NDArray[np.uint8]], numbers: Sequence[int]) -> list[Prediction]:
-        """Return what is found on images (3, H, W) of any sizes, at their own; the order is kept.
+        """Return detections on images (3, H, W) of any size, in original coordinates and in the same order.
 
         Args:
-            images: as many as fit into one forward pass.
-            numbers: of the images, for the record.
+            images: at most one forward pass of images.
+            numbers: ids of the images.
         """
         augment, shown = self.augment, []
         view = ViewMaker(
@@ -93,12 +93,12 @@ class Detector:
 
 
 def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Prediction:
-    """Return what is found on an image as it is counted.
+    """Return the detections of an image in the format of the metrics.
 
     Args:
-        found: of the head.
-        number: of the image.
-        size: of the image: H and W.
+        found: output of the head.
+        number: id of the image.
+        size: H and W of the image.
     """
     boxes_N4 = found.boxes_N4.cpu()
     return {
@@ -111,14 +111,14 @@ def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Pred
 
 
 def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> list[Rle]:
-    """Return masks in their boxes, soft ones or of 0 and 1, as compressed masks of the whole image.
+    """Paste masks in box coordinates, soft or binary, into the full image and compress them.
 
-    Each is pasted within its box alone, and a pixel round it: beyond that it is never one half.
+    Each is pasted only within its box plus one pixel, because outside it never reaches 0.5.
 
     Args:
-        masks_NMM: of `Objective.detect`, or of a batch.
+        masks_NMM: from `Objective.detect`, or from a batch.
         boxes_N4: x1, y1, x2, y2 in the image.
-        size: of the image: H and W.
+        size: H and W of the image.
     """
     from faster_coco_eval.core import mask as library
 
@@ -136,11 +136,11 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
 
 
 def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Path, torch.device, int], Detector] | None:
-    """Return what loads the detector that is measured; None where something else is.
+    """Return the function that loads the detector; None if another metric is requested.
 
     Args:
         folder: of the model.
-        measures: that are asked for; None: all that there are.
+        measures: requested metrics; None: all.
     """
     own = not _KINDS.keys().isdisjoint(architectures(folder))
     if own and measures not in (None, (DETECTOR,)):
@@ -160,7 +160,7 @@ def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Pat
 
 
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
-    """Load a Mask R-CNN or RF-DETR in fp32; the former by the source files here and not by those of the folder."""
+    """Load a Mask R-CNN or RF-DETR in fp32. Mask R-CNN uses the source files of this package, not those of the folder."""
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
     try:
         with quiet_loading(folder):
@@ -185,7 +185,7 @@ def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detect
 
 @torch.no_grad()
 def _by_queries(model: Any, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-    """Return what the stock RF-DETR finds. What counts as found stands in its config.json where `export` wrote it."""
+    """Return the detections of the standard RF-DETR. The score threshold is in its config.json if `export` wrote it."""
     output, usual = model(pixel_values=pixels_BCHW), RfDetr()
     prediction = {name: output[name] for name in ("logits", "pred_boxes", "pred_masks") if name in output}
     lowest, most = (getattr(model.config, name, getattr(usual, name)) for name in ("score_above", "detections"))
@@ -193,7 +193,7 @@ def _by_queries(model: Any, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tenso
 
 
 def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Detector:
-    """Return the detector that an export of features has in `heads/`, in fp32."""
+    """Load the detector in `heads/` of a feature export, in fp32."""
     objective, run, label_sets = load_objective(folder, device)
     (classes,) = label_sets.values()
     size, model_type = objective.student.image_size, objective.student.model.config.model_type

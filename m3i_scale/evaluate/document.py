@@ -1,4 +1,4 @@
-"""Say in one JSON-able document which model was measured, and on which data."""
+"""JSON-serializable document of an evaluation: the model and its data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def document_of(
     clusters: Clusters,
     train_data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the document of `evaluate`, still without figures.
+    """Return the document of `evaluate`, still without metrics.
 
     Args:
         folder: of the model.
-        model: what is told of it beside its name and origin.
-        data: what `describe` says of the test data.
+        model: description of the model except its name and origin.
+        data: result of `describe` for the test data.
         clusters: of the test data.
-        train_data: what `describe` says of the training data; None where there are none.
+        train_data: result of `describe` for the training data, if any.
     """
     return {
         "model": {"name": folder.resolve().name, "path": str(folder), **model, "export": _exported_from(folder)},
@@ -39,11 +39,11 @@ def document_of(
 
 
 def describe(table: Table, shards: str) -> dict[str, Any]:
-    """Return how many samples a set has, and of what kind.
+    """Return the numbers of samples in a dataset by kind.
 
     Args:
-        table: of the set, which has been read.
-        shards: where it is.
+        table: of the dataset, already filled.
+        shards: path of the dataset.
     """
     return {
         "shards": shards,
@@ -55,7 +55,7 @@ def describe(table: Table, shards: str) -> dict[str, Any]:
 
 
 def _exported_from(folder: Path) -> dict[str, Any] | None:
-    """Return which weights of which checkpoint an export has, as its export.json says; None for other folders."""
+    """Return checkpoint and weights of an export from its export.json; None for other folders."""
     try:
         facts = read_json(folder / "export.json")
         return {key: facts[key] for key in ("checkpoint", "checkpoint_manifest_sha256", "weights")}
@@ -64,13 +64,13 @@ def _exported_from(folder: Path) -> dict[str, Any] | None:
 
 
 def warnings_of(document: dict[str, Any], clusters: Clusters, test: Side, train: Side | None) -> list[str]:
-    """Return what a reader of the figures has to know; this takes the notes of probes out of the document.
+    """Return warnings for readers of the metrics. Moves the notes of probes out of the document.
 
     Args:
-        document: with its figures.
+        document: with its metrics.
         clusters: of the test data.
         test: the test data.
-        train: the training data, where there are some.
+        train: the training data, if any.
     """
     warnings = [clusters.warning] if clusters.warning else []
     for block in (document["measures"], document.get("baseline", {}).get("measures", {})):

@@ -1,4 +1,4 @@
-"""Extract frozen features: one pass over the samples, for everything that the measures need."""
+"""Extraction of frozen features: one pass over the samples for all metrics."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ Encoder = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, H, W) → features (B, D)."""
 
 PIXEL_SIDE = 32
-"""The raw-pixel baseline sees images at this size."""
+"""Image size of the raw-pixel baseline."""
 
 
 @dataclass
 class VisionModel:
-    """Runs a stock vision model with the normalisation and the input size of its image processor."""
+    """Standard vision model with the normalization and input size of its image processor."""
 
     model: Any
     processor: Any
     size: int
-    """Side of the input in pixels."""
+    """Input size in pixels."""
     pool: Pool
 
     @property
     def device(self) -> torch.device:
-        """Return where the model is."""
+        """Return the device of the model."""
         first: nn.Parameter = next(self.model.parameters())
         return first.device
 
@@ -61,17 +61,17 @@ class VisionModel:
 
     @torch.no_grad()
     def with_patches(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `encode` returns, without gradient."""
+        """Call `encode` without gradients."""
         return self.encode(images_BCHW)
 
     def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pooled features (B, D) and those of the patches (B, L, D), fp32, of uint8 (B, 3, H, W) at `size`."""
+        """Return pooled features (B, D) and patch features (B, L, D), fp32, of uint8 (B, 3, H, W) at `size`."""
         hidden, patches = self.hidden(images_BCHW), self.patch_count()
         return pool_tokens(hidden, patches, self.pool), patch_tokens(hidden, patches)
 
     def pixels(self, images_BCHW: Tensor) -> Tensor:
-        """Return what the model reads, on its device, for uint8 (B, 3, H, W) at `size`."""
-        if isinstance(self.processor, TimmWrapperImageProcessor):  # it takes no options: it would cut once more
+        """Return the model input, on the model's device, for uint8 (B, 3, H, W) at `size`."""
+        if isinstance(self.processor, TimmWrapperImageProcessor):  # it has no options and would crop again
             facts = self.processor.data_config
             return normalize(images_BCHW.to(self.device), facts["mean"], facts["std"])
         inputs = self.processor(images=list(images_BCHW), do_resize=False, do_center_crop=False, return_tensors="pt")
@@ -79,12 +79,12 @@ class VisionModel:
         return pixels_BCHW
 
     def hidden(self, images_BCHW: Tensor) -> Tensor:
-        """Return the last hidden state, see `pool_tokens`, of uint8 (B, 3, H, W) at `size`."""
+        """Return the last hidden state of uint8 (B, 3, H, W) at `size`; see `pool_tokens`."""
         hidden: Tensor = self.model(pixel_values=self.pixels(images_BCHW)).last_hidden_state
         return last_norm(self.model, hidden)
 
     def patch_count(self) -> int | None:
-        """Return the number of patch tokens; None where the model has no plain grid."""
+        """Return the number of patch tokens; None if the model has no plain grid."""
         if isinstance(self.model, TimmWrapperModel):
             patches: int | None = getattr(getattr(self.model.timm_model, "patch_embed", None), "num_patches", None)
             return patches
@@ -93,13 +93,13 @@ class VisionModel:
 
 
 def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
-    """Return one vector an image from a model's last hidden state.
+    """Pool the last hidden state of a model to one vector per image.
 
     Args:
-        hidden: (B, L, D) tokens, of which the last `patches` are patch tokens and the first of the others, if any, is
-            the class token; or a map (B, D, H, W).
-        patches: number of patch tokens; None where the model has no plain grid (then all tokens count as patches).
-        pool: mean of the patch tokens, class token, or both side by side.
+        hidden: (B, L, D) tokens, or a map (B, D, H, W). The last `patches` tokens are patch tokens. The first of the
+            other tokens, if any, is the class token.
+        patches: number of patch tokens; None if the model has no plain grid (then all tokens count as patches).
+        pool: mean of the patch tokens, class token, or both concatenated.
     """
     patches_BLD = patch_tokens(hidden, patches)
     mean_BD = patches_BLD.mean(dim=1)
@@ -112,7 +112,7 @@ def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
 
 
 def patch_tokens(hidden: Tensor, patches: int | None) -> Tensor:
-    """Return the patch tokens of a last hidden state, see `pool_tokens`: fp32 (B, L, D), row by row."""
+    """Return the patch tokens of a last hidden state (see `pool_tokens`): fp32 (B, L, D), row by row."""
     if hidden.ndim == 4:
         return hidden.flatten(2).transpose(1, 2).float()
     prefix = 0 if patches is None else max(hidden.shape[1] - patches, 0)
@@ -160,7 +160,7 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
 
 
 def architectures(folder: Path) -> list[str]:
-    """Return the classes that config.json of a model names; none where it is broken, which loading it reports."""
+    """Return the classes in config.json of a model; empty if it is invalid, which is reported on loading."""
     try:
         values = read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -170,9 +170,8 @@ def architectures(folder: Path) -> list[str]:
 
 
 def no_pooling_layer(folder: Path) -> dict[str, bool]:
-    """Return arguments that leave out the pooling layer: it is not used here, and where a folder has none,
-    transformers would add random numbers.
-    """
+    """Return arguments that omit the pooling layer. It is not used here, and without weights transformers would
+    initialize it randomly."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = MODEL_MAPPING.get(type(config), None)
     known = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
@@ -197,7 +196,7 @@ def _input_size(processor: Any, folder: Path) -> int:
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:
-    """Return the image itself at 32 × 32, values in 0…1, flattened (B, 3072): the raw-pixel baseline."""
+    """Return the image at 32 × 32, values in 0…1, flattened (B, 3072): the raw-pixel baseline."""
     small = nn.functional.interpolate(
         images_BCHW.float(), size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True, align_corners=False
     )
@@ -215,20 +214,20 @@ def extract(
     exclude_groups: tuple[str, ...] = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
-    """Read all samples once and encode their centre crops; this fills the table.
+    """Read all samples once, encode their center crops, and fill the table.
 
     Args:
-        table: filled with the samples that pass.
+        table: filled with the usable samples.
         encoders: by name.
-        size: side of the images in pixels.
-        batch_size: images in one forward pass.
-        dense: takes the place of the encoder `model` and gives patch features too; `pixels` then has some as well.
-        collector: filled with patches of the samples that have a mask; goes with `dense`.
+        size: image size in pixels.
+        batch_size: images per forward pass.
+        dense: replaces the encoder `model` and also returns patch features; `pixels` then gets patches too.
+        collector: filled with patches of the samples with a mask; used with `dense`.
         exclude_groups: see `read_samples`.
-        progress: told about samples read.
+        progress: callback for the number of samples read.
 
     Returns:
-        By encoder, (N, D) in the order of the table; without a usable sample, (0, 0).
+        By encoder, (N, D) in the order of the table; (0, 0) without usable samples.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
     done = 0
@@ -259,6 +258,6 @@ def _batches(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:
 
 
 def unit_rows(features_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return rows at length one; a row of zeros stays."""
+    """Normalize rows to unit length; zero rows remain zero."""
     norms = np.linalg.norm(features_ND, axis=1, keepdims=True)
     return cast(NDArray[np.float32], features_ND / np.maximum(norms, np.finfo(np.float32).tiny))

@@ -1,4 +1,4 @@
-"""Compute confidence intervals by cluster bootstrap: what belongs together is drawn together."""
+"""Confidence intervals by cluster bootstrap: related samples are resampled together."""
 
 from __future__ import annotations
 
@@ -19,65 +19,65 @@ SEED = 20_221
 
 @dataclass(frozen=True)
 class Clusters:
-    """Says which samples were drawn together when the data set came to be."""
+    """Clusters of samples that are not independent."""
 
     unit: str
-    """concept, family, or sample where the data name neither."""
+    """concept, family, or sample if the data have neither."""
     of: NDArray[np.int64]
     """Cluster number of every sample: (N)."""
     warning: str | None = None
 
     def take(self, index: NDArray[np.int64]) -> Clusters:
-        """Return the same clusters for some of the samples."""
+        """Return the clusters of a subset of samples."""
         return Clusters(self.unit, self.of[index], self.warning)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Holds a mean with its bootstrap interval."""
+    """Mean with its bootstrap interval."""
 
     value: float
     low: float
     high: float
     level: float
     unit: str
-    """What the bootstrap drew."""
+    """Resampling unit of the bootstrap."""
     clusters: int
     samples: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the estimate as plain data."""
+        """Return the estimate as a dict."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Computes a figure of any draw of clusters, so that two of them can be told apart on the same draws."""
+    """Metric as a function of resampled clusters, so that two metrics can be compared on the same resamples."""
 
     of: Callable[[NDArray[np.int64]], float]
-    """The figure of clusters by number, in the order of `np.unique(clusters.of)`; they may repeat."""
+    """The metric of clusters by number, in the order of `np.unique(clusters.of)`; numbers may repeat."""
     clusters: Clusters
     samples: int
-    """How many stand behind it."""
+    """Number of samples."""
 
     @property
     def value(self) -> float:
-        """Return the figure of all clusters."""
+        """Return the metric on all clusters."""
         return self.of(np.arange(len(np.unique(self.clusters.of)), dtype=np.int64))
 
     @cached_property
     def estimate(self) -> Estimate:
-        """Return the figure with its interval."""
+        """Return the metric with its interval."""
         return bootstrap(self.of, self.clusters, samples=self.samples)
 
     def minus(self, other: Statistic) -> Statistic:
-        """Return by how much this figure is above another one of the same clusters.
+        """Return the difference to another metric on the same clusters.
 
-        Both are computed of the same draws (paired bootstrap): what both get right, or both wrong, says nothing about
-        which is better, so the interval is usually narrower than what two separate ones suggest.
+        Both use the same resamples (paired bootstrap). Samples that both get right (or wrong) carry no information
+        about which is better. So the interval is usually narrower than two separate intervals suggest.
 
         Raises:
-            ValueError: the other one is of other clusters.
+            ValueError: the other metric is on other clusters.
         """
         if not np.array_equal(np.unique(self.clusters.of), np.unique(other.clusters.of)):
             raise ValueError("the two figures are of different clusters")
@@ -85,7 +85,7 @@ class Statistic:
 
 
 def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "family")) -> Clusters:
-    """Return clusters by the first `preferred` json field that all samples have; else by sample, with a warning."""
+    """Return clusters by the first `preferred` json field that all samples have; else one per sample, with a warning."""
     for name in preferred:
         column = table.column(name)
         if column is not None:
@@ -98,14 +98,14 @@ def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "famil
 
 
 def mean_of(values_N: NDArray[np.floating[Any]] | NDArray[np.bool_], clusters: Clusters) -> Statistic:
-    """Return the mean of `values_N`, for any draw of clusters.
+    """Return the mean of `values_N` as a function of resampled clusters.
 
     Args:
-        values_N: one figure a sample, e.g. whether it was right.
+        values_N: one value per sample, for example whether the prediction is correct.
         clusters: of the same samples.
 
     Raises:
-        ValueError: no values, or clusters of other samples.
+        ValueError: there are no values, or the clusters are of other samples.
     """
     if len(values_N) != len(clusters.of) or not len(values_N):
         raise ValueError(f"{len(values_N)} values for {len(clusters.of)} clustered samples")
@@ -128,20 +128,20 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """Return a statistic of all clusters, and its percentile interval.
+    """Return a statistic on all clusters, and its percentile interval.
 
     Args:
-        statistic: of clusters by number, in the order of `np.unique(clusters.of)`; they may repeat.
-        clusters: what is drawn.
-        samples: how many samples stand behind it, for the record.
-        level: share of intervals that should hold the true value.
-        resamples: bootstrap draws.
-        seed: of the draws; the same call gives the same interval.
+        statistic: function of clusters by number, in the order of `np.unique(clusters.of)`; numbers may repeat.
+        clusters: units to resample.
+        samples: number of samples, for the record.
+        level: confidence level.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling, which is deterministic.
     """
     count = len(np.unique(clusters.of))
     generator = np.random.default_rng(seed)
     values = np.empty(resamples)
-    for number in range(resamples):  # one draw at a time: all at once would hold resamples × clusters numbers
+    for number in range(resamples):  # one at a time, because all at once would allocate resamples × clusters numbers
         values[number] = statistic(generator.integers(0, count, count))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     value = statistic(np.arange(count, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Read what an evaluation asks for in one pass over the samples, and compute its measures."""
+"""Inputs of an evaluation, read in one pass over the samples, and computation of its metrics."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.towers import Towers
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
-"""What learns from training data."""
+"""Metrics that need training data."""
 WITH_TEXT = ("zero_shot", "retrieval")
-"""What asks for a text tower."""
+"""Metrics that need a text tower."""
 MEASURES = (*PROBES, "classifier", *WITH_TEXT)
 IMAGES = 64
-"""In one forward pass, unless another number is asked for."""
+"""Default number of images per forward pass."""
 Progress = Callable[[str, int], None]
-"""Called with what is read ("data", "train data") and the number of samples so far, or with what is measured and 0."""
+"""Called with the data being read ("data", "train data") and the number of samples so far, or with the metric and 0."""
 
 
 @dataclass
 class Reader:
-    """Encodes samples as it reads them, each once."""
+    """Reader that encodes each sample once."""
 
     size: int
-    """Side of the images in pixels."""
+    """Image size in pixels."""
     batch_size: int
     dense: PatchEncoder | None
     exclude_groups: tuple[str, ...]
     progress: Progress | None
 
     def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
-        """Return the features of all samples by encoder; this fills the table.
+        """Return the features of all samples by encoder, and fill the table.
 
         Args:
             table: of the samples, still empty.
             encoders: by name.
-            what: `train data` is what probes learn from.
+            what: `train data` for the training data of the probes.
         """
         tell = self.progress
-        # the probe is fitted on a draw of the training patches and asked about all of the test patches
+        # the probe is fitted on a sample of the training patches and evaluated on all test patches
         collector = PatchCollector(FIT_PATCHES if what == "train data" else None)
         features = extract(
             table,
@@ -63,7 +63,7 @@ class Reader:
 
 @dataclass
 class Job:
-    """Holds both sides, and what encoded them."""
+    """Training and test features, and the models that encoded them."""
 
     vision: VisionModel
     train: Side | None
@@ -79,13 +79,13 @@ class Job:
 def measure_all(
     names: tuple[str, ...], encoder: str, job: Job, progress: Progress | None = None
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, Statistics]]:
-    """Return figures by measure, reasons for those that are absent, and what can be compared, by measure.
+    """Return metrics, reasons for missing metrics, and comparable statistics, each by metric name.
 
     Args:
-        names: of measures.
-        encoder: whose features the probes learn from.
-        job: what was read and encoded.
-        progress: told about every measure.
+        names: of the metrics.
+        encoder: features to train the probes on.
+        job: encoded samples.
+        progress: callback for the current metric.
     """
     figures: dict[str, Any] = {}
     absent: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Classify by k nearest neighbours in cosine distance: what the features know without any training."""
+"""k-nearest-neighbor classification by cosine similarity: evaluates features without training."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def knn_predict(
     classes: int,
     temperature: float = TEMPERATURE,
 ) -> dict[int, NDArray[np.int64]]:
-    """Predict classes for several numbers of neighbours; each neighbour votes with exp(cosine / temperature).
+    """Predict classes for several values of k; each neighbor votes with exp(cosine / temperature).
 
     Args:
-        train_ND: features of the labelled samples.
+        train_ND: features of the labeled samples.
         train_labels_N: their classes.
         test_MD: features of the samples to classify.
         neighbours: values of k.
         classes: number of classes.
-        temperature: how fast votes fade with distance.
+        temperature: lower values weight close neighbors more.
 
     Returns:
         By k, (M) classes.
 
     Raises:
-        ValueError: fewer training samples than neighbours.
+        ValueError: there are fewer training samples than neighbors.
     """
     if len(train_ND) < max(neighbours):
         raise ValueError(f"{len(train_ND)} training samples for {max(neighbours)} neighbours")
@@ -45,7 +45,7 @@ def knn_predict(
     predicted: dict[int, list[NDArray[np.int64]]] = {k: [] for k in neighbours}
     for part in torch.split(test, _CHUNK):
         cosine, index = (part @ train.T).topk(max(neighbours), dim=1)
-        # cosine − 1 ≤ 0 keeps exp in range and scales all votes alike
+        # cosine − 1 ≤ 0 prevents overflow of exp and scales all votes equally
         weights = ((cosine - 1) / temperature).exp()
         for k in neighbours:
             votes = torch.zeros(len(part), classes).scatter_add_(1, labels[index[:, :k]], weights[:, :k])

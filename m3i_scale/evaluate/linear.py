@@ -1,4 +1,4 @@
-"""Fit a linear probe: logistic regression on frozen features, its strength chosen without the test data."""
+"""Linear probe: logistic regression on frozen features, with regularization selected without the test data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.preprocessing import StandardScaler
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Values of C (inverse regularisation) to choose from."""
+"""Candidate values of C (inverse regularization)."""
 
 SELECTION_SHARE = 0.25
 MAX_ITERATIONS = 300
@@ -23,7 +23,7 @@ _SEED = 20_221
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Holds a fitted probe, and how its strength was chosen."""
+    """Predictions of a fitted probe, and the selection of its C."""
 
     predicted: NDArray[np.int64]
     """Class of every test sample: (M)."""
@@ -34,7 +34,7 @@ class LinearProbe:
 
     @property
     def at_edge(self) -> bool:
-        """Return whether the best C is the smallest or the largest one tried, so a better one may lie outside."""
+        """Return whether the best C is the smallest or largest candidate; a better one may be outside the range."""
         return self.strength in (STRENGTHS[0], STRENGTHS[-1])
 
 
@@ -44,29 +44,29 @@ def linear_probe(
     groups_N: NDArray[np.int64],
     test_MD: NDArray[np.float32],
 ) -> LinearProbe:
-    """Choose C on a quarter of the training groups, fit on all training samples, predict the test samples.
+    """Select C on a quarter of the training groups, fit on all training samples, and predict the test samples.
 
-    Features are standardised with the mean and deviation of the samples that are fitted.
+    Features are standardized with mean and std of the fitted samples.
 
     Args:
         train_ND: features of the training samples.
         train_labels_N: their classes.
-        groups_N: samples of one group (family) never lie on both sides of the selection split.
+        groups_N: samples of one group (family) are never on both sides of the selection split.
         test_MD: features of the test samples.
 
     Raises:
-        ValueError: fewer than two classes, or fewer than two groups, on the training side.
+        ValueError: the training data have fewer than two classes or groups.
     """
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
     probe, scaler = _probe(), StandardScaler().fit(train_ND[fit])
     fitted_ND, chosen_on_HD = scaler.transform(train_ND[fit]), scaler.transform(train_ND[held_out])
-    for strength in STRENGTHS:  # ascending: each fit starts from the weights of the one before
+    for strength in STRENGTHS:  # ascending: each fit is warm-started from the previous one
         _fit(probe, fitted_ND, train_labels_N[fit], strength)
         selection[strength] = float((probe.predict(chosen_on_HD) == train_labels_N[held_out]).mean())
         if _declines(list(selection.values())):
             break
-    best = max(selection, key=lambda strength: (selection[strength], -strength))  # ties: the stronger regularisation
+    best = max(selection, key=lambda strength: (selection[strength], -strength))  # ties: the stronger regularization
     probe, scaler = _probe(), StandardScaler().fit(train_ND)
     converged = _fit(probe, scaler.transform(train_ND), train_labels_N, best)
     predicted_M = np.asarray(probe.predict(scaler.transform(test_MD)), dtype=np.int64)
@@ -74,17 +74,17 @@ def linear_probe(
 
 
 def _declines(accuracies: list[float]) -> bool:
-    """Return whether the last two values of C were both worse than the best before: a weaker penalty only overfits."""
+    """Return whether the last two values of C were both worse than the best before: less regularization overfits."""
     return len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies[:-2])
 
 
 def selection_split(
     labels_N: NDArray[np.int64], groups_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return indices to fit on and to choose C on; groups stay whole and the fitted part has at least two classes.
+    """Return indices to fit on and to select C on. Groups are not split, and the fitted part has at least two classes.
 
     Raises:
-        ValueError: no such split exists among those tried.
+        ValueError: none of the splits tried meets these conditions.
     """
     if len(np.unique(labels_N)) < 2:
         raise ValueError("the training data have fewer than two classes")

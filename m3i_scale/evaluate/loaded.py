@@ -1,4 +1,4 @@
-"""Wrap the model of a folder as a module that normalises its images itself, for programs."""
+"""Model of a folder as a module with built-in image normalization, for custom programs."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from m3i_scale.evaluate.features import VisionModel
 
 
 class LoadedBackbone(nn.Module):
-    """Encodes images by the weights of a model folder, in fp32; gradients reach its parameters.
+    """Image encoder with the weights of a model folder, in fp32. Its parameters receive gradients.
 
     Args:
-        vision: the model as `evaluate` has it.
+        vision: the model, as in `evaluate`.
     """
 
     def __init__(self, vision: VisionModel) -> None:
         super().__init__()
         self.model: nn.Module = vision.model
-        """The stock model of `transformers`."""
+        """The standard model of `transformers`."""
         self._vision = vision
 
     @property
     def image_size(self) -> int:
-        """Return the side of the images in pixels."""
+        """Return the image size in pixels."""
         return self._vision.size
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vector of every image (B, D), and the tokens of its patches, row by row (B, L, D).
+        """Return the features of every image (B, D), and its patch tokens, row by row (B, L, D).
 
         Args:
-            images_BCHW: uint8 (B, 3, H, W), H = W = `image_size`; normalised here.
+            images_BCHW: uint8 (B, 3, H, W), H = W = `image_size`; normalized here.
 
         Raises:
-            DataError: images of another type or size.
-            ExportError: the model has no class token, and `pool` asks for it.
+            DataError: images have another dtype or size.
+            ExportError: the model has no class token, but `pool` needs one.
         """
         size = self.image_size
         if images_BCHW.dtype != torch.uint8 or images_BCHW.shape[1:] != (3, size, size):

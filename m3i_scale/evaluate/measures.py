@@ -1,4 +1,4 @@
-"""Compute each measure on extracted features: figures with intervals, and what blind guessing would reach."""
+"""Metrics on extracted features, with intervals and chance levels."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ NEIGHBOURS = (10, 20)
 
 
 Statistics = dict[str, Statistic]
-"""By figure, for comparisons on the same samples."""
+"""By metric, for comparisons on the same samples."""
 
 
 class NotMeasuredError(Exception):
-    """Reports that a measure lacks something; the message is the reason that a user reads."""
+    """Missing requirement of a metric; the message is the reason for users."""
 
 
 @dataclass
 class Side:
-    """Holds features of one set of samples, with what the samples say about themselves."""
+    """Features of one dataset split, with the metadata of its samples."""
 
     table: Table
     features: dict[str, NDArray[np.float32]]
     """By encoder."""
     patches: Patches | None = None
     no_patches: str | None = None
-    """Why there are none."""
+    """Reason why there are no patches."""
 
     def labelled(self) -> NDArray[np.int64]:
-        """Return the indices of the samples that have a class."""
+        """Return the indices of the samples with a class."""
         return np.flatnonzero(self.table.label_array >= 0).astype(np.int64)
 
 
 def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
-    """Return the indices of the labelled training and test samples.
+    """Return the indices of the labeled training and test samples, and the training side.
 
     Raises:
         NotMeasuredError: there are none, or the sides have different classes.
@@ -64,10 +64,10 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
 
 
 def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Statistics]:
-    """Measure k-nearest-neighbour accuracy for every k.
+    """Compute k-nearest-neighbor accuracy for every k.
 
     Raises:
-        NotMeasuredError: see `probe_sides`; fewer training samples than neighbours.
+        NotMeasuredError: see `probe_sides`, or there are fewer training samples than neighbors.
     """
     fit, asked, side = probe_sides(train, test)
     if len(fit) < max(NEIGHBOURS):
@@ -88,10 +88,10 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
 def measure_linear(
     encoder: str, train: Side | None, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Measure linear-probe accuracy, with how C was chosen.
+    """Compute linear-probe accuracy, and report the selection of C.
 
     Raises:
-        NotMeasuredError: see `probe_sides`; too few classes or families to choose C.
+        NotMeasuredError: see `probe_sides`, or there are too few classes or families to select C.
     """
     fit, asked, side = probe_sides(train, test)
     families = clusters_of(side.table, preferred=("family", "concept"))
@@ -117,10 +117,10 @@ def measure_linear(
 def measure_dense(
     encoder: str, train: Side | None, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Measure a linear probe of patches: accuracy and mean intersection over union.
+    """Compute accuracy and mean IoU of a linear probe on patches.
 
     Raises:
-        NotMeasuredError: no training data, no masks, or too few classes or families to choose C.
+        NotMeasuredError: no training data, no masks, or too few classes or families to select C.
     """
     if train is None:
         raise NotMeasuredError("no training data (--train-data)")
@@ -171,14 +171,14 @@ def _chosen(probe: LinearProbe, families: Clusters, name: str) -> dict[str, Any]
 
 
 def measure_advantage(model: Statistics, baseline: Statistics) -> dict[str, Any]:
-    """Return the figures of the model minus those of the baseline on the same samples, with paired intervals."""
+    """Return the differences between model and baseline metrics on the same samples, with paired intervals."""
     return {label: found.minus(baseline[label]).estimate.as_dict() for label, found in model.items()}
 
 
 def measure_zero_shot(
     images_NE: NDArray[np.float32], encode: TextEncoder, templates: tuple[str, ...], test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Measure the accuracy of the nearest class name, among the classes that the test data have.
+    """Compute zero-shot accuracy among the classes in the test data.
 
     Raises:
         NotMeasuredError: no labels, or a single class.
@@ -205,9 +205,9 @@ def measure_zero_shot(
 def measure_retrieval(
     images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Measure recall at 1, 5, 10, below the number of candidates, in both directions.
+    """Compute recall at 1, 5 and 10, if below the number of candidates, in both directions.
 
-    The intervals of text → image draw by the cluster of the caption.
+    Intervals of text → image resample the clusters of captions.
 
     Raises:
         NotMeasuredError: fewer than two distinct captions.
@@ -227,7 +227,7 @@ def measure_retrieval(
         ("text_to_image", retrieval.text_to_image, of_captions, len(asked)),
     ):
         result[direction] = {}
-        for depth in (depth for depth in DEPTHS if depth < candidates):  # who takes all finds the right one
+        for depth in (depth for depth in DEPTHS if depth < candidates):  # otherwise recall is always 1
             recall, chance = mean_of(ranks < depth, drawn), retrieval.chance(direction, depth)
             ratio = recall.estimate.value / chance
             result[direction][f"R@{depth}"] = {**recall.estimate.as_dict(), "chance": chance, "ratio": ratio}
@@ -236,7 +236,7 @@ def measure_retrieval(
 
 
 def guessing(train_labels_N: NDArray[np.int64], truth_M: NDArray[np.int64]) -> dict[str, float]:
-    """Return what no features at all reach: one class in K, and always the training data's commonest class."""
+    """Return accuracy without features: chance level 1 / K, and the majority baseline (most common training class)."""
     classes = np.union1d(train_labels_N, truth_M)
     commonest = np.bincount(train_labels_N).argmax()
     return {"chance": 1 / len(classes), "majority": float((truth_M == commonest).mean())}

@@ -1,4 +1,4 @@
-"""Measure a segmenter: mIoU over all pixels of a set, at the images' own sizes."""
+"""Evaluation of a segmenter: mIoU over all pixels of a dataset, at original image sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m3i_scale.evaluate.segmenter import SEGMENTER, Segmenter, stride_of
 from m3i_scale.objective.segmentation import overlaps
 
 MAX_ASPECT = 20
-"""Images that are longer are not measured: logits of every class are held for a side of so many windows."""
+"""Images with a larger aspect ratio are skipped: memory must hold logits of every class for that many windows."""
 
 
 def evaluate_segmenter(
@@ -36,15 +36,15 @@ def evaluate_segmenter(
     overlays: Overlays | None,
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a model that gives the class of every pixel.
+    """Return the document of `evaluate` for a segmenter.
 
     Args:
         segmenter: the model.
-        folder: where it comes from.
-        data: shards to measure on.
-        exclude_groups: leave out samples that have one of these as `group`.
-        overlays: draws what is predicted.
-        progress: told about samples read.
+        folder: source folder of the model.
+        data: test shards.
+        exclude_groups: skip samples with one of these values as `group`.
+        overlays: writer of prediction overlays.
+        progress: callback for the number of samples read.
     """
     check_classes(segmenter, data)
     table = open_table(data, "--data")
@@ -67,7 +67,7 @@ def evaluate_segmenter(
 
 
 def check_classes(segmenter: Segmenter, shards: str) -> None:
-    """Check that the masks of a set have the classes of a segmenter."""
+    """Check that the masks of a dataset have the classes of a segmenter."""
     sets = read_label_sets({"data": SourceConfig(shards=shards)}, file=MASK_LABELS)
     names = next(iter(sets.values()), None)
     if names != segmenter.classes:
@@ -93,18 +93,18 @@ def count_overlaps(
     progress: Callable[[int], None] | None,
     draw: Callable[[Sample, NDArray[np.uint8]], None] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Read all samples once; this fills the table.
+    """Run the segmenter on all samples once, and fill the table.
 
     Args:
-        segmenter: what is measured.
+        segmenter: the model.
         table: of the samples, still empty.
-        exclude_groups: leave out samples that have one of these as `group`.
+        exclude_groups: skip samples with one of these values as `group`.
         progress: called with the number of samples read.
-        draw: called with every sample that counts, and the predicted class of its pixels.
+        draw: called with every counted sample and the predicted class of its pixels.
 
     Returns:
-        Pixels of every class that truth and prediction share, that are of the truth, and of the prediction: (M, 3, K)
-        of the samples that have a mask; and which of the table's they are: (M).
+        Pixel counts per class of intersection, ground truth and prediction: (M, 3, K) for samples with a mask; and
+            their indices in the table: (M).
     """
     counts: list[NDArray[np.int64]] = []
     masked: list[int] = []
@@ -138,14 +138,14 @@ def count_overlaps(
 def measure_segmenter(
     counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
 ) -> dict[str, Any]:
-    """Return mIoU over the classes that occur in truth or prediction, with its interval over clusters of images, and
-    IoU by class.
+    """Return mIoU over the classes in ground truth or prediction, with its interval over clusters of images, and IoU
+    per class.
 
     Args:
-        counts_M3K: of `count_overlaps`.
+        counts_M3K: from `count_overlaps`.
         clusters: of the same images.
         classes: of the segmenter.
-        size: of its window.
+        size: window size.
     """
     drawn = np.unique(clusters.of, return_inverse=True)[1]
     by_cluster = np.zeros((int(drawn.max()) + 1, *counts_M3K.shape[1:]))

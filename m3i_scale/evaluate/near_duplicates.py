@@ -1,4 +1,4 @@
-"""Find near-duplicates by hashes of the images, or by the features of a model."""
+"""Near-duplicate detection by image hashes or by model features."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from m3i_scale.evaluate.samples import Table, open_table
 from m3i_scale.text import printable
 
 DISTANCE = 3
-"""Bits in which the hashes of near-duplicates may differ, unless another number is asked for (docs/data.md)."""
+"""Default maximum number of different bits between the hashes of near-duplicates (docs/data.md)."""
 SIMILARITY = 0.98
-"""Cosine of their features from which on images are near-duplicates, likewise."""
+"""Default minimum cosine similarity between the features of near-duplicates."""
 ROUNDING = 1e-6
-"""Of a cosine in fp32: those of equal rows are not all 1."""
+"""Tolerance for cosines in fp32: for equal rows they are not exactly 1."""
 ROWS = 1024
-"""Of a block of cosines."""
+"""Rows per block of cosines."""
 
 
 @dataclass
 class EncodedImages:
-    """Holds the features of a set of images, at length one."""
+    """Normalized features of a set of images."""
 
     tables: list[Table]
     table_N: NDArray[np.int64]
-    """Of every image, the table."""
+    """Table of every image."""
     number_N: NDArray[np.int64]
-    """And its number there."""
+    """Index of every image in its table."""
     features_ND: NDArray[np.float32]
     left_out: Counter[str]
 
@@ -57,17 +57,17 @@ class EncodedImages:
         return {"shard": str(table.shards[table.places[row][0]]), "key": printable(table.keys[row].partition("/")[2])}
 
     def likeness(self, number: int, others: EncodedImages, other: int) -> dict[str, Any]:
-        """Return the cosine of the features of an image and of one of others."""
+        """Return the cosine similarity between an image and one of the others."""
         return {"similarity": round(float(self.features_ND[number] @ others.features_ND[other]), 4)}
 
     def pairs(self, similarity: float, groups: Groups) -> Pairs:
-        """Yield all pairs of images whose cosine is `similarity` or more."""
+        """Yield all pairs of images with a cosine of at least `similarity`."""
         for left, right, _ in self._blocks(self, similarity):
             once = left < right
             yield left[once], right[once]
 
     def alike(self, others: EncodedImages, similarity: float) -> Alike:
-        """Yield what is like them among others, of all images that are like any."""
+        """Yield (image, number of matches, nearest matches among the others) for every image with a match."""
         nearest = Nearest(len(self))
         for left, right, cosine in self._blocks(others, similarity):
             nearest.add(left, right, -cosine)
@@ -77,7 +77,7 @@ class EncodedImages:
     def _blocks(
         self, others: EncodedImages, similarity: float
     ) -> Iterator[tuple[Numbers, Numbers, NDArray[np.float32]]]:
-        """Yield all pairs of an image and one of others whose cosine is `similarity` or more, and the cosine."""
+        """Yield all pairs of an image and one of the others with a cosine of at least `similarity`, and the cosine."""
         for top in range(0, len(self), ROWS):
             for start in range(0, len(others), 16 * ROWS):
                 block = self.features_ND[top : top + ROWS] @ others.features_ND[start : start + 16 * ROWS].T
@@ -97,18 +97,18 @@ def find_near_duplicates(
     device: str | None = None,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Return groups of images that look alike; with `against`, images of an evaluation that are in the sources.
+    """Return groups of similar images; with `against`, evaluation images that are also in the sources.
 
     Args:
         sources: folders of shards, brace patterns or single tars.
-        against: those of an evaluation.
-        features: folder of the model whose features are compared; None: hashes are.
-        distance: bits in which hashes of near-duplicates may differ; None: `DISTANCE`.
-        similarity: least cosine of features of near-duplicates; None: `SIMILARITY`.
-        max_pixels: larger images are left out; of hashes. None: `MAX_IMAGE_PIXELS`.
-        workers: processes; of hashes. None: `DEFAULT_WORKERS`.
+        against: shards of an evaluation.
+        features: model folder for comparison by features; None: by hashes.
+        distance: maximum number of different hash bits; None: `DISTANCE`.
+        similarity: minimum cosine of features; None: `SIMILARITY`.
+        max_pixels: skip larger images (hashes only); None: `MAX_IMAGE_PIXELS`.
+        workers: number of processes (hashes only); None: `DEFAULT_WORKERS`.
         device: of the model; None: "auto".
-        advance: called with the bytes of every shard that is hashed.
+        advance: called with the size in bytes of every hashed shard.
     """
     of_features = {"--similarity": similarity, "--device": device}
     of_hashes = {"--distance": distance, "--max-image-pixels": max_pixels, "--workers": workers}
@@ -150,7 +150,7 @@ def _encode(sources: Sequence[str], vision: VisionModel) -> EncodedImages:
 
 
 def _refuse_idle(by_features: bool, options: Mapping[str, object]) -> None:
-    """Refuse options of the way to compare that is not taken."""
+    """Reject options that do not apply to the selected comparison method."""
     idle = [name for name, value in options.items() if value is not None]
     if idle:
         what, fix = ("features", "leave it out") if by_features else ("hashes", "add --features MODEL")
@@ -158,7 +158,7 @@ def _refuse_idle(by_features: bool, options: Mapping[str, object]) -> None:
 
 
 def _check_apart(sources: Sequence[str], against: Sequence[str]) -> None:
-    """Check that no shard is named twice."""
+    """Check that no shard is listed twice."""
     seen: set[Path] = set()
     for path in (path.resolve() for source in (*sources, *against) for path in local_shards(source)):
         if path in seen:

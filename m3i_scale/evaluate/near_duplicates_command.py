@@ -1,4 +1,4 @@
-"""`m3i-scale shards near-duplicates`. What takes long to import is imported when it is called."""
+"""`m3i-scale shards near-duplicates`. Slow imports happen inside the functions."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def near_duplicates(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find images that look alike, or images of an evaluation that are in the training data.
+    """Find images that look alike, or images of an evaluation that are also in the training data.
 
-    Exit code 2 where there are any; nothing is changed.
+    Exit code 2 if there are any. Nothing is changed.
     """
     leave_out_accelerator_warning()
     from m3i_scale.evaluate.near_duplicates import find_near_duplicates

@@ -1,4 +1,4 @@
-"""Draw what a model predicts beside the truth: the image, and both in colours over it. Here that of a segmenter."""
+"""Prediction overlays of segmenters (image, ground truth and prediction in colors over it), and shared drawing code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from m3i_scale.evaluate.samples import Sample
 from m3i_scale.files import write_json
 
 OVERLAY_COUNT = 20
-"""So many are drawn, unless another number is asked for."""
+"""Default number of overlays."""
 SIDE = 512
-"""Longest side of an image in pixels, as it is drawn."""
+"""Maximum size in pixels of a drawn image."""
 _GAP = 4
 LEGEND = "palette.json"
-"""Beside the pictures: number, name and colour (red, green, blue) of every class."""
+"""File next to the pictures: number, name and color (red, green, blue) of every class."""
 _GOLDEN = 0.618034
 PALETTE = np.array(
     [
@@ -33,15 +33,15 @@ PALETTE = np.array(
         for number in range(256)
     ]
 )
-"""The colour of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
+"""Color of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
 
 
 def make_folder(folder: Path, option: str = "--overlays") -> None:
-    """Make the folder of pictures, or take an empty one.
+    """Create the folder of pictures, or use an existing empty one.
 
     Args:
-        folder: of any depth.
-        option: that named it.
+        folder: created with its parents.
+        option: name of the option, for errors.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,17 +53,17 @@ def make_folder(folder: Path, option: str = "--overlays") -> None:
 
 
 def refused(folder: Path, error: OSError, option: str = "--overlays") -> ConfigError:
-    """Return the error for a disk that takes no pictures."""
+    """Return the error for pictures that cannot be written."""
     return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"{option} {folder}")
 
 
 def file_stem(key: str) -> str:
-    """Return what a file of a sample can be called by, of its key."""
+    """Return a valid file name stem for a sample key."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", key)[-100:]
 
 
 def side_by_side(panels: list[Image.Image]) -> Image.Image:
-    """Return one picture of panels of equal sizes."""
+    """Join panels of equal size side by side."""
     width, height = panels[0].size
     picture = Image.new("RGB", (len(panels) * (width + _GAP) - _GAP, height), "white")
     for place, panel in enumerate(panels):
@@ -72,15 +72,15 @@ def side_by_side(panels: list[Image.Image]) -> Image.Image:
 
 
 class Overlays:
-    """Writes pictures of the first samples that are measured, image | truth | prediction, and the colours of classes.
+    """Writer of pictures of the first samples (image | ground truth | prediction) and of the class colors.
 
     Args:
-        folder: is made; one that exists is empty.
-        count: so many samples are drawn.
+        folder: created if missing; must be empty.
+        count: number of samples to draw.
         classes: their names, by number.
 
     Raises:
-        ConfigError: the folder cannot be made, or something is in it.
+        ConfigError: the folder cannot be created, or is not empty.
     """
 
     def __init__(self, folder: Path, count: int, classes: list[str]) -> None:
@@ -88,7 +88,7 @@ class Overlays:
         make_folder(folder)
 
     def __call__(self, sample: Sample, predicted_HW: NDArray[np.uint8]) -> None:
-        """Draw a sample with the predicted class of every pixel, unless enough are drawn."""
+        """Draw a sample with the predicted class of every pixel, unless `count` samples are drawn."""
         if sample.mask is None or self._drawn == self._count:
             return
         self._drawn += 1
@@ -110,7 +110,7 @@ class Overlays:
 
 
 def _coloured(image: Image.Image, classes_HW: NDArray[np.uint8]) -> Image.Image:
-    """Return the image with the colour of its class over every pixel; one without a class stays as it is."""
+    """Return the image with class colors blended over it; pixels without a class are unchanged."""
     classes = np.asarray(Image.fromarray(classes_HW).resize(image.size, Image.Resampling.NEAREST))
     pixels = np.asarray(image, dtype=np.float64)
     mixed = 0.35 * pixels + 0.65 * PALETTE[classes]

@@ -1,4 +1,4 @@
-"""Compute the interval of an average precision by bootstrap over images, whose matches are made once."""
+"""Bootstrap interval of average precision over images, with matching done only once."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def ap_interval(
     by_class: bool = True,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Return AP and its percentile interval; whole clusters of images are drawn with replacement.
+    """Return AP and its percentile interval, by resampling clusters of images with replacement.
 
-    A draw weighs images and matches nothing anew. Classes of which it has no object are left out of its mean.
+    Resamples weight images and need no new matching. Classes without objects in a resample are excluded from its mean.
 
     Args:
         detections: all images.
         kind: boxes or masks.
         clusters: of the same images.
-        thresholds: of overlap, over which AP is the mean.
-        recalls: at which precision is read, ascending.
-        by_class: a class may be mistaken; else the place alone counts.
-        resamples: bootstrap draws.
+        thresholds: IoU thresholds; AP is the mean over them.
+        recalls: recall values at which precision is sampled, ascending.
+        by_class: compute AP per class; otherwise ignore classes.
+        resamples: number of bootstrap resamples.
     """
     weighted = WeightedPrecision(detections, kind, thresholds, recalls, by_class=by_class)
     numbers_I = np.unique(clusters.of, return_inverse=True)[1]
@@ -44,16 +44,16 @@ def ap_interval(
 
 
 class WeightedPrecision:
-    """Computes AP of a set in which every image stands as often as its weight says.
+    """AP of a dataset in which every image is repeated according to its weight.
 
-    Precision is highest where an object has just been found, so that it is computed there alone: at the hits H, in
-    order of threshold, class and score. The rest of the N predictions is summed up before them.
+    Precision has its local maxima at true positives, so it is computed only at these hits H, in order of threshold,
+    class and score. The other of the N predictions enter through cumulative sums.
 
     Args:
         detections: all images.
         kind: boxes or masks.
-        thresholds: of overlap, over which AP is the mean.
-        recalls: at which precision is read, ascending.
+        thresholds: IoU thresholds; AP is the mean over them.
+        recalls: recall values at which precision is sampled, ascending.
         by_class: see `ap_interval`.
     """
 
@@ -79,7 +79,7 @@ class WeightedPrecision:
             labels.append(prediction["labels"][kept_D] if by_class else np.zeros(kept_D.sum(), dtype=np.int64))
             counts.append(int(kept_D.sum()))
         labels_N, scores_N = np.concatenate(labels), np.concatenate(scores)
-        order_N = np.lexsort((-scores_N, labels_N))  # stable: of equals the first image
+        order_N = np.lexsort((-scores_N, labels_N))  # stable: in a tie, the first image
         labels_N = labels_N[order_N]
         self._image_N = np.repeat(np.arange(len(counts)), counts)[order_N]
         ignored_TN = np.concatenate(ignored, axis=1)[:, order_N]
@@ -103,7 +103,7 @@ class WeightedPrecision:
         self._ignored_start_H = np.searchsorted(key_Q, threshold_H * length + start_H)
 
     def __call__(self, weights_I: NDArray[np.int64]) -> float:
-        """Return AP where every image counts as often as its weight says; 0 where there is no object."""
+        """Return AP with every image counted according to its weight; 0 if there are no objects."""
         objects_K = np.bincount(self._class_G, weights=weights_I[self._image_G], minlength=self._classes)
         classes = int((objects_K > 0).sum())
         if not classes or not len(self._place_H):
@@ -115,7 +115,7 @@ class WeightedPrecision:
         counted_H -= ignored_Q[self._ignored_before_H] - ignored_Q[self._ignored_start_H]
         precision_H = true_H / np.maximum(counted_H, 1)
         recall_H = true_H / np.maximum(objects_K[self._class_H], 1)
-        # Precision at a recall is the highest at that recall or beyond, within its threshold and class.
+        # Interpolated precision at a recall is the maximum at this or any higher recall, per threshold and class.
         best_H = np.maximum.accumulate((precision_H + self._lift_H)[::-1])[::-1] - self._lift_H
         reached_H = np.searchsorted(self._recalls, recall_H, side="right")
         newly_H = np.diff(reached_H, prepend=0)

@@ -1,4 +1,4 @@
-"""Draw precision by recall, as `average_precision` gives it."""
+"""Plots of precision-recall curves from `average_precision`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 from m3i_scale.errors import ConfigError
 
 _SIDE, _EDGE, _GAP = 240, 30, 20
-"""Of one plot: its side, the room round it for numbers and names, and the room to the next."""
+"""Of one plot, in pixels: size, margin for labels, and gap to the next plot."""
 _STEP = _SIDE + 2 * _EDGE + _GAP
 _GRID = (225, 225, 225)
 COLOURS = {"0.50": (31, 119, 180), "0.75": (230, 120, 20), "0.50:0.95": (44, 140, 60)}
-"""Of a curve, by the overlap that counts as found."""
+"""Color of a curve, by IoU threshold."""
 
 
 def draw_curves(figures: dict[str, Any], path: Path) -> None:
-    """Write a plot of boxes and, beside it, of masks where there are some: recall to the right, precision upwards.
+    """Write a plot for boxes and, if available, one for masks: recall to the right, precision upward.
 
     Args:
-        figures: of `average_precision` or `measure_detector`.
+        figures: from `average_precision` or `measure_detector`.
         path: of the PNG.
     """
     kinds = [kind for kind in ("box", "mask") if kind in figures]
@@ -35,7 +35,7 @@ def draw_curves(figures: dict[str, Any], path: Path) -> None:
 
 
 def point(recall: float, precision: float, number: int = 0) -> tuple[int, int]:
-    """Return where a recall and a precision lie in the picture, in its plot of some number."""
+    """Return the pixel position of a recall and precision, in the plot with this number."""
     return round(number * _STEP + _EDGE + recall * _SIDE), round(_EDGE + (1 - precision) * _SIDE)
 
 

@@ -1,4 +1,4 @@
-"""Measure a detector while it trains: average precision on the squares that batches show, of all ranks together."""
+"""Average precision of a detector during training, on the preprocessed squares of batches from all ranks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from m3i_scale.scale.agree import gather_objects
 
 
 class ShownImages:
-    """Holds images of this rank's batches, each once, with the objects that are there and those that are found.
+    """Unique images from this rank's batches, with ground truth and detections.
 
-    Batches may show an image twice, and two ranks the same one: it is known by its key. Without augmentation it is
-    shown alike each time.
+    Batches may repeat an image, and ranks may share images, so images are identified by key. Without augmentation each
+    repetition is identical.
 
     Args:
-        classes: of the set, which is annotated as COCO is: every object of an image is there.
-        masks: whether masks are there, and found.
+        classes: of the dataset, which must be annotated exhaustively, like COCO.
+        masks: whether ground truth and predictions have masks.
     """
 
     def __init__(self, classes: Sequence[str], *, masks: bool) -> None:
@@ -33,11 +33,11 @@ class ShownImages:
         self._images: dict[int, tuple[GroundTruth, Prediction]] = {}
 
     def add(self, batch: Batch, found: Sequence[Detections]) -> None:
-        """Add the images of a batch that are not there yet.
+        """Add the new images of a batch.
 
         Args:
-            batch: on the host.
-            found: by sample, in pixels of the square.
+            batch: on the CPU.
+            found: detections by sample, in pixels of the square.
         """
         side = batch.images_VBCHW.shape[-1]
         for row, (key, detections) in enumerate(zip(batch.keys, found, strict=True)):
@@ -46,11 +46,11 @@ class ShownImages:
                 self._images[image] = self._truth(batch, row, image), prediction_of(detections, image, (side, side))
 
     def average_precision(self, rank: int) -> dict[str, float]:
-        """Return `box_ap`, and `mask_ap` where there are masks, from 0 to 1, of the images of all ranks, each once; 0
-        where none has an object. Every rank calls it.
+        """Return `box_ap`, and `mask_ap` if there are masks, from 0 to 1, over the unique images of all ranks; 0
+        without objects. Every rank must call it.
 
         Args:
-            rank: this one.
+            rank: rank of this process.
         """
         by_rank = gather_objects((set(self._images), any(truth["annotations"] for truth, _ in self._images.values())))
         if not any(has_objects for _, has_objects in by_rank):

@@ -1,4 +1,4 @@
-"""Show an evaluation to people, in one table."""
+"""Table of evaluation results for the terminal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NAMES = {
     "retrieval": "retrieval",
 }
 _WORST = 5
-"""So many classes of a segmenter or detector are shown."""
+"""Number of worst classes to list for a segmenter or detector."""
 _OBJECTS = {"box": "boxes", "mask": "masks"}
 _ARROWS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """Return the result of `evaluate` as a table, followed by what was not measured and what to beware of."""
+    """Return the result of `evaluate` as a table, followed by missing metrics and warnings."""
     table = Table(title=f"{result['model']['name']}  ·  {result['data']['samples']} samples", title_justify="left")
     for name, justify in (("measure", "left"), ("value", "right"), ("interval", "right"), ("by guessing", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
@@ -37,7 +37,7 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield measure, value, interval, and what blind guessing reaches."""
+    """Yield metric, value, interval and chance level."""
     for block, measures in (("", result["measures"]), ("pixels: ", result.get("baseline", {}).get("measures", {}))):
         for name, figures in measures.items():
             yield from _rows(block + _NAMES[name], name, figures)
@@ -60,7 +60,7 @@ def _rows(title: str, name: str, figures: dict[str, Any]) -> Iterator[tuple[str,
     for key, figure in figures.items():
         if isinstance(figure, dict) and "low" in figure:
             label = title if key == "accuracy" else f"{title} {key.replace('_', ' ')}"
-            has_majority = "majority" in figure  # then the chance of the other figures is not this one's
+            has_majority = "majority" in figure  # then the chance level of the other metrics does not apply to this one
             chance = figure.get("chance", None if has_majority else figures["chance"])
             guess = f"majority {figure['majority'] if has_majority else figures['majority']:.3f}"
             guess = guess if chance is None else f"chance {chance:.3f}, {guess}"

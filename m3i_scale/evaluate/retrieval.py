@@ -1,4 +1,4 @@
-"""Measure retrieval between images and captions, in which equal captions are one item."""
+"""Image-text retrieval metrics, with equal captions treated as one item."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Holds ranks (0 is best) of the first right item, and what blind guessing would reach."""
+    """Ranks (0 is best) of the first correct item, with chance levels."""
 
     image_to_text: NDArray[np.int64]
     """For every image, rank of its caption among the distinct captions."""
@@ -25,10 +25,10 @@ class Retrieval:
     captions: list[str]
     """The distinct captions, in the order of `text_to_image`."""
     caption_of: NDArray[np.int64]
-    """Number of every image's caption."""
+    """Index of every image's caption."""
 
     def chance(self, direction: str, depth: int) -> float:
-        """Return the expected recall at `depth` of a random order."""
+        """Return the expected recall at `depth` for a random ranking."""
         images, distinct = len(self.caption_of), len(self.captions)
         if direction == "image_to_text":
             return min(depth / distinct, 1.0)
@@ -38,7 +38,7 @@ class Retrieval:
 
 
 def distinct_captions(captions: list[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the distinct captions, and the number of each sample's caption."""
+    """Return the distinct captions, and the index of each sample's caption."""
     distinct, number = np.unique(np.asarray(captions, dtype=object), return_inverse=True)
     return list(distinct), number.astype(np.int64)
 
@@ -46,13 +46,13 @@ def distinct_captions(captions: list[str]) -> tuple[list[str], NDArray[np.int64]
 def rank(
     images_NE: NDArray[np.float32], texts_UE: NDArray[np.float32], captions: list[str], caption_of_N: NDArray[np.int64]
 ) -> Retrieval:
-    """Return ranks in both directions. Ties count against the model: features that have collapsed find nothing.
+    """Return ranks in both directions. Ties count against the model, so collapsed features get the worst rank.
 
     Args:
         images_NE: image embeddings.
         texts_UE: embeddings of the distinct captions.
         captions: the distinct captions.
-        caption_of_N: number of every image's caption.
+        caption_of_N: index of every image's caption.
     """
     image_to_text = [
         _ranks(block @ texts_UE.T, own[:, None] == np.arange(len(captions)))
@@ -66,9 +66,9 @@ def rank(
 
 
 def _ranks(scores_QC: NDArray[np.float32], right_QC: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the number of wrong candidates that score at least as high as the best right one."""
+    """Return the number of wrong candidates that score at least as high as the best correct one."""
     best_Q1 = np.where(right_QC, scores_QC, -np.inf).max(axis=1, keepdims=True)
-    # equal embeddings may differ in the last bits of a matrix product; that is a tie, not a win
+    # equal embeddings may differ in the last bits of a matrix product; such a difference is a tie
     return np.asarray(((scores_QC >= best_Q1 - 1e-6) & ~right_QC).sum(axis=1), dtype=np.int64)
 
 

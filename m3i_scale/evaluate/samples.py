@@ -1,4 +1,4 @@
-"""Read samples of an evaluation from shards in order, as training reads them but without augmentation."""
+"""Evaluation samples from shards, in order: decoded as in training, but without augmentation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_PIXELS = DataConfig().max_image_pixels
 
 @dataclass
 class Sample:
-    """Holds one sample, its image resized and cut to the center square."""
+    """One sample, with its image resized and cropped to the center square."""
 
     key: str
     pixels: NDArray[np.uint8]
@@ -41,35 +41,35 @@ class Sample:
     label: int
     """Index of the class, −1 without one."""
     meta: dict[str, Any]
-    """The json member; empty without one."""
+    """The json field; empty without one."""
     mask: NDArray[np.uint8] | None = None
-    """Class of every pixel (S, S), where masks are asked for and the sample has one."""
+    """Class of every pixel (S, S), if masks are requested and the sample has one."""
     instances: Instances | None = None
-    """Its objects, where they are asked for."""
+    """Its objects, if requested."""
 
 
 @dataclass
 class Table:
-    """Holds what a set of samples says about itself, without the images. All lists have one entry a sample."""
+    """Metadata of a set of samples, without the images. All lists have one entry per sample."""
 
     shards: list[Address]
     classes: list[str]
     """Class names from labels.json, empty without one."""
     keys: list[str] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
-    """Numbers of the shard, and of the sample in it."""
+    """Index of the shard, and of the sample in it."""
     captions: list[str | None] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     meta: list[dict[str, Any]] = field(default_factory=list)
     groups: Counter[str] = field(default_factory=Counter)
-    """Samples by the `group` of their json member, the excluded ones too."""
+    """Number of samples by `group` in their json field, including excluded ones."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Samples that do not count, by reason."""
+    """Skipped samples, by reason."""
     bad_masks: Counter[str] = field(default_factory=Counter)
-    """Masks that do not count, by reason; their samples do."""
+    """Unusable masks, by reason; their samples still count."""
 
     def __len__(self) -> int:
-        """Return the number of samples that have been noted."""
+        """Return the number of samples added so far."""
         return len(self.keys)
 
     @property
@@ -78,7 +78,7 @@ class Table:
         return np.asarray(self.labels, dtype=np.int64)
 
     def add(self, sample: Sample, place: tuple[int, int]) -> None:
-        """Note a sample."""
+        """Add a sample."""
         self.places.append(place)
         self.keys.append(sample.key)
         self.captions.append(sample.caption)
@@ -86,7 +86,7 @@ class Table:
         self.meta.append(sample.meta)
 
     def column(self, name: str) -> list[str] | None:
-        """Return a field of the json members as text; None when any sample lacks it."""
+        """Return a field of the json metadata as text; None if any sample lacks it."""
         values = [meta.get(name) for meta in self.meta]
         return None if not values or any(value is None for value in values) else [str(value) for value in values]
 
@@ -107,17 +107,17 @@ def read_samples(
     categories: int | None = None,
     places: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Sample]:
-    """Yield samples of the table's shards in order, noted in the table as they pass.
+    """Yield samples of the table's shards in order, and add them to the table.
 
-    What cannot be used is counted in `table.left_out` by reason.
+    Unusable samples are counted in `table.left_out` by reason.
 
     Args:
         table: of the samples, still empty.
-        image_size: without it images and masks are whole, and of their own size.
-        exclude_groups: leave out samples that have one of these as `group`.
+        image_size: None for full images and masks at their original size.
+        exclude_groups: skip samples with one of these values as `group`.
         masks: also read masks.
-        categories: also read objects, of so many categories; a sample without that member is left out.
-        places: read the samples at these, in this order; None: all.
+        categories: also read objects, with this number of categories; samples without objects are skipped.
+        places: read the samples at these positions, in this order; None: all.
     """
     view = None if image_size is None else ViewMaker(AugmentConfig(), views=1, image_size=image_size, augment=False)
     for place, key, members in _members(table, places):
@@ -148,7 +148,7 @@ def whole_pixels(image: Image.Image) -> NDArray[np.uint8]:
     """Return all pixels of an opened image, upright: (3, H, W).
 
     Raises:
-        BadSampleError: it does not decode.
+        BadSampleError: the image cannot be decoded.
     """
     lies = orientation(image)
     with decoding():
@@ -158,7 +158,7 @@ def whole_pixels(image: Image.Image) -> NDArray[np.uint8]:
 def _mask(
     table: Table, members: Mapping[str, bytes], image: Image.Image, image_size: int | None
 ) -> NDArray[np.uint8] | None:
-    """Return the sample's mask. One that cannot be used is counted, and costs its sample no other measure."""
+    """Return the sample's mask. An unusable mask is counted, and its sample is still used for other metrics."""
     try:
         return centre_mask(open_mask(members, _MAX_PIXELS, image.size), image_size, orientation(image))
     except BadSampleError as bad:
@@ -167,20 +167,20 @@ def _mask(
 
 
 def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
-    """Cut the same centre square as that of the image, without mixing classes.
+    """Crop the mask to the center square of the image, without mixing classes.
 
     Args:
-        mask: of the pixels as they are stored.
-        size: side of the square in pixels; None leaves the mask whole.
+        mask: in the stored orientation.
+        size: size of the square in pixels; None for the full mask.
         lies: orientation of the image.
 
     Raises:
-        BadSampleError: the mask does not decode.
+        BadSampleError: the mask cannot be decoded.
     """
     if mask is None:
         return None
     with decoding("mask"):
-        classes = upright(Image.fromarray(np.asarray(mask)), lies)  # of a palette, the index
+        classes = upright(Image.fromarray(np.asarray(mask)), lies)  # palette index, if there is a palette
     if size is None:
         return np.array(classes, dtype=np.uint8)
     return cut_mask(classes, Crop(*center_crop(classes.height, classes.width, size), False), size)
@@ -189,7 +189,7 @@ def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> ND
 def _members(
     table: Table, places: Sequence[tuple[int, int]] | None = None
 ) -> Iterator[tuple[tuple[int, int], str, dict[str, bytes]]]:
-    """Yield place, key and members of samples."""
+    """Yield position, key and fields of samples."""
     with tempfile.TemporaryDirectory() as cache, contextlib.closing(ShardReader()) as reader:
         indices = load_index(table.shards, Path(cache))
         every = ((shard, number) for shard, index in enumerate(indices) for number in range(len(index)))
@@ -203,7 +203,7 @@ def _members(
 
 
 def check_known(table: Table, keys: Sequence[str], where: str) -> None:
-    """Check that all samples of these keys are there. This reads no further than to the last of them."""
+    """Check that samples with these keys exist. Reading stops at the last of them."""
     missing, known = set(keys), []
     for _, key, _ in _members(Table(table.shards, table.classes)):
         missing.discard(key)
@@ -217,13 +217,13 @@ def check_known(table: Table, keys: Sequence[str], where: str) -> None:
 def _meta(members: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         meta = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):  # no group and no concept is known of it, which the intervals then report
+    except (ValueError, RecursionError):  # without group or concept, which affects the intervals and is reported there
         return {}
     return meta if isinstance(meta, dict) else {}
 
 
 def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
-    """Check that every group that is left out is one of the samples'."""
+    """Check that every excluded group occurs in the data."""
     known = {group for table in tables for group in table.groups if group}
     for name in names:
         if name not in known:
@@ -232,7 +232,7 @@ def check_groups(names: tuple[str, ...], tables: list[Table]) -> None:
 
 
 def shared_shards(some: list[Table], others: list[Table]) -> set[str]:
-    """Return the shards that tables share with others, whatever they are called."""
+    """Return the shards that both lists of tables contain, compared by resolved path."""
     first, second = (
         {str(shard.resolve() if isinstance(shard, Path) else shard) for table in tables for shard in table.shards}
         for tables in (some, others)

@@ -1,4 +1,4 @@
-"""Load a trained segmenter, and run it on images of any size by a sliding window."""
+"""Trained segmenters: loading, and sliding-window inference on images of any size."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from m3i_scale.objective.segmentation import resized
 from m3i_scale.output import quiet_loading
 
 SEGMENTER = "segmenter"
-"""The measure of a segmenter, asked for alone: of a folder that holds one, or of features with one in `heads/`."""
+"""Metric of a segmenter; excludes other metrics. The folder has a segmenter, or features with one in `heads/`."""
 EOMT = "EomtForUniversalSegmentation"
 STRIDE = 2 / 3
-"""Of the window's side: from one window to the next."""
+"""Distance between windows, as a fraction of the window size."""
 WINDOWS = 16
-"""In one forward pass, unless another number is asked for."""
+"""Default number of windows per forward pass."""
 RESIZED = 1 << 26
-"""At most so many logits are resized at a time (256 MiB), whatever the size of the image."""
+"""Maximum number of logits resized at a time (256 MiB), for any image size."""
 
 
 @dataclass
 class Segmenter:
-    """Runs a model on windows of images."""
+    """Segmentation model applied to windows of images."""
 
     logits: Callable[[Tensor], Tensor]
     """uint8 windows (B, 3, S, S) → logits (B, K, S, S)."""
     size: int
-    """Side of a window in pixels."""
+    """Window size in pixels."""
     classes: list[str]
     model_type: str
     device: torch.device
     batch_size: int = WINDOWS
-    """Windows in one forward pass."""
+    """Windows per forward pass."""
 
     def __call__(self, pixels_CHW: NDArray[np.uint8]) -> Tensor:
         """Return the class of every pixel (H, W) of an image of any size."""
@@ -53,8 +53,8 @@ class Segmenter:
 
     @torch.no_grad()
     def slide(self, pixels_CHW: NDArray[np.uint8]) -> Tensor:
-        """Return logits (K, H, W) for an image whose shorter side is resized to the window's; where windows overlap,
-        the mean of theirs."""
+        """Return logits (K, H, W) for an image with its shorter side resized to the window size. Overlapping windows
+        are averaged."""
         height, width = pixels_CHW.shape[1:]
         scale = self.size / min(height, width)
         shown = max(round(height * scale), self.size), max(round(width * scale), self.size)
@@ -74,8 +74,8 @@ class Segmenter:
 
 
 def classes_at(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the class of every pixel (H, W) at some size: the argmax of logits that are resized a few classes at a
-    time, since those of all classes would not fit for a large image."""
+    """Return the class of every pixel (H, W) at a given size. Logits are resized a few classes at a time, because the
+    logits of all classes would not fit into memory for a large image."""
     step = max(RESIZED // (size[0] * size[1]), 1)
     best_HW = torch.full(size, -math.inf, device=logits_KHW.device)
     classes_HW = torch.zeros(size, dtype=torch.int64, device=logits_KHW.device)
@@ -88,12 +88,12 @@ def classes_at(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def stride_of(size: int) -> int:
-    """Return how far one window is from the next, in pixels."""
+    """Return the distance between windows in pixels."""
     return max(int(size * STRIDE), 1)
 
 
 def starts(length: int, size: int) -> list[int]:
-    """Return where windows begin along a side: a stride apart, and the last one at the end."""
+    """Return the window positions along a side: a stride apart, and the last one at the end."""
     stride = stride_of(size)
     return [min(number * stride, length - size) for number in range(math.ceil((length - size) / stride) + 1)]
 
@@ -101,11 +101,11 @@ def starts(length: int, size: int) -> list[int]:
 def segmenter_of(
     folder: Path, measures: tuple[str, ...] | None
 ) -> Callable[[Path, torch.device, int], Segmenter] | None:
-    """Return what loads the segmenter that is measured; None where features are.
+    """Return the function that loads the segmenter; None if another metric is requested.
 
     Args:
         folder: of the model.
-        measures: that are asked for; None: all that there are.
+        measures: requested metrics; None: all.
     """
     if is_segmenter(folder):
         if measures not in (None, (SEGMENTER,)):
@@ -125,12 +125,12 @@ def segmenter_of(
 
 
 def is_segmenter(folder: Path) -> bool:
-    """Return whether the folder is that of a semantic segmenter."""
+    """Return whether the folder contains a semantic segmenter."""
     return any(name == EOMT or name.endswith("ForSemanticSegmentation") for name in architectures(folder))
 
 
 def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
-    """Load a stock segmenter of square inputs from any Hub folder, in fp32."""
+    """Load a standard segmenter with square inputs from any Hub folder, in fp32."""
     queries = EOMT in architectures(folder)
     auto = AutoModelForUniversalSegmentation if queries else AutoModelForSemanticSegmentation
     try:
@@ -146,7 +146,7 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
     faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
     if faulty:
         raise ExportError(f"{len(faulty)} tensors do not fill the segmenter, e.g. {faulty[0]}", where=str(folder))
-    if queries:  # whose processor cuts squares along the longer side
+    if queries:  # its processor splits the image into squares along the longer side
         size = dict.fromkeys(("height", "width"), size.get("shortest_edge"))
     side = size.get("height")
     if not isinstance(side, int) or side < 1 or side != size.get("width"):
@@ -163,13 +163,13 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
             masks_BQHW = resized(output.masks_queries_logits, (windows_BCHW.shape[2], windows_BCHW.shape[3]))
             return class_scores(output.class_queries_logits, masks_BQHW)
         logits_BKHW: Tensor = output.logits
-        return resized(logits_BKHW, (windows_BCHW.shape[2], windows_BCHW.shape[3]))  # some give a quarter of the input
+        return resized(logits_BKHW, (windows_BCHW.shape[2], windows_BCHW.shape[3]))  # some return a quarter of the size
 
     return Segmenter(logits, side, classes, model.config.model_type, device, batch_size)
 
 
 def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Segmenter:
-    """Return the segmenter that an export of features has in `heads/`."""
+    """Load the segmenter in `heads/` of a feature export."""
     objective, run, label_sets = load_objective(folder, device)
     (classes,) = label_sets.values()
     mean, std = run.data.augment.mean, run.data.augment.std

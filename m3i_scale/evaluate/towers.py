@@ -1,4 +1,4 @@
-"""Put the joint space of images and texts together again from an export."""
+"""Joint embedding space of images and texts, rebuilt from an export."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TEXT_BATCH = 256
 
 @dataclass
 class Towers:
-    """Holds both encoders of an export, in fp32."""
+    """Image and text encoders of an export, in fp32."""
 
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class Towers:
     device: torch.device
 
     def images(self, images_BCHW: Tensor) -> Tensor:
-        """Encode uint8 (B, 3, H, W) at the model's size as unit vectors (B, E)."""
+        """Encode uint8 (B, 3, H, W) at the model's input size as unit vectors (B, E)."""
         return self.objective.embed_images(images_BCHW.to(self.device), self.target)
 
     def texts(self, captions: list[str]) -> NDArray[np.float32]:
@@ -56,13 +56,13 @@ class Towers:
 
 
 def why_no_towers(folder: Path) -> str | None:
-    """Return why a model folder has no joint space; None where it has one."""
+    """Return why a model folder has no joint space; None if it has one."""
     absent = [name for name in ("text/model.safetensors", "heads/objective.json") if not _has(folder, name)]
     return f"the model folder has no {' and no '.join(absent)}: it is no export with a text target" if absent else None
 
 
 def has_head(folder: Path, kind: str) -> bool:
-    """Return whether a model folder is an export of features with the head of a target beside them.
+    """Return whether a model folder is a feature export that includes the head of a target.
 
     Args:
         folder: of the model.
@@ -80,10 +80,10 @@ def has_head(folder: Path, kind: str) -> bool:
 
 
 def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:
-    """Load the training modules of an export of features, with their weights.
+    """Load the training modules of a feature export, with their weights.
 
     Returns:
-        The modules, what their run file said of them, and the class names by label set.
+        The modules, their config, and the class names by label set.
     """
     values = _read(folder / "heads" / "objective.json")
     run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"), stored=True)
@@ -105,7 +105,7 @@ def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunCo
 
 
 def towers_of(objective: Objective, run: RunConfig, folder: Path, device: torch.device) -> Towers:
-    """Return the image and the text encoder of an export whose recipe has a text target."""
+    """Return image and text encoder of an export with a text target."""
     target = next(item.name for item in objective.recipe.targets if item.modality == "text")
     tokenizer = AutoTokenizer.from_pretrained(folder / "text", local_files_only=True, trust_remote_code=False)
     return Towers(objective, tokenizer, target, run.text.max_tokens, device)
@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights by full name, read by stock classes: names in the files may be those of older versions."""
+    """Yield weights by full name, loaded with standard classes: names in the files may be from older versions."""
     for place, prefix in ((folder, "student.model."), (folder / "text", "text.model.")):
         if not (place / "config.json").is_file():  # a recipe without text
             continue
@@ -146,6 +146,6 @@ def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has(folder: Path, name: str) -> bool:
-    """Return whether a weight file is there, whole or in shards."""
+    """Return whether a weight file exists, as a single file or sharded."""
     path = folder / name
     return path.is_file() or path.with_name(path.name + ".index.json").is_file()

@@ -1,4 +1,4 @@
-"""Choose what measures a trained model that is asked for alone: a segmenter, or a detector."""
+"""Selection of the evaluation for a trained segmenter or detector."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from m3i_scale.evaluate.segmenter import SEGMENTER, WINDOWS, Segmenter, segmente
 def load_trained_model(
     folder: Path, measures: tuple[str, ...] | None, idle: list[str]
 ) -> Callable[..., dict[str, Any]] | None:
-    """Return what measures the model that is asked for alone, a segmenter or a detector; None where features are.
+    """Return the function that evaluates a trained segmenter or detector; None for metrics of features.
 
     Args:
         folder: of the model.
-        measures: that are asked for; None: all that there are.
-        idle: options that are given, and have an effect on features alone.
+        measures: requested metrics; None: all.
+        idle: given options that only affect feature metrics.
     """
     segmenter, detector = segmenter_of(folder, measures), detector_of(folder, measures)
     if idle and (segmenter is not None or detector is not None):

@@ -1,4 +1,4 @@
-"""Classify zero-shot: class names become captions, the nearest caption is the class."""
+"""Zero-shot classification: class names become captions, and the nearest caption is the prediction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TextEncoder = Callable[[list[str]], NDArray[np.float32]]
 
 
 def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
-    """Return prompts of a class, its name in plain words."""
+    """Return prompts for a class, with its name in plain words."""
     for template in templates:
         if template.count("{}") != 1:
             raise ConfigError(f"'{template}' is no prompt template", fix="write the place of the class name as {}")
@@ -29,10 +29,10 @@ def prompts_of(name: str, templates: tuple[str, ...]) -> list[str]:
 def class_embeddings(
     classes: list[str], encode: TextEncoder, templates: tuple[str, ...] = TEMPLATES
 ) -> NDArray[np.float32]:
-    """Return one unit vector a class (K, E): the normalised mean of its prompts' embeddings."""
+    """Return one unit vector per class (K, E): the normalized mean of its prompts' embeddings."""
     return unit_rows(np.stack([encode(prompts_of(name, templates)).mean(axis=0) for name in classes]))
 
 
 def zero_shot_predict(images_NE: NDArray[np.float32], classes_KE: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the class whose embedding is nearest in angle: (N)."""
+    """Return the class with the highest cosine similarity: (N)."""
     return np.asarray((unit_rows(images_NE) @ classes_KE.T).argmax(axis=1), dtype=np.int64)

@@ -1,1 +1,1 @@
-"""Export in the Hugging Face Hub format, proven in a fresh process."""
+"""Export to the Hugging Face Hub format, verified in a fresh process."""

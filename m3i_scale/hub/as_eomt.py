@@ -1,4 +1,4 @@
-"""Fit a plain Transformer and its mask queries into the stock EoMT."""
+"""Conversion of a plain Transformer and its mask queries to the standard EoMT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EOMT = {
     "scale2": "layers.{}.layer_scale2.lambda1",
     "norm": "layernorm",
 }
-"""Names of EoMT's parts, by those of `TokenFamily.parts`."""
+"""Names of EoMT's parts, by the keys of `TokenFamily.parts`."""
 _HEAD = ("query.", "upscale_block.", "mask_head.", "class_predictor.")
 
 
@@ -36,7 +36,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
     Args:
         source: the checkpoint.
         spec: the head.
-        target: name of its target.
+        target: name of the head's target.
     """
     config, (names,) = backbone_config(source.run.backbone), source.label_sets.values()
     shape = query_config(spec, config, len(names))
@@ -77,7 +77,7 @@ def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
         if part in _EOMT:
             tensors[_EOMT[part].format(number) + suffix] = TensorSource((VISION + name,))
     token, positions = VISION + own["class"], VISION + own["positions"]
-    # EoMT adds positions to patches alone, so that of the class token goes into the token.
+    # EoMT adds position embeddings to patches only, so the class token's position embedding is added to the token.
     tensors["embeddings.cls_token"] = TensorSource((token, positions), _with_position)
     tensors["embeddings.position_embeddings.weight"] = TensorSource((positions,), lambda table_1LD: table_1LD[0, 1:])
     if not isinstance(config, Dinov2Config):
@@ -92,7 +92,7 @@ def _with_position(token_11D: Tensor, positions_1LD: Tensor) -> Tensor:
 
 
 def no_class(why: str) -> ExportError:
-    """Return the error for a segmenter that no stock class computes."""
+    """Return the error for a segmenter that no standard class can represent."""
     return ExportError(
         f"no stock class for segmentation computes what was trained: {why}",
         fix="--task features: heads/ holds the head",

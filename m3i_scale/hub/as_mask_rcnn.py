@@ -1,4 +1,4 @@
-"""Fit a plain Transformer and its Mask R-CNN into the model whose source files go along."""
+"""Conversion of a plain Transformer and its Mask R-CNN to a model that is exported with its source files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3i_scale.objective.targets.detection import Detection
 
 
 def mask_rcnn_part(source: Source) -> ExportedModule:
-    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder carries its source files."""
+    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder includes its source files."""
     target = cast(Detection, target_of(source, "boxes"))
     config, spec = backbone_config(source.run.backbone), target.head
     if not isinstance(spec, MaskRcnn):
@@ -31,7 +31,7 @@ def mask_rcnn_part(source: Source) -> ExportedModule:
     with torch.device("meta"):
         backbone = build_backbone(config)
         windows = windowed_layers(spec.windows or default_windows(backbone.grid[0]), backbone)
-    config.name_or_path = ""  # where the run found its first weights is nobody's matter
+    config.name_or_path = ""  # the path of the pretrained weights is private
     (names,) = source.label_sets.values()
     shape = MaskRcnnConfig(
         config,

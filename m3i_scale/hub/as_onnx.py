@@ -1,4 +1,4 @@
-"""Write the model as an ONNX file beside its weights, for any number of images."""
+"""ONNX file of an exported model, with a dynamic batch size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_also(also: tuple[str, ...]) -> None:
-    """Refuse what cannot be written beside the weights."""
+    """Raise an error for an additional format that is not supported or lacks its packages."""
     for name in also:
         if name == "torch_export":
             raise ExportError(
@@ -36,10 +36,11 @@ def check_also(also: tuple[str, ...]) -> None:
 
 
 def write_onnx(folder: Path, reference: Reference) -> float:
-    """Write the first model of a proven folder as `model.onnx`; return the largest difference from training's outputs.
+    """Write the first model of a verified folder as `model.onnx`; return the largest difference from training's
+    outputs.
 
-    A fresh process translates the model as the folder gives it; another one, which has neither the model's class nor
-    `transformers`, runs what was written, on the reference's images all at once and one alone.
+    One fresh process converts the model as loaded from the folder. Another one, without the model's class or
+    `transformers`, runs the ONNX file on the reference images: in one batch, then a single one.
     """
     part = reference.parts[0]
     if part.name == "detector":

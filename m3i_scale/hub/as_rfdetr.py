@@ -1,4 +1,4 @@
-"""Fit a plain Transformer and its queries into the stock RF-DETR."""
+"""Conversion of a plain Transformer and its queries to the standard RF-DETR."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SHAPE = (
 
 
 def rfdetr_part(source: Source) -> ExportedModule:
-    """Return backbone and queries as `RfDetrForInstanceSegmentation`, without masks as `RfDetrForObjectDetection`.
+    """Return backbone and queries as `RfDetrForInstanceSegmentation`, or `RfDetrForObjectDetection` without masks.
 
-    A ViT becomes a DINOv2 whose layer scales are 1.
+    A ViT is converted to a DINOv2 with layer scales of 1.
     """
     target = cast(Detection, target_of(source, "boxes"))
     spec = cast(RfDetr, target.head)
@@ -45,7 +45,7 @@ def rfdetr_part(source: Source) -> ExportedModule:
     )
     stock = stock_config(spec, shape, len(names))
     stock.id2label = dict(enumerate(names))
-    stock.score_above, stock.detections = spec.score_above, spec.detections  # which `evaluate` reads
+    stock.score_above, stock.detections = spec.score_above, spec.detections  # read by `evaluate`
     stock.label2id = {name: number for number, name in enumerate(names)}
     model, before = empty(lambda: stock_class(spec)(stock)), ("model.model." if spec.masks else "model.") + BACKBONE
     tensors = {

@@ -1,4 +1,4 @@
-"""Write a plain vision Transformer with timm's names: a folder that timm loads, and `transformers` by its wrapper."""
+"""Export of a plain vision Transformer with timm's names, for timm and for the timm wrapper of `transformers`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _POOL_EPS = 1e-6
-"""Of the norm behind a mean pool."""
+"""Epsilon of the norm after a mean pool."""
 
 
 def timm_part(
@@ -36,13 +36,13 @@ def timm_part(
     labels: list[str],
     augment: AugmentConfig,
 ) -> ExportedModule:
-    """Return a folder that `timm.create_model("local-dir:…", pretrained=True)` loads, as a part.
+    """Return the export part of a folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
 
     Args:
         config: of the backbone.
-        kind: what pools before the classifier; None for features alone.
-        norm: before the names of a mean pool's norm in the checkpoint.
-        head: before the names of the classifier in the checkpoint; None for features alone.
+        kind: pooling before the classifier; None for features only.
+        norm: prefix of the mean pool's norm in the checkpoint.
+        head: prefix of the classifier in the checkpoint; None for features only.
         labels: class names in the order of the classifier.
         augment: mean and standard deviation of the pixels.
     """
@@ -69,13 +69,13 @@ def timm_part(
 def timm_vision(
     config: VisionConfig, norm: str, augment: AugmentConfig, prefix: str
 ) -> tuple[dict[str, Any], dict[str, TensorSource]]:
-    """Return configuration and tensors of a vision model whose `pooler_output` is the normalised mean patch token.
+    """Return configuration and tensors of a vision model with the normalized mean patch token as `pooler_output`.
 
     Args:
         config: of the backbone.
-        norm: before the names of the mean pool's norm in the checkpoint.
+        norm: prefix of the mean pool's norm in the checkpoint.
         augment: mean and standard deviation of the pixels.
-        prefix: before the names of the model.
+        prefix: prefix of the tensor names in the export.
     """
     architecture, arguments, tensors = _model(config, "mean_pool", norm)
     values = {
@@ -108,7 +108,7 @@ def _common(config: VisionConfig, hidden: float) -> dict[str, Any]:
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        # half a unit more: timm cuts the product off to a whole number
+        # half a unit more, because timm truncates the product to an integer
         "mlp_ratio": (hidden + 0.5) / config.hidden_size,
         "qkv_bias": bool(getattr(config, "qkv_bias", True)),
     }
@@ -125,7 +125,7 @@ def _hidden(config: VisionConfig) -> int:
 
 
 def _vit(config: VisionConfig) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
-    """Return timm's VisionTransformer, read at the class token."""
+    """Return timm's VisionTransformer with class-token pooling."""
     clip, gated = isinstance(config, CLIPVisionConfig), bool(getattr(config, "use_swiglu_ffn", False))
     _check_eps(config, 1e-5 if clip else 1e-6)
     # SwiGLUPacked counts both halves of the first layer
@@ -149,9 +149,8 @@ def _vit(config: VisionConfig) -> tuple[str, dict[str, Any], dict[str, TensorSou
 
 
 def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
-    """Return timm's EVA: the one model with a norm before the mean and another one behind it. Its keys have no bias,
-    which would shift all scores of a query alike.
-    """
+    """Return timm's EVA, the only timm model with a norm both before and after mean pooling. Its keys have no bias. A
+    key bias shifts all attention scores of a query equally, so it has no effect."""
     _check_eps(config, _POOL_EPS, " in front of and behind the mean")
     gated = bool(getattr(config, "use_swiglu_ffn", False))
     if config.hidden_act != "gelu":
@@ -183,7 +182,7 @@ def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str
 def _tensors(
     config: VisionConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
 ) -> dict[str, TensorSource]:
-    """Return tensors by timm's name. A key that ends with a point stands for weight and bias."""
+    """Return tensors by timm's name. A key that ends with a dot means both weight and bias."""
     ours, clip = token_family(config).parts, isinstance(config, CLIPVisionConfig)
     outer: dict[str, tuple[str, ...]] = {
         "patch_embed.proj.weight" if clip else "patch_embed.proj.": ("patch",),
@@ -211,7 +210,7 @@ def _expand(
     for name, parts in table.items():
         whole = name.endswith(("weight", "bias"))
         suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
-        if not whole and not name.endswith("."):  # a bare parameter
+        if not whole and not name.endswith("."):  # a single parameter, not a module
             made[prefix + name] = TensorSource((VISION + ours[parts[0]].format(number),))
             continue
         stem = name.rpartition(".")[0]
@@ -241,7 +240,7 @@ def _document(
     augment: AugmentConfig,
     wrapper: str,
 ) -> dict[str, Any]:
-    """Return config.json as timm and `transformers` both read it."""
+    """Return a config.json that both timm and `transformers` can read."""
     return {
         "architecture": architecture,
         "architectures": [wrapper],

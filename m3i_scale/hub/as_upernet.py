@@ -1,4 +1,4 @@
-"""Fit a plain Transformer and its UPerNet into stock classes: the Transformer becomes a BEiT, which has the pyramid."""
+"""Conversion of a plain Transformer and its UPerNet to standard classes: a BEiT, which has the pyramid, with UPerNet."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _BEIT = {
     **{part: f"layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
     "scale2": "layers.{}.lambda_2",
 }
-"""Names of BEiT's parts, by those of `TokenFamily.parts`; no last norm, which maps of layers do not go through."""
+"""Names of BEiT's parts, by the keys of `TokenFamily.parts`; without the final norm, which feature maps do not use."""
 _COUNT = "num_batches_tracked"
 
 
 def segmenter_part(source: Source) -> ExportedModule:
-    """Return backbone and UPerNet as `UperNetForSemanticSegmentation`, or backbone and queries as the stock EoMT."""
+    """Return the segmenter as `UperNetForSemanticSegmentation`, or as the standard EoMT if its head is mask queries."""
     target = cast(Segmentation, target_of(source, "mask"))
     config, spec = backbone_config(source.run.backbone), target.head
     if isinstance(spec, EomtSegmentation):
@@ -65,7 +65,7 @@ def segmenter_part(source: Source) -> ExportedModule:
 
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
-    """Return the BEiT that computes what a ViT or DINOv2 does."""
+    """Return the BEiT config equivalent to a ViT or DINOv2."""
     if not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(f"a {config.model_type} is no BEiT")
     gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn
@@ -85,7 +85,7 @@ def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
         layer_scale_init_value=1.0,
         drop_path_rate=0.0,
         add_fpn=True,
-        batch_norm_eps=1e-5,  # that of every version; transformers 4 reads it here, and has no default
+        batch_norm_eps=1e-5,  # the same in every version; transformers 4 reads it here and has no default
         out_indices=list(read_layers(spec, config.num_hidden_layers)),
     )
 
@@ -94,7 +94,7 @@ def _backbone_tensors(config: VisionConfig) -> dict[str, TensorSource]:
     width, tensors = config.hidden_size, {}
     for name in vision_names(config):
         part, number, suffix = part_of(name, token_family(config).parts)
-        # The bias of keys moves all logits of a query alike, which a softmax does not see; BEiT has none.
+        # The bias of keys shifts all logits of a query equally, which softmax ignores; BEiT does not have it.
         if part in _BEIT and (part, suffix) != ("k", ".bias"):
             tensors["backbone.beit." + _BEIT[part].format(number) + suffix] = TensorSource((VISION + name,))
     if not isinstance(config, Dinov2Config):

@@ -1,4 +1,4 @@
-"""Write the model card: what the model is, what it saw, how it was trained, how it is loaded."""
+"""Model card: description, training data, training procedure and usage of an exported model."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ _KINDS = {
 }
 
 OLDEST_TRANSFORMERS = "4.57"
-"""That loads every kind of export but a detector: the proof runs in it, too (tests/hub/test_oldest_transformers.py)."""
+"""Oldest version that loads every export except detectors, as tested in tests/hub/test_oldest_transformers.py."""
 OLDEST_OF_DETECTOR = "5.24"
-"""That has RF-DETR, and runs the source files of a Mask R-CNN: in 4, the layers of a ViT hand nothing on to their
-attention."""
+"""Oldest version with RF-DETR and support for the source files of a Mask R-CNN. In version 4, ViT layers pass no
+arguments on to their attention."""
 
 
 def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return the README.md of an export.
+    """Render the README.md of an export.
 
     Args:
         source: the checkpoint.
-        provenance: what export.json says.
+        provenance: contents of export.json.
         config: config.json of the vision model.
     """
-    # No HTML escaping: this is Markdown; text of others goes through `cell`.
+    # No HTML escaping, because this is Markdown; untrusted text goes through `cell`.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -120,7 +120,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
 
 
 def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield targets, what each is taken from, samples that had it, and their share."""
+    """Yield targets, their supervision, the number of samples with it, and the fraction of all samples."""
     seen = provenance["samples"]
     for target in source.recipe.targets:
         samples = provenance["supervision"].get(target.name)
@@ -129,7 +129,7 @@ def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[s
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Lay out rows of figures under the names of all of them; where a row has none, nothing."""
+    """Return a table of metrics with the union of all names as header; missing values are empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     body = [[_figure(row[name]) if name in row else "" for name in names] for row in rows]
     return [names, *body] if rows else []
@@ -140,7 +140,7 @@ def _figure(value: Any) -> str:
 
 
 def evaluation_rows(measures: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Yield measure, value, interval and what guessing reaches, for every estimate in an evaluation's `measures`."""
+    """Yield metric, value, interval and chance level for every estimate in an evaluation's `measures`."""
     forms = {"chance": "{:.3g}", "majority": "majority {:.3g}"}
     for name, estimate, guesses in estimates(measures):
         guess = ", ".join(forms[key].format(figure) for key, figure in guesses.items())
@@ -148,7 +148,7 @@ def evaluation_rows(measures: Any) -> Iterator[tuple[str, str, str, str]]:
 
 
 def cell(value: Any) -> str:
-    """Return a value as the text of one table cell: nothing in it can end the cell, the row or the table."""
+    """Return a value as the text of one table cell, escaped so that it cannot end the cell, row or table."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, dict):

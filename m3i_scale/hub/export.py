@@ -1,4 +1,4 @@
-"""Run `m3i-scale export`: a checkpoint becomes a Hub folder that is proven before it gets its name."""
+"""`m3i-scale export`: convert a checkpoint to a Hub folder, which is verified and then renamed to its target."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def export(
     license_id: str = "other",
     evaluation_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Export a checkpoint, prove it in a fresh process, then give it its name.
+    """Export a checkpoint and verify it in a fresh process. The folder appears at `to` only after verification.
 
     Args:
-        run_dir_or_checkpoint: a run's output folder (its newest good checkpoint is taken) or one checkpoint.
-        to: the folder to make.
-        weights: the trained weights, or their moving average.
-        dtype: of the written tensors.
-        wanted: which model the folder holds, in which format; default: the features, for `AutoModel`.
-        also: `onnx`: the model as a program beside its weights.
-        overwrite: replace an earlier export; any other folder with something in it is refused.
-        license_id: licence of the weights for the model card, as the Hub spells it.
-        evaluation_file: what `m3i-scale evaluate --json` printed; default: evaluation.json of the run, if any.
+        run_dir_or_checkpoint: one checkpoint, or a run's output folder (uses its latest valid checkpoint).
+        to: output folder.
+        weights: the trained weights or the EMA weights.
+        dtype: data type of the exported tensors.
+        wanted: model and format of the export; default: features, for `AutoModel`.
+        also: additional formats: `onnx`.
+        overwrite: replace an earlier export. Any other non-empty folder is an error.
+        license_id: license of the weights for the model card, as a Hub license id.
+        evaluation_file: output of `m3i-scale evaluate --json`; default: evaluation.json of the run, if any.
 
     Returns:
-        Provenance: checkpoint, step, files with their hashes, what was proven, checkpoints that were passed over.
+        Provenance: checkpoint, step, files with hashes, verification results, skipped checkpoints.
     """
     target, wanted = Path(to).absolute(), wanted or ExportContents()
     _check(weights, dtype, target, overwrite)
@@ -144,7 +144,7 @@ def _skip_reason(source: Source) -> str | None:
 
 
 def _origin(source: Source) -> dict[str, str]:
-    """Return what identifies the checkpoint of an export; read before the tensors are, since a run may remove it."""
+    """Return the hashes that identify the checkpoint. They are read before the tensors, because a run may remove it."""
     try:
         return {
             "checkpoint_manifest_sha256": sha256_of(source.checkpoint / MANIFEST),
@@ -181,7 +181,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
 
 
 def _parameters(folder: Path) -> int:
-    """Return the number of elements in the vision model's files, by their headers."""
+    """Return the number of elements in the vision model's files, from the file headers."""
     from safetensors import safe_open
 
     count = 0
@@ -205,7 +205,7 @@ def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> Non
 
 
 def check_wanted(wanted: ExportContents) -> None:
-    """Refuse a task, format or size that there is not."""
+    """Raise an error for an unknown task, format or shard size."""
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
     if str(wanted.format) == "open_clip":
@@ -244,8 +244,8 @@ def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Give files and folder the mode that the umask leaves: those that libraries make by way of a temporary one can be
-    read by their owner alone."""
+    """Set the mode of all files by the umask: files that libraries create as temporary files are readable by their
+    owner only."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -254,7 +254,7 @@ def _follow_umask(folder: Path) -> None:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Hide those of `transformers`: one for each of a handful of files."""
+    """Hide the progress bars of `transformers`, one for each of a few files."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -266,7 +266,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def _takes_name(target: Path) -> Iterator[Path]:
-    """Give a folder beside `target` that takes its name when all went well, and is gone when not."""
+    """Wrap `atomic_dir` for the export folder, and convert write errors to `ExportError`."""
     try:
         with atomic_dir(target, replace=True) as folder:
             yield folder

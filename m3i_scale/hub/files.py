@@ -1,4 +1,4 @@
-"""Write safetensors of a part, shard by shard: in memory is one shard, never a whole model."""
+"""Safetensors files of a part, written shard by shard: memory contains one shard, never the full model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", re.IGNORECASE)
 
 
 def check_shard_size(size: str) -> None:
-    """Check that a size is one that `--max-shard-size` takes."""
+    """Validate a value of `--max-shard-size`."""
     match = _SIZE.fullmatch(size)
     if match is None or float(match[1]) <= 0:
         raise ExportError(f"no size '{size}'", where="--max-shard-size", fix="a number and KB, MB, GB or TB, e.g. 2GB")
@@ -40,17 +40,17 @@ def check_shard_size(size: str) -> None:
 def write_part(
     folder: Path, part: ExportedModule, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
 ) -> dict[str, str]:
-    """Write config.json, safetensors (with an index where there are several) and source files of one model.
+    """Write config.json, safetensors (with an index if there are several files) and source files of one model.
 
     Args:
-        folder: of the export; the part's own folder is made below it.
-        part: what is written.
+        folder: of the export; the part's subfolder is created in it.
+        part: the model to write.
         weights: of the checkpoint, read tensor by tensor.
-        dtype: of the written tensors.
-        max_shard_size: of one file, as `5GB`.
+        dtype: data type of the written tensors.
+        max_shard_size: maximum size per file, such as `5GB`.
 
     Returns:
-        Fingerprint of every tensor by its name in the model: what must be there after loading.
+        Fingerprint of every tensor by its name in the model, for comparison after loading.
     """
     place = folder / part.folder
     place.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def write_part(
 def write_heads_file(
     path: Path, tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
-    """Write the tensors of the heads into one file; return their fingerprints."""
+    """Write the tensors of the heads to one file, and return their fingerprints."""
     values = dict(values_of(tensors, weights, dtype))
     distinct = Distinct()
     fingerprints = {name: distinct(name, tensor) for name, tensor in values.items()}
@@ -106,13 +106,13 @@ def _write_config(place: Path, part: ExportedModule, dtype: torch.dtype) -> None
 
 
 def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ...]]]:
-    """Return, by name in the file, the shape and the model's names that it is made of.
+    """Return the shape and the model's tensor names for each name in the file.
 
-    `transformers` keeps the names and the packing of the published files, so that every version of it loads the folder.
+    `transformers` saves with the names and packing of the published files, so every version can load the folder.
     """
     state = dict(model.state_dict())
     name_of = {id(tensor): name for name, tensor in state.items()}
-    # RF-DETR loads by the model's own names as well; those of the published files pack what they do not stand beside.
+    # RF-DETR also loads by the model's names; the published names pack tensors that are not siblings.
     reverted = state if isinstance(model, RfDetrPreTrainedModel) else revert_weight_conversion(model, state)
     alone = {name_of[id(tensor)] for tensor in reverted.values() if id(tensor) in name_of}
     stored: dict[str, tuple[torch.Size, tuple[str, ...]]] = {}
@@ -120,7 +120,7 @@ def _stored(model: PreTrainedModel) -> dict[str, tuple[torch.Size, tuple[str, ..
         if id(tensor) in name_of:
             stored[key] = (tensor.shape, (name_of[id(tensor)],))
             continue
-        # Packed of several, which stand beside it and end alike: `mlp.gate_proj.weight`, … in `mlp.weights_in.weight`.
+        # Packed from several siblings with the same suffix: `mlp.gate_proj.weight`, … in `mlp.weights_in.weight`.
         stem, _, kind = key.rpartition(".")
         beside = stem.rpartition(".")[0] + "."
         packed = (name for name in state if name not in alone and name.startswith(beside) and name.endswith(f".{kind}"))
@@ -136,9 +136,8 @@ def _as_stored(model: PreTrainedModel, tensors: dict[str, Tensor], key: str) -> 
 
 
 def _file_name(part: ExportedModule, key: str) -> str:
-    """Return the name in the file. CLIP's vision tower lies one level deeper there: every version of `transformers`
-    reads that, and those before 5 nothing else.
-    """
+    """Return the name in the file. CLIP's vision tower is one level deeper in the file: every version of `transformers`
+    can read that, and versions before 5 require it."""
     towers = [
         name + "." if name else "" for name, one in part.model.named_modules() if isinstance(one, CLIPVisionModel)
     ]

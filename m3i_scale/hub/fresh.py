@@ -1,11 +1,11 @@
-"""Run in a fresh, isolated Python: load an export with stock classes alone and write down what came of it.
+"""Script for a fresh, isolated Python process: load an export with standard classes only, and report the results.
 
     python -I fresh.py EXPORT WORK
 
-Read: `WORK/job.json` (what to load, with what), `WORK/inputs.safetensors`, `WORK/captions.json`, `WORK/*.png`.
-Written: `WORK/outputs.safetensors`, `WORK/report.json`.
+Reads: `WORK/job.json` (models and options), `WORK/inputs.safetensors`, `WORK/captions.json`, `WORK/*.png`.
+Writes: `WORK/outputs.safetensors`, `WORK/report.json`.
 
-This file is run by its path, imports nothing of the package, and makes sure that nothing it loads does.
+This file is run by path. It imports nothing from this package, and blocks such imports in the libraries it loads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCKED = ("m3i_scale", "deepspeed")
-"""What the training side has installed and a user of the export need not have."""
+"""Packages of the training side that users of an export need not install."""
 
 ZERO_AT_FIRST = (
     ".dcn.offset.weight",
@@ -26,21 +26,21 @@ ZERO_AT_FIRST = (
     ".rows",
     ".columns",
 )
-"""Matrices that a model starts at zero on purpose: they are so in first weights."""
+"""Matrices that are initialized to zero on purpose."""
 
 
 EMPTY = ("embeddings.register_tokens",)
-"""What EoMT has although there is none."""
+"""Empty tensor that EoMT always has."""
 
 
 def block() -> None:
-    """Let the training side's packages look as if they were not installed; an import of them fails from here on."""
+    """Make the training side's packages look as if they were not installed: importing them fails from here on."""
     for name in BLOCKED:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
 def fingerprint(tensor: Any) -> str:
-    """Return the SHA-256 over type, shape and bytes of a tensor."""
+    """Return the SHA-256 over dtype, shape and bytes of a tensor."""
     import torch
 
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -49,7 +49,7 @@ def fingerprint(tensor: Any) -> str:
 
 
 def inspect_files(folder: Path) -> dict[str, Any]:
-    """Return types and fingerprints of all tensors in the folder's safetensors, and those that no training leaves."""
+    """Return dtypes and fingerprints of all tensors in the folder's safetensors, and errors for implausible values."""
     import torch
     from safetensors import safe_open
 
@@ -60,7 +60,7 @@ def inspect_files(folder: Path) -> dict[str, Any]:
             for name in names:
                 tensor = file.get_tensor(name)
                 report["fingerprints"][name] = fingerprint(tensor)
-                if tensor.is_floating_point():  # counters are integers
+                if tensor.is_floating_point():  # integer tensors are counters
                     report["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
                 if tensor.numel() == 0 and name not in EMPTY:
                     report["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
@@ -75,14 +75,13 @@ def inspect_files(folder: Path) -> dict[str, Any]:
 
 
 def _is_one_value(tensor: Any) -> bool:
-    """Return whether a matrix holds one value everywhere; vectors may."""
+    """Return whether all values of a matrix are equal; vectors are allowed to be constant."""
     return sum(side > 1 for side in tensor.shape) > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
 
 
 def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """Load a model by a class of `transformers`; return it and what its loading reported. Code runs from the folder
-    only where it was put there.
-    """
+    """Load a model by a class of `transformers`, and return it with the loading report. Code from the folder runs only
+    if the export includes code."""
     import transformers
 
     has_code = (folder / "config.json").is_file() and "auto_map" in json.loads(
@@ -95,7 +94,7 @@ def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[st
 
 
 def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load one model as anyone would, and, where that adds a layer that no pre-training trains, without it."""
+    """Load one model with default options. If these add an untrained layer, also load it without this layer."""
     report = inspect_files(folder)
     report["config_dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     if report["faults"]:
@@ -114,7 +113,7 @@ def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple
 
 
 def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the outputs that are compared, the first by the part's name; of several feature maps the last one."""
+    """Return the outputs to compare, the first under the part's name. For several feature maps, use the last one."""
     import torch
 
     with torch.no_grad():
@@ -126,7 +125,7 @@ def run(model: Any, spec: dict[str, Any], inputs: dict[str, Any]) -> dict[str, A
 
 
 def run_timm(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> Any:
-    """Return the same output by timm's own loading."""
+    """Return the same output, computed by timm."""
     import timm
     import torch
 
@@ -145,7 +144,7 @@ def main(export: Path, work: Path) -> None:
     job = json.loads((work / "job.json").read_text(encoding="utf-8"))
     inputs, outputs = load_file(work / "inputs.safetensors"), {}
     processor = AutoImageProcessor.from_pretrained(export, local_files_only=True, trust_remote_code=False)
-    # The one that filters as training did; a timm folder's is of that kind anyway.
+    # The processor with the same filter as in training; the processor of a timm folder already has it.
     exact = processor
     if not type(processor).__name__.startswith("TimmWrapper"):
         by_pillow: dict[str, Any] = {"use_fast": False} if __version__.startswith("4.") else {"backend": "pil"}

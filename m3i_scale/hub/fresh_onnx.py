@@ -1,8 +1,8 @@
-"""Run in a fresh, isolated Python, twice: `trace` writes an export's model as ONNX, `run` runs that.
+"""Script for a fresh, isolated Python process. `trace` writes an export's model as ONNX, `run` runs the ONNX file.
 
     python -I fresh_onnx.py trace|run EXPORT WORK
 
-Read: `WORK/job.json`, `WORK/inputs.safetensors`. Written: `EXPORT/model.onnx`; by `run` `WORK/outputs.safetensors`.
+Reads: `WORK/job.json`, `WORK/inputs.safetensors`. Writes: `EXPORT/model.onnx`; `run` writes `WORK/outputs.safetensors`.
 `run` imports neither `transformers` nor this package.
 """
 
@@ -17,7 +17,7 @@ FILE = "model.onnx"
 
 
 def trace(export: Path, work: Path) -> None:
-    """Write the file."""
+    """Write the ONNX file."""
     import torch
     import transformers
     from safetensors.torch import load_file
@@ -56,7 +56,7 @@ def trace(export: Path, work: Path) -> None:
 
 
 def run(export: Path, work: Path) -> None:
-    """Run it on all images at once and on the first one alone."""
+    """Run the ONNX file on all images in one batch, and on the first image alone."""
     import onnxruntime
     import torch
     from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""Read from metrics.jsonl the training up to a checkpoint: its cost, what it learnt from, its losses."""
+"""Training history up to a checkpoint from metrics.jsonl: cost, supervision and losses."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CURVE_ROWS = 10
 
 
 def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
-    """Return a checkpoint of a sweep with its best head alone, and how all were measured; others as they are.
+    """Return a checkpoint of a sweep with its best head only, and the accuracy of all heads. Others remain unchanged.
 
-    The choice is that of the last evaluation at or before the checkpoint's step. Of equals the first is taken.
+    The last evaluation at or before the checkpoint's step decides. In a tie, the first head wins.
     """
     task = source.run.task
     if not isinstance(task, Classification) or task.sweep is None:
@@ -47,7 +47,7 @@ def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
 
 
 def last_figures(source: Source) -> dict[str, Any]:
-    """Return the last train record at or before the checkpoint's step; empty where there is none."""
+    """Return the last train record at or before the checkpoint's step; empty if there is none."""
     last: dict[str, Any] = {}
     for record in _trained(source):
         last = record
@@ -55,12 +55,12 @@ def last_figures(source: Source) -> dict[str, Any]:
 
 
 def compute_of(source: Source) -> dict[str, Any]:
-    """Return what the training up to the checkpoint cost; None where metrics.jsonl does not say it. Steps that were
-    done over, or that a rewind has undone, no longer stand there and do not count.
+    """Return the training cost up to the checkpoint; None for values missing in metrics.jsonl. Repeated steps and steps
+    undone by a rollback are no longer in the file, so they do not count.
 
     Returns:
-        `steps`; `samples`; `flop`, of the model alone, recomputation not counted; `rank_hours`, by the duration of the
-        logged steps, each counted for those since the record before it; `device` of a rank: `cpu`, or a GPU's name.
+        `steps`; `samples`; `flop` of the model only, without recomputation; `rank_hours` from the durations of logged
+        steps, each counted for all steps since the previous record; `device` of a rank: `cpu` or the GPU's name.
     """
     flop: float | None = None
     seconds: float | None = None
@@ -76,7 +76,7 @@ def compute_of(source: Source) -> dict[str, Any]:
         step_s = record.get("speed/step_s")
         if isinstance(step_s, int | float) and world is not None:
             seconds = (seconds or 0.0) + step_s * steps * world
-    if isinstance(per_step, int | float):  # steps without a record are taken for those of the last
+    if isinstance(per_step, int | float):  # steps without a record count like the last recorded one
         flop = (flop or 0.0) + per_step * (source.step - counted)
     return {
         "steps": source.step,
@@ -88,13 +88,13 @@ def compute_of(source: Source) -> dict[str, Any]:
 
 
 def supervision_of(source: Source) -> dict[str, float]:
-    """Count, by target, the samples that were seen and had it; empty where metrics.jsonl has no such counts."""
+    """Return the number of samples seen with supervision for each target; empty if metrics.jsonl has no counts."""
     samples: dict[str, float] = {}
     for record, steps, world, micro_batch in _counted(source):
         if world is None:
             continue
         for target in source.recipe.targets:
-            count = record.get(f"group/{target.name}/count")  # of a micro-batch of all ranks
+            count = record.get(f"group/{target.name}/count")  # per micro-batch, over all ranks
             if isinstance(count, int | float):
                 seen = steps * source.run.optim.batch_size
                 samples[target.name] = samples.get(target.name, 0.0) + seen * count / (micro_batch * world)
@@ -102,7 +102,7 @@ def supervision_of(source: Source) -> dict[str, float]:
 
 
 def curve_of(source: Source) -> list[dict[str, Any]]:
-    """Return step, loss and the targets' losses: of the first record, and of the last in each tenth of the training."""
+    """Return step, loss and loss per target: of the first record, and of the last record in each tenth of training."""
     rows: dict[int, dict[str, Any]] = {}
     for record in _trained(source):
         rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record
@@ -124,14 +124,14 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
-    """Yield run and train records, with the steps that each stands for, the ranks, and a rank's micro-batch."""
+    """Yield run and train records, the steps that each covers, the number of ranks, and the per-rank micro-batch size."""
     world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
     before: int | None = None
     for record in _records(source):
         step = record.get("step", 0)
         if record.get("kind") == "run" and (step <= source.step or before is None):
-            # The file of a run that goes on from elsewhere begins at that step. Later, a stop between two records
-            # leaves steps that none of them is of: they count with the next one.
+            # A run that continues another run starts its file at that step. Later, a restart between two records leaves
+            # steps without a record; they count toward the next record.
             world, before = record.get("world_size", world), step if before is None else before
             micro_batch = record.get("micro_batch_size", micro_batch)
             yield record, 0, None, micro_batch

@@ -1,4 +1,4 @@
-"""Fit the heads of a recipe into stock models: classifier, backbone of detectors, dual encoder."""
+"""Conversion of a recipe's heads to standard models: classifier, backbone for detectors, dual encoder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from m3i_scale.objective.targets.category import Category, FeatureNorm
 from m3i_scale.objective.targets.text import Text, TextHead
 
 TANH_SCALE = 2.0**-10
-"""BERT's pooling layer ends with tanh, and no training here passes one. Of arguments that small it is the identity: at
-10 it is off by 3·10⁻⁵, and a power of two is exact in every type."""
+"""BERT's pooling layer ends with tanh, which training here does not have. For arguments scaled down this much, tanh is
+the identity: at 10 the error is 3·10⁻⁵. A power of two is exact in every dtype."""
 
 
 def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Build a model without values."""
+    """Build a model with empty weights."""
     with init_empty_weights(include_buffers=False):
         return build()
 
@@ -77,7 +77,7 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:
-    """Return backbone and trained head as an image classifier; arguments and errors as of `_plain_classifier`."""
+    """Return backbone and trained head as an image classifier; arguments and errors as for `_plain_classifier`."""
     target = target_of(source, "category")
     part = _plain_classifier(source, label_set, timm=timm)
     if not isinstance(target, Category) or not target.batch_norm:
@@ -87,7 +87,7 @@ def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> Ex
 
 
 def _with_norm(part: ExportedModule, head: str, norm: str) -> ExportedModule:
-    """Return a classifier whose rows and offsets do what the batch norm before it did."""
+    """Fold the batch norm before a classifier into its weight rows and biases."""
     rows, offset = head + "weight", head + "bias"
     statistics = (norm + "running_mean", norm + "running_var")
 
@@ -108,16 +108,16 @@ def _scaled(rows_KD: Tensor, var_D: Tensor) -> Tensor:
 
 
 def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> ExportedModule:
-    """Return backbone and trained head, whatever stands between: a stock class where one pools as the recipe does.
+    """Return backbone and trained head as a standard class that pools as the recipe does.
 
-    A class token goes into `ViTForImageClassification` or `Dinov2ForImageClassification`; with the mean of the patches
-    beside it into the latter, and a ViT becomes one. Those have nothing that pools by a mean and normalises it; timm's
-    EVA has, and `transformers` loads it as `TimmWrapperForImageClassification`.
+    A class token maps to `ViTForImageClassification` or `Dinov2ForImageClassification`. With the mean patch
+    concatenated it maps to the latter, and a ViT is converted to DINOv2. Neither supports normalized mean pooling.
+    timm's EVA does, and `transformers` loads it as `TimmWrapperForImageClassification`.
 
     Args:
         source: the checkpoint.
-        label_set: whose classes.
-        timm: a folder that timm loads as well.
+        label_set: classes of the classifier.
+        timm: make a folder that timm can load as well.
     """
     target, task = target_of(source, "category"), source.run.task
     if isinstance(task, Classification) and task.sweep is not None and len(source.recipe.targets) > 1:
@@ -147,7 +147,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
     dinov2 = isinstance(config, Dinov2Config)
     build = Dinov2ForImageClassification if dinov2 else ViTForImageClassification
     tensors = {f"{'dinov2' if dinov2 else 'vit'}.{name}": made for name, made in tensors.items()}
-    # DINOv2's classifier reads [class token | mean patch]; where the token alone was, nothing was trained on the rest.
+    # DINOv2's classifier reads [class token | mean patch]; without the mean in training, its weights are zero.
     alone = dinov2 and not decoder.mean
     widen = (lambda weight: torch.cat([weight, torch.zeros_like(weight)], dim=1)) if alone else None
     tensors |= {
@@ -167,8 +167,9 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
 def backbone_part(source: Source) -> ExportedModule:
     """Return the backbone under `AutoBackbone`, for detectors and segmenters: feature maps by stage.
 
-    A ViT becomes a DINOv2 whose layer scales are 1: `transformers` has no backbone class for ViT itself. Its MLP is a
-    whole multiple of the width there; where it is not here, hidden units that are always nought fill it up.
+    A ViT is converted to a DINOv2 with layer scales of 1, because `transformers` has no backbone class for ViT. DINOv2
+    needs an MLP width that is a multiple of the model width, so the MLP is padded with hidden units that are always
+    zero.
     """
     config = backbone_config(source.run.backbone)
     tensors = copied(vision_names(config), VISION)
@@ -181,7 +182,7 @@ def backbone_part(source: Source) -> ExportedModule:
             fix="--task features",
         )
     shape = config
-    # What AutoBackbone takes for it. That class itself takes names of the Hub alone, and no folders.
+    # The class that AutoBackbone selects. AutoBackbone itself loads only Hub names, not folders.
     return ExportedModule(
         "backbone", empty(lambda: Dinov2Backbone(shape)), tensors, auto="Dinov2Backbone", output="feature_maps"
     )
@@ -231,7 +232,7 @@ def _bounded_scale(log_scale: Tensor) -> Tensor:
 def _pooled_vision(
     source: Source, config: VisionConfig, decoder: DecoderSpec, norm: str
 ) -> tuple[dict[str, Any], dict[str, TensorSource]]:
-    """Return configuration and tensors of a vision model whose `pooler_output` is what the recipe's decoder gives."""
+    """Return configuration and tensors of a vision model with the output of the recipe's decoder as `pooler_output`."""
     names = vision_names(config)
     pools_mean = decoder.kind == "mean_pool"
     reads_token = isinstance(decoder, ClassTokenSpec) and decoder.alone

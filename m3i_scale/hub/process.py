@@ -1,4 +1,4 @@
-"""Run a fresh, isolated Python that has nothing of this package and no network."""
+"""Isolated Python process without this package and without network."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKE
 
 
 def run_fresh(arguments: list[str], folder: Path, work: Path) -> None:
-    """Run a Python file on its own.
+    """Run a Python file in an isolated process.
 
     Args:
-        arguments: the file and what it is given.
+        arguments: the file and its arguments.
         folder: the export, for messages.
-        work: where it runs; modelling files of a folder are copied here before they run, never into the user's cache.
+        work: working directory. Modeling files are copied here before they run, never into the user's cache.
     """
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
     environment = inherited | _OFFLINE | {"HF_MODULES_CACHE": str(work / "modules")}
-    # As here: sums in another order may put objects of nearly the same score the other way round.
+    # The same thread count as here: another summation order may swap objects with nearly equal scores.
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
     try:
         done = subprocess.run(

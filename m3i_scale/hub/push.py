@@ -1,4 +1,4 @@
-"""Push an export onto the Hub: what its export.json vouches for, and nothing else."""
+"""Upload of an export to the Hub: only files listed in its export.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROVENANCE = "export.json"
 
 
 def listed_files(folder: Path) -> dict[str, int]:
-    """Return the files of an export and their sizes, after each has been compared with its hash in export.json."""
+    """Return the files of an export and their sizes, after verifying each against its hash in export.json."""
     try:
         items = _listed((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -42,21 +42,21 @@ def listed_files(folder: Path) -> dict[str, int]:
 def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Publish an export as a model repository, in one commit.
 
-    Files of an earlier export in the repository that this one has not (as shards of a larger model) are removed in the
-    same commit. What no export has listed stays.
+    Files of an earlier export that are not part of this one (such as shards of a larger model) are removed in the same
+    commit. Files that no export lists remain.
 
-    The access token is found where `huggingface_hub` looks for it (`HF_TOKEN`, `hf auth login`). After a failure, call
-    it again: what has arrived is not sent a second time, and no commit shows half of a model.
+    The access token comes from `huggingface_hub` (`HF_TOKEN`, `hf auth login`). After a failure, call it again:
+    uploaded files are not sent again, and no commit contains a partial model.
 
     Args:
         folder: the export.
-        repo: `user/name`; made where there is none.
-        public: for everyone to see; default: private.
-        dry_run: only list what would be sent; needs no token and no network.
+        repo: `user/name`; created if it does not exist.
+        public: make the repository public; default: private.
+        dry_run: only list the files to upload; needs no token and no network.
 
     Returns:
-        `repo`, `public` (whether it is), `files` (bytes by name), `bytes`, and, but for a dry run, `removed` (names)
-        and `commit`.
+        `repo`, `public` (actual visibility), `files` (bytes by name) and `bytes`. Except for a dry run, also `removed`
+        (names) and `commit`.
     """
     try:
         validate_repo_id(repo)
@@ -66,10 +66,10 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
     facts = {"repo": repo, "public": public, "files": files, "bytes": sum(files.values())}
     if dry_run:
         return facts
-    api = HfApi(library_name="m3i_scale", token=True)  # without one it would ask as a stranger, and be refused
+    api = HfApi(library_name="m3i_scale", token=True)  # otherwise it would send an anonymous request, which fails
     try:
         api.create_repo(repo, private=not public, repo_type="model", exist_ok=True)
-        # Of a repository that is there already, that changes nothing.
+        # create_repo does not change an existing repository.
         there = api.model_info(repo)
         if there.private is False and not public:
             raise ExportError(
@@ -84,7 +84,7 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
             ],
             commit_message=f"Export of {folder.name}",
             repo_type="model",
-            # What is removed was chosen by this state of the repository.
+            # `removed` was computed from this revision of the repository.
             parent_commit=there.sha if removed else None,
         )
     except LocalTokenNotFoundError:
@@ -100,12 +100,12 @@ def push(folder: Path, repo: str, *, public: bool = False, dry_run: bool = False
             if refused
             else "rerun with --overwrite: files that have arrived are not sent again",
         ) from None
-    public = there.private is False  # of a repository that was there, whatever is asked for
+    public = there.private is False  # the visibility of an existing repository does not change
     return facts | {"public": public, "removed": removed, "commit": str(commit.oid)}
 
 
 def push_summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of a table that tell what `push` returned."""
+    """Return table rows that summarize the result of `push`."""
     heading = "sent to" if "commit" in facts else "would send to"
     rows = [(heading, f"{facts['repo']}, {'public' if facts['public'] else 'private'}")]
     rows += [(name, f"{size:,} bytes") for name, size in facts["files"].items()]
@@ -113,7 +113,7 @@ def push_summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
-    """Return files that are there and that the export.json of a repository lists; none where it cannot be read."""
+    """Return the existing files listed in the repository's export.json; empty if it cannot be read."""
     present = {file.rfilename for file in there.siblings or []}
     if PROVENANCE not in present:
         return set()
@@ -121,13 +121,13 @@ def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
         path = api.hf_hub_download(repo, PROVENANCE, revision=there.sha, local_dir=name)
         try:
             listed = _listed(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's file of that name
+        except (ValueError, KeyError, TypeError, AttributeError):  # an unrelated file with the same name
             return set()
     return present & {name for name, _ in listed}
 
 
 def _listed(text: str) -> list[tuple[str, str]]:
-    """Return names and hashes of the files that an export.json lists."""
+    """Return names and hashes of the files in an export.json."""
     return [(str(name), str(digest)) for name, digest in json.loads(text)["files"].items()]
 
 

@@ -1,4 +1,4 @@
-"""Find what is exported: a good checkpoint, and everything that is known about it."""
+"""Source of an export: a valid checkpoint and its metadata."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from m3i_scale.scale.checkpoint.weights import Which, saved_weights
 
 @dataclass(frozen=True)
 class Source:
-    """Holds a checkpoint that verifies."""
+    """Valid checkpoint and its metadata."""
 
     checkpoint: Path
     run: RunConfig
-    """As the phase of the step has it; its backbone is for images of that size."""
+    """As in the stage of the checkpoint's step; its backbone has the image size of that stage."""
     recipe: Recipe
     step: int
     meta: dict[str, Any]
     passed_over: list[tuple[Path, str]]
-    """Newer checkpoints that do not verify, with the reason."""
+    """Newer checkpoints that failed verification, with the reason."""
 
     @property
     def run_dir(self) -> Path:
@@ -48,18 +48,18 @@ class Source:
 
     @property
     def label_sets(self) -> dict[str, list[str]]:
-        """Return class names by label set, in the order of the heads; none where no target predicts classes."""
+        """Return class names by label set, in the order of the heads; empty if no target predicts classes."""
         sets: dict[str, list[str]] = self.meta.get("label_sets") or {}
         return sets if self.recipe.labels_file is not None else {}
 
     @property
     def vocab_size(self) -> int | None:
-        """Return the size of the vocabulary of captions; None where no target asks for them."""
+        """Return the vocabulary size of captions; None if no target uses them."""
         return self.meta.get("vocab_size") if self.recipe.uses_text else None
 
 
 def find_source(path: Path) -> Source:
-    """Return the newest good checkpoint of a run folder, or the given checkpoint."""
+    """Return the latest valid checkpoint of a run folder, or the given checkpoint."""
     checkpoint, passed_over = _resolve(path)
     try:
         file = checkpoint / "run.yaml"
@@ -78,7 +78,7 @@ def find_source(path: Path) -> Source:
 
 
 def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneConfig:
-    """Return a backbone section that says all that its weights' source said: an export needs no source, which may have
+    """Return a self-contained backbone section: an export must not depend on the pretrained weights, which may have
     moved since."""
     values = meta.get("identity", {}).get("backbone")
     if backbone.from_pretrained is None or values is None:
@@ -87,7 +87,7 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
 
 
 def _at_last_size(run: RunConfig) -> RunConfig:
-    """Return a run whose backbone is for images of the size that the run's phase has: that is what is exported."""
+    """Return the run with its backbone set to the image size of the current stage, which is the size to export."""
     size, own = run.phases[0].image_size if run.phases else None, run.backbone
     if size is None:
         return run
@@ -95,12 +95,12 @@ def _at_last_size(run: RunConfig) -> RunConfig:
 
 
 class ResizedWeights(Mapping[str, Tensor]):
-    """Gives the weights of a checkpoint with the table of positions resized to another grid, as the stock model
-    interpolates it in every forward pass.
+    """Weights of a checkpoint with position embeddings resized to another grid, as the standard model interpolates them
+    in every forward pass.
 
     Args:
         weights: of the checkpoint by full name.
-        config: of the backbone, for images of the other size.
+        config: of the backbone, with the new image size.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
@@ -125,11 +125,11 @@ class ResizedWeights(Mapping[str, Tensor]):
 
 
 def exported_weights(source: Source, which: Which) -> ResizedWeights:
-    """Return the weights of a checkpoint for images of the size of its phase.
+    """Return the weights of a checkpoint for the image size of its stage.
 
     Args:
         source: the checkpoint.
-        which: the trained weights, or their moving average.
+        which: the trained weights or the EMA weights.
     """
     return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
 
@@ -157,7 +157,7 @@ def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the text tower was trained with."""
-    kept = source.checkpoint.parent.parent / "tokenizer"  # the run's own copy outlives the shards
+    kept = source.checkpoint.parent.parent / "tokenizer"  # the run's copy outlives the shards
     configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
     try:
         tokenizer = find_tokenizer(source.run.data.sources, configured)
@@ -181,14 +181,14 @@ _KINDS = ("with_label", "with_caption")
 
 
 def _is_counted(key: str, shards: dict[str, Any]) -> bool:
-    """Return whether a manifest counts this; those that others have written need not."""
+    """Return whether a manifest counts this kind; manifests from other tools may not."""
     return key == "samples" or all(key in shard for shard in shards.values())
 
 
 def describe_data(source: Source) -> list[dict[str, Any]]:
-    """Return what the shards beside every training source say about themselves, with a hash that names them exactly.
+    """Return the manifest metadata of every training dataset, with a hash that identifies the dataset exactly.
 
-    Paths stay out: they are of no use elsewhere. A source whose manifest cannot be read says so.
+    Paths are omitted, because they are useless elsewhere. A dataset with an unreadable manifest gets a note.
     """
     described = []
     for name, config in source.run.data.sources.items():
@@ -218,15 +218,15 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
 
 
 def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tuple[dict[str, Any] | None, str | None]:
-    """Read what `m3i-scale evaluate --json` printed: the given file, or evaluation.json of the run, where there is one.
+    """Read the output of `m3i-scale evaluate --json`: the given file, or evaluation.json of the run if it exists.
 
     Args:
         source: the checkpoint.
-        weights: of it: `student` or `momentum`.
+        weights: weights of the checkpoint: `student` or `momentum`.
         given: the file.
 
     Returns:
-        The document; None where there is none, or where that of the run is of other weights, which the text says.
+        The document, or None if it is missing or for other weights. In the latter case, also a warning.
     """
     path = given or source.run_dir / "evaluation.json"
     if given is None and not path.is_file():
@@ -242,7 +242,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     if not isinstance(values, dict) or not named or not isinstance(values.get("measures"), dict):
         raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
     model = values.get("model")
-    if not isinstance(model, dict) or "export" not in model:  # of a version that did not say it
+    if not isinstance(model, dict) or "export" not in model:  # from a version that did not record it
         return values, None
     of = model["export"] if isinstance(model["export"], dict) else {}
     if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (sha256_of(source.checkpoint / MANIFEST), weights):

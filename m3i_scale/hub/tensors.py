@@ -1,4 +1,4 @@
-"""Make the tensors of an export: which of the checkpoint's each is made of, and what none of them may be."""
+"""Tensors of an export: their sources in the checkpoint, and validation of their values."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Says what one tensor of an export is made of."""
+    """Source of one exported tensor."""
 
     sources: tuple[str, ...]
     """Names in the checkpoint."""
     make: Callable[..., Tensor] | None = None
-    """Of the fp32 sources; None: the one source as it is. Without sources it makes a constant."""
+    """Function of the fp32 sources. None: copy the single source. Without sources, it creates a constant."""
 
 
 @dataclass(frozen=True)
 class ExportedModule:
-    """Holds one model of an export, and how it is proven."""
+    """One model of an export, with the inputs and outputs for its verification."""
 
     name: str
-    """vision, tokens (as timm gives them), text, classifier, segmenter, detector, backbone, zero_shot."""
+    """vision, tokens (as in timm), text, classifier, segmenter, detector, backbone, zero_shot."""
     model: PreTrainedModel
-    """Without values: names, shapes, configuration."""
+    """Empty weights: names, shapes and configuration only."""
     tensors: dict[str, TensorSource]
     """By the name in `model`."""
     folder: str = ""
-    """Below the export's."""
+    """Subfolder of the export."""
     auto: str = "AutoModel"
     """The class of `transformers` that loads it."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What `from_pretrained` is given so that nothing is added that nobody trained."""
+    """Arguments of `from_pretrained` that prevent untrained layers from being added."""
     inputs: tuple[str, ...] = ("pixel_values",)
     output: str = "last_hidden_state"
-    """What is compared with the training modules."""
+    """Output to compare with the training modules."""
     also: tuple[str, ...] = ()
-    """What else of its outputs is."""
+    """Additional outputs to compare."""
     native: str | None = None
-    """timm or open_clip: the library whose format the folder has too, and which is compared as well."""
+    """timm or open_clip: library with native support for the folder's format, which is compared as well."""
     strip: str = ""
-    """What names in the file do without."""
+    """Prefix that is removed from names in the file."""
     label_set: int = 0
-    """Number of a classifier's label set."""
+    """Index of a classifier's label set."""
     config: dict[str, Any] | None = None
-    """config.json, where the model's own configuration does not say it."""
+    """config.json, if it differs from the model's configuration."""
     files: tuple[Path, ...] = ()
-    """Source files that travel along."""
+    """Source files to include."""
 
     @property
     def resize(self) -> Resize:
-        """Return what of an image the model is shown: its centre square; all of it resized to the square; of a model
-        that gives masks of queries squares along its longer side; of a detector all of it, in a square that is filled
-        up or resized to the square."""
+        """Return how the model's image processor resizes. Segmenters: the full image resized to a square, or, with mask
+        queries, square windows along its longer side. Detectors: the full image, padded or resized to a square. Others:
+        center crop."""
         if self.name == "detector":
             return "stretched" if self.output == "logits" else "padded"
         if self.name != "segmenter":
@@ -75,24 +75,24 @@ class ExportedModule:
 
 
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:
-    """Return tensors that are taken over as they are.
+    """Return tensors that are copied unchanged.
 
     Args:
-        names: in the model that was trained.
-        source_prefix: before them in the checkpoint.
-        target_prefix: before them in the export's model.
+        names: names in the trained model.
+        source_prefix: prefix in the checkpoint.
+        target_prefix: prefix in the exported model.
     """
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
 
 
 def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Make one tensor of an export, in storage of its own.
+    """Create one tensor of an export, with separate storage.
 
     Args:
-        name: in the export, for messages.
-        made: how it is made.
-        weights: of the checkpoint; only what is needed is read.
-        dtype: of the result. Sources are rounded to it before anything is made of them.
+        name: name in the export, for messages.
+        made: source of the tensor.
+        weights: of the checkpoint; only the required ones are read.
+        dtype: data type of the result. Sources are rounded to it before any computation.
     """
     sources = [_checked(source, weights).to(dtype) for source in made.sources]
     if made.make is None:
@@ -110,7 +110,7 @@ def values_of(
 
 
 def check_complete(part: ExportedModule) -> None:
-    """Check that every tensor of the model is made, and nothing else."""
+    """Check that there is a source for every tensor of the model, and no unknown name."""
     wanted = part.model.state_dict().keys()
     missing, unknown = sorted(wanted - part.tensors.keys()), sorted(part.tensors.keys() - wanted)
     if missing or unknown:
@@ -121,7 +121,7 @@ def check_complete(part: ExportedModule) -> None:
 
 
 def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
-    """Check that a tensor has the shape that the model gives it."""
+    """Check that a tensor has the shape that the model expects."""
     wanted = part.model.state_dict()[name].shape
     if tensor.shape != wanted:
         raise ExportError(
@@ -131,8 +131,8 @@ def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
 
 
 class Distinct:
-    """Refuses two matrices of one model with the same values: where both were trained, they cannot be equal, so one
-    has been written in the other's place."""
+    """Check for duplicate matrices within one model: trained matrices cannot be equal, so one of them was written under
+    the wrong name."""
 
     def __init__(self) -> None:
         self._seen: dict[str, str] = {}
@@ -175,7 +175,7 @@ def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor, no view of a larger buffer: views of one look like tied weights, and are dropped."""
+    """Return a contiguous tensor that is not a view: views of one buffer look like tied weights and are dropped."""
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()

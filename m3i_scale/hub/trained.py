@@ -1,4 +1,4 @@
-"""Compute what the training modules give on fixed inputs, for every kind of part."""
+"""Outputs of the training modules on fixed inputs, for every kind of part."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from m3i_scale.objective.mask_queries import MaskQueries
 def trained_outputs(
     objective: Objective, part: ExportedModule, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield outputs of a part by name: that of the part, and after a dot what else is compared; arguments and errors as
-    of `trained_output`."""
+    """Yield the outputs of a part by name, and additional outputs by name after a dot; arguments and errors as for
+    `trained_output`."""
     if part.name != "detector":
         yield part.name, trained_output(objective, part, pixels_BCHW, tokens)
         return
@@ -42,9 +42,9 @@ def trained_output(
     """Return the output of a part as training computes it.
 
     Args:
-        objective: the training modules, filled.
-        part: which model.
-        pixels_BCHW: normalised images.
+        objective: the training modules, with loaded weights.
+        part: the exported model.
+        pixels_BCHW: normalized images.
         tokens: `input_ids` and `attention_mask` (T, L), for parts that read text.
     """
     if part.name == "vision":
@@ -70,8 +70,8 @@ def trained_output(
 
 
 def _logits(objective: Objective, part: ExportedModule, pixels_BCHW: Tensor) -> Tensor:
-    """Return those of a classifier (B, K), of a segmenter at the size of its input (B, K, H, W), or of the masks of its
-    queries (B, Q, H, W)."""
+    """Return logits: of a classifier (B, K), of a segmenter at input resolution (B, K, H, W), or query masks (B, Q, H,
+    W)."""
     if part.name == "classifier":
         logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
         return logits_BK

@@ -1,4 +1,4 @@
-"""Prove that what a fresh process loads with stock classes is what was trained."""
+"""Verification of an export: load it with standard classes in a fresh process, and compare it with training modules."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.inputs import normalize
 
 RELATIVE_TOLERANCE = 1e-4
-"""Of the largest output: both sides compute in fp32, only the order of sums may differ."""
+"""Relative to the largest output. Both sides compute in fp32, so only the order of sums may differ."""
 
 LEVELS_TOLERANCE = {"exact": 0.01, "pixels": 8.0}
-"""Grey levels (of 255) by which the image processor may differ: none where it filters with Pillow, as training does;
-those of another bicubic filter where it takes its default, torchvision's."""
+"""Allowed difference of the image processor in gray levels (of 255). With Pillow, the filter of training, there is
+none. The default filter, torchvision's bicubic, differs slightly."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Holds what must come out, computed from the checkpoint's weights by the training modules."""
+    """Expected results, computed from the checkpoint's weights by the training modules."""
 
     parts: list[ExportedModule]
     pixels: Tensor
-    """Probe input (B, 3, H, W): noise and photographs, normalised as in training."""
+    """Test input (B, 3, H, W): noise and photographs, normalized as in training."""
     pictures: dict[str, Image.Image]
     trained_on: dict[str, Tensor]
-    """The pictures as training would feed them (see `ExportedModule.resize`; normalised)."""
+    """The pictures, preprocessed as in training (see `ExportedModule.resize`; normalized)."""
     captions: list[str]
     tokens: Tensor | None
     outputs: dict[str, Tensor]
-    """By part, and after a dot by what else of it is compared."""
+    """By part; additional outputs after a dot."""
     fingerprints: dict[str, dict[str, str]]
     """Of every tensor, by part and for the heads."""
     dtype: str
@@ -69,15 +69,15 @@ def make_reference(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Reference:
-    """Run the training modules on fixed inputs. In memory is one fp32 copy of the model, until this returns.
+    """Run the training modules on fixed inputs. Until it returns, one fp32 copy of the model is in memory.
 
     Args:
         source: the checkpoint.
         parts: the models of the folder.
         fingerprints: of their tensors.
         weights: of the checkpoint by full name.
-        dtype: that the export is written in; the reference computes in fp32 with weights rounded to it.
-        tokenizer: of the text tower; None where the folder has none.
+        dtype: of the export; the reference computes in fp32 with weights rounded to it.
+        tokenizer: of the text tower; None for folders without one.
     """
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment
@@ -109,7 +109,7 @@ def verify(folder: Path, reference: Reference) -> dict[str, Any]:
     """Load `folder` in a fresh process and compare everything with the reference.
 
     Returns:
-        What was proven: largest differences of outputs and pixels, numbers of tensors, the classes that loaded.
+        Verification results: largest differences of outputs and pixels, numbers of tensors, the loaded classes.
     """
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -168,7 +168,7 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
     if "tokens" in outputs and reference.tokens is not None and not torch.equal(outputs["tokens"], reference.tokens):
         yield "the tokenizer cuts captions into other tokens"
     for name in sorted(parts & report["models"].keys()):
-        # Another version of transformers may call its parameters otherwise; it has to load and compute the same.
+        # Other versions of transformers may rename parameters; then only loading and outputs are compared.
         names = report.get("transformers") == transformers.__version__
         for fault in _model_faults(report["models"][name], reference, name, names=names):
             yield f"{name} model: {fault}"
@@ -189,7 +189,7 @@ def _faults(report: dict[str, Any], outputs: dict[str, Tensor], reference: Refer
 
 
 def _wanted(key: str, reference: Reference) -> Tensor:
-    """Return what an output has to be; that of another library is the part's."""
+    """Return the expected output; another library must match the part's output."""
     name = key.removeprefix("output.")
     return reference.outputs[name if name in reference.outputs else name.split(".")[0]]
 
@@ -206,7 +206,7 @@ def _model_faults(facts: dict[str, Any], reference: Reference, name: str, *, nam
     for key, keys in facts["strict"].items():
         if keys:
             yield f"{len(keys)} {key.replace('_', ' ')}, e.g. {keys[0]}"
-    # A pooling layer is added by default and trained by nobody; anything else that is missing would be random.
+    # The default pooling layer is untrained. Any other missing tensor would be random.
     missing = [key for key in facts.get("plain", {}).get("missing_keys", []) if not key.startswith("pooler.")]
     if missing:
         yield f"{len(missing)} missing keys, e.g. {missing[0]}"
@@ -227,16 +227,16 @@ def _differing(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference; infinite between different shapes."""
+    """Return the largest absolute difference; infinite for different shapes."""
     if found.shape != wanted.shape:
         return float("inf")
-    return (found - wanted).abs().max().item() if wanted.numel() else 0.0  # a detector may find nothing
+    return (found - wanted).abs().max().item() if wanted.numel() else 0.0  # a detector may have no detections
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
-    """Return whether two outputs agree but for the order of sums."""
+    """Return whether two outputs agree up to summation order."""
     scale = max(difference(wanted, torch.zeros_like(wanted)), 1e-6)
-    return difference(found, wanted) <= RELATIVE_TOLERANCE * scale  # NaN is not
+    return difference(found, wanted) <= RELATIVE_TOLERANCE * scale  # false for NaN
 
 
 def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Objective:
@@ -261,15 +261,15 @@ def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype
 
 
 def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a short, a long and an unusual caption, of words that the vocabulary has."""
+    """Return a short, a long and an unusual caption of words in the vocabulary."""
     words = [word for word in sorted(tokenizer.get_vocab()) if word.isalpha()]
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 
 
 def real_pictures(side: int, shown: Resize = "centre") -> dict[str, Image.Image]:
-    """Return photographs (those that come with scikit-learn) by name: as a square of the model's size, a larger one,
-    and in two long shapes."""
-    # Sides are such that torchvision's processor, which rounds the place of the crop otherwise, cuts the same pixels.
+    """Return photographs (from scikit-learn) by name: a square of the model's size, a larger one, and two elongated
+    ones."""
+    # With these sizes torchvision's processor, which rounds the crop position differently, crops the same pixels.
     short = side if shown == "padded" else 2 * side
     flower, temple = (Image.fromarray(pixels) for pixels in reversed(load_sample_images().images))
     return {
@@ -285,7 +285,7 @@ def _as_trained(picture: Image.Image, side: int, augment: AugmentConfig, shown: 
         view = ViewMaker(augment, views=1, image_size=side, augment=False, reads="boxes", mean=augment.mean)
         pixels_1CHW = normalize(torch.from_numpy(view(picture.copy(), 0).pixels_VCHW), augment.mean, augment.std)
         width, height = (round(side * length / max(picture.size)) for length in picture.size)
-        # The mean colour: training rounds it to a grey level, and an image processor fills up what is normalised.
+        # The mean color: training rounds it to a gray level, while image processors pad after normalization.
         pixels_1CHW[:, :, height:] = pixels_1CHW[:, :, :, width:] = 0
         return pixels_1CHW
     if shown != "centre":

@@ -1,4 +1,4 @@
-"""Write the folder of an export: which models go into it, image processor, tokenizer, heads."""
+"""Files of an export: models, image processor, tokenizer and heads."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ FORMATS = ("transformers", "timm")
 
 @dataclass(frozen=True)
 class ExportContents:
-    """Says what a folder shall hold."""
+    """Requested contents of an export folder."""
 
     task: Task = "features"
     format: Format = "transformers"
     label_set: str | None = None
-    """Of a classifier; None where the run has only one."""
+    """Of a classifier; None if the run has only one."""
     max_shard_size: str = DEFAULT_SHARD_SIZE
 
 
 def plan_parts(
     source: Source, wanted: ExportContents, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[ExportedModule]:
-    """Return the models of a folder, without values."""
+    """Return the models of a folder, with empty weights."""
     if wanted.label_set is not None and wanted.task != "classification":
         raise ExportError("a label set has no effect", where="--label-set", fix="--task classification")
     if wanted.format == "timm":
@@ -81,16 +81,16 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: ExportContents | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Write models, image processor and tokenizer; with plain features also the heads.
+    """Write models, image processor and tokenizer; for plain features also the heads.
 
     Args:
-        folder: exists and is empty.
+        folder: an existing empty folder.
         source: the checkpoint.
-        parts: what `plan_parts` gave.
+        parts: result of `plan_parts`.
         weights: of the checkpoint by full name, read one at a time.
-        dtype: of the written tensors.
-        tokenizer: of the text tower; None where the folder has none.
-        wanted: what the folder shall hold.
+        dtype: data type of the written tensors.
+        tokenizer: of the text tower; None for folders without one.
+        wanted: requested contents of the folder.
 
     Returns:
         Fingerprint of every tensor, by part (and `heads`) and name.
@@ -99,7 +99,7 @@ def write_folder(
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
     write_processor(folder, source, parts[0].resize)
     if tokenizer is not None:
-        # What a user tokenises is cut where training cut it.
+        # Truncate to the same length as in training.
         tokenizer.model_max_length = source.run.text.max_tokens
         write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
     if wanted.task == "features" and wanted.format == "transformers":
@@ -121,7 +121,7 @@ def _in_timm(source: Source, wanted: ExportContents) -> ExportedModule:
 
 def _vision_part(source: Source) -> ExportedModule:
     config = backbone_config(source.run.backbone)
-    # No classifier lies in the folder: with classes, a pipeline would add one with random weights and answer from it.
+    # The folder has no classifier: with classes, a pipeline would add one with random weights and use its output.
     config.num_labels = 0
     kind, options = vision_class(config)
     model = empty(lambda: kind(config, **options))
@@ -132,7 +132,7 @@ def _vision_part(source: Source) -> ExportedModule:
 
 
 def _detector_part(source: Source) -> ExportedModule:
-    """Return backbone and head in the class that holds them."""
+    """Return backbone and detection head as RF-DETR or Mask R-CNN."""
     queried = any(isinstance(target, Detection) and isinstance(target.head, RfDetr) for target in source.recipe.targets)
     return rfdetr_part(source) if queried else mask_rcnn_part(source)
 
@@ -152,14 +152,14 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ExportedMo
 
 
 def write_processor(folder: Path, source: Source, shown: Resize) -> None:
-    """Write preprocessor_config.json: cover the square, cut the centre, normalise as training did.
+    """Write preprocessor_config.json: resize the shorter side, center-crop, and normalize as in training.
 
-    A segmenter is shown the whole image, and its processor makes masks of what it gives. That of a Mask R-CNN is SAM's,
-    which resizes the long side, fills up the square, and tells the model how large the image is in it and by itself. Of
-    the processors whose detections are sigmoids, that of RF-DETR itself resizes by another filter than training did.
+    A segmenter gets the full image, and its processor converts outputs to masks. Mask R-CNN uses SAM's processor, which
+    resizes the longer side, pads to a square, and passes the original and the resized size to the model. RF-DETR needs
+    a processor for sigmoid detections, but its default one resizes with a different filter than training.
 
-    `BitImageProcessor` is the stock class (DINOv2 uses it too) that cuts the centre in every version of transformers;
-    that of ViT squeezes the image into the square in older ones.
+    `BitImageProcessor` is the standard class (DINOv2 uses it too) that center-crops in every version of transformers.
+    ViT's processor resizes the image to a square in older versions.
     """
     size = int(backbone_config(source.run.backbone).image_size)
     augment, square = source.run.data.augment, {"height": size, "width": size}
@@ -184,24 +184,24 @@ def write_processor(folder: Path, source: Source, shown: Resize) -> None:
         image_std=list(augment.std),
         do_convert_rgb=True,
     ).save_pretrained(folder)
-    if shown == "windows":  # transformers 4 asks for the key, and 5 leaves it out
+    if shown == "windows":  # transformers 4 needs the key, and 5 omits it
         path = folder / "preprocessor_config.json"
         values = read_json(path)
         write_json(path, values | {"size": values["size"] | {"longest_edge": None}})
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer's files; one of no model of its own under the name that all versions of transformers know."""
+    """Write the tokenizer files. A generic tokenizer gets the class name that all versions of transformers know."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     values = read_json(path)
-    if values.get("tokenizer_class") == "TokenizersBackend":  # since 5
+    if values.get("tokenizer_class") == "TokenizersBackend":  # since version 5
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(path, values)
 
 
 def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Write objective.json, from which the joint space is built again, and weights of heads, decoders, projections."""
+    """Write objective.json, from which the joint space can be rebuilt, and weights of heads, decoders and projections."""
     folder.mkdir()
     objective = {
         "run": redact(portable_run(source.run)),
@@ -215,7 +215,7 @@ def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dty
 
 
 def portable_run(run: RunConfig) -> dict[str, Any]:
-    """Return the part of a run file that the modules depend on, without paths or folders of the training machine."""
+    """Return the part of a config file that the modules depend on, without paths of the training machine."""
     config = backbone_config(run.backbone)
     return {
         "name": run.name,
@@ -228,10 +228,10 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
 
 
 def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe with its teachers' names alone: folders lie on the training machine and are not read again."""
+    """Return a recipe with only the names of its teachers: their folders are local and not read again."""
     recipe = upgraded(recipe)
     for teacher in recipe.get("teachers", {}).values():
-        if teacher["from_pretrained"] != "student":  # which is the backbone as it starts
+        if teacher["from_pretrained"] != "student":  # "student" is the initial backbone
             name = Path(teacher["from_pretrained"]).name
             teacher["from_pretrained"] = f"./{name}" if name == "student" else name
     return recipe

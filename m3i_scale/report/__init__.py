@@ -1,1 +1,1 @@
-"""Documents for people: tables of recipes, backbones, checkpoints, plans and findings, and a recipe as a graph."""
+"""Output for people: tables of recipes, backbones, checkpoints, plans and environment checks, and recipe graphs."""

@@ -1,4 +1,4 @@
-"""Say in words what a run trains, on what, by which code and machine, and how far it has come."""
+"""Description of a run in words: training objective, data, code, machine and progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STOPPED = "stopped without saying how, or training where its lock is not seen f
 
 
 def progress_of(run: RunFiles) -> dict[str, Any]:
-    """Return how far a run has come: `percent`, `left` (a duration in words, or None), `status` and all of it in
+    """Return the progress of a run: `percent`, `left` (a duration in words, or None), `status`, and a summary in
     `words`."""
     total, status = run.total_steps, run.status or _unended_status(run)
     left = None if run.left_s is None or status == _STOPPED else duration_text(run.left_s)
@@ -30,7 +30,7 @@ def progress_of(run: RunFiles) -> dict[str, Any]:
 
 
 def _unended_status(run: RunFiles) -> str:
-    """Return what a run is doing that has not said how it ended."""
+    """Return the status of a run that has no recorded end."""
     try:
         holder = holder_of(run.folder)
     except UnknownHolderError:
@@ -43,7 +43,7 @@ def _unended_status(run: RunFiles) -> str:
 
 
 def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the figures that are looked at first, each with what it is called."""
+    """Return the most important metrics, each with its label."""
     cards = [("done", f"{progress['percent']}%")]
     if progress["left"] is not None:
         cards.append(("time left", progress["left"]))
@@ -66,12 +66,12 @@ def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, st
 
 
 def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -> dict[str, str]:
-    """Return what a run is, by the name of each fact; what is not known is left out, secrets are hidden.
+    """Return facts about a run by name. Unknown facts are omitted, and secrets are redacted.
 
     Args:
-        run: as its files tell it.
+        run: from its files.
         progress: see `progress_of`.
-        hosts: of its ranks, as far as they are known.
+        hosts: of its ranks, as far as known.
     """
     last = run.starts[-1] if run.starts else {}
     sources = _at(run.settings, "data", "sources")
@@ -102,7 +102,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
 
 
 def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
-    """Return `name` and `cells` (a text a run) of the settings in which runs differ from the first; secrets hidden."""
+    """Return `name` and `cells` (a text per run) of the settings that differ from the first run; secrets are redacted."""
     first = runs[0].settings
     found = [{name: (one, other) for name, one, other in differences("", first, run.settings)} for run in runs]
     names = sorted({name for of_run in found for name in of_run})
@@ -110,7 +110,7 @@ def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
     for name in names:
         base = next(of_run[name][0] for of_run in found if name in of_run)
         values = [of_run[name][1] if name in of_run else base for of_run in found]
-        last_name = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")  # no place in a list
+        last_name = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")  # not a list index
         cells = [short(*redact({last_name: value}, names=True).values()) for value in values]
         rows.append({"name": quoted(name), "cells": cells})
     return rows

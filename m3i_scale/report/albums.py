@@ -1,4 +1,4 @@
-"""Read pictures that a run or an evaluation has written, with the steps at which they were made."""
+"""Pictures written by a run or an evaluation, with their training steps."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from m3i_scale.report.run_files import RunFiles
 from m3i_scale.scale.output_dir import PICTURE_LIST, PICTURES
 
 _MOST_BYTES = 50_000_000
-"""Of one picture on the disk."""
+"""Maximum file size of a picture."""
 _SMALL_SIDE = 800
-"""Of a picture that is made smaller, in pixels, the longer side."""
+"""Longer side in pixels of a picture that is scaled down."""
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _FIRST_BYTES = {"image/jpeg": b"\xff\xd8\xff", "image/png": b"\x89PNG\r\n\x1a\n"}
 
 
 @dataclass(frozen=True)
 class _Set:
-    """Holds the pictures that were made at one time."""
+    """Pictures of one training step."""
 
     label: str
     pictures: list[dict[str, str]]
     """`name, title, alt, address` of each."""
     size: int
-    """Bytes of the files."""
+    """Total file size in bytes."""
     is_whole: bool
-    """Whether there was room for all of them."""
+    """Whether all pictures fit."""
 
 
 def albums_of(runs: list[RunFiles], folders: list[Path], room: int) -> list[dict[str, Any]]:
-    """Return `title, steps, pictures, notes` for every given folder and every run with pictures.
+    """Return `title, steps, pictures, notes` for every folder in `folders` and every run with pictures.
 
-    The newest pictures of a run are as they were written, all others and overlays smaller. Where all would be too many,
-    the newest and the first stay, and of those between as many as there is room for.
+    The newest pictures of a run are unchanged; all others and overlays are scaled down. If there are too many, the
+    newest and the first are included, and the ones in between as far as they fit.
 
     Args:
-        runs: whose folders are looked into.
-        folders: of pictures, beside those.
-        room: bytes that all pictures may have, as they are on the disk; in a page they take a third more.
+        runs: runs with pictures in their folders.
+        folders: additional folders of pictures.
+        room: maximum bytes of all pictures on disk; base64 in a page adds a third.
     """
     wanted = [(folder.name, [folder], True) for folder in folders]
     wanted += [(run.name, places, False) for run in runs if (places := _places(run.folder / PICTURES))]
@@ -60,7 +60,7 @@ def albums_of(runs: list[RunFiles], folders: list[Path], room: int) -> list[dict
 
 
 def _places(root: Path) -> list[Path]:
-    """Return the folders of pictures below a run's, in the order of their steps."""
+    """Return the picture folders below a run's folder, in the order of their steps."""
     try:
         return sorted(
             path for path in root.iterdir() if path.name.startswith("step-") and (path / PICTURE_LIST).is_file()
@@ -68,11 +68,11 @@ def _places(root: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError:
-        return [root]  # reading it says what is wrong
+        return [root]  # reading it reports the error
 
 
 def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tuple[dict[str, Any], int]:
-    """Return what is shown of some folders, and its bytes."""
+    """Return an album of picture folders, and its bytes."""
     kept: dict[int, _Set] = {}
     notes: list[str] = []
     for number in _by_weight(len(places)):
@@ -100,7 +100,7 @@ def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tupl
 
 
 def _by_weight(count: int) -> Iterator[int]:
-    """Yield all numbers below `count`: the last, the first, then those half-way between, and so on."""
+    """Yield all numbers below `count`: the last, the first, then the ones halfway between, and so on."""
     seen: set[int] = set()
     parts = 1
     while len(seen) < count:
@@ -158,11 +158,11 @@ def _overlays(folder: Path) -> list[dict[str, str]]:
 
 
 def _bytes(path: Path, *, smaller: bool) -> bytes:
-    """Return a picture as it is, or as a smaller JPEG.
+    """Return a picture unchanged, or as a smaller JPEG.
 
     Raises:
-        OSError: it cannot be read, or has more bytes than any picture that this package writes.
-        Others of `DECODE_FAULTS`: it does not decode, or Pillow takes it for a decompression bomb.
+        OSError: it cannot be read, or is larger than any picture that this package writes.
+        Others of `DECODE_FAULTS`: it cannot be decoded, or Pillow treats it as a decompression bomb.
     """
     if path.stat().st_size > _MOST_BYTES:
         raise OSError("too large")

@@ -1,4 +1,4 @@
-"""Show backbones as a table."""
+"""Table of backbones for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def backbone_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the table of rows that `describe_backbone` gives."""
+    """Return a table of rows from `describe_backbone`."""
     table = Table(
         *("preset", "input", "token", "mask", "tokens", "width", "layers", "parameters", "GMAC"),
         box=None,

@@ -1,4 +1,4 @@
-"""Show samples of the quarantine as far as they decode: small pictures, encoded here."""
+"""Thumbnails of corrupt samples, as far as they can be decoded."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.text import printable, quoted
 
 SIDE = 112
-"""Of a picture, in pixels."""
+"""Maximum size of a thumbnail in pixels."""
 _SAMPLE_BYTES = 1 << 26
-"""Larger samples are not read for their picture."""
+"""Larger samples get no thumbnail."""
 
 
 def shown_samples(entries: Iterable[dict[str, Any]]) -> list[dict[str, str | None]]:
-    """Return `key, shard, reason, picture, fault` of samples in the quarantine. A picture is the address of a JPEG that
-    was encoded here; where there is none, `fault` says why. Only files of this host are read.
+    """Return `key, shard, reason, picture, fault` of corrupt samples. `picture` is the data URL of a JPEG encoded here.
+    If there is none, `fault` is the reason. Only local files are read.
 
     Args:
-        entries: lines of the quarantine, of which nothing is believed: `url`, `key`, `offset`, `reason`.
+        entries: untrusted records of corrupt samples: `url`, `key`, `offset`, `reason`.
     """
     return [_sample_row(str(entry["url"]), str(entry["key"]), int(entry["offset"]), entry) for entry in entries]
 
@@ -70,7 +70,7 @@ def _picture(url: str, key: str, offset: int) -> bytes:
     image = open_image(members, MAX_IMAGE_PIXELS)
     lies = orientation(image)
     strict = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of an image that is cut off says more than nothing
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # part of a truncated image is more informative than none
     try:
         with image, decoding():
             image.draft("RGB", (SIDE, SIDE))

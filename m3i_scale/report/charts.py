@@ -1,4 +1,4 @@
-"""Name the charts of a report: which figures of a run each shows, in which unit, and what they say."""
+"""Charts of a report: their metrics, units and descriptions."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from m3i_scale.report.run_files import SCORES, RunFiles
 
 PERCENT = "%"
-"""Unit of figures from 0 to 1 that are shown in percent."""
+"""Unit of metrics from 0 to 1 that are displayed in percent."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Describes one chart: which figures of metrics.jsonl it shows, and what they say."""
+    """One chart: its metrics in metrics.jsonl, with a description."""
 
     id: str
     tab: str
     title: str
     unit: str
-    """Of its axis; empty for a pure number, `PERCENT` or "0 to 1" for what cannot be more than 1."""
+    """Unit of the axis; empty for a dimensionless number, `PERCENT` or "0 to 1" for values of at most 1."""
     about: str
     pattern: str
-    """Of the names of its figures, as a whole. A group of it, if there is one, is what the legend calls the curve."""
+    """Regular expression that must match the full metric name. A matched group, if any, is the legend entry."""
     stacked: bool = False
 
 
@@ -117,7 +117,7 @@ CHARTS = (
 
 
 def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
-    """Return a chart for every metric of the evaluations during training, scores first and counts last; `loss` of all
+    """Return a chart for every metric of evaluations during training, scores first and counts last. `loss` of all
     groups is one chart."""
     names = {key for run in runs for line in run.evaluations for key in line if key.startswith("evaluation/")}
     first, last = [*SCORES, "loss", "nats"], ["count"]

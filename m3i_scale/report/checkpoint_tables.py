@@ -1,4 +1,4 @@
-"""Show the documents of `m3i-scale checkpoint` in a terminal."""
+"""Terminal output of `m3i-scale checkpoint`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN, _SHOWN_FILES = 20, 12
 
 
 def listing(document: Mapping[str, Any]) -> RenderableType:
-    """Return what `checkpoint list` shows."""
+    """Return the output of `checkpoint list`."""
     good = "good" if document["checked"] == "contents" else "good by sizes"
     table = _table("checkpoint", "samples", "age", "size", good, "figures", "kept by")
     for row in document["checkpoints"]:
@@ -41,14 +41,14 @@ def listing(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _figures(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    """Return the loss, and the figure that the best is chosen by; all figures are in the JSON document."""
+    """Return the loss, and the metric that selects the best checkpoint. The JSON document has all metrics."""
     best = (document["rules"] or {}).get("keep_best") or {}
     wanted = {"evaluation/loss", best.get("metric")}
     return [name for name in row["metrics"] if name in wanted]
 
 
 def verification(document: Mapping[str, Any]) -> RenderableType:
-    """Return what `checkpoint verify` shows."""
+    """Return the output of `checkpoint verify`."""
     lines = []
     for row in document["checkpoints"]:
         if row["good"]:
@@ -62,7 +62,7 @@ def verification(document: Mapping[str, Any]) -> RenderableType:
 
 
 def inspection(document: Mapping[str, Any]) -> RenderableType:
-    """Return what `checkpoint inspect` shows."""
+    """Return the output of `checkpoint inspect`."""
     facts = Table("", "", box=None, show_header=False)
     told = ("name", "step", "samples", "recipe", "backbone", "world_size", "zero_stage", "precision", "vocab_size")
     for key in told:
@@ -84,7 +84,7 @@ def inspection(document: Mapping[str, Any]) -> RenderableType:
 
 
 def comparison(document: Mapping[str, Any]) -> RenderableType:
-    """Return what `checkpoint diff` shows."""
+    """Return the output of `checkpoint diff`."""
     parts: list[RenderableType] = [Text(f"a: {document['a']}\nb: {document['b']}")]
     for title in ("settings", "facts", "model", "data"):
         if document[title]:
@@ -134,7 +134,7 @@ def _farthest_first(item: tuple[str, Mapping[str, Any]]) -> float:
 
 
 def pruning(document: Mapping[str, Any]) -> RenderableType:
-    """Return what `checkpoint prune` shows."""
+    """Return the output of `checkpoint prune`."""
     table = _table("checkpoint", "", "why")
     for name, reasons in document["kept"].items():
         table.add_row(name, Text("stays", "green"), Text("\n".join(reasons)))
@@ -146,7 +146,7 @@ def pruning(document: Mapping[str, Any]) -> RenderableType:
 
 
 def consolidation(document: Mapping[str, Any]) -> RenderableType:
-    """Return what `checkpoint consolidate` shows."""
+    """Return the output of `checkpoint consolidate`."""
     table = Table("", "")
     for key, value in document.items():
         if key != "files":
@@ -159,7 +159,7 @@ def consolidation(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _rules(rules: Mapping[str, Any]) -> str:
-    """Return the rules as a line; the newest good checkpoint stays whatever they say."""
+    """Return the retention rules on one line; the latest valid checkpoint is always retained."""
     best = rules["keep_best"]
     told = {**rules, "keep_best": None if best is None else f"{best['metric']}:{best['mode']}:{best['count']}"}
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)

@@ -1,4 +1,4 @@
-"""Show runs: `m3i-scale report` and `m3i-scale watch`. What takes long to import is imported when they are called."""
+"""`m3i-scale report` and `m3i-scale watch`. Slow imports happen inside the functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m3i_scale.options import writes_to
 from m3i_scale.output import print_json, wide_console
 
 _PACKAGES = ("plotext", "plotly", "tsdownsample")
-"""Of the extra `report`."""
+"""Packages of the extra `report`."""
 
 
 def report(
@@ -31,9 +31,9 @@ def report(
     show_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML file that shows runs, while they train or after: curves, events, data, checkpoints, results.
+    """Write one HTML file that shows runs during or after training: curves, events, data, checkpoints, results.
 
-    It needs no network and no other file. Nothing is written but this file.
+    It needs no network and no other file. No other file is written.
     """
     _check_installed()
     from m3i_scale.report.page import open_in_browser, write_report
@@ -52,7 +52,7 @@ def watch(
     run: Annotated[Path, typer.Argument(help="The output folder of a run.")],
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at its files.")] = 2.0,
 ) -> None:
-    """Show a run in the terminal while it trains: progress, curves, phases, hosts, warnings. Ends with q."""
+    """Show a run in the terminal while it trains: progress, curves, step timings, hosts, warnings. Press q to quit."""
     _check_installed()
     from m3i_scale.report.watch import watch as watch_run
 

@@ -1,4 +1,4 @@
-"""Show what `m3i-scale compare` has measured: as tables in a terminal, and as a page with pictures."""
+"""Results of `m3i-scale compare`: tables for the terminal, and a page with pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
 
 
 def comparison_table(document: dict[str, Any]) -> RenderableType:
-    """Return the document of `compare` as a table for each set, followed by what to know of it."""
+    """Return the document of `compare` as a table for each dataset, followed by notes."""
     parts: list[RenderableType] = [Text(line) for line in _models(document)]
     for name, of_set in document["sets"].items():
         table = Table(title=Text(_title(name, of_set)), title_justify="left")
@@ -36,9 +36,9 @@ def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[st
     """Write a page with the tables of a comparison and its pictures.
 
     Args:
-        document: of `compare`.
-        pictures: by set, `title`, `alt` and `jpeg` of its picture.
-        page: a path that `check_page` takes.
+        document: result of `compare`.
+        pictures: by dataset, `title`, `alt` and `jpeg` of its picture.
+        page: a path that passes `check_page`.
     """
     sets = [
         {
@@ -78,7 +78,7 @@ def _models(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _rows(of_set: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield measure, both figures, their difference, its interval, and what it says."""
+    """Yield metric, both values, their difference, its interval, and the direction of change."""
     for name, figures in of_set["measures"].items():
         before, after, difference = (figures[key] for key in ("before", "after", "difference"))
         yield (

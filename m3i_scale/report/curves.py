@@ -1,4 +1,4 @@
-"""Fill the charts of a report with the curves of one or several runs."""
+"""Chart data of a report, from the curves of one or several runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from m3i_scale.report.downsample import downsample
 from m3i_scale.report.run_files import RunFiles
 
 MOST_POINTS = 2_000
-"""Of one curve."""
+"""Maximum points per curve."""
 ALL_POINTS = 150_000
-"""Of all curves together: about 2.5 MB of the page."""
+"""Maximum points of all curves together: about 2.5 MB of the page."""
 _SUMMARISED = 6
-"""Of so many curves the text below a chart says the newest values."""
+"""Maximum number of curves with newest values in the text below a chart."""
 Points = tuple[NDArray[np.int64], NDArray[np.float64]]
 _ASKED = "/recent_asked"
 _IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 
 
 def filled_charts(runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    """Return the charts that any run has figures for, as plain JSON values; curves of one `group` share their colour.
+    """Return the charts with data from any run, as JSON values. Curves of one `group` share their color.
 
-    A curve has at most `MOST_POINTS` points, fewer where `ALL_POINTS` would not do: those that keep its shape (`thin`).
+    A curve is downsampled to `MOST_POINTS` points, or fewer to stay below `ALL_POINTS` in total (see `downsample`).
     """
     curves = [{**_evaluations_of(run), **_steps_of(run)} for run in runs]
     wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
@@ -54,9 +54,9 @@ def _evaluations_of(run: RunFiles) -> dict[str, Points]:
 
 
 def _series_of(chart: Chart, curves: Sequence[Mapping[str, Points]]) -> Iterator[tuple[int, str, Points]]:
-    """Yield run, name in the legend and points of the curves of a chart that have any finite point.
+    """Yield run, legend entry and points of a chart's curves that have any finite point.
 
-    Groups come before their sums, so that a group has the same colour in every chart.
+    Groups come before their sums, so that a group has the same color in every chart.
     """
     pattern = re.compile(chart.pattern)
     for run, by_name in enumerate(curves):
@@ -68,13 +68,13 @@ def _series_of(chart: Chart, curves: Sequence[Mapping[str, Points]]) -> Iterator
 
 
 def _every_so_many(steps: NDArray[np.int64], values: NDArray[np.float64], count: int) -> Points:
-    """Return at most `count` points, the same steps of every curve: those of a stack have to add up."""
+    """Return at most `count` points, at the same steps for every curve, because stacked values must add up."""
     chosen = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
     return steps[chosen], values[chosen]
 
 
 def _rounded(value: float) -> float | None:
-    """Return five digits of a number; None for what JSON does not have, which the largest floats become."""
+    """Round to five significant digits; None for values outside JSON, such as overflow of the largest floats."""
     rounded = float(f"{value:.5g}")
     return rounded if math.isfinite(rounded) else None
 

@@ -1,4 +1,4 @@
-"""Show the findings of the doctor in a terminal."""
+"""Terminal output of `m3i-scale doctor`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 3
 
 
 def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
-    """Return what is well, a line a check; what is not, a line a host with why and what to do; and the totals."""
+    """Return a table of environment checks and the totals. Passed checks share a line; others have one per host."""
     table = Table("", "check", "host", "found", box=None, pad_edge=False)
     counts = dict.fromkeys(_MARKS, 0)
     by_check: dict[str, list[Mapping[str, Any]]] = {}
@@ -49,7 +49,7 @@ def _hosts(found: list[Mapping[str, Any]]) -> str:
 
 
 def _together(findings: list[Mapping[str, Any]]) -> Text:
-    """Return the values, each once; where there are several, a line each with its hosts; of many, the first."""
+    """Return each distinct value once, with its hosts if there are several; only the first few of many."""
     hosts_of: dict[str, list[str]] = {}
     for finding in findings:
         hosts_of.setdefault(finding["value"], []).append(finding["host"])

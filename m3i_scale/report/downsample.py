@@ -1,4 +1,4 @@
-"""Thin curves, so that a page or a terminal draws few points and still shows every spike."""
+"""Downsampling of curves, so that a page or terminal draws few points but shows every spike."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tsdownsample import MinMaxLTTBDownsampler
 
 
 def downsample(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return at most `count` points of a curve, chosen by MinMaxLTTB: the extremes of every stretch are candidates, of
-    which largest-triangle-three-buckets takes those that change the drawn line most. No value is averaged or moved.
+    """Downsample a curve to at most `count` points with MinMaxLTTB. The extremes of every interval are candidates.
+    Largest-triangle-three-buckets selects those that change the line most. Values are never averaged or moved.
 
-    Points whose y is not finite are left out: no line can be drawn to them.
+    Points with non-finite y are dropped, because a line cannot show them.
 
     Source: Van Der Donckt et al., MinMaxLTTB: Leveraging MinMax-Preselection to Scale LTTB, 2023 (arXiv:2305.00332).
 

@@ -1,4 +1,4 @@
-"""Write pages of HTML that need nothing else: no network, no other file, and no script but the page's own."""
+"""Self-contained HTML pages: no network, no other files, and only embedded scripts."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ def check_page(page: Path, option: str) -> None:
     """Check that a page can be written to a path.
 
     Args:
-        page: where it is to be.
-        option: that named it.
+        page: output path.
+        option: name of the option, for errors.
     """
     if not page.parent.is_dir():
         raise ConfigError("the folder of the report is missing", where=str(page.parent), fix=f"mkdir -p {page.parent}")
-    if page.suffix != ".html" or page.is_dir():  # a slip must not replace a file of a run
+    if page.suffix != ".html" or page.is_dir():  # a typo must not overwrite a file of a run
         raise ConfigError("a report is a file that ends in .html", where=str(page), fix=f"{option} FILE.html")
 
 
 def rendered(template: str, **values: Any) -> str:
-    """Return a page of a template, with the style that all of them share; text in it is escaped."""
+    """Render a template with the shared style; text is HTML-escaped."""
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     return _environment().get_template(template).render(style=style, **values)
 
 
 def write_page(text: str, page: Path, option: str) -> None:
-    """Write a page; one that is there is replaced once the new one is whole.
+    """Write a page atomically, replacing an existing one.
 
     Args:
         text: of the page.
-        page: where it is to be, see `check_page`.
-        option: that named it.
+        page: output path, see `check_page`.
+        option: name of the option, for errors.
     """
     try:
         with replacing(page) as file:

@@ -1,4 +1,4 @@
-"""Collect what happened to a run beside its steps: starts, rewinds, warnings, lost hosts, its end."""
+"""Events of a run: restarts, rollbacks, warnings, lost hosts, failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.text import short, without_secrets
 
 _TIME = "%Y-%m-%d %H:%M:%S"
 MOST_MARKS = 100
-"""Of one kind: the newest are shown."""
+"""Maximum number of events per kind; only the newest are included."""
 KINDS = {
     "phase": "new phase",
     "resumed": "resumed",
@@ -22,16 +22,16 @@ KINDS = {
     "lost": "host lost",
     "failed": "failed",
 }
-"""Of marks, and what the page calls them."""
+"""Kinds of events, and their labels in the page."""
 
 
 def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNote | None) -> list[dict[str, Any]]:
-    """Return `kind, step, time, text` of what happened to a run, by time.
+    """Return `kind, step, time, text` of a run's events, sorted by time.
 
     Args:
-        run: as its files tell it.
-        attempts: of the package's own launcher.
-        failure: the first cause of the last one.
+        run: from its files.
+        attempts: of the elastic launcher.
+        failure: root cause of the last attempt.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for mark in (
@@ -48,7 +48,7 @@ def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNot
 
 
 def _phases(run: RunFiles) -> Iterator[dict[str, Any]]:
-    """Yield the borders between phases, each once: a resume that begins at one writes it again."""
+    """Yield stage changes, each once: a resume at such a step logs it again."""
     for line in {line["step"]: line for line in run.phases if line["step"]}.values():
         text = f"images of {line['image_size']} pixels from here on, micro-batches of {line['micro_batch_size']}"
         yield _mark("phase", line["step"], utc(unix_s(line)), text)
@@ -96,10 +96,10 @@ def _failed(run: RunFiles, failure: FailureNote | None) -> Iterator[dict[str, An
 
 
 def utc(time_s: float) -> str:
-    """Return a moment, given in Unix seconds, as text."""
+    """Format Unix seconds as text."""
     try:
         return datetime.fromtimestamp(time_s, timezone.utc).strftime(_TIME)
-    except (OverflowError, ValueError, OSError):  # of another age
+    except (OverflowError, ValueError, OSError):  # out of the supported range
         return "?"
 
 

@@ -1,4 +1,4 @@
-"""Read metrics.jsonl: whole files of a million lines in seconds, and later only what has been added."""
+"""Reader of metrics.jsonl: a million lines in seconds, then incremental."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 1 << 24
-"""That are read at a time. A longer line is none that a run has written."""
+"""Bytes per read. Longer lines are invalid, because no run writes them."""
 _STEP_LINE = b'{"kind": "train", '
-"""How lines of logged steps begin, which are nearly all."""
+"""Prefix of logged training steps, which are nearly all lines."""
 MOST_FIGURES = 5_000
-"""That a file can have; a run has some dozens."""
+"""Maximum number of metrics in a file; a run has a few dozen."""
 _MFU = "speed/mfu"
 _FACTS = ("kind", "step", "time")
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -32,27 +32,27 @@ _FIELDS: dict[str, dict[str, type]] = {
     "phase": {"image_size": int, "micro_batch_size": int},
     "end": {"status": str},
 }
-"""Fields that lines of a kind have beside `kind`, `step` and `time`, and their types; whole numbers are counts."""
+"""Additional required fields by kind, besides `kind`, `step` and `time`, with types. Integers are non-negative."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Holds logged steps, in their order."""
+    """Logged steps, in order."""
 
     steps: NDArray[np.int64]
     """Of shape N."""
     times_s: NDArray[np.float64]
-    """Of shape N: when they were logged, in Unix seconds."""
+    """Log times in Unix seconds, of shape N."""
     figures: dict[str, NDArray[np.float64]]
-    """By name, each of shape N; NaN where a step has none."""
+    """Metrics by name, each of shape N; NaN for missing values."""
 
 
 class MetricsFile:
-    """Reads a file of metrics, and later what has been added to it. Whoever writes it is not disturbed.
+    """Incremental reader of a metrics file, which may still be written to.
 
     Args:
         path: of the file; need not exist yet.
-        wanted: says by its name whether a figure is kept.
+        wanted: whether to load the metric with this name.
     """
 
     def __init__(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -64,15 +64,15 @@ class MetricsFile:
         self._read_bytes = 0
         self._last_step = -1
         self._names: dict[str, None] = {}
-        """Of all figures so far, in their order."""
+        """Names of all metrics so far, in order."""
         self._parts: list[Steps] = []
         self.records: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        """Lines that are of no logged step, by kind."""
+        """Lines other than logged steps, by kind."""
         self.unreadable = 0
-        """Lines that are torn, no JSON, too long, of other types, or of a step that is not later than those before."""
+        """Number of lines that are truncated, no JSON, too long, of wrong types, or not in step order."""
 
     def read_new_lines(self) -> None:
-        """Read what has been added. A file that was cut back, as a resumed run does, is read from its beginning.
+        """Read new lines. If the file was truncated, as by a resumed run, read it from the beginning.
 
         Raises:
             OSError: the file cannot be read.
@@ -89,13 +89,13 @@ class MetricsFile:
             self._begin(None)
 
     def steps(self) -> Steps:
-        """Return all logged steps that have been read."""
+        """Return all logged steps read so far."""
         if len(self._parts) != 1:
             self._parts = [_joined(self._parts)]
         return self._parts[0]
 
     def _new_lines(self, file: BinaryIO) -> Iterator[list[bytes]]:
-        """Yield whole lines, some megabytes at a time. The last line may be half written: it is read the next time."""
+        """Yield complete lines, some megabytes at a time. An incomplete last line is read next time."""
         file.seek(self._read_bytes)
         while block := file.read(BLOCK_BYTES):
             *lines, rest = block.split(b"\n")
@@ -104,7 +104,7 @@ class MetricsFile:
             elif len(block) < BLOCK_BYTES:
                 return
             else:
-                rest = b""  # a line that is too long is passed over; its end is a line that cannot be read
+                rest = b""  # a line that is too long is skipped; its end counts as unreadable
             self._read_bytes += len(block) - len(rest)
             file.seek(self._read_bytes)
 
@@ -127,9 +127,8 @@ class MetricsFile:
         self._add(steps)
 
     def _add(self, new: Steps) -> None:
-        """Keep those steps that are later than all before them: a run writes no others. Drop MFU above 1, which old
-        runs wrote if the peak was wrong.
-        """
+        """Append the steps that are later than all previous ones, because a run writes no others. Drop MFU above 1,
+        which old runs logged with a wrong peak."""
         if _MFU in new.figures:
             share = new.figures[_MFU]
             new = replace(new, figures=new.figures | {_MFU: np.where(share > 1, np.nan, share)})
@@ -144,11 +143,11 @@ class MetricsFile:
             self._parts.append(new)
 
     def _by_columns(self, lines: Sequence[bytes]) -> Steps | None:
-        """Return the steps of lines, fast; None where anything is unusual, such as a figure that has not been seen."""
+        """Parse steps with the fast path; None for unusual lines, such as lines with a new metric."""
         text = b"\n".join(lines)
         table = self._table(text)
         if table is None and (without := text.replace(b': "nan"', b": null")) != text:
-            table = self._table(without)  # a step without a figure has NaN for it, too
+            table = self._table(without)  # a step without this metric gives NaN as well
         if table is None or len(table) != len(lines):
             return None
         steps, times = table["step"], table["time"]
@@ -158,7 +157,7 @@ class MetricsFile:
         return Steps(steps.to_numpy(), times.cast(pa.int64()).to_numpy() / 1e6, figures)
 
     def _table(self, text: bytes) -> pa.Table | None:
-        """Return the columns of lines; None where any of them has another type or another name."""
+        """Return the columns of lines; None if any of them has an unexpected type or name."""
         facts = [("kind", pa.string()), ("step", pa.int64()), ("time", pa.timestamp("us", "UTC"))]
         schema = pa.schema([*facts, *((name, pa.float64()) for name in self._names)])
         options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
@@ -168,7 +167,7 @@ class MetricsFile:
             return None
 
     def _by_rows(self, records: Sequence[dict[str, Any]]) -> Steps:
-        """Return the steps of parsed lines, and learn the names of their figures."""
+        """Return the steps of parsed lines, and register the names of their metrics."""
         count = len(records)
         figures: dict[str, NDArray[np.float64]] = {}
         for row, record in enumerate(records):
@@ -184,22 +183,22 @@ class MetricsFile:
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of a line, those that are "nan", "inf" and "-inf" included."""
+    """Return the metrics of a line, including "nan", "inf" and "-inf"."""
     return {
-        name: float(value if type(value) is float else str(value))  # of a whole number beyond all floats: infinity
+        name: float(value if type(value) is float else str(value))  # integers beyond the float range become infinity
         for name, value in record.items()
         if name not in _FACTS and (type(value) in (int, float) or value in _NOT_FINITE)
     }
 
 
 def unix_s(record: dict[str, Any]) -> float:
-    """Return when a line was written, in Unix seconds; without a zone it is UTC."""
+    """Return the time of a line in Unix seconds; without a time zone it is UTC."""
     moment = datetime.fromisoformat(record["time"])
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line; None where it is none that a run writes."""
+    """Return the object of a line; None if it is invalid."""
     try:
         record = json.loads(line)
         unix_s(record)
@@ -214,14 +213,14 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_of(kind: type, value: Any) -> bool:
-    """Return whether a value has a type; of whole numbers, whether it counts something, in 63 bits."""
+    """Return whether a value has a type. Integers must be non-negative and fit into 63 bits."""
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 63
     return isinstance(value, kind)
 
 
 def _ahead(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
-    """Yield blocks, of which the next is read in a thread while one is parsed."""
+    """Yield blocks, prefetching the next one in a thread."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, blocks, None)
         while (block := coming.result()) is not None:
@@ -230,7 +229,7 @@ def _ahead(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
 
 
 def _joined(parts: list[Steps]) -> Steps:
-    """Return all steps of several parts, which are emptied on the way: there is no room for everything twice."""
+    """Concatenate parts. They are emptied on the way, because memory has no room for two copies."""
     steps = np.concatenate([np.empty(0, np.int64), *(part.steps for part in parts)])
     times_s = np.concatenate([np.empty(0), *(part.times_s for part in parts)])
     figures = {}

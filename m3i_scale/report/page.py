@@ -1,4 +1,4 @@
-"""Make one HTML file of one or several runs, that needs nothing else: no network, no other file."""
+"""Self-contained HTML report of one or several runs: no network, no other files."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ HEADINGS = {
     "checkpoints": "Checkpoints",
     "settings": "Settings",
 }
-"""Of the parts of a page, each under its tab."""
+"""Headings of the tabs of a page."""
 _MARK_LETTERS = 80
-"""Of what a mark says where the pointer is; the table of events has all of it."""
+"""Maximum length of an event in the tooltip; the table of events has the full text."""
 _MOST_BYTES = 9_300_000
-"""Of plotly.js, curves and pictures; with all the rest a page has less than 10 MB."""
+"""Maximum bytes of plotly.js, curves and pictures; everything else included, a page has less than 10 MB."""
 
 
 def write_report(
     folders: Sequence[Path], to: Path, *, evaluations: Sequence[Path] = (), pictures: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Write the report of one or several runs, while they train or after; only reads their files.
+    """Write the report of one or several runs, during or after training. The runs' files are only read.
 
     Args:
-        folders: output_dirs of runs, the first of which the others are compared with.
-        to: the page; one that is there is replaced once the new one is whole.
-        evaluations: documents of `evaluate` or `finetune`, beside those in the folders of the runs.
-        pictures: folders of pictures, beside those of the runs.
+        folders: output_dirs of runs; the others are compared with the first one.
+        to: the page, replaced atomically.
+        evaluations: additional documents of `evaluate` or `finetune`.
+        pictures: additional folders of pictures.
 
     Returns:
         `report`, `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
@@ -74,7 +74,7 @@ def write_report(
 
 
 def open_in_browser(page: Path) -> None:
-    """Show a page in the browser of whoever runs this."""
+    """Open a page in the user's browser."""
     if not webbrowser.open(page.absolute().as_uri()):
         raise ConfigError(
             "there is no browser here to open the report with",
@@ -142,8 +142,7 @@ def _by_name(facts: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def _distinct(runs: list[RunFiles]) -> list[str]:
-    """Return what runs are called: by their names, where several have the same by the part of their folders' paths in
-    which these differ."""
+    """Return unique labels of runs: their names, or for duplicate names the part of the folder path that differs."""
     names = [run.name for run in runs]
     paths = [run.folder.absolute().parts for run in runs]
     shared = set.intersection(*map(set, paths))
@@ -152,11 +151,11 @@ def _distinct(runs: list[RunFiles]) -> list[str]:
 
 
 def script_safe(value: Any) -> Markup:
-    """Return JSON that may stand within a <script>: no text of it can end the element or begin a comment."""
+    """Return JSON that is safe inside a <script>: its text cannot end the element or start a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _allowed(script: str) -> str:
-    """Return what the page's policy calls a script that may run: all others may not."""
+    """Return the hash of an allowed script for the page's content security policy, which blocks all others."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

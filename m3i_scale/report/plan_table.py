@@ -1,4 +1,4 @@
-"""Show a plan in a terminal: bars of memory, then traffic and time."""
+"""Terminal output of a plan: bars of memory, then traffic and time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from m3i_scale.text import duration_text
 
 ERROR = 0.1
-"""Room that a plan should leave: its error, and what an accelerator's allocator loses between tensors."""
+"""Recommended memory margin, for the error of the plan and fragmentation in the allocator."""
 
 
 def plan_table(document: dict[str, Any]) -> Group:
@@ -35,7 +35,7 @@ def plan_table(document: dict[str, Any]) -> Group:
 
 
 def _phase(number: int, phase: dict[str, Any]) -> Text:
-    """Return what one phase of a run takes, in words; all below is of the one with the largest peak."""
+    """Return the requirements of one stage of a run. Everything below is for the stage with the largest peak."""
     return Text(
         f"phase {number}: {phase['steps']:,} steps, images of {phase['image_size']} pixels, micro-batches of "
         f"{phase['micro_batch_size']}: {phase['peak_gib_per_rank']:.2f} GiB a rank, {phase['step_time_s']:.3g} s "
@@ -45,7 +45,7 @@ def _phase(number: int, phase: dict[str, Any]) -> Text:
 
 
 def _planned(choice: dict[str, Any], ranks: int) -> Text:
-    """Return what was planned, in words."""
+    """Return the planned configuration in words."""
     accumulation = choice["accumulation"]
     batch = f"{choice['micro_batch_size'] * accumulation * ranks:,} samples a step"
     return Text(
@@ -56,13 +56,13 @@ def _planned(choice: dict[str, Any], ranks: int) -> Text:
 
 
 def _rank_hours(document: dict[str, Any], hours: float) -> str:
-    """Return the hours of all ranks together, as hours of what a rank computes on."""
+    """Return the total hours of all ranks, as GPU hours or CPU-rank hours."""
     shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     return f"{shown} {'CPU-rank' if document['on_host'] else 'GPU'} hours"
 
 
 def _verdict(peak: float, limit: float) -> tuple[str, str]:
-    """Return whether the peak fits the limit, in words, and the colour of these words."""
+    """Return whether the peak fits the limit, in words, and the color of these words."""
     if peak > limit:
         return "does not fit", "red"
     if peak > (1 - ERROR) * limit:
@@ -119,7 +119,7 @@ def _figures(document: dict[str, Any]) -> Table:
 
 
 def _taken(choice: dict[str, Any]) -> str:
-    """Return what a choice takes, in words."""
+    """Return memory and time of a configuration in words."""
     times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
     return f"{choice['peak_gib_per_rank']:.2f} GiB, {times}"
 

@@ -1,4 +1,4 @@
-"""Read one recipe as a small graph: x → f_θ → f_ψ ↔ f_φ ← y. `recipe_mermaid.py` draws it."""
+"""Graph of a recipe: x → f_θ → f_ψ ↔ f_φ ← y. `recipe_mermaid.py` draws it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
 from m3i_scale.report.recipe_table import printable, weight_words, word
 
 _ALONE = {"none": "no regulariser"}
-"""Words that say nothing without a heading."""
+"""Words that need context without a heading."""
 _TOKENS = {
     "masked": "hidden patches",
     "blocks": "hidden blocks",
@@ -25,7 +25,7 @@ _TOKENS = {
 
 @dataclass(frozen=True)
 class Node:
-    """Holds a box of the graph: a heading, and what stands below it."""
+    """Box of the graph, with a title and details below it."""
 
     title: str
     details: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """Joins the prediction and the representation of a target by P̂."""
+    """Link by P̂ between the prediction and the representation of a target."""
 
     inputs: tuple[str, ...]
     decoder: str
@@ -42,16 +42,16 @@ class Link:
     likelihood: Node
     target: Node
     stopped: bool
-    """Whether no gradient reaches f_φ."""
+    """Whether f_φ receives no gradient."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Holds a recipe as boxes and the links between them; all text is printable."""
+    """Recipe as boxes and the links between them; all text is printable."""
 
     name: str
     notes: tuple[str, ...]
-    """Family, and how the weights come about where they are not fixed."""
+    """Family, and the loss weighting unless it is fixed."""
     mix: str | None
     inputs: dict[str, Node]
     backbone: Node
@@ -61,7 +61,7 @@ class Graph:
 
 
 def read_recipe(name_or_path: str) -> Recipe:
-    """Return the recipe of a built-in run file, by name, or of a run file, by path."""
+    """Return the recipe of a config file, by built-in name or path."""
     return load_run_and_recipe(name_or_path)[1]
 
 
@@ -117,7 +117,7 @@ def _encoder(recipe: Recipe, target: Target) -> Node:
 def _link(recipe: Recipe, target: Target) -> Link:
     told = target.summary()
     representation = str(told["representation"])
-    modality = () if target.modality in representation else (target.modality,)  # not: text, text embedding
+    modality = () if target.modality in representation else (target.modality,)  # avoids "text, text embedding"
     view = (f"view {told['view']}",) if told["view"] else ()
     tokens = (_TOKENS[told["tokens"]],) if told["tokens"] else ()
     online = isinstance(target, ImageTarget) and target.encoder == "online"

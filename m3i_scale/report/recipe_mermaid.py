@@ -1,4 +1,4 @@
-"""Write a recipe's graph as a Mermaid flowchart, which GitHub and most editors draw."""
+"""Mermaid flowchart of a recipe's graph, which GitHub and most editors render."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.report.recipe_graph import Graph, Node
 
 _NOT_PLAIN = re.compile(r"[^\w ·.,:=+/()→-]")
-"""Matches letters that may mean something to Mermaid, Markdown or HTML; they stand as character codes."""
+"""Characters that may be special in Mermaid, Markdown or HTML; they are written as character codes."""
 _LIST_MARK = re.compile(r"^(\d*)([.)+-])(?= )")
-"""Matches what makes a list of a text, in Markdown."""
+"""Prefix that starts a list in Markdown."""
 
 
 def write_mermaid(graph: Graph, path: Path) -> None:
-    """Write the flowchart of a graph; an existing file is replaced. `.md` files get it as a Markdown block."""
+    """Write the flowchart of a graph, replacing an existing file. In `.md` files it is a Markdown code block."""
     chart = render_mermaid(graph)
     try:
         path.write_text(

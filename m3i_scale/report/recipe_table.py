@@ -1,4 +1,4 @@
-"""Make the paper's table from recipes."""
+"""Table of recipes, as in the paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.config import known_recipes, read_yaml
 from m3i_scale.files import read_json
 
 ROWS = Path(__file__).with_name("recipes.json")
-"""The result of `described_rows`, stored: importing the recipes' classes, which compute with torch, takes seconds."""
+"""Stored result of `described_rows`: importing the recipe classes, which need torch, takes seconds."""
 FAMILIES = (
     "supervised",
     "weakly supervised",
@@ -27,7 +27,7 @@ FAMILIES = (
     "weakly + self-supervised",
     "all-in-one",
 )
-"""The paper's order; then what is several of them."""
+"""In the paper's order, followed by combinations."""
 _REPRESENTATIONS = ("category embedding", "text embedding", "dense pixels", "dense feature", "global feature")
 """The paper's order within a family."""
 _Columns = dict[tuple[str, ...], int]
@@ -51,7 +51,7 @@ _NARROW: _Columns = {
     ("f_φ", "f_ψ"): 13,
     ("w",): 5,
 }
-"""The same for 80."""
+"""The same for a total of 80."""
 
 
 _SPELLINGS = {
@@ -71,24 +71,24 @@ _SPELLINGS = {
 
 
 def word(value: str) -> str:
-    """Return a value of a recipe's field, as people spell it."""
+    """Return the display name of a recipe's field value."""
     return _SPELLINGS.get(value, value.replace("_", " "))
 
 
 def printable(text: str) -> str:
-    """Return text of others with a replacement character for whatever steers a terminal or is not allowed in XML."""
+    """Return untrusted text with a replacement character for terminal controls and characters that XML forbids."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def weight_words(weight: float | list[tuple[float, float]]) -> str:
-    """Return a target's weight; of a schedule, the first and the last value."""
+    """Format a target's weight; for a schedule, the first and the last value."""
     if isinstance(weight, list):
         return f"{weight[0][1]:g}→{weight[-1][1]:g}"
     return f"{weight:.4g}"
 
 
 def built_in_rows() -> list[dict[str, Any]]:
-    """Return the built-in recipes as `describe` tells them, in the paper's order."""
+    """Return the descriptions of the built-in recipes by `describe`, in the paper's order."""
     rows: list[dict[str, Any]] = read_json(ROWS)
     return rows
 
@@ -103,22 +103,22 @@ def described_rows() -> list[dict[str, Any]]:
 
 
 def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows by family, then what hides nothing before what does, then by representation, then by name."""
+    """Sort rows by family, then unmasked before masked, then by representation, then by name."""
     return sorted(rows, key=_rank)
 
 
 class RecipeTable:
-    """Shows described recipes as a table that fits the console it is printed on.
+    """Table of described recipes that adapts to the console width.
 
     Args:
-        rows: what `describe` gives, those of a family in a row.
+        rows: results of `describe`, grouped by family.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield a table with one column per field; with two where the console is narrow, so that no word is broken."""
+        """Yield a table with one field per column, or two on a narrow console, so that no word is broken."""
         columns = _WIDE if options.max_width >= _cells_of(_WIDE) else _NARROW
         table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for fields, width in columns.items():
@@ -148,12 +148,12 @@ def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:
 
 
 def _place(value: str, order: Sequence[str]) -> int:
-    """Return the place of a value; that of an unknown one is behind all known ones."""
+    """Return the position of a value; unknown values come last."""
     return order.index(value) if value in order else len(order)
 
 
 def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[str, Text]:
-    """Return the cells of a target's row, by the heading of their column."""
+    """Return the cells of a target's row, by column heading."""
     name = Text(printable(row["name"]) if first else "", style="bold")
     others = {
         "x": _inputs(row, target),
@@ -169,7 +169,7 @@ def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[
 
 
 def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
-    """Return the views of the inputs that predict the target, those that are alike together."""
+    """Return the views of the inputs that predict the target, grouped by masking."""
     views: dict[str, list[str]] = {}
     for entry in row["inputs"]:
         if entry["name"] in target["inputs"]:

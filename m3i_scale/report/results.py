@@ -1,4 +1,4 @@
-"""Show what evaluations have measured, each estimate with its interval: documents of `evaluate` and `finetune`."""
+"""Evaluation results with intervals, from documents of `evaluate` and `finetune`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from m3i_scale.report.run_files import RunFiles
 from m3i_scale.text import estimates, short, without_secrets
 
 EVALUATION, FINE_TUNED = "evaluation.json", "finetune.json"
-"""That `finetune` and the quickstart write into a run's folder."""
+"""Files that `finetune` and the quickstart write into a run's folder."""
 _LEFT, _WIDTH = 6.0, 208.0
-"""Of the axis from 0 to 1 in a drawn interval, pixels."""
+"""Axis from 0 to 1 of a drawn interval, in pixels."""
 _BYTES = 50_000_000
 _LETTERS = 3_000
 _SHOWN_KEYS = (
@@ -32,7 +32,7 @@ _SHOWN_KEYS = (
 
 
 def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
-    """Return the documents that lie in a run's folder, drawn; one that cannot be read says so in its place."""
+    """Return the rendered documents in a run's folder; an unreadable document is replaced by its error."""
     drawn = []
     for name in (FINE_TUNED, EVALUATION):
         path = run.folder / name
@@ -45,7 +45,7 @@ def documents_of_run(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def documents_of_files(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return documents that were asked for, drawn."""
+    """Return the rendered documents in the given files."""
     return [_document(path.name, path) for path in paths]
 
 
@@ -105,7 +105,7 @@ def _rows(measures: Any, before: str = "") -> Iterator[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return the number that a JSON value stands for, "nan" and "inf" included; None for anything else."""
+    """Convert a JSON value to a number, including "nan" and "inf"; None for anything else."""
     try:
         return None if isinstance(value, bool | dict | list) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -113,7 +113,7 @@ def _number(value: Any) -> float | None:
 
 
 def _words(value: Any) -> str:
-    """Return a value as a person would write it."""
+    """Format a value for people."""
     if isinstance(value, dict):
         return ", ".join(
             f"{key.replace('_', ' ')}: {_words(item)}" for key, item in value.items() if item not in (None, {})

@@ -1,4 +1,4 @@
-"""Read what a run has written about itself, while it trains or after: its settings, figures and events."""
+"""Reader of a run's files during or after training: settings, metrics and events."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from m3i_scale.scale.output_dir import METRICS, RUN_FILE, is_run_folder
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
 SCORES = {"top_1": "top-1", "miou": "mIoU", "box_ap": "box AP", "mask_ap": "mask AP"}
-"""What evaluations during training measure of a task, from 0 to 1: last part of the metric, and its name."""
+"""Task metrics of evaluations during training, from 0 to 1: last part of the metric name, and its label."""
 _RECENT = 20
-"""Records whose mean time of a step the time left is reckoned with."""
+"""Number of records for the mean step time, which determines the time left."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Holds what a run's folder tells of it. Figures are aligned with `steps`; docs/metrics.md says what they are."""
+    """Contents of a run's folder. Metrics are aligned with `steps`; docs/metrics.md documents them."""
 
     folder: Path
     name: str
     settings: dict[str, Any]
-    """The run file, as it was resolved at the last start; {} where there is none that can be read."""
+    """The config file, as resolved at the last start; {} if it cannot be read."""
     settings_fault: str | None
-    """Why the run file cannot be read."""
+    """Why the config file cannot be read."""
     starts: list[Record]
-    """The `run` lines: the first start and every resume, in their order."""
+    """The `run` lines: the first start and every resume, in order."""
     warnings: list[Record]
     rewinds: list[Record]
     phases: list[Record]
     evaluations: list[Record]
-    """Their figures are numbers, NaN and the infinities included."""
+    """Their metrics are numbers, including NaN and infinities."""
     ends: list[Record]
     steps: NDArray[np.int64]
     """Logged steps, of shape N, increasing."""
     times_s: NDArray[np.float64]
-    """When they were logged, of shape N, in Unix seconds."""
+    """Log times in Unix seconds, of shape N."""
     figures: dict[str, NDArray[np.float64]]
-    """By the names of metrics.jsonl, each of shape N; NaN where a step has none."""
+    """By the names in metrics.jsonl, each of shape N; NaN for missing values."""
     unreadable: int
-    """Lines that are torn, no JSON, too long, of other types, or of a step that is not later than those before."""
+    """Number of lines that are truncated, no JSON, too long, of wrong types, or not in step order."""
 
     @property
     def total_steps(self) -> int | None:
-        """Return the steps that the run is to have; None where it has not said so."""
+        """Return the configured number of steps; None if unknown."""
         if self.starts:
             return int(self.starts[-1]["total_steps"])
         optim = self.settings.get("optim")
@@ -62,13 +62,13 @@ class RunFiles:
 
     @property
     def step(self) -> int:
-        """Return the last step that is known to be done: logged, or gone on from, or ended at."""
+        """Return the last known step: logged, resumed from, or ended at."""
         marks = [line["step"] for line in (*self.starts[-1:], *self.ends[-1:], *self.rewinds[-1:])]
         return max([*marks, *map(int, self.steps[-1:])], default=0)
 
     @property
     def scores(self) -> dict[str, float]:
-        """Return the scores of the newest evaluation by their names in `SCORES`; of several heads, the best one."""
+        """Return the scores of the newest evaluation by their names in `SCORES`; for several heads, the best one."""
         newest = self.evaluations[-1] if self.evaluations else {}
         found: dict[str, float] = {}
         for key, words in SCORES.items():
@@ -79,8 +79,8 @@ class RunFiles:
 
     @property
     def left_s(self) -> float | None:
-        """Return the seconds that the steps to come will take, by the mean of the last records; None where no record
-        says how long a step takes, the run has ended, or nothing is left to do."""
+        """Return the seconds until the last step, estimated from recent records. None if no record has a step time, the
+        run has ended, or no steps are left."""
         recent_s = self.figures.get("speed/step_s", np.empty(0))[-_RECENT:]
         recent_s = recent_s[np.isfinite(recent_s)]
         if self.status is not None or self.total_steps is None or not recent_s.size or self.step >= self.total_steps:
@@ -89,20 +89,20 @@ class RunFiles:
 
     @property
     def status(self) -> str | None:
-        """Return how the last start has ended (`finished`, `preempted`, `failed`); None where it has not said so."""
+        """Return the status of the last start (`finished`, `preempted`, `failed`); None if it has not recorded one."""
         begun_s, ended_s = (max(map(unix_s, lines), default=0.0) for lines in (self.starts, self.ends))
         return str(self.ends[-1]["status"]) if self.ends and ended_s >= begun_s else None
 
 
 class RunReader:
-    """Reads a run's folder, and later what has been added to it. Nothing is written.
+    """Incremental reader of a run's folder. Nothing is written.
 
     Args:
         folder: the output_dir of a run.
-        wanted: says by its name whether a figure is kept.
+        wanted: whether to load the metric with this name.
 
     Raises:
-        ConfigError: no run has begun there, or it cannot be looked into.
+        ConfigError: the folder has no run, or cannot be read.
     """
 
     def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -117,7 +117,7 @@ class RunReader:
         self._metrics = MetricsFile(folder / METRICS, wanted)
 
     def read(self) -> RunFiles:
-        """Return what the folder tells now."""
+        """Return the current contents of the folder."""
         try:
             self._metrics.read_new_lines()
         except OSError as error:
@@ -133,7 +133,7 @@ class RunReader:
             settings_fault = error.what
         lines, logged = self._metrics.records, self._metrics.steps()
         figures = logged.figures
-        if not any(name.endswith("/nats") for name in figures):  # the sum of nothing, of a task
+        if not any(name.endswith("/nats") for name in figures):  # for a task it would be the sum of no terms
             figures = {name: values for name, values in figures.items() if name != "information"}
         started = [start["name"] for start in lines["run"][-1:]]
         names = [settings.get("name"), *started, self._folder.absolute().name]
@@ -156,7 +156,7 @@ class RunReader:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Return what a run's folder tells of it. While the run writes, the last line may be half written: it is left out.
+    """Return the contents of a run's folder. An incomplete last line, as during training, is ignored.
 
     Args:
         folder: the output_dir of a run.

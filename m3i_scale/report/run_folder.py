@@ -1,4 +1,4 @@
-"""Read what lies in a run's folder beside its figures: checkpoints, quarantine, attempts, failure, hosts."""
+"""Other files in a run's folder: checkpoints, corrupt samples, attempts, failure, hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Document = TypeVar("Document")
 
 
 def checkpoints_of(run: RunFiles) -> dict[str, Any]:
-    """Return the document of `checkpoint list`: every checkpoint with step, bytes, age, whether good, what keeps it."""
+    """Return the document of `checkpoint list`: every checkpoint with step, bytes, age, validity and retention rules."""
     facts = ("kind", "step", "time")
     metrics = {
         line["step"]: {name: value for name, value in line.items() if name not in facts} for line in run.evaluations
@@ -38,20 +38,20 @@ def checkpoints_of(run: RunFiles) -> dict[str, Any]:
 
 @dataclass
 class Quarantined:
-    """Holds what was put aside for one reason."""
+    """Corrupt samples with the same reason."""
 
     count: int = 0
-    """Lines: a sample or a whole shard each."""
+    """Number of lines, each for a sample or a full shard."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """The first ones: `source`, `url`, `key` ("*": the whole shard), `offset`, `reason`, `detail`."""
+    """The first ones: `source`, `url`, `key` ("*": the full shard), `offset`, `reason`, `detail`."""
 
 
 def quarantine_of(folder: Path, examples: int = 6) -> dict[str, Quarantined]:
-    """Return what a run has put aside, by reason; {} where it has put aside nothing.
+    """Return the corrupt samples of a run, by reason; {} if there are none.
 
     Args:
         folder: of the run.
-        examples: that are kept of a reason.
+        examples: maximum number of examples per reason.
     """
     found: dict[str, Quarantined] = {}
     for entry in _objects(folder / QUARANTINE):
@@ -66,13 +66,13 @@ def quarantine_of(folder: Path, examples: int = 6) -> dict[str, Quarantined]:
 
 
 class FailureNote(BaseModel):
-    """Says how a rank, or a host, has ended."""
+    """Failure of a rank or a host."""
 
     time: float
     """Unix seconds."""
     host: str
     rank: int | None
-    """None: the host as a whole."""
+    """None: the complete host."""
     step: int | None
     phase: str | None
     kind: str
@@ -80,7 +80,7 @@ class FailureNote(BaseModel):
 
 
 class AttemptNote(BaseModel):
-    """Says how one attempt of the package's own launcher went."""
+    """One attempt of the elastic launcher."""
 
     attempt: int
     hosts: list[str]
@@ -93,10 +93,10 @@ class AttemptNote(BaseModel):
     ended: float
     """Unix seconds."""
     lost: list[str]
-    """Hosts that were cut off or went down."""
+    """Hosts that became unreachable or went down."""
     came_back: list[str]
     slow: list[str]
-    """A sentence for each host that the others waited for."""
+    """A sentence for each straggler."""
     cause: FailureNote | None
 
 
@@ -105,29 +105,29 @@ class _Failed(BaseModel):
 
 
 def attempts_of(folder: Path) -> list[AttemptNote]:
-    """Return the attempts of the last launch by `launch --with elastic` that have ended, in their order."""
+    """Return the finished attempts of the last launch by `launch --with elastic`, in order."""
     return _document(folder / ATTEMPTS, list[AttemptNote]) or []
 
 
 def failure_of(folder: Path) -> FailureNote | None:
-    """Return the first cause of the last failure; None where the run has not failed, or no launcher has noted it."""
+    """Return the root cause of the last failure; None if the run has not failed, or no launcher recorded it."""
     failed = _document(folder / FAILURE, _Failed)
     return None if failed is None else failed.cause
 
 
 @dataclass(frozen=True)
 class RankSign:
-    """Says when something was last heard of a rank."""
+    """Last sign of life of a rank."""
 
     host: str
     rank: int
     heard_s: float
-    """Unix seconds: when it last printed a line, or began."""
+    """Unix seconds of its last log line, or of its start."""
 
 
 def ranks_of(folder: Path) -> list[RankSign]:
-    """Return what the files of a run tell of its ranks, by host and rank: from what they print under the package's own
-    launcher, else from the notes of ranks that have begun and not ended. Nobody else writes where they are."""
+    """Return the ranks of a run by host and rank. The source is their logs under the elastic launcher, or else the
+    records of ranks that started and have not ended. Other launchers leave no such files."""
     printed, begun = [*_printed(folder)], [*_begun(folder)]
     newest = max(printed, begun, key=lambda signs: max((sign.heard_s for sign in signs), default=0.0))
     return sorted(newest, key=lambda sign: (sign.host, sign.rank))
@@ -156,7 +156,7 @@ def _begun(folder: Path) -> Iterator[RankSign]:
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of lines, but for lines that are torn or of any other kind."""
+    """Yield the objects of a JSON Lines file, without truncated or invalid lines."""
     try:
         with path.open("rb") as file:
             while line := file.readline(_LONGEST_LINE):
@@ -171,7 +171,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _document(path: Path, kind: type[Document]) -> Document | None:
-    """Return a JSON document of one kind; None where there is none."""
+    """Return a validated JSON document; None if the file does not exist."""
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:

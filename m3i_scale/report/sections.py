@@ -1,4 +1,4 @@
-"""Gather what a report shows of one run beside its curves, as texts for the templates."""
+"""Sections of a report about one run apart from curves, as texts for the templates."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from m3i_scale.report.run_folder import Quarantined, attempts_of, checkpoints_of
 from m3i_scale.text import quoted, redact, size_text
 
 _MOST_SAMPLES = 24
-"""Of the quarantine, as pictures."""
+"""Maximum number of thumbnails of corrupt samples."""
 
 
 def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
-    """Return all that the templates show of one run beside its curves. A file of the run that cannot be read is named
-    there, and the rest is shown."""
+    """Return all template values of one run except its curves. An unreadable file is listed as an error, and the rest
+    is included."""
     faults = Faults()
     checkpoints = faults.note(checkpoints_of, run) or {"checkpoints": []}
     quarantine = faults.note(quarantine_of, run.folder) or {}
@@ -61,10 +61,10 @@ def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _samples(quarantine: dict[str, Quarantined]) -> list[dict[str, str | None]]:
-    """Return some samples of every reason, as pictures where they decode."""
+    """Return some samples of every reason, with thumbnails if they can be decoded."""
     if not quarantine:
         return []
-    # It imports torch, which takes seconds.
+    # imports torch, which takes seconds
     from m3i_scale.report.bad_samples import shown_samples
 
     each = max(1, min(4, _MOST_SAMPLES // len(quarantine)))
@@ -73,7 +73,7 @@ def _samples(quarantine: dict[str, Quarantined]) -> list[dict[str, str | None]]:
 
 
 def _sources(run: RunFiles) -> list[dict[str, str]]:
-    """Return the newest share, the one asked for and the passes of every source, as texts."""
+    """Return the newest actual fraction, target fraction and epochs of every dataset, as texts."""
     forms = {"share": "{:.1%}", "asked": "{:.1%}", "epoch": "{:.3g}"}
     sources = []
     for figure in run.figures:

@@ -1,4 +1,4 @@
-"""Show what a backbone started from: as a table for people, and in start.json."""
+"""Report on pretrained weights at the start of a run: as a table, and in start.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "start.json"
 
 
 def tell_start(report: dict[str, Any], run: RunConfig) -> None:
-    """Print what became of every tensor of the source, and keep it in the run's folder."""
+    """Print the load result of every tensor of the pretrained weights, and save it in the run's folder."""
     console = wide_console(stderr=True, soft_wrap=True)
     console.print(start_table(report))
     try:
@@ -29,12 +29,12 @@ def tell_start(report: dict[str, Any], run: RunConfig) -> None:
 
 
 def other_images(normalisation: Mapping[str, list[float]], image_size: int | None, run: RunConfig) -> list[str]:
-    """Say in what the images of a run are others than those that its weights were trained with: often not meant.
+    """Return warnings about image settings that differ from the pretrained weights, which is often a mistake.
 
     Args:
-        normalisation: of the weights, as in `Source`; empty where they do not say it.
-        image_size: of the weights, in pixels; None where their positions are for any size.
-        run: the run file.
+        normalisation: of the weights, as in `Source`; empty if unknown.
+        image_size: of the weights, in pixels; None if their position embeddings fit any size.
+        run: the config.
     """
     told = []
     seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
@@ -56,7 +56,7 @@ def other_images(normalisation: Mapping[str, list[float]], image_size: int | Non
 
 
 def start_table(report: dict[str, Any]) -> Table:
-    """Return the report of `plan_load` as a table; names that differ by the number of their layer share a line."""
+    """Return the report of `plan_load` as a table; names that differ only by layer number share a line."""
     table = Table("start", "", box=None, show_header=False)
     for what, told in lines(report):
         table.add_row(Text(what, style="bold"), Text(told))
@@ -64,7 +64,7 @@ def start_table(report: dict[str, Any]) -> Table:
 
 
 def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (what, how much of it) of a report."""
+    """Return (topic, text) rows of a report."""
     rows = [
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
@@ -82,5 +82,5 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _by_layer(pair: str) -> str:
-    """Return the name with N for the number of its layer, so that all layers have the same name."""
+    """Replace the layer number in a name by N, so that the names of all layers are equal."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", pair)

@@ -1,4 +1,4 @@
-"""Draw one curve as lines of text."""
+"""Text chart of one curve."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from numpy.typing import NDArray
 from m3i_scale.report.downsample import downsample
 
 _LARGEST = 1e300
-"""Beyond it plotext's differences of values would be infinite."""
+"""For larger values, differences computed by plotext would overflow."""
 
 
 def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int, form: str = "{:.4g}") -> list[str]:
-    """Return the lines of a chart, all of them `width` letters.
+    """Return the lines of a chart, each of `width` letters.
 
     Args:
         x: steps, of shape N, increasing.
-        y: of shape N. Values that are not finite are left out.
+        y: of shape N. Non-finite values are dropped.
         width: of the chart, in letters.
         height: in lines.
-        form: of the lowest and the highest value, which stand beside the chart.
+        form: format of the minimum and maximum labels.
     """
-    x, y = downsample(
-        x, y, 4 * width
-    )  # a letter of braille is two dots wide; a spike takes its highest and lowest point
+    x, y = downsample(x, y, 4 * width)  # a braille letter is two dots wide; a spike needs its highest and lowest point
     y = y.clip(-_LARGEST, _LARGEST)
     figure = plotext.figure
     plotext.terminal.limit(False, False)

@@ -1,4 +1,4 @@
-"""`m3i-scale watch` shows a run in a terminal while it trains, from what it writes; nothing of it is changed."""
+"""`m3i-scale watch`: read-only terminal dashboard of a run during training, from its files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from m3i_scale.report.watch_view import Watched, is_shown, render_lines
 from m3i_scale.scale.output_dir import QUARANTINE, holder_of
 
 _LOOK_S = 0.2
-"""How soon a changed size of the terminal is seen."""
+"""Interval for detecting a resized terminal."""
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _PLAIN_COLUMNS = 80
 
 
 def watch(folder: Path, every_s: float) -> None:
-    """Show a run until `q` or Ctrl-C. Elsewhere than on a terminal it is shown once, as plain text.
+    """Show a run until `q` or Ctrl-C. Without a terminal, print it once as plain text.
 
     Args:
         folder: the output_dir of a run.
-        every_s: how often its files are looked at.
+        every_s: polling interval of its files.
     """
     files = _Files(folder)
     console = Console()
@@ -57,7 +57,7 @@ def watch(folder: Path, every_s: float) -> None:
 
 
 class _Files:
-    """Looks at the files of a run again and again."""
+    """Poller of a run's files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,7 +66,7 @@ class _Files:
         self._quarantine_bytes = 0
 
     def poll(self) -> Watched:
-        """Return what they tell now."""
+        """Return their current contents."""
         folder, file = self._folder, self._folder / QUARANTINE
         size = file.stat().st_size if file.is_file() else 0
         if size != self._quarantine_bytes:
@@ -84,18 +84,18 @@ class _Files:
 def _holder(folder: Path) -> str | None:
     try:
         holder = holder_of(folder)
-    except CheckpointError as error:  # it is just starting, or the lock cannot be looked at
+    except CheckpointError as error:  # it is just starting, or the lock cannot be read
         return error.what
     return None if holder is None else str(holder)
 
 
 @contextmanager
 def _keys() -> Iterator[Callable[[], bool]]:
-    """Give what waits a moment for keys, as they are typed, and returns whether to end: for `q`, for Ctrl-C, and where
-    no more can come. Standard input gets its state back however this ends."""
+    """Yield a function that waits briefly for typed keys and returns whether to end: for `q`, Ctrl-C or end of input.
+    The state of standard input is always restored."""
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
-    # Noted, not raised: an exception that comes while a finalizer or a callback runs is lost.
+    # A flag instead of an exception, which would be lost inside a finalizer or callback.
     interrupted = threading.Event()
     handlers = {number: signal.signal(number, _end) for number in _ENDING}
     handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
@@ -113,7 +113,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def _is_ended(keyboard: int) -> bool:
-    """Wait a moment for keys; return whether one of them is `q`, or no more can come."""
+    """Wait briefly for keys; return whether one of them is `q`, or input has ended."""
     ready, _, _ = select.select([keyboard], [], [], _LOOK_S)
     if not ready:
         return False

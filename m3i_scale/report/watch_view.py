@@ -1,4 +1,4 @@
-"""Draw a run for a terminal of any size: how far it is, curves, phases, hosts, what went wrong."""
+"""Dashboard of a run for terminals of any size: progress, curves, step timings, hosts, problems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m3i_scale.report.terminal_chart import curve
 from m3i_scale.text import duration_text, filled, listed
 
 _LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12
-"""Of a chart, with its title."""
+"""Size of a chart, including its title."""
 _EVENTS = 4
 _FIGURES = {
     "loss": ("loss", "{:.4g}"),
@@ -34,18 +34,18 @@ _WITHOUT_CURVE = ("lr", "memory_gib")
 
 
 def is_shown(figure: str) -> bool:
-    """Return whether a figure of metrics.jsonl is drawn or written here."""
+    """Return whether the dashboard uses a metric of metrics.jsonl."""
     of_group = figure.startswith("group/") and figure.endswith(("/nats", "/loss"))
     return of_group or figure in (*_FIGURES, "speed/step_s") or figure.startswith("phases/")
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Holds what is shown of a run at one moment."""
+    """State of a run at one moment."""
 
     run: RunFiles
     holder: str | None
-    """Who writes into the folder, in words; None: nobody."""
+    """Process that writes into the folder, in words; None if there is none."""
     ranks: Sequence[RankSign]
     attempts: Sequence[AttemptNote]
     quarantine: dict[str, Quarantined]
@@ -53,12 +53,12 @@ class Watched:
 
 
 def render_lines(watched: Watched, width: int, height: int | None) -> list[Text]:
-    """Return the lines of a picture of the run, none longer than `width`.
+    """Return the lines of the dashboard, none longer than `width`.
 
     Args:
         watched: the run.
         width: of the terminal, in letters.
-        height: in lines; charts have what the rest leaves. None: as many as there are.
+        height: in lines; charts use the remaining lines. None: no limit.
     """
     head, foot = [*_head(watched, width)], [*_foot(watched, width)]
     room = None if height is None else height - len(head) - len(foot)
@@ -101,7 +101,7 @@ def _state(watched: Watched) -> str:
 
 
 def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, words, value) of the last figures."""
+    """Yield (name, words, value) of the newest metrics."""
     for name, (words, form) in _FIGURES.items():
         if name in run.figures:
             yield name, words, form.format(run.figures[name][-1])
@@ -110,7 +110,7 @@ def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 
 
 def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
-    """Yield the nats of every group, or its loss where nats are not measured."""
+    """Yield the nats of every group, or its loss if nats are not computed."""
     for group in dict.fromkeys(name.split("/")[1] for name in run.figures if name.startswith("group/")):
         for name, unit in ((f"group/{group}/nats", "nats"), (f"group/{group}/loss", "loss")):
             known = run.figures.get(name, np.empty(0))
@@ -121,11 +121,11 @@ def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 
 
 def _charts(run: RunFiles, width: int, room: int | None) -> list[Text]:
-    """Return rows of charts, as many as there is room for: the most important first."""
+    """Return rows of charts, most important first, within the available height."""
     columns = max(1, width // _LEAST_COLUMNS)
     chart_width = max(1, width // columns - 1)
     shown = [chart for chart in _latest(run) if chart[0] not in _WITHOUT_CURVE]
-    count = len(shown) + 1  # that of phases
+    count = len(shown) + 1  # the chart of step timings
     rows = math.ceil(count / columns)
     height = _MOST_LINES
     if room is not None:
@@ -175,7 +175,7 @@ def _foot(watched: Watched, width: int) -> Iterator[Text]:
 
 
 def _events(watched: Watched) -> Iterator[tuple[float, str]]:
-    """Yield (Unix seconds, sentence) of what went wrong."""
+    """Yield (Unix seconds, sentence) of problems."""
     for line in watched.run.warnings:
         yield unix_s(line), f"step {line['step']:,}: {line['group']}: {line['what']} ({line['why']})"
     for line in watched.run.rewinds:
@@ -196,7 +196,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _wrapped(text: str, width: int, style: str) -> Iterator[Text]:
-    """Yield the lines of a sentence, three at most."""
+    """Yield the lines of a sentence, at most three."""
     lines = textwrap.wrap(_clean(text), max(width, 10), max_lines=3, placeholder=" …")
     yield from (Text(line, style) for line in lines)
 
@@ -206,11 +206,11 @@ def _title(text: str, width: int) -> Text:
 
 
 def _bar(share: float, width: int) -> str:
-    """Return a bar over its whole width: `━━━───`."""
+    """Return a progress bar of the given width: `━━━───`."""
     done = round(min(1.0, max(0.0, share)) * width) if math.isfinite(share) else 0
     return "━" * done + "─" * (width - done)
 
 
 def _clean(text: str) -> str:
-    """Return text of a file without what would move the cursor, ring or change colours."""
+    """Return text from a file without control characters."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)

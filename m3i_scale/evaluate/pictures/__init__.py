@@ -1,1 +1,1 @@
-"""Draw what a model has learnt, from arrays: features, attention, ranks, predictions."""
+"""Visualizations of learned features, attention, rankings and predictions."""

@@ -1,4 +1,4 @@
-"""Draw what the image vector is made of: attention of the class token or of a pooling head, else the mean's patches."""
+"""Picture of patch weights in the image vector: attention of class token or pooling head, or similarity to the mean."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ CLASS_TOKEN = "Attention of the class token to the patches, last layer"
 
 @dataclass(frozen=True)
 class Attention:
-    """Holds, for every image, how much each patch enters the image vector."""
+    """Weight of each patch in the image vector, for every image."""
 
     maps_NHL: NDArray[np.float64]
-    """By head; of a model without attention one map."""
+    """By head; a single map for models without attention."""
     title: str
-    """What the maps are."""
+    """Description of the maps."""
 
 
 @torch.no_grad()
 def attention_of(model: Any, pixels_BCHW: Tensor, hidden: Tensor, patches: int | None) -> Attention:
-    """Return the last attention of the class token, that of a pooling head (SigLIP), or, in a model that has neither,
-    the cosine of every patch to the mean of all patches.
+    """Return the last attention of the class token, or of a pooling head (SigLIP). For other models, return the cosine
+    of every patch to the mean of all patches.
 
     Args:
         model: of `transformers`, in evaluation mode.
-        pixels_BCHW: what it reads, normalised.
-        hidden: what it makes of them, see `pool_tokens`.
-        patches: number of patch tokens; None where the model has no plain grid.
+        pixels_BCHW: its normalized input.
+        hidden: its last hidden state, see `pool_tokens`.
+        patches: number of patch tokens; None if the model has no plain grid.
 
     Raises:
-        NotMeasuredError: a class token whose attention the model does not give.
+        NotMeasuredError: the model has a class token but does not return its attention.
     """
     tokens_BLD = patch_tokens(hidden, patches)
     head: Any = getattr(model, "head", None)
@@ -62,13 +62,13 @@ def attention_of(model: Any, pixels_BCHW: Tensor, hidden: Tensor, patches: int |
 
 
 def similarity_to_mean(tokens_NLD: NDArray[np.float64]) -> Attention:
-    """Return what is drawn of a model without attention: the cosine of every patch to the mean of all patches."""
+    """Return the map for models without attention: the cosine of every patch to the mean of all patches."""
     title = "Similarity (cosine) of every patch to the mean of all: the model has no class token"
     return Attention(cosines(tokens_NLD.mean(axis=1), tokens_NLD)[:, None], title)
 
 
 def _of_class_token(model: Any, pixels_1CHW: Tensor, patches: int) -> Tensor:
-    """Return the attention of one image: (1, H, L). All layers give theirs, which for many images would not fit."""
+    """Return the attention of one image: (1, H, L). For many images, attention of all layers would not fit into memory."""
     layers = None
     if not isinstance(model, TimmWrapperModel):
         with _eager(model):
@@ -81,7 +81,7 @@ def _of_class_token(model: Any, pixels_1CHW: Tensor, patches: int) -> Tensor:
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """Let a model compute attention as matrix products for a while: fused kernels do not give the weights."""
+    """Use eager attention temporarily: fused kernels do not return the weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -91,10 +91,10 @@ def _eager(model: Any) -> Iterator[None]:
 
 
 def attention(images: Sequence[Image.Image], names: Sequence[str], shown: Attention) -> Picture:
-    """Return the picture `attention`: images, the mean over heads, and every head, each map from its least to its most.
+    """Return the picture `attention`: images, the mean over heads, and every head, each map scaled to its range.
 
     Raises:
-        NotMeasuredError: the patches are no square grid, or the maps hold NaN.
+        NotMeasuredError: the patches do not form a square grid, or the maps contain NaN.
     """
     check_finite(shown.maps_NHL)
     side, heads = side_of(shown.maps_NHL.shape[2]), shown.maps_NHL.shape[1]

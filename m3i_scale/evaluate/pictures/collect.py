@@ -1,4 +1,4 @@
-"""Draw all pictures of an evaluation that its model and data allow, on a handful of samples."""
+"""All pictures of an evaluation that its model and data support, for a few samples."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
 from m3i_scale.evaluate.towers import Towers
 
 SAMPLES = 8
-"""So many are shown, unless fewer are named: more would make a picture of a size that no page takes."""
+"""Default and maximum number of samples: more would make the picture too large for a page."""
 _SEED = 20_230
 _START, _SHARE = 0.1, 0.7
-"""The other view begins at this share of both sides, is as long as that one, and mirrored."""
+"""The second view starts at this fraction of both sides, has this fraction of their length, and is mirrored."""
 
 
 def check_samples(table: Table, keys: Sequence[str]) -> None:
-    """Check that all named samples can be shown, as far as that is known before they are read."""
+    """Check the given sample keys, as far as possible before reading the samples."""
     if len(keys) > SAMPLES:
         raise ConfigError(
             f"{len(keys)} samples are too many for a picture",
@@ -48,7 +48,7 @@ def check_samples(table: Table, keys: Sequence[str]) -> None:
 
 
 def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
-    """Return the numbers of the samples that are shown: those named, else a draw that depends on the data alone."""
+    """Return the indices of the given samples, or of a random selection that depends only on the data."""
     if keys is None:
         chosen = np.random.default_rng(_SEED).permutation(len(table))[:SAMPLES]
         return [int(number) for number in chosen]
@@ -64,18 +64,18 @@ def choose(table: Table, keys: Sequence[str] | None) -> list[int]:
 
 
 def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sample]:
-    """Return a few of the samples of a table, by number."""
+    """Read selected samples of a table, and return them by index."""
     asked = sorted(set(numbers))
     places = [table.places[number] for number in asked]
     return dict(zip(asked, read_samples(Table(table.shards, table.classes), size, places=places), strict=True))
 
 
 def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
-    """Return another view of an image, mirrored and cut, the patch in the middle of the image, and that of the other
-    view which shows the same place.
+    """Return a second view of an image (mirrored and cropped), and the index of the image's center patch. Also return
+    the index of the patch at the same location in the second view.
 
     Args:
-        image: a square.
+        image: a square image.
         side: patches along a side.
     """
     start, end = _START * image.width, (_START + _SHARE) * image.width
@@ -87,12 +87,12 @@ def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
 
 
 def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[str, Any]:
-    """Write the pictures of an evaluation, and return what its document says of them.
+    """Write the pictures of an evaluation, and return their entry for its document.
 
     Args:
-        job: what was read and encoded.
-        folder: exists.
-        keys: of the samples that are shown; None: a fixed choice.
+        job: encoded samples.
+        folder: an existing folder.
+        keys: keys of the samples; None: a fixed selection.
     """
     drawing = EvaluationPictures(job, keys)
     pictures, absent = drawing()
@@ -105,11 +105,11 @@ def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[st
 
 
 class EvaluationPictures:
-    """Draws the pictures of an evaluation.
+    """Pictures of an evaluation.
 
     Args:
-        job: what was read and encoded.
-        keys: of the samples that are shown; None: a fixed choice.
+        job: encoded samples.
+        keys: keys of the samples; None: a fixed selection.
 
     Raises:
         DataError: see `choose`.
@@ -119,14 +119,14 @@ class EvaluationPictures:
         self._job, self._table = job, job.test.table
         self._numbers = choose(self._table, keys)
         self.keys = [self._table.keys[number] for number in self._numbers]
-        """Of the samples that are shown."""
+        """Keys of the selected samples."""
         samples = read_again(self._table, self._numbers, job.vision.size)
         self.images = [image_of(samples[number].pixels) for number in self._numbers]
-        """At the size of the model."""
+        """At the input size of the model."""
         self.names = [self._name(number) for number in self._numbers]
 
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
-        """Return the pictures, and by name the reason of each that the model or the data do not allow."""
+        """Return the pictures, and the reason for each picture that model or data do not support."""
         pictures, absent = [], {}
         for name, draw in {
             "dense_pca": self._dense_pca,
@@ -150,17 +150,17 @@ class EvaluationPictures:
 
     @torch.no_grad()
     def _encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return what the model makes of images, one at a time: there may be many, and they may be large."""
+        """Return hidden states of images, one at a time, because there may be many large images."""
         return torch.cat([self._job.vision.hidden(pixels_BCHW) for pixels_BCHW in _stacked(images).split(1)])
 
     @cached_property
     def _hidden(self) -> Tensor:
-        """Return what the model makes of the samples that are shown."""
+        """Return the hidden states of the selected samples."""
         return self._encode(self.images)
 
     @property
     def patch_features(self) -> NDArray[np.float64]:
-        """Return the features of the patches of the samples that are shown: (N, L, D)."""
+        """Return the patch features of the selected samples: (N, L, D)."""
         return self._tokens(self._hidden)
 
     def _tokens(self, hidden: Tensor) -> NDArray[np.float64]:
@@ -197,12 +197,12 @@ class EvaluationPictures:
         return [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
 
     def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
-        """Read the images of candidates, and return their cells by number."""
+        """Read the images of candidates, and return their cells by index."""
         samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
         return {number: Cell(image_of(sample.pixels), self._name(number)) for number, sample in samples.items()}
 
     def _captioned(self) -> tuple[Towers, list[int]]:
-        """Return the towers, and the places of the shown samples that have a caption."""
+        """Return the towers, and the positions of the selected samples with a caption."""
         if self._job.towers is None:
             raise NotMeasuredError(self._job.no_towers or "no text tower")
         asked = [place for place, number in enumerate(self._numbers) if self._table.captions[number]]

@@ -1,4 +1,4 @@
-"""Draw which classes are taken for which."""
+"""Confusion matrix of classes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from m3i_scale.evaluate.pictures.draw import INK, drawable
 from m3i_scale.evaluate.pictures.write import Picture
 
 MOST_CLASSES = 20
-"""Of more, those that are confused most are drawn."""
+"""Maximum number of classes; if there are more, the most confused ones are drawn."""
 OTHERS = "others"
 _CELL, _MARGIN, _LETTERS, _LETTER_SIZE = 38, 12, 28, 13
 _CORNER = "true (samples), predicted:"
 
 
 def chosen_classes(truth: Sequence[str], predicted: Sequence[str], most: int = MOST_CLASSES) -> list[str]:
-    """Return the true classes that are drawn, by name: all, or those of the most frequent confusions."""
+    """Return the true classes to draw, sorted by name: all, or the classes of the most frequent confusions."""
     frequent = [name for name, _ in sorted(Counter(truth).items(), key=lambda item: (-item[1], item[0]))]
     wrong = Counter(pair for pair in zip(truth, predicted, strict=True) if pair[0] != pair[1])
     confused = [name for pair, _ in sorted(wrong.items(), key=lambda item: (-item[1], item[0])) for name in pair]
@@ -31,12 +31,12 @@ def chosen_classes(truth: Sequence[str], predicted: Sequence[str], most: int = M
 def row_shares(
     truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return which share of a class is predicted as which, and how many samples the class has.
+    """Return the row-normalized confusion matrix, and the number of samples per class.
 
     Args:
         truth: class of every sample.
-        predicted: of the same samples.
-        classes: of rows and columns; each has samples.
+        predicted: predictions for the same samples.
+        classes: of rows and columns; each must have samples.
 
     Returns:
         (K, K + 1), the last column for all other classes, and (K).
@@ -55,8 +55,8 @@ def confusion(truth: Sequence[str], predicted: Sequence[str], by: str) -> Pictur
 
     Args:
         truth: class names of the samples.
-        predicted: names of what was predicted.
-        by: what predicts.
+        predicted: predicted class names.
+        by: name of the classifier.
     """
     classes = chosen_classes(truth, predicted)
     shares_KP, counts_K = row_shares(truth, predicted, classes)

@@ -1,4 +1,4 @@
-"""Draw dense features: principal components as colours, and the similarity of one patch to all others."""
+"""Pictures of dense features: principal components as colors, and the similarity of one patch to all others."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from m3i_scale.evaluate.pictures.write import Picture
 
 _COLUMNS = 8
 _SHARP = 8
-"""A patch is drawn as at least so many pixels before the picture is brought to its size."""
+"""Minimum pixels per patch before the picture is resized."""
 _LARGE = 288
-"""Pixels along a side of an image in which a patch is framed."""
+"""Minimum size in pixels of an image with a framed patch."""
 _TAILS = (1.0, 99.0)
-"""Percentiles of a component that are its darkest and brightest: single outliers would leave no contrast."""
+"""Percentiles of a component for minimum and maximum brightness: outliers would leave no contrast."""
 
 
 def side_of(patches: int) -> int:
-    """Return how many patches lie along a side.
+    """Return the number of patches along a side.
 
     Raises:
-        NotMeasuredError: they are no square grid.
+        NotMeasuredError: they do not form a square grid.
     """
     side = math.isqrt(patches)
     if side * side != patches:
@@ -35,29 +35,29 @@ def side_of(patches: int) -> int:
 
 
 def check_finite(values: NDArray[np.float64]) -> None:
-    """Check that there is something to draw.
+    """Check that all values are finite.
 
     Raises:
-        NotMeasuredError: NaN or an infinity among the values.
+        NotMeasuredError: there are NaN or infinite values.
     """
     if not np.isfinite(values).all():
         raise NotMeasuredError("the features hold NaN or infinities")
 
 
 def pca_colours(tokens_NLD: NDArray[np.float64], brightness_NL: NDArray[np.float64]) -> tuple[NDArray[np.uint8], float]:
-    """Return the first three principal components of all patches as red, green and blue, and the share of the variance
-    that they hold.
+    """Return the first three principal components of all patches as red, green and blue, and their fraction of the
+    variance.
 
-    All images share one basis and one range of each component, so that a colour means the same feature in all of them.
-    The sign of a component is the one by which brighter patches get larger values: it depends on the images and not
-    on the channels of the model, so that the same images compare over steps and models.
+    All images share one basis and one range per component, so a color means the same feature in all of them. The sign
+    of a component is chosen so that brighter patches get larger values. This depends on the images, not on the model's
+    channels, so pictures are comparable across steps and models.
 
     Args:
-        tokens_NLD: features of the patches, of at least three channels.
+        tokens_NLD: features of the patches, with at least three channels.
         brightness_NL: of the same patches.
 
     Returns:
-        (N, L, 3), and a share from 0 to 1; of equal features black, and 0.
+        (N, L, 3), and a fraction from 0 to 1; for constant features black, and 0.
     """
     tokens_PD = tokens_NLD.reshape(-1, tokens_NLD.shape[-1]).astype(np.float64)
     centred_PD = tokens_PD - tokens_PD.mean(axis=0)
@@ -73,16 +73,16 @@ def pca_colours(tokens_NLD: NDArray[np.float64], brightness_NL: NDArray[np.float
 
 
 def brightness(images: Sequence[Image.Image], side: int) -> NDArray[np.float64]:
-    """Return the mean grey of every patch: (N, side²), row by row."""
+    """Return the mean gray value of every patch: (N, side²), row by row."""
     small = [image.convert("L").resize((side, side), Image.Resampling.BOX) for image in images]
     return np.stack([np.asarray(one, dtype=np.float64).ravel() for one in small])
 
 
 def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: NDArray[np.float64]) -> Picture:
-    """Return the picture `dense_pca`: images, and below them the components of their patches as colours.
+    """Return the picture `dense_pca`: images, and below them the components of their patches as colors.
 
     Raises:
-        NotMeasuredError: the patches are no square grid, or their features hold NaN.
+        NotMeasuredError: the patches do not form a square grid, or their features contain NaN.
     """
     maps, share = _pca_maps(images, tokens_NLD)
     rows: list[list[Cell | None]] = []
@@ -102,16 +102,16 @@ def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: N
 def dense_pca_side_by_side(
     names: Sequence[str], shown: Mapping[str, tuple[Sequence[Image.Image], NDArray[np.float64]]]
 ) -> Picture:
-    """Return the picture `dense_pca` of several models: images, and beside them the components of each model's patches.
+    """Return the picture `dense_pca` of several models: images, followed by the components of each model's patches.
 
-    Every model has a basis and a range of its own, see `pca_colours`.
+    Every model has a separate basis and range, see `pca_colours`.
 
     Args:
         names: of the images.
-        shown: by model, the images at its size and the features of their patches.
+        shown: by model, the images at its input size and the features of their patches.
 
     Raises:
-        NotMeasuredError: the patches of a model are no square grid, or their features hold NaN.
+        NotMeasuredError: the patches of a model do not form a square grid, or their features contain NaN.
     """
     maps_by_model = {model: _pca_maps(*of_model) for model, of_model in shown.items()}
     images = next(iter(shown.values()))[0]
@@ -128,7 +128,7 @@ def dense_pca_side_by_side(
 
 
 def _pca_maps(images: Sequence[Image.Image], tokens_NLD: NDArray[np.float64]) -> tuple[list[Image.Image], float]:
-    """Return a picture of every image's patches in the colours of their components, and the share of the variance."""
+    """Return a picture of every image's patches in the colors of their components, and the fraction of the variance."""
     check_finite(tokens_NLD)
     side = side_of(tokens_NLD.shape[1])
     colours_NL3, share = pca_colours(tokens_NLD, brightness(images, side))
@@ -138,7 +138,7 @@ def _pca_maps(images: Sequence[Image.Image], tokens_NLD: NDArray[np.float64]) ->
 
 
 def cosines(token_ND: NDArray[np.float64], tokens_NLD: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the cosine of one vector an image to all of its patches: (N, L)."""
+    """Return the cosine between one vector per image and all of its patches: (N, L)."""
     norms_NL = np.linalg.norm(tokens_NLD, axis=-1) * np.linalg.norm(token_ND, axis=-1)[:, None]
     products_NL = np.einsum("nd,nld->nl", token_ND, tokens_NLD)
     cosines_NL: NDArray[np.float64] = products_NL / np.maximum(norms_NL, np.finfo(np.float32).tiny)
@@ -162,11 +162,11 @@ def similarity(
         tokens_NLD: features of their patches.
         others: another view of each image.
         other_tokens_NLD: features of their patches.
-        patches_N: number of the marked patch in each image.
-        same_N: number of the patch in the other view that shows the same place.
+        patches_N: index of the marked patch in each image.
+        same_N: index of the patch at the same location in the other view.
 
     Raises:
-        NotMeasuredError: the patches are no square grid, or their features hold NaN.
+        NotMeasuredError: the patches do not form a square grid, or their features contain NaN.
     """
     check_finite(np.stack([tokens_NLD, other_tokens_NLD]))
     side = side_of(tokens_NLD.shape[1])
@@ -197,12 +197,12 @@ def similarity(
 
 
 def _large(image: Image.Image) -> Image.Image:
-    """Return an image with room for thin lines."""
+    """Enlarge an image so that thin lines are visible."""
     times = max(_LARGE // image.width, 1)
     return image.resize((times * image.width, times * image.height), Image.Resampling.LANCZOS)
 
 
 def box_of(patch: int, side: int) -> tuple[float, float, float, float]:
-    """Return left, top, right and bottom of a patch of a square grid, as shares of width and height."""
+    """Return left, top, right and bottom of a patch of a square grid, as fractions of width and height."""
     row, column = divmod(patch, side)
     return column / side, row / side, (column + 1) / side, (row + 1) / side

@@ -1,4 +1,4 @@
-"""Draw grids of images with captions, values as colours over an image, and frames round images."""
+"""Drawing of image grids with captions, heat maps over images, and frames."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ INK: Colour = (40, 44, 52)
 _PAPER: Colour = (255, 255, 255)
 _SOFT: Colour = (236, 239, 243)
 _HEAT = np.array([(6, 3, 24), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], dtype=np.float64)
-"""Colours of values, evenly apart: those of the colour map `inferno`, whose brightness rises with the value."""
+"""Equally spaced colors of the color map `inferno`, with brightness increasing with the value."""
 _WIDEST = 1_280
-"""Pixels of a grid; with many columns the cells are smaller."""
+"""Maximum width of a grid in pixels; with many columns the cells are smaller."""
 _MOST, _LEAST = 144, 40
-"""Side of a cell in pixels."""
+"""Maximum and minimum size of a cell in pixels."""
 _GAP, _MARGIN, _CAPTION_WIDTH = 6, 12, 132
 _LETTER_SIZE, _LINE = 13, 16
 _LETTER_WIDTH = 7
-"""In pixels, on average, and rather too much: a line of so many letters fits."""
+"""Average in pixels, rounded up, so that a line of the estimated length fits."""
 _LINES_BELOW = 2
 _TYPED = str.maketrans("‘’“”–—", "''\"\"--")
-"""What type-setting makes of quotes and hyphens, and back."""
+"""Typographic quotes and dashes, and their ASCII equivalents."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Holds one image of a grid."""
+    """One image of a grid."""
 
     image: Image.Image
     caption: str = ""
-    """Stands below, in at most two lines."""
+    """Below the image, in at most two lines."""
     frame: Colour | None = None
 
 
 def image_of(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
-    """Return an image of pixels (3, H, W)."""
+    """Convert pixels (3, H, W) to an image."""
     return Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0)))
 
 
 def grid(
     rows: Sequence[Sequence[Cell | None]], columns: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Return one picture of rows of cells of one size.
+    """Return a picture of rows of cells of equal size.
 
     Args:
-        rows: of cells; None leaves a place empty, and a row may be shorter than others.
-        columns: what stands above the columns.
-        captions: what stands left of the rows.
+        rows: rows of cells; None leaves a cell empty, and rows may have different lengths.
+        columns: column headings.
+        captions: row headings.
     """
     count = max([len(columns), *(len(row) for row in rows)])
     left = _MARGIN + (_CAPTION_WIDTH if any(captions) else 0)
@@ -82,13 +82,13 @@ def grid(
 
 
 def heat_over(image: Image.Image, values_HW: NDArray[np.float64], low: float, high: float) -> Image.Image:
-    """Return the image in grey under values as colours, from black (`low`) over violet, red and orange to yellow.
+    """Return the image in gray with values as colors over it, from black (`low`) to violet, red, orange and yellow.
 
     Args:
         image: of any size.
-        values_HW: of a grid that covers it.
+        values_HW: grid that covers the image.
         low: value of black.
-        high: value of yellow; where it equals `low`, all is black.
+        high: value of yellow; if it equals `low`, everything is black.
     """
     share_HW = np.clip((values_HW - low) / max(high - low, np.finfo(np.float64).tiny), 0, 1)
     small = Image.fromarray((255 * share_HW).round().astype(np.uint8))
@@ -100,11 +100,11 @@ def heat_over(image: Image.Image, values_HW: NDArray[np.float64], low: float, hi
 
 
 def framed(image: Image.Image, box: tuple[float, float, float, float], colour: Colour = (255, 255, 255)) -> Image.Image:
-    """Return a copy with a frame round a part of it, lined with black so that it is seen on every ground.
+    """Return a copy with a framed region. The frame has a black outline, so it is visible on any background.
 
     Args:
         image: of any size.
-        box: left, top, right and bottom, as shares of width and height.
+        box: left, top, right and bottom, as fractions of width and height.
         colour: of the frame.
     """
     copy, width = image.copy(), max(round(image.width / 96), 1)
@@ -126,11 +126,11 @@ def text_cell(text: str) -> Image.Image:
 
 
 def drawable(text: str, letters: int | None = None) -> str:
-    """Return a text in one line of the letters that the built-in font has: accents are left out, other scripts are `?`.
+    """Return a text on one line, in letters of the built-in font: accents are dropped, other scripts become `?`.
 
     Args:
-        text: of any kind.
-        letters: cut to so many.
+        text: any text.
+        letters: maximum length.
     """
     typed = text.translate(_TYPED)
     plain = "".join(one for one in unicodedata.normalize("NFKD", typed) if not unicodedata.combining(one))
@@ -139,7 +139,7 @@ def drawable(text: str, letters: int | None = None) -> str:
 
 
 def _fitted(cell: Cell, side: int) -> Image.Image:
-    """Return the image of a cell in its size."""
+    """Return the image of a cell at the cell size."""
     image = ImageOps.pad(cell.image.convert("RGB"), (side, side), method=Image.Resampling.LANCZOS, color=_SOFT)
     if cell.frame is not None:
         ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=cell.frame, width=max(side // 28, 2))

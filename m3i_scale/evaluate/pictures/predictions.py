@@ -1,4 +1,4 @@
-"""Predict the class of every labelled sample, by whatever an evaluation has for it."""
+"""Class predictions for all labeled samples, by the best classifier that an evaluation has."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _NEIGHBOURS = 20
 
 @dataclass(frozen=True)
 class Predictions:
-    """Holds the true and the predicted class of samples, by name."""
+    """True and predicted class names of samples."""
 
     truth: list[str]
     predicted: list[str]
     by: str
-    """What predicts."""
+    """Name of the classifier."""
 
 
 def predictions_of(job: Job) -> Predictions:
-    """Return what the trained head predicts, else the nearest training samples, else the nearest class names.
+    """Predict classes with the trained classifier, else with kNN, else with zero-shot prompts.
 
     Raises:
-        NotMeasuredError: none of them is there, or there are no labels.
+        NotMeasuredError: none of them is available, or there are no labels.
     """
     if not len(job.test.labelled()):
         raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")

@@ -1,4 +1,4 @@
-"""Draw what is nearest to a query: images to an image, images to a text, texts to an image, the right one marked."""
+"""Pictures of retrieval results: images for an image, images for a text, texts for an image, correct ones marked."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, grid
 from m3i_scale.evaluate.pictures.write import Picture
 
 SHOWN = 6
-"""So many of the best candidates are drawn."""
+"""Number of candidates to draw."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds one candidate of a query."""
+    """One candidate of a query."""
 
     number: int
     score: float
     rank: int
     """0 is best."""
     right: bool | None
-    """None where nobody knows."""
+    """None if unknown."""
 
 
 def best_of(
     scores_QC: NDArray[np.floating], right_of: Sequence[NDArray[np.bool_] | None], count: int = SHOWN
 ) -> list[list[Candidate]]:
-    """Return the best candidates of every query, best first, and behind them the best right one where none of them is.
+    """Return the best candidates of every query, best first. If none of them is correct, append the best correct one.
 
     Args:
-        scores_QC: −inf for what is no candidate, as the query itself.
-        right_of: by query, which candidates are right; None where nobody knows.
-        count: so many of the best.
+        scores_QC: −inf for non-candidates, such as the query itself.
+        right_of: by query, which candidates are correct; None if unknown.
+        count: number of best candidates.
     """
     candidates = []
     for scores_C, right_C in zip(scores_QC, right_of, strict=True):
@@ -60,12 +60,12 @@ def best_of(
 
 @dataclass(frozen=True)
 class RankedPicture:
-    """Names a picture of ranks."""
+    """Kind of retrieval picture."""
 
     name: str
     title: str
     query: str
-    """What stands above the queries."""
+    """Heading of the query column."""
 
 
 NEIGHBOURS = RankedPicture("neighbours", "Nearest neighbours (cosine of the image vectors)", "image")
@@ -80,14 +80,14 @@ def ranked(
     candidates_by_query: Sequence[Sequence[Candidate]],
     cell_of: Callable[[int], Cell],
 ) -> Picture:
-    """Return a picture of queries and their candidates, right ones in a green frame.
+    """Return a picture of queries and their candidates, with correct ones in a green frame.
 
     Args:
         kind: of the picture.
-        queries: one a row.
-        names: of the queries, for readers who cannot see them.
+        queries: one per row.
+        names: of the queries, for the alternative text.
         candidates_by_query: best first.
-        cell_of: gives the cell of a candidate's number.
+        cell_of: returns the cell for a candidate's number.
     """
     rows = []
     for query, candidates in zip(queries, candidates_by_query, strict=True):

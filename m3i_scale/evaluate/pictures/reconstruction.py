@@ -1,4 +1,4 @@
-"""Draw pixels that are predicted, beside the view that they are of and what the model sees of it."""
+"""Picture of predicted pixels, next to the target view and the visible input patches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from m3i_scale.objective.inputs import EncodedInput
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Holds what is predicted of a view from an input."""
+    """Prediction of a view from one input."""
 
     view: int
-    """That is predicted, from 0."""
+    """Index of the predicted view, from 0."""
     seen: EncodedInput
     images_BCHW: NDArray[np.uint8]
-    """The view, with what is predicted in place of the patches that are asked for."""
+    """The view, with predictions in place of the target patches."""
 
 
 def draw_reconstruction(
@@ -37,11 +37,11 @@ def draw_reconstruction(
     """Return the picture `reconstruction`.
 
     Args:
-        batch: on the host.
+        batch: on the CPU.
         predicted: by target and input.
-        patches: rows and columns of them in a view.
-        standardized: whether patches are predicted without their mean and contrast, which were then put back.
-        names: of the samples that are drawn, the first ones.
+        patches: rows and columns of patches in a view.
+        standardized: whether targets were normalized per patch; then true mean and contrast were restored.
+        names: of the samples to draw, which are the first of the batch.
     """
     columns = [
         text

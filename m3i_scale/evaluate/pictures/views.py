@@ -1,4 +1,4 @@
-"""Draw a batch as the model sees it: where its views lie, what is hidden of them, and whose patches a mix shows."""
+"""Picture of a training batch: location of its views, masked patches, and the image of each patch in a mix."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.objective.inputs import EncodedInput
 
 _COLOURS: tuple[Colour, ...] = ((214, 96, 42), (40, 116, 190), (70, 150, 70), (150, 80, 170))
-"""Of views, and of the images of a mix by their place."""
+"""Of views, and of the images of a mix by their position."""
 _HIDDEN: Colour = (128, 128, 128)
 _BEYOND: Colour = (214, 216, 220)
-"""What no view shows of an image."""
+"""Parts of an image outside all views."""
 _CANVAS = 288
-"""Long side of a source in the picture, in pixels."""
+"""Size of the longer side of a source image in the picture, in pixels."""
 _TINT = 0.4
 
 
 def draw_views(
     batch: Batch, inputs: Sequence[EncodedInput], patches: tuple[int, int], *, mixed: bool, names: Sequence[str]
 ) -> Picture:
-    """Return the picture `views`. A batch holds no sources, only their views: each is placed where it was cut out of
-    its source, and what no view shows is grey.
+    """Return the picture `views`. A batch contains only views, not source images. Each view is drawn at its location in
+    the source, and the rest is gray.
 
     Args:
-        batch: on the host.
+        batch: on the CPU.
         inputs: of the model, for this batch.
-        patches: rows and columns of them in a view.
+        patches: rows and columns of patches in a view.
         mixed: whether the inputs share a grid.
-        names: of the samples that are drawn, the first ones.
+        names: of the samples to draw, which are the first of the batch.
     """
     images_VB = [[image_of(pixels) for pixels in view.numpy()] for view in (*batch.images_VBCHW, *batch.small_VBCHW)]
     several = len(images_VB) > 1
@@ -70,7 +70,7 @@ def draw_views(
 
 
 def visible_part(image: Image.Image, visible_L: Tensor, patches: tuple[int, int]) -> Image.Image:
-    """Return an image with all patches grey but those of the given numbers, row by row."""
+    """Return an image with all patches gray except the given ones, numbered row by row."""
     shown_HW = _over(visible_L, patches, image.size)
     return Image.composite(image, Image.new("RGB", image.size, _HIDDEN), Image.fromarray(shown_HW))
 
@@ -78,7 +78,7 @@ def visible_part(image: Image.Image, visible_L: Tensor, patches: tuple[int, int]
 def mix_of(
     images_VB: Sequence[Sequence[Image.Image]], inputs: Sequence[EncodedInput], patches: tuple[int, int], row: int
 ) -> Image.Image:
-    """Return one row of a mix: the patches that each of its images shows there, tinted by image."""
+    """Return one row of a mix: the visible patches of each of its images, tinted by image."""
     mixed = Image.new("RGB", images_VB[0][0].size, _HIDDEN)
     for place, one in enumerate(inputs):
         sample = int(one.image_of_row_B[row])
@@ -101,7 +101,7 @@ def _over(visible_L: Tensor, patches: tuple[int, int], size: tuple[int, int]) ->
 
 
 def views_on_source(batch: Batch, images_VB: Sequence[Sequence[Image.Image]], sample: int) -> Image.Image:
-    """Return the outline of a source with its views where they were cut out, framed, smaller ones on top."""
+    """Return the outline of a source image with its views framed at their locations, smaller ones on top."""
     height, width = batch.sizes_B2[sample].tolist()
     scale = _CANVAS / max(height, width)
     canvas = Image.new("RGB", (max(round(width * scale), 1), max(round(height * scale), 1)), _BEYOND)

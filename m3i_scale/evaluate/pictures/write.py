@@ -1,4 +1,4 @@
-"""Write pictures into a folder, with a list of what they show."""
+"""Picture files, with a list of descriptions."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from m3i_scale.scale.output_dir import PICTURE_LIST
 
 _MOST_BYTES = 250_000
 _QUALITIES = (90, 75, 55, 35)
-"""Of JPEG, the first that is small enough."""
+"""JPEG qualities; the first one with a small enough file is used."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Holds a picture and what is said of it."""
+    """Picture with its description."""
 
     name: str
     """dense_pca, attention, …: the same at every step."""
     title: str
     alt: str
-    """What it shows, for readers who cannot see it."""
+    """Alternative text for readers who cannot see the picture."""
     image: Image.Image
 
 
 def write_pictures(folder: Path, pictures: Sequence[Picture], step: int | None = None) -> list[dict[str, Any]]:
-    """Write pictures as JPEG, each of at most 250 kB where quality 35 is enough for that, and `pictures.json` with the
-    step, and name, file, title and alternative text of each.
+    """Write pictures as JPEG, and `pictures.json` with the step and with name, file, title and alternative text of
+    each. A file has at most 250 kB, if quality 35 is enough for that.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         pictures: in the order of the list.
-        step: of the weights; None where nobody knows it.
+        step: of the weights; None if unknown.
 
     Returns:
-        What the list says of each: name, file, title, alt.
+        List entry for each picture: name, file, title, alt.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the pictures cannot be written.
     """
     entries = []
     for picture in pictures:
@@ -56,7 +56,7 @@ def write_pictures(folder: Path, pictures: Sequence[Picture], step: int | None =
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """Return an image as JPEG, in the best of a few qualities that is small enough, else in the least."""
+    """Encode an image as JPEG, with the highest quality that is small enough, else the lowest."""
     for quality in _QUALITIES:
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=quality, optimize=True)
