@@ -14,12 +14,11 @@ from rich.text import Text
 
 from m3i_scale import __version__
 from m3i_scale.data.commands import shards_app
-from m3i_scale.data.options import reading_bar
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, Faults, UserError
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
-from m3i_scale.options import Imports, writes_to
+from m3i_scale.options import Imports, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from m3i_scale.destination import check_destination
 
@@ -25,6 +28,7 @@ Command = Callable[..., None]
 Imports = Annotated[
     list[str] | None, typer.Option("--import", help="A module with classes of one's own in the recipe. Runs its code.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Parts = Mapping[str, tuple[Any, Any]]
 """Type and default of every option, by parameter name; `inspect.Parameter.empty` means no default."""
 
@@ -91,3 +95,20 @@ def _option_type(annotation: Any) -> Any:
     if origin is tuple:
         return list[_option_type(inner[0])]  # type: ignore[misc]
     return _option_type(inner[0]) if inner else annotation
+
+
+@contextmanager
+def reading_bar() -> Iterator[Callable[[str, int], None]]:
+    """Show the current activity and number of samples read of an evaluation, on terminals only."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    console = Console(stderr=True)
+    # Standard output is not redirected to the bar's console.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def tell(what: str, samples: int) -> None:
+            bar.update(task, description=f"{what}: {samples:,} samples" if samples else what)
+
+        yield tell

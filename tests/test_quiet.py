@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_scale.data.options import reading_bar
+from m3i_scale.options import reading_bar
 from m3i_scale.output import quiet_loading
 
 REPORT = "ViTModel LOAD REPORT from: /data/model\nhead.weight | {} | \n"

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from m3i_scale.data.options import AsJson, LabelsFile, MakeOptions, choice, print_summary, takes_making
+from m3i_scale.data.options import LabelsFile, MakeOptions, choice, print_summary, takes_making
 from m3i_scale.data.tools import commands as tools
+from m3i_scale.options import AsJson
 
 CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
 Group = Annotated[str | None, typer.Option(help="Field of the json members; samples of one value share a split.")]

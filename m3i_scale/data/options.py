@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,13 @@ from rich.console import Console
 from rich.progress import (
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
-from m3i_scale.options import Command, Parts, expanded, writes_to
+from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
 
 if TYPE_CHECKING:  # this import takes seconds, too long for --help
@@ -39,7 +36,6 @@ LabelsFile = Annotated[
     Path | None,
     typer.Option("--labels", help="Class names: a JSON list, or one a line; default: as found in the input."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 
 _DEFAULTS = ShardOptions()
 _SIZES: Parts = {
@@ -171,23 +167,6 @@ def sample_bar(quiet: bool) -> Iterator[Tell]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("samples", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def reading_bar() -> Iterator[Callable[[str, int], None]]:
-    """Show the current activity and number of samples read of an evaluation, on terminals only."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    console = Console(stderr=True)
-    # Standard output is not redirected to the bar's console.
-    with Progress(
-        *columns, console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def tell(what: str, samples: int) -> None:
-            bar.update(task, description=f"{what}: {samples:,} samples" if samples else what)
-
-        yield tell
 
 
 def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:

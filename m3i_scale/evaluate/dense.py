@@ -111,7 +111,7 @@ class PatchCollector:
         return Patches(whole["labels"], whole["image"], features)
 
     def _draw(self, limit: int | None) -> None:
-        """Concatenate the parts. Above the limit, select the patches with the lowest random numbers: a uniform sample."""
+        """Concatenate the parts. Above the limit, keep the patches with the lowest random numbers: a uniform sample."""
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         if limit is not None and self._held > limit:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])

@@ -1,4 +1,4 @@
-"""Evaluation of a detector on shards: each image is read once, at full extent, and scored by the rules of its dataset."""
+"""Evaluation of a detector on shards: images are read once, at full extent, and scored by the rules of the dataset."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Pat
 
 
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
-    """Load a Mask R-CNN or RF-DETR in fp32. Mask R-CNN uses the source files of this package, not those of the folder."""
+    """Load a Mask R-CNN or RF-DETR in fp32. For Mask R-CNN, run the code of this package, not code in the folder."""
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
     try:
         with quiet_loading(folder):

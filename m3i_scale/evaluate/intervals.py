@@ -85,7 +85,7 @@ class Statistic:
 
 
 def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "family")) -> Clusters:
-    """Return clusters by the first `preferred` json field that all samples have; else one per sample, with a warning."""
+    """Return clusters by the first `preferred` json field that all samples have. Without one, warn and use samples."""
     for name in preferred:
         column = table.column(name)
         if column is not None:

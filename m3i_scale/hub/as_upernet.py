@@ -1,4 +1,4 @@
-"""Conversion of a plain Transformer and its UPerNet to standard classes: a BEiT, which has the pyramid, with UPerNet."""
+"""Conversion of a plain Transformer with UPerNet to standard classes: BEiT, which has the pyramid, and UPerNet."""
 
 from __future__ import annotations
 

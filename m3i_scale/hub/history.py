@@ -124,7 +124,7 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
 
 
 def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
-    """Yield run and train records, the steps that each covers, the number of ranks, and the per-rank micro-batch size."""
+    """Yield run and train records, the steps that each covers, the number of ranks, and the micro-batch size."""
     world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
     before: int | None = None
     for record in _records(source):

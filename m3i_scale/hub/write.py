@@ -201,7 +201,7 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def write_heads(folder: Path, source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """Write objective.json, from which the joint space can be rebuilt, and weights of heads, decoders and projections."""
+    """Write objective.json, which describes the joint space, and weights of heads, decoders and projections."""
     folder.mkdir()
     objective = {
         "run": redact(portable_run(source.run)),

@@ -102,7 +102,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
 
 
 def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
-    """Return `name` and `cells` (a text per run) of the settings that differ from the first run; secrets are redacted."""
+    """Return `name` and `cells` (a text per run) of settings that differ from the first run; secrets are redacted."""
     first = runs[0].settings
     found = [{name: (one, other) for name, one, other in differences("", first, run.settings)} for run in runs]
     names = sorted({name for of_run in found for name in of_run})

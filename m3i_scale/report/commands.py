@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from m3i_scale.data.options import AsJson
 from m3i_scale.errors import ConfigError
-from m3i_scale.options import writes_to
+from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
 
 _PACKAGES = ("plotext", "plotly", "tsdownsample")

@@ -24,7 +24,7 @@ Document = TypeVar("Document")
 
 
 def checkpoints_of(run: RunFiles) -> dict[str, Any]:
-    """Return the document of `checkpoint list`: every checkpoint with step, bytes, age, validity and retention rules."""
+    """Return the document of `checkpoint list`: checkpoints with step, bytes, age, validity and retention rules."""
     facts = ("kind", "step", "time")
     metrics = {
         line["step"]: {name: value for name, value in line.items() if name not in facts} for line in run.evaluations

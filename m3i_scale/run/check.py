@@ -24,7 +24,6 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
-from m3i_scale.report.start_table import other_images
 from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
@@ -34,6 +33,7 @@ from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import measures_precision
 from m3i_scale.run.source_warnings import source_warnings
+from m3i_scale.run.start_table import other_images
 from m3i_scale.scale.activations import check_policy, read_policy
 from m3i_scale.scale.arithmetic import check_deterministic
 from m3i_scale.scale.compilation import check_compile

@@ -7,8 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from m3i_scale.data.options import AsJson, reading_bar
-from m3i_scale.options import Imports, writes_to
+from m3i_scale.options import AsJson, Imports, reading_bar, writes_to
 from m3i_scale.output import print_json, wide_console
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3i_scale.data.options import AsJson
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import Command, Parts, expanded, writes_to
+from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:

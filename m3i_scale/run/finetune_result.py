@@ -11,7 +11,6 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig, load_run
 from m3i_scale.data.make.shards import annotation_line
-from m3i_scale.data.options import reading_bar
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled
 from m3i_scale.downstream.subset import Subset
@@ -24,6 +23,7 @@ from m3i_scale.hub.push import PROVENANCE
 from m3i_scale.hub.source import find_source
 from m3i_scale.hub.write import ExportContents
 from m3i_scale.hub.write import Task as ExportTask
+from m3i_scale.options import reading_bar
 from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config

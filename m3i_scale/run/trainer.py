@@ -17,7 +17,6 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.errors import UserError
 from m3i_scale.launch.heartbeat import Heartbeat
-from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, PhaseInfo, RunInfo
@@ -37,6 +36,7 @@ from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.schedule import learning_rate, momentum_at, warmed_up_decay
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
+from m3i_scale.run.start_table import tell_start
 from m3i_scale.run.step_times import Timeouts
 from m3i_scale.scale.agree import agree_and_average
 from m3i_scale.scale.checkpoint.saver import bytes_wanted

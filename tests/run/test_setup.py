@@ -14,10 +14,10 @@ from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
 from m3i_scale.config.schedules import Poly
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.report.start_table import tell_start
 from m3i_scale.run.resume import _difference, check_resume
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import resolve_engine
+from m3i_scale.run.start_table import tell_start
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.mask_classes import pixel_lines
-from m3i_scale.data.options import AsJson, Name, Output, Shards, Workers, choice, print_summary, takes_sizes
+from m3i_scale.data.options import Name, Output, Shards, Workers, choice, print_summary, takes_sizes
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
-from m3i_scale.options import writes_to
+from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
 
 if TYPE_CHECKING:  # these imports take seconds, too long for --help

@@ -68,7 +68,7 @@ def similarity_to_mean(tokens_NLD: NDArray[np.float64]) -> Attention:
 
 
 def _of_class_token(model: Any, pixels_1CHW: Tensor, patches: int) -> Tensor:
-    """Return the attention of one image: (1, H, L). For many images, attention of all layers would not fit into memory."""
+    """Return the attention of one image: (1, H, L). Attention of all layers for many images would not fit in memory."""
     layers = None
     if not isinstance(model, TimmWrapperModel):
         with _eager(model):

@@ -28,8 +28,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List all checkpoints of a run: step, age, size, validity, metrics, and why each is kept."""
-    from m3i_scale.report.checkpoint_tables import listing
     from m3i_scale.run.checkpoints.documents import root_of
+    from m3i_scale.run.checkpoints.tables import listing
     from m3i_scale.run.retention import evaluations
     from m3i_scale.scale.checkpoint.listing import list_checkpoints
 
@@ -44,8 +44,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
-    from m3i_scale.report.checkpoint_tables import verification
     from m3i_scale.run.checkpoints.documents import named_checkpoints, verify_checkpoints
+    from m3i_scale.run.checkpoints.tables import verification
     from m3i_scale.scale.checkpoint.retention import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
@@ -58,8 +58,8 @@ def verify(
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
     """Show the contents of a checkpoint; reads headers and small files only."""
-    from m3i_scale.report.checkpoint_tables import inspection
     from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, inspect_checkpoint
+    from m3i_scale.run.checkpoints.tables import inspection
 
     _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, inspection)
 
@@ -72,8 +72,8 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show the differences between two checkpoints: settings by field, data position, tensors."""
-    from m3i_scale.report.checkpoint_tables import comparison
     from m3i_scale.run.checkpoints.documents import checkpoint_or_newest, diff_checkpoints
+    from m3i_scale.run.checkpoints.tables import comparison
     from m3i_scale.scale.checkpoint.contents import tensors_of
 
     one, other = checkpoint_or_newest(a), checkpoint_or_newest(b)
@@ -96,9 +96,9 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
-    from m3i_scale.report.checkpoint_tables import pruning
     from m3i_scale.run.checkpoints.documents import root_of
     from m3i_scale.run.checkpoints.pruning import prune_run, rules_given
+    from m3i_scale.run.checkpoints.tables import pruning
 
     root = root_of(run)
     rules, given_by = rules_given(root, keep_latest, keep_every, keep_best, max_gib)
@@ -120,7 +120,7 @@ def consolidate(
     as_json: AsJson = False,
 ) -> None:
     """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
-    from m3i_scale.report.checkpoint_tables import consolidation
+    from m3i_scale.run.checkpoints.tables import consolidation
     from m3i_scale.scale.checkpoint.consolidate import consolidate as write
 
     document = write(
