@@ -1,4 +1,4 @@
-"""Predict the paired text, as the text tower encodes it."""
+"""Contrastive image-text loss with the text tower's embedding of the caption."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ class TextHead(nn.Module):
         log_scale = self.log_scale.float()
         # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
         bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
-        # The parameter is what is added to the first bias: bf16 has steps of 1/16 near −10.
+        # Straight-through: a hard clamp has no gradient above the limit, so one overshoot would freeze τ permanently.
         bias = None if self.bias is None or self.first_bias is None else self.bias.float() + self.first_bias
         return prediction_BE, bounded.exp(), bias
