@@ -36,7 +36,7 @@ class ShownPatches(ImageTarget):
 
     @abstractmethod
     def compared(self, tokens_BLD: Tensor) -> Tensor:
-        """Return what is compared of the patches: fp32 (B, L, …)."""
+        """Return the compared quantity of the patches: fp32 (B, L, …)."""
         raise NotImplementedError
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

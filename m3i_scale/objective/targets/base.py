@@ -251,7 +251,7 @@ class Target(Kind):
 
     @property
     def stopped(self) -> bool:
-        """Return whether no gradient reaches f_φ."""
+        """Return whether f_φ gets no gradient."""
         return self.encoder in ("momentum", "teacher") or (
             self.encoder == "online" and not self.regularizer.trains_target
         )
@@ -324,7 +324,7 @@ class ImageTarget(Target):
         return [part for part in super().sources(context) if self.takes(part.where.view + 1)]
 
     def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
-        """Return the inputs, one entry per view that predicts the target."""
+        """Return the pairs of input and view that predict the target."""
         specs = [parts.input(name) for name in self.inputs]
         return [(spec, view) for spec in specs for view in spec.seen if self.takes(view)]
 
@@ -334,7 +334,7 @@ class ImageTarget(Target):
 
     @property
     def averages_prototypes(self) -> bool:
-        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
+        """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return False
 
     def _faults(self, parts: Parts) -> Iterator[str]:
@@ -375,7 +375,7 @@ class HeadTarget(ImageTarget):
 
     @property
     def memory_name(self) -> str:
-        """Return the name of what the head remembers for targets of this kind."""
+        """Return the name of the head's memory for targets of this kind."""
         return self.head
 
     def build_memory(self, spec: HeadSpec) -> Memory:

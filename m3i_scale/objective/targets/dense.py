@@ -193,13 +193,13 @@ class DenseHead(nn.Module):
         self.projection = nn.Linear(input_width, width)
 
     def forward(self, tokens_BQD: Tensor) -> Tensor:
-        """Map tokens: (B, Q, D) → (B, Q, width)."""
+        """Project tokens: (B, Q, D) → (B, Q, width)."""
         prediction_BQD: Tensor = self.projection(tokens_BQD)
         return prediction_BQD
 
 
 def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
-    """Return the pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
+    """Split images into patches: (B, N, patch²·3), row-major patches, channel last (MAE).
 
     With `standardize`, each patch has mean 0 and (unbiased) variance 1.
     """
@@ -214,7 +214,7 @@ def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
 
 
 def unpatchify(pixels_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Return the images (B, 3, H, W) of which `patchify` gives these patches."""
+    """Reverse `patchify`: return the images (B, 3, H, W)."""
     blocks = pixels_BNP.unflatten(2, (patch, patch, 3)).unflatten(1, grid)
     images_BCHW: Tensor = blocks.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
     return images_BCHW

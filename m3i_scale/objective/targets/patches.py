@@ -39,7 +39,7 @@ class AsksPatches(Protocol):
         """Return the name of the decoder."""
 
     def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
-        """Return the inputs, one entry per view that predicts the target."""
+        """Return the pairs of input and view that predict the target."""
 
 
 def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Prototypes(HeadTarget):
 
     @property
     def averages_prototypes(self) -> bool:
-        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
+        """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
@@ -96,7 +96,7 @@ class DensePrototypes(Prototypes):
 
     @property
     def memory_name(self) -> str:
-        """Return the name of what the head remembers for targets of this kind."""
+        """Return the name of the head's memory for targets of this kind."""
         return f"{self.head}/patches"
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

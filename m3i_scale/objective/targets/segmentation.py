@@ -47,7 +47,7 @@ class Segmentation(Target):
 
     @property
     def compares_samples(self) -> bool:
-        """Return whether batch norm has a single value of a sample: that of the whole image in UPerNet."""
+        """Return whether batch norm gets a single value per sample, as for the global pooling of UPerNet."""
         return isinstance(self.head, UperNetSegmentation)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
