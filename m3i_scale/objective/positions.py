@@ -1,4 +1,5 @@
-"""Compute positions: of target patches relative to the input view (method of SIM), on a fixed grid (MAE), in a text."""
+"""Position embeddings: of target patches relative to the input view (as in SIM), on a fixed grid (MAE), and in a
+text."""
 
 from __future__ import annotations
 

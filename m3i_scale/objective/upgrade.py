@@ -1,7 +1,7 @@
-"""Read recipes of the time before targets, distributions and regularisers had kinds, as what they mean today.
+"""Convert older recipes, in which targets, distributions and regularizers had no kinds, to the current format.
 
-Then all fields stood side by side in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
-`state_momentum` in its head. And of the time before a recipe could have several teachers: then `teacher` was the one.
+In the older format, all fields were in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
+`state_momentum` in its head. Even older recipes had a single `teacher` instead of several.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ _MOVED = {
     "variance_weight": ("regularizer", "variance_weight"),
     "covariance_weight": ("regularizer", "covariance_weight"),
 }
-"""Fields of a target → the section that they stand in, and their name there."""
+"""Maps fields of a target to their section and name in the current format."""
 
 
 def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe of either form in today's. A field in its old place wins over the same field in its new one: an
-    override in the old words changes a recipe in the new ones.
-    """
+    """Convert a recipe of any format to the current one. A field in its old position overrides the same field in the
+    new one, so that overrides in the old format still work."""
     recipe = copy.deepcopy(recipe)
     if "teacher" in recipe:
         _name_teacher(recipe, recipe.pop("teacher"))
