@@ -172,8 +172,8 @@ def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:
     """Return a hash over the weight files of each teacher, by name.
 
     Args:
-        recipe: of the run.
-        backbone: the section of the run file, which says what the student starts from.
+        recipe: recipe of the run.
+        backbone: backbone section, which names the student's pretrained weights.
     """
     hashes = {}
     for name, spec in recipe.teachers.items():

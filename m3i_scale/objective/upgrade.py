@@ -49,8 +49,7 @@ def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_teacher(recipe: dict[str, Any], teacher: Any) -> None:
-    """Put the teacher of a recipe among its teachers, under the name that targets have for one by default; `null` takes
-    that of an extended recipe away."""
+    """Move the single teacher of a recipe to `teachers` under the default name. `null` removes an inherited teacher."""
     teachers = recipe.get("teachers")
     named = dict(teachers) if isinstance(teachers, dict) else {}
     below = named.pop("teacher", None)
@@ -73,7 +72,7 @@ def _upgrade(target: dict[str, Any]) -> None:
 
 
 def _move_from_head(target: dict[str, Any], head: dict[str, Any]) -> Iterator[str]:
-    """Write what a head was to remember into the regulariser that remembers it now; return the fields moved."""
+    """Move a head's memory settings to the regularizer of the target. Yield the moved fields."""
     kind = _kind_in(target, "regularizer")
     if kind in ("negatives", "queued_negatives") and "queue" in head:
         if head["queue"]:
@@ -97,13 +96,13 @@ def _kind_of_target(target: dict[str, Any]) -> Any:
 
 
 def _kind_in(target: dict[str, Any], section: str) -> Any:
-    """Return the kind of a section, which may be written as its kind alone."""
+    """Return the kind of a section, which may be a string with only the kind."""
     there = target.get(section)
     return there.get("kind") if isinstance(there, dict) else there
 
 
 def _put(target: dict[str, Any], section: str, name: str, value: Any) -> None:
-    """Write a field into a section, which may be written as its kind alone."""
+    """Write a field into a section, which may be a string with only the kind."""
     there = target.get(section)
     target[section] = there = dict(there) if isinstance(there, dict) else {} if there is None else {"kind": there}
     there[name] = value
