@@ -55,9 +55,7 @@ class StockQueries(nn.Module):
             if isinstance(module, PreTrainedModel):  # each of them initializes its modules through this method
                 module._init_weights = self._set_first_values
         for layer in self.detection.model.decoder.layers:
-            layer.called_in_parts = (
-                True  # runs with copies of its parameters, which activation checkpointing would not have
-            )
+            layer.called_in_parts = True  # uses copies of its parameters, which checkpointing would not see
 
     @property
     def detection(self) -> Any:
@@ -125,7 +123,7 @@ class StockQueries(nn.Module):
 
 
 class _Given(nn.Module):
-    """Replaces the backbone of the stock model; its input is already the projector's output."""
+    """Placeholder for the stock model's backbone; its input is already the projector's output."""
 
     def __init__(self, projector: nn.Module) -> None:
         super().__init__()

@@ -51,7 +51,8 @@ class DenseStopGradient(DenseRegularizer):
 
 
 class DenseUniGrad(DenseRegularizer):
-    """Pushes predictions away from directions shared by many patches: the dense negative of UniGrad as in SIM."""
+    """The dense negative term of UniGrad as in SIM: it pushes predictions away from directions shared by many
+    patches."""
 
     kind: ClassVar[str] = "unigrad"
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)

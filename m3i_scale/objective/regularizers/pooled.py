@@ -68,7 +68,7 @@ class StopGradient(PooledRegularizer):
 
 
 class UniGrad(PooledRegularizer):
-    """Pushes predictions away from the dominant directions of the targets' correlation F (UniGrad)."""
+    """UniGrad: pushes predictions away from the dominant directions of the targets' correlation F."""
 
     kind: ClassVar[str] = "unigrad"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
