@@ -239,7 +239,7 @@ class FrozenStart(Teacher):
 
 
 class FrozenTeacher(Teacher):
-    """A frozen `transformers` vision model with patch tokens, resampled to the student's patch grid."""
+    """A frozen `transformers` vision model with patch tokens, run on the student's patch grid."""
 
     prefix = "model."
 
@@ -278,12 +278,16 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D). The image feature is the pooled
-        output of the model: CLIP's class token after `post_layernorm`, or the attention pool of SigLIP and AIMv2.
-        RADIO's adaptors of these teachers predict the same feature. Without a pooled output, it is the class token, or
-        else the mean patch token. A ViT also uses the class token: most published weights lack its tanh pooler. If the
-        patch size differs from the student's, images are resized first. The model uses the normalization of its
-        training and stays in evaluation mode."""
+        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D).
+
+        The image feature is the pooled output of the model: CLIP's class token after `post_layernorm`, or the attention
+        pool of SigLIP and AIMv2. RADIO's adaptors of these teachers predict the same feature. Without a pooled output,
+        it is the class token, or else the mean patch token. A ViT also uses the class token: most published weights
+        lack its tanh pooler.
+
+        If the patch size differs from the student's, images are resized first. The model uses the normalization of its
+        training and stays in evaluation mode.
+        """
         self.model.eval()
         keep_frequencies(getattr(self.model, "rope_embeddings", None))
         first = next(self.model.parameters())

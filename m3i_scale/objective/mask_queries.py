@@ -28,9 +28,11 @@ _COUNTED_CLASSES = 8
 
 
 class MaskQueries(PixelHead):
-    """EoMT: queries attend to the image in the last blocks; each predicts a mask and its class. In training, queries
-    use masked attention: they only see patches of their predicted mask. The masks are annealed from all blocks to none,
-    so the trained model needs no attention masks."""
+    """EoMT: queries attend to the image in the last blocks; each predicts a mask and its class.
+
+    In training, queries use masked attention: they only see patches of their predicted mask. The masks are annealed
+    from all blocks to none, so the trained model needs no attention masks.
+    """
 
     def __init__(self, spec: EomtSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
         super().__init__()

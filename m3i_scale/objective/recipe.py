@@ -37,7 +37,7 @@ class Recipe(Parts):
     momentum: MomentumSpec | None = None
     balance: BalanceSpec = FixedSpec()
     views: list[ViewSpec] | None = Field(default=None, min_length=1)
-
+    """The views of an image by role, numbered from 1. Default: identical views, in the number that is used."""
     targets: list[Target] = Field(min_length=1)
 
     @property

@@ -93,9 +93,7 @@ class TokenHead(nn.Module):
         nn.init.normal_(self.weight_VD, std=self.weight_VD.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor, *, logits: bool = False) -> Tensor:
-        """Return token embeddings times √D: (B, T) → (B, T, D). With `logits`, return logits over the vocabulary:
-        (B, T, D) → (B, T, V).
-        """
+        """Return token embeddings times √D: (B, T) → (B, T, D). With `logits`, return logits: (B, T, D) → (B, T, V)."""
         if logits:
             return F.linear(tokens, self.weight_VD)
         embedded_BTD: Tensor = F.embedding(tokens, self.weight_VD) * self.weight_VD.shape[1] ** 0.5
