@@ -1,5 +1,4 @@
-"""Plan the loading of pretrained weights: tensors and parameters are matched by name and shape before reading
-values."""
+"""Plan the loading of pretrained weights: match tensors and parameters by name and shape before reading values."""
 
 from __future__ import annotations
 

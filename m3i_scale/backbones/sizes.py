@@ -1,5 +1,4 @@
-"""Read the presets' sizes, precomputed by `python -m m3i_scale.backbones.cost`, because counting takes half a
-minute."""
+"""Read the presets' sizes, precomputed with `python -m m3i_scale.backbones.cost`: counting takes half a minute."""
 
 from __future__ import annotations
 

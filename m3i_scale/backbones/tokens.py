@@ -33,8 +33,7 @@ class Sequences(NamedTuple):
     tokens_BLD: Tensor
     """Patch tokens."""
     angles: Angles | None
-    """Rotary angles of the patches' queries and keys, (B, 1, L, D / heads) each. None if position embeddings are added
-    to tokens."""
+    """Rotary angles of the patches' queries and keys, (B, 1, L, D / heads) each. None for added position embeddings."""
 
     @property
     def sequence(self) -> Tensor:

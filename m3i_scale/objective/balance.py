@@ -68,8 +68,7 @@ class LearnedWeights(GroupWeights):
         nn.init.zeros_(self.log_sigma_K)
 
     def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return total and factors. σ of a term without samples does not change, since its loss of 0 is not a
-        likelihood."""
+        """Return total and factors. σ of a term without samples does not change: its loss of 0 is not a likelihood."""
         log_sigma_K = self.log_sigma_K.float()
         terms_K = self.given_K * ((-2 * log_sigma_K).exp() * losses_K + log_sigma_K)
         return terms_K.masked_fill(~present_K, 0.0).sum(), (self.given_K * (-2 * log_sigma_K).exp()).detach()

@@ -182,8 +182,7 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
         if isinstance(registers := getattr(module, "register_tokens", None), nn.Parameter):
-            # DINOv2 leaves registers at zero. Without position embeddings, all of them would get one gradient and stay
-            # identical.
+            # DINOv2 leaves registers at zero. They have no positions, so all would get one gradient and stay identical.
             nn.init.trunc_normal_(registers, std=owner.config.initializer_range)
         if isinstance(getattr(module, "position_embeddings", None), nn.Parameter):
             _start_on_grid(cast(Tensor, module.position_embeddings))

@@ -133,8 +133,7 @@ def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
 
 
 def _attend_to(layer: Any, tokens_BQD: Tensor, normed_BQD: Tensor, context_BSD: Tensor) -> Tensor:
-    """Apply a ViT layer to tokens that attend to a context: (B, Q, width). `normed_BQD` are the tokens after the
-    norm."""
+    """Apply a ViT layer to tokens, `normed_BQD` after its first norm, that attend to a context: (B, Q, width)."""
     attention: Any = layer.attention
     heads = attention.num_attention_heads
     mixed_BHQD = attend(

@@ -65,8 +65,7 @@ _TEXT_FIELDS = (
     *_TEXT_COUNTS,
     *("hidden_act", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
 )
-"""Fields of the text tower that a config may set. The other fields of `BertConfig` have no effect or break the
-export."""
+"""Fields of the text tower that a config may set. Other fields of `BertConfig` have no effect or break the export."""
 
 
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:

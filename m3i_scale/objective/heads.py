@@ -56,7 +56,7 @@ class HeadSpec(Section):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the global batch, in fp32. It has no running statistics, since these layers are only used in
+    """Batch norm over the global batch, in fp32. It has no running statistics: these layers are only used in
     training."""
 
     eps = 1e-5
@@ -83,8 +83,7 @@ class BatchNorm(nn.Module):
 
 
 class RunningStatistics(Fp32State):
-    """Centering of channels in fp32, with the statistics of the global batch in training and running ones in
-    evaluation."""
+    """Centering of channels in fp32, by statistics of the global batch in training and running ones in evaluation."""
 
     eps, momentum = 1e-5, 0.1
 

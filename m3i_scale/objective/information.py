@@ -261,16 +261,14 @@ class Objective(nn.Module):
         return context
 
     def _count(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the number of samples over all ranks that have a target, by target, with one collective for all of
-        them."""
+        """Return the number of samples over all ranks that have a target, by target, with a single collective."""
         here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
         return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
 
     def _encode_targets(
         self, batch: Batch, views: dict[int, Tensor]
     ) -> tuple[dict[tuple[str, int], Tokens], dict[tuple[str, int], list[Tensor]]]:
-        """Encode every target view once per frozen encoder that needs it. Return tokens and the outputs of the last
-        layers."""
+        """Encode every target view once per frozen encoder. Return tokens and the outputs of the last layers."""
         encoded: dict[tuple[str, int], Tokens] = {}
         layers: dict[tuple[str, int], list[Tensor]] = {}
         wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}

@@ -70,7 +70,7 @@ class MaskQueries(PixelHead):
         return vision.read(tokens_BSD[:, self.spec.queries :]), predictions
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return nonnegative class scores per pixel (B, K, H, W): sums over queries of class probability × mask
+        """Return nonnegative class scores per pixel (B, K, H, W): Σ over queries of class probability × mask
         probability."""
         class_logits_BQK, mask_logits_BQHW = maps[-2:]
         return [class_scores(class_logits_BQK, resized(mask_logits_BQHW, (self.size, self.size)))]

@@ -94,8 +94,7 @@ class TokenFamily(Family):
             return cast(Tensor, model.embeddings(images_BCHW, **options))
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
-        """Return the rotary angles of all patches, (N, D / heads) each. None if position embeddings are added to
-        tokens."""
+        """Return the rotary angles of all patches, (N, D / heads) each, or None for added position embeddings."""
         return None
 
     def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:

@@ -63,6 +63,6 @@ class InternImage(Family):
 
 
 def fusion_width(config: InternImageConfig) -> int:
-    """Return the default number of channels of the fusion head: the channels of stage 4, at most 1024 as in the
-    published head."""
+    """Return the default channels of the fusion head: the channels of stage 4, at most 1024 as in the published
+    head."""
     return min(config.stage_channels[-1], 1024)

@@ -292,8 +292,8 @@ class InternImageBlock(nn.Module):
 
 
 class InternImageModel(PreTrainedModel):
-    """InternImage with four stages of stride 4, 8, 16 and 32; `fusion_width` adds a fused map of the last two at stride
-    16."""
+    """InternImage with four stages of stride 4, 8, 16 and 32; `fusion_width` adds a map of stride 16 from the last
+    two."""
 
     config_class = InternImageConfig
     base_model_prefix = "model"

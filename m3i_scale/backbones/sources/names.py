@@ -64,7 +64,6 @@ class NameMap:
 
 
 def _spelt(part: str, number: str, ours: Mapping[str, str], suffix: str) -> str | None:
-    """Return the name of a part in the stock model: `q.bias`, 3 → layers.3.attention.q_proj.bias. None if it is
-    missing."""
+    """Return the name of a part in the stock model, or None: `q.bias`, 3 → layers.3.attention.q_proj.bias."""
     stem, dot, rest = part.partition(".")
     return None if stem not in ours else ours[stem].format(number) + dot + rest + suffix

@@ -98,8 +98,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
     scaled = any(f"{prefix}blocks.0.{name}" in shapes for name in ("ls1.gamma", "gamma_1"))
     first, second = (shapes.get(f"{prefix}blocks.0.mlp.{name}.weight", (0, 0)) for name in ("fc1", "fc2"))
     gated = scaled and first[0] == 2 * second[1]
-    # DINOv3's gate has a separate layer. EVA-02's gate, too, but EVA-02 has learned position embeddings and is not
-    # supported.
+    # DINOv3's gate is a separate layer. So is EVA-02's, but a model with learned position embeddings is not supported.
     own_gate = f"{prefix}reg_token" in shapes and f"{prefix}pos_embed" not in shapes
     return NameMap(
         prefix,

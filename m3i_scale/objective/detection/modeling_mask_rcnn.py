@@ -548,8 +548,7 @@ def sizes_of(sizes_B2: Tensor) -> list[tuple[float, float]]:
 
 @dataclass
 class MaskRcnnOutput(ModelOutput):
-    """The detections of a batch of images, the best first. Images with fewer detections are padded with label −1 and
-    score 0."""
+    """The detections of a batch of images, the best first. The padding of an image has label −1 and score 0."""
 
     scores: Tensor | None = None
     """(B, N)."""

@@ -99,7 +99,7 @@ class StockQueries(nn.Module):
 
     def _set_first_values(self, module: nn.Module) -> None:
         """Initialize one module. Sampling locations and class biases follow the rfdetr package (`models/lwdetr.py`,
-        `models/transformer.py`), which the stock model does not. Other linear layers use Xavier, as the package's
+        `models/transformer.py`), unlike the stock model. Other linear layers use Xavier, as in the package's
         decoder."""
         name = self._names[module]
         if isinstance(module, nn.Embedding):

@@ -1,5 +1,4 @@
-"""P̂ of a text among the texts of the global batch: softmax as in CLIP (Boltzmann), or sigmoid as in SigLIP
-(Bernoulli)."""
+"""P̂ of a text among the texts of the global batch: softmax (Boltzmann, CLIP) or sigmoid (Bernoulli, SigLIP)."""
 
 from __future__ import annotations
 
@@ -89,8 +88,7 @@ class BoltzmannPairs(PairDistribution):
 
     kind: ClassVar[str] = "boltzmann"
     direction: Literal["both", "forward"] = "both"
-    """both: image-to-text and text-to-image (CLIP); forward: only image-to-text, which is −log P̂(z_y | ẑ_y) of
-    equation (2)."""
+    """both: image-to-text and text-to-image (CLIP); forward: image-to-text only, −log P̂(z_y | ẑ_y) of equation (2)."""
 
     def loss(
         self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
@@ -125,8 +123,7 @@ class BernoulliPairs(PairDistribution):
     def loss(
         self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        """Return −Σ log σ(±logit). The bound uses a softmax over the same logits, which is valid since any critic gives
-        one."""
+        """Return −Σ log σ(±logit). Any critic gives a bound, so the bound is from a softmax over these logits."""
         offset = 0.0 if bias is None else bias.float()
         logits_BG = scale.float() * prediction_BE.float() @ targets.all_GE.float().T + offset
         sign_BG = -torch.ones_like(logits_BG)

@@ -13,8 +13,8 @@ from m3i_scale.objective.ranks import Ranks
 
 
 class SmoothL1(Density):
-    """Smooth L1 loss: −log P̂ per component of e = z − ẑ, without constant: e² / 2β below β, |e| − β/2 above
-    (I-JEPA)."""
+    """Smooth L1 loss (I-JEPA): −log P̂ of e = z − ẑ per component, up to a constant: e² / 2β below β, |e| − β/2
+    above."""
 
     kind: ClassVar[str] = "smooth_l1"
     beta: float = Field(default=1.0, gt=0)

@@ -51,8 +51,7 @@ class DenseStopGradient(DenseRegularizer):
 
 
 class DenseUniGrad(DenseRegularizer):
-    """The dense negative term of UniGrad as in SIM: it pushes predictions away from directions shared by many
-    patches."""
+    """Dense negative term of UniGrad as in SIM: pushes predictions away from directions that many patches share."""
 
     kind: ClassVar[str] = "unigrad"
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)

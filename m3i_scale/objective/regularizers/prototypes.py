@@ -79,8 +79,7 @@ class PrototypeRegularizer(Regularizer):
 
 
 class Sharpened(PrototypeRegularizer):
-    """Base class for targets that are sharper than the prediction and use EMA prototypes. Subclasses balance the
-    prototypes."""
+    """Base class for targets sharper than the prediction, with EMA prototypes. Subclasses balance the prototypes."""
 
     averages_prototypes: ClassVar[bool] = True
     target_temperature: Scheduled[Positive] = 0.04
@@ -112,8 +111,7 @@ class Centering(Sharpened):
         return ((target_NK.float() - memory.center_K) / number(self.target_temperature)).softmax(dim=-1)
 
     def remembered(self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None) -> Tensor:
-        """Return cosines (1 or N, K); their mean updates the center. Return the center itself if all rows have weight
-        0."""
+        """Return cosines (1 or N, K); their mean updates the center. If all weights are 0, return the center itself."""
         if share_N is None:
             return target_NK
         mean_K, counted = mean_row(target_NK.float(), share_N, ranks)

@@ -50,7 +50,7 @@ class Caption(Target):
     distribution: BoltzmannTokens = BoltzmannTokens()
     regularizer: OtherCandidates = OtherCandidates()
     parallel: float = Field(default=0.0, ge=0, le=1)
-    """Fraction of the samples, drawn per sample, with parallel prediction: the decoder gets positions but no tokens
+    """Fraction of samples, drawn per sample, with parallel prediction: the decoder gets positions, no tokens
     (CapPa)."""
 
     @property

@@ -93,7 +93,7 @@ class Category(Target):
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum over label sets, which is a mean over all labeled samples. In evaluation mode also the top-1
+        """Return the sum over label sets: a mean over all labeled samples. In evaluation mode also the top-1
         accuracy."""
         batch, ranks = context.batch, given.ranks
         labelled_B, count = self.present(batch), context.counts[self.name]

@@ -140,8 +140,7 @@ class DenseNegatives(HeadTarget):
     distribution: Boltzmann = Boltzmann()
     regularizer: QueuedNegatives
     match: Literal["position", "similarity"] = "position"
-    """Matching patch in the target view: the one at the predicted position, or the one with the most similar backbone
-    feature."""
+    """Matching patch in the target view: the one at the same position, or with the most similar backbone feature."""
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the patches with the queue as negatives."""

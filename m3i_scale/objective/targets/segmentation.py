@@ -77,8 +77,7 @@ class Segmentation(Target):
         return (batch.masks_BHW != NO_CLASS).flatten(1).any(dim=1)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the mean over all labeled pixels. In evaluation mode also return the overlaps of truth and
-        prediction."""
+        """Return the mean over all labeled pixels. In evaluation mode also return overlaps of truth and prediction."""
         truth_BHW = context.batch.masks_BHW.long()
         valid_BHW = truth_BHW != NO_CLASS
         truth_BHW = truth_BHW.masked_fill(~valid_BHW, 0)

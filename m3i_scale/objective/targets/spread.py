@@ -52,9 +52,8 @@ class Spread(Target):
 
 
 def koleo(pooled_BD: Tensor, ranks: Ranks, eps: float = 1e-8) -> Tensor:
-    """Return −mean log of the distance between a unit vector and its nearest neighbor in the global batch. Source:
-    Sablayrolles et al., 2019, Spreading vectors for similarity search. DINOv2's code only searches images of one
-    device."""
+    """Return −mean log distance of a unit vector to its nearest neighbor in the global batch (Sablayrolles et al.,
+    2019, Spreading vectors for similarity search). DINOv2's code only searches the images of one device."""
     own_BD = unit(pooled_BD)
     all_GD = ranks.gather(own_BD)
     with torch.no_grad():
