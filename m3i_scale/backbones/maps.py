@@ -53,8 +53,7 @@ class MapBackbone(Backbone):
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
-        """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a separate mask
-        token."""
+        """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token."""
         images_BCHW = torch.cat([views[view] for view in view_of])
         shown_BHW = torch.cat([self._shown(visible_BL, images_BCHW) for visible_BL in visible])
         map_BND = self._encode(images_BCHW * _enlarged(shown_BHW, self.patch_size)[:, None], shown_BHW)

@@ -127,8 +127,7 @@ class EncodedInput:
     row_of_image_B: Tensor
     """int64 (B): the inverse of `image_of_row_B`."""
     masked_BM: Tensor | None = None
-    """bool (B, M): which of `hidden_BM` are masked, for mask tokens with a varying number of masked patches. None:
-    all."""
+    """bool (B, M): masked patches among `hidden_BM`, for mask tokens with a varying mask ratio. None: all."""
     shown_BN: Tensor | None = None
     """bool (B, N), for mask tokens: patches without mask token. `visible_BL` then contains all patches."""
     blocks_BKT: Tensor | None = None
@@ -216,8 +215,7 @@ def _single(spec: InputSpec, view: int, seeds_B: Tensor, grid: tuple[int, int], 
     hidden_BM, first_BM = order_BN[:, visible:].flip(1).sort(dim=1)
     masked_BM = None
     if spec.mask.varies:
-        # Uses a stream of random numbers that no mask uses. A sample with fewer masked patches masks the first ones in
-        # order.
+        # Uses a stream of random numbers that no mask uses. Samples with fewer masked patches mask the first in order.
         share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)
         count_B = ((low + (high - low) * size_B) * patches).round() * (share_B < spec.mask.share)
         masked_BM = first_BM < count_B[:, None]

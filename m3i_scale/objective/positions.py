@@ -59,8 +59,8 @@ def relative_position(
 
 
 def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """Return MAE's fixed position embeddings, fp32 (N, width): [sin x, cos x, sin y, cos y] at width/4 frequencies, x
-    is the column."""
+    """Return MAE's fixed position embeddings, fp32 (N, width): [sin x, cos x, sin y, cos y] at width/4 frequencies. The
+    column is x, the row is y."""
     rows, columns = grid
     omega_F = frequencies(width // 4, device)
     row_N = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)

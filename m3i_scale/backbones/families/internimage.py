@@ -63,6 +63,5 @@ class InternImage(Family):
 
 
 def fusion_width(config: InternImageConfig) -> int:
-    """Return the default channels of the fusion head: the channels of stage 4, at most 1024 as in the published
-    head."""
+    """Return the default width of the fusion head: the channels of stage 4, at most 1024 as in the published head."""
     return min(config.stage_channels[-1], 1024)

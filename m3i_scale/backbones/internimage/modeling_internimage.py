@@ -292,8 +292,7 @@ class InternImageBlock(nn.Module):
 
 
 class InternImageModel(PreTrainedModel):
-    """InternImage with four stages of stride 4, 8, 16 and 32; `fusion_width` adds a map of stride 16 from the last
-    two."""
+    """InternImage with four stages of stride 4, 8, 16 and 32; `fusion_width` adds a fused map at stride 16."""
 
     config_class = InternImageConfig
     base_model_prefix = "model"

@@ -158,7 +158,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, weights_K, generator))
 
     def _class_loss(self, logits_RK: Tensor, chosen: Sequence[Chosen]) -> Tensor:
-        """Return the sum over regions. Federated losses sample classes per image, as published runs (one image per
+        """Return the sum over regions. Federated losses sample classes per image (published runs: one image per
         GPU)."""
         if self.spec.classifier == "softmax":
             return F.cross_entropy(logits_RK, torch.cat([one.labels_R for one in chosen]), reduction="sum")

@@ -13,7 +13,7 @@ from m3i_scale.objective.ranks import Ranks
 
 
 class SmoothL1(Density):
-    """Smooth L1 loss (I-JEPA): −log P̂ of e = z − ẑ per component, up to a constant: e² / 2β below β, |e| − β/2
+    """Smooth L1 loss (I-JEPA): −log P̂ of e = z − ẑ by component, without constant: e² / 2β below β, |e| − β/2
     above."""
 
     kind: ClassVar[str] = "smooth_l1"
