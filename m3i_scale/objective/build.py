@@ -191,8 +191,7 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
         elif isinstance(owner, SiglipVisionModel) and type(module) is nn.Linear:
             nn.init.xavier_uniform_(module.weight)  # as SigLIP initializes attention and MLP
     elif type(module) is nn.Linear:
-        # As MAE: depends on both widths. A fixed std of 0.02 suits a ViT-B; with 96 channels it passes on a fifth of
-        # the signal.
+        # As MAE: depends on both widths. A fixed std of 0.02 suits a ViT-B; with 96 channels it passes on a fifth.
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -172,7 +172,7 @@ class AttentionPool(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """The identity: every patch token predicts its position."""
+    """The identity: every patch token is the prediction for its position."""
 
     def __init__(self, input_width: int) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class CrossAttentionSpec(TransformerSpec):
 
 
 class PointwiseSpec(DecoderSpec):
-    """A decoder without weights: every patch token predicts its position."""
+    """A decoder without weights: every patch token is the prediction for its position."""
 
     kind: ClassVar[str] = "pointwise"
     dense: ClassVar[bool] = True

@@ -32,8 +32,7 @@ class MaskSpec(Section):
 
     form: Mask = RandomMask()
     """random: independent patches; block: a union of rectangles; inverse_block: all but one rectangle; target_blocks:
-    rectangles that are predicted one by one; or a user-defined class.
-    """
+    rectangles that are predicted one by one; or a user-defined class."""
     ratio: Annotated[float | tuple[float, float], AfterValidator(_is_ratio)]
     """Mask ratio. The number of masked patches is rounded and is the same for every sample. With mask tokens, a range
     [smallest, largest] is possible; the ratio is drawn per sample."""
@@ -96,8 +95,7 @@ class InputSpec(Section):
 class MixSpec(Section):
     """Mixing of several images into one input with complementary patch masks (paper, Fig. 2).
 
-    Each input gets an equal share of the patches: the first one its share of all, the next ones theirs of the rest. All
-    inputs of a mix come from different images of the local batch.
+    The inputs show equal shares of the patches, without overlap. They come from different images of the local batch.
     """
 
     inputs: list[str] = Field(min_length=2, max_length=4)

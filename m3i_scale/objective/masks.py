@@ -53,7 +53,7 @@ class Mask(Kind):
 
 
 class RandomMask(Mask):
-    """A mask of independent patches."""
+    """A mask of independently drawn patches."""
 
     kind: ClassVar[str] = "random"
 
