@@ -1,7 +1,7 @@
 """I(z_x; z_y | t_x, t_y): inputs → one backbone → loss terms (equations 2, 5 and 6).
 
-Every rank runs the same submodules in the same order on every batch. Samples without a target are masked out of its
-loss.
+One module with one forward pass: every rank runs the same submodules in the same order on every batch. Samples without
+a target are masked out of its loss.
 """
 
 from __future__ import annotations
