@@ -1,1 +1,1 @@
-"""Backbones (f_θ): thin adapters round `transformers` vision models."""
+"""Backbones (f_θ): thin adapters for `transformers` vision models."""

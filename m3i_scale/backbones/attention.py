@@ -1,4 +1,4 @@
-"""Compute attention over a part of the queries, with the kernel that the stock layers around it take."""
+"""Attention of a subset of the queries, with the kernel of the surrounding stock layers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ def attend(
     """Return softmax(QKᵀ/√D)V: (B, H, Q, D).
 
     Args:
-        query_BHQD: queries.
-        key_BHLD: keys.
-        value_BHLD: values.
         kernel: sdpa (fused) or eager (two matrix products and a softmax).
-        mask_B11L: bool; keys that are False are not attended to. Every row keeps at least one.
-        dropout: of the attention weights.
+        mask_B11L: bool; False keys are masked. Every row must have at least one True key.
+        dropout: dropout of the attention weights.
     """
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(query_BHQD, key_BHLD, value_BHLD, attn_mask=mask_B11L, dropout_p=dropout)

@@ -1,4 +1,4 @@
-"""Define what the objective asks of a backbone f_θ, whatever it is made of."""
+"""Interface of a backbone f_θ."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ import torch
 from torch import Tensor, nn
 
 Tokens = tuple[Tensor, Tensor]
-"""Class token (B, 1, D), or the mean token where the backbone has none, and patch tokens (B, L, D)."""
+"""Class token (B, 1, D), or the mean token if there is none, and patch tokens (B, L, D)."""
 
 
 class MaskToken(nn.Module):
-    """Takes the place of hidden tokens."""
+    """A learned token that replaces masked tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, width))
 
     def reset_parameters(self) -> None:
-        """Draw the first value."""
+        """Initialize the token."""
         nn.init.normal_(self.token, std=0.02)
 
     def forward(self, map_BHWC: Tensor, shown_BHW: Tensor) -> Tensor:
-        """Return the map, with the token wherever `shown_BHW` is False."""
+        """Return the map with the token at all positions with `shown_BHW` False."""
         return torch.where(shown_BHW[..., None], map_BHWC, self.token.to(map_BHWC.dtype))
 
 
 @dataclass
 class MaskedPatches:
-    """Says which patches of inputs are mask tokens."""
+    """Mask tokens of inputs."""
 
     token: MaskToken
     shown: list[Tensor | None]
-    """By input, which patches are shown as they are: bool (B, N); None: all."""
+    """Visible patches by input: bool (B, N); None: all."""
 
 
 class Backbone(nn.Module, ABC):
-    """Adapts a stock vision model, `model`, that is shown a part of its patches or patches of several images."""
+    """Adapter of a stock vision model, `model`, for subsets of patches and patches of several images."""
 
     model: Any
-    """The `transformers` model: what an export writes."""
+    """The `transformers` model that is exported."""
 
     @property
     @abstractmethod
     def has_class_token(self) -> bool:
-        """Return whether the first of `Tokens` is a token of its own, not the mean of the others."""
+        """Return whether the first of `Tokens` is a class token instead of a mean token."""
 
     @property
     @abstractmethod
     def own_attention(self) -> bool:
-        """Return whether the images of a mix can be kept apart. Where not, they are mixed pixel by pixel."""
+        """Return whether images of a mix can be encoded separately. Otherwise, their pixels are mixed."""
 
     @property
     def width(self) -> int:
@@ -62,17 +62,17 @@ class Backbone(nn.Module, ABC):
 
     @property
     def image_size(self) -> int:
-        """Return the side of the images of the configuration in pixels; others may be encoded too."""
+        """Return the configured image size in pixels; other sizes can be encoded too."""
         return int(self.model.config.image_size)
 
     @property
     def patch_size(self) -> int:
-        """Return the side in pixels of what one token stands for."""
+        """Return the patch size in pixels."""
         return int(self.model.config.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return the rows and columns of patch tokens of images of that size."""
+        """Return the rows and columns of patch tokens at the configured image size."""
         side = self.image_size // self.patch_size
         return side, side
 
@@ -83,7 +83,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def cell(self) -> int:
-        """Return the side, in tokens, of the squares that are hidden or shown as a whole."""
+        """Return the size, in tokens, of the squares that are masked together."""
         return 1
 
     @property
@@ -93,7 +93,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the compute type of the parameters."""
+        """Return the dtype of the parameters."""
         first: nn.Parameter = next(self.model.parameters())
         return first.dtype
 
@@ -105,75 +105,76 @@ class Backbone(nn.Module, ABC):
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
-        """Encode inputs that see nothing of each other.
+        """Encode inputs independently of each other (within-image attention).
 
         Args:
-            views: normalised images (B, 3, H, W) by view.
-            view_of: by input, the view that it shows a part of.
-            visible: by input, the visible patches: int64 (B, L), ascending.
-            masked: the patches that are mask tokens, where there are any.
+            views: normalized images (B, 3, H, W) by view.
+            view_of: view of each input.
+            visible: visible patches of each input: int64 (B, L), ascending.
+            masked: mask tokens, if any.
 
         Returns:
-            By input, the tokens of its visible patches, in the order of `visible`.
+            The tokens of the visible patches by input, in the order of `visible`.
         """
 
     @abstractmethod
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Encode images of a mix that see each other: one input a row.
+        """Encode mixed images with cross-image attention: one input per row.
 
         Args:
-            views: normalised images by view.
-            view_of: by place in the mix, the view.
-            visible: by place, the patches that are shown there: int64 (B, L), by image.
-            rows: by place, which image sits there in row i: int64 (B).
+            views: normalized images by view.
+            view_of: view of each slot of the mix.
+            visible: visible patches of each slot: int64 (B, L), by image.
+            rows: image in row i of each slot: int64 (B).
 
         Returns:
-            By place, the tokens by row.
+            The tokens by slot and row.
         """
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
-        """Encode normalised images, nothing hidden: class or mean token (B, 1, D), and those of all patches (B, N, D),
-        row by row.
+        """Encode normalized images without masking: class or mean token (B, 1, D), and all patch tokens (B, N, D), row
+        by row.
 
         Args:
-            images_BCHW: normalised.
-            blocks: the class tokens of so many last layers, (B, blocks, D), each normalised as the last one is.
+            images_BCHW: normalized images.
+            blocks: number of last layers from which to return class tokens, (B, blocks, D), each after the final norm.
 
         Raises:
-            ValueError: several are asked for, and the backbone has no class token.
+            ValueError: `blocks` is above 1, and the backbone has no class token.
         """
         if blocks > 1:
             raise ValueError("the backbone has no class token")
         return self.encode_maps(images_BCHW, ())[0]
 
     def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as `encode_whole` does, and return what the class token attends to in the last layer, by head: fp32
-        (B, H, N); None where there is none."""
+        """Encode as `encode_whole`. Also return the class token's attention in the last layer by head: fp32 (B, H, N),
+        or None without class token."""
         return self.encode_whole(images_BCHW), None
 
     @property
     @abstractmethod
     def stage_widths(self) -> list[int]:
-        """Return the channels of the maps of stride 4, 8, 16 and 32 that the stages give; nothing where there are no
-        stages, and every layer has the same grid."""
+        """Return the channels of the stages' maps of stride 4, 8, 16 and 32. Empty if the backbone has no stages and
+        all layers have the same grid."""
 
     @abstractmethod
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole` does, and keep maps on the way.
+        """Encode as `encode_whole`, and return intermediate maps.
 
         Args:
-            images_BCHW: normalised.
-            layers: by number from 1, whose outputs are kept; of a backbone with stages those of all stages are.
+            images_BCHW: normalized images.
+            layers: layers, from 1, of which to return outputs. A backbone with stages returns the outputs of all
+                stages.
 
         Returns:
-            The tokens, and the maps (B, C, H, W) as the layers give them, before the last norm.
+            The tokens, and the maps (B, C, H, W) of the layers, before the final norm.
         """
 
     @abstractmethod
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
-        """Return what `model` calls its last hidden state, as the objective computes it."""
+        """Return the last hidden state of `model`, computed as the objective does."""
 
 
 def gather_tokens(tokens_BND: Tensor, index_BL: Tensor) -> Tensor:

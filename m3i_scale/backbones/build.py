@@ -1,4 +1,4 @@
-"""Build a configuration from the `backbone` section of a run file, and modules from that."""
+"""Build configurations and modules from the `backbone` section of a config."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def backbone_config(backbone: BackboneConfig, *, where: str = "backbone") -> Vis
 
 
 def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source:
-    """Return the weights that a backbone section starts from."""
+    """Return the pretrained weights of a backbone section."""
     return find_source(backbone.from_pretrained or "", backbone.config, f"{where}.from_pretrained")
 
 
 def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
-    """Return the configuration of the source. A run file may change its image size: positions are then resized."""
+    """Return the configuration of the source. If a config changes its image size, position embeddings are resized."""
     source = backbone_source(backbone, where)
     for key in family_of(source.config).shape_fields:
         here, there = backbone.config.get(key), getattr(source.config, key)
@@ -78,7 +78,7 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
         config.pooler_output_size = config.hidden_size
     if not family.derives:
         return config
-    # What follows from other fields is made once, when a configuration is.
+    # Derived fields are only computed when a configuration is created.
     kept = {key: value for key, value in config.to_diff_dict().items() if key not in _DERIVED}
     try:
         return type(config)(**kept)
@@ -87,12 +87,12 @@ def _override(config: VisionConfig, fields: dict[str, Any], where: str) -> Visio
 
 
 def set_field(config: PretrainedConfig, key: str, value: Any, where: str) -> None:
-    """Set a field of a `transformers` configuration, and refuse values with which its model would compute nonsense."""
+    """Set a field of a `transformers` configuration, and reject values that would break its model."""
     before, place = getattr(config, key), f"{where}.{key}: {value!r}"
     number = isinstance(before, int | float) and not isinstance(before, bool)
     if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):  # null: the family's default
         raise ConfigError(f"'{key}' must be one number", where=place, fix=f"e.g. {where}.{key}={before}")
-    if key in MAX_COUNTS and value is not None:  # before `transformers` makes a list of the layers' names
+    if key in MAX_COUNTS and value is not None:  # before `transformers` creates a list of layer names
         check_counts({key: value}, where)
     if isinstance(before, list | tuple) and not _are_counts(value):
         raise ConfigError(f"'{key}' must be a list of numbers", where=place, fix=f"e.g. {where}.{key}={[*before]}")
@@ -116,12 +116,12 @@ def _are_counts(value: Any) -> bool:
 
 
 def build_backbone(config: VisionConfig) -> Backbone:
-    """Build the backbone, not yet initialised."""
+    """Build the backbone without initializing it."""
     return MapBackbone(config) if isinstance(config, InternImageConfig) else TokenBackbone(config)
 
 
 def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
-    """Return the class of the model that an export holds, and its constructor's arguments beside the configuration."""
+    """Return the class of the exported model, and its constructor's other arguments."""
     if isinstance(config, InternImageConfig):
         return InternImageModel, {}
     family = token_family(config)
@@ -129,12 +129,12 @@ def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str,
 
 
 def model_files(config: VisionConfig) -> tuple[dict[str, str], tuple[Path, ...]]:
-    """Return what a folder needs where `transformers` has no such model: `auto_map` and source files."""
+    """Return `auto_map` and source files that an export needs if `transformers` lacks the model."""
     return (AUTO_MAP, SOURCE_FILES) if isinstance(config, InternImageConfig) else ({}, ())
 
 
 def portable_section(config: VisionConfig) -> dict[str, Any]:
-    """Return a backbone section that needs no folder: preset and every field that shapes the modules."""
+    """Return a backbone section without paths: preset and every field that shapes the modules."""
     return {
         "preset": family_of(config).first_preset,
         "config": {key: getattr(config, key) for key in family_of(config).shape_fields},
@@ -142,7 +142,7 @@ def portable_section(config: VisionConfig) -> dict[str, Any]:
 
 
 def stored_section(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a backbone section, for a configuration that a checkpoint has stored as a dictionary."""
+    """Return the backbone section for a configuration that is stored in a checkpoint as a dictionary."""
     family = {family.config_class.model_type: family for family in FAMILIES}[values["model_type"]]
     fields = {key: value for key, value in values.items() if key not in _DERIVED and not key.startswith("_")}
     section = portable_section(family.config_class(**fields))
@@ -151,5 +151,5 @@ def stored_section(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def starts_fresh(source: Source, name: str) -> bool:
-    """Return whether a source need not have this weight: the fusion head, where its own configuration has none."""
+    """Return whether a weight may be missing in a source: weights of the fusion head, if its configuration has none."""
     return name.startswith("dcnv3_head_") and "fusion_width" in source.assumed

@@ -1,4 +1,4 @@
-"""Count what a backbone costs: parameters, and FLOPs of a forward pass. Nothing is allocated."""
+"""Count parameters and forward FLOPs of a backbone, without allocating memory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
     """Return the size and the cost of one backbone.
 
     Args:
-        section: what a run file says.
-        name: what to call it.
+        section: the `backbone` section of a config.
+        name: name in the result.
 
     Returns:
-        `name, model_type, image_size` (pixels), `patch_size` (pixels a token), `tokens, mask_cell` (pixels), `width,
-        layers, parameters` (of the exported model), `gmac` (10⁹ multiply-adds of one image, forward; published tables
-        call these FLOPs).
+        `name, model_type, image_size` (pixels), `patch_size` (pixels per token), `tokens, mask_cell` (pixels), `width,
+        layers, parameters` (of the exported model), `gmac` (10⁹ multiply-adds per image, forward; published tables call
+        these FLOPs).
     """
     config = backbone_config(section)
     if hasattr(config, "num_attention_heads"):
-        config._attn_implementation = "eager"  # fused attention is not counted on every device
+        config._attn_implementation = "eager"  # not every device counts fused attention
     with torch.device("meta"):
         backbone = build_backbone(config).eval()
         image_BCHW = torch.zeros(1, 3, config.image_size, config.image_size)

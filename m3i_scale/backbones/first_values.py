@@ -1,4 +1,4 @@
-"""Draw the first values of parameters, one module at a time, as a function of a seed and the module's name."""
+"""Initialize parameters module by module, as a function of a seed and the module's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 Initialize = Callable[[nn.Module, nn.Module], None]
-"""Called with (owner, submodule); the owner is the nearest `transformers` model above, else the submodule."""
+"""Called with (owner, submodule). The owner is the nearest parent `transformers` model, or the submodule itself."""
 
 
 def draw_first_values(
@@ -23,27 +23,27 @@ def draw_first_values(
     skip: tuple[str, ...] = (),
     whole: Callable[[list[nn.Parameter]], AbstractContextManager[None]] = lambda parameters: contextlib.nullcontext(),
 ) -> None:
-    """Initialize all parameters from (seed, name of the module) and leave the state of all random generators unchanged.
+    """Initialize all parameters from (seed, name of the module). The state of all random generators is restored.
 
-    The numbers are drawn on the CPU in fp32, then copied to the parameter. They are the same on every device and in
-    every dtype, up to the rounding of the dtype.
+    Random numbers are drawn on the CPU in fp32, then copied to the parameter. They are the same on every device and in
+    every dtype, up to rounding.
 
     Args:
         module: the model.
-        initialize: fills the parameters of one module.
-        seed: of the run.
-        skip: prefixes of submodules that get their values elsewhere.
-        whole: has parameters at full shape inside; the default is for those that always are.
+        initialize: initializes the parameters of one module.
+        seed: seed of the run.
+        skip: prefixes of submodules to skip.
+        whole: context manager that gathers parameters to their full shape; default: they are never partitioned.
     """
     owners = [(name, child) for name, child in module.named_modules() if isinstance(child, PreTrainedModel)]
-    # No device but the CPU: by default `fork_rng` copies the states of every GPU of the machine.
+    # CPU only: by default, `fork_rng` copies the states of all GPUs of the machine.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, child in module.named_modules():
             parameters = list(child.parameters(recurse=False))
             if not parameters or name.startswith(skip):
                 continue
             above = [owner for prefix, owner in owners if name == prefix or name.startswith(f"{prefix}.")]
-            # `torch.manual_seed` would seed GPUs too. The CPU's generator reads 32 bits of a seed.
+            # `torch.manual_seed` would also seed GPUs. The CPU generator uses 32 bits of a seed.
             torch.default_generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             with whole(parameters), _on_host_in_fp32(child):
                 initialize(above[-1] if above else child, child)
@@ -51,10 +51,10 @@ def draw_first_values(
 
 @contextlib.contextmanager
 def _on_host_in_fp32(module: nn.Module) -> Iterator[None]:
-    """Replace the parameters of one module by fp32 copies on the CPU, and copy their values back at the end.
+    """Replace the parameters of a module by fp32 copies on the CPU, and copy their values back at the end.
 
-    Random numbers of a GPU are not the ones of a CPU, and depend on the model of the GPU. In bf16, a uniform number
-    that rounds to the upper bound becomes the lower one in torch: one weight of a thousand would have the wrong sign.
+    Random numbers differ between CPU and GPU, and between GPU models. In bf16, torch maps uniform numbers that round to
+    the upper bound to the lower bound: one weight in a thousand would have the wrong sign.
     """
     originals = dict(module.named_parameters(recurse=False))
     for name, parameter in originals.items():

@@ -1,4 +1,4 @@
-"""Count the FLOPs of a call, with formulas that torch's counter lacks."""
+"""FLOP counting, with formulas that torch's counter lacks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _Shape = tuple[int, ...]
 
 
 def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Count a weighted bag: a product and a sum for every row that is fetched."""
+    """Count a weighted bag: a product and a sum per fetched row."""
     return 2 * torch.Size(_shape(index)).numel() * _shape(weight)[1]
 
 
 def _bag_backward(gradient: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Count the gradient of the rows: a product and a sum for every row that was fetched."""
+    """Count the gradient of the rows: a product and a sum per fetched row."""
     return 2 * torch.Size(_shape(index)).numel() * _shape(gradient)[-1]
 
 
 def _bag_weights_backward(gradient: Any, _weight: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Count the gradient of the weights of a bag: a product with every row that was fetched."""
+    """Count the gradient of a bag's weights: a product with every fetched row."""
     return _bag_backward(gradient, index)
 
 
@@ -34,9 +34,9 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count the four products of the backward pass, not the one that the kernel does twice to save memory."""
+    """Count the four products of the backward pass, without the scores that the kernel recomputes to save memory."""
     shapes = _shape(gradient), _shape(query), _shape(key), _shape(value)
-    again = torch.Size(shapes[1]).numel() * shapes[2][-2] * 2  # torch counts the scores, which are computed again
+    again = torch.Size(shapes[1]).numel() * shapes[2][-2] * 2  # torch counts the recomputed scores
     return int(sdpa_backward_flop_count(*shapes)) - again
 
 
@@ -54,10 +54,10 @@ def _convolution_backward(
     output_mask: Any,
     **_: Any,
 ) -> int:
-    """Count each gradient as the forward pass: both have its products, summed over other dimensions.
+    """Count each gradient as the forward pass: both have the same products, summed over other dimensions.
 
-    torch's own formula does as if every channel of the output came from every channel of the image, whatever the
-    groups: for a depthwise one of 64 channels 64 times too much for the weights' gradient.
+    torch's formula ignores groups, as if every output channel used every input channel. For a depthwise convolution of
+    64 channels, it counts 64 times too much for the weight gradient.
     """
     places = _shape(image if transposed else gradient)
     forward = 2 * places[0] * torch.Size(places[2:]).numel() * torch.Size(_shape(weight)).numel()
@@ -76,14 +76,14 @@ FORMULAS: dict[Any, Formula] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Beside torch's own. Shapes or tensors may be given."""
+"""Formulas in addition to torch's. Arguments may be shapes or tensors."""
 
 
 class _NoModules(ModuleTracker):
-    """Leaves modules alone, in the place of torch's tracker of modules.
+    """A no-op replacement for torch's module tracker.
 
-    The hooks of torch's own tracker make cycles with the graph that they hang on: what a layer has recomputed would
-    stay until the garbage collector happens to come.
+    torch's hooks create reference cycles with the graph. Recomputed activations would stay in memory until garbage
+    collection.
     """
 
     def __enter__(self) -> Self:
@@ -94,7 +94,7 @@ class _NoModules(ModuleTracker):
 
 
 def counter() -> FlopCounterMode:
-    """Return torch's counter with `FORMULAS`; it tells no modules apart, and keeps nothing alive."""
+    """Return torch's counter with `FORMULAS`. It does not track modules and keeps no references."""
     counted = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     counted.mod_tracker = _NoModules()
     return counted

@@ -1,6 +1,5 @@
-"""Resize position embeddings by matrix products: the gradient of torch's bicubic kernel has no fixed order of sums on
-CUDA devices, so that `torch.use_deterministic_algorithms` raises an error there.
-"""
+"""Resize position embeddings by matrix products. On CUDA, the gradient of torch's bicubic kernel sums in no fixed
+order, so `torch.use_deterministic_algorithms` raises an error."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class BicubicByMatrix(TorchFunctionMode):
-    """Replaces bicubic `F.interpolate` calls, such as the ones in the embeddings of `transformers` models.
+    """A mode that replaces bicubic `F.interpolate` calls, such as in the embeddings of `transformers` models.
 
     Example:
         >>> with BicubicByMatrix():
@@ -31,9 +30,9 @@ class BicubicByMatrix(TorchFunctionMode):
 def resize_bicubic(
     maps_NCHW: Tensor, size: tuple[int, int], *, antialias: bool = False, align_corners: bool | None = None
 ) -> Tensor:
-    """Return what `F.interpolate(mode="bicubic")` returns, up to rounding, as two products with matrices.
+    """Compute `F.interpolate(mode="bicubic")`, up to rounding, as two matrix products.
 
-    The products are computed in fp32 at least; the result has the dtype of the input.
+    The products are computed in fp32 or higher precision; the result has the dtype of the input.
     """
     dtype = torch.promote_types(maps_NCHW.dtype, torch.float32)
     rows_OH, columns_PW = (
@@ -48,9 +47,9 @@ def resize_bicubic(
 def _weights(
     old: int, new: int, dtype: torch.dtype, device: torch.device, antialias: bool, align_corners: bool | None
 ) -> Tensor:
-    """Return the share of every old row in every new one, (new, old): the forward kernel applied to unit vectors."""
+    """Return the weight of every old row in every new one, (new, old): the forward kernel applied to unit vectors."""
     units_11HH = torch.eye(old, dtype=dtype, device=device)[None, None]
-    # Bicubic weights are separable. A dimension that keeps its size is left as it is.
+    # Bicubic weights are separable. A dimension of unchanged size is not resized.
     resized_11OH = F.interpolate(
         units_11HH, size=(new, old), mode="bicubic", antialias=antialias, align_corners=align_corners
     )

@@ -1,4 +1,4 @@
-"""Plan which tensor of which file goes where: matched by name and shape before a value is read."""
+"""Plan the loading of pretrained weights: match tensors and parameters by name and shape before reading values."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Take:
-    """Names one parameter, and where its values come from."""
+    """One parameter and the source of its values."""
 
     name: str
     shape: Shape
     file: Path | None
-    """None: nought."""
+    """None: zeros."""
     tensor: str = ""
     part: int = 0
     parts: int = 1
@@ -41,7 +41,7 @@ class Take:
 
 @dataclass
 class LoadPlan:
-    """Says what is read, file by file, and what became of every tensor."""
+    """The tensors to read, by file, with a report about every tensor."""
 
     takes: list[Take]
     report: dict[str, Any]
@@ -52,11 +52,11 @@ class LoadPlan:
 
     @property
     def names(self) -> list[str]:
-        """Return the parameters in the order in which `tensors` gives their values."""
+        """Return the parameter names in the order of `tensors`."""
         return [take.name for take in self.takes]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the values, one parameter at a time; one file is open at a time."""
+        """Yield the values, one parameter at a time. Only one file is open at a time."""
         for path in dict.fromkeys(take.file for take in self.takes):
             here = [take for take in self.takes if take.file == path]
             if path is None:
@@ -80,13 +80,13 @@ class LoadPlan:
 
 
 def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bool) -> Tensor:
-    """Resize a table of positions to another grid: bicubic. The row of the class token is kept, or is zero.
+    """Resize position embeddings to another grid (bicubic). The row of the class token is copied, or zero.
 
     Args:
         table: (…, G² or 1 + G², D), row by row.
-        shape: wanted, (…, N² or 1 + N², D).
-        antialias: whether a smaller grid is filtered.
-        class_row: whether the first row of the table is that of the class token.
+        shape: target shape, (…, N² or 1 + N², D).
+        antialias: whether to use an antialiasing filter when downsampling.
+        class_row: whether the first row of the table is for the class token.
     """
     rows_LD = table.reshape(-1, shape[-1]).float()
     grid_LD = rows_LD[1:] if class_row else rows_LD
@@ -101,7 +101,7 @@ def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bo
 
 @dataclass
 class Matching:
-    """Holds the matches so far between tensors of files and parameters."""
+    """Matches between tensors of files and parameters."""
 
     wanted: dict[str, Shape]
     positions: str | None = None
@@ -153,8 +153,8 @@ def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_
 
     Args:
         source: the weights.
-        config: of the backbone.
-        where: the key that names the source.
+        config: configuration of the backbone.
+        where: config key of the source.
     """
     kind, options = vision_class(config)
     with torch.device("meta"):
@@ -172,15 +172,15 @@ def plan_model(
     fresh: list[str] | None = None,
     all_placed: bool = True,
 ) -> LoadPlan:
-    """Do as `plan_load` for any model, which may be without values.
+    """Plan the loading of any model, which may be on the meta device; see `plan_load`.
 
     Args:
         source: the weights.
-        model: what they fill.
-        where: the key that names the source.
-        positions: the parameter that may be resized.
-        fresh: parameters that need not be there.
-        all_placed: whether a tensor that finds no place is an error.
+        model: the model to load.
+        where: config key of the source.
+        positions: parameter with position embeddings, which may be resized.
+        fresh: parameters that may be missing.
+        all_placed: whether an unmatched tensor is an error.
     """
     match = Matching({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, positions)
     match.class_row = source.class_row

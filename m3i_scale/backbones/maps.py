@@ -1,4 +1,4 @@
-"""Use InternImage as a backbone: whole images go in, so what is hidden or mixed is so in the pixels."""
+"""InternImage as a backbone. It encodes full images, so masking and mixing modify pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _STEM_STRIDE, _LAST_STRIDE = 4, 32
 
 
 class MapBackbone(Backbone):
-    """Adapts a hierarchical convolutional network, read at its fused map of stride 16.
+    """Adapter of a hierarchical convolutional network; uses its fused map of stride 16.
 
-    Masks are made of squares of 32 pixels, the stride of the last stage. Hidden pixels are zero (the mean colour) and
-    hidden places of the stem's map are a learned token, so nothing of them enters. The images of a mix share one input
-    and see each other: convolutions know no sequences.
+    Masks consist of squares of 32 pixels, the stride of the last stage. Masked pixels are zero (the mean color), and
+    masked positions of the stem's map are a learned token, so no masked content leaks. Mixed images share one input and
+    see each other, since convolutions do not operate on sequences.
     """
 
     has_class_token = False
@@ -33,7 +33,7 @@ class MapBackbone(Backbone):
 
     @property
     def cell(self) -> int:
-        """Return the side, in tokens, of squares of 32 pixels."""
+        """Return the size, in tokens, of squares of 32 pixels."""
         return _LAST_STRIDE // self.patch_size
 
     @property
@@ -53,8 +53,7 @@ class MapBackbone(Backbone):
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
-        """Encode every input as an image of its own; all go through the network together. Nothing is `masked`:
-        the stem has a mask token of its own."""
+        """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token."""
         images_BCHW = torch.cat([views[view] for view in view_of])
         shown_BHW = torch.cat([self._shown(visible_BL, images_BCHW) for visible_BL in visible])
         map_BND = self._encode(images_BCHW * _enlarged(shown_BHW, self.patch_size)[:, None], shown_BHW)
@@ -64,7 +63,7 @@ class MapBackbone(Backbone):
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Encode one image a row, put together of the squares that each of its images shows."""
+        """Encode one image per row, composed of the visible squares of its images."""
         by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]
         mixed = torch.zeros_like(views[view_of[0]])
         for view, row_B, visible_BL in zip(view_of, rows, by_row, strict=True):
@@ -74,13 +73,13 @@ class MapBackbone(Backbone):
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole` does, and return the maps of the four stages too, whatever `layers` says."""
+        """Encode as `encode_whole`, and return the maps of all four stages. `layers` is ignored."""
         maps = self._stages(images_BCHW)
         tokens_BND = self.model.fuse(maps).flatten(2).transpose(1, 2)
         return (tokens_BND.mean(dim=1, keepdim=True), tokens_BND), [x.permute(0, 3, 1, 2) for x in maps]
 
     def stage_maps(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the maps of the four stages alone: (B, C, H, W) each."""
+        """Return only the maps of the four stages: (B, C, H, W) each."""
         return [x.permute(0, 3, 1, 2) for x in self._stages(images_BCHW)]
 
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ class MapBackbone(Backbone):
         return model.stages(model.patch_embed(images_BCHW.to(self.dtype)))
 
     def _encode(self, shown_BCHW: Tensor, shown_BHW: Tensor) -> Tensor:
-        """Encode images, zero where nothing is shown, as tokens of the whole grid (B, N, D)."""
+        """Encode images, with zeros at masked pixels, as tokens of the full grid (B, N, D)."""
         model: InternImageModel = self.model
         stem_BHWC = model.patch_embed(shown_BCHW.to(self.dtype))
         stem_BHWC = self.mask_token(stem_BHWC, _enlarged(shown_BHW, self.patch_size // _STEM_STRIDE))
@@ -108,7 +107,6 @@ class MapBackbone(Backbone):
 
 
 def _enlarged(shown_BHW: Tensor, times: int) -> Tensor:
-    """Return the grid with every token as a square of `times` × `times`."""
     return shown_BHW.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
 

@@ -1,4 +1,4 @@
-"""List published sizes by name."""
+"""Published model sizes by name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def preset_config(name: str) -> VisionConfig:
 
 
 def published_heads(width: int, depth: int) -> int | None:
-    """Return the heads of the published ViT, SigLIP or DINOv2 of that size; None where there is none."""
+    """Return the number of heads of the published ViT, SigLIP or DINOv2 with this size, or None."""
     sizes = {size[:2]: size[2] for size in (*VIT_SIZES.values(), *SIGLIP_SIZES.values(), *DINOV2_SIZES.values())}
     return sizes.get((width, depth))

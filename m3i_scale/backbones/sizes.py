@@ -1,4 +1,4 @@
-"""Read the presets' sizes, counted once (`python -m m3i_scale.backbones.cost`): counting all takes half a minute."""
+"""Read the presets' sizes, precomputed with `python -m m3i_scale.backbones.cost`: counting takes half a minute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZES = Path(__file__).with_name("sizes.json")
 
 
 def describe_presets(names: list[str]) -> list[dict[str, Any]]:
-    """Return what `describe_backbone` gives for the named presets; for all of them where none is named."""
+    """Return the `describe_backbone` results of the named presets, or of all presets without names."""
     rows = {row["name"]: row for row in read_json(SIZES)}
     for name in names:
         if name not in rows:

@@ -1,4 +1,4 @@
-"""Adapt plain stock `transformers` models: tokens in, tokens out, any subset of patches."""
+"""Adapters of plain stock `transformers` models for any subset of patch tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_scale.backbones.families.base import Angles
 
 
 def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
-    """Return what the objective reads of a stock model's last hidden state: that of CLIP comes before its last norm."""
+    """Return the hidden state after the final norm. CLIP's last hidden state precedes its final norm."""
     family = find_family(model.config)
     if isinstance(family, TokenFamily) and not family.norm_is_last:
         return family.normed(model, hidden_BLD)
@@ -26,15 +26,14 @@ def last_norm(model: PreTrainedModel, hidden_BLD: Tensor) -> Tensor:
 
 
 class Sequences(NamedTuple):
-    """Holds embedded tokens of one length."""
+    """Embedded tokens of one length."""
 
     prefix_BPD: Tensor
-    """Class token and registers, as many as there are."""
+    """Class token and registers, if any."""
     tokens_BLD: Tensor
-    """Of patches."""
+    """Patch tokens."""
     angles: Angles | None
-    """By which attention rotates queries and keys of the patches, (B, 1, L, D / heads) each; None where positions are
-    added to tokens."""
+    """Rotary angles of the patches' queries and keys, (B, 1, L, D / heads) each. None for added position embeddings."""
 
     @property
     def sequence(self) -> Tensor:
@@ -43,21 +42,22 @@ class Sequences(NamedTuple):
 
 
 class TokenBackbone(Backbone):
-    """Adapts a plain vision Transformer, whose sequence is [class token?, registers? | patches]. `embed` and `encode`
-    are separate, so that tokens can be hidden or mixed between them. Registers pass all layers with the patches of
-    their image and are neither hidden nor returned. Where there is no class token, the mean of an image's patches in a
-    sequence stands for it.
+    """Adapter of a plain vision Transformer with the sequence [class token?, registers? | patches].
 
-    All parameters are used inside the forward of the stock module that owns them, which ZeRO-3 relies on.
+    `embed` and `encode` are separate, so that tokens can be masked or mixed in between. Registers stay with the patches
+    of their image; they are neither masked nor returned. Without class token, the mean of an image's patches replaces
+    it.
+
+    All parameters are used inside the forward of the stock module that owns them, as ZeRO-3 requires.
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.family = token_family(config)
-        with no_init_weights():  # initialised once, later, where the parameters may already be partitioned
+        with no_init_weights():  # initialized once, later, possibly after partitioning
             self.model = self.family.model_class(config, **self.family.options)
         self.prefix = self.family.prefix(config)
-        """Tokens before the patches."""
+        """Number of tokens before the patches."""
         for name in self.family.untrained:
             self.model.get_parameter(name).requires_grad_(False)
 
@@ -65,12 +65,12 @@ class TokenBackbone(Backbone):
 
     @property
     def has_class_token(self) -> bool:
-        """Return whether the sequence begins with one."""
+        """Return whether the sequence begins with a class token."""
         return self.family.has_class_token
 
     @property
     def stage_widths(self) -> list[int]:
-        """Return nothing: there are no stages."""
+        """Return an empty list: there are no stages."""
         return []
 
     @property
@@ -79,23 +79,22 @@ class TokenBackbone(Backbone):
         return list(self.family.layers(self.model))
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed normalised images as prefix (B, P, D), class token first if there is one, and patch tokens (B, N, D).
-        Where positions are added to tokens, they are: interpolated as the stock model does it, where the images have
-        another size."""
+        """Embed normalized images as prefix (B, P, D), with the class token first, and patch tokens (B, N, D). Added
+        position embeddings are included, interpolated as in the stock model for other image sizes."""
         tokens_BSD = self.family.embed(self.model, images_BCHW.to(self.dtype))
         return tokens_BSD[:, : self.prefix], tokens_BSD[:, self.prefix :]
 
     def angles(self, images_BCHW: Tensor) -> Angles | None:
-        """Return by which angles attention rotates queries and keys of the patches, (N, D / heads) each; None where
-        positions are added to tokens."""
+        """Return the rotary angles of the patches' queries and keys, (N, D / heads) each. None if position embeddings
+        are added to tokens."""
         return self.family.angles(self.model, images_BCHW)
 
     def encode(self, tokens_BSD: Tensor, angles: Angles | None = None) -> Tensor:
-        """Encode embedded tokens [prefix | patches] as the last layer's normalised tokens, same shape.
+        """Encode embedded tokens [prefix | patches]. Return the last layer's normalized tokens, same shape.
 
         Args:
-            tokens_BSD: of any subset of patches, or of several images.
-            angles: of the patches among them: (L, D / heads), or (B, 1, L, D / heads).
+            tokens_BSD: tokens of any subset of patches, or of several images.
+            angles: rotary angles of these patches: (L, D / heads), or (B, 1, L, D / heads).
         """
         return self._normed(self._through_layers(tokens_BSD, angles))
 
@@ -114,9 +113,9 @@ class TokenBackbone(Backbone):
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
     ) -> list[Sequences]:
-        """Embed prefix and visible patch tokens of every input, in one call of the embedding for every size."""
+        """Embed prefix and visible patch tokens of every input, with one call of the embedding per image size."""
         shown: Sequence[Tensor | None] = masked.shown if masked is not None else [None] * len(visible)
-        # A view is embedded once, and once more for each input that has mask tokens in it.
+        # A view is embedded once, and again for each input with mask tokens.
         keys = [(view, number if shown[number] is not None else -1) for number, view in enumerate(view_of)]
         embedded: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for side in sorted({views[view].shape[-1] for view in view_of}, reverse=True):
@@ -137,13 +136,13 @@ class TokenBackbone(Backbone):
     def _with_mask_tokens(
         self, masked: MaskedPatches | None, masks: Sequence[Tensor | None], batch: int, side: int
     ) -> Iterator[None]:
-        """Put mask tokens into what the patch embedding gives, before positions are added.
+        """Insert mask tokens after the patch embedding, before position embeddings are added.
 
         Args:
-            masked: what has the token.
-            masks: by `batch` images, which of their patches are shown: bool (batch, N); None: all.
-            batch: images that have one mask each.
-            side: of the images in pixels.
+            masked: provides the mask token.
+            masks: visible patches per group of `batch` images: bool (batch, N); None: all.
+            batch: number of images per mask.
+            side: image size in pixels.
         """
         if masked is None or all(mask is None for mask in masks):
             yield
@@ -170,7 +169,7 @@ class TokenBackbone(Backbone):
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
-        """Encode every input as a sequence of its own; those of one length go through the layers together."""
+        """Encode every input as a separate sequence; inputs of the same length are batched."""
         parts = self._visible(views, view_of, visible, masked)
         sequences = [part.sequence for part in parts]
         outputs: dict[int, Tensor] = {}
@@ -184,7 +183,7 @@ class TokenBackbone(Backbone):
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Encode one sequence a row, with the prefix of its first image."""
+        """Encode one sequence per row, with the prefix of its first image."""
         shown = self._visible(views, view_of, visible)
         parts = [part.tokens_BLD[row_B] for row_B, part in zip(rows, shown, strict=True)]
         turned = [
@@ -201,16 +200,16 @@ class TokenBackbone(Backbone):
         return self._first(tokens_BSD, patches_BLD), patches_BLD
 
     def _first(self, tokens_BSD: Tensor, patches_BLD: Tensor) -> Tensor:
-        """Return the class token of a sequence, or the mean of one image's patches in it where there is none."""
+        """Return the class token of a sequence, or the mean of one image's patches in it."""
         return tokens_BSD[:, :1] if self.has_class_token else patches_BLD.mean(dim=1, keepdim=True)
 
     def _whole(self, images_BCHW: Tensor) -> tuple[Tensor, Angles | None]:
-        """Return the embedded tokens of whole images, and their angles."""
+        """Return the embedded tokens of full images, and their rotary angles."""
         return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
-        """Encode normalised images, nothing hidden: class tokens of the last layers, or the mean token, and the patch
-        tokens; arguments and errors as of `Backbone`."""
+        """Encode normalized images without masking: class tokens of the last layers, or mean token, and patch tokens.
+        For arguments and errors see `Backbone`."""
         if blocks > 1 and not self.has_class_token:
             raise ValueError("the backbone has no class token")
         (tokens_BSD, angles), cls = self._whole(images_BCHW), []
@@ -222,13 +221,13 @@ class TokenBackbone(Backbone):
         return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
     def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as `encode_whole` does, and return how the class token attends to the patches in the last layer, by
-        head: fp32 (B, H, N), the rest of 1 is what it gives itself and registers; None where there is none."""
+        """Encode as `encode_whole`. Also return the class token's attention to patches in the last layer by head: fp32
+        (B, H, N). The rest of 1 is its attention to itself and to registers. None without class token."""
         if not self.has_class_token:
             return self.encode_whole(images_BCHW), None
         attention: list[Tensor] = []
-        # Inside the layer's call, before any other hook: under ZeRO-3 its parameters are there, and a compiled layer
-        # need not know of it.
+        # Inside the layer's call, before any other hook: under ZeRO-3 its parameters are gathered then, and a compiled
+        # layer is not affected.
         hook = self.layers[-1].register_forward_hook(
             lambda layer, inputs, output: attention.append(self._class_attention(layer, *inputs)), prepend=True
         )
@@ -239,7 +238,7 @@ class TokenBackbone(Backbone):
         return tokens, attention[0]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole` does, and return the patch tokens after some layers too, as maps (B, D, H, W)."""
+        """Encode as `encode_whole`, and return the patch tokens after the given layers as maps (B, D, H, W)."""
         (tokens_BSD, angles), maps = self._whole(images_BCHW), []
         for number, layer in enumerate(self.layers, start=1):
             tokens_BSD = _call(layer, tokens_BSD, angles)
@@ -248,16 +247,16 @@ class TokenBackbone(Backbone):
         return self.read(self._normed(tokens_BSD)), maps
 
     def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
-        """Encode normalised images within windows, each with the prefix, as RF-DETR does; positions have to be added
-        to tokens.
+        """Encode normalized images within windows, each with the prefix, as RF-DETR does. Requires added position
+        embeddings.
 
         Args:
-            images_BCHW: normalised.
-            windows: along a side of the image, which they divide.
-            layers: by number from 1, that are read; the layer behind each sees all windows and their prefixes.
+            images_BCHW: normalized images.
+            windows: number of windows per image side; must divide the grid.
+            layers: output layers, from 1. The layer after each of them attends to all windows and their prefixes.
 
         Returns:
-            The maps (B, D, H, W) of those layers, through the last norm.
+            The maps (B, D, H, W) of these layers, after the final norm.
         """
         prefix_BPD, tokens_BND = self.embed(images_BCHW)
         grid = self.grid_of(images_BCHW)
@@ -283,17 +282,17 @@ class TokenBackbone(Backbone):
         blocks: int,
         attend: Callable[[Tensor, int], Tensor | None] | None = None,
     ) -> Tensor:
-        """Encode normalised images with further tokens before theirs in the last layers.
+        """Encode normalized images with additional tokens before theirs in the last layers.
 
         Args:
-            images_BCHW: normalised.
-            others_BQD: the further tokens.
-            blocks: so many layers, from the last, have them.
-            attend: called before each of those with the normalised tokens (B, S, D) and its number from 0; returns what
-                is added to attention.
+            images_BCHW: normalized images.
+            others_BQD: the additional tokens.
+            blocks: number of last layers with additional tokens.
+            attend: called before each of these layers with the normalized tokens (B, S, D) and the layer's number from
+                0; returns an additive attention mask.
 
         Returns:
-            The last layer's normalised tokens [others | class token?, registers? | patches].
+            The last layer's normalized tokens [others | class token?, registers? | patches].
         """
         tokens_BSD, angles = self._whole(images_BCHW)
         first = len(self.layers) - blocks
@@ -326,18 +325,18 @@ class TokenBackbone(Backbone):
 
 
 def _call(layer: Any, tokens_BSD: Tensor, angles: Angles | None, mask: Tensor | None = None) -> Tensor:
-    """Run a stock layer; angles are an input like tokens, so that a layer that recomputes gets the same again."""
+    """Run a stock layer. Angles are an input like tokens, so that activation checkpointing reuses them."""
     output_BSD: Tensor = layer(tokens_BSD, mask) if angles is None else layer(tokens_BSD, mask, angles)
     return output_BSD
 
 
 def _chosen(angles: Angles | None, index_BL: Tensor) -> Angles | None:
-    """Return the angles (N, D / heads) at some places: (B, 1, L, D / heads)."""
+    """Return the angles (N, D / heads) at the given positions: (B, 1, L, D / heads)."""
     return None if angles is None else (angles[0][index_BL][:, None], angles[1][index_BL][:, None])
 
 
 def _joined(parts: Sequence[Angles | None], dim: int) -> Angles | None:
-    """Return angles (B, 1, L, D / heads) of several inputs, along images or along places."""
+    """Concatenate angles (B, 1, L, D / heads) of several inputs, along images or positions."""
     known = [part for part in parts if part is not None]
     if not known:
         return None

@@ -1,7 +1,9 @@
-"""Compute the paper, equation by equation, in plain PyTorch: no DeepSpeed here, and other ranks only in `ranks.py`.
+"""The paper's objective, equation by equation, in plain PyTorch. DeepSpeed is not used, and only `ranks.py`
+communicates.
 
-Equation (2), −log P̂(z_y | ẑ_y) and what keeps z_y from collapsing: `distributions/` and `regularizers/`. For vectors
-they meet in the `loss` of a regulariser; for texts and categories, where other candidates keep z_y apart, in that of
-the distribution (`distributions/pairs.py`, `targets/category.py`). Equation (5), inputs and targets: `inputs.py`,
-`targets/`. Equation (6), the weighted sum over groups: `balance.py`. `information.py` puts them together.
+Equation (2), −log P̂(z_y | ẑ_y) and the collapse prevention of z_y: `distributions/` and `regularizers/`. For vectors,
+the `loss` of a regularizer combines both. For texts and categories, other candidates prevent the collapse of z_y, so
+the `loss` of the distribution contains both (`distributions/pairs.py`, `targets/category.py`). Equation (5), inputs and
+targets: `inputs.py`, `targets/`. Equation (6), the weighted sum of loss terms: `balance.py`. `information.py` combines
+all parts.
 """

@@ -1,4 +1,4 @@
-"""Build the modules of a run file's recipe, and give them their first weights."""
+"""Build and initialize the modules of a recipe."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def build_objective(
     target_encoders: bool = True,
     image_counts: list[int] | None = None,
 ) -> Objective:
-    """Build all modules of a run's recipe, not yet initialised (see `initialize_module`).
+    """Build all modules of a run's recipe without initializing them (see `initialize_module`).
 
     Args:
-        run: the run file.
+        run: the config of the run.
         label_sets: class names by label set, in the order of `Batch.label_sets_B`.
-        vocab_size: of the tokenizer; only read when the recipe has a target of text.
-        ranks: other ranks for losses over the global batch; default: none.
-        target_encoders: build the momentum copy, teachers and what predicts them, the mask token, memories and
-            balanced weights, which only training needs.
-        image_counts: in how many images for training a category is; which only a federated loss needs.
+        vocab_size: size of the tokenizer's vocabulary. Only read if the recipe has a text target.
+        ranks: ranks of losses over the global batch; default: a single process.
+        target_encoders: build the modules that only training needs: EMA teacher, frozen teachers and their predictors,
+            mask token, memories and adaptive loss weights.
+        image_counts: number of training images per category, for a federated loss only.
     """
     recipe = parse_recipe(run.recipe)
     config = backbone_config(run.backbone)
@@ -96,7 +96,7 @@ def build_objective(
 
 
 def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
-    """Return the names of the tensors of an objective without target encoders; arguments as of `build_objective`."""
+    """Return the tensor names of an objective without target encoders; for the arguments see `build_objective`."""
     with torch.device("meta"):
         return set(build_objective(run, label_sets, vocab_size, target_encoders=False).state_dict())
 
@@ -118,7 +118,7 @@ def _target_heads(
     teachers: nn.ModuleDict,
     image_counts: list[int] | None = None,
 ) -> nn.ModuleDict:
-    """Return the targets' own heads, by target; none for that of a teacher which is not built."""
+    """Return heads by target, without heads of targets with a teacher that is not built."""
     heads = nn.ModuleDict()
     config = student.model.config
     for target in recipe.targets:
@@ -152,7 +152,7 @@ def _image_heads(recipe: Recipe, decoders: nn.ModuleDict, ranks: Ranks) -> nn.Mo
 
 
 def _memories(recipe: Recipe) -> nn.ModuleDict:
-    """Return what heads remember: targets that share one remember alike."""
+    """Return the memories of heads; targets of the same memory have the same settings."""
     by_name = {target.memory_name: target for target in recipe.head_targets}
     return nn.ModuleDict({name: by_name[name].build_memory(recipe.heads[by_name[name].head]) for name in by_name})
 
@@ -160,7 +160,7 @@ def _memories(recipe: Recipe) -> nn.ModuleDict:
 def _averaged(
     recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, ranks: Ranks
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """Return copies of the pools and heads of momentum targets."""
+    """Return EMA copies of the pools and heads of targets with the EMA teacher."""
     pools, heads = nn.ModuleDict(), nn.ModuleDict()
     targets = [target for target in recipe.head_targets if target.encoder == "momentum"]
     for target in targets:
@@ -173,25 +173,25 @@ def _averaged(
 
 
 def initialize_module(owner: nn.Module, module: nn.Module) -> None:
-    """Give `module`'s own parameters their first values.
+    """Initialize the direct parameters of `module`.
 
     Args:
-        owner: the nearest `transformers` model above `module` (which knows its initialisation), or `module` itself.
-        module: one module; its parameters are whole while this is called.
+        owner: the nearest `transformers` model above `module` (which defines its initialization), or `module` itself.
+        module: the module to initialize; its parameters must be gathered (not sharded).
     """
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
         if isinstance(registers := getattr(module, "register_tokens", None), nn.Parameter):
-            # That of DINOv2 leaves them at zero: without places they would have one gradient, and stay one register.
+            # DINOv2 leaves registers at zero. They have no positions, so all would get one gradient and stay identical.
             nn.init.trunc_normal_(registers, std=owner.config.initializer_range)
         if isinstance(getattr(module, "position_embeddings", None), nn.Parameter):
             _start_on_grid(cast(Tensor, module.position_embeddings))
         elif isinstance(owner, CLIPVisionModel | SiglipVisionModel) and module is owner.embeddings.position_embedding:
             _start_on_grid(module.weight[None])
         elif isinstance(owner, SiglipVisionModel) and type(module) is nn.Linear:
-            nn.init.xavier_uniform_(module.weight)  # as attention and MLP of SigLIP fill those below them
+            nn.init.xavier_uniform_(module.weight)  # as SigLIP initializes attention and MLP
     elif type(module) is nn.Linear:
-        # As MAE: by both widths. A fixed 0.02 is made for a ViT-B; a layer of 96 channels would pass on a fifth.
+        # As MAE: depends on both widths. A fixed std of 0.02 suits a ViT-B; with 96 channels it passes on a fifth.
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -201,8 +201,8 @@ def initialize_module(owner: nn.Module, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _start_on_grid(table_1LD: Tensor) -> None:
-    """Let learnt positions start from the sine-cosine grid of MAE and MoCo v3 (a class token's row: zeros), not from
-    noise: a short training would be spent on finding out which patches are neighbours."""
+    """Initialize learned position embeddings with the sine-cosine grid of MAE and MoCo v3, and zeros for a class token.
+    With random values, a short training would be spent on learning which patches are neighbors."""
     side = math.isqrt(table_1LD.shape[1])
     table_1LD.zero_()
     table_1LD[0, -side * side :] = grid_position((side, side), table_1LD.shape[2], table_1LD.device)
@@ -215,11 +215,11 @@ _ONLINE = {
     "projector": "projector",
     "target_heads": "heads",
 }
-"""Parts of the momentum target → those of the objective that they follow."""
+"""Maps parts of the EMA teacher to the parts of the objective that they follow."""
 
 
 def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
-    """Return the (online, averaged) names of all parameters that the momentum target follows: those that learn."""
+    """Return the (student, EMA) names of all trainable parameters that the EMA teacher follows."""
     if objective.momentum is None:
         return []
     learnt = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Predict patches by convolutions over the grid: cheap beside a Transformer where an image has many masks."""
+"""Convolutional decoder over the patch grid, cheaper than a Transformer if an image has many masks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from m3i_scale.objective.decoders import DecoderSpec
 
 
 class ConvolutionDecoder(nn.Module):
-    """Puts the visible tokens at their places and a mask token at all others, and lets grouped convolutions look from
-    one to the other: after each come LayerNorm without parameters, GELU and the residual (data2vec 2.0, `Decoder2d`).
-    """
+    """Grouped convolutions over the grid of visible tokens and mask tokens. Each is followed by LayerNorm without
+    parameters, GELU and a residual connection (data2vec 2.0, `Decoder2d`)."""
 
     def __init__(self, width: int, depth: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -29,7 +28,7 @@ class ConvolutionDecoder(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Give the mask token its first value; layers are initialised by themselves."""
+        """Initialize the mask token; the layers initialize themselves."""
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -42,9 +41,8 @@ class ConvolutionDecoder(nn.Module):
         own_position_BNP: None,
         query_position_BNP: None,
     ) -> Tensor:
-        """Predict at the patches `query_BQ` of the input's own view: (B, Q, width). Arguments as of
-        `TransformerDecoder`; the class token is not read, and places are those on the grid.
-        """
+        """Predict the patches `query_BQ` of the input's view: (B, Q, width). For the arguments see
+        `TransformerDecoder`. Class token and relative positions are ignored."""
         masks_BND = self.mask_token.to(tokens_BLD.dtype).expand(len(tokens_BLD), grid[0] * grid[1], -1)
         filled_BND = masks_BND.scatter(1, visible_BL[..., None].expand_as(tokens_BLD), tokens_BLD)
         map_BDHW = filled_BND.transpose(1, 2).unflatten(2, grid)
@@ -55,16 +53,16 @@ class ConvolutionDecoder(nn.Module):
 
 
 class ConvolutionSpec(DecoderSpec):
-    """Asks for any patch of the input's own view by convolutions."""
+    """A decoder that predicts any patch of the input's view with convolutions."""
 
     kind: ClassVar[str] = "convolution"
     dense: ClassVar[bool] = True
     depth: int = Field(default=6, ge=1, le=MAX_LAYERS)
-    """Convolutions, of the backbone's width."""
+    """Number of convolutions, with the backbone's width."""
     kernel: int = Field(default=3, ge=3, le=MAX_SIDE)
-    """Side in patches of what each of them sees."""
+    """Kernel size in patches."""
     groups: int = Field(default=16, ge=1, le=MAX_HEADS)
-    """Groups of channels that see nothing of each other."""
+    """Number of channel groups of the grouped convolutions."""
 
     @field_validator("kernel")
     @classmethod

@@ -1,4 +1,4 @@
-"""f_ψ: decoders predict ẑ_y from the dense representation of the input."""
+"""f_ψ: decoders that predict ẑ_y from the dense representation of the input."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from m3i_scale.objective.positions import grid_position
 
 
 class TransformerDecoder(nn.Module):
-    """Runs [class token | visible tokens | mask tokens] through a few layers; the mask tokens hold the prediction.
+    """A Transformer over [class token | visible tokens | mask tokens]; the mask tokens become the prediction.
 
-    Mask tokens carry the position of the target patch: relative to the input view (paper), or on a fixed grid (MAE).
-    Visible tokens carry their own position in the same code.
+    Mask tokens carry position embeddings of the target patches: relative to the input view (paper), or on a fixed grid
+    (MAE). Visible tokens carry position embeddings of the same type.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class TransformerDecoder(nn.Module):
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
         last: Any
         for last in self.layers[-1:]:
-            last.called_in_parts = True  # has no use for a policy of recomputation
+            last.called_in_parts = True  # runs without activation checkpointing
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def reset_parameters(self) -> None:
-        """Give the mask token its first value; layers are initialised by themselves."""
+        """Initialize the mask token; the layers initialize themselves."""
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -62,13 +62,13 @@ class TransformerDecoder(nn.Module):
         own_position_BNP: Tensor | None,
         query_position_BNP: Tensor | None,
     ) -> Tensor:
-        """Predict at the patches `query_BQ` of the target view: (B, Q, width).
+        """Predict the patches `query_BQ` of the target view: (B, Q, width).
 
         Args:
             cls_B1D: class token of the encoded input.
             tokens_BLD: visible tokens of the encoded input.
-            visible_BL: which patches of the input view those are.
-            query_BQ: which patches of the target view are asked for.
+            visible_BL: indices of the visible patches in the input view.
+            query_BQ: indices of the predicted patches in the target view.
             grid: rows and columns of patches.
             own_position_BNP: features of the input view's patches relative to itself (relative position only).
             query_position_BNP: features of the target view's patches relative to the input view.
@@ -101,9 +101,9 @@ class TransformerDecoder(nn.Module):
 
 
 class CrossAttentionDecoder(TransformerDecoder):
-    """Lets mask tokens attend to the class token and the visible tokens, and not to each other, in every layer (CAPI).
+    """A decoder with cross-attention of mask tokens to class token and visible tokens in every layer (CAPI).
 
-    What one patch is predicted to be does not depend on which others are asked for.
+    Mask tokens do not attend to each other, so the prediction of a patch does not depend on the other queries.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class CrossAttentionDecoder(TransformerDecoder):
         super().__init__(input_width, width, depth, heads, position, kernel)
         layer: Any
         for layer in self.layers:
-            layer.called_in_parts = True  # has no use for a policy of recomputation
+            layer.called_in_parts = True  # runs without activation checkpointing
 
     def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
         context_BLD, tokens_BQD = sequence_BSD[:, :-count], sequence_BSD[:, -count:]
@@ -125,15 +125,15 @@ class CrossAttentionDecoder(TransformerDecoder):
 def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
     """Return the last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`.
 
-    Nobody reads the other tokens of the last layer, so their queries and MLP are not computed. The layer's parts are
-    called one by one, which also leaves out its switch for recomputation: it is the cheapest layer to keep.
+    The other tokens of the last layer are unused, so their queries and MLP are not computed. Calling the layer's parts
+    also bypasses activation checkpointing, which would save least memory here.
     """
     normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)
     return _attend_to(layer, sequence_BSD[:, -count:], normed_BSD[:, -count:], normed_BSD)
 
 
 def _attend_to(layer: Any, tokens_BQD: Tensor, normed_BQD: Tensor, context_BSD: Tensor) -> Tensor:
-    """Return tokens after a ViT layer in which they, normalised, attend to a context: (B, Q, width)."""
+    """Apply a ViT layer to tokens, `normed_BQD` after its first norm, that attend to a context: (B, Q, width)."""
     attention: Any = layer.attention
     heads = attention.num_attention_heads
     mixed_BHQD = attend(
@@ -148,7 +148,7 @@ def _attend_to(layer: Any, tokens_BQD: Tensor, normed_BQD: Tensor, context_BSD: 
 
 
 class AttentionPool(nn.Module):
-    """Lets one query, the mean token, attend to all tokens; LayerNorm on q, k and v (head of InternImage-H)."""
+    """Attention pooling with the mean token as query; LayerNorm on q, k and v (head of InternImage-H)."""
 
     def __init__(self, input_width: int, width: int, heads: int) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class AttentionPool(nn.Module):
         self.output = nn.Linear(input_width, width)
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
-        """Return one vector from visible tokens: (B, L, D) → (B, width)."""
+        """Pool visible tokens into one vector: (B, L, D) → (B, width)."""
         query_BHID = split_heads(self.query(self.norm_q(tokens_BLD.mean(dim=1, keepdim=True))), self.heads)
         key_BHLD = split_heads(self.key(self.norm_k(tokens_BLD)), self.heads)
         value_BHLD = split_heads(self.value(self.norm_v(tokens_BLD)), self.heads)
@@ -172,19 +172,19 @@ class AttentionPool(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """Takes every patch token as the prediction at its own place."""
+    """The identity: every patch token is the prediction for its position."""
 
     def __init__(self, input_width: int) -> None:
         super().__init__()
         self.width = input_width
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        """Return all patch tokens (B, N, D), unchanged."""
+        """Return all patch tokens (B, N, D) unchanged."""
         return tokens_BND
 
 
 class ClassToken(nn.Module):
-    """Reads the class tokens of the last layers, which the backbone's last norm has normalised, and the mean patch."""
+    """Class tokens of the last layers, after the backbone's final norm, and optionally the mean patch token."""
 
     def __init__(self, input_width: int, blocks: int, mean: bool) -> None:
         super().__init__()
@@ -192,13 +192,13 @@ class ClassToken(nn.Module):
         self.width = input_width * (blocks + mean)
 
     def forward(self, cls_BND: Tensor, tokens_BLD: Tensor) -> Tensor:
-        """Return them one behind the other: (B, N, D) and (B, L, D) → (B, width)."""
+        """Concatenate class tokens (B, N, D) and, if `mean` is set, the mean of (B, L, D): (B, width)."""
         read_BF = cls_BND[:, -self.blocks :].flatten(1)
         return torch.cat([read_BF, tokens_BLD.mean(dim=1)], dim=1) if self.mean else read_BF
 
 
 class MeanPool(nn.Module):
-    """Takes the mean token, normalised: the plainest global prediction."""
+    """Mean pooling with LayerNorm, the simplest global prediction."""
 
     def __init__(self, input_width: int) -> None:
         super().__init__()
@@ -206,39 +206,39 @@ class MeanPool(nn.Module):
         self.norm = nn.LayerNorm(input_width, eps=1e-6)
 
     def forward(self, tokens_BLD: Tensor) -> Tensor:
-        """Return the normalised mean of visible tokens: (B, L, D) → (B, D)."""
+        """Return the normalized mean of visible tokens: (B, L, D) → (B, D)."""
         pooled_BD: Tensor = self.norm(tokens_BLD.mean(dim=1))
         return pooled_BD
 
 
 class DecoderSpec(Kind):
-    """Describes the prediction f_ψ. Targets that name the same decoder share its weights."""
+    """Configuration of the prediction f_ψ. Targets that name the same decoder share its weights."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     dense: ClassVar[bool] = False
-    """Whether it gives one vector a patch, not one for the image."""
+    """Whether it returns one vector per patch instead of one per image."""
     by_token: ClassVar[bool] = False
-    """Whether it gives one vector a token of the caption."""
+    """Whether it returns one vector per caption token."""
     module: ClassVar[type[nn.Module]]
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return the module for a backbone of that configuration. It has a `width`.
+        """Return the module, which has a `width`, for a backbone with this configuration.
 
         Raises:
-            ValueError: the backbone's width and the fields do not fit together.
+            ValueError: the backbone's width does not match the fields.
         """
         return self.module(config.hidden_size)
 
 
 class LayeredSpec(DecoderSpec):
-    """Holds the shape of decoders that are Transformers of their own."""
+    """Shape of Transformer decoders."""
 
     width: int | None = Field(default=None, ge=8, le=MAX_WIDTH)
     """Hidden size; default: the backbone's."""
     heads: int | None = Field(default=None, ge=1, le=MAX_HEADS)
     """Attention heads; default: one per 64 channels."""
     depth: int = Field(default=4, ge=1, le=MAX_LAYERS)
-    """Layers."""
+    """Number of layers."""
 
     @model_validator(mode="after")
     def _splits(self) -> Self:
@@ -247,10 +247,10 @@ class LayeredSpec(DecoderSpec):
         return self
 
     def shape(self, config: VisionConfig) -> tuple[int, int]:
-        """Return width and heads.
+        """Return width and number of heads.
 
         Raises:
-            ValueError: the one is no multiple of the other, or of 4.
+            ValueError: the width is not divisible by the number of heads or by 4.
         """
         width = self.width or config.hidden_size
         heads = self.heads or max(width // 64, 1)
@@ -261,30 +261,30 @@ class LayeredSpec(DecoderSpec):
 
 
 class TransformerSpec(LayeredSpec):
-    """Asks for any patch of any view by mask tokens."""
+    """A decoder that predicts any patch of any view with mask tokens."""
 
     kind: ClassVar[str] = "transformer"
     dense: ClassVar[bool] = True
     module: ClassVar[type[nn.Module]] = TransformerDecoder
     position: Literal["relative", "absolute"] = "relative"
-    """Positions of queries: relative to the input view (the paper), or on a fixed grid (MAE)."""
+    """Position embeddings of queries: relative to the input view (the paper), or on a fixed grid (MAE)."""
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `TransformerDecoder`, or what the kind has in its place."""
+        """Return a `TransformerDecoder`, or the `module` of a subclass."""
         width, heads = self.shape(config)
         kernel = str(config._attn_implementation or "sdpa")
         return self.module(config.hidden_size, width, self.depth, heads, self.position, kernel)
 
 
 class CrossAttentionSpec(TransformerSpec):
-    """Asks for any patch of any view by mask tokens that do not see each other."""
+    """A decoder that predicts any patch of any view with mask tokens, which do not attend to each other."""
 
     kind: ClassVar[str] = "cross_attention"
     module: ClassVar[type[nn.Module]] = CrossAttentionDecoder
 
 
 class PointwiseSpec(DecoderSpec):
-    """Lets every patch token predict at its own place."""
+    """A decoder without weights: every patch token is the prediction for its position."""
 
     kind: ClassVar[str] = "pointwise"
     dense: ClassVar[bool] = True
@@ -292,13 +292,13 @@ class PointwiseSpec(DecoderSpec):
 
 
 class AttentionPoolSpec(DecoderSpec):
-    """Makes one vector for the image by attention with the mean token as query."""
+    """A decoder that pools the image into one vector by attention with the mean token as query."""
 
     kind: ClassVar[str] = "attention_pool"
     width: int | None = Field(default=None, ge=8, le=MAX_WIDTH)
     """Width of the vector; default: the backbone's."""
     heads: int | None = Field(default=None, ge=1, le=MAX_HEADS)
-    """Attention heads, which the backbone's width is split among; default: one per 64 channels."""
+    """Attention heads, which divide the backbone's width; default: one per 64 channels."""
 
     def build(self, config: VisionConfig) -> nn.Module:
         """Return an `AttentionPool`."""
@@ -308,24 +308,24 @@ class AttentionPoolSpec(DecoderSpec):
 
 
 class MeanPoolSpec(DecoderSpec):
-    """Makes one vector for the image, the mean of the visible tokens."""
+    """A decoder that returns the mean of the visible tokens."""
 
     kind: ClassVar[str] = "mean_pool"
     module: ClassVar[type[nn.Module]] = MeanPool
 
 
 class ClassTokenSpec(DecoderSpec):
-    """Makes one vector for the image, the class token; linear heads read more."""
+    """A decoder that returns the class token; for linear heads also several layers and the mean patch token."""
 
     kind: ClassVar[str] = "class_token"
     blocks: int = Field(default=1, ge=1, le=MAX_LAYERS)
-    """The tokens of so many last layers, each normalised by the backbone's last norm, one behind the other."""
+    """Number of last layers. Their class tokens are normalized by the backbone's final norm and concatenated."""
     mean: bool = False
-    """Put the mean of the last layer's patches behind them."""
+    """Append the mean patch token of the last layer."""
 
     @property
     def alone(self) -> bool:
-        """Return whether it is the class token of the last layer, and nothing else."""
+        """Return whether the output is only the class token of the last layer."""
         return self.blocks == 1 and not self.mean
 
     def build(self, config: VisionConfig) -> nn.Module:
@@ -341,7 +341,7 @@ def _check_heads(width: int, heads: int) -> None:
 
 
 def width_of(decoder: nn.Module) -> int:
-    """Return the number of channels of a decoder's vectors."""
+    """Return the output width of a decoder."""
     width = decoder.width
     if not isinstance(width, int):
         raise TypeError(f"{type(decoder).__name__} does not tell its width")
@@ -349,16 +349,16 @@ def width_of(decoder: nn.Module) -> int:
 
 
 def blocks_read(decoders: nn.ModuleDict) -> int:
-    """Return of how many last layers the class tokens are read: 1 at least."""
+    """Return the number of last layers from which decoders read class tokens, at least 1."""
     return max((decoder.blocks for decoder in decoders.values() if isinstance(decoder, ClassToken)), default=1)
 
 
 def pool(decoder: nn.Module, cls_BND: Tensor, tokens_BLD: Tensor) -> Tensor:
-    """Return one vector for the image from an encoded input: (B, F).
+    """Pool an encoded input into one vector per image: (B, F).
 
     Args:
         decoder: f_ψ.
-        cls_BND: class tokens, that of the last layer last.
+        cls_BND: class tokens of the last layers; the final layer comes last.
         tokens_BLD: patch tokens.
     """
     pooled_BF: Tensor = decoder(cls_BND, tokens_BLD) if isinstance(decoder, ClassToken) else decoder(tokens_BLD)

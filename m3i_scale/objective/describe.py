@@ -1,4 +1,4 @@
-"""Describe a recipe as a row of the paper's table."""
+"""Summarize a recipe as a row of the paper's table."""
 
 from __future__ import annotations
 

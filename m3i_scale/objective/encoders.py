@@ -1,4 +1,4 @@
-"""f_φ: encode targets by other modules than the backbone (the text tower, the averaged copy, a frozen teacher)."""
+"""f_φ: target encoders (the text tower, the EMA teacher, a frozen teacher)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from m3i_scale.objective.inputs import PixelNorm
 
 
 class MomentumSpec(Section):
-    """Describes the exponential moving average (EMA) that image targets are encoded with."""
+    """Configuration of the EMA teacher for image targets."""
 
     start: float = Field(default=0.995, ge=0, lt=1)
-    """m at the first step; rises to `end` with a cosine."""
+    """EMA decay m at the first step; rises to `end` with a cosine schedule."""
     end: float = Field(default=1.0, ge=0, le=1)
     projector_depth: int = Field(default=2, ge=0, le=MAX_LAYERS)
-    """Residual MLP blocks after the backbone for dense targets, online and averaged; 0 for none."""
+    """Residual MLP blocks after the backbone for dense targets, in student and EMA teacher; 0 for none."""
 
     @model_validator(mode="after")
     def _rises(self) -> Self:
@@ -46,14 +46,14 @@ class MomentumSpec(Section):
 
 
 class TeacherSpec(Section):
-    """Names a frozen vision model that image targets are encoded with."""
+    """A frozen vision model as encoder of image targets."""
 
     from_pretrained: str
-    """A local `transformers` folder or a Hub id; `student`: what `backbone.from_pretrained` says."""
+    """A local `transformers` folder or a Hub id; `student` means the model in `backbone.from_pretrained`."""
 
     @property
     def is_start(self) -> bool:
-        """Return whether the teacher is the backbone as it starts."""
+        """Return whether the teacher is the backbone with its pretrained weights."""
         return self.from_pretrained == "student"
 
 
@@ -65,13 +65,13 @@ _TEXT_FIELDS = (
     *_TEXT_COUNTS,
     *("hidden_act", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
 )
-"""What a run file may set of the text tower: the other fields of `BertConfig` have no effect, or break the export."""
+"""Fields of the text tower that a config may set. Other fields of `BertConfig` have no effect or break the export."""
 
 
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
-    """Return the BERT-Base shape of the paper, with single fields overridden.
+    """Return the BERT-Base configuration of the paper with `fields` overridden.
 
-    Without dropout: its random numbers would make the loss depend on the number of ranks.
+    Dropout is off by default: its random numbers would make the loss depend on the number of ranks.
     """
     config = BertConfig(
         vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -96,13 +96,13 @@ def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel
 
 
 class TextTower(nn.Module):
-    """Encodes texts with a BERT-shaped Transformer, trained jointly; z_y is its first token, projected and unit."""
+    """A BERT-like text encoder, trained jointly; z_y is its first token, projected and normalized to unit length."""
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()
         with no_init_weights():
             self.model = BertModel(config, add_pooling_layer=False)
-        self.model.encoder.layer[-1].called_in_parts = True  # has no use for a policy of recomputation
+        self.model.encoder.layer[-1].called_in_parts = True  # runs without activation checkpointing
         for layer in self.model.encoder.layer:
             layer.varies_in_length = True
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
@@ -110,7 +110,7 @@ class TextTower(nn.Module):
     def forward(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
         """Encode tokens (B, T) with their mask as unit vectors, fp32 (B, E)."""
         hidden_BTD = self.model.embeddings(input_ids=text_ids_BT)
-        # That of `transformers` asks the device whether any token is padding, and waits for the answer.
+        # The mask function of `transformers` checks on the device whether any token is padding, which synchronizes.
         lowest = torch.finfo(hidden_BTD.dtype).min
         mask_B11T = torch.zeros_like(text_mask_BT, dtype=hidden_BTD.dtype).masked_fill(~text_mask_BT, lowest)
         mask_B11T = mask_B11T[:, None, None]
@@ -123,7 +123,7 @@ class TextTower(nn.Module):
 def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the first token after a BERT layer: exactly `layer(hidden, mask)[:, 0]`.
 
-    Nobody reads the other tokens of the last layer, so their queries and MLP are not computed.
+    The other tokens of the last layer are unused, so their queries and MLP are not computed.
     """
     attention: Any = layer.attention
     own: Any = attention.self
@@ -142,7 +142,7 @@ def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 class Projector(nn.Module):
-    """Puts residual MLP blocks before a dense target, so that the backbone need not be its own target."""
+    """Residual MLP blocks in front of a dense target, so that the backbone features need not equal the target."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -163,9 +163,8 @@ class Projector(nn.Module):
 
 
 class MomentumTarget(nn.Module):
-    """Holds the averaged copy (EMA) of backbone, projector, and of what pools and projects image targets. It is never
-    trained; whoever owns the parameters updates it.
-    """
+    """EMA teacher: EMA copies of the backbone, the projector, and the pools and heads of image targets. It is never
+    trained. The owner of the parameters updates it."""
 
     def __init__(
         self,
@@ -182,27 +181,27 @@ class MomentumTarget(nn.Module):
         """Numbers of the last layers that targets average, from 1."""
         self.projector = Projector(self.backbone.width, projector_depth)
         self.pools = pools
-        """By the name of the decoder that they follow."""
+        """By the name of the student's decoder."""
         self.heads = heads
-        """By the name of the head that they follow."""
+        """By the name of the student's head."""
         self.target_heads = target_heads or nn.ModuleDict()
-        """By the name of the target whose own head they follow: a task averages all that it trains."""
+        """By the name of a target with a separate head. A fine-tuning task uses EMA for all trained parameters."""
         self.requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> tuple[Tokens, list[Tensor]]:
-        """Encode normalised images as class token (B, 1, D) and all patch tokens (B, N, D) of the whole view, and keep
-        what the last layers gave, where targets average it: (B, D, H, W) each."""
+        """Encode normalized images as class token (B, 1, D) and all patch tokens (B, N, D). Also returns the outputs of
+        the last layers, (B, D, H, W) each, if targets average them."""
         if self.kept:
             return self.backbone.encode_maps(images_BCHW, self.kept)
         return self.backbone.encode_whole(images_BCHW), []
 
 
 class Teacher(nn.Module, ABC):
-    """Encodes whole images with weights that are never trained."""
+    """An encoder of full images with frozen weights."""
 
     prefix: ClassVar[str]
-    """Of the parameters that its files fill."""
+    """Name prefix of the parameters that are loaded from its files."""
 
     @property
     @abstractmethod
@@ -215,14 +214,14 @@ class Teacher(nn.Module, ABC):
 
 
 class FrozenStart(Teacher):
-    """Holds the backbone as it was at the start, which is never trained, and sees what the student sees."""
+    """The initial backbone as a frozen teacher; it uses the student's normalization."""
 
     prefix = "backbone.model."
 
     def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
         super().__init__()
         self.spec = spec
-        """Says where its weights lie."""
+        """Config with the location of its weights."""
         self.backbone, self.pixel_norm = backbone, pixel_norm
         self.requires_grad_(False)
 
@@ -233,13 +232,13 @@ class FrozenStart(Teacher):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as class token (B, 1, D), else the mean token, and patch tokens (B, N, D)."""
+        """Encode uint8 images as class token (B, 1, D), or mean token if there is none, and patch tokens (B, N, D)."""
         self.backbone.eval()
         return self.backbone.encode_whole(self.pixel_norm(images_BCHW))
 
 
 class FrozenTeacher(Teacher):
-    """Runs any `transformers` vision model with patch tokens, as it was trained elsewhere, on the student's grid."""
+    """A frozen `transformers` vision model with patch tokens, run on the student's patch grid."""
 
     prefix = "model."
 
@@ -254,7 +253,7 @@ class FrozenTeacher(Teacher):
     ) -> None:
         super().__init__()
         self.source, self.where = source, where
-        """Its folder or Hub id, and the key of the run file that names it."""
+        """Folder or Hub id, and the config key that names it."""
         with no_init_weights():
             self.model = AutoModel.from_config(config, trust_remote_code=False)
         self.pixel_norm, self.student = PixelNorm(mean, std), student
@@ -272,7 +271,7 @@ class FrozenTeacher(Teacher):
         return height // self.student.patch_size, width // self.student.patch_size
 
     def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Return the height and width of the images that have so many rows and columns of this model's patches."""
+        """Return the image height and width for a grid of this model's patches."""
         patch = int(self.model.config.patch_size)
         return grid[0] * patch, grid[1] * patch
 
@@ -280,12 +279,13 @@ class FrozenTeacher(Teacher):
     def forward(self, images_BCHW: Tensor) -> Tokens:
         """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D).
 
-        The image feature is the pooled output of the model: CLIP's class token behind `post_layernorm`, the attention
-        pool of SigLIP and AIMv2 (what RADIO's adaptors of these teachers predict). Without one, it is the class token,
-        else the mean patch token; so it is for a ViT, whose tanh pooler most published weights do not have.
+        The image feature is the pooled output of the model: CLIP's class token after `post_layernorm`, or the attention
+        pool of SigLIP and AIMv2. RADIO's adaptors of these teachers predict the same feature. Without a pooled output,
+        it is the class token, or else the mean patch token. A ViT also uses the class token: most published weights
+        lack its tanh pooler.
 
-        A model of another patch size than the student's sees the images resized. It normalises as it was trained to,
-        and stays in evaluation mode.
+        If the patch size differs from the student's, images are resized first. The model uses the normalization of its
+        training and stays in evaluation mode.
         """
         self.model.eval()
         keep_frequencies(getattr(self.model, "rope_embeddings", None))

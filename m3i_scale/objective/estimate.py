@@ -1,4 +1,4 @@
-"""Estimate how many nats of a Gaussian target the prediction holds. Boltzmann groups bound theirs by their loss."""
+"""Estimate the mutual information of Gaussian targets in nats. Boltzmann losses have a lower bound instead."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 from m3i_scale.objective.ranks import Ranks
 
 _ROWS_PER_COMPONENT = 20
-"""An eigenvalue of a sample covariance is near the true one when there are many rows a component."""
+"""Minimum ratio of rows to components: eigenvalues of sample covariances are accurate only with many rows."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Holds second moments over rows of all ranks, the same on all of them."""
+    """Second moments over the rows of all ranks, identical on every rank."""
 
     covariance_DD: Tensor
-    """Of the target, fp32."""
+    """Covariance of the target, fp32."""
     error_DD: Tensor
     """Mean of e eᵀ of the errors e = z − ẑ, fp32."""
     components: int
-    """So many leading components have enough rows."""
+    """Number of leading components with enough rows."""
 
 
 @torch.no_grad()
 def gaussian_moments(prediction_ND: Tensor, target_ND: Tensor, ranks: Ranks, limit: int = 4096) -> Moments | None:
-    """Return what the information of a Gaussian target is estimated of; None where there are fewer than 20 rows, too
-    few for one component.
+    """Return the moments for estimating the information of a Gaussian target, or None with fewer than 20 rows (too few
+    for one component).
 
     Args:
-        prediction_ND: ẑ, one row a token or sample.
+        prediction_ND: ẑ, one row per token or sample.
         target_ND: z, same shape.
-        ranks: whose rows count too.
-        limit: at most so many rows are read, over all ranks.
+        ranks: ranks that contribute rows.
+        limit: maximum number of rows over all ranks.
     """
     rows = min(len(target_ND), max(limit // ranks.world_size, 1))
     z_ND, predicted_ND = target_ND.detach().float()[:rows], prediction_ND.detach().float()[:rows]
@@ -49,16 +49,16 @@ def gaussian_moments(prediction_ND: Tensor, target_ND: Tensor, ranks: Ranks, lim
 
 
 def gaussian_information(moments: Moments) -> float:
-    """Return Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row; NaN where
-    moments are not finite or the decomposition does not converge.
+    """Return Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row. NaN if moments
+    are not finite or the decomposition does not converge.
 
-    λ_i is the target's variance along component i, e_i the mean squared error of the prediction along it. For a
-    Gaussian target this is a lower bound on the information: components are independent, errors that correlate are
-    counted as if they did not, and components that are left out or predicted worse than by their mean count 0. For
-    other targets it is an estimate.
+    λ_i is the target's variance along component i, e_i the mean squared prediction error along it. For a Gaussian
+    target this is a lower bound on the information: components are independent, and correlated errors are treated as
+    independent. Omitted components, and those with an error above the variance, count as 0. For other targets it is an
+    estimate.
 
     Args:
-        moments: on the host.
+        moments: moments on the CPU.
     """
     if not (moments.covariance_DD.isfinite().all() and moments.error_DD.isfinite().all()):
         return math.nan
@@ -74,12 +74,12 @@ def gaussian_information(moments: Moments) -> float:
 
 
 def mean_information(name: str, components: list[int], *moments_DD: Tensor) -> dict[str, float]:
-    """Return the mean over several predictions of one target.
+    """Return the mean estimate over several predictions of one target.
 
     Args:
-        name: of the figure.
-        components: of every prediction.
-        moments_DD: covariance and error of every prediction in turn, on the host.
+        name: name of the metric.
+        components: number of components of every prediction.
+        moments_DD: alternating covariance and error matrices of the predictions, on the CPU.
     """
     found = [
         gaussian_information(Moments(covariance_DD, error_DD, count))

@@ -1,4 +1,4 @@
-"""Check that a recipe, the backbone and the data of a run fit together, before modules are built."""
+"""Validate that recipe, backbone and data of a run are compatible, before modules are built."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from m3i_scale.objective.targets.text import Text
 def check_fit(
     run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
 ) -> None:
-    """Check that the recipe, the backbone and the data of a run fit together, with images as its first phase has them;
-    arguments as of `build_objective`.
-    """
+    """Validate that recipe, backbone and data of a run are compatible, for the image size of the first stage. For the
+    arguments see `build_objective`."""
     if run.backbone.attention == "mixed" and recipe.mix is None:
         raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
     if recipe.labels_file is not None and not label_sets:
@@ -147,5 +146,5 @@ def _check_views(recipe: Recipe, student: Backbone, image_size: int) -> None:
 
 
 def text_widths(recipe: Recipe) -> set[int]:
-    """Return the widths that text targets ask of their tower."""
+    """Return the widths that text targets require of the text tower."""
     return {target.width for target in recipe.targets if isinstance(target, Text)}

@@ -1,4 +1,4 @@
-"""Turn a decoded vector into z_y or ẑ_y of an image target, by projector, predictor and prototypes."""
+"""Projection heads of image targets: projector, predictor and prototypes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Norm = Literal["none", "layer", "batch"]
 
 
 class HeadSpec(Section):
-    """Turns a decoded vector into z_y or ẑ_y of an image target. Targets that name the same head share it.
+    """Projection head that maps a decoded vector to z_y or ẑ_y. Targets that name the same head share it.
 
-    The projector serves the prediction and the target (whose copy is averaged where the target's encoder is); the
-    predictor follows on the prediction's side alone.
+    Prediction and target both use the projector (the EMA copy for targets with an EMA encoder). Only the prediction
+    uses the predictor.
     """
 
     width: int = Field(default=256, ge=2, le=MAX_WIDTH)
@@ -30,17 +30,17 @@ class HeadSpec(Section):
     hidden: int = Field(default=2048, ge=2, le=MAX_WIDTH)
     """Width of the projector's hidden layers."""
     depth: int = Field(default=2, ge=1, le=MAX_LAYERS)
-    """Linear layers of the projector."""
+    """Number of linear layers of the projector."""
     norm: Norm = "layer"
-    """Norm after every hidden layer. `batch` takes the statistics of the global batch."""
+    """Norm after every hidden layer. `batch` uses the statistics of the global batch."""
     output_norm: Norm = "none"
-    """Norm after the projector's last layer, without a scale of its own."""
+    """Norm after the projector's last layer, without learned scale."""
     predictor_depth: int = Field(default=0, ge=0, le=MAX_LAYERS)
-    """Linear layers of the predictor; 0 for none."""
+    """Number of linear layers of the predictor; 0 for none."""
     predictor_hidden: int = Field(default=512, ge=2, le=MAX_WIDTH)
     """Width of the predictor's hidden layers."""
     prototypes: int = Field(default=0, ge=0, le=MAX_CANDIDATES)
-    """Number K of unit vectors that the z_y of `kind: prototypes` targets is compared with."""
+    """Number K of prototypes: unit vectors to which `kind: prototypes` targets compare z_y."""
 
     @model_validator(mode="after")
     def _no_idle_fields(self) -> Self:
@@ -56,9 +56,8 @@ class HeadSpec(Section):
 
 
 class BatchNorm(nn.Module):
-    """Normalises every channel with the statistics of the global batch, in fp32. It keeps no running statistics: such
-    layers serve the targets, and are not used after the training.
-    """
+    """Batch norm over the global batch, in fp32. It has no running statistics: these layers are only used in
+    training."""
 
     eps = 1e-5
 
@@ -69,13 +68,13 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def reset_parameters(self) -> None:
-        """Set scale 1 and offset 0."""
+        """Initialize scale with 1 and offset with 0."""
         if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Normalise (…, D) to mean 0 and variance 1 over all but the last dimension of all ranks."""
+        """Normalize (…, D) to mean 0 and variance 1 over all but the last dimension and over all ranks."""
         flat_ND = x_ND.float().flatten(0, -2)
         output_ND = standardize(flat_ND, self.ranks, self.eps)
         if self.weight is not None and self.bias is not None:
@@ -84,7 +83,7 @@ class BatchNorm(nn.Module):
 
 
 class RunningStatistics(Fp32State):
-    """Centres channels in fp32 by the statistics of the global batch, and by running ones outside of training."""
+    """Centering of channels in fp32, by statistics of the global batch in training and running ones in evaluation."""
 
     eps, momentum = 1e-5, 0.1
 
@@ -97,7 +96,7 @@ class RunningStatistics(Fp32State):
         self.register_buffer("running_var", torch.ones(channels))
 
     def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, C, …) in fp32 less the mean of every channel, and the variances of the channels (C)."""
+        """Return (B, C, …) in fp32 minus the mean of every channel, and the variances of the channels (C)."""
         values, rest = x.float(), [1] * (x.ndim - 2)
         if not self.training:
             return values - self.running_mean.view(-1, *rest), self.running_var
@@ -111,14 +110,14 @@ class RunningStatistics(Fp32State):
 
 
 class Prototypes(nn.Module):
-    """Compares vectors with K learnt unit vectors, by cosine."""
+    """K learned unit vectors, compared by cosine."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, width))
 
     def reset_parameters(self) -> None:
-        """Draw directions from the sphere; their length has no effect."""
+        """Initialize with random directions; their norm has no effect."""
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, z_BE: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class Prototypes(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """Holds projector (online, and averaged for momentum targets), predictor (online alone) and prototypes."""
+    """A projection head: projector (student and EMA copy), predictor (student only) and prototypes."""
 
     def __init__(self, input_width: int, spec: HeadSpec, ranks: Ranks, *, online: bool, prototypes: bool) -> None:
         super().__init__()

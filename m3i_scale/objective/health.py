@@ -1,4 +1,4 @@
-"""Measure whether the representation is alive: spread and effective rank of features."""
+"""Metrics of representation collapse: target std and effective rank of features."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from m3i_scale.objective.ranks import Ranks
 def health_figures(
     features: dict[str, Tensor], watched: dict[str, dict[str, Tensor]], ranks: Ranks, host_figures: HostFigures
 ) -> dict[str, Tensor]:
-    """Return the figures `health/…` that are computed on the device, and ask the host for the others.
+    """Return the `health/…` metrics that are computed on the device, and schedule the others for the CPU.
 
     Args:
-        features: by name (N, D).
-        watched: by target, what `target_health` takes.
-        ranks: other ranks.
-        host_figures: are asked for spreads and effective ranks.
+        features: features by name, (N, D) each.
+        watched: tensors for `target_health`, by target.
+        ranks: ranks of the global batch.
+        host_figures: collects spreads and effective ranks.
     """
     for name, features_ND in features.items():
         if len(features_ND) > 1:  # one sample has no spread
@@ -45,14 +45,13 @@ def feature_health(name: str, covariance_DD: Tensor) -> dict[str, float]:
     """Return `<name>_std`, the mean over channels of the standard deviation over samples, and `<name>_rank`, the
     effective rank.
 
-    The effective rank is exp of the entropy of the normalised eigenvalues of the covariance: 1 when all features lie
-    on a line, D when all directions carry the same variance. Both are NaN where the covariance is not finite, the rank
-    alone where its decomposition does not converge: an error would end one rank, and the others would wait for it in
-    their next collective.
+    The effective rank is exp of the entropy of the covariance's normalized eigenvalues. It is 1 if all features are on
+    a line, and D if all directions have the same variance. Both are NaN if the covariance is not finite, and the rank
+    if the decomposition does not converge. An error would stop one rank and hang the others in their next collective.
 
     Args:
-        name: of the features.
-        covariance_DD: of `feature_covariance`, on the host.
+        name: prefix of the metrics.
+        covariance_DD: result of `feature_covariance`, on the CPU.
     """
     std, rank = math.nan, math.nan
     if covariance_DD.isfinite().all():
@@ -68,18 +67,18 @@ def feature_health(name: str, covariance_DD: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figures: HostFigures) -> dict[str, Tensor]:
-    """Measure whether a group's target is alive, over the samples of all ranks.
+    """Measure the collapse of a target over the samples of all ranks.
 
     Args:
-        name: what figures begin with.
-        parts: `z` (…, E): targets; `valid` (B), where not all rows of `z` are targets; `assignment` (B, K):
+        name: prefix of the metrics.
+        parts: `z` (…, E): targets; `valid` (B): which rows of `z` are targets, if not all; `assignment` (B, K):
             distributions over prototypes; `scale` (1): 1/τ.
-        ranks: other ranks.
-        host_figures: is asked for the spread, since a spread of fewer than two targets is left out.
+        ranks: ranks of the global batch.
+        host_figures: computes the spread, which is omitted for fewer than two targets.
 
     Returns:
-        `<name>_evenness`: entropy of the mean assignment over log K; `<name>_scale`. The spread, `<name>_spread`, is
-        1 − ‖mean unit target‖²: 0 when all samples have the same target, near 1 when they point everywhere.
+        `<name>_evenness`: entropy of the mean assignment over log K; `<name>_scale`. The spread, `<name>_spread`, is 1
+        − ‖mean unit target‖²: 0 if all samples have the same target, near 1 for uniformly distributed targets.
     """
     figures: dict[str, Tensor] = {}
     if "z" in parts:
@@ -90,7 +89,7 @@ def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figure
     if "assignment" in parts:
         probabilities_BK = parts["assignment"].float()
         sums_K = ranks.sum(probabilities_BK.sum(dim=0))
-        mean_K = sums_K / sums_K.sum().clamp(min=1e-12)  # rows of patches that are not hidden may be 0
+        mean_K = sums_K / sums_K.sum().clamp(min=1e-12)  # rows of visible patches may be 0
         figures[f"{name}_evenness"] = -torch.special.xlogy(mean_K, mean_K).sum() / math.log(len(mean_K))
     if "scale" in parts:
         figures[f"{name}_scale"] = parts["scale"].detach().float().squeeze()
@@ -98,8 +97,8 @@ def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figure
 
 
 def _spread(name: str, sums_F: Tensor) -> dict[str, float]:
-    """Return the spread of targets whose sum and number are given."""
+    """Return the spread of targets from their sum and number."""
     *_, count = sums_F.tolist()
     if count <= 1:
         return {}
-    return {name: max(1 - float((sums_F[:-1] / count).square().sum()), 0.0)}  # rounding may leave less than nothing
+    return {name: max(1 - float((sums_F[:-1] / count).square().sum()), 0.0)}  # rounding may make it negative

@@ -1,7 +1,7 @@
-"""Compute figures of a logged step on the host, once they are asked for.
+"""Compute metrics of a logged step on the CPU, after the step.
 
-A GPU is slow at eigenvalues, and the host would wait for each matrix. So the step leaves what it has summed on the
-device, and what asks for the figures, when the step is over, copies all of it at once.
+GPUs are slow at eigenvalue decompositions, and each matrix would synchronize host and device. The step therefore leaves
+its sums on the device. One copy transfers all of them when the metrics are needed.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 
 Compute = Callable[..., dict[str, float]]
-"""Takes tensors of the host, and gives figures by name."""
+"""Computes metrics by name from CPU tensors."""
 
 
 class HostFigures:
-    """Collects what figures are computed of."""
+    """A queue of metrics to compute on the CPU, with their device tensors."""
 
     def __init__(self) -> None:
         self._asked: list[tuple[Compute, tuple[Tensor, ...]]] = []
 
     def add(self, compute: Compute, *values: Tensor) -> None:
-        """Ask for figures of fp32 tensors."""
+        """Schedule metrics computed from fp32 tensors."""
         self._asked.append((compute, values))
 
     def clear(self) -> None:
-        """Forget what was asked for."""
+        """Drop all scheduled metrics."""
         self._asked = []
 
     def take(self) -> dict[str, float]:
-        """Return all figures, and forget them. The host waits for the device once."""
+        """Compute all metrics and clear the queue. Synchronizes with the device once."""
         return self.copy()()
 
     def copy(self) -> Callable[[], dict[str, float]]:
-        """Copy the tensors to the host, and forget what was asked for. The host waits for the device once.
+        """Copy the tensors to the CPU and clear the queue. Synchronizes with the device once.
 
         Returns:
-            A function that computes all figures from the copies, on any thread.
+            A function that computes all metrics from the copies, on any thread.
         """
         asked, self._asked = self._asked, []
         values = [value for _, of_one in asked for value in of_one]

@@ -1,7 +1,7 @@
-"""I(z_x; z_y | t_x, t_y): inputs → one backbone → groups of targets (equations 2, 5 and 6).
+"""I(z_x; z_y | t_x, t_y): inputs → one backbone → loss terms (equations 2, 5 and 6).
 
-One module, one forward pass: every rank runs the same submodules in the same order on every batch; what a sample lacks
-is masked.
+One module with one forward pass: every rank runs the same submodules in the same order on every batch. Samples without
+a target are masked out of its loss.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from m3i_scale.objective.targets.dense import Pixels
 
 
 class Objective(nn.Module):
-    """Holds all modules of a recipe. `m3i_scale.objective.build.build_objective` builds it."""
+    """All modules of a recipe. `m3i_scale.objective.build.build_objective` builds it."""
 
     def __init__(
         self,
@@ -64,54 +64,54 @@ class Objective(nn.Module):
         self.projector = projector
         self.momentum = momentum
         self.teachers = teachers or nn.ModuleDict()
-        """Frozen, by name."""
+        """Frozen teachers by name."""
         self.text = text
         self.mask_token = mask_token
-        """Stands at the hidden patches of inputs that show them as one."""
+        """Replaces the masked patches of inputs with `hidden: token`."""
         self.decoders = decoders
         self.heads = heads
-        """By target."""
+        """Heads by target."""
         self.image_heads = image_heads or nn.ModuleDict()
-        """By head of the recipe."""
+        """Heads by their name in the recipe."""
         self.states = states or nn.ModuleDict()
-        """What those heads remember, by `HeadTarget.memory_name`."""
+        """Memories of these heads, by `HeadTarget.memory_name`."""
         self.weights = weights
         self.pixel_norm = PixelNorm(mean, std)
         self.mixed_attention = mixed_attention
         self.ranks = ranks
         self.measure_health = False
-        """Set on steps that are logged: effective ranks and Gaussian information cost eigenvalue decompositions."""
+        """Set on logged steps only: effective ranks and Gaussian information cost eigenvalue decompositions."""
         self.host_figures = HostFigures()
-        """Of the last forward pass that measured health: `<group>/nats` of Gaussian groups, and `_std`, `_rank` and
-        `_spread` of `health/`."""
+        """Metrics of the last forward pass that measured health: `<group>/nats` of Gaussian loss terms, and `_std`,
+        `_rank` and `_spread` of `health/`."""
         self.progress = 0.0
-        """Share of the training that is over; the trainer sets it before every step."""
+        """Fraction of the training that is done. The trainer sets it before every step."""
         self.mix_labelled: Callable[[Batch], Batch] = lambda batch: batch
-        """Mixes labelled images while training, as a task asks for it."""
+        """Mixes labeled images (e.g. MixUp) during training if a task asks for it."""
         self.token_count = 0
-        """Visible patch tokens of the last forward pass."""
+        """Visible patch tokens in the last forward pass."""
         self.overlaps_3K: dict[str, Tensor] = {}
-        """Of the last forward pass outside of training: see `Loss.overlaps_3K`; by target."""
+        """`Loss.overlaps_3K` of the last forward pass in evaluation mode, by target."""
         self.detections: dict[str, list[Detections]] = {}
-        """Of the last forward pass outside of training: see `Loss.detections`; by target."""
+        """`Loss.detections` of the last forward pass in evaluation mode, by target."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {target.name: [] for target in recipe.targets}
-        """Filled by the backward pass: per group, squared norms of the gradient at the encoder output."""
+        """Squared gradient norms at the encoder output per loss term. The backward pass fills the lists."""
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
-        """Called round each part of a forward pass: `forward` (the inputs), `target` (f_φ of images and texts),
-        `decoder` (decoders, heads, losses). Whoever measures sets it."""
+        """Context manager around each part of a forward pass, for profilers: `forward` (inputs), `target` (f_φ of
+        images and texts), `decoder` (decoders, heads, losses)."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen backbone stays in evaluation mode."""
+        """Set the training mode. A frozen backbone stays in evaluation mode."""
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             self.student.eval()
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a micro-batch, and figures `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
+        """Return the loss of a micro-batch and the metrics `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
 
-        The mean over ranks of the loss, and of each figure, is that of the global batch. Further ones are asked of
-        `host_figures`; those of dense features are of the tokens of this rank.
+        The mean of the loss and of each metric over ranks equals its value for the global batch. `host_figures` returns
+        further metrics; for dense features they cover only the tokens of this rank.
         """
         if self.measure_health:
             self.host_figures.clear()
@@ -125,7 +125,7 @@ class Objective(nn.Module):
         self.overlaps_3K, self.detections = {}, {}
         figures: dict[str, Tensor] = {}
         watched: dict[str, dict[str, Tensor]] = {}
-        remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once a view, for all inputs
+        remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once per view, for all inputs
         losses = []
         grid = self.student.grid_of(context.batch.images_VBCHW)
         for target in self.recipe.targets:
@@ -168,7 +168,7 @@ class Objective(nn.Module):
         return total, figures
 
     def target_modules(self, target: Target, grid: tuple[int, int]) -> TargetModules:
-        """Return the modules that a target computes with, on views of so many rows and columns of patches."""
+        """Return the modules that compute a target for views of `grid` (rows, columns) patches."""
         shared = target.head if isinstance(target, HeadTarget) else None
         return TargetModules(
             self.ranks,
@@ -184,12 +184,12 @@ class Objective(nn.Module):
 
     @property
     def pixel_head(self) -> PixelHead | None:
-        """Return the head that gives the class of every pixel; None where the recipe has none."""
+        """Return the head that classifies every pixel, or None if the recipe has none."""
         return next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
 
     @property
     def text_modules(self) -> list[nn.Module]:
-        """Return the modules whose work grows with the tokens of captions."""
+        """Return the modules with compute cost proportional to the number of caption tokens."""
         by_token = [target for target in self.recipe.targets if target.by_token]
         decoders = [self.decoders[name] for name in dict.fromkeys(target.decoder for target in by_token)]
         heads = [self.heads[target.name] for target in by_token]
@@ -197,15 +197,15 @@ class Objective(nn.Module):
 
     @property
     def detector(self) -> ObjectDetector | None:
-        """Return the head that finds objects; None where the recipe has none."""
+        """Return the head that detects objects, or None if the recipe has none."""
         return next((head for head in self.heads.values() if isinstance(head, ObjectDetector)), None)
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
-        """Tell the weights how long every group's gradient was. Called by the trainer after every backward pass.
+        """Pass the gradient norm of every loss term to the loss weighting. Call it after every backward pass.
 
         Args:
-            scale: how much larger than the true gradient the backward pass computes it.
+            scale: loss scale, by which the computed gradients exceed the true ones.
         """
         if not self.weights.needs_gradients:
             return
@@ -216,7 +216,7 @@ class Objective(nn.Module):
     # ---------------------------------------------------------------- inputs
 
     def inputs_of(self, batch: Batch) -> list[EncodedInput]:
-        """Return which patches of which views the student sees of a batch."""
+        """Return the visible patches of each view that the student encodes for a batch."""
         seeds_B = batch.seeds_B.to(batch.images_VBCHW.device, non_blocking=True)
         sides = [side // self.student.patch_size for side in batch.small_VBCHW.shape[-2:]]
         own, every = len(batch.images_VBCHW), len(batch.crops_VB4)
@@ -225,7 +225,7 @@ class Objective(nn.Module):
         return build_inputs(self.recipe.inputs, self.recipe.mix, seeds_B, grid, self.student.cell, small)
 
     def _views(self, batch: Batch) -> dict[int, Tensor]:
-        """Return the views that inputs and targets lie in, normalised, by view from 1."""
+        """Return the views that inputs and targets use, normalized, by view from 1."""
         used = {view for spec in self.recipe.inputs for view in spec.seen}
         used |= {target.view for target in self.recipe.image_targets}
         return {view: self.pixel_norm(batch.view(view)) for view in sorted(used)}
@@ -235,7 +235,7 @@ class Objective(nn.Module):
         where = self.inputs_of(batch)
         with self.span("forward"):
             inputs = self._encode_inputs(where, views)
-        # Collectives run in order: this one ends after the gather of the averages, which runs beside the student.
+        # Collectives run in order. This one ends after the gather of the EMA weights, which overlaps with the student.
         counts = self._count(batch)
         with self.span("target"):
             whole = {
@@ -261,15 +261,14 @@ class Objective(nn.Module):
         return context
 
     def _count(self, batch: Batch) -> dict[str, Tensor]:
-        """Return how many samples of all ranks have a target, by target: one collective for all of them."""
+        """Return the number of samples over all ranks that have a target, by target, with a single collective."""
         here_K = torch.stack([target.present(batch).sum(dtype=torch.float32) for target in self.recipe.targets])
         return dict(zip((target.name for target in self.recipe.targets), self.ranks.sum(here_K), strict=True))
 
     def _encode_targets(
         self, batch: Batch, views: dict[int, Tensor]
     ) -> tuple[dict[tuple[str, int], Tokens], dict[tuple[str, int], list[Tensor]]]:
-        """Encode every view that is a target, once by each frozen branch that is asked for it; return tokens and what
-        the last layers gave."""
+        """Encode every target view once per frozen encoder. Return tokens and the outputs of the last layers."""
         encoded: dict[tuple[str, int], Tokens] = {}
         layers: dict[tuple[str, int], list[Tensor]] = {}
         wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}
@@ -297,7 +296,7 @@ class Objective(nn.Module):
         view_of, visible = [spec.view + 1 for spec in where], [spec.visible_BL for spec in where]
         if self.recipe.mix is None or not self.mixed_attention:
             masked = None
-            if self.recipe.uses_mask_tokens:  # without the module this fails: nothing hidden must be shown instead
+            if self.recipe.uses_mask_tokens:  # fail without the module: masked patches must never be visible instead
                 masked = MaskedPatches(cast(MaskToken, self.mask_token), [spec.shown_BN for spec in where])
             encoded = self.student.encode_own(views, view_of, visible, masked)
         else:
@@ -323,23 +322,21 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images_BCHW: Tensor, target: str) -> Tensor:
-        """Encode whole images (uint8) as a global target has them: unit vectors of a text target, logits of a category.
-
-        A category target with several label sets gives the logits of all sets side by side.
-        """
+        """Encode full images (uint8) as a global target does: unit vectors of a text target, or logits of a category
+        target. A category target with several label sets returns the logits of all sets, concatenated."""
         spec = next(item for item in self.recipe.targets if item.name == target)
         output = self.heads[target](self.pooled(spec.decoder, self.pixel_norm(images_BCHW)))
         return output[0] if spec.modality == "text" else torch.cat(output, dim=1)
 
     @torch.no_grad()
     def pooled(self, decoder: str, pixels_BCHW: Tensor) -> Tensor:
-        """Return what a decoder of the recipe makes of whole, normalised images: (B, F)."""
+        """Return the output of a pooling decoder for full, normalized images: (B, F)."""
         return pool(self.decoders[decoder], *self.student.encode_whole(pixels_BCHW, blocks_read(self.decoders)))
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch) -> dict[tuple[str, str], Tensor]:
-        """Return what targets of pixels predict of a batch, as images: by target and input, of several parts from the
-        first, uint8 (B, 3, H, W); see `Pixels.reconstruct`. No sample of another rank is asked for."""
+        """Return the predictions of pixel targets as images, uint8 (B, 3, H, W), by target and input. For an input of
+        several parts, the first one counts. See `Pixels.reconstruct`. Runs without collectives."""
         targets = [target for target in self.recipe.targets if isinstance(target, Pixels)]
         if not targets:
             return {}
@@ -355,7 +352,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def segment(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the logits of every class at every pixel (B, K, H, W) of normalised images.
+        """Return per-pixel class logits (B, K, H, W) of normalized images.
 
         Raises:
             ValueError: the recipe has no segmentation target.
@@ -369,12 +366,12 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-        """Return the objects that are found on normalised, padded images.
+        """Return the objects detected in normalized, padded images.
 
         Args:
-            pixels_BCHW: the images.
-            sizes_B2: their heights and widths before padding.
-            own_B2: those of the images themselves, which boxes are scaled to.
+            pixels_BCHW: normalized, padded images.
+            sizes_B2: height and width before padding.
+            own_B2: height and width of the original images, to which boxes are scaled.
 
         Raises:
             ValueError: the recipe has no detection target.

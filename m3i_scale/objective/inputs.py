@@ -1,4 +1,4 @@
-"""t_x: choose what the backbone sees of normalised views, by masks and by the mixing of images."""
+"""t_x: select the patches that the backbone sees, by masking and by image mixing."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def _is_ratio(value: float | tuple[float, float]) -> float | tuple[float, float]
 
 
 class MaskSpec(Section):
-    """Says which patches of an input are hidden."""
+    """Which patches of an input are masked."""
 
     form: Mask = RandomMask()
     """random: independent patches; block: a union of rectangles; inverse_block: all but one rectangle; target_blocks:
-    rectangles that are predicted one by one; or a class of one's own."""
+    rectangles that are predicted one by one; or a user-defined class."""
     ratio: Annotated[float | tuple[float, float], AfterValidator(_is_ratio)]
-    """Share of hidden patches; the count is rounded to a whole patch and is the same for every sample. Of mask tokens
-    also [smallest, largest]: every sample draws its own."""
+    """Mask ratio. The number of masked patches is rounded and is the same for every sample. With mask tokens, a range
+    [smallest, largest] is possible; the ratio is drawn per sample."""
     hidden: Literal["dropped", "token"] = "dropped"
-    """dropped: the encoder does not see hidden patches; token: it sees a learnt token at their places."""
+    """dropped: the encoder does not see masked patches; token: it sees a learned mask token in their positions."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """Of the samples that hide anything, drawn by sample; below 1 only with mask tokens."""
+    """Mask probability: the fraction of samples that are masked, drawn per sample. Below 1 only with mask tokens."""
     count: int = Field(default=1, ge=1, le=MAX_VIEWS)
-    """So many masks of the same view, each an input of its own."""
+    """Number of masks of the same view; each makes a separate input."""
 
     @model_validator(mode="after")
     def _keeps_a_shape(self) -> Self:
@@ -64,26 +64,26 @@ class MaskSpec(Section):
 
     @property
     def varies(self) -> bool:
-        """Return whether samples hide different numbers of patches."""
+        """Return whether the number of masked patches differs between samples."""
         return isinstance(self.ratio, tuple) or self.share < 1
 
     @property
     def amount(self) -> str:
-        """Return in words how much it hides, and how often."""
+        """Return mask ratio, probability and count as text."""
         ratio = f"{self.ratio:g}" if isinstance(self.ratio, float) else "{:g} to {:g}".format(*self.ratio)
         samples = f" in {self.share:g} of the samples" if self.share < 1 else ""
         return ratio + samples + (f", × {self.count}" if self.count > 1 else "")
 
 
 class InputSpec(Section):
-    """Describes one input x of the backbone, or several that targets have the same use for."""
+    """One input x of the backbone, or several with the same role."""
 
     name: str = Field(min_length=1)
-    """The name that targets refer to."""
+    """Name that targets refer to."""
     view: int = Field(ge=1, le=MAX_VIEWS)
     """Augmented view of the image, from 1."""
     views: int = Field(default=1, ge=1, le=MAX_VIEWS)
-    """So many views from that one on, each an input of its own."""
+    """Number of consecutive views from `view` on; each makes a separate input."""
     mask: MaskSpec | None = None
 
     @property
@@ -93,15 +93,14 @@ class InputSpec(Section):
 
 
 class MixSpec(Section):
-    """Puts several images into one input with complementary patch masks (paper, Fig. 2).
+    """Mixing of several images into one input with complementary patch masks (paper, Fig. 2).
 
-    The first input shows the share of patches that its equal part is, the second one what the first left over, and so
-    on; all inputs of a mix come from different images of the local batch.
+    The inputs show equal shares of the patches, without overlap. They come from different images of the local batch.
     """
 
     inputs: list[str] = Field(min_length=2, max_length=4)
     form: Mask = RandomMask()
-    """The law by which patches are dealt to the images, as the hidden ones of a mask are chosen."""
+    """Mask that distributes the patches among the images."""
 
     @model_validator(mode="after")
     def _deals_all(self) -> Self:
@@ -112,37 +111,36 @@ class MixSpec(Section):
 
 @dataclass
 class EncodedInput:
-    """Says where one input lies: which patches of which view the encoder sees."""
+    """The patches of one view that the encoder sees as one input."""
 
     name: str
     view: int
-    """From 0."""
+    """View index from 0."""
     visible_BL: Tensor
     """int64 (B, L): indices of the visible patches, ascending."""
     hidden_BM: Tensor
-    """int64 (B, M): indices of the hidden patches, ascending; M may be 0."""
+    """int64 (B, M): indices of the masked patches, ascending; M may be 0."""
     image_of_row_B: Tensor
-    """int64 (B): which image sits at this place in row i of a mix; the image itself without a mix."""
+    """int64 (B): image in this slot of row i of the mix. Without a mix, the image itself."""
     row_of_image_B: Tensor
     """int64 (B): the inverse of `image_of_row_B`."""
     masked_BM: Tensor | None = None
-    """Where hidden patches are mask tokens, and samples hide different numbers of them, bool (B, M): which of
-    `hidden_BM` are hidden; None: all."""
+    """bool (B, M): masked patches among `hidden_BM`, for mask tokens with a varying mask ratio. None: all."""
     shown_BN: Tensor | None = None
-    """Where hidden patches are mask tokens, bool (B, N): which patches are none. `visible_BL` are all patches then."""
+    """bool (B, N), for mask tokens: patches without mask token. `visible_BL` then contains all patches."""
     blocks_BKT: Tensor | None = None
-    """int64 (B, K, T): the hidden patches of every target block, ascending; None where the mask has no such blocks."""
+    """int64 (B, K, T): the masked patches of every target block, ascending. None if the mask has no target blocks."""
 
     def shown_patches(self, sample: int) -> Tensor:
-        """Return which patches of a sample, on the host, are neither dropped nor mask tokens: int64 (L)."""
+        """Return the patches of a sample, on the CPU, that are neither dropped nor mask tokens: int64 (L)."""
         return self.visible_BL[sample] if self.shown_BN is None else self.shown_BN[sample].nonzero()[:, 0]
 
 
 def mix_partners(batch: int, images: int, device: torch.device) -> list[Tensor]:
-    """Return for each place r of a mix which image of the batch sits there in row i: int64 (B) each.
+    """Return the image in row i of the batch for each slot r of a mix: int64 (B) each.
 
-    Rows are cut into groups of `images` neighbours (the last group takes the remainder) and rotated within the group:
-    every image serves once in every place, never meets itself, and a group never spans two ranks' micro-batches.
+    Rows are grouped by `images` neighbors (the last group takes the remainder) and rotated within the group. Every
+    image serves once in every slot and never meets itself. A group never spans micro-batches of two ranks.
     """
     group_count = max(batch // images, 1)
     row_B = torch.arange(batch, device=device)
@@ -162,15 +160,15 @@ def build_inputs(
     """Return the inputs of a recipe for one micro-batch, each indexed by image (not by row of the mix).
 
     Args:
-        specs: the recipe's inputs. Several parts of one follow each other: by view, and by mask of the view.
-        mix: how they share a grid, where they do.
+        specs: the recipe's inputs. Parts of one input are consecutive: by view, and by mask of the view.
+        mix: mixing of the inputs, if any.
         seeds_B: seed of every sample.
         grid: rows and columns of patches.
-        cell: side, in patches, of the squares that masks are made of; divides both sides of the grid.
-        small: grids of the views that have another one, by view from 1.
+        cell: size, in patches, of the squares that are masked together. Must divide rows and columns of the grid.
+        small: grids of local crops, by view from 1.
 
     Raises:
-        ValueError: a mix of more images than the micro-batch holds.
+        ValueError: the mix needs more images than the micro-batch has.
     """
     if cell > 1:
         coarse = grid[0] // cell, grid[1] // cell
@@ -215,7 +213,7 @@ def _single(spec: InputSpec, view: int, seeds_B: Tensor, grid: tuple[int, int], 
     hidden_BM, first_BM = order_BN[:, visible:].flip(1).sort(dim=1)
     masked_BM = None
     if spec.mask.varies:
-        # Of a stream that no mask has. Whoever hides fewer patches hides those that are hidden first.
+        # Uses a stream of random numbers that no mask uses. Samples with fewer masked patches mask the first in order.
         share_B, size_B = hash_uniform(seeds_B, 2, -1 - number).unbind(1)
         count_B = ((low + (high - low) * size_B) * patches).round() * (share_B < spec.mask.share)
         masked_BM = first_BM < count_B[:, None]
@@ -232,7 +230,7 @@ def _split(
 
 
 def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInput:
-    """Replace every index of a cell by those of its cell × cell patches."""
+    """Replace every index of a cell by the indices of its cell × cell patches."""
     device = spec.visible_BL.device
     inner = torch.arange(cell, device=device)
     inside_K = (inner[:, None] * (grid[1] * cell) + inner).flatten()
@@ -248,7 +246,7 @@ def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInpu
 
 
 class PixelNorm(Fp32State):
-    """Normalises images by channel."""
+    """Per-channel normalization of images."""
 
     mean_C: Tensor
     std_C: Tensor
@@ -259,12 +257,12 @@ class PixelNorm(Fp32State):
         self.register_constant("std_C", std)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Return (x/255 − mean) / std by channel: uint8 (B, 3, H, W) → float32."""
+        """Normalize per channel, (x/255 − mean) / std: uint8 (B, 3, H, W) → float32."""
         mean_C11, std_C11 = self._moments()
         return (images_BCHW.to(torch.float32) - mean_C11) / std_C11
 
     def undo(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the images that normalised pixels show: (B, 3, H, W) → uint8, colours out of range at its ends."""
+        """Undo the normalization: (B, 3, H, W) → uint8. Values out of range are clamped."""
         mean_C11, std_C11 = self._moments()
         return (pixels_BCHW.float() * std_C11 + mean_C11).round().clamp(0, 255).to(torch.uint8)
 
@@ -274,6 +272,6 @@ class PixelNorm(Fp32State):
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return (x/255 − mean) / std by channel: uint8 (B, 3, H, W) → float32."""
+    """Normalize per channel, (x/255 − mean) / std: uint8 (B, 3, H, W) → float32."""
     pixels_BCHW: Tensor = PixelNorm(mean, std).to(images_BCHW.device)(images_BCHW)
     return pixels_BCHW

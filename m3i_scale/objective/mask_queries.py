@@ -1,6 +1,6 @@
-"""Predict masks and their classes by queries that go through the backbone's own last layers, as EoMT does.
+"""Mask classification with queries that run through the backbone's last layers (EoMT).
 
-The parts and the losses are those of `transformers`; what is a mean over a batch there is one over all ranks here.
+Modules and losses come from `transformers`, but means over a batch are means over all ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from m3i_scale.objective.segmentation import PixelHead, resized
 
 _POWER = 0.9
 _COUNTED_CLASSES = 8
-"""Of an image without values, whose work is counted."""
+"""Number of classes per image when FLOPs are counted on meta tensors."""
 
 
 class MaskQueries(PixelHead):
-    """Lets queries read the image in the last blocks; each predicts a mask and its class. In training a query reads
-    patches of its own mask alone: at first in all blocks, then in fewer and fewer of them, at the end in none. So the
-    trained model reads without masks."""
+    """EoMT: queries attend to the image in the last blocks; each predicts a mask and its class.
+
+    In training, queries use masked attention: they only see patches of their predicted mask. The masks are annealed
+    from all blocks to none, so the trained model needs no attention masks.
+    """
 
     def __init__(self, spec: EomtSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
         super().__init__()
@@ -50,9 +52,9 @@ class MaskQueries(PixelHead):
         self.class_predictor = nn.Linear(backbone.width, classes + 1)
 
     def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
-        """Return the tokens of the image, and what the queries predict before each of the last blocks (in training)
-        and after the last: class logits (B, Q, K + 1) and mask logits (B, Q, H, W) in turn."""
-        vision = cast(TokenBackbone, backbone)  # `__init__` has refused others
+        """Return the image tokens, and the queries' predictions before each of the last blocks (in training) and after
+        the last. Predictions alternate between class logits (B, Q, K + 1) and mask logits (B, Q, H, W)."""
+        vision = cast(TokenBackbone, backbone)  # `__init__` rejects other backbones
         predictions: list[Tensor] = []
 
         def attend(tokens_BSD: Tensor, block: int) -> Tensor | None:
@@ -68,8 +70,8 @@ class MaskQueries(PixelHead):
         return vision.read(tokens_BSD[:, self.spec.queries :]), predictions
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return scores of the classes at every pixel (B, K, H, W), not negative: sums over queries of the probability
-        of the class times that of the mask."""
+        """Return nonnegative class scores per pixel (B, K, H, W): Σ over queries of class probability × mask
+        probability."""
         class_logits_BQK, mask_logits_BQHW = maps[-2:]
         return [class_scores(class_logits_BQK, resized(mask_logits_BQHW, (self.size, self.size)))]
 
@@ -82,8 +84,8 @@ class MaskQueries(PixelHead):
         distribution: Any,
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the losses of matched queries, over all predictions; and log K − the
-        cross-entropy of the scores, normalised."""
+        """Return the weighted losses of matched queries, summed over all predictions, and log K − the cross-entropy of
+        the normalized scores."""
         classes, masks = _targets(truth_BHW, valid_BHW, self.config.num_labels)
         criterion = _GlobalLoss(self.config, ranks, classes)
         weights = {
@@ -95,7 +97,7 @@ class MaskQueries(PixelHead):
         devices = [truth_BHW.device] if truth_BHW.is_cuda and not self.training else []
         with torch.random.fork_rng(devices, enabled=not self.training and not truth_BHW.is_meta):
             if not self.training and not truth_BHW.is_meta:
-                torch.manual_seed(0)  # an evaluation draws the same points every time
+                torch.manual_seed(0)  # every evaluation draws the same points
             for class_logits_BQK, mask_logits_BQHW in zip(maps[::2], maps[1::2], strict=True):
                 losses = criterion(mask_logits_BQHW.float(), class_logits_BQK.float(), masks, classes)
                 total = total + sum(weights[name] * loss for name, loss in losses.items())
@@ -115,8 +117,8 @@ class MaskQueries(PixelHead):
     def _attention_mask(
         self, mask_logits_BQHW: Tensor, tokens_BSD: Tensor, grid: tuple[int, int], share: float
     ) -> Tensor:
-        """Return what is added to attention (B, 1, S, S): queries, but for a random share of them, read the patches of
-        their masks alone."""
+        """Return the additive attention mask (B, 1, S, S). Queries, except for a random fraction, only attend to
+        patches of their masks."""
         batch, length, queries = len(tokens_BSD), tokens_BSD.shape[1], self.spec.queries
         shown_BQN = F.interpolate(mask_logits_BQHW.float(), size=grid, mode="bilinear").flatten(2) > 0
         if share < 1:
@@ -128,23 +130,23 @@ class MaskQueries(PixelHead):
 
 
 def class_scores(class_logits_BQK: Tensor, mask_logits_BQHW: Tensor) -> Tensor:
-    """Return scores of the classes at every pixel (B, K, H, W), without that of no object, which is the last one."""
+    """Return class scores per pixel (B, K, H, W), without the last class, "no object"."""
     classes_BQK = class_logits_BQK.float().softmax(dim=-1)[..., :-1]
     return torch.einsum("bqk,bqhw->bkhw", classes_BQK, mask_logits_BQHW.float().sigmoid())
 
 
 def mask_share(progress: float, block: int, blocks: int) -> float:
-    """Return which share of the queries reads its own mask alone before a block.
+    """Return the fraction of queries with masked attention before a block.
 
-    Training has blocks + 2 equal parts. In the first all do; in each further one the share falls to nothing in the next
-    block; in the last none does.
+    Training has blocks + 2 equal parts. In the first one, all blocks are masked. In each further part, the fraction
+    decays to 0 in the next block. In the last one, no block is masked.
     """
     over = min(max(progress * (blocks + 2) - (block + 1), 0.0), 1.0)
     return float((1 - over) ** _POWER)
 
 
 def query_config(spec: EomtSegmentation, config: Any, classes: int) -> EomtConfig:
-    """Return the stock configuration of queries on a plain Transformer; of its MLP it says nothing."""
+    """Return the `EomtConfig` for queries on a plain Transformer, without its MLP."""
     return EomtConfig(
         **{key: getattr(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
         **{key: getattr(config, key) for key in ("hidden_act", "layer_norm_eps", "image_size", "patch_size")},
@@ -163,13 +165,13 @@ def query_config(spec: EomtSegmentation, config: Any, classes: int) -> EomtConfi
 
 
 def _targets(truth_BHW: Tensor, valid_BHW: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return, by image, the classes that occur and their masks (N, H, W)."""
+    """Return the classes that occur in each image and their masks (N, H, W)."""
     if truth_BHW.is_meta:
         classes = [torch.arange(min(count, _COUNTED_CLASSES), device="meta")] * len(truth_BHW)
     else:
         there_BK = torch.zeros(len(truth_BHW), count + 1, device=truth_BHW.device)
         there_BK.scatter_(1, truth_BHW.masked_fill(~valid_BHW, count).flatten(1), 1.0)
-        # Once for all images: to find out how many there are is to wait for the device.
+        # One transfer for all images: finding their number synchronizes with the device.
         numbers = [row_K.nonzero()[:, 0] for row_K in there_BK[:, :count].cpu()]
         sent = torch.cat(numbers).to(truth_BHW.device, non_blocking=True)
         classes = list(sent.split([len(classes_N) for classes_N in numbers]))
@@ -181,23 +183,23 @@ def _targets(truth_BHW: Tensor, valid_BHW: Tensor, count: int) -> tuple[list[Ten
 
 
 class _Matcher(EomtHungarianMatcher):  # type: ignore[misc]
-    """Matches queries and masks; where there are no values, the first ones."""
+    """Hungarian matching of queries and masks. On meta tensors, the first ones match."""
 
     def forward(
         self, masks_queries_logits: Tensor, class_queries_logits: Tensor, mask_labels: Any, class_labels: Any
     ) -> Any:
-        """Return the numbers of queries and masks by image."""
+        """Return the indices of queries and masks per image."""
         if masks_queries_logits.is_meta:
             count = masks_queries_logits.shape[1]
             return [(torch.arange(min(count, len(one)), device="meta"),) * 2 for one in class_labels]
         pairs = super().forward(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
-        both_2N = torch.cat([torch.stack(pair) for pair in pairs], dim=1)  # on the host, where they are found
+        both_2N = torch.cat([torch.stack(pair) for pair in pairs], dim=1)  # on the CPU, where they are computed
         both_2N = both_2N.to(masks_queries_logits.device, non_blocking=True)
         return [tuple(pair_2N) for pair_2N in both_2N.split([len(query_N) for query_N, _ in pairs], dim=1)]
 
 
 class _GlobalLoss(EomtLoss):  # type: ignore[misc]
-    """Takes means over the queries and masks of all ranks; images without a class count for nothing."""
+    """The loss, averaged over queries and masks of all ranks. Images without a class have weight 0."""
 
     def __init__(self, config: EomtConfig, ranks: Ranks, classes: Sequence[Tensor]) -> None:
         super().__init__(config, {})
@@ -205,16 +207,16 @@ class _GlobalLoss(EomtLoss):  # type: ignore[misc]
         self.matcher = _Matcher(config.class_weight, config.mask_weight, config.dice_weight, config.train_num_points)
         count = torch.full((), float(sum(map(len, classes))), device=device)
         self.masks = (ranks.sum(count) / ranks.world_size).clamp(min=1)
-        """The mean number of a rank."""
+        """Mean number of masks per rank."""
         labelled = torch.tensor([float(len(classes_N) > 0) for classes_N in classes])
         self.labelled_B = labelled.to(device, non_blocking=True)
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        """Return the mean number of masks of a rank."""
+        """Return the mean number of masks per rank."""
         return self.masks
 
     def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
-        """Return the cross-entropy of all queries; those without a mask are of no object, which has a weight."""
+        """Return the cross-entropy of all queries. Queries without a mask have the weighted class "no object"."""
         wanted_BQ = torch.full(class_queries_logits.shape[:2], self.num_labels, device=class_queries_logits.device)
         place = self._get_predictions_permutation_indices(indices)
         wanted_BQ[place] = torch.cat([classes[j] for classes, (_, j) in zip(class_labels, indices, strict=True)])

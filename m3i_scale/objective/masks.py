@@ -1,6 +1,6 @@
-"""Masks say in which order the patches of an image are hidden.
+"""Masks: the order in which the patches of an image are masked.
 
-They are a pure function of the sample's seed, so they are the same on any device and for any number of ranks.
+A mask is a pure function of the sample's seed. It is the same on any device and for any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_ASPECT, MAX_VIEWS
 
 _BLOCKS = 24
-"""Rectangles drawn for a block mask: enough to cover 3/4 of a grid with probability near 1."""
+"""Rectangles per block mask: enough to cover 3/4 of a grid with probability near 1."""
 
 
 class Mask(Kind):
-    """Orders the patches of an image by when they are hidden; subclasses say how."""
+    """Base class of masks: an order of the patches of an image."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
     @property
     def least_ratio(self) -> float:
-        """Return the share of the patches that has to be hidden at least."""
+        """Return the smallest mask ratio that the mask supports."""
         return 0.0
 
     def target_blocks(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor | None:
-        """Return K blocks of T hidden patches, each to be predicted by itself: int64 (B, K, T), each ascending; None
-        where the mask has none. Arguments as of `order`.
+        """Return K blocks of T masked patches, each predicted separately: int64 (B, K, T), ascending within a block.
+        None if the mask has no target blocks. For the arguments see `order`.
 
         Raises:
-            ValueError: the grid is too small for them.
+            ValueError: the grid is too small for the blocks.
         """
         return None
 
     @abstractmethod
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
-        """Return a permutation of the patches per sample, int64 (B, N). A mask of any ratio hides a tail of it.
+        """Return a permutation of the patches per sample, int64 (B, N). The last patches are masked, for any ratio.
 
         Args:
             seeds_B: seed of every sample.
             grid: rows and columns of patches.
-            stream: another one for every input, so that their masks do not depend on each other; a mask may also use
-                the 15 that follow.
+            stream: stream of random numbers. It differs per input, so that masks are independent. A mask may also use
+                the next 15 streams.
         """
         raise NotImplementedError
 
 
 class RandomMask(Mask):
-    """Hides patches independently of each other."""
+    """A mask of independently drawn patches."""
 
     kind: ClassVar[str] = "random"
 
@@ -64,16 +64,16 @@ class RandomMask(Mask):
 
 
 class BlockMask(Mask):
-    """Hides a union of rectangles."""
+    """A mask that is a union of rectangles."""
 
     kind: ClassVar[str] = "block"
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
-        """Return the patches by the first rectangle that covers them; those of the very first come last."""
+        """Order the patches by the first rectangle that covers them; patches of the first rectangle come last."""
         rows, columns = grid
         noise_BN = hash_uniform(seeds_B, rows * columns, stream)
         u_B4K = hash_uniform(seeds_B, 4 * _BLOCKS, stream + 1).view(-1, 4, _BLOCKS)
-        # Area 1/12 to 1/3 of the grid, aspect 0.3 to 3.3, as block masking is usually drawn.
+        # Area 1/12 to 1/3 of the grid, aspect 0.3 to 3.3, as usual for block masking.
         area_BK = rows * columns * (1 / 12 + u_B4K[:, 0] / 4)
         aspect_BK = torch.exp((u_B4K[:, 1] * 2 - 1) * 1.2)
         height_BK = (area_BK * aspect_BK).sqrt().round().clamp(1, rows)
@@ -94,16 +94,15 @@ class BlockMask(Mask):
 
 
 class InverseBlockMask(Mask):
-    """Shows one rectangle, which may leave the image at one side and come in at the opposite one, and hides the rest
-    (CAPI)."""
+    """A mask of all patches outside of one rectangle, which wraps around at the image border (CAPI)."""
 
     kind: ClassVar[str] = "inverse_block"
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
-        """Return the patches by the size of the first rectangle, round one centre and of one aspect, that has them."""
+        """Order the patches by the smallest rectangle of fixed center and aspect ratio that covers them."""
         rows, columns = grid
         u_B3 = hash_uniform(seeds_B, 3, stream)
-        stretch_B1 = torch.exp((u_B3[:, :1] - 0.5) * math.log(2))  # √aspect, which is 0.5 to 2
+        stretch_B1 = torch.exp((u_B3[:, :1] - 0.5) * math.log(2))  # √aspect; the aspect is 0.5 to 2
         row_N = torch.arange(rows, device=seeds_B.device).repeat_interleave(columns)
         column_N = torch.arange(columns, device=seeds_B.device).repeat(rows)
         down_BN = (row_N - u_B3[:, 1:2] * rows).remainder(rows) - rows / 2
@@ -113,22 +112,22 @@ class InverseBlockMask(Mask):
 
 
 class TargetBlocks(Mask):
-    """Hides rectangles that are predicted one by one, and shows some of the patches that lie in none (I-JEPA).
+    """A mask of rectangles that are predicted one by one; a sample of the other patches is visible (I-JEPA).
 
-    Every rectangle has the same number of patches: where its sides make more, its first row begins late or its last one
-    ends early.
+    Every rectangle has the same number of patches. If height × width exceeds it, the first row begins later or the last
+    one ends earlier.
     """
 
     kind: ClassVar[str] = "target_blocks"
     blocks: int = Field(default=4, ge=1, le=MAX_VIEWS)
-    """Rectangles of an image, which may overlap."""
+    """Number of rectangles per image; they may overlap."""
     scale: float = Field(default=0.175, gt=0, lt=1)
-    """Share of the patches in a rectangle."""
+    """Fraction of the patches in one rectangle."""
     aspect: tuple[float, float] = (0.75, 1.5)
-    """Least and largest height of a rectangle by its width."""
+    """Smallest and largest aspect ratio (height over width) of a rectangle."""
     context: float = Field(default=0.85, gt=0, le=1)
-    """Share of the patches in the square that the visible ones are drawn from; where the targets leave too few of it,
-    others fill up."""
+    """Fraction of the patches in the square from which visible patches are drawn. If the targets leave too few, patches
+    outside of it are added."""
 
     @field_validator("aspect")
     @classmethod
@@ -141,7 +140,7 @@ class TargetBlocks(Mask):
 
     @property
     def least_ratio(self) -> float:
-        """Return the share of the patches in all rectangles, where none overlap."""
+        """Return the fraction of patches in all rectangles if none overlap."""
         return self.blocks * self.scale
 
     def target_blocks(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
@@ -163,7 +162,7 @@ class TargetBlocks(Mask):
         return down_BKT * columns + across_BKT
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
-        """Return the patches in random order, first those in the square alone, and those in rectangles last."""
+        """Return the patches in random order: patches only in the square first, patches in rectangles last."""
         (rows, columns), device = grid, seeds_B.device
         height, width = (max(round(side * self.context**0.5), 1) for side in grid)
         u_B2 = hash_uniform(seeds_B, 2, stream + 2)
@@ -171,24 +170,24 @@ class TargetBlocks(Mask):
         row_N = torch.arange(rows, device=device).repeat_interleave(columns)
         column_N = torch.arange(columns, device=device).repeat(rows)
         inside_BN = (row_N >= top_B1) & (row_N < top_B1 + height) & (column_N >= left_B1) & (column_N < left_B1 + width)
-        place_BN = hash_uniform(seeds_B, rows * columns, stream) + (~inside_BN).float()  # 2 at most
+        place_BN = hash_uniform(seeds_B, rows * columns, stream) + (~inside_BN).float()  # at most 2
         predicted_BT = self.target_blocks(seeds_B, grid, stream).flatten(1)
         order_BN: Tensor = place_BN.scatter(1, predicted_BT, 3.0).argsort(dim=1, stable=True)
         return order_BN
 
 
 def _start(u: Tensor, length: Tensor | int, side: int) -> Tensor:
-    """Return where something of that length begins on a side, int64, from uniform numbers."""
+    """Return the start position of a segment of `length` on an axis, int64, from uniform numbers."""
     return (u * (side - length + 1)).floor().to(torch.int64)
 
 
 def hash_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:
     """Return uniform numbers in [0, 1): float32 (B, count), a pure function of (seed, stream, index).
 
-    The mixing is that of SplitMix64, in wrapping int64 arithmetic, which every device computes alike.
+    Uses the mixing function of SplitMix64 in wrapping int64 arithmetic, which is identical on every device.
     """
     index_N = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64)
-    offset = (stream * 2685821657736338717 + 2**63) % 2**64 - 2**63  # wrapped here: Python integers do not
+    offset = (stream * 2685821657736338717 + 2**63) % 2**64 - 2**63  # wrapped here: Python integers do not wrap
     state_BN = seeds_B[:, None] + index_N * -7046029254386353131 + offset
     state_BN = (state_BN ^ _shift(state_BN, 30)) * -4658895280553007687
     state_BN = (state_BN ^ _shift(state_BN, 27)) * -7723592293110705685

@@ -1,4 +1,4 @@
-"""Build the modules of a run without memory for them; whatever keeps them from being built is reported with its key."""
+"""Build the modules of a run on the `meta` device, and report errors with the config keys that cause them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_on_meta(
     *,
     image_counts: list[int] | None = None,
 ) -> Objective:
-    """Build as `build_objective`, on `meta`."""
+    """Build the objective on the `meta` device; for the arguments see `build_objective`."""
 
     def build(run: RunConfig) -> Objective:
         with torch.device("meta"):
@@ -31,7 +31,7 @@ def build_on_meta(
         return build(run)
     except UserError:
         raise
-    except Exception as error:  # a model of a library may raise anything for a value of its configuration
+    except Exception as error:  # library models may raise any exception for an invalid config value
         fault = f"the model cannot be built: {type(error).__name__}: {error}"
         keys = list(_keys_at_fault(run, build))
     raise ConfigError(
@@ -42,7 +42,7 @@ def build_on_meta(
 
 
 def _keys_at_fault(run: RunConfig, build: Callable[[RunConfig], Objective]) -> Iterator[str]:
-    """Find the fields of configurations without which the model can be built."""
+    """Yield the config fields without which the model can be built."""
     for name in ("backbone", "text"):
         section = getattr(run, name)
         for key, value in section.config.items():
@@ -50,6 +50,6 @@ def _keys_at_fault(run: RunConfig, build: Callable[[RunConfig], Objective]) -> I
             changed = section.model_copy(update={"config": rest})
             try:
                 build(run.model_copy(update={name: changed}))
-            except Exception:  # with it or without: another one is at fault, too
+            except Exception:  # fails with and without the field: another one is also wrong
                 continue
             yield f"{name}.config.{key}: {value!r}"

@@ -1,4 +1,4 @@
-"""Compute positions: of target patches relative to the input view (method of SIM), on a fixed grid (MAE), in a text."""
+"""Position embeddings: target patches relative to the input view (as in SIM), fixed grid (MAE), and text tokens."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def relative_position(
 
 
 def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
-    """Return MAE's fixed table, column first: fp32 (N, width), [sin x, cos x, sin y, cos y] at width/4 frequencies."""
+    """Return MAE's fixed position embeddings, fp32 (N, width): [sin x, cos x, sin y, cos y] at width/4 frequencies. The
+    column is x, the row is y."""
     rows, columns = grid
     omega_F = frequencies(width // 4, device)
     row_N = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
@@ -68,6 +69,6 @@ def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Te
 
 
 def token_position(count: int, width: int, device: torch.device) -> Tensor:
-    """Return the fixed table of a text's tokens: fp32 (T, width), [sin t, cos t] at width/2 frequencies."""
+    """Return fixed position embeddings of text tokens: fp32 (T, width), [sin t, cos t] at width/2 frequencies."""
     place_T = torch.arange(count, device=device, dtype=torch.float32)
     return torch.cat(_waves(place_T, frequencies(width // 2, device)), dim=-1)

@@ -1,4 +1,4 @@
-"""Give the losses what they need of other ranks: sums, maxima and a gather. The default is a world of one."""
+"""Collectives for losses over the global batch: sum, max and gather. The default is a single process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Ranks(Protocol):
-    """Reaches other ranks, as far as a loss over the global batch needs them.
+    """Collectives over ranks, for losses over the global batch.
 
-    Gradients are averaged over ranks afterwards (as DDP and ZeRO do), so a local loss that is a share of a global mean
-    is multiplied by `world_size`.
+    Gradients are later averaged over ranks (as in DDP and ZeRO). A local loss that is a share of a global mean is
+    therefore multiplied by `world_size`.
     """
 
     rank: int
@@ -26,14 +26,14 @@ class Ranks(Protocol):
         """Return the sum over ranks, without gradient."""
 
     def max(self, x: Tensor) -> Tensor:
-        """Return the largest of every element over ranks, without gradient."""
+        """Return the elementwise maximum over ranks, without gradient."""
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """Return the sum over ranks; every rank's share gets the gradient of all ranks' losses."""
+        """Return the sum over ranks. The gradient of every rank's share includes the losses of all ranks."""
 
 
 class SingleProcess:
-    """Stands for a world of one rank."""
+    """A world of one rank."""
 
     rank = 0
     world_size = 1
@@ -56,21 +56,21 @@ class SingleProcess:
 
 
 def global_count(valid_B: Tensor, ranks: Ranks) -> Tensor:
-    """Return how many are valid on all ranks, fp32."""
+    """Return the number of valid samples over all ranks, fp32."""
     return ranks.sum(valid_B.sum(dtype=torch.float32))
 
 
 def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks, count: Tensor | None = None) -> Tensor:
-    """Return the mean of all ranks' valid values, scaled so that the average over ranks has its value and gradient.
+    """Return the mean of all ranks' valid values, scaled so that the mean over ranks has its value and gradient.
 
-    A global batch without a valid value gives 0 (with a zero gradient), because every rank still runs every module.
-    Where all values are valid, this is their mean on this rank: every rank holds as many.
+    A global batch without valid values returns 0 (with a zero gradient), because every rank still runs every module. If
+    all values are valid, this is their mean on this rank, since every rank has the same number.
 
     Args:
-        values_B: of this rank.
-        valid_B: bool, which of them count.
-        ranks: other ranks.
-        count: what `global_count` gives, where it is known: for every collective all ranks wait for each other.
+        values_B: values of this rank.
+        valid_B: bool, which values count.
+        ranks: ranks of the global batch.
+        count: result of `global_count`, if known, to save a collective.
     """
     count = global_count(valid_B, ranks) if count is None else count
     return (values_B * valid_B).sum() * ranks.world_size / count.clamp(min=1)
@@ -79,14 +79,13 @@ def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks, count: Tensor |
 def mean_row(
     values_NK: Tensor, share_N: Tensor | None, ranks: Ranks, total: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the mean of the rows of all ranks (K), and what the shares of a rank sum up to, in the mean over ranks;
-    None where they are not given.
+    """Return the mean row over all ranks (K), and the mean over ranks of the sum of `share_N` (None without `share_N`).
 
     Args:
-        values_NK: of this rank.
-        share_N: what every row counts; None: all alike, 1/N. Where no row of any rank counts, the mean is 0.
-        ranks: other ranks.
-        total: `ranks.sum`, or `ranks.sum_with_gradient`.
+        values_NK: rows of this rank.
+        share_N: weight of every row; None: 1/N each. If no row of any rank has a weight, the mean is 0.
+        ranks: ranks of the global batch.
+        total: `ranks.sum` or `ranks.sum_with_gradient`.
     """
     total = total or ranks.sum
     if share_N is None:
@@ -97,7 +96,7 @@ def mean_row(
 
 
 def standardize(x_ND: Tensor, ranks: Ranks, eps: float = 1e-5) -> Tensor:
-    """Return columns at mean 0 and (biased) variance 1 over the rows of all ranks, with gradient."""
+    """Standardize columns to mean 0 and (biased) variance 1 over the rows of all ranks, with gradient."""
     count = len(x_ND) * ranks.world_size
     mean_D = ranks.sum_with_gradient(x_ND.sum(dim=0)) / count
     centered_ND = x_ND - mean_D

@@ -1,9 +1,9 @@
 """Describe a recipe, inputs × targets, as data.
 
-Every approach of the paper's table is one choice of the input x = t_x(s), the target y = t_y(s), its representation
-z_y = f_φ(y), the prediction ẑ_y = f_ψ(z_x), the distribution P̂ and what keeps z_y from collapsing. Nothing in this
-package branches on the name of a method: a target, its distribution and its regulariser are classes, found by `kind`,
-that hold their own fields, rules and losses. A class of one's own may lie outside of the package.
+Every approach of the paper's table is one choice of the input x = t_x(s), the target y = t_y(s), its representation z_y
+= f_φ(y), the prediction ẑ_y = f_ψ(z_x), the distribution P̂ and the collapse prevention of z_y. Nothing in this package
+branches on the name of a method. Targets, distributions and regularizers are classes, found by `kind`, with their
+fields, validation rules and losses. User-defined classes may be outside the package.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from m3i_scale.objective.upgrade import upgraded
 
 
 class Recipe(Parts):
-    """Describes an approach: its inputs, its targets, and what they share."""
+    """A pre-training method: its inputs, its targets (loss terms), and their shared parts."""
 
     name: str
     family: str
@@ -37,37 +37,37 @@ class Recipe(Parts):
     momentum: MomentumSpec | None = None
     balance: BalanceSpec = FixedSpec()
     views: list[ViewSpec] | None = Field(default=None, min_length=1)
-    """The views of an image by role, numbered from 1; default: as many as inputs and targets ask for, all alike."""
+    """The views of an image by role, numbered from 1. Default: identical views, in the number that is used."""
     targets: list[Target] = Field(min_length=1)
 
     @property
     def image_targets(self) -> list[ImageTarget]:
-        """Return the targets that lie in a view."""
+        """Return the targets that are views of the image."""
         return [target for target in self.targets if isinstance(target, ImageTarget)]
 
     @property
     def head_targets(self) -> list[HeadTarget]:
-        """Return the targets that a head of the recipe projects."""
+        """Return the targets that use a projection head of the recipe."""
         return [target for target in self.targets if isinstance(target, HeadTarget)]
 
     @property
     def view_count(self) -> int:
-        """Return how many views of an image inputs and targets ask for."""
+        """Return the number of views per image that inputs and targets use."""
         return max([spec.seen[-1] for spec in self.inputs] + [target.view for target in self.image_targets])
 
     @property
     def drawn_views(self) -> ViewSpecs:
-        """Return which views of an image the loader has to make."""
+        """Return the views of an image that the data loader has to create."""
         return self.view_count if self.views is None else self.views
 
     def is_small(self, view: int) -> bool:
-        """Return whether a view, from 1, has another size than the backbone's."""
+        """Return whether a view, from 1, is a local crop: its size differs from the backbone's."""
         each = each_view(self.drawn_views)
         return view <= len(each) and each[view - 1].size is not None
 
     @property
     def uses_mask_tokens(self) -> bool:
-        """Return whether hidden patches of an input are mask tokens."""
+        """Return whether an input replaces its masked patches by mask tokens."""
         return any(spec.mask is not None and spec.mask.hidden == "token" for spec in self.inputs)
 
     @property
@@ -77,7 +77,7 @@ class Recipe(Parts):
 
     @property
     def uses_text_tower(self) -> bool:
-        """Return whether captions are encoded as a whole."""
+        """Return whether the text tower encodes captions into one vector each."""
         return any(target.modality == "text" for target in self.targets)
 
     @property
@@ -92,32 +92,32 @@ class Recipe(Parts):
 
     @property
     def labels_file(self) -> str | None:
-        """Return the file beside the shards that names the classes which are predicted; None where none are."""
+        """Return the sidecar file of the shards that names the predicted classes, or None if there are none."""
         return next((target.labels_file for target in self.targets if target.labels_file is not None), None)
 
     @property
     def reads(self) -> Reads:
-        """Return what the loader has to read of a sample beside its image and caption."""
+        """Return the annotations that the data loader has to read in addition to image and caption."""
         return next((target.reads for target in self.targets if target.reads != "labels"), "labels")
 
     @property
     def reads_masks(self) -> bool:
-        """Return whether the loader has to read the classes of pixels."""
+        """Return whether the data loader has to read segmentation masks."""
         return self.reads == "masks"
 
     @property
     def projects_dense_targets(self) -> bool:
-        """Return whether a dense momentum target without a head goes through the residual projector."""
+        """Return whether a dense EMA target without a head uses the residual projector."""
         return any(isinstance(target, Dense) and target.projected for target in self.targets)
 
     @property
     def averaged_layers(self) -> int:
-        """Return the largest number of last layers that a target is the mean of."""
+        """Return the largest number of last layers that a target averages."""
         return max((target.layers for target in self.targets if isinstance(target, Dense)), default=1)
 
     @property
     def compares_samples(self) -> str | None:
-        """Return what in the recipe needs at least two samples in the global micro-batch; None where nothing does."""
+        """Return which part of the recipe needs two samples or more per global micro-batch, or None."""
         for name, head in self.heads.items():
             if "batch" in (head.norm, head.output_norm):
                 return f"head '{name}' has batch norm"
@@ -134,7 +134,7 @@ class Recipe(Parts):
         return self
 
     def _faults(self) -> Iterator[str]:
-        """Find everything that does not hold together, in words."""
+        """Yield validation errors as text."""
         names = [spec.name for spec in self.inputs]
         yield from _repeated("input", names)
         yield from _repeated("target", [target.name for target in self.targets])
@@ -245,7 +245,7 @@ def _repeated(what: str, names: list[str]) -> Iterator[str]:
 
 
 def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe as it was read, but for where its teachers lie: another machine has them elsewhere."""
+    """Return a recipe without the paths of its teachers, which differ between machines."""
     recipe = upgraded(recipe)
     for teacher in recipe.get("teachers", {}).values():
         teacher["from_pretrained"] = ""
@@ -253,13 +253,13 @@ def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def meaning(values: Any) -> Any:
-    """Return what two ways of writing a recipe have in common: all of its fields, defaults included, as JSON values.
+    """Return the canonical form of a recipe: all of its fields, including defaults, as JSON values.
 
-    Folders of teachers are no part of it. A recipe that does not hold together is given back as it is.
+    Paths of teachers are left out. An invalid recipe is returned unchanged.
     """
     if not isinstance(values, dict):
         return values
-    stand_in = {"teachers": {"teacher": {"from_pretrained": ""}}}  # that of checkpoints which do not name it
+    stand_in = {"teachers": {"teacher": {"from_pretrained": ""}}}  # for checkpoints that do not name their teacher
     for teachers in ({}, stand_in):
         try:
             return parse_recipe({**values, **teachers}).model_dump(mode="json", exclude={"teachers"})
@@ -269,13 +269,13 @@ def meaning(values: Any) -> Any:
 
 
 def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imports: bool = False) -> Recipe:
-    """Return a checked recipe, of today's form or of that before targets had kinds.
+    """Validate a recipe in the current format or in the older one without kinds of targets.
 
     Args:
-        values: what was read.
-        where: named in errors; or what names the place that a key below the recipe was written at.
-        imports: whether to import the modules of the user's own classes, which runs their code. Only for a run file
-            that the user names: the one in a checkpoint and the description in an export may be somebody else's.
+        values: the recipe as read from a file.
+        where: location for error messages, or a function that returns the location of a key below the recipe.
+        imports: whether to import the modules of user-defined classes, which runs their code. Only for config files
+            that the user names. Recipes in checkpoints and exports may come from somebody else.
     """
     if not values:
         place = where(()) if callable(where) else where
@@ -286,9 +286,9 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imp
 def load_run_and_recipe(
     name_or_path: str, overrides: list[str] | None = None, values: dict[str, Any] | None = None
 ) -> tuple[RunConfig, Recipe]:
-    """Read a run file and its recipe; arguments as of `load_run`.
+    """Load a config file and its recipe; for the arguments see `load_run`.
 
-    Classes of the user's own that the recipe names are imported, which runs their code.
+    Imports user-defined classes that the recipe names, which runs their code.
     """
     if values is None:
         values = run_values(name_or_path, overrides)
@@ -297,7 +297,7 @@ def load_run_and_recipe(
     described = values.get("recipe")
     if run is not None and run.task is not None:
         recipe = parse_recipe(run.recipe)
-    elif isinstance(described, dict):  # else the run file lacks it, which is told
+    elif isinstance(described, dict):  # otherwise `faults` already reports the missing recipe
         path = find_run_file(name_or_path)
         recipe = faults.note(
             lambda: parse_recipe(

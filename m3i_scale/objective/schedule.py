@@ -1,4 +1,4 @@
-"""Define numbers of a recipe that may change while the training goes on: temperatures, weights."""
+"""Scheduled numbers of a recipe, such as temperatures and loss weights."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def _is_schedule(value: float | list[tuple[float, float]]) -> float | list[tuple
 _SCHEDULED = AfterValidator(_is_schedule)
 
 Scheduled = Annotated[Number | list[tuple[float, Number]], _SCHEDULED]
-"""A number, or a list of [share of the training that is over, value]: linear between them, constant after the last."""
+"""A number, or a list of [fraction of the training, value]: linear in between, constant after the last."""
 
 
 def values_of(scheduled: float | list[tuple[float, float]]) -> list[float]:
-    """Return the numbers that a schedule runs through."""
+    """Return all values of a schedule."""
     return [value for _, value in scheduled] if isinstance(scheduled, list) else [scheduled]
 
 
 def value_at(scheduled: float | list[tuple[float, float]], progress: float) -> float:
-    """Return the number that holds when a share of the training, from 0 to 1, is over."""
+    """Return the value at a fraction of the training, from 0 to 1."""
     if not isinstance(scheduled, list):
         return scheduled
     for (start, first), (end, last) in pairwise(scheduled):
@@ -48,13 +48,13 @@ def value_at(scheduled: float | list[tuple[float, float]], progress: float) -> f
 
 
 def always_below(lower: float | list[tuple[float, float]], upper: float | list[tuple[float, float]]) -> bool:
-    """Return whether one number is below another one all the time."""
+    """Return whether one schedule is always below another one."""
     bends = [at for one in (lower, upper) if isinstance(one, list) for at, _ in one]
     return all(value_at(lower, at) < value_at(upper, at) for at in bends or [0.0])
 
 
 def settled(section: AnySection, progress: float) -> AnySection:
-    """Return a section as it is when a share of the training is over: numbers in place of its schedules."""
+    """Return a copy of the section with schedules replaced by their values at a fraction of the training."""
     values = {
         name: getattr(section, name)
         for name, field in type(section).model_fields.items()
@@ -65,10 +65,10 @@ def settled(section: AnySection, progress: float) -> AnySection:
 
 
 def number(value: float | list[tuple[float, float]]) -> float:
-    """Return a number of a section that is settled.
+    """Return a number of a settled section.
 
     Raises:
-        TypeError: it is a schedule still.
+        TypeError: it is still a schedule.
     """
     if isinstance(value, list):
         raise TypeError("a schedule has no value of its own: compute with `settled(section, progress)`")

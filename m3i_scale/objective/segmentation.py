@@ -1,7 +1,5 @@
-"""Heads give the class of every pixel: a linear one, and UPerNet, whose parts are those of `transformers`.
-
-Batch norm takes the statistics of the global batch, on every kind of process group: one rank computes what many do.
-"""
+"""Segmentation heads: a linear one, and UPerNet with the modules of `transformers`. Batch norm uses the statistics of
+the global batch on every type of process group, so results do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from m3i_scale.objective.ranks import Ranks, global_count
 
 
 class MapBatchNorm(RunningStatistics):
-    """Normalises the channels of maps in fp32, with running statistics in fp32 for evaluation."""
+    """Batch norm of maps in fp32, with running statistics in fp32 for evaluation."""
 
     def __init__(self, channels: int, ranks: Ranks) -> None:
         super().__init__(channels, ranks)
@@ -31,12 +29,12 @@ class MapBatchNorm(RunningStatistics):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def reset_parameters(self) -> None:
-        """Set scale 1 and offset 0."""
+        """Initialize scale with 1 and offset with 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return maps of mean 0 and variance 1, scaled: by the global batch while training."""
+        """Normalize and scale maps, in training with the statistics of the global batch."""
         centred_BCHW, var_C = self.centred(x_BCHW)
         scale_C = (var_C + self.eps).rsqrt() * self.weight.float()
         output_BCHW = centred_BCHW * scale_C[:, None, None] + self.bias.float()[:, None, None]
@@ -44,24 +42,24 @@ class MapBatchNorm(RunningStatistics):
 
 
 class HeadConv(nn.Conv2d):
-    """Convolves, and starts from what keeps the variance of gradients behind a ReLU."""
+    """A convolution with Kaiming initialization that preserves the gradient variance after a ReLU."""
 
     def reset_parameters(self) -> None:
-        """Draw first values."""
+        """Initialize weights (Kaiming) and biases (0)."""
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 class _PixelClassifier(nn.Conv2d):
-    """Gives logits at every place. They are small at first, so that no class is preferred from the start."""
+    """Per-pixel linear classifier. Logits start small, so that no class is preferred initially."""
 
     def __init__(self, channels: int, classes: int, dropout: float) -> None:
         super().__init__(channels, classes, kernel_size=1)
         self.dropout = dropout
 
     def reset_parameters(self) -> None:
-        """Draw first values with a deviation of 0.01, without bias."""
+        """Initialize weights with a std of 0.01 and biases with 0."""
         nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -72,40 +70,40 @@ class _PixelClassifier(nn.Conv2d):
 
 
 class PixelHead(nn.Module):
-    """Predicts the class of every pixel. Subclasses say from what."""
+    """Base class of semantic segmentation heads."""
 
     weights: tuple[float, ...] = (1.0,)
-    """Of the loss of every prediction that `forward` gives."""
+    """Loss weight of every prediction of `forward`."""
     layers: tuple[int, ...] = ()
-    """Layers of the backbone whose maps are asked for, from 1."""
+    """Backbone layers, from 1, of which the head needs maps."""
 
     def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
-        """Return the tokens of normalised images, and the maps of `layers`, or of the stages.
+        """Return the tokens of normalized images, and the maps of `layers` or of the stages.
 
         Args:
             backbone: f_θ.
-            images_BCHW: normalised.
-            progress: share of the training that is over.
+            images_BCHW: normalized images.
+            progress: fraction of the training that is done.
         """
         return backbone.encode_maps(images_BCHW, self.layers)
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return logits (B, K, H, W) of some size: the prediction, and what only helps to train it.
+        """Return logits (B, K, H, W) at any resolution: the prediction, then auxiliary ones for training.
 
         Args:
-            map_BDHW: the tokens of the last layer.
-            maps: what `encode` has given.
+            map_BDHW: tokens of the last layer.
+            maps: maps returned by `encode`.
         """
         raise NotImplementedError
 
     def predict(
         self, tokens_BND: Tensor, maps: Sequence[Tensor], grid: tuple[int, int], size: tuple[int, int]
     ) -> Iterator[Tensor]:
-        """Yield what `forward` makes of tokens and maps, each resized when it is asked for: (B, K, H, W).
+        """Yield the outputs of `forward`, each resized when needed: (B, K, H, W).
 
         Args:
-            tokens_BND: of the last layer.
-            maps: what `encode` has given.
+            tokens_BND: tokens of the last layer.
+            maps: maps returned by `encode`.
             grid: rows and columns of the tokens.
             size: H and W.
         """
@@ -121,15 +119,15 @@ class PixelHead(nn.Module):
         distribution: Any,
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the predictions' cross-entropies, and nats of the first.
+        """Return the weighted sum of the predictions' cross-entropies, and the nats of the first prediction.
 
         Args:
-            predictions: of `forward`, at the size of the truth.
-            maps: what `encode` has given.
+            predictions: outputs of `forward`, resized to the ground truth.
+            maps: maps returned by `encode`.
             truth_BHW: classes, int64.
-            valid_BHW: bool, whether a pixel has one.
+            valid_BHW: bool, whether a pixel has a class.
             distribution: P̂ of a class.
-            ranks: for means over all ranks.
+            ranks: ranks of the means.
         """
         count = global_count(valid_BHW, ranks)
         losses = [
@@ -140,7 +138,7 @@ class PixelHead(nn.Module):
 
 
 class LinearPixelHead(PixelHead):
-    """Classifies every patch token, batch-normalised."""
+    """Linear classifier of patch tokens after batch norm."""
 
     def __init__(self, spec: LinearSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
         super().__init__()
@@ -148,12 +146,12 @@ class LinearPixelHead(PixelHead):
         self.classifier = _PixelClassifier(backbone.width, classes, spec.dropout)
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return logits for every patch."""
+        """Return the logits of every patch."""
         return [self.classifier(self.norm(map_BDHW))]
 
 
 class UperNet(PixelHead):
-    """Joins maps of four sizes; a further head on the third of them helps to train it."""
+    """UPerNet over maps of four resolutions, with an auxiliary head on the third map."""
 
     def __init__(self, spec: UperNetSegmentation, backbone: Backbone, classes: int, ranks: Ranks) -> None:
         super().__init__()
@@ -180,14 +178,14 @@ class UperNet(PixelHead):
         _replace_parts(self, spec.dropout, ranks)
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return logits at the size of the first map, and of the third."""
+        """Return logits at the resolution of the first map, and auxiliary logits at the resolution of the third."""
         pyramid = maps if self.neck is None else self.neck(maps)
         heads = [self.decode_head] if self.auxiliary_head is None else [self.decode_head, self.auxiliary_head]
         return [head(pyramid) for head in heads]
 
 
 def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
-    """Return the layers of a plain Transformer that UPerNet reads, from 1."""
+    """Return the layers of a plain Transformer that UPerNet uses, from 1."""
     if spec.out_layers is None:
         layers = tuple(max(round(depth * share), 1) for share in (1 / 3, 1 / 2, 2 / 3, 1))
         if len(set(layers)) < len(layers):
@@ -205,7 +203,7 @@ def read_layers(spec: UperNetSegmentation, depth: int) -> tuple[int, ...]:
 
 
 def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
-    """Put in batch norm over all ranks, dropout, and the first values that mmsegmentation starts from."""
+    """Replace batch norm (now over all ranks), dropout, and initialization (as in mmsegmentation)."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, MapBatchNorm(child.num_features, ranks))
@@ -226,18 +224,18 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
 
 
 def resized(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return logits in fp32 at the height and width of the labels."""
+    """Resize logits to `size` (height, width), in fp32."""
     return F.interpolate(logits_BKHW.float(), size=size, mode="bilinear", align_corners=False)
 
 
 def overlaps(predicted_BHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor, count: int) -> Tensor:
-    """Return how many pixels of every class are of both, of the truth and of the prediction: int64 (3, K).
+    """Count pixels per class in the intersection, the ground truth and the prediction: int64 (3, K).
 
     Args:
         predicted_BHW: predicted classes, int64.
-        classes_BHW: of the truth, int64.
-        valid_BHW: bool, whether there is one.
-        count: of classes.
+        classes_BHW: ground-truth classes, int64.
+        valid_BHW: bool, whether a pixel has a class.
+        count: number of classes.
     """
     counted = (
         (classes_BHW, valid_BHW & (predicted_BHW == classes_BHW)),
@@ -249,9 +247,9 @@ def overlaps(predicted_BHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor, coun
 
 
 def mean_iou(overlaps_3K: Tensor) -> float:
-    """Return intersection over union, mean over the classes that occur in truth or prediction; 0 where none does.
+    """Return the mean intersection over union of classes in ground truth or prediction; 0 if there are none.
 
-    So mmsegmentation counts: a class that is only predicted has 0.
+    As in mmsegmentation, a class that is only predicted counts as 0.
     """
     both_K, truth_K, predicted_K = overlaps_3K.double()
     either_K = truth_K + predicted_K - both_K

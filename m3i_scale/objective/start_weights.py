@@ -1,4 +1,4 @@
-"""Start the modules of a recipe, and move its momentum target, where one process has them whole.
+"""Initialize the modules of a recipe and update its EMA teacher, in a process with unpartitioned parameters.
 
 Under ZeRO, `scale` does both on the partition, with the same values.
 """
@@ -20,9 +20,8 @@ from m3i_scale.objective.teacher import teacher_plan
 
 
 def start_weights(objective: Objective, run: RunConfig) -> None:
-    """Give an objective the weights that a run starts from: drawn from `run.seed`, read from
-    `backbone.from_pretrained` and of teachers; the momentum target begins as a copy of what it follows.
-    """
+    """Load the initial weights of a run: random values from `run.seed`, then pretrained weights of backbone and
+    teachers. The EMA teacher starts as a copy of the student."""
     draw_first_values(objective, initialize_module, seed=run.seed, skip=("momentum.", "teachers."))
     if run.backbone.from_pretrained is not None:
         _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
@@ -37,7 +36,7 @@ def start_weights(objective: Objective, run: RunConfig) -> None:
 
 @torch.no_grad()
 def move_averages(objective: Objective, momentum: float) -> None:
-    """Update every parameter of the momentum target: average ← m · average + (1 − m) · online."""
+    """Update every parameter of the EMA teacher: ema ← m · ema + (1 − m) · online."""
     named = dict(objective.named_parameters())
     for online, average in momentum_pairs(objective):
         named[average].lerp_(named[online], 1.0 - momentum)

@@ -1,4 +1,4 @@
-"""Keep the state of modules in fp32, whatever type the model is trained in."""
+"""Module state in fp32, for any dtype of the model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 
 class Fp32State(nn.Module):
-    """Keeps its buffers in fp32 whatever type the engine gives the model: they average over thousands of batches."""
+    """A module with fp32 buffers for any dtype of the model, since they average over thousands of batches."""
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Do as `nn.Module` does. Inside `zero.Init`, new tensors are already of the engine's type."""
+        """Register a buffer in fp32. Inside `zero.Init`, new tensors already have the engine's dtype."""
         if tensor is not None and tensor.is_floating_point():
             tensor = tensor.float()
         super().register_buffer(name, tensor, persistent)
 
     def register_constant(self, name: str, values: Sequence[float]) -> None:
-        """Keep numbers on the device, in no checkpoint: to send them there in every step would be to wait for it.
-
-        numpy holds them until then, since `zero.Init` rounds new tensors to the engine's type.
-        """
+        """Register numbers on the device without saving them in checkpoints. A transfer in every step would
+        synchronize. They come from numpy, since `zero.Init` rounds new tensors to the engine's dtype."""
         constant = torch.from_numpy(np.asarray(values, dtype=np.float32)).to(torch.empty(0).device)
         self.register_buffer(name, constant, persistent=False)
 

@@ -1,4 +1,4 @@
-"""Build frozen teachers: any `transformers` vision model whose tokens are one a patch, or the backbone as it starts."""
+"""Build frozen teachers: any `transformers` vision model with one token per patch, or the initial backbone."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.recipe import Recipe
 
 _MOST_TEACHERS = 16
-"""Whose configurations and hashes are kept."""
+"""Size of the caches for configurations and hashes."""
 
 
 @lru_cache(maxsize=_MOST_TEACHERS)
 def _read_config(source: str, where: str) -> Any:
-    """Return the `transformers` configuration of a teacher; that of the images where it encodes texts too."""
+    """Return the `transformers` configuration of a teacher; for image-text models, the vision part."""
     if Path(source).parent.is_dir() and not Path(source).is_dir() and str(Path(source).parent) != ".":
         raise ConfigError(f"no such folder '{source}'", where=where, fix="give a folder with config.json, or a Hub id")
     try:
@@ -95,7 +95,7 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def teacher_plan(teacher: Teacher) -> LoadPlan:
-    """Return which tensors of a teacher's files fill its module, by their names below its `prefix`; reads no weight."""
+    """Return the plan for loading a teacher's weights, by names below its `prefix`. Reads no weights."""
     if isinstance(teacher, FrozenStart):
         return _start_plan(teacher.spec)
     teacher = cast(FrozenTeacher, teacher)
@@ -103,7 +103,7 @@ def teacher_plan(teacher: Teacher) -> LoadPlan:
     check_outputs(teacher, teacher.student.image_size)
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
-    # The tanh pooler of a ViT is not read (see `FrozenTeacher.forward`), and most published weights lack it.
+    # The tanh pooler of a ViT is unused (see `FrozenTeacher.forward`), and most published weights lack it.
     pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
     folder = pretrained_folder(teacher.source, teacher.where)
     files = Source(teacher.source, "transformers", folder, config, hub_places)
@@ -124,14 +124,14 @@ def _start_plan(backbone: BackboneConfig) -> LoadPlan:
 
 @torch.no_grad()
 def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
-    """Check that tokens are [class token?, registers?, patches], the same at every call, and made of parameters alone;
-    and that the model takes images of the size that it will be given.
+    """Check that the model's outputs are [class token?, registers?, patches], are deterministic, and depend only on
+    parameters. Also check that it supports the image size.
 
-    All of that is a matter of the architecture: one layer with random numbers shows it.
+    All of this depends on the architecture only, so one layer with random weights is enough.
 
     Args:
-        teacher: without values, or with any.
-        image_size: the side of the student's images in pixels.
+        teacher: a teacher, with or without weights.
+        image_size: size of the student's images in pixels.
     """
     config, where = teacher.model.config, f"{teacher.where}: {teacher.source}"
     shallow = copy.deepcopy(config)
@@ -172,8 +172,8 @@ def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:
     """Return a hash over the weight files of each teacher, by name.
 
     Args:
-        recipe: of the run.
-        backbone: the section of the run file, which says what the student starts from.
+        recipe: recipe of the run.
+        backbone: backbone section, which names the student's pretrained weights.
     """
     hashes = {}
     for name, spec in recipe.teachers.items():

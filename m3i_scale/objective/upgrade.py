@@ -1,7 +1,7 @@
-"""Read recipes of the time before targets, distributions and regularisers had kinds, as what they mean today.
+"""Convert older recipes, in which targets, distributions and regularizers had no kinds, to the current format.
 
-Then all fields stood side by side in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
-`state_momentum` in its head. And of the time before a recipe could have several teachers: then `teacher` was the one.
+In the older format, all fields were in the target (`unigrad_lambda`, `target_temperature`, …), and `queue` and
+`state_momentum` in its head. Even older recipes had a single `teacher` instead of several.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ _MOVED = {
     "variance_weight": ("regularizer", "variance_weight"),
     "covariance_weight": ("regularizer", "covariance_weight"),
 }
-"""Fields of a target → the section that they stand in, and their name there."""
+"""Maps fields of a target to their section and name in the current format."""
 
 
 def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe of either form in today's. A field in its old place wins over the same field in its new one: an
-    override in the old words changes a recipe in the new ones.
-    """
+    """Convert a recipe of any format to the current one. A field in its old position overrides the same field in the
+    new one, so that overrides in the old format still work."""
     recipe = copy.deepcopy(recipe)
     if "teacher" in recipe:
         _name_teacher(recipe, recipe.pop("teacher"))
@@ -50,8 +49,7 @@ def upgraded(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_teacher(recipe: dict[str, Any], teacher: Any) -> None:
-    """Put the teacher of a recipe among its teachers, under the name that targets have for one by default; `null` takes
-    that of an extended recipe away."""
+    """Move the single teacher of a recipe to `teachers` under the default name. `null` removes an inherited teacher."""
     teachers = recipe.get("teachers")
     named = dict(teachers) if isinstance(teachers, dict) else {}
     below = named.pop("teacher", None)
@@ -74,7 +72,7 @@ def _upgrade(target: dict[str, Any]) -> None:
 
 
 def _move_from_head(target: dict[str, Any], head: dict[str, Any]) -> Iterator[str]:
-    """Write what a head was to remember into the regulariser that remembers it now; return the fields moved."""
+    """Move a head's memory settings to the regularizer of the target. Yield the moved fields."""
     kind = _kind_in(target, "regularizer")
     if kind in ("negatives", "queued_negatives") and "queue" in head:
         if head["queue"]:
@@ -98,13 +96,13 @@ def _kind_of_target(target: dict[str, Any]) -> Any:
 
 
 def _kind_in(target: dict[str, Any], section: str) -> Any:
-    """Return the kind of a section, which may be written as its kind alone."""
+    """Return the kind of a section, which may be a string with only the kind."""
     there = target.get(section)
     return there.get("kind") if isinstance(there, dict) else there
 
 
 def _put(target: dict[str, Any], section: str, name: str, value: Any) -> None:
-    """Write a field into a section, which may be written as its kind alone."""
+    """Write a field into a section, which may be a string with only the kind."""
     there = target.get(section)
     target[section] = there = dict(there) if isinstance(there, dict) else {} if there is None else {"kind": there}
     there[name] = value

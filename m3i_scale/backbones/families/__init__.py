@@ -1,4 +1,4 @@
-"""Hold what is known of each family of backbones: a file a family, found by the class of its configuration."""
+"""Backbone families: one file per family, found by the class of its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES: tuple[Family, ...] = (ViT(), Clip(), Siglip(), Dinov2(), Dinov2WithReg
 
 
 def find_family(config: Any) -> Family | None:
-    """Return the family of a configuration; None where it is none of a backbone."""
+    """Return the family of a configuration, or None if it is not a backbone's."""
     return next((family for family in FAMILIES if type(config) is family.config_class), None)
 
 
@@ -27,7 +27,7 @@ def family_of(config: VisionConfig) -> Family:
     """Return the family of a backbone's configuration.
 
     Raises:
-        TypeError: it is none of a backbone.
+        TypeError: the configuration belongs to no backbone.
     """
     family = find_family(config)
     if family is None:
@@ -39,7 +39,7 @@ def token_family(config: VisionConfig) -> TokenFamily:
     """Return the family of a plain vision Transformer's configuration.
 
     Raises:
-        TypeError: it is none of a plain vision Transformer.
+        TypeError: the configuration belongs to no plain vision Transformer.
     """
     family = family_of(config)
     if not isinstance(family, TokenFamily):

@@ -1,4 +1,4 @@
-"""Define what is known of a family of backbones: its configuration, its published sizes, and the parts of its model."""
+"""Base classes of backbone families: configuration, published sizes, and names of modules."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from m3i_scale.config.limits import MAX_CAPTION_TOKENS, MAX_HEADS, MAX_LAYERS, M
 from m3i_scale.errors import ConfigError
 
 VisionConfig: TypeAlias = PretrainedConfig
-"""The configuration of a family here."""
+"""Configuration class of a backbone family."""
 Angles: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines of the angles by which attention rotates queries and keys of patches."""
+"""Cosines and sines of the rotary angles of the patches' queries and keys."""
 
 
 class Family(ABC):
-    """Describes backbones of one configuration class."""
+    """Backbones of one configuration class."""
 
     config_class: ClassVar[Any]
     name: ClassVar[str]
-    """As messages spell it."""
+    """Name in messages."""
     first_preset: ClassVar[str]
-    """What a section that needs no folder begins with."""
+    """Preset of sections without paths."""
     shape_fields: ClassVar[tuple[str, ...]]
-    """Fields of the configuration that shape the modules."""
+    """Configuration fields that shape the modules."""
     training_fields: ClassVar[tuple[str, ...]]
-    """Fields that change the training and not the modules: dropout, initialization. A run file sets these and
-    `shape_fields`; the other fields of `PretrainedConfig` have no effect here, or break the export."""
+    """Fields that change the training but not the modules: dropout, initialization. A config may set these and
+    `shape_fields`. Other fields of `PretrainedConfig` have no effect here or break the export."""
     derives: ClassVar[bool] = True
-    """Whether fields follow from others when a configuration is made."""
+    """Whether fields are derived from others when a configuration is created."""
     has_class_token: ClassVar[bool] = True
-    """Whether a token stands for the whole image; where not, the mean of its patches does."""
+    """Whether a class token represents the image. Otherwise, the mean of its patches does."""
 
     @property
     def positions(self) -> str | None:
-        """Return the parameter that is a table of positions, for images of one size; None where there is none."""
+        """Return the name of the position embeddings for a fixed image size, or None."""
         return None
 
     @abstractmethod
@@ -46,38 +46,38 @@ class Family(ABC):
         """Return the fields of published sizes by name, at 224 pixels."""
 
     def adapt(self, config: Any) -> None:  # noqa: B027  most have nothing to change
-        """Change a published configuration to that of a backbone."""
+        """Convert a published configuration to a backbone configuration, in place."""
 
     @abstractmethod
     def check(self, config: Any, where: str) -> None:
-        """Refuse a configuration of which no backbone can be made."""
+        """Reject a configuration that is invalid for a backbone."""
 
 
 class TokenFamily(Family):
-    """Describes plain vision Transformers, whose sequence is [prefix | patches]."""
+    """Plain vision Transformers with the sequence [prefix | patches]."""
 
     model_class: ClassVar[type[PreTrainedModel]]
     options: ClassVar[dict[str, Any]] = {}
-    """Arguments that leave out the pooling layer, which nothing here trains."""
+    """Constructor arguments that disable the pooling layer, which would not be trained."""
     parts: ClassVar[dict[str, str]]
-    """The stock name of every part; `{}` is the number of the layer."""
+    """Name of every part in `transformers`; `{}` is the number of the layer."""
     mlp_field: ClassVar[str] = "intermediate_size"
     untrained: ClassVar[tuple[str, ...]] = ()
-    """Parameters that no input here reads, and that the stock class cannot leave out: they stay as they are."""
+    """Unused parameters that the stock class always creates. They are not trained."""
     norm_is_last: ClassVar[bool] = True
-    """Whether the last hidden state of the stock model has passed the last norm."""
+    """Whether the stock model's last hidden state is after the final norm."""
     asks_to_interpolate: ClassVar[bool] = False
-    """Whether the stock model interpolates positions of images of another size only where it is told to."""
+    """Whether the stock model needs an argument to interpolate position embeddings for other image sizes."""
     antialias: ClassVar[bool] = False
-    """Whether the stock model filters a table of positions that becomes smaller."""
+    """Whether the stock model uses an antialiasing filter when downsampling position embeddings."""
 
     @property
     def positions(self) -> str | None:
-        """Return the table of positions; None where they are angles."""
+        """Return the name of the position embeddings, or None for rotary positions."""
         return self.parts.get("positions")
 
     def prefix(self, config: Any) -> int:
-        """Return the tokens before the patches: that of the class, if there is one, and registers."""
+        """Return the number of tokens before the patches: class token, if any, and registers."""
         return self.has_class_token + int(getattr(config, "num_register_tokens", 0))
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
@@ -85,8 +85,8 @@ class TokenFamily(Family):
         return cast(nn.ModuleList, model.get_submodule(self.parts["norm1"].partition(".{}.")[0]))
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
-        """Return tokens as the first layer reads them, (B, P + N, D); if images have another size than the
-        configuration's, positions are interpolated as in the stock model, up to rounding."""
+        """Return the input tokens of the first layer, (B, P + N, D). For other image sizes, position embeddings are
+        interpolated as in the stock model, up to rounding."""
         if images_BCHW.shape[-1] == model.config.image_size:
             return cast(Tensor, model.embeddings(images_BCHW))
         options = {"interpolate_pos_encoding": True} if self.asks_to_interpolate else {}
@@ -94,30 +94,30 @@ class TokenFamily(Family):
             return cast(Tensor, model.embeddings(images_BCHW, **options))
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
-        """Return the angles of all patches, (N, D / heads) each; None where positions are added to tokens."""
+        """Return the rotary angles of all patches, (N, D / heads) each, or None for added position embeddings."""
         return None
 
     def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
-        """Return keys with those of the patches rotated, as attention does it."""
+        """Rotate the keys of the patches, as attention does."""
         raise NotImplementedError
 
     def patch_projection(self, model: PreTrainedModel) -> nn.Module:
-        """Return the convolution that makes tokens of patches."""
+        """Return the convolution that embeds patches."""
         projection: nn.Module = model.get_submodule(self.parts["patch"])
         return projection
 
     def normed(self, model: PreTrainedModel, tokens_BLD: Tensor) -> Tensor:
-        """Return the last layer's tokens through the last norm."""
+        """Apply the final norm to the last layer's tokens."""
         output_BLD: Tensor = model.get_submodule(self.parts["norm"])(tokens_BLD)
         return output_BLD
 
     def attention(self, layer: nn.Module) -> tuple[nn.Module, Any]:
-        """Return of a layer the norm before attention, and attention (with `q_proj` and `k_proj`)."""
+        """Return a layer's norm before attention, and its attention (with `q_proj` and `k_proj`)."""
         norm, query = (self.parts[part].partition(".{}.")[2] for part in ("norm1", "q"))
         return layer.get_submodule(norm), layer.get_submodule(query.rpartition(".")[0])
 
     def check(self, config: Any, where: str) -> None:
-        """Refuse sizes that no backbone can have; see `Family`."""
+        """Reject sizes that are invalid for a backbone; see `Family`."""
         for key in ("image_size", "patch_size"):
             if not isinstance(getattr(config, key), int):
                 raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
@@ -149,15 +149,15 @@ MAX_COUNTS = {
     "max_position_embeddings": MAX_CAPTION_TOKENS,
     "type_vocab_size": MAX_CAPTION_TOKENS,
 }
-"""Upper limits by field, over all families and the text tower."""
+"""Upper limits by field, for all families and the text tower."""
 
 
 def check_counts(counts: dict[str, Any], where: str) -> None:
-    """Check that the sizes in a `transformers` configuration are numbers that a model can have.
+    """Check that sizes in a `transformers` configuration are numbers within valid limits.
 
     Args:
         counts: value by field.
-        where: the section that they stand in.
+        where: location of the section.
     """
     for key, value in counts.items():
         most = MAX_COUNTS[key]
@@ -166,7 +166,7 @@ def check_counts(counts: dict[str, Any], where: str) -> None:
 
 
 def check_side(side: int, divisor: int, what: str, where: str) -> None:
-    """Check that patches fill the image."""
+    """Check that the divisor, such as the patch size, divides the image size."""
     if side % divisor:
         raise ConfigError(
             f"{what} does not divide image size {side}",

@@ -1,4 +1,4 @@
-"""Describe `CLIPVisionModel`, the vision tower of CLIP: a ViT with a norm before the first layer."""
+"""`CLIPVisionModel`, the vision tower of CLIP: a ViT with a norm before the first layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PATCHES = {"b": (16, 32), "l": (14,), "h": (14,), "g": (14,), "G": (14,)}
 
 
 class Clip(TokenFamily):
-    """Describes the vision towers of CLIP."""
+    """Vision towers of CLIP."""
 
     config_class, model_class = CLIPVisionConfig, CLIPVisionModel
     name, first_preset, derives = "CLIP", "clip-b/16", False
@@ -47,7 +47,7 @@ class Clip(TokenFamily):
         }
 
     def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
-        """Return tokens as the first layer reads them, (B, 1 + N, D)."""
-        # A norm of each token, so it may come before tokens are hidden.
+        """Return the input tokens of the first layer, (B, 1 + N, D)."""
+        # The norm is per token, so it may precede masking.
         normed_BSD: Tensor = model.pre_layrnorm(super().embed(model, images_BCHW))
         return normed_BSD

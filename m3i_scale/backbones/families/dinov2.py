@@ -1,4 +1,4 @@
-"""Describe `Dinov2Model`: a ViT with LayerScale."""
+"""`Dinov2Model`: a ViT with LayerScale."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DINOV2_TRAINING = (
 
 
 def sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
-    """Return the fields of a size of `DINOV2_SIZES`."""
+    """Return the fields of a size in `DINOV2_SIZES`."""
     return {
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -38,7 +38,7 @@ def sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
 
 
 class Dinov2(TokenFamily):
-    """Describes the Transformers of DINOv2 (Oquab et al.)."""
+    """Vision Transformers of DINOv2 (Oquab et al.)."""
 
     config_class, model_class = Dinov2Config, Dinov2Model
     name, first_preset = "DINOv2", "dinov2-s/14"
@@ -65,5 +65,5 @@ class Dinov2(TokenFamily):
         }
 
     def adapt(self, config: Any) -> None:
-        """Leave out the mask token: the recipe has one of its own, so nothing would train that one."""
+        """Remove the mask token, which would not be trained: the recipe has a separate one."""
         config.use_mask_token = False

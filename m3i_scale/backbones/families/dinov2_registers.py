@@ -1,4 +1,4 @@
-"""Describe `Dinov2WithRegistersModel`: DINOv2, and registers, tokens without a position, between class and patches."""
+"""`Dinov2WithRegistersModel`: DINOv2 with registers, tokens without position, between class token and patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m3i_scale.backbones.families.dinov2 import DINOV2_SHAPE, DINOV2_SIZES, DINO
 
 
 class Dinov2WithRegisters(TokenFamily):
-    """Describes the Transformers of DINOv2 with registers (Darcet et al.)."""
+    """Vision Transformers of DINOv2 with registers (Darcet et al.)."""
 
     config_class, model_class = Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     name, first_preset = "DINOv2 with registers", "dinov2-reg-s/14"

@@ -1,4 +1,4 @@
-"""Describe `DINOv3ViTModel`: registers, and rotary positions in place of a table."""
+"""`DINOv3ViTModel`: registers, and rotary positions instead of learned position embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _AUGMENTED = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
 
 
 class Dinov3(TokenFamily):
-    """Describes the Transformers of DINOv3 (Siméoni et al.)."""
+    """Vision Transformers of DINOv3 (Siméoni et al.)."""
 
     config_class, model_class = DINOv3ViTConfig, DINOv3ViTModel
     name, first_preset = "DINOv3", "dinov3-s/16"
@@ -46,7 +46,7 @@ class Dinov3(TokenFamily):
         "scale1": "model.layer.{}.layer_scale1.lambda1",
         "norm2": "model.layer.{}.norm2",
         **{part: f"model.layer.{{}}.mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
-        "fc1": "model.layer.{}.mlp.up_proj",  # of an MLP without gates
+        "fc1": "model.layer.{}.mlp.up_proj",  # for MLPs without gates
         "fc2": "model.layer.{}.mlp.down_proj",
         "scale2": "model.layer.{}.layer_scale2.lambda1",
         "norm": "norm",
@@ -71,25 +71,25 @@ class Dinov3(TokenFamily):
         }
 
     def adapt(self, config: Any) -> None:
-        """Draw no coordinates: see `check`."""
+        """Disable augmentation of coordinates: see `check`."""
         for key in _AUGMENTED:
             setattr(config, key, None)
 
     def angles(self, model: Any, images_BCHW: Tensor) -> Angles | None:
-        """Return the angles of all patches, (N, D / heads) each."""
+        """Return the rotary angles of all patches, (N, D / heads) each."""
         keep_frequencies(model.rope_embeddings)
-        # The module reads shape, device and type alone.
+        # The module only uses shape, device and dtype.
         dtype = model.embeddings.patch_embeddings.weight.dtype
         cos, sin = model.rope_embeddings(images_BCHW.new_empty((1, *images_BCHW.shape[1:]), dtype=dtype))
         return cos, sin
 
     def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
-        """Return keys with those of the patches rotated."""
+        """Rotate the keys of the patches."""
         rotated_BHSD: Tensor = apply_rotary_pos_emb(key_BHSD, key_BHSD, *angles)[1]
         return rotated_BHSD
 
     def check(self, config: Any, where: str) -> None:
-        """Refuse sizes that no backbone can have, and coordinates that are drawn; see `Family`."""
+        """Reject sizes that are invalid for a backbone, and augmentation of coordinates; see `Family`."""
         super().check(config, where)
         if config.hidden_size // config.num_attention_heads % 4:
             raise ConfigError(
@@ -110,8 +110,8 @@ class Dinov3(TokenFamily):
 
 
 def keep_frequencies(rope: nn.Module | None) -> None:
-    """Bring the frequencies of DINOv3's rotary positions back to fp32: engines cast buffers as they cast parameters,
-    and a frequency in bf16 is off by up to 1 / 512. Nothing is done for another module."""
+    """Restore the fp32 frequencies of DINOv3's rotary positions; other modules are ignored. Engines cast buffers like
+    parameters, and a frequency in bf16 is off by up to 1 / 512."""
     if isinstance(rope, DINOv3ViTRopePositionEmbedding) and rope.inv_freq.dtype != torch.float32:
         exponents = torch.arange(0, 1, 4 / rope.head_dim, dtype=torch.float32, device=rope.inv_freq.device)
         rope.inv_freq = 1 / rope.base**exponents

@@ -1,4 +1,4 @@
-"""Describe InternImage: deformable convolutions, four stages."""
+"""InternImage: deformable convolutions, four stages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 
 class InternImage(Family):
-    """Describes InternImage (Wang et al.) with the fusion head of its largest sizes."""
+    """InternImage (Wang et al.) with the fusion head of its largest sizes."""
 
     config_class = InternImageConfig
     name, first_preset, has_class_token = "InternImage", "internimage-t", False
@@ -50,7 +50,7 @@ class InternImage(Family):
         }
 
     def check(self, config: InternImageConfig, where: str) -> None:
-        """Refuse maps that targets cannot be made of; see `Family`."""
+        """Reject maps that are invalid for targets; see `Family`."""
         sizes = {key: getattr(config, key) for key in ("channels", "num_hidden_layers", "image_size")}
         sizes |= {} if config.fusion_width is None else {"fusion_width": config.fusion_width}
         check_counts(sizes, f"{where}.config")
@@ -63,5 +63,5 @@ class InternImage(Family):
 
 
 def fusion_width(config: InternImageConfig) -> int:
-    """Return the default channels of the fusion head: those of stage 4, but no more than the published head's."""
+    """Return the default width of the fusion head: the channels of stage 4, at most 1024 as in the published head."""
     return min(config.stage_channels[-1], 1024)

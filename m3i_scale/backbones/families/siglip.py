@@ -1,4 +1,4 @@
-"""Describe `SiglipVisionModel`, that of SigLIP and of SigLIP 2 at a fixed size: a ViT without class token."""
+"""`SiglipVisionModel` of SigLIP and of fixed-size SigLIP 2: a ViT without class token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATCHES = {"b": (16,), "l": (16,), "so400m": (14, 16)}
 
 
 class Siglip(TokenFamily):
-    """Describes the vision towers of SigLIP, without their attention pooling."""
+    """Vision towers of SigLIP, without their attention pooling."""
 
     config_class, model_class = SiglipVisionConfig, SiglipVisionModel
     name, first_preset, derives = "SigLIP", "siglip-b/16", False
@@ -41,11 +41,11 @@ class Siglip(TokenFamily):
         }
 
     def adapt(self, config: Any) -> None:
-        """Leave out the attention pooling: see `check`."""
+        """Disable the attention pooling: see `check`."""
         config.vision_use_head = False
 
     def check(self, config: Any, where: str) -> None:
-        """Refuse sizes that no backbone can have, and the attention pooling; see `Family`."""
+        """Reject sizes that are invalid for a backbone, and the attention pooling; see `Family`."""
         super().check(config, where)
         if config.vision_use_head:
             raise ConfigError(

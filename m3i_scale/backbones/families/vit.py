@@ -1,4 +1,4 @@
-"""Describe `ViTModel`, also of EVA's shape."""
+"""`ViTModel`, also with the shape of EVA."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ VIT_SIZES = {
 """Width, depth, heads, MLP (Zhai et al., Scaling Vision Transformers; H: Dosovitskiy et al.)."""
 
 _SIZES = {"mini": (192, 6, 3, 768), **VIT_SIZES}
-"""`mini` is half a Ti, ours, for a first run."""
+"""`mini` is a half-depth ViT-Ti of this project, for first runs."""
 _EVA_STD = 0.015
-"""Of the first weights of EVA's billion parameters (Fang et al.)."""
+"""Init std of EVA with one billion parameters (Fang et al.)."""
 
 
 def sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
-    """Return the fields of a size of `VIT_SIZES`."""
+    """Return the fields of a size in `VIT_SIZES`."""
     return {
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -37,7 +37,7 @@ def sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str,
 
 
 class ViT(TokenFamily):
-    """Describes plain vision Transformers (Dosovitskiy et al.)."""
+    """Plain vision Transformers (Dosovitskiy et al.)."""
 
     config_class, model_class = ViTConfig, ViTModel
     options: ClassVar[dict[str, Any]] = {"add_pooling_layer": False}
@@ -60,7 +60,7 @@ class ViT(TokenFamily):
     }
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return ViT at three patch sizes, and EVA."""
+        """Return ViT with three patch sizes, and EVA."""
         plain = {
             f"vit-{size}/{patch}": sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
         }

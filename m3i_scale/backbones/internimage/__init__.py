@@ -1,6 +1,6 @@
-"""InternImage as a `transformers` model: two files that an export carries along.
+"""InternImage as a `transformers` model: two files that are copied into exports.
 
-They import nothing of this package.
+They import nothing from this package.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ AutoModel.register(InternImageConfig, InternImageModel, exist_ok=True)
 AutoModelForImageClassification.register(InternImageConfig, InternImageForImageClassification, exist_ok=True)
 
 SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_internimage.py") for stem in ("configuration", "modeling"))
-"""What a folder needs so that a `transformers` without this package loads it, with `trust_remote_code`."""
+"""Files that `transformers` needs to load the model without this package, with `trust_remote_code`."""
 AUTO_MAP = {
     "AutoConfig": f"{SOURCE_FILES[0].stem}.{InternImageConfig.__name__}",
     "AutoModel": f"{SOURCE_FILES[1].stem}.{InternImageModel.__name__}",

@@ -10,26 +10,26 @@ _FIXED = {"core_op": "DCNv3", "act_layer": "GELU", "norm_layer": "LN", "remove_c
 
 
 class InternImageConfig(PretrainedConfig):
-    """Holds the shape of an InternImage. The defaults are InternImage-T.
+    """Configuration of an InternImage. The defaults are InternImage-T.
 
     Args:
-        channels: of the first stage; every stage has twice those of the one before.
+        channels: channels of the first stage; every stage doubles them.
         depths: layers of every stage.
-        groups: of the deformable operator, by stage.
-        dw_kernel_size: side of the depthwise convolution that offsets and weights are made of; None: 3.
+        groups: groups of the deformable operator, by stage.
+        dw_kernel_size: kernel size of the depthwise convolution that predicts offsets and weights; None: 3.
         mlp_ratio: hidden width of an MLP over its channels.
-        layer_scale: first value of the learned scale per channel of every residual branch; None: no scale.
-        offset_scale: stretches the sampled points around their centre, the 3 × 3 grid included.
+        layer_scale: init value of the learned scale per channel of every residual branch; None: no scale.
+        offset_scale: scales the sampled points around their center, including the 3 × 3 grid.
         post_norm: LayerNorm after operator and MLP, instead of before.
         res_post_norm: LayerNorm before and after operator and MLP (H).
-        level2_post_norm: a LayerNorm more after some layers of the third stage (H, G).
-        level2_post_norm_block_ids: which layers, from 0.
-        center_feature_scale: mix the sampled value with that of the centre, by a gate per group (H, G).
-        fusion_width: add the head that joins stages 3 and 4 on a grid of stride 16, with so many channels; None: none,
-            and the model ends with stage 4, of stride 32. Folders of H and G hold such a head, 1024 wide.
-        drop_path_rate: highest share of samples that skip a residual branch.
+        level2_post_norm: additional LayerNorm after some layers of the third stage (H, G).
+        level2_post_norm_block_ids: indices of these layers, from 0.
+        center_feature_scale: mix the sampled value with the center value, with a gate per group (H, G).
+        fusion_width: channels of the head that fuses stages 3 and 4 at stride 16. None: no head, and the model ends
+            with stage 4 at stride 32. Folders of H and G contain such a head with 1024 channels.
+        drop_path_rate: maximum probability that a sample skips a residual branch.
         drop_path_type: linear (grows from 0 with depth) or uniform.
-        image_size: side of the training images in pixels; any multiple of 32 can be put in.
+        image_size: size of the training images in pixels; inputs may have any multiple of 32.
     """
 
     model_type = "internimage"
@@ -56,14 +56,14 @@ class InternImageConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-6,
         **kwargs: Any,
     ) -> None:
-        # Published folders name what this file has no choice in; another value is another architecture.
+        # Published folders contain fields that are constant here; another value is another architecture.
         for field, only in _FIXED.items():
             value = kwargs.pop(field, only)
             if value != only:
                 raise ValueError(f"{field} is {value!r}, and this InternImage has {only!r}")
         if kwargs.pop("drop_rate", 0.0):
             raise ValueError("this InternImage has no dropout: drop_rate must be 0")
-        for field in ("with_cp", "cls_scale", "num_classes"):  # how it is run, and a classifier that is not built
+        for field in ("with_cp", "cls_scale", "num_classes"):  # runtime options, and an unused classifier
             kwargs.pop(field, None)
         if kwargs.pop("use_clip_projector", False) and fusion_width is None:
             fusion_width = 1024
@@ -82,10 +82,10 @@ class InternImageConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def check(self) -> None:
-        """Check that the fields go together.
+        """Check that the fields are consistent.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they are not.
         """
         if len(self.depths) != 4 or len(self.groups) != 4:
             raise ValueError(f"InternImage has four stages; got depths {self.depths} and groups {self.groups}")
@@ -117,7 +117,7 @@ class InternImageConfig(PretrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Return the channels of the last map: of the fusion head where there is one, else of stage 4."""
+        """Return the channels of the last map: of the fusion head, or of stage 4 without it."""
         return self.fusion_width or self.stage_channels[-1]
 
     @property

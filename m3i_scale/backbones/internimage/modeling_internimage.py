@@ -1,6 +1,6 @@
-"""InternImage (Wang et al., CVPR 2023) in plain PyTorch: no extension has to be compiled.
+"""InternImage (Wang et al., CVPR 2023) in plain PyTorch, without compiled extensions.
 
-Parameters have the names of the published Hub folders. Maps are (B, H, W, C) inside.
+Parameters have the names of the published Hub folders. Internal maps are (B, H, W, C).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _CORNERS = 4
 def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: int, offset_scale: float) -> Tensor:
     """Compute y(p₀) = Σ_k w_gk(p₀) · x_g(p₀ + s·(p_k + Δp_gk(p₀))): deformable convolution, version 3.
 
-    Points are enumerated x outer, y inner; what lies outside the map is zero.
+    Points are enumerated x outer, y inner; values outside the map are zero.
 
     Args:
         value_BHWC: x, in `groups` groups of channels.
         offset_BHWO: Δp as (x, y): (B, H, W, groups · 9 · 2).
-        weight_BHWP: w: (B, H, W, groups · 9), each group's nine add up to 1.
+        weight_BHWP: w: (B, H, W, groups · 9); the nine weights of each group sum to 1.
         groups: G.
         offset_scale: s.
 
     Returns:
-        (B, H, W, C), in the type of `value_BHWC`; computed in fp32 or what is wider, because bf16 cannot tell
-        neighbouring coordinates of a large map apart.
+        (B, H, W, C), in the dtype of `value_BHWC`. Computed in fp32 or higher precision, because bf16 cannot
+        distinguish neighboring coordinates of a large map.
     """
     batch, height, width, _ = value_BHWC.shape
     wide = torch.promote_types(value_BHWC.dtype, torch.float32)
@@ -47,21 +47,21 @@ def dcnv3(value_BHWC: Tensor, offset_BHWO: Tensor, weight_BHWP: Tensor, groups: 
     y_N = torch.arange(height, device=near.device, dtype=wide).repeat_interleave(width)[:, None, None]
     x_BNGK = x_N + offset_scale * (near.repeat_interleave(3) + offset_BNGK2[..., 0])
     y_BNGK = y_N + offset_scale * (near.repeat(3) + offset_BNGK2[..., 1])
-    # `grid_sample` adds up its gradients in any order; torch has no other backward pass of it on GPUs.
+    # `grid_sample` sums its gradients in no fixed order; torch has no deterministic backward pass of it on GPUs.
     deterministic = torch.are_deterministic_algorithms_enabled()
     formulation = sum_by_bag if deterministic else FORMULATIONS.get(value_BHWC.device.type, sum_by_bag)
     return formulation(value_BHWC.to(wide), x_BNGK, y_BNGK, weight_BNGK).to(value_BHWC.dtype)
 
 
 def sum_by_bag(value_BHWC: Tensor, x_BNGK: Tensor, y_BNGK: Tensor, weight_BNGK: Tensor) -> Tensor:
-    """Return the weighted sums (B, H, W, C) of 9 points × 4 neighbours by `embedding_bag`, which never holds what it
-    has sampled. Its backward pass sorts all neighbours on a GPU.
+    """Return the weighted sums (B, H, W, C) of 9 points × 4 neighbors with `embedding_bag`, which does not store
+    samples. Its backward pass sorts all neighbors on a GPU.
 
     Args:
         value_BHWC: the map.
-        x_BNGK: column of every point, of N = H · W places and G groups.
-        y_BNGK: its row.
-        weight_BNGK: its weight.
+        x_BNGK: column of every point, for N = H · W positions and G groups.
+        y_BNGK: row of every point.
+        weight_BNGK: weight of every point.
     """
     batch, height, width, channels = value_BHWC.shape
     groups = x_BNGK.shape[2]
@@ -76,8 +76,8 @@ def sum_by_bag(value_BHWC: Tensor, x_BNGK: Tensor, y_BNGK: Tensor, weight_BNGK: 
             inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             part = (right_share if along else 1 - right_share) * (lower_share if down else 1 - lower_share)
             share.append(part * weight_BNGK * inside)
-            # Clamped before it becomes an integer: a run-away offset may lie beyond int64. One that is not a number
-            # makes its share, and so the output, NaN; an index has to be one all the same.
+            # Clamp before conversion to int: a diverged offset may exceed int64. A NaN offset makes its share, and so
+            # the output, NaN; the index must be a valid integer anyway.
             row = y.nan_to_num(0.0).clamp(0, height - 1).long() * width + x.nan_to_num(0.0).clamp(0, width - 1).long()
             index.append(row + first_row_BG)
     bag = _POINTS * _CORNERS
@@ -87,18 +87,17 @@ def sum_by_bag(value_BHWC: Tensor, x_BNGK: Tensor, y_BNGK: Tensor, weight_BNGK: 
 
 
 def sum_by_grid(value_BHWC: Tensor, x_BNGK: Tensor, y_BNGK: Tensor, weight_BNGK: Tensor) -> Tensor:
-    """Return the same as `sum_by_bag` by `grid_sample`. The nine samples of a place are computed again in the backward
-    pass: they would be nine maps.
-    """
+    """Compute `sum_by_bag` with `grid_sample`. The backward pass recomputes the nine samples per position, which would
+    take the memory of nine maps."""
     batch, height, width, channels = value_BHWC.shape
     groups, places = x_BNGK.shape[2], height * width
     maps_MEHW = value_BHWC.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    # `grid_sample` takes coordinates from -1 to 1. With sides of a power of two, whole numbers stay whole on the way
-    # there and back: between two cells the gradient jumps, and first offsets are zero.
+    # `grid_sample` takes coordinates from -1 to 1. With power-of-two sizes, integers are converted exactly. Between two
+    # cells the gradient jumps, and initial offsets are zero.
     high, wide = (1 << (side - 1).bit_length() for side in (height, width))
     maps_MEHW = F.pad(maps_MEHW, (0, wide - width, 0, high - height))
     grid_BNGK2 = torch.stack([(2 * x_BNGK + 1) / wide, (2 * y_BNGK + 1) / high], dim=-1) - 1
-    # GPUs sample zero at a coordinate that is no number: it must show in the output.
+    # GPUs sample zero at a NaN coordinate, but the output must be NaN.
     weight_BNGK = weight_BNGK + 0 * (x_BNGK + y_BNGK)
     grid_MNK2 = grid_BNGK2.transpose(1, 2).reshape(-1, places, _POINTS, 2)
     weight_MNK = weight_BNGK.transpose(1, 2).reshape(-1, places, _POINTS)
@@ -113,11 +112,11 @@ def _sample(maps_MEHW: Tensor, grid_MNK2: Tensor, weight_MNK: Tensor) -> Tensor:
 
 
 FORMULATIONS = {"cuda": sum_by_grid}
-"""By type of device; others take `sum_by_bag`, which is the faster one on CPUs."""
+"""Formulation by device type; others use `sum_by_bag`, which is faster on CPUs."""
 
 
 class ToChannelsFirst(nn.Module):
-    """Moves channels to the front: (B, H, W, C) → (B, C, H, W)."""
+    """Layout conversion: (B, H, W, C) → (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map with channels first."""
@@ -125,7 +124,7 @@ class ToChannelsFirst(nn.Module):
 
 
 class ToChannelsLast(nn.Module):
-    """Moves channels to the end: (B, C, H, W) → (B, H, W, C)."""
+    """Layout conversion: (B, C, H, W) → (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the map with channels last."""
@@ -133,11 +132,11 @@ class ToChannelsLast(nn.Module):
 
 
 class ZeroLinear(nn.Linear):
-    """Starts at zero: first offsets are none, first weights all the same."""
+    """A linear layer initialized with zeros: no offsets and equal weights initially."""
 
 
 class ProjectionLinear(nn.Linear):
-    """Starts as Xavier's uniform."""
+    """A linear layer with Xavier uniform initialization."""
 
 
 def _norm(config: InternImageConfig, channels: int) -> nn.Sequential:
@@ -145,7 +144,7 @@ def _norm(config: InternImageConfig, channels: int) -> nn.Sequential:
 
 
 class DCNv3(nn.Module):
-    """Reads off the map itself where to look and how much of it to take: the core operator."""
+    """Deformable convolution v3, the core operator: predicts sampling offsets and weights from the input."""
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int) -> None:
         super().__init__()
@@ -167,7 +166,7 @@ class DCNv3(nn.Module):
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(groups))
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Apply the operator to a map (B, H, W, C); the shape stays."""
+        """Apply the operator to a map (B, H, W, C) without changing its shape."""
         value_BHWC = self.input_proj(x_BHWC)
         around_BHWC = self.dw_conv(x_BHWC.permute(0, 3, 1, 2))
         weight_BHWGK = self.mask(around_BHWC).unflatten(-1, (self.groups, _POINTS)).float().softmax(dim=-1)
@@ -184,7 +183,7 @@ class DCNv3(nn.Module):
 
 
 class MLPLayer(nn.Module):
-    """Applies two linear maps with GELU between."""
+    """Two linear layers with GELU in between."""
 
     def __init__(self, config: InternImageConfig, channels: int) -> None:
         super().__init__()
@@ -194,12 +193,12 @@ class MLPLayer(nn.Module):
         self.fc2 = nn.Linear(inner, channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Apply the MLP to a map (B, H, W, C); the shape stays."""
+        """Apply the MLP to a map (B, H, W, C) without changing its shape."""
         return cast(Tensor, self.fc2(self.act(self.fc1(x_BHWC))))
 
 
 class InternImageLayer(GradientCheckpointingLayer):
-    """Applies operator and MLP, each a residual branch: norms before, after, or on both sides."""
+    """Residual branches of operator and MLP, with norms before, after, or on both sides."""
 
     def __init__(self, config: InternImageConfig, channels: int, groups: int, drop_path: float) -> None:
         super().__init__()
@@ -216,7 +215,7 @@ class InternImageLayer(GradientCheckpointingLayer):
             self.res_post_norm1, self.res_post_norm2 = _norm(config, channels), _norm(config, channels)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Apply the layer to a map (B, H, W, C); the shape stays."""
+        """Apply the layer to a map (B, H, W, C) without changing its shape."""
         if self.after:
             first = self._branch(self.norm1(self.dcn(x_BHWC)), self.layer_scale1)
             x_BHWC = x_BHWC + first
@@ -236,7 +235,7 @@ class InternImageLayer(GradientCheckpointingLayer):
 
 
 class StemLayer(nn.Module):
-    """Turns pixels into the first map, of stride 4, by two convolutions of stride 2."""
+    """Stem of two convolutions of stride 2: pixels to the first map, of stride 4."""
 
     def __init__(self, config: InternImageConfig) -> None:
         super().__init__()
@@ -253,7 +252,7 @@ class StemLayer(nn.Module):
 
 
 class DownsampleLayer(nn.Module):
-    """Doubles the channels by a convolution of stride 2."""
+    """A convolution of stride 2 that doubles the channels."""
 
     def __init__(self, config: InternImageConfig, channels: int) -> None:
         super().__init__()
@@ -261,12 +260,12 @@ class DownsampleLayer(nn.Module):
         self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(2 * channels, eps=config.layer_norm_eps))
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        """Return the smaller map: (B, H, W, C) → (B, H/2, W/2, 2C)."""
+        """Downsample the map: (B, H, W, C) → (B, H/2, W/2, 2C)."""
         return cast(Tensor, self.norm(self.conv(x_BHWC.permute(0, 3, 1, 2))))
 
 
 class InternImageBlock(nn.Module):
-    """Runs the layers of one stage."""
+    """Layers of one stage."""
 
     def __init__(self, config: InternImageConfig, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
@@ -282,7 +281,7 @@ class InternImageBlock(nn.Module):
         self.downsample = DownsampleLayer(config, channels) if stage < 3 else None
 
     def forward(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this stage's map, and what the next stage starts from, for (B, H, W, C)."""
+        """Return this stage's map and the next stage's input, for (B, H, W, C)."""
         for number, layer in enumerate(self.blocks):
             x_BHWC = layer(x_BHWC)
             if number in self.extra_norms:
@@ -293,13 +292,13 @@ class InternImageBlock(nn.Module):
 
 
 class InternImageModel(PreTrainedModel):
-    """Runs four stages of stride 4, 8, 16 and 32; `fusion_width` adds the map of stride 16 that joins the last two."""
+    """InternImage with four stages of stride 4, 8, 16 and 32; `fusion_width` adds a fused map at stride 16."""
 
     config_class = InternImageConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     _no_split_modules: ClassVar = ["InternImageLayer"]
-    # Classifier, attention pool and their norms of published folders: no part of the backbone.
+    # Classifier, attention pooling and their norms in published folders are not part of the backbone.
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"(^|\.)(conv_head|head|clip_projector|fc_norm)\."]
 
     def __init__(self, config: InternImageConfig) -> None:
@@ -323,11 +322,11 @@ class InternImageModel(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[Tensor, ...]:
-        """Encode pixels (B, 3, H, W), both sides multiples of 32.
+        """Encode pixels (B, 3, H, W); height and width must be multiples of 32.
 
         Returns:
             `last_hidden_state`: the last map (B, C, H/32, W/32), with the fusion head (B, C, H/16, W/16);
-            `pooler_output`: its mean over all places (B, C); `hidden_states`, where asked for: the maps of the stages.
+            `pooler_output`: its mean over all positions (B, C); `hidden_states`, if requested: the maps of the stages.
         """
         if pixel_values.shape[-1] % 32 or pixel_values.shape[-2] % 32:
             raise ValueError(f"both sides must be multiples of 32, got {tuple(pixel_values.shape[-2:])}")
@@ -362,7 +361,7 @@ class InternImageModel(PreTrainedModel):
 
 
 class InternImageForImageClassification(PreTrainedModel):
-    """Puts a linear classifier on the normalised mean of the last map."""
+    """InternImage with a linear classifier on the normalized mean of the last map."""
 
     config_class = InternImageConfig
     base_model_prefix = "model"
@@ -398,7 +397,7 @@ class InternImageForImageClassification(PreTrainedModel):
 
 
 def _initialize(module: nn.Module, config: InternImageConfig) -> None:
-    """Give a module's own parameters their first values."""
+    """Initialize the direct parameters of a module."""
     init = nn.init
     if isinstance(module, ZeroLinear):
         init.zeros_(module.weight)
@@ -409,7 +408,7 @@ def _initialize(module: nn.Module, config: InternImageConfig) -> None:
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
     elif isinstance(module, nn.Conv2d):
-        # As torch starts a convolution: uniform within 1/√fan-in, its bias too.
+        # As torch initializes convolutions: uniform within 1/√fan-in, including the bias.
         fan_in = module.in_channels // module.groups * math.prod(module.kernel_size)
         init.uniform_(module.weight, -(fan_in**-0.5), fan_in**-0.5)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Find where weights come from: each file here recognises one kind and says what its names mean."""
+"""Find pretrained weights: each file here detects one format and maps its names."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
-    """Recognise what a folder, a file or a Hub id holds. Reads configurations and headers, no weights.
+    """Detect the format of a folder, a file or a Hub id. Reads configurations and headers, no weights.
 
     Args:
-        given: what the run file says.
-        fields: `backbone.config` of the run file: what a bare file does not tell.
-        where: the key that says it.
+        given: folder, file or Hub id from the config.
+        fields: `backbone.config`, for fields that a bare file does not contain.
+        where: config key of the source.
     """
     place = Path(given)
     if place.is_file():
         return _bare(given, place, fields, where)
     folder = place if place.is_dir() else _download(given, ["*.json"], where)
     values, clip = read_config(folder / "config.json"), read_config(folder / "open_clip_config.json")
-    if clip and values.get("model_type") not in MODEL_TYPES:  # a folder may hold one model in both forms
+    if clip and values.get("model_type") not in MODEL_TYPES:  # a folder may contain one model in both formats
         return open_clip_folder(given, folder, clip, fields)
     if "architecture" in values and values.get("model_type") in (None, "timm_wrapper"):
         return timm_folder(given, folder, values, fields)
@@ -51,7 +51,7 @@ def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Sour
 
 
 def pretrained_folder(source: str, where: str = "from_pretrained", kind: str = "transformers") -> Path:
-    """Return where the weights of `source` lie: its own path, or the local snapshot of a Hub id."""
+    """Return the folder or file with the weights of `source`: its path, or the local snapshot of a Hub id."""
     if Path(source).exists():
         return Path(source)
     safe, pickled = (name.replace(".", "*.") for name in NAMES[kind])
@@ -75,5 +75,5 @@ def _download(source: str, patterns: list[str], where: str) -> Path:
 
 
 def source_files(source: Source, where: str = "backbone.from_pretrained") -> list[Path]:
-    """Return the weight files of a source; downloads those of a Hub id."""
+    """Return the weight files of a source; downloads the files of a Hub id."""
     return weight_files(pretrained_folder(source.given, where, source.kind), source.kind, where)

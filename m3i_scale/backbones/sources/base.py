@@ -1,4 +1,4 @@
-"""Describe what is known of weights before they are read."""
+"""Description of pretrained weights before they are read."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ Placement = Callable[[str], Placed | LeftOut | None]
 
 @dataclass(frozen=True)
 class Source:
-    """Describes weights to start from, recognised but not read."""
+    """Pretrained weights with detected format, not yet read."""
 
     given: str
-    """What the run file says."""
+    """Value in the config."""
     kind: str
     """transformers, timm or open_clip."""
     folder: Path
-    """Folder or file that the weights lie in."""
+    """Folder or file with the weights."""
     config: VisionConfig
-    """Of the model that holds them exactly, in its own image size."""
+    """Configuration of the model that matches the weights exactly, with its original image size."""
     place: Callable[[PreTrainedModel], Placement]
-    """Given the model, which may be without values: what becomes of each tensor of the files."""
+    """Maps a model, possibly on the meta device, to the function that places each tensor of the files."""
     assumed: Mapping[str, str] = field(default_factory=dict)
-    """Configuration fields that the source does not state, with the reason for the value; a run file may set them."""
+    """Configuration fields that the source does not contain, with the reason for the value. A config may set them."""
     zeros: tuple[tuple[str, str], ...] = ()
-    """(pattern, reason) of parameters that the source has not and that are nought there."""
+    """(pattern, reason) of parameters that the source lacks and that are zero."""
     class_row: bool = True
-    """Whether the class token has a row in the source's table of positions."""
+    """Whether the source's position embeddings have a row for the class token."""
     antialias: bool = True
-    """Whether its code base filters a position table that becomes smaller."""
+    """Whether its code base uses an antialiasing filter when downsampling position embeddings."""
     normalisation: Mapping[str, list[float]] = field(default_factory=dict)
-    """`mean` and `std` of the images that it was trained with, where it says so."""
+    """`mean` and `std` of its training images, if the source contains them."""
 
 
 def refusal(given: str, what: str, why: str, fix: str | None = None) -> ConfigError:
-    """Return the error of a source that no backbone here can hold exactly."""
+    """Return the error for a source that no backbone here matches exactly."""
     return ConfigError(f"cannot start from '{given}': {what}", where="backbone.from_pretrained", why=why, fix=fix)
 
 
 def square_side(count: int, given: str, what: str) -> int:
-    """Return the side of a square of `count` places."""
+    """Return the side length of a square grid of `count` positions."""
     side = math.isqrt(max(count, 0))
     if side < 1 or side * side != count:
         raise refusal(given, f"{what} has {count} places", "a backbone's grid is square")
@@ -58,11 +58,11 @@ def square_side(count: int, given: str, what: str) -> int:
 
 
 def numbers(values: Any) -> list[float] | None:
-    """Return three numbers out of a configuration; None where it has none."""
+    """Return three numbers from a configuration, or None if it has none."""
     return [float(value) for value in values] if isinstance(values, list | tuple) and len(values) == 3 else None
 
 
 def normalisation(mean: Any, std: Any) -> dict[str, list[float]]:
-    """Return mean and standard deviation as fields; none where either is missing."""
+    """Return mean and standard deviation as fields, or no fields if either is missing."""
     pair = numbers(mean), numbers(std)
     return {"mean": pair[0], "std": pair[1]} if pair[0] and pair[1] else {}

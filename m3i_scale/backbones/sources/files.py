@@ -1,4 +1,4 @@
-"""Read weight files: names and shapes from their headers, then one tensor, or a part of one, at a time."""
+"""Read weight files: names and shapes from headers, then single tensors or parts of tensors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ NAMES = {
     "timm": ("model.safetensors", "pytorch_model.bin"),
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 }
-"""What a folder of a kind may call its weights, in the order of preference; each may be cut into shards."""
+"""Weight file names by format, in order of preference; each may be sharded."""
 _WRAPPERS = ("state_dict", "model", "module")
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
-_REFUSED_CODE = "Weights only load failed"  # how torch begins; it goes on to recommend `weights_only=False`
+_REFUSED_CODE = "Weights only load failed"  # beginning of torch's message, which then recommends `weights_only=False`
 
 
 class Weights(Protocol):
-    """Reads an open weight file."""
+    """An open weight file."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor; no value is read."""
+        """Return the shape of every tensor without reading values."""
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
         """Return part number `part` of `parts` equal parts along the first dimension."""
@@ -56,7 +56,7 @@ class _Safetensors:
 
 
 class _Pickled:
-    """Maps a `torch.save`d dictionary of tensors: values come from the disk when they are used."""
+    """A memory-mapped `torch.save` file with a dictionary of tensors."""
 
     def __init__(self, path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -79,7 +79,7 @@ def _holds(value: object) -> bool:
 
 @contextlib.contextmanager
 def open_weights(path: Path, where: str) -> Iterator[Weights]:
-    """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` of tensors alone."""
+    """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file with only tensors."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -104,7 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is no such file."""
+    """Read a JSON object; empty if the file does not exist."""
     try:
         values = read_json(path)
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(place: Path, kind: str, where: str) -> list[Path]:
-    """Return the files that hold the weights of a folder, or the one file."""
+    """Return the weight files of a folder, or the file itself."""
     if place.is_file():
         return [place]
     for name in NAMES[kind]:
@@ -141,7 +141,7 @@ def _shards(index: Path, where: str) -> list[Path]:
 
 
 def read_headers(paths: list[Path], where: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Return by tensor the file that holds it and its shape."""
+    """Return file and shape by tensor name."""
     place_of: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in paths:
         with open_weights(path, where) as weights:

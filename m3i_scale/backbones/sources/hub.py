@@ -1,4 +1,4 @@
-"""Recognise folders of `transformers`: published models, and the exports of runs."""
+"""Detect `transformers` folders: published models, and exports of runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3i_scale.backbones.sources.names import LeftOut, Placed
 from m3i_scale.errors import ConfigError
 
 MODEL_TYPES = ("clip", "siglip", *(family.config_class.model_type for family in FAMILIES))
-"""Of configurations that are one of a backbone, or hold one."""
+"""Types of configurations that are for a backbone or contain one."""
 _LEFT_OUT = (
     (r"(text_model|text_projection)\.", "text tower"),
     (r"(vision_model\.)?head\.(probe$|(attention|layernorm|mlp)\.)", "attention pooling: recipes pool by decoders"),
@@ -41,7 +41,7 @@ _FIXES = {
     "upernet": "export the run of the segmenter by --task features",
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), _NAFLEX),
 }
-"""By model type, what to take in place of a model that is none of a backbone."""
+"""Suggested replacements by model type, for models that are not backbones."""
 
 
 def hub_config(source: str, where: str) -> VisionConfig:
@@ -70,7 +70,7 @@ def hub_config(source: str, where: str) -> VisionConfig:
 
 
 def hub_source(given: str, folder: Path, where: str) -> Source:
-    """Return the source of a folder with a `transformers` config.json."""
+    """Return the source for a folder with a `transformers` config.json."""
     config, assumed = hub_config(str(folder), where), {}
     family = family_of(config)
     if isinstance(config, InternImageConfig) and config.fusion_width is None:
@@ -91,7 +91,7 @@ def hub_source(given: str, folder: Path, where: str) -> Source:
 
 
 def hub_places(model: PreTrainedModel) -> Placement:
-    """Return the function that places a name in a file of that model as `transformers` itself does."""
+    """Return a function that maps names in a file to parameters of the model, as `transformers` does."""
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
@@ -112,7 +112,7 @@ def hub_places(model: PreTrainedModel) -> Placement:
 
 
 def _split(renamed: str, converter: WeightConverter, name: str) -> tuple[str, ...]:
-    """Return the names that one tensor is cut into, along its first dimension."""
+    """Return the names of the chunks of a tensor along its first dimension."""
     operation = converter.operations[0]
     if len(converter.operations) != 1 or not isinstance(operation, Chunk) or operation.dim:
         raise ConfigError(

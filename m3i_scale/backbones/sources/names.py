@@ -1,4 +1,4 @@
-"""Translate the names of the parts of a plain vision Transformer between code bases."""
+"""Map names of a plain vision Transformer's parts between code bases."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placed:
-    """Says where a tensor goes: to one parameter, or in equal parts along its first dimension to several."""
+    """Target of a tensor: one parameter, or several that get equal parts along its first dimension."""
 
     targets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Marks a tensor that is no part of a backbone."""
+    """A tensor that is not part of a backbone."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class NameMap:
-    """Holds the names of one code base."""
+    """Parameter names of one code base."""
 
     prefix: str
-    """Of the vision tower; what does not have it is `outside`."""
+    """Prefix of the vision tower; other names are `outside`."""
     outside: str
-    """What lies outside the tower, in words."""
+    """Description of tensors outside the tower."""
     block: str
-    """Before the number of a layer."""
+    """Prefix of layer numbers."""
     outer: Mapping[str, str]
     """Part (see `TokenFamily.parts`) by name or stem (name without .weight or .bias), outside of layers."""
     inner: Mapping[str, tuple[str, ...]]
-    """The same within a layer; several parts share one tensor in equal shares."""
+    """Parts by name within a layer; several parts divide one tensor equally."""
     left_out: tuple[tuple[str, str], ...]
-    """(pattern, reason) of what is no part of a backbone; patterns match from the start of the name."""
+    """(pattern, reason) of tensors that are not part of a backbone; patterns match from the start of the name."""
 
     def place(self, name: str, ours: Mapping[str, str]) -> Placed | LeftOut | None:
-        """Return what becomes of a tensor; None where nothing is known of it.
+        """Return the target of a source tensor, or None if its name is unknown.
 
         Args:
-            name: in the file.
+            name: name in the file.
             ours: the parts of a family.
         """
         if not name.startswith(self.prefix):
@@ -64,6 +64,6 @@ class NameMap:
 
 
 def _spelt(part: str, number: str, ours: Mapping[str, str], suffix: str) -> str | None:
-    """Return our name of a part: `q.bias`, 3 → layers.3.attention.q_proj.bias; None where our model has none."""
+    """Return the name of a part in the stock model, or None: `q.bias`, 3 → layers.3.attention.q_proj.bias."""
     stem, dot, rest = part.partition(".")
     return None if stem not in ours else ours[stem].format(number) + dot + rest + suffix

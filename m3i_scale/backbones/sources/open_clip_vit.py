@@ -1,4 +1,4 @@
-"""Recognise vision towers of open_clip."""
+"""Detect vision towers of open_clip."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNLIKE = {
     **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads"), "its attention scales in other ways"),
     **dict.fromkeys(("scale_attn_inner", "scale_attn", "scale_fc"), "it has a norm inside attention or MLP"),
 }
-"""Fields of `vision_cfg` that make another model of it."""
+"""Fields of `vision_cfg` that change the architecture."""
 
 _OUTER = {
     "conv1": "patch",
@@ -49,14 +49,14 @@ _INNER = {
 
 
 def open_clip_prefix(shapes: Shapes) -> str | None:
-    """Return the prefix of the names of the vision tower; None where there is none."""
+    """Return the name prefix of the vision tower, or None."""
     return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
 
 
 def open_clip_source(
     given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """Return the vision tower of a file of open_clip's."""
+    """Return the vision tower of an open_clip file."""
     prefix = open_clip_prefix(shapes)
     if prefix is None:
         raise refusal(given, "it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
@@ -94,7 +94,7 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields
 
 
 def _shapes(given: str, vision: Mapping[str, Any]) -> Shapes:
-    """Return the shapes that the tensors of the tower have by `vision_cfg`."""
+    """Return the tensor shapes of the tower according to `vision_cfg`."""
     try:
         width, layers, patch, side = (int(vision[key]) for key in ("width", "layers", "patch_size", "image_size"))
         hidden = int(width * float(vision.get("mlp_ratio", 4.0)))
@@ -131,7 +131,7 @@ def _trunk(
     fields: Mapping[str, Any],
     images: Mapping[str, list[float]],
 ) -> Source:
-    """Return the tower of open_clip's TimmModel: it has no projection of its own, pooling and head are timm's."""
+    """Return the tower of open_clip's TimmModel. It has no projection; pooling and head are timm's."""
     pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
     own_head = projection in ("linear", "mlp") or pool in ("abs_attn", "rot_attn")
     arguments = {} if own_head else {"global_pool": pool, "num_classes": 0}

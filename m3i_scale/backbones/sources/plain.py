@@ -1,4 +1,4 @@
-"""Read the configuration of a plain vision Transformer off the shapes of its tensors."""
+"""Infer the configuration of a plain vision Transformer from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ NO_PATCH_BIAS = (r".*patch_embedding(s\.projection)?\.bias$", "no bias of the pa
 
 @dataclass(frozen=True)
 class Facts:
-    """Holds what shapes do not tell. None: the source does not say it."""
+    """Settings that cannot be inferred from shapes. None: the source does not contain it."""
 
     heads: int | None = None
     hidden_act: str | None = None
     layer_norm_eps: float | None = None
     class_row: bool | None = None
-    """Whether the class token has a row in the table of positions."""
+    """Whether the position embeddings have a row for the class token."""
     rope_theta: float | None = None
-    """Of rotary positions as DINOv3 has them."""
+    """Base of DINOv3's rotary positions."""
     side: int | None = None
-    """Patches along a side, where no table of positions says it."""
+    """Patches per image side, for models without learned position embeddings."""
 
 
 def plain_config(
@@ -58,18 +58,18 @@ def plain_config(
     fields: Mapping[str, Any],
     refused: tuple[tuple[str, str], ...] = (),
 ) -> tuple[VisionConfig, dict[str, str], tuple[tuple[str, str], ...]]:
-    """Return the stock configuration that holds the tensors exactly.
+    """Return the stock configuration that matches the tensors exactly.
 
     Args:
-        given: what the run file says.
-        names: of the code base.
-        shapes: by name in the files.
-        facts: what is known beside them.
-        fields: `backbone.config` of the run file, for what nothing else tells.
-        refused: (pattern, reason) of tensors that no configuration here has.
+        given: folder, file or Hub id from the config.
+        names: name map of the code base.
+        shapes: shapes by name in the files.
+        facts: settings that are known from other sources.
+        fields: `backbone.config`, for settings that are known from nowhere else.
+        refused: (pattern, reason) of tensors that no configuration here supports.
 
     Returns:
-        Configuration; fields that are assumed, with the reason; parameters that are nought, as in `Source`.
+        Configuration; assumed fields with the reason; zero parameters, as in `Source`.
     """
     parts = _parts(given, names, shapes, refused)
     rotary = "registers" in parts and "positions" not in parts
@@ -91,7 +91,7 @@ def plain_config(
             "which is another model where it was trained on images that are not square"
         )
     pre_norm = "pre_norm.weight" in parts
-    # All that shapes say comes first: what is no stock model here need not be told its heads.
+    # Errors about shapes come first: a model that no stock class matches needs no number of heads.
     kind, specific = _shape_of(parts, rotary)(given, parts, width)
     common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(given, parts, facts, fields, assumed)
@@ -217,7 +217,7 @@ def _activation(
 
 
 _Own = tuple[type[VisionConfig], dict[str, Any]]
-"""A configuration, and the fields of it that the others have not."""
+"""A configuration class, and the fields that are specific to it."""
 
 
 def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..., _Own]:
@@ -233,14 +233,14 @@ def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..
 def _check_parts(
     given: str, parts: Mapping[str, tuple[int, ...]], shape: str, wanted: dict[str, tuple[bool, str]], why: str
 ) -> None:
-    """Refuse weights of a shape that has another stock class than its other parts would need.
+    """Reject weights with parts that differ from the stock class of their shape.
 
     Args:
-        given: where the weights are.
+        given: folder, file or Hub id from the config.
         parts: shapes by part.
-        shape: what they have, in words.
-        wanted: by part, whether the stock class has it, and what it is in words.
-        why: names the stock class.
+        shape: description of the shape.
+        wanted: by part, whether the stock class has it, and a description.
+        why: reason that names the stock class.
     """
     for part, (there, what) in wanted.items():
         if (part in parts) is not there:

@@ -1,4 +1,4 @@
-"""Recognise vision Transformers of timm: ViT (also MAE's and DINOv2's own files), SigLIP and EVA."""
+"""Detect vision Transformers of timm: ViT (also files of MAE and DINOv2), SigLIP and EVA."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _POST_NORM = {(1792, 64): "EVA-02-E"}
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
 _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
-"""What stock configurations call them."""
+"""Activation names in stock configurations, by timm class."""
 
 
 def timm_prefix(shapes: Shapes) -> str | None:
-    """Return the prefix of timm's names; None where there are none."""
+    """Return the prefix of timm's names, or None."""
     return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
 
 
 def timm_source(
     given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """Return the source whose tensors have timm's names.
+    """Return the source for tensors with timm's names.
 
     Args:
-        given: what the run file says.
+        given: folder, file or Hub id from the config.
         place: folder or file.
-        shapes: of the tensors, from a header or of a model without values.
-        fields: `backbone.config` of the run file.
-        facts: None for a bare file.
+        shapes: tensor shapes, from a header or from a model on the meta device.
+        fields: `backbone.config` of the config.
+        facts: settings of the architecture; None for a bare file.
     """
     prefix = timm_prefix(shapes)
     if prefix is None:
@@ -83,7 +83,7 @@ def timm_source(
 
 
 def _refuse_post_norm(given: str, prefix: str, shapes: Shapes) -> None:
-    """Refuse norms behind attention and MLP: they have the names and shapes of those in front; only the size tells."""
+    """Reject post-norm models. They have the names and shapes of pre-norm ones, so only the size identifies them."""
     width = shapes.get(f"{prefix}cls_token", (0,))[-1]
     depth = sum(re.fullmatch(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)
     if (width, depth) in _POST_NORM:
@@ -98,7 +98,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
     scaled = any(f"{prefix}blocks.0.{name}" in shapes for name in ("ls1.gamma", "gamma_1"))
     first, second = (shapes.get(f"{prefix}blocks.0.mlp.{name}.weight", (0, 0)) for name in ("fc1", "fc2"))
     gated = scaled and first[0] == 2 * second[1]
-    # DINOv3's gate has a layer of its own; that of EVA-02, which has a table of positions, is another model's.
+    # DINOv3's gate is a separate layer. So is EVA-02's, but a model with learned position embeddings is not supported.
     own_gate = f"{prefix}reg_token" in shapes and f"{prefix}pos_embed" not in shapes
     return NameMap(
         prefix,
@@ -132,7 +132,7 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
 
 
 def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
-    """Return the source of a folder that timm wrote: `config.json` names the architecture."""
+    """Return the source for a folder written by timm; `config.json` names the architecture."""
     architecture, arguments = str(config["architecture"]), dict(config.get("model_args") or {})
     source, _ = _by_architecture(given, folder, architecture, arguments, fields)
     cfg = config.get("pretrained_cfg") or {}
@@ -142,7 +142,7 @@ def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Map
 def timm_trunk(
     given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> Source:
-    """Return the vision tower of an open_clip model that is one of timm's, below `visual.trunk.`."""
+    """Return the vision tower of an open_clip model with a timm trunk, below `visual.trunk.`."""
     source, shapes = _by_architecture(given, folder, architecture, arguments, fields)
     prefix, ours = "visual.trunk.", token_family(source.config).parts
     names = _names(prefix, {prefix + name: shape for name, shape in shapes.items()})
@@ -158,7 +158,7 @@ def _by_architecture(
 
 @lru_cache(maxsize=8)
 def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes, Facts]:
-    """Return shapes and facts of an architecture, from the model itself, without values."""
+    """Return shapes and settings of an architecture, from the model on the meta device."""
     try:
         import timm
         from timm.models.eva import Eva, EvaBlock
@@ -217,7 +217,7 @@ def _facts(given: str, model: Any) -> Facts:
 
 
 def _turns_as_dinov3(model: Any, rope: Any) -> bool:
-    """Return whether rotary positions are those of the stock DINOv3: of a grid's centres from −1 to 1."""
+    """Return whether rotary positions match the stock DINOv3: patch centers from −1 to 1."""
     from timm.layers import RotaryEmbeddingDinoV3
 
     return (

@@ -1,6 +1,6 @@
-"""Find objects: boxes, classes and masks, by parts of torchvision put together as detectron2 does.
+"""Object detection: boxes, classes and masks, with modules of torchvision assembled as in detectron2.
 
-What finds them is two files that an export carries along. They import nothing of this package.
+The model consists of two files that are copied into exports. They import nothing from this package.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from m3i_scale.objective.detection.configuration_mask_rcnn import MaskRcnnConfig
 from m3i_scale.objective.detection.modeling_mask_rcnn import MaskRcnnForObjectDetection
 
 SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_mask_rcnn.py") for stem in ("configuration", "modeling"))
-"""What a folder needs so that a `transformers` without this package loads it, with `trust_remote_code`."""
+"""Files that `transformers` needs to load the model without this package, with `trust_remote_code`."""
 AUTO_MAP = {
     "AutoConfig": f"{SOURCE_FILES[0].stem}.{MaskRcnnConfig.__name__}",
     "AutoModelForObjectDetection": f"{SOURCE_FILES[1].stem}.{MaskRcnnForObjectDetection.__name__}",

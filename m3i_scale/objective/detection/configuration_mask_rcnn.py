@@ -11,12 +11,12 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 @dataclass(frozen=True)
 class RegionFields:
-    """Says how anchors propose regions; pairs of numbers hold in training and outside of it."""
+    """Settings of region proposals; pairs of numbers are for training and inference."""
 
     sizes: Sequence[float] | None
-    """Sides of the anchors in pixels, by level; None: eight times the stride of the level."""
+    """Sizes of the anchors in pixels, by level; None: eight times the stride of the level."""
     ratios: Sequence[float]
-    """Height over width of the anchors."""
+    """Aspect ratios (height over width) of the anchors."""
     convs: int
     before_nms: tuple[int, int]
     after_nms: tuple[int, int]
@@ -25,7 +25,7 @@ class RegionFields:
 
 @dataclass(frozen=True)
 class HeadFields:
-    """Says what the modules of the head are made of, and what counts as found."""
+    """Settings of the head's modules and of its detections."""
 
     regions: RegionFields
     masks: bool
@@ -38,7 +38,7 @@ class HeadFields:
     mask_convs: int
     box_side: int
     mask_side: int
-    """Sides of what RoIAlign cuts out; masks have twice that."""
+    """Resolutions of RoIAlign; masks have twice that."""
     sampling_ratio: int
     aligned: bool
     box_weights: tuple[float, float, float, float]
@@ -47,15 +47,15 @@ class HeadFields:
     classifier: str
     """softmax or sigmoid."""
     score_above: float
-    """Lowest score of a detection."""
+    """Minimum score of a detection."""
     nms_iou: float
-    """Of two detections of a class that overlap by more, one goes."""
+    """IoU threshold of non-maximum suppression within a class."""
     detections: int
-    """Of an image at most."""
+    """Maximum number of detections per image."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> HeadFields:
-        """Return those of values by name, which may have others, too."""
+        """Return the settings from a dictionary, which may have other keys too."""
         regions = values["regions"]
         read = {field.name: values[field.name] for field in fields(cls)}
         read["regions"] = RegionFields(**{field.name: regions[field.name] for field in fields(RegionFields)})
@@ -63,13 +63,13 @@ class HeadFields:
 
 
 class MaskRcnnConfig(PretrainedConfig):
-    """Holds the shape of a Mask R-CNN, and what it counts as found.
+    """Configuration of a Mask R-CNN model.
 
     Args:
-        backbone_config: of a ViT, DINOv2 or vision model of CLIP, or its values.
+        backbone_config: configuration (or its values) of a ViT, DINOv2 or CLIP vision model.
         head: values of `HeadFields`.
-        windows: side in tokens of the windows of every layer; that of the image where it sees all of it.
-        relative_positions: attention knows how far apart two tokens are.
+        windows: attention window size of every layer in tokens; the grid size means global attention.
+        relative_positions: whether attention uses relative position embeddings.
     """
 
     model_type = "vitdet_mask_rcnn"

@@ -1,4 +1,4 @@
-"""Compare every class by itself: sigmoids, and the federated loss for sets whose images are not labelled with all."""
+"""Sigmoid losses per class, and the federated loss for datasets with incompletely labeled images."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import Tensor
 
 
 def class_weights(image_counts: Sequence[int], power: float) -> Tensor:
-    """Return how often a class is drawn, by the number of images that it is in: float32 (K)."""
+    """Return the sampling weight of every class from its number of images: float32 (K)."""
     return torch.tensor(image_counts, dtype=torch.float32) ** power
 
 
 def federated_classes(labels_R: Tensor, count: int, weights_K: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the classes that the regions of one image train: their own, and others up to `count`, each once.
-
-    The ground counts as a class of their own, where a region is of it, as in detectron2.
+    """Return the classes trained by the regions of one image: their classes, and sampled ones up to `count`, without
+    repeats. The background counts as a class if a region belongs to it, as in detectron2.
 
     Args:
-        labels_R: classes of the regions, K for the ground.
-        count: of the classes.
-        weights_K: how often a class is drawn.
-        generator: draws.
+        labels_R: classes of the regions, K for the background.
+        count: number of classes.
+        weights_K: sampling weights.
+        generator: random generator.
     """
     own: Tensor = labels_R.unique()
     missing = count - len(own)
@@ -35,12 +34,12 @@ def federated_classes(labels_R: Tensor, count: int, weights_K: Tensor, generator
 
 
 def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Return the sum over regions and classes of the binary cross-entropy.
+    """Return the binary cross-entropy, summed over regions and classes.
 
     Args:
-        logits_RK: (R, K + 1); the last one, of the ground, is not read.
-        labels_R: classes, K for the ground.
-        classes: those that count; None: all.
+        logits_RK: (R, K + 1); the last one, of the background, is unused.
+        labels_R: classes, K for the background.
+        classes: classes to include; None: all.
     """
     count = logits_RK.shape[1]
     truth_RK = F.one_hot(labels_R, count)[:, :-1].to(logits_RK.dtype)

@@ -1,8 +1,8 @@
-"""Compare what a Mask R-CNN predicts with the objects of the images.
+"""Losses of a Mask R-CNN.
 
-detectron2 divides by what lies on one rank and averages over ranks; here it is what lies on all ranks. The two are the
-same on one rank, and where all ranks have as many regions and objects; but a batch is one here, however it is dealt. So
-is chance: it is that of the sample, by its seed, and not that of the rank.
+detectron2 normalizes by counts of one rank and averages over ranks; here counts are over all ranks. Both are equal for
+one rank, or if all ranks have the same number of regions and objects. Here, results do not depend on the distribution
+of a batch over ranks. Random numbers depend on the seed of a sample for the same reason.
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import has_area
 
 @dataclass(frozen=True)
 class Objects:
-    """Holds what is to be found on the B square images of a micro-batch."""
+    """Ground-truth objects of the B square images of a micro-batch."""
 
     boxes_BN4: Tensor
     """float32: x1, y1, x2, y2 in pixels of the padded image."""
     labels_BN: Tensor
     """int64: classes; −1 is padding."""
     masks_BNMM: Tensor | None
-    """uint8: the part of an object's mask in its box, resized to M × M; None where the set has boxes alone."""
+    """uint8: masks within the boxes, resized to M × M; None if the dataset only has boxes."""
     sizes_B2: Tensor
     """float32: height and width of an image before padding."""
     seeds_B: Tensor
-    """int64: of the samples, on the host; regions and classes are drawn by them."""
+    """int64: seeds of the samples, on the CPU, from which regions and classes are drawn."""
 
     def on(self, image: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return boxes (N, 4), classes and masks of the objects of an image. What has no area is none, as padding."""
+        """Return boxes (N, 4), classes and masks of the objects of an image, without padding and boxes of zero area."""
         boxes_N4 = self.boxes_BN4[image].float()
-        # Numbers once, and not a mask in every index: to find out how many there are is to wait for the device.
+        # Indices once instead of boolean masks: finding the number of objects synchronizes with the device.
         (place_O,) = ((self.labels_BN[image] >= 0) & has_area(boxes_N4)).nonzero(as_tuple=True)
         masks_OMM = None if self.masks_BNMM is None else self.masks_BNMM[image][place_O]
         return boxes_N4[place_O], self.labels_BN[image][place_O], masks_OMM
 
     def generators(self) -> list[torch.Generator]:
-        """Return, by image, what draws for it."""
+        """Return one random generator per image."""
         return [torch.Generator(self.boxes_BN4.device).manual_seed(seed) for seed in self.seeds_B.tolist()]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Holds the regions of an image that are trained on, objects first."""
+    """Regions of an image selected for training, objects first."""
 
     boxes_R4: Tensor
     labels_R: Tensor
-    """K for the ground."""
+    """K for the background."""
     objects_P: Tensor
-    """Which objects of the image the first P regions are."""
+    """Object index of the first P regions."""
     truth_P4: Tensor
-    """The boxes of those objects."""
+    """Boxes of these objects."""
     masks_PMM: Tensor | None = None
-    """Their masks."""
+    """Masks of these objects."""
     drawn_C: Tensor | None = None
-    """Of a federated loss: the classes that count."""
+    """Classes included in a federated loss."""
 
 
 def box_loss(deltas_N4: Tensor, boxes_N4: Tensor, truth_N4: Tensor, coder: BoxCoder, beta: float) -> Tensor:
-    """Return the sum of how far predicted moves are from those that are right."""
+    """Return the smooth L1 loss between predicted and true box deltas, summed."""
     return F.smooth_l1_loss(deltas_N4, coder.encode_single(truth_N4, boxes_N4), reduction="sum", beta=beta)
 
 
 @torch.no_grad()
 def match_anchors(regions: Regions, anchors_N4: Tensor, boxes_O4: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what every anchor is, 1 an object, 0 ground and −1 neither, and the box that it is matched with (N, 4)."""
+    """Return the state of every anchor (1 object, 0 background, −1 ignored), and its matched box (N, 4)."""
     if not len(boxes_O4):
         return anchors_N4.new_zeros(len(anchors_N4), dtype=torch.int64), anchors_N4
     matcher = Matcher(regions.positive_iou, regions.negative_iou, allow_low_quality_matches=True)
@@ -85,7 +85,7 @@ def match_anchors(regions: Regions, anchors_N4: Tensor, boxes_O4: Tensor) -> tup
 def draw(
     positive_N: Tensor, negative_N: Tensor, count: int, fraction: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return numbers of positive candidates, up to a fraction of the count, and of negative ones for the rest."""
+    """Sample indices of positive candidates, up to a fraction of the count, and fill up with negative ones."""
     (positive_P,), (negative_Q,) = positive_N.nonzero(as_tuple=True), negative_N.nonzero(as_tuple=True)
     first_P, first_Q = (
         torch.randperm(len(number), device=number.device, generator=generator) for number in (positive_P, negative_Q)
@@ -102,15 +102,15 @@ def region_losses(
     boxes: Sequence[Tensor],
     generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """Return the RPN's losses, of what is an object and of boxes, over as many anchors as are asked for of an image.
+    """Return the RPN's objectness and box losses, normalized by the number of sampled anchors.
 
     Args:
-        spec: how many anchors, and how boxes are compared.
-        logits_BN: whether an anchor is an object.
-        deltas_BN4: how it is moved.
-        anchors_N4: of all levels.
-        boxes: of the objects, by image (M, 4).
-        generators: draw, by image.
+        spec: numbers of anchors and box loss settings.
+        logits_BN: objectness of the anchors.
+        deltas_BN4: box deltas of the anchors.
+        anchors_N4: anchors of all levels.
+        boxes: boxes of the objects by image (M, 4).
+        generators: random generator by image.
     """
     regions, coder = spec.regions, BoxCoder((1.0, 1.0, 1.0, 1.0))
     objectness, moves = logits_BN.sum() * 0, deltas_BN4.sum() * 0
@@ -136,14 +136,14 @@ def choose_regions(
     classes: int,
     generator: torch.Generator,
 ) -> Chosen:
-    """Return the regions of an image that are trained on.
+    """Select the regions of an image for training.
 
     Args:
-        regions: how many, and what makes one an object.
-        proposals_R4: the objects' own boxes are joined to them.
-        objects: of `Objects.on`.
-        classes: K, the class of the ground.
-        generator: draws.
+        regions: number of regions and IoU thresholds.
+        proposals_R4: proposals; the ground-truth boxes are appended.
+        objects: result of `Objects.on`.
+        classes: K, the class of the background.
+        generator: random generator.
     """
     boxes_O4, labels_O, masks_OMM = objects
     boxes_R4 = torch.cat([proposals_R4, boxes_O4])
@@ -159,7 +159,7 @@ def choose_regions(
 
 
 def counted_regions(regions: Regions, objects: Objects) -> Chosen:
-    """Return as many regions as are trained on at most, where there are no values."""
+    """Return the maximum number of training regions, for meta tensors."""
     count, positives = regions.per_image, int(regions.per_image * regions.positive_fraction)
     numbers, boxes = torch.zeros(count, dtype=torch.int64, device="meta"), torch.zeros(count, 4, device="meta")
     masks_PMM = None if objects.masks_BNMM is None else objects.masks_BNMM[0][numbers[:positives]]
@@ -168,13 +168,13 @@ def counted_regions(regions: Regions, objects: Objects) -> Chosen:
 
 @torch.no_grad()
 def masks_in(masks_RMM: Tensor, own_R4: Tensor, boxes_R4: Tensor, side: int) -> Tensor:
-    """Return what regions show of masks that are kept in the boxes of their objects: 0 or 1, fp32 (R, side, side).
+    """Return target masks of regions, cropped from the masks of their objects: 0 or 1, fp32 (R, side, side).
 
     Args:
-        masks_RMM: of the objects, in their boxes.
-        own_R4: those boxes.
+        masks_RMM: masks of the objects, within their boxes.
+        own_R4: boxes of the objects.
         boxes_R4: the regions.
-        side: of the result.
+        side: resolution of the result.
     """
     corner_R2, extent_R2 = own_R4[:, :2], (own_R4[:, 2:] - own_R4[:, :2]).clamp(min=1e-3)
     in_mask_R22 = (boxes_R4.unflatten(1, (2, 2)) - corner_R2[:, None]) / extent_R2[:, None] * masks_RMM.shape[-1]

@@ -1,4 +1,4 @@
-"""Put a Mask R-CNN together on a backbone, and compute its losses."""
+"""Mask R-CNN on a backbone, with its losses."""
 
 from __future__ import annotations
 
@@ -43,20 +43,19 @@ from m3i_scale.objective.ranks import Ranks
 
 
 class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
-    """Learns to find objects on square images, padded at the right and at the bottom.
+    """Trainable Mask R-CNN for square images, padded at the right and at the bottom.
 
-    Its modules compute in the engine's type, and in fp32: what is predicted, anchors, boxes, RoIAlign and losses.
+    Modules compute in the engine's dtype; predictions, anchors, boxes, RoIAlign and losses are fp32.
 
     Args:
-        spec: of the run file.
-        backbone: f_θ; a plain Transformer gets its attention from here.
+        spec: head section of the config.
+        backbone: f_θ; if it is a plain Transformer, this head replaces its attention function.
         classes: K.
-        ranks: losses are divided by what all of them have.
-        image_counts: of a federated loss: in how many images for training a class is, by class; only read where that
-            is computed.
+        ranks: ranks over which losses are normalized.
+        image_counts: number of training images per class. Only read by a federated loss.
 
     Raises:
-        ConfigError: the parts do not fit together.
+        ConfigError: the head and the backbone are incompatible.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         self.drawn_by = _drawn_by(spec, classes, image_counts)
 
     def backbone_layers(self) -> dict[str, int]:
-        """Return the layer of the backbone, from 0, at whose rate parameters of this module learn."""
+        """Return the backbone layer, from 0, of which each parameter of this module gets the learning rate."""
         if self.windows is None:
             return {}
         return {
@@ -94,25 +93,25 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         }
 
     def read(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the backbone's map of normalised images (B, D, H, W), or those of its four stages."""
+        """Return the backbone's map for normalized images (B, D, H, W), or the maps of its four stages."""
         if self.windows is not None:
             plain = cast(TokenBackbone, backbone)
             return [self.windows(plain.layers, plain.embed(images_BCHW)[1])]
         return cast(MapBackbone, backbone).stage_maps(images_BCHW)
 
     def levels(self, maps: list[Tensor]) -> list[Tensor]:
-        """Return the maps of five levels (B, C, H, W)."""
+        """Return the feature maps of five levels (B, C, H, W)."""
         levels: list[Tensor] = self.pyramid(maps)
         return levels
 
     def losses(self, levels: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
         """Return this rank's share of every loss, fp32; the mean over ranks is the loss of the global batch.
 
-        Every parameter has a gradient, zero where a batch has no object. The loss of the model is their sum.
+        Every parameter has a gradient, which is zero if a batch has no object. The loss of the model is their sum.
 
         Args:
-            levels: of `encode`.
-            objects: to be found.
+            levels: result of `encode`.
+            objects: ground truth.
         """
         spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
         logits, deltas, places = self.predict_regions(levels)
@@ -159,8 +158,8 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, weights_K, generator))
 
     def _class_loss(self, logits_RK: Tensor, chosen: Sequence[Chosen]) -> Tensor:
-        """Return the sum over regions. A federated loss draws its classes image by image, as published runs did with
-        one image on a GPU."""
+        """Return the sum over regions. Federated losses sample classes per image (published runs: one image per
+        GPU)."""
         if self.spec.classifier == "softmax":
             return F.cross_entropy(logits_RK, torch.cat([one.labels_R for one in chosen]), reduction="sum")
         by_image = logits_RK.split([len(one.labels_R) for one in chosen])
@@ -170,7 +169,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return torch.stack(parts).sum()
 
     def _box_loss(self, deltas_RK4: Tensor, chosen: Sequence[Chosen]) -> Tensor:
-        """Return the sum over the regions that are objects."""
+        """Return the sum over object regions."""
         parts = []
         for deltas_SK4, one in zip(deltas_RK4.split([len(one.labels_R) for one in chosen]), chosen, strict=True):
             place_P = torch.arange(len(one.objects_P), device=deltas_SK4.device)
@@ -181,7 +180,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return torch.stack(parts).sum()
 
     def _mask_loss(self, head: MaskHead, maps: Sequence[Tensor], chosen: Sequence[Chosen]) -> Tensor:
-        """Return the sum over the regions that are objects of the mean over pixels."""
+        """Return the sum over object regions of the mean over pixels."""
         boxes = [one.boxes_R4[: len(one.objects_P)] for one in chosen]
         labels_P = torch.cat([one.labels_R[: len(one.objects_P)] for one in chosen])
         logits_PMM = head(cut_out(self.head, maps, self.strides, boxes, self.spec.mask_side), labels_P)
@@ -195,7 +194,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
 
 
 def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) -> Tensor | None:
-    """Return how often a federated loss draws a class."""
+    """Return the class sampling weights of a federated loss."""
     if spec.federated_classes is None or image_counts is None:
         return None
     there = sum(count > 0 for count in image_counts)

@@ -1,7 +1,7 @@
-"""Mask R-CNN on a plain Transformer, as ViTDet has it (Li et al., ECCV 2022), by parts of torchvision.
+"""Mask R-CNN on a plain Transformer, as in ViTDet (Li et al., ECCV 2022), with modules of torchvision.
 
-Modules compute in their own type. What is predicted, anchors, boxes and RoIAlign are fp32 whatever that is, since a box
-in bf16 would be off by pixels.
+Modules compute in their dtype. Predictions, anchors, boxes and RoIAlign are always fp32, since a box in bf16 would be
+off by pixels.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from transformers.utils import ModelOutput
 from .configuration_mask_rcnn import HeadFields, MaskRcnnConfig, RegionFields
 
 STRIDES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the levels, in patches of the backbone."""
+"""Strides of the levels, in patches of the backbone."""
 KERNEL = "vitdet_windows"
-"""Name of the attention function among those of `transformers`."""
+"""Name of the attention function in `transformers`."""
 _ANCHOR_STRIDES = 8
-"""Side of the anchors of a level in its strides (`scales` of mmdetection); neighbours overlap, whatever the image."""
+"""Anchor size of a level in strides (`scales` of mmdetection). Neighbors overlap for any image size."""
 _CANONICAL_SIDE, _CANONICAL_STRIDE = 224, 16
-"""A region as large as an image of ImageNet is cut out of the level of this stride (FPN, equation 1)."""
+"""A region with the size of an ImageNet image is assigned to the level of this stride (FPN, equation 1)."""
 
 
 class WindowAttention(nn.Module):
-    """Lets the tokens of one layer attend within windows, or within the whole image."""
+    """Attention of one layer within windows, or over the full image."""
 
     def __init__(self, side: int, window: int, head_width: int, *, relative: bool) -> None:
         super().__init__()
@@ -42,16 +42,16 @@ class WindowAttention(nn.Module):
         count = 2 * window - 1
         self.rows = nn.Parameter(torch.zeros(count, head_width)) if relative else None
         self.columns = nn.Parameter(torch.zeros(count, head_width)) if relative else None
-        """What a query is multiplied with, by distance."""
+        """Relative position embeddings, multiplied with queries, by distance."""
 
     def reset_parameters(self) -> None:
-        """Start without an effect of distance."""
+        """Initialize with zeros: no effect of distance."""
         for table in (self.rows, self.columns):
             if table is not None:
                 nn.init.zeros_(table)
 
     def forward(self, module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float) -> Tensor:
-        """Return what tokens read: (B, N, heads, D) of queries, keys and values (B, heads, N, D)."""
+        """Return the attention output (B, N, heads, D) for queries, keys and values (B, heads, N, D)."""
         query, key, value = (
             self._split(x, getattr(module, name).bias)
             for x, name in ((query, "q_proj"), (key, "k_proj"), (value, "v_proj"))
@@ -61,9 +61,9 @@ class WindowAttention(nn.Module):
         return self._joined(read)
 
     def _split(self, x_BHND: Tensor, bias: Tensor | None) -> Tensor:
-        """Return (windows · B, heads, tokens of a window, D).
+        """Split tokens into windows: (windows · B, heads, tokens of a window, D).
 
-        Windows over the edge are filled with what the layer makes of zeros, which tokens attend to: so ViTDet does.
+        Windows across the border are padded with projections of zeros, to which tokens attend, as in ViTDet.
         """
         batch, heads, _, width = x_BHND.shape
         x: Tensor = x_BHND.unflatten(2, (self.side, self.side))
@@ -85,7 +85,7 @@ class WindowAttention(nn.Module):
         return x[:, : self.side, : self.side].flatten(1, 2)
 
     def _distances(self, query: Tensor) -> Tensor | None:
-        """Return what is added to the products of queries and keys."""
+        """Return the additive relative position bias of attention scores."""
         if self.rows is None or self.columns is None:
             return None
         places = torch.arange(self.window, device=query.device)
@@ -107,7 +107,7 @@ def _attend(
     windows: WindowAttention | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as a layer of `transformers` asks for it; without windows as SDPA does."""
+    """Attention function for layers of `transformers`; without windows, plain SDPA."""
     if windows is None or scaling is None:
         read, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -120,8 +120,8 @@ AttentionInterface.register(KERNEL, _attend)
 
 
 class WindowedLayers(nn.Module):
-    """Runs the layers of a plain Transformer without its class token, each within its windows. What splits, adds and
-    joins is the attention function that the stock layers call, so they have to be built with `KERNEL`."""
+    """The layers of a plain Transformer without class token, each with windowed attention. The attention function of
+    the stock layers splits and joins windows, so layers must be built with `KERNEL`."""
 
     def __init__(self, side: int, windows: Sequence[int], head_width: int, *, relative: bool) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class WindowedLayers(nn.Module):
         self.layers = nn.ModuleList(WindowAttention(side, window, head_width, relative=relative) for window in windows)
 
     def forward(self, layers: Iterable[nn.Module], tokens_BND: Tensor) -> Tensor:
-        """Return the last layer's map before the last norm, (B, D, H, W), of embedded patches (B, H · W, D)."""
+        """Return the last layer's map before the final norm, (B, D, H, W), for embedded patches (B, H · W, D)."""
         for layer, windows in zip(layers, self.layers, strict=True):
             tokens_BND = layer(tokens_BND, None, windows=windows)
         map_BDHW: Tensor = tokens_BND.transpose(1, 2).unflatten(2, (self.side, self.side))
@@ -137,7 +137,7 @@ class WindowedLayers(nn.Module):
 
 
 class MapNorm(nn.Module):
-    """Normalises the channels at every place, in fp32."""
+    """LayerNorm over channels at every position, in fp32."""
 
     eps = 1e-6
 
@@ -147,12 +147,12 @@ class MapNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def reset_parameters(self) -> None:
-        """Set scale 1 and offset 0."""
+        """Initialize scale with 1 and offset with 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the same shape and type."""
+        """Normalize a map; shape and dtype do not change."""
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).float()
         normed_BHWC = F.layer_norm(x_BHWC, x_BHWC.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
         return normed_BHWC.permute(0, 3, 1, 2).to(x_BCHW.dtype)
@@ -163,7 +163,7 @@ def _norm(channels: int, there: bool) -> list[nn.Module]:
 
 
 class SimplePyramid(nn.Module):
-    """Scales the map of a plain Transformer ×4, ×2, ×1 and ×½, and takes every second place of the last."""
+    """Simple feature pyramid of ViTDet: scales ×4, ×2, ×1 and ×½, and a stride-2 subsampling of the last level."""
 
     def __init__(self, width: int, channels: int, *, norm: bool) -> None:
         super().__init__()
@@ -187,21 +187,21 @@ class SimplePyramid(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return five maps (B, C, H, W), the largest first, of one."""
+        """Return five maps (B, C, H, W) from one, the largest first."""
         (map_BDHW,) = maps
         levels = [level(map_BDHW) for level in self.levels]
         return [*levels, levels[-1][:, :, ::2, ::2]]
 
 
 class _Predictor(nn.Conv2d):
-    """Predicts numbers at every place, in fp32."""
+    """A 1 × 1 convolution in fp32."""
 
     def __init__(self, channels: int, outputs: int, *, std: float) -> None:
         self.std = std
         super().__init__(channels, outputs, kernel_size=1)
 
     def reset_parameters(self) -> None:
-        """Draw small first values."""
+        """Initialize with small weights."""
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -213,14 +213,14 @@ class _Predictor(nn.Conv2d):
 
 
 class _Conv(nn.Conv2d):
-    """Convolves 3 × 3 places; all of the RPN starts small, other heads from what keeps gradients behind a ReLU."""
+    """A 3 × 3 convolution. The RPN starts with small weights, other heads with Kaiming initialization for ReLU."""
 
     def __init__(self, channels: int, *, bias: bool = True, small: bool = False) -> None:
         self.small = small
         super().__init__(channels, channels, 3, padding=1, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Draw first values."""
+        """Initialize weights (normal or Kaiming) and biases (0)."""
         if self.small:
             nn.init.normal_(self.weight, std=0.01)
         else:
@@ -230,26 +230,26 @@ class _Conv(nn.Conv2d):
 
 
 class _Doubled(nn.ConvTranspose2d):
-    """Doubles the side of maps, and starts as the convolutions of heads do."""
+    """A transposed convolution that doubles the resolution; initialized as the convolutions of heads."""
 
     def reset_parameters(self) -> None:
-        """Draw first values."""
+        """Initialize weights (Kaiming) and biases (0)."""
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 class _Hidden(nn.Linear):
-    """Multiplies, and starts from what keeps the variance of its input."""
+    """A linear layer with initialization that preserves the variance of its input."""
 
     def reset_parameters(self) -> None:
-        """Draw first values."""
+        """Initialize weights (Kaiming uniform) and biases (0)."""
         nn.init.kaiming_uniform_(self.weight, a=1)
         nn.init.zeros_(self.bias)
 
 
 class RegionHead(nn.Module):
-    """Says of every anchor whether it is an object, and how it is moved (RPN)."""
+    """RPN head: objectness and box deltas of every anchor."""
 
     def __init__(self, regions: RegionFields, channels: int) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class RegionHead(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Classifies regions, and moves their boxes."""
+    """Classification and box regression of regions."""
 
     def __init__(self, spec: HeadFields, classes: int) -> None:
         super().__init__()
@@ -281,14 +281,14 @@ class BoxHead(nn.Module):
         self.deltas = _Predictor(width, 4 * (1 if spec.class_agnostic_boxes else classes), std=0.001)
 
     def forward(self, cut_RCSS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (R, K + 1), of the ground last, and deltas (R, K or 1, 4)."""
+        """Return logits (R, K + 1), with the background last, and deltas (R, K or 1, 4)."""
         hidden_RD = self.linears(self.convs(_as(cut_RCSS, self)).flatten(1))
         logits_RK, deltas_RN = (part(hidden_RD[..., None, None]).flatten(1) for part in (self.classes, self.deltas))
         return logits_RK, deltas_RN.unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Module):
-    """Predicts the mask in regions, by class."""
+    """Mask prediction in regions, by class."""
 
     def __init__(self, spec: HeadFields, classes: int) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class MaskHead(nn.Module):
         self.masks = _Predictor(spec.channels, 1 if spec.class_agnostic_masks else classes, std=0.001)
 
     def forward(self, cut_RCSS: Tensor, labels_R: Tensor) -> Tensor:
-        """Return the logits of the masks of classes: (R, M, M)."""
+        """Return mask logits for the given classes: (R, M, M)."""
         logits_RKMM: Tensor = self.masks(F.relu(self.doubled(self.convs(_as(cut_RCSS, self)))))
         one = logits_RKMM.shape[1] == 1
         number_R = torch.arange(len(labels_R), device=labels_R.device)
@@ -313,20 +313,19 @@ def _convolutions(spec: HeadFields, count: int) -> nn.Sequential:
 
 
 def _as(x: Tensor, module: Any) -> Tensor:
-    """Return a tensor in the compute type of a module."""
     return x.to(next(module.parameters()).dtype)
 
 
 def anchors(
     regions: RegionFields, sides: Sequence[tuple[int, int]], strides: Sequence[float], like: Tensor
 ) -> list[Tensor]:
-    """Return the anchors of every level, (H · W · A, 4), round the upper left corner of every place.
+    """Return the anchors of every level, (H · W · A, 4), around the upper left corner of every position.
 
     Args:
-        regions: sizes and ratios.
+        regions: sizes and aspect ratios.
         sides: rows and columns of every level.
-        strides: of every level in pixels.
-        like: a tensor on the device.
+        strides: stride of every level in pixels.
+        like: a tensor on the target device.
     """
     found = []
     sizes = regions.sizes or [_ANCHOR_STRIDES * stride for stride in strides]
@@ -353,15 +352,15 @@ def propose(
     *,
     training: bool,
 ) -> list[Tensor]:
-    """Return the best regions of every image (R, 4), at most `after_nms`.
+    """Return the top regions of every image (R, 4), at most `after_nms`.
 
     Args:
-        regions: how many, and what overlaps.
-        logits: by level, whether an anchor is an object (B, N).
-        deltas: by level, how it is moved (B, N, 4).
-        anchors: by level (N, 4).
+        regions: number of regions and NMS threshold.
+        logits: objectness of anchors by level (B, N).
+        deltas: box deltas of anchors by level (B, N, 4).
+        anchors: anchors by level (N, 4).
         sizes: height and width of every image before padding.
-        training: which of the numbers hold.
+        training: whether to use the numbers for training.
     """
     coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     boxes, scores, levels = [], [], []
@@ -387,16 +386,16 @@ def propose(
 def cut_out(
     spec: HeadFields, levels: Sequence[Tensor], strides: Sequence[float], boxes: Sequence[Tensor], side: int
 ) -> Tensor:
-    """Return what lies in regions, each from the level of its size: fp32 (R, C, side, side).
+    """Crop regions with RoIAlign, each from the level of its size: fp32 (R, C, side, side).
 
-    Every level has part in the result, with a gradient of zero where no region is of its size.
+    Every level is part of the result, with a gradient of zero if no region has its size.
 
     Args:
-        spec: how they are sampled.
+        spec: sampling settings.
         levels: maps (B, C, H, W) in fp32, the largest first.
-        strides: in pixels, of them and of what follows.
-        boxes: by image (R, 4).
-        side: of the result.
+        strides: strides of the levels in pixels; further ones are ignored.
+        boxes: regions by image (R, 4).
+        side: resolution of the result.
     """
     image_R1 = torch.cat([box_R4.new_full((len(box_R4), 1), number) for number, box_R4 in enumerate(boxes)])
     rois_R5 = torch.cat([image_R1, torch.cat(list(boxes))], dim=1)
@@ -415,9 +414,9 @@ def choose(spec: HeadFields, scores_RK: Tensor, boxes_RK4: Tensor, size: tuple[f
     """Return boxes (N, 4), scores and classes of the detections of an image, the best first.
 
     Args:
-        spec: lowest score, overlap and number.
-        scores_RK: of the regions, by class.
-        boxes_RK4: of the regions, by class, or one for all (R, 1, 4).
+        spec: minimum score, NMS threshold and number of detections.
+        scores_RK: scores of the regions by class.
+        boxes_RK4: boxes of the regions by class, or class-agnostic ones (R, 1, 4).
         size: height and width of the image before padding.
     """
     finite_R = boxes_RK4.flatten(1).isfinite().all(dim=1) & scores_RK.isfinite().all(dim=1)
@@ -430,12 +429,12 @@ def choose(spec: HeadFields, scores_RK: Tensor, boxes_RK4: Tensor, size: tuple[f
 
 
 def scaled(boxes_N4: Tensor, size: tuple[float, float], own: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Return boxes at an image's own size, clipped, and which of them have an area: (N, 4), bool (N).
+    """Scale boxes to the original image and clip them. Return boxes (N, 4) and which have an area, bool (N).
 
     Args:
-        boxes_N4: in the batch's image.
-        size: height and width there, before padding.
-        own: of the image itself.
+        boxes_N4: boxes in the batch's image.
+        size: height and width in the batch's image, before padding.
+        own: height and width of the original image.
     """
     by_y, by_x = own[0] / size[0], own[1] / size[1]
     boxes_N4 = clip_boxes_to_image(boxes_N4 * boxes_N4.new_tensor([by_x, by_y, by_x, by_y]), own)
@@ -443,10 +442,10 @@ def scaled(boxes_N4: Tensor, size: tuple[float, float], own: tuple[float, float]
 
 
 def paste_masks(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the masks of detections as pixels of the image where they are at least one half: bool (N, H, W).
+    """Paste masks of detections into the image, with a threshold of one half: bool (N, H, W).
 
     Args:
-        masks_NMM: soft masks in their boxes.
+        masks_NMM: soft masks within their boxes.
         boxes_N4: x1, y1, x2, y2 in the image.
         size: H and W.
     """
@@ -461,7 +460,7 @@ def paste_masks(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> T
 
 
 def _where(mask_R: Tensor, level: int) -> Tensor:
-    """Return the numbers of regions of a level; where there are no values, all are of the first one."""
+    """Return the indices of regions of a level. On meta tensors, all regions belong to the first level."""
     if mask_R.is_meta:
         return torch.arange(0 if level else len(mask_R), device="meta")
     return mask_R.nonzero()[:, 0]
@@ -474,25 +473,25 @@ def has_area(boxes_N4: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Detections:
-    """Holds what was found on one image, the best first."""
+    """The detections of one image, the best first."""
 
     boxes_N4: Tensor
-    """float32: x1, y1, x2, y2 at the image's own size."""
+    """float32: x1, y1, x2, y2 at the original image size."""
     scores_N: Tensor
     labels_N: Tensor
     masks_NMM: Tensor | None
-    """Soft masks in the boxes, which `paste_masks` puts into the image; None of a Faster R-CNN."""
+    """Soft masks within the boxes, for `paste_masks`; None for a Faster R-CNN."""
 
 
 class MaskRcnnHead(nn.Module):
-    """Finds objects on square images, padded at the right and at the bottom.
+    """Mask R-CNN for square images, padded at the right and at the bottom.
 
     Args:
-        head: of the modules, and of what counts as found.
+        head: settings of modules and detections.
         classes: K.
-        patch_size: of the backbone in pixels.
-        windows: of a plain Transformer.
-        pyramid: makes five levels of the backbone's maps.
+        patch_size: patch size of the backbone in pixels.
+        windows: windowed layers of a plain Transformer.
+        pyramid: converts the backbone's maps to five levels.
     """
 
     def __init__(
@@ -508,12 +507,12 @@ class MaskRcnnHead(nn.Module):
 
     @torch.no_grad()
     def detect(self, levels: Sequence[Tensor], sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-        """Return what is found on every image.
+        """Return the detections of every image.
 
         Args:
             levels: maps (B, C, H, W) of the pyramid.
             sizes_B2: height and width of the images before padding.
-            own_B2: those of the images themselves, which boxes are scaled to.
+            own_B2: height and width of the original images, to which boxes are scaled.
         """
         spec, sizes = self.head, sizes_of(sizes_B2)
         proposals = propose(spec.regions, *self.predict_regions(levels), sizes, training=False)
@@ -537,20 +536,19 @@ class MaskRcnnHead(nn.Module):
         return detections
 
     def predict_regions(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return logits, deltas and anchors by level."""
+        """Return objectness logits, deltas and anchors by level."""
         sides = [(map_BCHW.shape[2], map_BCHW.shape[3]) for map_BCHW in levels]
         return *self.regions(levels), anchors(self.head.regions, sides, self.strides, levels[0])
 
 
 def sizes_of(sizes_B2: Tensor) -> list[tuple[float, float]]:
-    """Return heights and widths as numbers."""
+    """Return heights and widths as Python numbers."""
     return [(float(height), float(width)) for height, width in sizes_B2.tolist()]
 
 
 @dataclass
 class MaskRcnnOutput(ModelOutput):
-    """Holds what was found on a batch of images, the best first. Of images with less than others, the last labels are
-    −1 and the last scores nought."""
+    """The detections of a batch of images, the best first. The padding of an image has label −1 and score 0."""
 
     scores: Tensor | None = None
     """(B, N)."""
@@ -559,11 +557,11 @@ class MaskRcnnOutput(ModelOutput):
     boxes: Tensor | None = None
     """(B, N, 4): x1, y1, x2, y2 in pixels of the image."""
     masks: Tensor | None = None
-    """(B, N, M, M): soft masks in the boxes; see `paste_masks`. None where none are trained."""
+    """(B, N, M, M): soft masks within the boxes; see `paste_masks`. None without a mask head."""
 
 
 def joined(found: Sequence[Detections]) -> MaskRcnnOutput:
-    """Return what was found on several images in one tensor each."""
+    """Combine the detections of several images into padded tensors."""
     masks = [one.masks_NMM for one in found if one.masks_NMM is not None]
     return MaskRcnnOutput(
         scores=pad_sequence([one.scores_N for one in found], batch_first=True),
@@ -574,7 +572,7 @@ def joined(found: Sequence[Detections]) -> MaskRcnnOutput:
 
 
 class MaskRcnnForObjectDetection(PreTrainedModel):
-    """Finds the objects of images by a ViT, DINOv2 or vision model of CLIP and a Mask R-CNN."""
+    """Mask R-CNN with a ViT, DINOv2 or CLIP vision model as backbone."""
 
     config_class = MaskRcnnConfig
     main_input_name = "pixel_values"
@@ -603,12 +601,12 @@ class MaskRcnnForObjectDetection(PreTrainedModel):
         original_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskRcnnOutput:
-        """Return what is found on images (B, 3, S, S), which show something at their upper left.
+        """Detect objects in images (B, 3, S, S), which may be padded at the right and at the bottom.
 
         Args:
-            pixel_values: normalised; nought beyond the image.
-            reshaped_input_sizes: (B, 2), height and width of what they show; None: all of them is shown.
-            original_sizes: (B, 2), those of the images themselves, which boxes are for; None: the same.
+            pixel_values: normalized images; zero in the padding.
+            reshaped_input_sizes: (B, 2), height and width without padding; None: no padding.
+            original_sizes: (B, 2), height and width to which boxes are scaled; None: the same.
         """
         if reshaped_input_sizes is None:
             reshaped_input_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
@@ -617,13 +615,13 @@ class MaskRcnnForObjectDetection(PreTrainedModel):
 
     @torch.no_grad()
     def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-        """Return what is found on every image; arguments as of `forward`."""
+        """Return the detections of every image; for the arguments see `forward`."""
         windows = cast(WindowedLayers, self.detector.windows)
         map_BDHW = windows(*self._embedded(pixels_BCHW.to(self.dtype)))
         return self.detector.detect(self.detector.pyramid([map_BDHW]), sizes_B2, own_B2)
 
     def _embedded(self, pixels_BCHW: Tensor) -> tuple[Iterable[nn.Module], Tensor]:
-        """Return the backbone's layers, and patches as the first of them reads them."""
+        """Return the backbone's layers and the input of the first one."""
         backbone = self.backbone
         tokens_BND = backbone.embeddings(pixels_BCHW)[:, 1:]
         if isinstance(backbone, CLIPVisionModel):

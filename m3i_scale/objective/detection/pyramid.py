@@ -1,4 +1,4 @@
-"""Make maps of five strides for detection of an InternImage's four."""
+"""Feature pyramid of five strides from the four stages of an InternImage."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import MapNorm
 
 
 class _FpnConv(nn.Conv2d):
-    """Convolves, and starts from what torchvision's network does."""
+    """A convolution with the initialization of torchvision's FPN."""
 
     def reset_parameters(self) -> None:
-        """Draw first values."""
+        """Initialize weights (Kaiming uniform) and biases (0)."""
         nn.init.kaiming_uniform_(self.weight, a=1)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 class StagePyramid(nn.Module):
-    """Joins the maps of four stages by a feature pyramid network."""
+    """Feature pyramid network over the maps of four stages."""
 
     def __init__(self, widths: Sequence[int], channels: int, *, norm: bool) -> None:
         super().__init__()
@@ -37,6 +37,6 @@ class StagePyramid(nn.Module):
             block[0] = _FpnConv(conv.in_channels, conv.out_channels, size, padding=padding, bias=conv.bias is not None)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return five maps (B, C, H, W), the largest first, of four."""
+        """Return five maps (B, C, H, W) from four, the largest first."""
         named = OrderedDict((str(number), map_BCHW) for number, map_BCHW in enumerate(maps))
         return list(self.network(named).values())

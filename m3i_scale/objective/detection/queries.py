@@ -1,4 +1,4 @@
-"""Hold the stock RF-DETR of `transformers` without its backbone: projector, queries, decoder and heads."""
+"""RF-DETR of `transformers` without its backbone: projector, queries, decoder and heads."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from transformers.initialization import no_init_weights
 from m3i_scale.config.detection import RfDetr
 
 Prediction: TypeAlias = dict[str, Tensor]
-"""By the stock names: `logits` (B, Q, K); `pred_boxes` (B, Q, 4), centre, width and height as shares of the square;
-`pred_masks` (B, Q, h, w), logits, where there are masks."""
+"""By the names in `transformers`: `logits` (B, Q, K); `pred_boxes` (B, Q, 4), center, width and height relative to the
+square; `pred_masks` (B, Q, h, w), logits, if there is a mask head."""
 BACKBONE = "backbone.backbone."
-"""Before the names of the backbone in the stock `RfDetrModel`."""
+"""Name prefix of the backbone in the `RfDetrModel` of `transformers`."""
 _FIRST_PROBABILITY = 0.01
-"""Of every class."""
+"""Initial probability of every class."""
 
 
 class StockQueries(nn.Module):
-    """Predicts objects from layers of a backbone.
+    """Object queries over backbone layers.
 
     Args:
-        spec: of the run file.
-        width: of the backbone.
-        layers: so many of the backbone are read.
+        spec: head section of the config.
+        width: width of the backbone.
+        layers: number of backbone layers that the head uses.
         classes: K.
     """
 
     def __init__(self, spec: RfDetr, width: int, layers: int, classes: int) -> None:
         super().__init__()
-        # The smallest backbone with so many layers to read: it is built with the rest, and thrown away.
+        # A minimal backbone with this number of output layers: it is built with the model, then discarded.
         smallest = RfDetrDinov2Config(
             hidden_size=width,
             num_hidden_layers=layers,
@@ -47,35 +47,34 @@ class StockQueries(nn.Module):
             mlp_ratio=1,
             out_indices=list(range(1, layers + 1)),
         )
-        with no_init_weights():  # initialised once, later
+        with no_init_weights():  # initialized once, later
             self.model = stock_class(spec)(stock_config(spec, smallest, classes))
         self.detection.model.backbone = _Given(self.detection.model.backbone.projector)
         self._names = {module: name for name, module in self.named_modules()}
         for module in self._names:
-            if isinstance(module, PreTrainedModel):  # each is asked for the first values of its own parts
+            if isinstance(module, PreTrainedModel):  # each of them initializes its modules through this method
                 module._init_weights = self._set_first_values
         for layer in self.detection.model.decoder.layers:
-            layer.called_in_parts = True  # with copies of its parameters, which a recomputation would not have
+            layer.called_in_parts = True  # uses copies of its parameters, which checkpointing would not see
 
     @property
     def detection(self) -> Any:
-        """Return the stock `RfDetrForObjectDetection`, which one for masks holds."""
+        """Return the stock `RfDetrForObjectDetection`, also if it is part of a segmentation model."""
         return self.model if isinstance(self.model, RfDetrForObjectDetection) else self.model.model
 
     def project(self, maps: list[Tensor]) -> Tensor:
-        """Return what queries read of the maps (B, D, H, W) of the layers: (B, C, H, W)."""
+        """Project the layers' maps (B, D, H, W) to the decoder's input: (B, C, H, W)."""
         map_BCHW: Tensor = self.detection.model.backbone.projector(maps)
         return map_BCHW
 
     def forward(self, map_BCHW: Tensor, side: int) -> list[Prediction]:
-        """Return what is predicted behind the last layer of the decoder, behind its other layers, and at the places of
-        the map that queries start from.
+        """Return the predictions of the last decoder layer, of its other layers, and of the encoder's proposals.
 
-        In training, the queries of all groups stand one behind the other.
+        In training, the queries of all groups are concatenated.
 
         Args:
-            map_BCHW: of `project`.
-            side: of the image in pixels.
+            map_BCHW: result of `project`.
+            side: image size in pixels.
         """
         detection, size = self.detection, (side, side)
         output = detection.model(map_BCHW)
@@ -99,9 +98,9 @@ class StockQueries(nn.Module):
         return [predictions[last], *predictions[:last], predictions[-1]]
 
     def _set_first_values(self, module: nn.Module) -> None:
-        """Draw the first values of one module: those that decide where queries look and how sure they are as the rfdetr
-        package does (`models/lwdetr.py`, `models/transformer.py`), which the stock model does not; of other linear
-        layers Xavier's, as the package's decoder has them."""
+        """Initialize one module. Sampling locations and class biases follow the rfdetr package (`models/lwdetr.py`,
+        `models/transformer.py`), unlike the stock model. Other linear layers use Xavier, as in the package's
+        decoder."""
         name = self._names[module]
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight) if name.endswith("query_feat") else nn.init.zeros_(module.weight)
@@ -124,24 +123,24 @@ class StockQueries(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands where the stock model has its backbone, and is given what that and the projector make."""
+    """Placeholder for the stock model's backbone; its input is already the projector's output."""
 
     def __init__(self, projector: nn.Module) -> None:
         super().__init__()
         self.projector = projector
 
     def forward(self, map_BCHW: Tensor, mask_BHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the map, and that queries read all of it."""
+        """Return the map and its mask: queries can attend to all of it."""
         return map_BCHW, mask_BHW.bool()
 
 
 def stock_class(spec: RfDetr) -> Any:
-    """Return the class of `transformers` that a head is the stock model of."""
+    """Return the `transformers` class of the head."""
     return RfDetrForInstanceSegmentation if spec.masks else RfDetrForObjectDetection
 
 
 def stock_config(spec: RfDetr, backbone: RfDetrDinov2Config, classes: int) -> RfDetrConfig:
-    """Return the stock configuration of a head on a backbone; dropout is 0, as in the package."""
+    """Return the `transformers` configuration of a head and a backbone; dropout is 0, as in the package."""
     return RfDetrConfig(
         backbone_config=backbone,
         d_model=spec.channels,
@@ -165,7 +164,7 @@ def stock_config(spec: RfDetr, backbone: RfDetrDinov2Config, classes: int) -> Rf
 
 
 def _rays(heads: int, points: int) -> Tensor:
-    """Return where the heads of a query look at first, in shares of its box: each on a ray of its own."""
+    """Return initial sampling offsets of the heads relative to the query's box; each head has a different ray."""
     angle_H = torch.arange(heads) * (2 * math.pi / heads)
     ray_H2 = torch.stack([angle_H.cos(), angle_H.sin()], dim=-1)
     ray_H2 = ray_H2 / ray_H2.abs().amax(dim=-1, keepdim=True)

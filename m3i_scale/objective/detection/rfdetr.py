@@ -1,8 +1,8 @@
-"""Find objects by queries that a decoder matches with what the image shows: RF-DETR.
+"""RF-DETR: object detection with queries.
 
-Modules, matching and losses are those of `transformers`. It matches and averages over what lies on one rank; here an
-image is compared by itself, with chance by its own seed, and losses are divided by the objects of all ranks, so that a
-batch is one however it is dealt.
+Modules, matching and losses come from `transformers`, which matches and normalizes within one rank. Here, matching and
+random numbers are per image, and losses are normalized by the objects of all ranks. Results do not depend on the
+distribution of a batch over ranks.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ _TERMS = {
     "mask": "loss_mask_ce",
     "dice": "loss_mask_dice",
 }
-"""Terms of the loss, by their stock names."""
+"""Loss terms by their names in `transformers`."""
 _COSTS: dict[str, Any] = {"class_cost": 2, "bbox_cost": 5, "giou_cost": 2}
-"""Of a pair of query and object (rfdetr/main.py: set_cost_class, set_cost_bbox, set_cost_giou)."""
+"""Matching costs of a pair of query and object (rfdetr/main.py: set_cost_class, set_cost_bbox, set_cost_giou)."""
 _FOCAL_ALPHA = 0.25
-"""Share of the score in what a query is to be, beside the overlap (rfdetr/main.py: focal_alpha)."""
+"""Weight of the score in the target of a query; the rest is the overlap (rfdetr/main.py: focal_alpha)."""
 _MASK_POINT_RATIO = 16
-"""Pixels of a mask for every point that is compared (rfdetr/config.py: mask_point_sample_ratio)."""
+"""Mask pixels per sampled point (rfdetr/config.py: mask_point_sample_ratio)."""
 
 
 class RfDetrDetector(ObjectDetector):
-    """Finds objects by queries.
+    """RF-DETR detection head.
 
-    Backbone and projector compute in the engine's type; queries, decoder, heads, boxes and losses in fp32.
+    Backbone and projector compute in the engine's dtype; queries, decoder, heads, boxes and losses in fp32.
 
     Args:
-        spec: of the run file.
+        spec: head section of the config.
         backbone: f_θ.
         classes: K.
-        ranks: losses are divided by what all of them have.
+        ranks: ranks over which losses are normalized.
 
     Raises:
-        ConfigError: the parts do not fit together, or no stock RF-DETR holds the backbone.
+        ConfigError: head and backbone are incompatible, or no stock RF-DETR supports the backbone.
     """
 
     def __init__(self, spec: RfDetr, backbone: Backbone, classes: int, ranks: Ranks) -> None:
@@ -70,27 +70,27 @@ class RfDetrDetector(ObjectDetector):
         self.queries = StockQueries(spec, backbone.width, len(self.layers), classes)
 
     def read(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
-        """Return the maps of the layers that are read, through the last norm: (B, D, H, W) each."""
-        vision = cast(TokenBackbone, backbone)  # `__init__` has refused others
+        """Return the maps of the selected layers after the final norm: (B, D, H, W) each."""
+        vision = cast(TokenBackbone, backbone)  # `__init__` rejects other backbones
         return vision.encode_in_windows(images_BCHW, self.spec.windows, self.layers)
 
     def levels(self, maps: list[Tensor]) -> list[Tensor]:
-        """Return the map that queries read: one (B, C, H, W)."""
+        """Return the decoder's input: one map (B, C, H, W)."""
         return [self.queries.project(maps)]
 
     def losses(self, levels: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
-        """Return the weighted sums of losses over all predictions: of class, box, giou, mask and dice."""
+        """Return the weighted losses, summed over all predictions: class, box, giou, mask and dice."""
         predictions = self.predict(levels)
         groups = self.spec.groups if self.training else 1
         there = [objects.on(image) for image in range(len(levels[0]))]
         own = float(groups * sum(len(labels_N) for _, labels_N, _ in there))
         count = torch.full((), own, device=levels[0].device)
         count = (self.ranks.sum(count) / self.ranks.world_size).clamp(min=1 / self.ranks.world_size)
-        # Every parameter has a part in it, whether there are objects or not.
+        # Every parameter contributes, with or without objects.
         nothing = 0 * torch.stack([part.sum() for prediction in predictions for part in prediction.values()]).sum()
         found = dict.fromkeys(list(_TERMS) if self.spec.masks else list(_TERMS)[:3], nothing)
         if not nothing.is_meta and not nothing.isfinite():
-            return found  # boxes that are no numbers cannot be matched; the loss is none either
+            return found  # non-finite boxes cannot be matched; the loss is not finite either
         parts = [{name: part.split(1) for name, part in prediction.items()} for prediction in predictions]
         devices = [nothing.device] if nothing.is_cuda else []
         with torch.random.fork_rng(devices, enabled=not nothing.is_meta):
@@ -106,19 +106,19 @@ class RfDetrDetector(ObjectDetector):
 
     @torch.no_grad()
     def detect(self, levels: Sequence[Tensor], sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-        """Return the best pairs of query and class of every image. A mask ends where its box does."""
+        """Return the top pairs of query and class of every image. Masks are cropped to their boxes."""
         last, spec = self.predict(levels)[0], self.spec
         return decode_queries(last, sizes_B2, own_B2, self.side, score_above=spec.score_above, most=spec.detections)
 
     def predict(self, levels: Sequence[Tensor]) -> list[Prediction]:
-        """Return all predictions of a map, that of the last layer first; fp32 whatever the type of the parameters."""
+        """Return all predictions of a map, last layer first; fp32 for any dtype of the parameters."""
         (map_BCHW,) = levels
         values = {name: parameter.float() for name, parameter in self.queries.named_parameters()}
         predictions: list[Prediction] = functional_call(self.queries, values, (map_BCHW.float(), self.side))
         return predictions
 
     def _target(self, boxes_N4: Tensor, labels_N: Tensor, masks_NMM: Tensor | None) -> Prediction:
-        """Return the objects of an image as the stock losses take them."""
+        """Return the objects of an image in the format of the stock losses."""
         target = {"class_labels": labels_N, "boxes": box_convert(boxes_N4, "xyxy", "cxcywh") / self.side}
         if self.spec.masks:
             if masks_NMM is None:
@@ -130,10 +130,10 @@ class RfDetrDetector(ObjectDetector):
         """Return the losses of one prediction of an image.
 
         Args:
-            one: of that image alone.
-            target: its objects.
-            groups: of queries.
-            count: what losses are divided by.
+            one: prediction of this image.
+            target: objects of this image.
+            groups: number of query groups.
+            count: divisor of the losses.
         """
         spec = self.spec
         weights = {"class": spec.class_weight, "box": spec.box_weight, "giou": spec.giou_weight}
@@ -142,7 +142,7 @@ class RfDetrDetector(ObjectDetector):
         criterion = RfDetrImageLoss(None, classes, _FOCAL_ALPHA, (), groups, _MASK_POINT_RATIO)
         pairs = [self._match(one, target, groups)]
         losses = {"loss_ce": _class_loss(one, target, pairs[0], count)}
-        if one["logits"].is_meta:  # the stock loss of boxes looks at values
+        if one["logits"].is_meta:  # the stock box loss reads values
             losses |= dict.fromkeys(("loss_bbox", "loss_giou"), one["pred_boxes"][0, pairs[0][0]].sum())
         elif len(target["boxes"]):
             losses |= criterion.loss_boxes(one, [target], pairs, count)
@@ -151,7 +151,7 @@ class RfDetrDetector(ObjectDetector):
         return {term: weights[term] * losses[name] for term, name in _TERMS.items() if name in losses}
 
     def _match(self, one: Prediction, target: Prediction, groups: int) -> tuple[Tensor, Tensor]:
-        """Return which query of every group is which object; where there are no values, the first ones."""
+        """Match queries of every group with objects. On meta tensors, the first ones match."""
         objects = len(target["boxes"])
         if one["logits"].is_meta or not objects:
             number_N = torch.arange(min(objects, self.spec.queries))
@@ -160,7 +160,7 @@ class RfDetrDetector(ObjectDetector):
         if self.spec.masks:
             of_masks = {"cost_mask_class_cost": self.spec.mask_weight, "cost_mask_dice_cost": self.spec.dice_weight}
             matcher = RfDetrHungarianMatcher(**_COSTS, **of_masks, mask_point_sample_ratio=_MASK_POINT_RATIO)
-        (pair,) = matcher(one, [target], groups)  # on the host, where it is found
+        (pair,) = matcher(one, [target], groups)  # on the CPU, where it is computed
         query_N, object_N = torch.stack(pair).to(one["logits"].device, non_blocking=True).unbind()
         return query_N, object_N
 
@@ -168,15 +168,15 @@ class RfDetrDetector(ObjectDetector):
 def decode_queries(
     prediction: Prediction, sizes_B2: Tensor, own_B2: Tensor, side: int, *, score_above: float, most: int
 ) -> list[Detections]:
-    """Return the best pairs of query and class of every image. A mask ends where its box does.
+    """Return the top pairs of query and class of every image. Masks are cropped to their boxes.
 
     Args:
-        prediction: of the last layer of the decoder, one group of queries.
+        prediction: prediction of the last decoder layer, one group of queries.
         sizes_B2: height and width of the images in the square, in pixels.
-        own_B2: those of the images themselves, which boxes are scaled to.
-        side: of the square.
-        score_above: lowest score.
-        most: detections of an image.
+        own_B2: height and width of the original images, to which boxes are scaled.
+        side: size of the square.
+        score_above: minimum score.
+        most: maximum number of detections per image.
     """
     found = []
     sizes, owns = (cast(list[tuple[float, float]], lengths_B2.tolist()) for lengths_B2 in (sizes_B2, own_B2))
@@ -197,8 +197,8 @@ def decode_queries(
 
 
 def _class_loss(one: Prediction, target: Prediction, pair: tuple[Tensor, Tensor], count: Tensor) -> Tensor:
-    """Return the loss of the classes of one image: how sure a query is, and how well its box lies, is what it is to be
-    (rfdetr's `loss_labels`; that of `transformers` takes logarithms of probabilities, which large logits make 0)."""
+    """Return the class loss of one image. The target of a query combines its score and the overlap of its box. Follows
+    rfdetr's `loss_labels`. The loss of `transformers` takes the log of probabilities, which are 0 for large logits."""
     (query_N, object_N), logits_QK = pair, one["logits"][0]
     labels_N, boxes_N4 = target["class_labels"][object_N], target["boxes"][object_N]
     corners_N4, wanted_N4 = (
@@ -215,7 +215,7 @@ def _class_loss(one: Prediction, target: Prediction, pair: tuple[Tensor, Tensor]
 
 
 def read_layers(spec: RfDetr, depth: int) -> tuple[int, ...]:
-    """Return the layers of a backbone that are read, from 1."""
+    """Return the backbone layers that the head uses, from 1."""
     layers = spec.out_layers or tuple(layer + 1 for layer in default_global_layers(depth))
     if layers[-1] != depth:
         raise ConfigError(
@@ -228,11 +228,11 @@ def read_layers(spec: RfDetr, depth: int) -> tuple[int, ...]:
 
 
 def masks_in_boxes(logits_NHW: Tensor, boxes_N4: Tensor) -> Tensor:
-    """Return what masks are in their boxes: probabilities (N, M, M).
+    """Crop masks to their boxes: probabilities (N, M, M).
 
     Args:
-        logits_NHW: of the whole square.
-        boxes_N4: x1, y1, x2, y2 as shares of it.
+        logits_NHW: mask logits of the square.
+        boxes_N4: x1, y1, x2, y2 relative to the square.
     """
     steps_M = (torch.arange(MASK_SIDE, device=boxes_N4.device) + 0.5) / MASK_SIDE
     start_N12, extent_N12 = boxes_N4[:, None, :2], boxes_N4[:, None, 2:] - boxes_N4[:, None, :2]
@@ -244,7 +244,7 @@ def masks_in_boxes(logits_NHW: Tensor, boxes_N4: Tensor) -> Tensor:
 
 
 def _check(spec: RfDetr, backbone: Backbone) -> None:
-    """Refuse a backbone that no stock RF-DETR holds, or that the head does not fit."""
+    """Reject backbones that no stock RF-DETR supports, or that do not match the head."""
     refused = None
     if not isinstance(backbone, TokenBackbone):
         refused = "it reads layers of one grid, and this backbone has maps of several"

@@ -1,4 +1,4 @@
-"""Say within which windows the layers of a plain Transformer attend, and refuse those without an effect."""
+"""Attention windows of the layers of a plain Transformer, with validation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import KERNEL, WindowedLay
 
 
 def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
-    """Return what runs the layers of a plain Transformer as ViTDet does, most of them within windows.
+    """Return windowed layers for a plain Transformer as in ViTDet; most layers use windows.
 
-    Export, layer decay, drop path and activation checkpointing hold as for whole images, since the layers are those of
+    Export, layer decay, drop path and activation checkpointing work as without windows, since the layers are those of
     the stock model.
 
     Args:
-        spec: of the windows.
-        backbone: whose layers are asked; its attention function is set here.
+        spec: window settings.
+        backbone: the Transformer; its attention function is replaced.
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")
@@ -57,8 +57,8 @@ def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
 
 
 def default_windows(side: int) -> Windows:
-    """Return the windows of ViTDet for an image of so many tokens a side; one of less than two windows has neither them
-    nor relative positions, as the backbone itself."""
+    """Return ViTDet's windows for a grid of `side` tokens. Grids smaller than two windows get neither windows nor
+    relative positions, as the backbone."""
     usual = Windows()
     return usual if side >= 2 * usual.size else Windows(size=0, relative_positions=False)
 

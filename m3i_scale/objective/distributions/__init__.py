@@ -1,4 +1,4 @@
-"""Distributions are P̂, one class a kind. Recipes find those that are imported here."""
+"""Distributions P̂, one class per kind. Recipes can use all kinds that are imported here."""
 
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.gaussian import Gaussian

@@ -1,7 +1,7 @@
-"""Distributions of image targets share a base, and losses give back one kind of result.
+"""Base classes of the distributions of image targets, and the result of losses.
 
-All losses are negative log-likelihoods in fp32 and give this rank's share: its mean over ranks is the loss of the
-global batch, and so is that of gradients.
+All losses are negative log-likelihoods in fp32. Each is this rank's share: its mean over ranks is the loss of the
+global batch. The same holds for gradients.
 """
 
 from __future__ import annotations
@@ -22,55 +22,55 @@ if TYPE_CHECKING:
 
 @dataclass
 class Loss:
-    """Holds −log P̂ of one target from one input, with what keeps the target from collapsing."""
+    """−log P̂ of one target from one input, including its collapse prevention."""
 
     value: Tensor
     nats: Tensor | None = None
-    """A lower bound of the information, where the distribution has one."""
+    """A lower bound of the mutual information, if the distribution has one."""
     moments: Moments | None = None
-    """On logged steps, where it has none: what the information is estimated of."""
+    """Moments to estimate the mutual information on logged steps, if there is no bound."""
     remember: Tensor | None = None
-    """Values that the memory of the target's head takes over after the batch."""
+    """Values to store in the memory of the target's head after the batch."""
     watched: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that tell whether the group is alive: see `target_health`."""
+    """Tensors from which `target_health` detects collapse."""
     top_1: Tensor | None = None
-    """Of a target that names classes, outside of training: the share of samples whose class is the likeliest."""
+    """Top-1 accuracy of a classification target in evaluation mode."""
     terms: dict[str, Tensor] = field(default_factory=dict)
-    """Of a loss that is a sum: what it is the sum of, by name."""
+    """Terms of the loss by name, if it is a sum."""
     overlaps_3K: Tensor | None = None
-    """Of a target that counts pixels, outside of training: see `segmentation.overlaps`."""
+    """Pixel counts of a segmentation target in evaluation mode: see `segmentation.overlaps`."""
     detections: list[Detections] | None = None
-    """Of a target that finds objects, outside of training: by sample."""
+    """Detections of a detection target in evaluation mode, by sample."""
 
 
 class Distribution(Kind):
-    """Describes P̂ of an image target; subclasses compute it."""
+    """Base class of P̂ for image targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     bounds_information: ClassVar[bool] = False
-    """Whether every loss comes with a bound in nats. Else they are estimated on logged steps."""
+    """Whether every loss has a bound in nats. Otherwise nats are estimated on logged steps."""
 
 
 class Density(Distribution):
-    """Describes a distribution over vectors: its loss says how far the target lies from its prediction."""
+    """A distribution over vectors; its loss measures the distance between target and prediction."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = Distribution.kinds
 
     @classmethod
     def missing_methods(cls) -> list[str]:
-        """Return what the class must define: `maps` is for patches, `vectors` for pooled targets."""
+        """Return the missing methods: `maps` is for patches, `vectors` for pooled targets; one of them is required."""
         neither = cls.maps is Density.maps and cls.vectors is Density.vectors
         return ["maps or vectors"] if neither else super().missing_methods()
 
     def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
-        """Return −log P̂ per dimension, mean over tokens and samples."""
+        """Return −log P̂ per dimension, averaged over tokens and samples."""
         raise NotImplementedError
 
     def vectors(self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks) -> Tensor:
-        """Return −log P̂ of vectors, compared on the unit sphere: sum over dimensions, mean over samples."""
+        """Return −log P̂ of vectors on the unit sphere: sum over dimensions, mean over samples."""
         raise NotImplementedError
 
 
 def unit(x_BE: Tensor) -> Tensor:
-    """Return rows on the unit sphere, in fp32."""
+    """Normalize rows to unit length, in fp32."""
     return F.normalize(x_BE.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""Compute the Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets: among samples, a queue or prototypes.
+"""The Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets, over samples, a queue or prototypes.
 
 For K candidates, log K − loss is the InfoNCE lower bound on the mutual information in nats.
 """
@@ -18,49 +18,49 @@ from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.schedule import Positive, Scheduled, number
 
 _BLOCK = 2**23
-"""Logits of a queue that are held at a time: 32 MB."""
+"""Maximum number of a queue's logits in memory: 32 MB."""
 
 _SAFE_BOUND = 40.0
-"""Where cosines over the temperature stay within this, exp(logit − bound) neither overflows nor vanishes in fp32."""
+"""If |cosine / temperature| is at most this, exp(logit − bound) neither overflows nor underflows in fp32."""
 
 
 @dataclass(frozen=True)
 class Assigned:
-    """Holds the distributions of a target over K prototypes, and what those of all ranks have in common."""
+    """The distributions of a target over K prototypes, with statistics over all ranks."""
 
     probabilities_NK: Tensor
     share_N: Tensor | None
-    """What every row counts in the loss; None: all alike, 1/N."""
+    """Weight of every row in the loss; None: 1/N each."""
     entropy: Tensor
-    """H of the mean of all rows, in nats."""
+    """Entropy H of the mean over all rows, in nats."""
     counted: Tensor | None
-    """Sum of the shares of a rank, in the mean over ranks; None where they are not given."""
+    """Mean over ranks of the sum of `share_N`, or None without `share_N`."""
 
 
 def assigned(probabilities_NK: Tensor, ranks: Ranks, share_N: Tensor | None = None) -> Assigned:
-    """Return the distributions of a target: one collective, however many inputs predict it."""
+    """Return the distributions of a target. Uses one collective for any number of inputs."""
     mean_K, counted = mean_row(probabilities_NK, share_N, ranks)
     return Assigned(probabilities_NK, share_N, -torch.special.xlogy(mean_K, mean_K).sum(), counted)
 
 
 class Boltzmann(Distribution):
-    """Applies a softmax over candidates of the regulariser. Methods return −log P̂ and its bound in nats."""
+    """A softmax over candidates of the regularizer. Methods return −log P̂ and its bound in nats."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
     temperature: Scheduled[Positive] = 0.07
-    """τ, which is not learnt: a number, or a schedule."""
+    """Fixed temperature τ: a number, or a schedule."""
 
     def among_samples(
         self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks, *, both: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Ask which of the global batch's targets belongs to the prediction (InfoNCE).
+        """Return InfoNCE with the global batch's targets as candidates.
 
         Args:
             prediction_BE: ẑ of this rank's samples.
             target_BE: z of this rank's samples, in the same order.
-            ranks: other ranks, whose samples are negatives too.
-            both: the other samples' predictions are negatives too (NT-Xent of SimCLR).
+            ranks: ranks with additional negatives.
+            both: use the other samples' predictions as negatives too (NT-Xent of SimCLR).
         """
         query_BE, key_BE, temperature = unit(prediction_BE), unit(target_BE), number(self.temperature)
         own_B = torch.arange(len(query_BE), device=query_BE.device) + ranks.rank * len(query_BE)
@@ -75,18 +75,18 @@ class Boltzmann(Distribution):
     def among_queue(
         self, prediction_BE: Tensor, target_BE: Tensor, queue_QE: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Ask which of its own target and those of earlier batches belongs to the prediction (MoCo).
+        """Return InfoNCE with targets of earlier batches as negatives (MoCo).
 
         Args:
             prediction_BE: ẑ of this rank's samples.
             target_BE: z of this rank's samples, in the same order.
             queue_QE: earlier targets, unit vectors.
-            filled: how many rows of the queue count.
+            filled: number of valid rows in the queue.
         """
         temperature = number(self.temperature)
         query_BE, key_BE = unit(prediction_BE) / temperature, unit(target_BE)
         own_B = (query_BE * key_BE).sum(dim=1)
-        # Finite, so that an empty queue leaves no inf − inf behind.
+        # Finite, to avoid inf − inf with an empty queue.
         mask_Q = torch.zeros(len(queue_QE), device=queue_QE.device)
         mask_Q = mask_Q.masked_fill(torch.arange(len(queue_QE), device=queue_QE.device) >= filled, -1e30)
         bound = 1 / temperature if 1 / temperature <= _SAFE_BOUND else None
@@ -94,14 +94,14 @@ class Boltzmann(Distribution):
         return _with_bound(torch.logaddexp(own_B, others_B) - own_B, (filled + 1).log())
 
     def over_prototypes(self, logits_NK: Tensor, target: Assigned) -> tuple[Tensor, Tensor]:
-        """Ask for the target's distribution over K prototypes.
+        """Return the cross-entropy with the target's distribution over K prototypes.
 
-        The information between the input and the target's prototype is at least H(mean target) − loss, which is log K −
-        loss where the prototypes are used evenly.
+        The mutual information between the input and the target's prototype is at least H(mean target) − loss. This
+        equals log K − loss for evenly used prototypes.
 
         Args:
             logits_NK: cosines of the prediction over τ.
-            target: what is predicted.
+            target: the target's distributions.
         """
         loss_N = -(target.probabilities_NK * F.log_softmax(logits_NK.float(), dim=-1)).sum(dim=-1)
         loss = loss_N.mean() if target.share_N is None else (loss_N * target.share_N).sum()
@@ -110,21 +110,20 @@ class Boltzmann(Distribution):
 
 
 def _with_bound(loss_B: Tensor, log_candidates: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return the mean loss, and log K − loss."""
     loss = loss_B.mean()
     return loss, log_candidates - loss.detach()
 
 
 class _LogSumExp(torch.autograd.Function):
-    """Computes log Σ_q exp(ẑ·z_q + mask_q) per row: (B), without ever holding (B, Q).
+    """log Σ_q exp(ẑ·z_q + mask_q) per row: (B), without ever storing (B, Q).
 
-    In a dense group B is all patches of a micro-batch and Q the queue: 128 images of 196 patches against 65,536 targets
-    are 6.6 GB of logits, as much again in every step of a plain softmax. Here a block of rows at a time makes its
-    logits, its sum and its gradient, which for targets without gradient is softmax · queue.
+    For a dense loss term, B is all patches of a micro-batch and Q the queue. With 128 images of 196 patches and 65,536
+    targets, the logits take 6.6 GB, and every step of a plain softmax takes the same again. This function computes
+    logits, sum and gradient in blocks of rows. Targets have no gradient, so the gradient is softmax · queue.
 
-    Cosines over a temperature have a known largest value, `bound`: subtracted with the mask, it saves looking for the
-    largest of every row and a pass over all logits. One product gives sum and gradient. What is left is one exponential
-    a logit, which no count of FLOPs knows. Without a bound the largest of each row is looked for.
+    Cosines over a temperature have a known maximum, `bound`. Subtracting it with the mask saves the row maximum and a
+    pass over all logits. One product computes sum and gradient. The remaining cost is one exponential per logit, which
+    FLOP counts ignore. Without a bound, the maximum of each row is computed.
     """
 
     @staticmethod
@@ -139,7 +138,7 @@ class _LogSumExp(torch.autograd.Function):
                 largest_N1 = logits_NQ.amax(dim=1, keepdim=True)
                 logits_NQ.sub_(largest_N1)
             weighted_NF = logits_NQ.exp_() @ with_ones_QF
-            sum_N1 = weighted_NF[:, -1:].clamp(min=torch.finfo(weighted_NF.dtype).tiny)  # 0 where nothing is queued
+            sum_N1 = weighted_NF[:, -1:].clamp(min=torch.finfo(weighted_NF.dtype).tiny)  # 0 for an empty queue
             sums.append((largest_N1 + sum_N1.log())[:, 0])
             if ctx.needs_input_grad[0]:
                 gradients.append(weighted_NF[:, :-1] / sum_N1)

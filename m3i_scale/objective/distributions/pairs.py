@@ -1,4 +1,4 @@
-"""P̂ of a text among the texts of the global batch: the Boltzmann distribution of CLIP, the Bernoulli one of SigLIP."""
+"""P̂ of a text among the texts of the global batch: softmax (Boltzmann, CLIP) or sigmoid (Bernoulli, SigLIP)."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from m3i_scale.objective.ranks import Ranks, global_mean
 
 @dataclass
 class PairTargets:
-    """Holds the targets of the global batch, which every prediction of this rank is compared with."""
+    """The targets of the global batch, to which every prediction of this rank is compared."""
 
     own_BE: Tensor
-    """L2-normalised z of this rank's samples."""
+    """L2-normalized z of this rank's samples."""
     all_GE: Tensor
     """Embeddings of all ranks, with gradient."""
     valid_B: Tensor
     """bool: which of this rank's samples have a target."""
     column_B: Tensor
-    """int64: where this rank's samples lie among all."""
+    """int64: column of each of this rank's samples in the global batch."""
     out_BG: Tensor
-    """bool: what is no negative of a sample, nor its own target."""
+    """bool: columns that are neither negatives of a sample nor its target."""
     count: Tensor
-    """fp32: how many samples of all ranks have a target."""
+    """fp32: number of samples with a target over all ranks."""
 
 
 def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ranks) -> PairTargets:
-    """Gather the targets of all ranks, once for a micro-batch, however many inputs predict them.
+    """Gather the targets of all ranks, once per micro-batch for any number of inputs.
 
     Args:
-        target_BE: L2-normalised z of this rank's samples.
-        item_B: int64, not negative: identity of the target; equal items of other samples are not negatives. Only read
-            where valid.
+        target_BE: L2-normalized z of this rank's samples.
+        item_B: int64, not negative: identity of the target. Samples with the same item are not negatives of each other.
+            Only read if valid.
         valid_B: bool, whether the sample has a target.
-        ranks: other ranks, whose samples are negatives too.
+        ranks: ranks with additional negatives.
     """
     all_items_G = ranks.gather(item_B.masked_fill(~valid_B, -1))
     all_valid_G = all_items_G >= 0
     own_B = torch.arange(len(item_B), device=item_B.device) + ranks.rank * len(item_B)
-    # Out of the softmax: samples without a target, and other samples with the same target. Own columns stay, so that
-    # the row of a sample without target is finite before it is masked.
+    # Samples without a target, and other samples with the same target, are excluded from the softmax. A sample's column
+    # stays, so that its row is finite before masking even without a target.
     out_BG = ~all_valid_G | (item_B[:, None] == all_items_G)
     out_BG.scatter_(1, own_B[:, None], False)
     count = all_valid_G.sum(dtype=torch.float32)
@@ -55,46 +55,45 @@ def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ra
 
 
 class PairDistribution(Kind):
-    """Describes P̂ of a text target; subclasses compute it."""
+    """Base class of P̂ for text targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     bounds_information: ClassVar[bool] = True
     temperature: float = Field(default=0.07, gt=0)
-    """First value of the learned τ."""
+    """Init value of the learned τ."""
 
     @property
     def first_bias(self) -> float | None:
-        """Return the first value of a learned bias of the logits; None for no bias."""
+        """Return the init value of the learned logit bias, or None without bias."""
         return None
 
     @abstractmethod
     def loss(
         self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        """Return −log P̂ over the global batch, and its bound in nats.
+        """Return −log P̂ over the global batch and its bound in nats.
 
         Args:
-            prediction_BE: L2-normalised ẑ of this rank's samples.
+            prediction_BE: L2-normalized ẑ of this rank's samples.
             targets: the texts of the global batch.
             scale: 1/τ, one element.
-            bias: added to every logit, one element; None without a first one.
-            ranks: other ranks, whose texts count too.
+            bias: bias of all logits, one element; None without `first_bias`.
+            ranks: ranks with additional texts.
         """
         raise NotImplementedError
 
 
 class BoltzmannPairs(PairDistribution):
-    """Computes InfoNCE: a softmax over the texts of the batch, and over its images (mean over the directions)."""
+    """InfoNCE: a softmax over the texts of the batch, and one over its images (mean over both directions)."""
 
     kind: ClassVar[str] = "boltzmann"
     direction: Literal["both", "forward"] = "both"
-    """both: images find their texts and texts their images (CLIP); forward: images find their texts, which is
-    −log P̂(z_y | ẑ_y) of equation (2) alone."""
+    """both: image-to-text and text-to-image (CLIP); forward: image-to-text only, −log P̂(z_y | ẑ_y) of equation (2)."""
 
     def loss(
         self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy, and log K − it."""
+        """Return the cross-entropy, and log K − cross-entropy."""
         directions = [(prediction_BE, targets.all_GE)]
         if self.direction == "both":
             directions.append((targets.own_BE, ranks.gather(prediction_BE)))
@@ -110,11 +109,11 @@ class BoltzmannPairs(PairDistribution):
 
 
 class BernoulliPairs(PairDistribution):
-    """Takes each pair of an image and a text as a match or none (SigLIP): sum over texts, mean over images."""
+    """Sigmoid loss: each image-text pair either matches or not (SigLIP). Sum over texts, mean over images."""
 
     kind: ClassVar[str] = "bernoulli"
     bias: float = -10.0
-    """First value of the learned bias."""
+    """Init value of the learned bias."""
 
     @property
     def first_bias(self) -> float:
@@ -124,7 +123,7 @@ class BernoulliPairs(PairDistribution):
     def loss(
         self, prediction_BE: Tensor, targets: PairTargets, scale: Tensor, bias: Tensor | None, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        """Return −Σ log σ(±logit). Any critic gives a bound, so that of a softmax is taken of these logits."""
+        """Return −Σ log σ(±logit). Any critic gives a bound, so the bound is from a softmax over these logits."""
         offset = 0.0 if bias is None else bias.float()
         logits_BG = scale.float() * prediction_BE.float() @ targets.all_GE.float().T + offset
         sign_BG = -torch.ones_like(logits_BG)

@@ -1,4 +1,4 @@
-"""Compute the P̂ of the smooth L1 loss: Gaussian near the prediction, with the tails of a Laplace distribution."""
+"""The P̂ of the smooth L1 loss: Gaussian near the prediction, with the tails of a Laplace distribution."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from m3i_scale.objective.ranks import Ranks
 
 
 class SmoothL1(Density):
-    """Computes −log P̂ by component of e = z − ẑ, without its constant: e² / 2β below β, |e| − β/2 above (I-JEPA)."""
+    """Smooth L1 loss (I-JEPA): −log P̂ of e = z − ẑ by component, without constant: e² / 2β below β, |e| − β/2
+    above."""
 
     kind: ClassVar[str] = "smooth_l1"
     beta: float = Field(default=1.0, gt=0)
-    """β: where the square ends."""
+    """β: transition from the squared to the absolute error."""
 
     def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
-        """Return −log P̂ per dimension, mean over tokens and samples."""
+        """Return −log P̂ per dimension, averaged over tokens and samples."""
         return F.smooth_l1_loss(prediction_BND.float(), target_BND.float(), beta=self.beta)
 
     def vectors(self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks) -> Tensor:

@@ -1,1 +1,1 @@
-"""Regularisers keep the representation of a target from collapsing: the entropy term of equation (2)."""
+"""Regularizers prevent the collapse of target representations: the entropy term of equation (2)."""

@@ -1,4 +1,4 @@
-"""Define the base class of all regularisers, and the one for texts and categories."""
+"""Base class of collapse prevention, and the class for texts and categories."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from m3i_scale.config.kinds import Kind
 
 
 class Regularizer(Kind):
-    """Keeps a target from collapsing."""
+    """Collapse prevention of a target."""
 
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online", "teacher")
-    """Encoders whose targets it keeps from collapsing, and has an effect on."""
+    """Target encoders for which it has an effect and prevents collapse."""
     trains_target: ClassVar[bool] = True
-    """Whether gradients reach a target that the backbone itself encodes."""
+    """Whether gradients reach a target that the student encodes."""
     memory_fields: ClassVar[tuple[str, ...] | None] = None
-    """Its fields that the memory of a head depends on, in which targets that share the head must agree; None: all."""
+    """Fields on which a head's memory depends. Targets that share the head must agree in them. None: all fields."""
     within_batch: ClassVar[bool] = False
-    """Whether it compares the samples of a batch with each other, and so needs at least two."""
+    """Whether it compares samples within a batch, which needs at least two samples."""
 
 
 class OtherCandidates(Regularizer):
-    """Keeps a text or category apart by the other candidates of P̂: the other texts of the batch, or other classes."""
+    """Contrast with the other candidates of P̂: the other texts of the batch, or the other classes."""
 
     kind: ClassVar[str] = "negatives"
     encoders: ClassVar[tuple[str, ...]] = ("text_tower", "embedding")

@@ -1,4 +1,4 @@
-"""Dense regularisers keep the patches of an image from collapsing."""
+"""Collapse prevention for patch-level targets."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from m3i_scale.objective.regularizers.base import Regularizer
 
 
 class DenseRegularizer(Regularizer):
-    """Regularises pixels and dense image targets."""
+    """Collapse prevention for pixels and dense image targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
 
     def statistics(self, target_BND: Tensor, ranks: Ranks) -> Tensor | None:
-        """Return what `loss` needs to know of all patches of the view: computed once a batch."""
+        """Return the statistics over all patches of the view that `loss` needs, computed once per batch."""
         return None
 
     def loss(self, p: Density, prediction_BQD: Tensor, target_BQD: Tensor, statistics: Any, ranks: Ranks) -> Tensor:
-        """Return −log P̂ and the regularisation of the patches that are asked for.
+        """Return −log P̂ and the regularization of the predicted patches.
 
         Args:
             p: the distribution.
             prediction_BQD: ẑ_y.
-            target_BQD: z_y, the same patches.
-            statistics: what `statistics` gave.
-            ranks: other ranks.
+            target_BQD: z_y of the same patches.
+            statistics: result of `statistics`.
+            ranks: ranks of the global batch.
         """
         return p.maps(prediction_BQD, target_BQD, ranks)
 
 
 class NoRegularizer(DenseRegularizer):
-    """Adds nothing: pixels are fixed and cannot collapse."""
+    """No regularization: pixels are constant and cannot collapse."""
 
     kind: ClassVar[str] = "none"
     encoders: ClassVar[tuple[str, ...]] = ("patchify",)
 
 
 class DenseStopGradient(DenseRegularizer):
-    """Lets no gradient reach the target; a decoder stands between it and the prediction."""
+    """Stop-gradient on the target, with a decoder between target and prediction."""
 
     kind: ClassVar[str] = "stop_gradient"
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "teacher")
 
 
 class DenseUniGrad(DenseRegularizer):
-    """Moves predictions away from directions that many patches share: the dense negative of UniGrad as SIM uses it."""
+    """Dense negative term of UniGrad as in SIM: pushes predictions away from directions that many patches share."""
 
     kind: ClassVar[str] = "unigrad"
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)

@@ -1,4 +1,4 @@
-"""Memories of heads hold what is needed of earlier batches, the same on all ranks."""
+"""Memories of heads: state from earlier batches, identical on all ranks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from m3i_scale.objective.state import Fp32State
 
 
 class Memory(Fp32State):
-    """Remembers nothing; subclasses hold what their head remembers.
+    """Base class of memories, without content.
 
-    Every memory has all of these buffers, empty where it has no use for them: checkpoints know them by name. One of the
-    user's own may have others beside them.
+    Every memory has all of these buffers, since checkpoints refer to their names. Unused ones are empty. User-defined
+    memories may have more.
 
     Args:
         width: dimension of z_y.
-        momentum: m of moving averages over batches.
-        sizes: of the buffers that are not empty.
+        momentum: decay m of moving averages over batches.
+        sizes: shapes of the buffers that are not empty.
     """
 
     center_K: Tensor
     correlation_EE: Tensor
     queue_QE: Tensor
     filled: Tensor
-    """Number of rows of the queue that hold a target."""
+    """Number of filled rows of the queue."""
     next_row: Tensor
     updates: Tensor
 
@@ -39,32 +39,32 @@ class Memory(Fp32State):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """Take over what the losses of a batch gave to `remember`. Called after all groups of a training batch, with
-        the targets of all views."""
+        """Update the memory with the `remember` values of a training batch. Called after all loss terms, with the
+        targets of all views."""
 
 
 class Center(Memory):
-    """Holds the mean of the targets' logits over K prototypes (DINO)."""
+    """Mean of the targets' logits over K prototypes (DINO)."""
 
     def __init__(self, width: int, prototypes: int, momentum: float) -> None:
         super().__init__(width, momentum, center_K=(prototypes,))
 
     @torch.no_grad()
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """Set c ← m c + (1 − m) mean of the targets' logits over all ranks."""
+        """Set c ← m c + (1 − m) · mean of the targets' logits over all ranks."""
         mean_K = ranks.sum(values_BE.float().sum(dim=0)) / (len(values_BE) * ranks.world_size)
         self.center_K.lerp_(mean_K, 1 - self.momentum)
 
 
 class Correlation(Memory):
-    """Holds F, the correlation of unit targets (UniGrad)."""
+    """F, the correlation matrix of unit targets (UniGrad)."""
 
     def __init__(self, width: int, momentum: float) -> None:
         super().__init__(width, momentum, correlation_EE=(width, width))
 
     @torch.no_grad()
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """Set F ← m F + (1 − m) mean of z zᵀ over all ranks; the first batch counts whole."""
+        """Set F ← m F + (1 − m) · mean of z zᵀ over all ranks; the first batch has weight 1."""
         unit_BE = values_BE.float()
         mean_EE = ranks.sum(unit_BE.T @ unit_BE) / (len(unit_BE) * ranks.world_size)
         weight = (self.updates == 0).float().clamp(min=1 - self.momentum)
@@ -73,14 +73,14 @@ class Correlation(Memory):
 
 
 class Queue(Memory):
-    """Holds the last unit targets of all ranks (MoCo)."""
+    """A queue of recent unit targets of all ranks (MoCo)."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__(width, queue_QE=(size, width))
 
     @torch.no_grad()
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """Let the targets of all ranks replace the oldest ones."""
+        """Replace the oldest targets by the targets of all ranks."""
         rows_GE = ranks.gather(values_BE.detach().float())[-len(self.queue_QE) :]
         size, count = len(self.queue_QE), len(rows_GE)
         place_G = (self.next_row + torch.arange(count, device=rows_GE.device)) % size

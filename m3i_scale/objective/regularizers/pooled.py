@@ -1,7 +1,7 @@
-"""Negatives, a stop gradient or decorrelation keep whole images from collapsing.
+"""Collapse prevention for image-level targets: negatives, stop-gradient or decorrelation.
 
-Gradients beside each other (UniGrad; u₁ online, u₂ target, v other samples): contrastive −u₂ + λ Σ s_v v; asymmetric
-−u₂ + λ Σ ρ_v (u₁·v) v; decorrelation −u₂ + λ Σ (u₂·v₂/N) v₁; UniGrad −u₂ + λ F u₁.
+Gradients in comparison (UniGrad; u₁ online, u₂ target, v other samples): contrastive −u₂ + λ Σ s_v v; asymmetric −u₂ +
+λ Σ ρ_v (u₁·v) v; decorrelation −u₂ + λ Σ (u₂·v₂/N) v₁; UniGrad −u₂ + λ F u₁.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
 
 
 class PooledRegularizer(Regularizer):
-    """Regularises pooled image targets."""
+    """Collapse prevention for image-level targets."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     distribution: ClassVar[type[Distribution]] = Density
-    """The family of distributions that it goes with."""
+    """Required base class of the distribution."""
     needs_predictor: ClassVar[bool] = False
-    """Whether targets that are learnt collapse without a predictor."""
+    """Whether trained targets collapse without a predictor."""
     replaces_likelihood: ClassVar[bool] = False
-    """Whether its loss takes the place of −log P̂, so that the distribution's fields have no effect."""
+    """Whether its loss replaces −log P̂, so that the distribution's fields have no effect."""
 
     def memory(self, width: int) -> Memory:
-        """Return what the head remembers of earlier batches, for targets of that width."""
+        """Return the head's memory of earlier batches, for targets with `width` channels."""
         return Memory(width)
 
     @abstractmethod
     def loss(self, p: Any, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ with the regularisation.
+        """Return −log P̂ with the regularization.
 
         Args:
-            p: a distribution of the class that `distribution` names.
+            p: an instance of `distribution`.
             prediction_BE: ẑ_y of this rank's samples.
-            target_BE: z_y, with gradient where the backbone itself encodes it and `trains_target` holds.
-            memory: what `memory` gave, shared by all targets of the head.
-            ranks: other ranks.
+            target_BE: z_y, with gradient if the student encodes it and `trains_target` is set.
+            memory: result of `memory`, shared by all targets of the head.
+            ranks: ranks of the global batch.
         """
         raise NotImplementedError
 
     def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
-        """Return either side as P̂ compares it: what the information of a density is estimated on."""
+        """Return prediction or target as P̂ compares it, for estimating the information of a density."""
         return unit(x_BE)
 
 
 class StopGradient(PooledRegularizer):
-    """Lets no gradient reach the target; a predictor stands between (BYOL, SimSiam), or the target is fixed."""
+    """Stop-gradient on the target, with a predictor (BYOL, SimSiam) or a fixed target."""
 
     kind: ClassVar[str] = "stop_gradient"
     needs_predictor: ClassVar[bool] = True
@@ -68,7 +68,7 @@ class StopGradient(PooledRegularizer):
 
 
 class UniGrad(PooledRegularizer):
-    """Moves predictions away from the directions that the correlation F of all targets holds."""
+    """UniGrad: pushes predictions away from the dominant directions of the targets' correlation F."""
 
     kind: ClassVar[str] = "unigrad"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
@@ -76,16 +76,16 @@ class UniGrad(PooledRegularizer):
     strength: float = Field(default=0.02, gt=0)
     """λ."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """m of the moving average F over batches."""
+    """Decay m of the moving average F over batches."""
 
     def memory(self, width: int) -> Memory:
         """Return a `Correlation`."""
         return Correlation(width, self.momentum)
 
     def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ + λ ẑᵀ F ẑ, mean over samples, on the unit sphere.
+        """Return −log P̂ + λ ẑᵀ F ẑ on the unit sphere, averaged over samples.
 
-        With ‖z − ẑ‖² its gradient is the −u₂ + λ F u₁ of UniGrad, twice.
+        With ‖z − ẑ‖², its gradient is twice the gradient −u₂ + λ F u₁ of UniGrad.
         """
         value = p.vectors(prediction_BE, target_BE, ranks)
         unit_BE = unit(prediction_BE)
@@ -95,7 +95,7 @@ class UniGrad(PooledRegularizer):
 
 
 class CrossCorrelation(PooledRegularizer):
-    """Correlates each channel with itself and with no other one (Barlow Twins): takes the place of −log P̂."""
+    """Barlow Twins: correlates each channel only with itself. Replaces −log P̂."""
 
     kind: ClassVar[str] = "cross_correlation"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -113,12 +113,12 @@ class CrossCorrelation(PooledRegularizer):
         return Loss((1 - diagonal_E).square().sum() + self.offdiagonal_weight * off)
 
     def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
-        """Return every channel at mean 0 and variance 1 over the global batch."""
+        """Standardize every channel to mean 0 and variance 1 over the global batch."""
         return standardize(x_BE.float(), ranks)
 
 
 class VarianceCovariance(PooledRegularizer):
-    """Makes every channel vary, and no two correlate (VICReg)."""
+    """VICReg: every channel varies, and no two channels correlate."""
 
     kind: ClassVar[str] = "variance_covariance"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -130,7 +130,7 @@ class VarianceCovariance(PooledRegularizer):
     """ν."""
 
     def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ of the vectors as they are, and the terms of either side."""
+        """Return −log P̂ of the unnormalized vectors plus the terms of prediction and target."""
         value = p.maps(prediction_BE[:, None], target_BE[:, None], ranks)
         for side_BE in (prediction_BE, target_BE):
             value = value + self.side(side_BE, ranks)
@@ -147,12 +147,12 @@ class VarianceCovariance(PooledRegularizer):
         return self.variance_weight / 2 * hinge + self.covariance_weight * off
 
     def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
-        """Return the vectors as they are."""
+        """Return the vectors unchanged."""
         return x_BE
 
 
 class Negatives(PooledRegularizer):
-    """Takes the other samples of the global batch as candidates of P̂ (SimCLR)."""
+    """Negatives from the other samples of the global batch (SimCLR)."""
 
     kind: ClassVar[str] = "negatives"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -160,7 +160,7 @@ class Negatives(PooledRegularizer):
     distribution: ClassVar[type[Distribution]] = Boltzmann
     within_batch: ClassVar[bool] = True
     candidates: Literal["target", "both"] = "target"
-    """The other samples' targets, or their predictions too."""
+    """Negatives: the other samples' targets, or also their predictions."""
 
     def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
         """Return −log P̂ among the samples of the batch."""
@@ -168,21 +168,21 @@ class Negatives(PooledRegularizer):
 
 
 class QueuedNegatives(PooledRegularizer):
-    """Takes targets of earlier batches as candidates of P̂ (MoCo)."""
+    """Negatives from targets of earlier batches (MoCo)."""
 
     kind: ClassVar[str] = "queued_negatives"
     memory_fields: ClassVar[tuple[str, ...]] = ("size",)
     encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     size: int = Field(ge=1, le=MAX_CANDIDATES)
-    """Capacity of the queue, which begins empty."""
+    """Capacity of the queue, which starts empty."""
 
     def memory(self, width: int) -> Memory:
         """Return a `Queue`."""
         return Queue(width, self.size)
 
     def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ among a clone of the queue, which changes before the backward pass of the next micro-batch."""
+        """Return −log P̂ with a clone of the queue, because it changes before the next micro-batch's backward pass."""
         queue_QE, filled = memory.queue_QE.clone(), memory.filled.clone()
         return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled), remember=unit(target_BE))
 
@@ -190,8 +190,8 @@ class QueuedNegatives(PooledRegularizer):
 def _product(one_BE: Tensor, other_BE: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Return the diagonal (E) of C = (1/n) Σ_b one_b other_bᵀ over all ranks, and the sum of all its squares.
 
-    Channels often outnumber samples (8,192 to some hundred). Then C, which is E × E, is never made: ‖AᵀB‖² is
-    ⟨AAᵀ, BBᵀ⟩, two matrices of samples × samples, of which every rank makes the rows of its own samples.
+    Channels often outnumber samples (8,192 vs. some hundred). Then C (E × E) is never computed: ‖AᵀB‖² is ⟨AAᵀ, BBᵀ⟩, a
+    product of two samples × samples matrices. Every rank computes the rows of its samples.
     """
     if 2 * len(one_BE) * ranks.world_size >= one_BE.shape[1]:
         product_EE = ranks.sum_with_gradient(one_BE.T @ other_BE) / count

@@ -1,4 +1,4 @@
-"""Centring, Sinkhorn or the entropy of the mean prediction keep distributions over prototypes from collapsing."""
+"""Collapse prevention for prototype assignments: centering, Sinkhorn, or the entropy of the mean prediction."""
 
 from __future__ import annotations
 
@@ -25,81 +25,80 @@ BelowOne = Annotated[float, Field(gt=0, lt=1)]
 
 
 class PrototypeRegularizer(Regularizer):
-    """Regularises targets that are distributions over the prototypes of their head.
+    """Collapse prevention for distributions over the prototypes of a head.
 
-    Rows are images, or hidden patches. `share_N` says what every row counts in the loss: nothing, where it stands for a
-    patch that is not hidden; None: all count alike.
+    Rows are images or masked patches. `share_N` is the weight of every row in the loss: 0 for patches that are not
+    masked; None means equal weights.
     """
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     encoders: ClassVar[tuple[str, ...]] = ("momentum",)
     averages_prototypes: ClassVar[bool] = False
-    """Whether targets are compared with the averaged copy of the prototypes, not with those that are trained."""
+    """Whether targets are compared with the EMA copy of the prototypes instead of the trained ones."""
 
     def memory(self, width: int, prototypes: int) -> Memory:
-        """Return what the head remembers of earlier batches."""
+        """Return the head's memory of earlier batches."""
         return Memory(width)
 
     def fault(self, p: Boltzmann) -> str | None:
-        """Return why the target would collapse beside that distribution; None where it would not."""
+        """Return why the target would collapse with this distribution, or None."""
         return None
 
     @abstractmethod
     def assign(
         self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
     ) -> Tensor:
-        """Return the target's distributions over prototypes, fp32 (N, K). Called once for a target.
+        """Return the target's distributions over prototypes, fp32 (N, K). Called once per target.
 
         Args:
-            p: its distribution.
+            p: the target's distribution.
             target_NK: cosines of the target, without gradient.
-            memory: what `memory` gave, shared by all targets of the head.
-            ranks: other ranks.
-            share_N: what every row counts.
+            memory: result of `memory`, shared by all targets of the head.
+            ranks: ranks of the global batch.
+            share_N: weight of every row.
         """
         raise NotImplementedError
 
     def remembered(
         self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
     ) -> Tensor | None:
-        """Return what the memory takes over of the targets after the batch."""
+        """Return the values for `Memory.update` after the batch."""
         return None
 
     def loss(self, p: Boltzmann, logits_NK: Tensor, target: Assigned, ranks: Ranks) -> Loss:
-        """Return the cross-entropy −Σ_k p_k log p̂_k to the target's distribution, with the regularisation.
+        """Return the cross-entropy −Σ_k p_k log p̂_k with the target's distribution, plus the regularization.
 
         Args:
-            p: its temperature has divided `logits_NK`.
-            logits_NK: of the prediction.
-            target: what `assign` gave.
-            ranks: other ranks.
+            p: distribution of which the temperature is already applied to `logits_NK`.
+            logits_NK: logits of the prediction.
+            target: assignment of the target.
+            ranks: ranks of the global batch.
         """
         value, nats = p.over_prototypes(logits_NK, target)
         return Loss(value, nats, watched={"assignment": target.probabilities_NK})
 
 
 class Sharpened(PrototypeRegularizer):
-    """Needs a target that is sharper than its prediction, compared with averaged prototypes; subclasses say how the
-    prototypes come to be used evenly."""
+    """Base class for targets sharper than the prediction, with EMA prototypes. Subclasses balance the prototypes."""
 
     averages_prototypes: ClassVar[bool] = True
     target_temperature: Scheduled[Positive] = 0.04
     """Temperature of the target's distribution: a number, or a schedule."""
 
     def fault(self, p: Boltzmann) -> str | None:
-        """Return why the target would collapse beside that distribution; None where it would not."""
+        """Return why the target would collapse with this distribution, or None."""
         if not always_below(self.target_temperature, p.temperature):
             return "`target_temperature` must be below `temperature`: a target that is not sharper becomes uniform"
         return None
 
 
 class Centering(Sharpened):
-    """Centres and sharpens the target (DINO)."""
+    """Centering and sharpening of the target (DINO)."""
 
     kind: ClassVar[str] = "centering"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """m of the center's moving average over batches."""
+    """Decay m of the center's moving average over batches."""
 
     def memory(self, width: int, prototypes: int) -> Memory:
         """Return a `Center`."""
@@ -112,7 +111,7 @@ class Centering(Sharpened):
         return ((target_NK.float() - memory.center_K) / number(self.target_temperature)).softmax(dim=-1)
 
     def remembered(self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None) -> Tensor:
-        """Return cosines (1 or N, K), whose mean moves the center; the center itself where no row counts."""
+        """Return cosines (1 or N, K); their mean updates the center. If all weights are 0, return the center itself."""
         if share_N is None:
             return target_NK
         mean_K, counted = mean_row(target_NK.float(), share_N, ranks)
@@ -120,19 +119,19 @@ class Centering(Sharpened):
 
 
 class Sinkhorn(Sharpened):
-    """Lets all prototypes be assigned alike to the targets of the global batch (SwAV, DINOv2).
+    """Balanced assignment of all prototypes to the targets of the global batch (SwAV, DINOv2).
 
-    The targets of a view are one batch. DINOv2 takes both of its large views together, SwAV each for itself.
+    The targets of one view are one batch, as in SwAV. DINOv2 combines both of its global crops.
     """
 
     kind: ClassVar[str] = "sinkhorn"
     memory_fields: ClassVar[tuple[str, ...]] = ()
     within_batch: ClassVar[bool] = True
     iterations: int = Field(default=3, ge=1, le=MAX_LAYERS)
-    """How often prototypes, then targets are brought to the same sum."""
+    """Number of iterations that normalize prototypes, then targets."""
 
     def fault(self, p: Boltzmann) -> str | None:
-        """Return why the target would collapse, or lie beyond fp32; None where it would not."""
+        """Return why the target would collapse or exceed the range of fp32, or None."""
         if min(values_of(self.target_temperature)) < _LEAST_TEMPERATURE:
             return (
                 f"`target_temperature` of sinkhorn is {_LEAST_TEMPERATURE} or more: below, exp(cosine / "
@@ -143,11 +142,10 @@ class Sinkhorn(Sharpened):
     def assign(
         self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
     ) -> Tensor:
-        """Return exp(cosines / τ'), scaled in turn so that all prototypes, and so that all rows have one sum (Sinkhorn
-        and Knopp). Rows that count nothing get nothing, and give nothing.
-        """
-        # 1 is the largest cosine: exp stays in fp32. A factor that all have in common cancels, and so do the number of
-        # prototypes and that of targets, by which the published code divides.
+        """Return exp(cosines / τ'), with prototypes and rows normalized alternately (Sinkhorn-Knopp). Rows with weight
+        0 are 0 and do not contribute."""
+        # The largest cosine is 1, so exp fits in fp32. Common factors cancel, including the numbers of prototypes and
+        # targets, by which the published code divides.
         scaled_NK = ((target_NK.float() - 1) / number(self.target_temperature)).exp()
         if share_N is not None:
             scaled_NK = scaled_NK * (share_N > 0)[:, None]
@@ -155,13 +153,12 @@ class Sinkhorn(Sharpened):
 
 
 def sinkhorn(shares_XNK: Tensor, iterations: int, ranks: Ranks) -> Tensor:
-    """Return positive numbers (…, N, K), scaled in turn so that columns, and so that rows have one sum, which is 1 for
-    rows (Sinkhorn and Knopp).
+    """Normalize columns and rows of positive numbers (…, N, K) alternately. Rows sum to 1 (Sinkhorn-Knopp).
 
     Args:
-        shares_XNK: rows are those of this rank; what stands before them is scaled each for itself.
-        iterations: how often.
-        ranks: other ranks, whose rows count in the columns.
+        shares_XNK: this rank's rows. Leading dimensions are normalized separately.
+        iterations: number of iterations.
+        ranks: ranks that contribute rows to the columns.
     """
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(iterations):
@@ -171,7 +168,7 @@ def sinkhorn(shares_XNK: Tensor, iterations: int, ranks: Ranks) -> Tensor:
 
 
 class MeanEntropy(PrototypeRegularizer):
-    """Raises the entropy of the mean prediction over the global batch (MSN)."""
+    """Entropy maximization of the mean prediction over the global batch (MSN)."""
 
     kind: ClassVar[str] = "mean_entropy"
     memory_fields: ClassVar[tuple[str, ...]] = ()
@@ -184,13 +181,13 @@ class MeanEntropy(PrototypeRegularizer):
     def assign(
         self, p: Boltzmann, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None
     ) -> Tensor:
-        """Return softmax(cosines / τ)^(1/T), normalised."""
+        """Return softmax(cosines / τ)^(1/T), normalized."""
         return ((target_NK / number(p.temperature)).float() / number(self.target_temperature)).softmax(dim=-1)
 
     def loss(self, p: Boltzmann, logits_NK: Tensor, target: Assigned, ranks: Ranks) -> Loss:
         """Return −Σ_k p_k log p̂_k + weight · (log K − H(mean p̂))."""
         loss = super().loss(p, logits_NK, target, ranks)
         mean_K, _ = mean_row(logits_NK.softmax(dim=-1), target.share_N, ranks, ranks.sum_with_gradient)
-        negative_entropy = torch.special.xlogy(mean_K, mean_K).sum()  # log K − H is 0 where all are used alike
+        negative_entropy = torch.special.xlogy(mean_K, mean_K).sum()  # log K − H is 0 for evenly used prototypes
         loss.value = loss.value + self.weight * (negative_entropy + math.log(len(mean_K)))
         return loss

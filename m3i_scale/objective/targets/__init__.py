@@ -1,4 +1,4 @@
-"""Targets are the groups k of equation (5), one class a kind. Recipes find those that are imported here."""
+"""Targets: loss terms k of equation (5), one class per kind. Recipes can use all kinds that are imported here."""
 
 from m3i_scale.objective.targets.anchors import Anchor, Gram
 from m3i_scale.objective.targets.caption import Caption

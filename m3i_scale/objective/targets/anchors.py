@@ -1,6 +1,6 @@
-"""Keep the patches of an input near what another encoder makes of them: their features, or how alike they are.
+"""Distill features of another encoder patch by patch: the features themselves, or their similarities.
 
-Neither has a decoder or a head of its own: what is compared is what leaves the two encoders, patch by patch.
+Both targets compare the outputs of two encoders directly, without a trained decoder or head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Part
 
 
 class ShownPatches(ImageTarget):
-    """Compares the patches that an input shows with the same patches of the whole view, as f_φ encodes it."""
+    """A target that compares visible patches of an input with the same patches of the full view, encoded by f_φ."""
 
     dense: ClassVar[bool] = True
     tokens: ClassVar[str] = "shown"
@@ -31,16 +31,16 @@ class ShownPatches(ImageTarget):
     regularizer: DenseStopGradient = DenseStopGradient()
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a module without weights: tokens are compared as they are."""
+        """Return a module without weights: tokens are compared directly."""
         return nn.Identity()
 
     @abstractmethod
     def compared(self, tokens_BLD: Tensor) -> Tensor:
-        """Return what is compared of the patches: fp32 (B, L, …)."""
+        """Return the compared quantity of the patches: fp32 (B, L, …)."""
         raise NotImplementedError
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of what the input's own patches have, this rank's share."""
+        """Return this rank's share of −log P̂ of the input's visible patches."""
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
         with torch.no_grad():
             wanted = self.compared(gather_tokens(tokens_BND, encoded.where.visible_BL))
@@ -60,10 +60,10 @@ class ShownPatches(ImageTarget):
 
 
 class Anchor(ShownPatches):
-    """Keeps the feature of every patch, standardised over its channels, near that of a frozen teacher of equal width.
+    """Feature distillation from a frozen teacher of equal width; each patch is standardized over its channels.
 
-    The teacher is the backbone as it was at the start, where training goes on from published weights: value and
-    gradient are 0 then for an input that shows the whole view.
+    In continued pretraining, the teacher is the initial backbone. Loss and gradient then start at 0 for an input that
+    sees the full view.
     """
 
     kind: ClassVar[str] = "anchor"
@@ -83,15 +83,14 @@ class Anchor(ShownPatches):
         return super().build_head(sizes)
 
     def compared(self, tokens_BLD: Tensor) -> Tensor:
-        """Return each token at mean 0 and variance 1 over its channels: fp32 (B, L, D)."""
+        """Standardize each token to mean 0 and variance 1 over its channels: fp32 (B, L, D)."""
         return F.layer_norm(tokens_BLD.float(), (tokens_BLD.shape[-1],), eps=1e-5)
 
 
 class Gram(ShownPatches):
-    """Keeps the similarities between the patches of an image where another encoder has them: ‖X Xᵀ − Z Zᵀ‖²_F / L² of
-    unit vectors X and Z by patch (Gram anchoring; Siméoni et al., 2025, DINOv3).
+    """Gram anchoring: ‖X Xᵀ − Z Zᵀ‖²_F / L² of unit vectors X and Z per patch (Siméoni et al., 2025, DINOv3).
 
-    Features may turn and change as long as patches stay as alike as they were. Every image has its own matrix, and
+    Features may rotate and change if similarities between patches are preserved. Every image has a separate matrix, and
     negative similarities count, as in DINOv3's training.
     """
 
@@ -101,7 +100,7 @@ class Gram(ShownPatches):
 
     @property
     def collapses_alone(self) -> bool:
-        """Return whether it is all the same to the loss where all patches become alike, in both encoders."""
+        """Return whether the loss allows both encoders to collapse to identical patches."""
         return self.encoder == "momentum"
 
     def compared(self, tokens_BLD: Tensor) -> Tensor:

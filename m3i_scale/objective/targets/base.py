@@ -1,7 +1,6 @@
-"""Targets share their fields, their rules, and what their losses are given.
+"""Base classes of targets: fields, validation rules, and the arguments of losses.
 
-−log P̂ of one target from one input is a group k of equation (5). A target is data; the modules that it computes with
-are given to it.
+−log P̂ of one target from one input is loss term k of equation (5). A target is data; it gets its modules as arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from m3i_scale.objective.schedule import NotNegative, Scheduled, values_of
 
 
 class Parts(Section):
-    """Holds what the targets of a recipe refer to by name."""
+    """Parts of a recipe that targets refer to by name."""
 
     inputs: list[InputSpec] = Field(min_length=1)
     mix: MixSpec | None = None
@@ -44,38 +43,38 @@ class Parts(Section):
     teachers: dict[str, TeacherSpec] = Field(default_factory=dict)
 
     def input(self, name: str) -> InputSpec:
-        """Return the input of that name."""
+        """Return the input with this name."""
         return next(spec for spec in self.inputs if spec.name == name)
 
     def shows(self, view: int) -> str | None:
-        """Return the name of the input that shows all of a view; None where there is none."""
+        """Return the name of an input that sees all patches of a view, or None."""
         if self.mix is not None:
             return None
         return next((spec.name for spec in self.inputs if view in spec.seen and spec.mask is None), None)
 
     def is_small(self, view: int) -> bool:
-        """Return whether a view, from 1, has another size than the backbone's."""
+        """Return whether a view, from 1, is a local crop: its size differs from the backbone's."""
         return False
 
 
 @dataclass
 class Encoded:
-    """Holds one encoded input, by image."""
+    """One encoded input, indexed by image."""
 
     where: EncodedInput
     cls_BND: Tensor
-    """Class tokens, that of the last layer last; where no decoder reads several, that one alone."""
+    """Class tokens; the last layer comes last. Only one layer unless a decoder reads several."""
     tokens_BLD: Tensor
     """Visible tokens only."""
     maps: list[Tensor] = field(default_factory=list)
-    """What layers or stages gave on the way, where a head asks for it: (B, C, H, W) each."""
+    """Intermediate outputs of layers or stages, if a head needs them: (B, C, H, W) each."""
 
     def pooled(self, decoder: nn.Module) -> Tensor:
-        """Return what a decoder makes of the image: (B, F)."""
+        """Return the pooling decoder's output per image: (B, F)."""
         return pool(decoder, self.cls_BND, self.tokens_BLD)
 
     def tapped(self, squared_norms: list[Tensor]) -> Encoded:
-        """Return an alias, which adds the squared norms of the gradients that arrive through it to a list."""
+        """Return an alias that appends the squared norms of its gradients to a list."""
         if not self.tokens_BLD.requires_grad:
             return self
         cls_BND, tokens_BLD = (part.view_as(part) for part in (self.cls_BND, self.tokens_BLD))
@@ -91,94 +90,94 @@ def _squared_norm(gradient: Tensor) -> Tensor:
 
 @dataclass
 class Context:
-    """Holds what the targets of one micro-batch share, so that nothing is computed twice."""
+    """Tensors that the targets of one micro-batch share, so that nothing is computed twice."""
 
     batch: Batch
     views: dict[int, Tensor]
-    """Normalised images by view, from 1."""
+    """Normalized images by view, from 1."""
     inputs: dict[str, list[Encoded]]
-    """The parts of every input."""
+    """Parts of every input."""
     whole: dict[int, Encoded]
-    """Inputs that show all of a view, by view."""
+    """Inputs that see all patches of a view, by view."""
     encoded_views: dict[tuple[str, int], Tokens]
-    """Views as the momentum backbone or a teacher sees them, by (`encoder_key` of the target, view)."""
+    """Views encoded by the EMA teacher or a frozen teacher, by (`encoder_key` of the target, view)."""
     counts: dict[str, Tensor]
-    """By target, how many samples of all ranks have it: fp32."""
+    """Number of samples over all ranks that have the target, by target: fp32."""
     progress: float = 0.0
-    """Share of the training that is over: schedules depend on it."""
+    """Fraction of the training that is done, for schedules."""
     measures: bool = False
-    """Whether this step is logged: an estimate of information costs an eigenvalue decomposition."""
+    """Whether this step is logged: estimating the information needs an eigenvalue decomposition."""
     text: PairTargets | None = None
     layers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    """By (`encoder_key`, view), what the last layers gave, where it is averaged: (B, D, H, W), the last last."""
+    """Outputs of the last layers by (`encoder_key`, view), if targets average them: (B, D, H, W), final layer last."""
     dense: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    """Standardised dense targets, by (`encoder_key`, view, layers)."""
+    """Standardized dense targets, by (`encoder_key`, view, layers)."""
     assigned: dict[str, tuple[Assigned, Tensor | None]] = field(default_factory=dict)
-    """By target: the distributions of whole views over prototypes, and what their head remembers of them."""
+    """By target: distributions of full views over prototypes, and the values for the head's memory."""
     statistics: dict[tuple[str, str, int, int], Tensor | None] = field(default_factory=dict)
-    """Statistics of dense targets, by (regulariser as JSON, `encoder_key`, view, layers)."""
+    """Statistics of dense targets, by (regularizer as JSON, `encoder_key`, view, layers)."""
     clusters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Assignments of patches and the loss of the clusters, by target."""
+    """Cluster assignments of patches and the clustering loss, by target."""
 
 
 @dataclass
 class TargetModules:
-    """Holds the modules that a target computes with."""
+    """The modules that compute a target."""
 
     ranks: Ranks
     grid: tuple[int, int]
     patch_size: int
     decoder: Any
     head: Any
-    """What follows the decoder: the target's own, or the head of the recipe that it names."""
+    """Module after the decoder: the target's head, or the recipe's head that it names."""
     squared_norms: list[Tensor]
-    """Of the gradients of this target alone, at the encoder output."""
+    """Squared norms of this target's gradients at the encoder output."""
     memory: Any = None
-    """Of the head that the target names."""
+    """Memory of the recipe's head."""
     projector: Any = None
-    """Stands before the decoder of dense momentum targets."""
+    """Runs before the decoder of dense EMA targets."""
     momentum: Any = None
-    """The averaged copies, by which `encoder: momentum` encodes the target."""
+    """The EMA teacher, for `encoder: momentum`."""
 
 
 @dataclass
 class Sizes:
-    """Says what the head of a target is built for."""
+    """Sizes needed to build the head of a target."""
 
     decoded: int
-    """Width of what the decoder gives."""
+    """Output width of the decoder."""
     encoded: int
-    """Width of the tokens that f_φ gives: the teacher's, or the backbone's."""
+    """Width of the tokens from f_φ: the teacher's or the backbone's."""
     pixels: int
-    """Numbers in a patch."""
+    """Values per patch."""
     classes: list[int]
-    """Classes of every label set."""
+    """Number of classes of every label set."""
     vocabulary: int
-    """Tokens of the tokenizer; 0 where no target is about text."""
+    """Size of the tokenizer's vocabulary; 0 without text targets."""
     backbone: Backbone
     ranks: Ranks
     image_counts: list[int] | None = None
-    """In how many images for training a class is, where categories.json says so."""
+    """Number of training images per class, if categories.json contains it."""
 
 
 class Target(Kind):
-    """Describes one group k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂."""
+    """Loss term k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     modality: ClassVar[str] = "image"
     """category, text, caption, pixels or image."""
     representation: ClassVar[str]
-    """z_y in the words of the paper's table."""
+    """z_y as the paper's table names it."""
     dense: ClassVar[bool] = False
     """Whether z_y is a map over patches."""
     by_token: ClassVar[bool] = False
     """Whether z_y is a token of the caption."""
     labels_file: ClassVar[str | None] = None
-    """File beside the shards that names the classes which are predicted."""
+    """Sidecar file of the shards with the names of predicted classes."""
 
     name: str = Field(min_length=1)
     inputs: list[str] = Field(min_length=1)
-    """Which inputs predict it; the group's loss is the mean over their parts."""
+    """Inputs that predict it; the loss is the mean over their parts."""
     encoder: str
     """f_φ."""
     decoder: str
@@ -187,12 +186,12 @@ class Target(Kind):
     """P̂."""
     regularizer: Any
     weight: Scheduled[NotNegative] = 1.0
-    """w_k of equation (6): a number, or a schedule, which may be 0 for a while."""
+    """w_k of equation (6): a number, or a schedule, which may be 0 temporarily."""
 
     @field_validator("distribution", "regularizer")
     @classmethod
     def _is_declared(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse a value that no family has read: the class of the target has to say which may stand there."""
+        """Reject a value that was not parsed: the class of the target must declare the valid classes."""
         if not isinstance(value, Kind):
             raise ValueError(f"{cls.kind} does not declare the family of its {info.field_name}")
         return value
@@ -204,24 +203,24 @@ class Target(Kind):
             raise ValueError("a weight of 0 all the time: leave the target out")
         return weight
 
-    # -------------------------------------------------------------------- what the modules are
+    # -------------------------------------------------------------------- modules
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return what follows the decoder, where that is no head of the recipe."""
+        """Return the module after the decoder, if the recipe has no head for it."""
         raise NotImplementedError
 
     @property
     def reads(self) -> Reads:
-        """Return what the loader has to read of a sample for the target."""
+        """Return the annotations that the data loader has to read for the target."""
         return "labels"
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Return the names of further figures of an evaluation."""
+        """Return the names of additional evaluation metrics."""
         return ()
 
     def sources(self, context: Context) -> list[Encoded]:
-        """Return the parts of inputs that predict it."""
+        """Return the parts of inputs that predict the target."""
         return [part for name in self.inputs for part in context.inputs[name]]
 
     def present(self, batch: Batch) -> Tensor:
@@ -230,14 +229,14 @@ class Target(Kind):
 
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the target from one input, this rank's share."""
+        """Return this rank's share of −log P̂ of the target from one input."""
         raise NotImplementedError
 
-    # -------------------------------------------------------------------- what the recipe is told
+    # -------------------------------------------------------------------- validation and description
 
     @property
     def title(self) -> str:
-        """Return its kind in words, for errors."""
+        """Return its kind with an article, for error messages."""
         return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind} target"
 
     @property
@@ -247,18 +246,18 @@ class Target(Kind):
 
     @property
     def collapses_alone(self) -> bool:
-        """Return whether a recipe that has nothing else to predict could collapse, whatever the regulariser."""
+        """Return whether a recipe with only this target could collapse, for any regularizer."""
         return False
 
     @property
     def stopped(self) -> bool:
-        """Return whether no gradient reaches f_φ."""
+        """Return whether f_φ gets no gradient."""
         return self.encoder in ("momentum", "teacher") or (
             self.encoder == "online" and not self.regularizer.trains_target
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return the row of the paper's table, as plain data."""
+        """Return the row of the paper's table as plain data."""
         view = getattr(self, "view", None)
         return {
             "name": self.name,
@@ -274,12 +273,12 @@ class Target(Kind):
         }
 
     def kinds_of(self, field: str) -> dict[str, Any]:
-        """Return the classes that may stand in a field, by name."""
+        """Return the valid classes of a field, by name."""
         family = cast(type[Kind], type(self).model_fields[field].annotation)
         return {name: family.kinds[name] for name in family.choices()}
 
     def faults(self, parts: Parts) -> Iterator[str]:
-        """Yield, in words, what does not hold together."""
+        """Yield validation errors as text."""
         names = [spec.name for spec in parts.inputs]
         unknown = [name for name in self.inputs if name not in names]
         if unknown:
@@ -290,7 +289,6 @@ class Target(Kind):
             yield from self._faults(parts)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
-        """Yield faults of a target whose inputs and decoder are there."""
         decoder = parts.decoders[self.decoder]
         answers = self.dense, self.by_token
         if (decoder.dense, decoder.by_token) != answers:
@@ -306,7 +304,7 @@ class Target(Kind):
 
 
 class ImageTarget(Target):
-    """Describes a target that lies in a view."""
+    """A target that is a view of the image."""
 
     view: int = Field(ge=1, le=MAX_VIEWS)
     """Target view."""
@@ -314,29 +312,29 @@ class ImageTarget(Target):
     teacher: str = "teacher"
     """Name of a teacher of the recipe, for `encoder: teacher`."""
     pairs: Literal["all", "own", "other"] = "all"
-    """Which parts of the inputs predict it: all, those that lie in its own view, or those that lie in other ones."""
+    """Parts of the inputs that predict it: all, only from the same view, or only from other views."""
 
     @property
     def encoder_key(self) -> str:
-        """Return what stands for f_φ in a `Context`: the encoder, and of several teachers which one."""
+        """Return the key of f_φ in a `Context`: the encoder, or the name of the frozen teacher."""
         return f"teachers.{self.teacher}" if self.encoder == "teacher" else self.encoder
 
     def sources(self, context: Context) -> list[Encoded]:
-        """Return the parts of inputs that predict it."""
+        """Return the parts of inputs that predict the target."""
         return [part for part in super().sources(context) if self.takes(part.where.view + 1)]
 
     def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
-        """Return the inputs, each with every view of it that the target is predicted from."""
+        """Return the pairs of input and view that predict the target."""
         specs = [parts.input(name) for name in self.inputs]
         return [(spec, view) for spec in specs for view in spec.seen if self.takes(view)]
 
     def takes(self, view: int) -> bool:
-        """Return whether parts of inputs that lie in a view, from 1, predict it."""
+        """Return whether parts of inputs from a view, from 1, predict the target."""
         return self.pairs == "all" or (view == self.view) == (self.pairs == "own")
 
     @property
     def averages_prototypes(self) -> bool:
-        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
+        """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return False
 
     def _faults(self, parts: Parts) -> Iterator[str]:
@@ -362,7 +360,7 @@ class ImageTarget(Target):
             if any(view == self.view for _, view in pairs):
                 yield "an input that shows its own target predicts nothing"
         shown = parts.mix is None and any(view == self.view and spec.mask is None for spec, view in pairs)
-        # The center of averaged prototypes moves the target away from its prediction.
+        # With EMA prototypes, centering moves the target away from the prediction.
         if self.encoder == "momentum" and shown and not self.averages_prototypes:
             yield (
                 "a backbone that sees all of the target need only copy its own average: hide patches, take another view"
@@ -370,24 +368,24 @@ class ImageTarget(Target):
 
 
 class HeadTarget(ImageTarget):
-    """Describes a target that a head of the recipe projects, prediction and target alike."""
+    """A target with a projection head of the recipe, for prediction and target."""
 
     head: str
     """Name of a head of the recipe."""
 
     @property
     def memory_name(self) -> str:
-        """Return the name of what the head remembers for targets of this kind."""
+        """Return the name of the head's memory for targets of this kind."""
         return self.head
 
     def build_memory(self, spec: HeadSpec) -> Memory:
-        """Return what the head remembers of earlier batches."""
+        """Return the head's memory of earlier batches."""
         memory: Memory = self.regularizer.memory(spec.width)
         return memory
 
     @property
     def remembers(self) -> dict[str, Any]:
-        """Return what targets that share the head must have in common: its memory is one."""
+        """Return the settings that all targets of a head must share, because the head has one memory."""
         fields = self.regularizer.memory_fields
         names = type(self.regularizer).model_fields if fields is None else fields
         common = {name: getattr(self.regularizer, name) for name in names}
@@ -401,6 +399,5 @@ class HeadTarget(ImageTarget):
             yield from self._head_faults(parts.heads[self.head])
 
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
-        """Yield faults of a target whose head is there."""
         if head.prototypes:
             yield f"`prototypes` of head '{self.head}' have no effect: they are for `prototypes` and `dense_prototypes`"

@@ -1,4 +1,4 @@
-"""Predict the caption token by token."""
+"""Captioning loss: predict the caption token by token."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from m3i_scale.objective.regularizers.base import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
 
 _STREAM = 1 << 20
-"""Of random numbers: no input draws its mask from it."""
+"""Stream of random numbers that no mask uses."""
 
 
 class BoltzmannTokens(Kind):
-    """Computes P̂ of a token: a softmax over the vocabulary."""
+    """P̂ of a token: a softmax over the vocabulary."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = False
-    """The entropy of captions is not known."""
+    """The entropy of captions is unknown."""
 
     def loss(self, logits_BTV: Tensor, tokens_BT: Tensor, valid_BT: Tensor, ranks: Ranks) -> Tensor:
-        """Return the cross-entropy, the mean over the valid tokens of all ranks."""
+        """Return the cross-entropy, averaged over the valid tokens of all ranks."""
         loss_N = F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten(), reduction="none")
         return global_mean(loss_N, valid_BT.flatten(), ranks)
 
 
 class Caption(Target):
-    """Asks for every token of the caption behind the first, given the image and the tokens before it (CoCa, CapPa)."""
+    """Captioning loss: every token after the first, given the image and the tokens before it (CoCa, CapPa)."""
 
     kind: ClassVar[str] = "caption"
     modality: ClassVar[str] = "caption"
@@ -50,12 +50,12 @@ class Caption(Target):
     distribution: BoltzmannTokens = BoltzmannTokens()
     regularizer: OtherCandidates = OtherCandidates()
     parallel: float = Field(default=0.0, ge=0, le=1)
-    """Share of the samples, drawn by sample, whose decoder is told places alone and no tokens: all are predicted at
-    once, from the image (CapPa)."""
+    """Fraction of samples, drawn per sample, with parallel prediction: the decoder gets positions, no tokens
+    (CapPa)."""
 
     @property
     def compares_samples(self) -> bool:
-        """Return that it does not: the other candidates are tokens of the vocabulary."""
+        """Return False: the other candidates are tokens of the vocabulary."""
         return False
 
     def build_head(self, sizes: Sizes) -> nn.Module:
@@ -67,10 +67,10 @@ class Caption(Target):
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of a token, the mean over the tokens of all ranks' captions, this rank's share."""
+        """Return this rank's share of −log P̂ per token, averaged over the caption tokens of all ranks."""
         batch = context.batch
         given_BT, wanted_BT = batch.text_ids_BT[:, :-1], batch.text_ids_BT[:, 1:]
-        valid_BT = batch.text_mask_BT[:, 1:]  # a sample without caption has one token, which nobody asks for
+        valid_BT = batch.text_mask_BT[:, 1:]  # a sample without caption has one token, which is never predicted
         embedded_BTD = given.head(given_BT)
         if self.parallel:
             seeds_B = batch.seeds_B.to(embedded_BTD.device, non_blocking=True)
@@ -82,19 +82,18 @@ class Caption(Target):
 
 
 class TokenHead(nn.Module):
-    """Holds the embedding of every token of the vocabulary: z_y, and what the decoder reads of the tokens before it."""
+    """Token embeddings: both the representation z_y and the decoder's input."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
         self.weight_VD = nn.Parameter(torch.empty(vocabulary, width))
 
     def reset_parameters(self) -> None:
-        """Draw first values such that embeddings times √D have a variance of 1."""
+        """Initialize so that embeddings times √D have a variance of 1."""
         nn.init.normal_(self.weight_VD, std=self.weight_VD.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor, *, logits: bool = False) -> Tensor:
-        """Return embeddings times √D of tokens, (B, T) → (B, T, D); with `logits`, those of ẑ_y over the vocabulary:
-        (B, T, D) → (B, T, V)."""
+        """Return token embeddings times √D: (B, T) → (B, T, D). With `logits`, return logits: (B, T, D) → (B, T, V)."""
         if logits:
             return F.linear(tokens, self.weight_VD)
         embedded_BTD: Tensor = F.embedding(tokens, self.weight_VD) * self.weight_VD.shape[1] ** 0.5
@@ -102,7 +101,7 @@ class TokenHead(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """Lets every token of a caption attend to those before it and to the visible tokens of the image."""
+    """A Transformer with causal self-attention over caption tokens and cross-attention to visible image tokens."""
 
     def __init__(self, input_width: int, width: int, depth: int, heads: int, kernel: str = "sdpa") -> None:
         super().__init__()
@@ -125,10 +124,10 @@ class CausalTransformer(nn.Module):
             layer.varies_in_length = True
 
     def forward(self, embedded_BTD: Tensor, tokens_BLD: Tensor) -> Tensor:
-        """Predict the token behind each of T: (B, T, width).
+        """Predict the next token at each of T positions: (B, T, width).
 
         Args:
-            embedded_BTD: tokens of captions; padding lies behind them, where they do not attend to it.
+            embedded_BTD: tokens of captions, padded at the end; causal attention ignores the padding.
             tokens_BLD: visible tokens of the encoded input.
         """
         count = embedded_BTD.shape[1]
@@ -143,7 +142,7 @@ class CausalTransformer(nn.Module):
 
 
 class CausalTransformerSpec(LayeredSpec):
-    """Predicts the next token of a caption from the tokens before it and the image."""
+    """A decoder that predicts the next caption token from the previous tokens and the image."""
 
     kind: ClassVar[str] = "causal_transformer"
     by_token: ClassVar[bool] = True

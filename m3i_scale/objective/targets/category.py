@@ -1,4 +1,4 @@
-"""Predict the annotated category."""
+"""Predict the class label."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, Ta
 
 
 class BoltzmannClasses(Kind):
-    """Computes P̂ of a category target: a softmax over the K classes of a label set."""
+    """P̂ of a class label: a softmax over the K classes of a label set."""
 
     kind: ClassVar[str] = "boltzmann"
     bounds_information: ClassVar[bool] = True
@@ -36,15 +36,15 @@ class BoltzmannClasses(Kind):
         soft_BK: Tensor | None = None,
         count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy, and log K − the plain one, also where labels are smoothed or mixed.
+        """Return the cross-entropy, and log K − the cross-entropy without label smoothing and mixing.
 
         Args:
-            logits_BK: ẑ against the embedding of every class.
-            labels_B: the class of every sample; any number where there is none.
-            valid_B: bool, whether there is one.
-            ranks: for the mean over all samples with a label.
-            soft_BK: shares of the classes in place of labels, smoothed already; None: there are none.
-            count: over all ranks, what sums are divided by; None: the number of valid samples.
+            logits_BK: logits of ẑ for every class.
+            labels_B: class of every sample; any number without a label.
+            valid_B: bool, whether the sample has a label.
+            ranks: ranks of the mean over all labeled samples.
+            soft_BK: soft labels, already smoothed, instead of `labels_B`.
+            count: divisor of the sums over all ranks; default: the number of valid samples.
         """
         count = global_count(valid_B, ranks) if count is None else count
         logits_BK = logits_BK.float()
@@ -61,7 +61,7 @@ class BoltzmannClasses(Kind):
 
 
 class Category(Target):
-    """Asks which class of its label set the image shows."""
+    """Classification: the class of the image within its label set."""
 
     kind: ClassVar[str] = "category"
     modality: ClassVar[str] = "category"
@@ -71,7 +71,7 @@ class Category(Target):
     distribution: BoltzmannClasses = BoltzmannClasses()
     regularizer: OtherCandidates = OtherCandidates()
     batch_norm: bool = False
-    """Whether a `FeatureNorm` stands before the classifier."""
+    """Whether a `FeatureNorm` precedes the classifier."""
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class Category(Target):
 
     @property
     def compares_samples(self) -> bool:
-        """Return whether batch norm does; otherwise classes are compared, not samples."""
+        """Return whether batch norm is used. The loss itself compares classes, not samples."""
         return self.batch_norm
 
     def build_head(self, sizes: Sizes) -> nn.Module:
@@ -93,8 +93,8 @@ class Category(Target):
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum over label sets, which is a mean over all labelled samples. Outside of training also how
-        often the likeliest class is right."""
+        """Return the sum over label sets: a mean over all labeled samples. In evaluation mode also the top-1
+        accuracy."""
         batch, ranks = context.batch, given.ranks
         labelled_B, count = self.present(batch), context.counts[self.name]
         losses, nats, top_1 = [], [], []
@@ -113,16 +113,16 @@ class Category(Target):
 
 
 class Classifier(nn.Linear):
-    """Gives logits over one label set. They are small at first, so that no class is preferred from the start."""
+    """Linear classifier over one label set. Logits start small, so that no class is preferred initially."""
 
     def reset_parameters(self) -> None:
-        """Draw first values with a deviation of 0.02, without bias."""
+        """Initialize weights with a std of 0.02 and biases with 0."""
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
 
 class FeatureNorm(RunningStatistics):
-    """Normalises features without a learnt scale: what MAE and SIM put before a linear head."""
+    """Batch norm of features without learned scale, as MAE and SIM use it before a linear head."""
 
     eps = 1e-6
 
@@ -133,7 +133,7 @@ class FeatureNorm(RunningStatistics):
 
 
 class CategoryHead(nn.Module):
-    """Gives logits over each label set: ẑ_y against the category embeddings, the rows of a linear classifier."""
+    """Linear classifiers, one per label set; their rows are the category embeddings."""
 
     def __init__(self, input_width: int, classes: list[int], norm: FeatureNorm | None = None) -> None:
         super().__init__()

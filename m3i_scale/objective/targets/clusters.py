@@ -1,4 +1,4 @@
-"""Predict in which clusters the patches of a view lie; the clusters are learnt while the training goes on (CAPI)."""
+"""Predict cluster assignments of patches; the clusters are learned online (CAPI)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Part
 from m3i_scale.objective.targets.patches import count_faults, decode, place_faults
 
 _LARGEST_EXPONENT = 50.0
-"""fp32 holds sums of exp(50), and what lies 137 below."""
+"""fp32 can represent sums of exp(50), and values down to 137 below in the exponent."""
 
 
 class Clusters(ImageTarget):
-    """Predicts the clusters of patches, to which Sinkhorn assigns the averaged model's tokens (CAPI).
+    """Cluster assignments of patches: Sinkhorn assigns the EMA teacher's tokens to clusters (CAPI).
 
-    Patches of one position are divided among the clusters by themselves, over all images of the global micro-batch:
-    else clusters would tell where a patch lies.
+    Sinkhorn runs separately per patch position, over all images of the global micro-batch. Otherwise clusters would
+    encode positions.
     """
 
     kind: ClassVar[str] = "clusters"
     representation: ClassVar[str] = "dense clusters"
     dense: ClassVar[bool] = True
     tokens: Literal["masked", "all"]
-    """Which patches are asked for: those that the input hides, or all."""
+    """Predicted patches: those that the input masks, or all."""
     clusters: int = Field(default=16384, ge=2, le=MAX_CANDIDATES)
     """Number K of clusters."""
     encoder: Literal["momentum"] = "momentum"
@@ -44,7 +44,7 @@ class Clusters(ImageTarget):
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Return the names of the two losses whose sum it is."""
+        """Return the names of the two summands of the loss."""
         return ("prediction", "clustering")
 
     def build_head(self, sizes: Sizes) -> nn.Module:
@@ -52,8 +52,7 @@ class Clusters(ImageTarget):
         return ClusterHead(sizes.decoded, sizes.encoded, self.clusters)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the assignments of the patches that the decoder answers for, and the loss of the clusters
-        themselves, this rank's share."""
+        """Return this rank's share of −log P̂ of the predicted patches' assignments, plus the clustering loss."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         if self.name not in context.clusters:
             context.clusters[self.name] = self._assign(given, context)
@@ -66,13 +65,13 @@ class Clusters(ImageTarget):
         return Loss(value + clustering, nats, watched={"assignment": wanted_NK}, terms=terms)
 
     def _assign(self, given: TargetModules, context: Context) -> tuple[Tensor, Tensor]:
-        """Return the assignments of all patches of the view, (B, N, K), and the loss that the clusters learn from: the
-        cross-entropy of their own assignments."""
+        """Return the assignments of all patches of the view, (B, N, K), and the clustering loss: the cross-entropy of
+        the clusters' logits with these assignments."""
         p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         logits_BNK = given.head.clusters(context.encoded_views[self.encoder_key, self.view][1])
         with torch.no_grad():
             scaled_NBK = logits_BNK.transpose(0, 1) / number(regularizer.target_temperature)
-            # Clusters are as long as they like, so that no exponential would hold them. A factor of a column cancels.
+            # Clusters have any norm, so exp would overflow. A common factor per column cancels.
             scaled_NBK = scaled_NBK - given.ranks.max(scaled_NBK.amax(dim=1, keepdim=True))
             shares_NBK = (scaled_NBK + _LARGEST_EXPONENT).exp()
             assigned_BNK = sinkhorn(shares_NBK, regularizer.iterations, given.ranks).transpose(0, 1)
@@ -88,7 +87,7 @@ class Clusters(ImageTarget):
 
 
 class ClusterHead(nn.Module):
-    """Holds the clusters of the averaged model's tokens, and the prototypes by which the decoder predicts them."""
+    """Clusters of the EMA teacher's tokens, and prototypes with which the decoder predicts them."""
 
     def __init__(self, decoded: int, encoded: int, count: int) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ class ClusterHead(nn.Module):
 
 
 class OnlineClusters(nn.Module):
-    """Compares unit vectors with K learnt directions of any length, each with an offset."""
+    """A linear layer from unit vectors to K clusters."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -105,10 +104,10 @@ class OnlineClusters(nn.Module):
         self.bias = nn.Parameter(torch.empty(count))
 
     def reset_parameters(self) -> None:
-        """Draw directions of variance 1 a channel, as CAPI does."""
+        """Initialize weights with a variance of 1 per channel, as CAPI does."""
         nn.init.normal_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        """Return logits in fp32: (B, N, D) → (B, N, K). No gradient reaches the tokens."""
+        """Return logits in fp32: (B, N, D) → (B, N, K). Tokens get no gradient."""
         return F.linear(unit(tokens_BND.detach()), self.weight.float(), self.bias.float())

@@ -1,4 +1,4 @@
-"""Predict maps over the patches of a view: pixels, features, and features among those of other images."""
+"""Patch-level targets: pixels, features, and features contrasted with other images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from m3i_scale.objective.targets.patches import PredictedPatches, count_faults, 
 
 
 class Dense(ImageTarget):
-    """Predicts a feature of every patch, under a density."""
+    """Patch-level features, predicted under a density."""
 
     kind: ClassVar[str] = "dense"
     representation: ClassVar[str] = "dense feature"
@@ -37,12 +37,12 @@ class Dense(ImageTarget):
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
     layers: int = Field(default=1, ge=1, le=MAX_LAYERS)
-    """z_y is the mean of so many last layers, each as it leaves the layer, with every channel standardised over the
-    patches of the image (data2vec 2.0); 1: the backbone's output."""
+    """Number of last layers averaged into z_y (data2vec 2.0). The output of each layer is standardized per channel over
+    the patches of the image. With 1, z_y is the backbone's output."""
 
     @property
     def projected(self) -> bool:
-        """Return whether prediction and target go through the residual projector."""
+        """Return whether prediction and target use the residual projector."""
         return self.encoder == "momentum" and self.layers == 1
 
     def build_head(self, sizes: Sizes) -> nn.Module:
@@ -50,7 +50,7 @@ class Dense(ImageTarget):
         return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the patches that the decoder answers for, this rank's share."""
+        """Return this rank's share of −log P̂ of the predicted patches."""
         if self.projected and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_BND, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_BND=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
@@ -72,7 +72,7 @@ class Dense(ImageTarget):
 
     @cached_property
     def _statistics_key(self) -> tuple[str, str, int, int]:
-        """Return what targets with the same statistics have in common; made once, not in every step."""
+        """Return the cache key shared by targets with the same statistics. Cached, because serialization is slow."""
         return self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers
 
     def _target(self, given: TargetModules, context: Context) -> Tensor:
@@ -98,7 +98,7 @@ class Dense(ImageTarget):
 
 
 class Pixels(Dense):
-    """Predicts the pixels of every patch."""
+    """Pixels of every patch."""
 
     kind: ClassVar[str] = "pixels"
     modality: ClassVar[str] = "pixels"
@@ -106,15 +106,15 @@ class Pixels(Dense):
     encoder: Literal["patchify"] = "patchify"  # type: ignore[assignment]
     regularizer: DenseRegularizer = NoRegularizer()
     normalize_pixels: bool = True
-    """Pixels of each patch are standardised (MAE)."""
+    """Standardize the pixels of each patch (MAE)."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `DenseHead`."""
         return DenseHead(sizes.decoded, sizes.pixels)
 
     def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:
-        """Return the target view as predicted from one input: normalised (B, 3, H, W), fp32. Patches that are not asked
-        for are the true ones; one that is standardised gets the mean and deviation of the true one."""
+        """Return the target view as predicted from one input: normalized (B, 3, H, W), fp32. Other patches show the
+        true pixels. Standardized patches get the mean and std of the true pixels."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         view_BCHW = context.views[self.view]
         true_BNP = patchify(view_BCHW, given.patch_size, standardize=False)
@@ -130,7 +130,7 @@ class Pixels(Dense):
 
 
 class DenseNegatives(HeadTarget):
-    """Compares every patch with the patch that it stands for and the means of earlier images (DenseCL)."""
+    """Dense contrastive learning: every patch against its matching patch and the means of earlier images (DenseCL)."""
 
     kind: ClassVar[str] = "dense_negatives"
     representation: ClassVar[str] = "dense feature"
@@ -140,11 +140,10 @@ class DenseNegatives(HeadTarget):
     distribution: Boltzmann = Boltzmann()
     regularizer: QueuedNegatives
     match: Literal["position", "similarity"] = "position"
-    """Which patch of the target view a prediction stands for: the one it asks for, or the one whose backbone feature is
-    most similar to that of its own patch."""
+    """Matching patch in the target view: the one at the same position, or with the most similar backbone feature."""
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the patches among the queue, this rank's share."""
+        """Return this rank's share of −log P̂ of the patches with the queue as negatives."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
@@ -169,37 +168,37 @@ class DenseNegatives(HeadTarget):
 
 
 def most_similar(one_BQD: Tensor, other_BND: Tensor) -> Tensor:
-    """Return for every token of `one` the index of the token of `other` with the largest cosine: int64 (B, Q)."""
+    """Return the index of the token in `other` with the largest cosine for every token in `one`: int64 (B, Q)."""
     return (unit(one_BQD.detach()) @ unit(other_BND.detach()).transpose(1, 2)).argmax(dim=-1)
 
 
 def average_layers(layers: list[Tensor]) -> Tensor:
-    """Return the mean of maps (B, D, H, W), each standardised by image and channel over its patches: fp32 (B, N, D), no
-    gradient. As data2vec 2.0 makes its targets (`instance_norm_target_layer`)."""
+    """Average maps (B, D, H, W), each standardized per image and channel over its patches: fp32 (B, N, D), no gradient.
+    Same as the targets of data2vec 2.0 (`instance_norm_target_layer`)."""
     normed = [F.instance_norm(map_BDHW.detach().float()) for map_BDHW in layers]
     return torch.stack(normed).mean(dim=0).flatten(2).transpose(1, 2)
 
 
 def standardize_target(tokens_BND: Tensor) -> Tensor:
-    """Return z̄: LayerNorm without affine over the channels, fp32, no gradient (SIM)."""
+    """Return z̄: LayerNorm over the channels without affine, fp32, no gradient (SIM)."""
     return F.layer_norm(tokens_BND.detach().float(), (tokens_BND.shape[-1],), eps=1e-5)
 
 
 class DenseHead(nn.Module):
-    """Maps every token linearly to ẑ_y of a dense target."""
+    """Linear projection of every token to ẑ_y of a dense target."""
 
     def __init__(self, input_width: int, width: int) -> None:
         super().__init__()
         self.projection = nn.Linear(input_width, width)
 
     def forward(self, tokens_BQD: Tensor) -> Tensor:
-        """Map tokens: (B, Q, D) → (B, Q, width)."""
+        """Project tokens: (B, Q, D) → (B, Q, width)."""
         prediction_BQD: Tensor = self.projection(tokens_BQD)
         return prediction_BQD
 
 
 def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
-    """Return the pixels of every patch: (B, N, patch²·3), row-major patches, channel last (MAE).
+    """Split images into patches: (B, N, patch²·3), row-major patches, channel last (MAE).
 
     With `standardize`, each patch has mean 0 and (unbiased) variance 1.
     """
@@ -214,7 +213,7 @@ def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
 
 
 def unpatchify(pixels_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Return the images (B, 3, H, W) of which `patchify` gives these patches."""
+    """Reverse `patchify`: return the images (B, 3, H, W)."""
     blocks = pixels_BNP.unflatten(2, (patch, patch, 3)).unflatten(1, grid)
     images_BCHW: Tensor = blocks.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
     return images_BCHW

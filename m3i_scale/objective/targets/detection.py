@@ -1,4 +1,4 @@
-"""Find the objects of an image: their boxes, classes and masks."""
+"""Object detection: boxes, classes and masks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from m3i_scale.objective.targets.category import BoltzmannClasses
 
 
 class Detection(Target):
-    """Asks which objects the view shows, and where. It is the only target of its recipe, predicted from one whole
-    image, since its head reads the backbone's layers."""
+    """Object detection. It must be the only target of its recipe, with one full image as input, since its head reads
+    the backbone's layers."""
 
     kind: ClassVar[str] = "detection"
     modality: ClassVar[str] = "boxes"
@@ -38,7 +38,7 @@ class Detection(Target):
 
     @property
     def reads(self) -> Reads:
-        """Return that it is boxes, with masks where the head learns from them."""
+        """Return boxes, with masks if the head has a mask branch."""
         return "boxes_and_masks" if self.head.masks else "boxes"
 
     @property
@@ -63,8 +63,8 @@ class Detection(Target):
         return (batch.box_labels_BN >= 0).any(dim=1)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum of the head's losses; images without objects count, as ground. Outside of training also what
-        is found, in pixels of the view."""
+        """Return the sum of the head's losses; images without objects count as background. In evaluation mode also
+        return the detections, in pixels of the view."""
         batch, head = context.batch, given.head
         masks_BNMM = batch.box_masks_BNMM if self.reads == "boxes_and_masks" else None
         sizes_B2 = shown_sizes(batch)
@@ -82,7 +82,7 @@ class Detection(Target):
 
 
 def shown_sizes(batch: Batch) -> Tensor:
-    """Return the height and width (B, 2) of what view 1 shows of an image, without what is filled up, in pixels."""
+    """Return the height and width (B, 2) in pixels of the image area in view 1, without padding."""
     side = batch.images_VBCHW.shape[-1]
     crops_B4 = batch.crops_VB4[0]
     inside_B2 = torch.minimum(crops_B4[:, 2:], batch.sizes_B2 - crops_B4[:, :2])

@@ -1,4 +1,4 @@
-"""Ask for patches of a view: which inputs and decoders can answer, and what they answer."""
+"""Patch prediction: validation of inputs and decoders, and the decoder call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, TargetModules
 
 PredictedPatches = Literal["masked", "blocks", "all"]
-"""Which patches are asked for: those that the input hides; those of its target blocks, each block predicted by itself;
-or all."""
+"""Predicted patches: those that the input masks; those of its target blocks, one block at a time; or all."""
 
 
 class AsksPatches(Protocol):
-    """Is a target that asks for patches of a view, whatever it predicts of them."""
+    """A target that predicts patches of a view."""
 
     kind: ClassVar[str]
 
@@ -33,23 +32,23 @@ class AsksPatches(Protocol):
 
     @property
     def tokens(self) -> PredictedPatches:
-        """Return which patches are asked for."""
+        """Return which patches are predicted."""
 
     @property
     def decoder(self) -> str:
         """Return the name of the decoder."""
 
     def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
-        """Return the inputs, each with every view of it that the target is predicted from."""
+        """Return the pairs of input and view that predict the target."""
 
 
 def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
-    """Yield why inputs and decoder cannot say where the patches lie.
+    """Yield errors if inputs and decoder cannot locate the predicted patches.
 
     Args:
-        target: what is predicted.
-        parts: what it refers to.
-        finds_places: it looks for the places of its patches by itself.
+        target: the validated target.
+        parts: parts of its recipe.
+        finds_places: whether the target matches patches by similarity instead of position.
     """
     pairs, decoder = target.predicted_from(parts), parts.decoders[target.decoder]
     other_view = any(view != target.view for _, view in pairs)
@@ -76,13 +75,13 @@ def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = Fals
 
 
 def count_faults(target: AsksPatches, parts: Parts) -> Iterator[str]:
-    """Yield why a loss cannot count as many hidden patches of every sample, which it needs."""
+    """Yield an error if the number of masked patches differs between samples, which the loss does not support."""
     if target.tokens == "masked" and any(spec.mask and spec.mask.varies for spec, _ in target.predicted_from(parts)):
         yield f"a {target.kind} target counts as many hidden patches of every sample: give the mask one ratio, no share"
 
 
 def decode(target: AsksPatches, given: TargetModules, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
-    """Return which patches of the target view are asked for (B, Q), and the decoder's answers (B, Q, D)."""
+    """Return the indices of the predicted patches of the target view (B, Q), and the decoder's outputs (B, Q, D)."""
     cls_B1D, tokens_BLD, where = encoded.cls_BND, encoded.tokens_BLD, encoded.where
     if target.tokens == "all":
         patches = given.grid[0] * given.grid[1]
@@ -100,8 +99,8 @@ def decode(target: AsksPatches, given: TargetModules, context: Context, encoded:
 def _decode_blocks(
     given: TargetModules, encoded: Encoded, blocks_BKT: Tensor, position_BNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the patches of all blocks (B, K·T), and the decoder's answers (B, K·T, D): it sees one block at a time, as
-    if the batch were K times as large."""
+    """Return the patches of all blocks (B, K·T), and the decoder's outputs (B, K·T, D). The decoder sees one block at a
+    time, with a K times larger batch."""
     count = blocks_BKT.shape[1]
     cls_B1D, tokens_BLD, visible_BL = (
         part.repeat_interleave(count, dim=0) for part in (encoded.cls_BND, encoded.tokens_BLD, encoded.where.visible_BL)

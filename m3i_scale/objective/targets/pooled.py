@@ -1,4 +1,4 @@
-"""Predict one vector for the whole view: a global feature."""
+"""Image-level (global) features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Targe
 
 
 class Pooled(HeadTarget):
-    """Predicts a global feature."""
+    """An image-level (global) feature."""
 
     kind: ClassVar[str] = "pooled"
     representation: ClassVar[str] = "global feature"
@@ -27,7 +27,7 @@ class Pooled(HeadTarget):
     regularizer: PooledRegularizer
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the view's vector, this rank's share."""
+        """Return this rank's share of −log P̂ of the view's vector."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
         p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
@@ -57,7 +57,7 @@ class Pooled(HeadTarget):
 
 
 def pooled_target(target: HeadTarget, given: TargetModules, context: Context) -> Tensor:
-    """Return z_y (B, E), with gradient only where the regulariser lets the target learn."""
+    """Return z_y (B, E), with gradient only if the regularizer trains the target."""
     if target.encoder == "online":
         shown = context.whole[target.view].tapped(given.squared_norms)
         z_BE: Tensor = given.head(shown.pooled(given.decoder), predict=False)

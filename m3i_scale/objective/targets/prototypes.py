@@ -1,4 +1,4 @@
-"""Predict distributions over the prototypes of a head: of the whole view, or of every hidden patch."""
+"""Distributions over the prototypes of a head, for the image or for every masked patch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from m3i_scale.objective.targets.pooled import pooled_target
 
 
 class Prototypes(HeadTarget):
-    """Predicts a distribution over the prototypes of the head."""
+    """A distribution over the prototypes of the head (DINO, SwAV, MSN)."""
 
     kind: ClassVar[str] = "prototypes"
     representation: ClassVar[str] = "global feature"
@@ -31,16 +31,16 @@ class Prototypes(HeadTarget):
     regularizer: PrototypeRegularizer
 
     def build_memory(self, spec: HeadSpec) -> Memory:
-        """Return what the head remembers of earlier batches."""
+        """Return the head's memory of earlier batches."""
         return self.regularizer.memory(spec.width, spec.prototypes)
 
     @property
     def averages_prototypes(self) -> bool:
-        """Return whether z_y is compared with the averaged copy of its head's prototypes."""
+        """Return whether z_y is compared with the EMA copy of its head's prototypes."""
         return self.regularizer.averages_prototypes
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the view's distribution over prototypes, this rank's share."""
+        """Return this rank's share of −log P̂ of the view's distribution over prototypes."""
         if self.name not in context.assigned:
             context.assigned[self.name] = self._assign(given, context, pooled_target(self, given, context))
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
@@ -49,7 +49,7 @@ class Prototypes(HeadTarget):
     def _assign(
         self, given: TargetModules, context: Context, target_NE: Tensor, share_N: Tensor | None = None
     ) -> tuple[Assigned, Tensor | None]:
-        """Return the target's distributions (N, K), and what the head remembers of it."""
+        """Return the target's distributions (N, K), and the values for the head's memory."""
         p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         with torch.no_grad():
             head = given.momentum.heads[self.head] if self.averages_prototypes else given.head
@@ -83,26 +83,25 @@ class Prototypes(HeadTarget):
 
 
 class DensePrototypes(Prototypes):
-    """Predicts a distribution over the prototypes of the head for every hidden patch (iBOT): that of the averaged
-    model's token at the same place of the same view.
+    """iBOT loss: the student predicts the EMA teacher's prototype assignment of every masked patch in the same view.
 
-    What the head remembers of patches is apart from what it remembers of whole views.
+    The head has separate memories for patches and for images.
     """
 
     kind: ClassVar[str] = "dense_prototypes"
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
     tokens: PredictedPatches
-    """Which patches are asked for: those that the input hides, or all."""
+    """Predicted patches: those that the input masks, or all."""
 
     @property
     def memory_name(self) -> str:
-        """Return the name of what the head remembers for targets of this kind."""
+        """Return the name of the head's memory for targets of this kind."""
         return f"{self.head}/patches"
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the patches, this rank's share: mean over those of an image, then over images, of which
-        those that hide nothing add 0 (iBOT's code, DINOv2's)."""
+        """Return this rank's share of −log P̂ of the patches: mean over patches of an image, then over images. Images
+        without masked patches add 0 (as in the code of iBOT and DINOv2)."""
         query_BQ, decoded_BQD = decode(self, given, context, encoded)
         share_N = None
         if self.tokens == "masked" and encoded.where.masked_BM is not None:
@@ -123,6 +122,6 @@ class DensePrototypes(Prototypes):
 
 
 def share_of_hidden(masked_BM: Tensor) -> Tensor:
-    """Return what every patch counts in a mean over the hidden ones of an image, then over images: fp32 (B, M)."""
+    """Return the weight of every patch in a mean over masked patches per image, then over images: fp32 (B, M)."""
     hidden_B1 = masked_BM.sum(dim=1, keepdim=True, dtype=torch.float32)
     return masked_BM / (hidden_B1.clamp(min=1) * len(masked_BM))

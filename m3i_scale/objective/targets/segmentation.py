@@ -1,4 +1,4 @@
-"""Predict the class of every pixel."""
+"""Semantic segmentation: the class of every pixel."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from m3i_scale.objective.targets.category import BoltzmannClasses
 
 
 class Segmentation(Target):
-    """Asks which class every pixel of the view shows. It is the only target of its recipe, predicted from one whole
-    image, since its head may read the backbone's layers."""
+    """Semantic segmentation. It must be the only target of its recipe, with one full image as input, since its head may
+    read the backbone's layers."""
 
     kind: ClassVar[str] = "segmentation"
     modality: ClassVar[str] = "mask"
@@ -37,7 +37,7 @@ class Segmentation(Target):
 
     @property
     def reads(self) -> Reads:
-        """Return that it is the classes of pixels."""
+        """Return masks, the classes of pixels."""
         return "masks"
 
     @property
@@ -47,7 +47,7 @@ class Segmentation(Target):
 
     @property
     def compares_samples(self) -> bool:
-        """Return whether batch norm has a single value of a sample: that of the whole image in UPerNet."""
+        """Return whether batch norm gets a single value per sample, as for the global pooling of UPerNet."""
         return isinstance(self.head, UperNetSegmentation)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
@@ -59,7 +59,7 @@ class Segmentation(Target):
         fault = None
         try:
             kind = resolve_name(self.head.module)
-        except (AttributeError, ImportError, ValueError) as error:  # of a class of the user's own
+        except (AttributeError, ImportError, ValueError) as error:  # of a user-defined class
             fault = str(error)
         else:
             if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
@@ -73,11 +73,11 @@ class Segmentation(Target):
         return cast(nn.Module, kind(self.head, sizes.backbone, sizes.classes[0], sizes.ranks))
 
     def present(self, batch: Batch) -> Tensor:
-        """Return which samples have a pixel with a class: bool (B)."""
+        """Return which samples have a labeled pixel: bool (B)."""
         return (batch.masks_BHW != NO_CLASS).flatten(1).any(dim=1)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the mean over all pixels with a class; outside of training also how truth and prediction overlap."""
+        """Return the mean over all labeled pixels. In evaluation mode also return overlaps of truth and prediction."""
         truth_BHW = context.batch.masks_BHW.long()
         valid_BHW = truth_BHW != NO_CLASS
         truth_BHW = truth_BHW.masked_fill(~valid_BHW, 0)

@@ -1,4 +1,4 @@
-"""Keep the images of a batch apart: the entropy term of equation (2) alone."""
+"""KoLeo loss: the entropy term of equation (2) alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, Ta
 
 
 class NoDistribution(Kind):
-    """Stands where nothing is predicted."""
+    """Placeholder for targets that predict nothing."""
 
     kind: ClassVar[str] = "none"
     bounds_information: ClassVar[bool] = False
 
 
 class KoLeo(Regularizer):
-    """Raises the entropy of vectors on the sphere, as Kozachenko and Leonenko estimate it by nearest neighbours."""
+    """The Kozachenko-Leonenko entropy estimate of vectors on the sphere, which uses nearest neighbors."""
 
     kind: ClassVar[str] = "koleo"
     encoders: ClassVar[tuple[str, ...]] = ("online",)
@@ -31,9 +31,9 @@ class KoLeo(Regularizer):
 
 
 class Spread(Target):
-    """Predicts nothing: keeps what a decoder makes of an input, before any head, apart from that of other images.
+    """KoLeo loss: pushes a decoder's outputs for different images apart, before any head.
 
-    DINOv2 has it beside distributions over prototypes, for the class tokens of its large views.
+    DINOv2 combines it with distributions over prototypes, for the class tokens of its global crops.
     """
 
     kind: ClassVar[str] = "spread"
@@ -43,17 +43,17 @@ class Spread(Target):
     regularizer: KoLeo = KoLeo()
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a module without weights: what the decoder gives is taken as it is."""
+        """Return a module without weights: the decoder's output is used directly."""
         return nn.Identity()
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the negative of the estimated entropy, without its constant and factor, this rank's share."""
+        """Return this rank's share of the negative entropy estimate, without its constant and factor."""
         return Loss(koleo(encoded.pooled(given.decoder), given.ranks))
 
 
 def koleo(pooled_BD: Tensor, ranks: Ranks, eps: float = 1e-8) -> Tensor:
-    """Return −mean log of the distance between a unit vector and the nearest one of the global batch (Sablayrolles et
-    al., 2019, Spreading vectors for similarity search). DINOv2's code looks among the images of a device alone."""
+    """Return −mean log distance of a unit vector to its nearest neighbor in the global batch (Sablayrolles et al.,
+    2019, Spreading vectors for similarity search). DINOv2's code only searches the images of one device."""
     own_BD = unit(pooled_BD)
     all_GD = ranks.gather(own_BD)
     with torch.no_grad():

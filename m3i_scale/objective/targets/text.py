@@ -1,4 +1,4 @@
-"""Predict the paired text, as the text tower encodes it."""
+"""Contrastive image-text loss with the text tower's embedding of the caption."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, Ta
 
 
 class Text(Target):
-    """Asks which text of the global batch belongs to the image."""
+    """Image-text contrastive loss: which text of the global batch belongs to the image."""
 
     kind: ClassVar[str] = "text"
     modality: ClassVar[str] = "text"
@@ -28,7 +28,7 @@ class Text(Target):
     distribution: PairDistribution = BoltzmannPairs()
     regularizer: OtherCandidates = OtherCandidates()
     width: int = Field(default=512, ge=8, le=MAX_WIDTH)
-    """Dimension of the shared space."""
+    """Dimension of the shared embedding space."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `TextHead`."""
@@ -39,7 +39,7 @@ class Text(Target):
         return batch.has_text_B
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return −log P̂ of the paired text, this rank's share."""
+        """Return this rank's share of −log P̂ of the paired text."""
         texts = cast(PairTargets, context.text)
         prediction_BE, scale, bias = given.head(encoded.pooled(given.decoder))
         value, nats = self.distribution.loss(prediction_BE, texts, scale, bias, given.ranks)
@@ -47,7 +47,7 @@ class Text(Target):
 
 
 class TextHead(nn.Module):
-    """Projects ẑ_y of a text target onto the unit sphere, and holds the temperature of its softmax."""
+    """Projection of ẑ_y onto the unit sphere, with the learned temperature (and bias) of the loss."""
 
     max_scale = 100.0
 
@@ -59,7 +59,7 @@ class TextHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1)) if bias is not None else None
 
     def reset_parameters(self) -> None:
-        """Set the first temperature, and the first bias of a Bernoulli target."""
+        """Initialize the temperature, and the bias of a Bernoulli target."""
         nn.init.constant_(self.log_scale, math.log(1 / self.first_temperature))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -68,8 +68,8 @@ class TextHead(nn.Module):
         """Return unit vectors fp32 (B, E), 1/τ (1), at most 100, and the bias (1) of a Bernoulli target."""
         prediction_BE = F.normalize(self.projection(pooled_BD).float(), dim=-1)
         log_scale = self.log_scale.float()
-        # Straight through: a hard clamp has no gradient above the limit, and one overshoot would freeze τ for good.
+        # Straight-through: a hard clamp has no gradient above the limit, so one overshoot would freeze τ permanently.
         bounded = log_scale + (log_scale.clamp(max=math.log(self.max_scale)) - log_scale).detach()
-        # The parameter is what is added to the first bias: bf16 has steps of 1/16 near −10.
+        # The parameter is an offset to the initial bias: bf16 has steps of 1/16 near −10.
         bias = None if self.bias is None or self.first_bias is None else self.bias.float() + self.first_bias
         return prediction_BE, bounded.exp(), bias
