@@ -9,7 +9,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -17,6 +17,7 @@ from m3i_scale.data.remote.access import Access, retried
 from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.scan import ShardIndex, head_of
+from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.data.watchdog import Activity
 
 OPEN_SHARDS = 32
@@ -55,6 +56,19 @@ def refuse_large_sample(size: int, limit: int) -> None:
     """
     if size > limit:
         raise BadSampleError("sample too large", f"{size} bytes, data.max_sample_bytes is {limit}")
+
+
+def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
+    """Read the files of a sample by extension.
+
+    Raises:
+        BadSampleError: they are too large or cannot be read.
+    """
+    refuse_large_sample(sample.size, max_bytes)
+    try:
+        return read_members(stream, sample)
+    except OSError as error:
+        raise BadSampleError("cannot be read", str(error)) from None
 
 
 class ShardReader:

@@ -12,11 +12,10 @@ from PIL import ImageFile
 
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.quarantine import WHOLE_SHARD
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.remote.address import SCHEMES
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.tar import sample_at
-from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.text import printable, quoted
 

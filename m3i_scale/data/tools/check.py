@@ -17,7 +17,7 @@ from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.make.folder import SPLIT_NAMES
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import (
@@ -30,7 +30,7 @@ from m3i_scale.data.tar import (
     read_shard,
 )
 from m3i_scale.data.tools.output_names import Claims, claim_faults, read_claims
-from m3i_scale.data.tools.verify import Contents, Rules, faults_of, readable_members
+from m3i_scale.data.tools.verify import Contents, Rules, faults_of
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing

@@ -19,12 +19,11 @@ from PIL import Image
 
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tools.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, pairs_within, unlike_bits
-from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 

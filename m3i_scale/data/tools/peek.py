@@ -19,11 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.make.write import atomic_folder
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
 from m3i_scale.data.shards import local_shards, read_labels
 from m3i_scale.data.tar import RawSample, read_shard
-from m3i_scale.data.tools.verify import readable_members
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError

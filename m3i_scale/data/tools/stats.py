@@ -16,12 +16,12 @@ from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.mask_classes import pixel_report
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tools.tokens import CaptionTokens, Cut, tokenizer_for
-from m3i_scale.data.tools.verify import image_extensions, readable_members
+from m3i_scale.data.tools.verify import image_extensions
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
 from m3i_scale.errors import ConfigError

@@ -6,16 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 from PIL import Image
 
 from m3i_scale.data.box_forms import BoxForms
 from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white, pixel_counts
 from m3i_scale.data.instances import INSTANCES, read_instances
-from m3i_scale.data.reader import BadSampleError, refuse_large_sample
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
-from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 
 
@@ -51,19 +49,6 @@ class Contents:
         """Add the contents of other samples."""
         self.pixels.update(other.pixels)
         self.boxes.merge(other.boxes)
-
-
-def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
-    """Read the files of a sample by extension.
-
-    Raises:
-        BadSampleError: they are too large or cannot be read.
-    """
-    refuse_large_sample(sample.size, max_bytes)
-    try:
-        return read_members(stream, sample)
-    except OSError as error:
-        raise BadSampleError("cannot be read", str(error)) from None
 
 
 def faults_of(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> list[tuple[str, str]]:
