@@ -166,7 +166,7 @@ def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
     fault: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # raised when the others know
+    except Exception as error:  # raised below, on all ranks
         fault = error
     raise_together(fault, names_rank=names_rank)
     return result
@@ -201,7 +201,7 @@ def open_together(make: Callable[[], Result]) -> Result:
                 results, over = [work.next(VOTE_EVERY_S)], True
             except NotYetError:
                 pass
-            except Exception as error:  # raised when the others know
+            except Exception as error:  # raised below, on all ranks
                 fault, over = error, True
         unfinished, failed = agree(not over, fault is not None)
         if unfinished and not failed:
