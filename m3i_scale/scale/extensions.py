@@ -155,7 +155,7 @@ def _is_held(lock: Path, status: tuple[int, int, float]) -> bool:
 
 def _lease(file: int) -> None:
     """Acquire and release a lease of a file; raise OSError if it is not granted."""
-    fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # else whoever opens it meanwhile ends this process by SIGIO
+    fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO, the default, would kill this process
     fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
