@@ -166,7 +166,7 @@ def _call_s(links: Links, size: float, ranks: int, nodes: int, passes: int) -> f
         return 0.0
     sent_gb = size * passes * (ranks - 1) / ranks / 1e9
     ring_gb_s = links.intra_gb_s if nodes == 1 else links.inter_gb_s * links.ranks_per_node
-    if nodes > 1 and links.ranks_per_node > 1:  # a ring also goes through its nodes, which carry all but its way out
+    if nodes > 1 and links.ranks_per_node > 1:  # a ring also crosses its nodes, with all but its outgoing traffic
         ring_gb_s = min(ring_gb_s, links.intra_gb_s * links.ranks_per_node / (links.ranks_per_node - 1))
     between, all_steps = passes * (nodes - 1), passes * (ranks - 1)
     if links.gloo:

@@ -19,9 +19,9 @@ class Ledger:
         self.parts: defaultdict[str, int] = defaultdict(int)
         self.live = self.peak = 0
         self.most: defaultdict[str, int] = defaultdict(int)
-        """By part, its own largest sum at a moment."""
+        """By category, its separate peak."""
         self.at_peak: dict[str, int] = {}
-        """By part, at the peak."""
+        """By category, at the overall peak."""
         self._held: dict[int, tuple[str, int]] = {}
         self._count = 0
 

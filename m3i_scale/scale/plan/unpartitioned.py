@@ -32,7 +32,7 @@ class WholeEngine(Engine):
         """Follow `partition.construct` and `__init__` of the optimizer."""
         kept: dict[int, int] = {}
         self.gathered_averages: list[int] = []
-        """Elements of the groups whose averages are gathered."""
+        """Elements of the groups with gathered EMA weights."""
         for place, parameter in enumerate(self.parameters):
             size = parameter.numel * self.settings.parameter_bytes
             kept[place] = self.device.allocate(OF_ROLE[parameter.role], size)
@@ -135,7 +135,7 @@ class ZeroEngine(WholeEngine):
         self.compact = settings.accumulation_bytes == 4 and settings.parameter_bytes != 4
         self.early = settings.stage == 2 or settings.overlap
         self.own = self._in_partition()
-        """Parameters of the first rank's partition, in whole or in part."""
+        """Parameters fully or partly in the first rank's partition."""
         self.buckets: list[int] = []
         self.filled = 0
         self.large: list[int] = []
