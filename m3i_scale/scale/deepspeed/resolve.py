@@ -162,7 +162,7 @@ def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) 
 
 
 def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _RunSettings]:
-    accumulation = check_batch(world_size, batch_size, micro_batch_size)  # what one cannot, none can
+    accumulation = check_batch(world_size, batch_size, micro_batch_size)  # if one rank cannot, no number of ranks can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
     unknown = _RunSettings(AUTO, "the number of ranks is not known", binding=False)
     return {
