@@ -31,7 +31,7 @@ class Policy:
     """Conditions for another attempt."""
 
     max_restarts: int = 0
-    """Maximum number of failed attempts to repeat. Attempts that end because a host recovered do not count."""
+    """Maximum number of restarts after failed attempts. Attempts that end because a host recovered do not count."""
     min_hosts: int | None = None
     """Minimum number of hosts to continue with; None: all."""
     pause_s: float = 5.0
