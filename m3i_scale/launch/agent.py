@@ -1,9 +1,9 @@
 """Run the agent of one host: start its ranks, forward their output, report how they end, and leave no process.
 
 `python -m m3i_scale.launch.agent` runs over ssh and exchanges messages of `wire` on standard input and output. It ends
-its ranks on request, when its input ends (the supervisor or the connection is gone), and when it receives nothing for
-too long (the network is down). The kernel kills the ranks if the agent is killed. It imports neither torch nor
-DeepSpeed.
+its ranks on request, or when its input ends (the supervisor or the connection is gone). It also ends them when it
+receives nothing for too long (the network is down). The kernel kills the ranks if the agent is killed. It imports
+neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Agent:
     """The agent of one attempt on one host.
 
     Args:
-        output: to the supervisor.
+        output: output stream to the supervisor.
     """
 
     def __init__(self, output: IO[bytes]) -> None:

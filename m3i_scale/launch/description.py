@@ -95,7 +95,7 @@ class Cluster(Section):
     interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$")
     """The network interface for communication, with the same name on all nodes: Gloo and NCCL use no other."""
     master_address: HostName | None = None
-    """Address of the master node, reachable from all nodes. Default: that of the interface if this machine is the
+    """Address of the master node, reachable from all nodes. Default: the interface's address if this machine is the
     master node, else its host name."""
     master_port: int = Field(default=29500, ge=1024, le=65535)
     """Port of rank 0 for the rendezvous. Default: 29500."""
@@ -149,7 +149,7 @@ class Cluster(Section):
     """Slurm: a host folder to mount at the same path, in addition to the working and output directories; repeat for
     each."""
     namespace: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    """Kubernetes: the namespace. Default: that of the current context."""
+    """Kubernetes: the namespace. Default: the namespace of the current context."""
     storage_gib: int = Field(default=200, ge=1)
     """Kubernetes: size in GiB of the volume for output_dir. Default: 200."""
     data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
@@ -237,7 +237,7 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
 
     Args:
         path: YAML; a relative `hostfile` in it is relative to its folder.
-        options: by field; None and empty ones were not given.
+        options: values by field; None and empty ones were not given.
     """
     values: dict[str, Any] = {}
     if path is not None:

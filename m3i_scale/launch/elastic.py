@@ -85,7 +85,7 @@ def read_launch(path: Path) -> Launch:
     """Read a launch description; the caller that runs it must hold the lock of its output folder.
 
     Args:
-        path: as `render` writes it.
+        path: a file written by `render`.
     """
     try:
         given: dict[str, Any] = read_json(path)

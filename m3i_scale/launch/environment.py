@@ -55,7 +55,7 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
     Args:
         entries: `NAME` or `NAME=value`, validated.
         here: the environment of the launching process.
-        interface: of `Cluster`.
+        interface: the `interface` of `Cluster`.
     """
     variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
     for entry in entries:

@@ -72,7 +72,7 @@ class LaunchResult:
     code: int = 0
     """Shell exit code of the first failed command; 0 if none failed."""
     codes: list[int] = field(default_factory=list)
-    """Of all commands, in order; negative: the signal that ended it."""
+    """Exit codes of all commands, in order; negative: the signal that ended the command."""
     times: list[float] = field(default_factory=list)
     """End times, in Unix seconds."""
     forced: set[int] = field(default_factory=set)
@@ -87,7 +87,7 @@ def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str])
     Args:
         plan: its files must have been written.
         shown: the same without secrets, for printing.
-        environment: of the commands.
+        environment: environment of the commands.
 
     Check the required programs first: see `check_needs`.
     """

@@ -29,10 +29,10 @@ _ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 
 
 def conclude(output_dir: Path, ending: LaunchResult, shown: LaunchPlan, world_size: int) -> str | None:
-    """Write OUTPUT/failure.json if a run failed; remove that of an earlier launch if it finished.
+    """Write OUTPUT/failure.json if a run failed; remove the file of an earlier launch if the run finished.
 
     Args:
-        output_dir: of the run.
+        output_dir: output directory of the run.
         ending: result of the launcher's commands.
         shown: their plan, without secrets.
         world_size: total number of ranks.
@@ -61,9 +61,9 @@ def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world
     """Write OUTPUT/failure.json from the error files of ranks, or remove an earlier one, like `conclude`.
 
     Args:
-        output_dir: of the run.
+        output_dir: output directory of the run.
         code: exit code of the launch.
-        records: of ranks that did not end normally.
+        records: error records of ranks that did not end normally.
         world_size: total number of ranks, if known.
     """
     if code == EXIT_PREEMPTED:  # all have saved, or one failed while saving

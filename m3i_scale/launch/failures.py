@@ -22,7 +22,7 @@ Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "sil
 failed; `missing`: it waited for ranks that did not join."""
 LAST_LINES = 20
 RECORD_FILES = ("rank-*.json", "host-*.jsonl", FILES)
-"""In that folder: of failed ranks, of the started and ended ranks of a host, and of collectives."""
+"""Files in that folder: errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
 _SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
 
 # Error messages of a rank that only noticed the loss of another one: of gloo, of NCCL's watchdog and communicator, of
@@ -104,7 +104,7 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
     Args:
         cause: the root cause.
         others: subsequent failures.
-        output_dir: of the run.
+        output_dir: output directory of the run.
     """
     lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
@@ -131,7 +131,7 @@ def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], *
     """Write OUTPUT/failure.json atomically.
 
     Args:
-        output_dir: of the run.
+        output_dir: output directory of the run.
         cause: the root cause.
         others: subsequent failures.
         more: further fields, such as the attempt.
@@ -247,7 +247,7 @@ def on_clock(failure: Failure, offset_s: float) -> Failure:
     """Return a failure with its time on the supervisor's clock.
 
     Args:
-        failure: with a time on its host's clock.
+        failure: a failure with a time on its host's clock.
         offset_s: seconds by which the supervisor's clock is ahead of the host's.
     """
     return replace(failure, time=failure.time + offset_s)

@@ -21,7 +21,7 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> I
 
     Args:
         folder: folder of the files; created now, and removed after a normal end.
-        environment: of this process.
+        environment: environment of this process.
     """
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:  # the name in earlier versions of torch
         environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _PREFIX))

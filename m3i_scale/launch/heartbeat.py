@@ -34,9 +34,9 @@ class RankState:
     changed: float
     """Unix time of the last change."""
     waited_s: float
-    """In collectives since the loop began."""
+    """Time in collectives since the loop began."""
     worked_s: dict[str, float]
-    """By phase since the loop began, excluding waits in collectives."""
+    """Time by phase since the loop began, excluding waits in collectives."""
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:

@@ -107,8 +107,8 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
     """Return the hosts of the current Slurm allocation.
 
     Args:
-        environment: of this process.
-        ranks_per_node: on each host. Default: the allocation's tasks per node.
+        environment: environment of this process.
+        ranks_per_node: number of ranks on each host. Default: the allocation's tasks per node.
     """
     nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
     if nodes is None:

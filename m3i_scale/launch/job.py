@@ -23,7 +23,7 @@ from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import quoted, redact
 
 FOLDER = "launch"
-"""In the run's output folder."""
+"""Name of the launch folder, in the run's output folder."""
 _NO_COMMON_INTERPRETER = "python3"
 """Default interpreter of a container."""
 
@@ -63,7 +63,7 @@ class Job:
     def ranks_per_node(self) -> int:
         """Return the ranks per node, if no hosts are named.
 
-        The default is the number of accelerators of this machine, or one if it has none.
+        The default is the number of accelerators of this machine, or one without accelerators.
         """
         return devices_here() if self.cluster.ranks_per_node is None else self.cluster.ranks_per_node
 
@@ -187,11 +187,11 @@ def make_job(
     """Combine a run and a description.
 
     Args:
-        config: of the run, overrides applied.
+        config: the run's config, overrides applied.
         run: its file, or its built-in name.
         overrides: `section.key=value`, as passed to the ranks.
         cluster: where it runs.
-        values: of the config file, with `extends` and overrides applied.
+        values: values of the config file, with `extends` and overrides applied.
         here: the environment of the launching process.
     """
     path = find_run_file(run)

@@ -131,9 +131,9 @@ def connect(
     """Connect to all hosts in parallel.
 
     Args:
-        hosts: in their order.
+        hosts: the hosts, in their order.
         site: connection settings.
-        inbox: of the links.
+        inbox: inbox of the links.
         unresponsive: names of hosts that did not respond last time and are optional: their limit is `UNRESPONSIVE_S`.
         over: whether the result is no longer needed.
 

@@ -12,7 +12,7 @@ class Logs:
     """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log.
 
     Args:
-        output_dir: of the run.
+        output_dir: output directory of the run.
         shown: the rank with lines that are also written to standard error.
 
     Raises:

@@ -62,8 +62,8 @@ class LaunchPlan:
     workdir: Path
     needs: tuple[Executable, ...] = ()
     stops: tuple[Command, ...] = ()
-    """Commands that ask the ranks to save and exit, if a signal to the launch commands would not reach the ranks or
-    would end them before they save. Empty: the commands get the signal."""
+    """Commands that ask the ranks to save and exit. Used if a signal to the launch commands would not reach the ranks,
+    or would end them before they save. Empty: the commands get the signal."""
     port: int | None = None
     """Must be free on this machine before the start."""
     ranks: bool = False

@@ -1,5 +1,5 @@
-"""Track the progress of an attempt's ranks by their heartbeats: detect hangs, and hosts with ranks that are slower
-between collectives than those of other hosts."""
+"""Track the progress of an attempt's ranks by their heartbeats: detect hangs, and hosts that are slower than the others
+in the time that their ranks work between collectives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Progress:
     """The last known states of the ranks.
 
     Args:
-        timeouts: of the run.
+        timeouts: timeouts of the run.
     """
 
     def __init__(self, timeouts: TimeoutsConfig) -> None:
@@ -122,7 +122,7 @@ class Stragglers:
 
         Args:
             host: sender.
-            beats: of its ranks, as `heartbeat.RankState`.
+            beats: beats of its ranks, as `heartbeat.RankState`.
             ranks: number of ranks on all hosts.
         """
         for rank, beat in beats.items():

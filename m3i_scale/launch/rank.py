@@ -29,7 +29,7 @@ class Rank:
         number: its RANK.
         command: command of every rank.
         environment: the complete environment.
-        cwd: of the process.
+        cwd: working directory of the process.
         records: the folder for its heartbeat and its error file.
     """
 

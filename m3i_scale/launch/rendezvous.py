@@ -48,11 +48,11 @@ class Work:
 
     run: RunConfig
     command: tuple[str, ...]
-    """Of every rank: interpreter, module, `train`, config file, overrides."""
+    """Command of every rank: interpreter, module, `train`, config file, overrides."""
     hosts: tuple[Host, ...]
     site: RemoteShell
     master_address: str | None = None
-    """Of the first host; None: the address of `interface`, or its name."""
+    """Address of the first host; None: the address of `interface`, or its name."""
     interface: str | None = None
     """Network interface of the ranks on all hosts."""
     master_port: int | None = None
@@ -72,7 +72,7 @@ class HostHistory:
     """Reliability of the hosts over attempts: their order, and which are optional or left out.
 
     Args:
-        hosts: in the order in which they were named.
+        hosts: the hosts, in the order in which they were named.
     """
 
     def __init__(self, hosts: Sequence[Host]) -> None:
@@ -118,7 +118,7 @@ class Rendezvous:
     Args:
         work: the run and its hosts.
         policy: required number of hosts.
-        inbox: of all links.
+        inbox: inbox of all links.
         tell: prints a line for the user.
         stopped: whether the launch was asked to stop.
     """

@@ -49,13 +49,13 @@ class Attempt:
     """The ranks of one world, started and monitored.
 
     Args:
-        links: to the agents of all hosts, in order of ranks.
-        inbox: of the links.
-        command: of every rank.
+        links: links to the agents of all hosts, in order of ranks.
+        inbox: inbox of the links.
+        command: command of every rank.
         site: hosts, environment.
-        timeouts: of the run; the process group's timeouts fire first.
-        address: of rank 0's host, and the port there.
-        logs: of ranks.
+        timeouts: timeouts of the run; the process group's timeouts fire first.
+        address: address of rank 0's host, and the port there.
+        logs: log files of the ranks.
         tell: prints a line for the user.
     """
 
@@ -239,8 +239,8 @@ class Attempt:
         return any(begun) or self._asked is not None
 
     def _clean(self) -> None:
-        """Clean up all processes: agents end their ranks and report it; unreachable agents end their ranks on their
-        own."""
+        """Clean up all processes: agents end their ranks and report it; unreachable agents end their ranks without a
+        request."""
         self._over = True
         for link in self._links:
             link.send("end")

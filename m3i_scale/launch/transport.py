@@ -69,7 +69,7 @@ def agent_command(name: str, site: RemoteShell, patience_s: float | None = None)
     """Return the command that starts the agent of a host.
 
     Args:
-        name: of the host.
+        name: host name.
         site: connection settings.
         patience_s: ssh's connect timeout. Default: half of `site.connect_s`.
     """

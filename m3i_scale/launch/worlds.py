@@ -80,7 +80,7 @@ def largest_world(run: RunConfig, hosts: Sequence[Host], fewest: int) -> World |
     """Return the world with the most ranks, preferring the first hosts; None if no number of these hosts fits.
 
     Args:
-        run: to be distributed.
+        run: the run to distribute.
         hosts: responding hosts, preferred ones first.
         fewest: minimum number of hosts.
     """
@@ -107,13 +107,14 @@ class ComparedSamples:
     def __init__(self, run: RunConfig, hosts: Sequence[Host], fewest: int) -> None:
         whole = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
         self.usual = None if whole is None else whole.compared
-        """With all hosts; None if the recipe has no contrastive loss, or no number of hosts fits the run."""
+        """Global contrastive batch with all hosts; None if the recipe has no contrastive loss, or no number of hosts
+        fits the run."""
         self._ran_out = False
         self._raised = False
 
     def keep(self, world: World, refusal: Callable[[World], str | None]) -> tuple[World, str | None]:
-        """Return the same hosts with the micro-batch that preserves the global contrastive batch, if memory allows, and
-        a message for the user if that batch is smaller than before.
+        """Return the same hosts with the micro-batch that preserves the global contrastive batch, if memory allows.
+        Also return a message for the user if that batch is smaller than before.
 
         Args:
             world: world of the next attempt.
@@ -162,7 +163,7 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
 
     Args:
         run: overrides applied.
-        job: with the number of ranks.
+        job: the launch, with its number of ranks.
         launcher: `elastic` chooses fitting hosts and micro-batch itself.
     """
     check_output_dir(job.output_dir)
@@ -188,8 +189,8 @@ def refusal_of_plan(
 
     Args:
         words: config file and overrides, as passed to `train`.
-        world: with that micro-batch.
-        memory: of the rank with the least memory.
+        world: the world with that micro-batch.
+        memory: memory of the rank with the least.
         meanwhile: called while `plan` works; False aborts it.
         given_gib: memory per rank from the description; None if not given.
     """

@@ -1,7 +1,7 @@
 """Choose the layers that recompute, so that the activations saved for the backward pass fit into a budget.
 
-One forward pass without backward is recorded. The tensors that autograd would save inside each layer are counted and
-freed at the end of the layer, so counting needs no more memory than `full` does.
+One forward pass without backward is recorded. Tensors that autograd would save inside a layer are counted and freed at
+the end of the layer. So counting needs no more memory than `full` does.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[Lay
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Restore what a forward pass in training mode changes: buffers (queues, statistics) and random states."""
+    """Restore the state that a forward pass in training mode changes: buffers (queues, statistics) and random
+    states."""
     accelerator = get_accelerator()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     host, device = torch.get_rng_state(), accelerator.get_rng_state()

@@ -1,7 +1,7 @@
 """Configure activation checkpointing: which layers recompute in the backward pass, and which tensors they keep.
 
 The layers are `transformers` layers (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage. All
-policies use torch's non-reentrant checkpoint through the layers' switch, so the gradients equal those of `none`. The
+policies use torch's non-reentrant checkpoint through the layers' switch, so gradients are the same as with `none`. The
 target branch runs without gradient and stores no activations under any policy.
 """
 

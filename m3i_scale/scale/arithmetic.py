@@ -15,7 +15,7 @@ from m3i_scale.errors import ConfigError
 _WHERE = "hardware.deterministic"
 _VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_NVLS_ENABLE": "0"}
 """Variables required by `torch.use_deterministic_algorithms`, and NCCL sums over ranks without in-switch reduction. The
-list is that of torchtitan (`distributed/utils.py`)."""
+list is torchtitan's (`distributed/utils.py`)."""
 
 
 def allow_tf32(dtype: torch.dtype) -> None:

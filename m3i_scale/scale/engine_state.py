@@ -130,7 +130,7 @@ def make_moments(engine: Any, steps: int) -> None:
     optimizer = engine.optimizer.optimizer
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
     # As in torch's `Optimizer.load_state_dict`: kernels that count on the device need the count there. All others would
-    # wait for the device to read it. Between two steps of ZeRO-3, groups have no parameters.
+    # have to read it back from the device. Between two steps of ZeRO-3, groups have no parameters.
     counts_on_device = any(optimizer.defaults.get(name) for name in ("fused", "capturable"))
     for flat in _flat_tensors(engine.optimizer):
         moments = optimizer.state[flat]
@@ -192,7 +192,7 @@ def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
             if scaler.dynamic and hasattr(scaler, name):
                 setattr(scaler, name, value)
         if scaler.dynamic:
-            # The settings may differ from those of the save: a scale below the minimum would rise at the next overflow.
+            # The settings may have changed since the save: a scale below the minimum would rise at the next overflow.
             # Hysteresis above its limit would delay the next halving for longer than configured.
             scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
             scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
@@ -214,7 +214,7 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _place(optimizer: Any, parameter: nn.Parameter) -> _Slice | None:
-    """Return the position of this rank's shard of a parameter; None if it has none."""
+    """Return the position of this rank's shard of a parameter; None without a shard."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)

@@ -24,8 +24,8 @@ def keep_host_memory() -> None:
     """Stop glibc from returning every large tensor to the kernel as soon as it is freed.
 
     A training step frees and allocates the same memory again and again, and the kernel zeroes it each time
-    (docs/performance.md). This is only a speed setting. It is not applied on accelerators, which have other allocators,
-    if the environment chooses an allocator or its settings, or if the C library has no `mallopt` (musl, macOS).
+    (docs/performance.md). This is only a speed setting. It is not applied on accelerators, which have other allocators.
+    It is also skipped if the environment configures an allocator, or the C library has no `mallopt` (musl, macOS).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if keeps_host_memory() and mallopt is not None:

@@ -77,8 +77,7 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
 def initialize_sharded(module: nn.Module, initialize: Initialize, *, seed: int, skip: tuple[str, ...] = ()) -> None:
     """Initialize all parameters, gathering one module at a time under ZeRO-3.
 
-    The values are those of `draw_first_values`. They do not depend on the device, the number of ranks or the ZeRO
-    stage.
+    The values come from `draw_first_values`. They do not depend on the device, the number of ranks or the ZeRO stage.
 
     Args:
         module: the model, partitioned or not.
@@ -184,7 +183,8 @@ def keep_partitioned(engine: Any, parameters: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def gradients_by_parameter() -> Iterator[None]:
-    """Make an engine that is started inside reduce every gradient when it is complete, including those of leaf modules.
+    """Make an engine that is started inside reduce every gradient when it is complete, including gradients of leaf
+    modules.
 
     DeepSpeed reduces the gradients of a leaf at the end of a call's backward pass (`stage3.py`,
     `reduce_leaf_module_grads`). If the layer is called twice, as a decoder is by two targets, they are not complete

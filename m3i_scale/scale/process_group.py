@@ -26,7 +26,7 @@ from m3i_scale.scale.store import await_ranks, choose_interface, listen_at_maste
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FORK_SAFE = ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE")
-"""Without these, network cards that write to memory may write to that of a data loader process (verbs, EFA)."""
+"""Without these, network cards that write to memory may write to a data loader process's memory (verbs, EFA)."""
 
 
 def start_ranks(

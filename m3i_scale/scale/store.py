@@ -44,7 +44,7 @@ def listen_at_master_address(timeout: timedelta) -> None:
     which was started before, and is not opened here.
 
     Args:
-        timeout: of a rank that waits for a key.
+        timeout: limit for a rank that waits for a key.
     """
     chosen = [os.environ[name] for name in INTERFACES if name in os.environ]
     if os.environ["RANK"] != "0" or not chosen or _of_agent():

@@ -76,8 +76,8 @@ class Agents:
         """Return the answers of the hosts that respond, in the order of the requests.
 
         Args:
-            verb: of `host.py`.
-            requests: by host.
+            verb: a verb of `host.py`.
+            requests: requests by host.
             within_s: time limit of an answer.
             over: whether these answers are enough, so that the others need not be awaited.
         """

@@ -189,7 +189,7 @@ def _wrong_address(name: str, told: Mapping[str, Any], answers: Answers) -> str 
 
 
 def _environment(host: Host) -> Seen:
-    """Check that the environment variables that affect a run equal those of the master node."""
+    """Check that the environment variables that affect a run are the same as on the master node."""
     own, head = host.own["variables"], host.head["variables"]
     names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
     others = [f"{name}={own.get(name, '(not set)')}" for name in names]
@@ -227,7 +227,7 @@ CHECKS: Mapping[str, Callable[[Host], Seen]] = {
 
 
 def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    """Compare every host's clock with that of the master node.
+    """Compare every host's clock with the master node's clock.
 
     Args:
         offsets: seconds by which a host is ahead of the requesting machine, and their uncertainty.

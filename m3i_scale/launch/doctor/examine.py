@@ -37,7 +37,7 @@ class Examination:
     needs: Mapping[str, Needs] | None = None
     """Needs by host, if there is a run."""
     connect_s: float = 10.0
-    """Limit for ssh."""
+    """Time limit for ssh."""
     look_s: float = 120.0
     """Mostly for imports from a slow file system."""
     join_s: float = 30.0

@@ -146,7 +146,7 @@ class Group:
 
         Args:
             folder: a run's output_dir.
-            token: of this examination.
+            token: identifies this examination.
         """
         made: list[Path] = []
         note = f".doctor-{token}-{self._own}"
@@ -207,7 +207,7 @@ def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
 
     Args:
         folder: a run's output_dir.
-        name: of the note.
+        name: name of the note.
         made: receives the note and the created folders, in the order in which they are to be removed.
     """
     note = folder / name
@@ -253,9 +253,9 @@ def measure_links(store: Any, key: str, rank: int, world: int, seconds: float) -
     are 2(n−1)/n of the bytes of an all-reduce and (n−1)/n of the output bytes of an all-gather.
 
     Args:
-        store: that all members have joined.
+        store: a store that all members have joined.
         key: unique name of the group.
-        rank: in the group.
+        rank: rank in the group.
         world: size of the group.
         seconds: timeout.
 

@@ -34,10 +34,10 @@ class Needs:
     """A run's needs on one host, for all its ranks. Zero: no known need."""
 
     ranks: int = 1
-    """On the host."""
+    """Number of ranks on the host."""
     world_size: int = 1
     checkpoint_bytes: int = 0
-    """Of one checkpoint, all ranks together."""
+    """Size of one checkpoint, over all ranks."""
     kept_checkpoints: int = 0
     """Maximum number on the disk at the same time, including the one being written."""
     kept_bytes: int = 0
@@ -49,7 +49,7 @@ class Needs:
     shm_bytes: int = 0
     """In /dev/shm: prefetched batches of data loader workers."""
     open_files: int = 0
-    """Of one rank."""
+    """Open files of one rank."""
 
 
 @dataclass(frozen=True)

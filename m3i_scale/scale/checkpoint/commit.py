@@ -79,7 +79,7 @@ def commit(
         final: `…/checkpoints/step-00000100`. A corrupt folder of that name is replaced.
         temporary: the folder in the same directory that holds the files; removed after a disk error.
         extra: metadata for the manifest (step, world size, configuration hash, …); JSON.
-        digests: of the files that the ranks hashed while writing. Other files are hashed here.
+        digests: digests of the files that the ranks hashed while writing. Other files are hashed here.
 
     Raises:
         CheckpointError: the disk is full or read-only, `final` is already a valid checkpoint, or a file does not match

@@ -51,7 +51,7 @@ def consolidate(
         checkpoint: one checkpoint, or a run's output folder, which means its newest valid checkpoint.
         target: the folder to create.
         weights: values for `student.…`: the trained weights, or their EMA.
-        dtype: of the tensors; the layouts for DeepSpeed are float32.
+        dtype: dtype of the tensors; the layouts for DeepSpeed are float32.
         max_shard_size: of a file, such as "5GB" or "500MB" (10⁹ and 10⁶ bytes, as the Hub counts); default: 5GB.
         layout: `safetensors` with the Hub's names (model-00001-of-00003.safetensors …, and an index), or one of
             `deepspeed_layouts.py`.
@@ -115,9 +115,9 @@ def write_shards(
     """Write the `safetensors` layout.
 
     Args:
-        folder: to write into.
+        folder: output folder.
         weights: the weights to write.
-        dtype: of the files.
+        dtype: dtype of the files.
         shard_bytes: maximum size of one file; a larger tensor gets a separate file.
         facts: written into every file's header.
 

@@ -31,10 +31,10 @@ def write_universal(
     omitted, so that its configuration applies.
 
     Args:
-        folder: to write into.
+        folder: output folder.
         kinds: master weights and both moments, by their kind.
-        counters: of the engine that saved.
-        world_size: of the run; recorded, and not used by DeepSpeed.
+        counters: counters of the engine that saved.
+        world_size: number of ranks of the run; recorded, and not used by DeepSpeed.
 
     Raises:
         OSError: a write failed.

@@ -69,7 +69,7 @@ def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
     or the smallest that the piece fits into. Other pieces that fit are added, larger ones first.
 
     Args:
-        sizes: of the pieces, in bytes.
+        sizes: sizes of the pieces, in bytes.
     """
     pools: list[int] = []
     places = [(0, 0)] * len(sizes)

@@ -1,8 +1,8 @@
 """Index the pieces of a checkpoint's tensors.
 
-If every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of ranks
-and are not listed. A list would have tensors × ranks entries: hundreds of megabytes at a thousand ranks. Stages 1 and 2
-cut concatenated tensors, which gives only a few pieces per rank; those are listed.
+If every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of ranks.
+They are not listed: a list would have tensors × ranks entries, hundreds of megabytes at a thousand ranks. Stages 1 and
+2 cut concatenated tensors into only a few pieces per rank; those are listed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Index:
     shapes: Mapping[str, tuple[int, ...]]
     """Shapes of full tensors, by key."""
     norms: Mapping[str, float]
-    """By key."""
+    """Norms, by key."""
     ranks: int
     """Number of ranks that wrote the checkpoint; 0 if unknown, as in an index that lists every piece."""
     listed: Mapping[str, Sequence[Piece]]

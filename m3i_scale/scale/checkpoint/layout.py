@@ -95,7 +95,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointError:
-    """Return the error for an unreadable checkpoint file; it says so if the complete folder was removed."""
+    """Return the error for an unreadable checkpoint file, with a hint if the complete folder was removed."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     gone = None if folder.exists() else "a run or `checkpoint prune` has removed the checkpoint meanwhile"
     return CheckpointError(

@@ -39,7 +39,7 @@ def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) ->
 
     Args:
         root: folder of the checkpoints; may be missing.
-        metrics: of the run.
+        metrics: evaluation metrics of the run.
         contents: verify every byte; otherwise names and sizes determine validity.
     """
     entries = entries_of(root, metrics, contents=contents)

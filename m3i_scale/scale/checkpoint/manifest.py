@@ -52,7 +52,7 @@ class Manifest(BaseModel):
     extra: dict[str, Any]
     """Metadata from the writer: step, world size, configuration hash, …"""
     files: dict[str, Digest]
-    """By path relative to the folder, with `/`; without the manifest itself."""
+    """Digests, by path relative to the folder, with `/`; without the manifest itself."""
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:

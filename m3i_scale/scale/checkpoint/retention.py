@@ -93,7 +93,7 @@ def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[
 
     Args:
         root: the folder of checkpoints; may be missing.
-        metrics: of the run.
+        metrics: evaluation metrics of the run.
         contents: verify every byte; otherwise names and sizes determine validity.
     """
     steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
@@ -110,7 +110,7 @@ def plan_prune(root: Path, rules: RetentionConfig, metrics: Metrics, *, committe
     Args:
         root: the folder of checkpoints.
         rules: retention rules.
-        metrics: of the run.
+        metrics: evaluation metrics of the run.
         committed: a checkpoint that this process has just committed, and so need not verify again.
     """
     entries = entries_of(root, metrics)

@@ -4,10 +4,10 @@ tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
   index.json                       shapes, norms, and the positions of the pieces (index.py)
 
-A key is `weight/…` (fp32 or bf16 master weights, and frozen weights in the compute dtype), `exp_avg/…`, `exp_avg_sq/…`
-(moments) or `average/…` (EMA target), each with the parameter's name. A piece is a range of the flattened tensor, so a
-checkpoint does not depend on the number of ranks that read it. Files are written and read piece by piece: memory never
-holds a complete file. The safetensors reader is not used because it maps files; if a disk fails under a map, the
+A key is a kind and the parameter's name: `weight/…` (fp32 or bf16 master weights, and frozen weights in the compute
+dtype), `exp_avg/…`, `exp_avg_sq/…` (moments) or `average/…` (EMA target). A piece is a range of the flattened tensor,
+so a checkpoint does not depend on the number of ranks that read it. Files are written and read piece by piece: memory
+never holds a complete file. The safetensors reader is not used because it maps files; if a disk fails under a map, the
 process ends silently.
 """
 
@@ -71,9 +71,9 @@ class Written:
     """The files, pieces and norms that a rank has written."""
 
     digests: dict[str, Digest] = field(default_factory=dict)
-    """By path relative to the checkpoint's folder."""
+    """Digests, by path relative to the checkpoint's folder."""
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    """By key."""
+    """Pieces, by key."""
     squares: dict[str, float] = field(default_factory=dict)
     """Sums of squares over this rank's pieces, by key."""
 
@@ -123,7 +123,7 @@ def make_index(
     """Return the index of the pieces of all ranks.
 
     Args:
-        shapes: of full tensors, by key.
+        shapes: shapes of the full tensors, by key.
         squares: sums of squares over all ranks, in the order of `shapes`.
         ranks: number of ranks.
         uneven: keys of the tensors that are not divided evenly over the ranks.

@@ -31,7 +31,7 @@ class SavedWeights(Mapping[str, Tensor]):
     Args:
         saved: the tensors of the checkpoint.
         keys: keys of the saved tensors by parameter name.
-        dtype: of the returned tensors.
+        dtype: dtype of the returned tensors.
         statistics: further tensors by name, which have no optimizer state.
     """
 
@@ -98,7 +98,7 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
     Args:
         checkpoint: a folder that passes `verify`.
         which: values for `student.…`: the trained weights, or their EMA.
-        dtype: of the returned tensors.
+        dtype: dtype of the returned tensors.
     """
     saved = SavedTensors(checkpoint)
     keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}

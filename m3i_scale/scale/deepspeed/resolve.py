@@ -109,7 +109,7 @@ def resolve(
     """Validate `raw` and fill in the values that follow from the config file.
 
     Args:
-        raw: as read by `load_ds_config`; left unchanged.
+        raw: the result of `load_ds_config`; left unchanged.
         world_size: number of ranks; None if unknown: values that depend on it are not checked.
         batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank and forward pass.

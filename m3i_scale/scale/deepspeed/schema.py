@@ -34,7 +34,7 @@ def _lower(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Size = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-"""In elements."""
+"""Size in elements."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -78,7 +78,7 @@ class Fp16(Switched):
 
 
 class DataTypes(Section):
-    """Dtypes other than that of the parameters."""
+    """Dtypes of tensors other than parameters."""
 
     grad_accum_dtype: DType | None = None
     param_dtype: DType | None = None

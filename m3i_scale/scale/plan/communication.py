@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 AVERAGED = "gather for the momentum target"
-"""Under stages 1 and 2, of a group of EMA weights, in the compute dtype."""
+"""Gather of a group of EMA weights in the compute dtype, under stages 1 and 2."""
 AFTER_BACKWARD = ("update", "all-reduce of the step")
 """Traffic that waits for the end of the backward pass."""
 ONCE_A_STEP = (*AFTER_BACKWARD, AVERAGED)
@@ -90,9 +90,9 @@ class Links:
     intra_gb_s: float
     inter_gb_s: float
     latency_us: float | None
-    """Of one ring or tree step between nodes; None uses NCCL's tuner values, by protocol."""
+    """Latency of one ring or tree step between nodes; None uses NCCL's tuner values, by protocol."""
     intra_latency_us: float | None = None
-    """Of one step within a node; None as above."""
+    """Latency of one step within a node; None as above."""
     gloo: bool = False
     """Gloo is used instead of NCCL: a reduce-scatter is an all-reduce of which a rank keeps its part, and there are
     only rings."""
@@ -132,9 +132,9 @@ def step_traffic(
     uses the fastest protocol for its size, as NCCL's tuner chooses.
 
     Args:
-        traffic: of a step with few micro-batches.
-        last_micro_batch: of the last one of these micro-batches.
-        links: between the ranks.
+        traffic: traffic of a step with few micro-batches.
+        last_micro_batch: traffic of the last one of these micro-batches.
+        links: interconnect of the ranks.
         further: additional micro-batches of the step; each repeats the last one.
         group: consecutive ranks that share a second copy of the shards.
     """

@@ -49,7 +49,7 @@ class _Gather:
 
 class _Prefetch:
     """The upcoming modules that `__params_to_release` searches. When a leaf is released, each counts with the
-    parameters of its children, otherwise without, whatever it is itself."""
+    parameters of its children, otherwise without them, whether it is a leaf or not."""
 
     def __init__(self, parameters: tuple[Parameter, ...], in_order: list[tuple[int, ...]]) -> None:
         self.passed = [0]

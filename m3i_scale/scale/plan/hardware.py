@@ -14,14 +14,14 @@ class Hardware:
     """A rank's device. Peak rates are without sparsity, bandwidths in one direction."""
 
     tflops: dict[str, float]
-    """By precision: 10¹² FLOP/s."""
+    """Peak rate by precision, in 10¹² FLOP/s."""
     intra_gb_s: float
     inter_gb_s: float
     mfu: float
     """Assumed fraction of the peak rate."""
     source: str
     latency_us: float | None = None
-    """Of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
+    """Latency of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
     (`PROTOCOLS` in communication.py)."""
     intra_latency_us: float | None = None
 
@@ -69,8 +69,8 @@ def step_time(
     least the CPU time.
 
     Args:
-        compute_s: of the arithmetic.
-        communication_s: of all collectives.
+        compute_s: time of the arithmetic.
+        communication_s: time of all collectives.
         once_s: part of `communication_s` after the backward pass, which overlaps nothing.
         averaged_s: part of `communication_s` that overlaps the forward pass, even without `overlap`.
         host_s: CPU time.

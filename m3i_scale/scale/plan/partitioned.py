@@ -1,5 +1,5 @@
 """Simulate the memory of DeepSpeed's stage 3, in which every parameter is partitioned, from the start of the engine to
-the end of a step. The methods follow those of `stage3.py`."""
+the end of a step. The methods follow the methods of `stage3.py`."""
 
 from __future__ import annotations
 

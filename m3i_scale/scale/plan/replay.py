@@ -28,9 +28,9 @@ class Engine(ABC):
     """A simulation of one rank's engine.
 
     Args:
-        parameters: of the full model, in its order.
+        parameters: all parameters of the model, in its order.
         trace: events of a micro-batch.
-        settings: of the engine.
+        settings: the engine's settings.
         device: ledger of the device's tensors.
         host: ledger of host memory; the same as `device` if the CPU computes.
     """
@@ -50,7 +50,7 @@ class Engine(ABC):
 
     def run(self, steps: int = 2) -> None:
         """Simulate optimizer steps; from the second one all states exist. `traffic` is the traffic of the last step,
-        over the replayed micro-batches; `last_micro_batch` is that of its last micro-batch only."""
+        over the replayed micro-batches; `last_micro_batch` covers its last micro-batch only."""
         for _ in range(steps):
             traffic, count = Traffic(), self.played
             for number in range(count):
@@ -112,7 +112,7 @@ class Engine(ABC):
     def before_forward(self) -> None:  # noqa: B027 - likewise
         """Do nothing by default."""
 
-    def on_use(self, module: int, kind: str) -> None:  # noqa: B027 - whole engines have nothing to do
+    def on_use(self, module: int, kind: str) -> None:  # noqa: B027 - unpartitioned engines have nothing to do
         """Do nothing: unpartitioned parameters are always present."""
 
     def on_view(self, param: int, number: int, kind: str) -> None:  # noqa: B027 - likewise

@@ -39,7 +39,7 @@ def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[l
     """Return the optimizer's groups, as `parameter_groups` makes them, as indices of parameters.
 
     Args:
-        parameters: of the full model.
+        parameters: all parameters of the model.
         trained: indices of the optimizer's parameters.
     """
     groups: dict[tuple[float, bool], list[int]] = {}
@@ -82,9 +82,9 @@ class Settings:
     parameter_bytes: int
     master_bytes: int
     state_bytes: int
-    """Of each of AdamW's two moments."""
+    """Size of each of AdamW's two moments."""
     accumulation_bytes: int
-    """Of the accumulated gradients between micro-batches."""
+    """Size of the accumulated gradients between micro-batches."""
     communication_bytes: int
     bf16_optimizer: bool
     """DeepSpeed's BF16 optimizer is used for stage 1 (see `takes_bf16_optimizer`)."""

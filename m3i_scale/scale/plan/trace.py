@@ -47,9 +47,9 @@ class Module:
     """One module. Parameters are indices into `module.parameters()` of the full model."""
 
     own: tuple[int, ...]
-    """Parameters without those of children."""
+    """Parameters, without the children's parameters."""
     all: tuple[int, ...]
-    """Parameters including those of children."""
+    """Parameters, including the children's parameters."""
     leaf: bool
     """Whether it is a leaf module under ZeRO-3 (`set_leaves`); its children are then not in the trace."""
 
@@ -191,7 +191,7 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
     """Record `step`, which returns the loss, and its backward pass.
 
     Args:
-        module: on `meta`, in training mode.
+        module: the module, on `meta` and in training mode.
         step: one forward pass of `module`.
         inputs: tensors that exist before the step.
     """

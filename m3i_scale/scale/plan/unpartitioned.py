@@ -1,5 +1,5 @@
-"""Simulate the memory of DeepSpeed's stages 1 and 2, in which every rank has all parameters, from the start of the
-engine to the end of a step. The methods follow those of DeepSpeed's files, which the docstrings name."""
+"""Simulate the memory of DeepSpeed's stages 1 and 2, with all parameters on every rank, from engine start to the end of
+a step. The methods follow DeepSpeed's methods; the docstrings name the files."""
 
 from __future__ import annotations
 
