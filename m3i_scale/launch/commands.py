@@ -46,7 +46,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
-    """Start a run with any launcher: write its files to `output_dir/launch`, run it, and exit with its exit code."""
+    """Start a run with any launcher: write launch files to `output_dir/launch`, run it, and exit with its exit code."""
     from m3i_scale.launch.worlds import check_fit
 
     config, job = read_job(run, overrides or [], cluster)

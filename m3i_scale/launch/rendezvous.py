@@ -288,7 +288,6 @@ def _format_reasons(reasons: dict[str, str]) -> str:
 
 
 def _refuse_left(links: Sequence[Link]) -> None:
-    """Raise UserError if processes of a former launch of this run are still running."""
     processes = [
         f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
         for link in links

@@ -214,7 +214,6 @@ def refusal_of_plan(
 
 
 def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | None, str, str]:
-    """Run a command; return its exit code and both outputs."""
     process = subprocess.Popen(
         command,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},  # it computes nothing

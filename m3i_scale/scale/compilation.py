@@ -82,7 +82,7 @@ def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
     Args:
         module: contains the layers.
         policy: `backbone.activation_checkpointing`. Under `selective` the compiler keeps half of the activations that
-            it would keep otherwise, chosen to minimise recomputation.
+            it would keep otherwise, chosen to minimize recomputation.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._functorch.config.activation_memory_budget = _KEPT_SHARE if read_policy(policy).kind == "selective" else 1.0

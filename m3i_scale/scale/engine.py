@@ -1,4 +1,4 @@
-"""Build the DeepSpeed engine: construct the (partitioned) module, initialise its weights and start the engine."""
+"""Build the DeepSpeed engine: construct the (partitioned) module, initialize its weights and start the engine."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def build_engine(
     weight_decay: float,
     lr_scales: Callable[[nn.Module], Mapping[str, float]] = lambda module: {},
 ) -> Any:
-    """Construct the module (partitioned under ZeRO-3), initialise its weights and start the engine.
+    """Construct the module (partitioned under ZeRO-3), initialize its weights and start the engine.
 
     Args:
         build: makes the module; called once, on every rank.

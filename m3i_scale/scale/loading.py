@@ -1,4 +1,4 @@
-"""Stream weights from files into (partitioned) parameters, one at a time; no rank ever materialises the full model."""
+"""Stream weights from files into (partitioned) parameters, one at a time; no rank ever materializes the full model."""
 
 from __future__ import annotations
 

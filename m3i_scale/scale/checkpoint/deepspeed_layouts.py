@@ -98,7 +98,6 @@ def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, rank
 
 
 def _save(value: object, path: Path) -> None:
-    """Write plain containers and tensors by `torch.save`."""
     try:
         with path.open("wb") as file:
             torch.save(value, file)

@@ -66,7 +66,7 @@ def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the pool sizes, each a power of two, and the (pool, offset) of every piece.
 
     The largest unplaced piece opens a pool. Its size is the largest power of two that the unplaced pieces would fill,
-    or the smallest that the piece fits into. Other pieces that fit are added, larger ones first.
+    or the smallest that the piece fits into, whichever is larger. Other pieces that fit are added, larger ones first.
 
     Args:
         sizes: sizes of the pieces, in bytes.

@@ -124,7 +124,6 @@ def _restore_random_states(folder: Path) -> None:
 
 
 def _files_of_ranks(folder: Path, pattern: str) -> list[str]:
-    """Return the names of the files that match `pattern`, one per rank that wrote the checkpoint."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
     if not names:
         raise unreadable(folder, pattern, "no such file")

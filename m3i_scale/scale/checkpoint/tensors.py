@@ -135,7 +135,6 @@ def make_index(
 
 
 def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
-    """Yield the pieces of each file in turn."""
     part: list[Range] = []
     size = 0
     for piece in ranges:

@@ -1,4 +1,4 @@
-"""Check, after initialisation, that the engine follows its configuration."""
+"""Check, after initialization, that the engine follows its configuration."""
 
 from __future__ import annotations
 

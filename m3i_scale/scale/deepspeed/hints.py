@@ -153,7 +153,7 @@ _LEFT_OUT: dict[str, tuple[str, str]] = {
     "device": ("DeepSpeed then takes none, and offloads nothing", 'write "device": "cpu"'),
     "enabled": ("DeepSpeed takes a missing switch for off, and goes on", 'write "enabled": true or false'),
 }
-"""By key or by its last word: DeepSpeed's behaviour without it, and the line to add."""
+"""By key or by its last word: DeepSpeed's behavior without it, and the line to add."""
 
 _ONE_OF = {
     "zero_optimization.stage": (

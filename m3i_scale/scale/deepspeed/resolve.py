@@ -265,7 +265,7 @@ def explain_table(resolved: ResolvedConfig) -> Table:
 
 
 def check_accelerator(resolved: ResolvedConfig) -> None:
-    """Raise ConfigError for features that this machine's accelerator lacks; call it before DeepSpeed is initialised."""
+    """Raise ConfigError for features that this machine's accelerator lacks; call it before DeepSpeed is initialized."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

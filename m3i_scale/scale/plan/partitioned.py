@@ -24,7 +24,7 @@ class PartitionedEngine(Engine):
     """A simulation of `stage3.py`, in which every parameter is partitioned over the ranks."""
 
     def build(self) -> None:
-        """Follow `zero.Init`, weight initialisation, `_create_fp16_partitions_with_defragmentation`,
+        """Follow `zero.Init`, weight initialization, `_create_fp16_partitions_with_defragmentation`,
         `…_fp32_partitions`."""
         settings, world = self.settings, self.settings.world
         places = self.device if not settings.parameters_on_host else self.host
@@ -42,7 +42,7 @@ class PartitionedEngine(Engine):
         )
         for place in range(len(self.parameters)):
             self.coordinator.copy(place)
-        for number in range(len(self.trace.modules)):  # weight initialisation, module by module
+        for number in range(len(self.trace.modules)):  # weight initialization, module by module
             self.coordinator.fetch(number)
             self.coordinator.release_all()
         self._flatten(shards, places)
