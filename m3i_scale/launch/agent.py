@@ -1,8 +1,9 @@
-"""Run one host's part of a launch: start its ranks, forward what they print, report how they end, leave none behind.
+"""Run the agent of one host: start its ranks, forward their output, report how they end, and leave no process.
 
-`python -m m3i_scale.launch.agent`, over ssh, with messages of `wire` on standard input and output. It ends its ranks
-when told to, when its input ends (the supervisor or the connection is gone) and when it hears nothing for too long (the
-network is gone). Ranks die with it: the kernel kills them when it is killed. It imports neither torch nor DeepSpeed.
+`python -m m3i_scale.launch.agent` runs over ssh and exchanges messages of `wire` on standard input and output. It ends
+its ranks on request, or when its input ends (the supervisor or the connection is gone). It also ends them when it
+receives nothing for too long (the network is down). The kernel kills the ranks if the agent is killed. It imports
+neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
 _TICK_S = 0.1
 _CHUNK = 1 << 16
 _HEARTBEAT_TIMEOUT_S = 60.0
-"""How long an agent that has not been told what to do waits for it to be said."""
+"""Heartbeat timeout until the supervisor sets one."""
 _PREFIX = "m3i-scale-agent-"
 _YOUNG_S = 60.0
-"""A folder without a lock may be about to get one."""
+"""A younger folder without a lock may be about to be locked."""
 
 
 class Agent:
-    """Serves one attempt on one host.
+    """The agent of one attempt on one host.
 
     Args:
-        output: to the supervisor.
+        output: output stream to the supervisor.
     """
 
     def __init__(self, output: IO[bytes]) -> None:
@@ -92,7 +93,7 @@ class Agent:
         elif kind == "memory":
             memory = rank_memory(message["slots"], on_host=message["on_host"])
             self.writer.send("memory", **asdict(memory))
-            self.heard = time.monotonic()  # it may have taken seconds
+            self.heard = time.monotonic()  # the memory query may have taken seconds
         elif kind == "start":
             self._start(message)
         elif kind == "signal":
@@ -102,28 +103,28 @@ class Agent:
             self.over = True
 
     def _greet(self, message: Message) -> None:
-        """Report this host's facts, and the processes that an earlier launch has left."""
+        """Report this host's facts, and the processes left by an earlier launch."""
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
-        end_marked(self.launch, self.host, self.output_dir)  # an earlier attempt whose agent was killed
+        end_marked(self.launch, self.host, self.output_dir)  # from an earlier attempt with a killed agent
         fault = None
         try:
             self.records = _folder_for_records()
-            self._held = _hold(self.records)  # until this process ends
+            self._held = _hold(self.records)  # locked until this process ends
         except OSError as error:
             fault = f"no room for the heartbeats of its ranks: {error}"
         facts = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
         self.writer.send("hello", **facts, left=left, fault=fault)
 
     def _say_port(self, wanted: int | None, interface: str | None) -> None:
-        """Report a free port where rank 0 can wait, and the address of the interface."""
+        """Report a free port for rank 0's store, and the address of the interface."""
         cards = psutil.net_if_addrs()
         addresses = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
         fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not addresses else None
         port = wanted
         with socket.socket() as probe:
-            # As rank 0 itself does: connections of the attempt before keep the port for a minute after their end.
+            # As rank 0 does: connections of the previous attempt keep the port for a minute after their end.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", wanted or 0))
@@ -137,7 +138,7 @@ class Agent:
             raise RuntimeError("no folder for records")
         variables = os.environ | message["environment"]
         variables[MARK] = process_tag(self.launch, self.host, self.output_dir)
-        variables.setdefault("PYTHONUNBUFFERED", "1")  # the last lines before a kill are those that matter
+        variables.setdefault("PYTHONUNBUFFERED", "1")  # the last lines before a kill matter most
         variables[RECORDS] = str(self.records)
         for place in message["ranks"]:
             rank = Rank(int(place["RANK"]), message["command"], variables | place, message["cwd"], self.records)
@@ -154,7 +155,7 @@ class Agent:
             self.selector.unregister(rank.output)
 
     def _poll(self) -> None:
-        """Report what has changed since the last look."""
+        """Report changes since the last poll."""
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)
@@ -169,7 +170,7 @@ class Agent:
             self.over = True
 
     def _drain(self, rank: Rank) -> None:
-        """Read what the rank printed before its end; a child of it may hold the pipe open."""
+        """Read the remaining output of an ended rank; one of its children may keep the pipe open."""
         os.set_blocking(rank.output.fileno(), False)
         with contextlib.suppress(BlockingIOError, OSError):
             while data := os.read(rank.output.fileno(), _CHUNK):
@@ -187,7 +188,7 @@ class Agent:
         return beats
 
     def _end(self) -> None:
-        """End all processes of this launch on this host, whatever happened."""
+        """End all processes of this launch on this host, in any case."""
         for rank in self.ranks:
             rank.kill()
         pids = end_marked(self.launch, self.host, self.output_dir) if self.launch else []
@@ -201,10 +202,10 @@ class Agent:
 
 
 def _folder_for_records() -> Path:
-    """Make a folder, in memory where that can be had: a full disk must not keep a rank from saying so.
+    """Create a folder for records, in memory if possible: a full disk must not prevent a rank from reporting it.
 
     Raises:
-        OSError: neither there nor in the folder for temporary files.
+        OSError: it can be created neither there nor in the folder for temporary files.
     """
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
@@ -220,12 +221,12 @@ def _folder_for_records() -> Path:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove the folders of agents that were killed. One that lives holds a lock, which is seen from any container."""
+    """Remove the folders of killed agents. A running agent holds a lock, which is visible from any container."""
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             young = time.time() - folder.stat().st_mtime < _YOUNG_S
             descriptor = _hold(folder)
-        except OSError:  # held, another user's, or gone
+        except OSError:  # locked, owned by another user, or removed
             continue
         if not young:
             shutil.rmtree(folder, ignore_errors=True)
@@ -243,9 +244,9 @@ def _hold(folder: Path) -> int:
 
 
 def main() -> None:
-    """Serve the supervisor at the other end of standard input and output."""
+    """Serve the supervisor over standard input and output."""
     output = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what anything here prints must not come between messages
+    os.dup2(2, 1)  # other output must not mix with messages
     sys.stdout.flush()
     Agent(output).serve()
 

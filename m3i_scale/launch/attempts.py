@@ -1,4 +1,4 @@
-"""Run the loop of the elastic launcher: attempt after attempt over the hosts that answer, each from the last commit."""
+"""Run the loop of the elastic launcher: attempts over the responding hosts, each resuming from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _LONGEST_PAUSE_S = 300.0
 
 
 class Launch:
-    """Runs all attempts of one launch.
+    """All attempts of one launch.
 
     Args:
-        work: what, and where.
-        policy: when to go on.
-        tell: a line for a person.
+        work: the run and its hosts.
+        policy: restart policy.
+        tell: prints a line for the user.
     """
 
     def __init__(self, work: Work, policy: Policy, tell: Tell) -> None:
@@ -48,11 +48,11 @@ class Launch:
         self._rendezvous = Rendezvous(work, policy, self._inbox, tell, lambda: self._signals > 0)
 
     def run(self) -> int:
-        """Launch, and launch again as long as the policy allows. The caller holds the output folder.
+        """Launch, and restart as long as the policy allows. The caller holds the lock of the output folder.
 
         Returns:
-            The exit code: 0, 75 (asked to stop, and saved), 130 (interrupted, nothing saved), 2 (a mistake that the log
-            explains) or 1.
+            The exit code: 0, 75 (stopped on request, and saved), 130 (interrupted, nothing saved), 2 (a user error that
+                the log explains) or 1.
         """
         with noted_signals(self._note):
             return self._loop()
@@ -81,14 +81,14 @@ class Launch:
                 self._pause(restarts)
 
     def _code_after(self, outcome: AttemptResult, back: Sequence[str]) -> int | None:
-        """Return the exit code with which an attempt ends the launch; None where it may go on."""
+        """Return the exit code if the attempt ends the launch; None if it may continue."""
         code = None
         if self._signals > 1:
             code = EXIT_INTERRUPTED
         elif outcome.status == "finished":
             code = 0
         elif outcome.status == "preempted":
-            # Without a host that is back, somebody else has asked the ranks: a scheduler, on their hosts.
+            # Without a recovered host, another party stopped the ranks: a scheduler, on their hosts.
             code = EXIT_PREEMPTED if self._signals or not back else None
         elif outcome.cause is not None and outcome.cause.user_error:
             code = EXIT_USER_ERROR
@@ -97,7 +97,7 @@ class Launch:
         return code
 
     def _pause(self, restarts: int) -> None:
-        doubled = 2.0 ** min(restarts - 1, 32)  # of ten thousand restarts, no number could hold the last
+        doubled = 2.0 ** min(restarts - 1, 32)  # otherwise it overflows after thousands of restarts
         pause_s = min(self.policy.pause_s * doubled, _LONGEST_PAUSE_S)
         self.tell(f"restart {restarts} of {self.policy.max_restarts} in {pause_s:g} s")
         deadline = time.monotonic() + pause_s
@@ -107,7 +107,7 @@ class Launch:
     def _attempt(
         self, links: list[Link], world: World, reasons: dict[str, str], address: tuple[str, int], logs: Logs
     ) -> tuple[AttemptResult, tuple[str, ...]]:
-        """Run one attempt; return how it ended, and which hosts were back by then."""
+        """Run one attempt; return its result, and the hosts that recovered meanwhile."""
         work, number = self.work, len(self.attempts) + 1
         command = [*work.command]
         if world.micro_batch_size != work.run.optim.micro_batch_size:
@@ -185,7 +185,7 @@ class Launch:
         self._last = outcome
 
     def _end(self, code: int) -> int:
-        """Report how the launch went, with the first cause at the end."""
+        """Report the result of the launch, with the root cause at the end."""
         if len(self.attempts) > 1:
             for line in summary(self.attempts):
                 self.tell(line)
@@ -207,7 +207,7 @@ class Launch:
 
 
 def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a line for every attempt."""
+    """Return one line per attempt."""
     lines = []
     for item in attempts:
         first, last = item["first_step"], item["last_step"]
@@ -223,19 +223,19 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class Watch:
-    """Asks at intervals, beside an attempt, whether hosts that are out of it answer again. Use as a context.
+    """A background check, during an attempt, for lost hosts that respond again. Use as a context manager.
 
     Args:
-        run: that goes on meanwhile.
-        world: that it goes on with.
+        run: the running run.
+        world: its current hosts.
         out: hosts that are not in it.
-        site: how they are reached.
-        every_s: between two rounds.
+        site: connection settings.
+        every_s: interval between rounds.
     """
 
     def __init__(self, run: RunConfig, world: World, out: Sequence[Host], site: RemoteShell, every_s: float) -> None:
         self.back: tuple[str, ...] = ()
-        """Names of hosts that answer and make a larger world; once there are any, the watch is over."""
+        """Names of recovered hosts that make a larger world; once there are any, the watch ends."""
         self._run, self._world, self._out, self._site, self._every_s = run, world, list(out), site, every_s
         self._stop = threading.Event()
         self._told = False
@@ -252,14 +252,14 @@ class Watch:
             self._thread.join()
 
     def tell_once(self, tell: Tell) -> None:
-        """Report which hosts are back, once."""
+        """Report the recovered hosts, once."""
         if not self._told:
             self._told = True
             tell(f"{', '.join(self.back)} answers again: the run saves, and goes on with it")
 
     def _poll(self) -> None:
         while not self._stop.wait(self._every_s) and not self.back:
-            # Not to the end where the attempt is over: an agent that begins after the next one would end its ranks.
+            # Stop connecting when the attempt is over: an agent that starts after the next one would end its ranks.
             links, _ = connect(self._out, self._site, Inbox(), over=self._stop.is_set)
             for link in links:
                 link.close()
@@ -270,5 +270,5 @@ class Watch:
 
 
 def new_launch() -> str:
-    """Return a name for a launch, that no other has."""
+    """Return a unique name for a launch."""
     return secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""Run `m3i-scale launch`: one description, any launcher."""
+"""Run `m3i-scale launch`: one description for any launcher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.options import Command, Parts, expanded, field_options
 from m3i_scale.output import print_json, print_line, release_stdout
 
-if TYPE_CHECKING:  # --help has no time to import them
+if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.config import RunConfig
     from m3i_scale.launch.job import Job
     from m3i_scale.launch.plan import LaunchPlan
@@ -28,7 +28,7 @@ _ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
 
 def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
-    """Give a command `--cluster FILE` and an option for each of these fields, in place of its parameter `cluster`."""
+    """Add `--cluster FILE` and an option for each of these fields to a command, replacing its parameter `cluster`."""
     parts: Parts = {"cluster_file": (ClusterFile, None), **field_options(Cluster, fields, OPTION_NAMES)}
     return lambda command: expanded(command, "cluster", parts, _described)
 
@@ -46,7 +46,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
 ) -> None:
-    """Start a run with any launcher: write what it needs into `output_dir/launch`, run it, end with its exit code."""
+    """Start a run with any launcher: write launch files to `output_dir/launch`, run it, and exit with its exit code."""
     from m3i_scale.launch.worlds import check_fit
 
     config, job = read_job(run, overrides or [], cluster)
@@ -71,7 +71,7 @@ def launch(
 
 
 def _with_image(job: Job, launcher: str) -> Job:
-    """Return the job with a placeholder image, so that a dry run shows a manifest before there is an image."""
+    """Return the job with a placeholder image, so that a dry run can print a manifest without an image."""
     if launcher != "kubeflow" or job.cluster.container_image is not None:
         return job
     typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
@@ -79,7 +79,7 @@ def _with_image(job: Job, launcher: str) -> Job:
 
 
 def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
-    """Run a plan; where the run has failed, print the cause at the end."""
+    """Run a plan; if the run failed, print the cause at the end."""
     from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
@@ -95,8 +95,8 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
             check_needs(plan)
             write_files(plan)
         return execute(plan, shown, environment).code
-    with launch_lock(job.output_dir):  # first: a run that lives there must not find other files
-        if plan.launcher == "elastic":  # in this process, whose end every agent notices
+    with launch_lock(job.output_dir):  # first: files of a live run must not change
+        if plan.launcher == "elastic":  # in this process: every agent notices its end
             from m3i_scale.launch.elastic import FILE, read_launch
 
             write_files(plan)
@@ -118,7 +118,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
 
 
 def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfig, Job]:
-    """Read a run and a description, checked as far as it can be without data."""
+    """Read a run and a description, validated as far as possible without data."""
     from m3i_scale.config import run_values
     from m3i_scale.launch.job import make_job
     from m3i_scale.objective.recipe import load_run_and_recipe

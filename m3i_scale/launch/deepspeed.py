@@ -1,10 +1,10 @@
-"""Write what the `deepspeed` launcher takes: its hostfile, its environment file, and its command line.
+"""Write the inputs of the `deepspeed` launcher: its hostfile, environment file and command line.
 
-How its version 0.19.8 takes them (launcher/runner.py, launcher/multinode_runner.py): with pdsh it pastes everything
-into one line for the shells of the hosts. A value of `.deepspeed_env` with any unusual character gets double quotes
-around it, as it is; so does an argument with a space, with its own double quotes escaped; others are pasted bare. pdsh
-then replaces `%h`, `%n` and `%u`. What cannot survive that, and what must not stand on a command line or in a log, goes
-into a file that the hosts read (`--venv_script`).
+Version 0.19.8 (launcher/runner.py, launcher/multinode_runner.py) with pdsh pastes everything into one line for the
+hosts' shells. A value of `.deepspeed_env` with any unusual character is put in double quotes unchanged. An argument
+with a space is too, with its double quotes escaped; others are pasted bare. pdsh then replaces `%h`, `%n` and `%u`.
+Values that cannot survive that, or must not appear on a command line or in a log, go into a file that the hosts read
+(`--venv_script`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ENVIRONMENT = "deepspeed_env"
 PRIVATE_ENVIRONMENT = "environment.sh"
 _MODULE = "deepspeed.launcher.runner"
 _SSH_ARGUMENTS = "PDSH_SSH_ARGS_APPEND"
-"""Names the variable with arguments that pdsh gives to ssh; what somebody has set counts before what is added here."""
+"""Variable with arguments that pdsh passes to ssh; a user's value precedes the ones added here."""
 _PASTED = re.compile(r"[\w@+=:,./-]+", re.ASCII)
-"""What a shell and pdsh take as it is."""
+"""Text that a shell and pdsh leave unchanged."""
 
 
 def render(job: Job) -> LaunchPlan:
@@ -39,12 +39,12 @@ def render(job: Job) -> LaunchPlan:
 
 
 def hostfile(hosts: Sequence[Host]) -> LaunchFile:
-    """Return a file with a line for every host."""
+    """Return a hostfile with a line for every host."""
     return LaunchFile(HOSTFILE, "".join(f"{host.name} slots={host.slots}\n" for host in hosts))
 
 
 def _on_this_machine(job: Job) -> LaunchPlan:
-    # Named in a file of its own: else a /job/hostfile of somebody would count.
+    # A separate file, because otherwise an existing /job/hostfile would be used.
     here = Host("localhost", job.ranks_per_node)
     variables = {variable.name: variable.value for variable in job.variables}
     return LaunchPlan(
@@ -111,7 +111,7 @@ def _trained(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _survives(value: str) -> bool:
-    """Return whether a value can stand in `.deepspeed_env`: one line, no outer spaces, nothing that pdsh replaces."""
+    """Return whether `.deepspeed_env` can carry a value: one line, no outer spaces, no pdsh placeholder."""
     return value == value.strip() and value.isprintable() and "%" not in value and value != ""
 
 
@@ -120,14 +120,14 @@ def _environment_line(variable: Variable) -> str:
 
 
 def environment_value(value: str) -> str:
-    """Return a value as `.deepspeed_env` must have it, to be itself behind the double quotes of DeepSpeed."""
+    """Escape a value for `.deepspeed_env`, because DeepSpeed puts it in double quotes."""
     return re.sub(r'(["\\$`])', r"\\\1", value)
 
 
 def pasted(word: str) -> str:
-    """Return an argument as DeepSpeed must be given it so that a rank gets `word`.
+    """Escape an argument for DeepSpeed, so that a rank gets `word`.
 
-    DeepSpeed puts double quotes around one with a space, escapes only those inside, and pastes others bare.
+    DeepSpeed puts an argument with a space in double quotes, escapes only double quotes inside, and pastes others bare.
     """
     text = re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
     return _for_pdsh(text)

@@ -1,4 +1,4 @@
-"""Describe what a run is started on: hosts, ranks, environment; one description for all launchers."""
+"""Describe the hosts, ranks and environment of a run; one description serves all launchers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HostName = Annotated[str, AfterValidator(_host_name)]
 
 
 OPTION_NAMES = {"environment": "--env"}
-"""Options of the command line that are not called as their fields are."""
+"""Command-line options with a name other than their field's."""
 OVER_HOSTS = frozenset(
     {
         "ranks_per_node",
@@ -69,68 +69,68 @@ OVER_HOSTS = frozenset(
         "ssh",
     }
 )
-"""Fields that every launcher honours which starts ranks over named hosts, or here."""
+"""Fields honored by every launcher that starts ranks on named hosts, or here."""
 
 
 class Cluster(Section):
-    """Says where a run is started. A field that the chosen launcher cannot honour is an error.
+    """Where and how a run is started. A field that the chosen launcher does not support is an error.
 
-    Every field is an option of the command line, with its docstring as help.
+    Every field is also a command-line option, with its docstring as help.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     nodes: int | None = Field(default=None, ge=1, le=100_000)
-    """Machines, where no hosts are named. Default: 1."""
+    """Number of nodes, if no hosts are named. Default: 1."""
     ranks_per_node: int | None = Field(default=None, ge=1, le=1024)
-    """Ranks on each machine, where no hosts are named. Default: one for each accelerator of this machine, or 1."""
+    """Processes per node, if no hosts are named. Default: one for each accelerator of this machine, or 1."""
     hostfile: Path | None = None
-    """A file with a line `name slots=N` for every machine; the first one is the head."""
+    """A file with a line `name slots=N` for every node; the first one is the master node."""
     hosts: tuple[str, ...] = ()
-    """A line of a hostfile, instead of the file; once for each host."""
+    """A line of a hostfile, instead of the file; repeat for each host."""
     include: tuple[HostName, ...] = ()
-    """Use only this host; once for each."""
+    """Use only this host; repeat for each host."""
     exclude: tuple[HostName, ...] = ()
-    """Leave out this host; once for each."""
+    """Leave out this host; repeat for each host."""
     interface: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,14}$")
-    """The network interface that ranks talk over, of the same name on all machines: Gloo and NCCL use no other."""
+    """The network interface for communication, with the same name on all nodes: Gloo and NCCL use no other."""
     master_address: HostName | None = None
-    """Address of the head, as all machines reach it. Default: that of the interface where this machine is the head,
-    else the head's name."""
+    """Address of the master node, reachable from all nodes. Default: the interface's address if this machine is the
+    master node, else its host name."""
     master_port: int = Field(default=29500, ge=1024, le=65535)
-    """Port where rank 0 waits for the others. Default: 29500."""
+    """Port of rank 0 for the rendezvous. Default: 29500."""
     environment: tuple[str, ...] = ()
-    """A variable that travels to the ranks, `NAME` (as it is here) or `NAME=value`; once for each. No other travels."""
+    """A variable to pass to the ranks, `NAME` (with its value here) or `NAME=value`; repeat for each. No other is
+    passed."""
     python: AbsolutePath | None = None
-    """The interpreter on all machines, for instance of a virtual environment. Default: the one that launches."""
+    """The interpreter on all nodes, for instance of a virtual environment. Default: the one that launches."""
     workdir: AbsolutePath | None = None
-    """The working directory of all ranks. Default: the one that is launched from."""
+    """The working directory of all ranks. Default: the current directory."""
     ssh: tuple[Line, ...] = ()
-    """A further argument of ssh; once for each: --ssh=-i --ssh=/home/me/.ssh/cluster."""
+    """An additional argument of ssh; repeat for each: --ssh=-i --ssh=/home/me/.ssh/cluster."""
     transport: Literal["ssh", "srun"] = "ssh"
-    """elastic and doctor: what reaches the hosts, ssh, or srun for the hosts of the allocation of Slurm that this runs
-    in. Default: ssh."""
+    """elastic and doctor: how to connect to the hosts: ssh, or srun for the hosts of the current Slurm allocation.
+    Default: ssh."""
     max_restarts: int = Field(default=0, ge=0, le=10_000)
-    """elastic: start again so often after a failure. Default: 0."""
+    """elastic: maximum number of restarts after failures. Default: 0."""
     min_nodes: int | None = Field(default=None, ge=1)
-    """elastic: go on with so many hosts while others are lost. Default: all."""
+    """elastic: minimum number of nodes to continue with while others are lost. Default: all."""
     min_compared: int | None = Field(default=None, ge=2)
-    """elastic: go on only where losses compare so many samples at a time (micro-batch × ranks). Default: any number,
-    which is told."""
+    """elastic: minimum global contrastive batch (micro-batch × ranks) to continue with. Default: any; a smaller one is
+    logged."""
     memory_gib: float | None = Field(default=None, gt=0)
-    """elastic: memory of a rank; fewer ranks get a larger micro-batch as far as it suffices. Default: what the host
-    says."""
+    """elastic: memory per rank in GiB; with fewer ranks, the micro-batch is increased as far as it fits. Default: as
+    reported by the host."""
     restart_pause_s: float = Field(default=5.0, ge=0, le=3600)
-    """elastic: wait so long before the first restart, twice as long before each further one, at most 300 s.
-    Default: 5."""
+    """elastic: seconds to wait before the first restart, doubled for each further one, at most 300 s. Default: 5."""
     probe_s: float = Field(default=30.0, gt=0, le=3600)
-    """elastic: ask lost hosts so often whether they are back. Default: 30."""
+    """elastic: interval in seconds for probing lost hosts. Default: 30."""
     silence_s: float = Field(default=30.0, ge=5, le=3600)
-    """elastic: a host that says nothing for so long is lost. Default: 30."""
+    """elastic: heartbeat timeout in seconds, after which a host is considered lost. Default: 30."""
     gpus_per_node: int | None = Field(default=None, ge=0, le=1024)
-    """Accelerators of a machine to reserve; 0 where ranks compute on CPUs. Default: as many as ranks."""
+    """Accelerators to reserve per node; 0 if ranks compute on CPUs. Default: one per rank."""
     cpus_per_rank: int | None = Field(default=None, ge=1, le=1024)
-    """Cores of a rank to reserve."""
+    """CPU cores to reserve per rank."""
     partition: Word | None = None
     """Slurm: the partition."""
     account: Word | None = None
@@ -138,23 +138,22 @@ class Cluster(Section):
     time_limit: str | None = None
     """Slurm: the time limit, as [days-]hours:minutes:seconds."""
     requeue: bool = True
-    """Slurm: put a job back into the queue that was preempted, lost a node, or ran out of time and saved.
-    Default: yes."""
+    """Slurm: requeue a job that was preempted, lost a node, or reached its time limit and saved. Default: yes."""
     sbatch: tuple[Line, ...] = ()
-    """Slurm: a further option of sbatch; once for each: --sbatch=--qos=high."""
+    """Slurm: an additional option of sbatch; repeat for each: --sbatch=--qos=high."""
     container_image: str | None = None
-    """Slurm and Kubernetes: the image that ranks run in."""
+    """Slurm and Kubernetes: the container image of the ranks."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """Slurm: what starts the image, pyxis or apptainer. Default: pyxis."""
+    """Slurm: the container runtime, pyxis or apptainer. Default: pyxis."""
     container_mounts: tuple[AbsolutePath, ...] = ()
-    """Slurm: a folder of the host that ranks see under the same path, beside working and output directory; once for
+    """Slurm: a host folder to mount at the same path, in addition to the working and output directories; repeat for
     each."""
     namespace: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    """Kubernetes: the namespace. Default: that of the current context."""
+    """Kubernetes: the namespace. Default: the namespace of the current context."""
     storage_gib: int = Field(default=200, ge=1)
-    """Kubernetes: size of the volume that holds output_dir. Default: 200."""
+    """Kubernetes: size in GiB of the volume for output_dir. Default: 200."""
     data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
-    """Kubernetes: an existing volume claim that holds the shards, mounted read-only at /data."""
+    """Kubernetes: an existing volume claim with the shards, mounted read-only at /data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -170,7 +169,7 @@ class Cluster(Section):
     @field_validator("environment", mode="before")
     @classmethod
     def _is_a_list(cls, entries: object) -> object:
-        # A mapping may hold secrets, which no message may repeat.
+        # A mapping may contain secrets, which must not appear in a message.
         if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) for entry in entries):
             raise ValueError("a list of NAME (as it is here) or NAME=value, e.g. [HF_TOKEN, OMP_NUM_THREADS=8]")
         return entries
@@ -221,7 +220,7 @@ class Cluster(Section):
         return self
 
     def named_hosts(self) -> tuple[Host, ...]:
-        """Return the hosts to run on, the head first; none where only their number is given."""
+        """Return the hosts to run on, the master node first; () if only their number is given."""
         if self.hostfile is not None:
             hosts = read_hostfile(self.hostfile)
         elif self.hosts:
@@ -234,11 +233,11 @@ class Cluster(Section):
 
 
 def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
-    """Read a description from a file, with what the command line says instead.
+    """Read a description from a file; command-line options override its values.
 
     Args:
-        path: YAML; a relative `hostfile` in it lies beside it.
-        options: by field; None and empty ones were not given.
+        path: YAML; a relative `hostfile` in it is relative to its folder.
+        options: values by field; None and empty ones were not given.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -250,7 +249,7 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
         if isinstance(values.get("hostfile"), str):
             values["hostfile"] = path.parent / values["hostfile"]
     given = {key: value for key, value in options.items() if value not in (None, [], ())}
-    # Hosts of the command line take the place of those of the file, however either of them says it.
+    # Hosts from the command line replace those of the file, whichever field each of them uses.
     if given.keys() & {"hostfile", "hosts"}:
         values = {key: value for key, value in values.items() if key not in ("hostfile", "hosts")}
     names = " ".join(OPTION_NAMES.get(key, "--" + key.replace("_", "-")) for key in given)

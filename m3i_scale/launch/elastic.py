@@ -1,6 +1,5 @@
-"""Launch with this package's own launcher: an agent on every host over ssh or srun, failures reported by their first
-cause, restarts over the hosts that remain. It needs no other program.
-"""
+"""The built-in elastic launcher: an agent on every host over ssh or srun, failures reported with their root cause,
+restarts over the remaining hosts. It needs no other program."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ HONOURS = OVER_HOSTS | {
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return a file with all that the launch needs, and the command that reads it, on this machine."""
+    """Return a file with the complete launch description, and the local command that reads it."""
     cluster = job.cluster
     hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
     if cluster.min_nodes is not None and cluster.min_nodes > len(hosts):
@@ -83,17 +82,17 @@ def render(job: Job) -> LaunchPlan:
 
 
 def read_launch(path: Path) -> Launch:
-    """Read what a file describes, to be run by who holds the lock of its output folder.
+    """Read a launch description; the caller that runs it must hold the lock of its output folder.
 
     Args:
-        path: as `render` writes it.
+        path: a file written by `render`.
     """
     try:
         given: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
     run = RunConfig.model_validate(given["run"])
-    parse_recipe(run.recipe, where=str(path), imports=True)  # the launch asks it what its losses compare
+    parse_recipe(run.recipe, where=str(path), imports=True)  # the launch uses its contrastive batch size
     site = RemoteShell(
         python=given["python"],
         workdir=given["workdir"],

@@ -1,4 +1,5 @@
-"""Choose the environment variables that travel to the ranks: those that are named, and secrets never by chance."""
+"""Choose the environment variables that are passed to the ranks: only named ones, so secrets are never passed by
+accident."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.text import HIDDEN, is_secret
 
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Set by launchers, differently on every rank."""
+"""Set by launchers, with a different value on every rank."""
 SLURM_EXPORTS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
-"""Variables that Slurm hands on of the environment that it is called in, beside what is to travel."""
+"""Variables that Slurm passes from the calling environment, in addition to the named ones."""
 INTERFACE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """The network interface of Gloo and of NCCL."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -20,19 +21,19 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Variable:
-    """Names a variable that travels to the ranks, with its value."""
+    """An environment variable that is passed to the ranks."""
 
     name: str
     value: str
     secret: bool = False
-    """Its value belongs neither on a command line nor into a log."""
+    """Its value must appear neither on a command line nor in a log."""
 
 
 def check_variable(entry: str) -> str:
     """Return the name in `NAME` or `NAME=value`.
 
     Raises:
-        ValueError: no name, one that launchers set, or a secret's value.
+        ValueError: an invalid name, one that launchers set, or the value of a secret.
     """
     name, equals, value = entry.partition("=")
     if not _NAME.fullmatch(name):
@@ -49,12 +50,12 @@ def check_variable(entry: str) -> str:
 
 
 def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: str | None) -> tuple[Variable, ...]:
-    """Return the variables of the ranks, by name.
+    """Return the variables of the ranks, sorted by name.
 
     Args:
-        entries: `NAME` or `NAME=value`, checked.
-        here: the environment that is launched from.
-        interface: of `Cluster`.
+        entries: `NAME` or `NAME=value`, validated.
+        here: the environment of the launching process.
+        interface: the `interface` of `Cluster`.
     """
     variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
     for entry in entries:
@@ -70,13 +71,12 @@ def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: st
 
 
 def hidden(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-    """Return the same variables with secret values hidden, fit to be shown."""
+    """Return the same variables with redacted secret values, safe to print."""
     return tuple(replace(item, value=HIDDEN) if item.secret else item for item in variables)
 
 
 def without_secret_variables(here: Mapping[str, str], allowed: Sequence[Variable]) -> dict[str, str]:
-    """Return this environment for a launcher's own process, without secrets that are not named. Launchers pass parts of
-    theirs on unasked (DeepSpeed all MLFLOW*, sbatch everything).
-    """
+    """Return the environment for a launcher's process, without secrets that are not named. Launchers pass parts of
+    their environment on by default (DeepSpeed all MLFLOW*, sbatch everything)."""
     names = {variable.name for variable in allowed}
     return {name: value for name, value in here.items() if name in names or not is_secret(name)}

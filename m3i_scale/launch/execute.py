@@ -1,4 +1,4 @@
-"""Write a plan's files, run its commands, hand signals on, and end with their exit code."""
+"""Write a plan's files, run its commands, forward signals, and return their exit code."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from m3i_scale.launch.plan import Command, LaunchPlan
 from m3i_scale.launch.processes import SIGNALS, TIED, noted_signals
 
 _GRACE_S = 60.0
-"""What still runs so long after another command has failed waits for ranks that are gone, and is ended."""
+"""Commands that still run this long after another one failed wait for missing ranks, and are ended."""
 _POLL_S = 0.1
 _ASK_AGAIN_S = 2.0
 
 
 def write_files(plan: LaunchPlan) -> None:
-    """Write the files of a plan; each has its mode from its first byte on."""
+    """Write the files of a plan; each is created with its final mode."""
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         for file in plan.files:
@@ -43,7 +43,7 @@ def write_files(plan: LaunchPlan) -> None:
 
 
 def check_needs(plan: LaunchPlan) -> None:
-    """Refuse a launch whose programs are not here, or whose port is taken."""
+    """Raise UserError if a required program is missing or the port is in use."""
     for executable in plan.needs:
         if shutil.which(executable.name) is None:
             raise UserError(
@@ -67,29 +67,29 @@ def check_needs(plan: LaunchPlan) -> None:
 
 @dataclass
 class LaunchResult:
-    """Says how the commands of a plan have ended."""
+    """The result of a plan's commands."""
 
     code: int = 0
-    """Of the first one that failed, as a shell has it; 0 where none did."""
+    """Shell exit code of the first failed command; 0 if none failed."""
     codes: list[int] = field(default_factory=list)
-    """Of all of them, in their order; negative: the signal that ended it."""
+    """Exit codes of all commands, in order; negative: the signal that ended the command."""
     times: list[float] = field(default_factory=list)
-    """When they did, in Unix seconds."""
+    """End times, in Unix seconds."""
     forced: set[int] = field(default_factory=set)
-    """Those that were ended because another one had failed."""
+    """Commands that were ended because another one had failed."""
     asked: int = 0
-    """How often a signal asked the launch to stop."""
+    """Number of signals that requested a stop."""
 
 
 def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
     """Run the commands until all have ended.
 
     Args:
-        plan: whose files are written.
-        shown: the same without secrets, for people.
-        environment: of the commands.
+        plan: its files must have been written.
+        shown: the same without secrets, for printing.
+        environment: environment of the commands.
 
-    The programs have been found: see `check_needs`.
+    Check the required programs first: see `check_needs`.
     """
     for command in shown.commands:
         print(f"+ {command}", file=sys.stderr, flush=True)
@@ -97,7 +97,7 @@ def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str])
 
 
 class Running:
-    """Runs the commands of a plan."""
+    """The running commands of a plan."""
 
     def __init__(self, plan: LaunchPlan, environment: Mapping[str, str]) -> None:
         self._plan = plan
@@ -106,13 +106,13 @@ class Running:
         self._ended = LaunchResult()
 
     def wait(self) -> LaunchResult:
-        """Start the commands, hand signals on to them, and wait for them."""
+        """Start the commands, forward signals to them, and wait for them."""
         with noted_signals(self._note):
             try:
-                # Sessions of their own: a Ctrl-C at the terminal reaches them through here alone, once.
+                # Separate sessions: a Ctrl-C at the terminal reaches them only through this process, once.
                 for command in self._plan.commands:
                     self._processes.append(self._start(command))
-                if self._ended.asked and not self._plan.stops:  # while they were being started
+                if self._ended.asked and not self._plan.stops:  # a signal arrived during the start
                     self._pass_on(signal.SIGTERM)
                 return self._until_all_have_ended()
             finally:
@@ -140,12 +140,12 @@ class Running:
             time.sleep(_POLL_S)
         ended.codes = [process.returncode for process in self._processes]
         ended.code = 128 - ended.code if ended.code < 0 else ended.code
-        if ended.asked and 256 - ended.code in SIGNALS:  # DeepSpeed ends with the number of a rank's signal below zero
+        if ended.asked and 256 - ended.code in SIGNALS:  # DeepSpeed exits with a rank's negative signal number
             ended.code = 128 + (256 - ended.code)
         return ended
 
     def _poll(self) -> bool:
-        """Note what has ended; return whether anything still runs."""
+        """Record ended commands; return whether any still runs."""
         for place, process in enumerate(self._processes):
             if self._ended.times[place] == float("inf") and process.poll() is not None:
                 self._ended.times[place] = time.time()
@@ -155,7 +155,7 @@ class Running:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._ended.asked += 1
         if self._plan.stops and self._ended.asked == 1:
-            # Not in the handler: it may take as long as ssh does.
+            # Not in the handler, because ssh may be slow.
             threading.Thread(target=self._ask_ranks, daemon=True).start()
         else:
             self._pass_on(signal.SIGTERM if number == signal.SIGHUP else number)
@@ -166,7 +166,7 @@ class Running:
                 process.send_signal(number)
 
     def _ask_ranks(self) -> None:
-        """Ask the ranks to stop until one of them has got the request: they may not have been started yet."""
+        """Ask the ranks to stop until one of them has received the request: they may not have been started yet."""
         while self._ended.asked == 1:
             asking = [self._start(command) for command in self._plan.stops]
             codes = [process.wait() for process in asking]
@@ -176,17 +176,17 @@ class Running:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask all processes together to end, then force those that stay, with everything that they have started."""
+    """Ask all processes together to end, then kill the remaining ones with everything that they started."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
-        with contextlib.suppress(ProcessLookupError):  # a signal's handler has seen its end meanwhile
+        with contextlib.suppress(ProcessLookupError):  # a signal handler has already polled its end
             os.killpg(process.pid, signal.SIGTERM)
     ends_at = time.monotonic() + _GRACE_S
     for process in running:
         try:
             process.wait(max(0.0, ends_at - time.monotonic()))
         except subprocess.TimeoutExpired:
-            below = _below(process.pid)  # torchrun gives every rank a session of its own
+            below = _below(process.pid)  # torchrun starts every rank in a new session
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -196,7 +196,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _below(pid: int) -> list[psutil.Process]:
-    """Return the processes that a process has started, and those that they have started."""
+    """Return all descendants of a process."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

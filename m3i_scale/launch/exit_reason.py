@@ -1,4 +1,4 @@
-"""Find out why a run has failed whose launcher watches no rank, from the records of the ranks in OUTPUT/failure."""
+"""Determine why a run failed if its launcher does not monitor ranks, from the error files in OUTPUT/failure."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 
 
 def conclude(output_dir: Path, ending: LaunchResult, shown: LaunchPlan, world_size: int) -> str | None:
-    """Write OUTPUT/failure.json where a run has failed; remove that of an earlier launch where it has finished.
+    """Write OUTPUT/failure.json if a run failed; remove the file of an earlier launch if the run finished.
 
     Args:
-        output_dir: of the run.
-        ending: of the launcher's commands.
+        output_dir: output directory of the run.
+        ending: result of the launcher's commands.
         shown: their plan, without secrets.
-        world_size: ranks in all.
+        world_size: total number of ranks.
 
     Returns:
-        What a person reads at the end. None: it has not failed, or was interrupted.
+        The final message for the user. None: the run did not fail, or was interrupted.
     """
     records = read_records(output_dir)
     if shown.ranks:
@@ -52,30 +52,30 @@ def conclude(output_dir: Path, ending: LaunchResult, shown: LaunchPlan, world_si
 
 
 def _by_signal(record: Failure) -> bool:
-    """Return whether the rank may have ended by a signal that asked it to stop."""
+    """Return whether a stop signal may have ended the rank."""
     interrupted = record.message.startswith("KeyboardInterrupt")
     return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
 
 
 def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
-    """Write OUTPUT/failure.json from the records of ranks, or remove an earlier one, as `conclude` does.
+    """Write OUTPUT/failure.json from the error files of ranks, or remove an earlier one, like `conclude`.
 
     Args:
-        output_dir: of the run.
-        code: that the launch ends with.
-        records: of ranks that have not ended as they should.
-        world_size: ranks in all, where that is known.
+        output_dir: output directory of the run.
+        code: exit code of the launch.
+        records: error records of ranks that did not end normally.
+        world_size: total number of ranks, if known.
     """
-    if code == EXIT_PREEMPTED:  # all have saved, or one has failed while it did
+    if code == EXIT_PREEMPTED:  # all have saved, or one failed while saving
         records = [record for record in records if not record.is_consequence and record.kind != "silent"]
         if not records:
             return None
     if code == 0:
-        with contextlib.suppress(OSError):  # a disk that can be read only does not make a finished run a failed one
+        with contextlib.suppress(OSError):  # a read-only disk does not make a finished run a failed one
             (output_dir / FAILURE).unlink(missing_ok=True)
         return None
     cause = _cause(records, world_size)
-    # Who was killed cannot say when. Those that waited for it can.
+    # A killed rank cannot report its step, but the ranks that waited for it can.
     steps = [record.step for record in records if record.step is not None and record.step >= 0]
     if cause.step is None and steps:
         cause = replace(cause, step=max(steps))
@@ -97,7 +97,7 @@ def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
     unheard = [rank for rank in range(world_size or 0) if rank not in heard]
     if cause.kind != "silent" or (len(silent) == 1 and not unheard):
         return cause
-    # A launcher ends those that are left when one has failed: which one that was, none of them says.
+    # A launcher ends the remaining ranks when one fails, and none of them reports which one failed first.
     text = f"{_named([record.rank for record in silent])} ended without a word: killed (for want of memory, most often)"
     text += ", their host is gone, or their launcher ended them"
     if unheard:
@@ -113,7 +113,7 @@ def _named(ranks: Sequence[int | None]) -> str:
 
 
 def _seen_here(records: Sequence[Failure], ending: LaunchResult) -> list[Failure]:
-    """Return records, with what this process has seen of the ends of its ranks."""
+    """Return error records, completed by this process's view of how its ranks ended."""
     host, record_of = socket.gethostname(), {record.rank: record for record in records}
     seen = []
     for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
@@ -131,9 +131,8 @@ def _seen_here(records: Sequence[Failure], ending: LaunchResult) -> list[Failure
 
 
 def _lost_host(ending: LaunchResult, shown: LaunchPlan) -> Failure | None:
-    """Return the first host whose ssh has ended by itself and not as its command did: it is down, or cut off. None of
-    its ranks can report that, and those of others wait for them until they are ended.
-    """
+    """Return the first host with an ssh connection that failed on its own: the host is down or cut off. Its ranks
+    cannot report that, and the ranks of other hosts wait for them until they are ended."""
     lost = [
         place
         for place, command in enumerate(shown.commands)

@@ -1,4 +1,4 @@
-"""Record how ranks have failed, and find the first cause among them."""
+"""Record failures of ranks, and determine the root cause."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
 from m3i_scale.text import redact
 
 Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended", "missing"]
-"""`silent`: it left no word, so something ended it from outside, and nobody saw what; `ended`: by its launch, after
-another one had failed; `missing`: it waited for ranks that did not come."""
+"""`silent`: no error report, so it was ended from outside, unobserved; `ended`: by its launch, after another rank
+failed; `missing`: it waited for ranks that did not join."""
 LAST_LINES = 20
 RECORD_FILES = ("rank-*.json", "host-*.jsonl", FILES)
-"""In that folder: of ranks that have failed, of which ranks of a host have begun and ended, and of collectives."""
+"""Files in that folder: errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
 _SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
 
-# Words of a rank that only noticed that another one was gone. Of gloo, of NCCL's watchdog and communicator, of the
-# store, and of sockets below them.
+# Error messages of a rank that only noticed the loss of another one: of gloo, of NCCL's watchdog and communicator, of
+# the store, and of the sockets below them.
 _CONSEQUENCES = re.compile(
     r"connection (was )?(closed|reset)( by peer)?|connection refused|socket (timeout|closed)|broken pipe"
     r"|timed out waiting|wait timeout|timed? ?out after|watchdog caught collective|remote process exited"
@@ -39,34 +39,34 @@ _CONSEQUENCES = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """Says how one rank, or one host, has ended."""
+    """The failure of one rank, or one host."""
 
     time: float
-    """Unix seconds, by the clock of the host that supervises where that is known."""
+    """Unix seconds, on the supervisor's clock if known."""
     host: str
     rank: int | None
-    """None: the host as a whole."""
+    """None: the complete host."""
     step: int | None
-    """Optimizer steps that were done."""
+    """Completed optimizer steps."""
     phase: str | None
     kind: Kind
     message: str
     exit_code: int | None = None
-    """As a shell tells it; negative: the signal that ended it."""
+    """As reported by a shell; negative: the signal that ended it."""
     lines: list[str] = field(default_factory=list)
-    """The last ones of its log."""
+    """The last lines of its log."""
     trace: list[str] = field(default_factory=list)
-    """Of an exception that is no message to users."""
+    """Traceback of an exception that is not a user error."""
 
     def __post_init__(self) -> None:
-        """Cut out logins and tokens: these texts are written and shown to others."""
+        """Redact logins and tokens, because these texts are saved and printed."""
         for name in ("message", "lines", "trace"):
             object.__setattr__(self, name, redact(getattr(self, name)))
 
     @property
     def is_consequence(self) -> bool:
-        """Return whether this end only follows from that of another rank."""
-        # A message to users tells of what they can mend, also where a server of shards has closed its connection.
+        """Return whether this failure is only a consequence of another rank's failure."""
+        # A user error describes something that users can fix, even if a shard server closed its connection.
         if self.kind in ("host", "hang", "signal", "silent", "user_error"):
             return False
         if self.kind in ("ended", "missing"):
@@ -76,11 +76,11 @@ class Failure:
 
     @property
     def user_error(self) -> bool:
-        """Return whether starting again would end in the same way."""
+        """Return whether a restart would fail in the same way."""
         return self.kind == "user_error" or self.exit_code == EXIT_USER_ERROR
 
     def where(self) -> str:
-        """Return host, rank, step and phase, as far as they are known."""
+        """Return the known ones of host, rank, step and phase."""
         parts = [f"host {self.host}"]
         if self.rank is not None:
             parts.append(f"rank {self.rank}")
@@ -92,20 +92,19 @@ class Failure:
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
-    """Return the earliest cause that is known; else the earliest rank that ended for no known reason, as launchers
-    end the others when one has failed; else the earliest consequence.
-    """
+    """Return the earliest known cause. Otherwise return the earliest rank with an unknown reason, because launchers end
+    the others after a failure; otherwise the earliest consequence."""
     ordered = sorted(failures, key=lambda failure: (failure.is_consequence, failure.kind == "silent", failure.time))
     return ordered[0] if ordered else None
 
 
 def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) -> str:
-    """Return the text that a person reads at the end: once, whatever the number of ranks.
+    """Return the final failure message for the user: one message, independent of the number of ranks.
 
     Args:
-        cause: the first one.
-        others: what followed.
-        output_dir: of the run.
+        cause: the root cause.
+        others: subsequent failures.
+        output_dir: output directory of the run.
     """
     lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
@@ -119,7 +118,7 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
 
 
 def _counted(others: Sequence[Failure]) -> str:
-    """Return one line for all that followed."""
+    """Return one line for all subsequent failures."""
     words: dict[str, int] = {}
     for other in others:
         message = other.message.splitlines()[0][:100] if other.message else other.kind
@@ -129,16 +128,16 @@ def _counted(others: Sequence[Failure]) -> str:
 
 
 def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], **more: Any) -> Path:
-    """Write OUTPUT/failure.json, whole or not at all.
+    """Write OUTPUT/failure.json atomically.
 
     Args:
-        output_dir: of the run.
-        cause: the first one.
-        others: what followed.
+        output_dir: output directory of the run.
+        cause: the root cause.
+        others: subsequent failures.
         more: further fields, such as the attempt.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FAILURE
@@ -148,35 +147,36 @@ def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], *
 
 
 def record_file(folder: Path, rank: int) -> Path:
-    """Return the file in which a rank leaves its record."""
+    """Return the path of a rank's error file."""
     return folder / f"rank-{rank:05d}.json"
 
 
 def write_record(folder: Path, failure: Failure) -> None:
-    """Write a rank's record.
+    """Write a rank's error file.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record_file(folder, failure.rank or 0), asdict(failure))
 
 
 def begin_rank(folder: Path, rank: int) -> None:
-    """Note that a rank of this host has begun: in one file a host, since a thousand files would be made at every start.
+    """Record that a rank of this host has started, in one file per host: one per rank would be a thousand files at
+    every start.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the write failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _note(folder, {"rank": rank, "began": time.time()})
 
 
 def end_rank(folder: Path, rank: int) -> None:
-    """Note that a rank of this host has ended as it should; the last one removes what is left of all of them.
+    """Record that a rank of this host has ended normally; the last one removes the host's file.
 
     Raises:
-        OSError: the disk refused, or other hosts have ranks that run.
+        OSError: the write failed, or other hosts still have running ranks.
     """
     _note(folder, {"rank": rank, "ended": time.time()})
     if not _unended(_notes_of(folder, socket.gethostname())):
@@ -186,7 +186,7 @@ def end_rank(folder: Path, rank: int) -> None:
 
 def _note(folder: Path, value: dict[str, Any]) -> None:
     with _notes_of(folder, socket.gethostname()).open("a", encoding="utf-8") as file:
-        file.write(json_line(value))  # one write, at the end of the file: ranks do not tear each other's lines
+        file.write(json_line(value))  # one appending write: lines of several ranks do not mix
 
 
 def _notes_of(folder: Path, host: str) -> Path:
@@ -194,7 +194,7 @@ def _notes_of(folder: Path, host: str) -> Path:
 
 
 def _unended(notes: Path) -> dict[int, float]:
-    """Return, by rank, when those began that have not ended as they should."""
+    """Return the start time by rank of the ranks that have not ended normally."""
     began: dict[int, float] = {}
     with contextlib.suppress(FileNotFoundError):
         for note in read_json_lines(notes):
@@ -206,16 +206,16 @@ def _unended(notes: Path) -> dict[int, float]:
 
 
 def read_record(path: Path) -> Failure | None:
-    """Return the record that a rank has left; None where there is none that can be read."""
+    """Return a rank's error record; None if it is missing or unreadable."""
     try:
         return Failure(**read_json(path))
-    except (OSError, ValueError, TypeError):  # TypeError: of another version of this package
+    except (OSError, ValueError, TypeError):  # TypeError: from another version of this package
         return None
 
 
 def read_records(output_dir: Path) -> list[Failure]:
-    """Return the records that ranks without an agent have left in OUTPUT/failure; where one has begun and left none, it
-    is one of a silent end."""
+    """Return the error records in OUTPUT/failure of ranks without an agent. A rank that started and left no record
+    counts as a silent failure."""
     folder = output_dir / RANK_RECORDS
     records = [record for path in sorted(folder.glob("rank-*.json")) if (record := read_record(path)) is not None]
     heard = {record.rank for record in records}
@@ -230,7 +230,7 @@ def read_records(output_dir: Path) -> list[Failure]:
 
 
 def forget_records(output_dir: Path) -> None:
-    """Remove the records of an earlier launch, before another one."""
+    """Remove the error files of an earlier launch before a new one."""
     try:
         for pattern in RECORD_FILES:
             for path in (output_dir / RANK_RECORDS).glob(pattern):
@@ -247,7 +247,7 @@ def on_clock(failure: Failure, offset_s: float) -> Failure:
     """Return a failure with its time on the supervisor's clock.
 
     Args:
-        failure: with a time of its host.
-        offset_s: how far the supervisor's clock is ahead of the host's.
+        failure: a failure with a time on its host's clock.
+        offset_s: seconds by which the supervisor's clock is ahead of the host's.
     """
     return replace(failure, time=failure.time + offset_s)

@@ -1,7 +1,6 @@
-"""Write and read heartbeats: small files that ranks map into memory and their host's agent reads, also after a kill.
+"""Write and read heartbeats: small files that ranks map into memory and their host's agent reads, even after a kill.
 
-A beat costs no system call, and needs no thread that could starve: the kernel keeps the page of a process
-that it has killed.
+A beat needs no system call and no thread that could starve: the kernel keeps the page of a killed process.
 """
 
 from __future__ import annotations
@@ -14,45 +13,45 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PHASES = ("fetch", "forward", "target", "decoder", "backward", "reduce", "step", "momentum", "other")
-"""In the order of a step; `other` is what lies between them."""
+"""In the order of a step; `other` is the remaining time."""
 
 RECORDS = "M3I_SCALE_RECORDS"
-"""Environment variable: the folder on this host for heartbeats and failure records of its ranks."""
+"""Environment variable: the folder on this host for heartbeats and error files of its ranks."""
 
 _LAYOUT = struct.Struct(f"<qqdd16s{len(PHASES)}d")
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Holds what an agent reads of a rank."""
+    """State of a rank, as read by an agent."""
 
     step: int
-    """Optimizer steps that are done; −1 before the loop."""
+    """Completed optimizer steps; −1 before the loop."""
     began: int
-    """At this step; −1 before the loop."""
+    """Step at which the loop began; −1 before the loop."""
     phase: str
-    """A phase of the step, or what the rank does outside of steps (start, open, resume, save, evaluate …)."""
+    """A phase of the step, or the activity outside of steps (start, open, resume, save, evaluate …)."""
     changed: float
     """Unix time of the last change."""
     waited_s: float
-    """In collectives since the loop began."""
+    """Time in collectives since the loop began."""
     worked_s: dict[str, float]
-    """By phase since the loop began, waits in collectives taken off."""
+    """Time by phase since the loop began, excluding waits in collectives."""
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
-    """Return the file of a rank in its host's folder for records."""
+    """Return the heartbeat file of a rank in its host's folder for records."""
     return folder / f"rank-{rank:05d}.heartbeat"
 
 
 class Heartbeat:
-    """Marks where this rank is. Nothing is written where `path` is None; step and phase are kept for its record.
+    """Heartbeat of this rank. If `path` is None, step and phase are tracked for its error record, but not written.
 
     Args:
         path: the file.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk has no space for it.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -64,7 +63,7 @@ class Heartbeat:
         self._since = time.perf_counter()
         self._map: mmap.mmap | None = None
         if path is not None:
-            path.write_bytes(bytes(_LAYOUT.size))  # a hole would end in SIGBUS on a full disk
+            path.write_bytes(bytes(_LAYOUT.size))  # a sparse file would cause SIGBUS on a full disk
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
         self._write()
@@ -75,11 +74,11 @@ class Heartbeat:
         return self._map is not None
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Mark that the rank begins with `phase`.
+        """Record that the rank begins `phase`.
 
         Args:
             phase: at most 16 letters.
-            step: steps done, where that has changed too.
+            step: completed steps, if they have changed too.
         """
         now = time.perf_counter()
         if self.phase in self._worked and self.step >= 0:
@@ -93,7 +92,7 @@ class Heartbeat:
         self._write()
 
     def waited(self, seconds: float) -> None:
-        """Add seconds spent in a collective, counted since the last change of phase."""
+        """Add seconds spent in a collective to the current phase."""
         self._waited_here += seconds
 
     def _write(self) -> None:
@@ -103,7 +102,7 @@ class Heartbeat:
 
 
 def read_heartbeat(path: Path) -> RankState | None:
-    """Read what the rank has written; None before it has."""
+    """Read a rank's heartbeat; None before its first beat."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -118,10 +117,10 @@ def read_heartbeat(path: Path) -> RankState | None:
 
 
 def own_heartbeat(rank: int) -> Heartbeat:
-    """Return the heartbeat of this process, where an agent has started it; else one without a file.
+    """Return the heartbeat of this process if an agent started it; otherwise one without a file.
 
     Raises:
-        OSError: the host's disk has no room for a page.
+        OSError: the host's disk has no space for a page.
     """
     folder = os.environ.get(RECORDS)
     return Heartbeat(heartbeat_file(Path(folder), rank) if folder else None)

@@ -1,7 +1,7 @@
 """Read the hosts of a run strictly: lines of `name slots=N`.
 
-DeepSpeed's own reader trains on the local machine alone where the file does not exist, and takes any word for a name;
-here both are errors, with the line.
+If the file is missing, DeepSpeed's parser trains on the local machine only; it also accepts any word as a name. Here
+both are errors that include the line.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _MOST_SLOTS = 1024
 
 @dataclass(frozen=True)
 class Host:
-    """Names one machine, with its ranks."""
+    """One node, with its number of ranks."""
 
     name: str
-    """As ssh and MPI are given it."""
+    """As passed to ssh and MPI."""
     slots: int
-    """Ranks on it."""
+    """Number of ranks on it."""
 
 
 def is_host_name(name: str) -> bool:
@@ -38,16 +38,16 @@ def is_host_name(name: str) -> bool:
 
 
 def is_here(host: str) -> bool:
-    """Return whether a name or an address is that of this machine."""
+    """Return whether a name or an address refers to this machine."""
     names = {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}
-    import psutil  # not for help
+    import psutil  # not imported for --help
 
     cards = psutil.net_if_addrs().values()
     return host in names or host in {item.address for card in cards for item in card if item.family == socket.AF_INET}
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """Return the hosts of a file, in its order. Empty lines and what follows a `#` are left out."""
+    """Return the hosts of a file, in its order. Empty lines and comments (`#`) are ignored."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,11 +61,11 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
-    """Return the hosts that `lines` name.
+    """Parse host lines.
 
     Args:
         lines: `name slots=N`.
-        where: they were written, for errors.
+        where: source of the lines, for errors.
     """
     found: dict[str, tuple[int, Host]] = {}
     for number, line in enumerate(lines, start=1):
@@ -104,11 +104,11 @@ def _host(words: str, place: str) -> Host:
 
 
 def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) -> tuple[Host, ...]:
-    """Return the hosts of the allocation of Slurm that this process runs in.
+    """Return the hosts of the current Slurm allocation.
 
     Args:
-        environment: of this process.
-        ranks_per_node: on each host. Default: the tasks that the allocation has on each.
+        environment: environment of this process.
+        ranks_per_node: number of ranks on each host. Default: the allocation's tasks per node.
     """
     nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
     if nodes is None:
@@ -136,8 +136,8 @@ def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[s
 
     Args:
         hosts: all.
-        include: names of those to run on; none: all.
-        exclude: names of those to leave out.
+        include: names of the hosts to run on; empty: all.
+        exclude: names of the hosts to leave out.
     """
     if include and exclude:
         raise ConfigError("`include` and `exclude` exclude each other", fix="give one of the two")

@@ -1,4 +1,4 @@
-"""Resolve one launch: which hosts, how many ranks, what each of them runs, with which variables."""
+"""Resolve one launch: its hosts, ranks, commands and environment variables."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import quoted, redact
 
 FOLDER = "launch"
-"""In the run's output folder."""
+"""Name of the launch folder, in the run's output folder."""
 _NO_COMMON_INTERPRETER = "python3"
-"""Of a container, where nothing else is said."""
+"""Default interpreter of a container."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Holds what renderers turn into files and commands."""
+    """Input of the renderers, which turn it into files and commands."""
 
     cluster: Cluster
     run: str
-    """A built-in name, or an absolute path that all hosts see."""
+    """A built-in name, or an absolute path that is visible on all hosts."""
     overrides: tuple[str, ...]
     name: str
     output_dir: Path
@@ -42,12 +42,12 @@ class Job:
     workdir: Path
     """Absolute."""
     hosts: tuple[Host, ...]
-    """The head first; none where only their number is given."""
+    """The master node first; empty if only their number is given."""
     variables: tuple[Variable, ...]
     values: Mapping[str, Any]
-    """The whole run file, `extends` and overrides applied."""
+    """The complete config file, with `extends` and overrides applied."""
     redacted: bool = False
-    """Whether something secret has been taken out."""
+    """Whether secrets have been removed."""
 
     @property
     def folder(self) -> Path:
@@ -61,20 +61,20 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Return the ranks of every machine, where no hosts are named.
+        """Return the ranks per node, if no hosts are named.
 
-        Where nobody says how many, as many as this machine has accelerators, and one where it has none.
+        The default is the number of accelerators of this machine, or one without accelerators.
         """
         return devices_here() if self.cluster.ranks_per_node is None else self.cluster.ranks_per_node
 
     @property
     def world_size(self) -> int:
-        """Return the ranks on all machines."""
+        """Return the number of ranks on all nodes."""
         return sum(host.slots for host in self.hosts) or self.nodes * self.ranks_per_node
 
     @property
     def gpus_per_node(self) -> int:
-        """Return the accelerators of a machine to reserve."""
+        """Return the number of accelerators to reserve per node."""
         wanted = self.cluster.gpus_per_node
         return self.ranks_per_node if wanted is None else wanted
 
@@ -87,7 +87,7 @@ class Job:
 
     @property
     def train(self) -> tuple[str, ...]:
-        """Return the program of a rank, behind `python -m`."""
+        """Return the program of a rank, as arguments of `python -m`."""
         return ("m3i_scale", "train", self.run, *self.overrides)
 
     @property
@@ -97,25 +97,24 @@ class Job:
 
     @property
     def plain(self) -> tuple[Variable, ...]:
-        """Return the variables that may be read by anyone."""
+        """Return the variables that are not secret."""
         return tuple(variable for variable in self.variables if not variable.secret)
 
     @property
     def secret(self) -> tuple[Variable, ...]:
-        """Return the variables that may not be read by everyone."""
+        """Return the variables that are secret."""
         return tuple(variable for variable in self.variables if variable.secret)
 
     @property
     def mode(self) -> int:
-        """Return the mode of files that hold all that ranks are given: readable by their owner alone where a variable
-        is a secret or an address of shards holds a login or a signature.
-        """
+        """Return the mode of files with the ranks' complete configuration: readable only by the owner if a variable is
+        a secret, or a shard address contains a login or a signature."""
         values = dict(self.values)
         hides = any(quoted(override) != override for override in self.overrides) or redact(values) != values
         return PRIVATE if self.secret or hides or self.redacted else PUBLIC
 
     def head_address(self) -> str:
-        """Return the address where rank 0 waits."""
+        """Return the address of rank 0's rendezvous."""
         cluster = self.cluster
         if cluster.master_address is not None:
             return cluster.master_address
@@ -124,7 +123,7 @@ class Job:
         return self.hosts[0].name if self.hosts else "127.0.0.1"
 
     def without_secrets(self) -> Job:
-        """Return the same job without the values of secrets, and without what is secret in addresses."""
+        """Return the same job with redacted secrets, including those in addresses."""
         overrides = tuple(map(quoted, self.overrides))
         values, secret = redact(dict(self.values)), self.mode == PRIVATE
         return replace(self, variables=hidden(self.variables), overrides=overrides, values=values, redacted=secret)
@@ -132,16 +131,16 @@ class Job:
 
 @cache
 def devices_here() -> int:
-    """Return how many accelerators DeepSpeed finds on this machine; one where ranks compute on CPUs."""
+    """Return the number of accelerators that DeepSpeed finds on this machine; one if ranks compute on CPUs."""
     leave_out_accelerator_warning()
-    from deepspeed.accelerator import get_accelerator  # seconds, and only where nobody says how many ranks
+    from deepspeed.accelerator import get_accelerator  # takes seconds, needed only without a given number of ranks
 
     accelerator = get_accelerator()
     return 1 if accelerator.device_name() == "cpu" else max(1, int(accelerator.device_count()))
 
 
 def _check_names(hosts: tuple[Host, ...]) -> None:
-    """Refuse several hosts of which one name means another machine on each host, or two mean this machine."""
+    """Raise ConfigError if one of several names means another machine on each host, or two mean this machine."""
     names = [host.name for host in hosts]
     loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
     if len(names) > 1 and loop is not None:
@@ -185,15 +184,15 @@ def make_job(
     values: Mapping[str, Any],
     here: Mapping[str, str],
 ) -> Job:
-    """Put a run and a description together.
+    """Combine a run and a description.
 
     Args:
-        config: of the run, overrides applied.
+        config: the run's config, overrides applied.
         run: its file, or its built-in name.
-        overrides: `section.key=value`, as ranks get them.
+        overrides: `section.key=value`, as passed to the ranks.
         cluster: where it runs.
-        values: what the run file says, `extends` and overrides applied.
-        here: the environment that is launched from.
+        values: values of the config file, with `extends` and overrides applied.
+        here: the environment of the launching process.
     """
     path = find_run_file(run)
     hosts = cluster.named_hosts()

@@ -1,6 +1,6 @@
-"""Write what Kubeflow Trainer 2.3 or newer takes: a TrainJob, the run file, a volume for the output, and secrets.
+"""Write the input of Kubeflow Trainer 2.3 or newer: a TrainJob, the config file, a volume for the output, and secrets.
 
-All of it is built as data and written by a YAML library; nothing is pasted into text.
+Everything is built as data and written by a YAML library; no text is pasted together.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ HONOURS = frozenset(
 )
 MANIFEST = "kubeflow.yaml"
 RUN_FOLDER = "/m3i"
-"""Where ranks find the run file."""
+"""Folder of the config file in the containers."""
 DATA = "/data"
-"""Where they find the shards."""
+"""Folder of the shards in the containers."""
 AGENT = "m3i_scale.launch.torchrun_agent"
 _RUNTIME = "torch-distributed"
-"""Comes with Kubeflow Trainer; it tells torchrun of nodes and ranks by PET_* variables."""
+"""Part of Kubeflow Trainer; it passes nodes and ranks to torchrun in PET_* variables."""
 _PART = "node"
-"""The name of this runtime's job, and of the container in it."""
+"""The name of this runtime's job, and of its container."""
 _MOST_CHARACTERS = 40
 _GRACE_S = 600
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes YAML for people: texts of several lines as they are, nothing by reference."""
+    """A YAML dumper for readable output: multi-line texts as blocks, no references."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -62,7 +62,7 @@ def render(job: Job) -> LaunchPlan:
     """Return a manifest, and `kubectl apply`."""
     _check(job)
     documents = [_volume_claim(job), _run_file(job), *([_secrets(job)] if job.secret else []), _train_job(job)]
-    # Escaped beyond ASCII: of U+0085, a line break to YAML, plain text would make a space.
+    # Non-ASCII text is escaped: U+0085 is a line break in YAML, and would become a space in plain text.
     manifest = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False)
     return LaunchPlan(
         launcher="kubeflow",

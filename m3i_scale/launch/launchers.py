@@ -1,4 +1,4 @@
-"""Find launchers by name. A further one is a file with `HONOURS` and `render`, and a line here."""
+"""Find launchers by name. To add one, create a module with `HONOURS` and `render`, and add its name here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from m3i_scale.errors import ConfigError, did_you_mean
 
-if TYPE_CHECKING:  # the names are for --help, which has no time for more
+if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.launch.job import Job
     from m3i_scale.launch.plan import LaunchPlan
 
@@ -15,14 +15,14 @@ _NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for
 _ALLOCATED = "leave it out: the machines are those of the allocation, of which --include takes some"
 LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
 READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
-"""Launchers that people start themselves, from a file of a checkout."""
+"""Launchers that users start themselves, with a file from a checkout."""
 
 
 class Launcher(Protocol):
-    """Says what the file of a launcher offers."""
+    """Interface of a launcher's module."""
 
     HONOURS: frozenset[str]
-    """The fields of `Cluster` that it can honour."""
+    """The fields of `Cluster` that it supports."""
 
     def render(self, job: Job) -> LaunchPlan:
         """Return files and commands."""

@@ -24,17 +24,18 @@ Inbox = queue.SimpleQueue[tuple["Link", Message]]
 
 _CLOSE_S = 5.0
 UNRESPONSIVE_S = 5.0
-"""Patience with a host that has not answered before: the others do not wait for it at every restart."""
+"""Connect timeout for a host that did not respond before, so that it does not delay every restart."""
 
 
 class Link:
-    """Holds the connection to one host's agent. Its messages arrive in `inbox`; its end as a message of kind `gone`.
+    """Connection to one host's agent. Messages arrive in `inbox`; the end of the connection is a message of kind
+    `gone`.
 
     Args:
         host: name and slots.
-        site: how it is reached.
+        site: connection settings.
         inbox: shared by all links.
-        patience_s: until ssh gives up where nothing answers. Default: half of `site.connect_s`.
+        patience_s: ssh's connect timeout. Default: half of `site.connect_s`.
     """
 
     def __init__(self, host: Host, site: RemoteShell, inbox: Inbox, patience_s: float | None = None) -> None:
@@ -47,7 +48,7 @@ class Link:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the supervisor, which passes it on in its own way
+            start_new_session=True,  # Ctrl-C goes to the supervisor, which handles it
             bufsize=0,
             env=own_environment(),
         )
@@ -57,7 +58,7 @@ class Link:
         self.send("hello", host=host.name, launch=site.launch, output_dir=site.output_dir, silence_s=site.silence_s)
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send a message to the agent. Where the agent is gone, a message of kind `gone` reports it."""
+        """Send a message to the agent. If the agent is gone, a message of kind `gone` reports it."""
         try:
             if self._process.stdin is not None:
                 self._process.stdin.write(encode(kind, **fields))
@@ -65,7 +66,7 @@ class Link:
             return
 
     def close(self) -> None:
-        """End the connection; an agent that is still there ends its ranks then."""
+        """Close the connection; a running agent then ends its ranks."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -75,12 +76,12 @@ class Link:
             self._process.wait()
 
     def drop(self) -> None:
-        """End the connection to a host that does not answer."""
+        """Kill the connection to a host that does not respond."""
         self._process.kill()
         self._process.wait()
 
     def fault(self) -> HostFault:
-        """Return why the agent, which is gone, cannot be reached any more."""
+        """Return the reason why the agent is gone."""
         try:
             code: int | None = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -106,9 +107,9 @@ def receive(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) ->
     """Yield the messages of agents.
 
     Args:
-        links: all of them get a beat every second: an agent that hears nothing takes the launch for dead.
-        inbox: theirs.
-        left_s: for how many seconds there is still somebody to wait for; asked before every message.
+        links: each gets a beat every second: an agent without messages considers the launch dead.
+        inbox: the inbox of the links.
+        left_s: returns the remaining seconds to wait; called before every message.
     """
     while (seconds := left_s()) > 0:
         for link in links:
@@ -127,25 +128,24 @@ def connect(
     unresponsive: Collection[str] = (),
     over: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Link], dict[str, str]]:
-    """Reach all hosts at once.
+    """Connect to all hosts in parallel.
 
     Args:
-        hosts: in their order.
-        site: how.
-        inbox: of the links.
-        unresponsive: names of hosts that did not answer when they were last asked, and need not now: they have
-            `UNRESPONSIVE_S`.
-        over: whether nobody wants to know any more.
+        hosts: the hosts, in their order.
+        site: connection settings.
+        inbox: inbox of the links.
+        unresponsive: names of hosts that did not respond last time and are optional: their limit is `UNRESPONSIVE_S`.
+        over: whether the result is no longer needed.
 
     Returns:
-        Those that answer and why each of the others does not, both in order.
+        Links to the usable hosts, and the reason for each of the others, both in order.
     """
     links: list[Link] = []
     reasons: dict[str, str] = {}
     for host in hosts:
         try:
             links.append(Link(host, site, inbox, UNRESPONSIVE_S if host.name in unresponsive else None))
-        except OSError as error:  # no ssh here, or no room for another process
+        except OSError as error:  # ssh is missing, or no process can be started
             reasons[host.name] = f"{error.filename or 'a process'} cannot be started here: {error.strerror}"
     own_code = code()
     waiting = {link.host.name: UNRESPONSIVE_S if link.host.name in unresponsive else site.connect_s for link in links}
@@ -156,7 +156,7 @@ def connect(
 
     for link, message in receive(links, inbox, left_s):
         name = link.host.name
-        if link not in links or name in reasons:  # a link of an earlier attempt says that it is gone
+        if link not in links or name in reasons:  # a `gone` message from a link of an earlier attempt
             continue
         if message["kind"] == "hello":
             fault = _unfit(message, own_code)
@@ -164,7 +164,7 @@ def connect(
             if fault is not None:
                 reasons[name] = fault
         elif message["kind"] == "gone":
-            waiting.pop(name, None)  # or it has answered, and ended while others were waited for
+            waiting.pop(name, None)  # it may have answered and ended while others were awaited
             reasons[name] = str(link.fault())
     for name, patience_s in waiting.items():
         reasons[name] = f"no answer in {patience_s:g} s"
@@ -176,13 +176,13 @@ def connect(
 
 
 def _unfit(hello: Message, own_code: Mapping[str, Any]) -> str | None:
-    """Return why an agent that answers cannot be used; None where it can."""
+    """Return why a responding agent cannot be used; None if it can."""
     if hello["fault"] is not None:
         return str(hello["fault"])
     if hello["version"] != __version__:
         return f"m3i_scale is {hello['version']} there and {__version__} here"
     there = hello.get("code")
-    if there is None:  # the version is that of the package, which is not raised with every commit
+    if there is None:  # the package version does not change with every commit
         return f"the code there is older than here (commit {own_code['commit'] or 'unknown'})"
     if there["sha256"] != own_code["sha256"]:
         commits = f"commit {there['commit'] or 'unknown'} there and {own_code['commit'] or 'unknown'} here"
@@ -191,7 +191,7 @@ def _unfit(hello: Message, own_code: Mapping[str, Any]) -> str | None:
 
 
 def check_hosts(job: Job) -> None:
-    """Reach all hosts of a launch at once, before a launcher that would start ranks on those that answer."""
+    """Check the connection to all hosts of a launch, before a launcher starts ranks on only some of them."""
     site = RemoteShell(
         python=job.python,
         workdir=str(job.workdir),

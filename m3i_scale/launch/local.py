@@ -1,4 +1,4 @@
-"""Launch on this machine alone: a process per rank, without another launcher in between."""
+"""Launch on this machine only: one process per rank, without another launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "
 
 
 def render(job: Job) -> LaunchPlan:
-    """Return one command per rank; they talk over the loopback interface."""
+    """Return one command per rank; they communicate over the loopback interface."""
     return LaunchPlan(
         launcher="local",
         folder=job.folder,

@@ -1,4 +1,4 @@
-"""Allow one launch per output folder, named by host and pid."""
+"""Allow one launch per output folder, identified by host and pid."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _LAUNCH = LockFile(".launch-lock", "another launch of this run is under way", "t
 
 @contextmanager
 def launch_lock(output_dir: Path) -> Iterator[None]:
-    """Hold the output folder for this launch."""
+    """Hold the lock of the output folder for this launch."""
     with lock_directory(output_dir, lock=_LAUNCH):
-        with lock_directory(output_dir):  # as rank 0 does: it is free where no rank is left that would write
+        with lock_directory(output_dir):  # rank 0's lock: free unless a rank of an earlier launch still runs
             pass
         yield
 
 
 def launch_of(output_dir: Path) -> str | None:
-    """Return who launches the run of an output folder at the moment, for a person; None where no launch is known."""
+    """Return the process that currently launches the run of an output folder, as text; None if no launch is known."""
     try:
         holder = holder_of(output_dir, _LAUNCH)
     except UnknownHolderError as error:
         return error.what
-    except CheckpointError:  # the lock cannot be looked at, which is no launch
+    except CheckpointError:  # an unreadable lock counts as no launch
         return None
     return None if holder is None else str(holder)

@@ -1,4 +1,4 @@
-"""Write what ranks print: all of it into files, that of rank 0 to the screen too."""
+"""Write the output of ranks to files, and the output of rank 0 also to the screen."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import IO
 
 
 class Logs:
-    """Writes OUTPUT/logs/<attempt>/<host>-rank<k>.log.
+    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log.
 
     Args:
-        output_dir: of the run.
-        shown: the rank whose lines also go to standard error.
+        output_dir: output directory of the run.
+        shown: the rank with lines that are also written to standard error.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
 
     def __init__(self, output_dir: Path, shown: int = 0) -> None:
@@ -26,12 +26,12 @@ class Logs:
         self.folder = root / f"{max(taken, default=0) + 1:03d}"
         self.folder.mkdir()
         self.fault: str | None = None
-        """Why lines are lost, where they are."""
+        """The reason for lost lines, if there are any."""
         self._shown = shown
         self._files: dict[int, IO[str]] = {}
 
     def add(self, host: str, rank: int, text: str) -> None:
-        """Add lines, or parts of them, of a rank."""
+        """Append lines, or parts of them, of a rank."""
         if rank == self._shown:
             show(text)
         try:
@@ -52,12 +52,12 @@ class Logs:
 
 
 def show(text: str) -> None:
-    """Write to the screen. Once its terminal is lost, further text is dropped: the run has to save."""
+    """Write to the screen. After the terminal is lost, further text is dropped, because the run still has to save."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):  # else the interpreter fails at its end, and its exit code is another
+        for descriptor in (1, 2):  # otherwise the interpreter fails at exit and changes the exit code
             os.dup2(nowhere, descriptor)
         os.close(nowhere)

@@ -1,4 +1,4 @@
-"""Describe what a launcher's renderer returns: files to write and commands to run; nothing is done yet."""
+"""The result of a launcher's renderer: files to write and commands to run; nothing is executed yet."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 PRIVATE = 0o600
 """Mode of a file that may hold secrets."""
 PUBLIC = 0o644
-"""Mode of any other."""
+"""Mode of any other file."""
 ENDS = ("code=0", 'for one in $(jobs -p); do wait "$one" || code=$?; done', 'exit "$code"')
-"""Of a script that has started several commands at once."""
+"""End of a script that has started several commands in parallel."""
 
 
 @dataclass(frozen=True)
 class LaunchFile:
-    """Holds a file of the folder of the launch."""
+    """A file in the launch folder."""
 
     name: str
     text: str
@@ -27,13 +27,13 @@ class LaunchFile:
 
 @dataclass(frozen=True)
 class Command:
-    """Holds a program and its arguments; no shell takes them apart."""
+    """A program and its arguments; they are not parsed by a shell."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Set on top of what the launching process has."""
+    """Added to the environment of the launching process."""
     host: str | None = None
-    """Where ssh runs it; None: here."""
+    """Host on which ssh runs it; None: here."""
 
     def __str__(self) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
@@ -42,7 +42,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Executable:
-    """Names a program that must be here."""
+    """A program that must be installed here."""
 
     name: str
     package: str
@@ -51,27 +51,27 @@ class Executable:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Holds one launch: files to write and commands to run."""
+    """One launch: files to write and commands to run."""
 
     launcher: str
     folder: Path
-    """Where the files lie: `launch` in the run's output folder."""
+    """Folder of the files: `launch` in the run's output folder."""
     files: tuple[LaunchFile, ...]
     commands: tuple[Command, ...]
-    """Started together, in this order; from `workdir`."""
+    """Started in parallel, in this order, from `workdir`."""
     workdir: Path
     needs: tuple[Executable, ...] = ()
     stops: tuple[Command, ...] = ()
-    """Ask the ranks to save and leave, where a signal to the commands themselves would not reach them or would end them
-    before they have saved. None: the commands get the signal."""
+    """Commands that ask the ranks to save and exit. Used if a signal to the launch commands would not reach the ranks,
+    or would end them before they save. Empty: the commands get the signal."""
     port: int | None = None
     """Must be free on this machine before the start."""
     ranks: bool = False
-    """Whether every command is a rank, in their order."""
+    """Whether every command is a rank, in rank order."""
     tied: bool = False
-    """Whether the commands obey `processes.TIED`: they end with the launch, however that ends."""
+    """Whether the commands obey `processes.TIED`: they end with the launch, even if it is killed."""
     waits: bool = True
-    """Whether the run is over when the commands are."""
+    """Whether the run is over when the commands end."""
 
     def document(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -88,7 +88,7 @@ class LaunchPlan:
         }
 
     def text(self) -> str:
-        """Return the plan for people: the files with their contents, then the commands."""
+        """Return the plan as text: the files with their contents, then the commands."""
         lines = []
         for file in self.files:
             lines += [f"# {self.folder / file.name} (mode {file.mode:o})", file.text.rstrip("\n"), ""]

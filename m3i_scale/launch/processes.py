@@ -1,6 +1,5 @@
-"""Handle processes of a launch on one host: find them by a mark in their environment, whatever became of their parents;
-tie them to their parent; note the signals that ask them to stop.
-"""
+"""Manage processes of a launch on one host: find them by a mark in their environment, independent of their parents; tie
+them to their parent; handle stop signals."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from pathlib import Path
 from types import FrameType
 
 MARK = "M3I_SCALE_LAUNCH"
-"""Environment variable of every rank and of what it starts: launch, host, output folder (`process_tag`)."""
+"""Environment variable of every rank and its children: launch, host, output folder (`process_tag`)."""
 TIED = "M3I_SCALE_TIED"
-"""Environment variable of ranks, and of their launchers on other hosts: they end with their parent, however it ends.
-Its value is the parent's number, or PARENT."""
+"""Environment variable of ranks, and of their launchers on other hosts: they end with their parent, even if it is
+killed. Its value is the parent's pid, or PARENT."""
 PARENT = "parent"
-"""Whichever it is."""
+"""Any parent."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -29,14 +28,14 @@ _END_S = 10.0
 
 
 def signals_to_note() -> list[signal.Signals]:
-    """Return the signals that ask a launch to stop. A lost terminal is one of them, but not under nohup."""
+    """Return the signals that ask a launch to stop, including a lost terminal (SIGHUP), but not under nohup."""
     hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     return [*SIGNALS, *hung_up]
 
 
 @contextlib.contextmanager
 def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `note` handle the signals that ask a launch to stop, inside the context."""
+    """Use `note` as the handler of stop signals inside the context."""
     before = {number: signal.signal(number, note) for number in signals_to_note()}
     try:
         yield
@@ -46,13 +45,14 @@ def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 def process_tag(launch: str, host: str, output_dir: str) -> str:
-    """Return the value of MARK. Hosts may share a process table (containers, namespaces), so each has its own."""
+    """Return the value of MARK. Hosts may share a process table (containers, namespaces), so the tag includes the
+    host."""
     return f"{launch}|{host}|{output_dir}"
 
 
 @dataclass(frozen=True)
 class TaggedProcess:
-    """Names a process that a launch has left on this host."""
+    """A process that a launch has left on this host."""
 
     pid: int
     launch: str
@@ -60,7 +60,7 @@ class TaggedProcess:
 
 
 def marked(host: str, output_dir: str) -> list[TaggedProcess]:
-    """Return the live processes of any launch of that run, as `host`; those of other users cannot be read."""
+    """Return the live processes of any launch of that run, as `host`; processes of other users cannot be read."""
     processes = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -68,7 +68,7 @@ def marked(host: str, output_dir: str) -> list[TaggedProcess]:
         try:
             environment = (folder / "environ").read_bytes()
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # another user's, or gone meanwhile
+        except OSError:  # owned by another user, or already ended
             continue
         start = f"{MARK}=".encode()
         for variable in environment.split(b"\0"):
@@ -80,10 +80,10 @@ def marked(host: str, output_dir: str) -> list[TaggedProcess]:
 
 
 def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
-    """Kill the processes of a launch that are left on this host.
+    """Kill the remaining processes of a launch on this host.
 
     Returns:
-        The pids of those that are there all the same (in a system call that does not return).
+        The pids of processes that could not be killed (in a system call that does not return).
     """
     deadline = time.monotonic() + _END_S
     while True:
@@ -99,7 +99,7 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
 
 
 def oom_kills() -> int | None:
-    """Return how many processes this host's kernel has killed for want of memory so far; None where it does not say."""
+    """Return the number of out-of-memory kills by this host's kernel so far; None if it is not available."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -108,10 +108,10 @@ def oom_kills() -> int | None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, from here on. This survives `exec`.
+    """Make the kernel kill this process when its parent ends, from now on. This persists across `exec`.
 
     Raises:
-        OSError: the kernel refuses (Linux does not).
+        OSError: the system call failed (not on Linux).
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -119,7 +119,7 @@ def die_with_parent() -> None:
 
 
 def end_with_parent() -> None:
-    """End with the parent, where it has asked for that; at once where it has ended already.
+    """End with the parent if it requested that, or immediately if it has already ended.
 
     Raises:
         OSError: as `die_with_parent`.
@@ -135,7 +135,7 @@ def end_with_parent() -> None:
 def main() -> None:
     """Run `python -m m3i_scale.launch.processes PARENT COMMAND…`: become the command, and end with PARENT."""
     die_with_parent()
-    if os.getppid() != int(sys.argv[1]):  # it ended before the kernel was told
+    if os.getppid() != int(sys.argv[1]):  # it ended before the call above
         sys.exit(1)
     os.execvp(sys.argv[2], sys.argv[2:])
 

@@ -1,6 +1,5 @@
-"""Follow how far the ranks of an attempt are, by their heartbeats: which stand still, and which host is slower than the
-others by the time its ranks work between collectives.
-"""
+"""Track the progress of an attempt's ranks by their heartbeats: detect hangs, and hosts that are slower than the others
+in the time that their ranks work between collectives."""
 
 from __future__ import annotations
 
@@ -15,20 +14,20 @@ from m3i_scale.launch.heartbeat import PHASES
 from m3i_scale.launch.wire import Message
 
 RATIO = 3.0
-"""A host is slow when its ranks work so many times as long per step as those of the other hosts."""
+"""A host is a straggler if its ranks work this many times longer per step than the ranks of the other hosts."""
 STEPS = 4
-"""Over so many steps."""
+"""Number of steps per comparison."""
 _LEAST_S = 0.02
-"""Less per step is nobody's trouble."""
+"""Smaller differences per step do not matter."""
 _SLACK_S = 30.0
-"""The process group's own time-out comes first: it leaves a trace on every rank."""
+"""The process group's timeout fires first, because it leaves a trace on every rank."""
 
 
 class Progress:
-    """Keeps where ranks were last seen.
+    """The last known states of the ranks.
 
     Args:
-        timeouts: of the run.
+        timeouts: timeouts of the run.
     """
 
     def __init__(self, timeouts: TimeoutsConfig) -> None:
@@ -40,10 +39,10 @@ class Progress:
         self._began = time.time()
 
     def beat(self, host: str, message: Message, running: Collection[int]) -> None:
-        """Take in where a host's ranks are, and what its clock says.
+        """Process a host's heartbeat: states of its ranks and its clock.
 
         Args:
-            host: that says it.
+            host: sender.
             message: its beat.
             running: ranks that have not ended.
         """
@@ -55,33 +54,33 @@ class Progress:
                 self.count(beat)
 
     def ahead_s(self, host: str, unknown: float = 0.0) -> float:
-        """Return by how much the clock of this machine is ahead of a host's."""
+        """Return the seconds by which the clock of this machine is ahead of a host's."""
         return self._ahead_s.get(host, unknown)
 
     def count(self, beat: Message) -> None:
-        """Take the steps of a rank into account."""
+        """Update the first and last step with the state of a rank."""
         if beat["began"] >= 0:
             self.first_step = beat["began"]
             self.last_step = max(self.last_step or 0, beat["step"])
 
     def last_seen(self, ranks: Iterable[int]) -> Message:
-        """Return the beat of the one of these ranks with the fewest steps; nothing where none has been seen."""
+        """Return the beat of the rank with the fewest steps among these; {} if there is none."""
         seen = [self._beats[rank] for rank in ranks if rank in self._beats]
         return min(seen, key=lambda beat: int(beat["step"]), default={})
 
     def beat_of(self, rank: int) -> Message:
-        """Return where a rank was last seen; one that has not yet said so starts."""
+        """Return the last beat of a rank, or a starting state if there is none yet."""
         unseen = {"step": -1, "phase": "start", "changed": self._began, "age_s": time.time() - self._began}
         return self._beats.get(rank, unseen)
 
     def stands_still(self, rank: int) -> bool:
-        """Return whether a rank has been where it is for longer than the run's own time-outs allow."""
+        """Return whether a rank has not changed for longer than the run's timeouts allow."""
         beat = self.beat_of(rank)
         inside = beat["phase"] in PHASES and beat["step"] > 0
         return bool(beat["age_s"] > (self._timeouts.step_s if inside else self._timeouts.start_s) + _SLACK_S)
 
     def furthest_behind(self, ranks: Iterable[int]) -> int:
-        """Return which of these ranks has done fewest steps."""
+        """Return the rank with the fewest completed steps among these."""
         return min(ranks, key=self._order)
 
     def _order(self, rank: int) -> tuple[int, int, float]:
@@ -92,7 +91,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Slow:
-    """Names a host that the others wait for."""
+    """A straggler: a host that slows down the others."""
 
     host: str
     own_s: float
@@ -100,7 +99,7 @@ class Slow:
     others_s: float
     """Per step, median of the other hosts."""
     phase: str
-    """Where most of the difference lies."""
+    """Phase with most of the difference."""
     step: int
 
     def __str__(self) -> str:
@@ -111,7 +110,7 @@ class Slow:
 
 
 class Stragglers:
-    """Compares hosts, window by window; names a host once in an attempt."""
+    """Straggler detection, window by window; reports a host once per attempt."""
 
     def __init__(self) -> None:
         self._now: dict[int, tuple[str, Message]] = {}
@@ -119,12 +118,12 @@ class Stragglers:
         self._told: set[str] = set()
 
     def see(self, host: str, beats: dict[str, Message], ranks: int) -> Slow | None:
-        """Take in a beat of a host.
+        """Process a beat of a host.
 
         Args:
-            host: whose.
-            beats: of its ranks, as `heartbeat.RankState`.
-            ranks: of all hosts.
+            host: sender.
+            beats: beats of its ranks, as `heartbeat.RankState`.
+            ranks: number of ranks on all hosts.
         """
         for rank, beat in beats.items():
             self._now[int(rank)] = host, beat

@@ -1,4 +1,4 @@
-"""Run one rank under an agent: its process, its last lines, and its cause of failure."""
+"""Run one rank under an agent: its process, its last log lines, and its failure reason."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _LINE_BYTES = 2000
 
 
 class Rank:
-    """Runs a rank's process.
+    """The process of one rank.
 
     Args:
         number: its RANK.
-        command: what every rank runs.
-        environment: all of it.
-        cwd: of the process.
-        records: the folder for its heartbeat and its record.
+        command: command of every rank.
+        environment: the complete environment.
+        cwd: working directory of the process.
+        records: the folder for its heartbeat and its error file.
     """
 
     def __init__(
@@ -58,39 +58,38 @@ class Rank:
         self.output = self._process.stdout
 
     def remember(self, data: bytes) -> None:
-        """Keep the last lines; of a line that is overwritten again and again (a progress bar), its last text."""
+        """Keep the last lines; for a line that is overwritten repeatedly (a progress bar), its last text."""
         *whole, self._part = (self._part + data.decode(errors="replace")).split("\n")
         shown = [line.rstrip("\r").rpartition("\r")[2][:_LINE_BYTES] for line in whole]
         self._lines.extend(line for line in shown if line.strip())
         self._part = self._part[-_LINE_BYTES:]
 
     def ended(self) -> bool:
-        """Return whether the rank has ended since it was last asked."""
+        """Return whether the rank has ended since the last call."""
         if self.code is not None:
             return False
         self.code = self._process.poll()
         return self.code is not None
 
     def signal(self, number: int) -> None:
-        """Send a signal to the rank alone, not to its workers: the rank ends those."""
+        """Send a signal to the rank only, not to its data loader workers: the rank ends those."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill the rank and its process group, unless the rank has ended: its number may be another group's by now, and
-        the processes it has left are found by their mark.
-        """
+        """Kill the rank and its process group, unless the rank has ended: its pid may belong to another group by then.
+        Its remaining processes are found by their mark."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def seen(self) -> RankState | None:
-        """Return where the rank is, or was at its end; None before it has said so."""
+        """Return the last known state of the rank; None before its first heartbeat."""
         return read_heartbeat(heartbeat_file(self._records, self.number))
 
     def failure(self, host: str) -> dict[str, Any] | None:
-        """Return why the rank failed; None where it ended as it should."""
+        """Return the failure of the rank; None if it ended normally."""
         if self.code in (0, EXIT_PREEMPTED) or self.code is None:
             return None
         lines = [*self._lines, *([self._part] if self._part.strip() else [])][-LAST_LINES:]
@@ -114,7 +113,7 @@ class Rank:
         )
 
     def _told_by_code(self, lines: Sequence[str]) -> tuple[bool, str]:
-        """Return whether a signal ended the rank, and the sentence about its end."""
+        """Return whether a signal ended the rank, and the message about its end."""
         code = self.code or 0
         if code >= 0:
             error_line = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")

@@ -1,6 +1,5 @@
-"""Prepare an attempt: find hosts that answer, the world that they make, and where rank 0 waits; keep what attempts
-have shown of the hosts.
-"""
+"""Prepare an attempt: find responding hosts, the largest world and the address of rank 0; track the reliability of
+hosts over attempts."""
 
 from __future__ import annotations
 
@@ -24,44 +23,44 @@ SPARE = "it answers, but with its ranks the run cannot be shared out (data.strea
 
 
 class CannotStartError(UserError):
-    """Reports that too few hosts answer, or rank 0 has no port. At the start it ends the launch, later it may pass."""
+    """Too few hosts respond, or rank 0 has no port. At the start it ends the launch; later it may be temporary."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Says when to go on with another attempt."""
+    """Conditions for another attempt."""
 
     max_restarts: int = 0
-    """After so many failed attempts the launch ends. Attempts that end because a host has come back do not count."""
+    """Maximum number of restarts after failed attempts. Attempts that end because a host recovered do not count."""
     min_hosts: int | None = None
-    """Go on with so many hosts; None: with all or not at all."""
+    """Minimum number of hosts to continue with; None: all."""
     pause_s: float = 5.0
-    """Before the first restart; doubled with every further one, up to 300 s."""
+    """Before the first restart; doubled for each further one, up to 300 s."""
     probe_s: float = 30.0
-    """So often lost hosts are asked whether they are back."""
+    """Interval for probing lost hosts."""
     min_compared: int | None = None
-    """Go on where losses compare so many samples at a time; None: whatever the number, which is told."""
+    """Minimum global contrastive batch to continue with; None: any, and a smaller one is logged."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Says what is launched, and on which hosts."""
+    """The run to launch, and its hosts."""
 
     run: RunConfig
     command: tuple[str, ...]
-    """Of every rank: interpreter, module, `train`, run file, overrides."""
+    """Command of every rank: interpreter, module, `train`, config file, overrides."""
     hosts: tuple[Host, ...]
     site: RemoteShell
     master_address: str | None = None
-    """Of the first host; None: that of `interface`, else its name."""
+    """Address of the first host; None: the address of `interface`, or its name."""
     interface: str | None = None
-    """Of all hosts, that ranks talk over."""
+    """Network interface of the ranks on all hosts."""
     master_port: int | None = None
-    """None: one that is free there."""
+    """None: a free port on that host."""
     words: tuple[str, ...] = ()
-    """Run file and overrides, for `plan`; none: nothing is planned."""
+    """Config file and overrides, for `plan`; empty: no planning."""
     memory_gib: float | None = None
-    """Of a rank; None: what its host says."""
+    """Memory per rank; None: as reported by its host."""
 
     @property
     def on_host(self) -> bool:
@@ -70,28 +69,28 @@ class Work:
 
 
 class HostHistory:
-    """Keeps what attempts have shown of the hosts: which come first, are not waited for, or are left out.
+    """Reliability of the hosts over attempts: their order, and which are optional or left out.
 
     Args:
-        hosts: in the order in which they were named.
+        hosts: the hosts, in the order in which they were named.
     """
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self._named = tuple(hosts)
         self.order = self._named
-        """Those first that have just worked, those last that are not to be relied on."""
+        """Hosts that have just worked first, unreliable ones last."""
         self.without_answer: set[str] = set()
-        """Names of those that were lost, or did not answer when they were last asked."""
+        """Names of hosts that were lost, or did not respond last time."""
         self.failing: set[str] = set()
-        """Names of those that were the first cause of two failures running. They answer, and it is no use."""
+        """Names of hosts that were the root cause of two consecutive failures although they respond."""
         self._blamed: str | None = None
 
     def unresponsive(self, fewest: int) -> frozenset[str]:
-        """Return the names of hosts that need not be waited for, where the others are enough."""
+        """Return the names of hosts that need not be waited for, if the others are enough."""
         return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
 
     def answered(self, reasons: dict[str, str]) -> None:
-        """Note which hosts have answered, once all have been asked.
+        """Record which hosts responded, after all were contacted.
 
         Args:
             reasons: why a host cannot be used, by name.
@@ -99,10 +98,10 @@ class HostHistory:
         self.without_answer = set(reasons)
 
     def ended(self, world: World, outcome: AttemptResult) -> None:
-        """Note how an attempt has ended."""
+        """Record the result of an attempt."""
         self.without_answer |= set(outcome.lost)
         cause = outcome.cause if outcome.status == "failed" else None
-        # One that was lost is another matter: it may be back for good.
+        # A lost host is not blamed, because it may recover permanently.
         blamed = cause.host if cause is not None and cause.kind != "host" and not cause.is_consequence else None
         if blamed is not None and blamed == self._blamed:
             self.failing.add(blamed)
@@ -114,14 +113,14 @@ class HostHistory:
 
 
 class Rendezvous:
-    """Gathers the hosts of a launch for one attempt after the other.
+    """Rendezvous of a launch's hosts, for one attempt after the other.
 
     Args:
-        work: what is launched, and where.
-        policy: how many hosts it takes.
-        inbox: of all links.
-        tell: a line for a person.
-        stopped: whether the launch has been asked to end.
+        work: the run and its hosts.
+        policy: required number of hosts.
+        inbox: inbox of all links.
+        tell: prints a line for the user.
+        stopped: whether the launch was asked to stop.
     """
 
     def __init__(self, work: Work, policy: Policy, inbox: Inbox, tell: Tell, stopped: Callable[[], bool]) -> None:
@@ -132,10 +131,10 @@ class Rendezvous:
         self._planned: dict[World, str | None] = {}
 
     def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
-        """Return links to the hosts of the next attempt, why others are out, and the world that they make.
+        """Return links to the hosts of the next attempt, the reasons why others are out, and the resulting world.
 
         Raises:
-            CannotStartError: too few hosts answer or fit the run, or losses would compare too few samples.
+            CannotStartError: too few hosts respond or fit the run, or the global contrastive batch would be too small.
             UserError: processes of a former launch are left (`first`).
         """
         run, fewest, history = self.work.run, self._fewest, self.history
@@ -176,13 +175,13 @@ class Rendezvous:
         return [chosen[host] for host in world.hosts], reasons, world
 
     def learn(self, world: World, outcome: AttemptResult) -> None:
-        """Note what an attempt has shown, for the next one."""
+        """Record the result of an attempt for the next one."""
         if outcome.status == "failed":
             self.compared.note(outcome.cause)
         self.history.ended(world, outcome)
 
     def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
-        """Return the world of the other hosts, where some fail again and again and the others are enough."""
+        """Return the world without the failing hosts, if there are any and the others are enough."""
         failing = [link.host.name for link in links if link.host.name in self.history.failing]
         others = [link.host for link in links if link.host.name not in failing]
         if not failing or not others:
@@ -197,10 +196,10 @@ class Rendezvous:
         return world
 
     def _keep_compared(self, world: World, links: Sequence[Link]) -> World:
-        """Choose the micro-batch that keeps the losses what they are, where there is room for it.
+        """Choose the micro-batch that preserves the global contrastive batch, if memory allows.
 
         Raises:
-            CannotStartError: losses would compare fewer samples than they may.
+            CannotStartError: the global contrastive batch would be below the minimum.
         """
         world, fewer = self.compared.keep(world, lambda wanted: self._refusal(wanted, links))
         least = self.policy.min_compared
@@ -216,7 +215,7 @@ class Rendezvous:
         return world
 
     def _refusal(self, world: World, links: Sequence[Link]) -> str | None:
-        """Return why the ranks have no room for a micro-batch; None where they have."""
+        """Return why a micro-batch does not fit into the ranks' memory; None if it fits."""
         if not self.work.words:
             return f"a micro-batch of {world.micro_batch_size} cannot be planned here"
         if world in self._planned:
@@ -230,7 +229,7 @@ class Rendezvous:
 
         def meanwhile() -> bool:
             for link in links:
-                link.send("beat")  # they must not take the launch for dead
+                link.send("beat")  # otherwise they consider the launch dead
             return not self._stopped()
 
         self.tell(f"planning whether a micro-batch of {world.micro_batch_size} has room")
@@ -239,9 +238,9 @@ class Rendezvous:
         return why
 
     def _await(self, kind: str, asked: Sequence[Link], links: Sequence[Link]) -> list[Message | None]:
-        """Wait for the next message of that kind from each agent that was asked; None where there will be none.
+        """Wait for the next message of that kind from each contacted agent; None if there will be none.
 
-        What others say meanwhile, and that one is gone, is put back: whoever reads next has to hear it.
+        Other messages, including `gone`, are put back, because the next reader needs them.
         """
         answers: dict[Link, Message | None] = {}
         put_back = []
@@ -262,7 +261,7 @@ class Rendezvous:
         return [answers.get(link) for link in asked]
 
     def address(self, links: list[Link]) -> tuple[str, int]:
-        """Return where rank 0 waits, asked of its host: only that host knows which of its ports are free.
+        """Return the address of rank 0, as reported by its host: only that host knows its free ports.
 
         Raises:
             CannotStartError: it has no port.
@@ -289,7 +288,6 @@ def _format_reasons(reasons: dict[str, str]) -> str:
 
 
 def _refuse_left(links: Sequence[Link]) -> None:
-    """Refuse to start beside processes of a former launch of this run."""
     processes = [
         f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
         for link in links

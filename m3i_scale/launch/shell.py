@@ -1,4 +1,4 @@
-"""Write commands and scripts for shells, here and on other hosts, in which no value can become code."""
+"""Write shell commands and scripts, local and remote, in which no value can become code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SSH = Executable("ssh", "apt-get install openssh-client")
 SRUN = Executable("srun", "apt-get install slurm-client")
 PKILL = Executable("pkill", "apt-get install procps")
 UNLESS_GIVEN = ("ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=4")
-"""A host without power says nothing, and ssh alone would wait for it for hours. Of two values the first counts."""
+"""A powered-off host does not respond, and ssh alone would wait for hours. For repeated options, ssh uses the first
+value."""
 _WIDTH = 110
 
 
@@ -28,7 +29,7 @@ def export_lines(variables: Iterable[Variable]) -> list[str]:
 
 
 def wrapped(words: Sequence[str], *, indent: str = "  ") -> str:
-    """Return a command of words that are quoted already, over as many lines as it needs."""
+    """Wrap a command of quoted words over several lines."""
     lines, line = [], ""
     for word in words:
         if line and len(line) + len(word) + 1 > _WIDTH:
@@ -40,7 +41,7 @@ def wrapped(words: Sequence[str], *, indent: str = "  ") -> str:
 
 
 def quoted(words: Iterable[str]) -> list[str]:
-    """Quote words, so that a shell takes them as they are."""
+    """Quote words for a shell."""
     return [shlex.quote(word) for word in words]
 
 
@@ -50,7 +51,7 @@ def _ssh(job: Job) -> tuple[str, ...]:
 
 
 def on_host(job: Job, host: str, argv: Sequence[str]) -> Command:
-    """Return a command on a host; without ssh where it is this one. ssh hands one line to a shell of the host."""
+    """Return a command for a host, without ssh if it is this one. ssh passes one line to a shell of the host."""
     if is_here(host):
         return Command(tuple(argv))
     return Command((*_ssh(job), host, shlex.join(argv)), host=host)
@@ -62,7 +63,7 @@ def script_here(script: Path, place: int) -> Command:
 
 
 def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
-    """Return the command that starts a script of the launch folder on a host; exit code 2 where it cannot be read."""
+    """Return the command that starts a script of the launch folder on a host; exit code 2 if it cannot be read."""
     if is_here(host):
         return script_here(script, place)
     path = shlex.quote(str(script))
@@ -77,10 +78,11 @@ def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
 
 
 def stop_commands(job: Job) -> tuple[Command, ...]:
-    """Return the commands that ask the ranks of this run on all hosts to save and end.
+    """Return the commands that ask the ranks of this run on all hosts to save and exit.
 
-    Launchers end their ranks half a minute after a signal, saved or not, and ssh hands on none; so the ranks are told
-    themselves. What starts them has their command line inside its own: only they begin with it.
+    Launchers end their ranks half a minute after a signal, saved or not, and ssh forwards no signals. So the ranks are
+    signaled directly. The command lines of their launchers contain the ranks' command line, but only the ranks' begin
+    with it.
     """
     pattern = f"^{as_pattern(' '.join(job.rank_argv))}$"
     argv = ("pkill", "-USR2", "-f", "--", pattern)
@@ -88,17 +90,17 @@ def stop_commands(job: Job) -> tuple[Command, ...]:
 
 
 def needs(job: Job) -> tuple[Executable, ...]:
-    """Return the programs that these commands need."""
+    """Return the programs required by these commands."""
     away = any(not is_here(host.name) for host in job.hosts)
     here = not job.hosts or any(is_here(host.name) for host in job.hosts)
     return ((SSH,) if away else ()) + ((PKILL, interpreter(job)) if here else ())
 
 
 def interpreter(job: Job) -> Executable:
-    """Return the interpreter of the ranks, where some of them run on this machine."""
+    """Return the interpreter of the ranks, required if some of them run on this machine."""
     return Executable(job.python, "--python PATH of an interpreter that has this package")
 
 
 def as_pattern(text: str) -> str:
-    """Return an extended regular expression that matches this text."""
+    """Escape text for an extended regular expression."""
     return re.sub(r"([][\\.^$*+?(){}|])", r"\\\1", text)

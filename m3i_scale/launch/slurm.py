@@ -1,4 +1,5 @@
-"""Write a script for `sbatch`: one task per rank; a job whose ranks were asked to stop and have saved is requeued."""
+"""Write a script for `sbatch`: one task per rank; a job with ranks that were stopped on request and saved is
+requeued."""
 
 from __future__ import annotations
 
@@ -38,16 +39,17 @@ HONOURS = frozenset(
 """Slurm itself chooses the hosts."""
 SCRIPT = "slurm.sbatch"
 VERDICT = "m3i_scale.launch.exit_reason"
-"""What a run died of, once for all ranks."""
+"""Reports the failure reason of a run, once for all ranks."""
 NOTICE_S = 120
-"""Ranks are told so long before the end of the time limit."""
+"""Ranks are signaled this many seconds before the time limit."""
 EARLIER_S = 60
-"""Slurm looks at limits twice a minute, and may tell them so much earlier."""
+"""Slurm checks limits twice a minute, and may signal this much earlier."""
 ALONE_S = 30
-"""Ranks that still run so long after one of them has left are ended, on all nodes. Not at once (--kill-on-bad-exit):
-the script goes by the code that all ranks leave with, 75 or 2 for a mistake; those that Slurm ends have another."""
-# A rank's place, as the trainer reads it. In a shell of its own, because each task has other values; `exec`, because
-# Slurm signals every process of a step, and a shell that stayed would die of it, and its task with it.
+"""Ranks that still run this long after one of them has exited are ended, on all nodes. Not immediately
+(--kill-on-bad-exit): the script uses the common exit code of the ranks, 75, or 2 for a user error. Ranks ended by Slurm
+have another code."""
+# Rank variables of the trainer. Set in a separate shell, because each task has other values. `exec`, because Slurm
+# signals every process of a step, and a remaining shell would die of it together with its task.
 _AS_RANK = (
     "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
     'LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec "$@"'
@@ -68,7 +70,7 @@ def render(job: Job) -> LaunchPlan:
         launcher="slurm",
         folder=job.folder,
         files=(LaunchFile(SCRIPT, script, 0o755 if job.mode == PUBLIC else 0o700),),
-        commands=(Command(("sbatch", str(path))),),  # secrets stay in the environment, which --export names
+        commands=(Command(("sbatch", str(path))),),  # --export passes secrets from the environment by name
         workdir=job.workdir,
         waits=False,
         needs=(Executable("sbatch", "apt-get install slurm-client"),),
@@ -97,13 +99,13 @@ def _header(job: Job) -> list[str]:
     for line in cluster.sbatch:
         if not line.startswith("--"):
             raise ConfigError(f"{line!r} is no option of sbatch", where="sbatch", fix="e.g. --qos=high")
-        lines.append(f"#SBATCH {line}")  # of two that differ, sbatch takes the later one
+        lines.append(f"#SBATCH {line}")  # of two that differ, sbatch uses the later one
     _check_time(cluster)
     return ["#!/bin/bash", *lines]
 
 
 def _check_time(cluster: Cluster) -> None:
-    """Refuse a limit within which ranks would be told to stop before they have started."""
+    """Raise ConfigError if ranks would be asked to stop before they have started."""
     if cluster.time_limit is None or any(line.startswith("--signal") for line in cluster.sbatch):
         return
     days, _, clock = cluster.time_limit.rpartition("-")
@@ -118,7 +120,7 @@ def _check_time(cluster: Cluster) -> None:
 
 
 def _option(option: str) -> str:
-    """Quote an option for sbatch, which splits lines by itself: behind a backslash a character means itself."""
+    """Quote an option for sbatch, which splits lines itself: a backslash makes the next character literal."""
     return re.sub(r"([^\w@%+=:,./-])", r"\\\1", option)
 
 
@@ -127,7 +129,7 @@ def _body(job: Job) -> list[str]:
     lines = ["set -u", 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
     if cluster.interface is None:
         lines.append("export MASTER_ADDR=$head")
-    else:  # this script runs on the head
+    else:  # this script runs on the master node
         lines += [
             f"MASTER_ADDR=$(ip -4 -oneline address show dev {shlex.quote(cluster.interface)} |",
             '  awk \'{ sub("/.*", "", $4); print $4; exit }\')',
@@ -159,7 +161,7 @@ def _srun(job: Job) -> str:
     cluster = job.cluster
     words = ["srun", "--kill-on-bad-exit=0", f"--wait={ALONE_S}", "--export=ALL"]
     if cluster.cpus_per_rank:
-        words.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # Slurm 22.05 to 23.11 do not take sbatch's
+        words.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # Slurm 22.05 to 23.11 do not inherit it from sbatch
     mounts = [str(job.workdir), str(job.output_dir), *cluster.container_mounts]
     inside: list[str] = []
     if cluster.container_image is not None and cluster.container_runtime == "pyxis":

@@ -1,4 +1,4 @@
-"""Watch one attempt: ranks on all hosts, until every one of them has ended, for whatever reason."""
+"""Monitor one attempt: ranks on all hosts, until every one of them has ended, for any reason."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from m3i_scale.launch.wire import BEAT_S, Message
 
 Tell = Callable[[str], None]
 Request = Literal["none", "stop", "stop once begun", "end"]
-"""`stop` has the ranks of an attempt save and leave, or ends them where they have not begun to train; `stop once begun`
-waits until they have, so that a start is not thrown away; `end` ends them."""
+"""`stop` makes the ranks of an attempt save and exit, or ends them if training has not begun. `stop once begun` waits
+until training has begun, so that the start is not wasted. `end` ends them."""
 _TICK_S = 0.2
 _LOST_GRACE_S = 2.0
 _BYE_S = 20.0
 _LEAVE_S = 300.0
-"""Between the first rank that ends as it should and the last."""
+"""Limit between the first rank that ends normally and the last."""
 
 
 @dataclass
 class AttemptResult:
-    """Says how an attempt ended."""
+    """The result of an attempt."""
 
     status: Literal["finished", "preempted", "failed"]
     cause: Failure | None = None
     others: list[Failure] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    """Hosts that were cut off or went down."""
+    """Hosts that were disconnected or went down."""
     first_step: int | None = None
     last_step: int | None = None
     slow: list[str] = field(default_factory=list)
     left: dict[str, list[int]] = field(default_factory=dict)
-    """Processes by host that could not be ended."""
+    """By host, processes that could not be ended."""
 
 
 class Attempt:
-    """Starts and watches the ranks of one world.
+    """The ranks of one world, started and monitored.
 
     Args:
-        links: to the agents of all hosts, in order of ranks.
-        inbox: of the links.
-        command: of every rank.
+        links: links to the agents of all hosts, in order of ranks.
+        inbox: inbox of the links.
+        command: command of every rank.
         site: hosts, environment.
-        timeouts: of the run; those of the process group itself are up before.
-        address: of rank 0's host, and the port there.
-        logs: of ranks.
-        tell: a line for a person.
+        timeouts: timeouts of the run; the process group's timeouts fire first.
+        address: address of rank 0's host, and the port there.
+        logs: log files of the ranks.
+        tell: prints a line for the user.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Attempt:
         self._beat = 0.0
 
     def run(self, requested: Callable[[], Request]) -> AttemptResult:
-        """Start the ranks, and watch them until they have ended on every host.
+        """Start the ranks, and monitor them until they have ended on every host.
 
         Args:
-            requested: asked again and again.
+            requested: polled repeatedly.
         """
         self._start()
         while self._running:
@@ -152,7 +152,7 @@ class Attempt:
                 self._outcome.left[name] = message["left"]
             self._gone.add(name)
         elif kind == "gone":
-            # An agent that has said good-bye unasked has failed, or has heard nothing from here for too long.
+            # An agent that sent `bye` without a request has failed, or has received nothing from here for too long.
             asked = self._over and name in self._gone
             self._gone.add(name)
             if not asked and any(other is link for other in self._running.values()):
@@ -204,20 +204,21 @@ class Attempt:
                 link.send("beat")
 
     def _poll(self) -> None:
-        """Find hosts that are silent, and ranks that stand still."""
+        """Find hosts without heartbeats, and ranks that hang."""
         now = time.monotonic()
         for link in self._links:
             running = any(other is link for other in self._running.values())
             if running and now - link.heard > self._site.silence_s:
                 self._lose(link, f"the host has said nothing for {self._site.silence_s:g} s: it is down or cut off")
-        # Everybody has to stand still: while one saves alone, the others only wait for it.
+        # All ranks must hang: while one saves alone, the others only wait for it.
         if self._running and not self._failures and all(map(self._progress.stands_still, self._running)):
             self._blame_who_stayed()
         if self._asked is not None and now - self._asked > self._timeouts.start_s and not self._failures:
             self._blame_who_stayed()
 
     def _blame_who_stayed(self) -> None:
-        """Blame, where no other cause is known, the rank with fewest steps of those that neither go on nor end."""
+        """If no other cause is known, blame the running rank with the fewest steps, because it neither progresses nor
+        ends."""
         cause = first_cause(self._failures)
         if not self._running or (cause is not None and not cause.is_consequence):
             return
@@ -228,9 +229,8 @@ class Attempt:
         self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
 
     def _ask(self) -> bool:
-        """Ask all ranks to save and end, once. Return False where the loop has not begun: there is nothing to save, and
-        the signal would only kill them.
-        """
+        """Ask all ranks to save and exit, once. Return False if the loop has not begun: there is nothing to save, and
+        the signal would only kill them."""
         begun = [self._progress.beat_of(rank)["step"] >= 0 for rank in self._running]
         if self._asked is None and all(begun):
             self._asked = time.monotonic()
@@ -239,7 +239,8 @@ class Attempt:
         return any(begun) or self._asked is not None
 
     def _clean(self) -> None:
-        """Leave no process: agents end theirs and report it; those that cannot be reached do it by themselves."""
+        """Clean up all processes: agents end their ranks and report it; unreachable agents end their ranks without a
+        request."""
         self._over = True
         for link in self._links:
             link.send("end")
@@ -260,7 +261,7 @@ class Attempt:
         elif self._codes and all(code == 0 for code in self._codes.values()) and len(self._codes) == self._world:
             outcome.status = "finished"
         elif len(self._codes) == self._world and all(code in (0, EXIT_PREEMPTED) for code in self._codes.values()):
-            outcome.status = "preempted"  # all have left by themselves: they have saved
+            outcome.status = "preempted"  # all exited by themselves, after saving
         if self._logs.fault is not None:
             self._tell(self._logs.fault)
         return outcome

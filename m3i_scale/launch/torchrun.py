@@ -1,4 +1,4 @@
-"""Launch with `torchrun`, once on every host. Hosts are fixed, and each is given its place."""
+"""Launch with `torchrun`, once on every host. Hosts are fixed, and each gets its node rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m3i_scale.launch.plan import LaunchFile, LaunchPlan
 HONOURS = OVER_HOSTS
 SCRIPT = "torchrun.sh"
 AGENT = "m3i_scale.launch.torchrun_agent"
-"""torchrun, which ends with the exit code of the rank that failed first instead of 1."""
+"""torchrun, but with the exit code of the first failed rank instead of 1."""
 
 
 def render(job: Job) -> LaunchPlan:

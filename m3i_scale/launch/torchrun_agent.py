@@ -1,8 +1,7 @@
-"""Run `torchrun` so that it ends as its ranks do: `python -m m3i_scale.launch.torchrun_agent …`.
+"""Run `torchrun` with the exit code of its ranks: `python -m m3i_scale.launch.torchrun_agent …`.
 
-torchrun itself ends with 1 whatever happened, so that nobody could tell a run that was asked to stop and has saved (75)
-from a crash; it ends its ranks half a minute after a signal, whether they have saved or not; and ranks outlive it where
-it is killed itself.
+torchrun itself always exits with 1, so a run that was stopped on request and has saved (75) looks like a crash. It ends
+its ranks half a minute after a signal, whether they have saved or not. Its ranks survive if it is killed.
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ _STORE_STAYS_S = 3.0
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun; return the exit code of the rank that failed first, as a shell gives it."""
-    end_with_parent()  # before seconds of imports, in which the parent may end
+    """Run torchrun; return the exit code of the first failed rank, as a shell reports it."""
+    end_with_parent()  # first, because the parent may end during the slow imports
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
     from torch.distributed.run import determine_local_world_size, parse_args, run
 
     def shutdown(self: StaticTCPRendezvous) -> bool:
-        """Keep the head's store a little longer: agents of other hosts that still ask it would print a stack trace."""
+        """Keep the store of the master node open a little longer: agents of other hosts that still use it would print a
+        stack trace."""
         if self.rank == 0 and self.world_size > 1:
             time.sleep(_STORE_STAYS_S)
         return True
@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
     StaticTCPRendezvous.shutdown = shutdown  # type: ignore[method-assign]
 
     options = parse_args(arguments)
-    limit_threads(os.environ, determine_local_world_size(options.nproc_per_node))  # else torchrun sets 1
-    options.signals_to_handle = "SIGQUIT"  # that still ends everything at once
+    limit_threads(os.environ, determine_local_world_size(options.nproc_per_node))  # otherwise torchrun sets 1
+    options.signals_to_handle = "SIGQUIT"  # SIGQUIT still ends everything at once
     for number in signals_to_note():
         signal.signal(number, _ask_ranks)
     os.environ[TIED] = str(os.getpid())
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _ask_ranks(number: int, frame: FrameType | None) -> None:
-    """Ask the ranks to save and end; torchrun waits for them."""
+    """Ask the ranks to save and exit; torchrun waits for them."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(signal.SIGUSR2)

@@ -1,4 +1,4 @@
-"""Start the agent of a host by one command, over ssh, here or with srun; explain why it is missing or has ended."""
+"""Start the agent of a host by one command, over ssh, locally or with srun; explain why it is missing or has ended."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from m3i_scale.text import is_secret
 _AGENT = ("-u", "-m", "m3i_scale.launch.agent")
 _SSH = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _SRUN = (
-    "--overlap",  # beside the step that launches, if there is one
+    "--overlap",  # shares resources with the launching step, if there is one
     "--nodes=1",
     "--ntasks=1",
     "--ntasks-per-node=1",
-    "--cpu-bind=none",  # the ranks share out all that the job has on the host
+    "--cpu-bind=none",  # the ranks divide the job's cores on the host
     "--mem=0",
     "--unbuffered",
     f"--export={','.join(SLURM_EXPORTS)}",
@@ -31,38 +31,37 @@ _NO_MODULE = re.compile(r"No module named '?(\w+)")
 
 @dataclass(frozen=True)
 class RemoteShell:
-    """Says how hosts are reached, and what runs there."""
+    """Connection settings of the hosts, and the environment of agents and ranks."""
 
     python: str
     """The interpreter, on all hosts."""
     workdir: str
     """The working directory, on all hosts."""
     output_dir: str
-    """Folder of the run, by which processes of a former launch are known."""
+    """Folder of the run, which identifies processes of a former launch."""
     launch: str
-    """A name for this launch that no other has."""
+    """A unique name for this launch."""
     ssh: tuple[str, ...] = ()
-    """Further arguments of ssh."""
+    """Additional arguments of ssh."""
     python_path: str = ""
     """PYTHONPATH of agents and ranks."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that travel to the ranks."""
+    """Variables that are passed to the ranks."""
     connect_s: float = 60.0
-    """Limit for a host that is to answer."""
+    """Limit for the response of a host."""
     silence_s: float = 30.0
-    """A host that says nothing for so long is lost."""
+    """Heartbeat timeout, after which a host is lost."""
     transport: Literal["ssh", "srun"] = "ssh"
-    """The way to a host: ssh, or srun within an allocation of Slurm."""
+    """Connection to a host: ssh, or srun within a Slurm allocation."""
     ssh_to_all: bool = False
-    """Whether ssh reaches this machine, too, where it is one of the hosts."""
+    """Whether to use ssh for this machine too, if it is one of the hosts."""
     grace_s: float = 10.0
-    """Time that other ranks have to end by themselves once one has ended."""
+    """Time for other ranks to end by themselves once one has ended."""
 
 
 def own_environment() -> dict[str, str]:
-    """Return the environment of ssh and srun: without what belongs to another launch, and without secrets. Those
-    that are named travel as messages.
-    """
+    """Return the environment of ssh and srun, without variables of another launch and without secrets. Named secrets
+    are passed in messages."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
 
 
@@ -70,9 +69,9 @@ def agent_command(name: str, site: RemoteShell, patience_s: float | None = None)
     """Return the command that starts the agent of a host.
 
     Args:
-        name: of the host.
-        site: how it is reached.
-        patience_s: until ssh gives up where nothing answers. Default: half of `site.connect_s`.
+        name: host name.
+        site: connection settings.
+        patience_s: ssh's connect timeout. Default: half of `site.connect_s`.
     """
     if site.transport == "srun":
         return ["srun", *_SRUN, f"--nodelist={name}", "bash", "-c", _agent_line(site)]
@@ -85,19 +84,19 @@ def agent_command(name: str, site: RemoteShell, patience_s: float | None = None)
 def _agent_line(site: RemoteShell) -> str:
     variables = [f"PYTHONPATH={site.python_path}"] if site.python_path else []
     start = shlex.join(["exec", "env", *variables, site.python, *_AGENT])
-    folder = os.path.dirname(site.python)  # ranks that build an extension look for their tools there
+    folder = os.path.dirname(site.python)  # for the tools of ranks that build an extension
     path = f'export PATH={shlex.quote(folder)}:"$PATH" && ' if folder else ""
     return f"cd {shlex.quote(site.workdir)} && {path}{start}"
 
 
 FaultKind = Literal["reach", "start", "package", "agent"]
-"""ssh or srun does not reach the host; its interpreter or folder cannot be had, or this package; another package is
-missing there; the agent has failed, or says that it cannot serve."""
+"""Connection by ssh or srun fails; the interpreter, folder or this package is missing; another package is missing; the
+agent failed, or reports that it cannot serve."""
 
 
 @dataclass(frozen=True)
 class HostFault:
-    """Says why a host cannot be used."""
+    """The reason why a host cannot be used."""
 
     what: str
     kind: FaultKind
@@ -112,7 +111,7 @@ def explain_end(code: int | None, said: Sequence[str], site: RemoteShell) -> Hos
     Args:
         code: exit code of ssh, srun or the agent; None: it does not end.
         said: last lines of its errors.
-        site: how the host was reached.
+        site: connection settings of the host.
     """
     text = [line.strip() for line in said if line.strip()]
     last = text[-1][-_SHOWN_CHARACTERS:] if text else ""

@@ -1,4 +1,4 @@
-"""Encode the messages between the launch and the agents of hosts: JSON, one message a line."""
+"""Encode the messages between the launch and the agents of hosts: JSON, one message per line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import threading
 from typing import IO, Any
 
 BEAT_S = 1.0
-"""Both sides say so often that they are there."""
+"""Heartbeat interval of both sides."""
 AGENT_SILENCE = 0.6
-"""Share of the launch's patience after which an agent that hears nothing ends its ranks. It is the smaller one, so
-that nothing of a host that was cut off runs any more when the others go on without it."""
+"""An agent's heartbeat timeout, as a fraction of the launch's; the agent then ends its ranks. It is smaller, so that a
+disconnected host runs nothing any more when the others continue without it."""
 _LINES = 10_000
 _CLOSE_S = 5.0
 
@@ -19,12 +19,12 @@ Message = dict[str, Any]
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-    """Return a message as a line."""
+    """Encode a message as a line."""
     return json.dumps({"kind": kind, **fields}).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message | None:
-    """Return a line as a message; None for lines that a shell's start-up files have printed."""
+    """Decode a line as a message; None for lines printed by a shell's startup files."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -33,9 +33,9 @@ def decode(line: bytes) -> Message | None:
 
 
 class Writer:
-    """Sends an agent's messages on a thread: an agent must notice a dead network, not wait for it.
+    """Sender of an agent's messages, on a thread: an agent must notice a dead network, not block on it.
 
-    What ranks print is dropped, and counted, where it cannot be sent in time.
+    Output of ranks that cannot be sent in time is dropped and counted.
 
     Args:
         output: closed at the end.
@@ -43,7 +43,7 @@ class Writer:
 
     def __init__(self, output: IO[bytes]) -> None:
         self.broken = False
-        """Whether the other side is gone."""
+        """Whether the connection is lost."""
         self._output = output
         self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._dropped = 0
@@ -51,11 +51,11 @@ class Writer:
         self._thread.start()
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send a message that must arrive."""
+        """Send a message that must not be dropped."""
         self._waiting.put(encode(kind, **fields))
 
     def log(self, rank: int, data: bytes) -> None:
-        """Send what a rank has printed."""
+        """Send output of a rank."""
         if self._waiting.qsize() > _LINES:
             self._dropped += len(data)
             return

@@ -1,7 +1,7 @@
-"""Check whether a run fits its hosts, and choose those that make a world that it fits.
+"""Check whether a run fits its hosts, and choose the hosts of the largest world that it fits.
 
-Ranks share out streams and batch evenly; and losses that compare the samples of a micro-batch over all ranks compare as
-many as they did, where memory allows a larger micro-batch.
+Ranks divide streams and batch evenly. Contrastive losses over the global micro-batch keep their batch size if memory
+allows a larger micro-batch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from m3i_scale.scale.deepspeed.resolve import check_batch
 from m3i_scale.scale.output_dir import check_output_dir
 
 PLAN_S = 600.0
-"""Patience with `plan`."""
+"""Time limit of `plan`."""
 _OUT_OF_MEMORY = re.compile(r"out of memory|SIGKILL", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class World:
-    """Holds the hosts of an attempt."""
+    """The hosts of an attempt."""
 
     hosts: tuple[Host, ...]
     micro_batch_size: int
@@ -47,7 +47,7 @@ class World:
 
     @property
     def compared(self) -> int:
-        """Return the number of samples of a micro-batch over all ranks, which some losses compare with each other."""
+        """Return the size of the global micro-batch, over which contrastive losses compare samples."""
         return self.ranks * self.micro_batch_size
 
     @property
@@ -57,9 +57,8 @@ class World:
 
 
 def micro_batch_for(run: RunConfig, ranks: int) -> int | None:
-    """Return samples per rank in one forward pass, in a world of that many ranks: the run file's number where it fits,
-    else the largest that fits below it, else the smallest above; None where no number does.
-    """
+    """Return the micro-batch size per rank for a number of ranks: the configured one if it fits, else the largest
+    smaller one that fits, else the smallest larger one; None if none fits."""
     wanted = run.optim.micro_batch_size
     above = range(wanted + 1, run.optim.batch_size // ranks + 1)
     return next((size for size in [*range(wanted, 0, -1), *above] if _fits(run, ranks, size)), None)
@@ -78,12 +77,12 @@ def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
 
 
 def largest_world(run: RunConfig, hosts: Sequence[Host], fewest: int) -> World | None:
-    """Return the world with the most ranks, the first hosts first; None where no number of these hosts fits.
+    """Return the world with the most ranks, preferring the first hosts; None if no number of these hosts fits.
 
     Args:
-        run: to be shared out.
-        hosts: that answer, those to be kept first.
-        fewest: hosts that must remain.
+        run: the run to distribute.
+        hosts: responding hosts, preferred ones first.
+        fewest: minimum number of hosts.
     """
     return max(_worlds(run, hosts, fewest), key=lambda world: world.ranks, default=None)
 
@@ -97,28 +96,29 @@ def _worlds(run: RunConfig, hosts: Sequence[Host], fewest: int) -> Iterator[Worl
 
 
 class ComparedSamples:
-    """Keeps the number of samples that losses compare at a time, from attempt to attempt.
+    """The global contrastive batch size, preserved from attempt to attempt.
 
     Args:
-        run: that is launched.
+        run: the launched run.
         hosts: all of them, as they were named.
-        fewest: of them with which the run may begin.
+        fewest: minimum number of hosts to start with.
     """
 
     def __init__(self, run: RunConfig, hosts: Sequence[Host], fewest: int) -> None:
         whole = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
         self.usual = None if whole is None else whole.compared
-        """With all hosts; None where the recipe compares no samples, or no number of hosts fits the run."""
+        """Global contrastive batch with all hosts; None if the recipe has no contrastive loss, or no number of hosts
+        fits the run."""
         self._ran_out = False
         self._raised = False
 
     def keep(self, world: World, refusal: Callable[[World], str | None]) -> tuple[World, str | None]:
-        """Return the same hosts with the micro-batch that keeps what losses compare, where there is room for it; and
-        what to say to a person where losses compare fewer samples than they did.
+        """Return the same hosts with the micro-batch that preserves the global contrastive batch, if memory allows.
+        Also return a message for the user if that batch is smaller than before.
 
         Args:
-            world: that an attempt is to have.
-            refusal: why a world's micro-batch has no room in the memory of its ranks; None: it has.
+            world: world of the next attempt.
+            refusal: returns why a world's micro-batch does not fit into the memory of its ranks; None: it fits.
         """
         self._raised = False
         if self.usual in (None, world.compared):
@@ -134,13 +134,13 @@ class ComparedSamples:
         return world, f"losses compare {world.compared} samples at a time, were {self.usual}: {why}"
 
     def note(self, cause: Failure | None) -> None:
-        """Note how an attempt has failed: with a larger micro-batch for want of memory, and none is larger again."""
+        """Record a failed attempt: if it ran out of memory with an increased micro-batch, never increase it again."""
         if self._raised and cause is not None and _OUT_OF_MEMORY.search(cause.message):
             self._ran_out = True
 
 
 def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest: int) -> None:
-    """Refuse a `min_compared` that has no effect, or that not even all hosts reach."""
+    """Raise ConfigError if `min_compared` has no effect, or exceeds the value with all hosts."""
     if least is None:
         return
     usual = ComparedSamples(run, hosts, fewest).usual
@@ -159,12 +159,12 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
 
 
 def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
-    """Check data and ranks against each other, without reading any data.
+    """Validate data and ranks against each other, without reading any data.
 
     Args:
         run: overrides applied.
-        job: with the number of ranks.
-        launcher: `elastic` finds the hosts and the micro-batch that fit by itself.
+        job: the launch, with its number of ranks.
+        launcher: `elastic` chooses fitting hosts and micro-batch itself.
     """
     check_output_dir(job.output_dir)
     check_weights(run.data.sources)
@@ -184,14 +184,15 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
 def refusal_of_plan(
     words: Sequence[str], world: World, memory: RankMemory, meanwhile: Callable[[], bool], given_gib: float | None
 ) -> str | None:
-    """Return why ranks have no room for a world's micro-batch, according to `m3i-scale plan`; None where they have.
+    """Return why a world's micro-batch does not fit into the ranks' memory, according to `m3i-scale plan`; None if it
+    fits.
 
     Args:
-        words: run file and overrides, as `train` gets them.
-        world: with that micro-batch.
-        memory: of the rank that has least.
-        meanwhile: called while `plan` works; False: nobody waits for it any more.
-        given_gib: of a rank, as the description has it; None: not said.
+        words: config file and overrides, as passed to `train`.
+        world: the world with that micro-batch.
+        memory: memory of the rank with the least.
+        meanwhile: called while `plan` works; False aborts it.
+        given_gib: memory per rank from the description; None if not given.
     """
     wanted = f"a micro-batch of {world.micro_batch_size}"
     gib = memory.gib if given_gib is None else given_gib
@@ -213,7 +214,6 @@ def refusal_of_plan(
 
 
 def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | None, str, str]:
-    """Run a command; return its exit code and both outputs."""
     process = subprocess.Popen(
         command,
         env=os.environ | {"DS_ACCELERATOR": "cpu"},  # it computes nothing

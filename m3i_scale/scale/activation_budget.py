@@ -1,7 +1,7 @@
-"""Choose how many layers must recompute, so that what is saved for the backward pass fits into a budget.
+"""Choose the layers that recompute, so that the activations saved for the backward pass fit into a budget.
 
-One forward pass without backward is watched: what autograd would save inside each layer is counted and let go at the
-end of the layer, so that the count needs no more memory than `full` does.
+One forward pass without backward is recorded. Tensors that autograd would save inside a layer are counted and freed at
+the end of the layer. So counting needs no more memory than `full` does.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Counts what one layer holds between its forward and its backward pass."""
+    """Bytes that one layer holds between its forward and its backward pass."""
 
     name: str
     saved: float
-    """Bytes that autograd saves, parameters left out."""
+    """Bytes that autograd saves, parameters excluded."""
     inputs: float
-    """Bytes of the inputs, which is all that is left when the layer recomputes."""
+    """Bytes of the inputs, the only tensors saved if the layer recomputes."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Names the layers that recompute, and counts what is then saved."""
+    """The layers that recompute, and the resulting activation memory."""
 
     names: list[str]
     gib: float
-    """Counted peak with these."""
+    """Peak with these layers recomputing."""
     none_gib: float
     full_gib: float
     outside_gib: float
-    """Of all of these, what is saved outside layers."""
+    """Saved outside layers, included in all of the above."""
     layers: int
-    """How many could recompute."""
+    """Number of layers that could recompute."""
 
     def __str__(self) -> str:
         return (
@@ -55,7 +55,7 @@ class Choice:
 
 
 class _Counter:
-    """Counts the bytes of the distinct storages that autograd saves, while they are alive."""
+    """Byte counter of the distinct live storages that autograd saves."""
 
     def __init__(self, parameters: Iterator[nn.Parameter], keep: bool) -> None:
         self._parameters, self._keep = list(parameters), keep
@@ -65,7 +65,7 @@ class _Counter:
     def pack(self, tensor: Tensor) -> Any:
         address = _address(tensor)
         if address not in self._seen and address not in {_address(parameter) for parameter in self._parameters}:
-            self._seen[address] = tensor.detach()  # alive as long as it is counted: addresses are used again
+            self._seen[address] = tensor.detach()  # kept alive while counted: addresses are reused
             self.total += tensor.untyped_storage().nbytes()
         return tensor if self._keep else None
 
@@ -79,11 +79,11 @@ def _never(packed: Any) -> Tensor:
 
 
 def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[LayerBytes], int]:
-    """Return the bytes of every trained layer in the order of the forward pass, and of everything outside layers.
+    """Return the bytes of every trained layer in the order of the forward pass, and the bytes saved outside layers.
 
     Args:
-        module: holds the layers, in training mode.
-        forward: runs it once, with gradient. Buffers and random states are put back afterwards.
+        module: contains the layers, in training mode.
+        forward: runs the module once, with gradient. Buffers and random states are restored afterwards.
     """
     bytes_of: dict[str, list[int]] = {}
 
@@ -111,7 +111,8 @@ def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[Lay
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass in training mode changes: buffers (queues, statistics) and random states."""
+    """Restore the state that a forward pass in training mode changes: buffers (queues, statistics) and random
+    states."""
     accelerator = get_accelerator()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     host, device = torch.get_rng_state(), accelerator.get_rng_state()
@@ -126,9 +127,9 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -> float:
-    """Return the most that is saved at a time: after the forward pass, or when a layer has just been computed again.
+    """Return the peak of the saved bytes: after the forward pass, or just after a layer was recomputed.
 
-    The backward pass frees layers from the last to the first, so a layer that is computed again late meets little.
+    The backward pass frees layers from the last to the first, so few bytes are left when an early layer is recomputed.
     """
     held, peak = 0.0, 0.0
     for layer in layers:
@@ -139,7 +140,7 @@ def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -
 
 
 def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -> Choice:
-    """Choose the fewest layers that have to recompute: those that save most first, of equals the earlier ones."""
+    """Choose the fewest layers to recompute: those that save most memory first, and of equal ones the earlier."""
     order = sorted(range(len(layers)), key=lambda index: (layers[index].inputs - layers[index].saved, index))
     peaks = [
         peak_bytes(layers, outside, {layers[index].name for index in order[:count]}) / GIB
@@ -159,7 +160,8 @@ def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -
 
 
 def fit_activations(module: nn.Module, forward: Callable[[], Any], budget_gib: float) -> Choice:
-    """Choose the layers that recompute, and set them. All ranks call it and follow the rank that saves most."""
+    """Choose the layers that recompute and apply the choice. Collective: all ranks use the bytes of the rank that saves
+    most."""
     layers, outside = count_saved(module, forward)
     values = {"outside": float(outside)}
     for number, layer in enumerate(layers):

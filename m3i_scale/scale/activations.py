@@ -1,8 +1,8 @@
-"""Set which layers recompute their activations in the backward pass, and what they keep meanwhile.
+"""Configure activation checkpointing: which layers recompute in the backward pass, and which tensors they keep.
 
-Layers are those of `transformers`' kind (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage.
-All policies use torch's non-reentrant checkpoint through the layers' own switch, so gradients are those of `none`.
-The target branch runs without gradient and stores no activations either way.
+The layers are `transformers` layers (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage. All
+policies use torch's non-reentrant checkpoint through the layers' switch, so gradients are the same as with `none`. The
+target branch runs without gradient and stores no activations under any policy.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ _WORDS = "none, full, selective, offload, every_N with N ≥ 2, or budget_GIB, e
 
 @dataclass(frozen=True)
 class Policy:
-    """Holds a policy as it was read from the run file."""
+    """An activation checkpointing policy from the config file."""
 
     kind: str
     """none | full | every | selective | offload | budget."""
     every: int = 1
-    """Of every this many layers of a stack, the first one recomputes."""
+    """Recompute the first of every N layers of a stack."""
     budget_gib: float = 0.0
-    """What activations may take on a rank."""
+    """Activation memory limit per rank."""
 
     def picks(self, depth: int) -> list[int]:
-        """Return the indices of a stack's layers that recompute; with a budget all of them, until it is counted."""
+        """Return the indices of a stack's layers that recompute. With a budget these are all layers, until memory is
+        counted."""
         return [] if self.kind == "none" else list(range(0, depth, self.every))
 
 
@@ -55,7 +56,7 @@ def read_policy(text: str) -> Policy:
 
 
 def check_policy(text: str) -> Policy:
-    """Read a policy, and refuse one that would have no effect on this machine's accelerator."""
+    """Parse a policy, and raise ConfigError if it would have no effect on this machine's accelerator."""
     policy = read_policy(text)
     if policy.kind == "offload" and in_host_memory():
         raise ConfigError(
@@ -68,20 +69,20 @@ def check_policy(text: str) -> Policy:
 
 
 def policy_of_switches(text: str, compiled: bool) -> str:
-    """Return the policy of the layers' own switches: where layers are compiled, the compiler takes care of
-    `selective`."""
+    """Return the policy for the layers' switches. For compiled layers the compiler implements `selective`."""
     return "none" if compiled and read_policy(text).kind == "selective" else text
 
 
 def in_host_memory() -> bool:
-    """Return whether the accelerator's memory is the host's."""
+    """Return whether the accelerator computes in host memory."""
     return bool(get_accelerator().on_accelerator(torch.empty(0)))
 
 
 def stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Yield every stack of layers that is called as a whole, as (name, layer).
+    """Yield every stack of layers that run their full forward, as (name, layer).
 
-    A layer of which only a part of the output is computed (`called_in_parts`) is not called through its switch.
+    Layers with `called_in_parts` compute only a part of the output. They are not called through their switch and are
+    excluded.
     """
     for prefix, stack in module.named_modules():
         if not isinstance(stack, nn.ModuleList):
@@ -96,14 +97,14 @@ def stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 
 
 def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Yield those of `stacks` that are trained."""
+    """Yield the stacks with trained parameters."""
     for layers in stacks(module):
         if any(parameter.requires_grad for _, layer in layers for parameter in layer.parameters()):
             yield layers
 
 
 def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
-    """Set the policy on every stack of layers inside `module`; returns the names of the layers that recompute."""
+    """Set the policy on every stack of layers inside `module`; return the names of the layers that recompute."""
     policy = read_policy(text)
     chosen = []
     for layers in trained_stacks(module):
@@ -121,7 +122,7 @@ def recomputing(module: nn.Module) -> list[str]:
 
 
 def recompute_only(module: nn.Module, names: set[str]) -> None:
-    """Have the layers of these names recompute, and no others."""
+    """Make exactly the named layers recompute."""
     for layers in trained_stacks(module):
         for name, layer in layers:
             layer.gradient_checkpointing = name in names
@@ -129,7 +130,7 @@ def recompute_only(module: nn.Module, names: set[str]) -> None:
 
 
 def summarize_layers(names: list[str]) -> str:
-    """Return layers by stack, in words: `student.model.layers 0-3, text.model.encoder.layer 0`."""
+    """Format layer names by stack: `student.model.layers 0-3, text.model.encoder.layer 0`."""
     stacks: dict[str, list[int]] = {}
     for name in names:
         prefix, _, number = name.rpartition(".")
@@ -155,7 +156,7 @@ def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:
-    """Run a layer whose input waits in host memory: it is all that a checkpoint saves, before its own hooks begin."""
+    """Run a layer and offload its input to host memory: a checkpoint saves only the input, before its hooks begin."""
     device_type = get_accelerator().device_name().split(":")[0]
     with save_on_cpu(pin_memory=not in_host_memory(), device_type=device_type):
         return checkpoint(run, *inputs, use_reentrant=False)

@@ -1,7 +1,6 @@
-"""Exchange values between ranks beside training: votes, means, objects, and that something has failed on one of them.
+"""Exchange values between ranks outside the model: flags, means, objects, and failures of a rank.
 
-Objects and figures of the host travel through a group of gloo's: NCCL would take device memory for them, of all ranks
-together on every rank.
+Objects and host values use a gloo group. With NCCL, every rank would need device memory for the values of all ranks.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ VOTE_EVERY_S = 1.0
 Result = TypeVar("Result")
 
 _HOST_GROUP: list[dist.ProcessGroup] = []
-"""At most one; none where the group of all ranks is gloo's."""
+"""At most one group; empty if the default group is gloo."""
 
 
 def join_host_group(timeout: timedelta) -> None:
-    """Make the group through which host memory travels; every rank calls it once it has joined the others.
+    """Create the gloo group for host memory. Every rank calls it after joining the default group.
 
     Args:
-        timeout: of its collectives.
+        timeout: collective timeout.
     """
     _HOST_GROUP.clear()
     if dist.get_backend() != "gloo":
@@ -47,7 +46,7 @@ def _world_size() -> int:
 
 
 def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
-    """Return for every flag whether any rank raises it; all ranks get the same answer, in one collective.
+    """Return for every flag whether any rank sets it. All ranks get the same result, in one collective.
 
     Args:
         flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
@@ -58,13 +57,13 @@ def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
 def agree_and_average(
     *flags: bool | Tensor, value: Tensor, counts: Sequence[int] = ()
 ) -> tuple[tuple[bool, ...], float, list[int]]:
-    """Return what `agree` does, the mean of `value` and the sums of `counts` over the ranks, in fp32: one collective
-    and one transfer for all of it.
+    """Return the result of `agree`, the mean of `value` and the sums of `counts` over the ranks, in fp32. This needs
+    one collective and one transfer.
 
     Args:
-        flags: of `agree`.
-        value: scalar tensor on this rank's device; may be NaN, which says nothing about the flags.
-        counts: of this rank; sums are exact below 2²⁴, and to seven digits above.
+        flags: the flags, as for `agree`.
+        value: scalar tensor on this rank's device; may be NaN, which does not affect the flags.
+        counts: counts of this rank; sums are exact below 2²⁴, and to seven digits above.
     """
     sums = _sums(*flags, value, *counts)
     votes, total = sums[: len(flags)], sums[len(flags)]
@@ -76,10 +75,10 @@ def agree_and_average(
 
 
 def _sums(*values: bool | int | Tensor) -> list[float]:
-    """Return the sums over the ranks, in fp32. The host waits once, for the result."""
+    """Return the sums over the ranks, in fp32. The CPU waits once, for the result."""
     of_host = torch.tensor([0.0 if isinstance(value, Tensor) else float(value) for value in values])
     if (pin := pinning()) is not None:
-        of_host = pin(of_host)  # a copy of it is queued, and not waited for
+        of_host = pin(of_host)  # pinned, so the copy is asynchronous
     sums = of_host.to(get_accelerator().current_device_name(), non_blocking=True)
     for place, value in enumerate(values):
         if isinstance(value, Tensor):
@@ -91,7 +90,7 @@ def _sums(*values: bool | int | Tensor) -> list[float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks, by rank; every rank calls it."""
+    """Return the values of all ranks, by rank. Collective."""
     values = [value]
     if _world_size() > 1:
         values *= _world_size()
@@ -100,7 +99,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def gather_on_rank_0(value: Any) -> list[Any]:
-    """Return the values of all ranks, by rank, on rank 0; [] on the others. Every rank calls it."""
+    """Return the values of all ranks, by rank, on rank 0 and [] on the others. Collective."""
     if _world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -109,23 +108,23 @@ def gather_on_rank_0(value: Any) -> list[Any]:
 
 
 def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return counts by name, summed over the ranks, which may have different names. Every rank calls it."""
+    """Return counts by name, summed over the ranks. The ranks may have different names. Collective."""
     return dict(sum((Counter(one) for one in gather_objects(dict(counts))), Counter[str]()))
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Return the sum of every value over the ranks, in fp64; all ranks give as many."""
+    """Return the sum of every value over the ranks, in fp64. All ranks must pass the same number of values."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Return the mean of every value over the ranks; all ranks give the same keys."""
+    """Return the mean of every value over the ranks. All ranks must pass the same keys."""
     sums = sum_over_ranks([values[key] for key in sorted(values)])
     return {key: total / _world_size() for key, total in zip(sorted(values), sums, strict=True)}
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Return the maximum of every value over the ranks; all ranks give the same keys."""
+    """Return the maximum of every value over the ranks. All ranks must pass the same keys."""
     largest = _reduced([values[key] for key in sorted(values)], dist.ReduceOp.MAX)
     return dict(zip(sorted(values), largest, strict=True))
 
@@ -138,19 +137,19 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
 
 
 def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
-    """Raise the fault of the lowest rank that has one, on all ranks; do nothing where none has.
+    """Raise the error of the lowest failing rank on all ranks; do nothing if no rank failed. Collective.
 
     Args:
-        fault: this rank's. Every rank calls this, with or without one.
-        names_rank: whether the message says whose it is.
+        fault: this rank's error; None if there is none.
+        names_rank: whether the message includes the rank.
 
     Raises:
         UserError: the same on every rank.
-        Exception: this rank's own that is no message to users; the others are told of it, and do not count on all
-            ranks being told (`everywhere`).
+        Exception: this rank's error, if it is not a UserError. The others raise a UserError about it that is not marked
+            as raised on all ranks (`everywhere`).
     """
     if not _reduced([fault is not None], dist.ReduceOp.MAX)[0]:
-        return  # one number: at a thousand ranks the objects of all would be a thousand messages
+        return  # only one number: gathering objects would take a message per rank
     crashed = fault is not None and not isinstance(fault, UserError)
     shared = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
     faults = gather_objects((shared, crashed))
@@ -163,36 +162,36 @@ def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
 
 
 def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
-    """Do `work` on every rank; when it fails on one, it fails on all: see `raise_together`."""
+    """Run `work` on every rank; if it fails on one, it fails on all (see `raise_together`)."""
     fault: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # raised when the others know
+    except Exception as error:  # raised below, on all ranks
         fault = error
     raise_together(fault, names_rank=names_rank)
     return result
 
 
 def from_rank_0(work: Callable[[], Any]) -> Any:
-    """Return the result of `work`, done on rank 0 alone; what it raises is raised on all ranks."""
+    """Run `work` on rank 0 only and return its result on all ranks; its errors are raised on all ranks."""
     return from_rank(0, work)
 
 
 def from_rank(rank: int, work: Callable[[], Any]) -> Any:
-    """Return the result of `work`, done on one rank alone; what it raises is raised on all ranks."""
+    """Run `work` on one rank only and return its result on all ranks; its errors are raised on all ranks."""
     box = [together(lambda: work() if dist.get_rank() == rank else None)]
     dist.broadcast_object_list(box, src=rank, group=_host_group())
     return box[0]
 
 
 def open_together(make: Callable[[], Result]) -> Result:
-    """Return what `make` gives on this rank; every rank calls it.
+    """Run `make` on every rank and return this rank's result. Collective.
 
-    Ranks wait for files of rank 0 while they open their data, some for an hour. So each does it in a thread, and all
-    vote every second whether one has failed. No vote waits longer than that, however long the work takes.
+    Ranks wait for files of rank 0 while they open their data, some for an hour. So each rank opens in a thread, and all
+    vote every second whether one has failed. No vote waits longer, however long the work takes.
 
     Args:
-        make: opens what this rank needs.
+        make: opens the resources of this rank.
     """
     work, over, fault = InThread(_once(make)), False, None
     results: list[Result] = []
@@ -202,12 +201,12 @@ def open_together(make: Callable[[], Result]) -> Result:
                 results, over = [work.next(VOTE_EVERY_S)], True
             except NotYetError:
                 pass
-            except Exception as error:  # raised when the others know
+            except Exception as error:  # raised below, on all ranks
                 fault, over = error, True
         unfinished, failed = agree(not over, fault is not None)
         if unfinished and not failed:
             continue
-        work.close()  # where it still waits for files, nobody waits for it: when the run ends, it ends too
+        work.close()  # may still wait for files; the daemon thread ends with the process
         raise_together(fault)
         return results[0]
 

@@ -1,4 +1,4 @@
-"""Set how the device of this process computes: what products may round to, and whether sums have one order."""
+"""Configure the device's arithmetic: TF32 rounding of products, and deterministic sums."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from m3i_scale.errors import ConfigError
 
 _WHERE = "hardware.deterministic"
 _VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_NVLS_ENABLE": "0"}
-"""What torch asks for (`torch.use_deterministic_algorithms`), and sums over ranks that no switch adds up. The list is
-that of torchtitan (`distributed/utils.py`)."""
+"""Variables required by `torch.use_deterministic_algorithms`, and NCCL sums over ranks without in-switch reduction. The
+list is torchtitan's (`distributed/utils.py`)."""
 
 
 def allow_tf32(dtype: torch.dtype) -> None:
-    """Let GPUs round the factors of fp32 products and convolutions to TF32 if a run computes in bf16 or fp16: those
-    factors have fewer digits anyway. Runs in fp32 compute in fp32, which cuDNN's convolutions do not do by default.
-    CPUs are not affected.
+    """Allow TF32 for fp32 products and convolutions on GPUs if the run computes in bf16 or fp16, which have fewer
+    digits anyway. Runs in fp32 compute in fp32, which cuDNN's convolutions do not do by default. CPUs are not affected.
 
     Args:
-        dtype: that the run computes in.
+        dtype: compute dtype of the run.
     """
     # Not `fp32_precision`, which torch has from 2.9 on: torch raises errors if both interfaces are in use, and its
     # compiler reads this one.
@@ -33,7 +32,7 @@ def allow_tf32(dtype: torch.dtype) -> None:
 
 
 def check_deterministic() -> None:
-    """Refuse an environment that undoes `compute_deterministically`."""
+    """Raise ConfigError if environment variables would undo `compute_deterministically`."""
     for name, value in _VARIABLES.items():
         if os.environ.get(name, value) != value:
             raise ConfigError(
@@ -44,19 +43,18 @@ def check_deterministic() -> None:
 
 
 def compute_deterministically() -> None:
-    """Have every operation give the same bits whenever it gets the same, also on GPUs, or raise. Call it before the
-    ranks meet: cuBLAS and NCCL read their variables once.
-    """
+    """Make every operation bit-exact from run to run, also on GPUs, or raise an error. Call it before rendezvous:
+    cuBLAS and NCCL read their variables once."""
     os.environ.update(_VARIABLES)
     torch.use_deterministic_algorithms(True)
-    # For finding faults; it costs a kernel a tensor.
+    # A debugging aid that costs one kernel per tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch._inductor.config.deterministic = True  # kernels are not chosen by how long they take
 
 
 @contextlib.contextmanager
 def nondeterminism_explained() -> Iterator[None]:
-    """Say of an operation that has no deterministic form which setting it contradicts."""
+    """Re-raise errors of operations without a deterministic implementation as a ConfigError about the setting."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Keep the exponential moving average (EMA) of trained weights on the optimizer's own partition, without gathering it.
+"""Maintain the exponential moving average (EMA) of trained weights on the optimizer's partition, without gathering it.
 
-The optimizer has its master weights in flat groups, and of each group a part on every rank. The averages lie in the
-same order, so a group is averaged as one tensor, however many parameters it is made of.
+The optimizer stores its master weights in flat groups, with a part of each group on every rank. The EMA weights use the
+same layout, so each group is updated as one tensor, however many parameters it contains.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from m3i_scale.scale.partition import (
 from m3i_scale.scale.split_float import join, split
 
 _AT_ONCE = 1 << 18
-"""Elements that are averaged at a time: 1 MiB, which stays in the cache of a core; 16 times as many on an accelerator,
-which does not notice the launches then. No more memory than for a few of these is taken beside the averages."""
+"""Elements updated at a time: 1 MiB, which stays in the cache of a core. An accelerator uses 16 times that size, so
+that kernel launches do not matter. Memory beyond the EMA weights is a few blocks of this size."""
 
 
 @dataclass(frozen=True)
 class _Flat:
-    """Holds this rank's part of the averages of a group, end to end."""
+    """This rank's flat part of the EMA weights of a group."""
 
     master: Tensor
-    """What is averaged."""
+    """Master weights that are averaged."""
     copy: Tensor
-    """What the target computes with."""
+    """Compute copy of the EMA target."""
     beside: Tensor
-    """The lower halves where the copy is bf16; the averages where it is fp16; the copy itself where it is fp32."""
+    """The lower halves if the copy is bf16, the EMA weights if it is fp16, the copy itself if it is fp32."""
     gathered: Tensor | None
-    """The copies of all ranks, of which `copy` is one; None where this rank has no other's."""
+    """The copies of all ranks, of which `copy` is one; None if this rank has only its part."""
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield copy, beside and master weights, block by block."""
+        """Yield (copy, beside, master weights) block by block."""
         size = _AT_ONCE if self.copy.device.type == "cpu" else 16 * _AT_ONCE
         copies = self.copy.split(size)
         besides = copies if self.beside is self.copy else self.beside.split(size)
@@ -56,7 +56,7 @@ class _Flat:
 
 @dataclass(frozen=True)
 class _Place:
-    """Says where this rank has its part of an averaged parameter."""
+    """Position of this rank's part of an EMA parameter."""
 
     flat: _Flat
     begin: int
@@ -64,28 +64,28 @@ class _Place:
     start: int
     """First element in the flattened parameter."""
     numel: int
-    """Padding is not counted."""
+    """Elements without padding."""
 
 
 class ShardedMomentum:
-    """Keeps averages of online parameters, each rank those of the master weights that it has.
+    """Sharded EMA of the online parameters: each rank averages the master weights that it has.
 
-    The average is fp32, which is more than the target computes in: averaging a bf16 copy would lose the update, since
-    1 − m is below half a unit in the last place. It is stored beside the target's compute copy: nothing in fp32 (the
-    copy is the average), the lower 16 bits in bf16 (the copy has the upper ones), the whole average in fp16.
+    The EMA is fp32, a higher precision than the target's compute dtype. In bf16 the update would be lost, because 1 − m
+    is below half a unit in the last place. Storage in addition to the target's compute copy: nothing in fp32 (the copy
+    is the EMA), the lower 16 bits in bf16 (the copy has the upper ones), the full EMA in fp16.
 
-    Under ZeRO-3 the target's shards are the copies. Under stages 1 and 2 all ranks gather the copies, a group at a
-    time, while the training goes on; the target waits for them when it is called next.
+    Under ZeRO-3 the target's shards are the copies. Under stages 1 and 2 all ranks gather the copies, one group at a
+    time, during training. The next call of the target waits for them.
 
     Args:
         engine: the DeepSpeed engine that holds online and target parameters.
         pairs: (online, target) parameter names. A child of the engine's module that has targets computes with them only
             once it has been called itself.
-        computes: whether the training computes with the targets. Where it does not, the copies of other ranks are not
-            gathered, and the targets are of no use under stages 1 and 2: the averages are there to be saved.
+        computes: whether training computes with the targets. If not, the copies of other ranks are not gathered. Under
+            stages 1 and 2 the targets are then unusable, and the EMA exists only to be saved.
 
     Raises:
-        ConfigError: an engine configuration under which the target's shards cannot be written in place.
+        ConfigError: the engine configuration prevents writing the target's shards in place.
         RuntimeError: DeepSpeed holds no master copy of an online parameter.
     """
 
@@ -112,10 +112,10 @@ class ShardedMomentum:
         self.publish()
 
     def _lay_out(self, group: MasterGroup) -> _Flat:
-        """Have the targets of a group lie as their master weights do."""
+        """Move the targets of a group to the layout of their master weights."""
         values = {name: local_values(self._target[name]) for name in group.offsets}
         low, high = 0, group.numel
-        if group.master.numel() == group.numel:  # all of it is here: no more than what is averaged
+        if group.master.numel() == group.numel:  # the full group is local: store no more than the targets
             low = min(group.offsets.values())
             high = max(offset + values[name].numel() for name, offset in group.offsets.items())
         some = next(iter(values.values()))
@@ -136,7 +136,7 @@ class ShardedMomentum:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """Update average ← m · average + (1 − m) · online, and the compute copy with it."""
+        """Update the EMA, m · EMA + (1 − m) · online, and its compute copy."""
         self.wait()
         for flat in self._flats:
             for copy, beside, master in flat.blocks():
@@ -146,7 +146,7 @@ class ShardedMomentum:
         self.publish()
 
     def publish(self) -> None:
-        """Have whatever runs next compute with the averages as they are now. Collective under stages 1 and 2."""
+        """Make subsequent computation use the current EMA weights. Collective under stages 1 and 2."""
         for target in self._second_copies:
             forget_copy(target)
         self._gathers = [
@@ -155,22 +155,22 @@ class ShardedMomentum:
         order_gathers(self._engine)
 
     def wait(self) -> None:
-        """Have what runs next on this device wait for the copies of the other ranks."""
+        """Make subsequent work on this device wait for the copies of the other ranks."""
         for gather in self._gathers:
             gather.wait()
         self._gathers = []
 
     def online_names(self) -> dict[str, str]:
-        """Return, by averaged parameter, the name of the online parameter that it follows."""
+        """Return the name of the online parameter by EMA parameter."""
         return dict(self._follows)
 
     def shapes(self) -> dict[str, list[int]]:
-        """Return the full shape of every averaged parameter, for consolidation."""
+        """Return the full shape of every EMA parameter, for consolidation."""
         return {name: list(full_shape(parameter)) for name, parameter in self._target.items()}
 
     def pieces(self) -> list[tuple[str, int, int]]:
-        """Return (name, first element, elements) of what this rank has to save of every average: what it has of it, or
-        an even share where all ranks have the whole."""
+        """Return (name, first element, elements) of the shard of every EMA parameter that this rank saves: its local
+        part, or an even share if all ranks have the full parameter."""
         return [
             (name, *(local_range(target) if place.flat.gathered is None else (place.start, place.numel)))
             for name, target in self._target.items()
@@ -178,8 +178,8 @@ class ShardedMomentum:
         ]
 
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
-        """Return the live tensors that a piece is made of, flat: the fp32 values, or two halves for
-        `split_float.join`. Work that is queued after this call reads them after the gathers have written them."""
+        """Return the live flat tensors of a piece: the fp32 values, or two halves for `split_float.join`. Work queued
+        after this call reads them after the gathers have written them."""
         self.wait()
         place = self._places[name]
         copy, beside = place.flat.copy, place.flat.beside
@@ -189,10 +189,10 @@ class ShardedMomentum:
 
     @torch.no_grad()
     def load(self, read: Callable[[str, int, Tensor], None]) -> None:
-        """Take over saved averages; `publish` is to follow, on all ranks.
+        """Load saved EMA weights. Call `publish` afterwards, on all ranks.
 
         Args:
-            read: `(name, first element, out)` fills a flat fp32 tensor with that range of the average.
+            read: `(first element, out)` fills a flat fp32 tensor with that range of the EMA weights.
         """
         self.wait()
         for name, place in self._places.items():
@@ -206,18 +206,18 @@ class ShardedMomentum:
 
 
 def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
-    """Yield the groups that have averaged parameters, under the names of their targets.
+    """Yield the groups that have EMA parameters, keyed by the names of the targets.
 
     Args:
         engine: the DeepSpeed engine.
-        targets: the name of the target, by name of the online parameter.
+        targets: target names by online parameter name.
     """
     missing = dict(targets)
     for group in master_groups(engine):
         offsets = {missing.pop(name): offset for name, offset in group.offsets.items() if name in missing}
         if offsets:
             yield MasterGroup(group.master, group.first, group.numel, offsets)
-    for online, target in missing.items():  # what does not learn is a group by itself
+    for online, target in missing.items():  # a frozen parameter is a separate group
         parameter = engine.module.get_parameter(online)
         if is_partitioned(parameter) or parameter.dtype != torch.float32:
             raise RuntimeError(f"no fp32 master weights behind the {parameter.dtype} parameter '{online}'")
@@ -225,7 +225,7 @@ def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
 
 
 def _write(average: Tensor, copy: Tensor, beside: Tensor) -> None:
-    """Write averages, which may be `beside` itself."""
+    """Write EMA weights to `copy` and `beside`; `average` may be `beside` itself."""
     if copy.dtype == torch.bfloat16:
         split(average, copy, beside)
         return

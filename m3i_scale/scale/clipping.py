@@ -1,8 +1,8 @@
 """Clip gradients by their global norm without a host-device synchronization.
 
-Two helpers of DeepSpeed (`deepspeed/runtime/utils.py`) synchronize in every step. One sends a constant from ordinary
-memory to the device, the other one reads back whether the norm is above the bound. The replacements here compute the
-same values, bit by bit, and leave the decision on the device.
+Two helpers of DeepSpeed (`deepspeed/runtime/utils.py`) synchronize in every step. One copies a constant from pageable
+memory to the device. The other reads back whether the norm is above the bound. The replacements here compute
+bit-identical values and leave the decision on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def mark_invalid_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Replace a norm that is NaN or infinite by `val`, in place: `mask_nan_or_inf_with_val_inplace` of DeepSpeed."""
+    """Replace a NaN or infinite norm by `val`, in place: `mask_nan_or_inf_with_val_inplace` of DeepSpeed."""
     norm.masked_fill_(~norm.isfinite(), val)
 
 
@@ -32,7 +32,7 @@ def clip_by_norm(
 ) -> Any:
     """Scale tensors in place to a global norm of at most `max_norm`: `clip_tensors_by_global_norm` of DeepSpeed.
 
-    A norm below the bound multiplies by 1, which changes no bit, where DeepSpeed skips the multiplication.
+    DeepSpeed skips the multiplication if the norm is below the bound. This multiplies by 1, which changes no bit.
 
     Returns:
         The global norm before clipping.
@@ -50,9 +50,9 @@ _REPLACEMENTS = {"mask_nan_or_inf_with_val_inplace": mark_invalid_norm, "clip_te
 
 @contextlib.contextmanager
 def clipping_on_device() -> Iterator[None]:
-    """Let optimizers of DeepSpeed that step inside use the replacements.
+    """Make DeepSpeed optimizers that step inside use the replacements.
 
-    A version of DeepSpeed without one of these helpers keeps its own way, which at worst synchronizes.
+    If a DeepSpeed version lacks one of these helpers, its implementation stays and at worst synchronizes.
     """
     with contextlib.ExitStack() as stack:
         for module in (utils, bf16_optimizer, stage_1_and_2, stage3):

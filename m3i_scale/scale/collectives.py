@@ -1,4 +1,4 @@
-"""Losses over the global batch reach other ranks by these collectives: a gather with gradient, sums and maxima."""
+"""Collectives for losses over the global batch: gather with gradient, sums and maxima."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class _GatherRows(torch.autograd.Function):
-    """Gathers the rows of all ranks; the gradient of a row, summed over the ranks that used it, goes to its owner."""
+    """Differentiable gather of the rows of all ranks. The gradient of a row is summed over all ranks and returned to
+    the row's rank."""
 
     @staticmethod
     def forward(ctx: Any, x_B: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """Sums over ranks. The gradients of all ranks' losses flow back to every rank's share."""
+    """Differentiable sum over ranks. Every rank's term gets the gradients of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -43,14 +44,14 @@ class _Sum(torch.autograd.Function):
 
 
 class ProcessGroupRanks:
-    """Implements `objective.ranks.Ranks` with torch.distributed. Every rank must hold the same number of rows."""
+    """`objective.ranks.Ranks` over torch.distributed. Every rank must hold the same number of rows."""
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
     def gather(self, x_B: Tensor) -> Tensor:
-        """Return (B, …) of every rank, by rank; booleans travel as bytes."""
+        """Return (B, …) of every rank, concatenated in rank order; booleans are sent as bytes."""
         if self.world_size == 1:
             return x_B
         if x_B.dtype == torch.bool:
@@ -66,14 +67,14 @@ class ProcessGroupRanks:
         return total
 
     def max(self, x: Tensor) -> Tensor:
-        """Return the largest of every element over ranks, without gradient."""
+        """Return the elementwise maximum over ranks, without gradient."""
         largest = x.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """Return the sum over ranks; every rank's share gets the gradient of all ranks' losses."""
+        """Return the sum over ranks; every rank's term gets the gradients of all ranks' losses."""
         if self.world_size == 1:
             return x
         total: Tensor = _Sum.apply(x)  # type: ignore[no-untyped-call]

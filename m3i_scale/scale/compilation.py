@@ -1,8 +1,8 @@
-"""Use `torch.compile` layer by layer: layers of one class share their kernels, and code between them stays as it is.
+"""Apply `torch.compile` layer by layer: layers of one class share their kernels, and the code between them stays eager.
 
-What is compiled is the arithmetic of a layer alone. Whether a whole layer recomputes is decided outside it; what it
-keeps under `selective`, the compiler chooses. Under ZeRO-3 gathers and releases are outside too: there a compiled layer
-is a leaf, whose parameters come and go together.
+Only the arithmetic of a layer is compiled. Recomputation of a full layer is decided outside it; under `selective` the
+compiler chooses the saved tensors. ZeRO-3 gathers and releases also stay outside: a compiled layer is a leaf module,
+gathered and released as a unit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from m3i_scale.scale.activations import read_policy, stacks
 
 _WHERE = "backbone.compile"
 _VARIANTS = 64
-"""Of one class: widths, numbers of visible tokens, with and without gradient, training and validation. torch's own
-limit is 8, and beyond it a layer that must be one graph ends the run."""
+"""Limit of compiled variants per class: widths, numbers of visible tokens, with and without gradient, training and
+validation. torch's default limit is 8. Beyond it, a layer with `fullgraph` raises an error."""
 _KEPT_SHARE = 0.5
 
 
 def check_compile() -> None:
-    """Check that this machine has what the compiler needs. Call it before any start."""
+    """Raise ConfigError if this machine lacks a tool that the compiler needs. Call it before any start."""
     missing = _missing_tools()
     if missing:
         raise ConfigError(
@@ -56,9 +56,10 @@ def explain_auto() -> str | None:
 
 
 def _missing_tools() -> dict[str, str]:
-    """Return what the compiler needs at run time on the device of this process and does not find: name and remedy.
+    """Return the missing runtime requirements of the compiler on this process's device: name and install command.
 
-    torch builds kernels for CPUs by `CXX` or g++, Triton its launchers by `CC`, gcc or clang. Both include Python.h.
+    torch builds CPU kernels with `CXX` or g++. Triton builds its launchers with `CC`, gcc or clang. Both include
+    Python.h.
     """
     cuda = get_accelerator().device_name() == "cuda"
     variable, defaults = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
@@ -75,13 +76,13 @@ def _missing_tools() -> dict[str, str]:
 
 
 def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
-    """Compile every layer that is called as a whole, trained or not; return their names. Call it before the engine is
-    started.
+    """Compile every layer that runs its full forward, trained or not, and return the names. Call it before the engine
+    is started.
 
     Args:
-        module: holds the layers.
-        policy: `backbone.activation_checkpointing`. Under `selective` the compiler chooses what a layer keeps: half of
-            what it would keep otherwise, so that as little as possible is computed again.
+        module: contains the layers.
+        policy: `backbone.activation_checkpointing`. Under `selective` the compiler keeps half of the activations that
+            it would keep otherwise, chosen to minimize recomputation.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._functorch.config.activation_memory_budget = _KEPT_SHARE if read_policy(policy).kind == "selective" else 1.0
@@ -104,13 +105,13 @@ def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
 
 
 def _arithmetic(kind: type) -> Callable[..., Any]:
-    """Return `forward` without the switch for recomputation that `transformers` wraps round it."""
+    """Return `forward` without the `transformers` wrapper for activation checkpointing."""
     forward: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
     return getattr(forward, "__wrapped__", forward)
 
 
 def _run(layer: Any, compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-    """Do what the wrapped `forward` does, with the compiled arithmetic."""
+    """Replace the wrapped `forward`, using the compiled arithmetic."""
     if getattr(layer, "varies_in_length", False):
         _mark_lengths([*inputs, *named.values()])
     run = partial(compiled, layer, **named)
@@ -120,9 +121,8 @@ def _run(layer: Any, compiled: Callable[..., Any], *inputs: Any, **named: Any) -
 
 
 def _mark_lengths(inputs: list[Any]) -> None:
-    """Have one graph serve all lengths of states (B, L, D) and their mask (B, 1, L or 1, L). Captions are of another
-    length on every rank, and a rank that compiles for its own in the middle of a run has all others wait.
-    """
+    """Mark the lengths of states (B, L, D) and of their mask (B, 1, L or 1, L) as dynamic, so that one graph serves
+    all. Caption lengths differ between ranks; a rank that recompiles during a run makes all others wait."""
     for value in inputs:
         if isinstance(value, Tensor):
             for dim in (1,) if value.dim() == 3 else (2, 3):

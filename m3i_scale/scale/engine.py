@@ -1,4 +1,4 @@
-"""Build the DeepSpeed engine: construct the module partitioned, initialise it, hand it over."""
+"""Build the DeepSpeed engine: construct the (partitioned) module, initialize its weights and start the engine."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from m3i_scale.scale.partition import construct, full_shape, gradients_by_parame
 
 
 def quiet_deepspeed() -> None:
-    """Have DeepSpeed log warnings and errors only; the toolkit prints its own account of the configuration."""
+    """Limit DeepSpeed's logging to warnings and errors; the toolkit prints its summary of the configuration."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer torch versions rename; nothing a user could mend.
+    # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def set_leaves(module: nn.Module) -> None:
-    """Have ZeRO-3 gather and release the parameters of a layer together, and not module by module. Call it before the
-    engine is started.
+    """Mark layers as ZeRO-3 leaf modules, so that the parameters of a layer are gathered and released together.
 
-    A layer of a ViT has eight modules with parameters; hooks, fetches and releases of each, forwards and backwards, are
-    most of what a step takes of the host (docs/gpu.md). A layer whose parts are called one by one stays as it is: a
-    leaf's parts have no hooks.
+    Call it before the engine is started. A ViT layer has eight modules with parameters. Their hooks, fetches and
+    releases, forward and backward, are most of the CPU time of a step (docs/gpu.md). A layer with parts that are called
+    one by one is not marked, because the parts of a leaf have no hooks.
     """
     for layers in stacks(module):
         for _, layer in layers:
@@ -45,13 +44,13 @@ def set_leaves(module: nn.Module) -> None:
 
 
 def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
-    """Say what starting the engine will wait for, where the extension of its optimizer has to be built.
+    """Return a message if starting the engine has to wait for the build of its optimizer's extension.
 
     Args:
         ds_config: resolved DeepSpeed configuration.
 
     Returns:
-        None where it is built, or where the optimizer is torch's.
+        None if the extension is built, or if the optimizer is torch's.
     """
     kind = optimizer_class(ds_config)
     if kind == "AdamW":
@@ -61,8 +60,8 @@ def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
 
 
 def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
-    """Have a step of the engine accumulate micro-batches of that size from here on; call it between two steps. The
-    batch stays, and nothing of weights and optimizer is touched."""
+    """Change the micro-batch size of the engine, and with it the number of accumulation steps. Call it between two
+    steps. The global batch size, the weights and the optimizer states do not change."""
     batch_size = engine.train_batch_size()
     engine.set_train_micro_batch_size(micro_batch_size)
     engine.set_train_batch_size(batch_size)
@@ -71,10 +70,10 @@ def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
 
 @contextlib.contextmanager
 def free_memory_of_torch() -> Iterator[None]:
-    """Let DeepSpeed ask torch for the free memory of a GPU when it starts an engine.
+    """Make DeepSpeed ask torch for the free GPU memory when it starts an engine.
 
-    With pynvml installed it would ask the driver, and fail on the names of GPUs and MIG slices that
-    `CUDA_VISIBLE_DEVICES` may hold in place of numbers (`_get_nvml_gpu_id` of its CUDA accelerator).
+    If pynvml is installed, DeepSpeed asks the driver instead. That fails on the names of GPUs and MIG slices that
+    `CUDA_VISIBLE_DEVICES` may contain instead of numbers (`_get_nvml_gpu_id` of its CUDA accelerator).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cuda":
@@ -92,21 +91,21 @@ def build_engine(
     weight_decay: float,
     lr_scales: Callable[[nn.Module], Mapping[str, float]] = lambda module: {},
 ) -> Any:
-    """Construct the module (partitioned under ZeRO-3), give it its first weights and start the engine.
+    """Construct the module (partitioned under ZeRO-3), initialize its weights and start the engine.
 
     Args:
         build: makes the module; called once, on every rank.
         initialize: fills the weights of the built module, before the optimizer copies them.
         ds_config: resolved DeepSpeed configuration.
-        weight_decay: of matrices.
-        lr_scales: gives what the learning rate of a parameter is multiplied by, by name; 1 where nothing is said.
+        weight_decay: applied to matrices only.
+        lr_scales: returns learning rate multipliers by parameter name; the default is 1.
     """
     quiet_deepspeed()
     module = construct(build, ds_config)
     initialize(module)
     set_leaves(module)
     groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
-    # By itself the BF16 optimizer prints its memory twice for every parameter group, 100 lines with a layer decay.
+    # The BF16 optimizer prints its memory twice for every parameter group: 100 lines with layer-wise LR decay.
     quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
     with gradients_by_parameter(), free_memory_of_torch(), quiet:
         engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
@@ -115,11 +114,11 @@ def build_engine(
 
 
 def keep_gradients_until_reduced(optimizer: Any) -> None:
-    """Let ZeRO-1 and ZeRO-2 keep the memory of every gradient until their reduction stream is done with it.
+    """Make ZeRO-1 and ZeRO-2 keep the memory of every gradient until their reduction stream has read it.
 
-    DeepSpeed reduces a gradient that is larger than `reduce_bucket_size` in place, on a stream of its own. If gradients
-    travel in another type than their own (`communication_data_type`), it records that stream for the copy alone, and
-    the allocator hands the memory of the gradient to the rest of the backward pass too early.
+    DeepSpeed reduces a gradient larger than `reduce_bucket_size` in place, on a separate stream. If gradients are sent
+    in another dtype (`communication_data_type`), it records that stream for the copy only. The allocator would then
+    reuse the memory of the gradient too early in the backward pass.
     """
     if hasattr(optimizer, "_record_gradient_stream") and not get_accelerator().resolves_data_dependency():
         optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)

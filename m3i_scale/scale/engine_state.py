@@ -1,8 +1,8 @@
-"""Read and write the master weights and moments of an engine that this rank holds, piece by piece, at any ZeRO stage.
+"""Read and write this rank's shards of an engine's master weights and moments, at any ZeRO stage.
 
-A piece is a range of a flattened parameter. Stage 3 cuts every parameter over the ranks, stages 1 and 2 cut the
-parameters laid end to end; both are ranges, so what one of them wrote the other can read. Beside `partition.py` this is
-the only file that knows DeepSpeed's optimizers from inside.
+A piece is a range of a flattened parameter. Stage 3 partitions every parameter over the ranks; stages 1 and 2 partition
+the concatenated parameters. Both give ranges, so each stage can read the checkpoints of the others. This file and
+`partition.py` are the only ones that use internals of DeepSpeed's optimizers.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 @dataclass(frozen=True)
 class Piece:
-    """Holds a range of a flattened parameter that is this rank's."""
+    """This rank's shard of a flattened parameter."""
 
     name: str
-    """Of the parameter."""
+    """Name of the parameter."""
     start: int
     """First element of the range."""
     numel: int
     tensors: dict[str, Tensor]
-    """Live flat views by kind: the master weights, and the moments where the optimizer has taken a step."""
+    """Live flat views by kind: the master weights, and the moments once the optimizer has taken a step."""
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Says where a piece is in the optimizer's flat tensors."""
+    """Position of a piece in the optimizer's flat tensors."""
 
     flat: Tensor
     offset: int
@@ -46,7 +46,7 @@ class _Slice:
 
 
 def pieces(engine: Any) -> Iterator[Piece]:
-    """Yield this rank's pieces of all trained parameters, in the order of the module. Padding is not among them."""
+    """Yield this rank's shards of all trained parameters without padding, in module order."""
     states = engine.optimizer.optimizer.state
     for name, parameter in trained(engine.module):
         place = _place(engine.optimizer, parameter)
@@ -59,14 +59,15 @@ def pieces(engine: Any) -> Iterator[Piece]:
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names and parameters of what the optimizer has."""
+    """Yield the name and the parameter of every trained parameter."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
 
 
 def moment_kinds(engine: Any) -> list[str]:
-    """Return the moments that the optimizer has; none before its first step. All ranks have the same."""
+    """Return the kinds of moments in the optimizer; empty before its first step. The result is the same on all
+    ranks."""
     states = engine.optimizer.optimizer.state
     flats = _flat_tensors(engine.optimizer)
     return [kind for kind in MOMENTS if any(kind in states.get(flat, {}) for flat in flats)]
@@ -74,20 +75,20 @@ def moment_kinds(engine: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class MasterGroup:
-    """Describes a flat group of parameters that lie end to end, and the master weights that this rank has of it."""
+    """A flat group of concatenated parameters, and this rank's part of its master weights."""
 
     master: Tensor
-    """Flat: of the whole group, or of this rank's part."""
+    """Flat tensor: the full group, or this rank's part of it."""
     first: int
-    """First element of the part in the group."""
+    """First element of the part within the group."""
     numel: int
     """Elements of the group, padding included."""
     offsets: dict[str, int]
-    """Where parameters begin in the group, by name; under ZeRO-3 it holds this rank's shards of them."""
+    """Offsets of the parameters in the group, by name. Under ZeRO-3 the group contains this rank's shards."""
 
 
 def master_groups(engine: Any) -> list[MasterGroup]:
-    """Return the flat groups of the optimizer. Parameters in fp32 are their own master weights under stages 1 and 2,
+    """Return the flat groups of the optimizer. Under stages 1 and 2, fp32 parameters are the master weights themselves,
     and every rank has all of them."""
     optimizer, named = engine.optimizer, dict(trained(engine.module))
     groups: list[MasterGroup] = []
@@ -111,7 +112,7 @@ def master_groups(engine: Any) -> list[MasterGroup]:
 
 
 def optimizer_steps(engine: Any) -> int:
-    """Return how many steps the optimizer has taken; bias correction depends on it."""
+    """Return the number of steps that the optimizer has taken. Adam's bias correction depends on it."""
     for moments in engine.optimizer.optimizer.state.values():
         if "step" in moments:
             return int(moments["step"])
@@ -120,20 +121,20 @@ def optimizer_steps(engine: Any) -> int:
 
 @torch.no_grad()
 def make_moments(engine: Any, steps: int) -> None:
-    """Give the optimizer its moments, where it has none yet, and its count of steps.
+    """Create the optimizer's missing moments and set its step count.
 
     Args:
         engine: the engine.
-        steps: taken so far. 0 stands for an optimizer that has no moments: those that are there become zero.
+        steps: steps taken so far. 0 means an optimizer without moments: existing moments are set to zero.
     """
     optimizer = engine.optimizer.optimizer
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
-    # As in torch's `Optimizer.load_state_dict`: kernels that count on the device take no count on the host, and all
-    # others would wait for the device to read it. Groups have no parameters between two steps of ZeRO-3.
+    # As in torch's `Optimizer.load_state_dict`: kernels that count on the device need the count there. All others would
+    # have to read it back from the device. Between two steps of ZeRO-3, groups have no parameters.
     counts_on_device = any(optimizer.defaults.get(name) for name in ("fused", "capturable"))
     for flat in _flat_tensors(engine.optimizer):
         moments = optimizer.state[flat]
-        # DeepSpeed's optimizer for the host may keep fp32 moments beside master weights in bf16.
+        # DeepSpeedCPUAdam may use fp32 moments with bf16 master weights.
         dtype = torch.float32 if getattr(optimizer, "fp32_optimizer_states", False) else flat.dtype
         for kind in MOMENTS if steps else ():
             if kind not in moments:
@@ -147,7 +148,7 @@ def make_moments(engine: Any, steps: int) -> None:
 
 @torch.no_grad()
 def publish(engine: Any) -> None:
-    """Write the weights to compute with from the master weights, on all ranks. Collective."""
+    """Update the model weights from the master weights, on all ranks. Collective."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
@@ -163,7 +164,7 @@ def publish(engine: Any) -> None:
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """Return counts and the loss scale: what a resumed run takes over besides tensors; JSON."""
+    """Return the step counts and the loss scale as JSON: the engine state that a resume needs besides tensors."""
     counts: dict[str, Any] = {name: int(getattr(engine, name)) for name in _COUNTERS}
     counts["optimizer_steps"] = optimizer_steps(engine)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
@@ -173,32 +174,32 @@ def counters(engine: Any) -> dict[str, Any]:
 
 
 def count_micro_batches(engine: Any) -> None:
-    """Have the engine count micro-batches from the beginning of a step: as many as its steps so far would have, were
-    each made of as many as the next. By their number it knows which is the last of a step."""
+    """Reset the engine's micro-batch counter to the start of a step, as if all steps had the current accumulation
+    steps. DeepSpeed uses the counter to detect the last micro-batch of a step."""
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
 
 def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
-    """Take over what `counters` gave. How the loss scale moves is for the run file to say; where it stands, for the
-    checkpoint. A run that goes on in fp16 from another precision begins with the scale of its own settings."""
+    """Restore the result of `counters`. The loss scale comes from the checkpoint, its settings from the config file. A
+    run that resumes in fp16 from another precision starts with the initial scale of its settings."""
     for name in _COUNTERS:
         setattr(engine, name, saved[name])
     count_micro_batches(engine)
     if engine.fp16_enabled():
         scaler = engine.optimizer.loss_scaler
         for name, value in saved.get("loss_scaler", {}).items():
-            # A fixed scale is a setting; a moving one has moved.
+            # a static scale is a setting; only a dynamic one is state
             if scaler.dynamic and hasattr(scaler, name):
                 setattr(scaler, name, value)
         if scaler.dynamic:
-            # Of what was saved with other settings: a scale below the smallest would rise at the next overflow, and
-            # hysteresis beyond its limit would put off the next halving for longer than the file says.
+            # The settings may have changed since the save: a scale below the minimum would rise at the next overflow.
+            # Hysteresis above its limit would delay the next halving for longer than configured.
             scaler.cur_scale = max(scaler.cur_scale, scaler.min_scale)
             scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
 
 
 def bytes_per_parameter(engine: Any) -> int:
-    """Return the bytes an element of a trained parameter in a checkpoint: master weight and both moments."""
+    """Return the checkpoint bytes per element of a trained parameter: master weight and both moments."""
     master = _flat_tensors(engine.optimizer)[0].dtype
     moment = torch.float32 if getattr(engine.optimizer.optimizer, "fp32_optimizer_states", False) else master
     return master.itemsize + len(MOMENTS) * moment.itemsize
@@ -213,7 +214,7 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _place(optimizer: Any, parameter: nn.Parameter) -> _Slice | None:
-    """Return where this rank's piece of a parameter is; None where it has none."""
+    """Return the position of this rank's shard of a parameter; None without a shard."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)

@@ -1,8 +1,9 @@
-"""DeepSpeed's extensions are built at first use, in a folder of the user, under a lock file that outlives a builder.
+"""Manage DeepSpeed's extensions, which are built at first use in a per-user folder, under a lock file.
 
-PyTorch waits for such a file to go away, without a word and without end: after one `kill -9` during a build, every
-later run on the machine hangs before its first step. And two environments that build into one folder build anew, a
-minute or more, whenever the other one has: their paths differ, so each takes the other's build for out of date.
+The lock file survives a killed builder. PyTorch waits for its removal silently and without a timeout: after one `kill
+-9` during a build, every later run on the machine hangs before its first step. If two environments share a build
+folder, each rebuilds, for a minute or more, after the other: their paths differ, so each considers the other's build
+out of date.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torch.utils import cpp_extension
 
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 FOREIGN_AGE_S = 1800.0
-"""On a shared file system the builder may run on another host, out of sight: a lock is believed for so long."""
+"""On a shared file system the builder may run on another host and be invisible. A lock younger than this is
+respected."""
 
 
 def keep_to_environment() -> None:
-    """Build into the virtual environment, where no TORCH_EXTENSIONS_DIR says otherwise and it can be written to.
+    """Build extensions inside the virtual environment if TORCH_EXTENSIONS_DIR is unset and the environment is writable.
 
-    To be called before the first extension is loaded.
+    Call it before the first extension is loaded.
     """
     inside = sys.prefix != sys.base_prefix
     if "TORCH_EXTENSIONS_DIR" not in os.environ and inside and os.access(sys.prefix, os.W_OK):
@@ -34,10 +36,10 @@ def keep_to_environment() -> None:
 
 
 def find_ninja() -> None:
-    """Build with the `ninja` beside the interpreter, wherever the environment is activated or not.
+    """Use the interpreter's `ninja` for builds, even if the environment is not activated.
 
-    Hosts that a launcher reaches over ssh have another PATH, with no `ninja` on it or with another version: that one
-    takes the log of the first for too old, and each builds everything anew after the other.
+    Hosts that a launcher connects to over ssh have another PATH, with no `ninja` or with another version. Each version
+    considers the other's log out of date and rebuilds everything.
     """
     folder = os.path.dirname(sys.executable)
     ninja = shutil.which("ninja", path=folder)
@@ -46,10 +48,10 @@ def find_ninja() -> None:
 
 
 def is_usable(name: str) -> bool:
-    """Return whether an extension for CUDA devices can be loaded: it came compiled with DeepSpeed, or `nvcc` is there.
+    """Return whether a CUDA extension can be loaded: it was compiled with DeepSpeed, or `nvcc` is installed.
 
     Args:
-        name: of the extension, e.g. "fused_adam".
+        name: name of the extension, e.g. "fused_adam".
     """
     from deepspeed.git_version_info import installed_ops
 
@@ -58,15 +60,15 @@ def is_usable(name: str) -> bool:
 
 
 def awaited_build(name: str) -> str | None:
-    """Say what loading an extension of DeepSpeed's will wait for, silently and for up to some minutes.
+    """Return a message if loading a DeepSpeed extension will wait for a build, silently and for up to some minutes.
 
-    Call it after `sweep_stale_locks`: a lock that is left is that of a living builder.
+    Call it after `sweep_stale_locks`: a remaining lock belongs to a running builder.
 
     Args:
-        name: of the extension, e.g. "fused_adam".
+        name: name of the extension, e.g. "fused_adam".
 
     Returns:
-        None where it is built.
+        None if the extension is built.
     """
     root = _build_root()
     for folder in (root / name, *root.glob(f"*/{name}")):
@@ -82,17 +84,17 @@ def _build_root() -> Path:
 
 
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
-    """Remove lock files of builders that no longer exist; return them.
+    """Remove lock files of builders that no longer exist; return the removed files.
 
     A builder keeps its lock file open. On a shared file system it may run on another host, so a young lock stays.
 
     Args:
-        root: the folder of extensions; default: where PyTorch builds them.
+        root: the folder of extensions; default: PyTorch's build folder.
     """
     root = root or _build_root()
     removed = []
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
-        # Other ranks sweep at the same time, and the first of them may already build under a new lock.
+        # Other ranks sweep at the same time, and the first of them may already build under a new lock file.
         seen = _status(lock)
         if seen is None or _is_believed(lock, seen) or _is_open(seen) or _status(lock) != seen:
             continue
@@ -102,7 +104,8 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
 
 
 def _status(lock: Path) -> tuple[int, int, float] | None:
-    """Return what identifies a lock file, also against a later one of its name, its time last; None without one."""
+    """Return (device, inode, mtime), which distinguish a lock file from a later one of the same name; None if it is
+    missing."""
     try:
         status = lock.stat()
     except FileNotFoundError:
@@ -115,14 +118,14 @@ def _is_believed(lock: Path, status: tuple[int, int, float]) -> bool:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system that holds `path`: the mount with the longest matching path."""
+    """Return the type of the file system that contains `path`: the mount with the longest matching path."""
     path = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
 
 
 def _is_open(status: tuple[int, int, float]) -> bool:
-    """Return whether a process on this host has the file open, of those that this user may look at."""
+    """Return whether a process visible to this user has the file open on this host."""
     for name in glob.iglob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):  # closed in the meantime
             opened = os.stat(name)

@@ -1,4 +1,4 @@
-"""Keep freed host memory in the process, where the host is what computes; pin what an accelerator is to copy."""
+"""Configure CPU memory: reuse freed memory if the CPU computes, and pin tensors that an accelerator copies."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ _USERS_OWN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_", "MALLOC_
 
 
 def keeps_host_memory() -> bool:
-    """Return whether `keep_host_memory` changes anything here."""
+    """Return whether `keep_host_memory` has an effect here."""
     return get_accelerator().device_name() == "cpu" and not any(name in os.environ for name in _USERS_OWN)
 
 
 def keep_host_memory() -> None:
-    """Stop glibc from handing every large tensor back to the kernel as soon as it is freed.
+    """Stop glibc from returning every large tensor to the kernel as soon as it is freed.
 
-    A training step frees and takes the same memory again and again, and each time the kernel fills it with zeros
-    (docs/performance.md). A setting for speed alone, on which nothing depends: it is left as it is on accelerators,
-    which have allocators of their own, where the environment chooses an allocator or its settings, and where the C
-    library has no `mallopt` (musl, macOS).
+    A training step frees and allocates the same memory again and again, and the kernel zeroes it each time
+    (docs/performance.md). This is only a speed setting. It is not applied on accelerators, which have other allocators.
+    It is also skipped if the environment configures an allocator, or the C library has no `mallopt` (musl, macOS).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if keeps_host_memory() and mallopt is not None:
@@ -35,10 +34,10 @@ def keep_host_memory() -> None:
 
 
 def pinning() -> Callable[[Tensor], Tensor] | None:
-    """Return what puts a tensor into pinned memory; None where the accelerator computes in host memory.
+    """Return the function that pins a tensor; None if the accelerator computes in host memory.
 
-    It is torch's, which keeps pinned memory for later tensors and gives none of it away before the copies out of it are
-    over. So batches that are ready, in use and being made share a ring, whatever their sizes. DeepSpeed's would add
-    every call up, as if nothing were given back.
+    It is torch's, which caches pinned memory and reuses it only after the copies out of it are done. So batches that
+    are ready, in use and being made share a ring, whatever their sizes. DeepSpeed's function would count every call as
+    new memory.
     """
     return None if get_accelerator().Stream is None else Tensor.pin_memory

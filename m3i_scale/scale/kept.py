@@ -1,4 +1,4 @@
-"""Mark what checkpoints hold although it does not learn."""
+"""Mark frozen parameters that are saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _KEPT = "kept_in_checkpoints"
 
 
 def keep_in_checkpoints(module: nn.Module) -> None:
-    """Have checkpoints hold the parameters of a module that do not learn, in the type that is computed in."""
+    """Save the frozen parameters of a module in checkpoints, in their compute dtype."""
     for parameter in module.parameters():
         setattr(parameter, _KEPT, True)
 
 
 def kept_frozen(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what does not learn and is in checkpoints all the same, by name."""
+    """Return the frozen parameters that are saved in checkpoints, by name."""
     return {
         name: parameter
         for name, parameter in module.named_parameters()

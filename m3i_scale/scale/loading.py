@@ -1,4 +1,4 @@
-"""Read weights from files into (partitioned) parameters, one at a time: no rank ever holds the whole model."""
+"""Stream weights from files into (partitioned) parameters, one at a time; no rank ever materializes the full model."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from m3i_scale.scale.partition import gathered
 
 
 class WeightStream(Protocol):
-    """Gives named values in an order that is known before they are read."""
+    """A stream of named values in an order that is known before they are read."""
 
     @property
     def names(self) -> list[str]:
         """Return the names of the parameters, in order."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield their whole values, read as they are asked for."""
+        """Yield the full values, reading each lazily."""
 
 
 def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], WeightStream]) -> None:
-    """Write a stream into the parameters `prefix + name`. Every rank calls it; rank 0 alone opens and reads.
+    """Write a stream into the parameters `prefix + name`. Every rank calls it; only rank 0 opens and reads the stream.
 
-    Each parameter is gathered, written and partitioned again before the next value is read, so that beside its shards
-    rank 0 holds one parameter and what the stream has open, and other ranks one parameter.
+    Each parameter is gathered, written and partitioned again before the next value is read. In addition to its shards,
+    each rank holds one parameter, and rank 0 the open files of the stream.
 
     Args:
         module: the model.
-        prefix: where the named tensors belong.
-        open_stream: called on rank 0; an error of it, or of its reading, ends all ranks.
+        prefix: parameter prefix of the streamed names.
+        open_stream: called on rank 0; an error while opening or reading is raised on all ranks.
 
     Raises:
-        UserError: what `open_stream` or its stream raises.
+        UserError: raised by `open_stream` or its stream.
         Exception: on rank 0, an error of another kind; on the other ranks it is a UserError that names it.
     """
     opened: list[WeightStream] = []
@@ -49,16 +49,16 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], Weight
     tensors = opened[0].tensors() if opened else None
     fault: Exception | None = None
     for name in names:
-        # The other ranks are inside the same gathers: an error waits until all are through.
+        # The other ranks take part in the same gathers, so an error is raised only after all of them.
         fault = _write(parameters[prefix + name], tensors if fault is None else None) or fault
     from_rank_0(lambda: _raise(fault))
 
 
 @torch.no_grad()
 def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Exception | None:
-    """Write the next value, where this rank has one; return the error of reading it.
+    """Write the next value, if this rank reads the stream; return the error of reading it.
 
-    It is read before the parameter is gathered: a slow file does not hold the other ranks inside the collective.
+    The value is read before the parameter is gathered, so a slow file does not block the other ranks in the collective.
     """
     value: Tensor | None = None
     fault: Exception | None = None

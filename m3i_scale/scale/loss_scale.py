@@ -1,4 +1,4 @@
-"""Take a step, or skip it; adjust fp16's dynamic loss scale."""
+"""Take or skip an optimizer step; adjust fp16's dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ _AT_MINIMUM = "loss scale already at minimum"
 
 
 def loss_scale(engine: Any) -> float | None:
-    """Return the factor of the loss before the backward pass; None unless the engine computes in fp16."""
+    """Return the loss scale; None unless the engine computes in fp16."""
     return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
 
 
 def take_step(engine: Any) -> None:
-    """Call `engine.step()`; what gathers weights next waits for it. An overflow in fp16 skips the optimizer, and halves
-    the scale.
-    """
+    """Call `engine.step()` and order later weight gathers after it. An fp16 overflow skips the optimizer and halves the
+    loss scale."""
     try:
         with clipping_on_device():
             engine.step()
@@ -42,9 +41,10 @@ def take_step(engine: Any) -> None:
 
 @contextmanager
 def undone_if_skipped(engine: Any, module: nn.Module) -> Iterator[None]:
-    """Put the buffers of `module` back where the step taken inside is skipped: what it remembers of such batches.
+    """Restore the buffers of `module` if the step taken inside is skipped, so that they do not keep statistics of a bad
+    batch.
 
-    The gradient may be wrong far below the encoder output, where those that are measured were still finite.
+    The gradient may be non-finite far below the encoder output even if the monitored values are finite.
     """
     before = [buffer.clone() for buffer in module.buffers()]
     yield
@@ -55,9 +55,9 @@ def undone_if_skipped(engine: Any, module: nn.Module) -> Iterator[None]:
 
 
 def spread_nonfinite(loss: Tensor) -> Tensor:
-    """Return the same loss, to the bit, with the same gradient; where it is not finite, its whole gradient is NaN.
+    """Return the bit-identical loss with the same gradient; if the loss is not finite, its full gradient becomes NaN.
 
-    A loss may be NaN with gradients that are not. With this the engine skips every such step by itself, on all ranks:
-    each ZeRO stage leaves out a step whose global gradient norm is not finite. Nobody waits for the device here.
+    A loss may be NaN although its gradients are finite. This makes the engine skip every such step on all ranks,
+    because each ZeRO stage skips a step with a non-finite global gradient norm. It needs no device synchronization.
     """
-    return loss * (1 + 0 * loss.detach())  # 0 times what is not finite is NaN
+    return loss * (1 + 0 * loss.detach())  # 0 times inf or NaN is NaN

@@ -1,8 +1,7 @@
-"""Name the files of a run's output directory, lock it, so that one job at a time uses it, say which one, and ask it to
-stop.
+"""Name the files of a run's output directory, lock it for one job at a time, identify that job, and request its stop.
 
-The kernel holds a lock for its process and lets go of it however the process ends, kill -9 included. Across hosts it is
-as good as the `flock` of the shared file system (NFS v4, Lustre with `-o flock`, BeeGFS, GPFS: yes).
+The kernel releases a process's lock whenever the process ends, including `kill -9`. Across hosts the lock is as
+reliable as `flock` of the shared file system (NFS v4, Lustre with `-o flock`, BeeGFS, GPFS: yes).
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ RUN_FILE = "run.yaml"
 QUARANTINE, QUARANTINE_VALIDATION = "quarantine.jsonl", "quarantine_validation.jsonl"
 FAILURE = "failure.json"
 RANK_RECORDS = "failure"
-"""Folder where ranks leave their records when no agent has given them another one."""
+"""Folder for the error files of ranks if no agent has set another one."""
 ATTEMPTS = "attempts.json"
 PICTURES, PICTURE_LIST = "pictures", "pictures.json"
-"""Folder of a folder a step, and what lists the pictures in each."""
+"""Folder with one subfolder per step, and the file that lists the pictures in each."""
 _STOP = ".stop-request.json"
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 ACQUIRE_S, POLL_S = 1.0, 0.05
-"""A lock is tried for so long: whoever looks who holds it has it for an instant."""
+"""Time to retry a lock: a process that checks the holder has it for an instant."""
 
 
 @dataclass(frozen=True)
 class LockFile:
-    """Names a lock in an output directory. A note beside it says who holds it."""
+    """A lock in an output directory. A note file next to it describes the holder."""
 
     name: str
     busy: str
-    """The error of the second one who wants it."""
+    """Error message for the second process that requests it."""
     why: str
 
     @property
     def note(self) -> str:
-        """Return the name of the file that says who holds the lock."""
+        """Return the name of the file that describes the lock's holder."""
         return f"{self.name}-holder.json"
 
 
@@ -58,13 +57,13 @@ RUN = LockFile(".lock", "another job is writing to this output directory", "two 
 
 @dataclass(frozen=True)
 class Holder:
-    """Describes the process that holds a lock."""
+    """The process that holds a lock."""
 
     pid: int
     host: str
     since: str
     trains: bool = False
-    """Whether it looks for requests to stop; one that prunes does not."""
+    """Whether it checks for stop requests; a pruning process does not."""
 
     def __str__(self) -> str:
         ended = self.host == socket.gethostname() and has_ended(self.pid)
@@ -73,21 +72,21 @@ class Holder:
 
 
 class UnknownHolderError(CheckpointError):
-    """Says that a lock is held by a process that has not yet written its note."""
+    """A lock is held by a process that has not yet written its note."""
 
 
 @contextmanager
 def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = False) -> Iterator[None]:
-    """Hold a lock of `output_dir` (created where missing) against other jobs. Call it on one rank only.
+    """Hold a lock of `output_dir` (created if missing) against other jobs. Call it on one rank only.
 
     Args:
-        output_dir: of the run.
-        lock: against whom.
-        trains: whether this process asks `stop_requested` from time to time.
+        output_dir: output directory of the run.
+        lock: the lock to hold.
+        trains: whether this process regularly calls `stop_requested`.
     """
     held = _acquire(output_dir, lock)
     try:
-        _remove_notes(output_dir, lock)  # of a process that was killed
+        _remove_notes(output_dir, lock)  # left by a killed process
         _write_note(output_dir, lock, trains)
         yield
     finally:
@@ -96,11 +95,11 @@ def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = Fal
 
 
 def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
-    """Return who holds a lock of `output_dir`; None: nobody.
+    """Return the holder of a lock of `output_dir`; None if it is free.
 
     Raises:
-        UnknownHolderError: somebody holds it.
-        CheckpointError: the lock cannot be looked at.
+        UnknownHolderError: the lock is held, but its note is not written yet.
+        CheckpointError: the lock file cannot be opened.
     """
     path = output_dir / lock.name
     try:
@@ -119,12 +118,12 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Return whether a run has begun in a folder."""
+    """Return whether a run was started in a folder."""
     return any((folder / name).exists() for name in (RUN.name, RUN_FILE, "checkpoints"))
 
 
 def check_output_dir(output_dir: Path) -> Path:
-    """Return the output directory of a run; refuse a file, and a folder that holds shards and no run."""
+    """Return the output directory of a run; raise ConfigError if it is a file, or has shards but no run."""
     place = f"output_dir: {output_dir}"
     try:
         if not is_run_folder(output_dir):
@@ -142,7 +141,7 @@ def check_output_dir(output_dir: Path) -> Path:
 
 
 def request_stop(output_dir: Path, holder: Holder) -> None:
-    """Ask the run that holds `output_dir`, on whichever host it is: rank 0 looks for the file after every step."""
+    """Request a stop of the run that holds `output_dir`, on any host: rank 0 checks for the file after every step."""
     try:
         write_json(output_dir / _STOP, {"pid": holder.pid, "host": holder.host}, durable=False)
     except OSError as error:
@@ -154,16 +153,16 @@ def request_stop(output_dir: Path, holder: Holder) -> None:
 
 
 def stop_requested(output_dir: Path) -> bool:
-    """Return whether somebody has asked this process, which holds `output_dir`, to stop."""
+    """Return whether this process, which holds `output_dir`, was asked to stop."""
     try:
         request = read_json(output_dir / _STOP)
         return bool((request["pid"], request["host"]) == (os.getpid(), socket.gethostname()))
-    except (OSError, ValueError, KeyError, TypeError):  # no request, or one to another process
+    except (OSError, ValueError, KeyError, TypeError):  # no request, or one for another process
         return False
 
 
 def _acquire(output_dir: Path, lock: LockFile) -> FileLock:
-    # A marker in the place of `flock`, which the library would fall back to, outlives a killed process.
+    # The library would fall back from `flock` to a marker file, which outlives a killed process.
     held = FileLock(
         output_dir / lock.name,
         timeout=ACQUIRE_S,
@@ -220,6 +219,6 @@ def _read_note(output_dir: Path, lock: LockFile) -> Holder | None:
 
 def _remove_notes(output_dir: Path, lock: LockFile) -> None:
     names = (lock.note, _STOP) if lock is RUN else (lock.note,)
-    with suppress(OSError):  # the lock itself must be released whatever becomes of them
+    with suppress(OSError):  # the lock must be released even if this fails
         for name in names:
             (output_dir / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Sort parameters into the groups of the optimizer: with weight decay and without, by learning rate."""
+"""Build the optimizer's parameter groups: with weight decay and without, by learning rate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 
 def is_matrix(shape: torch.Size) -> bool:
-    """Return whether a parameter of that (full) shape has weight decay.
+    """Return whether a parameter of this (full) shape has weight decay.
 
-    A (1, 1, D) token or a (1, N, D) position table is a matrix by rank and a set of vectors by use.
+    A (1, 1, D) token or a (1, N, D) position table has the rank of a matrix, but is used as a set of vectors.
     """
     return len(shape) > 1 and shape[0] > 1
 
@@ -23,17 +23,16 @@ def parameter_groups(
     lr_scales: Mapping[str, float] | None = None,
     shape_of: Callable[[nn.Parameter], torch.Size] = lambda parameter: parameter.shape,
 ) -> list[dict[str, Any]]:
-    """Return the groups that an optimizer is built with: matrices with weight decay; biases, norms and other vectors
-    without.
+    """Return the optimizer's parameter groups: matrices with weight decay; biases, norms and other vectors without.
 
     Args:
-        module: the whole module; parameters without gradient are left out.
-        weight_decay: of matrices.
-        lr_scales: what the learning rate is multiplied by, by name of a parameter, where that is not 1.
-        shape_of: gives the full shape of a parameter, which ZeRO-3 has a part of alone.
+        module: the full module; parameters without gradient are left out.
+        weight_decay: applied to matrices only.
+        lr_scales: learning rate multipliers by parameter name; the default is 1.
+        shape_of: returns the full shape of a parameter, which ZeRO-3 partitions.
 
     Returns:
-        By group `params`, `weight_decay`, and `lr_scale`, which whoever sets its `lr` multiplies that by.
+        By group `params`, `weight_decay`, and `lr_scale`: the multiplier to apply when setting the group's `lr`.
     """
     by_scale: dict[float, dict[bool, list[nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():

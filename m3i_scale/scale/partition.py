@@ -1,7 +1,7 @@
-"""This is the one file that touches DeepSpeed's partitioned parameters (`ds_tensor`, persistence, gathering).
+"""Access DeepSpeed's partitioned parameters (`ds_tensor`, persistence, gathering); no other file does.
 
-Under ZeRO-3 a parameter is an empty tensor with a shard (`ds_tensor`) on every rank. Anything that reads or writes
-weights outside a forward pass goes through here.
+Under ZeRO-3 a parameter is an empty tensor with a shard (`ds_tensor`) on every rank. All code that reads or writes
+weights outside a forward pass uses this module.
 """
 
 from __future__ import annotations
@@ -27,35 +27,34 @@ from m3i_scale.scale.peak import compute_dtype
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO-3 owns the parameter."""
+    """Return whether the parameter is partitioned by ZeRO-3."""
     return hasattr(parameter, "ds_tensor")
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter, partitioned or not."""
+    """Return the unpartitioned shape of the parameter."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return torch.Size(shape)
 
 
 def full_numel(module: nn.Module, *, trainable_only: bool = False) -> int:
-    """Return the number of elements of all parameters of the module, whatever is partitioned."""
+    """Return the number of elements of all parameters of the module, counting partitioned ones at their full size."""
     wanted = [p for p in module.parameters() if p.requires_grad or not trainable_only]
     return sum(full_shape(parameter).numel() for parameter in wanted)
 
 
 @contextlib.contextmanager
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator[None]:
-    """Gather the parameters at full shape; with `write`, rank 0's values become everyone's at the end."""
+    """Gather the parameters at full shape. With `write`, the values of rank 0 are broadcast at the end."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None, enabled=bool(partitioned)):
         yield
 
 
 def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
-    """Call `build` so that its parameters are on this rank's device in the dtype of the run: partitioned as each is
-    created under ZeRO-3, complete under other stages. The host never holds the model, which has 9 GB in fp32 for
-    `m3i_vit_g14`, and the device never holds it in fp32.
-    """
+    """Call `build` and create its parameters on this rank's device in the dtype of the run. Under ZeRO-3 each is
+    partitioned on creation; under other stages all are complete. The model is never in host memory (9 GB in fp32 for
+    `m3i_vit_g14`), and never on the device in fp32."""
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         dtype = compute_dtype(ds_config)
@@ -70,7 +69,7 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
                 return build()
         finally:
             hook.remove()
-    # The type is left to the configuration: DeepSpeed ignores an explicit float32 here and takes bf16 or fp16.
+    # No explicit dtype: DeepSpeed ignores float32 here and uses bf16 or fp16.
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         return build()
 
@@ -78,21 +77,20 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
 def initialize_sharded(module: nn.Module, initialize: Initialize, *, seed: int, skip: tuple[str, ...] = ()) -> None:
     """Initialize all parameters, gathering one module at a time under ZeRO-3.
 
-    The values are the ones of `draw_first_values`: they do not depend on the device, the number of ranks or the ZeRO
-    stage.
+    The values come from `draw_first_values`. They do not depend on the device, the number of ranks or the ZeRO stage.
 
     Args:
         module: the model, partitioned or not.
         initialize: fills the parameters of one module.
-        seed: of the run.
-        skip: prefixes of submodules that get their values elsewhere.
+        seed: random seed of the run.
+        skip: prefixes of submodules that are initialized elsewhere.
     """
     draw_first_values(module, initialize, seed=seed, skip=skip, whole=partial(gathered, write=True))
 
 
 def local_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return (first element, elements) of what this rank has to save of a parameter that no optimizer has: its shard
-    without padding under ZeRO-3; otherwise an even share of what all ranks hold alike."""
+    """Return (first element, elements) of the shard that this rank saves of a parameter without optimizer state. Under
+    ZeRO-3 this is its shard without padding, otherwise an even share of the replicated values."""
     numel = full_shape(parameter).numel()
     if is_partitioned(parameter):
         share = local_values(parameter).numel()
@@ -105,7 +103,7 @@ def local_range(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def local_values(parameter: Any) -> Tensor:
-    """Return the live values that this rank holds of a parameter: its shard, padding included, or all of it."""
+    """Return the live local values of a parameter: its shard with padding, or the full parameter."""
     values: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter
     return values.detach()
 
@@ -118,10 +116,11 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
 
 
 def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) -> None:
-    """Fill a parameter that no optimizer has. Under ZeRO-3 gathered copies are stale until all are partitioned again.
+    """Fill a parameter that has no optimizer state. Under ZeRO-3 gathered copies are stale until all are partitioned
+    again.
 
     Args:
-        parameter: to be filled.
+        parameter: the parameter to fill.
         read: `(first element, out)` fills a flat tensor with that range of the values.
     """
     forget_copy(parameter)
@@ -131,18 +130,18 @@ def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) ->
 
 
 def forget_copy(parameter: Any) -> None:
-    """Forget the copy within the group of zero_hpz_partition_size ranks, which the next gather makes anew."""
+    """Drop the secondary copy within a group of zero_hpz_partition_size ranks; the next gather recreates it."""
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
         parameter.ds_secondary_tensor = None
 
 
 def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: str) -> None:
-    """Refuse an engine configuration under which the shards of what does not learn cannot be written in place.
+    """Raise ConfigError if the engine configuration prevents writing the shards of frozen parameters in place.
 
     Args:
         engine: the DeepSpeed engine.
-        parameters: that are written, by name.
-        what: they are, in words.
+        parameters: the parameters to write, by name.
+        what: description of the parameters for the message.
     """
     if engine._config.zero_config.zero_quantized_nontrainable_weights and parameters:
         raise ConfigError(
@@ -158,9 +157,9 @@ def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: st
 
 
 def lay_values(parameter: Any, flat: Tensor) -> None:
-    """Have the live values that this rank holds of a parameter lie in `flat` from now on, which is as long as they are.
+    """Store the live local values of a parameter in `flat`, a tensor of the same length, from now on.
 
-    What they were is not copied.
+    The previous values are not copied.
     """
     if is_partitioned(parameter):
         parameter.ds_tensor.data = flat
@@ -169,8 +168,8 @@ def lay_values(parameter: Any, flat: Tensor) -> None:
 
 
 def keep_partitioned(engine: Any, parameters: Iterable[Any]) -> None:
-    """Take parameters out of persistence: DeepSpeed keeps small ones gathered, so that a write to the shard would leave
-    the gathered copy stale, silently."""
+    """Remove parameters from ZeRO-3's persistent set. DeepSpeed keeps small parameters gathered, so a write to the
+    shard would silently leave the gathered copy stale."""
     partitioned = {id(parameter): parameter for parameter in parameters if is_partitioned(parameter)}
     if not partitioned:
         return
@@ -184,11 +183,12 @@ def keep_partitioned(engine: Any, parameters: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def gradients_by_parameter() -> Iterator[None]:
-    """Have an engine that is started inside reduce every gradient when it is complete, that of a leaf too.
+    """Make an engine that is started inside reduce every gradient when it is complete, including gradients of leaf
+    modules.
 
-    By itself DeepSpeed reduces those of a leaf at the end of a call's backward pass (`stage3.py`,
-    `reduce_leaf_module_grads`). They are not complete then where the layer is called twice, as a decoder is by two
-    targets, and would come into a bucket twice.
+    DeepSpeed reduces the gradients of a leaf at the end of a call's backward pass (`stage3.py`,
+    `reduce_leaf_module_grads`). If the layer is called twice, as a decoder is by two targets, they are not complete
+    then and would enter a bucket twice.
     """
     with mock.patch.object(stage3, "z3_leaf_parameter", return_value=False):
         yield
@@ -198,7 +198,7 @@ _GATHER_STREAM = "_PartitionedParameterCoordinator__allgather_stream"
 
 
 def gather_stream(engine: Any) -> Any:
-    """Return the stream that ZeRO-3 gathers shards on; None under other stages, and where a device has no streams."""
+    """Return the stream on which ZeRO-3 gathers shards; None under other stages and on devices without streams."""
     if engine.zero_optimization_stage() != 3:
         return None
     coordinator = engine.optimizer.parameter_offload.param_coordinator
@@ -212,10 +212,10 @@ def gather_stream(engine: Any) -> Any:
 
 
 def order_gathers(engine: Any) -> None:
-    """Have ZeRO-3 gather shards only after what was queued on the current stream so far, which may have written them.
+    """Make ZeRO-3 gather shards only after all work queued on the current stream, which may write them.
 
-    DeepSpeed copies shards on a stream of its own that waits for no other: not for a write of ours, nor for its own
-    optimizer. Other stages gather on the current stream, and need nothing. No host waits here.
+    DeepSpeed copies shards on a separate stream that waits for no other, neither for our writes nor for its optimizer.
+    Other stages gather on the current stream and need no ordering. The CPU does not wait here.
     """
     stream = gather_stream(engine)
     if stream is not None:
@@ -223,7 +223,7 @@ def order_gathers(engine: Any) -> None:
 
 
 def end_recorded_step(engine: Any) -> None:
-    """Have ZeRO-3 take modules that are called from here on for no part of the last step, whose order it records to
-    gather ahead. By itself it does so when the whole module is called."""
+    """End ZeRO-3's record of the last step, so that later module calls are not attributed to it. ZeRO-3 records the
+    module order to prefetch, and ends the record only when the root module is called."""
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.parameter_offload.get_param_coordinator().reset_step()

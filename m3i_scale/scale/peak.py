@@ -1,4 +1,4 @@
-"""Find what one rank's device could compute at most: by name, as a number, or measured."""
+"""Determine the peak compute rate of one rank's device: by name, as a number, or measured."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ PEAK_TFLOPS = {
     "h200-fp16": 989.0,
     "v100-fp16": 125.0,
 }
-"""Dense matrix products, of the vendor's data sheets (SXM modules)."""
+"""Dense matrix products, from the vendor's data sheets (SXM modules)."""
 _MODULES = {"A100-SXM": "a100", "H100 80GB HBM3": "h100", "H200": "h200", "V100-SXM": "v100"}
-"""Preset by what is in the driver's name of a device."""
+"""Preset by a part of the driver's device name."""
 _OTHER_MODULES = ("NVL", "PCIe")
-"""Whose data sheets have lower rates under the same names."""
+"""Variants with lower data sheet rates under the same names."""
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MOST_TFLOPS = 1e6
-"""Hundreds of times the fastest device: what is above was meant in FLOP/s."""
+"""Hundreds of times the fastest device: a larger value was meant in FLOP/s."""
 _LONG_ENOUGH_S, _MEASURED_S, _LARGEST = 5e-3, 0.2, 8192
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Holds the most that one rank's device computes."""
+    """The peak compute rate of one rank's device."""
 
     tflops: float
-    """10¹² FLOPs a second."""
+    """10¹² FLOPs per second."""
     source: str
     """`given`, the name of a preset, or `measured`."""
     data_sheet_tflops: float | None = None
-    """Where it is measured: that of a known device."""
+    """If the rate is measured: the data sheet rate of a known device."""
 
 
 def device_name() -> str:
-    """Return what this rank computes on: the name of its GPU, or the kind of accelerator."""
+    """Return the compute device of this rank: the name of its GPU, or the kind of accelerator."""
     kind: str = get_accelerator().device_name()
     return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
 def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """Return the type that a DeepSpeed configuration computes in."""
+    """Return the compute dtype of a DeepSpeed configuration."""
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if ds_config.get(key, {}).get("enabled"):
             return dtype
@@ -61,7 +61,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
-    """Return the peak that a run file names."""
+    """Return the peak set in the config file."""
     where = f"hardware.peak_tflops: {given}"
     if isinstance(given, str):
         if given not in PEAK_TFLOPS:
@@ -86,7 +86,7 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
 
 
 def data_sheet_tflops(device: str, dtype: torch.dtype) -> float | None:
-    """Return the rate of `PEAK_TFLOPS` for a device by the name that its driver gives; None where it is not known."""
+    """Return the rate in `PEAK_TFLOPS` for a driver's device name; None if it is unknown."""
     if any(other in device for other in _OTHER_MODULES):
         return None
     presets = [preset for words, preset in _MODULES.items() if words in device]
@@ -94,9 +94,9 @@ def data_sheet_tflops(device: str, dtype: torch.dtype) -> float | None:
 
 
 def measured_peak(dtype: torch.dtype) -> Peak:
-    """Measure the rate of a square matrix product in `dtype`: the best within 0.2 s, as a mean over the ranks.
+    """Measure the rate of a square matrix product in `dtype`: the best within 0.2 s, averaged over the ranks.
 
-    All ranks measure at once, because ranks on one processor share it. Every rank calls it.
+    All ranks measure at once, because ranks on one processor share it. Collective.
     """
     size = 256
     square = _random_square(size, dtype)
@@ -111,8 +111,8 @@ def measured_peak(dtype: torch.dtype) -> Peak:
 
 
 def _random_square(size: int, dtype: torch.dtype) -> Tensor:
-    """Return a matrix as those of training are: of equal numbers a GPU multiplies faster, for less power. No random
-    state of the run moves."""
+    """Return a random matrix, as in training: with equal numbers a GPU multiplies faster, because it uses less power.
+    The run's random state does not change."""
     device = get_accelerator().current_device_name()
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(size, size, dtype=dtype, device=device, generator=generator)

@@ -1,4 +1,4 @@
-"""Join the process group of a run, set how long its collectives may take, leave it."""
+"""Join the process group of a run, set its collective timeout, and leave it."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from m3i_scale.scale.store import await_ranks, choose_interface
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FORK_SAFE = ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE")
-"""Without them, network cards that write into memory may write into that of a loader process (verbs, EFA)."""
+"""Without these, network cards that write to memory may write to a data loader process's memory (verbs, EFA)."""
 
 
 def start_ranks(
     timeout_s: float = 1800.0, join_s: float = 300.0, tell: Callable[[str], None] = lambda text: None
 ) -> ProcessGroupRanks:
-    """Join the process group that the launcher describes in RANK, WORLD_SIZE, …, or MPI's; a world of one without one.
+    """Join the process group that the launcher (or MPI) describes in RANK, WORLD_SIZE, …; without a launcher, use one
+    rank.
 
     Args:
-        timeout_s: of the group's collectives.
-        join_s: until all ranks have come.
-        tell: told on one rank of every host that an extension has to be built, or is being built by another process.
+        timeout_s: collective timeout.
+        join_s: rendezvous timeout.
+        tell: called on one rank per host if an extension must be built, or is being built by another process.
 
     Raises:
-        MissingRanksError: some have not; names them.
-        UserError: only some of the launcher's variables are set (the run would silently be smaller than meant).
+        MissingRanksError: some ranks did not join; the message names them.
+        UserError: only some of the launcher's variables are set (the run would silently be smaller than intended).
     """
     adopt_rank_variables(os.environ)
     missing = [name for name in _RANK_VARIABLES if name not in os.environ]
@@ -63,7 +64,7 @@ def start_ranks(
     keep_host_memory()
     keep_to_environment()
     find_ninja()
-    sweep_stale_locks()  # joining builds an extension, and would wait for a killed builder for ever
+    sweep_stale_locks()  # joining builds an extension, and would wait forever for a killed builder
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -72,35 +73,35 @@ def start_ranks(
     timeout = timedelta(seconds=timeout_s)
     await_ranks(join_s)
     choose_interface(join_s)
-    # With this variable, which its launcher sets, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU. It never removes
-    # them, crashes where there is less (64 MB in a container), and reduces in another order than under other launchers.
+    # With this variable, set by its launcher, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU and never removes
+    # them. It crashes if there is less (64 MB in a container), and its reduction order differs from other launchers.
     local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
     builder = accelerator.create_op_builder("ShareMemCommBuilder")
-    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # as DeepSpeed asks when it joins
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # same test as in DeepSpeed's init
         awaited = awaited_build(builder.name)
         if awaited is not None and os.environ["LOCAL_RANK"] == "0":
             tell(awaited)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
     join_host_group(timeout)
     if local is not None:
-        os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would ask `lscpu` at every gradient bucket
+        os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would call `lscpu` for every gradient bucket
     return ProcessGroupRanks()
 
 
 def set_timeout(timeout_s: float) -> None:
-    """Have every later collective of any group fail when it takes longer. Those under way keep their timeout."""
+    """Set the timeout of later collectives in all groups. Collectives in progress keep their timeout."""
     for group in list(dist.distributed_c10d._world.pg_map):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of groups of backends that have no time-out
+            warnings.simplefilter("ignore")  # from groups with backends that have no timeout
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 @contextlib.contextmanager
 def count_waits(told: Callable[[float], None]) -> Iterator[None]:
-    """Report how long this process waits in collectives. An accelerator's collectives do not make it wait.
+    """Report the time that this process waits in collectives. Collectives of an accelerator do not block the process.
 
     Args:
-        told: seconds of one wait.
+        told: called with the seconds of one wait.
     """
     waits = dist.Work.wait
 
@@ -132,7 +133,7 @@ def stop_ranks(*, wait: bool) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on at the moment."""
+    """Return a port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

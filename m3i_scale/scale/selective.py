@@ -1,7 +1,8 @@
-"""Recompute selectively: what is expensive to compute is kept, everything else is computed again.
+"""Selective activation checkpointing: keep the results of expensive operations and recompute everything else.
 
-The list, and recomputing every second matrix product, are those of torchtitan (`distributed/activation_checkpoint.py`),
-with products that have a bias and the sampling of deformable convolution, which its language models do not have.
+The list and the recomputation of every second matrix product come from torchtitan
+(`distributed/activation_checkpoint.py`). Products with a bias and the sampling of deformable convolution are added,
+because its language models do not have them.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _KEPT = _PRODUCTS | {
 
 
 class _OnlyKept(TorchDispatchMode):
-    """Shows torch's mode the operations that may be kept, and hides all others.
+    """A dispatch mode that passes only the operations in `_KEPT` to torch's mode.
 
-    When it recomputes, torch's mode refuses operations that it did not see in the forward pass. Under ZeRO-3 weights
-    are gathered inside the layer, and how often depends on what is still there.
+    During recomputation, torch's mode raises an error for operations that it did not see in the forward pass. Under
+    ZeRO-3 weights are gathered inside the layer, and the number of gathers depends on the parameters still gathered.
     """
 
     def __init__(self, inner: Any) -> None:

@@ -1,4 +1,4 @@
-"""Check that all ranks write into one folder: each writes its part of a checkpoint there."""
+"""Check that all ranks share one output folder, because each writes its part of a checkpoint there."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ from m3i_scale.scale.agree import from_rank_0, gather_objects
 from m3i_scale.text import listed
 
 VISIBLE_S = 15.0
-"""A network file system may show a new file this much later on other hosts."""
+"""A network file system may take this long to show a new file on other hosts."""
 _PREFIX, _POLL_S, _NAMED_RANKS = ".shared-", 0.2, 8
 
 
 def check_shared(output_dir: Path) -> None:
-    """Refuse an output directory that is not the same on all hosts. Every rank calls it; rank 0 holds the lock.
+    """Raise CheckpointError if the output directory is not the same on all hosts. Collective; rank 0 holds the lock.
 
-    Rank 0 makes a folder of a name that nobody has seen. Every rank looks for it, and one of every host leaves a file
-    in it.
+    Rank 0 creates a folder with a random name. Every rank looks for it, and one rank per host creates a file in it.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     mark: Path = from_rank_0(lambda: _make_mark(output_dir))
     try:
-        # Each rank looks in its own directory: they may have been given different ones.
+        # Each rank checks the directory that it was given, which may differ between ranks.
         results = gather_objects((socket.gethostname(), _fault_here(output_dir / mark.name)))
     finally:
         if dist.get_rank() == 0:
@@ -47,7 +46,7 @@ def check_shared(output_dir: Path) -> None:
 
 
 def _make_mark(output_dir: Path) -> Path:
-    for stale in output_dir.glob(f"{_PREFIX}*"):  # of a run that was killed while it looked
+    for stale in output_dir.glob(f"{_PREFIX}*"):  # left by a run killed during this check
         shutil.rmtree(stale, ignore_errors=True)
     mark = output_dir / f"{_PREFIX}{secrets.token_hex(8)}"
     try:
@@ -62,12 +61,12 @@ def _make_mark(output_dir: Path) -> Path:
 
 
 def _fault_here(mark: Path) -> str | None:
-    """Return what keeps this rank from writing where rank 0 has; None: nothing does."""
+    """Return the error that prevents this rank from writing next to rank 0's files; None if it can."""
     deadline = time.monotonic() + VISIBLE_S
     while True:
         try:
-            for folder in (mark.parent.parent, mark.parent):  # a client of NFS asks its server again
-                with contextlib.suppress(PermissionError):  # to write, one need not be allowed to list
+            for folder in (mark.parent.parent, mark.parent):  # makes an NFS client revalidate its cache
+                with contextlib.suppress(PermissionError):  # writing does not need permission to list
                     os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 (mark / f"rank-{dist.get_rank()}").touch(exist_ok=False)

@@ -1,7 +1,7 @@
-"""Store an fp32 number in two halves of 16 bits, of which the first is a bf16 number by itself.
+"""Store an fp32 number in two 16-bit halves, of which the first is a valid bf16 number.
 
-bf16 is the upper half of fp32. A compute copy in bf16 and the lower half, kept as an integer, are the fp32 number to
-the last bit: four bytes for what would take six.
+bf16 is the upper half of fp32. A bf16 compute copy and the lower half, stored as an integer, give the exact fp32 number
+in four bytes instead of six.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _HALF = 1 << 15
 def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
     """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16)."""
     bits = values.contiguous().view(torch.int32).view_as(upper)
-    lower.copy_(bits)  # the lower half, with a sign: it is negative where `upper` is rounded up
+    lower.copy_(bits)  # the signed lower half: negative where `upper` is rounded up
     upper.view(torch.int16).copy_((bits + _HALF) >> 16)
 
 

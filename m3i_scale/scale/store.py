@@ -23,15 +23,15 @@ from m3i_scale.rank_variables import ranks_on_host
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _KEPT: list[TCPStore] = []
 _HERE, _ANSWER = "m3i_scale/here", "m3i_scale/all"
-"""Keys: the host of a rank that has come; what rank 0 says in the end, nothing where all have."""
+"""Keys: the host of a rank that has joined; the final answer of rank 0, empty if all have joined."""
 _ROUTE, _ROUTES = "m3i_scale/route", "m3i_scale/routes"
-"""Keys: an address of a host on the network of the ranks; the number of ranks that have looked at their route."""
+"""Keys: an address of a host on the ranks' network; the number of ranks that have determined their route."""
 _LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
 _ANY_PORT = 9
 
 
 class MissingRanksError(UserError):
-    """Names ranks that have not come. Nothing has to be mended here before the run is started again."""
+    """Some ranks did not join the rendezvous. The run can be restarted without a change on this host."""
 
     exit_code = EXIT_FAILED
 
@@ -41,15 +41,15 @@ def _of_agent() -> bool:
 
 
 def await_ranks(timeout_s: float) -> None:
-    """Wait at rank 0's store until all ranks have come; rank 0 reports meanwhile which have not. Every rank calls it,
-    before the process group is made, which would wait for them without a word. torchrun's agents have done so already.
+    """Wait at rank 0's store until all ranks have joined; rank 0 reports missing ranks meanwhile. Every rank calls it
+    before creating the process group, which would wait silently. Under torchrun the agents have already waited.
 
     Args:
-        timeout_s: how long at most.
+        timeout_s: rendezvous timeout.
 
     Raises:
-        MissingRanksError: on all ranks that can be reached: who has not come; or rank 0 cannot be reached.
-        UserError: rank 0's port is taken.
+        MissingRanksError: on all reachable ranks; names the missing ranks, or rank 0 cannot be reached.
+        UserError: rank 0's port is in use.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world == 1 or _of_agent():
@@ -64,9 +64,9 @@ def await_ranks(timeout_s: float) -> None:
             answer = f"{_named(missing)} of {world} did not come in {timeout_s:g} s; those of {', '.join(came)} did"
         store.set(_ANSWER, answer)
         if answer:
-            time.sleep(_HEARD_S)  # the store ends with this process, and the others have to read this
+            time.sleep(_HEARD_S)  # the store ends with this process, and the others must read it first
     else:
-        with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network has
+        with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network failed
             store.wait([_ANSWER], timedelta(seconds=timeout_s + _HEARD_S))
         answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 was there, and is gone"
     if answer:
@@ -78,8 +78,8 @@ def await_ranks(timeout_s: float) -> None:
 
 
 def choose_interface(timeout_s: float) -> None:
-    """Set the network interface of gloo on several hosts, if it is not set: see `set_interface`. Every rank calls it,
-    after `await_ranks`.
+    """Set gloo's network interface on several hosts, if it is not set; see `set_interface`. Every rank calls it, after
+    `await_ranks`.
 
     Args:
         timeout_s: how long to wait for other ranks.
@@ -98,12 +98,12 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
     """Set GLOO_SOCKET_IFNAME to the interface of the route to rank 0, if it is not set.
 
     Without it, gloo listens at the address of the host name. Debian and Ubuntu map that name to 127.0.1.1, where no
-    other host connects. The host of rank 0 may map MASTER_ADDR to it, too: it takes the route to another host.
-    NCCL_SOCKET_IFNAME does not replace it: gloo does not read it, and it may only exclude interfaces (`^docker0`).
+    other host can connect. The host of rank 0 may also map MASTER_ADDR to it, so it uses the route to another host.
+    NCCL_SOCKET_IFNAME is no replacement: gloo does not read it, and it may only exclude interfaces (`^docker0`).
 
     Args:
-        store: of all ranks.
-        address: of rank 0.
+        store: the store of all ranks.
+        address: address of rank 0.
         world: number of ranks.
         timeout_s: how long to wait for other ranks.
     """
@@ -138,13 +138,13 @@ def local_address(host: str) -> str:
             try:
                 probe.connect(target)
                 return str(probe.getsockname()[0])
-            except OSError as error:  # an address of IPv6, on a host without it
+            except OSError as error:  # an IPv6 address, on a host without IPv6
                 fault = error
     raise fault
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether only this host reaches itself at the address."""
+    """Return whether the address is reachable from this host only."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
@@ -156,7 +156,7 @@ def _has(store: TCPStore, key: str) -> bool:
 
 
 def _store(rank: int, timeout_s: float) -> TCPStore:
-    """Open rank 0's store, which PyTorch finds and uses then, or the connection to it."""
+    """Open rank 0's store, which PyTorch then finds and uses, or connect to it."""
     host, port, world = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
     if rank == 0 and _KEPT:
@@ -184,7 +184,7 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
 
 
 def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
-    """Wait for all ranks; return those that have not come."""
+    """Wait for all ranks; return the missing ones."""
     began = told_at = time.monotonic()
     missing = list(range(1, world))
     while missing and time.monotonic() - began < timeout_s:
@@ -199,7 +199,7 @@ def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Return `ranks 8–15 (node1)`; with hosts where the launcher has said which they are."""
+    """Format ranks as `ranks 8–15 (node1)`, with hosts if the launcher has named them."""
     host_of = _hosts_of_deepspeed()
     runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
     spans = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
@@ -208,7 +208,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _hosts_of_deepspeed() -> dict[int, str]:
-    """Return hosts by rank, from the command line of the `deepspeed` launcher's process on this host; else none."""
+    """Return hosts by rank, from the command line of this host's `deepspeed` launcher process; empty without one."""
     start = "--world_info="
     try:
         words = [word for word in psutil.Process().parent().cmdline() if word.startswith(start)]  # type: ignore[union-attr]
@@ -219,6 +219,6 @@ def _hosts_of_deepspeed() -> dict[int, str]:
 
 
 def _several_hosts() -> bool:
-    """Return whether fewer ranks are here than in all; where nobody says how many, no."""
+    """Return whether some ranks run on other hosts; False if the number of local ranks is unknown."""
     world = int(os.environ["WORLD_SIZE"])
     return (ranks_on_host(os.environ) or world) < world

@@ -1,1 +1,1 @@
-"""Check whether every machine is ready for a run; nothing is changed."""
+"""Environment check: whether every node is ready for a run. Nothing is changed."""

@@ -1,4 +1,4 @@
-"""Ask all hosts at the same time: an agent on each starts a process that answers."""
+"""Send requests to all hosts in parallel: an agent on each starts a process that answers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SHOWN_CHARACTERS = 300
 
 
 class Agents:
-    """Holds an agent on every host: `with Agents(hosts, site, connect_s) as agents`. It leaves no process behind.
+    """Agents on all hosts: `with Agents(hosts, site, connect_s) as agents`. They leave no process running.
 
     Args:
-        hosts: their names, the head first.
-        site: how they are reached; its `connect_s` is how long an agent may take to come up.
-        connect_s: how long ssh may take.
+        hosts: their names, the master node first.
+        site: connection settings; its `connect_s` is the startup limit of an agent.
+        connect_s: ssh's connect timeout.
     """
 
     def __init__(self, hosts: Sequence[str], site: RemoteShell, connect_s: float) -> None:
         self.errors: dict[str, HostFault] = {}
-        """Why hosts do not answer, or not any more."""
+        """Errors of hosts that do not respond, or no longer do."""
         self._site, self._inbox, self._began = site, Inbox(), time.monotonic()
         self._links: dict[str, Link] = {}
         self._asked = 0
@@ -47,9 +47,8 @@ class Agents:
             link.close()
 
     def connect(self) -> dict[str, dict[str, Any]]:
-        """Return, for every host that answers, the seconds until it did (`reached_s`) and by how much its clock is
-        ahead, with the uncertainty of that (`clock`).
-        """
+        """Return, for every responding host, the seconds until its response (`reached_s`), and by how much its clock is
+        ahead, with the uncertainty (`clock`)."""
         answers: dict[str, dict[str, Any]] = {}
         asked: dict[str, float] = {}
         waiting = set(self._links)
@@ -74,13 +73,13 @@ class Agents:
         within_s: float,
         over: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda answers: False,
     ) -> dict[str, dict[str, Any]]:
-        """Return the answers of those hosts that give one, in the order of the requests.
+        """Return the answers of the hosts that respond, in the order of the requests.
 
         Args:
-            verb: of `host.py`.
-            requests: by host.
-            within_s: how long an answer may take.
-            over: whether with these answers nobody needs to wait for the others.
+            verb: a verb of `host.py`.
+            requests: requests by host.
+            within_s: time limit of an answer.
+            over: whether these answers are enough, so that the others need not be awaited.
         """
         site, texts = self._site, dict.fromkeys(requests, "")
         answers: dict[str, dict[str, Any]] = {}
@@ -88,7 +87,7 @@ class Agents:
         for host in waiting:
             variables = {**site.environment, REQUEST: json.dumps(requests[host])}
             command = [site.python, "-u", "-m", MODULE, verb]
-            ranks = [{"RANK": str(self._asked)}]  # a number that no process of this agent has had
+            ranks = [{"RANK": str(self._asked)}]  # a number not yet used by this agent
             self._links[host].send("start", ranks=ranks, command=command, cwd=site.workdir, environment=variables)
         self._asked += 1
         for host, message in self._hear(waiting, within_s):
@@ -106,7 +105,7 @@ class Agents:
         return {host: answers[host] for host in requests if host in answers}
 
     def _hear(self, waiting: set[str], within_s: float) -> Iterator[tuple[str, Message]]:
-        """Yield messages of agents while an answer is missing; give up hosts that have not answered in time."""
+        """Yield messages of agents while an answer is missing; drop hosts that have not answered in time."""
         until = time.monotonic() + within_s
 
         def left_s() -> float:
@@ -127,7 +126,7 @@ class Agents:
 
 
 def _answer(text: str, code: int) -> dict[str, Any]:
-    """Return what a process that has ended answered; `error` where it has failed."""
+    """Return the answer of an ended process; `error` if it failed."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for line in lines:
         if line.startswith(MARK):

@@ -1,4 +1,4 @@
-"""Turn what all hosts report into findings, by a table of checks, each of which compares a host with the head."""
+"""Turn the reports of all hosts into findings, by a table of checks that compare each host with the master node."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.text import listed, quoted, short_differences, size_text
 
 Answers = Mapping[str, Mapping[str, Any]]
-"""Answers by host, the head first."""
+"""Answers by host, the master node first."""
 MOST_SKEW_S, NOTED_SKEW_S = 30.0, 1.0
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Host:
-    """Holds what a host reports, beside the reports of the head and of all others."""
+    """The report of a host, with the reports of the master node and of all others."""
 
     name: str
     own: Mapping[str, Any]
@@ -32,7 +32,7 @@ def findings_of(answers: Answers, checks: Iterable[str] | None = None) -> Iterat
     """Yield the findings of checks for all hosts.
 
     Args:
-        answers: what the hosts have reported of themselves.
+        answers: reports of the hosts about themselves.
         checks: names of the checks, in order. Default: all.
     """
     head = next(iter(answers.values()))
@@ -43,14 +43,14 @@ def findings_of(answers: Answers, checks: Iterable[str] | None = None) -> Iterat
 
 
 def digest(answer: Mapping[str, Any]) -> str:
-    """Hash Python, packages, code and run file. Equal hashes mean that the checks of these find no fault."""
+    """Hash Python, packages, code and config. If the hashes are equal, the checks of these find no fault."""
     python = answer["python"]
     same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
     return sha256_of_json(same)
 
 
 Seen = Iterator[tuple[str, dict[str, str | None]]]
-"""Values, with `fault`, `warning` and `fix` as `finding` takes them."""
+"""Values, with `fault`, `warning` and `fix` as arguments of `finding`."""
 
 
 def _python(host: Host) -> Seen:
@@ -70,7 +70,7 @@ def _packages(host: Host) -> Seen:
 
 
 def _commit(host: Host) -> Seen:
-    """Compare the code by its bytes; the commit only names them."""
+    """Compare the code by its bytes; the commit is only a label."""
     own, head = host.own["code"], host.head["code"]
     value = f"{own['commit'] or 'no commit'}, files {own['sha256'][:12]} in {own['path']}"
     commit = head["commit"] or "no commit"
@@ -83,7 +83,7 @@ def _commit(host: Host) -> Seen:
 
 
 def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Name the first files of the code that differ between two answers."""
+    """List the first code files that differ between two answers."""
     mine, theirs = own["files"], other["files"]
     return listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), _SHOWN)
 
@@ -138,7 +138,7 @@ def _accelerator(host: Host) -> Seen:
 
 
 def _interface(host: Host) -> Seen:
-    """Check that the interface that ranks talk over is up, and has an address."""
+    """Check that the communication interface is up and has an address."""
     interfaces, chosen = host.own["interfaces"], host.own["interface"]
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
     addresses = own_addresses(interfaces, chosen)
@@ -157,9 +157,8 @@ def _interface(host: Host) -> Seen:
 
 
 def _names(host: Host) -> Seen:
-    """Check that the host knows every host by its right address. Its name may mean the loopback: ranks on several hosts
-    use the route to the head.
-    """
+    """Check that the host resolves every host name to the right address. Its name may resolve to the loopback: ranks on
+    several hosts use the route to the master node."""
     faults, notes = [], []
     for name, told in host.own["names"].items():
         of_itself = name == host.name or name not in host.answers
@@ -183,14 +182,14 @@ def _wrong_address(name: str, told: Mapping[str, Any], answers: Answers) -> str 
     if "fault" in told:
         return f"{name} is unknown: {told['fault']}" if name in answers or len(answers) > 1 else None
     if name not in answers:
-        return None  # the host is down, and nobody can say what its addresses are
+        return None  # the host is down, so its addresses are unknown
     right = {address for addresses in answers[name]["interfaces"].values() for address in addresses}
     wrong = [address for address in told["addresses"] if address.partition("%")[0] not in right]
     return f"{name} means {', '.join(wrong)}, which is no address of that host" if wrong else None
 
 
 def _environment(host: Host) -> Seen:
-    """Check that the host has no variables of its own that change a run."""
+    """Check that the environment variables that affect a run are the same as on the master node."""
     own, head = host.own["variables"], host.head["variables"]
     names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
     others = [f"{name}={own.get(name, '(not set)')}" for name in names]
@@ -224,14 +223,14 @@ CHECKS: Mapping[str, Callable[[Host], Seen]] = {
     "environment": _environment,
     "shards": _shards,
 }
-"""The checks against the head, in the order of the report."""
+"""The checks against the master node, in the order of the report."""
 
 
 def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    """Compare every host's clock with the head's.
+    """Compare every host's clock with the master node's clock.
 
     Args:
-        offsets: seconds by which a host is ahead of the machine that asks, and how uncertain that is.
+        offsets: seconds by which a host is ahead of the requesting machine, and their uncertainty.
     """
     zero, head_error = next(iter(offsets.values()))
     for host, (offset, error) in offsets.items():

@@ -1,4 +1,4 @@
-"""Examine hosts: each looks at itself, then one rank on each host meets the others and measures their links."""
+"""Examine hosts: local checks on each, then a rendezvous of one rank per host that measures the links."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from m3i_scale.launch.doctor.machine import Needs
 from m3i_scale.launch.transport import HostFault, RemoteShell
 
 _GROUP_S, _GROUP_OF_A_HOST_S = 300.0, 20.0
-"""Limit of measuring, and how much more for every host: rounds of links take their time."""
+"""Time limit of the measurement, and its increment per host, because links are measured in rounds."""
 
 Answers = dict[str, dict[str, Any]]
 
 
 @dataclass
 class Examination:
-    """Examines hosts, and whether they are fit for a run, where there is one."""
+    """An examination of hosts, for a given run or in general."""
 
     slots: Mapping[str, int]
-    """Ranks by host, the head first."""
+    """Ranks by host, the master node first."""
     site: RemoteShell
-    """How hosts are reached, and what runs there."""
+    """Connection settings, and the environment of the agents."""
     port: int
-    """Port of the head, where rank 0 will wait."""
+    """Port of rank 0 on the master node."""
     interface: str | None = None
     master_address: str | None = None
     run: str | None = None
     overrides: tuple[str, ...] = ()
     needs: Mapping[str, Needs] | None = None
-    """Needs by host, where there is a run."""
+    """Needs by host, if there is a run."""
     connect_s: float = 10.0
-    """Limit for ssh."""
+    """Time limit for ssh."""
     look_s: float = 120.0
-    """Imports from a slow file system are most of it."""
+    """Mostly for imports from a slow file system."""
     join_s: float = 30.0
-    """Time for which hosts try to reach the head's port."""
+    """Time limit for connecting to the master node's port."""
     measure_s: float = 30.0
-    """Limit of one measurement."""
+    """Time limit of one measurement."""
     tell: Callable[[str], None] = lambda text: None
 
     @property
     def hosts(self) -> list[str]:
-        """Return the names of all hosts, the head first."""
+        """Return the names of all hosts, the master node first."""
         return list(self.slots)
 
     @property
     def head(self) -> str:
-        """Return the host where rank 0 will run."""
+        """Return the host of rank 0."""
         return self.hosts[0]
 
     def findings(self) -> list[Finding]:
-        """Examine all hosts, and return all findings, those of one check together."""
+        """Examine all hosts, and return all findings, grouped by check."""
         with Agents(self.hosts, self.site, self.connect_s) as agents:
             self.tell(f"reaching {len(self.slots)} hosts")
             reached = agents.connect()
@@ -129,7 +129,7 @@ class Examination:
                 }
                 for host, answer in looked.items()
             }
-            # What else listens at a port that the head cannot have may hold up the others for ever.
+            # Another listener on the master node's port could block the others forever.
             answers = agents.request(
                 "measure",
                 requests,
@@ -159,7 +159,7 @@ class Examination:
             yield finding("group", "all", "not measured", warning=why, fix="mend what stands above first")
 
     def _head_address(self, answers: Answers) -> str:
-        """Return the address of the head for launchers: the given one, that of the interface, or else its name."""
+        """Return the master node's address for launchers: the given one, the address of the interface, or its name."""
         if self.master_address is not None:
             return self.master_address
         if self.interface is not None and self.head in answers:

@@ -1,6 +1,6 @@
-"""Collect facts of this host: interpreter, packages, code, run file, devices, interfaces, names, variables, shards.
+"""Collect facts of this host: interpreter, packages, code, config file, devices, interfaces, names, variables, shards.
 
-Every fact is plain JSON. Nothing is judged here: `checks.py` does that where the answers of all hosts lie side by side.
+Every fact is plain JSON. Nothing is evaluated here: `checks.py` compares the answers of all hosts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 _TELLING = re.compile(r"(NCCL|GLOO|TORCH|DS|OMP|CUDA|UCX|HF|XDG)_\w+|LD_LIBRARY_PATH|PYTHONPATH|TZ|LANG|LC_ALL")
 _GIT_S = 5
 _MODULE = re.compile(r"^[A-Za-z_]\w*(?:/__init__)?\.py(?=,)", re.MULTILINE)
-"""What `import` begins with, in the list of files of an installed package."""
+"""Importable modules, in the file list of an installed package."""
 READ_BYTES = 1 << 16
-"""Of the first shard of every source."""
+"""Bytes to read of the first shard of every source."""
 
 
 def software_versions() -> dict[str, Any]:
-    """Return Python, and the versions of the packages that a run computes with; None for one that is missing."""
+    """Return the versions of Python and of the packages that a run depends on; None for a missing package."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -50,9 +50,8 @@ def software_versions() -> dict[str, Any]:
 
 
 def incomplete_packages() -> dict[str, str]:
-    """Return the packages that this one requires and that are not whole here, and why: a removal or an installation
-    that was cut off may leave a version and no files.
-    """
+    """Return the incomplete ones of this package's requirements, and why: an interrupted removal or installation may
+    leave a version without files."""
     try:
         wanted = [
             re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requires("m3i-scale") or [] if "extra ==" not in line
@@ -66,7 +65,7 @@ def incomplete_packages() -> dict[str, str]:
         except PackageNotFoundError:
             incomplete[name] = "not installed"
             continue
-        modules = _MODULE.findall(installed.read_text("RECORD") or "")  # some installers write none
+        modules = _MODULE.findall(installed.read_text("RECORD") or "")  # may be missing with some installers
         gone = [path for path in modules if not Path(str(installed.locate_file(path))).is_file()]
         if gone:
             incomplete[name] = f"installed without {', '.join(gone)}"
@@ -77,7 +76,8 @@ _IN_WHEEL = ("_recipes", "_protocols", "_ds_configs")
 
 
 def code() -> dict[str, Any]:
-    """Hash the package's files, recipes, protocols and DeepSpeed files, one over all; name the commit of a checkout."""
+    """Hash the package's files, recipes, protocols and DeepSpeed files, one hash over all, and include the commit of a
+    checkout."""
     files: dict[str, str] = {}
     folders = [resource_folder("recipes"), resource_folder("protocols"), resource_folder("ds_configs")]
     for folder in (_PACKAGE, *folders):
@@ -90,19 +90,19 @@ def code() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that this package lies in; None where it lies in none."""
+    """Return the commit of the checkout that contains this package; None without one."""
     if not (_PACKAGE.parent / ".git").exists():
         return None
     command = ["git", "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # no git here; the hash says as much
+    except (OSError, subprocess.TimeoutExpired):  # no git here; the hash is sufficient
         return None
     return done.stdout.strip() or None
 
 
 def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
-    """Describe the run as this host resolves it (see `run_values`), or why it cannot be read."""
+    """Return the run as resolved on this host (see `run_values`), or the error."""
     try:
         run = load_run(name, list(overrides))
         return run, run_values(run)
@@ -111,7 +111,7 @@ def run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dic
 
 
 def run_values(run: RunConfig) -> dict[str, Any]:
-    """Return all values of a run and of its DeepSpeed file, and their hash."""
+    """Return all values of a run and of its DeepSpeed config, and their hash."""
     from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
     whole = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
@@ -119,7 +119,7 @@ def run_values(run: RunConfig) -> dict[str, Any]:
 
 
 def devices() -> dict[str, Any]:
-    """Return the accelerators as DeepSpeed finds them."""
+    """Return the accelerators found by DeepSpeed."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -154,7 +154,7 @@ def _driver() -> str | None:
 
 
 def interfaces() -> dict[str, list[str]]:
-    """Return IPv4 and IPv6 addresses by interface, of those that are up."""
+    """Return the IPv4 and IPv6 addresses of the interfaces that are up."""
     states = psutil.net_if_stats()
     families = (socket.AF_INET, socket.AF_INET6)
     return {
@@ -171,7 +171,7 @@ def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list
 
 
 def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the addresses to which this host resolves every name, or why there are none."""
+    """Return the addresses to which this host resolves every name, or the error."""
     addresses: dict[str, dict[str, Any]] = {}
     for host in dict.fromkeys([*hosts, socket.gethostname()]):
         try:
@@ -183,12 +183,12 @@ def names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def variables() -> dict[str, str]:
-    """Return the environment variables that change how a run computes or communicates; no secrets."""
+    """Return the environment variables that affect computation or communication of a run, without secrets."""
     return {key: value for key, value in os.environ.items() if _TELLING.fullmatch(key) and not is_secret(key)}
 
 
 def first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:
-    """Return the first shard of every source, and how many bytes of it were read here, or why none."""
+    """Return the first shard of every source, and the number of bytes read here, or the error."""
     return {name: _first_shard(run, name, source.shards) for name, source in _sources(run).items()}
 
 

@@ -1,4 +1,4 @@
-"""Findings are the doctor's results: one line each, with what to do where something is wrong."""
+"""Results of the environment check: one line each, with a fix if there is a problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """Holds the result of one check on one host, or between two."""
+    """The result of one check on one host, or between two."""
 
     check: str
     """Its stable name: docs/doctor.md lists them."""
@@ -24,10 +24,10 @@ class Finding:
     value: str
     """The observation."""
     why: str | None = None
-    """What follows from it, where it is not as it should be."""
+    """The consequence of a problem."""
     fix: str | None = None
     warning: bool = False
-    """Worth a look, and no reason to stop: `ok` is true."""
+    """An unusual result that does not prevent the run: `ok` is true."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding for JSON, with the same keys every time."""
@@ -37,15 +37,15 @@ class Finding:
 def finding(
     check: str, host: str, value: str, *, fault: str | None = None, warning: str | None = None, fix: str | None = None
 ) -> Finding:
-    """Return a finding; it is ok where neither a fault nor a warning is given.
+    """Return a finding; it is ok if there is no fault.
 
     Args:
         check: its name.
-        host: where.
-        value: what was seen.
-        fault: why the run would fail, or be another one than was meant.
-        warning: why it is worth a look; a fault comes before it.
-        fix: what to do about either.
+        host: a host, a pair, or `all`.
+        value: the observation.
+        fault: why the run would fail, or differ from its configuration.
+        warning: why the result is unusual; a fault takes precedence.
+        fix: how to fix either.
     """
     why = fault or warning
     return Finding(check, host, not fault, value, why, fix if why else None, warning=bool(warning and not fault))
@@ -57,11 +57,11 @@ def faults_of(findings: Iterable[Finding]) -> list[Finding]:
 
 
 class HostsNotReadyError(UserError):
-    """Reports that some host cannot run this as it is, with all findings, not only the first."""
+    """Some hosts cannot run this; the error has all findings, not only the first."""
 
 
 def not_ready(faults: list[Finding]) -> HostsNotReadyError:
-    """Return all faults as one error; the first says what, the rest stand with where."""
+    """Combine all faults into one error: the first is the message, the others are listed with the location."""
     first, *rest = faults
     others = [
         f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")

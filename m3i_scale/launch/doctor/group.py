@@ -1,6 +1,5 @@
-"""Join a group of ranks, one on each host: they meet at the head's port, read each other's notes and measure their
-links, by all-reduce and all-gather over the accelerator's backend.
-"""
+"""Run a group of ranks, one per host: they meet at the master node's port, read each other's notes and measure their
+links, by all-reduce and all-gather over the accelerator's backend."""
 
 from __future__ import annotations
 
@@ -23,24 +22,24 @@ from m3i_scale.files import atomic_write
 from m3i_scale.scale.store import is_loopback, set_interface
 
 NOTE_S = 5.0
-"""A network file system may show a new file a moment later."""
+"""A network file system may show a new file with a delay."""
 _GRACE_S = 5.0
-"""The head waits so much longer for the others than they for it."""
+"""The master node waits this much longer for the others than they wait for it."""
 _ASK_AGAIN_S = 0.2
 FIRST_BYTES = 1 << 20
 MOST_BYTES = 64 << 20
 ROUND_S = 0.2
-"""How long one collective may take, about: a slow link is measured with less."""
+"""Approximate time per collective: a slow link is measured with fewer bytes."""
 REPEATS = 4
 SMALL_REPEATS = 20
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Run as one rank of the group; return what it has measured, as far as the group has come.
+    """Run as one rank of the group; return its measurements, as far as the group got.
 
     Args:
-        request: names of all hosts, the head first, and which of them this is; address and port of the head; how long
-            to wait for others and for a measurement; the run's folder and a token for notes, or None.
+        request: names of all hosts, the master node first, and the name of this one; address and port of the master
+            node; time limits for the rendezvous and for a measurement; the run's folder and a token for notes, or None.
     """
     hosts, host = request["hosts"], request["host"]
     address, port, join_s = request["address"], request["port"], request["join_s"]
@@ -71,10 +70,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def reach(address: str, port: int, seconds: float) -> float:
-    """Connect to the head's port, which may not be open yet; return the milliseconds that it took.
+    """Connect to the master node's port, which may not be open yet; return the connection time in milliseconds.
 
     Raises:
-        OSError: it cannot be reached all that time.
+        OSError: the connection fails until the time limit.
     """
     until = time.monotonic() + seconds
     while True:
@@ -89,12 +88,12 @@ def reach(address: str, port: int, seconds: float) -> float:
 
 
 def open_store(address: str, port: int, *, master: bool, seconds: float, several: bool = False) -> TCPStore:
-    """Open the store of rank 0 at that address and nowhere else, or join it. On several hosts, listen at all addresses
-    if that one is the loopback.
+    """Open the store of rank 0 at that address only, or join it. With several hosts, listen on all addresses if that
+    one is the loopback.
 
     Raises:
         RuntimeError: it cannot be joined.
-        OSError: the port is taken, or the address is none of this host.
+        OSError: the port is in use, or the address does not belong to this host.
     """
     timeout = timedelta(seconds=seconds)
     if not master:
@@ -102,7 +101,7 @@ def open_store(address: str, port: int, *, master: bool, seconds: float, several
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     place = address
     if several and is_loopback(str(socket.getaddrinfo(address, port)[0][4][0])):
-        place = ""  # /etc/hosts maps the name of this host to the loopback, and other hosts use another address
+        place = ""  # /etc/hosts maps this host's name to the loopback; other hosts use another address
     listener = socket.create_server((place, port), family=family, backlog=socket.SOMAXCONN)
     return TCPStore(
         address,
@@ -110,12 +109,12 @@ def open_store(address: str, port: int, *, master: bool, seconds: float, several
         is_master=True,
         timeout=timeout,
         wait_for_workers=False,
-        master_listen_fd=listener.detach(),  # PyTorch itself would listen on all interfaces
+        master_listen_fd=listener.detach(),  # PyTorch would listen on all interfaces
     )
 
 
 def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> list[str]:
-    """Return the hosts that have come, as the head sees it when its time for that is over or all are there."""
+    """Return the hosts that joined, as seen by the master node at its time limit or when all have joined."""
     store.set(f"here/{own}", "")
     if own == hosts[0]:
         until = time.monotonic() + join_s + _GRACE_S
@@ -130,24 +129,24 @@ def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> 
 
 
 class Group:
-    """Holds the hosts that have come, as one of them sees them."""
+    """The hosts that joined, from the view of one of them."""
 
     def __init__(self, store: TCPStore, members: Sequence[str], own: str, seconds: float) -> None:
         self._store, self._members, self._own, self._seconds = store, members, own, seconds
 
     def _tell(self, key: str, value: str) -> dict[str, str]:
-        """Give all members a value; wait until all have given theirs, and return those."""
+        """Send a value to all members; wait for the values of all, and return them."""
         self._store.set(f"{key}/{self._own}", value)
         keys = [f"{key}/{host}" for host in self._members]
         self._store.wait(keys, timedelta(seconds=3 * self._seconds))
         return dict(zip(self._members, (value.decode() for value in self._store.multi_get(keys)), strict=True))
 
     def compare_notes(self, folder: Path, token: str) -> dict[str, Any]:
-        """Write a note into the folder and look for those of the others; nothing of it stays.
+        """Write a note into the folder and read the notes of the others; everything is removed afterwards.
 
         Args:
             folder: a run's output_dir.
-            token: of this examination.
+            token: identifies this examination.
         """
         made: list[Path] = []
         note = f".doctor-{token}-{self._own}"
@@ -163,7 +162,8 @@ class Group:
         return told if fault is None else {**told, "fault": fault}
 
     def measure(self, answer: dict[str, Any]) -> None:
-        """Measure the link of every two hosts, then of all together; gives to `links` and `group` of the answer."""
+        """Measure the link of every host pair, then of all together; add the results to `links` and `group` of the
+        answer."""
         for number, pairs in enumerate(rounds(self._members)):
             mine = next((pair for pair in pairs if self._own in pair), None)
             told = {} if mine is None else self._measured(mine, f"{number}")
@@ -171,13 +171,13 @@ class Group:
                 answer["links"].append({"pair": mine, **told})
             outcomes = self._tell(f"round/{number}", "idle" if mine is None else "fault" if "fault" in told else "ok")
             if "ok" not in outcomes.values():
-                break  # each of them has waited for its time to be over, and so would all others
+                break  # all pairs timed out, and all others would too
         if len(self._members) > 2:
             answer["group"] = self._measured(self._members, "all")
 
     def leave(self) -> None:
-        """Ask nothing more of the store. The head, which serves it, waits until that holds for all members."""
-        with suppress(RuntimeError):  # the head is gone, or another has gone without a word: nothing depends on it here
+        """Stop using the store. The master node, which serves it, waits until all members have stopped."""
+        with suppress(RuntimeError):  # a member is gone, which does not matter here
             self._store.set(f"left/{self._own}", "")
             if self._own == self._members[0]:
                 self._store.wait([f"left/{host}" for host in self._members], timedelta(seconds=self._seconds))
@@ -191,7 +191,7 @@ class Group:
 
 
 def rounds(hosts: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Return every two hosts once, in as few rounds as there can be, none of them twice in a round (circle method)."""
+    """Return every pair of hosts once, in the fewest rounds, each host at most once per round (circle method)."""
     circle: list[str | None] = [*hosts] if len(hosts) % 2 == 0 else [*hosts, None]
     all_rounds = []
     for _ in range(len(circle) - 1):
@@ -203,12 +203,12 @@ def rounds(hosts: Sequence[str]) -> list[list[tuple[str, str]]]:
 
 
 def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
-    """Make the folder where it is missing, as a run would, and write a note there; return why it cannot be.
+    """Create the folder if it is missing, as a run would, and write a note there; return the error if that fails.
 
     Args:
         folder: a run's output_dir.
-        name: of the note.
-        made: gets the note and the folders, in the order in which they are to be removed.
+        name: name of the note.
+        made: receives the note and the created folders, in the order in which they are to be removed.
     """
     note = folder / name
     made += [note, *(path for path in (folder, *folder.parents) if not path.exists())]
@@ -221,7 +221,7 @@ def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
 
 
 def remove(made: list[Path]) -> None:
-    """Remove a note and the folders that were made for it, in this order; what others still use stays."""
+    """Remove a note and the folders created for it, in this order; folders still in use stay."""
     for path in made:
         try:
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -230,11 +230,11 @@ def remove(made: list[Path]) -> None:
 
 
 def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> list[str]:
-    """Return those of `names` that are seen here with their content."""
+    """Return the names of the notes that are visible here with their content."""
     until = time.monotonic() + wait_s
     seen: set[str] = set()
     while True:
-        for path in (folder.parent, folder):  # a client of NFS asks its server anew when a directory is opened
+        for path in (folder.parent, folder):  # an NFS client revalidates its cache on opendir
             with suppress(OSError):
                 os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
         for name in names:
@@ -249,18 +249,18 @@ def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> li
 def measure_links(store: Any, key: str, rank: int, world: int, seconds: float) -> dict[str, Any]:
     """Measure latency and bandwidth of a group; all its members call it at the same time.
 
-    Bandwidths are those of a rank's link: what has to pass it, 2(n−1)/n of the bytes of an all-reduce and (n−1)/n of
-    the bytes that an all-gather makes, over the time of the best of a few rounds.
+    Bandwidths are per rank's link: the bytes that it must carry, divided by the time of the best of a few rounds. These
+    are 2(n−1)/n of the bytes of an all-reduce and (n−1)/n of the output bytes of an all-gather.
 
     Args:
-        store: that all members have joined.
-        key: names the group; never used before.
-        rank: in the group.
+        store: a store that all members have joined.
+        key: unique name of the group.
+        rank: rank in the group.
         world: size of the group.
-        seconds: before it counts as failed.
+        seconds: timeout.
 
     Raises:
-        RuntimeError: the ranks cannot connect, or one has gone.
+        RuntimeError: the ranks cannot connect, or one is gone.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -295,7 +295,7 @@ def _figures(device: torch.device, world: int) -> dict[str, float]:
 
 
 def _size(first_s: float) -> int:
-    """Return how many bytes take about `ROUND_S`, the same on all ranks."""
+    """Return the number of bytes that take about `ROUND_S`, the same on all ranks."""
     wanted = FIRST_BYTES * ROUND_S / max(first_s, 1e-9)
     return int(min(MOST_BYTES, max(FIRST_BYTES, wanted))) // 4096 * 4096
 
@@ -307,7 +307,7 @@ def _slowest(seconds: float, device: torch.device) -> float:
 
 
 def _best(work: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the quickest repeat; a first one is not counted."""
+    """Return the seconds of the fastest repeat, without the warm-up."""
     accelerator = get_accelerator()
     times = []
     for _ in range(repeats + 1):

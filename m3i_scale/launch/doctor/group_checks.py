@@ -1,4 +1,4 @@
-"""Turn what a group of ranks, one on each host, found of ports, shared folders and links into findings."""
+"""Turn a rank group's measurements of ports, shared folders and links, one rank per host, into findings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from m3i_scale.launch.doctor.findings import Finding, finding
 
 Pair = tuple[str, str]
 SLOW = 2.0
-"""A straggler has less than one in so many of the median's bandwidth."""
+"""A straggler has less than the median bandwidth divided by this factor."""
 SLOW_LATENCY = 5.0
-"""Latency varies more: beyond this factor of the median it is noted."""
+"""Latency varies more: a latency above this multiple of the median is reported."""
 
 
 def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:
-    """Check that every host reaches the port where rank 0 will wait."""
+    """Check that every host can connect to rank 0's port."""
     if "fault" in answers[head]["port"]:
         why = "rank 0 waits for the others at that address and port"
         fix = "another --master-port, or what --interface and --master-address say of the head"
@@ -34,7 +34,7 @@ def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding
 
 
 def broken_findings(answers: Answers) -> Iterator[Finding]:
-    """Report hosts where the group came to an end: what had not been checked there by then is not known."""
+    """Report hosts on which the group failed; later checks did not run there."""
     for host, answer in answers.items():
         if "fault" in answer:
             why = "the hosts no longer reach each other through the port of the head, or one of them does not answer"
@@ -42,7 +42,7 @@ def broken_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def shared_findings(answers: Answers) -> Iterator[Finding]:
-    """Check that the run's folder is one and the same on all hosts: each has written a note, and read others'."""
+    """Check that the run's folder is shared by all hosts: each has written a note, and read the others' notes."""
     notes = {host: answer["shared"] for host, answer in answers.items() if "shared" in answer}
     if not notes:
         return
@@ -65,9 +65,9 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def pair_findings(measured: Mapping[Pair, Mapping[str, Any]]) -> Iterator[Finding]:
-    """Judge the links of every two hosts: which hosts are slow with all others, and which pairs are slow besides.
+    """Evaluate the links of all host pairs: which hosts are slow with all others, and which other pairs are slow.
 
-    A host counts with its best partner: one slow link makes its own host slow with all, and no other.
+    A host is rated by its best partner: a slow port makes its host slow with all others, and no other host.
     """
     connected = {pair: link for pair, link in measured.items() if "fault" not in link}
     best: dict[str, float] = {}
@@ -108,7 +108,7 @@ def _pair(pair: Pair, told: Mapping[str, Any], slow: list[str], median: float, l
 
 
 def group_finding(told: Mapping[str, Any], count: int) -> Finding:
-    """Judge what all hosts measured at the same time."""
+    """Evaluate the concurrent measurement of all hosts."""
     if "fault" in told:
         why = "what a training step does cannot be done"
         value = f"{count} hosts: {told['fault']}"
@@ -117,7 +117,7 @@ def group_finding(told: Mapping[str, Any], count: int) -> Finding:
 
 
 def slowest(told: list[Mapping[str, Any]], count: int) -> Mapping[str, Any]:
-    """Return what a group of so many ranks measured: of what its members say, the slowest, or a fault."""
+    """Return the slowest result of a group with `count` ranks, or an error."""
     failed = [answer for answer in told if "fault" in answer]
     if failed or len(told) < count:
         return failed[0] if failed else {"fault": "a host has stopped answering"}
@@ -126,11 +126,11 @@ def slowest(told: list[Mapping[str, Any]], count: int) -> Mapping[str, Any]:
 
 
 def figures(told: Mapping[str, Any]) -> str:
-    """Return what a group measured, in a line."""
+    """Format a group's measurements as one line."""
     rates = f"all-reduce {rate_text(told['all_reduce_gb_s'])}, all-gather {rate_text(told['all_gather_gb_s'])}"
     return f"{rates}, {told['latency_us']:.0f} µs ({told['backend']})"
 
 
 def rate_text(gb_s: float) -> str:
-    """Return a bandwidth for a person."""
+    """Format a bandwidth."""
     return f"{gb_s:.2f} GB/s" if gb_s >= 0.1 else f"{gb_s * 1e3:.2f} MB/s"

@@ -1,6 +1,6 @@
-"""Answer for one host, `python -m m3i_scale.launch.doctor.host VERB`: an agent starts it, and ends it when nobody asks.
+"""Answer requests for one host, `python -m m3i_scale.launch.doctor.host VERB`: an agent starts and ends it.
 
-The question stands in the environment, where secrets may; the answer is a marked line of its output.
+The request is in the environment, which may contain secrets; the answer is a marked line of its output.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from m3i_scale.launch.doctor import facts, machine
 
 MODULE = "m3i_scale.launch.doctor.host"
 REQUEST = "M3I_SCALE_DOCTOR"
-"""Names the variable with the question, as JSON."""
+"""Variable with the request, as JSON."""
 MARK = "m3i-scale doctor: "
-"""Start of the line with the answer: libraries print too."""
+"""Start of the line with the answer, because libraries print too."""
 
 
 def look(request: dict[str, Any]) -> dict[str, Any]:
     """Return facts of this host, and findings that need no other host.
 
     Args:
-        request: name of the host, its needs, the interface, run file and overrides or None, names of all hosts.
+        request: name of the host, its needs, the interface, config file and overrides or None, names of all hosts.
     """
     host, needs = request["host"], machine.Needs(**request["needs"])
     devices = facts.devices()
@@ -48,7 +48,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the question in the environment."""
+    """Answer the request in the environment."""
     request = json.loads(os.environ.pop(REQUEST))
     try:
         if sys.argv[1] == "look":
@@ -57,11 +57,11 @@ def main() -> None:
             from m3i_scale.launch.doctor.group import measure
 
             answer = measure(request)
-    except Exception as error:  # told to the one who asks, who names the host
+    except Exception as error:  # reported by the caller, with the host
         answer = {"error": f"{type(error).__name__}: {error}"}
-    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")  # behind whatever else was printed
+    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")  # after all other output
     sys.stdout.flush()
-    os._exit(0)  # not held up by what a library still does
+    os._exit(0)  # do not wait for threads of libraries
 
 
 if __name__ == "__main__":

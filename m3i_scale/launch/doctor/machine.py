@@ -1,4 +1,5 @@
-"""Compare what this machine has (memory, /dev/shm, file limits, free disk) with what a run needs; find a rank's memory.
+"""Compare this machine's resources (memory, /dev/shm, file limits, free disk) with a run's needs; determine a rank's
+memory.
 
 It takes milliseconds and imports neither torch nor DeepSpeed.
 """
@@ -21,61 +22,61 @@ from m3i_scale.text import GIB, size_text
 SHM = Path("/dev/shm")
 COMFORTABLE_FILES = 4096
 COMFORTABLE_SHM = 2**30
-"""NCCL's own advice for containers: --shm-size=1g."""
+"""NCCL's recommendation for containers: --shm-size=1g."""
 _ASK_NVIDIA = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 _ASK_NVIDIA_S = 10.0
 _OTHER_DEVICES = ("kfd", "accel*", "accel/accel*", "davinci*", "hl*")
-"""In /dev, of accelerators that `nvidia-smi` does not know: AMD's, Google's and Intel's, Ascend's, Gaudi's."""
+"""In /dev, of accelerators that `nvidia-smi` does not support: AMD's, Google's and Intel's, Ascend's, Gaudi's."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Holds what a run needs of one host, with all ranks on it. Zero: nothing is known to be needed."""
+    """A run's needs on one host, for all its ranks. Zero: no known need."""
 
     ranks: int = 1
-    """On the host."""
+    """Number of ranks on the host."""
     world_size: int = 1
     checkpoint_bytes: int = 0
-    """Of one checkpoint, all ranks together."""
+    """Size of one checkpoint, over all ranks."""
     kept_checkpoints: int = 0
-    """That lie on the disk at the same time at most, the one being written included."""
+    """Maximum number on the disk at the same time, including the one being written."""
     kept_bytes: int = 0
-    """Of these."""
+    """Total size of these."""
     memory_bytes: int = 0
-    """In host memory in any case: what is offloaded, and the copies that checkpoints are written from."""
+    """Always in host memory: offloaded states, and the staging copies of checkpoints."""
     state_bytes: int = 0
-    """On devices: weights, moments, averages. In host memory where hosts compute."""
+    """On devices: weights, moments, EMA weights. In host memory if ranks compute on CPUs."""
     shm_bytes: int = 0
-    """In /dev/shm: what loader processes have ready."""
+    """In /dev/shm: prefetched batches of data loader workers."""
     open_files: int = 0
-    """Of one rank."""
+    """Open files of one rank."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Says what resources this machine has now."""
+    """The current resources of this machine."""
 
     memory_available: int
-    """Bytes; the limit of a container counts."""
+    """Bytes, within the limit of a container."""
     memory_total: int
     shm_free: int | None
-    """Bytes; None where there is no /dev/shm."""
+    """Bytes; None if there is no /dev/shm."""
     shm_total: int | None
     files_soft: int
     files_hard: int
-    """Both of ulimit -n."""
+    """Both as in ulimit -n."""
     cores: int
-    """That this process may use; the limit of a container counts."""
+    """Usable by this process, within the limit of a container."""
     threads: int | None
     """OMP_NUM_THREADS; None if it is not set."""
 
 
 def look(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
-    """Read what this machine has.
+    """Read the resources of this machine.
 
     Args:
         shm: the file system of shared memory.
-        cgroup: where the limits of a container stand (version 2).
+        cgroup: folder with the limits of a container (version 2).
     """
     memory = psutil.virtual_memory()
     total, available = _within_container(cgroup, memory.total, memory.available)
@@ -103,12 +104,12 @@ def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, in
     try:
         used = int((folder / "memory.current").read_text(encoding="utf-8"))
         return min(total, int(text)), min(available, int(text) - used + _inactive_file(folder))
-    except (OSError, ValueError):  # the machine's own figures hold
+    except (OSError, ValueError):  # use the numbers of the machine
         return total, available
 
 
 def _inactive_file(folder: Path) -> int:
-    """Return bytes of file cache, which the kernel gives back before it refuses memory."""
+    """Return bytes of file cache, which the kernel frees before it runs out of memory."""
     for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(" ")
         if name == "inactive_file":
@@ -118,21 +119,21 @@ def _inactive_file(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Says how much memory one rank may fill."""
+    """The memory available to one rank."""
 
     gib: float | None
-    """None: this host has accelerators whose memory is not known."""
+    """None: this host has accelerators with unknown memory."""
     on_host: bool
-    """Whether it is the host's own memory, shared out among its ranks."""
+    """Whether it is CPU memory, divided among the host's ranks."""
 
 
 def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> RankMemory:
-    """Return the memory that a rank has.
+    """Return the memory of a rank.
 
     Args:
         slots: ranks on this host.
-        on_host: they compute on CPUs, whatever else the host has.
-        devices: where the kernel shows accelerators.
+        on_host: they compute on CPUs, even if the host has accelerators.
+        devices: folder of device files.
     """
     sizes = [] if on_host else _nvidia_gib()
     if sizes:
@@ -146,17 +147,17 @@ def _nvidia_gib() -> list[float]:
     try:
         output = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
         return [float(line) / 1024 for line in output.split("\n") if line.strip()]
-    except (OSError, ValueError, subprocess.SubprocessError):  # no such program, or its driver does not answer
+    except (OSError, ValueError, subprocess.SubprocessError):  # nvidia-smi is missing, or the driver does not respond
         return []
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
-    """Compare memory, /dev/shm, file limits and threads of a host with what the run needs.
+    """Compare memory, /dev/shm, file limits and threads of a host with the run's needs.
 
     Args:
         host: its name.
-        machine: what it has.
-        needs: what the run needs of it.
+        machine: its resources.
+        needs: the run's needs on it.
         on_host: ranks compute on the CPU.
     """
     return [
@@ -225,7 +226,7 @@ def _threads(host: str, machine: Machine, needs: Needs) -> Finding:
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
-    """Compare free space where checkpoints go with the size of one, and of all that are kept."""
+    """Compare the free space for checkpoints with the size of one, and with the total of all kept ones."""
     existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
     fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
     try:
@@ -250,6 +251,6 @@ def _bytes_below(folder: Path) -> int:
         for name in names:
             try:
                 total += os.lstat(os.path.join(above, name)).st_size
-            except FileNotFoundError:  # a run removes what it no longer keeps
+            except FileNotFoundError:  # a running job removes old checkpoints
                 continue
     return total

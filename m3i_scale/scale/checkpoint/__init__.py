@@ -1,1 +1,1 @@
-"""Checkpoints commit: they are written under a temporary name, checked, renamed."""
+"""Atomic checkpoints: they are written under a temporary name, verified, then renamed."""

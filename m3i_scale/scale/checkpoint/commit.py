@@ -1,12 +1,12 @@
-"""Directories commit: what is not committed does not exist for a reader.
+"""Commit checkpoint directories atomically; readers ignore uncommitted ones.
 
     checkpoints/
       .tmp-step-00000200/   being written; removed at the next start
       step-00000100/        committed: manifest.json was written last, then the folder was renamed
       latest                "step-00000100"; replaced atomically, after the rename
 
-The rename is the moment of commit. A process may be killed at any point before or after it: `newest_good` then returns
-the old or the new checkpoint, never a mixture.
+The rename is the commit. A process may be killed at any point before or after it: `newest_good` then returns the old or
+the new checkpoint, never a mixture.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _REFUSED = {
 
 
 def begin(final: Path, bytes_wanted: int = 0) -> Path:
-    """Make an empty folder to write `final` into; what a failed save left under that name is removed. Rank 0 calls it.
+    """Create an empty temporary folder for `final`, and remove leftovers of a failed save there. Rank 0 calls it.
 
-    A quota is only noticed once it is used up: file systems report the free space of the whole volume.
+    A quota is only detected once it is used up: file systems report the free space of the full volume.
 
     Args:
         final: `…/checkpoints/step-00000100`.
@@ -70,19 +70,20 @@ def begin(final: Path, bytes_wanted: int = 0) -> Path:
 def commit(
     final: Path, temporary: Path, extra: Mapping[str, Any], *, digests: Mapping[str, Digest] | None = None
 ) -> None:
-    """Make `temporary` the checkpoint `final`, on disk and all at once. Rank 0 calls it when every rank has written.
+    """Commit `temporary` as the checkpoint `final`, durably and atomically. Rank 0 calls it after every rank has
+    written.
 
-    Files → directories → manifest, all brought to the disk; then the rename; then `latest`.
+    The order is files → directories → manifest, all synced to disk, then the rename, then `latest`.
 
     Args:
-        final: `…/checkpoints/step-00000100`. A broken folder of that name is replaced.
-        temporary: the folder beside it that holds the files; removed when the disk is at fault.
-        extra: what the manifest says about the checkpoint (step, world size, configuration hash, …); JSON.
-        digests: of the files that the ranks have hashed while they wrote them. Others are hashed here.
+        final: `…/checkpoints/step-00000100`. A corrupt folder of that name is replaced.
+        temporary: the folder in the same directory that holds the files; removed after a disk error.
+        extra: metadata for the manifest (step, world size, configuration hash, …); JSON.
+        digests: digests of the files that the ranks hashed while writing. Other files are hashed here.
 
     Raises:
-        CheckpointError: a full or read-only disk, `final` is committed already and good, or a file is not as its
-            digest says.
+        CheckpointError: the disk is full or read-only, `final` is already a valid checkpoint, or a file does not match
+            its digest.
         TypeError, ValueError: `extra` is not JSON.
     """
     if temporary.parent != final.parent or step_of(final) is None or not temporary.name.startswith(TEMPORARY_PREFIX):
@@ -90,7 +91,7 @@ def commit(
     _refuse_good(final)
     with write_guard(final.parent, temporary):
         _seal(temporary, extra, digests or {})
-        if final.exists():  # broken, or it would have been refused
+        if final.exists():  # corrupt, because valid ones raise above
             discard(final)
         temporary.rename(final)
         sync(final.parent)
@@ -98,35 +99,35 @@ def commit(
 
 
 def point_latest(final: Path) -> None:
-    """Make `latest`, beside a checkpoint, name it."""
+    """Point the `latest` file to this checkpoint."""
     latest = final.with_name(LATEST)
     with write_guard(final.parent, latest, remove_folder=False):
         atomic_write(latest, final.name + "\n")
 
 
 def withdraw(undone: Sequence[Path], latest: Path) -> None:
-    """Remove checkpoints that no resume may go on from, the newest first; `latest` is the newest that stays."""
+    """Remove rolled-back checkpoints, newest first, and point `latest` to the newest remaining one."""
     for path in undone:
         discard(path)
     point_latest(latest)
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint so that a kill half-way leaves no half checkpoint under its name."""
+    """Remove a checkpoint such that a kill during removal leaves no partial checkpoint under its name."""
     renamed = path.with_name(f"{REMOVED_PREFIX}{path.name}-{secrets.token_hex(4)}")
     with write_guard(path.parent, renamed):
         path.rename(renamed)
         sync(path.parent)
-    # The checkpoint is gone. What NFS keeps of its files while somebody reads them goes with the next one.
+    # The checkpoint is removed. Files that NFS keeps open for readers are deleted by the next call.
     for leftover in path.parent.glob(f"{REMOVED_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove what a killed job left half written, and what of removed checkpoints is left; returns what was removed.
+    """Remove partial checkpoints of killed jobs and leftovers of removed checkpoints; return the removed paths.
 
     Args:
-        root: the folder of checkpoints; need not exist. The caller holds the lock of the output directory.
+        root: the folder of checkpoints; may be missing. The caller holds the lock of the output directory.
     """
     if (root / LATEST).is_dir() and not (root / LATEST).is_symlink():
         raise CheckpointError(
@@ -137,7 +138,7 @@ def sweep(root: Path) -> list[Path]:
         )
     leftovers = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
     for path in leftovers:
-        if path.name.startswith(REMOVED_PREFIX):  # somebody may read it still; see `discard`
+        if path.name.startswith(REMOVED_PREFIX):  # may still have readers; see `discard`
             shutil.rmtree(path, ignore_errors=True)
         else:
             with write_guard(root, path):
@@ -149,21 +150,21 @@ def sweep(root: Path) -> list[Path]:
 def write_guard(
     root: Path, temporary: Path, bytes_wanted: int | None = None, *, remove_folder: bool = True
 ) -> Iterator[None]:
-    """Explain a failed write into `temporary`, and remove that folder.
+    """Convert a failed write into `temporary` to a CheckpointError, and remove that folder.
 
     Args:
         root: the folder of checkpoints.
         temporary: the folder being written.
-        bytes_wanted: size of the whole checkpoint, if known; for the message.
-        remove_folder: False on the ranks that are not alone in writing there.
+        bytes_wanted: size of the complete checkpoint, if known; for the message.
+        remove_folder: False if other ranks write to the folder too.
     """
     try:
         yield
     except OSError as error:
-        # Removed only after the message is made: it names the file and the space that was left.
+        # Removed only after the message is made, which names the file and the free space before the removal.
         fault = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
         if remove_folder:
-            with suppress(OSError):  # where even this fails, `sweep` does it at the next start
+            with suppress(OSError):  # if this fails too, `sweep` removes it at the next start
                 remove(temporary)
         raise fault from None
 
@@ -171,7 +172,7 @@ def write_guard(
 def explain(
     error: OSError, root: Path, *, temporary: Path | None = None, bytes_wanted: int | None = None
 ) -> CheckpointError:
-    """Return the error of a failed write: which file, bytes wanted and free, and which checkpoint is still good."""
+    """Return the error of a failed write: the file, the required and free space, and the last valid checkpoint."""
     where = str(error.filename or _last_written(temporary) or temporary or root)
     fix = "make the folder writable, or set output_dir to another one; then start the run again"
     if error.errno in _FULL:
@@ -181,7 +182,7 @@ def explain(
 
 
 def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> str:
-    """Return in words why a write failed; with the room that was wanted and the room there is, where that matters."""
+    """Return the cause of a failed write, with the required and free space if that is relevant."""
     cause = (_FULL | _REFUSED).get(error.errno or 0) or error.strerror or str(error)
     if error.errno in _REFUSED:
         return cause
@@ -191,10 +192,10 @@ def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> s
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder; nothing happens when there is none.
+    """Remove a file, a link or a complete folder; do nothing if it does not exist.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the removal failed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -231,13 +232,13 @@ def _refuse_good(final: Path) -> None:
 
 
 def _last_written(folder: Path | None) -> Path | None:
-    """Return the file that was being written: errors of write(2) do not name it."""
+    """Return the file that was being written, because errors of write(2) do not name it."""
     if folder is None or not folder.is_dir():
         return None
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
 def _last_good(root: Path) -> str:
-    # By names and sizes: reading a checkpoint of 100 GiB takes minutes, on the disk at fault, while all ranks wait.
+    # By names and sizes only: reading a 100 GiB checkpoint takes minutes, on the failing disk, while all ranks wait.
     good, _ = newest_good(root, contents=False)
     return f"nothing is lost: the last good checkpoint is {good}" if good else "there is no good checkpoint yet"

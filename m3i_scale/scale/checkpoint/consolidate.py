@@ -1,4 +1,4 @@
-"""Write whole weights from a sharded checkpoint; the folder appears when it is complete."""
+"""Write full weights from a sharded checkpoint; the folder is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHARD_SIZE = "5GB"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _FILES_BYTES = 1 << 20
-"""For headers, indices and small files, when room on the disk is asked for."""
+"""Extra free space required for headers, indices and small files."""
 
 
 def consolidate(
@@ -44,16 +44,16 @@ def consolidate(
     max_shard_size: str | None = None,
     layout: Layout = "safetensors",
 ) -> dict[str, Any]:
-    """Write whole tensors of a checkpoint. Memory holds a block of a tensor (`safetensors`), a tensor (`universal`) or
-    a file (`deepspeed`), whatever the size of the model.
+    """Write full tensors of a checkpoint. Memory holds a block of a tensor (`safetensors`), a tensor (`universal`) or a
+    file (`deepspeed`), independent of the model size.
 
     Args:
-        checkpoint: one checkpoint, or a run's output folder, whose newest good one is taken.
-        target: the folder to make.
-        weights: what `student.…` holds: the trained weights, or their moving average.
-        dtype: of the tensors; the layouts for DeepSpeed are float32.
+        checkpoint: one checkpoint, or a run's output folder, which means its newest valid checkpoint.
+        target: the folder to create.
+        weights: values for `student.…`: the trained weights, or their EMA.
+        dtype: dtype of the tensors; the layouts for DeepSpeed are float32.
         max_shard_size: of a file, such as "5GB" or "500MB" (10⁹ and 10⁶ bytes, as the Hub counts); default: 5GB.
-        layout: `safetensors` as the Hub names them (model-00001-of-00003.safetensors …, and an index), or one of
+        layout: `safetensors` with the Hub's names (model-00001-of-00003.safetensors …, and an index), or one of
             `deepspeed_layouts.py`.
 
     Returns:
@@ -115,14 +115,14 @@ def write_shards(
     """Write the `safetensors` layout.
 
     Args:
-        folder: to write into.
-        weights: what is written.
-        dtype: of the files.
-        shard_bytes: of one file, at most; a larger tensor has a file of its own.
+        folder: output folder.
+        weights: the weights to write.
+        dtype: dtype of the files.
+        shard_bytes: maximum size of one file; a larger tensor gets a separate file.
         facts: written into every file's header.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a write failed.
         CheckpointError: a tensor is not finite.
     """
     planned = {name: torch.empty(weights.shape(name), dtype=dtype, device="meta") for name in weights}
@@ -161,7 +161,7 @@ def _bytes_of(size: str) -> int:
 
 
 def _good_checkpoint(path: Path) -> Path:
-    """Return the given checkpoint, or a run's newest, that verifies byte by byte."""
+    """Return the given checkpoint, or a run's newest, after verifying it byte by byte."""
     if step_of(path) is None and not (path / MANIFEST).is_file():
         root = path if path.name == "checkpoints" else path / "checkpoints"
         newest, passed_over = newest_good(root)
@@ -192,7 +192,7 @@ def _count_parameters(weights: SavedWeights, source: Path) -> int:
 
 
 def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder under another name, and rename it when all is on the disk."""
+    """Fill a folder under a temporary name with `write`, and rename it when all data is on disk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free

@@ -1,4 +1,4 @@
-"""Read what is in a checkpoint from the headers of its files, and compare the values of two checkpoints.
+"""List a checkpoint's tensors from the headers of its files, and compare the values of two checkpoints.
 
 Nothing is unpickled.
 """
@@ -24,32 +24,32 @@ from m3i_scale.scale.checkpoint.stream import DTYPES, NAMES
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
 _NUMBERS = 1 << 22
-"""Compared at a time, in double precision."""
+"""Elements compared at a time, in double precision."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Describes a stored tensor, and where it is."""
+    """A stored tensor and its location."""
 
     kind: str
-    """The folder, with the first part of the name where that has several; the file, where that lies in none."""
+    """The folder, with the first part of the name if the folder has several kinds; the file name outside folders."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: Callable[[], list[Piece]]
-    """Returns its pieces; not kept: ranks × tensors of them may be millions."""
+    """Returns its pieces. Not cached: ranks × tensors may be millions."""
     read: Callable[[], Tensor]
-    """Returns the whole tensor; raises CheckpointError where it cannot."""
+    """Returns the full tensor, or raises CheckpointError."""
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of its numbers."""
+        """Return the size of its elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
-    """Return tensors by folder and name (`tensors/weight/student.model.…`), whatever ranks share them out.
+    """Return tensors by folder and name (`tensors/weight/student.model.…`), independent of their sharding.
 
-    What has the same name in files of random states is no part of one tensor: it gets the file's name before it.
+    Random states of several ranks have the same name, but are separate tensors: their names include the file name.
     """
     saved = SavedTensors(folder)
     tensors = {}
@@ -96,13 +96,13 @@ def compare_tensors(
     Args:
         one: a checkpoint.
         other: another one.
-        values: also read and compare them; memory holds one tensor of both.
+        values: also read and compare values; memory holds one tensor of both.
         advance: called with the bytes of `one` that have been compared.
 
     Returns:
-        missing, added (names), shape, dtype (what was and what is, by name), cut_otherwise (names of those that lie in
-        other pieces), the number of those in both; with `values` also by name `max_abs` and `relative`
-        (‖b − a‖ / ‖a‖), or why they cannot be compared.
+        missing, added (names), shape, dtype (old and new, by name), cut_otherwise (names of tensors with other piece
+            boundaries), the number of tensors in both; with `values` also by name `max_abs` and `relative` (‖b − a‖ /
+            ‖a‖), or the reason why they cannot be compared.
     """
 
     def cuts(stored: Stored) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
-"""Write whole weights as DeepSpeed reads them, without the memory that the model would take.
+"""Write full weights in DeepSpeed's formats, without loading the full model into memory.
 
-universal     what DeepSpeed's `checkpoint.load_universal` reads: weights and moments, one file a tensor
-deepspeed     what `zero_to_fp32` reads: weights, cut as ZeRO-3 on as many ranks as there are files
+universal     for DeepSpeed's `checkpoint.load_universal`: weights and moments, one file per tensor
+deepspeed     for `zero_to_fp32`: weights, partitioned as by ZeRO-3 with one rank per file
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 def write_universal(
     folder: Path, kinds: Mapping[str, SavedWeights], counters: Mapping[str, Any], world_size: int
 ) -> None:
-    """Write the `universal` layout. What belongs to the engine that reads it (learning rate, weight decay, loss scale)
-    is left out, so that its own settings hold.
+    """Write the `universal` layout. Settings of the engine that reads it (learning rate, weight decay, loss scale) are
+    omitted, so that its configuration applies.
 
     Args:
-        folder: to write into.
+        folder: output folder.
         kinds: master weights and both moments, by their kind.
-        counters: of the engine that saved.
-        world_size: of the run; written down, and not used by DeepSpeed.
+        counters: counters of the engine that saved.
+        world_size: number of ranks of the run; recorded, and not used by DeepSpeed.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a write failed.
         CheckpointError: a tensor is not finite.
     """
     root, steps = folder / TAG, float(counters["optimizer_steps"])
@@ -47,7 +47,7 @@ def write_universal(
         for kind in (MASTER, *MOMENTS):
             _save({"param": _whole(kinds[kind], name)}, place / ("fp32.pt" if kind == MASTER else f"{kind}.pt"))
         _save(torch.tensor(steps), place / "step.pt")
-    # DeepSpeed walks its own groups beside these: there can be no more of them than tensors.
+    # DeepSpeed iterates over its groups and these in parallel: there can be no more of them than tensors.
     groups: list[dict[str, Any]] = [{"params": []} for _ in kinds[MASTER]]
     inner = {"state": {0: {"step": torch.tensor(steps)}}, "param_groups": groups}
     version = {"ds_version": deepspeed.__version__}
@@ -63,7 +63,7 @@ def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
     """Write the `deepspeed` layout: fp32 weights without moments, in files of about `shard_bytes`.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a write failed.
         CheckpointError: a tensor is not finite.
     """
     root, shapes = folder / TAG, {name: torch.Size(weights.shape(name)) for name in weights}
@@ -73,7 +73,7 @@ def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
         states = {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": [_share(weights, shapes, rank, ranks)]}
         path = root / _RANK_FILE.format(rank)
         _save({"optimizer_state_dict": states, "ds_version": deepspeed.__version__}, path)
-        del states  # before the next one is made
+        del states  # free the memory before the next rank's states are made
     empty: dict[str, Any] = {"module": {}, "buffer_names": [], "shared_params": {}}
     _save({**empty, "param_shapes": [shapes], "ds_version": deepspeed.__version__}, root / _MODEL_FILES[1])
     (folder / "latest").write_text(TAG, encoding="utf-8")
@@ -86,7 +86,7 @@ def _whole(weights: SavedWeights, name: str) -> Tensor:
 
 
 def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, ranks: int) -> Tensor:
-    """Return the shard of a rank under ZeRO-3: of every tensor an even share, the last ones filled up with zeros."""
+    """Return the shard of a rank under ZeRO-3: an even share of every tensor, the last ones padded with zeros."""
     flat = torch.zeros(sum(math.ceil(shape.numel() / ranks) for shape in shapes.values()))
     at = 0
     for name, shape in shapes.items():
@@ -98,12 +98,11 @@ def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, rank
 
 
 def _save(value: object, path: Path) -> None:
-    """Write plain containers and tensors by `torch.save`."""
     try:
         with path.open("wb") as file:
             torch.save(value, file)
     except RuntimeError as error:
-        cause = error.__context__  # torch's writer fails once more when it is closed
+        cause = error.__context__  # torch's writer raises a second error when it is closed
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise

@@ -1,7 +1,7 @@
-"""Copy tensors into host memory, which is kept from one save to the next.
+"""Copy tensors into a host staging buffer, which is reused from one save to the next.
 
-An accelerator copies into pinned memory while the host goes on. Torch rounds every pinned allocation up to a power of
-two: on its own, a piece of 33 MiB would take 64. So pieces share pools, whose sizes are powers of two to begin with.
+An accelerator copies into pinned memory asynchronously. Torch rounds every pinned allocation up to a power of two: a
+separate allocation for a 33 MiB piece would take 64 MiB. So pieces share pools with power-of-two sizes.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 Pin = Callable[[int], Tensor]
-"""Returns so many bytes of pinned memory."""
+"""Returns pinned memory of the given size in bytes."""
 _ALIGNED = 64
-"""Pieces begin at multiples of so many bytes in a pool."""
+"""Alignment in bytes of the pieces in a pool."""
 
 
 @dataclass
 class HostCopies:
-    """Copies the same tensors at every save."""
+    """A reusable host staging buffer for the same tensors at every save."""
 
     places: list[Tensor] = field(default_factory=list)
-    """Of the last copies."""
+    """Tensors of the last copies."""
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return flat copies of flat tensors, in their order; complete once the accelerator is synchronised.
+        """Return flat copies of flat tensors, in their order; complete once the accelerator is synchronized.
 
         Raises:
-            RuntimeError: there is no memory for them.
+            RuntimeError: there is not enough memory.
         """
         wanted = [(tensor.numel(), tensor.dtype) for tensor in tensors]
         if [(place.numel(), place.dtype) for place in self.places] != wanted:
-            self.clear()  # before there are new ones beside them
+            self.clear()  # so that old and new buffers never coexist
             pins = get_accelerator().device_name() != "cpu"
             self.places = make_places(wanted, _pinned if pins else None)
         return [place.copy_(tensor, non_blocking=True) for place, tensor in zip(self.places, tensors, strict=True)]
@@ -45,7 +45,7 @@ class HostCopies:
 
 
 def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Pin | None) -> list[Tensor]:
-    """Allocate flat tensors of these sizes and types: one allocation each, or pools where they are to be pinned."""
+    """Allocate flat tensors of these sizes and dtypes: one allocation each, or shared pools if they are pinned."""
     if pin is None:
         return [torch.empty(numel, dtype=dtype) for numel, dtype in wanted]
     sizes = [numel * dtype.itemsize for numel, dtype in wanted]
@@ -58,18 +58,18 @@ def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Pin | None) -> l
 
 
 def _pinned(size: int) -> Tensor:
-    # Pinned at once. To pin memory that is there would take it twice, and copy what is in it.
+    # Allocated as pinned memory: pinning existing memory would allocate it twice and copy its contents.
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return sizes of pools, each a power of two, and for every piece its pool and where it begins there.
+    """Return the pool sizes, each a power of two, and the (pool, offset) of every piece.
 
-    The largest piece that is left opens a pool: of the largest power of two that all that is left would fill, or of one
-    that it fits into. Whatever else fits goes there too, the larger ones first.
+    The largest unplaced piece opens a pool. Its size is the largest power of two that the unplaced pieces would fill,
+    or the smallest that the piece fits into, whichever is larger. Other pieces that fit are added, larger ones first.
 
     Args:
-        sizes: of the pieces, in bytes.
+        sizes: sizes of the pieces, in bytes.
     """
     pools: list[int] = []
     places = [(0, 0)] * len(sizes)

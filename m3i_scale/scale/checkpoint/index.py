@@ -1,8 +1,8 @@
-"""Say where the pieces of a checkpoint's tensors lie.
+"""Index the pieces of a checkpoint's tensors.
 
-Where every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of
-ranks, and are not listed: there would be tensors × ranks of them, hundreds of megabytes at a thousand ranks. Stages 1
-and 2 cut the tensors laid end to end, which makes only a few pieces a rank; those are listed.
+If every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of ranks.
+They are not listed: a list would have tensors × ranks entries, hundreds of megabytes at a thousand ranks. Stages 1 and
+2 cut concatenated tensors into only a few pieces per rank; those are listed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Piece = tuple[int, int, str]
 
 
 def file_name(rank: int, number: int) -> str:
-    """Return the name of a rank's file of that number."""
+    """Return the name of a rank's file with this number."""
     return f"rank-{rank:05d}-{number:05d}.safetensors"
 
 
 def even_piece(numel: int, rank: int, ranks: int) -> Piece:
-    """Return a rank's share of a tensor of `numel` elements that is cut evenly; it may have no elements."""
+    """Return a rank's share of an evenly divided tensor of `numel` elements; the share may be empty."""
     share = math.ceil(numel / ranks)
     start = min(share * rank, numel)
     return start, min(share, numel - start), file_name(rank, 0)
@@ -34,19 +34,19 @@ def even_piece(numel: int, rank: int, ranks: int) -> Piece:
 
 @dataclass(frozen=True)
 class Index:
-    """Holds the contents of `index.json`."""
+    """The contents of `index.json`."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Of whole tensors, by key."""
+    """Shapes of full tensors, by key."""
     norms: Mapping[str, float]
-    """By key."""
+    """Norms, by key."""
     ranks: int
-    """That wrote the checkpoint; 0: not said, as in an index that lists every piece."""
+    """Number of ranks that wrote the checkpoint; 0 if unknown, as in an index that lists every piece."""
     listed: Mapping[str, Sequence[Piece]]
-    """Sorted pieces of the tensors that are not cut evenly, by key."""
+    """Sorted pieces of the tensors that are not divided evenly, by key."""
 
     def pieces(self, key: str, start: int = 0, end: int | None = None) -> Iterator[Piece]:
-        """Yield the pieces of a tensor that have elements of the range from `start` to `end`, in order."""
+        """Yield the pieces of a tensor that overlap the range from `start` to `end`, in order."""
         numel = math.prod(self.shapes[key])
         end = numel if end is None else end
         if key in self.listed:
@@ -62,7 +62,7 @@ class Index:
                 yield even_piece(numel, rank, self.ranks)
 
     def fault(self) -> str | None:
-        """Return what does not hold together; None: nothing."""
+        """Return a description of an inconsistency; None if there is none."""
         keys = self.shapes.keys()
         unplaced = set() if self.ranks > 0 else keys - self.listed.keys()
         if wrong := (keys ^ self.norms.keys()) | (self.listed.keys() - keys) | unplaced:
@@ -81,8 +81,8 @@ class Index:
         """Write the index.
 
         Raises:
-            ValueError: pieces overlap, or do not make up a tensor.
-            OSError: the disk refused.
+            ValueError: pieces overlap, or do not cover a tensor.
+            OSError: a write failed.
         """
         if fault := self.fault():
             raise ValueError(fault)
@@ -91,11 +91,11 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> Index:
-        """Return an index that was written, by this version or by one that listed every piece.
+        """Read an index written by this version or by one that listed every piece.
 
         Raises:
             OSError: it cannot be read.
-            ValueError, KeyError, TypeError, AttributeError: it is not as it was written.
+            ValueError, KeyError, TypeError, AttributeError: its contents are invalid.
         """
         values = read_json(path)
         return cls(
@@ -110,7 +110,7 @@ class Index:
 
 
 def _gap(pieces: Sequence[Piece], numel: int) -> str | None:
-    """Return what is wrong with sorted pieces of a tensor of `numel` elements."""
+    """Return the error in sorted pieces of a tensor of `numel` elements; None if they cover it."""
     at = 0
     for start, count, _ in pieces:
         if start != at:

@@ -1,12 +1,12 @@
-"""Checkpoints are in these folders, and hold these files.
+"""Names of the folders and files of checkpoints.
 
 checkpoints/
-  .tmp-step-00000200/   being written or removed: does not exist for a reader
+  .tmp-step-00000200/   being written or removed: ignored by readers
   step-00000100/        committed
-    tensors/            master weights, moments and averages, in pieces of every rank, and their index (tensors.py)
-    buffers.safetensors what heads and balanced weights remember between batches
-    random/             rank-00000.safetensors …  random states of the host and of the accelerator
-    data/               rank-00000.json …  position of the stream
+    tensors/            master weights, moments and EMA weights, in pieces of every rank, and their index (tensors.py)
+    buffers.safetensors persistent buffers of heads and loss weighting
+    random/             rank-00000.safetensors …  random states of the CPU and of the accelerator
+    data/               rank-00000.json …  position in the data stream
     run.yaml meta.json
     manifest.json       written last: size and SHA-256 of every file
   latest                "step-00000100"
@@ -28,7 +28,7 @@ REMOVED_PREFIX = f"{TEMPORARY_PREFIX}removed-"
 LATEST = "latest"
 """A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
 DATA_FILES = "data/rank-*.json"
-"""Positions in the data, a file of each rank that wrote the checkpoint."""
+"""Positions in the data, one file per rank that wrote the checkpoint."""
 TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -46,12 +46,12 @@ def step_of(path: Path) -> int | None:
 
 
 def temporary_for(final: Path) -> Path:
-    """Return the folder to write `final` under until it is committed: the same on every rank."""
+    """Return the temporary folder in which `final` is written; the same on every rank."""
     return final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Return all folders that are named as a step, the newest first; not verified. [] where there is no `root`."""
+    """Return all folders with a step name, the newest first, unverified. Return [] if `root` does not exist."""
     if not root.is_dir():
         return []
     steps = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
@@ -59,7 +59,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def named_latest(root: Path) -> str | None:
-    """Return what `latest` names; None where it cannot be read."""
+    """Return the contents of `latest`; None if it cannot be read."""
     try:
         return (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -67,10 +67,10 @@ def named_latest(root: Path) -> str | None:
 
 
 def stopped_words(root: Path) -> str:
-    """Return the message of a run that was asked to stop and has saved.
+    """Return the message of a run that was stopped on request and has saved.
 
     Args:
-        root: of its checkpoints.
+        root: folder of its checkpoints.
     """
     newest = next(iter(checkpoints(root)), None)
     if newest is None:
@@ -95,7 +95,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointError:
-    """Return the error that a file of a checkpoint cannot be read; where the whole folder has gone, it says so."""
+    """Return the error for an unreadable checkpoint file, with a hint if the complete folder was removed."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     gone = None if folder.exists() else "a run or `checkpoint prune` has removed the checkpoint meanwhile"
     return CheckpointError(

@@ -1,4 +1,4 @@
-"""List the checkpoints of a run: size, whether good, and why each stays."""
+"""List the checkpoints of a run: size, validity, and the reasons to keep each."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from m3i_scale.scale.output_dir import RUN_FILE
 
 
 def rules_of_run(root: Path) -> RetentionConfig | None:
-    """Return the rules of the run file that a run has written beside its checkpoints; None where there is none.
+    """Return the retention rules of the config file that a run saved next to its checkpoints; None without one.
 
     Args:
-        root: of the checkpoints.
+        root: folder of the checkpoints.
     """
     path = root.absolute().parent / RUN_FILE
     if not path.is_file():
@@ -38,9 +38,9 @@ def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) ->
     """Return the document of `checkpoint list`.
 
     Args:
-        root: of the checkpoints; need not exist.
-        metrics: of the run.
-        contents: read every byte; otherwise names and sizes decide what is good.
+        root: folder of the checkpoints; may be missing.
+        metrics: evaluation metrics of the run.
+        contents: verify every byte; otherwise names and sizes determine validity.
     """
     entries = entries_of(root, metrics, contents=contents)
     rules = rules_of_run(root)
@@ -59,7 +59,7 @@ def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) ->
 
 def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]:
     samples = age_s = None
-    with contextlib.suppress(CheckpointError):  # listed as not good
+    with contextlib.suppress(CheckpointError):  # listed as not valid
         samples = read_meta(entry.path).get("samples")
     with contextlib.suppress(OSError):  # never committed
         age_s = max(0.0, time.time() - (entry.path / MANIFEST).stat().st_mtime)
@@ -77,7 +77,7 @@ def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]
 
 
 def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yield what is half written or half removed, but for what a job commits or removes while this looks at it."""
+    """Yield partial and partially removed checkpoints, except those that a job commits or removes meanwhile."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size

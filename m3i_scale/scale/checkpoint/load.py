@@ -1,4 +1,4 @@
-"""Bring an engine to a checkpoint, whatever number of ranks, ZeRO stage and precision wrote it."""
+"""Load a checkpoint into an engine, independent of the number of ranks, ZeRO stage and precision that wrote it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ from m3i_scale.scale.kept import kept_frozen
 from m3i_scale.scale.partition import load_frozen
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
-"""Relative: terms are added up in another order; master weights in 16 bits are rounded."""
+"""Relative tolerances: terms are added in another order; 16-bit master weights are rounded."""
 _OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
 
 
 def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> list[dict[str, Any]]:
-    """Bring engine, momentum target, buffers and random states to a verified checkpoint. Every rank calls it, and reads
-    no more than it will hold. Returns the data states of all ranks that wrote it.
-    """
-    # What one rank cannot read ends all: the others would wait for it where weights are published.
+    """Load engine, EMA target, buffers and random states from a verified checkpoint. Collective: every rank reads only
+    its part. Return the data states of all ranks that wrote the checkpoint."""
+    # A read error on one rank fails all ranks: the others would wait for it in `publish`.
     saved: SavedTensors = together(lambda: _read_own_part(folder, engine, momentum))
-    # Files of all ranks, which every rank wants: one of them reads them.
+    # Every rank needs these files of all ranks: one rank reads them.
     states: list[dict[str, Any]] = from_rank_0(
         lambda: [read_object(folder, file) for file in _files_of_ranks(folder, DATA_FILES)]
     )
@@ -47,11 +46,11 @@ def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None)
 
 
 def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None) -> None:
-    """Check that every tensor that the engine now holds has the norm of what was saved under its name. Collective."""
+    """Raise CheckpointError if the norm of a loaded tensor differs from the saved norm. Collective."""
     squares = dict.fromkeys(saved.norms, 0.0)
     rounded = dict.fromkeys(saved.norms, 0.0)
     for piece in ranges_of(engine, momentum):
-        if piece.key in squares:  # an optimizer that had taken no step has saved no moments
+        if piece.key in squares:  # no moments are saved before the first optimizer step
             squares[piece.key] += sum_of_squares(piece.read().view(-1))
             rounded[piece.key] += piece.dtype != torch.float32
     # The index gives all ranks the same keys in the same order.
@@ -70,7 +69,7 @@ def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | No
 
 
 def _read_own_part(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> SavedTensors:
-    """Read this rank's part; return what it was read from. No collective."""
+    """Read this rank's part; return the opened tensors. No collective."""
     try:
         saved, meta = SavedTensors(folder), read_meta(folder)
         _check_names(saved, engine, momentum, folder)
@@ -87,7 +86,8 @@ def _read_own_part(folder: Path, engine: Any, momentum: ShardedMomentum | None) 
 
 
 def _check_names(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None, folder: Path) -> None:
-    """Check that the checkpoint has what the model trains, keeps and averages, in the same shapes, and nothing else."""
+    """Raise CheckpointError unless the tensors and shapes match the model's trained, saved frozen and EMA
+    parameters."""
     shapes = {key: shape for key, shape in shapes_of(engine, momentum).items() if not key.startswith(_OF_MOMENTS)}
     keys = [f"{kind}/{name}" for kind in (MASTER, AVERAGE) for name in saved.names(kind)]
     _compare_shapes(shapes, {key: saved.shape(key) for key in keys}, folder)
@@ -98,7 +98,7 @@ def _read_pieces(saved: SavedTensors, meta: dict[str, Any], engine: Any) -> None
     kinds = saved.kinds()
     for piece in pieces(engine):
         for kind, view in piece.tensors.items():
-            if kind in kinds:  # an optimizer that had taken no step has saved no moments
+            if kind in kinds:  # no moments are saved before the first optimizer step
                 saved.read_into(f"{kind}/{piece.name}", piece.start, view)
     for name, parameter in kept_frozen(engine.module).items():
         load_frozen(parameter, partial(saved.read_into, f"{MASTER}/{name}"))
@@ -114,8 +114,8 @@ def _load_buffers(folder: Path, module: nn.Module) -> None:
 
 
 def _restore_random_states(folder: Path) -> None:
-    """Restore this rank's random states; a rank that the run did not have takes those of one that it had: nothing but
-    which branches a task drops depends on them."""
+    """Restore this rank's random states. Additional ranks use the states of an existing rank: only the choice of
+    dropped branches depends on them."""
     files = _files_of_ranks(folder, "random/rank-*.safetensors")
     states = load_file(folder / files[dist.get_rank() % len(files)])
     torch.set_rng_state(states["host"])
@@ -124,7 +124,6 @@ def _restore_random_states(folder: Path) -> None:
 
 
 def _files_of_ranks(folder: Path, pattern: str) -> list[str]:
-    """Return the names of the files that match `pattern`, one of every rank that wrote the checkpoint."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
     if not names:
         raise unreadable(folder, pattern, "no such file")

@@ -1,4 +1,4 @@
-"""A manifest says which files belong to a directory, their sizes and digests; `verify` checks whether that is so."""
+"""Write and read manifests, which list the files of a directory with sizes and digests, and verify directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _THREADS = 4  # hashing releases the interpreter lock; more threads than this on
 
 @dataclass(frozen=True)
 class Digest:
-    """Holds size and SHA-256 of one file."""
+    """Size and SHA-256 of one file."""
 
     size: int
     """Bytes."""
@@ -33,37 +33,37 @@ class Digest:
 
 @dataclass(frozen=True)
 class FileFault:
-    """Says what is wrong with a committed folder."""
+    """A verification error of a committed folder."""
 
     file: str
-    """Path below the folder, with `/`; `.` for the folder as a whole."""
+    """Path relative to the folder, with `/`; `.` for the folder itself."""
     what: str
     line: str
     """Both, in one line."""
 
 
 class Manifest(BaseModel):
-    """Holds the contents of `manifest.json`."""
+    """The contents of `manifest.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int
     """Version of this layout."""
     extra: dict[str, Any]
-    """What the writer says about the directory: step, world size, configuration hash, …"""
+    """Metadata from the writer: step, world size, configuration hash, …"""
     files: dict[str, Digest]
-    """By path below the folder, with `/`; the manifest itself is not among them."""
+    """Digests, by path relative to the folder, with `/`; without the manifest itself."""
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
-    """Bring files of `folder` to the disk and hash them.
+    """Sync files of `folder` to disk and hash them.
 
     Args:
         folder: the folder that will be committed.
-        names: paths below it, with `/`.
+        names: paths relative to it, with `/`.
 
     Raises:
-        OSError: a file cannot be read, or cannot be brought to the disk.
+        OSError: a file cannot be read or synced.
     """
 
     def digest(name: str) -> tuple[str, Digest]:
@@ -76,11 +76,11 @@ def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return every file below `folder` as a path with `/`, sorted; without the manifest of the folder itself.
+    """Return every file in the tree of `folder` as a path with `/`, sorted, without the manifest of the folder itself.
 
     Raises:
         OSError: a directory cannot be read.
-        CheckpointError: a link or a special file, whose contents a manifest could not vouch for.
+        CheckpointError: a link or a special file, because a manifest cannot cover its contents.
     """
     names = []
     for path in _walk(folder):
@@ -93,12 +93,12 @@ def list_files(folder: Path) -> list[str]:
 
 
 def list_directories(folder: Path) -> list[Path]:
-    """Return `folder` and all directories below it, the deepest first."""
+    """Return `folder` and all its subdirectories, the deepest first."""
     return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
 
 
 def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str, Any]) -> None:
-    """Write `manifest.json` and bring it to the disk.
+    """Write `manifest.json` and sync it to disk.
 
     Raises:
         OSError: it cannot be written.
@@ -114,7 +114,7 @@ def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a committed folder. The files that it names are not looked at."""
+    """Return the manifest of a committed folder, without checking the listed files."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -149,11 +149,11 @@ def _render(manifest: Manifest) -> bytes:
 
 
 def verify(path: Path, *, contents: bool = True) -> list[str]:
-    """Return what is wrong with a committed folder, one line a fault; [] when it is good.
+    """Return the verification errors of a committed folder, one line each; [] if it is valid.
 
     Args:
         path: the folder.
-        contents: read and hash every file. False compares names and sizes only, which a flipped bit passes.
+        contents: read and hash every file. False compares names and sizes only, which misses a flipped bit.
     """
     return [fault.line for fault in find_faults(path, contents=contents)]
 
@@ -161,13 +161,13 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
 def find_faults(
     path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
 ) -> list[FileFault]:
-    """Return what is wrong with a committed folder, file by file; [] when it is good.
+    """Return the verification errors of a committed folder, file by file; [] if it is valid.
 
     Args:
         path: the folder.
-        contents: read and hash every file. False compares names and sizes only, which a flipped bit passes.
-        threads: files that are read at a time.
-        advance: called with the bytes of every file that has been looked at, from any thread.
+        contents: read and hash every file. False compares names and sizes only, which misses a flipped bit.
+        threads: number of files that are read in parallel.
+        advance: called with the size in bytes of every checked file, from any thread.
     """
     try:
         manifest = read_manifest(path)
@@ -193,11 +193,11 @@ def find_faults(
 
 
 def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest checkpoint that verifies, and the newer ones that were passed over, each with the reason.
+    """Return the newest valid checkpoint, and the newer ones that were skipped, each with the reason.
 
     Args:
         root: the folder of checkpoints.
-        contents: read every byte of the checkpoint that is returned: call it on one rank. False: see `verify`.
+        contents: read every byte of the returned checkpoint, so call it on one rank only. False: see `verify`.
     """
     passed_over: list[tuple[Path, str]] = []
     for path in checkpoints(root):
@@ -210,11 +210,11 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
 
 
 def latest_fault(root: Path, good: Container[Path]) -> str | None:
-    """Return what is wrong with `latest`, which has to name the newest checkpoint; None where nothing is.
+    """Return the error in `latest`, which must name the newest checkpoint; None if it is correct.
 
     Args:
-        root: of the checkpoints.
-        good: those that verify. After a run has fallen back, the newest of them is the right one as well.
+        root: folder of the checkpoints.
+        good: the valid ones. After a run has fallen back, the newest valid one is correct too.
     """
     folders = checkpoints(root)
     newest = next((path for path in folders if path in good), None)
@@ -231,8 +231,8 @@ def latest_fault(root: Path, good: Container[Path]) -> str | None:
 
 
 def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
-    """Yield a fault of a folder that was copied or renamed to another step: a run would go back to the step that it
-    holds, and find its name taken when it saves."""
+    """Yield an error if a folder was copied or renamed to another step: a run would resume at the contained step and
+    find the name in use when it saves."""
     named, held = step_of(path), manifest.extra.get("step")
     if named is not None and held is not None and named != held:
         what = f"the folder is named as step {named}, and holds step {held}"
@@ -256,7 +256,7 @@ def _fault_of(name: str, what: str) -> FileFault:
 
 
 def _lies_below(name: str) -> bool:
-    """Return whether `list_files` could return a path of a manifest: below the folder, and in normal form."""
+    """Return whether a manifest's path is valid: inside the folder and normalized, as returned by `list_files`."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 

@@ -1,4 +1,4 @@
-"""Retention decides which checkpoints of a folder stay, by its rules, and removes the others.
+"""Apply retention rules: choose the checkpoints of a folder to keep and remove the others.
 
 One process, no collectives: any thread may call it.
 """
@@ -18,48 +18,48 @@ from m3i_scale.scale.checkpoint.layout import checkpoints, named_latest, step_of
 from m3i_scale.scale.checkpoint.manifest import verify
 
 Metrics = Mapping[int, Mapping[str, float]]
-"""Figures of evaluations, by step."""
+"""Evaluation metrics, by step."""
 LAST_GOOD = "the last good one, though larger than the limit"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Holds what retention needs to know of one checkpoint."""
+    """Properties of one checkpoint that retention depends on."""
 
     path: Path
     step: int
     size: int
-    """Bytes on the disk."""
+    """Size on disk in bytes."""
     good: bool
-    """As far as is known; what is not good counts for no rule."""
+    """Whether it is valid, as far as known; invalid ones do not count for any rule."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the evaluation at its step."""
+    """Evaluation metrics at its step."""
 
 
 @dataclass
 class Pruned:
-    """Holds what retention decided."""
+    """The result of applying the retention rules."""
 
     kept: dict[Path, list[str]]
-    """With all reasons."""
+    """Kept checkpoints, with all reasons."""
     removed: list[Entry]
-    """Newest first; those that are to go, where nothing is removed yet."""
+    """Newest first; checkpoints to remove, if nothing is removed yet."""
 
     @property
     def over_limit(self) -> bool:
-        """Return whether one checkpoint alone is larger than all together may be."""
+        """Return whether one checkpoint alone exceeds the limit for all checkpoints."""
         return any(LAST_GOOD in reasons for reasons in self.kept.values())
 
 
 def which_to_keep(entries: Iterable[Entry], rules: RetentionConfig) -> dict[Path, list[str]]:
-    """Return the checkpoints that stay, each with every reason for it; the others go.
+    """Return the checkpoints to keep, each with every reason; the others are removed.
 
-    The newest good one always stays. Where all together are larger than `max_gib`, those go first that stand last in
-    this order: the newest; the best; other late ones; multiples of `keep_every_steps`, newest first; what is not good.
-    One that several rules want counts once. What is not good stays while it is newer than what `keep_latest` keeps: a
-    run that fell back replaces it. Without any good one everything stays.
+    The newest valid one always stays. If all together exceed `max_gib`, the last in this order are removed first: the
+    newest; the best; other recent ones; multiples of `keep_every_steps`, newest first; invalid ones. A checkpoint kept
+    by several rules counts once. An invalid one stays while it is newer than those kept by `keep_latest`, because a run
+    that fell back replaces it. Without a valid checkpoint, everything stays.
 
-    A second call with what the first one kept keeps all of it, and a larger limit never keeps fewer.
+    Applying the rules to the kept checkpoints keeps all of them, and a larger limit never keeps fewer.
     """
     newest_first = sorted(entries, key=lambda entry: (entry.step, entry.path.name), reverse=True)
     good = [entry for entry in newest_first if entry.good]
@@ -82,7 +82,7 @@ def which_to_keep(entries: Iterable[Entry], rules: RetentionConfig) -> dict[Path
 
 
 def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
-    """Return the checkpoints that have the figure, and a finite one: the best first, of equals the newest first."""
+    """Return the checkpoints with a finite value of the metric: the best first, of equal ones the newest first."""
     sign = 1 if best.mode == "min" else -1
     known = [entry for entry in entries if math.isfinite(entry.metrics.get(best.metric, math.nan))]
     return sorted(known, key=lambda entry: (sign * entry.metrics[best.metric], -entry.step))
@@ -92,9 +92,9 @@ def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[
     """Return the checkpoints of a folder, the newest first.
 
     Args:
-        root: the folder of checkpoints; need not exist.
-        metrics: of the run.
-        contents: read every byte to find out what is good; otherwise names and sizes decide.
+        root: the folder of checkpoints; may be missing.
+        metrics: evaluation metrics of the run.
+        contents: verify every byte; otherwise names and sizes determine validity.
     """
     steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
     return [
@@ -104,14 +104,14 @@ def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[
 
 
 def plan_prune(root: Path, rules: RetentionConfig, metrics: Metrics, *, committed: Path | None = None) -> Pruned:
-    """Return what would stay and go. Before anything may go, the newest one that counts as good is read, byte by byte;
-    one that turns out not to be good counts for no rule, and the next is read.
+    """Return the checkpoints to keep and to remove. If any would be removed, the newest presumably valid one is
+    verified byte by byte first; if it is corrupt, it counts for no rule and the next one is verified.
 
     Args:
         root: the folder of checkpoints.
-        rules: what stays.
-        metrics: of the run.
-        committed: a checkpoint that this process has just committed, and so need not read again.
+        rules: retention rules.
+        metrics: evaluation metrics of the run.
+        committed: a checkpoint that this process has just committed, and so need not verify again.
     """
     entries = entries_of(root, metrics)
     while True:
@@ -126,21 +126,21 @@ def plan_prune(root: Path, rules: RetentionConfig, metrics: Metrics, *, committe
 def prune(
     root: Path, rules: RetentionConfig, metrics: Metrics | None = None, *, committed: Path | None = None
 ) -> Pruned:
-    """Remove what no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
+    """Remove the checkpoints that no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
 
-    The newest goes first, so that a kill half-way leaves the older ones for the next time.
+    The newest is removed first, so that a kill during pruning leaves the older ones for the next time.
     """
     pruned = plan_prune(root, rules, metrics or {}, committed=committed)
     for entry in pruned.removed:
         discard(entry.path)
     remaining = checkpoints(root)
     if remaining and named_latest(root) in {entry.path.name for entry in pruned.removed}:
-        point_latest(remaining[0])  # the newest one was not good, and has gone
+        point_latest(remaining[0])  # the newest one was corrupt and was removed
     return pruned
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files below a folder; links count as themselves, what is removed meanwhile as nothing."""
+    """Return the size of all files in a folder tree; links count as themselves, files removed meanwhile as 0."""
     total = 0
     for here, _, files in os.walk(folder):
         for name in files:
@@ -152,7 +152,7 @@ def folder_bytes(folder: Path) -> int:
 def _by_weight(
     newest_first: Sequence[Entry], good: Sequence[Entry], rules: RetentionConfig
 ) -> Iterator[tuple[Entry, str]]:
-    """Yield (checkpoint, reason), what must stay first."""
+    """Yield (checkpoint, reason), the most important first."""
     yield good[0], f"latest 1 of {rules.keep_latest}"
     if rules.keep_best is not None:
         for rank, entry in enumerate(ranked(good, rules.keep_best)[: rules.keep_best.count], start=1):

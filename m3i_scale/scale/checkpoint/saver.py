@@ -1,8 +1,8 @@
-"""Save while the training goes on: copy to host memory, and write the copy in a thread.
+"""Save checkpoints asynchronously: copy to a host staging buffer and write the copy in a thread.
 
-A save has three parts. `save` opens the folder and, where it writes in the background, copies what this rank holds into
-host memory that is kept for the next save: so long the training stands still. A thread writes, hashes and syncs.
-`finish` commits, on all ranks together, as soon as every rank has written; errors of the thread surface there.
+A save has three parts. `save` opens the folder and, for background saves, copies this rank's state into a host staging
+buffer that is reused by the next save; training blocks only for that copy. A thread writes, hashes and syncs. `finish`
+commits, on all ranks together, as soon as every rank has written, and raises errors of the thread.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ Result = TypeVar("Result")
 
 
 class BackgroundCall(threading.Thread, Generic[Result]):
-    """Runs work in a thread that the end of the process does not wait for; its result, or error, is taken later."""
+    """Work in a daemon thread, so that it does not block process exit. `take` returns its result or raises its
+    error."""
 
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
         super().__init__(name=name, daemon=True)
@@ -51,16 +52,16 @@ class BackgroundCall(threading.Thread, Generic[Result]):
         """Do the work."""
         try:
             self._results = [self._work()]
-        except BaseException as error:  # whatever it is, it is raised where the result is taken
+        except BaseException as error:  # any error is raised by `take`
             self._error = error
 
     def wait(self) -> None:
-        """Wait until the work is done; where it was not done in a thread, it is."""
+        """Wait until the work is done. If no thread was started, the work has already run."""
         if self.ident is not None:
             self.join()
 
     def take(self) -> Result:
-        """Return the result, or raise what the work has raised."""
+        """Return the result of the work, or raise its error."""
         self.wait()
         if self._error is not None:
             raise self._error
@@ -69,7 +70,7 @@ class BackgroundCall(threading.Thread, Generic[Result]):
 
 @dataclass
 class _Save:
-    """Holds one save that has begun and is not committed."""
+    """A save that has begun and is not committed."""
 
     final: Path
     temporary: Path
@@ -81,13 +82,13 @@ class _Save:
 
 @dataclass
 class Saver:
-    """Writes checkpoints of an engine and its momentum target; every rank has one and calls the same.
+    """Checkpoint writer for an engine and its EMA target. Every rank has one and makes the same calls.
 
     Args:
         engine: the DeepSpeed engine.
-        momentum: its averages.
+        momentum: its EMA weights.
         background: whether `save` returns before anything is written.
-        committed: called on rank 0 after every commit, in a thread of its own: it may take its time.
+        committed: called on rank 0 after every commit, in a separate thread, so it may be slow.
     """
 
     engine: Any
@@ -100,7 +101,7 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Return whether a save has been begun and not committed; the same on all ranks."""
+        """Return whether a save has begun and is not committed; the same on all ranks."""
         return self._current is not None
 
     @property
@@ -122,16 +123,16 @@ class Saver:
         Args:
             final: `…/checkpoints/step-00000100`.
             data_state: this rank's position in the data; JSON.
-            meta: what meta.json and the manifest say; JSON.
-            run_yaml: the run file.
-            more: writes further files into the folder it is given; called on rank 0, in the thread.
+            meta: contents of meta.json and the manifest; JSON.
+            run_yaml: the config file.
+            more: writes further files into the given folder; called on rank 0, in the thread.
         """
         self.finish()
         wanted = bytes_wanted(self.engine, self.momentum)
         temporary = Path(from_rank_0(lambda: str(begin(final, wanted))))
         averages = self.momentum.online_names() if self.momentum is not None else {}
         meta = {**meta, "engine": counters(self.engine), "averages": averages}
-        # A rank that has no memory for its copy ends all: the others would go on, and wait for it in the next step.
+        # If a rank has no memory for its copy, all fail: the others would continue and wait for it in the next step.
         call = together(lambda: BackgroundCall("checkpoint", self._work(temporary, json.dumps(data_state), more)))
         self._current = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.momentum), call)
         if self.background:
@@ -141,7 +142,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the save that has begun, commit it and return its folder. Collective."""
+        """Wait for the pending save, commit it and return its folder. Collective."""
         if self._current is None:
             return None
         current, self._current = self._current, None
@@ -150,19 +151,20 @@ class Saver:
             digests, index = _gathered(together(current.call.take), current.shapes)
             from_rank_0(lambda: _commit(current, digests, index))
         except Exception:
-            # Only now, when no rank is writing any more: a folder that vanishes early would hide the first cause.
+            # Only now, when no rank writes any more: a folder that vanishes early would hide the root cause.
             from_rank_0(lambda: shutil.rmtree(current.temporary, ignore_errors=True))
             raise
         from_rank_0(lambda: self._begin_after_commit(current.final))
         return current.final
 
     def close(self) -> None:
-        """Commit a save that has begun, and wait for what follows a commit. Collective."""
+        """Commit a pending save and wait for its `committed` callback. Collective."""
         self.finish()
         from_rank_0(self._wait_after_commit)
 
     def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], Written]:
-        """Return the function that writes this rank's files; one that runs later writes copies of the values now."""
+        """Return the function that writes this rank's files; for a background save it writes copies of the current
+        values."""
         rank = dist.get_rank()
         random = random_states()
         ranges = ranges_of(self.engine, self.momentum)
@@ -189,7 +191,7 @@ class Saver:
         return work
 
     def _copied(self, ranges: list[Range]) -> list[Range]:
-        """Return the pieces as copies of their values now; the thread joins the two halves of an average."""
+        """Return the pieces as copies of their current values; the thread joins the two halves of EMA weights."""
         copies = iter(self._copies.copy([part.view(-1) for piece in ranges for part in piece.parts]))
         return [replace(piece, parts=tuple(next(copies) for _ in piece.parts)) for piece in ranges]
 
@@ -205,8 +207,8 @@ class Saver:
 
 
 def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
-    """Return the pieces that this rank has to write, as live views: master weights and moments, frozen weights,
-    averages."""
+    """Return the pieces that this rank writes, as live views: master weights and moments, frozen weights, EMA
+    weights."""
     ranges = [
         Range(f"{kind}/{piece.name}", piece.start, (view,))
         for piece in pieces(engine)
@@ -238,8 +240,8 @@ def shapes_of(engine: Any, momentum: ShardedMomentum | None) -> dict[str, tuple[
 
 
 def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
-    """Return the size of a checkpoint's tensors: weights and two moments of what is trained, frozen weights, fp32
-    averages, buffers."""
+    """Return the size of a checkpoint's tensors: weights and two moments of trained parameters, frozen weights, fp32
+    EMA weights, buffers."""
     frozen = sum(full_shape(p).numel() * p.element_size() for p in kept_frozen(engine.module).values())
     averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
     remembered = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
@@ -248,13 +250,13 @@ def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the live buffers that outlast a batch, by name. All ranks have the same."""
+    """Return the live persistent buffers, by name. All ranks have the same."""
     kept = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
 def random_states() -> dict[str, Tensor]:
-    """Return the random states of this rank, now."""
+    """Return the current random states of this rank."""
     states = {"host": torch.get_rng_state()}
     if get_accelerator().device_name() != "cpu":
         states["accelerator"] = get_accelerator().get_rng_state()
@@ -262,7 +264,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def _gathered(written: Written, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Digest], Index]:
-    """Return the digests of all files, and their index; on rank 0, which is sent no piece that follows from the shapes.
+    """Return the digests of all files and their index, on rank 0. Pieces that follow from the shapes are not sent.
     Collective."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     uneven = [not written.is_even(key, shape, rank, ranks) for key, shape in shapes.items()]

@@ -1,7 +1,7 @@
 """Write and hash a safetensors file as a stream.
 
-The library's own writer wants all tensors of a file in memory, holds the interpreter while it writes, and would leave a
-second reading for the hash.
+The library's writer needs all tensors of a file in memory, holds the GIL while writing, and would require a second read
+for the hash.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types as safetensors spells them, the widest first."""
+"""Dtypes by their safetensors names, the widest first."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Describes a tensor to be written, block by block."""
+    """A tensor to write block by block."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     blocks: Callable[[], Iterable[Tensor]]
-    """Its elements, flat, in order, in as many parts as suits the memory; asked for when it is written."""
+    """Its elements in order, as flat tensors, in as many parts as suits the memory; called when it is written."""
 
     @property
     def numel(self) -> int:
@@ -60,7 +60,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write one file of tensors that are in memory.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a write failed.
     """
     widest_first = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that all are aligned
     streamed = [
@@ -71,11 +71,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_safetensors(path: Path, tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> Digest:
-    """Write one file, hash it on the way and bring it to the disk. Memory holds one block at a time.
+    """Write one file, hash it while writing and sync it to disk. Memory holds one block at a time.
 
     Raises:
-        OSError: the disk refused.
-        ValueError: the blocks of a tensor are not what was announced.
+        OSError: a write failed.
+        ValueError: the blocks of a tensor do not match its declared dtype or size.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
@@ -121,6 +121,6 @@ def _header_of(tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> byte
 
 
 def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)  # write(2) may take less than it is given
+    view = memoryview(data)  # write(2) may write only a part
     while view:
         view = view[os.write(descriptor, view) :]

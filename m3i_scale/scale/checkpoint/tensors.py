@@ -1,14 +1,14 @@
-"""Write and read a checkpoint's tensors: pieces of flattened tensors in safetensors files, and an index of all pieces.
+"""Write and read a checkpoint's tensors: shards of flattened tensors in safetensors files, and an index of all shards.
 
 tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
-  index.json                       shapes, norms, and where the pieces lie (index.py)
+  index.json                       shapes, norms, and the positions of the pieces (index.py)
 
-A key is `weight/…` (fp32 or bf16 master weights, and frozen weights in the type that is computed in), `exp_avg/…`,
-`exp_avg_sq/…` (moments) or `average/…` (momentum target), each with the parameter's name. A piece is a range of the
-flattened tensor, so a checkpoint does not know how many ranks will read it. Files are written and read piece by piece:
-memory never holds a file. The library's reader is not for this: it maps files, and a disk that fails under a map ends
-the process without a word.
+A key is a kind and the parameter's name: `weight/…` (fp32 or bf16 master weights, and frozen weights in the compute
+dtype), `exp_avg/…`, `exp_avg_sq/…` (moments) or `average/…` (EMA target). A piece is a range of the flattened tensor,
+so a checkpoint does not depend on the number of ranks that read it. Files are written and read piece by piece: memory
+never holds a complete file. The safetensors reader is not used because it maps files; if a disk fails under a map, the
+process ends silently.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from m3i_scale.scale.checkpoint.stream import DTYPES, Streamed, write_safetensor
 from m3i_scale.scale.split_float import join
 
 AVERAGE = "average"
-"""The kind of tensors of the momentum target."""
+"""The kind of the EMA target's tensors."""
 FILE_BYTES = 2 * 2**30
-"""Of one file, about: verification hashes files side by side."""
+"""Approximate size of one file: verification hashes several files in parallel."""
 _SUMMED_ELEMENTS = 1 << 18
-"""Converted to fp64 at a time: 2 MiB, which stay in the cache of a core."""
+"""Elements converted to fp64 at a time: 2 MiB, which stay in the cache of a core."""
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPES = list(DTYPES.values())
 
 
 @dataclass(frozen=True)
 class Range:
-    """Holds a piece to be written."""
+    """A piece to write."""
 
     key: str
     """`kind/name`."""
     start: int
     """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
-    """The piece, flat; or two halves of it, as `split_float` makes them. Live tensors, or copies of them."""
+    """The flat piece, or its two halves as made by `split_float`. Live tensors, or copies of them."""
 
     @property
     def numel(self) -> int:
@@ -58,7 +58,7 @@ class Range:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type in which the piece is written."""
+        """Return the dtype in which the piece is written."""
         return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
 
     def read(self) -> Tensor:
@@ -68,24 +68,24 @@ class Range:
 
 @dataclass
 class Written:
-    """Holds what a rank has written."""
+    """The files, pieces and norms that a rank has written."""
 
     digests: dict[str, Digest] = field(default_factory=dict)
-    """By path below the checkpoint's folder."""
+    """Digests, by path relative to the checkpoint's folder."""
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    """By key."""
+    """Pieces, by key."""
     squares: dict[str, float] = field(default_factory=dict)
     """Sums of squares over this rank's pieces, by key."""
 
     def is_even(self, key: str, shape: Sequence[int], rank: int, ranks: int) -> bool:
-        """Return whether `rank`, which has written this, has written its even share of a tensor and nothing else."""
+        """Return whether `rank`, which wrote this, wrote exactly its even share of a tensor."""
         even = even_piece(math.prod(shape), rank, ranks)
         return self.pieces.get(key, []) == ([even] if even[1] else [])
 
 
 @torch.no_grad()
 def sum_of_squares(flat: Tensor) -> float:
-    """Return Σ x² of a flat tensor, in fp64; those of its pieces add up."""
+    """Return Σ x² of a flat tensor, in fp64; the sums of its pieces add up."""
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for block in flat.split(_SUMMED_ELEMENTS if flat.device.type == "cpu" else 16 * _SUMMED_ELEMENTS):
         wide = block.to(torch.float64)
@@ -94,16 +94,16 @@ def sum_of_squares(flat: Tensor) -> float:
 
 
 def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> Written:
-    """Write this rank's pieces below `folder` (the checkpoint), bring them to the disk and hash them on the way.
+    """Write this rank's pieces into the checkpoint `folder`, sync them to disk and hash them while writing.
 
     Raises:
-        OSError: the disk refused.
+        OSError: a write failed.
     """
     (folder / TENSORS).mkdir(exist_ok=True)
     written = Written()
     for number, part in enumerate(_files_of(ranges)):
         path = folder / TENSORS / file_name(rank, number)
-        # A rank of an earlier job that nobody has ended yet may write under this name: one of the two has to fail.
+        # A still running rank of an earlier job may write under this name: one of the two must fail.
         path.touch(exist_ok=False)
         streamed = [Streamed(piece.key, piece.dtype, (piece.numel,), _counted(piece, written)) for piece in part]
         starts = json.dumps({piece.key: piece.start for piece in part})
@@ -120,14 +120,14 @@ def make_index(
     uneven: Sequence[str],
     pieces: Sequence[Mapping[str, Sequence[Piece]]],
 ) -> Index:
-    """Return the index of what all ranks have written.
+    """Return the index of the pieces of all ranks.
 
     Args:
-        shapes: of whole tensors, by key.
+        shapes: shapes of the full tensors, by key.
         squares: sums of squares over all ranks, in the order of `shapes`.
-        ranks: their number.
-        uneven: keys of the tensors of which some rank has not its even share.
-        pieces: every rank's pieces of these, by key.
+        ranks: number of ranks.
+        uneven: keys of the tensors that are not divided evenly over the ranks.
+        pieces: every rank's pieces of these tensors, by key.
     """
     norms = {key: math.sqrt(total) for key, total in zip(shapes, squares, strict=True)}
     listed = {key: sorted(piece for of_rank in pieces for piece in of_rank.get(key, ())) for key in uneven}
@@ -135,7 +135,6 @@ def make_index(
 
 
 def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
-    """Yield the pieces of one file after the other."""
     part: list[Range] = []
     size = 0
     for piece in ranges:
@@ -149,7 +148,7 @@ def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
 
 
 def _counted(piece: Range, written: Written) -> Callable[[], tuple[Tensor]]:
-    """Return the function that reads a piece, and adds its squares to `written` meanwhile."""
+    """Return the function that reads a piece and adds its sum of squares to `written`."""
 
     def blocks() -> tuple[Tensor]:
         tensor = piece.read()
@@ -160,13 +159,13 @@ def _counted(piece: Range, written: Written) -> Callable[[], tuple[Tensor]]:
 
 
 class SavedTensors:
-    """Reads the tensors of a checkpoint, whole or by range. Nothing is read before it is asked for.
+    """The tensors of a checkpoint, read lazily, in full or by range.
 
     Args:
-        checkpoint: a folder that `verify` finds good.
+        checkpoint: a folder that passes `verify`.
 
     Raises:
-        CheckpointError: there are none, or the index is not as this version writes it.
+        CheckpointError: there are no tensors, or this version cannot read the index.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -194,32 +193,32 @@ class SavedTensors:
         return sorted({key.partition("/")[0] for key in self._shapes})
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of a whole tensor."""
+        """Return the shape of a full tensor."""
         if key not in self._shapes:
             raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
 
     def pieces(self, key: str) -> list[Piece]:
-        """Return where every piece of a tensor begins, its number of elements, and its file."""
+        """Return (start, number of elements, file) of every piece of a tensor."""
         self.shape(key)
         return list(self._index.pieces(key))
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the type in which a tensor is stored."""
+        """Return the dtype in which a tensor is stored."""
         dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
         if len(dtypes) != 1:
             raise self._fault(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
         return dtypes.pop()
 
     def whole(self, key: str) -> Tensor:
-        """Return a tensor in its full shape, on the host."""
+        """Return a tensor in its full shape, on the CPU."""
         shape = self.shape(key)
         flat = torch.empty(math.prod(shape), dtype=self.dtype(key))
         self.read_into(key, 0, flat)
         return flat.view(shape)
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
-        """Fill a flat tensor with the range that begins at `start`, cast to its type."""
+        """Fill a flat tensor with the range that begins at `start`, cast to the dtype of `out`."""
         end, at = start + out.numel(), start
         if end > math.prod(self.shape(key)) or start < 0:
             raise self._fault(f"'{key}' has no elements {start} to {end}", INDEX)
@@ -230,7 +229,7 @@ class SavedTensors:
             at = stop
 
     def _locate(self, key: str, file: str, numel: int) -> tuple[torch.dtype, int]:
-        """Return the type of a piece, and where its bytes begin in the file."""
+        """Return the dtype of a piece and the position of its bytes in the file."""
         if file not in self._headers:
             self._headers[file] = self._read_header(file)
         begin, places = self._headers[file]
@@ -239,7 +238,7 @@ class SavedTensors:
         if number < 0:
             raise self._fault(f"the file has no piece of '{key}'", file)
         dtype = _DTYPES[number]
-        if first < 0 or last - first != numel * dtype.itemsize:  # a reader would go on into its neighbour
+        if first < 0 or last - first != numel * dtype.itemsize:  # reading would continue into the next piece
             raise self._fault(f"the piece of '{key}' is not as long as the index says", file)
         return dtype, begin + first
 
@@ -261,9 +260,9 @@ class SavedTensors:
             out.copy_(into)
 
     def _read_header(self, file: str) -> tuple[int, array[int]]:
-        """Return where the bytes of a file's first piece begin, and three numbers for every key of the index: its type,
-        and the first and the last byte of its piece; -1 where the file has none. A reader of everything holds those of
-        all files: as parsed JSON they would take forty times the memory."""
+        """Return the position of the first piece in a file, and three numbers for every key of the index: its dtype,
+        and the first and last byte of its piece, or -1 if the file has no piece of it. Reading all tensors needs the
+        headers of all files, and as parsed JSON they would take forty times the memory."""
         try:
             with (self.folder / file).open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")

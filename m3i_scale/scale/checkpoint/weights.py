@@ -1,4 +1,4 @@
-"""Read whole weights of a sharded checkpoint, one by one or block by block."""
+"""Read full weights of a sharded checkpoint, one by one or block by block."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from m3i_scale.scale.engine_state import MASTER
 
 Which = Literal["student", "momentum"]
 HEADS = "heads."
-"""What heads remember is part of what they compute: the running statistics of batch norm."""
+"""Buffers of heads affect their outputs: the running statistics of batch norm."""
 BLOCK_ELEMENTS = 1 << 22
-"""Read at a time: 16 MiB in fp32."""
+"""Elements read at a time: 16 MiB in fp32."""
 
 
 class SavedWeights(Mapping[str, Tensor]):
-    """Gives tensors of a checkpoint under the names of parameters (`student.model.layers.0.…`).
+    """Tensors of a checkpoint by parameter name (`student.model.layers.0.…`).
 
-    A tensor is read when it is asked for, and not kept: memory holds what the caller holds.
+    A tensor is read on access and not cached.
 
     Args:
         saved: the tensors of the checkpoint.
-        keys: names, and which tensors they stand for.
-        dtype: of the tensors that are given.
-        statistics: further tensors by name, which no optimizer has.
+        keys: keys of the saved tensors by parameter name.
+        dtype: dtype of the returned tensors.
+        statistics: further tensors by name, which have no optimizer state.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class SavedWeights(Mapping[str, Tensor]):
         return self._saved.shape(self._keys[name]) if statistic is None else tuple(statistic.shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to its type."""
+        """Fill a flat tensor with the range of a tensor that begins at `start`, cast to the dtype of `out`."""
         statistic = self._statistics.get(name)
         if statistic is None:
             self._saved.read_into(self._keys[name], start, out)
@@ -70,7 +70,8 @@ class SavedWeights(Mapping[str, Tensor]):
             out.copy_(statistic.flatten()[start : start + out.numel()])
 
     def read_finite(self, name: str, start: int, out: Tensor) -> None:
-        """Fill as `read_into` does, block by block: a change of type takes no second copy of the tensor."""
+        """Fill `out` like `read_into`, and raise CheckpointError for non-finite elements. It reads in blocks, so a
+        dtype change needs no second copy of the tensor."""
         for at in range(0, out.numel(), BLOCK_ELEMENTS):
             block = out[at : at + BLOCK_ELEMENTS]
             self.read_into(name, start + at, block)
@@ -83,7 +84,7 @@ class SavedWeights(Mapping[str, Tensor]):
                 )
 
     def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield a tensor as flat blocks of finite numbers."""
+        """Yield a tensor as flat blocks; raise CheckpointError for non-finite elements."""
         numel = math.prod(self.shape(name))
         for start in range(0, numel, BLOCK_ELEMENTS):
             block = torch.empty(min(BLOCK_ELEMENTS, numel - start), dtype=dtype)
@@ -92,23 +93,23 @@ class SavedWeights(Mapping[str, Tensor]):
 
 
 def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.float32) -> SavedWeights:
-    """Return the weights that a committed checkpoint has trained.
+    """Return the trained weights of a committed checkpoint.
 
     Args:
-        checkpoint: a folder that `verify` finds good.
-        which: the values that `student.…` has: the trained ones, or their moving average.
-        dtype: of the tensors that are given.
+        checkpoint: a folder that passes `verify`.
+        which: values for `student.…`: the trained weights, or their EMA.
+        dtype: dtype of the returned tensors.
     """
     saved = SavedTensors(checkpoint)
     keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
-    # What balances the groups serves only a resumed run.
+    # Loss-weighting state serves only a resumed run.
     keys = {name: key for name, key in keys.items() if not name.startswith(("states.", "weights."))}
     if which == "momentum":
         averages: dict[str, str] = read_meta(checkpoint).get("averages") or {}
         if not averages:
             raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
         keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
-        return SavedWeights(saved, keys, dtype)  # statistics are those of the trained weights
+        return SavedWeights(saved, keys, dtype)  # statistics belong to the trained weights only
     buffers = load_file(checkpoint / BUFFERS)
     statistics = {name: buffer for name, buffer in buffers.items() if name.startswith(HEADS)}
     return SavedWeights(saved, keys, dtype, statistics)

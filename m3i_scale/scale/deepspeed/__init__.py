@@ -1,1 +1,1 @@
-"""Read the DeepSpeed JSON: its keys, what "auto" becomes, and whether the engine does what it says."""
+"""Read the DeepSpeed JSON: validate its keys, resolve "auto", and check that the engine follows it."""

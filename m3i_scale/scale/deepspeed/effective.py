@@ -1,4 +1,4 @@
-"""Check, after initialisation, that the engine does what the configuration says."""
+"""Check, after initialization, that the engine follows its configuration."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _STAGE3_SIZES = {
 
 
 def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
-    """Compare what the engine will do with what was asked for. Call it on every rank, before the first step.
+    """Raise ConfigError if the engine differs from the requested configuration. Call it on every rank, before the first
+    step.
 
-    Compared are the ZeRO stage, the precision of every trainable parameter, batch arithmetic, gradient accumulation
-    and reduction types, clipping, offload, the optimizer and its hyper-parameters, and bucket sizes and thresholds.
+    It compares the ZeRO stage, the precision of every trainable parameter, batch arithmetic, gradient accumulation and
+    reduction dtypes, clipping, offload, the optimizer and its hyperparameters, and bucket sizes and thresholds.
 
     Args:
-        engine: what `deepspeed.initialize` returned.
-        resolved: what it was given.
+        engine: the result of `deepspeed.initialize`.
+        resolved: the configuration that was passed to it.
     """
     config = resolved.config
     differences = [
@@ -49,7 +50,7 @@ def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
 
 
 def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (name, wanted, effective) of everything but sizes."""
+    """Return (name, wanted, effective) of everything except sizes."""
     zero, params = config["zero_optimization"], config["optimizer"]["params"]
     optimizer, basic = engine.optimizer, engine.basic_optimizer
     offloads_parameters = zero.get("offload_param", {}).get("device") == "cpu"
@@ -71,12 +72,12 @@ def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]
 
 
 def _sizes(engine: Any, zero: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (name, wanted, effective) of the sizes that the file gives."""
+    """Return (name, wanted, effective) of the sizes in the file."""
     optimizer = engine.optimizer
     effective = {key: getattr(engine, method)() for key, method in _STAGE3_SIZES.items()}
     effective["reduce_bucket_size"] = getattr(optimizer, "reduce_bucket_size", None)
     if engine.zero_optimization_stage() == 3:
-        # the method only repeats the configuration; this is what parameters were really sorted by
+        # the method only repeats the configuration; this is the threshold that was applied
         threshold = optimizer.parameter_offload.param_numel_persistence_threshold
         effective |= {"stage3_param_persistence_threshold": threshold, "sub_group_size": optimizer.sub_group_size}
     return [(f"zero_optimization.{key}", zero[key], size) for key, size in effective.items() if key in zero]
@@ -88,7 +89,7 @@ def _short(dtype: Any) -> str:
 
 
 def _precisions(engine: Any) -> list[str]:
-    """Return the types of the trainable parameters; one name when all is well."""
+    """Return the distinct dtypes of the trainable parameters; a correct engine has one."""
     trainable = (parameter for parameter in engine.module.parameters() if parameter.requires_grad)
     return sorted({_short(parameter.dtype) for parameter in trainable})
 
@@ -105,6 +106,6 @@ def _offloads(engine: Any) -> bool:
 
 
 def _decouples(basic: Any) -> bool:
-    """Return whether the optimizer is AdamW rather than Adam; the three classes spell it three ways."""
+    """Return whether the optimizer is AdamW rather than Adam; the three classes name it differently."""
     mode = getattr(basic, "adam_w_mode", getattr(basic, "adamw_mode", None))
     return bool(mode) if mode is not None else type(basic).__name__ == "AdamW"

@@ -1,4 +1,4 @@
-"""Say of a key or value that a DeepSpeed JSON must not have why it does nothing, and what to write instead."""
+"""Explain why an unsupported key or value of a DeepSpeed JSON has no effect, and suggest a replacement."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _BECAUSE: dict[str, str] = {
     ),
 }
 REFUSED = {path: why for why, paths in _BECAUSE.items() for path in paths.split()}
-"""Keys that DeepSpeed knows (or knew), and why they do nothing here."""
+"""Keys that DeepSpeed knows (or knew), and why they have no effect here."""
 
 _IN_FP32 = "in its place: without a section bf16 or fp16 the run computes in fp32"
 _BACKGROUND = "set checkpoint.background in the run file, and remove it"
@@ -110,8 +110,8 @@ INSTEAD: dict[str, str] = {
     "checkpoint.writer": _BACKGROUND,
     "checkpoint.parallel_write": "remove it: all ranks write",
 }
-"""For each refused key, what does here what the key was meant to do. Where none is named, nothing here does it, and
-removing the key changes nothing."""
+"""For each unsupported key, its replacement. Without an entry there is none here, and removing the key changes
+nothing."""
 
 FOREIGN: dict[str, str] = {
     "learning_rate": "write optimizer.params.lr",
@@ -140,7 +140,7 @@ FOREIGN: dict[str, str] = {
     "deepspeed_hostfile": "give `deepspeed --hostfile`",
     "deepspeed_multinode_launcher": "give `deepspeed --launcher`",
 }
-"""Keys of the Trainer and accelerate convention, which DeepSpeed does not read: what to do instead."""
+"""Keys of the Trainer and accelerate convention, which DeepSpeed does not read, and their replacements."""
 
 _OPTIMIZER = '"params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}'
 _LEFT_OUT: dict[str, tuple[str, str]] = {
@@ -153,7 +153,7 @@ _LEFT_OUT: dict[str, tuple[str, str]] = {
     "device": ("DeepSpeed then takes none, and offloads nothing", 'write "device": "cpu"'),
     "enabled": ("DeepSpeed takes a missing switch for off, and goes on", 'write "enabled": true or false'),
 }
-"""By key or by its last word: DeepSpeed's behaviour without it, and what to write."""
+"""By key or by its last word: DeepSpeed's behavior without it, and the line to add."""
 
 _ONE_OF = {
     "zero_optimization.stage": (
@@ -170,7 +170,7 @@ _ONE_OF = {
 
 
 def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
-    """Refuse an "auto" that nothing has filled in."""
+    """Raise ConfigError for an unresolved "auto"."""
     for key, value in section.items():
         if isinstance(value, dict):
             check_auto(value, where, f"{above}{key}.")
@@ -179,7 +179,7 @@ def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
 
 
 def schema_error(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
-    """Return the error for what pydantic found.
+    """Return the ConfigError for a pydantic error.
 
     Args:
         fault: one of its details.

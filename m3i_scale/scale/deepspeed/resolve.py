@@ -1,4 +1,4 @@
-"""Read the DeepSpeed JSON, turn every "auto" into a number that is explained, and refuse what would do nothing.
+"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings.
 
 raw = load_ds_config("zero3_bf16")
 resolved = resolve(raw, world_size=8, batch_size=4096, …, where="zero3_bf16")
@@ -29,24 +29,24 @@ from m3i_scale.scale.extensions import is_usable
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """Holds a DeepSpeed configuration without "auto", but for accumulation where the number of ranks is not known."""
+    """A DeepSpeed configuration without "auto", except for accumulation if the number of ranks is unknown."""
 
     config: dict[str, Any]
-    """What `deepspeed.initialize(config=…)` is given."""
+    """Argument for `deepspeed.initialize(config=…)`."""
     filled_in: list[tuple[str, Any, str]]
-    """(key, value, why) of every value that was not in the file."""
+    """(key, value, reason) of every value that was not in the file."""
     where: str
     """The file, for messages."""
 
 
 @dataclass(frozen=True)
 class _RunSettings:
-    """Holds a value that the run file implies, and where it comes from."""
+    """A value implied by the config file, and its origin."""
 
     value: Any
     why: str
     binding: bool = True
-    """An explicit value in the JSON must be equal; where it is not binding, the JSON may choose another one."""
+    """An explicit value in the JSON must equal it; if False, the JSON may use another value."""
 
 
 def known_ds_configs() -> dict[str, Path]:
@@ -106,11 +106,11 @@ def resolve(
     hidden_size: int,
     where: str,
 ) -> ResolvedConfig:
-    """Check `raw` and fill in what the run file knows.
+    """Validate `raw` and fill in the values that follow from the config file.
 
     Args:
-        raw: as read by `load_ds_config`; left unchanged.
-        world_size: number of ranks; None: not known, and what depends on it is not looked at.
+        raw: the result of `load_ds_config`; left unchanged.
+        world_size: number of ranks; None if unknown: values that depend on it are not checked.
         batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank and forward pass.
         hidden_size: width of the widest Transformer of the model; bucket sizes follow from it.
@@ -133,7 +133,7 @@ def resolve(
 
 
 def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
-    """Refuse keys, values and combinations that do nothing here, or something else than they say."""
+    """Raise ConfigError for keys, values and combinations that have no effect or an unexpected one here."""
     known = dict(config)
     if world_size is None and known.get("gradient_accumulation_steps") == AUTO:
         del known["gradient_accumulation_steps"]
@@ -147,7 +147,7 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
 
 
 def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> int:
-    """Return the micro-batches of a rank in an optimizer step; where the number of ranks is not known, of one rank."""
+    """Return the gradient accumulation steps per optimizer step; if the number of ranks is unknown, for one rank."""
     ranks = world_size or 1
     accumulation, rest = divmod(batch_size, micro_batch_size * ranks)
     if rest or not accumulation:
@@ -162,7 +162,7 @@ def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) 
 
 
 def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _RunSettings]:
-    accumulation = check_batch(world_size, batch_size, micro_batch_size)  # what one cannot, none can
+    accumulation = check_batch(world_size, batch_size, micro_batch_size)  # if one rank cannot, no number of ranks can
     why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
     unknown = _RunSettings(AUTO, "the number of ranks is not known", binding=False)
     return {
@@ -191,8 +191,8 @@ MEBI = 2**20
 def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
     """Return sizes in elements. A Transformer layer has about 12 · hidden² weights.
 
-    The floors are for small models: a bucket of one small matrix costs more calls than transfer, and a few MiB gathered
-    cost nothing (docs/performance.md).
+    The floors are for small models: with a bucket of one small matrix the calls cost more than the transfer, and
+    gathering a few MiB costs nothing (docs/performance.md).
     """
     square = hidden_size * hidden_size
     formulas: dict[str, tuple[int, int, str]] = {
@@ -214,7 +214,7 @@ def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
-    """Put a value in the place of an "auto"; return whether there was one."""
+    """Replace an "auto" by a value; return whether there was one."""
     *parents, key = path.split(".")
     section: Any = config
     for parent in parents:
@@ -226,7 +226,7 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
 
 
 def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: str) -> list[tuple[str, Any, str]]:
-    """Add what the file leaves out and the run file says; return (key, value, why) of it."""
+    """Add values that are missing in the file and given in the config file; return (key, value, reason) of each."""
     added = []
     for path, want in wanted.items():
         *parents, key = path.split(".")
@@ -255,7 +255,7 @@ def _same(given: Any, wanted: Any) -> bool:
 
 
 def explain_table(resolved: ResolvedConfig) -> Table:
-    """Return every value that the file leaves to be filled in, as a table for the terminal."""
+    """Return a terminal table of every value that was filled in."""
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
         table.add_column(heading, overflow="fold")
@@ -265,7 +265,7 @@ def explain_table(resolved: ResolvedConfig) -> Table:
 
 
 def check_accelerator(resolved: ResolvedConfig) -> None:
-    """Refuse what the accelerator of this machine does not have; call it before DeepSpeed is initialised."""
+    """Raise ConfigError for features that this machine's accelerator lacks; call it before DeepSpeed is initialized."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

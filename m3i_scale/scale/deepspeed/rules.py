@@ -1,10 +1,10 @@
-"""Check what has to hold between the sections of a DeepSpeed JSON.
+"""Validate rules between the sections of a DeepSpeed JSON.
 
-Settings that are known but would do nothing, or something else than they say, are refused.
+Known settings that have no effect, or an unexpected one, raise an error.
 
-Every rule names the reason, and was checked against DeepSpeed's source: what a rule calls ineffective is read by no
-code path that this trainer takes with the given stage, precision and optimizer. The functions take the file as a
-mapping whose keys and types have been checked.
+Every rule states the reason and was checked against DeepSpeed's source: a setting called ineffective is not read on any
+code path of this trainer with the given stage, precision and optimizer. The functions take the file as a mapping with
+validated keys and types.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.scale.deepspeed.schema import AdamW, Switched
 
 _BF16_OPTIMIZER_KEYS = {"stage", "allgather_bucket_size", "offload_optimizer"}
-"""Keys that are still read when DeepSpeed takes its BF16 optimizer."""
+"""Keys that are still read by DeepSpeed's BF16 optimizer."""
 _DYNAMIC_SCALE = {
     "initial_scale_power",
     "loss_scale_window",
@@ -33,11 +33,11 @@ READ_BY = {
     "FusedAdam": {"amsgrad", "bias_correction", "set_grad_none"},
     "DeepSpeedCPUAdam": {"amsgrad", "bias_correction", "fp32_optimizer_states"},
 }
-"""Keyed by the class that DeepSpeed builds: keys of `optimizer.params` that not all of them read."""
+"""By the class that DeepSpeed builds: keys of `optimizer.params` that only some classes read."""
 
 
 def precision(config: dict[str, Any]) -> str:
-    """Return what parameters are computed in: `bf16`, `fp16` or `fp32`."""
+    """Return the compute dtype of parameters: `bf16`, `fp16` or `fp32`."""
     for name in ("bf16", "fp16"):
         if config.get(name, {}).get("enabled") is True:
             return name
@@ -45,44 +45,44 @@ def precision(config: dict[str, Any]) -> str:
 
 
 def accumulation(config: dict[str, Any]) -> str:
-    """Return what gradients are accumulated in: `bf16`, `fp16` or `fp32`."""
+    """Return the dtype of gradient accumulation: `bf16`, `fp16` or `fp32`."""
     return config.get("data_types", {}).get("grad_accum_dtype") or precision(config)
 
 
 def communication(config: dict[str, Any]) -> str:
-    """Return what gradients are summed over ranks in: `bf16`, `fp16` or `fp32`."""
+    """Return the dtype of the gradient reduction over ranks: `bf16`, `fp16` or `fp32`."""
     return config.get("communication_data_type") or precision(config)
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Return whether the optimizer step runs on the CPU, next to the states."""
+    """Return whether the optimizer step and its states are on the CPU."""
     return bool(config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu")
 
 
 def takes_bf16_optimizer(config: dict[str, Any]) -> bool:
-    """Return whether DeepSpeed chooses its BF16 optimizer instead of the ZeRO one."""
+    """Return whether DeepSpeed uses its BF16 optimizer instead of the ZeRO one."""
     mixed = precision(config) == "bf16" and accumulation(config) == "fp32"
     return mixed and config["zero_optimization"].get("stage") == 1 and not offloads_optimizer(config)
 
 
 def quantized(config: dict[str, Any]) -> list[str]:
-    """Return the settings of ZeRO++ that need the kernels that quantise."""
+    """Return the ZeRO++ settings that need quantization kernels."""
     return [name for name in _QUANTIZED if config["zero_optimization"].get(name)]
 
 
 def optimizer_class(config: dict[str, Any]) -> Literal["AdamW", "DeepSpeedCPUAdam", "FusedAdam"]:
-    """Return the class that DeepSpeed takes: torch's, or one of its own, which it compiles."""
+    """Return the optimizer class that DeepSpeed uses: torch's, or one of its compiled ones."""
     if config["optimizer"]["params"].get("torch_adam"):
         return "AdamW"
     return "DeepSpeedCPUAdam" if offloads_optimizer(config) else "FusedAdam"
 
 
 def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -> None:
-    """Refuse ineffective or contradictory values.
+    """Raise ConfigError for ineffective or contradictory values.
 
     Args:
-        config: has been read as a `DeepSpeedFile`.
-        world_size: number of ranks; None: not known.
+        config: validated as a `DeepSpeedFile`.
+        world_size: number of ranks; None if unknown.
         where: the file, for messages.
     """
     _check_switches(config, where)
@@ -93,7 +93,7 @@ def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -
 
 
 def no_effect(path: str, why: str, where: str, fix: str | None = None) -> ConfigError:
-    """Return the error of a setting that does nothing."""
+    """Return the error for a setting without effect."""
     return ConfigError(f"'{path}' has no effect here", where=where, why=why, fix=fix or f"remove '{path}'")
 
 
@@ -174,7 +174,7 @@ def _check_zero(config: dict[str, Any], where: str) -> None:
 
 
 def _check_groups(size: int, world_size: int | None, where: str) -> None:
-    """Refuse second copies of the parameters within groups of ranks that this number of ranks does not make up."""
+    """Raise ConfigError if the number of ranks is not a multiple of the size of groups with second parameter copies."""
     if world_size is not None and world_size % size:
         raise ConfigError(
             f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",

@@ -1,8 +1,8 @@
-"""The keys of a DeepSpeed JSON that do something in a run of this trainer, with their types and ranges.
+"""The keys of a DeepSpeed JSON that have an effect in this trainer, with their types and ranges.
 
-DeepSpeed ignores most keys it does not know, and reads many that do nothing here. A key is let through if it is a
-field below; a test compares the fields with what the installed version reads. What holds between sections is in
-`rules.py`, what is said of other keys in `hints.py`.
+DeepSpeed ignores most unknown keys, and reads many that have no effect here. A key is accepted if it is a field below;
+a test compares the fields with the keys that the installed version reads. Rules between sections are in `rules.py`,
+hints about other keys in `hints.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ AUTO = "auto"
 
 
 def _whole(value: Any) -> Any:
-    """Read 5e7 as the whole number it is; beyond 2**53 a float is not exact."""
+    """Read 5e7 as the integer that it equals; beyond 2**53 a float is not exact."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _stage_is_number(section: Any) -> Any:
-    """Refuse a stage that is true: it equals 1."""
+    """Reject a stage of `true`, which equals 1."""
     if isinstance(section, dict) and isinstance(section.get("stage"), bool):
         raise ValueError("a stage is a number")
     return section
@@ -34,7 +34,7 @@ def _lower(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Size = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-"""In elements."""
+"""Size in elements."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -43,19 +43,19 @@ Names = list[str] | str
 
 
 class Section(BaseModel):
-    """Reads a part of the file. Values are of the type that is written here, or refused."""
+    """A strict section of the file: values must have exactly the declared type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
 class Switched(Section):
-    """Reads a section that does nothing unless it is switched on."""
+    """A section with an `enabled` switch."""
 
     enabled: bool
 
 
 class Bf16(Switched):
-    """Switches to parameters in bf16."""
+    """Settings of bf16 parameters."""
 
     immediate_grad_update: bool = False
     check_grad_overflow: bool = True
@@ -64,11 +64,11 @@ class Bf16(Switched):
 
 
 class Fp16(Switched):
-    """Switches to parameters in fp16, and sets the loss scale."""
+    """Settings of fp16 parameters and the loss scale."""
 
     auto_cast: bool = False
     loss_scale: NotNegative = 0
-    """Fixed; 0 for dynamic scaling, to which the next five belong."""
+    """Static loss scale; 0 for dynamic scaling, which uses the next five fields."""
     initial_scale_power: Whole = 16
     loss_scale_window: Count = 1000
     hysteresis: Whole = 2
@@ -78,30 +78,30 @@ class Fp16(Switched):
 
 
 class DataTypes(Section):
-    """Sets the types of what is not a parameter."""
+    """Dtypes of tensors other than parameters."""
 
     grad_accum_dtype: DType | None = None
     param_dtype: DType | None = None
     buffer_dtype: DType | None = None
     keep_in_fp32_modules: list[str] = []
-    """Name patterns; left out, the model's own list is taken."""
+    """Name patterns; if omitted, the model's list is used."""
 
 
 class Offload(Section):
-    """Says where a part of the states lies. `none` is DeepSpeed's default, and offloads nothing."""
+    """Offload target of a part of the states. `none` is DeepSpeed's default, and offloads nothing."""
 
     device: Literal["cpu", "none"]
     pin_memory: bool = True
 
 
 class PartialOffload(Offload):
-    """Says where the optimizer states are under stage 3, and which part of them."""
+    """Offload target and fraction of the optimizer states under stage 3."""
 
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class LeafModule(Section):
-    """Names modules whose parameters are gathered together."""
+    """Modules with parameters that are gathered together."""
 
     classes: Names = []
     names: Names = []
@@ -109,7 +109,7 @@ class LeafModule(Section):
 
 
 class Zero(Section):
-    """Holds the keys that all stages read."""
+    """Keys that all stages read."""
 
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
@@ -119,7 +119,7 @@ class Zero(Section):
 
 
 class Zero12(Zero):
-    """Holds the keys that the optimizer of stages 1 and 2 reads."""
+    """Keys that the optimizer of stages 1 and 2 reads."""
 
     stage: Literal[1, 2]
     allgather_bucket_size: Annotated[Size, Field(multiple_of=2)] = 500_000_000
@@ -130,7 +130,7 @@ class Zero12(Zero):
 
 
 class Zero3(Zero):
-    """Holds the keys that the optimizer of stage 3 reads."""
+    """Keys that the optimizer of stage 3 reads."""
 
     stage: Literal[3]
     offload_optimizer: PartialOffload = PartialOffload(device="none")
@@ -156,7 +156,7 @@ class Zero3(Zero):
 
 
 class AdamW(Section):
-    """Holds the numbers of the optimizer. Which other keys are read depends on the class that DeepSpeed builds."""
+    """Hyperparameters of the optimizer. The class that DeepSpeed builds determines which other keys are read."""
 
     lr: Positive
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -164,7 +164,7 @@ class AdamW(Section):
     weight_decay: NotNegative
     adam_w_mode: bool = True
     torch_adam: bool = False
-    """Build PyTorch's AdamW."""
+    """Use PyTorch's AdamW."""
     amsgrad: bool = False
     fused: bool = False
     foreach: bool = False
@@ -177,20 +177,20 @@ class AdamW(Section):
 
 
 class Optimizer(Section):
-    """Describes the optimizer, which is built from this file."""
+    """The optimizer, which is built from this file."""
 
     type: Annotated[Literal["adamw"], BeforeValidator(_lower)]
     params: AdamW
 
 
 class Checkpoint(Section):
-    """Sets what DeepSpeed checks while saving."""
+    """DeepSpeed's checks when saving."""
 
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
 
 
 class FlopsProfiler(Switched):
-    """Sets up DeepSpeed's profiler."""
+    """Settings of DeepSpeed's profiler."""
 
     recompute_fwd_factor: NotNegative = 0.0
     profile_step: Count = 1
@@ -201,7 +201,7 @@ class FlopsProfiler(Switched):
 
 
 class CommsLogger(Section):
-    """Times collectives, as soon as the section is there."""
+    """Timing of collectives; active as soon as the section exists."""
 
     enabled: bool = True
     prof_all: bool = True
@@ -211,27 +211,27 @@ class CommsLogger(Section):
 
 
 class ThroughputTimer(Section):
-    """Writes samples per second to DeepSpeed's log."""
+    """Logging of samples per second in DeepSpeed's log."""
 
     enabled: bool = True
     synchronized: bool = True
 
 
 class Timers(Section):
-    """Holds the settings of DeepSpeed's timers."""
+    """Settings of DeepSpeed's timers."""
 
     throughput: ThroughputTimer = ThroughputTimer()
 
 
 class FileMonitor(Switched):
-    """Writes DeepSpeed's own curves to files."""
+    """DeepSpeed's logger to files."""
 
     output_path: str = ""
     job_name: str = ""
 
 
 class Wandb(Switched):
-    """Sends DeepSpeed's own curves to Weights & Biases."""
+    """DeepSpeed's logger to Weights & Biases."""
 
     group: str | None = None
     team: str | None = None
@@ -239,7 +239,7 @@ class Wandb(Switched):
 
 
 class Comet(Switched):
-    """Sends DeepSpeed's own curves to Comet."""
+    """DeepSpeed's logger to Comet."""
 
     samples_log_interval: Whole = 100
     project: str | None = None
@@ -252,7 +252,7 @@ class Comet(Switched):
 
 
 class DeepSpeedFile(Section):
-    """Reads the whole file, without any "auto"."""
+    """The complete file, without any "auto"."""
 
     train_batch_size: Count = 1
     train_micro_batch_size_per_gpu: Count = 1
@@ -285,14 +285,14 @@ class DeepSpeedFile(Section):
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """Return the sections that a value of this type may be: one for each kind of stage, none for a plain value."""
+    """Return the sections that a value of this type may be: one for each kind of stage, [] for a plain value."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, Section) else []
     return [section for item in get_args(annotation) for section in sections_of(item)]
 
 
 def fields_at(path: tuple[str, ...]) -> set[str]:
-    """Return the keys that the section at a place may hold, under any stage; none where there is no section."""
+    """Return the keys allowed in the section at a path, under any stage; empty if it is no section."""
     here: list[type[Section]] = [DeepSpeedFile]
     for name in path:
         fields = [section.model_fields[name] for section in here if name in section.model_fields]

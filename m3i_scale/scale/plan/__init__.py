@@ -1,1 +1,1 @@
-"""Compute memory, communication and time of a run before anything runs. Nothing here knows a recipe."""
+"""Compute memory, communication and time of a run without running it. This package is independent of recipes."""

@@ -1,4 +1,4 @@
-"""Count the bytes between ranks and their time: rings, as NCCL builds them over consecutive ranks, and as gloo does."""
+"""Count bytes and time of communication: NCCL rings over consecutive ranks, and gloo's rings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 AVERAGED = "gather for the momentum target"
-"""Under stages 1 and 2, of a group of averages, in the type that is computed in."""
+"""Gather of a group of EMA weights in the compute dtype, under stages 1 and 2."""
 AFTER_BACKWARD = ("update", "all-reduce of the step")
 """Traffic that waits for the end of the backward pass."""
 ONCE_A_STEP = (*AFTER_BACKWARD, AVERAGED)
@@ -15,31 +15,31 @@ ONCE_A_STEP = (*AFTER_BACKWARD, AVERAGED)
 IN_GROUP = "gather in the group"
 """Gathers from second copies of the shards (`zero_hpz_partition_size`)."""
 FETCH = "fetch by all-reduce"
-"""In place of a gather, under `stage3_use_all_reduce_for_fetch_params`."""
+"""Replaces a gather under `stage3_use_all_reduce_for_fetch_params`."""
 _PASSES = {"all-reduce": 2, "all-reduce of the step": 2, FETCH: 2}
-"""How often a ring carries its data: an all-reduce is a reduce-scatter and an all-gather."""
+"""Passes of the data over a ring: an all-reduce is a reduce-scatter and an all-gather."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Describes a way in which NCCL sends, in the numbers of its tuner (`src/graph/tuning.cc` at b647562, NVLink within
-    a node). Latencies in µs."""
+    """An NCCL protocol, with the numbers of NCCL's tuner (`src/graph/tuning.cc` at b647562, NVLink within a node).
+    Latencies are in µs."""
 
     ring_us: float
-    """Of a collective, whatever its steps."""
+    """Base latency of a ring collective, independent of the number of steps."""
     ring_intra_us: float
-    """Of a step of a ring within a node, and to another one."""
+    """Latency of a ring step within a node; below, of a step to another node."""
     ring_inter_us: float
     tree_us: float
     tree_intra_us: float
     tree_inter_us: float
     overhead_us: float
-    """Least latency of a step within a node where the ring leaves it: posting to the network."""
+    """Minimum latency of a step within a node if the ring leaves the node: posting to the network."""
     share: float
-    """Of the bandwidth: the rest is flags."""
+    """Usable fraction of the bandwidth; the rest is flags."""
     tree_share: float
     most_gb_s: tuple[float, float, float] = (math.inf, math.inf, math.inf)
-    """Of a ring in one node, over two, and over more."""
+    """Maximum bandwidth of a ring in one node, over two nodes, and over more."""
 
 
 PROTOCOLS = (
@@ -51,14 +51,14 @@ PROTOCOLS = (
 
 @dataclass
 class Traffic:
-    """Counts collectives by kind: how many of which size, the bytes of their whole tensors."""
+    """Collectives counted by kind and size: the size is the bytes of the full tensors."""
 
     sizes: defaultdict[str, Counter[float]] = field(default_factory=lambda: defaultdict(Counter))
     pieces: int = 0
-    """Shards that DeepSpeed cuts whole tensors into, or joins them from, one by one: a rank's of every parameter."""
+    """Shards that DeepSpeed splits or joins one by one: one per rank and parameter."""
 
     def add(self, kind: str, size: float, calls: int = 1) -> None:
-        """Count collectives over `size` bytes together."""
+        """Count `calls` collectives with `size` bytes in total."""
         if size:
             self.sizes[kind][size / calls] += calls
 
@@ -83,19 +83,19 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Links:
-    """Describes what connects the ranks. Bandwidths are of one rank, in one direction."""
+    """Interconnect of the ranks. Bandwidths are per rank, in one direction."""
 
     nodes: int
     ranks_per_node: int
     intra_gb_s: float
     inter_gb_s: float
     latency_us: float | None
-    """Of one step of a ring or tree from a node to the next; None for what NCCL's tuner takes, by protocol."""
+    """Latency of one ring or tree step between nodes; None uses NCCL's tuner values, by protocol."""
     intra_latency_us: float | None = None
-    """Of one step within a node, likewise."""
+    """Latency of one step within a node; None as above."""
     gloo: bool = False
-    """Gloo carries it, not NCCL: a reduce-scatter is an all-reduce of which a rank keeps its part, and there are rings
-    only."""
+    """Gloo is used instead of NCCL: a reduce-scatter is an all-reduce of which a rank keeps its part, and there are
+    only rings."""
 
     @property
     def world(self) -> int:
@@ -105,38 +105,38 @@ class Links:
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """Holds the traffic of one optimizer step."""
+    """The traffic of one optimizer step."""
 
     rank_bytes: dict[str, float]
-    """By kind, what every rank sends."""
+    """Bytes sent by every rank, by kind."""
     intra_bytes: float
-    """What every rank sends within its node."""
+    """Bytes that every rank sends within its node."""
     inter_bytes: float
-    """What every rank sends to other nodes, on average over the node."""
+    """Bytes that every rank sends to other nodes, averaged over the node."""
     time_s: float
-    """One collective after the other."""
+    """Sum over all collectives, run one after the other."""
     once_s: float
-    """Of these seconds, those of traffic that comes when forward and backward passes are over."""
+    """Part of `time_s` for traffic after the forward and backward passes."""
     averaged_s: float
-    """Of these seconds, those of gathers for the momentum target, which run beside the student's forward pass."""
+    """Part of `time_s` for gathers of the EMA target, which overlap the student's forward pass."""
 
 
 def step_traffic(
     traffic: Traffic, last_micro_batch: Traffic, links: Links, *, further: int, group: int = 1
 ) -> StepTraffic:
-    """Return what the collectives of a step cost.
+    """Return the cost of a step's collectives.
 
-    A ring of n ranks sends (n − 1)/n of the tensor over every one of its links. Where it spans nodes, the rings of a
-    node leave it over all of its network ports, so that a port carries the ring's share of one rank. It takes n − 1
-    steps, of which as many go from node to node as there are nodes but one; an all-reduce takes twice that, or goes up
-    and down NCCL's trees. Every collective takes the protocol that is quickest for its size, as NCCL's tuner chooses.
+    A ring of n ranks sends (n − 1)/n of the tensor over each of its links. If it spans nodes, a node's rings leave it
+    over all its network ports, so each port carries the ring traffic of one rank. A ring takes n − 1 steps, of which
+    (nodes − 1) go between nodes. An all-reduce takes twice that, or goes up and down NCCL's trees. Every collective
+    uses the fastest protocol for its size, as NCCL's tuner chooses.
 
     Args:
-        traffic: of a step with few micro-batches.
-        last_micro_batch: of the last one of these micro-batches.
-        links: between the ranks.
-        further: micro-batches that the step has beside them; each does what the last one does.
-        group: consecutive ranks that hold a second copy of the shards between them.
+        traffic: traffic of a step with few micro-batches.
+        last_micro_batch: traffic of the last one of these micro-batches.
+        links: interconnect of the ranks.
+        further: additional micro-batches of the step; each repeats the last one.
+        group: consecutive ranks that share a second copy of the shards.
     """
     rank_bytes: dict[str, float] = {}
     intra = inter = time_s = once_s = averaged_s = 0.0
@@ -166,7 +166,7 @@ def _call_s(links: Links, size: float, ranks: int, nodes: int, passes: int) -> f
         return 0.0
     sent_gb = size * passes * (ranks - 1) / ranks / 1e9
     ring_gb_s = links.intra_gb_s if nodes == 1 else links.inter_gb_s * links.ranks_per_node
-    if nodes > 1 and links.ranks_per_node > 1:  # a ring also goes through its nodes, which carry all but its way out
+    if nodes > 1 and links.ranks_per_node > 1:  # a ring also crosses its nodes, with all but its outgoing traffic
         ring_gb_s = min(ring_gb_s, links.intra_gb_s * links.ranks_per_node / (links.ranks_per_node - 1))
     between, all_steps = passes * (nodes - 1), passes * (ranks - 1)
     if links.gloo:

@@ -1,4 +1,4 @@
-"""Choose between DeepSpeed's optimizers."""
+"""Select the simulation of the optimizer that DeepSpeed uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_scale.scale.plan.unpartitioned import Bf16Engine, ZeroEngine
 def engine_for(
     parameters: tuple[Parameter, ...], trace: Trace, settings: Settings, device: Ledger, host: Ledger
 ) -> Engine:
-    """Return the model of the optimizer that DeepSpeed takes with these settings."""
+    """Return the simulation of the optimizer that DeepSpeed uses with these settings."""
     if settings.stage == 3:
         return PartitionedEngine(parameters, trace, settings, device, host)
     if settings.bf16_optimizer:

@@ -1,11 +1,12 @@
-"""Find which parameters are gathered when under ZeRO-3: DeepSpeed's coordinator (`partitioned_param_coordinator.py`),
-replayed on sizes.
+"""Simulate when ZeRO-3 gathers parameters: DeepSpeed's coordinator (`partitioned_param_coordinator.py`), using sizes
+only.
 
-A module's parameters are gathered when it runs, the next ones ahead of it; they are released after it, unless they are
-small (persistent) or come again soon. A gather takes the flat buffer of all shards and a tensor for every parameter.
+A module's parameters are gathered when it runs, and the next ones are prefetched. They are released after it, unless
+they are small (persistent) or reused soon. A gather allocates the flat buffer of all shards and a tensor for every
+parameter.
 
-With second copies (`zero_hpz_partition_size`) a released parameter leaves a shard for its group of ranks behind, and is
-gathered from there until the optimizer, or the momentum target, has changed it.
+With second copies (`zero_hpz_partition_size`) a released parameter leaves a shard for its group of ranks. It is
+gathered from there until the optimizer, or the EMA update, has changed it.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ SECOND = "second copies of parameters"
 
 @dataclass(eq=False)
 class _Storage:
-    """Holds a gathered parameter."""
+    """Storage of a gathered parameter."""
 
     handle: int
     uses: int = 1
-    """The parameter itself, or all that lie in it, and views that the backward pass holds."""
+    """Number of parameters in the storage, plus views held by the backward pass."""
 
 
 @dataclass(eq=False)
 class _Gather:
-    """Holds a gather that has begun: its flat buffer lives until the last of its parameters has been fetched."""
+    """A gather in progress: its flat buffer lives until the last of its parameters is fetched."""
 
     flat: int
     waiting: set[int]
     params: list[int]
     shared: _Storage | None = None
-    """What the parameters lie in that an all-reduce fetches: the flat buffer itself."""
+    """Storage of parameters fetched by an all-reduce: the flat buffer itself."""
     complete: bool = False
 
 
 class _Prefetch:
-    """Holds what `__params_to_release` looks through: the modules that follow, with the parameters of their children
-    where a leaf is released, and their own where another module is, whatever they are themselves."""
+    """The upcoming modules that `__params_to_release` searches. When a leaf is released, each counts with the
+    parameters of its children, otherwise without them, whether it is a leaf or not."""
 
     def __init__(self, parameters: tuple[Parameter, ...], in_order: list[tuple[int, ...]]) -> None:
         self.passed = [0]
@@ -61,7 +62,7 @@ class _Prefetch:
                 self.uses[param].append(step)
 
     def comes_again(self, param: int, step: int, distance: int) -> bool:
-        """Return whether a parameter is used within so many elements from `step` on."""
+        """Return whether a parameter is used within `distance` elements from `step` on."""
         uses = self.uses[param]
         index = bisect_left(uses, step)
         return index < len(uses) and self.passed[uses[index]] - self.passed[step] < distance
@@ -69,35 +70,35 @@ class _Prefetch:
 
 @dataclass
 class Coordinator:
-    """Gathers and releases parameters, for one rank."""
+    """Gathers and releases of parameters on one rank."""
 
     parameters: tuple[Parameter, ...]
     modules: tuple[Module, ...]
     settings: Settings
     ledger: Ledger
     shards: Ledger
-    """Where shards of parameters lie: the same, or that of host memory."""
+    """Ledger of the parameter shards: the same as `ledger`, or host memory."""
     told: Callable[[Collective, int, int, int], None] = lambda way, size, calls, parameters: None
-    """Called at gathers: from where they are, their bytes, how many they are, of how many parameters."""
+    """Called at gathers with the collective, its bytes, the number of calls, and the number of parameters."""
     order: list[int] = field(default_factory=list)
-    """Modules in the order of their use in one iteration; empty while DeepSpeed still records it."""
+    """Modules in the order of use in one iteration; empty while DeepSpeed records it."""
     _full: dict[int, _Storage] = field(default_factory=dict)
     _inflight: dict[int, _Gather] = field(default_factory=dict)
     _active: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     _views: dict[int, _Storage] = field(default_factory=dict)
     _second: dict[int, int] = field(default_factory=dict)
     _expected: list[tuple[int, int]] = field(default_factory=list)
-    """Parameters in the order of their use, with its step."""
+    """(parameter, step) in the order of use."""
     _queue: deque[tuple[int, int]] = field(default_factory=deque)
-    """What is left of these in an iteration."""
+    """The remaining entries of `_expected` in an iteration."""
     _latest: dict[int, int] = field(default_factory=dict)
     _ahead: dict[bool, _Prefetch] = field(default_factory=dict)
-    """What the release of a leaf sees ahead, and that of another module."""
+    """Lookahead by whether a leaf is released."""
     _step: int = 0
     _available: int = 0
 
     def follow(self, order: list[int]) -> None:
-        """Gather ahead from now on, in the order of an iteration that has been recorded."""
+        """Prefetch from now on, in the order of a recorded iteration."""
         if order == self.order:
             return
         self.order, in_order = order, [self.modules[number] for number in order]
@@ -114,7 +115,7 @@ class Coordinator:
         self._queue = deque(self._expected)
 
     def fetch(self, module: int) -> None:
-        """Gather what `module` needs, which is about to run, forwards or backwards."""
+        """Gather the parameters of `module`, which is about to run, forward or backward."""
         own = self.modules[module].fetched
         missing = [param for param in own if param not in self._full and param not in self._inflight]
         if missing:
@@ -128,7 +129,7 @@ class Coordinator:
         self._step += 1
 
     def release(self, module: int) -> None:
-        """Release what `module` needed, which has run."""
+        """Release the parameters of `module`, which has run."""
         own = self.modules[module].fetched
         soon = self._soon(self.modules[module])
         for param in own:
@@ -145,28 +146,28 @@ class Coordinator:
             self._free(param)
 
     def gather_persistent(self) -> None:
-        """Gather small parameters for good, as after the optimizer."""
+        """Gather small parameters permanently, as after the optimizer."""
         small = [param for param in range(len(self.parameters)) if self._persists(param)]
         if small:
-            # `_allgather_params_coalesced` is one call for each of them, at a time.
+            # `_allgather_params_coalesced` makes one call per parameter.
             self._gather_from(small, "all ranks", calls=len(small))
             for param in [param for param in small if param in self._inflight]:
                 self._wait(param)
 
     def changed(self, param: int) -> None:
-        """Drop the second copy of a parameter that has been changed."""
+        """Drop the second copy of a changed parameter."""
         if param in self._second:
             self.shards.free(self._second.pop(param))
 
     def keep(self, param: int, number: int) -> None:
-        """Note that the backward pass holds a view of a gathered parameter."""
+        """Record that the backward pass holds a view of a gathered parameter."""
         storage = self._full.get(param)
         if storage is not None:
             storage.uses += 1
             self._views[number] = storage
 
     def drop(self, number: int) -> None:
-        """Note that the backward pass no longer holds the view."""
+        """Record that the backward pass no longer holds the view."""
         storage = self._views.pop(number, None)
         if storage is not None:
             self._unuse(storage)
@@ -180,7 +181,8 @@ class Coordinator:
         return (share(numel, world) * world if padded else numel) * self.settings.parameter_bytes
 
     def _gather(self, params: list[int]) -> None:
-        """Follow `__all_gather_params_`: those with a second copy by themselves. One alone is always gathered."""
+        """Follow `__all_gather_params`: parameters with a second copy are gathered separately. A single one is always
+        all-gathered."""
         second = [param for param in params if param in self._second]
         rest = [param for param in params if param not in self._second]
         if second:
@@ -201,7 +203,7 @@ class Coordinator:
         gather = _Gather(self.ledger.allocate(GATHERED, size), set(params), params)
         if way == "all-reduce":
             gather.shared = _Storage(gather.flat, len(params))
-        elif self.settings.on_host:  # gloo collects into a buffer of its own
+        elif self.settings.on_host:  # gloo uses a separate buffer
             self.ledger.allocate_and_free("collectives", size)
         for param in params:
             self._inflight[param] = gather
@@ -217,7 +219,7 @@ class Coordinator:
             self.ledger.free(gather.flat)
 
     def _advance(self, own: tuple[int, ...]) -> None:
-        """Take the module's parameters off the queue, and gather the next ones ahead."""
+        """Remove the module's parameters from the queue and prefetch the next ones."""
         fresh = {param for param in own if self._latest.get(param, -1) < self._step}
         while self._queue and fresh:
             param, step = self._queue.popleft()
@@ -236,7 +238,7 @@ class Coordinator:
             self._gather(ahead)
 
     def _soon(self, module: Module) -> set[int]:
-        """Return what of it comes again within the reuse distance, or was passed over ahead of time."""
+        """Return the module's parameters that are reused within the reuse distance, or were skipped by a prefetch."""
         if not self.order:
             return set()
         ahead, distance = self._ahead[module.leaf], self.settings.max_reuse
@@ -247,7 +249,7 @@ class Coordinator:
         }
 
     def copy(self, param: int) -> None:
-        """Follow `_partition_param_sec`: what is partitioned leaves a second copy, unless there is one."""
+        """Follow `_partition_param_sec`: a partitioned parameter leaves a second copy, unless there is one."""
         if self.settings.hpz > 1 and param not in self._second:
             self._second[param] = self.shards.allocate(SECOND, self._bytes(param, padded=True) // self.settings.hpz)
 

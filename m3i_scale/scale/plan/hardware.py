@@ -1,4 +1,4 @@
-"""Hold the stated rates of GPUs and their links, and compute how long a step takes at them."""
+"""Published rates of GPUs and their links, and the step time computed from them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _REACHED = "MFU of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md)"
 
 @dataclass(frozen=True)
 class Hardware:
-    """Describes a rank's device. Peak rates are without sparsity, bandwidths in one direction."""
+    """A rank's device. Peak rates are without sparsity, bandwidths in one direction."""
 
     tflops: dict[str, float]
-    """By precision: 10¹² FLOP/s."""
+    """Peak rate by precision, in 10¹² FLOP/s."""
     intra_gb_s: float
     inter_gb_s: float
     mfu: float
-    """Share of the peak rate that the arithmetic is assumed to reach."""
+    """Assumed fraction of the peak rate."""
     source: str
     latency_us: float | None = None
-    """Of one step of a ring from a node to the next, and within a node; None for what NCCL's tuner takes, by protocol
-    and size (`PROTOCOLS` in communication.py)."""
+    """Latency of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
+    (`PROTOCOLS` in communication.py)."""
     intra_latency_us: float | None = None
 
 
@@ -65,16 +65,16 @@ def hardware(name: str) -> Hardware:
 def step_time(
     *, compute_s: float, communication_s: float, once_s: float, averaged_s: float, host_s: float, overlap: bool
 ) -> float:
-    """Return the seconds of a step: of arithmetic and communication what is longer where the two overlap, else both;
-    and no less than the host takes to ask for them.
+    """Return the step time in seconds: the longer of arithmetic and overlapping communication, plus the rest, and at
+    least the CPU time.
 
     Args:
-        compute_s: of the arithmetic.
-        communication_s: of all collectives.
-        once_s: of those among them that wait for the end of the backward pass, which nothing hides.
-        averaged_s: of those among them that run beside the forward pass, whether `overlap` is set or not.
-        host_s: of the host.
-        overlap: whether the others run beside the arithmetic.
+        compute_s: time of the arithmetic.
+        communication_s: time of all collectives.
+        once_s: part of `communication_s` after the backward pass, which overlaps nothing.
+        averaged_s: part of `communication_s` that overlaps the forward pass, even without `overlap`.
+        host_s: CPU time.
+        overlap: whether the other collectives overlap the arithmetic.
     """
     hidden_s = communication_s - once_s if overlap else averaged_s
     return max(host_s, max(compute_s, hidden_s) + communication_s - hidden_s)

@@ -1,7 +1,7 @@
-"""Count who holds how many bytes, and the most at a time: live tensors, as an accelerator counts them.
+"""Track live bytes per category and their peak, as an accelerator's allocator does.
 
-On a host, where glibc keeps freed memory (`scale/host_memory.py`), holes between the tensors come on top. Which ones
-depends on everything else that a process takes, so that they are a measured share: `HOLES`.
+On a CPU with glibc keeping freed memory (`scale/host_memory.py`), heap fragmentation is added. It depends on everything
+else that a process allocates, so it is a measured fraction: `HOLES`.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 from collections import defaultdict
 
 HOLES = 0.36
-"""Of the live bytes at their peak: what a rank's heap takes beside them (docs/plan.md)."""
+"""Heap fragmentation of a rank, as a fraction of the peak live bytes (docs/plan.md)."""
 
 
 class Ledger:
-    """Counts live bytes by part, and their peak."""
+    """Live bytes per category, and their peak."""
 
     def __init__(self) -> None:
         self.parts: defaultdict[str, int] = defaultdict(int)
         self.live = self.peak = 0
         self.most: defaultdict[str, int] = defaultdict(int)
-        """By part, its own largest sum at a moment."""
+        """By category, its separate peak."""
         self.at_peak: dict[str, int] = {}
-        """By part, at the peak."""
+        """By category, at the overall peak."""
         self._held: dict[int, tuple[str, int]] = {}
         self._count = 0
 
     def allocate(self, part: str, size: int) -> int:
-        """Add a tensor of so many bytes; return the handle to free it by."""
+        """Add a tensor of `size` bytes; return the handle that frees it."""
         self._count += 1
         self._held[self._count] = part, size
         self.parts[part] += size
@@ -44,12 +44,12 @@ class Ledger:
         self.live -= size
 
     def move(self, handle: int, part: str) -> None:
-        """Let a tensor belong to another part from now on."""
+        """Reassign a tensor to another category."""
         before, size = self._held[handle]
         self.parts[before] -= size
         self.parts[part] += size
         self._held[handle] = part, size
 
     def allocate_and_free(self, part: str, size: int) -> None:
-        """Add a tensor and free it at once."""
+        """Add a tensor and free it immediately."""
         self.free(self.allocate(part, size))

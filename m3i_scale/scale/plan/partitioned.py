@@ -1,6 +1,5 @@
-"""Replay DeepSpeed's stage 3, where every rank has a share of every parameter: what its optimizer takes and frees, from
-the start of the engine to the end of a step. The methods follow those of `stage3.py`.
-"""
+"""Simulate the memory of DeepSpeed's stage 3, in which every parameter is partitioned, from the start of the engine to
+the end of a step. The methods follow the methods of `stage3.py`."""
 
 from __future__ import annotations
 
@@ -22,10 +21,11 @@ from m3i_scale.scale.plan.settings import groups_of, momentum_state_bytes, share
 
 
 class PartitionedEngine(Engine):
-    """Replays `stage3.py`: every rank has a share of every parameter."""
+    """A simulation of `stage3.py`, in which every parameter is partitioned over the ranks."""
 
     def build(self) -> None:
-        """Follow `zero.Init`, first weights, `_create_fp16_partitions_with_defragmentation`, `…_fp32_partitions`."""
+        """Follow `zero.Init`, weight initialization, `_create_fp16_partitions_with_defragmentation`,
+        `…_fp32_partitions`."""
         settings, world = self.settings, self.settings.world
         places = self.device if not settings.parameters_on_host else self.host
         shards = {}
@@ -42,7 +42,7 @@ class PartitionedEngine(Engine):
         )
         for place in range(len(self.parameters)):
             self.coordinator.copy(place)
-        for number in range(len(self.trace.modules)):  # first weights, module by module
+        for number in range(len(self.trace.modules)):  # weight initialization, module by module
             self.coordinator.fetch(number)
             self.coordinator.release_all()
         self._flatten(shards, places)
@@ -57,7 +57,7 @@ class PartitionedEngine(Engine):
         self.filled: list[tuple[int, int | None]] = []
 
     def local_elements(self, param: int, rank: int) -> int:
-        """Return the elements of the rank's share, without padding."""
+        """Return the elements of the rank's shard, without padding."""
         return share_of(self.parameters[param].numel, self.settings.world, rank)
 
     ema_elements = local_elements
@@ -72,7 +72,7 @@ class PartitionedEngine(Engine):
             places.allocate(PARAMETERS, size)
             for place in self.trained:
                 places.free(shards[place])
-        else:  # by way of the host
+        else:  # copied through CPU memory
             for place in self.trained:
                 places.free(shards[place])
             places.allocate(PARAMETERS, size)
@@ -80,7 +80,7 @@ class PartitionedEngine(Engine):
     def _masters(self) -> None:
         settings = self.settings
         self.sub_groups = self._sub_groups()
-        # Also where parameters have the masters' type: DeepSpeed compares a device with its name, and copies.
+        # Also if parameters have the masters' dtype: DeepSpeed compares a device with its name, and copies.
         for numel in self.sub_groups:
             converted = self.states.allocate(WORKSPACE, numel * settings.master_bytes)
             self.states.allocate(OPTIMIZER, numel * settings.master_bytes)
@@ -108,7 +108,7 @@ class PartitionedEngine(Engine):
         return sub_groups
 
     def before_forward(self) -> None:
-        """Gather ahead, but in the first iteration, which is recorded."""
+        """Enable prefetching, except in the first iteration, which is recorded."""
         if self.order:
             self.coordinator.follow(self.order)
         self.coordinator.start()
@@ -131,11 +131,11 @@ class PartitionedEngine(Engine):
         }
         kind, pieces = ways[way]
         self.traffic.add(kind, size, calls)
-        if parameters > calls:  # one that is gathered alone is gathered into its place
+        if parameters > calls:  # a single parameter is gathered in place
             self.traffic.pieces += parameters * pieces
 
     def on_view(self, param: int, number: int, kind: str) -> None:
-        """Let saved views hold gathered weights, unless DeepSpeed's linear function is on."""
+        """Make saved views keep gathered weights alive, unless DeepSpeed's linear function is on."""
         if self.settings.efficient_linear:
             return
         if kind == "keep":
@@ -156,8 +156,8 @@ class PartitionedEngine(Engine):
             self.filled.append((numel, handle))
 
     def _reduce(self) -> None:
-        """Follow `__avg_scatter_contiguous_grads`, which reduces the bucket itself, or `reduce_scatter_coalesced`: a
-        flat copy, unless there is one gradient that needs no padding."""
+        """Follow `__avg_scatter_contiguous_grads`, which reduces the bucket itself, or `reduce_scatter_coalesced`,
+        which makes a flat copy unless a single gradient needs no padding."""
         settings, world = self.settings, self.settings.world
         sizes = [numel for numel, _ in self.filled]
         if not settings.reduce_scatter and sum(sizes) <= settings.reduce_bucket:
@@ -188,7 +188,7 @@ class PartitionedEngine(Engine):
             self._reduce()
 
     def step(self) -> None:
-        """Update sub-group by sub-group."""
+        """Update one sub-group at a time."""
         settings = self.settings
         self.coordinator.release_all()
         self.norm(max(share(self.parameters[p].numel, settings.world) for p in self.trained))

@@ -1,6 +1,5 @@
-"""Replay one rank's engine on sizes: a recorded micro-batch is replayed, and every kind of engine says what it takes
-and frees meanwhile.
-"""
+"""Replay a recorded micro-batch on one rank's engine, using sizes only; each engine type reports its allocations and
+frees."""
 
 from __future__ import annotations
 
@@ -16,24 +15,24 @@ from m3i_scale.scale.plan.trace import Trace
 PARAMETERS, MOMENTUM, TEACHER = "parameters", "momentum target", "teacher"
 GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer", "reduce buckets"
 SNAPSHOT = "snapshot"
-"""What a save in the background copies into host memory, kept for the next one."""
+"""Host staging buffer of a background save, reused by the next one."""
 ACTIVATIONS, COLLECTIVES, WORKSPACE = "activations", "collectives", "temporaries"
 OF_ROLE: Final = {"trained": PARAMETERS, "momentum": MOMENTUM, "teacher": TEACHER, "frozen": PARAMETERS}
 REPLAYED: Final = 2
-"""Micro-batches of a step that are played through, at most."""
+"""Maximum number of micro-batches replayed per step."""
 _NORM_BYTES = 8
-"""Gradient norms are taken in fp64."""
+"""Gradient norms are computed in fp64."""
 
 
 class Engine(ABC):
-    """Replays one rank's engine.
+    """A simulation of one rank's engine.
 
     Args:
-        parameters: of the whole module, in its order.
-        trace: what a micro-batch does.
-        settings: of the engine.
-        device: where the device's tensors are written down.
-        host: host memory beside the device; the same as `device` where the host computes.
+        parameters: all parameters of the model, in its order.
+        trace: events of a micro-batch.
+        settings: the engine's settings.
+        device: ledger of the device's tensors.
+        host: ledger of host memory; the same as `device` if the CPU computes.
     """
 
     def __init__(
@@ -50,8 +49,8 @@ class Engine(ABC):
         self.build()
 
     def run(self, steps: int = 2) -> None:
-        """Take optimizer steps: the second one finds all states there. `traffic` is that of the last one, in as many
-        micro-batches as were played; `last_micro_batch` that of the last micro-batch."""
+        """Simulate optimizer steps; from the second one all states exist. `traffic` is the traffic of the last step,
+        over the replayed micro-batches; `last_micro_batch` covers its last micro-batch only."""
         for _ in range(steps):
             traffic, count = Traffic(), self.played
             for number in range(count):
@@ -68,7 +67,7 @@ class Engine(ABC):
 
     @property
     def played(self) -> int:
-        """Return the micro-batches of a step that are played: further ones repeat the second."""
+        """Return the number of replayed micro-batches per step: further ones repeat the second."""
         return min(self.settings.accumulation_steps, REPLAYED)
 
     def micro_batch(self, *, first: bool, last: bool) -> None:
@@ -96,41 +95,40 @@ class Engine(ABC):
 
     @abstractmethod
     def build(self) -> None:
-        """Take what DeepSpeed takes on the way from the module to an engine."""
+        """Allocate the tensors that DeepSpeed creates while it builds the engine."""
 
     @abstractmethod
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """Do what follows when the gradient of `param` is complete."""
+        """Handle the completed gradient of `param`."""
 
     @abstractmethod
     def after_backward(self, *, first: bool, last: bool) -> None:
-        """Reduce what is left when all gradients are there."""
+        """Reduce the remaining gradients when all are complete."""
 
     @abstractmethod
     def step(self) -> None:
-        """Take and free what the optimizer does in a step."""
+        """Allocate and free the tensors of an optimizer step."""
 
     def before_forward(self) -> None:  # noqa: B027 - likewise
-        """Do nothing, by default."""
+        """Do nothing by default."""
 
-    def on_use(self, module: int, kind: str) -> None:  # noqa: B027 - whole engines have nothing to do
-        """Do nothing: whole parameters are always there."""
+    def on_use(self, module: int, kind: str) -> None:  # noqa: B027 - unpartitioned engines have nothing to do
+        """Do nothing: unpartitioned parameters are always present."""
 
     def on_view(self, param: int, number: int, kind: str) -> None:  # noqa: B027 - likewise
-        """Do nothing: a view of a parameter that stays costs nothing."""
+        """Do nothing: a view of a resident parameter takes no memory."""
 
     @abstractmethod
     def local_elements(self, param: int, rank: int) -> int:
-        """Return the elements of a trained parameter that `rank` holds master weights of, without padding."""
+        """Return the elements of a trained parameter for which `rank` holds master weights, without padding."""
 
     @abstractmethod
     def ema_elements(self, param: int, rank: int) -> int:
-        """Return the elements of an average, or of a frozen parameter, that `rank` saves."""
+        """Return the elements of an EMA or frozen parameter that `rank` saves."""
 
     def snapshot(self, rank: int = 0) -> list[int]:
-        """Return the bytes of every copy in host memory that a save in the background makes on `rank`: master weights
-        and moments of each parameter, frozen weights, and an average in fp32, or in two halves (see
-        `checkpoint/saver.py`)."""
+        """Return the bytes of every staging copy of a background save on `rank`: master weights and moments of each
+        parameter, frozen weights, and EMA weights in fp32 or as two halves (see `checkpoint/saver.py`)."""
         settings, sizes = self.settings, []
         for param in self.trained:
             numel = self.local_elements(param, rank)
@@ -142,7 +140,8 @@ class Engine(ABC):
         return [size for size in sizes if size]
 
     def save(self) -> None:
-        """Save for the first time. Copies stay; pinned ones share pools: torch gives such memory in powers of two."""
+        """Simulate the first save. Copies persist; pinned ones share pools, because torch allocates pinned memory in
+        powers of two."""
         if self.settings.snapshot is None:
             return
         sizes = self.snapshot()
@@ -152,11 +151,11 @@ class Engine(ABC):
             self.device.allocate(SNAPSHOT, self.settings.snapshot)
 
     def take_states(self, numel: int) -> None:
-        """Make AdamW's moments at the first step."""
+        """Allocate AdamW's moments at the first step."""
         if not self.stepped:
             for _ in range(2):
                 self.states.allocate(OPTIMIZER, numel * self.settings.state_bytes)
 
     def norm(self, largest: int) -> None:
-        """Take and free what the norm needs, gradient by gradient."""
+        """Allocate and free the workspace of the gradient norm, gradient by gradient."""
         self.device.allocate_and_free(WORKSPACE, largest * _NORM_BYTES)

@@ -1,5 +1,5 @@
-"""Hold what the arithmetic of memory and traffic needs to know: the parameters of a model, and of its DeepSpeed
-configuration the stage, sizes, bytes an element."""
+"""Inputs of the memory and traffic estimate: the parameters of a model, and the stage, sizes and bytes per element of
+its DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ Role = Literal["trained", "momentum", "teacher", "frozen"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """Describes one parameter of the whole model."""
+    """One parameter of the full model."""
 
     numel: int
     role: Role
     matrix: bool = True
     """Whether it has weight decay."""
     lr_scale: float = 1.0
-    """What its learning rate is multiplied by."""
+    """Learning rate multiplier."""
     follows: int | None = None
-    """The place of the trained parameter that it is the average of; None where it is no average, or that of what is
-    not trained."""
+    """Index of the trained parameter of which it is the EMA; None if it is no EMA, or the EMA of a frozen parameter."""
 
 
 def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[list[int]]:
-    """Return the groups of the optimizer, as `parameter_groups` makes them: places of parameters.
+    """Return the optimizer's groups, as `parameter_groups` makes them, as indices of parameters.
 
     Args:
-        parameters: of the whole model.
-        trained: places of those that the optimizer has.
+        parameters: all parameters of the model.
+        trained: indices of the optimizer's parameters.
     """
     groups: dict[tuple[float, bool], list[int]] = {}
     for place in trained:
@@ -50,32 +49,32 @@ def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[l
 
 
 def momentum_state_bytes(precision: str) -> int:
-    """Return the bytes an element that the momentum target keeps beside its compute copy (see `ShardedMomentum`).
+    """Return the bytes per element that the EMA target stores in addition to its compute copy (see `ShardedMomentum`).
 
-    The copy is the average in fp32, its upper half in bf16, and no part of it in fp16.
+    The copy is the EMA in fp32, its upper half in bf16, and no part of it in fp16.
     """
     return {"fp32": 0, "bf16": 2, "fp16": 4}[precision]
 
 
 def share(numel: int, world: int) -> int:
-    """Return the elements of a parameter on one of `world` ranks: DeepSpeed pads every parameter by itself."""
+    """Return the elements of a parameter on one of `world` ranks: DeepSpeed pads every parameter separately."""
     return -(-numel // world)
 
 
 def share_of(numel: int, world: int, rank: int) -> int:
-    """Return the elements of `share` on `rank` that are no padding."""
+    """Return the elements of `share` on `rank` without padding."""
     size = share(numel, world)
     return max(0, min(size, numel - size * rank))
 
 
 def numel_of(parameters: tuple[Parameter, ...], *roles: Role) -> int:
-    """Count the elements of the parameters with one of `roles`; of all where none is named."""
+    """Count the elements of the parameters with one of `roles`, or of all if no role is given."""
     return sum(p.numel for p in parameters if not roles or p.role in roles)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Describes one engine on `world` ranks. Sizes are in elements, `…_bytes` are of an element."""
+    """Settings of one engine on `world` ranks. Sizes are in elements, `…_bytes` are per element."""
 
     world: int
     stage: int
@@ -83,12 +82,12 @@ class Settings:
     parameter_bytes: int
     master_bytes: int
     state_bytes: int
-    """Of each of AdamW's two moments."""
+    """Size of each of AdamW's two moments."""
     accumulation_bytes: int
-    """Of the gradients that are kept between micro-batches."""
+    """Size of the accumulated gradients between micro-batches."""
     communication_bytes: int
     bf16_optimizer: bool
-    """DeepSpeed's BF16 optimizer serves stage 1 (see `takes_bf16_optimizer`)."""
+    """DeepSpeed's BF16 optimizer is used for stage 1 (see `takes_bf16_optimizer`)."""
     reduce_bucket: int
     overlap: bool
     sub_group: int
@@ -97,26 +96,26 @@ class Settings:
     max_live: int
     max_reuse: int
     efficient_linear: bool
-    """DeepSpeed's own linear function keeps the parameter and not a view of its gathered storage."""
+    """DeepSpeed's linear function saves the parameter instead of a view of its gathered storage."""
     hpz: int
-    """Ranks that hold a second copy of the shards between them; 1 for none."""
+    """Ranks that share a second copy of the shards; 1 for none."""
     fetch_by_all_reduce: bool
-    """A gather is an all-reduce of a buffer that is zero but for the rank's own shards."""
+    """A gather is an all-reduce of a buffer that is zero except for the rank's shards."""
     reduce_scatter: bool
-    """Under stage 3 a bucket is reduced shard by shard, and not as a whole by an all-reduce."""
+    """Under stage 3 a bucket is reduced shard by shard, not in one all-reduce."""
     optimizer_on_host: bool
     """Optimizer states and master weights in host memory."""
     parameters_on_host: bool
     accumulation_steps: int
     on_host: bool
-    """The host is what computes: gloo carries the traffic."""
+    """The CPU computes, and gloo carries the traffic."""
     snapshot: int | None = None
-    """Saves go on in the background: bytes of buffers that the first rank copies beside what it trains. None: they
-    copy nothing."""
+    """Background saves: bytes of buffers that the first rank copies in addition to its trained state. None: nothing is
+    copied."""
 
 
 def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Settings:
-    """Read a resolved configuration; what it leaves out has DeepSpeed's default.
+    """Read a resolved configuration; missing keys have DeepSpeed's default.
 
     Args:
         config: without any "auto".

@@ -1,7 +1,6 @@
-"""Record what one micro-batch of a module does, without computing it: every tensor that comes and goes, every gradient,
-every use of a parameter, and the FLOPs.
+"""Record one micro-batch of a module without computing it: allocations, frees, gradients, parameter uses and FLOPs.
 
-The module and its input lie on the `meta` device, where tensors have sizes and lifetimes and no content.
+The module and its input are on the `meta` device, where tensors have sizes and lifetimes but no content.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ Kind = Literal["allocate", "free", "gradient", "fetch", "release", "keep", "drop
 
 @dataclass(frozen=True)
 class Event:
-    """Says one thing that happens in a micro-batch.
+    """One event of a micro-batch.
 
-    take, give: tensor `number` of `size` bytes comes into being, or is freed. gradient: that of parameter `owner` is
-    complete, and is tensor `number`. fetch, release: module `owner` needs its parameters, or does not any more. keep,
-    drop: the backward pass holds on to the storage of parameter `owner` by the view `number`, or lets go of it.
-    backward: the forward pass is over.
+    allocate, free: tensor `number` of `size` bytes is created, or freed. gradient: the gradient of parameter `owner` is
+    complete, and is tensor `number`. fetch, release: module `owner` starts or stops needing its parameters. keep, drop:
+    the backward pass starts or stops holding the storage of parameter `owner` by the view `number`. backward: the
+    forward pass is over.
     """
 
     kind: Kind
@@ -45,14 +44,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Module:
-    """Describes one module. Parameters are indices into `module.parameters()` of the whole model."""
+    """One module. Parameters are indices into `module.parameters()` of the full model."""
 
     own: tuple[int, ...]
-    """Parameters that are not a child's."""
+    """Parameters, without the children's parameters."""
     all: tuple[int, ...]
-    """Its own, and its children's."""
+    """Parameters, including the children's parameters."""
     leaf: bool
-    """Whether it is one unit under ZeRO-3 (`set_leaves`): then its children are no modules of the trace."""
+    """Whether it is a leaf module under ZeRO-3 (`set_leaves`); its children are then not in the trace."""
 
     @property
     def fetched(self) -> tuple[int, ...]:
@@ -62,25 +61,25 @@ class Module:
 
 @dataclass(frozen=True)
 class Trace:
-    """Holds a recorded micro-batch."""
+    """A recorded micro-batch."""
 
     events: tuple[Event, ...]
     modules: tuple[Module, ...]
     flop: int
-    """Of forward and backward pass, recomputation included."""
+    """FLOPs of the forward and backward pass, recomputation included."""
     saved_bytes: int
-    """What the forward pass leaves behind for the backward pass."""
+    """Bytes saved by the forward pass for the backward pass."""
 
     @property
     def operations(self) -> int:
-        """Count what makes a tensor: kernels of an accelerator, but for those that write in place."""
+        """Count the operations that create a tensor: accelerator kernels, except in-place ones."""
         return sum(event.kind == "allocate" for event in self.events)
 
 
 def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
-    """Return the trace of `wanted` samples, from those of `samples` and of twice as many.
+    """Return the trace of `wanted` samples, extrapolated from traces of `samples` and of twice `samples`.
 
-    Sizes are a number, and a number for every sample. None where the two make other tensors or other gradients.
+    Sizes are linear in the number of samples. Return None if the two traces create other tensors or other gradients.
     """
     if _made(small) != _made(large):
         return None
@@ -97,18 +96,18 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
 
 
 def _made(trace: Trace) -> list[tuple[str, int, int]]:
-    """Return the tensors that come into being, in order, and which of them are whose gradients."""
+    """Return the created tensors, in order, and the owners of gradients."""
     return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("allocate", "gradient")]
 
 
 @dataclass
 class _Recorder:
-    """Collects events; knows which storages are alive."""
+    """Recorder of events that tracks live storages."""
 
     owned: set[int]
     events: list[Event] = field(default_factory=list)
     alive: dict[int, tuple[int, Any]] = field(default_factory=dict)
-    """By storage: its number and the reference that tells of its end."""
+    """By storage: its number, and the weak reference that reports its end."""
     live_bytes: int = 0
     count: int = 0
 
@@ -148,7 +147,7 @@ class _Storages(TorchDispatchMode):
 
 
 class _NoAnswers(TorchFunctionMode):
-    """Answers a tensor without content with no where it is asked: captions differ in length, their mask is needed."""
+    """Evaluates meta tensors as False in conditions: captions differ in length, so their mask is needed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__bool__ and args[0].device.type == "meta":
@@ -165,9 +164,9 @@ def _fused_attention(
     is_causal: bool = False,
     **_: Any,
 ) -> Tensor:
-    """Do as the fused kernels of all devices do: keep q, k, v, the output and one number a row.
+    """Model the fused kernels of all devices: they keep q, k, v, the output and one number per row.
 
-    On `meta` torch would take the plain products, and keep their scores. One kernel alone gives a mask gradients.
+    On `meta` torch would use the unfused products and keep their scores. Only one kernel computes gradients of a mask.
     """
     if attn_mask is not None and attn_mask.requires_grad:
         learnt: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -183,18 +182,18 @@ def _fused_attention(
 
 @dataclass(eq=False)
 class _SavedTensor:
-    """Stands for a view of a parameter among what autograd saved."""
+    """A view of a parameter in autograd's saved tensors."""
 
     tensor: Tensor
 
 
 def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) -> Trace:
-    """Record `step`, which gives the loss, and its backward pass.
+    """Record `step`, which returns the loss, and its backward pass.
 
     Args:
-        module: on `meta`, in training mode.
+        module: the module, on `meta` and in training mode.
         step: one forward pass of `module`.
-        inputs: tensors that lie there before.
+        inputs: tensors that exist before the step.
     """
     parameters = list(module.parameters())
     index = {id(parameter): place for place, parameter in enumerate(parameters)}
@@ -229,7 +228,7 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that ZeRO-3 has hooks on: all of them, but those inside of a leaf."""
+    """Yield the modules with ZeRO-3 hooks: all modules except those inside a leaf."""
     yield module
     for child in () if z3_leaf_module(module) else module.children():
         yield from _units(child)
@@ -237,7 +236,8 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def _module_hooks(owners: list[nn.Module], recorder: _Recorder) -> Iterator[None]:
-    """Record when a module uses its parameters, forwards and (by the gradient of its output) backwards."""
+    """Record when a module uses its parameters, in the forward pass and (by the gradient of its output) in the backward
+    pass."""
     handles = []
 
     def before(number: int) -> Callable[..., None]:
@@ -264,7 +264,7 @@ def _module_hooks(owners: list[nn.Module], recorder: _Recorder) -> Iterator[None
 
 @contextlib.contextmanager
 def _gradient_hooks(parameters: list[nn.Parameter], modules: tuple[Module, ...], recorder: _Recorder) -> Iterator[None]:
-    """Take a complete gradient from the module at once: the engine decides what becomes of it."""
+    """Remove a gradient from its parameter as soon as it is complete: the engine decides when it is freed."""
     handles = []
     module_of = {place: number for number, module in enumerate(modules) for place in module.fetched}
     waiting = {n: {p for p in module.fetched if parameters[p].requires_grad} for n, module in enumerate(modules)}
@@ -297,7 +297,7 @@ def _gradient_hooks(parameters: list[nn.Parameter], modules: tuple[Module, ...],
 
 @contextlib.contextmanager
 def _kept_views(storages: dict[int, int], recorder: _Recorder) -> Iterator[None]:
-    """Record views that `F.linear` saves: they hold the storage, whatever becomes of the parameter."""
+    """Record views saved by `F.linear`: they keep the storage alive, even if the parameter is released."""
     count = 0
 
     def pack(tensor: Tensor) -> Any:

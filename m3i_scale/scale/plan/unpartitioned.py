@@ -1,6 +1,5 @@
-"""Replay DeepSpeed's stages 1 and 2, where every rank has all parameters: what their optimizers take and free, from the
-start of the engine to the end of a step. The methods follow those of DeepSpeed's files, which the docstrings name.
-"""
+"""Simulate the memory of DeepSpeed's stages 1 and 2, with all parameters on every rank, from engine start to the end of
+a step. The methods follow DeepSpeed's methods; the docstrings name the files."""
 
 from __future__ import annotations
 
@@ -21,19 +20,19 @@ from m3i_scale.scale.plan.replay import (
 from m3i_scale.scale.plan.settings import groups_of, momentum_state_bytes, share_of
 
 _SENT_AT_ONCE = 500_000_000
-"""`elements_per_buffer` of `buffered_allreduce_fallback`: groups are sent together until they have more elements."""
+"""`elements_per_buffer` of `buffered_allreduce_fallback`: groups are sent together until they exceed this size."""
 _ALIGNMENT = 2
-"""`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the ranks."""
+"""`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the number of ranks."""
 
 
 class WholeEngine(Engine):
-    """Replays stages 1 and 2: every rank has all parameters."""
+    """A simulation of stages 1 and 2, in which every rank has all parameters."""
 
     def build(self) -> None:
         """Follow `partition.construct` and `__init__` of the optimizer."""
         kept: dict[int, int] = {}
         self.gathered_averages: list[int] = []
-        """Elements of the groups whose averages are gathered."""
+        """Elements of the groups with gathered EMA weights."""
         for place, parameter in enumerate(self.parameters):
             size = parameter.numel * self.settings.parameter_bytes
             kept[place] = self.device.allocate(OF_ROLE[parameter.role], size)
@@ -49,7 +48,7 @@ class WholeEngine(Engine):
 
     def _averages(self, kept: dict[int, int]) -> None:
         """Follow `ShardedMomentum._lay_out`: every rank averages its part of a group of master weights, and all gather
-        the copies of targets that are computed with."""
+        the copies of targets used in training."""
         settings, trace = self.settings, self.trace
         computed = {
             place for event in trace.events if event.kind == "fetch" for place in trace.modules[event.owner].fetched
@@ -70,12 +69,12 @@ class WholeEngine(Engine):
 
     @property
     def divides_averages(self) -> bool:
-        """Return whether a rank has a part of the averages only: it has as much of the master weights, which are the
-        parameters themselves in fp32."""
+        """Return whether the EMA weights are sharded like the master weights; in fp32 the parameters themselves are the
+        master weights, and every rank has all."""
         return self.settings.world > 1 and self.settings.precision != "fp32"
 
     def local_elements(self, param: int, rank: int) -> int:
-        """Return the elements of the rank's part of the flat group that all ranks share out."""
+        """Return the elements of a parameter in the rank's shard of its flat group."""
         for group, numel in zip(self.groups, self.flat, strict=True):
             if param in group:
                 before = sum(self.parameters[place].numel for place in group[: group.index(param)])
@@ -85,7 +84,7 @@ class WholeEngine(Engine):
         return 0
 
     def ema_elements(self, param: int, rank: int) -> int:
-        """Return what the rank has of the master weights; an even share of what all ranks hold alike."""
+        """Return the elements in the rank's shard of the master weights; an even share of replicated parameters."""
         follows = self.parameters[param].follows
         if self.divides_averages and follows is not None:
             return self.local_elements(follows, rank)
@@ -101,7 +100,7 @@ class WholeEngine(Engine):
         self.device.free(copy)
 
     def _after_groups(self) -> None:
-        """Take nothing more, by default."""
+        """Allocate nothing more by default."""
 
     def gather_averages(self) -> None:
         """Follow `ShardedMomentum.publish`."""
@@ -109,7 +108,7 @@ class WholeEngine(Engine):
             self.traffic.add(AVERAGED, numel * self.settings.parameter_bytes)
 
     def gather_groups(self) -> None:
-        """Gather updated shards on all ranks, in place; gloo collects into a buffer of its own."""
+        """Gather updated shards on all ranks, in place; gloo uses a separate buffer."""
         for numel in self.flat:
             self.traffic.add("update", numel * self.settings.parameter_bytes)
             if self.settings.on_host and self.settings.world > 1:
@@ -117,7 +116,7 @@ class WholeEngine(Engine):
 
 
 class ZeroEngine(WholeEngine):
-    """Replays `stage_1_and_2.py`."""
+    """A simulation of `stage_1_and_2.py`."""
 
     def _after_groups(self) -> None:
         settings = self.settings
@@ -136,7 +135,7 @@ class ZeroEngine(WholeEngine):
         self.compact = settings.accumulation_bytes == 4 and settings.parameter_bytes != 4
         self.early = settings.stage == 2 or settings.overlap
         self.own = self._in_partition()
-        """Parameters of the first rank's partition, in whole or in part."""
+        """Parameters fully or partly in the first rank's partition."""
         self.buckets: list[int] = []
         self.filled = 0
         self.large: list[int] = []
@@ -157,12 +156,12 @@ class ZeroEngine(WholeEngine):
         return places
 
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """Follow `reduce_independent_p_g_buckets_and_remove_grads`, at once or after the backward pass."""
+        """Follow `reduce_independent_p_g_buckets_and_remove_grads`, immediately or after the backward pass."""
         if self.early:
             self._put(param, handle)
         elif first or param not in self.waiting:
             self.waiting[param] = handle
-        else:  # added to the one that is there
+        else:  # accumulated into the existing gradient
             self.device.free(handle)
 
     def _put(self, param: int, handle: int) -> None:
@@ -181,7 +180,7 @@ class ZeroEngine(WholeEngine):
             self.device.free(handle)
 
     def _reduce(self) -> None:
-        """Follow `reduce_ipg_grads`: a flat copy is reduced, and this rank's own part is copied out."""
+        """Follow `reduce_ipg_grads`: a flat copy is reduced, and this rank's part is copied out."""
         settings = self.settings
         if not self.filled:
             return
@@ -203,8 +202,8 @@ class ZeroEngine(WholeEngine):
         self.filled = 0
 
     def _put_aside(self) -> None:
-        """Follow `copy_grads_in_partition`: into a buffer for all of this rank's own, of which a host has the pages
-        that were written."""
+        """Follow `copy_grads_in_partition`: copy into a buffer for this rank's partition. On a CPU only its written
+        pages take memory."""
         size = self.settings.parameter_bytes
         if self.settings.on_host:
             mine = [param for param in self.in_bucket if param in self.own]
@@ -223,7 +222,7 @@ class ZeroEngine(WholeEngine):
         for handle in self.buckets:
             self.device.free(handle)
         self.buckets.clear()
-        if self.accumulated:  # added to what earlier micro-batches left
+        if self.accumulated:  # accumulated with earlier micro-batches
             self._release(self.owned)
             self.owned, self.accumulated = self.accumulated, []
         if not last:
@@ -234,7 +233,7 @@ class ZeroEngine(WholeEngine):
             self.device.free(handle)
 
     def step(self) -> None:
-        """Update group by group."""
+        """Update one group at a time."""
         settings = self.settings
         self.norm(max(min(self.parameters[p].numel, max(self.flat) // settings.world) for p in self.trained))
         for number, numel in enumerate(self.flat):
@@ -264,7 +263,7 @@ class ZeroEngine(WholeEngine):
 
 
 class Bf16Engine(WholeEngine):
-    """Replays `bf16_optimizer.py`: stage 1 in bf16 with fp32 gradients, which are whole on every rank."""
+    """A simulation of `bf16_optimizer.py`: stage 1 in bf16 with fp32 gradients, unpartitioned on every rank."""
 
     def _master(self, numel: int) -> None:
         super()._master(numel)
@@ -274,14 +273,14 @@ class Bf16Engine(WholeEngine):
         self.kept: set[int] = set()
 
     def on_gradient(self, param: int, handle: int, *, first: bool) -> None:
-        """Keep 16-bit gradients, which are set to zero after the step, and stay."""
+        """Keep 16-bit gradients allocated: they are zeroed after the step, not freed."""
         if param in self.kept:
             self.device.free(handle)
         self.kept.add(param)
 
     def after_backward(self, *, first: bool, last: bool) -> None:
         """Follow `update_hp_grads`, then `buffered_allreduce_fallback`: groups of gradients that are sent together are
-        copied end to end, and copied again in the type that is sent."""
+        concatenated in a copy, and copied again in the communication dtype."""
         settings = self.settings
         self.device.allocate_and_free(
             WORKSPACE, max(self.parameters[p].numel for p in self.trained) * settings.accumulation_bytes
@@ -298,7 +297,7 @@ class Bf16Engine(WholeEngine):
                 self.device.free(copy)
 
     def _sent_together(self) -> Iterator[list[int]]:
-        """Yield the sizes of groups of gradients that one all-reduce sends (`allreduce_no_retain`)."""
+        """Yield the sizes of groups of gradients that share one all-reduce (`allreduce_no_retain`)."""
         groups: list[int] = []
         for numel in self.flat:
             groups.append(numel)
@@ -309,7 +308,7 @@ class Bf16Engine(WholeEngine):
             yield groups
 
     def step(self) -> None:
-        """Update the shard of every group."""
+        """Update this rank's shard of every group."""
         for numel in self.flat:
             self.take_states(numel // self.settings.world)
         self.gather_groups()
