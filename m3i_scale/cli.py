@@ -251,7 +251,7 @@ def plan(
     from m3i_scale.objective.recipe import load_run_and_recipe
 
     config, _ = load_run_and_recipe(run, overrides)
-    from m3i_scale.run.plan_search import plan_run, refuse_hopeless, write_deepspeed
+    from m3i_scale.run.plan_search import check_feasible, plan_run, write_deepspeed
     from m3i_scale.run.planning import machine_of
 
     where = machine_of(
@@ -277,7 +277,7 @@ def plan(
         wide_console().print(plan_table(planned.document()))
     if write is not None and (planned.suggestion is not None or not planned.hopeless):
         print_line(f"written; train with {write_deepspeed(planned, write)}", stderr=True)
-    refuse_hopeless(planned)
+    check_feasible(planned)
 
 
 @app.command(epilog="Example: m3i-scale doctor m3i --hostfile /data/hostfile --interface eth0")
@@ -456,7 +456,7 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return [item for item in arguments if not item.startswith("--local_rank=")]
 
 
-def _refuse_dotted_options(arguments: list[str]) -> None:
+def _check_dotted_options(arguments: list[str]) -> None:
     """Raise an error for options with a dot, such as `--optim.lr 1e-3`: settings have no leading dashes here."""
     for item in arguments:
         match = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
@@ -470,7 +470,7 @@ def main() -> None:
     if "--json" in sys.argv:
         reserve_stdout()
     try:
-        _refuse_dotted_options(sys.argv[1:])
+        _check_dotted_options(sys.argv[1:])
         app()
     except UserError as error:
         adopt_rank_variables(os.environ)

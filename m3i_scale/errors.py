@@ -20,8 +20,8 @@ EXIT_PREEMPTED = 75
 """The run received a stop request (SIGTERM, SIGUSR2), saved a checkpoint and can be restarted (EX_TEMPFAIL)."""
 
 
-Given = ParamSpec("Given")
-Looked = TypeVar("Looked")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -118,7 +118,7 @@ class Faults:
     def __init__(self) -> None:
         self.found: list[UserError] = []
 
-    def note(self, look: Callable[Given, Looked], *given: Given.args, **named: Given.kwargs) -> Looked | None:
+    def note(self, look: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | None:
         """Call `look` and return its result. If it raises a `UserError`, store the error and return None."""
         try:
             return look(*given, **named)

@@ -163,7 +163,7 @@ def short_differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, st
         yield (name, *texts) if texts[0] != texts[1] else (name, _json_text(was), _json_text(present))
 
 
-def told_differences(key: str, before: Any, now: Any) -> list[str]:
+def format_differences(key: str, before: Any, now: Any) -> list[str]:
     """Format differences as `optim.lr was 0.001, is 0.002`, one line per field."""
     return [f"{name} was {was}, is {present}" for name, was, present in short_differences(key, before, now)]
 

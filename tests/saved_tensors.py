@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
-from m3i_scale.scale.checkpoint.tensors import Range, Written, make_index, write_ranges
+from m3i_scale.scale.checkpoint.tensors import Range, WrittenTensors, make_index, write_ranges
 
 
-def write_as_ranks(folder: Path, tensors: Mapping[str, Tensor], by_rank: Sequence[Sequence[Range]]) -> list[Written]:
+def write_as_ranks(
+    folder: Path, tensors: Mapping[str, Tensor], by_rank: Sequence[Sequence[Range]]
+) -> list[WrittenTensors]:
     """Write the pieces of every rank, and the index of `tensors`, which they make up."""
     written = [write_ranges(folder, ranges, rank) for rank, ranges in enumerate(by_rank)]
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}

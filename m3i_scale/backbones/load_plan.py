@@ -19,7 +19,7 @@ from m3i_scale.backbones.families import VisionConfig, family_of
 from m3i_scale.backbones.sources import Source, source_files
 from m3i_scale.backbones.sources.base import Placement, square_side
 from m3i_scale.backbones.sources.files import open_weights, read_headers
-from m3i_scale.backbones.sources.names import LeftOut
+from m3i_scale.backbones.sources.names import Unused
 from m3i_scale.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -117,7 +117,7 @@ class Matching:
     def add(self, name: str, path: Path, shape: Shape, place: Placement) -> None:
         """Match one tensor of a file."""
         placed = place(name)
-        if isinstance(placed, LeftOut):
+        if isinstance(placed, Unused):
             self.left_out.setdefault(placed.reason, []).append(name)
             return
         if placed is None or any(target not in self.wanted for target in placed.targets):

@@ -82,11 +82,11 @@ class Kind(Section):
         if kind in cls.choices():
             return cls.kinds[kind]
         if _IMPORT_PATH.fullmatch(kind):
-            return cls._own_class(kind, imports=imports)
+            return cls._import_class(kind, imports=imports)
         raise FixableError(f"no such kind: '{kind}'", did_you_mean(kind, cls.choices()))
 
     @classmethod
-    def _own_class(cls, path: str, *, imports: bool) -> type[Kind]:
+    def _import_class(cls, path: str, *, imports: bool) -> type[Kind]:
         """Return a user-defined class."""
         module, _, name = path.rpartition(".")
         if imports:

@@ -89,7 +89,7 @@ def is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def categories_beside(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
+def shard_categories(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
     """Read the categories from the folder of the shards; None if there is no such file.
 
     Args:

@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 
 from m3i_scale.config import AugmentConfig, DistortionConfig, SourceConfig
 from m3i_scale.config.views import ViewSpecs
-from m3i_scale.text import listed, told_differences
+from m3i_scale.text import format_differences, listed
 
 Shard = tuple[str, int, int, str]
 """Name, size in bytes, number of samples, digest of the tar headers."""
@@ -89,7 +89,7 @@ def changes(
         elif now is None and before is not None:
             differences[name] = f"removed ({_amount(before)})"
         elif before is not None and now is not None and before != now:
-            parts = told_differences("", before["settings"], now["settings"])
+            parts = format_differences("", before["settings"], now["settings"])
             if before.get("deal", 1) != now.get("deal", 1):
                 parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
             if before["sha256"] != now["sha256"]:
@@ -136,11 +136,11 @@ def _shards(
         "of another size": resized,
         "of the same size with other members": changed,
     }
-    parts = [f"{_count(len(which))} {what}: {_shown(which)}" for what, which in kinds.items() if which]
+    parts = [f"{_count(len(which))} {what}: {_short_list(which)}" for what, which in kinds.items() if which]
     return ", ".join(parts) or "a shard has other members, which one is not known"
 
 
-def _shown(names: Sequence[str]) -> str:
+def _short_list(names: Sequence[str]) -> str:
     patterns = [pattern.removeprefix("=") for pattern in _patterns(names)]
     return listed(patterns, _SHOWN, " ")
 

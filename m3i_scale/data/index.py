@@ -59,7 +59,7 @@ def load_index(
     remote = [path for path in shards if isinstance(path, Url)]
     local = [path for path in shards if isinstance(path, Path)]
     for path in local:
-        index = index_beside(path) or load_saved(path, cached(path, cache_dir))
+        index = load_sidecar_index(path) or load_saved(path, cached(path, cache_dir))
         if index is not None:
             indices[path] = index
     absent = [path for path in local if path not in indices]
@@ -78,7 +78,7 @@ def load_index(
     return [indices[path] for path in shards]
 
 
-def index_beside(path: Path) -> ShardIndex | None:
+def load_sidecar_index(path: Path) -> ShardIndex | None:
     """Return the index in `index/` next to a shard; None if it is missing, or the shard has changed since."""
     return load_saved(path, path.parent / "index" / f"{path.name}.npz")
 

@@ -21,7 +21,7 @@ from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import Mix, check_shares, check_weights, samples_at_most, share_of, whole_passes
+from m3i_scale.data.mixing import Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
 from m3i_scale.data.quarantine import Quarantine
@@ -115,7 +115,7 @@ class TrainStream:
         self._fingerprints: dict[str, dict[str, Any]] = {}
         self._shards: dict[str, list[Shard]] = {}
         self._changes: list[dict[str, Any]] = []
-        self.can_end = whole_passes(sources)
+        self.can_end = has_epochs(sources)
         """Whether the data can end; the same on all ranks."""
         self.samples_at_most: int | None = None
         """Upper limit of samples over all ranks, if none is corrupt; None: infinite."""

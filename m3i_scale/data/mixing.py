@@ -134,7 +134,7 @@ def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> No
     credits[taken] -= UNIT
 
 
-def whole_passes(sources: Mapping[str, SourceConfig]) -> bool:
+def has_epochs(sources: Mapping[str, SourceConfig]) -> bool:
     """Return whether any dataset has `epochs`, so that the run's data can end."""
     return any(source.epochs is not None for source in sources.values())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.categories import categories_beside, is_index
+from m3i_scale.data.categories import is_index, shard_categories
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.fetch import read_file
@@ -59,7 +59,7 @@ def save_present(shard: Path, digest: str, path: Path) -> None:
         DataError: the categories file or the shard is corrupt.
         OSError: the folder is not writable.
     """
-    categories = len(categories_beside(shard.parent) or ())
+    categories = len(shard_categories(shard.parent) or ())
     found = []
     with shard.open("rb") as stream:
         for sample in read_shard(shard).samples:

@@ -44,7 +44,7 @@ class BadSampleError(Exception):
         super().__init__(reason, detail, key)
 
 
-def refuse_large_sample(size: int, limit: int) -> None:
+def check_sample_size(size: int, limit: int) -> None:
     """Check the size of a sample before reading it.
 
     Args:
@@ -64,7 +64,7 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
     Raises:
         BadSampleError: they are too large or cannot be read.
     """
-    refuse_large_sample(sample.size, max_bytes)
+    check_sample_size(sample.size, max_bytes)
     try:
         return read_members(stream, sample)
     except OSError as error:
@@ -93,7 +93,7 @@ class ShardReader:
             BadShardError: the shard cannot be read after all attempts.
         """
         start, end = (int(value) for value in index.ranges_N2[number])
-        refuse_large_sample(end - start, self._access.max_sample_bytes)
+        check_sample_size(end - start, self._access.max_sample_bytes)
         self._activity.begin(index.path)
         if isinstance(index.path, Path):
             data = self._read(index, index.path, start, end)

@@ -193,7 +193,7 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
     return label
 
 
-def refuse_large_caption(data: bytes, limit: int) -> None:
+def check_caption_size(data: bytes, limit: int) -> None:
     """Check the size of a caption before decoding it.
 
     Args:
@@ -211,7 +211,7 @@ def _caption(members: Mapping[str, bytes], draw: int | None, max_bytes: int) -> 
     data = members.get("txt")
     if data is None:
         return None
-    refuse_large_caption(data, max_bytes)
+    check_caption_size(data, max_bytes)
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError as error:

@@ -154,7 +154,7 @@ def read_label_sets(
     return {name: labels for name, labels in sets.items() if labels}
 
 
-def samples_beside(shards: str, count: str, access: Access | None = None) -> int | None:
+def read_sample_count(shards: str, count: str, access: Access | None = None) -> int | None:
     """Return the number of samples from the shards' manifest; None without a manifest that lists all shards.
 
     Args:

@@ -96,7 +96,7 @@ def find_tokenizer(
             continue
         folder = shard_folder(source.shards)
         for place in (folder / "tokenizer", folder.parent / "tokenizer"):
-            tokenizer = _load_beside(place, name, access)
+            tokenizer = _load_sidecar(place, name, access)
             if tokenizer is not None:
                 return tokenizer
             places.append(str(place))
@@ -154,7 +154,7 @@ def _sha256(value: Any) -> str | None:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest() if value else None
 
 
-def _load_beside(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
+def _load_sidecar(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer in a local or remote folder; None if there is none."""
     where = f"data.sources.{source}"
     if isinstance(place, Path):

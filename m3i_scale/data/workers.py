@@ -119,7 +119,7 @@ def leave_signals_to_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None:
         raise RuntimeError("not a worker process")
-    folder = _own_temporary_folder()
+    folder = _temporary_folder()
     threading.Thread(target=_obey, args=(parent.pid, folder), daemon=True, name="signals").start()
 
 
@@ -133,7 +133,7 @@ def _obey(parent: int, folder: Path | None) -> None:
     os._exit(0)
 
 
-def _own_temporary_folder() -> Path | None:
+def _temporary_folder() -> Path | None:
     """Create and lock the temporary folder of this worker; None if it shares its parent's folder."""
     parent = Path(tempfile.gettempdir())
     before = set(os.listdir(parent))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.categories import Categories, categories_beside
+from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.index import load_index
 from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.data.make.records import Input, InputWrapper
@@ -218,10 +218,10 @@ def _split(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Labelled:
-    classes = _classes_beside(train, file)
+    classes = _find_classes(train, file)
     evaluated = 0
     if validation is not None:
-        others = _classes_beside(validation, file)
+        others = _find_classes(validation, file)
         if others != classes:
             raise differing_classes(classes, others, str(validation))
         evaluated = sum(map(len, load_index(expand_shards(str(validation), "--data"), cache)))
@@ -236,11 +236,11 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     if file != CATEGORIES:
         return given
     return replace(
-        given, categories=categories_beside(train), masked=_find_masks(train), annotations=_annotations(train)
+        given, categories=shard_categories(train), masked=_find_masks(train), annotations=_annotations(train)
     )
 
 
-def _classes_beside(folder: Path, file: str) -> list[str]:
+def _find_classes(folder: Path, file: str) -> list[str]:
     """Return the class names from a file next to shards."""
     classes = read_labels(folder, file)
     if not classes:

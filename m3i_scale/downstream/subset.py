@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.categories import Categories, categories_beside
+from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
@@ -75,10 +75,10 @@ class Subset:
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
         digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
-        return replace(found, source=_Chosen(found.source, keys), classes=classes, unlabelled=0, digest=digest)
+        return replace(found, source=_Subset(found.source, keys), classes=classes, unlabelled=0, digest=digest)
 
 
-class _Chosen(InputWrapper):
+class _Subset(InputWrapper):
     """Input restricted to a subset of the training samples.
 
     Args:
@@ -126,9 +126,9 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
                 if only and (not labels or label is not None):
                     found[sample.key] = "" if label is None else classes[label]
     keys = subset.choose(found)
-    source = _ChosenShards(
+    source = _ShardSubset(
         *(origins, keys, labels, classes if file == MASK_LABELS else None),
-        categories_beside(train) if file == CATEGORIES else None,
+        shard_categories(train) if file == CATEGORIES else None,
     )
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
     chosen = {key: name for key, name in found.items() if key in keys}
@@ -136,7 +136,7 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
 
 
 @dataclass(frozen=True)
-class _ChosenShards:
+class _ShardSubset:
     """Input of selected samples from existing shards; others are not read."""
 
     origins: Sequence[Origin]

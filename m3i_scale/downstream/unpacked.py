@@ -65,12 +65,12 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         if not names or loose is not None:
             what = "there are no folders of classes" if loose is None else "an image lies in no folder of a class"
             raise ConfigError(what, where=f"--data {loose or place}", fix=FIX)
-        _refuse_names(place, names)
-        _refuse_other_layouts(place, names)
+        _check_names(place, names)
+        _check_layout(place, names)
         of_split = imagefolder_input(place, "none", "classes")
         if split == TRAIN:
             with_images = {*of_split.labels}
-            _refuse_empty([name for name in names if name not in with_images], str(place))
+            _check_not_empty([name for name in names if name not in with_images], str(place))
         classes[split] = of_split.labels
         records += [replace(record, split=split, key=f"{split}_{record.key}") for record in of_split.records()]
     for split, labels in classes.items():
@@ -108,7 +108,7 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
     return Unpacked(source, list(places), trained, 0, digest_of([*files, *numbered]), evaluated)
 
 
-def _refuse_names(place: Path, names: list[str]) -> None:
+def _check_names(place: Path, names: list[str]) -> None:
     links = [name for name in names if (place / name).is_symlink()]
     if links:
         raise ConfigError(
@@ -125,7 +125,7 @@ def _refuse_names(place: Path, names: list[str]) -> None:
         )
 
 
-def _refuse_other_layouts(place: Path, names: list[str]) -> None:
+def _check_layout(place: Path, names: list[str]) -> None:
     """Raise an error for folder layouts of segmentation or detection data, and for unknown split names."""
     folded = [name.casefold() for name in names]
     images, annotations = (kind.intersection(folded) for kind in (_IMAGES, _ANNOTATIONS))
@@ -174,7 +174,7 @@ def saved_dataset(folder: Path) -> Unpacked:
     rows = list(source.labels_of(TRAIN))
     trained = {key: table.labels[number] for key, number in rows if number is not None}
     with_images = set(trained.values())
-    _refuse_empty([name for name in table.labels if name not in with_images], f"{folder}, split {train or TRAIN}")
+    _check_not_empty([name for name in table.labels if name not in with_images], f"{folder}, split {train or TRAIN}")
     read = 0 if evaluated is None else sum(1 for _ in source.labels_of(evaluated))
     return Unpacked(source, list(splits.values()), trained, len(rows) - len(trained), digest, read)
 
@@ -191,7 +191,7 @@ def digest_of(files: Iterable[tuple[str, int]]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_empty(names: list[str], where: str) -> None:
+def _check_not_empty(names: list[str], where: str) -> None:
     if names:
         raise ConfigError(
             f"{len(names)} classes have no images for training: {listed(names, 4)}",

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.instances import Instances
 from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import DataError
@@ -71,7 +71,7 @@ def evaluate_detector(
 
 def check_categories(detector: Detector, shards: str) -> Categories:
     """Return the categories of a dataset, after checking that they match the detector's categories."""
-    found = categories_beside(shard_folder(shards), "--data: ")
+    found = shard_categories(shard_folder(shards), "--data: ")
     if found is None or found.names != detector.classes:
         raise DataError(
             f"the shards have no {CATEGORIES}"

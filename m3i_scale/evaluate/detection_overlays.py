@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.evaluate.detection_matches import mask_of, match, overlaps
 from m3i_scale.evaluate.detections import Categories, GroundTruth, Prediction, Rle, sorted_by_score
-from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, refused, side_by_side
+from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 
@@ -119,7 +119,7 @@ class DetectionOverlays:
             summary = {"score": self._least, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
             write_json(self._folder / SUMMARY, summary)
         except OSError as error:
-            raise refused(self._folder, error) from None
+            raise write_error(self._folder, error) from None
 
     def _true_panel(self, kept: _Overlay) -> Image.Image:
         panel = _Panel(kept.image, kept.truth)

@@ -31,7 +31,7 @@ from m3i_scale.evaluate.towers import has_head, load_objective
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
 from m3i_scale.objective.detection.rfdetr import decode_queries
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.objective.targets.detection import shown_sizes
+from m3i_scale.objective.targets.detection import image_sizes
 from m3i_scale.output import quiet_loading
 
 DETECTOR = "detector"
@@ -85,7 +85,7 @@ class Detector:
             shown.append(Shown(views, None, -1, None, 0, str(number)))
         batch = Collator(None, 0)(shown).to(self.device)
         pixels_BCHW = normalize(batch.images_VBCHW[0], augment.mean, augment.std)
-        found = self.detect(pixels_BCHW, shown_sizes(batch), batch.sizes_B2)
+        found = self.detect(pixels_BCHW, image_sizes(batch), batch.sizes_B2)
         return [
             prediction_of(one, number, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
             for one, pixels_CHW, number in zip(found, images, numbers, strict=True)

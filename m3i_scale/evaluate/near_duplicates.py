@@ -112,7 +112,7 @@ def find_near_duplicates(
     """
     of_features = {"--similarity": similarity, "--device": device}
     of_hashes = {"--distance": distance, "--max-image-pixels": max_pixels, "--workers": workers}
-    _refuse_idle(features is not None, of_hashes if features else of_features)
+    _check_options(features is not None, of_hashes if features else of_features)
     if not 0 <= (distance or 0) <= MAX_DISTANCE:
         raise ConfigError(f"--distance {distance}", fix=f"0 to {MAX_DISTANCE} of 64 bits")
     if similarity is not None and not 0 < similarity <= 1:
@@ -149,7 +149,7 @@ def _encode(sources: Sequence[str], vision: VisionModel) -> EncodedImages:
     )
 
 
-def _refuse_idle(by_features: bool, options: Mapping[str, object]) -> None:
+def _check_options(by_features: bool, options: Mapping[str, object]) -> None:
     """Reject options that do not apply to the selected comparison method."""
     idle = [name for name, value in options.items() if value is not None]
     if idle:

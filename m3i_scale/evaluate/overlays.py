@@ -47,12 +47,12 @@ def make_folder(folder: Path, option: str = "--overlays") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(folder.iterdir())
     except OSError as error:
-        raise refused(folder, error, option) from None
+        raise write_error(folder, error, option) from None
     if taken:
         raise ConfigError("the folder is not empty", where=f"{option} {folder}", fix="name a new one")
 
 
-def refused(folder: Path, error: OSError, option: str = "--overlays") -> ConfigError:
+def write_error(folder: Path, error: OSError, option: str = "--overlays") -> ConfigError:
     """Return the error for pictures that cannot be written."""
     return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"{option} {folder}")
 
@@ -100,7 +100,7 @@ class Overlays:
                 write_json(self._folder / LEGEND, self._legend())
             picture.save(self._folder / f"{self._drawn:04d}-{file_stem(sample.key)}.png")
         except OSError as error:
-            raise refused(self._folder, error) from None
+            raise write_error(self._folder, error) from None
 
     def _legend(self) -> list[dict[str, Any]]:
         return [

@@ -134,7 +134,7 @@ def read_samples(
             instances = None if categories is None else read_instances(members, categories, image.size)
             if instances is not None:
                 check_turned(orientation(image))
-            pixels = whole_pixels(image) if view is None else view(image, 0).pixels_VCHW[0]
+            pixels = full_extent_pixels(image) if view is None else view(image, 0).pixels_VCHW[0]
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
             continue
@@ -144,7 +144,7 @@ def read_samples(
         yield sample
 
 
-def whole_pixels(image: Image.Image) -> NDArray[np.uint8]:
+def full_extent_pixels(image: Image.Image) -> NDArray[np.uint8]:
     """Return all pixels of an opened image, upright: (3, H, W).
 
     Raises:

@@ -91,11 +91,11 @@ def timm_vision(
 
 def _model(config: VisionConfig, kind: str | None, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
     if not isinstance(config, ViTConfig | Dinov2Config | CLIPVisionConfig):
-        raise _refused(f"{config.model_type} is not written in timm's form")
+        raise _not_supported(f"{config.model_type} is not written in timm's form")
     if config.hidden_act not in _ACTIVATIONS:
-        raise _refused(f"timm has no activation '{config.hidden_act}'")
+        raise _not_supported(f"timm has no activation '{config.hidden_act}'")
     if kind == "attention_pool":
-        raise _refused("no model of timm pools by attention with the mean token as its query")
+        raise _not_supported("no model of timm pools by attention with the mean token as its query")
     if kind == "mean_pool":
         return _eva(config, norm)
     return _vit(config)
@@ -154,7 +154,9 @@ def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str
     _check_eps(config, _POOL_EPS, " in front of and behind the mean")
     gated = bool(getattr(config, "use_swiglu_ffn", False))
     if config.hidden_act != "gelu":
-        raise _refused(f"timm's EVA, which alone pools as the recipe does, has no activation '{config.hidden_act}'")
+        raise _not_supported(
+            f"timm's EVA, which alone pools as the recipe does, has no activation '{config.hidden_act}'"
+        )
     arguments = _common(config, _hidden(config)) | {
         "qkv_fused": False,
         "swiglu_mlp": gated,
@@ -226,7 +228,7 @@ def _joined(*tensors: Tensor) -> Tensor:
 
 def _check_eps(config: VisionConfig, only: float, where: str = "") -> None:
     if config.layer_norm_eps != only:
-        raise _refused(
+        raise _not_supported(
             f"the norms have ε = {config.layer_norm_eps:g}, and those of timm's model {only:g}{where}; its"
             " configuration has no field for it"
         )
@@ -280,5 +282,5 @@ def _empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         ) from None
 
 
-def _refused(reason: str) -> ExportError:
+def _not_supported(reason: str) -> ExportError:
     return ExportError(f"not expressible with timm: {reason}", fix="--task features --format transformers")

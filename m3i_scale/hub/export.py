@@ -72,7 +72,7 @@ def export(
     """
     target, wanted = Path(to).absolute(), wanted or ExportContents()
     _check(weights, dtype, target, overwrite)
-    check_wanted(wanted)
+    check_contents(wanted)
     check_also(also)
     source, heads = with_best_head(find_source(Path(run_dir_or_checkpoint)))
     reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
@@ -204,7 +204,7 @@ def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> Non
         )
 
 
-def check_wanted(wanted: ExportContents) -> None:
+def check_contents(wanted: ExportContents) -> None:
     """Raise an error for an unknown task, format or shard size."""
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))

@@ -96,9 +96,9 @@ def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype
     """
     sources = [_checked(source, weights).to(dtype) for source in made.sources]
     if made.make is None:
-        return _own_storage(sources[0])
+        return _without_view(sources[0])
     value = made.make(*[source.float() for source in sources])
-    return _own_storage(value.to(dtype) if value.is_floating_point() else value)
+    return _without_view(value.to(dtype) if value.is_floating_point() else value)
 
 
 def values_of(
@@ -174,7 +174,7 @@ def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
-def _own_storage(tensor: Tensor) -> Tensor:
+def _without_view(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor that is not a view: views of one buffer look like tied weights and are dropped."""
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -116,7 +116,7 @@ def read_heartbeat(path: Path) -> RankState | None:
     return RankState(step, began, phase, changed, waited, dict(zip(PHASES, worked, strict=True)))
 
 
-def own_heartbeat(rank: int) -> Heartbeat:
+def local_heartbeat(rank: int) -> Heartbeat:
     """Return the heartbeat of this process if an agent started it; otherwise one without a file.
 
     Raises:

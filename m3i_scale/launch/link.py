@@ -17,7 +17,7 @@ from m3i_scale.launch.doctor.checks import other_files
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.transport import HostFault, RemoteShell, agent_command, explain_end, own_environment
+from m3i_scale.launch.transport import HostFault, RemoteShell, agent_command, explain_end, local_environment
 from m3i_scale.launch.wire import BEAT_S, Message, decode, encode
 
 Inbox = queue.SimpleQueue[tuple["Link", Message]]
@@ -50,7 +50,7 @@ class Link:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C goes to the supervisor, which handles it
             bufsize=0,
-            env=own_environment(),
+            env=local_environment(),
         )
         self._errors = threading.Thread(target=self._read_errors, args=(self._process.stderr,), daemon=True)
         self._errors.start()

@@ -59,7 +59,7 @@ class RemoteShell:
     """Time for other ranks to end by themselves once one has ended."""
 
 
-def own_environment() -> dict[str, str]:
+def local_environment() -> dict[str, str]:
     """Return the environment of ssh and srun, without variables of another launch and without secrets. Named secrets
     are passed in messages."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}

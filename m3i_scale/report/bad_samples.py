@@ -25,7 +25,7 @@ _SAMPLE_BYTES = 1 << 26
 """Larger samples get no thumbnail."""
 
 
-def shown_samples(entries: Iterable[dict[str, Any]]) -> list[dict[str, str | None]]:
+def sample_rows(entries: Iterable[dict[str, Any]]) -> list[dict[str, str | None]]:
     """Return `key, shard, reason, picture, fault` of corrupt samples. `picture` is the data URL of a JPEG encoded here.
     If there is none, `fault` is the reason. Only local files are read.
 

@@ -65,11 +65,11 @@ def _samples(quarantine: dict[str, Quarantined]) -> list[dict[str, str | None]]:
     if not quarantine:
         return []
     # imports torch, which takes seconds
-    from m3i_scale.report.bad_samples import shown_samples
+    from m3i_scale.report.bad_samples import sample_rows
 
     each = max(1, min(4, _MOST_SAMPLES // len(quarantine)))
     entries = [entry for of_reason in quarantine.values() for entry in of_reason.examples[:each]]
-    return shown_samples(entries[:_MOST_SAMPLES])
+    return sample_rows(entries[:_MOST_SAMPLES])
 
 
 def _sources(run: RunFiles) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from rich.text import Text
 from m3i_scale.errors import CheckpointError
 from m3i_scale.report.run_files import RunReader
 from m3i_scale.report.run_folder import Quarantined, attempts_of, failure_of, quarantine_of, ranks_of
-from m3i_scale.report.watch_view import Watched, is_shown, render_lines
+from m3i_scale.report.watch_view import RunSnapshot, is_shown, render_lines
 from m3i_scale.scale.output_dir import QUARANTINE, holder_of
 
 _LOOK_S = 0.2
@@ -65,13 +65,13 @@ class _Files:
         self._quarantine: dict[str, Quarantined] = {}
         self._quarantine_bytes = 0
 
-    def poll(self) -> Watched:
+    def poll(self) -> RunSnapshot:
         """Return their current contents."""
         folder, file = self._folder, self._folder / QUARANTINE
         size = file.stat().st_size if file.is_file() else 0
         if size != self._quarantine_bytes:
             self._quarantine, self._quarantine_bytes = quarantine_of(folder), size
-        return Watched(
+        return RunSnapshot(
             run=self._reader.read(),
             holder=_holder(folder),
             ranks=ranks_of(folder),

@@ -40,7 +40,7 @@ def is_shown(figure: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Watched:
+class RunSnapshot:
     """State of a run at one moment."""
 
     run: RunFiles
@@ -52,7 +52,7 @@ class Watched:
     failure: FailureNote | None
 
 
-def render_lines(watched: Watched, width: int, height: int | None) -> list[Text]:
+def render_lines(watched: RunSnapshot, width: int, height: int | None) -> list[Text]:
     """Return the lines of the dashboard, none longer than `width`.
 
     Args:
@@ -68,7 +68,7 @@ def render_lines(watched: Watched, width: int, height: int | None) -> list[Text]
     return lines
 
 
-def _head(watched: Watched, width: int) -> Iterator[Text]:
+def _head(watched: RunSnapshot, width: int) -> Iterator[Text]:
     run = watched.run
     yield Text(_clean(f"{run.name}  {run.folder}"), "bold")
     share = 0.0
@@ -86,7 +86,7 @@ def _head(watched: Watched, width: int) -> Iterator[Text]:
     yield from (Text(line) for line in filled(figures, width))
 
 
-def _state(watched: Watched) -> str:
+def _state(watched: RunSnapshot) -> str:
     run = watched.run
     heard = [*run.times_s[-1:], *(unix_s(line) for line in (*run.starts[-1:], *run.ends[-1:]))]
     ago = f", last line {duration_text(max(0.0, time.time() - max(heard)))} ago" if heard else ""
@@ -157,7 +157,7 @@ def _phases(run: RunFiles, width: int, height: int) -> list[Text]:
     return [*lines, *(Text(" " * width) for _ in range(height - len(lines)))]
 
 
-def _foot(watched: Watched, width: int) -> Iterator[Text]:
+def _foot(watched: RunSnapshot, width: int) -> Iterator[Text]:
     for host, of_host in groupby(watched.ranks, key=lambda sign: sign.host):
         signs = [*of_host]
         ago = duration_text(max(0.0, time.time() - max(sign.heard_s for sign in signs)))
@@ -174,7 +174,7 @@ def _foot(watched: Watched, width: int) -> Iterator[Text]:
         yield from _wrapped(text, width, "yellow")
 
 
-def _events(watched: Watched) -> Iterator[tuple[float, str]]:
+def _events(watched: RunSnapshot) -> Iterator[tuple[float, str]]:
     """Yield (Unix seconds, sentence) of problems."""
     for line in watched.run.warnings:
         yield unix_s(line), f"step {line['step']:,}: {line['group']}: {line['what']} ({line['why']})"

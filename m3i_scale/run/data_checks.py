@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.config import RunConfig, TextConfig
-from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import CATEGORIES, LABELS, read_label_sets, require_shards, samples_beside, shard_folder
+from m3i_scale.data.shards import CATEGORIES, LABELS, read_label_sets, read_sample_count, require_shards, shard_folder
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
 from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
@@ -126,7 +126,7 @@ class DataChecks:
         categories between datasets are reported elsewhere, with their names."""
         by_source = []
         for name, source in self.run.data.sources.items():
-            categories = categories_beside(shard_folder(source.shards), f"source '{name}': ", access)
+            categories = shard_categories(shard_folder(source.shards), f"source '{name}': ", access)
             if categories is not None and categories.format == "lvis":
                 by_source.append([category.image_count or 0 for category in categories.categories])
         counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
@@ -137,7 +137,7 @@ class DataChecks:
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run. Its padding token must be 0."""
     read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
-    if read and all(samples_beside(source.shards, "with_caption", access) == 0 for source in read.values()):
+    if read and all(read_sample_count(source.shards, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
             "the recipe has a text target, and no source has captions",
             where=", ".join(f"data.sources.{name}.shards: {quoted(source.shards)}" for name, source in read.items()),

@@ -77,8 +77,8 @@ def prepare(
         skip_bad: skip images that cannot be used.
         random_weights: initialize the architecture of `start` randomly.
     """
-    _refuse_ranks(protocol)
-    _refuse_computed(overrides)
+    _check_one_rank(protocol)
+    _check_not_computed(overrides)
     # The number of steps is still unknown, so use one that every step setting fits into. The shards are unknown too.
     unknown = ["optim.steps=1000000000", "optim.warmup_steps=0"]
     source = f"data.sources.{TRAIN}.shards={json.dumps(str(folder))}"
@@ -108,7 +108,7 @@ def prepare(
     run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
     computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
-    _refuse_few(run, data)
+    _check_image_count(run, data)
     resolve_finetuning(run, data, here=here)
     export_task = _export_task(run, task, task_name, data.classes)
     return FineTuning(task_name, protocol, run, data, export_task, subset, start if random_weights else None)
@@ -145,7 +145,7 @@ def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -
     return None
 
 
-def _refuse_few(run: RunConfig, data: Labelled) -> None:
+def _check_image_count(run: RunConfig, data: Labelled) -> None:
     check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=1)
     streams, batch = run.data.streams, run.optim.micro_batch_size
     if data.read < streams:
@@ -173,7 +173,7 @@ def _check_boxes(task: Task, data: Labelled) -> None:
         )
 
 
-def _refuse_ranks(protocol: str) -> None:
+def _check_one_rank(protocol: str) -> None:
     adopt_rank_variables(os.environ)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
@@ -202,7 +202,7 @@ def _exported(start: str, output_dir: Path) -> str:
     return str(exported)
 
 
-def _refuse_computed(overrides: list[str]) -> None:
+def _check_not_computed(overrides: list[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0]
         taken = next((name for name in _COMPUTED if key == name or key.startswith(name + ".")), None)

@@ -28,7 +28,7 @@ from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
-from m3i_scale.text import GIB, listed, redact, told_differences
+from m3i_scale.text import GIB, format_differences, listed, redact
 
 TaskName = Literal["classification", "segmentation", "detection"]
 _LISTED_CLASSES = 12
@@ -97,7 +97,7 @@ class FineTuning:
             "task": self.task,
             "protocol": self.protocol,
             "published": None if published is None else published.model_dump(mode="json"),
-            "model": _told_model(run),
+            "model": _model_line(run),
             "deviations": [*stated, *self._differences()],
             "backbone": run.backbone.from_pretrained,
             "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
@@ -132,7 +132,7 @@ class FineTuning:
         differences += [
             told
             for part, fields in _FOLLOWED.items()
-            for told in told_differences(
+            for told in format_differences(
                 part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
             )
         ]
@@ -141,7 +141,7 @@ class FineTuning:
             of_epochs, of_steps = f"{protocol.epochs}, is {self.epochs:.4g}", f"{protocol.steps}, is {steps}"
             differences.append(f"epochs was {of_epochs}" if protocol.epochs else f"steps was {of_steps}")
         thresholds = [repeat_threshold(run) for run in (followed, self.run)]
-        differences += told_differences(f"data.sources.{TRAIN}.repeat_threshold", *thresholds)
+        differences += format_differences(f"data.sources.{TRAIN}.repeat_threshold", *thresholds)
         if followed.deepspeed != self.run.deepspeed:
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
@@ -168,7 +168,7 @@ def _data_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _told_model(run: RunConfig) -> str:
+def _model_line(run: RunConfig) -> str:
     """Describe the size of the backbone for comparison with the published result."""
     config = backbone_config(run.backbone)
     if isinstance(config, InternImageConfig):

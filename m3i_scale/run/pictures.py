@@ -37,7 +37,7 @@ class EncodedSamples:
     """Result of `Objective.reconstruct`."""
 
 
-class LearntPictures:
+class TrainingPictures:
     """Visualizations of a fixed set of samples during training.
 
     Args:

@@ -370,13 +370,13 @@ def nodes_that_fit(model: Model, machine: Machine, choice: Choice, *, most: int 
     return None
 
 
-def refuse_hopeless(plan: RunPlan) -> None:
+def check_feasible(plan: RunPlan) -> None:
     """Raise an error if the run does not fit even with the smallest micro-batch."""
     if not plan.hopeless:
         return
     for number, phase in enumerate(plan.phases):
         with error_prefix(f"phases.{number}"):
-            refuse_hopeless(phase)
+            check_feasible(phase)
     fix = None
     if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)

@@ -105,7 +105,7 @@ class _PlannedRanks:
         return x * 1
 
 
-def beside_tensors_gib(*, hosts: bool) -> float:
+def non_tensor_gib(*, hosts: bool) -> float:
     """Return the non-tensor memory per rank in GiB. On CPUs, measure this process, which has the same imports."""
     if not hosts:
         return ACCELERATOR_WORKSPACE_GIB
@@ -145,7 +145,7 @@ def machine_of(
         gloo=hosts,
     )
     rates = preset.tflops if tflops is None else dict.fromkeys(preset.tflops, tflops)
-    workspace = beside_tensors_gib(hosts=hosts) if workspace_gib is None else workspace_gib
+    workspace = non_tensor_gib(hosts=hosts) if workspace_gib is None else workspace_gib
     reached = preset.mfu if mfu is None else mfu
     return Machine(name, links, memory_gib, rates, reached, hosts, workspace, host_memory_gib)
 
@@ -394,7 +394,7 @@ def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
     if model.run.data.workers:
         sides = view_sizes(model.recipe.drawn_views, model.image_size)
         parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)
-    parts["process"] = round(beside_tensors_gib(hosts=True) * GIB)
+    parts["process"] = round(non_tensor_gib(hosts=True) * GIB)
     return parts
 
 

@@ -63,14 +63,14 @@ def needs_of(
         * phase.optim.micro_batch_size
         for phase in (run.in_phase(number) for number in range(len(run.phase_starts)))
     )
-    count = kept_checkpoints(run.checkpoint, run.optim.steps)
+    count = retained_checkpoints(run.checkpoint, run.optim.steps)
     loaders = 1 + bool(run.data.validation)  # workers of both loaders exist and hold parts for the entire run
     return Needs(
         ranks=ranks_here,
         world_size=world_size,
         checkpoint_bytes=checkpoint,
         kept_checkpoints=count,
-        kept_bytes=_kept_bytes(run.checkpoint, checkpoint, count),
+        kept_bytes=_retained_bytes(run.checkpoint, checkpoint, count),
         memory_bytes=int(copies + far),
         state_bytes=0 if settings.optimizer_on_host else int(checkpoint * of_this_host),
         shm_bytes=loaders * ranks_here * PREFETCH_PARTS * pixels if run.data.workers else 0,
@@ -81,7 +81,7 @@ def needs_of(
     )
 
 
-def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
+def retained_checkpoints(config: CheckpointConfig, steps: int) -> int:
     """Return the maximum number of checkpoints on disk at the same time, including the one being written."""
     saves = math.ceil(steps / config.every_steps)
     kept = config.keep_latest + (config.keep_best.count if config.keep_best is not None else 0)
@@ -90,7 +90,7 @@ def kept_checkpoints(config: CheckpointConfig, steps: int) -> int:
     return min(saves, kept + 1)
 
 
-def _kept_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> int:
+def _retained_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> int:
     whole = count * checkpoint
     if config.max_bytes is None:
         return whole

@@ -21,7 +21,7 @@ from m3i_scale.launch.failures import (
     record_file,
     write_record,
 )
-from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, own_heartbeat
+from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, local_heartbeat
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.scale.output_dir import RANK_RECORDS, is_run_folder
@@ -46,7 +46,7 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     """
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
-    heartbeat = own_heartbeat(rank)
+    heartbeat = local_heartbeat(rank)
     folder = _folder(output_dir)
     if folder is not None:
         with contextlib.suppress(OSError):  # errors of the folder are reported when the run opens it

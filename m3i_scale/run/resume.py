@@ -19,7 +19,7 @@ from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.scale.checkpoint.layout import DATA_FILES, read_meta, read_object, unreadable
 from m3i_scale.scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.text import known_part, listed, told_differences
+from m3i_scale.text import format_differences, known_part, listed
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
@@ -149,7 +149,7 @@ def _saved_phases(meta: dict[str, Any], checkpoint: Path) -> list[Phase]:
 
 def _changed_phases(run: RunConfig, saved: list[Phase]) -> list[str]:
     """Return a note if the stages changed."""
-    changes = told_differences("phases", *([phase.model_dump() for phase in of] for of in (saved, run.phases)))
+    changes = format_differences("phases", *([phase.model_dump() for phase in of] for of in (saved, run.phases)))
     return [f"phases changed: {', '.join(changes)}"] if changes else []
 
 
@@ -198,7 +198,7 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
         return []
     before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
     values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
-    changes = told_differences("optim", *values)
+    changes = format_differences("optim", *values)
     if not changes:
         return []
     now, then = (learning_rate(step, optim) for optim in (run.optim, before))
@@ -253,7 +253,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     names = [value.get("name") if isinstance(value, dict) else None for value in (before, now)]
     if key == "recipe" and names[0] != names[1]:
         return f"recipe was '{names[0]}', is '{names[1]}'"
-    return listed(told_differences(key, before, now), _SHOWN_CHANGES, "; ")
+    return listed(format_differences(key, before, now), _SHOWN_CHANGES, "; ")
 
 
 def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dict[str, Any]:

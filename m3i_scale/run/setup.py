@@ -35,9 +35,9 @@ from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.scale.engine import build_engine
 from m3i_scale.scale.host_memory import pinning
-from m3i_scale.scale.kept import keep_in_checkpoints, kept_frozen
+from m3i_scale.scale.kept import keep_in_checkpoints, saved_frozen
 from m3i_scale.scale.loading import stream_into
-from m3i_scale.scale.partition import initialize_sharded, order_gathers, refuse_unwritable
+from m3i_scale.scale.partition import check_writable, initialize_sharded, order_gathers
 from m3i_scale.scale.peak import compute_dtype
 
 
@@ -178,7 +178,7 @@ def start_engine(
     )
     check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
-    refuse_unwritable(engine, kept_frozen(engine.module), "frozen weights of the backbone")
+    check_writable(engine, saved_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)  # with a memory budget: all layers, until memory is measured
     pairs = momentum_pairs(engine.module)

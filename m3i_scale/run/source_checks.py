@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.config import RunConfig, SourceConfig
-from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, read_label_sets, shard_folder
 from m3i_scale.errors import CheckpointError, ConfigError
@@ -76,7 +76,7 @@ def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = N
         return False
     for name, source in run.data.validation.items():
         where, best = f"data.validation.{name}", run.checkpoint.keep_best
-        categories = categories_beside(shard_folder(source.shards), f"{where}: ", access)
+        categories = shard_categories(shard_folder(source.shards), f"{where}: ", access)
         if categories is None or categories.format == "coco":
             continue
         figures = [f"evaluation/{target.name}/{figure}" for target in recipe.targets for figure in target.evaluated]
@@ -118,7 +118,7 @@ def _check_class_names(source: SourceConfig, where: str, access: Access | None, 
             fix=fix,
         )
     if there and file == CATEGORIES:
-        categories_beside(shard_folder(source.shards), f"{where}: ", access)
+        shard_categories(shard_folder(source.shards), f"{where}: ", access)
 
 
 def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:

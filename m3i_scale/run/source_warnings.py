@@ -9,7 +9,7 @@ from pathlib import Path
 from m3i_scale.config import RunConfig, SourceConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import is_remote
-from m3i_scale.data.shards import expand_shards, samples_beside
+from m3i_scale.data.shards import expand_shards, read_sample_count
 from m3i_scale.errors import UserError
 
 MOST_EPOCHS = 1600
@@ -43,7 +43,7 @@ def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iter
     if not run.evaluation.every_steps or not run.data.validation:
         return
     counts = [
-        samples_beside(source.shards, "samples", access) if _may_be_read(source, access) else None
+        read_sample_count(source.shards, "samples", access) if _may_be_read(source, access) else None
         for source in run.data.validation.values()
     ]
     known = [count for count in counts if count]
@@ -69,7 +69,7 @@ def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
     for name, source in sources.items():
         if source.epochs is not None or not _may_be_read(source, access):
             continue
-        count = samples_beside(source.shards, "samples", access)
+        count = read_sample_count(source.shards, "samples", access)
         epochs = samples * weights[name] / total / count if count else 0.0
         if epochs > MOST_EPOCHS:
             enough = max(1, int(run.optim.steps * MOST_EPOCHS / epochs))

@@ -18,7 +18,7 @@ from m3i_scale.scale.checkpoint.commit import explain
 FILE = "start.json"
 
 
-def tell_start(report: dict[str, Any], run: RunConfig) -> None:
+def print_start(report: dict[str, Any], run: RunConfig) -> None:
     """Print the load result of every tensor of the pretrained weights, and save it in the run's folder."""
     console = wide_console(stderr=True, soft_wrap=True)
     console.print(start_table(report))

@@ -36,10 +36,10 @@ from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.schedule import learning_rate, momentum_at, warmed_up_decay
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
-from m3i_scale.run.start_table import tell_start
+from m3i_scale.run.start_table import print_start
 from m3i_scale.run.step_times import Timeouts
 from m3i_scale.scale.agree import agree_and_average
-from m3i_scale.scale.checkpoint.saver import bytes_wanted
+from m3i_scale.scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.engine import set_micro_batch_size
 from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
@@ -76,9 +76,9 @@ class Trainer:
         if note is not None:
             tell(note)
         engine, momentum = start_engine(
-            resolved, ranks, lambda report: tell_start(report, resolved.run), reads_source=resume_from is None
+            resolved, ranks, lambda report: print_start(report, resolved.run), reads_source=resume_from is None
         )
-        check_guard_room(resolved.run, bytes_wanted(engine, momentum))
+        check_guard_room(resolved.run, checkpoint_bytes(engine, momentum))
         set_micro_batch_size(engine, self.phases[0].run.optim.micro_batch_size)
         self.activations = set_activations(resolved.run, engine, stream)
         """Description of the activation checkpointing, for the log."""

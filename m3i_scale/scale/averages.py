@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3i_scale.scale.engine_state import MasterGroup, master_groups
 from m3i_scale.scale.partition import (
+    check_writable,
     forget_copy,
     full_shape,
     is_partitioned,
@@ -24,7 +25,6 @@ from m3i_scale.scale.partition import (
     local_range,
     local_values,
     order_gathers,
-    refuse_unwritable,
 )
 from m3i_scale.scale.split_float import join, split
 
@@ -94,7 +94,7 @@ class ShardedMomentum:
         self._engine = engine
         self._follows = {target: online for online, target in pairs}
         self._target = {target: named[target] for _, target in pairs}
-        refuse_unwritable(engine, self._target, "a momentum target")
+        check_writable(engine, self._target, "a momentum target")
         keep_partitioned(engine, self._target.values())
         second_copies = engine._config.zero_config.zero_hpz_partition_size > 1
         self._second_copies = list(self._target.values()) if second_copies else []

@@ -13,7 +13,7 @@ def keep_in_checkpoints(module: nn.Module) -> None:
         setattr(parameter, _KEPT, True)
 
 
-def kept_frozen(module: nn.Module) -> dict[str, nn.Parameter]:
+def saved_frozen(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the frozen parameters that are saved in checkpoints, by name."""
     return {
         name: parameter

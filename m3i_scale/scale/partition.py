@@ -135,7 +135,7 @@ def forget_copy(parameter: Any) -> None:
         parameter.ds_secondary_tensor = None
 
 
-def refuse_unwritable(engine: Any, parameters: dict[str, nn.Parameter], what: str) -> None:
+def check_writable(engine: Any, parameters: dict[str, nn.Parameter], what: str) -> None:
     """Raise ConfigError if the engine configuration prevents writing the shards of frozen parameters in place.
 
     Args:

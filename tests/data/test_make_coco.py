@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as theirs
 from typer.testing import CliRunner
 
-from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.make.coco import coco_input
@@ -137,7 +137,7 @@ def test_lvis_is_known_by_its_content_and_its_images_are_found_by_their_addresse
     path = lay(tmp_path, lvis(3), "sets/part.json", "images")
     made = make_shards(coco_input([path], tmp_path / "images"), tmp_path / "out", options=FLAT)
     assert made["splits"]["train"]["with_instances"] == 3
-    categories = categories_beside(tmp_path / "out" / "train")
+    categories = shard_categories(tmp_path / "out" / "train")
     assert categories.format == "lvis"
     assert [(category.id, category.frequency, category.image_count) for category in categories.categories] == [
         (1, "f", 400),
@@ -155,7 +155,7 @@ def test_numbers_of_images_are_those_of_the_file_for_training(tmp_path):
     files = [tmp_path / "annotations" / f"lvis_v1_{split}.json" for split in ("val", "train")]
     make_shards(coco_input(files), tmp_path / "out", options=FLAT)
     for split in ("train", "val"):
-        assert categories_beside(tmp_path / "out" / split).categories[0].image_count == 400
+        assert shard_categories(tmp_path / "out" / split).categories[0].image_count == 400
 
 
 @pytest.mark.parametrize(
@@ -399,13 +399,13 @@ def test_categories_stay_beside_shards_that_are_rearranged_and_are_compared(tmp_
         path = lay(tmp_path / str(number), document(4, first=1 + 10 * number, categories=categories))
         make_shards(coco_input([path]), tmp_path / f"out{number}", options=FLAT)
     one, two, different = (str(tmp_path / f"out{number}" / "train") for number in range(3))
-    wanted = categories_beside(tmp_path / "out0" / "train")
+    wanted = shard_categories(tmp_path / "out0" / "train")
     split_shards(one, tmp_path / "split", options=FLAT)
     merge_shards([one, two], tmp_path / "merged", options=FLAT)
     again = ["make", "webdataset", "--input", one, "--output", str(tmp_path / "again"), "--workers", "1"]
     assert CliRunner().invoke(shards_app, again).exit_code == 0
     for folder in ("split", "merged", "again/train"):
-        assert categories_beside(tmp_path / folder) == wanted
+        assert shard_categories(tmp_path / folder) == wanted
         assert (
             read(tmp_path / folder)["train_000001"][INSTANCES]
             == read(tmp_path / "out0" / "train")["train_000001"][INSTANCES]
@@ -432,7 +432,7 @@ def test_check_judges_instances_by_the_categories_beside_and_repair_keeps_both(t
     assert dict(report.reasons) == {"instances are malformed": 1}
     (tmp_path / "mended").mkdir()
     repair(report, tmp_path / "mended", 1, True)
-    assert categories_beside(tmp_path / "mended") == categories_beside(folder)
+    assert shard_categories(tmp_path / "mended") == shard_categories(folder)
     assert json.loads((tmp_path / "mended" / "manifest.json").read_text())["shards"]["good.tar"]["with_instances"] == 4
     (tmp_path / "odd" / CATEGORIES).write_text('{"format": "coco", "categories": [{"id": 1}]}')
     with pytest.raises(DataError):

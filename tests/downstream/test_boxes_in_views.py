@@ -20,7 +20,7 @@ from m3i_scale.data.objects import objects_in
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.views import ViewMaker, Views
 from m3i_scale.defaults import MASK_SIDE
-from m3i_scale.objective.targets.detection import shown_sizes
+from m3i_scale.objective.targets.detection import image_sizes
 
 SIZE = (48, 36)
 """Width and height of an image."""
@@ -136,7 +136,7 @@ def test_an_evaluation_shows_the_whole_image() -> None:
     assert views.objects is not None
     np.testing.assert_allclose(views.objects.boxes_N4, [[4 * 4 / 3, 8, 36 * 4 / 3, 40]], atol=0.1)
     batch = Collator(None, 1)([Sample(views, None, -1, None, 0, "key")])
-    assert shown_sizes(batch).tolist() == [[48, 64]]
+    assert image_sizes(batch).tolist() == [[48, 64]]
 
 
 def test_an_image_that_exif_turns_has_no_boxes_that_anyone_knows() -> None:
@@ -187,4 +187,4 @@ def test_a_whole_image_is_stretched_where_that_is_asked_for() -> None:
         np.testing.assert_allclose(views.objects.boxes_N4[1], [24, 9 * rows, 72, 27 * rows], atol=1e-4)
         assert views.pixels_VCHW[0, 0, -1, -1] == bottom
         batch = Collator(None, 0)([Sample(views, None, -1, None, 0, "one")])
-        assert shown_sizes(batch).tolist() == [[96, 96] if stretch else [72, 96]]
+        assert image_sizes(batch).tolist() == [[96, 96] if stretch else [72, 96]]

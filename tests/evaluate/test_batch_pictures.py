@@ -55,7 +55,7 @@ def test_mask_tokens_are_grey_too() -> None:
     (seen,) = build_inputs([masked], None, torch.arange(3), (4, 4))
     assert seen.masked_BM is not None
     for sample, hidden in enumerate(seen.masked_BM.sum(dim=1).tolist()):
-        assert len(seen.shown_patches(sample)) == 16 - hidden
+        assert len(seen.visible_patches(sample)) == 16 - hidden
 
 
 def test_patches_of_a_mix_have_the_tint_of_their_image() -> None:

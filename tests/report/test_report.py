@@ -24,12 +24,12 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.files import json_line, write_json
 from m3i_scale.report import albums, curves, page, results
 from m3i_scale.report.about import differing_settings
-from m3i_scale.report.bad_samples import shown_samples
+from m3i_scale.report.bad_samples import sample_rows
 from m3i_scale.report.charts import CHARTS
 from m3i_scale.report.curves import filled_charts
 from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
-from m3i_scale.report.watch_view import Watched
+from m3i_scale.report.watch_view import RunSnapshot
 from m3i_scale.report.watch_view import render_lines as watch_lines
 from m3i_scale.scale.output_dir import lock_directory
 
@@ -175,7 +175,7 @@ def test_a_task_shows_its_score_first_and_no_information(run, tmp_path):
     names = [chart["id"] for chart in page.values["charts"] if chart["tab"] == "results"]
     assert names == ["evaluation_miou", "evaluation_loss", "evaluation_count"]
     assert page.chart("evaluation_miou")["percent"]
-    watched = Watched(run=read_run(folder), holder=None, ranks=[], attempts=[], quarantine={}, failure=None)
+    watched = RunSnapshot(run=read_run(folder), holder=None, ranks=[], attempts=[], quarantine={}, failure=None)
     assert any("mIoU 20.0%" in line.plain for line in watch_lines(watched, 80, 24))
 
 
@@ -406,7 +406,7 @@ def test_hostile_samples_of_the_quarantine_are_boxes_with_a_reason(tmp_path):
     with tarfile.open(shard) as archive:
         offset = archive.getmember("huge.png").offset
     line = {"url": str(shard), "key": "good", "offset": 0, "reason": "label out of range"}
-    assert shown_samples([line])[0]["picture"]
+    assert sample_rows([line])[0]["picture"]
     cases = [
         line | {"key": "huge", "offset": offset},
         line | {"key": "other"},
@@ -415,7 +415,7 @@ def test_hostile_samples_of_the_quarantine_are_boxes_with_a_reason(tmp_path):
         line | {"url": "/dev/zero"},
         line | {"url": "s3://bucket/x.tar"},
     ]
-    samples = shown_samples(cases)
+    samples = sample_rows(cases)
     assert [sample["picture"] for sample in samples] == [None] * len(cases)
     assert all(sample["fault"] for sample in samples)
     assert "60000" in samples[0]["fault"]

@@ -24,7 +24,7 @@ from run_folder import write_run
 
 from m3i_scale.report.run_files import read_run
 from m3i_scale.report.terminal_chart import curve
-from m3i_scale.report.watch_view import Watched, render_lines
+from m3i_scale.report.watch_view import RunSnapshot, render_lines
 
 COMMAND = [sys.executable, "-m", "m3i_scale", "watch"]
 LEFT = "\x1b[?1049l"
@@ -216,8 +216,8 @@ def test_what_files_say_cannot_command_the_terminal(growing: Path) -> None:
     assert all(text.isprintable() for text in shown)
 
 
-def _moment(folder: Path) -> Watched:
-    return Watched(read_run(folder), None, [], [], {}, None)
+def _moment(folder: Path) -> RunSnapshot:
+    return RunSnapshot(read_run(folder), None, [], [], {}, None)
 
 
 def test_a_low_chart_names_its_lowest_and_highest_value() -> None:

@@ -17,7 +17,7 @@ from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, random_batch, tiny_objective
 
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.files import read_json
-from m3i_scale.run.pictures import LearntPictures
+from m3i_scale.run.pictures import TrainingPictures
 from m3i_scale.run.probe import evaluating
 from m3i_scale.scale.checkpoint.weights import load_weights
 
@@ -35,11 +35,11 @@ class Words:
         return [" ".join(map(str, row)) for row in ids.tolist()]
 
 
-def learnt(recipe: str, *overrides: str, image: int = 32) -> tuple[Any, LearntPictures]:
+def learnt(recipe: str, *overrides: str, image: int = 32) -> tuple[Any, TrainingPictures]:
     objective = tiny_objective(recipe, *overrides)
     resolved: Any = SimpleNamespace(label_sets=LABEL_SETS, tokenizer=Words())
     batch = random_batch(6, image=image)
-    return objective, LearntPictures(resolved, objective, batch, random_batch(4, seed=1, image=image))
+    return objective, TrainingPictures(resolved, objective, batch, random_batch(4, seed=1, image=image))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.report.plan_table import plan_table
 from m3i_scale.run import plan_search, planning
-from m3i_scale.run.plan_search import RunPlan, nodes_that_fit, plan_run, refuse_hopeless, write_deepspeed
+from m3i_scale.run.plan_search import RunPlan, check_feasible, nodes_that_fit, plan_run, write_deepspeed
 from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
@@ -249,7 +249,7 @@ def test_workers_and_buffers_are_counted():
 
 
 def test_a_host_without_the_memory_is_refused_with_what_would_do(monkeypatch):
-    monkeypatch.setattr(planning, "beside_tensors_gib", lambda *, hosts: 0.5)  # this process grows meanwhile
+    monkeypatch.setattr(planning, "non_tensor_gib", lambda *, hosts: 0.5)  # this process grows meanwhile
     run = tiny_run("sim", *SMALL)
     needed = plan_run(run, machine(), samples=None)
     node, copies = needed.planned.host_of_node(needed.machine), 2 * needed.planned.host_parts["snapshot"]
@@ -257,11 +257,11 @@ def test_a_host_without_the_memory_is_refused_with_what_would_do(monkeypatch):
     found = plan_run(run, tight, samples=None)
     assert not found.fits
     with pytest.raises(ConfigError, match="into host memory") as fault:
-        refuse_hopeless(found)
+        check_feasible(found)
     assert "checkpoint.background=false" in fault.value.fix
     assert plan_run(tiny_run("sim", *SMALL, "checkpoint.background=false"), tight, samples=None).fits
     with pytest.raises(ConfigError, match="into host memory") as fault:
-        refuse_hopeless(plan_run(run, replace(machine(), host_memory_gib=0.1), samples=None))
+        check_feasible(plan_run(run, replace(machine(), host_memory_gib=0.1), samples=None))
     assert "checkpoint.background" not in fault.value.fix
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
     tight = plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(memory_gib=needed * 0.75), samples=None)
     assert not tight.fits
     with pytest.raises(ConfigError, match="does not fit") as fault:
-        refuse_hopeless(tight)
+        check_feasible(tight)
     assert fault.value.fix
 
 

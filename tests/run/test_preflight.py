@@ -14,7 +14,7 @@ from tiny import tiny_overrides
 from m3i_scale.config import CheckpointConfig, KeepBestConfig, SourceConfig, load_run
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.planning import Vocabulary, _PlannedRanks
-from m3i_scale.run.preflight import kept_checkpoints, needs_of
+from m3i_scale.run.preflight import needs_of, retained_checkpoints
 
 LIMITED = """
 import resource, runpy, sys
@@ -76,7 +76,7 @@ def test_loader_processes_and_ranks_ask_for_shared_memory_and_files():
     ],
 )
 def test_how_many_checkpoints_lie_there_at_a_time(config: CheckpointConfig, kept: int):
-    assert kept_checkpoints(config, steps=100) == kept
+    assert retained_checkpoints(config, steps=100) == kept
 
 
 def test_a_limit_in_gib_bounds_what_is_kept():

@@ -17,7 +17,7 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import resolve_engine
-from m3i_scale.run.start_table import tell_start
+from m3i_scale.run.start_table import print_start
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 
@@ -215,7 +215,7 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
         **{"assumed": {"hidden_act": "gelu: a bare file"}, "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3}},
         "image_size": 32,
     }
-    tell_start(report, run)
+    print_start(report, run)
     told = " ".join(capsys.readouterr().err.split())
     for part in (
         "/data/vit (timm, files: 1)",

@@ -25,7 +25,7 @@ from m3i_scale.scale.checkpoint.contents import compare_tensors, tensors_of
 from m3i_scale.scale.checkpoint.layout import read_meta
 from m3i_scale.scale.checkpoint.load import _restore_random_states
 from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, Written, write_ranges
+from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, WrittenTensors, write_ranges
 from m3i_scale.scale.split_float import split
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,7 +38,9 @@ def pieces_of(key: str, tensor: torch.Tensor, cuts: list[int]) -> list[Range]:
     return [Range(key, a, (flat[a:b],)) for a, b in itertools.pairwise(edges)]
 
 
-def write(folder: Path, values: dict[str, torch.Tensor], cuts: dict[str, list[int]], ranks: int) -> list[Written]:
+def write(
+    folder: Path, values: dict[str, torch.Tensor], cuts: dict[str, list[int]], ranks: int
+) -> list[WrittenTensors]:
     by_rank: list[list[Range]] = [[] for _ in range(ranks)]
     for key, tensor in values.items():
         for rank, piece in enumerate(pieces_of(key, tensor, cuts[key])):

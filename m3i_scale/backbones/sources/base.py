@@ -11,11 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.backbones.sources.names import LeftOut, Placed
+from m3i_scale.backbones.sources.names import Renamed, Unused
 from m3i_scale.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
-Placement = Callable[[str], Placed | LeftOut | None]
+Placement = Callable[[str], Renamed | Unused | None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.sources.base import Placement, Source, normalisation
 from m3i_scale.backbones.sources.files import read_config
-from m3i_scale.backbones.sources.names import LeftOut, Placed
+from m3i_scale.backbones.sources.names import Renamed, Unused
 from m3i_scale.errors import ConfigError
 
 MODEL_TYPES = ("clip", "siglip", *(family.config_class.model_type for family in FAMILIES))
@@ -98,15 +98,15 @@ def hub_places(model: PreTrainedModel) -> Placement:
     known = {name: True for name, _ in model.named_parameters()}
     ignored = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()
 
-    def place(name: str) -> Placed | LeftOut | None:
+    def place(name: str) -> Renamed | Unused | None:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if pattern is not None:
-            return Placed(_split(renamed, next(item for item in converters if pattern in item.source_patterns), name))
+            return Renamed(_split(renamed, next(item for item in converters if pattern in item.source_patterns), name))
         if renamed in known:
-            return Placed((renamed,))
+            return Renamed((renamed,))
         if any(re.search(pattern, name) for pattern in ignored):
-            return LeftOut("classifier")
-        return next((LeftOut(reason) for pattern, reason in _LEFT_OUT if re.match(pattern, name)), None)
+            return Unused("classifier")
+        return next((Unused(reason) for pattern, reason in _LEFT_OUT if re.match(pattern, name)), None)
 
     return place
 

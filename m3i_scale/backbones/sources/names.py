@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Placed:
+class Renamed:
     """Target of a tensor: one parameter, or several that get equal parts along its first dimension."""
 
     targets: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Unused:
     """A tensor that is not part of a backbone."""
 
     reason: str
@@ -38,7 +38,7 @@ class NameMap:
     left_out: tuple[tuple[str, str], ...]
     """(pattern, reason) of tensors that are not part of a backbone; patterns match from the start of the name."""
 
-    def place(self, name: str, ours: Mapping[str, str]) -> Placed | LeftOut | None:
+    def place(self, name: str, ours: Mapping[str, str]) -> Renamed | Unused | None:
         """Return the target of a source tensor, or None if its name is unknown.
 
         Args:
@@ -46,11 +46,11 @@ class NameMap:
             ours: the parts of a family.
         """
         if not name.startswith(self.prefix):
-            return LeftOut(self.outside)
+            return Unused(self.outside)
         name = name.removeprefix(self.prefix)
         for pattern, reason in self.left_out:
             if re.match(pattern, name):
-                return LeftOut(reason)
+                return Unused(reason)
         number, stem = "", name
         table: Mapping[str, tuple[str, ...]] = {key: (part,) for key, part in self.outer.items()}
         if match := re.fullmatch(re.escape(self.block) + r"(\d+)\.(.+)", name):
@@ -59,7 +59,7 @@ class NameMap:
             parts = table.get(stem.removesuffix(suffix)) if stem.endswith(suffix) else None
             if parts is not None:
                 targets = [_spelt(part, number, ours, suffix) for part in parts]
-                return None if None in targets else Placed(tuple(target for target in targets if target))
+                return None if None in targets else Renamed(tuple(target for target in targets if target))
         return None
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
 from m3i_scale.backbones.presets import published_heads
 from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
-from m3i_scale.backbones.sources.names import NameMap, Placed
+from m3i_scale.backbones.sources.names import NameMap, Renamed
 
 _ROLES = {
     part: f"{{}}.{part}" if "{}" in name else part
@@ -120,7 +120,7 @@ def _parts(
     shape_of: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         placed = names.place(name, _ROLES)
-        if isinstance(placed, Placed):
+        if isinstance(placed, Renamed):
             share = (shape[0] // len(placed.targets), *shape[1:]) if shape else shape
             shape_of |= dict.fromkeys(placed.targets, share)
         elif placed is None:

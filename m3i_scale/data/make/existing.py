@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3i_scale.data.categories import Categories, categories_beside
+from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import CATEGORIES, LABELS, local_shards, read_labels
@@ -119,7 +119,7 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
 def common_categories(source: str) -> Categories | None:
     """Read the categories from the folders of a dataset; see `common_labels`."""
     folders = sorted({path.parent for path in local_shards(source)})
-    sets = [categories_beside(folder) for folder in folders]
+    sets = [shard_categories(folder) for folder in folders]
     if any(categories != sets[0] for categories in sets):
         raise DataError(f"its folders have different {CATEGORIES}", where=source, fix="name them as several sources")
     return sets[0]

@@ -37,7 +37,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
 
     The next run removes leftovers of a killed run. A lock excludes concurrent runs.
     """
-    refuse_existing(output)
+    check_output_is_new(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".{output.name}.{os.getpid()}"
@@ -68,7 +68,7 @@ def _is_ours(path: Path, output: Path, folder: Path) -> bool:
     return path.is_relative_to(folder) or path == output.parent or path.name.startswith(f".{output.name}")
 
 
-def refuse_existing(output: Path) -> None:
+def check_output_is_new(output: Path) -> None:
     """Raise an error if the output exists, so that nothing is overwritten."""
     if output.exists():
         raise DataError("the output exists", where=str(output), fix="remove it, or give another --output")
@@ -78,7 +78,7 @@ def check_output(output: Path, name: str) -> None:
     """Check, before any data is read, that the output and the shard name are valid."""
     if not name or not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"'{name}' is no name for shards", fix="letters, digits, - and _ only")
-    refuse_existing(output)
+    check_output_is_new(output)
 
 
 def write_samples(

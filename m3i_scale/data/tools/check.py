@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from m3i_scale.data.categories import categories_beside
+from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.make.existing import Advance
@@ -237,7 +237,7 @@ def _tasks(source: str, rules: Rules, report: CheckReport, write: Write) -> list
         report.notes += beside.notes
         for name, fault in beside.faults:
             _note(report, name, fault, write)
-        categories = categories_beside(folder)
+        categories = shard_categories(folder)
         rules_here = replace(rules, categories=None if categories is None else len(categories))
         if rules.classes is None:
             labels = read_labels(folder)

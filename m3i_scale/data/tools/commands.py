@@ -57,7 +57,7 @@ def check(
 
     Exits with code 2 if there are errors; changes nothing.
     """
-    from m3i_scale.data.make.write import atomic_folder, refuse_existing
+    from m3i_scale.data.make.write import atomic_folder, check_output_is_new
     from m3i_scale.data.tools.check import check_shards
     from m3i_scale.data.tools.repair import repair
     from m3i_scale.data.tools.verify import Rules
@@ -65,7 +65,7 @@ def check(
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
     if repair_to is not None:
-        refuse_existing(repair_to)
+        check_output_is_new(repair_to)
     rules = Rules(
         max_image_pixels,
         classes,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_scale.data.index import index_beside
+from m3i_scale.data.index import load_sidecar_index
 from m3i_scale.data.tar import UNREADABLE, Fault, RawShard
 from m3i_scale.errors import DataError
 from m3i_scale.files import read_json, sha256_of
@@ -94,7 +94,7 @@ def _index_faults(path: Path, shard: RawShard) -> list[Fault]:
     if not saved.is_file():
         return []
     try:
-        index = index_beside(path)
+        index = load_sidecar_index(path)
     except DataError as error:
         return [Fault("index is stale", error.what)]
     now = [[sample.start, sample.end] for sample in shard.samples]

@@ -20,7 +20,7 @@ from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.make.write import atomic_folder
 from m3i_scale.data.reader import BadSampleError, readable_members
-from m3i_scale.data.samples import decoding, open_image, read_annotations, refuse_large_caption
+from m3i_scale.data.samples import check_caption_size, decoding, open_image, read_annotations
 from m3i_scale.data.shards import local_shards, read_labels
 from m3i_scale.data.tar import RawSample, read_shard
 from m3i_scale.data.workers import map_in_processes
@@ -123,7 +123,7 @@ def _card(path: Path, stream: Any, sample: RawSample, labels: Sequence[str] | No
         members = readable_members(stream, sample, MAX_SAMPLE_BYTES)
         label = _label(members.get("cls"), labels)
         text = members.get("txt", b"")
-        refuse_large_caption(text, MAX_CAPTION_BYTES)
+        check_caption_size(text, MAX_CAPTION_BYTES)
         caption = printable(text.decode("utf-8", "backslashreplace").strip()) or None
         image = open_image(members, max_pixels)
         lies = orientation(image)

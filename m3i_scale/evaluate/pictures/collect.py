@@ -17,7 +17,7 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.features import patch_tokens, unit_rows
 from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.measures import NotMeasuredError
-from m3i_scale.evaluate.overlays import refused
+from m3i_scale.evaluate.overlays import write_error
 from m3i_scale.evaluate.pictures.attention import attention, attention_of
 from m3i_scale.evaluate.pictures.confusion import confusion
 from m3i_scale.evaluate.pictures.dense import dense_pca, side_of, similarity
@@ -99,7 +99,7 @@ def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[st
     try:
         entries = write_pictures(folder, pictures)
     except OSError as error:
-        raise refused(folder, error, "--pictures") from None
+        raise write_error(folder, error, "--pictures") from None
     shown = [entry["name"] for entry in entries]
     return {"folder": str(folder), "samples": drawing.keys, "shown": shown, "not_shown": absent}
 

@@ -53,7 +53,7 @@ def draw_reconstruction(
         row = []
         for one in predicted:
             original, seen = (image_of(batch.images_VBCHW[view, sample].numpy()) for view in (one.view, one.seen.view))
-            row += [original, visible_part(seen, one.seen.shown_patches(sample), patches)]
+            row += [original, visible_part(seen, one.seen.visible_patches(sample), patches)]
             row.append(image_of(one.images_BCHW[sample]))
         rows.append([Cell(image) for image in row])
     put_back = "; the mean and contrast of a predicted patch are those of the true one" if standardized else ""

@@ -48,7 +48,7 @@ def draw_views(
             Cell(images[sample], frame=_colour_of(view) if several else None) for view, images in enumerate(images_VB)
         ]
         for place, one in hiding:
-            seen = visible_part(images_VB[one.view][sample], one.shown_patches(sample), patches)
+            seen = visible_part(images_VB[one.view][sample], one.visible_patches(sample), patches)
             row.append(Cell(seen, frame=_colour_of(place) if mixed else None))
         if mixed:
             row.append(Cell(mix_of(images_VB, inputs, patches, sample)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3i_scale.files import sha256_of_json
-from m3i_scale.launch.doctor.facts import own_addresses
+from m3i_scale.launch.doctor.facts import local_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.text import listed, quoted, short_differences, size_text
 
@@ -141,7 +141,7 @@ def _interface(host: Host) -> Seen:
     """Check that the communication interface is up and has an address."""
     interfaces, chosen = host.own["interfaces"], host.own["interface"]
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
-    addresses = own_addresses(interfaces, chosen)
+    addresses = local_addresses(interfaces, chosen)
     if chosen is not None and chosen not in interfaces:
         why = f"ranks listen on '{chosen}' alone (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); up here: {known}"
         fix = "another --interface, or bring it up there; it must have one name on all hosts"

@@ -9,7 +9,7 @@ from typing import Any
 
 from m3i_scale.launch.doctor import checks, group_checks
 from m3i_scale.launch.doctor.agents import Agents
-from m3i_scale.launch.doctor.facts import own_addresses
+from m3i_scale.launch.doctor.facts import local_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
 from m3i_scale.launch.doctor.machine import Needs
 from m3i_scale.launch.transport import HostFault, RemoteShell
@@ -163,7 +163,7 @@ class Examination:
         if self.master_address is not None:
             return self.master_address
         if self.interface is not None and self.head in answers:
-            addresses = own_addresses(answers[self.head]["interfaces"], self.interface)
+            addresses = local_addresses(answers[self.head]["interfaces"], self.interface)
             if addresses:
                 return addresses[0]
         return self.head if self.site.ssh_to_all else "127.0.0.1"

@@ -164,7 +164,7 @@ def interfaces() -> dict[str, list[str]]:
     }
 
 
-def own_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list[str]:
+def local_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list[str]:
     """Return the IPv4 addresses of an interface, or of all but the loopback."""
     chosen = [name] if name is not None else [known for known in interfaces if known != "lo"]
     return [address for known in chosen for address in interfaces.get(known, []) if ":" not in address]

@@ -49,7 +49,7 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class RegionSamples:
     """Regions of an image selected for training, objects first."""
 
     boxes_R4: Tensor
@@ -135,7 +135,7 @@ def choose_regions(
     objects: tuple[Tensor, Tensor, Tensor | None],
     classes: int,
     generator: torch.Generator,
-) -> Chosen:
+) -> RegionSamples:
     """Select the regions of an image for training.
 
     Args:
@@ -155,15 +155,15 @@ def choose_regions(
     objects_P = found_R[drawn_P]
     labels_R = torch.cat([labels_O[objects_P], torch.full_like(drawn_Q, classes)])
     masks_PMM = None if masks_OMM is None else masks_OMM[objects_P]
-    return Chosen(boxes_R4[torch.cat([drawn_P, drawn_Q])], labels_R, objects_P, boxes_O4[objects_P], masks_PMM)
+    return RegionSamples(boxes_R4[torch.cat([drawn_P, drawn_Q])], labels_R, objects_P, boxes_O4[objects_P], masks_PMM)
 
 
-def counted_regions(regions: Regions, objects: Objects) -> Chosen:
+def counted_regions(regions: Regions, objects: Objects) -> RegionSamples:
     """Return the maximum number of training regions, for meta tensors."""
     count, positives = regions.per_image, int(regions.per_image * regions.positive_fraction)
     numbers, boxes = torch.zeros(count, dtype=torch.int64, device="meta"), torch.zeros(count, 4, device="meta")
     masks_PMM = None if objects.masks_BNMM is None else objects.masks_BNMM[0][numbers[:positives]]
-    return Chosen(boxes, numbers, numbers[:positives], boxes[:positives], masks_PMM)
+    return RegionSamples(boxes, numbers, numbers[:positives], boxes[:positives], masks_PMM)
 
 
 @torch.no_grad()

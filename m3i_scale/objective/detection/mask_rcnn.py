@@ -20,8 +20,8 @@ from m3i_scale.objective.detection.base import ObjectDetector
 from m3i_scale.objective.detection.configuration_mask_rcnn import HeadFields
 from m3i_scale.objective.detection.federated import class_weights, federated_classes, sigmoid_loss
 from m3i_scale.objective.detection.losses import (
-    Chosen,
     Objects,
+    RegionSamples,
     box_loss,
     choose_regions,
     counted_regions,
@@ -147,7 +147,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
 
     def _chosen(
         self, proposals_R4: Tensor, objects: tuple[Tensor, Tensor, Tensor | None], generator: torch.Generator
-    ) -> Chosen:
+    ) -> RegionSamples:
         spec, count = self.spec, self.spec.federated_classes
         chosen = choose_regions(spec.regions, proposals_R4, objects, self.classes, generator)
         if count is None:
@@ -157,7 +157,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         weights_K = self.drawn_by.to(proposals_R4.device)
         return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, weights_K, generator))
 
-    def _class_loss(self, logits_RK: Tensor, chosen: Sequence[Chosen]) -> Tensor:
+    def _class_loss(self, logits_RK: Tensor, chosen: Sequence[RegionSamples]) -> Tensor:
         """Return the sum over regions. Federated losses sample classes per image (published runs: one image per
         GPU)."""
         if self.spec.classifier == "softmax":
@@ -168,7 +168,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         ]
         return torch.stack(parts).sum()
 
-    def _box_loss(self, deltas_RK4: Tensor, chosen: Sequence[Chosen]) -> Tensor:
+    def _box_loss(self, deltas_RK4: Tensor, chosen: Sequence[RegionSamples]) -> Tensor:
         """Return the sum over object regions."""
         parts = []
         for deltas_SK4, one in zip(deltas_RK4.split([len(one.labels_R) for one in chosen]), chosen, strict=True):
@@ -179,7 +179,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
             parts.append(box_loss(deltas_SK4[place_P, label_P], boxes_P4, one.truth_P4, coder, beta))
         return torch.stack(parts).sum()
 
-    def _mask_loss(self, head: MaskHead, maps: Sequence[Tensor], chosen: Sequence[Chosen]) -> Tensor:
+    def _mask_loss(self, head: MaskHead, maps: Sequence[Tensor], chosen: Sequence[RegionSamples]) -> Tensor:
         """Return the sum over object regions of the mean over pixels."""
         boxes = [one.boxes_R4[: len(one.objects_P)] for one in chosen]
         labels_P = torch.cat([one.labels_R[: len(one.objects_P)] for one in chosen])

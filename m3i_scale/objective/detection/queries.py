@@ -49,7 +49,7 @@ class StockQueries(nn.Module):
         )
         with no_init_weights():  # initialized once, later
             self.model = stock_class(spec)(stock_config(spec, smallest, classes))
-        self.detection.model.backbone = _Given(self.detection.model.backbone.projector)
+        self.detection.model.backbone = _ProjectedMap(self.detection.model.backbone.projector)
         self._names = {module: name for name, module in self.named_modules()}
         for module in self._names:
             if isinstance(module, PreTrainedModel):  # each of them initializes its modules through this method
@@ -122,7 +122,7 @@ class StockQueries(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
 
 
-class _Given(nn.Module):
+class _ProjectedMap(nn.Module):
     """Placeholder for the stock model's backbone; its input is already the projector's output."""
 
     def __init__(self, projector: nn.Module) -> None:

@@ -67,7 +67,7 @@ class Detection(Target):
         return the detections, in pixels of the view."""
         batch, head = context.batch, given.head
         masks_BNMM = batch.box_masks_BNMM if self.reads == "boxes_and_masks" else None
-        sizes_B2 = shown_sizes(batch)
+        sizes_B2 = image_sizes(batch)
         objects = Objects(batch.boxes_BN4, batch.box_labels_BN, masks_BNMM, sizes_B2, batch.seeds_B)
         terms = head.losses(encoded.maps, objects)
         found = None if head.training else head.detect(encoded.maps, sizes_B2, sizes_B2)
@@ -81,7 +81,7 @@ class Detection(Target):
             yield "a detection target is predicted from one input, which shows all of view 1"
 
 
-def shown_sizes(batch: Batch) -> Tensor:
+def image_sizes(batch: Batch) -> Tensor:
     """Return the height and width (B, 2) in pixels of the image area in view 1, without padding."""
     side = batch.images_VBCHW.shape[-1]
     crops_B4 = batch.crops_VB4[0]

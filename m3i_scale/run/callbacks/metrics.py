@@ -40,7 +40,7 @@ class MetricsWriter(Callback):
             cut_back(self._path, run_info.start_step)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise _refused(self._path, error) from None
+            raise _write_error(self._path, error) from None
         facts: dict[str, Any] = {
             "name": run_info.name,
             "total_steps": run_info.total_steps,
@@ -87,7 +87,7 @@ class MetricsWriter(Callback):
             cut_back(self._path, rewind.rewound_to)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise _refused(self._path, error) from None
+            raise _write_error(self._path, error) from None
         self._step = rewind.rewound_to
         self._write("rewind", rewind.rewound_to, asdict(rewind))
 
@@ -102,7 +102,7 @@ class MetricsWriter(Callback):
             try:
                 file.close()  # retries writing the remaining buffer
             except OSError as error:
-                raise _refused(self._path, error) from None
+                raise _write_error(self._path, error) from None
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._file is None:
@@ -114,7 +114,7 @@ class MetricsWriter(Callback):
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise _refused(self._path, error) from None
+            raise _write_error(self._path, error) from None
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -155,7 +155,7 @@ def _step_of(line: str) -> int | None:
     return step if type(step) is int and line.endswith("\n") else None
 
 
-def _refused(path: Path, error: OSError) -> UserError:
+def _write_error(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write the metrics: {error.strerror}",
         where=str(path),

@@ -46,7 +46,7 @@ class WandbWriter(Callback):
         try:
             # A prompt for the key on a terminal would leave the other ranks waiting.
             if self._mode == "online" and not self._wandb.login(prompt=False, verify=False):
-                raise self._refused("no API key")
+                raise self._wandb_error("no API key")
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=run_info.name,
@@ -57,7 +57,7 @@ class WandbWriter(Callback):
                 settings=settings,
             )
         except self._wandb.Error as error:
-            raise self._refused(str(error)) from None
+            raise self._wandb_error(str(error)) from None
         # The package's step cannot decrease, but a resumed run's does, so our step is the x axis.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -83,7 +83,7 @@ class WandbWriter(Callback):
             self._run.finish(exit_code=0 if status == "finished" else 1)
             self._run = None
 
-    def _refused(self, reason: str) -> ConfigError:
+    def _wandb_error(self, reason: str) -> ConfigError:
         return ConfigError(
             f"Weights & Biases cannot be used: {reason}",
             where="log.wandb",

@@ -15,7 +15,7 @@ from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.write import write_pictures
 from m3i_scale.files import atomic_dir
 from m3i_scale.run.hooks.base import Hook, TrainState
-from m3i_scale.run.pictures import EncodedSamples, LearntPictures
+from m3i_scale.run.pictures import EncodedSamples, TrainingPictures
 from m3i_scale.run.probe import evaluating, first_samples
 from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of
@@ -42,7 +42,7 @@ class Pictures(Hook):
         self._folder = state.resolved.run.output_dir / PICTURES
         seen = self._first_of(state.stream)
         samples = seen if validation is None else self._first_of(validation)
-        self._pictures = LearntPictures(state.resolved, state.engine.module, samples, seen)
+        self._pictures = TrainingPictures(state.resolved, state.engine.module, samples, seen)
 
     def _first_of(self, stream: TrainStream) -> Batch:
         """Return the first samples of a stream, the same on every rank, without consuming them."""
@@ -94,7 +94,7 @@ class Pictures(Hook):
             with atomic_dir(folder, replace=True, durable=False) as begun:
                 write_pictures(begun, pictures, step)
         except OSError as error:
-            raise _refused(folder, error) from None
+            raise _write_error(folder, error) from None
         self._state.callbacks.on_pictures(step, pictures)
 
 
@@ -104,10 +104,10 @@ def _remove_after(folder: Path, step: int) -> None:
             if (step_of(path) or 0) > step:
                 shutil.rmtree(path)
     except OSError as error:
-        raise _refused(folder, error) from None
+        raise _write_error(folder, error) from None
 
 
-def _refused(folder: Path, error: OSError) -> UserError:
+def _write_error(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write the pictures: {error.strerror}",
         where=str(folder),

@@ -51,7 +51,7 @@ def begin(final: Path, bytes_wanted: int = 0) -> Path:
         bytes_wanted: the size of the checkpoint.
     """
     root, temporary = final.parent, temporary_for(final)
-    _refuse_good(final)
+    _check_not_valid(final)
     with write_guard(root, temporary, bytes_wanted):
         remove(temporary)
         root.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def commit(
     """
     if temporary.parent != final.parent or step_of(final) is None or not temporary.name.startswith(TEMPORARY_PREFIX):
         raise ValueError(f"'{temporary}' and '{final}' are not .tmp-… and step-… in one folder")
-    _refuse_good(final)
+    _check_not_valid(final)
     with write_guard(final.parent, temporary):
         _seal(temporary, extra, digests or {})
         if final.exists():  # corrupt, because valid ones raise above
@@ -222,7 +222,7 @@ def _seal(folder: Path, extra: Mapping[str, Any], digests: Mapping[str, Digest])
     sync(folder)
 
 
-def _refuse_good(final: Path) -> None:
+def _check_not_valid(final: Path) -> None:
     if final.exists() and not verify(final):
         raise CheckpointError(
             "a good checkpoint of this step is there already",

@@ -21,7 +21,7 @@ from m3i_scale.scale.checkpoint.layout import BUFFERS, DATA_FILES, read_meta, re
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.scale.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
-from m3i_scale.scale.kept import kept_frozen
+from m3i_scale.scale.kept import saved_frozen
 from m3i_scale.scale.partition import load_frozen
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
@@ -100,7 +100,7 @@ def _read_pieces(saved: SavedTensors, meta: dict[str, Any], engine: Any) -> None
         for kind, view in piece.tensors.items():
             if kind in kinds:  # no moments are saved before the first optimizer step
                 saved.read_into(f"{kind}/{piece.name}", piece.start, view)
-    for name, parameter in kept_frozen(engine.module).items():
+    for name, parameter in saved_frozen(engine.module).items():
         load_frozen(parameter, partial(saved.read_into, f"{MASTER}/{name}"))
 
 

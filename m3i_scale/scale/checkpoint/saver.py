@@ -30,9 +30,9 @@ from m3i_scale.scale.checkpoint.index import Index
 from m3i_scale.scale.checkpoint.layout import BUFFERS, INDEX, TENSORS
 from m3i_scale.scale.checkpoint.manifest import Digest, digest_files
 from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, Written, make_index, write_ranges
+from m3i_scale.scale.checkpoint.tensors import AVERAGE, Range, WrittenTensors, make_index, write_ranges
 from m3i_scale.scale.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
-from m3i_scale.scale.kept import kept_frozen
+from m3i_scale.scale.kept import saved_frozen
 from m3i_scale.scale.partition import full_numel, full_shape, local_range, local_shard
 
 Result = TypeVar("Result")
@@ -77,7 +77,7 @@ class _Save:
     meta: dict[str, Any]
     run_yaml: str
     shapes: dict[str, tuple[int, ...]]
-    call: BackgroundCall[Written]
+    call: BackgroundCall[WrittenTensors]
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Saver:
             more: writes further files into the given folder; called on rank 0, in the thread.
         """
         self.finish()
-        wanted = bytes_wanted(self.engine, self.momentum)
+        wanted = checkpoint_bytes(self.engine, self.momentum)
         temporary = Path(from_rank_0(lambda: str(begin(final, wanted))))
         averages = self.momentum.online_names() if self.momentum is not None else {}
         meta = {**meta, "engine": counters(self.engine), "averages": averages}
@@ -162,7 +162,7 @@ class Saver:
         self.finish()
         from_rank_0(self._wait_after_commit)
 
-    def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], Written]:
+    def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], WrittenTensors]:
         """Return the function that writes this rank's files; for a background save it writes copies of the current
         values."""
         rank = dist.get_rank()
@@ -174,7 +174,7 @@ class Saver:
             buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
             get_accelerator().synchronize()
 
-        def work() -> Written:
+        def work() -> WrittenTensors:
             with write_guard(temporary.parent, temporary, remove_folder=False):
                 small = {f"random/rank-{rank:05d}.safetensors": random} | ({BUFFERS: buffers} if rank == 0 else {})
                 position = f"data/rank-{rank:05d}.json"
@@ -216,7 +216,7 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
     ]
     ranges += [
         Range(f"{MASTER}/{name}", local_range(parameter)[0], (piece,))
-        for name, parameter in kept_frozen(engine.module).items()
+        for name, parameter in saved_frozen(engine.module).items()
         if (piece := local_shard(parameter)).numel()
     ]
     if momentum is not None:
@@ -232,17 +232,17 @@ def shapes_of(engine: Any, momentum: ShardedMomentum | None) -> dict[str, tuple[
     """Return the shape of every tensor that the ranks write together, by key; the same on all ranks."""
     learnt = {name: tuple(full_shape(parameter)) for name, parameter in trained(engine.module)}
     shapes = {f"{kind}/{name}": shape for kind in (MASTER, *moment_kinds(engine)) for name, shape in learnt.items()}
-    for name, parameter in kept_frozen(engine.module).items():
+    for name, parameter in saved_frozen(engine.module).items():
         shapes[f"{MASTER}/{name}"] = tuple(full_shape(parameter))
     if momentum is not None:
         shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in momentum.shapes().items()}
     return shapes
 
 
-def bytes_wanted(engine: Any, momentum: ShardedMomentum | None) -> int:
+def checkpoint_bytes(engine: Any, momentum: ShardedMomentum | None) -> int:
     """Return the size of a checkpoint's tensors: weights and two moments of trained parameters, frozen weights, fp32
     EMA weights, buffers."""
-    frozen = sum(full_shape(p).numel() * p.element_size() for p in kept_frozen(engine.module).values())
+    frozen = sum(full_shape(p).numel() * p.element_size() for p in saved_frozen(engine.module).values())
     averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
     remembered = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
     trained = bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True)
@@ -263,7 +263,7 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def _gathered(written: Written, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Digest], Index]:
+def _gathered(written: WrittenTensors, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Digest], Index]:
     """Return the digests of all files and their index, on rank 0. Pieces that follow from the shapes are not sent.
     Collective."""
     rank, ranks = dist.get_rank(), dist.get_world_size()

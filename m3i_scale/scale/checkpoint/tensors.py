@@ -67,7 +67,7 @@ class Range:
 
 
 @dataclass
-class Written:
+class WrittenTensors:
     """The files, pieces and norms that a rank has written."""
 
     digests: dict[str, Digest] = field(default_factory=dict)
@@ -93,14 +93,14 @@ def sum_of_squares(flat: Tensor) -> float:
     return float(total)
 
 
-def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> Written:
+def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> WrittenTensors:
     """Write this rank's pieces into the checkpoint `folder`, sync them to disk and hash them while writing.
 
     Raises:
         OSError: a write failed.
     """
     (folder / TENSORS).mkdir(exist_ok=True)
-    written = Written()
+    written = WrittenTensors()
     for number, part in enumerate(_files_of(ranges)):
         path = folder / TENSORS / file_name(rank, number)
         # A still running rank of an earlier job may write under this name: one of the two must fail.
@@ -147,7 +147,7 @@ def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
         yield part
 
 
-def _counted(piece: Range, written: Written) -> Callable[[], tuple[Tensor]]:
+def _counted(piece: Range, written: WrittenTensors) -> Callable[[], tuple[Tensor]]:
     """Return the function that reads a piece and adds its sum of squares to `written`."""
 
     def blocks() -> tuple[Tensor]:

@@ -70,7 +70,7 @@ def load_ds_config(name_or_path: str) -> dict[str, Any]:
         raw = json.loads(
             path.read_text(encoding="utf-8"),
             object_pairs_hook=lambda pairs: _without_duplicates(pairs, path),
-            parse_constant=lambda name: _refuse_constant(name, path),
+            parse_constant=lambda name: _check_constant(name, path),
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"cannot read the DeepSpeed file: {error}", where=str(path)) from None
@@ -88,7 +88,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, A
     return section
 
 
-def _refuse_constant(name: str, path: Path) -> None:
+def _check_constant(name: str, path: Path) -> None:
     raise ConfigError(f"{name} is not a number", where=str(path))
 
 

@@ -25,7 +25,7 @@ _ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the number of ranks."""
 
 
-class WholeEngine(Engine):
+class UnpartitionedEngine(Engine):
     """A simulation of stages 1 and 2, in which every rank has all parameters."""
 
     def build(self) -> None:
@@ -115,7 +115,7 @@ class WholeEngine(Engine):
                 self.device.allocate_and_free(COLLECTIVES, numel * self.settings.parameter_bytes)
 
 
-class ZeroEngine(WholeEngine):
+class ZeroEngine(UnpartitionedEngine):
     """A simulation of `stage_1_and_2.py`."""
 
     def _after_groups(self) -> None:
@@ -262,7 +262,7 @@ class ZeroEngine(WholeEngine):
         self.gather_averages()
 
 
-class Bf16Engine(WholeEngine):
+class Bf16Engine(UnpartitionedEngine):
     """A simulation of `bf16_optimizer.py`: stage 1 in bf16 with fp32 gradients, unpartitioned on every rank."""
 
     def _master(self, numel: int) -> None:
