@@ -23,7 +23,7 @@ LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories
 
 
 def shard_folder(shards: str) -> Address:
-    """Return the folder of a source's shards, where labels.json and index/ lie. Nothing lies beside a pipe."""
+    """Return the folder of a source's shards, where labels.json and index/ lie."""
     place = to_address(shards)
     return place if place.suffix != ".tar" else place.parent
 
@@ -63,8 +63,6 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
     """Check that there are shards where a source says so; of those at addresses the first is asked for."""
-    if shards.startswith("pipe:"):  # a command, which is not run to see what it gives
-        return
     first = expand_shards(shards, where, access)[0]
     if not isinstance(first, Url):
         return
@@ -136,8 +134,6 @@ def read_label_sets(
     """
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
-        if source.shards.startswith("pipe:"):
-            continue
         path = shard_folder(source.shards) / file
         if not source.labels:
             continue
@@ -162,8 +158,6 @@ def samples_beside(shards: str, count: str, access: Access | None = None) -> int
         count: `samples`, or those `with_caption`.
         access: how servers are asked.
     """
-    if shards.startswith("pipe:"):
-        return None
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
         counts = {name: int(facts[count]) for name, facts in manifest["shards"].items()}
