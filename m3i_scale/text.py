@@ -36,8 +36,8 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return external text without logins, URL queries, signatures and tokens."""
-    if text.startswith("pipe:"):
+    """Return a text from elsewhere without the logins and queries of addresses, signatures and tokens in it."""
+    if text.startswith("pipe:"):  # a shell command in the config of a run of an earlier version
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
     for pattern in (_HEADER_SECRET, _AUTHORIZATION, _NAMED_SECRET, _OPTION_SECRET):
@@ -46,7 +46,7 @@ def without_secrets(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return user input for logs: like `without_secrets`, and without `pipe:` commands."""
+    """Return what a user wrote, fit for logs: `without_secrets`, and without the removed `pipe:` commands."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from m3i_scale.config import RunConfig, known_recipes, known_runs, load_run, parse_section, read_yaml, run_values
+from m3i_scale.config import (
+    DataConfig,
+    RunConfig,
+    known_recipes,
+    known_runs,
+    load_run,
+    parse_section,
+    read_yaml,
+    run_values,
+)
 from m3i_scale.config.explain import HINTS
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
@@ -300,6 +309,25 @@ def test_all_overrides_that_are_none_are_told_at_once():
     with pytest.raises(FaultsError) as caught:
         load_run("m3i", overrides)
     assert [told.where for told in caught.value.faults] == [f"override {given}" for given in overrides]
+
+
+def test_pipes_and_allow_shell_were_removed():
+    assert load_run("m3i", ["data.allow_shell=false"]).data == load_run("m3i").data
+    told = fault("data.allow_shell=true")
+    assert "`allow_shell` must be left out, got True" in told.what
+    assert told.where == "override data.allow_shell=true"
+    assert "mount the shards, copy them to a local folder" in told.fix
+    told = fault("data.sources.a.shards=pipe:cat SECRET.tar")
+    assert told.what == "'data.sources.a.shards': shards must be at a path or an address: `pipe:` was removed"
+    assert told.fix.startswith("mount the shards")
+
+
+def test_finished_runs_that_read_pipes_can_be_exported():
+    values = {"allow_shell": True, "sources": {"a": {"shards": "pipe:cat a.tar"}}}
+    assert parse_section(DataConfig, values, where="", stored=True).sources["a"].shards == "pipe:cat a.tar"
+    with pytest.raises(ConfigError) as caught:
+        parse_section(DataConfig, {**values, "allow_shell": False}, where="", below="data")
+    assert "pipe:" in str(caught.value)
 
 
 @pytest.mark.parametrize(

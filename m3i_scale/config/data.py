@@ -20,6 +20,7 @@ _CROPS = ("crop_scale", "crop_ratio")
 Reads = Literal["labels", "masks", "boxes", "boxes_and_masks"]
 """Annotations to read with image and caption: class label, segmentation mask, or objects."""
 _STRONGEST_JITTER = (2.0, 2.0, 2.0, 0.5)
+_INSTEAD_OF_PIPES = "mount the shards, copy them to a local folder, or serve them over HTTP, S3, GCS or the Hub"
 
 
 def _is_probability(value: float, info: ValidationInfo) -> float:
@@ -190,6 +191,13 @@ class SourceConfig(Section):
     augment: DistortionConfig | None = None
     """Augmentations that differ from `data.augment`. Omitted fields keep their value from there."""
 
+    @field_validator("shards")
+    @classmethod
+    def _is_not_a_command(cls, shards: str, info: ValidationInfo) -> str:
+        if shards.startswith("pipe:") and not is_stored(info):
+            raise FixableError("shards must be at a path or an address: `pipe:` was removed", _INSTEAD_OF_PIPES)
+        return shards
+
     @field_validator("weight")
     @classmethod
     def _weight_holds(cls, weight: float | list[tuple[int, float]]) -> float | list[tuple[int, float]]:
@@ -249,14 +257,24 @@ class DataConfig(Section):
     """Timeout in seconds for an unresponsive server before the first step, regardless of `read_attempts`. Servers that
     answer with `Retry-After` are not affected."""
     read_attempts: int = Field(default=8, ge=1)
-    """Maximum attempts per failing read, with increasing random delays between them."""
-    allow_shell: bool = False
-    """Allow `pipe:COMMAND` datasets to run shell commands."""
+    """Of every read that fails, with growing random pauses between them."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     """Augmentation and normalization of images, for all datasets."""
     changed_sources: list[str] = Field(default_factory=list)
     """Names of the datasets that a resumed run adds, removes or changes (docs/data.md). Any other change is an error on
     resume."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_allow_shell(cls, values: Any, info: ValidationInfo) -> Any:
+        """Accept the config files of earlier versions, which contain the default `allow_shell: false`."""
+        if not isinstance(values, dict) or "allow_shell" not in values:
+            return values
+        if values["allow_shell"] is not False and not is_stored(info):
+            given = values["allow_shell"]
+            what = f"`allow_shell` must be left out, got {given!r}: shards at `pipe:` addresses were removed"
+            raise FixableError(what, _INSTEAD_OF_PIPES)
+        return {key: value for key, value in values.items() if key != "allow_shell"}
 
     @model_validator(mode="before")
     @classmethod

@@ -128,9 +128,8 @@ def _version(facts: os.stat_result) -> str:
 
 
 def cached(path: Address, cache_dir: Path) -> Path:
-    """Return the path of a shard's index in an index cache."""
-    parent = path.address if isinstance(path, Url) and path.scheme == "pipe" else path.parent
-    named = str(parent.resolve()) if isinstance(parent, Path) else str(parent)
+    """Return where the index of a shard lies in a cache of indices."""
+    named = str(path.parent if isinstance(path, Url) else path.parent.resolve())
     folder = hashlib.sha256(named.encode()).hexdigest()[:16]
     return cache_dir / "index" / folder / f"{path.name}.npz"
 

@@ -23,7 +23,7 @@ LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories
 
 
 def shard_folder(shards: str) -> Address:
-    """Return the folder of a dataset's shards, which contains labels.json and index/. A pipe has no sidecar files."""
+    """Return the folder of a source's shards, where labels.json and index/ lie."""
     place = to_address(shards)
     return place if place.suffix != ".tar" else place.parent
 
@@ -62,9 +62,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
-    """Check that the shards of a dataset exist; of remote shards, only the first one is checked."""
-    if shards.startswith("pipe:"):  # a command, which is not run for a check
-        return
+    """Check that there are shards where a source says so; of those at addresses the first is asked for."""
     first = expand_shards(shards, where, access)[0]
     if not isinstance(first, Url):
         return
@@ -136,8 +134,6 @@ def read_label_sets(
     """
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
-        if source.shards.startswith("pipe:"):
-            continue
         path = shard_folder(source.shards) / file
         if not source.labels:
             continue
@@ -162,8 +158,6 @@ def read_sample_count(shards: str, count: str, access: Access | None = None) -> 
         count: `samples` or `with_caption`.
         access: access settings for servers.
     """
-    if shards.startswith("pipe:"):
-        return None
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
         counts = {name: int(facts[count]) for name, facts in manifest["shards"].items()}

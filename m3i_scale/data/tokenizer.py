@@ -92,8 +92,6 @@ def find_tokenizer(
         return _load(configured, "text.tokenizer")
     places = []
     for name, source in sources.items():
-        if source.shards.startswith("pipe:"):
-            continue
         folder = shard_folder(source.shards)
         for place in (folder / "tokenizer", folder.parent / "tokenizer"):
             tokenizer = _load_sidecar(place, name, access)

@@ -105,12 +105,6 @@ def _check_class_names(source: SourceConfig, where: str, access: Access | None, 
     what, fix = _NAMED[file]
     if not source.labels:
         raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
-    if source.shards.startswith("pipe:"):
-        raise ConfigError(
-            f"{what} need {file} beside the shards, and nothing lies beside a pipe",
-            where=f"{where}.shards",
-            fix="name the shards by a path or an address",
-        )
     if there and not read_label_sets({"source": source}, access, file):
         raise ConfigError(
             f"the source has no {file}, which names the classes of its {what}",

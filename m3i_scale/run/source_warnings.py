@@ -80,8 +80,8 @@ def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
 
 
 def _may_be_read(source: SourceConfig, access: Access | None) -> bool:
-    """Return whether files next to the shards can be read. Pipes have no such files."""
-    return not source.shards.startswith("pipe:") and (access is not None or not is_remote(source.shards))
+    """Return whether what lies beside shards can be read."""
+    return access is not None or not is_remote(source.shards)
 
 
 def _listed(source: SourceConfig, access: Access | None) -> frozenset[str]:

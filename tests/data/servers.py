@@ -28,8 +28,9 @@ ENDLESS_BLOCKS = 1_000
 
 class FaultyServer(http.server.ThreadingHTTPServer):
     """Files of a folder over HTTP, with ranges and ETags. `faults[name]` are what happens to the next requests for a
-    file: a status, `cut` (half of the body), `reset`, `stall`, `shifted` (the range one byte further), `endless` (the
-    body, and zeros as long as somebody reads them); `always[name]` happens every time.
+    file: a status, `cut` (half of the body), `reset`, `stall`, `shifted` (the range one byte further), `complete` (the
+    file in place of the range), `endless` (the body, and zeros as long as somebody reads them); `always[name]` happens
+    every time.
     """
 
     daemon_threads = True
@@ -105,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, path, fault):
         data, facts = path.read_bytes(), path.stat()
         total, found = len(data), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if found and self.server.ranges:
+        if found and self.server.ranges and fault != "complete":
             shift = int(fault == "shifted")
             first, last = int(found[1]) + shift, min(int(found[2]) + shift, total - 1)
             data = data[first : last + 1]

@@ -39,6 +39,7 @@ FAULTS = {
     "reset": "connection lost",
     "cut": "cut off",
     "stall": "stalled or slow",
+    "complete": "no range requests",
 }
 
 
@@ -142,44 +143,33 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
     monkeypatch.setattr("m3i_scale.data.remote.fetch.SMALL_FILE_BYTES", 1_000)
     served.everywhere, access = "endless", Access(attempts=2, timeout_s=30)
     shard = Url(f"{served.address}/{BAD}")
-    size = (served.folder / BAD).stat().st_size
     with pytest.raises(FaultError) as caught:
         read_range(shard, 0, 100, access)
     assert caught.value.reason == "answer too long"
     assert served.fetched(BAD) == 1  # another attempt would end the same
     with pytest.raises(OSError, match="answer too long"):
         read_file(Url(f"{served.address}/labels.json"), access)
-    served.ranges = False
-    with (tmp_path / "whole.tar").open("w+b") as out, pytest.raises(FaultError) as caught:
-        fetch(shard, out, access, size)
-    assert caught.value.reason == "answer too long"
-    assert (tmp_path / "whole.tar").stat().st_size <= size
 
 
 def test_a_whole_file_of_another_version_is_not_taken(served, tmp_path):
-    """As of a server without ranges, which sends it from its beginning."""
-    served.ranges = False
     shard, path = Url(f"{served.address}/{BAD}"), served.folder / BAD
     facts = path.stat()
     version = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'
     with (tmp_path / "whole.tar").open("w+b") as out:
-        assert fetch(shard, out, Access(), facts.st_size, version) == facts.st_size
+        fetch(shard, out, Access(), facts.st_size, version)
+        out.seek(0)
+        assert out.read() == path.read_bytes()
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
         with pytest.raises(FaultError) as caught:
             fetch(shard, out, Access(), facts.st_size, version)
     assert caught.value.reason == "replaced"
 
 
-def test_a_server_without_ranges_that_falls_silent_is_given_up_soon(served, tmp_path, monkeypatch):
-    """The file as a whole has as much time as all its parts would have."""
-    monkeypatch.setattr("m3i_scale.data.remote.fetch.PART_BYTES", 100)
-    served.ranges, served.everywhere = False, "silent"
-    shard = Url(f"{served.address}/{BAD}")
-    size, begun = (served.folder / BAD).stat().st_size, time.monotonic()
-    with (tmp_path / "whole.tar").open("w+b") as out, pytest.raises(FaultError) as caught:
-        fetch(shard, out, Access(attempts=1, timeout_s=1.0), size)
+def test_a_server_that_falls_silent_is_given_up_soon(served):
+    served.everywhere, begun = "silent", time.monotonic()
+    with pytest.raises(FaultError) as caught:
+        read_range(Url(f"{served.address}/{BAD}"), 0, 1000, Access(attempts=1, timeout_s=1.0))
     assert caught.value.reason == "stalled or slow"
-    assert size > 60 * 100
     assert time.monotonic() - begun < 30
 
 
@@ -190,15 +180,6 @@ def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(serv
         read_range(shard, 100, 200, Access(attempts=1))
     assert caught.value.reason == "another range"
     assert read_range(shard, 100, 200, Access(attempts=1)) == (served.folder / BAD).read_bytes()[100:200]
-
-
-def test_of_a_pipe_that_never_ends_no_more_is_kept_than_the_cache_holds(tmp_path):
-    command = Url(f"pipe:echo >> {tmp_path}/runs; head -c 100M /dev/zero; echo x-01.tar")
-    with (tmp_path / "out").open("w+b") as out, pytest.raises(FaultError) as caught:
-        fetch(command, out, Access(attempts=2, cache_bytes=1 << 20, allow_shell=True))
-    assert caught.value.reason == "answer too long"
-    assert (tmp_path / "runs").read_text() == "\n"  # run once
-    assert (tmp_path / "out").stat().st_size <= 1 << 20
 
 
 def test_too_many_lost_shards_stop_the_run(tools, served, tmp_path):
@@ -280,16 +261,6 @@ def test_a_wrong_checksum_costs_the_shard_where_the_cache_has_no_room_too(tools,
     assert not list((tmp_path / "tight" / "shards" / "shards").iterdir())
 
 
-def test_a_server_without_ranges_and_no_room_is_told_as_such(tools, served, tmp_path):
-    with_manifest(served.folder)
-    loader = loader_of(tools, served, tmp_path)
-    served.ranges = False
-    small = dataclasses.replace(loader._recipe.access, cache_bytes=1000, cache_dir=tmp_path / "none")
-    loader._recipe = dataclasses.replace(loader._recipe, access=small)
-    with pytest.raises(DataError, match="can only be read whole, and the cache has no room"):
-        keys_of(loader, 8)
-
-
 def replace(path, other):
     """Another shard of the same size."""
     data = bytearray(path.read_bytes())
@@ -352,16 +323,17 @@ def test_a_local_shard_that_vanishes_or_shrinks_is_set_aside(tools, tmp_path):
     assert set(loader.quarantined) == {"shard: not found", "shard: cut off"}
 
 
-def test_a_server_without_ranges_is_read_through_the_cache(tools, served, tmp_path, cache):
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("cache_gib", [0, 0.01])
+def test_a_server_without_range_requests_is_an_error_before_the_first_step(tools, served, tmp_path, cache_gib, indexed):
+    if indexed:
+        build_index(sorted(served.folder.glob("*.tar")), served.folder / "index")
     served.ranges = False
-    assert keys_of(loader_of(tools, served, tmp_path), 6) == local_keys(tools, served, cache, 6)
-    with pytest.raises(DataError, match="through the cache, which is off") as caught:
-        loader_of(tools, served, tmp_path / "other", 0)
-    assert "data.cache_gib" in caught.value.fix
-    # Also where nothing had to be read to open it.
-    build_index(sorted(served.folder.glob("*.tar")), served.folder / "index")
-    with pytest.raises(DataError, match="through the cache, which is off"):
-        loader_of(tools, served, tmp_path / "indexed", 0)
+    with pytest.raises(DataError, match="cannot read the shard: no range requests") as caught:
+        loader_of(tools, served, tmp_path, cache_gib)
+    assert caught.value.where == f"source 's': {served.address}/s-000.tar"
+    assert "sends the complete file" in caught.value.why
+    assert "copy the shards to a server that answers range requests" in caught.value.fix
 
 
 def test_a_server_that_is_down_at_the_start_is_given_up_soon_and_named(tools, served, tmp_path):

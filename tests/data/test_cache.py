@@ -96,10 +96,6 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="no"):
         cache.add("a", KIB, fails)
     assert not list((tmp_path / "shards").iterdir())
-    assert cache.add("pipe", None, lambda out: out.write(b"y" * KIB))
-    assert read(cache, "pipe") == b"y" * KIB
-    assert not cache.add("long", None, lambda out: out.write(b"y" * 3 * KIB))
-    assert read(cache, "long") is None
 
 
 def fetch_slowly(folder, counter, begun):

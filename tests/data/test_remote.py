@@ -137,19 +137,6 @@ def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path)
     assert "SECRETKEY" not in str(caught.value)
 
 
-def test_a_pipe_goes_through_the_cache(tools, shards, tmp_path, expected):
-    source = f"pipe:cat {shards}/s-{{000..007}}.tar | cat"
-    with pytest.raises(DataError) as caught:
-        tools.make_loader({"s": source}, tmp_path, **options(tmp_path))
-    assert "data.allow_shell" in caught.value.fix
-    with pytest.raises(DataError, match="through the cache, which is off"):
-        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, 0, allow_shell=True))
-    loader = tools.make_loader({"s": source}, tmp_path, **options(tmp_path, allow_shell=True))
-    assert [batch.keys for batch in take(loader, 8)] == [batch.keys for batch in expected]
-    with pytest.raises(DataError, match="the command failed"):
-        tools.make_loader({"s": "pipe:cat /nowhere/s-000.tar | cat"}, tmp_path, **options(tmp_path, allow_shell=True))
-
-
 def test_a_run_moves_from_a_path_to_an_address_and_back(tools, shards, nginx, tmp_path, cache, expected):
     local = tools.make_loader({"s": shards}, cache, streams=4)
     first = take(local, 3)
@@ -241,7 +228,6 @@ def test_an_index_beside_remote_shards_that_does_not_list_all_samples_is_not_tak
         ("ssh://host/s.tar", "cannot be read from 'ssh:'"),
         ("https://name:SECRET@host/s.tar", "a user name or a password"),
         ("https://host/s.tar?X-Amz-Signature=SECRET", "a query"),
-        ("pipe:cat SECRET", "names no .tar file"),
     ],
 )
 def test_addresses_that_are_refused_do_not_give_secrets_away(place, fault):
@@ -255,11 +241,6 @@ def test_names_of_addresses():
     assert to_address("file:///a/b.tar") == to_address("/a/b.tar")
     url = to_address("s3://bucket/x/y-01.tar")
     assert (url.name, url.stem, str(url.parent), url.parent / "y-01.tar") == ("y-01.tar", "y-01", "s3://bucket/x", url)
-    pipe = Url("pipe:curl -H 'Authorization: SECRET' https://h/x-01.tar")
-    assert (pipe.name, str(pipe)) == ("x-01.tar", "pipe:curl … x-01.tar")
-    for key in ("KEY=SECRET", "KEY='SECRET SECRET'"):
-        assert str(Url(f"pipe:{key} aws s3 cp s3://b/x-01.tar -")) == "pipe:aws … x-01.tar"
-    assert str(Url("pipe:cat 'SECRET x-01.tar")) == "pipe: … x-01.tar"
     told = without_secrets("403 for https://h/x.tar?Signature=SECRET and s3://u:SECRET@h/y")
     assert told == "403 for https://h/x.tar?… and s3://…@h/y"
 
@@ -271,7 +252,6 @@ def test_names_of_addresses():
         {"cache_dir": "/data/cache"},
         {"read_timeout_s": 5.0},
         {"start_timeout_s": 5.0},
-        {"allow_shell": True},
     ],
 )
 def test_settings_without_effect(setting, shards):

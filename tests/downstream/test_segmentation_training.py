@@ -268,16 +268,11 @@ def test_masks_that_nobody_can_read_are_told_before_the_first_step(shards: Path,
         assert "mask_labels.json" in str(fault)
 
 
-@pytest.mark.parametrize(
-    ("source", "says"), [({"labels": False}, "labels: false"), ({"shards": "pipe:cat /data/a.tar"}, "pipe")]
-)
-def test_a_validation_source_whose_classes_nobody_can_read_is_refused(
-    shards: Path, tmp_path: Path, source: dict[str, Any], says: str
-) -> None:
+def test_a_validation_source_whose_classes_nobody_can_read_is_refused(shards: Path, tmp_path: Path) -> None:
     good = values(tmp_path, shards)
-    data = good["data"] | {"validation": {"val": {"shards": str(shards / "val")} | source}}
+    data = good["data"] | {"validation": {"val": {"shards": str(shards / "val"), "labels": False}}}
     fault = faults_of(good | {"data": data}, tmp_path)
-    assert says in fault.what
+    assert "labels: false" in fault.what
     assert "data.validation.val" in str(fault.where)
 
 

@@ -56,8 +56,6 @@ def test_a_secret_stands_on_no_command_line_and_only_in_private_files(launcher, 
 ADDRESSES = (
     "https://me:plutonium@data.example.org/a.tar",
     "https://data.example.org/b.tar?X-Amz-Signature=plutonium",
-    "pipe:curl -su me:plutonium https://data.example.org/c.tar",
-    "'pipe:curl -s --header plutonium https://data.example.org/d.tar'",
 )
 
 

@@ -45,8 +45,7 @@ class Access:
     """Time limit of one request, until its last byte."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     cache_bytes: int = 50 << 30
-    """0: no full downloads, every sample is read by range request."""
-    allow_shell: bool = False
+    """0: nothing is fetched whole, every sample is read by range."""
     start_timeout_s: float = 20.0
     """Time limit of a small request before the first step, over all attempts."""
     total_timeout_s: float = math.inf
@@ -79,14 +78,11 @@ def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
                     where=f"data.{setting}",
                     fix="leave it out",
                 )
-    if data.allow_shell and not any(shards.startswith("pipe:") for _, shards in remote):
-        raise ConfigError("data.allow_shell has no effect: no source is a pipe", where="data.allow_shell")
     access = Access(
         attempts=data.read_attempts,
         timeout_s=data.read_timeout_s,
         cache_dir=data.cache_dir or default_cache_dir(),
         cache_bytes=int(data.cache_gib * GIB),
-        allow_shell=data.allow_shell,
         start_timeout_s=data.start_timeout_s,
         max_sample_bytes=data.max_sample_bytes,
     )

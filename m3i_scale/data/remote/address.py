@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,10 +10,9 @@ from urllib.parse import urlsplit
 from m3i_scale.errors import DataError
 from m3i_scale.text import without_secrets
 
-SCHEMES = ("http", "https", "s3", "gs", "hf", "pipe")
-"""Schemes of remote addresses. `file://` is a local path."""
+SCHEMES = ("http", "https", "s3", "gs", "hf")
+"""What is not a path of this host. `file://` is one."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|:(?=[^\\/]))")
-_PIPED_SHARD = re.compile(r"([^\s/'\"=;|&]+\.tar)(?![^\s'\";|&])")
 
 
 @dataclass(frozen=True, order=True)
@@ -22,18 +20,16 @@ class Url:
     """A remote address with the parts of pathlib's interface that shards need. `str` is safe for logs and state."""
 
     address: str
-    """Address for fsspec; for a pipe, the command."""
+    """What fsspec is given."""
 
     @property
     def scheme(self) -> str:
-        """Return the scheme: http, https, s3, gs, hf or pipe."""
+        """Return the scheme: http, https, s3, gs or hf."""
         return self.address.partition(":")[0]
 
     @property
     def name(self) -> str:
-        """Return the last path component; for a pipe, the last file name in its command."""
-        if self.scheme == "pipe":
-            return str(_PIPED_SHARD.findall(self.address)[-1])
+        """Return the last part."""
         return self.address.rstrip("/").rpartition("/")[2]
 
     @property
@@ -48,23 +44,15 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """Return the parent folder. A pipe and the root of a server are their own parents."""
+        """Return the folder. The root of a server is its own parent."""
         above = self.address.rstrip("/").rpartition("/")[0]
-        return self if self.scheme == "pipe" or above.endswith(("/", ":")) else Url(above)
+        return self if above.endswith(("/", ":")) else Url(above)
 
     def __truediv__(self, name: str) -> Url:
         return Url(f"{self.address.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
-        if self.scheme != "pipe":
-            return self.address
-        # A command or its environment variables may contain a password, so only program and shard are named.
-        try:
-            words = shlex.split(self.address.removeprefix("pipe:"))
-        except ValueError:  # unclosed quotation mark
-            words = []
-        program = next((word for word in words if "=" not in word), "")
-        return f"pipe:{program} … {self.name}"
+        return self.address
 
 
 Address = Path | Url
@@ -81,16 +69,14 @@ def to_address(text: str, where: str = "shards") -> Address:
     if not is_remote(text):
         return Path(text.removeprefix("file://"))
     scheme = text.partition(":")[0]
-    if scheme == "pipe" and not _PIPED_SHARD.search(text):
-        what, fix = "the command names no .tar file", "pipe:COMMAND … NAME.tar; the name is that of the shard"
-    elif scheme not in SCHEMES:
+    if scheme not in SCHEMES:
         what, fix = f"shards cannot be read from '{scheme}:'", f"a path, or one of {', '.join(SCHEMES)}"
-    elif scheme != "pipe" and not text.startswith(f"{scheme}://"):
+    elif not text.startswith(f"{scheme}://"):
         what, fix = "not an address", f"{scheme}://…"
-    elif scheme not in ("pipe", "hf") and _has_login(text):
+    elif scheme != "hf" and _has_login(text):
         what = "the address holds a user name or a password, which the run file and checkpoints would keep"
         fix = "leave it to ~/.netrc, or to the environment"
-    elif scheme != "pipe" and "?" in text:
+    elif "?" in text:
         what = "the address holds a query, which the run file and checkpoints would keep with any signature in it"
         fix = "take the address without it; s3, gs and hf find their credentials in the environment"
     else:

@@ -76,8 +76,8 @@ class ShardCache:
             os.utime(path)
         return descriptor
 
-    def open_or_add(self, key: str, size: int | None, fill: Fill) -> int | None:
-        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`.
+    def open_or_add(self, key: str, size: int, fill: Fill) -> int | None:
+        """Return a descriptor as `open` does, of a shard that is fetched where there is none; see `add`.
 
         Returns None if the shards in use leave no room for it.
         """
@@ -86,13 +86,13 @@ class ShardCache:
             descriptor = self.open(key)
         return descriptor
 
-    def add(self, key: str, size: int | None, fill: Fill) -> bool:
-        """Make sure that a shard is in the cache. One process downloads it while the others wait.
+    def add(self, key: str, size: int, fill: Fill) -> bool:
+        """Make sure that a shard is in the cache. One process fetches it, the others wait.
 
         Args:
             key: see `cache_key`.
-            size: in bytes; None if unknown before the end, then space is reserved afterwards.
-            fill: writes the shard from the start of a file and verifies it; its exceptions are passed on.
+            size: in bytes.
+            fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on.
 
         Returns:
             False if the shards in use leave no room for it.
@@ -102,13 +102,11 @@ class ShardCache:
             with self._exclusive(partial) as out:
                 if path.is_file():
                     return True
-                if size is not None and not self._reserve(partial, out, size):
+                if not self._reserve(partial, out, size):
                     return False
                 fill(out)
                 out.flush()
-                if size is None and not self._reserve(partial, out, out.tell()):
-                    return False
-                os.fsync(out.fileno())  # otherwise a power loss could leave zeros in a complete shard
+                os.fsync(out.fileno())  # else a power cut could leave zeros under the name of a complete shard
                 os.replace(partial, path)
         except OSError as error:
             raise self._failed("write", error) from None
@@ -172,9 +170,8 @@ class ShardCache:
 
 
 def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the cache file name of a version of a shard. The size of a pipe's output is unknown before it runs."""
-    known_size = 0 if url.scheme == "pipe" else size
-    return hashlib.sha256(f"{url.address}\0{version}\0{known_size}".encode()).hexdigest()[:32]
+    """Return the name of a shard in the cache, which differs for another version."""
+    return hashlib.sha256(f"{url.address}\0{version}\0{size}".encode()).hexdigest()[:32]
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

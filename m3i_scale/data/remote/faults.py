@@ -16,18 +16,20 @@ from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
 SHARD = "shard: "
-"""Prefix of the reason of samples that are lost with their shard."""
-NO_RANGES = "no ranges"
+"""The reasons of samples that are lost with their shard begin so."""
+NO_RANGES = "no range requests"
 _DETAIL_LETTERS = 200
 _FIXES = {
     "access refused": "credentials are found by the usual chains of the service (docs/data.md)",
-    NO_RANGES: "set data.cache_gib: what a server sends only whole goes through the cache",
-    "answer too long": "the server does not send what was asked for; what a pipe gives may take data.cache_gib at most",
+    "answer too long": "the server does not send what was asked for",
 }
 _FIXES_OF_A_RUN = _FIXES | {
     "replaced": "bring the indexed version back; if the new one is meant, start a new run, which indexes it",
 }
-_FIXES_AT_START = _FIXES | {"not found": "check the address, and that the file is there"}
+_FIXES_AT_START = _FIXES | {
+    "not found": "check the address, and that the file is there",
+    NO_RANGES: "copy the shards to a server that answers range requests, or to a local folder",
+}
 _LIBRARY_ERRORS = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "BotoCoreError"),
@@ -52,11 +54,6 @@ class FaultError(Exception):
     def __init__(self, reason: str, detail: str = "", *, lasting: bool = False, pause_s: float = 0.0) -> None:
         self.reason, self.detail, self.lasting, self.pause_s = reason, detail, lasting, pause_s
         super().__init__(reason, detail)
-
-    @property
-    def not_ranged(self) -> bool:
-        """Return whether the server does not support range requests."""
-        return self.reason == NO_RANGES
 
 
 class RemoteReadError(OSError):

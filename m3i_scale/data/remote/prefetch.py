@@ -3,13 +3,14 @@ then.
 
 Rules for every shard that is read:
 
-- Threads download it into the cache, up to one window ahead, if the cache has room for it and the shards in use.
-- Until then, and if there is no room, single samples are read by range request.
-- With a checksum in manifest.json, no sample is used before the complete shard is verified. A pipe, or a server without
-  ranges, can only be read completely. Both must wait. A shard without room is read once to be verified. Otherwise the
-  free space would decide whether a corrupt shard is lost, and sample orders would diverge.
-- A failed download ahead of need decides nothing: a shard is corrupt only if it cannot be read when it is needed.
-  Otherwise a transient error would lose a shard in one process but not in another, and orders would diverge.
+- It is fetched whole into the cache, by threads that also look one window ahead, where the cache has room for it beside
+  the shards in use.
+- Until it has come, and where there is no room, single samples are read by range.
+- With a checksum in manifest.json, no sample of it is used before the whole has been verified. A shard without room is
+  read through once to be verified: were it used as it is, the room that others leave would decide whether a damaged
+  one is lost, and orders would part.
+- A fetch ahead of need that fails decides nothing: the shard is bad when it cannot be read once it is needed. Otherwise
+  a fault that has passed would cost a shard in one process and not in another, and their orders would part.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.fetch import Output, facts, fetch, read_range
 from m3i_scale.data.scan import ShardIndex
-from m3i_scale.errors import DataError
 
 FETCHERS = 4
 """Download threads per process."""
@@ -52,9 +52,7 @@ class RemoteShards:
         self._wanted: dict[Address, ShardIndex] = {}
         """All expected shards, the most urgent first."""
         self._fetches: dict[Address, Fetch] = {}
-        """Downloads of all expected shards, which also lock them."""
-        self._only_whole: set[Address] = set()
-        """Shards on servers without range requests."""
+        """Locks all that is wanted."""
         self._same_version: set[Address] = set()
         """Shards of current windows with a checked version."""
         self._verified: set[Address] = set()
@@ -90,8 +88,8 @@ class RemoteShards:
         """Read bytes [start, end) of a shard.
 
         Raises:
-            BadShardError: it cannot be read after all attempts.
-            DataError: the cache fails, or is too small for a shard that must be downloaded completely.
+            BadShardError: it cannot be read, after all attempts.
+            DataError: the cache fails.
         """
         try:
             return self._read(index, start, end)
@@ -114,16 +112,10 @@ class RemoteShards:
                 return os.pread(descriptor, end - start, start)
             except OSError as error:
                 raise FaultError("the cache fails", str(error)) from None
-        try:
-            if url not in self._same_version:
-                check_version(index, self._access)
-                self._same_version.add(url)
-            return read_range(url, start, end, self._access, index.version)
-        except FaultError as fault:
-            if not fault.not_ranged or self._cache is None:
-                raise
-            self._only_whole.add(url)
-            return self._read(index, start, end)
+        if url not in self._same_version:
+            check_version(index, self._access)
+            self._same_version.add(url)
+        return read_range(url, start, end, self._access, index.version)
 
     def _descriptor(self, index: ShardIndex) -> int | None:
         """Return the descriptor of the shard in the cache; None if it must be read by range request."""
@@ -133,12 +125,8 @@ class RemoteShards:
         ahead_of_need = url in self._fetches and _is_begun(self._fetches[url])
         if url not in self._wanted:
             self.expect(None, [index])
-        not_ranged = url.scheme == "pipe" or url in self._only_whole
-        if index.sha256 or not_ranged:
-            descriptor = self._wait_for(url, ahead_of_need)
-            if descriptor is None and not_ranged:
-                raise no_room(url)
-            return descriptor
+        if index.sha256:
+            return self._wait_for(url, ahead_of_need)
         future = self._fetches[url]
         if not future.done() or isinstance(future.exception(), FaultError):
             return None
@@ -187,13 +175,8 @@ class RemoteShards:
         key = cache_key(_url(index), index.version or index.sha256 or index.digest, index.size)
         descriptor = self._cache.open_or_add(key, index.size, lambda out: self._fetch_verified(index, out))
         if descriptor is None and index.sha256 and index.path not in self._verified:
-            try:
-                self._fetch_verified(index, None)
-            except FaultError as fault:
-                if not fault.not_ranged:  # otherwise the reader reports the missing room
-                    raise
-            else:
-                self._verified.add(index.path)
+            self._fetch_verified(index, None)
+            self._verified.add(index.path)
         return descriptor
 
     def _fetch_verified(self, index: ShardIndex, out: BinaryIO | None) -> None:
@@ -242,23 +225,11 @@ def check_version(index: ShardIndex, access: Access) -> None:
     Raises:
         FaultError: the version changed, or the server does not respond.
     """
-    url = _url(index)
-    if url.scheme == "pipe":
-        return
-    now = facts(url, access)
+    now = facts(_url(index), access)
     if now.size != index.size:
         raise FaultError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
     if index.version and now.version != index.version:
         raise FaultError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
-
-
-def no_room(url: Url) -> DataError:
-    """Return the error for a shard that must be downloaded completely and does not fit into the cache."""
-    return DataError(
-        "the shard can only be read whole, and the cache has no room for it beside the shards in use",
-        where=str(url),
-        fix="raise data.cache_gib, or lower data.shuffle_shards",
-    )
 
 
 def _is_begun(future: Fetch) -> bool:

@@ -205,8 +205,6 @@ def _shards(host: Host) -> Seen:
             why = "a rank there would end the run, or wait for ever"
             fix = "mount or copy the shards there; credentials travel with --env NAME"
             yield f"{name}: {told['fault']}", {"fault": why, "fix": fix}
-        elif "skipped" in told:
-            yield name, {"warning": told["skipped"], "fix": "look at it with `m3i-scale shards peek`"}
         else:
             took = f"{told['read']:,} bytes of {name} in {told['seconds'] * 1e3:.1f} ms"
             yield f"{took}, 1 of {told['shards']} shards", {}

@@ -211,8 +211,6 @@ def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
         if not isinstance(first, Url):
             with first.open("rb") as file:
                 read = len(file.read(READ_BYTES))
-        elif first.scheme == "pipe":
-            return {"shard": str(first), "skipped": "a command is not run by a doctor"}
         else:
             access = Access(attempts=2, timeout_s=min(run.data.read_timeout_s, 10.0))
             size = facts(first, access).size
