@@ -21,12 +21,12 @@ _TOKEN = re.compile(
 )
 """Tokens that are recognized by their prefix: Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
 HIDDEN = "(hidden)"
-"""Placeholder for a value with a secret name, in all output for people."""
+"""Placeholder for a value with a secret name, in all human-readable output."""
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)AUTH(?!_SOCK)(?:_|$)|^AWS_", re.IGNORECASE
 )
 _COUNTED = {"tokens", "max_tokens"}
-"""Settings of a recipe and of the text tower."""
+"""Settings of a recipe and of the text tower that are not secret despite their names."""
 
 
 def is_secret(name: str) -> bool:
@@ -36,8 +36,8 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text from elsewhere without the logins and queries of addresses, signatures and tokens in it."""
-    if text.startswith("pipe:"):  # a shell command in the config of a run of an earlier version
+    """Replace logins, URL queries, signatures and access tokens in untrusted text by `…`."""
+    if text.startswith("pipe:"):  # shell command in a config file of an earlier version
         return "pipe:…"
     text = _QUERY.sub(r"\1?…", _LOGIN.sub("://…@", text))
     for pattern in (_HEADER_SECRET, _AUTHORIZATION, _NAMED_SECRET, _OPTION_SECRET):
@@ -46,7 +46,7 @@ def without_secrets(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return what a user wrote, fit for logs: `without_secrets`, and without the removed `pipe:` commands."""
+    """Redact user input for logs: `without_secrets`, and all text after `pipe:`, which is no longer supported."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 
 
@@ -96,7 +96,7 @@ def listed(items: Sequence[object], most: int, between: str = ", ") -> str:
 
 
 def filled(parts: Iterable[str], width: int) -> list[str]:
-    """Pack parts into lines of at most `width` letters. A part is never split, even if it is longer."""
+    """Pack parts into lines of at most `width` characters. A part is never split, even if it is longer."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:

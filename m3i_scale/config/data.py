@@ -237,7 +237,7 @@ class DataConfig(Section):
     max_caption_bytes: int = Field(default=defaults.MAX_CAPTION_BYTES, ge=1)
     """Samples with a longer `.txt` field, in bytes, are skipped as corrupt: tokenizing a megabyte takes seconds."""
     max_sample_bytes: int = Field(default=defaults.MAX_SAMPLE_BYTES, ge=1)
-    """Samples whose fields exceed this total size in bytes are skipped as corrupt instead of read."""
+    """Samples with a larger total size of all fields, in bytes, are skipped as corrupt instead of read."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """Maximum fraction of corrupt samples among the samples read so far (checked after 100), and of an epoch's samples
     lost with their shards. The run stops if it is exceeded."""
@@ -257,7 +257,7 @@ class DataConfig(Section):
     """Timeout in seconds for an unresponsive server before the first step, regardless of `read_attempts`. Servers that
     answer with `Retry-After` are not affected."""
     read_attempts: int = Field(default=8, ge=1)
-    """Of every read that fails, with growing random pauses between them."""
+    """Maximum attempts per read, with random, increasing pauses between them."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     """Augmentation and normalization of images, for all datasets."""
     changed_sources: list[str] = Field(default_factory=list)

@@ -33,7 +33,7 @@ TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
 """Maximum size between the last byte of the last file of a tar and the end: padding of the file, two zero blocks, and
 padding to a full record."""
 PROBES = 16
-"""Number of samples whose headers are compared if the modification time of a shard differs from its index."""
+"""Number of samples to compare by their headers if the modification time of a shard differs from its index."""
 _EXTENSIONS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -128,7 +128,7 @@ def _version(facts: os.stat_result) -> str:
 
 
 def cached(path: Address, cache_dir: Path) -> Path:
-    """Return where the index of a shard lies in a cache of indices."""
+    """Return the path of a shard's index in an index cache."""
     named = str(path.parent if isinstance(path, Url) else path.parent.resolve())
     folder = hashlib.sha256(named.encode()).hexdigest()[:16]
     return cache_dir / "index" / folder / f"{path.name}.npz"

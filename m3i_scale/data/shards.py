@@ -23,7 +23,7 @@ LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories
 
 
 def shard_folder(shards: str) -> Address:
-    """Return the folder of a source's shards, where labels.json and index/ lie."""
+    """Return the folder of a dataset's shards, which contains labels.json and index/."""
     place = to_address(shards)
     return place if place.suffix != ".tar" else place.parent
 
@@ -62,7 +62,7 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
 
 
 def require_shards(shards: str, where: str, access: Access | None = None) -> None:
-    """Check that there are shards where a source says so; of those at addresses the first is asked for."""
+    """Check that the shards of a dataset exist; of remote shards, only the first one is checked."""
     first = expand_shards(shards, where, access)[0]
     if not isinstance(first, Url):
         return

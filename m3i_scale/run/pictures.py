@@ -43,7 +43,7 @@ class TrainingPictures:
     Args:
         objective: modules in training.
         samples: samples on the CPU; their first crop is drawn.
-        seen: training samples on the CPU.
+        seen: training samples on the CPU, for the picture of the input crops.
     """
 
     def __init__(self, resolved: ResolvedRun, objective: Objective, samples: Batch, seen: Batch) -> None:
@@ -118,7 +118,7 @@ class TrainingPictures:
 
 
 def _classes(resolved: ResolvedRun, samples: Batch) -> list[str | None]:
-    """Return the class of every sample; None if it has none."""
+    """Return the class name of every sample, or None without a label."""
     sets = list(resolved.label_sets.values())
     numbers = zip(samples.label_sets_B.tolist(), samples.labels_B.tolist(), strict=True)
     return [sets[number][label] if number >= 0 and label >= 0 else None for number, label in numbers]
@@ -130,7 +130,7 @@ def _names(samples: Batch) -> list[str]:
 
 
 def _captions(resolved: ResolvedRun, samples: Batch) -> list[str]:
-    """Return the caption of every sample, truncated to `text.max_tokens`, or "" if it has none or no text is used."""
+    """Return the caption of every sample, truncated to `text.max_tokens`, or "" without caption or tokenizer."""
     if resolved.tokenizer is None:
         return [""] * len(samples)
     decoded = resolved.tokenizer.batch_decode(samples.text_ids_BT, skip_special_tokens=True)

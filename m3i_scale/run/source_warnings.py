@@ -80,7 +80,7 @@ def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
 
 
 def _may_be_read(source: SourceConfig, access: Access | None) -> bool:
-    """Return whether what lies beside shards can be read."""
+    """Return whether the shards and their sidecar files may be read: remote ones only with `access`."""
     return access is not None or not is_remote(source.shards)
 
 

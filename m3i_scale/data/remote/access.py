@@ -45,7 +45,7 @@ class Access:
     """Time limit of one request, until its last byte."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     cache_bytes: int = 50 << 30
-    """0: nothing is fetched whole, every sample is read by range."""
+    """Size limit of the cache. 0: no full downloads, every sample is read by range request."""
     start_timeout_s: float = 20.0
     """Time limit of a small request before the first step, over all attempts."""
     total_timeout_s: float = math.inf

@@ -11,7 +11,7 @@ from m3i_scale.errors import DataError
 from m3i_scale.text import without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
-"""What is not a path of this host. `file://` is one."""
+"""Schemes of remote addresses. `file://` is a local path."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|:(?=[^\\/]))")
 
 
@@ -20,7 +20,7 @@ class Url:
     """A remote address with the parts of pathlib's interface that shards need. `str` is safe for logs and state."""
 
     address: str
-    """What fsspec is given."""
+    """Address for fsspec."""
 
     @property
     def scheme(self) -> str:
@@ -29,7 +29,7 @@ class Url:
 
     @property
     def name(self) -> str:
-        """Return the last part."""
+        """Return the last path component."""
         return self.address.rstrip("/").rpartition("/")[2]
 
     @property
@@ -44,7 +44,7 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """Return the folder. The root of a server is its own parent."""
+        """Return the parent folder; for the root of a server, the root."""
         above = self.address.rstrip("/").rpartition("/")[0]
         return self if above.endswith(("/", ":")) else Url(above)
 

@@ -77,7 +77,7 @@ class ShardCache:
         return descriptor
 
     def open_or_add(self, key: str, size: int, fill: Fill) -> int | None:
-        """Return a descriptor as `open` does, of a shard that is fetched where there is none; see `add`.
+        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`.
 
         Returns None if the shards in use leave no room for it.
         """
@@ -87,12 +87,12 @@ class ShardCache:
         return descriptor
 
     def add(self, key: str, size: int, fill: Fill) -> bool:
-        """Make sure that a shard is in the cache. One process fetches it, the others wait.
+        """Make sure that a shard is in the cache. One process downloads it while the others wait.
 
         Args:
             key: see `cache_key`.
             size: in bytes.
-            fill: writes the shard from the beginning of a file and verifies it; what it raises is passed on.
+            fill: writes the shard from the start of a file and verifies it; its exceptions are passed on.
 
         Returns:
             False if the shards in use leave no room for it.
@@ -106,7 +106,7 @@ class ShardCache:
                     return False
                 fill(out)
                 out.flush()
-                os.fsync(out.fileno())  # else a power cut could leave zeros under the name of a complete shard
+                os.fsync(out.fileno())  # otherwise a power loss could leave zeros in a complete shard
                 os.replace(partial, path)
         except OSError as error:
             raise self._failed("write", error) from None
@@ -170,7 +170,7 @@ class ShardCache:
 
 
 def cache_key(url: Url, version: str, size: int) -> str:
-    """Return the name of a shard in the cache, which differs for another version."""
+    """Return the cache file name of a version of a shard."""
     return hashlib.sha256(f"{url.address}\0{version}\0{size}".encode()).hexdigest()[:32]
 
 

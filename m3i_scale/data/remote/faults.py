@@ -16,7 +16,7 @@ from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
 SHARD = "shard: "
-"""The reasons of samples that are lost with their shard begin so."""
+"""Prefix of the reason of samples that are lost with their shard."""
 NO_RANGES = "no range requests"
 _DETAIL_LETTERS = 200
 _FIXES = {

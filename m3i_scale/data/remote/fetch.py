@@ -1,6 +1,6 @@
 """Reading of remote files through fsspec, with a time limit per attempt and retries.
 
-The length of every read is checked, so truncated responses and ignored ranges never pass for data.
+The length of every read is checked, so truncated responses and ignored ranges are detected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m3i_scale.data.remote.faults import NO_RANGES, FaultError, RemoteReadError
 from m3i_scale.errors import ConfigError
 
 SMALL_FILE_BYTES = 256 << 20
-"""Maximum size that is read of labels, manifests, indices and tokenizer files next to shards."""
+"""Maximum size of labels, manifests, indices and tokenizer files next to shards."""
 PART_BYTES = 8 << 20
 """Request size for complete shards: an error costs one request only, and slow servers are detected early."""
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
@@ -28,7 +28,7 @@ _HTTP = ("http", "https")
 _FRESH: dict[str, dict[str, Any]] = {"s3": {"refresh": True}, "hf": {"refresh": True}}
 """Arguments that make `info` query the server instead of a cached listing."""
 _EXACT = {"hf": {"cache_type": "none"}}
-"""Arguments that make `cat_file` read what is asked for, and not megabytes ahead."""
+"""Arguments that make `cat_file` read the requested range only, without megabytes of read-ahead."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Facts:
 
 
 class Output(Protocol):
-    """Sink for a complete file, rewound to the start for every attempt."""
+    """Sink for a complete file, rewound to the start for every download."""
 
     def seek(self, offset: int, /) -> object:
         """Rewind to the start; `offset` is 0."""
@@ -74,7 +74,7 @@ def read_range(url: Url, start: int, end: int, access: Access, version: str = ""
     """Read bytes [start, end) of a file.
 
     Args:
-        url: of the file.
+        url: address of the file.
         start: first byte.
         end: byte after the last.
         access: attempts and time limit.
@@ -129,17 +129,17 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
 
 
 def fetch(url: Url, out: Output, access: Access, size: int, version: str = "") -> None:
-    """Write a whole file to `out`, by ranges.
+    """Download a complete file to `out` by range requests.
 
     Args:
-        url: of the file.
-        out: is written from its beginning.
+        url: address of the file.
+        out: rewound to the start, then written in order.
         access: attempts and time limit.
         size: in bytes.
-        version: of the file.
+        version: expected version; see `read_range`.
 
     Raises:
-        FaultError: after all attempts.
+        FaultError: all attempts failed.
     """
     out.seek(0)
     for start in range(0, size, PART_BYTES):
@@ -160,7 +160,7 @@ def list_folder(url: Url, access: Access | None = None) -> list[Url]:
 def filesystem(url: Url, access: Access) -> Any:
     """Return fsspec's file system for the scheme, one per process and thread because none survives a fork.
 
-    Each one finds credentials in its usual places.
+    Each file system finds credentials in the usual places of its service.
     """
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.scheme in _HTTP:
@@ -186,7 +186,7 @@ def filesystem(url: Url, access: Access) -> Any:
 
 
 def _call(url: Url, method: str, access: Access, **options: Any) -> Any:
-    """Send one request and return the result. Synchronous file systems have their own time limits."""
+    """Send one request and return the result. Synchronous file systems apply their built-in time limits."""
     files = filesystem(url, access)
     if files.async_impl:
         options["timeout"] = access.timeout_s
@@ -207,22 +207,22 @@ def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str =
 
 
 async def _answer(files: Any, address: str, limit: int, version: str, ranged: str) -> bytes:
-    """Read an answer up to a limit, and check its version.
+    """Read a response up to a limit and check its version.
 
-    fsspec would read all of a file from a server without ranges, even endlessly, and does not notice another version.
+    fsspec would download complete files from servers without ranges, even endless ones, and does not check versions.
     """
     from aiohttp import ClientTimeout
 
     session = await files.set_session()
     headers = {"Accept-Encoding": "identity", **({"Range": ranged} if ranged else {})}
-    # The caller has a time limit. That of the session, five minutes, would override a longer one.
+    # The caller limits the total time. The default limit of the session, five minutes, would override a longer one.
     async with session.get(files.encode_url(address), headers=headers, timeout=ClientTimeout()) as answer:
         if answer.status == 404 and not ranged:
             raise FileNotFoundError(errno.ENOENT, "no such file", address)
         answer.raise_for_status()
         if ranged and answer.status != 206:
             raise FaultError(NO_RANGES, "the server ignores range requests and sends the complete file")
-        sent_range = answer.headers.get("Content-Range")  # of what ends early the length tells
+        sent_range = answer.headers.get("Content-Range")  # truncation is detected by the length
         wanted_range = ranged.replace("=", " ").rpartition("-")[0]
         if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):
             raise FaultError("another range", f"asked for {ranged}, the server sent {sent_range[:100]}")

@@ -25,7 +25,7 @@ SCAN_BLOCK_BYTES = 1 << 20
 def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Address, ShardIndex]:
     """Return the indices of remote shards, and save them in `cache_dir`."""
     sums = _checksums(shards, access.at_start())
-    # Ask after one shard of every folder before all are: a server that is down is reported once, and soon.
+    # Check one shard of every folder first, so that a server that is down is reported once and early.
     for url in {url.parent: url for url in reversed(shards)}.values():
         _check_server(url, access)
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
@@ -91,7 +91,7 @@ def _from_beside(url: Url, now: Facts, access: Access) -> ShardIndex | None:
 
 
 def _scan(url: Url, now: Facts, access: Access) -> ShardIndex:
-    """Read a shard from front to back; members larger than a block are passed over."""
+    """Build the index from the tar headers of a shard. The data of files larger than a block is skipped."""
     return ShardIndex(url, now.size, *scan_stream(_BufferedShard(url, now.size, access), now.size, url))
 
 

@@ -1,16 +1,14 @@
-"""Prefetching of remote shards: a process reads complete shards from the cache, and samples by range request until
-then.
+"""Prefetching of remote shards: samples are read from the cache, or by range request until their shard is cached.
 
 Rules for every shard that is read:
 
-- It is fetched whole into the cache, by threads that also look one window ahead, where the cache has room for it beside
-  the shards in use.
-- Until it has come, and where there is no room, single samples are read by range.
-- With a checksum in manifest.json, no sample of it is used before the whole has been verified. A shard without room is
-  read through once to be verified: were it used as it is, the room that others leave would decide whether a damaged
-  one is lost, and orders would part.
-- A fetch ahead of need that fails decides nothing: the shard is bad when it cannot be read once it is needed. Otherwise
-  a fault that has passed would cost a shard in one process and not in another, and their orders would part.
+- Threads download it into the cache, up to one window ahead, if the cache has room for it and the shards in use.
+- Until then, and if there is no room, single samples are read by range request.
+- With a checksum in manifest.json, no sample is used before the complete shard is verified. A shard without room is
+  read once to be verified. Otherwise the free space would decide whether a corrupt shard is lost, and the sample orders
+  of processes would diverge.
+- A failed download ahead of need decides nothing: a shard is corrupt only if it cannot be read when it is needed.
+  Otherwise a transient error would lose a shard in one process but not in another, and the orders would diverge.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class RemoteShards:
         self._wanted: dict[Address, ShardIndex] = {}
         """All expected shards, the most urgent first."""
         self._fetches: dict[Address, Fetch] = {}
-        """Locks all that is wanted."""
+        """Downloads of all expected shards; their descriptors lock the shards in the cache."""
         self._same_version: set[Address] = set()
         """Shards of current windows with a checked version."""
         self._verified: set[Address] = set()
@@ -88,7 +86,7 @@ class RemoteShards:
         """Read bytes [start, end) of a shard.
 
         Raises:
-            BadShardError: it cannot be read, after all attempts.
+            BadShardError: it cannot be read after all attempts.
             DataError: the cache fails.
         """
         try:
