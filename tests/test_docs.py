@@ -197,6 +197,7 @@ def test_the_commands_of_the_readme_run(after_readme):
     assert after_readme[2] is None, after_readme[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "bash")], ids=name_of)
 def test_the_commands_of_a_page_run(page, after_readme, forks):
     data, left, _ = after_readme

@@ -104,9 +104,8 @@ class BackboneConfig(Section):
     attention: Literal["own", "mixed"] = "own"
     """Attention in mixed inputs: tokens attend within their image (own) or across both images (mixed)."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of trained Transformers and their EMA. sdpa: fused PyTorch kernel. eager: matrix
-    products and softmax, which need more memory but are faster for short bf16 sequences on CPUs (docs/performance.md).
-    """
+    """Attention of trained Transformers and their EMA. sdpa: fused PyTorch kernel. eager: matrix products and softmax,
+    with more memory, but faster for short bf16 sequences on CPUs (docs/performance.md)."""
     activation_checkpointing: str = "none"
     """Activation checkpointing (docs/memory.md): none | full | every_N (every N-th layer) | selective (keeps the
     outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory) | budget_GIB
@@ -144,8 +143,7 @@ class OptimConfig(Section):
     batch_size: int = Field(default=4096, ge=1, le=MAX_BATCH)
     """Global batch size: samples per optimizer step over all ranks."""
     micro_batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
-    """Per-device batch size of one forward pass. batch_size = micro_batch_size × gradient accumulation steps × ranks.
-    """
+    """Per-device batch size. batch_size = micro_batch_size × gradient accumulation steps × ranks."""
     steps: int = Field(default=100_000, ge=1)
     """Number of optimizer steps of the run."""
     lr: float = Field(default=1e-3, gt=0)
@@ -237,8 +235,7 @@ class RetentionConfig(Section):
     """Checkpoint retention rules. A checkpoint is kept if any rule selects it, within `max_gib`."""
 
     keep_latest: int = Field(default=2, ge=1)
-    """Number of most recent checkpoints to keep. Others are deleted after the next save, unless another rule keeps them
-    (docs/checkpoints.md)."""
+    """Number of latest checkpoints to keep. A save deletes others, unless another rule keeps them."""
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Keep every checkpoint with a step that is a multiple of this. Default: off."""
     keep_best: KeepBestConfig | None = None
@@ -263,8 +260,7 @@ class CheckpointConfig(RetentionConfig):
     probe: bool = True
     """Save two samples with their loss and recompute the loss on resume to verify the weights. Costs a forward pass."""
     resume: Annotated[str, InHome] = "auto"
-    """auto: resume from the latest valid checkpoint of output_dir, or start from scratch if there is none. never: fail
-    if output_dir has a checkpoint. Or the path of a checkpoint to resume from."""
+    """auto: resume from the latest valid checkpoint of output_dir, if any. never: fail if there is one. Or a path."""
 
 
 class LogConfig(Section):
@@ -279,8 +275,7 @@ class LogConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases mode (requires the `wandb` package)."""
     pictures_every_steps: int = Field(default=0, ge=0)
-    """Write visualizations of the same samples every N optimizer steps, and at the first and last step
-    (docs/pictures.md). 0 disables them."""
+    """Draw the same samples every N optimizer steps, and at the first and last step (docs/pictures.md). 0: never."""
     picture_samples: int = Field(default=8, ge=4, le=64)
     """Number of samples in the pictures."""
 
@@ -311,8 +306,7 @@ class TimeoutsConfig(Section):
     join_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
     """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""
     start_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
-    """Startup timeout: until the second step is done. Also applies while saving, evaluating, making pictures or rolling
-    back."""
+    """Timeout until the second step is done, and while saving, evaluating, making pictures or rolling back."""
     step_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
     """Collective timeout within a training step."""
 

@@ -16,6 +16,8 @@ from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("preset", "side", "published_gmac"),

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from hosts import Hosts, unavailable
 
+pytestmark = pytest.mark.slow
+
 FAST, SLOW = "160mbit", "16mbit"
 """Slow enough for a link, and not the machine's processors, to be what is measured."""
 

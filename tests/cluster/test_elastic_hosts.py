@@ -17,6 +17,8 @@ from launch import environment
 from shapes import make_shapes, metrics, train, write_run
 from test_failing_hosts import until
 
+pytestmark = pytest.mark.slow
+
 STEPS = 70  # so many are left when a host comes back that the run is not over first, on an idle machine too
 EXTENSIONS = "/dev/shm/torch_extensions"
 TRAVELS = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")

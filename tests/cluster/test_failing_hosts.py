@@ -18,6 +18,8 @@ from launch import TESTS, environment
 from m3i_scale.config import run_values
 from m3i_scale.launch.processes import MARK, process_tag
 
+pytestmark = pytest.mark.slow
+
 PARTS = TESTS / "cluster" / "playing_rank.py"
 WAIT_S = 300
 EVER = "100000"

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
 
+pytestmark = pytest.mark.slow
+
 STREAMS, GLOBAL, STEPS = 12, 24, 12
 
 

@@ -17,6 +17,8 @@ from traffic_cases import COMPARED, COUNTED
 
 from m3i_scale.objective.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_ranks_end_well_and_leave_no_shared_memory(worlds) -> None:
     assert {world: job.left_in_shared_memory for world, job in worlds.jobs.items()} == {1: [], 2: []}

@@ -28,6 +28,8 @@ from m3i_scale.run.flops import step_flop
 from m3i_scale.run.retention import evaluations
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 MODEL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
 BACKBONE = {"preset": "dinov2-s/14", "config": MODEL | {"patch_size": 4}}

@@ -28,6 +28,8 @@ from m3i_scale.scale.checkpoint.contents import tensors_of
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 HEAD = "heads.category.sets.0.weight"
 ENGINES = {"whole": "zero3_cpu_fp32", "stopped": "zero3_cpu_fp32", "stage 1": "zero1_cpu_fp32", "bf16": "zero3_bf16"}

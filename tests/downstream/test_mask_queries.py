@@ -37,6 +37,8 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.flops import step_flop
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ["sky", "sea", "sand", "stone", "ship"]
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -29,6 +29,8 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.check import faults_of
 from m3i_scale.run.flops import step_flop
 
+pytestmark = pytest.mark.slow
+
 MODEL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
 BACKBONE = {"preset": "dinov2-s/14", "config": MODEL | {"patch_size": 4}}
 HEAD = {"kind": "rfdetr", "channels": 32, "queries": 12, "groups": 3, "decoder_layers": 2, "decoder_width": 64}

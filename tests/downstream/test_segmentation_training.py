@@ -34,6 +34,8 @@ from m3i_scale.run.planning import read_vocabulary
 from m3i_scale.scale.checkpoint.consolidate import consolidate
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 MODEL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
 BACKBONE = {"preset": "dinov2-s/14", "config": MODEL | {"patch_size": 8}}

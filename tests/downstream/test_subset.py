@@ -26,6 +26,8 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import read_json
 from m3i_scale.run.finetune import prepare
 
+pytestmark = pytest.mark.slow
+
 TRAIN, VAL = 6, 3
 
 

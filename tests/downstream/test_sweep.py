@@ -35,6 +35,8 @@ from m3i_scale.run.schedule import learning_rate
 from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.parameter_groups import parameter_groups
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 SHAPE = SIZES | {"image_size": 32, "patch_size": 8}
 CLASSES = {"shapes": ["bar", "disc", "square"]}

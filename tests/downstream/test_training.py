@@ -28,6 +28,8 @@ from m3i_scale.run.planning import Model, Vocabulary
 from m3i_scale.scale.checkpoint.weights import Which, load_weights
 from m3i_scale.scale.plan.settings import groups_of
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32}
 MODEL["patch_size"] = 8

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import nbformat
+import pytest
 from launch import ROOT
 from nbclient import NotebookClient
+
+pytestmark = pytest.mark.slow
 
 NOTEBOOK = ROOT / "examples" / "notebook" / "shards_to_pictures.ipynb"
 

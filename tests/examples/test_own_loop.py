@@ -13,6 +13,8 @@ from launch import ROOT, start_ranks
 
 from m3i_scale.run.setup import run_yaml
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 
 

@@ -20,6 +20,8 @@ from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
 from m3i_scale.objective.detection import SOURCE_FILES
 
+pytestmark = pytest.mark.slow
+
 COUNT = 4
 CLIP = {"preset": "clip-b/16", "config": SHAPE | {"intermediate_size": 128, "hidden_act": "quick_gelu"}}
 KINDS = {

@@ -34,6 +34,8 @@ from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
 from m3i_scale.objective.detection.modeling_mask_rcnn import paste_masks
 
+pytestmark = pytest.mark.slow
+
 COUNT, STEPS, SIDE = 8, 160, 64
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.3, 0.2)
 SHAPE = {"image_size": SIDE, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

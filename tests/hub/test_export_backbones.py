@@ -18,6 +18,8 @@ from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.hub.export import export
 
+pytestmark = pytest.mark.slow
+
 BACKBONES = {
     "internimage": {
         "preset": "internimage-h",

@@ -15,6 +15,8 @@ from m3i_scale.hub.card import OLDEST_TRANSFORMERS
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import FORMATS, TASKS, ExportContents
 
+pytestmark = pytest.mark.slow
+
 REQUIREMENTS = (f"transformers=={OLDEST_TRANSFORMERS}.0", "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
 """As that version asks for them; all else is that of the environment."""
 

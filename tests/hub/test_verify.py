@@ -13,6 +13,8 @@ from m3i_scale.hub.verify import make_reference, verify
 from m3i_scale.hub.write import ExportContents, plan_parts, write_folder
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reference(run_dir, tmp_path_factory):

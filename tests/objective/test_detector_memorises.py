@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from detectors import batch_of, scene, small_backbone, small_detector, small_spec
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, paste_masks
+
+pytestmark = pytest.mark.slow
 
 STEPS = 100
 

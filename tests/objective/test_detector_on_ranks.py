@@ -14,6 +14,8 @@ from torch import Tensor
 
 from m3i_scale.objective.ranks import SingleProcess
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:

@@ -86,7 +86,9 @@ class Terminal:
         return self.process.returncode
 
     def _read(self) -> None:
-        if select.select([self.master], [], [], 0.05)[0]:
+        poll = select.poll()  # `select` ends at 1,024 open files
+        poll.register(self.master, select.POLLIN)
+        if poll.poll(50):
             self.shown += os.read(self.master, 1 << 16).decode(errors="replace")
 
 

@@ -22,6 +22,8 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.run.check import faults_of, warnings_of
 
+pytestmark = pytest.mark.slow
+
 ABSURD = (-1, 0, 10**9, 10**30, float("nan"), float("inf"), "", [], {}, [10**9, 1], {"kind": []}, "x" * 1000, None)
 AS_YAML = ("-1", "0", "1000000000", ".nan", ".inf", "''", "[]", "{}")
 NOTHING_IS_BUILT_OF = {

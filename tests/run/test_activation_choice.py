@@ -11,6 +11,8 @@ import pytest
 from launch import TESTS, Job, environment, free_port
 from shapes import metrics, write_run
 
+pytestmark = pytest.mark.slow
+
 POLICIES = {
     "none": "none",
     "selective": "selective",

@@ -31,6 +31,8 @@ from m3i_scale.scale.checkpoint.tensors import SavedTensors
 from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.scale.output_dir import lock_directory
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 MATRIX = "student.model.layers.0.mlp.fc1.weight"
 """Of shape (128, 64): each rank holds a half."""

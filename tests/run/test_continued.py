@@ -18,6 +18,8 @@ from m3i_scale.run.schedule import learning_rate
 from m3i_scale.scale.checkpoint.manifest import verify
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
+pytestmark = pytest.mark.slow
+
 RECIPES = ("continue_images", "continue_m3i", "continue_siglip")
 STEPS = 3
 

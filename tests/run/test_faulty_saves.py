@@ -27,6 +27,8 @@ from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, step_name
 from m3i_scale.scale.checkpoint.manifest import list_files
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
+pytestmark = pytest.mark.slow
+
 LONG_S = 60
 """A write that nobody waits for."""
 

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from shapes import write_run
 from tiny import MAPS, tiny_teacher
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "simclr": ("simclr",),
     "densecl": ("densecl",),

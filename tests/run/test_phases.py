@@ -24,6 +24,8 @@ from m3i_scale.run.planning import machine_of
 from m3i_scale.run.resume import check_resume
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 BORDER, STEPS, SIZE = 3, 6, 48
 PHASES = f"phases=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: {SIZE}, micro_batch_size: 2}}]"
 STOPPED = (2, 3, 4)

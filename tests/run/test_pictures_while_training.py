@@ -21,6 +21,8 @@ from m3i_scale.run.pictures import TrainingPictures
 from m3i_scale.run.probe import evaluating
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 EVERY = {"views", "dense_pca", "attention", "similarity"}
 ON = ("checkpoint.background=false", "log.pictures_every_steps=2", "log.picture_samples=6")
 

@@ -27,6 +27,8 @@ from m3i_scale.scale.plan.hardware import hardware
 from m3i_scale.scale.plan.ledger import HOLES
 from m3i_scale.scale.plan.settings import numel_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("optim.batch_size=64", "optim.micro_batch_size=4")
 
 

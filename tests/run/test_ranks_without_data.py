@@ -16,6 +16,8 @@ from shapes import metrics, train, write_run
 from m3i_scale.data.order import StreamOrder, ends_of, shard_order
 from m3i_scale.data.scan import scan_shard
 
+pytestmark = pytest.mark.slow
+
 STREAMS, WORLD = 4, 2
 BAD_LABEL = b"99"
 

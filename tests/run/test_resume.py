@@ -129,6 +129,7 @@ def test_the_run_tells_its_phases_and_its_share_of_the_peak(reference: Path) -> 
         assert line.get("speed/mfu") == (pytest.approx(share) if share <= 1 else None)
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     run_file = copy_of_run(reference, folder)
@@ -154,6 +155,7 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
     same_run(damaged_file, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "hearers"),
     [
@@ -200,6 +202,7 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
 # ---------------------------------------------------------------- a full disk
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root, which the pipeline has")
 def test_a_full_disk_ends_the_run_and_not_its_last_checkpoint(shards: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 12) as disk:

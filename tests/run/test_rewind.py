@@ -15,6 +15,8 @@ from shapes import metrics, write_run
 
 from m3i_scale.scale.checkpoint.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 600
 STEPS, BATCH = 12, 8
 EARLY, SPIKE, NAN, AGAIN = [5, 6, 1e3], [9, 10, 1e3], [12, 12, "nan"], [14, 15, 1e3]

@@ -22,6 +22,8 @@ from m3i_scale.run.check import resolve_run
 from m3i_scale.run.resume import check_resume
 from m3i_scale.scale.deepspeed.rules import precision
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 600
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from m3i_scale.scale.clipping import clip_by_norm, mark_invalid_norm
 
+pytestmark = pytest.mark.slow
+
 NORMS = (0.0, 1e-30, 0.3, 1.0, 1.0 + 1e-6, 7.3, 1e30, math.inf, math.nan, -1.0)
 
 

@@ -24,6 +24,8 @@ from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.consolidate import consolidate
 from m3i_scale.scale.checkpoint.tensors import Range
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 NAMES = {"momentum.a": "student.a"}
 

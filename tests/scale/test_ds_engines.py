@@ -20,6 +20,8 @@ from m3i_scale.scale.deepspeed.effective import check_effective
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
 from m3i_scale.scale.deepspeed.rules import accumulation, communication, precision
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):

@@ -11,6 +11,8 @@ from launch import TESTS, start_ranks
 
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("average", "exp_avg", "exp_avg_sq", "weight")
 RANKS = (1, 4)
 SHAPES = ((1, "fp32"), (2, "bf16"), (3, "bf16"), (3, "fp32"))
