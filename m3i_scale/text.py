@@ -45,7 +45,7 @@ def without_secrets(text: str) -> str:
     return _TOKEN.sub("…", text)
 
 
-def quoted(text: str) -> str:
+def redact_text(text: str) -> str:
     """Redact user input for logs: `without_secrets`, and all text after `pipe:`, which is no longer supported."""
     return re.sub(r"\bpipe:.*", "pipe:…", without_secrets(text), flags=re.DOTALL)
 

@@ -14,6 +14,8 @@ sys.path.append(str(Path(__file__).parent / "fake_cuda"))
 from preloaded import run_preloaded
 from triton_library import install
 
+from m3i_scale.backbones.presets import FAMILIES, preset_config
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch has a GPU's own library"),
@@ -53,6 +55,13 @@ def test_every_layer_compiles_forward_and_backward(document: dict[str, Any], nam
             graphs = graphs_of(document, name, layer, is_backward=is_backward)
             assert graphs, (layer, is_backward)
             assert all(graph["kernels"] > 0 for graph in graphs)
+
+
+def test_no_model_is_left_out(document: dict[str, Any]) -> None:
+    assert document["models"].keys() == LAYERS.keys()
+    families = {type(preset_config(name)) for family in FAMILIES for name in family.presets()}
+    compiled = {type(preset_config(name)) for name in LAYERS if not name.startswith("m3i")}
+    assert families == compiled | {type(preset_config("vit-b/16"))}  # that of m3i
 
 
 @pytest.mark.parametrize("layer", LAYERS["m3i"])

@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from m3i_scale.config import (
 )
 from m3i_scale.config.explain import HINTS
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
+from m3i_scale.hub.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 
 
@@ -324,7 +326,11 @@ def test_pipes_and_allow_shell_were_removed():
 
 def test_finished_runs_that_read_pipes_can_be_exported():
     values = {"allow_shell": True, "sources": {"a": {"shards": "pipe:cat a.tar"}}}
-    assert parse_section(DataConfig, values, where="", stored=True).sources["a"].shards == "pipe:cat a.tar"
+    data = parse_section(DataConfig, values, where="", stored=True)
+    assert data.sources["a"].shards == "pipe:cat a.tar"
+    (described,) = describe_data(SimpleNamespace(run=SimpleNamespace(data=data)))
+    assert described["manifest_sha256"] is None
+    assert described["note"]
     with pytest.raises(ConfigError) as caught:
         parse_section(DataConfig, {**values, "allow_shell": False}, where="", below="data")
     assert "pipe:" in str(caught.value)

@@ -173,6 +173,12 @@ def test_the_core_and_the_extensions_import_what_they_may() -> None:
     assert packages.forbidden_imports() == packages.LAYOUT["exceptions"]
 
 
+def test_every_name_of_a_package_is_that_of_modules() -> None:
+    known = {f"{module}." for module in packages.MODULES}
+    for names in [*packages.LAYOUT["core"].values(), *packages.LAYOUT["extensions"].values()]:
+        assert [name for name in names if not any(module.startswith(f"{name}.") for module in known)] == []
+
+
 @pytest.mark.parametrize(
     ("importer", "imported", "allowed"),
     [

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
-from m3i_scale.text import quoted
+from m3i_scale.text import redact_text
 
 KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
@@ -169,7 +169,7 @@ def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
         key = override.partition("=")[0].split(".")
         shorter = min(len(key), len(fault))
         if key[:shorter] == fault[:shorter]:
-            return f"override {quoted(override)}"
+            return f"override {redact_text(override)}"
     return str(path)
 
 
@@ -223,13 +223,13 @@ def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigE
         section = sections.at(fault["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(f"'{key}' is a section, and got {quoted(repr(fault['input']))}", where=where, fix=keys)
+        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(fault['input']))}", where=where, fix=keys)
     default = _default_of(sections.field_at(fault["loc"]))
     fix = None if default is None else f"e.g. the default, {key}={default}"
     if fault["type"] == "value_error":  # one of our rules: its message is complete
         rule = fault["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {fault['msg']} (got {quoted(repr(fault['input']))})", where=where, fix=fix)
+    return ConfigError(f"'{key}': {fault['msg']} (got {redact_text(repr(fault['input']))})", where=where, fix=fix)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:

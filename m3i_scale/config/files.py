@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from m3i_scale.config.yaml_text import NOT_YAML, parse_yaml, read_yaml
 from m3i_scale.errors import ConfigError, Faults, did_you_mean, error_prefix
-from m3i_scale.text import quoted
+from m3i_scale.text import redact_text
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -57,7 +57,9 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
     """Return the values of a config file with `extends` and `key=value` overrides applied, without validation."""
     if isinstance(overrides, str):  # a string would be read as one override per letter
         raise ConfigError(
-            f"overrides must be a list, got '{quoted(overrides)}'", where="load_run", fix=f'["{quoted(overrides)}"]'
+            f"overrides must be a list, got '{redact_text(overrides)}'",
+            where="load_run",
+            fix=f'["{redact_text(overrides)}"]',
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
@@ -131,14 +133,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    with error_prefix(f"override {quoted(override)}"):
+    with error_prefix(f"override {redact_text(override)}"):
         _set(values, override)
 
 
 def _set(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{quoted(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4")
+        raise ConfigError(
+            f"'{redact_text(override)}' is not an override", fix="write section.key=value, e.g. optim.lr=3e-4"
+        )
     if not text.strip():
         raise ConfigError(
             f"'{key}' must have a value, got none",
@@ -148,7 +152,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text, f"'{key}'")
     except NOT_YAML as error:
-        raise ConfigError(f"the value of '{key}' is not YAML: {quoted(str(error))}") from None
+        raise ConfigError(f"the value of '{key}' is not YAML: {redact_text(str(error))}") from None
     if isinstance(value, str) and text.strip() == value and _is_number(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text, which is never intended unless it is quoted
     *parents, last = key.split(".")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.text import quoted
+from m3i_scale.text import redact_text
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """Exceptions for invalid YAML: undecodable bytes, syntax errors, invalid dates (2024-13-01), or excessive nesting."""
@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, *NOT_YAML) as error:
-        raise ConfigError(f"cannot read the run file: {quoted(str(error))}", where=str(path)) from None
+        raise ConfigError(f"cannot read the run file: {redact_text(str(error))}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError("a run file is a YAML mapping", where=str(path), fix="see recipes/m3i.yaml")
     return values

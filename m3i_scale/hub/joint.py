@@ -204,7 +204,7 @@ def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
     run = source.run
     text = text_config(run.text.config, vocab_size, run.text.max_tokens)
     dual = VisionTextDualEncoderConfig(
-        vision_config=vision, text_config=_without_none(text.to_dict()), projection_dim=target.width
+        vision_config=vision, text_config=_public_values(text.to_dict()), projection_dim=target.width
     )
     width = text.hidden_size
     tensors |= copied(empty(lambda: BertModel(text, add_pooling_layer=False)).state_dict(), TEXT, "text_model.")
@@ -241,7 +241,7 @@ def _pooled_vision(
     if pools_mean:
         return timm_vision(config, norm, source.run.data.augment, "vision_model.timm_model.")
     tensors = copied(names, VISION, "vision_model.")
-    values = _without_none(config.to_dict())
+    values = _public_values(config.to_dict())
     if isinstance(config, ViTConfig):
         width = config.hidden_size
         values |= {"pooler_act": "linear", "pooler_output_size": width}
@@ -354,5 +354,5 @@ def _no_class(config: VisionConfig, decoder: DecoderSpec, what: str) -> ExportEr
     )
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+def _public_values(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -19,7 +19,7 @@ from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.errors import CheckpointError, ConfigError, ExportError
+from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.hub.tensors import VISION
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -193,9 +193,8 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
     described = []
     for name, config in source.run.data.sources.items():
         facts: dict[str, Any] = {"name": name, "weight": config.weight, "manifest_sha256": None, "samples": None}
-        path = shard_folder(config.shards) / MANIFEST
         try:
-            raw = read_file(path)
+            raw = read_file(shard_folder(config.shards) / MANIFEST)
             manifest = json.loads(raw)
             shards = manifest["shards"]
             facts |= {
@@ -211,6 +210,8 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
             }
         except FileNotFoundError:
             facts["note"] = "no manifest beside the shards at the time of export"
+        except DataError:  # a kind of address that an earlier version read
+            facts["note"] = "the shards are at an address that this version does not read"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             facts["note"] = f"the manifest cannot be read: {type(error).__name__}"
         described.append(facts)

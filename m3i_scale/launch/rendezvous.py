@@ -150,7 +150,7 @@ class Rendezvous:
                     fix="mend them or take them out of the hostfile",
                 )
             if first:
-                _refuse_left(links)
+                _check_left(links)
             world = self._without_failing(links, reasons) or largest_world(run, [link.host for link in links], fewest)
             if world is None:
                 raise CannotStartError(
@@ -287,7 +287,7 @@ def _format_reasons(reasons: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def _refuse_left(links: Sequence[Link]) -> None:
+def _check_left(links: Sequence[Link]) -> None:
     processes = [
         f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
         for link in links

@@ -12,7 +12,7 @@ from m3i_scale.report.marks import utc
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.scale.output_dir import UnknownHolderError, holder_of
-from m3i_scale.text import differences, duration_text, listed, quoted, redact, short
+from m3i_scale.text import differences, duration_text, listed, redact, redact_text, short
 
 _STOPPED = "stopped without saying how, or training where its lock is not seen from here"
 
@@ -98,7 +98,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
         "Commit": last.get("commit"),
         "Folder": str(run.folder.absolute()),
     }
-    return {name: quoted(_text(value)) for name, value in facts.items() if value is not None}
+    return {name: redact_text(_text(value)) for name, value in facts.items() if value is not None}
 
 
 def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def differing_settings(runs: list[RunFiles]) -> list[dict[str, Any]]:
         values = [of_run[name][1] if name in of_run else base for of_run in found]
         last_name = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")  # not a list index
         cells = [short(*redact({last_name: value}, names=True).values()) for value in values]
-        rows.append({"name": quoted(name), "cells": cells})
+        rows.append({"name": redact_text(name), "cells": cells})
     return rows
 
 
@@ -137,7 +137,7 @@ def _backbone(settings: dict[str, Any]) -> str | None:
 
 def _sources(sources: dict[Any, Any]) -> str:
     return "; ".join(
-        f"{name}: {quoted(str(_at(source, 'shards')))}, weight {short(_at(source, 'weight'))}"
+        f"{name}: {redact_text(str(_at(source, 'shards')))}, weight {short(_at(source, 'weight'))}"
         for name, source in sources.items()
     )
 

@@ -17,7 +17,7 @@ from m3i_scale.data.remote.address import SCHEMES
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.tar import sample_at
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
-from m3i_scale.text import printable, quoted
+from m3i_scale.text import printable, redact_text
 
 SIDE = 112
 """Maximum size of a thumbnail in pixels."""
@@ -40,10 +40,10 @@ def _sample_row(url: str, key: str, offset: int, entry: dict[str, Any]) -> dict[
     try:
         picture = f"data:image/jpeg;base64,{base64.b64encode(_picture(url, key, offset)).decode()}"
     except BadSampleError as bad:
-        fault = printable(quoted(f"{bad.reason} {bad.detail}".strip()))[:150]
+        fault = printable(redact_text(f"{bad.reason} {bad.detail}".strip()))[:150]
     return {
         "key": printable(key)[:100],
-        "shard": printable(quoted(url)).rpartition("/")[2][:100],
+        "shard": printable(redact_text(url)).rpartition("/")[2][:100],
         "reason": printable(str(entry["reason"]))[:200],
         "picture": picture,
         "fault": fault,

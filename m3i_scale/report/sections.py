@@ -12,7 +12,7 @@ from m3i_scale.report.about import facts_of, figures_of, progress_of
 from m3i_scale.report.marks import marks_of
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.report.run_folder import Quarantined, attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
-from m3i_scale.text import quoted, redact, size_text
+from m3i_scale.text import redact, redact_text, size_text
 
 _MOST_SAMPLES = 24
 """Maximum number of thumbnails of corrupt samples."""
@@ -38,9 +38,9 @@ def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
         "figures": figures_of(run, progress),
         "facts": facts_of(run, progress, sorted({sign.host for sign in ranks_of(run.folder)})),
         "marks": marks_of(run, attempts, failure),
-        "faults": [quoted(text) for text in fault_texts],
+        "faults": [redact_text(text) for text in fault_texts],
         "sources": _sources(run),
-        "quarantine": {quoted(reason): of_reason.count for reason, of_reason in quarantine.items()},
+        "quarantine": {redact_text(reason): of_reason.count for reason, of_reason in quarantine.items()},
         "samples": _samples(quarantine),
         "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],
         "settings": yaml.safe_dump(redact(run.settings, names=True), sort_keys=False, allow_unicode=True)

@@ -16,7 +16,7 @@ from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.source_checks import check_sources
-from m3i_scale.text import quoted
+from m3i_scale.text import redact_text
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
@@ -140,7 +140,9 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     if read and all(read_sample_count(source.shards, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
             "the recipe has a text target, and no source has captions",
-            where=", ".join(f"data.sources.{name}.shards: {quoted(source.shards)}" for name, source in read.items()),
+            where=", ".join(
+                f"data.sources.{name}.shards: {redact_text(source.shards)}" for name, source in read.items()
+            ),
             why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text, e.g. continue_images",
         )

@@ -17,11 +17,13 @@ VERSIONS = {"2.13": "3.7.1"}
 
 def install() -> Path:
     """Return the folder with the package. It is downloaded once per Python version."""
-    version = VERSIONS[".".join(torch.__version__.split(".")[:2])]
+    short = ".".join(torch.__version__.split(".")[:2])
+    assert short in VERSIONS, f"add the Triton of torch {short} to VERSIONS"
+    version = VERSIONS[short]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(__file__).parents[2] / ".venv" / "torch_extensions"))
     folder = root / "triton" / f"{version}-{sys.implementation.cache_tag}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / "lock"):
+    with FileLock(folder.parent / "install.lock"):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 target = Path(temporary) / "site"

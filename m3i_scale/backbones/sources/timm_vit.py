@@ -67,7 +67,7 @@ def timm_source(
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise refusal(given, "it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
-    _refuse_post_norm(given, prefix, shapes)
+    _check_pre_norm(given, prefix, shapes)
     config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
     ours = token_family(config).parts
     return Source(
@@ -82,7 +82,7 @@ def timm_source(
     )
 
 
-def _refuse_post_norm(given: str, prefix: str, shapes: Shapes) -> None:
+def _check_pre_norm(given: str, prefix: str, shapes: Shapes) -> None:
     """Reject post-norm models. They have the names and shapes of pre-norm ones, so only the size identifies them."""
     width = shapes.get(f"{prefix}cls_token", (0,))[-1]
     depth = sum(re.fullmatch(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)

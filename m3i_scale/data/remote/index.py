@@ -47,7 +47,7 @@ def _index(url: Url, saved: Path, sha256: str, access: Access) -> ShardIndex:
         known = load_saved(url, saved)
         now = facts(url, access.at_start())
         if known is not None:
-            _refuse_another(known, now, saved)
+            _check_same_version(known, now, saved)
             return known
         index = _from_beside(url, now, access) or _scan(url, now, access)
         return _save(dataclasses.replace(index, version=now.version, sha256=sha256 or now.sha256), saved)
@@ -55,7 +55,7 @@ def _index(url: Url, saved: Path, sha256: str, access: Access) -> ShardIndex:
         raise bad_shard(url, fault, at_start=True) from None
 
 
-def _refuse_another(known: ShardIndex, now: Facts, saved: Path) -> None:
+def _check_same_version(known: ShardIndex, now: Facts, saved: Path) -> None:
     if (known.size, known.version) == (now.size, now.version):
         return
     raise DataError(

@@ -29,7 +29,7 @@ from m3i_scale.data.tar import (
     key_at,
     read_shard,
 )
-from m3i_scale.data.tools.output_names import Claims, claim_faults, read_claims
+from m3i_scale.data.tools.sidecars import Claims, claim_faults, read_claims
 from m3i_scale.data.tools.verify import Contents, Rules, faults_of
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError

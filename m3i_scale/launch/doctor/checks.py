@@ -10,7 +10,7 @@ from typing import Any
 from m3i_scale.files import sha256_of_json
 from m3i_scale.launch.doctor.facts import local_addresses
 from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import listed, quoted, short_differences, size_text
+from m3i_scale.text import listed, redact_text, short_differences, size_text
 
 Answers = Mapping[str, Mapping[str, Any]]
 """Answers by host, the master node first."""
@@ -101,7 +101,7 @@ def _config(host: Host) -> Seen:
         yield f"sha256 {own['sha256'][:12]}", {}
     else:
         apart = [
-            f"{key}: {quoted(mine)}, not {quoted(theirs)}"
+            f"{key}: {redact_text(mine)}, not {redact_text(theirs)}"
             for key, theirs, mine in short_differences("", head["values"], own["values"])
         ]
         yield (
@@ -143,7 +143,7 @@ def _interface(host: Host) -> Seen:
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
     addresses = local_addresses(interfaces, chosen)
     if chosen is not None and chosen not in interfaces:
-        why = f"ranks listen on '{chosen}' alone (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); up here: {known}"
+        why = f"Gloo and NCCL listen on '{chosen}' alone (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); up here: {known}"
         fix = "another --interface, or bring it up there; it must have one name on all hosts"
         yield f"'{chosen}' is not up", {"fault": why, "fix": fix}
     elif not addresses:
