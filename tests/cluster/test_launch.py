@@ -89,6 +89,7 @@ def test_a_rank_that_is_killed_ends_the_run_on_all_hosts_and_is_told(
     assert process.text().count("first cause: the rank ended without a word") == 1
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_from_any_host_and_the_last_words_say_where_it_goes_on(
     hosts: Hosts, shards: Path, tmp_path: Path
 ):
@@ -107,6 +108,7 @@ def test_a_run_is_stopped_from_any_host_and_the_last_words_say_where_it_goes_on(
     assert process.text().splitlines()[-1] == last_words
 
 
+@pytest.mark.slow
 def test_a_host_that_deepspeed_itself_does_not_reach_is_named_by_the_ranks_of_the_others(
     hosts: Hosts, shards: Path, tmp_path: Path
 ):
@@ -128,6 +130,7 @@ def test_a_host_that_deepspeed_itself_does_not_reach_is_named_by_the_ranks_of_th
     assert hosts.left() == {}
 
 
+@pytest.mark.slow
 def test_hosts_without_a_shared_output_folder_are_told_before_the_first_step(
     hosts: Hosts, shards: Path, tmp_path: Path
 ):

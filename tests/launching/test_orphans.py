@@ -14,6 +14,7 @@ import pytest
 from launch import environment, free_port
 from shapes import make_shapes, write_run
 
+pytestmark = pytest.mark.slow
 WAIT_S = 240
 EVER = ("optim.steps=100000", "optim.warmup_steps=1", "checkpoint.every_steps=100000")
 
