@@ -15,7 +15,7 @@ import pytest
 
 from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, map_in_processes, signals_held
 
-WAIT_S = 30
+WAIT_S = 120
 
 
 def work(ready) -> None:
