@@ -221,7 +221,8 @@ async def _answer(files: Any, address: str, limit: int, version: str, ranged: st
             raise FileNotFoundError(errno.ENOENT, "no such file", address)
         answer.raise_for_status()
         if ranged and answer.status != 206:
-            raise FaultError(NO_RANGES, "the server ignores range requests and sends the complete file", lasting=True)
+            # Retried: a cache between may answer so now and then.
+            raise FaultError(NO_RANGES, "the server ignores range requests and sends the complete file")
         sent_range = answer.headers.get("Content-Range")  # truncation is detected by the length
         wanted_range = ranged.replace("=", " ").rpartition("-")[0]
         if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):
