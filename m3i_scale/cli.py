@@ -150,7 +150,7 @@ def check(
     ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell all errors that `train` would report before it reads samples; start nothing. Exit code 2 if there are any.
+    """List all errors that `train` finds before it reads samples. Start nothing. Exit code 2 if there are errors.
 
     A valid setting that is probably a mistake is a warning, and does not change the exit code: a learning rate of SGD,
     a setting without effect, validation on training data. `shards check` reads the samples.
@@ -201,7 +201,7 @@ def stop(
     wait: Annotated[bool, typer.Option(help="Until the run has ended.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Have a run finish its step, save and exit, on all of its hosts. Rerun the same command to resume."""
+    """Stop a run on all nodes: it finishes its step and saves. Rerun the same command to resume."""
     from m3i_scale.run.stop import stop as stop_run
 
     result = stop_run(run, overrides or [], wait=wait, tell=lambda text: print_line(text, stderr=True))

@@ -151,5 +151,5 @@ def stored_section(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def starts_fresh(source: Source, name: str) -> bool:
-    """Return whether a weight may be missing in a source: weights of the fusion head, if its configuration has none."""
+    """Return whether a source may lack a weight: those of the fusion head, if its config does not describe one."""
     return name.startswith("dcnv3_head_") and "fusion_width" in source.assumed

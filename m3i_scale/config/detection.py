@@ -106,11 +106,11 @@ class MaskRcnn(DetectionHead):
     channels: int = Field(default=256, ge=4, le=MAX_WIDTH)
     """Channels of the feature maps and of the heads' convolutions (out_channels)."""
     norm: Literal["layer", "none"] = "layer"
-    """Normalization of the convolutions in pyramid and heads ("LN"; a plain FPN has none)."""
+    """Normalization of the convolutions in pyramid and heads ("LN"; a plain FPN does not normalize)."""
     regions: Regions = Regions()
     """Anchors, region proposals and region sampling."""
     box_convs: int = Field(default=4, ge=0, le=MAX_LAYERS)
-    """Convolutions of the box head (conv_dims = [256] * 4; a plain FPN has none and two linear layers)."""
+    """Convolutions of the box head (conv_dims = [256] * 4; a plain FPN uses two linear layers instead)."""
     box_linears: int = Field(default=1, ge=1, le=MAX_LAYERS)
     box_width: int = Field(default=1024, ge=1, le=MAX_WIDTH)
     """Number and width of the linear layers of the box head (fc_dims = [1024])."""
@@ -120,7 +120,7 @@ class MaskRcnn(DetectionHead):
     mask_side: int = Field(default=14, ge=1, le=MAX_SIDE)
     """RoIAlign output sizes for boxes and masks (box_pooler, mask_pooler). Predicted masks have twice the mask size."""
     sampling_ratio: int = Field(default=0, ge=0, le=MAX_SIDE)
-    """RoIAlign sampling points per side of a cell. 0: as many as the cell has pixels (torchvision uses 2)."""
+    """RoIAlign sampling points per side of a cell. 0: one per pixel of the cell (torchvision uses 2)."""
     aligned: bool = True
     """Half-pixel alignment of RoIAlign (ROIAlignV2; torchvision: false)."""
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)

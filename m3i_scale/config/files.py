@@ -100,7 +100,7 @@ def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_memories(values: dict[str, Any], memories: dict[str, dict[str, Any]], path: Path) -> None:
-    """Reject targets without `kind` whose head had a memory in the extended file but no longer has one."""
+    """Reject old targets (without `kind`) if their head lost the memory that it had when they were written."""
     for number, target in enumerate(_targets(values)):
         name = target.get("head")
         if "modality" not in target or "kind" in target or not isinstance(name, str) or name not in memories:

@@ -58,7 +58,7 @@ def square_side(count: int, given: str, what: str) -> int:
 
 
 def numbers(values: Any) -> list[float] | None:
-    """Return three numbers from a configuration, or None if it has none."""
+    """Return three numbers from a configuration, or None if they are missing."""
     return [float(value) for value in values] if isinstance(values, list | tuple) and len(values) == 3 else None
 
 
