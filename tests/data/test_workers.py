@@ -15,7 +15,7 @@ import pytest
 
 from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, map_in_processes, signals_held
 
-WAIT_S = 120
+WAIT_S = 30
 
 
 def work(ready) -> None:
@@ -115,7 +115,8 @@ def test_processes_of_a_pool_end_with_the_one_that_started_it(number):
 
 
 def wait_for_more() -> None:
-    """Take one result, and leave the processes of the pool idle until Ctrl-C."""
+    """Take one result, and leave the processes of the pool idle until Ctrl-C, even if the tests ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for _ in map_in_processes(os.getpgid, iter([0] * 8), 2):
             print("idle", flush=True)

@@ -22,13 +22,13 @@ _DETAIL_LETTERS = 200
 _FIXES = {
     "access refused": "credentials are found by the usual chains of the service (docs/data.md)",
     "answer too long": "the server must send exactly the requested range",
-    NO_RANGES: "copy the shards to a server that answers range requests, or to a local folder",
 }
 _FIXES_OF_A_RUN = _FIXES | {
     "replaced": "bring the indexed version back; if the new one is meant, start a new run, which indexes it",
 }
 _FIXES_AT_START = _FIXES | {
     "not found": "check the address, and that the file is there",
+    NO_RANGES: "copy the shards to a server that answers range requests, or to a local folder",
 }
 _LIBRARY_ERRORS = (
     ("aiohttp", "ClientError"),
