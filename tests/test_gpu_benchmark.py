@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,8 +20,9 @@ SECTIONS = {
     "fails": "rows.at_most('good', 2, 1)\n    rows.at_most('nan', 2, float('nan'))",
     "crashes": "rows.must('before', 1, 1, ok=True)\n    raise RuntimeError",
     "hangs": (
-        "import subprocess, time\n    child = subprocess.Popen(['sleep', '600'])\n"
-        "    rows.must('before', 1, 1, ok=True)\n    rows.figure('child', child.pid)\n    time.sleep(600)"
+        "import os, pathlib, subprocess, time\n    child = subprocess.Popen(['sleep', '600'])\n"
+        "    rows.must('before', 1, 1, ok=True)\n    rows.figure('child', child.pid)\n"
+        "    pathlib.Path(os.environ['HANGING']).touch()\n    time.sleep(600)"
     ),
 }
 
@@ -62,12 +65,19 @@ def test_rows_of_a_section_that_crashes_are_kept(gpu, monkeypatch, tmp_path):
 
 
 def test_a_section_that_hangs_ends_at_its_limit_with_what_it_has_started(gpu, monkeypatch, tmp_path):
-    result = run(gpu, monkeypatch, tmp_path, "hangs", limit_s=20.0)
+    hanging, kept = tmp_path / "hanging", tmp_path / "out.json"
+
+    def monotonic():  # its limit is reached once it hangs and its rows are kept, however long it takes to start
+        return 1e9 if hanging.exists() and kept.exists() and "before" in kept.read_text() else 0.0
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    monkeypatch.setenv("HANGING", str(hanging))
+    result = run(gpu, monkeypatch, tmp_path, "hangs")
     assert not result["ok"]
     assert result["must"] == {"before": [1, 1, True]}
     child = result["figures"]["child"]
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-    assert json.loads((tmp_path / "out.json").read_text())["sections"]["hangs"]["must"] == result["must"]
+    assert json.loads(kept.read_text())["sections"]["hangs"]["must"] == result["must"]
 
 
 def call(*arguments):
