@@ -41,7 +41,7 @@ def memory_mib(name: str) -> float:
 
 
 def plan_of(settings: dict[str, Any], world: int) -> ResolvedRun:
-    """The `sim` recipe, whose dense target is a momentum image, on small images."""
+    """The `sim` recipe, whose dense target is an EMA, on small images."""
     run = load_run(
         "sim",
         [
@@ -81,7 +81,7 @@ class Bench:
         self.group = start_ranks()
         plan = plan_of(settings, self.group.world_size)
         self.engine, self.momentum = start_engine(plan, self.group)
-        assert self.momentum is not None
+        assert self.ema is not None
         torch.manual_seed(self.group.rank)
         sizes = {"image": plan.image_size, "tokens": 8, "classes": 10, "vocabulary": 100}
         self.batch = synthetic_batch(MICRO_BATCH, plan.recipe.drawn_views, **sizes)
@@ -101,7 +101,7 @@ class Bench:
         return {"seconds": seconds} | {name: float(value) for name, value in zip(names, memory, strict=True)}
 
     def step(self) -> float:
-        """One step of the engine and of the momentum target."""
+        """One step of the engine and of the EMA teacher."""
 
         def work() -> None:
             loss, _ = self.engine(self.batch)

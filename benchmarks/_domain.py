@@ -159,7 +159,7 @@ class Start(Training):
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
         """See `Training`."""
         values = self.values(Path())
-        values["data"]["sources"]["main"]["shards"] = self.sets.general.sha256
+        values["data"]["datasets"]["main"]["path"] = self.sets.general.sha256
         return values, []
 
     @property
@@ -170,7 +170,7 @@ class Start(Training):
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
         """Export it; it is measured beside what goes on from it."""
         tool(
-            ["export", str(folder / "run"), "--to", str(folder / "export"), "--overwrite"],
+            ["export", str(folder / "run"), "--output", str(folder / "export"), "--overwrite"],
             folder / "export.log",
             environment,
         )
@@ -198,7 +198,7 @@ class GoneOn(Start):
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
         """See `Training`."""
         values = self.values(Path())
-        values["data"]["sources"]["main"]["shards"] = self.sets.domain.sha256
+        values["data"]["datasets"]["main"]["path"] = self.sets.domain.sha256
         values["backbone"]["from_pretrained"] = self.start.key()
         return values, [self.sets.general.sha256]
 

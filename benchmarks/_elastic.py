@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.shards import read_label_sets
@@ -67,15 +67,15 @@ class Result:
     pixels_identical: bool = False
 
 
-def make_sources(folder: Path, draw: random.Random) -> dict[str, SourceConfig]:
+def make_sources(folder: Path, draw: random.Random) -> dict[str, DatasetConfig]:
     """Three sources of uneven shards: one on a schedule, one that ends, one with samples that do not decode."""
     sizes = {name: [draw.randint(3, 14) for _ in range(draw.randint(STREAMS, 20))] for name in ("a", "b", "c")}
     for name, shards in sizes.items():
         _write(folder / name, shards, draw, bad=0.1 if name == "c" else 0.0)
     return {
-        "a": SourceConfig(shards=str(folder / "a"), weight=[(0, 3.0), (600, 1.0)]),
-        "b": SourceConfig(shards=str(folder / "b"), weight=1.5, epochs=2),
-        "c": SourceConfig(shards=str(folder / "c"), weight=draw.choice([0.5, 1.0])),
+        "a": DatasetConfig(path=str(folder / "a"), weight=[(0, 3.0), (600, 1.0)]),
+        "b": DatasetConfig(path=str(folder / "b"), weight=1.5, epochs=2),
+        "c": DatasetConfig(path=str(folder / "c"), weight=draw.choice([0.5, 1.0])),
     }
 
 
@@ -97,10 +97,10 @@ def _write(folder: Path, sizes: list[int], draw: random.Random, bad: float) -> N
     (folder / "labels.json").write_text(json.dumps(["x", "y", "z"]))
 
 
-def open_stream(sources: dict[str, SourceConfig], cache: Path, ranks: int, rank: int, workers: int) -> TrainStream:
+def open_stream(sources: dict[str, DatasetConfig], cache: Path, ranks: int, rank: int, workers: int) -> TrainStream:
     """The stream of one rank."""
     return TrainStream(
-        DataConfig(sources=sources, streams=STREAMS, workers=workers, shuffle_shards=2, max_bad_fraction=0.5),
+        DataConfig(datasets=sources, streams=STREAMS, num_workers=workers, shuffle_shards=2, max_corrupt_fraction=0.5),
         sources,
         views=2,
         image_size=12,
@@ -126,7 +126,7 @@ def samples_of(batch: Batch) -> Samples:
     return found
 
 
-def left_alone(sources: dict[str, SourceConfig], cache: Path, steps: int) -> list[Samples]:
+def left_alone(sources: dict[str, DatasetConfig], cache: Path, steps: int) -> list[Samples]:
     """The batches of one process that nobody disturbs."""
     return [samples_of(batch) for batch in itertools.islice(open_stream(sources, cache, 1, 0, 0), steps)]
 
@@ -147,7 +147,7 @@ def random_plan(draw: random.Random, steps: int) -> list[Segment]:
 
 
 def run_plan(
-    plan: list[Segment], sources: dict[str, SourceConfig], folder: Path, wanted: list[Samples], draw: random.Random
+    plan: list[Segment], sources: dict[str, DatasetConfig], folder: Path, wanted: list[Samples], draw: random.Random
 ) -> Result:
     """Run a plan to the end of `wanted`; kills may throw it back, so the last segment may be longer than planned."""
     states = folder / "states"
@@ -172,7 +172,7 @@ def run_plan(
 
 
 def _run_segment(
-    segment: Segment, sources: dict[str, SourceConfig], folder: Path, start: int, draw: random.Random
+    segment: Segment, sources: dict[str, DatasetConfig], folder: Path, start: int, draw: random.Random
 ) -> list[Samples]:
     """The batches up to the newest step that all ranks have saved."""
     logs = folder / f"from-{start:04d}"
@@ -206,7 +206,7 @@ def _run_segment(
 def _rank(
     segment: Segment,
     rank: int,
-    sources: dict[str, SourceConfig],
+    sources: dict[str, DatasetConfig],
     folder: Path,
     start: int,
     steps: int | None,

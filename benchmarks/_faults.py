@@ -103,7 +103,7 @@ class Bench:
     def left_alone(self) -> None:
         """Run once without a kill; how many operations every phase has is counted on the way."""
         (self.folder / "run.yaml").write_text(RUN, encoding="utf-8")
-        warm_up(load_run(str(self.folder / "run.yaml"), [f"data.sources.shapes.shards={self.shards}"]))
+        warm_up(load_run(str(self.folder / "run.yaml"), [f"data.datasets.shapes.path={self.shards}"]))
         output, started = self.folder / "whole", time.monotonic()
         code, ledger = self._finish(self._job(output, RANKS, "first"))
         self.seconds = time.monotonic() - started
@@ -142,7 +142,7 @@ class Bench:
         arguments = [
             "train",
             str(self.folder / "run.yaml"),
-            f"data.sources.shapes.shards={self.shards}",
+            f"data.datasets.shapes.path={self.shards}",
             f"output_dir={output}",
             f"optim.micro_batch_size={GLOBAL // ranks}",
         ]
@@ -281,12 +281,12 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def weights(output: Path) -> str:
-    """A hash over all final weights, those of the momentum target included."""
+    """A hash over all final weights, those of the EMA teacher included."""
     folder = output / "checkpoints" / step_name(STEPS)
     if read_meta(folder)["step"] != STEPS:
         raise RuntimeError(f"{folder} is of another step")
     digest = hashlib.sha256()
-    for which in ("student", "momentum"):
+    for which in ("student", "ema"):
         for name, tensor in sorted(load_weights(folder, which).items()):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -81,7 +81,7 @@ class Runs:
             raise RuntimeError(f"m3i-scale {arguments[0]} ended with exit code {done.returncode}")
 
     def _train(self, name: str, steps: int, deepspeed: str, *overrides: str) -> list[str]:
-        shards = f"data.sources.shapes.shards={self._shards}"
+        shards = f"data.datasets.shapes.path={self._shards}"
         output = f"output_dir={self.folder / name}"
         run_file = str(self.folder / "run.yaml")
         return ["train", run_file, shards, output, f"optim.steps={steps}", f"deepspeed={deepspeed}", *overrides]

@@ -1,6 +1,6 @@
 """Whole training steps on one device, for gpu.py: ours under its engine, open_clip's, and a loop as DINOv3's is.
 
-A step trains on one synthetic batch that lies on the device already; ours includes the momentum update. All are bf16 on
+A step trains on one synthetic batch that lies on the device already; ours includes the EMA update. All are bf16 on
 an accelerator, so that each peer runs as its own trainer runs it (autocast, fused AdamW).
 """
 

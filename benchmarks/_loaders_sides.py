@@ -20,7 +20,7 @@ from _loaders import Corpus, write_energon, write_files, write_litdata, write_st
 from PIL import Image
 from torch import Tensor
 
-from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.shards import read_label_sets
 
@@ -139,9 +139,9 @@ def open_ours(task: Task) -> Opened:
     with Image.open(io.BytesIO(next(task.corpus.encoded())[1])) as first:
         share = task.crop**2 / (first.width * first.height)
     augment = plain.model_copy(update={"crop_scale": (share, share)})
-    sources = {"main": SourceConfig(shards=str(task.corpus.folder / "tar"))}
+    sources = {"main": DatasetConfig(path=str(task.corpus.folder / "tar"))}
     stream = TrainStream(
-        DataConfig(sources=sources, workers=task.workers, augment=augment),
+        DataConfig(datasets=sources, num_workers=task.workers, augment=augment),
         sources,
         views=1,
         image_size=task.crop,

@@ -52,13 +52,13 @@ RECIPES = (
 UNTRAINED = Entry("untrained", "supervised", trained=False)
 """First weights, by two steps of no size: what the architecture knows by itself."""
 ABLATIONS = (
-    Entry("attention mixed", "m3i", ("backbone.attention=mixed",), "own"),
+    Entry("attention mixed", "m3i", ("backbone.attention=across_images",), "within_image"),
     Entry("balance gradient_norm", "m3i", ("recipe.balance={kind: gradient_norm}",), "fixed"),
     Entry("balance learned", "m3i", ("recipe.balance={kind: learned}",), "fixed"),
     Entry("mask block", "m3i", ("recipe.mix.form=block",), "random"),
     Entry("pooling attention_pool", "m3i", ("recipe.decoders.pool={kind: attention_pool}",), "mean_pool"),
     Entry("text loss forward", "m3i", ("recipe.targets.2.distribution.direction=forward",), "both"),
-    Entry("momentum from 0.9", "m3i", ("recipe.momentum.start=0.9",), "0.99"),
+    Entry("momentum from 0.9", "m3i", ("recipe.ema.start=0.9",), "0.99"),
     Entry("dense weights 10", "m3i", ("recipe.targets.0.weight=10", "recipe.targets.1.weight=10"), "1"),
     Entry("text weight 3", "m3i", ("recipe.targets.2.weight=3",), "1"),
     Entry("views one", "m3i_intra", (), "two"),
@@ -155,10 +155,10 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
             decoder |= {"width": 64, "heads": 1, "depth": LAYERS // 3}
         elif decoder["kind"] == "attention_pool":
             decoder["width"] = WIDTH
-    if "momentum" in recipe:
-        chosen = any(override.startswith("recipe.momentum.") for override in entry.overrides)
-        start = recipe["momentum"]["start"] if chosen else 0.99
-        recipe["momentum"] = {"start": start, "end": 1.0, "projector_depth": LAYERS // 3}
+    if "ema" in recipe:
+        chosen = any(override.startswith("recipe.ema.") for override in entry.overrides)
+        start = recipe["ema"]["start"] if chosen else 0.99
+        recipe["ema"] = {"start": start, "end": 1.0, "projector_depth": LAYERS // 3}
     text = {"config": _shape(2), "max_tokens": TOKENS}
     for target in recipe["targets"]:
         if target["kind"] == "text":
@@ -175,7 +175,7 @@ def run_values(entry: Entry, data: DataSet, seed: int, folder: Path) -> dict[str
         },
         **({"text": text} if any(target["kind"] == "text" for target in recipe["targets"]) else {}),
         "data": {
-            "sources": {"main": {"shards": str(data.folder / "train")}},
+            "datasets": {"main": {"path": str(data.folder / "train")}},
             "streams": data.streams,
             "augment": {
                 "crop_scale": [0.3, 1.0],
@@ -261,7 +261,7 @@ class Job(Training):
     def depends(self) -> tuple[dict[str, Any], list[Any]]:
         """See `Training`."""
         values = self.values(Path())
-        values["data"]["sources"]["main"]["shards"] = self.data.sha256
+        values["data"]["datasets"]["main"]["path"] = self.data.sha256
         return values, [self.data.options]
 
     def measured(self, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -282,7 +282,7 @@ class Job(Training):
 
     def _worth(self, folder: Path, checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
         model, log, data = folder / "export", folder / f"{checkpoint.name}.log", self.data.folder
-        tool(["export", str(checkpoint), "--to", str(model), "--overwrite"], log, environment)
+        tool(["export", str(checkpoint), "--output", str(model), "--overwrite"], log, environment)
         probes = tool(
             ["evaluate", str(model), "--data", str(data / "val"), "--train-data", str(data / "train")]
             + self.data.options

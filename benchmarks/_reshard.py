@@ -69,7 +69,7 @@ def run_chain(folder: Path, shards: Path, name: str, shapes: list[Shape], steps:
         stop = steps * (number + 1)
         arguments = [
             f"output_dir={output}",
-            f"data.sources.shapes.shards={shards}",
+            f"data.datasets.shapes.path={shards}",
             f"deepspeed={_engine_file(folder, shape)}",
             f"optim.micro_batch_size={GLOBAL // shape.ranks}",
         ]

@@ -20,7 +20,7 @@ from clumping import closeness, correlation
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.loader import TrainStream
 
 Indices = NDArray[np.int64]
@@ -131,9 +131,9 @@ def _uniform(shards: Shards, setting: Setting, rank: int, size: int, seed: int, 
 
 
 def _ours(shards: Shards, setting: Setting, rank: int, size: int, seed: int, work: Path) -> Iterator[Indices]:
-    sources = {"s": SourceConfig(shards=str(shards.folder), labels=False)}
+    sources = {"s": DatasetConfig(path=str(shards.folder), labels=False)}
     stream = TrainStream(
-        DataConfig(sources=sources, **setting.options),
+        DataConfig(datasets=sources, **setting.options),
         sources,
         views=1,
         image_size=IMAGE_SIZE,

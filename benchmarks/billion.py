@@ -1,6 +1,6 @@
 """A billion parameters on a small machine: the whole all-in-one recipe on two ranks, five steps, resumed, exported.
 
-ViT-g/14 (or InternImage-H), momentum target, BERT-Base text tower and categories included, under ZeRO-3 with bf16
+ViT-g/14 (or InternImage-H), EMA teacher, BERT-Base text tower and categories included, under ZeRO-3 with bf16
 states and recomputed activations, from real shards of as many samples as one step takes, so that every step sees the
 same batch. Measured is the largest memory that each rank's process ever held, from start-up to the last checkpoint.
 
@@ -78,7 +78,7 @@ def _demonstrate(folder: Path, backbone: str, deepspeed: str) -> dict[str, Any]:
     second = _train(folder, run_file, RESUMED_STEPS)
     say("exporting …")
     started = time.perf_counter()
-    command = [sys.executable, "-m", "m3i_scale", "export", str(folder / "run"), "--to", str(folder / "export")]
+    command = [sys.executable, "-m", "m3i_scale", "export", str(folder / "run"), "--output", str(folder / "export")]
     export = _watched([*command, "--overwrite", "--json"], folder / "export.log")
     records = _records(folder)
     losses = {int(record["step"]): record["loss"] for record in records}
@@ -98,7 +98,7 @@ def _demonstrate(folder: Path, backbone: str, deepspeed: str) -> dict[str, Any]:
             "loss": losses[RESUMED_STEPS],
             "below_the_first": losses[RESUMED_STEPS] < losses[1],
         },
-        "seconds_per_step": min(record["speed/step_s"] for record in records[1:STEPS]),
+        "seconds_per_step": min(record["time/step"] for record in records[1:STEPS]),
         "export": exported | {"seconds": time.perf_counter() - started, "peak_gib": export["peak_gib"]},
         "settings": {"ranks": RANKS, "micro_batch": MICRO_BATCH, "deepspeed": deepspeed},
         "machine": machine(),
@@ -115,10 +115,10 @@ def run_values(folder: Path, shards: Path, backbone: str, deepspeed: str) -> dic
         "backbone": {
             "preset": backbone,
             "activation_checkpointing": "full",
-            **({"attention": "mixed"} if maps else {"config": {"initializer_range": 0.015}}),
+            **({"attention": "across_images"} if maps else {"config": {"initializer_range": 0.015}}),
         },
         "data": {
-            "sources": {"shapes": {"shards": str(shards)}},
+            "datasets": {"shapes": {"path": str(shards)}},
             "streams": 2,
             "augment": STILL,
         },

@@ -1,6 +1,6 @@
 """What a checkpoint costs: the step that saves, the steps after it, memory, loading, verifying, consolidating.
 
-A ZeRO-3 engine with a momentum target on two ranks, random data. Three ways to save are measured in turn: ours in the
+A ZeRO-3 engine with an EMA teacher on two ranks, random data. Three ways to save are measured in turn: ours in the
 background, ours waited for, and DeepSpeed's `engine.save_checkpoint`. Ours hashes every byte and brings it to the disk;
 DeepSpeed's does neither. Fresh processes then verify and consolidate what is left, ours and DeepSpeed's.
 

@@ -145,7 +145,7 @@ def _write_files(folder: Path) -> None:
 def _run_file(folder: Path, shards: Path, case: str, recipe: str, overrides: list[str]) -> Path:
     files = {f"deepspeed={name}": f"deepspeed={folder / name}.json" for name in ("lean", "zero2_fp32")}
     own = [files.get(item, item) for item in overrides]
-    own += [f"data.sources.shapes.shards={shards}", f"output_dir={folder / case}", "data.streams=4"]
+    own += [f"data.datasets.shapes.path={shards}", f"output_dir={folder / case}", "data.streams=4"]
     own += [f"optim.steps={STEPS}", "optim.warmup_steps=1", "log.every_steps=1", "log.progress=false"]
     own.append("checkpoint.background=false")  # nothing is saved there
     path = folder / f"{case}.yaml"

@@ -29,14 +29,14 @@ from m3i_scale.config import load_run
 from m3i_scale.files import json_line
 
 GROUPS = ("intra", "inter", "text", "category")
-GROUP_FIGURES = ("loss", "count", "weight", "grad_norm", "nats")
-PHASES = ("fetch", "forward", "target", "decoder", "backward", "reduce", "step", "momentum", "other")
+GROUP_FIGURES = ("loss", "loss_samples", "loss_weight", "grad_norm", "mi")
+PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimizer", "ema", "other")
 FIGURES = (
     *("lr", "samples", "quarantined", "quarantined_samples", "skipped_nonfinite", "information", "memory_gib"),
-    *("grad_norm", "momentum", "speed/step_s", "speed/data_wait_s", "speed/data_wait_share", "speed/samples_per_s"),
-    *("speed/tokens_per_s", "speed/flop_per_s", "speed/mfu", *(f"phases/{phase}" for phase in PHASES)),
-    *(f"source/main/{figure}" for figure in ("share", "asked", "recent_share", "recent_asked", "epoch")),
-    *(f"group/{group}/{figure}" for group in GROUPS for figure in GROUP_FIGURES),
+    *("grad_norm", "ema_decay", "time/step", "time/data_wait", "time/data_wait_share", "throughput/samples_per_s"),
+    *("throughput/tokens_per_s", "perf/flops_per_s", "perf/mfu", *(f"time/{phase}" for phase in PHASES)),
+    *(f"dataset/main/{figure}" for figure in ("share", "asked", "recent_share", "recent_asked", "epoch")),
+    *(f"{figure}/{group}" for group in GROUPS for figure in GROUP_FIGURES),
     *(f"health/{figure}" for figure in ("dense_std", "dense_rank", "pooled_std", "pooled_rank", "text_scale")),
     *(f"health/target_view1_{figure}" for figure in ("std", "rank")),
     *(f"health/{group}_spread" for group in ("intra", "inter", "text")),
@@ -80,9 +80,7 @@ def main(
 def write_run(folder: Path, steps: int) -> None:
     """Write the folder of a finished run."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = load_run(
-        "m3i", [f"output_dir={folder}", "data.sources.main.shards=/data/shards", f"optim.steps={steps}"]
-    )
+    settings = load_run("m3i", [f"output_dir={folder}", "data.datasets.main.path=/data/shards", f"optim.steps={steps}"])
     (folder / "run.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     with (folder / "metrics.jsonl").open("w") as file:
         file.writelines(lines(steps))
@@ -121,7 +119,7 @@ def make_report(run: Path, page: Path) -> tuple[float, float]:
     """Return the seconds that the command takes, and its largest resident memory in MiB."""
     began = time.perf_counter()
     command = subprocess.Popen(
-        [sys.executable, "-m", "m3i_scale", "report", str(run), "--to", str(page)], stdout=sys.stderr
+        [sys.executable, "-m", "m3i_scale", "report", str(run), "--output", str(page)], stdout=sys.stderr
     )
     _, status, used = os.wait4(command.pid, 0)
     command.returncode = os.waitstatus_to_exitcode(status)

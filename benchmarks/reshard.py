@@ -1,7 +1,7 @@
 """Resume on other numbers of ranks, under other ZeRO stages, in another precision, and compare the loss curve with that
 of a run that stays as it is.
 
-The whole all-in-one recipe, momentum target included, on shards that the benchmark makes itself. Every segment is a run
+The whole all-in-one recipe, EMA teacher included, on shards that the benchmark makes itself. Every segment is a run
 of its own that resumes from the checkpoint of the one before. In fp32 the curves differ by the order of additions only;
 in the last chain a part is computed in bf16.
 

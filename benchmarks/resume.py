@@ -1,7 +1,7 @@
 """Kill a two-rank ZeRO-3 run with SIGKILL at random steps, resume, and compare with the run that was left alone.
 
 The whole all-in-one recipe on shards that the benchmark makes itself. Compared are the losses of every step and a
-hash over all final weights, momentum target included.
+hash over all final weights, EMA teacher included.
 
     python benchmarks/resume.py --json
 """
@@ -103,7 +103,7 @@ def _train_until_killed(folder: Path, shards: Path, output: Path, draw: random.R
 def _start(folder: Path, shards: Path, output: Path) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).parent / "deepspeed"), "--no_local_rank", "--num_accelerators", "2"]
     command += ["--master_port", str(free_port()), "--module", "m3i_scale", "train", str(folder / "run.yaml")]
-    command += [f"data.sources.shapes.shards={shards}", f"output_dir={output}"]
+    command += [f"data.datasets.shapes.path={shards}", f"output_dir={output}"]
     log = output.with_suffix(".log").open("ab")
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -139,7 +139,7 @@ def _weights(output: Path) -> str:
     if checkpoint is None or passed_over or not checkpoint.name.endswith(str(STEPS)):
         raise RuntimeError(f"no good last checkpoint in {output}")
     digest = hashlib.sha256()
-    for which in ("student", "momentum"):
+    for which in ("student", "ema"):
         for name, tensor in sorted(load_weights(checkpoint, which).items()):
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())

@@ -32,7 +32,7 @@ BATCH_SIZE = 16
 
 def read_run(options: argparse.Namespace, shards: Path, ranks: int) -> RunConfig:
     """Return the run file: the built-in recipe `m3i` on these shards."""
-    given = [f"data.sources.own.shards={shards}", f"optim.steps={options.steps}", f"output_dir={options.output}"]
+    given = [f"data.datasets.own.path={shards}", f"optim.steps={options.steps}", f"output_dir={options.output}"]
     sizes = [f"optim.batch_size={BATCH_SIZE}", f"optim.micro_batch_size={BATCH_SIZE // ranks}"]
     return m3i_scale.load_run("m3i", [*SMALL, *given, *sizes, *options.overrides])
 
@@ -81,7 +81,7 @@ def train_plain(options: argparse.Namespace, shards: Path) -> list[float]:
         torch.nn.utils.clip_grad_norm_(objective.parameters(), run.optim.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        m3i_scale.update_momentum(objective, step, run.optim.steps)
+        m3i_scale.update_ema(objective, step, run.optim.steps)
         losses.append(loss.item())
         print(f"step {step + 1}: loss {losses[-1]:.4f}, text {figures['text/loss']:.4f}", flush=True)
     if options.checkpoint is not None:
@@ -107,7 +107,7 @@ def train_under_accelerate(options: argparse.Namespace, shards: Path) -> list[fl
         accelerator.clip_grad_norm_(model.parameters(), run.optim.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        m3i_scale.update_momentum(objective, step, run.optim.steps)
+        m3i_scale.update_ema(objective, step, run.optim.steps)
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
         text = accelerator.reduce(figures["text/loss"], "mean").item()
         accelerator.print(f"step {step + 1}: loss {losses[-1]:.4f}, text {text:.4f}", flush=True)

@@ -140,8 +140,8 @@ def plan_training(folder: Path, overrides: list[str]) -> tuple[TrainingPlan, Run
     if gpus:
         deepspeed = "zero3_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero3_fp16"
     chosen = [
-        f"data.sources.emoji.shards={folder / 'train'}",
-        f"data.validation.emoji.shards={folder / 'val'}",
+        f"data.datasets.emoji.path={folder / 'train'}",
+        f"data.validation.emoji.path={folder / 'val'}",
         f"deepspeed={deepspeed}",
     ]
     if deepspeed == "zero3_cpu":
@@ -153,7 +153,7 @@ def plan_training(folder: Path, overrides: list[str]) -> tuple[TrainingPlan, Run
 
 def export(run: RunConfig, to: Path) -> list[str]:
     """The student, with what is known about it by now in its model card."""
-    facts = tool("export", str(run.output_dir), "--to", str(to), "--weights", "student", "--overwrite")
+    facts = tool("export", str(run.output_dir), "--output", str(to), "--weights", "student", "--overwrite")
     largest = max(facts["verified"]["largest_output_difference"].values())
     return [
         f"step {facts['step']}, {facts['parameters'] / 1e6:.2f}M parameters",
@@ -200,7 +200,7 @@ def reload(model: Path, folder: Path) -> list[str]:
 
 def report(run: RunConfig, to: Path) -> list[str]:
     """Write a page that shows the run, for a browser."""
-    made = tool("report", str(run.output_dir), "--to", str(to))
+    made = tool("report", str(run.output_dir), "--output", str(to))
     return [f"{len(made['charts'])} charts, {made['bytes'] / 1e6:.1f} MB; open it in a browser"]
 
 

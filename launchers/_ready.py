@@ -18,7 +18,7 @@ from m3i_scale.launch.shell import quoted, wrapped
 
 HERE = Path(__file__).resolve().parent
 FOLDER = "/data/m3i-scale/launchers"
-OVERRIDES = ["data.sources.main.shards=/data/shards/train"]
+OVERRIDES = ["data.datasets.main.path=/data/shards/train"]
 COMMON = {"environment": ("OMP_NUM_THREADS=8",), "python": "/data/venv/bin/python"}
 HOSTS = {"hosts": ("node1 slots=8", "node2 slots=8"), "interface": "eth0", "master_address": "10.0.0.1"}
 COUNTED = {"nodes": 2, "ranks_per_node": 8}

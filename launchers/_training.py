@@ -90,7 +90,7 @@ class Training:
         lines = train_lines(self.metrics)
         figures = [f"from step {started} to {lines[-1]['step']}, loss {lines[0]['loss']:.3f} → {lines[-1]['loss']:.3f}"]
         figures.append(self._repeated(started))
-        throughput = sorted(line["speed/samples_per_s"] for line in lines)[len(lines) // 2]
+        throughput = sorted(line["throughput/samples_per_s"] for line in lines)[len(lines) // 2]
         return [*figures, f"{throughput:.0f} images/s (median)"]
 
     def _repeated(self, started: int) -> str:

@@ -11,5 +11,5 @@ export PMIX_MCA_ptl_tcp_if_include=eth0 PRTE_MCA_prte_if_include=eth0
 export OMP_NUM_THREADS=8
 exec mpirun -n 16 --hostfile /data/m3i-scale/launchers/deepspeed/hostfile --wdir /data/m3i-scale --bind-to none \
   -x MASTER_ADDR -x MASTER_PORT -x GLOO_SOCKET_IFNAME -x NCCL_SOCKET_IFNAME -x OMP_NUM_THREADS \
-  /data/venv/bin/python -u -m m3i_scale train m3i data.sources.main.shards=/data/shards/train \
+  /data/venv/bin/python -u -m m3i_scale train m3i data.datasets.main.path=/data/shards/train \
   output_dir=/data/runs/first

@@ -8,4 +8,4 @@ export OMP_NUM_THREADS=8
 slots=(8 8)
 exec /data/venv/bin/python -m m3i_scale.launch.torchrun_agent --nnodes=2 --nproc-per-node="${slots[$1]}" \
   --node-rank="$1" --master-addr=10.0.0.1 --master-port=29500 --max-restarts=0 --module m3i_scale train m3i \
-  data.sources.main.shards=/data/shards/train output_dir=/data/runs/first
+  data.datasets.main.path=/data/shards/train output_dir=/data/runs/first

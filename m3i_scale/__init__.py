@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3i_scale.api import build_objective, load_backbone, load_recipe, load_run, open_stream, update_momentum
+    from m3i_scale.api import build_objective, load_backbone, load_recipe, load_run, open_stream, update_ema
     from m3i_scale.config import RunConfig
     from m3i_scale.data.batch import Batch
     from m3i_scale.data.loader import TrainStream
@@ -41,7 +41,7 @@ __all__ = [
     "merge_states",
     "open_stream",
     "parameter_groups",
-    "update_momentum",
+    "update_ema",
 ]
 
 _ELSEWHERE = {

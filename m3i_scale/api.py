@@ -20,7 +20,7 @@ from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.start_weights import move_averages, start_weights
 from m3i_scale.run import with_data
-from m3i_scale.run.schedule import momentum_at
+from m3i_scale.run.schedule import ema_decay_at
 from m3i_scale.scale.collectives import ProcessGroupRanks
 
 
@@ -76,7 +76,7 @@ def build_objective(run: RunConfig) -> Objective:
 
     `loss, figures = objective(batch)` computes equation 6 of Su et al. (arXiv 2211.09807). If `torch.distributed` has a
     process group, it covers the micro-batches of all ranks, and gradients must be averaged, as DDP does. Call
-    `objective.after_backward()` after every backward pass and `update_momentum` after every optimizer step.
+    `objective.after_backward()` after every backward pass and `update_ema` after every optimizer step.
 
     Args:
         run: result of `load_run`. Its data determine the number of classes and the vocabulary size.
@@ -92,7 +92,7 @@ def build_objective(run: RunConfig) -> Objective:
     return objective
 
 
-def update_momentum(objective: Objective, step: int, steps: int) -> None:
+def update_ema(objective: Objective, step: int, steps: int) -> None:
     """Update the EMA weights after an optimizer step, by the schedule of the recipe. Without EMA, do nothing.
 
     Args:
@@ -100,8 +100,8 @@ def update_momentum(objective: Objective, step: int, steps: int) -> None:
         step: the step just completed, from 0.
         steps: total number of training steps.
     """
-    if objective.recipe.momentum is not None:
-        move_averages(objective, momentum_at(step, objective.recipe.momentum, steps))
+    if objective.recipe.ema is not None:
+        move_averages(objective, ema_decay_at(step, objective.recipe.ema, steps))
 
 
 def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:

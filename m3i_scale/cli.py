@@ -75,28 +75,28 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
         wide_console().print(RecipeTable(rows))
 
 
-@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --mermaid m3i.md")
+@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --output m3i.md")
 def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
-    mermaid: Annotated[Path | None, typer.Option(callback=writes_to, help="Also as Mermaid: FILE.mmd or .md")] = None,
+    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write a flowchart: FILE.mmd or .md")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print one recipe: its inputs and targets; with --mermaid as a flowchart too."""
+    """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
     from m3i_scale.objective.describe import describe
     from m3i_scale.report.recipe_graph import graph_of, read_recipe
     from m3i_scale.report.recipe_mermaid import write_mermaid
     from m3i_scale.report.recipe_table import RecipeTable
 
     recipe = read_recipe(name)
-    if mermaid is not None:
-        write_mermaid(graph_of(recipe), mermaid)
+    if output is not None:
+        write_mermaid(graph_of(recipe), output)
     if as_json or context.obj:
         print_json(describe(recipe))
     else:
         wide_console().print(RecipeTable([describe(recipe)]))
-        if mermaid is not None:
-            wide_console().print(f"flowchart: {mermaid}", markup=False, highlight=False)
+        if output is not None:
+            wide_console().print(f"flowchart: {output}", markup=False, highlight=False)
 
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")
@@ -116,7 +116,7 @@ def backbones(
 
 @app.command(
     epilog="Example: deepspeed --no_local_rank --num_gpus 8 --module m3i_scale train m3i "
-    "data.sources.main.shards=/data/shards/train output_dir=/data/runs/first"
+    "data.datasets.main.path=/data/shards/train output_dir=/data/runs/first"
 )
 def train(
     run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in recipe.")],
@@ -157,7 +157,7 @@ def check(
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
-    from m3i_scale.run.check import faults_of, phase_lines, warnings_of
+    from m3i_scale.run.check import faults_of, stage_lines, warnings_of
 
     faults = Faults()
     faults.found = faults_of(run, overrides, ranks)
@@ -171,13 +171,13 @@ def check(
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
         faults.end()
-        for line in (*phase_lines(load_run(run, overrides)), "nothing to refuse"):
+        for line in (*stage_lines(load_run(run, overrides)), "nothing to refuse"):
             console.print(line, markup=False, highlight=False)
 
 
-@app.command(epilog="Example: m3i-scale show m3i optim.steps=10")
-def show(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Print the whole run file: `extends` resolved, overrides applied, defaults filled in, secrets redacted.
+@app.command(epilog="Example: m3i-scale config m3i optim.steps=10")
+def config(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print the resolved config: `extends` and overrides applied, defaults filled in, secrets redacted.
 
     The recipe is printed as written; `check` validates it.
     """
@@ -244,7 +244,7 @@ def plan(
     vocabulary: Annotated[
         int | None, typer.Option(min=8, help="Tokens of the text tower; default: the shards'.")
     ] = None,
-    write: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
@@ -275,8 +275,8 @@ def plan(
         from m3i_scale.report.plan_table import plan_table
 
         wide_console().print(plan_table(planned.document()))
-    if write is not None and (planned.suggestion is not None or not planned.hopeless):
-        print_line(f"written; train with {write_deepspeed(planned, write)}", stderr=True)
+    if output is not None and (planned.suggestion is not None or not planned.hopeless):
+        print_line(f"written; train with {write_deepspeed(planned, output)}", stderr=True)
     check_feasible(planned)
 
 
@@ -330,15 +330,19 @@ def evaluate(
         typer.Option(help="Images in one forward pass (64), of a detector (4); of a segmenter windows (16)."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    overlays: Annotated[
-        Path | None, typer.Option(callback=writes_to, help="New folder for image, truth and prediction of each sample.")
-    ] = None,
-    overlay_count: Annotated[int | None, typer.Option(min=1, help="So many of them; default: 20.")] = None,
     pictures: Annotated[
-        Path | None, typer.Option(callback=writes_to, help="New folder for pictures of features: attention …")
+        Path | None,
+        typer.Option(
+            callback=writes_to,
+            help="New folder for visualizations: of features (attention, dense PCA …), or predictions of a segmenter "
+            "or detector.",
+        ),
+    ] = None,
+    picture_count: Annotated[
+        int | None, typer.Option(min=1, help="Number of predictions of a segmenter or detector; default: 20.")
     ] = None,
     picture_samples: Annotated[
-        str | None, typer.Option(help="Keys of what they show, at most eight: shard.tar/key,shard.tar/key …")
+        str | None, typer.Option(help="Samples whose features are shown, at most eight: shard.tar/key,shard.tar/key …")
     ] = None,
     imports: Imports = None,
     as_json: Json = False,
@@ -363,9 +367,8 @@ def evaluate(
             templates=tuple(template or TEMPLATES),
             batch_size=batch_size,
             device=device,
-            overlays=overlays,
-            overlay_count=overlay_count,
             pictures=pictures,
+            picture_count=picture_count,
             picture_samples=picture_samples.split(",") if picture_samples is not None else None,
             progress=progress,
         )
@@ -380,19 +383,20 @@ app.command(epilog="Example: m3i-scale compare /data/before /data/after --data /
 )
 
 
-@app.command(epilog="Example: m3i-scale export /data/runs/first --to /data/export --weights momentum")
+@app.command(epilog="Example: m3i-scale export /data/runs/first --output /data/export --weights ema")
 def export(
     run: Annotated[Path, typer.Argument(help="A run's output_dir (its newest good checkpoint), or one checkpoint.")],
-    to: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
-    weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
+    output: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
+    weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     task: Annotated[
         str, typer.Option(help="features, classification, segmentation, detection, zero_shot or backbone.")
     ] = "features",
-    file_format: Annotated[str, typer.Option("--format", help="transformers or timm.")] = "transformers",
+    file_format: Annotated[
+        str, typer.Option("--format", help="transformers, timm, or onnx: a file for ONNX Runtime, too.")
+    ] = "transformers",
     label_set: Annotated[str | None, typer.Option(help="Whose classes a classifier has.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
-    also: Annotated[str | None, typer.Option(help="A program beside the weights: onnx.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     license_id: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub spells it, for the model card.")
@@ -416,14 +420,13 @@ def export(
     import_given(imports)
     result = export_and_push(
         run,
-        to,
+        output,
         push_to=push,
         public=public,
         dry_run=dry_run,
         weights=cast(Any, weights),
         dtype=cast(Any, dtype),
         wanted=ExportContents(cast(Any, task), cast(Any, file_format), label_set, max_shard_size),
-        also=tuple(also.split(",")) if also else (),
         overwrite=overwrite,
         license_id=license_id,
         evaluation_file=evaluation,
@@ -440,7 +443,7 @@ def export(
     wide_console().print(table)
 
 
-app.command(epilog="Example: m3i-scale report /data/runs/first /data/runs/second --to report.html")(report)
+app.command(epilog="Example: m3i-scale report /data/runs/first /data/runs/second --output report.html")(report)
 app.command(epilog="Example: m3i-scale watch /data/runs/first")(watch)
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
 shards_app.command(

@@ -58,11 +58,11 @@ def test_an_unknown_recipe(load) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        ["data.sources.shapes.shards=/nowhere/train"],
+        ["data.datasets.shapes.path=/nowhere/train"],
         ["data.streams=3"],
         ["text.tokenizer=/nowhere/tokenizer"],
         ["backbone.config.hidden_size=63"],
-        ["data.sources.shapes.captions=none"],
+        ["data.datasets.shapes.captions=none"],
         ["optim.micro_batch_size=1", "data.streams=1", "recipe.targets.0.weight=1"],
     ],
 )

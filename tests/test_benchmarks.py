@@ -83,7 +83,7 @@ def test_the_billion_runs_leave_nothing_of_the_recipe_out(monkeypatch, tmp_path,
     values = billion.run_values(tmp_path, shards, backbone, "zero3_cpu_lean")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     plan = resolve_run(load_run(str(tmp_path / "run.yaml")), billion.RANKS)
-    assert (plan.recipe.uses_text, plan.recipe.uses_categories, plan.recipe.momentum is not None) == (True, True, True)
+    assert (plan.recipe.uses_text, plan.recipe.uses_categories, plan.recipe.ema is not None) == (True, True, True)
     assert plan.run.text.config == {}  # BERT-Base
     assert plan.accumulation == 1
 

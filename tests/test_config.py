@@ -35,7 +35,7 @@ def fault(*overrides):
     [
         (["optim.lr=1e-3", "optim.steps=ten"], 1),
         (["optim={steps: ten}"], 0),
-        (["data.sources.a.shards=/data/a", "data.sources.a.wieght=2"], 1),
+        (["data.datasets.a.path=/data/a", "data.datasets.a.wieght=2"], 1),
         (["optim.steps=ten", "optim.steps=100.5"], 1),
         (["optim.steps=50", "optim.warmup_steps=60"], 1),
     ],
@@ -65,7 +65,7 @@ def test_a_fault_of_the_file_is_blamed_on_the_file(tmp_path):
         ("flip=0.5", "did you mean 'data.augment.flip'?"),
         ("batch_size=8", "did you mean 'optim.batch_size'?"),
         ("epochs=8", "did you mean optim.steps"),
-        ("optim.epochs=8", "data.sources.NAME.epochs"),
+        ("optim.epochs=8", "data.datasets.NAME.epochs"),
         ("learning_rate=1", "did you mean optim.lr?"),
         ("optim.learning_rate=1", "did you mean optim.lr?"),
         ("batch=8", "did you mean optim.batch_size"),
@@ -112,8 +112,8 @@ def test_augmentation_out_of_its_range_is_refused_wherever_it_is_set(setting):
     key, value = setting.split("=", 1)
     assert f"'data.augment.{key}" in str(fault(f"data.augment.{setting}"))
     if key not in ("mean", "std"):
-        own = fault(f"data.sources={{a: {{shards: x, augment: {{{key}: {value}}}}}}}")
-        assert f"'data.sources.a.augment.{key}" in str(own)
+        own = fault(f"data.datasets={{a: {{path: x, augment: {{{key}: {value}}}}}}}")
+        assert f"'data.datasets.a.augment.{key}" in str(own)
 
 
 def test_what_a_training_that_is_over_had_out_of_range_is_read():
@@ -136,7 +136,7 @@ def test_normalisation_in_units_of_255_is_told_in_those_of_1():
 def test_blur_that_a_file_states_holds_and_no_other():
     stated = load_run("supervised", ["data.augment.blur=[1.0, 0.1]", "data.augment.solarize=[0.0, 0.2]"]).data.augment
     assert (stated.blur, stated.solarize) == ([1.0, 0.1], [0.0, 0.2])
-    source = load_run("sim", ["data.sources={a: {shards: x, augment: {flip: 0.0}}}"]).data.sources["a"].augment
+    source = load_run("sim", ["data.datasets={a: {path: x, augment: {flip: 0.0}}}"]).data.datasets["a"].augment
     assert (source.blur, source.solarize) == ([0.1, 1.0], [0.2, 0.0])  # the recipe's
 
 
@@ -172,10 +172,10 @@ def test_a_name_like_no_other_is_told_all_built_in_names():
     assert set(known_runs()) <= set(caught.value.fix.replace(",", "").split())
 
 
-@pytest.mark.parametrize("name", ["start_s", "step_s"])
+@pytest.mark.parametrize("name", ["startup_s", "collective_s"])
 def test_ranks_wait_for_each_other_longer_than_a_reader_for_its_data(name):
     """At the start and in evaluations data are read too."""
-    assert "must be longer than data.stall_timeout_s" in str(fault(f"timeouts.{name}=900"))
+    assert "must be longer than data.timeout_s" in str(fault(f"timeouts.{name}=900"))
     assert getattr(load_run("m3i", [f"timeouts.{name}=901"]).timeouts, name) == 901
 
 
@@ -237,21 +237,21 @@ def test_yaml_reads_as_before_but_for_keys_that_stand_twice(tmp_path):
         ("hardware.peak_tflops=true", "hardware.peak_tflops"),
         ("checkpoint.max_gib=no", "checkpoint.max_gib"),
         ("guard.spike={z: yes}", "guard.spike.z"),
-        ("data.sources.a={shards: a, weight: yes}", "data.sources.a.weight"),
-        ("data.sources.a={shards: a, weight: [[0, 1], [yes, 2]]}", "data.sources.a.weight"),
+        ("data.datasets.a={path: a, weight: yes}", "data.datasets.a.weight"),
+        ("data.datasets.a={path: a, weight: [[0, 1], [yes, 2]]}", "data.datasets.a.weight"),
         ("data.augment.flip=yes", "data.augment.flip"),
         ("recipe.targets.0.weight=yes", "recipe.targets.0.weight"),
-        ("recipe.momentum.start=no", "recipe.momentum.start"),
+        ("recipe.ema.start=no", "recipe.ema.start"),
         ("optim.weight_decay=.inf", "optim.weight_decay"),
         ("optim.lr=.nan", "optim.lr"),
         ("optim.steps=.inf", "optim.steps"),
-        ("timeouts.step_s=.inf", "timeouts.step_s"),
+        ("timeouts.collective_s=.inf", "timeouts.collective_s"),
         ("backbone.config.layer_norm_eps=.nan", "backbone.config"),
         ("text.config={hidden_dropout_prob: .inf}", "text.config"),
-        ("data.sources.a={shards: a, weight: [[0, 1], [9, .inf]]}", "data.sources.a.weight"),
+        ("data.datasets.a={path: a, weight: [[0, 1], [9, .inf]]}", "data.datasets.a.weight"),
         ("recipe.targets.0.distribution.sigma2=.inf", "recipe.targets.0.distribution.sigma2"),
         ("optim.betas=[0.9, 1.5]", "optim.betas.1"),
-        ("recipe.momentum.end=0.5", "recipe.momentum"),
+        ("recipe.ema.end=0.5", "recipe.ema"),
     ],
 )
 def test_what_is_no_number_to_compute_with_is_refused_anywhere(override, key):
@@ -284,15 +284,15 @@ def test_a_schedule_that_does_not_hold_says_what_would(overrides):
 
 
 def test_a_value_in_place_of_a_section_is_told_the_key_that_was_meant(tmp_path):
-    with pytest.raises(ConfigError, match=r"'data\.sources\.photos' is a section") as caught:
-        load_run("m3i", ["data.sources.photos=/data/photos"])
-    assert caught.value.fix == "data.sources.photos.shards=…"
+    with pytest.raises(ConfigError, match=r"'data\.datasets\.photos' is a section") as caught:
+        load_run("m3i", ["data.datasets.photos=/data/photos"])
+    assert caught.value.fix == "data.datasets.photos.path=…"
 
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    run = load_run("m3i", ["data.sources.photos.shards=~/shards/train", "output_dir=~/runs/first"])
-    assert run.data.sources["photos"].shards == "/home/me/shards/train"
+    run = load_run("m3i", ["data.datasets.photos.path=~/shards/train", "output_dir=~/runs/first"])
+    assert run.data.datasets["photos"].path == "/home/me/shards/train"
     assert run.output_dir == Path("/home/me/runs/first")
 
 
@@ -319,15 +319,15 @@ def test_pipes_and_allow_shell_were_removed():
     assert "`allow_shell` must be left out, got True" in told.what
     assert told.where == "override data.allow_shell=true"
     assert "mount the shards, copy them to a local folder" in told.fix
-    told = fault("data.sources.a.shards=pipe:cat SECRET.tar")
-    assert told.what == "'data.sources.a.shards': shards must be at a path or an address: `pipe:` was removed"
+    told = fault("data.datasets.a.path=pipe:cat SECRET.tar")
+    assert told.what == "'data.datasets.a.path': shards must be at a path or an address: `pipe:` was removed"
     assert told.fix.startswith("mount the shards")
 
 
 def test_finished_runs_that_read_pipes_can_be_exported():
-    values = {"allow_shell": True, "sources": {"a": {"shards": "pipe:cat a.tar"}}}
+    values = {"allow_shell": True, "datasets": {"a": {"path": "pipe:cat a.tar"}}}
     data = parse_section(DataConfig, values, where="", stored=True)
-    assert data.sources["a"].shards == "pipe:cat a.tar"
+    assert data.datasets["a"].path == "pipe:cat a.tar"
     (described,) = describe_data(SimpleNamespace(run=SimpleNamespace(data=data)))
     assert described["manifest_sha256"] is None
     assert described["note"]
@@ -348,10 +348,10 @@ def test_finished_runs_that_read_pipes_can_be_exported():
 @pytest.mark.parametrize(
     "override",
     [
-        "data.sources.a={{shards: '{}', wieght: 1}}",
-        "data.sources.a.shards=['{}']",
-        "data.sources.a.wieght='{}'",
-        "data.sources.a.shards=['{}",
+        "data.datasets.a={{path: '{}', wieght: 1}}",
+        "data.datasets.a.path=['{}']",
+        "data.datasets.a.wieght='{}'",
+        "data.datasets.a.path=['{}",
         "optim.lr.x='{}'",
         "{}",
     ],
@@ -392,13 +392,13 @@ def test_what_cannot_be_read_is_a_fault_of_the_file(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["", " ", "b/c", "a\x1b[31m"])
-@pytest.mark.parametrize("key", ["sources", "validation"])
+@pytest.mark.parametrize("key", ["datasets", "validation"])
 def test_names_of_sources_make_names_of_metrics(key: str, name: str) -> None:
-    """`source//share` would be a metric of no source, and `source/b/c/share` one of a source 'b'."""
-    values = {"recipe": {}, "data": {key: {name: {"shards": "/data/shards"}}}}
-    with pytest.raises(ConfigError, match="the name of a source") as caught:
+    """`source//share` would be a metric of no source, and `source/b/c/share` one of a dataset 'b'."""
+    values = {"recipe": {}, "data": {key: {name: {"path": "/data/shards"}}}}
+    with pytest.raises(ConfigError, match="dataset name") as caught:
         parse_section(RunConfig, values, where="run.yaml")
     assert caught.value.what.isprintable()
     assert parse_section(RunConfig, values, where="run.yaml", stored=True).data  # of a run that is over
     for good in ("birds-2", "a.b", "photos (large)", "données"):
-        parse_section(RunConfig, {"recipe": {}, "data": {key: {good: {"shards": "/data/shards"}}}}, where="run.yaml")
+        parse_section(RunConfig, {"recipe": {}, "data": {key: {good: {"path": "/data/shards"}}}}, where="run.yaml")

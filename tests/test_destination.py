@@ -20,14 +20,13 @@ from m3i_scale.run.rank_record import recorded
 from m3i_scale.scale.output_dir import check_output_dir
 
 WRITERS = {
-    "recipes show m3i --mermaid": "recipe.md",
-    "plan m3i --write": "ds.json",
-    "evaluate /data/export --data /data/shards --overlays": "overlays",
+    "recipes show m3i --output": "recipe.md",
+    "plan m3i --output": "ds.json",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
-    "export /data/run --to": "export",
-    "report /data/run --to": "report.html",
-    "checkpoint consolidate /data/run --to": "whole",
+    "export /data/run --output": "export",
+    "report /data/run --output": "report.html",
+    "checkpoint consolidate /data/run --output": "whole",
     "shards make imagefolder --input /data/birds --output": "made",
     "shards make manifest --input /data/birds.csv --output": "made",
     "shards make masks --images /data/i --masks /data/m --labels /data/l --output": "made",
@@ -36,7 +35,7 @@ WRITERS = {
     "shards make webdataset --input /data/wds --output": "made",
     "shards check /data/shards --repair": "repaired",
     "shards check /data/shards --quarantine": "faults.jsonl",
-    "shards peek /data/shards --output": "sheet",
+    "shards preview /data/shards --output": "sheet",
     "shards split /data/shards --output": "split",
     "shards merge /data/shards /data/more --output": "merged",
     "finetune classification /data/export --data /data/birds --shards": "packed",
@@ -50,7 +49,7 @@ NOWHERE = ("s3://bucket/run", "hf://u/x", "file:///data/x", "$HOME/x", "/data/${
 
 
 def path_options(group: typer.Typer, above: str = "") -> Iterator[str]:
-    """`shards peek --output`: every option of the command line that is a path."""
+    """`shards preview --output`: every option of the command line that is a path."""
     for command in group.registered_commands:
         name = f"{above}{command.name or command.callback.__name__.replace('_', '-').rstrip('-')}"
         for parameter, hint in get_type_hints(command.callback, include_extras=True).items():
@@ -68,7 +67,7 @@ def types_in(hint: Any) -> set[Any]:
 
 def test_every_option_that_is_a_path_is_known_to_read_or_to_write() -> None:
     options = set(path_options(app))
-    assert {"shards peek --output", "plan --write", "finetune detection --shards"} <= options
+    assert {"shards preview --output", "plan --output", "finetune detection --shards"} <= options
     reading = {option for option in options if option in READING or option.rpartition(" ")[2] in READERS}
     commands = {" ".join(word for word in words.split() if "/" not in word and word != "m3i") for words in WRITERS}
     writing = {f"{words.partition(' --')[0]} {words.rpartition(' ')[2]}" for words in commands}
@@ -107,7 +106,7 @@ def test_the_home_of_the_user_is_meant_by_a_tilde_in_options_too(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    result = CliRunner().invoke(app, ["recipes", "show", "mae", "--mermaid=~/recipe.md"])
+    result = CliRunner().invoke(app, ["recipes", "show", "mae", "--output=~/recipe.md"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "home" / "recipe.md").is_file()
     assert not (tmp_path / "~").exists()
@@ -137,10 +136,10 @@ def test_a_run_does_not_write_among_shards_or_into_a_file(tmp_path: Path) -> Non
         return [str(fault.where) for fault in faults_of("m3i", [f"output_dir={output_dir}"])]
 
     for wrong in (tmp_path, tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
-        assert places(wrong) == ["data.sources", f"output_dir: {wrong}"]
-    assert places(tmp_path / "run") == ["data.sources"]
+        assert places(wrong) == ["data.datasets", f"output_dir: {wrong}"]
+    assert places(tmp_path / "run") == ["data.datasets"]
     (tmp_path / "checkpoints").mkdir()  # a run that has begun keeps its folder, whatever its user has put there
-    assert places(tmp_path) == ["data.sources"]
+    assert places(tmp_path) == ["data.datasets"]
 
 
 def test_an_ordinary_place_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +150,7 @@ def test_an_ordinary_place_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_no_launcher_and_no_rank_writes_among_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images-000000.tar").touch()
-    words = ["launch", "mae", "--with", "local", "data.sources.main.shards=/data/shards", f"output_dir={tmp_path}"]
+    words = ["launch", "mae", "--with", "local", "data.datasets.main.path=/data/shards", f"output_dir={tmp_path}"]
     assert str(tmp_path) in str(refusal(words).where)
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
     for name, value in variables.items():
@@ -167,4 +166,4 @@ def test_the_default_folder_is_not_looked_into_if_another_one_is_meant(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/run/checkpoints/step-00000003").mkdir(parents=True)  # is not good
     places = [str(fault.where) for fault in faults_of("m3i", ["output_dir=s3://bucket/run"])]
-    assert places == ["override output_dir=s3://bucket/run", "data.sources"]
+    assert places == ["override output_dir=s3://bucket/run", "data.datasets"]

@@ -19,6 +19,7 @@ LEVELS = {
     "files": 0,
     "rank_variables": 0,
     "text": 0,
+    "upgrade": 0,
     "destination": 1,
     "output": 1,
     "options": 2,

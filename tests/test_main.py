@@ -42,7 +42,7 @@ def tell_imported():
 
 print(tell_all(root, click.Context(root, info_name="m3i-scale")))
 tell_imported()
-for arguments in (["--version"], ["-h"], ["recipes"], ["backbones"], ["show", "m3i"]):
+for arguments in (["--version"], ["-h"], ["recipes"], ["backbones"], ["config", "m3i"]):
     app(arguments, standalone_mode=False)
 tell_imported()
 """

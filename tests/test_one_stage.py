@@ -91,7 +91,7 @@ def test_the_count_is_that_of_the_matrix_products(folder):
 
 
 def test_targets_are_counted_once_forward(folder):
-    """What `sim` pays for its momentum target: the whole view, without a backward pass."""
+    """What `sim` pays for its EMA teacher: the whole view, without a backward pass."""
     from _cost import recipe_step, synthetic_batch
     from _one_stage import BATCH, IMAGE, PATCH
     from torch.utils.flop_counter import FlopCounterMode
@@ -141,7 +141,7 @@ def test_decoders_and_projectors_are_at_most_a_third_of_the_backbone(folder):
     for entry in (*RECIPES, *ABLATIONS):
         recipe = run_values(entry, data, 0, folder)["recipe"]
         depths = [decoder["depth"] for decoder in recipe["decoders"].values() if "depth" in decoder]
-        depths += [recipe["momentum"]["projector_depth"]] if "momentum" in recipe else []
+        depths += [recipe["ema"]["projector_depth"]] if "ema" in recipe else []
         assert all(1 <= depth <= LAYERS / 3 for depth in depths)
 
 

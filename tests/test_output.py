@@ -52,7 +52,7 @@ def test_lines_are_clean_on_both_streams(capsys: pytest.CaptureFixture[str]) -> 
     assert (written.out.count("\n"), written.err.count("\n")) == (1, 2)
 
 
-@pytest.mark.parametrize("words", [["show"], ["report"], ["checkpoint", "inspect"], ["shards", "check"]])
+@pytest.mark.parametrize("words", [["config"], ["report"], ["checkpoint", "inspect"], ["shards", "check"]])
 def test_errors_are_clean(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["m3i-scale", *words, f"/nowhere/{HOSTILE[:-3]}.yaml".replace("\x00", "")])
     with pytest.raises(SystemExit) as ended:

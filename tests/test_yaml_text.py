@@ -71,7 +71,7 @@ def test_aliases_that_multiply_are_refused(above: str, tmp_path: Path) -> None:
         load_run(str(path))
     assert caught.value.where == str(path)
     for command in (
-        ["show", str(path)],
+        ["config", str(path)],
         ["check", str(path)],
         ["launch", "m3i", "--with", "local", "--cluster", str(path)],
     ):
@@ -105,6 +105,6 @@ def test_somebody_elses_run_with_such_a_file_is_reported(tmp_path: Path) -> None
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "run.yaml").write_text(bomb("recipe"))
-    result = CliRunner().invoke(app, ["report", str(run), "--to", str(tmp_path / "page.html")])
+    result = CliRunner().invoke(app, ["report", str(run), "--output", str(tmp_path / "page.html")])
     assert result.exit_code == 0, result.exception
     assert "aliases" in (tmp_path / "page.html").read_text()

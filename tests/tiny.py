@@ -76,7 +76,7 @@ RECIPES = tuple(known_recipes())
 MULTI_CROP = (
     "recipe.views=[{count: 2}, {count: 2, size: 16}]",
     "recipe.inputs=[{name: small, view: 3, views: 2}, "
-    "{name: large, view: 1, views: 2, mask: {form: block, ratio: [0.2, 0.6], hidden: token, share: 0.5}}]",
+    "{name: large, view: 1, views: 2, mask: {form: block, ratio: [0.2, 0.6], masked: mask_token, share: 0.5}}]",
     *(f"recipe.targets.{number}.{field}" for number in (0, 1) for field in ("inputs=[large, small]", "pairs=other")),
 )
 """Of `global_distillation`: two views, in part mask tokens, and two small ones predict the two."""
@@ -164,7 +164,7 @@ def tiny_run(recipe: str, *overrides: str) -> RunConfig:
 
 
 def tiny_objective(recipe: str, *overrides: str, seed: int = 0) -> Objective:
-    """Initialised, in fp32; the momentum target holds the first weights of the backbone."""
+    """Initialised, in fp32; the EMA teacher holds the first weights of the backbone."""
     run = tiny_run(recipe, *overrides)
     objective = build_objective(run, LABEL_SETS, VOCABULARY if "text" in run.model_fields_set else None)
     first_weights(objective, seed)

@@ -39,12 +39,12 @@ def measure(mode: str, rows: Rows) -> None:
         rows.figure("loader alone, images/s by workers", _rates(folder, shards, mode, counts))
         runs = Runs(folder, shards, RUN)
         sizes = [f"optim.batch_size={BATCH[mode]}", f"optim.micro_batch_size={BATCH[mode]}"]
-        sizes += [f"data.workers={counts[-1]}", *(SMALL if mode == "cpu" else ("backbone.preset=vit-b/16",))]
+        sizes += [f"data.num_workers={counts[-1]}", *(SMALL if mode == "cpu" else ("backbone.preset=vit-b/16",))]
         runs.finish("run", STEPS[mode], DEEPSPEED[mode], *sizes)
         records = runs.records("run")
         rows.must("steps of the run", STEPS[mode], len(records), ok=len(records) == STEPS[mode])
         later = [record for step, record in records.items() if step > 3]
-        for figure in ("speed/samples_per_s", "speed/data_wait_share", "phases/fetch", "speed/mfu"):
+        for figure in ("throughput/samples_per_s", "time/data_wait_share", "time/data", "perf/mfu"):
             rows.figure(f"training, {figure}", statistics.median(record[figure] for record in later))
 
 

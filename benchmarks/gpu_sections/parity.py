@@ -38,7 +38,7 @@ def measure(mode: str, rows: Rows) -> None:
     cases = [(recipe, recipe, (), 32) for recipe in RECIPES]
     cases += [
         ("m3i on DINOv2", "m3i", DINOV2, 32),
-        ("m3i on InternImage", "m3i", (*MAPS, "backbone.attention=mixed"), 64),
+        ("m3i on InternImage", "m3i", (*MAPS, "backbone.attention=across_images"), 64),
     ]
     for name, recipe, overrides, image in cases:
         objective = tiny_objective(recipe, *overrides)

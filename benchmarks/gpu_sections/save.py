@@ -35,7 +35,7 @@ def measure(mode: str, rows: Rows) -> None:
         folder = Path(name)
         runs = Runs(folder, make_shards(folder), RUN)
         seconds = runs.finish("run", steps, DEEPSPEED[mode], *overrides)
-        taken = {step: record["speed/step_s"] for step, record in runs.records("run").items()}
+        taken = {step: record["time/step"] for step, record in runs.records("run").items()}
         rows.must("steps of the run", steps, len(taken), ok=len(taken) == steps)
         size = sum(file.stat().st_size for file in (folder / "run" / "checkpoints").rglob("*") if file.is_file())
         rows.figure("checkpoint, GB", size / 1e9)

@@ -61,7 +61,7 @@ def measure(mode: str, rows: Rows) -> None:
             runs.finish("on the CPU", STEPS + 1, "zero1_cpu_fp32", resumed, **ON_CPU)
             losses = runs.losses("on the CPU")
             rows.must("a step on the CPU from this checkpoint", "finite", losses, ok=math.isfinite(losses[STEPS + 1]))
-        runs.call("export", str(runs.folder / "whole"), "--to", str(runs.folder / "export"))
+        runs.call("export", str(runs.folder / "whole"), "--output", str(runs.folder / "export"))
         on_cpu, on_device = runs.features("cpu"), runs.features(mode)
         cosine = _cosine(on_cpu, on_device)
         rows.must("stock features, cosine CPU : device", ">= 0.999", cosine, ok=cosine >= 0.999)

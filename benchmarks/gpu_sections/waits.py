@@ -102,7 +102,7 @@ def _train(rows: Rows) -> None:
     with tempfile.TemporaryDirectory() as name:
         shards = make_shards(Path(name))
         sizes = ["optim.batch_size=8", "optim.micro_batch_size=8", "optim.steps=8", "optim.warmup_steps=1"]
-        places = [f"data.sources.shapes.shards={shards}", f"output_dir={name}/run", "deepspeed=zero1_bf16"]
+        places = [f"data.datasets.shapes.path={shards}", f"output_dir={name}/run", "deepspeed=zero1_bf16"]
         logs = ["log.every_steps=100", "log.progress=false", "checkpoint.every_steps=100", "data.streams=4"]
         run = load_run("m3i", [*SMALL, *sizes, *places, *logs])
         trainer = Trainer(resolve_run(run, 1), start_ranks(), [], None)

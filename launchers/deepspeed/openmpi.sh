@@ -13,4 +13,4 @@ names="-x MASTER_ADDR -x MASTER_PORT -x GLOO_SOCKET_IFNAME -x NCCL_SOCKET_IFNAME
 exec /data/venv/bin/python -m deepspeed.launcher.runner --hostfile=/data/m3i-scale/launchers/deepspeed/hostfile \
   --master_addr=10.0.0.1 --master_port=29500 --launcher=openmpi --no_ssh_check --force_multi \
   --launcher_args="$names --mca btl_tcp_if_include eth0" --no_local_rank --module m3i_scale train m3i \
-  data.sources.main.shards=/data/shards/train output_dir=/data/runs/first
+  data.datasets.main.path=/data/shards/train output_dir=/data/runs/first

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from typing_extensions import Self
 
 from m3i_scale import defaults
-from m3i_scale.config.data import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
+from m3i_scale.config.data import AugmentConfig, DataConfig, DatasetConfig, DistortionConfig
 from m3i_scale.config.detection import Detection, DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.config.explain import origin, parse_section, validation_error
 from m3i_scale.config.files import (
@@ -26,10 +26,10 @@ from m3i_scale.config.files import (
 )
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
 from m3i_scale.config.limits import MAX_BATCH, MAX_CAPTION_TOKENS, MAX_WAIT_S
-from m3i_scale.config.phases import Phase
 from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, WrittenPath, is_stored
+from m3i_scale.config.stages import Stage
 from m3i_scale.config.tasks import (
     Classification,
     EomtSegmentation,
@@ -41,6 +41,7 @@ from m3i_scale.config.tasks import (
 )
 from m3i_scale.config.yaml_text import read_yaml
 from m3i_scale.text import GIB
+from m3i_scale.upgrade import upgrade_config
 
 __all__ = [
     "AugmentConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "CheckpointConfig",
     "Classification",
     "DataConfig",
+    "DatasetConfig",
     "Detection",
     "DetectionHead",
     "DistortionConfig",
@@ -61,7 +63,6 @@ __all__ = [
     "LogConfig",
     "MaskRcnn",
     "OptimConfig",
-    "Phase",
     "Protocol",
     "Published",
     "RetentionConfig",
@@ -71,8 +72,8 @@ __all__ = [
     "SectionT",
     "Segmentation",
     "SegmentationHead",
-    "SourceConfig",
     "SpikeConfig",
+    "Stage",
     "Task",
     "TextConfig",
     "TimeoutsConfig",
@@ -101,8 +102,8 @@ class BackboneConfig(Section):
     open_clip, or a single file with timm or open_clip parameter names. Default: random initialization."""
     config: ModelFields = Field(default_factory=dict)
     """Fields of the `transformers` configuration, e.g. {hidden_size: 192}."""
-    attention: Literal["own", "mixed"] = "own"
-    """Attention in mixed inputs: tokens attend within their image (own) or across both images (mixed)."""
+    attention: Literal["within_image", "across_images"] = "within_image"
+    """Attention in mixed inputs: tokens attend within their image or across both images."""
     attention_kernel: Literal["sdpa", "eager"] = "sdpa"
     """Attention of trained Transformers and their EMA. sdpa: fused PyTorch kernel. eager: matrix products and softmax,
     with more memory, but faster for short bf16 sequences on CPUs (docs/performance.md)."""
@@ -301,13 +302,13 @@ class HardwareConfig(Section):
 
 class TimeoutsConfig(Section):
     """Timeouts in seconds after which a rank counts as dead (docs/failures.md). Timeouts after the rendezvous must
-    exceed data.stall_timeout_s, so that missing data is reported as a data error."""
+    exceed data.timeout_s, so that missing data is reported as a data error."""
 
-    join_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
+    rendezvous_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
     """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""
-    start_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
+    startup_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
     """Timeout until the second step is done, and while saving, evaluating, making pictures or rolling back."""
-    step_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
+    collective_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
     """Collective timeout within a training step."""
 
 
@@ -343,7 +344,7 @@ class RunConfig(Section):
     """Datasets, data loading and augmentation."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer, batch size and learning-rate schedule."""
-    phases: list[Phase] = Field(default_factory=list)
+    stages: list[Stage] = Field(default_factory=list)
     """Consecutive training stages with different image or micro-batch sizes (docs/training.md)."""
     deepspeed: Annotated[str, InHome] = "zero3_bf16"
     """DeepSpeed JSON config: a name from ds_configs/, or a path."""
@@ -362,8 +363,10 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _recipe_of_task(cls, values: Any) -> Any:
+    def _recipe_of_task(cls, values: Any, info: ValidationInfo) -> Any:
         """Fill in the recipe of a task. A config written by `run_yaml` already includes it."""
+        if isinstance(values, dict) and is_stored(info):
+            values = upgrade_config(values)
         if not isinstance(values, dict) or values.get("task") is None:
             return values
         try:
@@ -394,37 +397,37 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _phases_fill_the_run(self) -> Self:
-        if not self.phases:
+        if not self.stages:
             return self
         if self.task is not None:
-            raise FixableError("`phases` are of a recipe, and this run has a task", "leave them out")
-        total = sum(phase.steps for phase in self.phases)
+            raise FixableError("`stages` are of a recipe, and this run has a task", "leave them out")
+        total = sum(stage.steps for stage in self.stages)
         if total != self.optim.steps:
             raise FixableError(
-                f"the phases have {total:,} steps together, and optim.steps is {self.optim.steps:,}",
-                f"optim.steps={total}, or other `steps` of the phases",
+                f"the stages have {total:,} steps together, and optim.steps is {self.optim.steps:,}",
+                f"optim.steps={total}, or other `steps` of the stages",
             )
         return self
 
     @property
-    def phase_starts(self) -> list[int]:
+    def stage_starts(self) -> list[int]:
         """Return the number of steps done when each stage begins; [0] for a run without stages."""
-        return [sum(phase.steps for phase in self.phases[:number]) for number in range(max(len(self.phases), 1))]
+        return [sum(stage.steps for stage in self.stages[:number]) for number in range(max(len(self.stages), 1))]
 
-    def phase_at(self, step: int) -> int:
+    def stage_at(self, step: int) -> int:
         """Return the index of the stage that step `step` belongs to (steps count from 0), or of the last stage at the
         end."""
-        return max(number for number, start in enumerate(self.phase_starts) if number == 0 or start <= step)
+        return max(number for number, start in enumerate(self.stage_starts) if number == 0 or start <= step)
 
-    def in_phase(self, number: int) -> RunConfig:
-        """Return the run with the micro-batch size of a stage, and only this stage in `phases`. Steps and schedules are
+    def in_stage(self, number: int) -> RunConfig:
+        """Return the run with the micro-batch size of a stage, and only this stage in `stages`. Steps and schedules are
         unchanged. Without stages, return the run itself."""
-        if not self.phases:
+        if not self.stages:
             return self
-        phase = self.phases[number]
-        size = phase.micro_batch_size or self.optim.micro_batch_size
+        stage = self.stages[number]
+        size = stage.micro_batch_size or self.optim.micro_batch_size
         optim = self.optim.model_copy(update={"micro_batch_size": size})
-        return self.model_copy(update={"optim": optim, "phases": [phase]})
+        return self.model_copy(update={"optim": optim, "stages": [stage]})
 
     def image_size(self, backbone: int) -> int:
         """Return the image size of the first stage in pixels.
@@ -432,7 +435,7 @@ class RunConfig(Section):
         Args:
             backbone: image size in the backbone's configuration, in pixels.
         """
-        return (self.phases[0].image_size if self.phases else None) or backbone
+        return (self.stages[0].image_size if self.stages else None) or backbone
 
     @model_validator(mode="after")
     def _augmentation_acts(self, info: ValidationInfo) -> Self:
@@ -445,13 +448,13 @@ class RunConfig(Section):
             )
         if self.data.augment.stretch and any(
             kinds is not None and kinds.scale_jitter is not None
-            for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values()))
+            for kinds in (self.data.augment, *(source.augment for source in self.data.datasets.values()))
         ):
             raise FixableError(
                 "scale_jitter keeps the shape of images in training, and stretch would not in evaluation",
                 "data.augment.scale_jitter=null data.augment.scale_jitter_side=null, or data.augment.stretch=false",
             )
-        for kinds in (self.data.augment, *(source.augment for source in self.data.sources.values())):
+        for kinds in (self.data.augment, *(source.augment for source in self.data.datasets.values())):
             reads_masks = isinstance(self.task, Segmentation)
             if kinds is not None and kinds.cat_max_ratio is not None and not reads_masks:
                 raise FixableError(
@@ -473,11 +476,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _stalls_are_told(self) -> Self:
         for name, limit_s in self.timeouts:
-            if name != "join_s" and limit_s <= self.data.stall_timeout_s:  # no data is read during the rendezvous
-                raise ValueError(
-                    f"timeouts.{name} ({limit_s:g}) must be longer than data.stall_timeout_s "
-                    f"({self.data.stall_timeout_s:g}): a reader that stalls would be taken for a dead rank"
-                )
+            if name != "rendezvous_s" and limit_s <= self.data.timeout_s:  # no data is read during the rendezvous
+                limits = f"timeouts.{name} ({limit_s:g}) must be longer than data.timeout_s ({self.data.timeout_s:g})"
+                raise ValueError(f"{limits}: a stalled reader would count as a dead rank")
         return self
 
 

@@ -166,10 +166,10 @@ class AugmentConfig(DistortionConfig):
         return channels
 
 
-class SourceConfig(Section):
+class DatasetConfig(Section):
     """Settings of one dataset of the mixture."""
 
-    shards: Annotated[str, InHome]
+    path: Annotated[str, InHome]
     """Location of the shards: a folder of .tar files, a brace pattern such as /data/cc12m/{00000..01242}.tar, or one
     shard. Either a path or an address with http(s)://, s3://, gs:// or hf:// (docs/data.md)."""
     weight: float | list[tuple[int, float]] = 1.0
@@ -191,12 +191,12 @@ class SourceConfig(Section):
     augment: DistortionConfig | None = None
     """Augmentations that differ from `data.augment`. Omitted fields keep their value from there."""
 
-    @field_validator("shards")
+    @field_validator("path")
     @classmethod
-    def _is_not_a_command(cls, shards: str, info: ValidationInfo) -> str:
-        if shards.startswith("pipe:") and not is_stored(info):
+    def _is_not_a_command(cls, path: str, info: ValidationInfo) -> str:
+        if path.startswith("pipe:") and not is_stored(info):
             raise FixableError("shards must be at a path or an address: `pipe:` was removed", _INSTEAD_OF_PIPES)
-        return shards
+        return path
 
     @field_validator("weight")
     @classmethod
@@ -221,14 +221,14 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Settings of datasets, data loading and augmentation."""
 
-    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
     """Training datasets by name."""
-    validation: dict[str, SourceConfig] = Field(default_factory=dict)
+    validation: dict[str, DatasetConfig] = Field(default_factory=dict)
     """Datasets for the validation losses during training."""
     streams: int = Field(default=defaults.STREAMS, ge=1, le=MAX_STREAMS)
     """Number of logical data shards that samples are distributed to evenly, shared by ranks × workers. The sample
     order depends only on this number and the seed. Must divide evenly into micro-batches (docs/data.md)."""
-    workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
+    num_workers: int = Field(default=0, ge=0, le=MAX_WORKERS)
     """Data loader processes per rank. 0 loads in the training process."""
     shuffle_shards: int = Field(default=defaults.SHUFFLE_SHARDS, ge=1)
     """Size of the shuffle buffer in shards, per stream."""
@@ -238,13 +238,13 @@ class DataConfig(Section):
     """Samples with a longer `.txt` field, in bytes, are skipped as corrupt: tokenizing a megabyte takes seconds."""
     max_sample_bytes: int = Field(default=defaults.MAX_SAMPLE_BYTES, ge=1)
     """Samples with a larger total size of all fields, in bytes, are skipped as corrupt instead of read."""
-    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    max_corrupt_fraction: float = Field(default=0.05, ge=0, le=1)
     """Maximum fraction of corrupt samples among the samples read so far (checked after 100), and of an epoch's samples
     lost with their shards. The run stops if it is exceeded."""
     bad_shards: Literal["stop", "quarantine"] = "stop"
     """Action if a shard cannot be read after all attempts. stop: end the run. quarantine: count all its samples as
     corrupt for the rest of the epoch."""
-    stall_timeout_s: float = Field(default=900.0, gt=0, le=MAX_WAIT_S)
+    timeout_s: float = Field(default=900.0, gt=0, le=MAX_WAIT_S)
     """Data loader timeout: the run stops if a reader gets no sample for this many seconds."""
     cache_gib: float = Field(default=50.0, ge=0)
     """Disk space per node for caching complete remote shards, in GiB. 0 disables the cache; samples are read by byte
@@ -254,13 +254,13 @@ class DataConfig(Section):
     read_timeout_s: float = Field(default=60.0, gt=0, le=MAX_WAIT_S)
     """Timeout in seconds of a request for part of a remote shard (8 MiB at most)."""
     start_timeout_s: float = Field(default=20.0, gt=0, le=MAX_WAIT_S)
-    """Timeout in seconds for an unresponsive server before the first step, regardless of `read_attempts`. Servers that
-    answer with `Retry-After` are not affected."""
-    read_attempts: int = Field(default=8, ge=1)
+    """Timeout in seconds for an unresponsive server before the first step, regardless of `max_read_attempts`. Servers
+    that answer with `Retry-After` are not affected."""
+    max_read_attempts: int = Field(default=8, ge=1)
     """Maximum attempts per read, with random, increasing pauses between them."""
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     """Augmentation and normalization of images, for all datasets."""
-    changed_sources: list[str] = Field(default_factory=list)
+    changed_datasets: list[str] = Field(default_factory=list)
     """Names of the datasets that a resumed run adds, removes or changes (docs/data.md). Any other change is an error on
     resume."""
 
@@ -280,46 +280,48 @@ class DataConfig(Section):
     @classmethod
     def _fill_in_augment(cls, values: Any) -> Any:
         """Merge the common augmentations into each dataset's, so that a written config file is fully resolved."""
-        if not isinstance(values, dict) or not isinstance(values.get("sources"), dict):
+        if not isinstance(values, dict) or not isinstance(values.get("datasets"), dict):
             return values
         common = plain_values(values.get("augment", {}))
         if not isinstance(common, dict):
             return values
         shared = {key: value for key, value in common.items() if key in DistortionConfig.model_fields}
-        sources = {}
-        for name, source in values["sources"].items():
-            plain = plain_values(source)
-            of_source = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
-            if isinstance(of_source, dict):
-                sources[name] = {**plain, "augment": {**_inherited(shared, of_source), **of_source}}
+        datasets = {}
+        for name, dataset in values["datasets"].items():
+            plain = plain_values(dataset)
+            special = plain_values(plain.get("augment")) if isinstance(plain, dict) else None
+            if isinstance(special, dict):
+                datasets[name] = {**plain, "augment": {**_inherited(shared, special), **special}}
             else:
-                sources[name] = source
-        return {**values, "sources": sources}
+                datasets[name] = dataset
+        return {**values, "datasets": datasets}
 
-    @field_validator("sources", "validation")
+    @field_validator("datasets", "validation")
     @classmethod
-    def _names_are_of_metrics(cls, sources: dict[str, SourceConfig], info: ValidationInfo) -> dict[str, SourceConfig]:
-        for name in sources:
+    def _names_are_of_metrics(
+        cls, datasets: dict[str, DatasetConfig], info: ValidationInfo
+    ) -> dict[str, DatasetConfig]:
+        for name in datasets:
             if not is_stored(info) and (not name.strip() or "/" in name or not name.isprintable()):
                 raise FixableError(
-                    f"the name of a source must have letters and no '/', got {name!r}: metrics are named source/NAME/…",
-                    f"data.{info.field_name}.{re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'main'}.shards=…",
+                    f"a dataset name must have letters and no '/', got {name!r}: metrics are named dataset/NAME/…",
+                    f"data.{info.field_name}.{re.sub(r'[^A-Za-z0-9_-]+', '_', name).strip('_') or 'main'}.path=…",
                 )
-        return sources
+        return datasets
 
     @model_validator(mode="after")
     def _evaluation_reads_all(self) -> Self:
-        for name, source in self.validation.items():
-            if source.repeat_threshold is not None:
+        for name, dataset in self.validation.items():
+            if dataset.repeat_threshold is not None:
                 raise ValueError(f"repeat_threshold of validation.{name} would count samples several times, or not")
         return self
 
 
-def _inherited(shared: dict[str, Any], of_source: dict[str, Any]) -> dict[str, Any]:
+def _inherited(shared: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
     """Return the common augmentations of a dataset, without crop settings that its augmentations replace."""
     replaced: tuple[str, ...] = ()
-    if of_source.get("scale_jitter") is not None:
+    if special.get("scale_jitter") is not None:
         replaced = _CROPS
-    elif not of_source.keys().isdisjoint(_CROPS):
+    elif not special.keys().isdisjoint(_CROPS):
         replaced = ("scale_jitter",)
     return {name: value for name, value in shared.items() if name not in replaced}

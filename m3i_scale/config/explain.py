@@ -15,6 +15,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.text import redact_text
+from m3i_scale.upgrade import KEYS
 
 KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
@@ -22,7 +23,7 @@ _BRANCHES = ("float", "int", "str", "constrained-float")
 """Path components that pydantic adds for the members of a union, as if they were keys."""
 
 HINTS = {
-    "epochs": "optim.steps (samples × epochs / optim.batch_size); of one source: data.sources.NAME.epochs",
+    "epochs": "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs",
     "num_epochs": "optim.steps (samples × epochs / optim.batch_size)",
     "max_steps": "optim.steps",
     "total_steps": "optim.steps",
@@ -62,18 +63,18 @@ HINTS = {
     "input_size": "backbone.config.image_size",
     "resolution": "backbone.config.image_size",
     "gradient_checkpointing": "backbone.activation_checkpointing",
-    "num_workers": "data.workers",
+    "num_workers": "data.num_workers",
     "aa": "data.augment.rand_augment",
     "auto_augment": "data.augment.rand_augment",
     "reprob": "data.augment.erasing",
     "re_prob": "data.augment.erasing",
     "ratio_range": "data.augment.scale_jitter",
     "cat_max_ratio": "data.augment.cat_max_ratio",
-    "dataset": "data.sources.NAME.shards",
-    "shards": "data.sources.NAME.shards",
-    "data_path": "data.sources.NAME.shards",
-    "train_data": "data.sources.NAME.shards",
-    "val_data": "data.validation.NAME.shards",
+    "dataset": "data.datasets.NAME.path",
+    "shards": "data.datasets.NAME.path",
+    "data_path": "data.datasets.NAME.path",
+    "train_data": "data.datasets.NAME.path",
+    "val_data": "data.validation.NAME.path",
     "max_length": "text.max_tokens",
     "output": "output_dir",
     "out": "output_dir",
@@ -92,9 +93,14 @@ HINTS = {
     "log_every": "log.every_steps",
     "eval_steps": "evaluation.every_steps",
     "eval_every": "evaluation.every_steps",
-    "ema_decay": "recipe.momentum.start",
+    "ema_decay": "recipe.ema.start",
 }
-"""Config keys of other code bases, mapped to the keys of this one."""
+"""Config keys of other code bases and of the previous format, mapped to the current keys."""
+HINTS |= {
+    path.rpartition(".")[2]: f"{path.rpartition('.')[0]}.{name}".lstrip(".")
+    for path, name in KEYS.items()
+    if "*" not in path
+}
 
 
 def parse_section(

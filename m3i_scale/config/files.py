@@ -1,5 +1,4 @@
-"""Config files as written: locate them, resolve `extends` and apply `key=value` overrides. This module only checks the
-YAML, and that old-style targets do not lose the memory settings of an extended file's heads."""
+"""Config files as written: locate them, resolve `extends` and apply `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import Any, Literal
 from m3i_scale.config.yaml_text import NOT_YAML, parse_yaml, read_yaml
 from m3i_scale.errors import ConfigError, Faults, did_you_mean, error_prefix
 from m3i_scale.text import redact_text
+from m3i_scale.upgrade import upgrade_config
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -63,13 +63,10 @@ def run_values(name_or_path: str, overrides: list[str] | None = None) -> dict[st
         )
     path = find_run_file(name_or_path)
     values = _read_with_base(path, ())
-    recipe, memories = values.get("recipe"), _memories(values)
     faults = Faults()
     for override in overrides or []:
         faults.note(_apply_override, values, override)
     faults.end()
-    if values.get("recipe") is recipe:
-        _check_memories(values, memories, path)
     return values
 
 
@@ -77,51 +74,14 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         raise ConfigError("run files extend each other in a circle", where=" → ".join(map(str, [*seen, path])))
-    values = read_yaml(path)
+    values = upgrade_config(read_yaml(path))
     base = values.pop("extends", None)
     if base is None:
         return values
     beside = path.parent / str(base)
     base_path = beside if beside.is_file() else find_run_file(str(base))
     below = _read_with_base(base_path, (*seen, path))
-    merged = _merge(below, values)
-    _check_memories(merged, _memories(below), path)
-    return merged
-
-
-def _memories(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the regularizers with a memory of targets that have a kind, by the name of the target's head."""
-    return {
-        target["head"]: target["regularizer"]
-        for target in _targets(values)
-        if "kind" in target and isinstance(target.get("head"), str) and isinstance(target.get("regularizer"), dict)
-        if {"size", "momentum"} & target["regularizer"].keys()
-    }
-
-
-def _check_memories(values: dict[str, Any], memories: dict[str, dict[str, Any]], path: Path) -> None:
-    """Reject old targets (without `kind`) if their head lost the memory that it had when they were written."""
-    for number, target in enumerate(_targets(values)):
-        name = target.get("head")
-        if "modality" not in target or "kind" in target or not isinstance(name, str) or name not in memories:
-            continue
-        heads = values["recipe"].get("heads")
-        head = heads.get(name) if isinstance(heads, dict) else None
-        if not isinstance(head, dict) or not {"queue", "state_momentum"} & head.keys():
-            regularizer = ", ".join(f"{key}: {value}" for key, value in memories[name].items())
-            raise ConfigError(
-                f"target '{target.get('name', number)}' is of before targets had a `kind`, and head '{name}', which it "
-                "extends, no longer says what it remembers",
-                where=f"{path}: recipe.targets.{number}",
-                why="it would be another method: what heads remember stands in the `regularizer` of their targets now",
-                fix=f"write the target as docs/recipes.md does, e.g. `kind: pooled, regularizer: {{{regularizer}}}`",
-            )
-
-
-def _targets(values: dict[str, Any]) -> list[dict[str, Any]]:
-    recipe = values.get("recipe")
-    targets = recipe.get("targets") if isinstance(recipe, dict) else None
-    return [target for target in targets if isinstance(target, dict)] if isinstance(targets, list) else []
+    return _merge(below, values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

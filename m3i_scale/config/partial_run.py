@@ -20,7 +20,7 @@ def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozen
         return RunConfig.model_validate(values), frozenset()
     except ValidationError as error:
         broken = frozenset(str(fault["loc"][0]) for fault in error.errors() if fault["loc"])
-    without = broken | ({"phases"} if "optim" in broken else set())  # the stages divide its steps
+    without = broken | ({"stages"} if "optim" in broken else set())  # the stages divide its steps
     sound = {key: value for key, value in values.items() if key not in without}
     try:
         return RunConfig.model_validate({"recipe": {}, **sound}), broken

@@ -35,7 +35,7 @@ class Task(Kind):
     """Stochastic depth: drop probability of residual branches at the last layer, increasing linearly from 0 at the
     first."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an EMA of all weights, exported with `export --weights momentum`. In step t the decay is at most t / (9
+    """Decay of an EMA of all weights, exported with `export --weights ema`. In step t the decay is at most t / (9
     + t), so that the EMA forgets the initial weights. Evaluations during training use the trained weights. Default: no
     EMA."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from m3i_scale.config import AugmentConfig, DistortionConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DatasetConfig, DistortionConfig
 from m3i_scale.config.views import ViewSpecs
 from m3i_scale.text import format_differences, listed
 
@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
 
 def fingerprint(
     shards: Iterable[Shard],
-    source: SourceConfig,
+    source: DatasetConfig,
     augment: AugmentConfig,
     repeats: str | None = None,
     views: ViewSpecs = 1,
@@ -53,7 +53,7 @@ def fingerprint(
     distortions = (source.augment or augment).model_dump(
         mode="json", include=set(DistortionConfig.model_fields), exclude_none=True
     )
-    exclude = {"shards", "augment"} | ({"repeat_threshold"} if source.repeat_threshold is None else set())
+    exclude = {"path", "augment"} | ({"repeat_threshold"} if source.repeat_threshold is None else set())
     settings = source.model_dump(mode="json", exclude=exclude) | {"augment": distortions}
     if not isinstance(views, int):
         settings["views"] = [spec.model_dump(mode="json", exclude_none=True) for spec in views]

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
@@ -63,7 +63,7 @@ class TrainStream:
 
     Args:
         data: streams, workers, limits, augmentation.
-        sources: datasets to read (data.sources or data.validation).
+        sources: datasets to read (data.datasets or data.validation).
         views: number of views per sample, or the spec of each view.
         image_size: view size of the backbone in pixels.
         micro_batch_size: samples per batch of this rank.
@@ -85,7 +85,7 @@ class TrainStream:
     def __init__(
         self,
         data: DataConfig,
-        sources: dict[str, SourceConfig],
+        sources: dict[str, DatasetConfig],
         *,
         views: ViewSpecs,
         image_size: int,
@@ -122,7 +122,7 @@ class TrainStream:
 
         shown = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
 
-        def make_views(source: SourceConfig) -> ViewMaker:
+        def make_views(source: DatasetConfig) -> ViewMaker:
             return shown(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
@@ -264,9 +264,9 @@ class TrainStream:
             begun: False if the data ended before the first step.
 
         Raises:
-            DataError: more than data.max_bad_fraction is corrupt or lost, or the run could not start.
+            DataError: more than data.max_corrupt_fraction is corrupt or lost, or the run could not start.
         """
-        limit, where = self._data.max_bad_fraction, self._quarantine.path
+        limit, where = self._data.max_corrupt_fraction, self._quarantine.path
         place = None if where is None else str(where)
         too_bad = account.read >= FRACTION_COUNTS_AFTER and account.bad > limit * account.read
         if begun and not too_bad and account.lost <= limit * self._pass_samples:
@@ -307,23 +307,23 @@ class TrainStream:
             "streams": {str(stream): state.to_json() for stream, state in self._states.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any], changed_sources: Collection[str] = ()) -> dict[str, str]:
+    def load_state_dict(self, state: dict[str, Any], changed_datasets: Collection[str] = ()) -> dict[str, str]:
         """Resume this rank's streams from a saved position; any number of ranks may have saved the state.
 
         Args:
             state: from `state_dict` or `merge_states`.
-            changed_sources: names of all datasets that may differ from the state.
+            changed_datasets: names of all datasets that may differ from the state.
 
         Returns:
             The differences, by dataset name.
 
         Raises:
             DataError: the state has another order (seed, streams) or lacks these streams, or datasets differ that
-                `changed_sources` does not name.
+                `changed_datasets` does not name.
         """
         check_format(state)
         check_order(state["order"], self._order)
-        changed = accept_changes(state, self._fingerprints, self._shards, changed_sources)
+        changed = accept_changes(state, self._fingerprints, self._shards, changed_datasets)
         missing = [stream for stream in self._streams if str(stream) not in state["streams"]]
         if missing:
             raise DataError(
@@ -344,12 +344,12 @@ class TrainStream:
 
     def _plan(
         self,
-        sources: dict[str, SourceConfig],
+        sources: dict[str, DatasetConfig],
         label_sets: dict[str, list[str]],
         cache_dir: Path,
         rank: int,
         seed: int,
-        make_views: Callable[[SourceConfig], ViewMaker],
+        make_views: Callable[[DatasetConfig], ViewMaker],
         *,
         reads: Reads,
         views: ViewSpecs,
@@ -359,8 +359,8 @@ class TrainStream:
         self._pass_samples = 0
         set_numbers = {name: number for number, name in enumerate(label_sets)}
         for name, source in sources.items():
-            where = f"source '{name}'"
-            places = expand_shards(source.shards, where, self._access.at_start())
+            where = f"dataset '{name}'"
+            places = expand_shards(source.path, where, self._access.at_start())
             with error_prefix(where):
                 indices = load_index(places, cache_dir, rank=rank, access=self._access)
             self._shards[name] = [(index.path.name, index.size, len(index), index.digest) for index in indices]

@@ -12,7 +12,7 @@ import bisect
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.errors import ConfigError
 
 UNIT = 2**40
@@ -32,10 +32,10 @@ def weight_at(weight: Weight, samples: int) -> float:
     return y0 + (y1 - y0) * (samples - x0) / (x1 - x0)
 
 
-def check_weights(sources: Mapping[str, SourceConfig], where: str = "data.sources") -> None:
+def check_weights(sources: Mapping[str, DatasetConfig], where: str = "data.datasets") -> None:
     """Check that at any time at least one dataset has a positive weight."""
     if not sources:
-        raise ConfigError("the run has no data", where=where, fix=f"{where}.main.shards=/data/shards/train")
+        raise ConfigError("the run has no data", where=where, fix=f"{where}.main.path=/data/shards/train")
     weights = [source.weight for source in sources.values()]
     # Weights are linear between these points, so a zero sum shows at one of them.
     points = sorted({0, *(at for weight in weights if isinstance(weight, list) for at, _ in weight)})
@@ -66,10 +66,10 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
             fix=f"take a multiple of {per_rank}, e.g. {_next_multiple(micro_batch_size, per_rank)}, "
             "or change data.streams",
         )
-    if data.workers and per_rank % data.workers:
+    if data.num_workers and per_rank % data.num_workers:
         raise ConfigError(
-            f"{per_rank} streams per rank cannot be shared out evenly over {data.workers} workers",
-            where="data.workers",
+            f"{per_rank} streams per rank cannot be shared out evenly over {data.num_workers} workers",
+            where="data.num_workers",
             fix=f"take one of {_divisors(per_rank)}, or 0 to load in the training process",
         )
 
@@ -134,7 +134,7 @@ def settle(credits: dict[str, int], shares: Mapping[str, int], taken: str) -> No
     credits[taken] -= UNIT
 
 
-def has_epochs(sources: Mapping[str, SourceConfig]) -> bool:
+def has_epochs(sources: Mapping[str, DatasetConfig]) -> bool:
     """Return whether any dataset has `epochs`, so that the run's data can end."""
     return any(source.epochs is not None for source in sources.values())
 

@@ -169,7 +169,7 @@ class _WorkSampler(Sampler[WorkItem]):
 
 
 class PartWorkers:
-    """Workers that prepare parts in `data.workers` processes, or in a thread if there are none; `close` stops them.
+    """Workers that prepare parts in `data.num_workers` processes, or in a thread if there are none; `close` stops them.
 
     Args:
         data: number of workers, and the timeout for waiting.
@@ -177,14 +177,14 @@ class PartWorkers:
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
-        self._activities = [Activity() for _ in range(max(1, data.workers))]
+        self._activities = [Activity() for _ in range(max(1, data.num_workers))]
         self._orders = _WorkSampler(len(self._activities))
         self._received = 0
         self._in_use = threading.Lock()
         self.watch = DeathWatch()
         maker = PartMaker(self._activities)
         self._parts: InThread[PartialBatch] | FromWorkers[PartialBatch]
-        if not data.workers:
+        if not data.num_workers:
             self._parts = InThread(maker[order] for order in self._orders)
             return
         # Without batching, a DataLoader returns results in the order of the indices, which alternate by worker.
@@ -192,10 +192,10 @@ class PartWorkers:
             maker,
             sampler=self._orders,
             batch_size=None,
-            num_workers=data.workers,
+            num_workers=data.num_workers,
             multiprocessing_context=START_METHOD,
             prefetch_factor=PREFETCH_PARTS,
-            timeout=min(POLL_S, data.stall_timeout_s),
+            timeout=min(POLL_S, data.timeout_s),
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # otherwise the loader would advance the generator of the training process
         )
@@ -227,13 +227,13 @@ class PartWorkers:
 
     @contextlib.contextmanager
     def _held(self, rank: int) -> Iterator[None]:
-        limit_s = self._data.stall_timeout_s
+        limit_s = self._data.timeout_s
         if not self._in_use.acquire(timeout=limit_s):
             raise DataError(
-                f"the loader still reads for an earlier iteration after data.stall_timeout_s = {limit_s:g} seconds",
+                f"the loader still reads for an earlier iteration after data.timeout_s = {limit_s:g} seconds",
                 where=f"rank {rank}, {self._activities[self._received % len(self._activities)].describe()}",
                 fix="close an iterator before the next one is asked for a batch; if the storage is only slow, raise "
-                "data.stall_timeout_s",
+                "data.timeout_s",
             )
         try:
             yield
@@ -241,12 +241,12 @@ class PartWorkers:
             self._in_use.release()
 
     def _await(self, rank: int) -> PartialBatch:
-        number, limit_s = self._received % len(self._activities), self._data.stall_timeout_s
+        number, limit_s = self._received % len(self._activities), self._data.timeout_s
         activity = self._activities[number]
         try:
             part: PartialBatch = await_item(self._parts, activity, limit_s)
         except NotYetError:
-            worker = number if self._data.workers else None
+            worker = number if self._data.num_workers else None
             raise stalled(activity, rank=rank, worker=worker, timeout_s=limit_s) from None
         self._received += 1
         return part
@@ -270,7 +270,7 @@ def started_workers(data: DataConfig) -> Iterator[list[PartWorkers]]:
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(contextlib.closing(PartWorkers(data)))
-            for sources in (data.sources, data.validation)
+            for sources in (data.datasets, data.validation)
             if sources
         ]
 

@@ -1,6 +1,6 @@
 """timm's RandAugment for views, with a random generator per thread that is seeded per sample.
 
-With `data.workers: 0`, a thread of the training process creates the views. If both threads drew from the global
+With `data.num_workers: 0`, a thread of the training process creates the views. If both threads drew from the global
 generators, as in timm, each would advance the generator of the other.
 """
 

@@ -56,7 +56,7 @@ def repeats_of(
 
     Args:
         indices: indices of its shards, in the order of the list of all samples.
-        threshold: see `SourceConfig.repeat_threshold`.
+        threshold: see `DatasetConfig.repeat_threshold`.
         seed: seed of this (run, dataset).
         where: names the dataset in errors.
         access: access settings for servers.

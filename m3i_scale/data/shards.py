@@ -9,7 +9,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
@@ -123,7 +123,7 @@ def _by_name(named: Sequence[Address], where: str) -> list[Address]:
 
 
 def read_label_sets(
-    sources: dict[str, SourceConfig], access: Access | None = None, file: str = LABELS
+    sources: dict[str, DatasetConfig], access: Access | None = None, file: str = LABELS
 ) -> dict[str, list[str]]:
     """Read the class names of every class list from the shards' sidecar files; a dataset without a file has no classes.
 
@@ -134,10 +134,10 @@ def read_label_sets(
     """
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
-        path = shard_folder(source.shards) / file
+        path = shard_folder(source.path) / file
         if not source.labels:
             continue
-        labels = _read_labels(path, f"source '{name}': ", access)
+        labels = _read_labels(path, f"dataset '{name}': ", access)
         if labels is None:
             continue
         label_set = source.label_set or name

@@ -163,24 +163,24 @@ def accept_changes(
         state: merged state.
         present: current fingerprints.
         here: current shards, by dataset.
-        named: data.changed_sources.
+        named: data.changed_datasets.
     """
     differences = changes(state["sources"], present, state["listings"], here)
     past = state["changes"]
     if set(named) == set(differences) or (not differences and past and set(named) == set(past[-1]["sources"])):
         return differences
-    wanted = f"data.changed_sources=[{', '.join(differences)}]"
+    wanted = f"data.changed_datasets=[{', '.join(differences)}]"
     if not differences:
         before = f"; those of the last change were {', '.join(past[-1]['sources'])}" if past else ""
         raise DataError(
-            f"data.changed_sources names {', '.join(sorted(named))}, and no source differs from the checkpoint",
-            where="data.changed_sources",
+            f"data.changed_datasets names {', '.join(sorted(named))}, and no source differs from the checkpoint",
+            where="data.changed_datasets",
             fix=f"take the names out{before}",
         )
     idle = sorted(set(named) - set(differences))
     raise DataError(
         f"the data changed since the checkpoint: {', '.join(differences)}"
-        + (f"; data.changed_sources also names {', '.join(idle)}, unchanged" if idle else ""),
+        + (f"; data.changed_datasets also names {', '.join(idle)}, unchanged" if idle else ""),
         where="data state, sources",
         why="; ".join(f"{name}: {text}" for name, text in differences.items()),
         fix=f"restore the shards and settings of the run; or, where all of that is meant, set {wanted}",

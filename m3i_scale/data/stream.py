@@ -45,7 +45,7 @@ class StreamSource:
     """Number of classes; None if labels are not read."""
     views: ViewMaker
     captions: str = "one"
-    """See `SourceConfig.captions`."""
+    """See `DatasetConfig.captions`."""
     end: int | None = None
     """Position at which the dataset is exhausted; None: never."""
     mask_classes: int | None = None
@@ -192,15 +192,20 @@ class Stream:
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
         """Stop a stream without valid samples. It never completes a batch, so the loader cannot check its fraction."""
         bad, read = single_faults(self.state.bad, self.state.read)
-        too_many = sum(bad.values()) > self._data.max_bad_fraction * read
+        too_many = sum(bad.values()) > self._data.max_corrupt_fraction * read
         # With one valid sample per epoch, a corrupt end of one epoch may meet a corrupt start of the next.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]
             where = listed(paths, _SHARDS_NAMED)
-            what = f"a stream of source '{source.name}' has no good sample" if no_good_one else None
+            what = f"a stream of dataset '{source.name}' has no good sample" if no_good_one else None
             raise too_many_bad(
-                self.state.bad, self.state.read, self._data.max_bad_fraction, where, what, listed_in=self._quarantine
+                self.state.bad,
+                self.state.read,
+                self._data.max_corrupt_fraction,
+                where,
+                what,
+                listed_in=self._quarantine,
             )
 
 
@@ -238,10 +243,10 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
     """Return the error for too many samples in lost shards; `reasons` are the counts of this rank."""
     table = "; ".join(f"{count} samples × {reason}" for reason, count in reasons.items() if reason.startswith(SHARD))
     return DataError(
-        f"{lost} of {total} samples of a pass are lost with their shards, more than data.max_bad_fraction = {limit:g}",
+        f"{lost} of {total} samples of a pass are lost with their shards, above data.max_corrupt_fraction = {limit:g}",
         where=where,
         why=table or "they are of other ranks",
-        fix="mend the shards, or raise data.max_bad_fraction if you can do without them",
+        fix="mend the shards, or raise data.max_corrupt_fraction if you can do without them",
     )
 
 
@@ -285,14 +290,14 @@ def too_many_bad(
 ) -> DataError:
     """Return the error for too many corrupt samples; `what` replaces the part of the message about the fraction."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
-    fix = "mend the shards, or raise data.max_bad_fraction if you know why they are bad"
+    fix = "mend the shards, or raise data.max_corrupt_fraction if you know why they are bad"
     if what is not None:
         fix = "mend the shards, or leave out those without a good sample"
     if NOT_A_MEMBER in bad:
         fix = "if shards were replaced by others of the same size, index them anew: m3i-scale shards index FOLDER"
     count = f"{sum(bad.values())} of {read} samples read are bad"
     return DataError(
-        f"{count}, more than data.max_bad_fraction = {limit:g}" if what is None else f"{what}: {count}",
+        f"{count}, more than data.max_corrupt_fraction = {limit:g}" if what is None else f"{what}: {count}",
         where=where,
         why=table + (f"; one by one in {listed_in}" if listed_in is not None else ""),
         fix=fix,

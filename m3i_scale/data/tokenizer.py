@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.faults import start_fix
@@ -79,7 +79,7 @@ def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
 
 
 def find_tokenizer(
-    sources: dict[str, SourceConfig], configured: str | None, access: Access | None = None
+    sources: dict[str, DatasetConfig], configured: str | None, access: Access | None = None
 ) -> PreTrainedTokenizerBase:
     """Load the configured tokenizer, or the one next to the shards of the first dataset that has one.
 
@@ -92,7 +92,7 @@ def find_tokenizer(
         return _load(configured, "text.tokenizer")
     places = []
     for name, source in sources.items():
-        folder = shard_folder(source.shards)
+        folder = shard_folder(source.path)
         for place in (folder / "tokenizer", folder.parent / "tokenizer"):
             tokenizer = _load_sidecar(place, name, access)
             if tokenizer is not None:
@@ -154,7 +154,7 @@ def _sha256(value: Any) -> str | None:
 
 def _load_sidecar(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer in a local or remote folder; None if there is none."""
-    where = f"data.sources.{source}"
+    where = f"data.datasets.{source}"
     if isinstance(place, Path):
         return _load(str(place), where) if place.is_dir() else None
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +172,9 @@ def _copy_files(remote: Url, folder: Path, source: str, access: Access | None) -
             continue
         except OSError as error:
             raise DataError(
-                f"cannot read the tokenizer: {error}", where=f"source '{source}': {remote / name}", fix=start_fix(error)
+                f"cannot read the tokenizer: {error}",
+                where=f"dataset '{source}': {remote / name}",
+                fix=start_fix(error),
             ) from None
         (folder / name).write_bytes(data)
     return True

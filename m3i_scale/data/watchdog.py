@@ -59,10 +59,10 @@ def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: flo
     """Return the error for a timeout of the data loader."""
     reader = f"the training process of rank {rank}" if worker is None else f"worker {worker} of rank {rank}"
     return DataError(
-        f"no sample has arrived for {activity.idle_s:.0f} s, more than data.stall_timeout_s = {timeout_s:g}",
+        f"no sample has arrived for {activity.idle_s:.0f} s, more than data.timeout_s = {timeout_s:g}",
         where=f"{reader}, {activity.describe()}",
         fix="see to the storage and start again, the run goes on from its last checkpoint; if it is only slow, raise "
-        "data.stall_timeout_s",
+        "data.timeout_s",
     )
 
 

@@ -97,10 +97,10 @@ class DeathWatch:
         end = signal.Signals(-dead[0]).name if dead[0] < 0 else f"exit code {dead[0]}"
         raise LostWorkerError(
             f"a loader process has died ({end})",
-            where=f"data.workers: {len(self.workers)}",
+            where=f"data.num_workers: {len(self.workers)}",
             why="most often the machine had no memory left for it"
             + (f"; torch says: {torchs.strip()}" if torchs else ""),
-            fix="lower data.workers, or give the job more memory; the run goes on from its last checkpoint",
+            fix="lower data.num_workers, or give the job more memory; the run goes on from its last checkpoint",
         ) from None
 
 

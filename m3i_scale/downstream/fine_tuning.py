@@ -45,7 +45,7 @@ def check_task(run: RunConfig, model: VisionConfig) -> None:
     if task.freeze:
         _check_frozen(run)
     augment = run.data.augment
-    kinds = (augment, *(source.augment for source in run.data.sources.values()))
+    kinds = (augment, *(source.augment for source in run.data.datasets.values()))
     if any(one is not None and one.rand_augment is not None for one in kinds):
         _check_timm("RandAugment is", "data.augment.rand_augment=null")
     if augment.erasing:
@@ -143,11 +143,11 @@ def _check_sweep(run: RunConfig, family: Family) -> None:
             why="how a head learns would depend on the others",
             fix="optim.clip_grad_norm=0",
         )
-    if run.data.sources and not run.data.validation:
+    if run.data.datasets and not run.data.validation:
         raise ConfigError(
             "the best head of a sweep is the best on images for validation, and there are none",
             where="data.validation",
-            fix="data.validation.val.shards=/data/shards/val and evaluation.every_steps",
+            fix="data.validation.val.path=/data/shards/val and evaluation.every_steps",
         )
 
 
@@ -180,17 +180,17 @@ def check_labels(task: Task | None, label_sets: dict[str, list[str]]) -> None:
     if isinstance(task, Detection) and len(label_sets) > 1:
         raise ConfigError(
             f"objects have one list of categories, and the sources have {', '.join(label_sets)}",
-            where="data.sources",
-            fix=f"equal {CATEGORIES} become one by data.sources.NAME.label_set",
+            where="data.datasets",
+            fix=f"equal {CATEGORIES} become one by data.datasets.NAME.label_set",
         )
     if isinstance(task, Classification) and len(label_sets) != 1:
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
         raise ConfigError(
             f"a classifier has one list of classes, and the sources have {several or 'no labels'}",
-            where="data.sources",
+            where="data.datasets",
             why=None if several else "no source has labels.json beside its shards",
-            fix="leave all but one label set out: data.sources.NAME.labels=false; equal lists become one by"
-            " data.sources.NAME.label_set"
+            fix="leave all but one label set out: data.datasets.NAME.labels=false; equal lists become one by"
+            " data.datasets.NAME.label_set"
             if several
             else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
         )
@@ -218,11 +218,11 @@ def _check_mask_labels(label_sets: dict[str, list[str]]) -> None:
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
         raise ConfigError(
             f"pixels have one list of classes, and the sources have {several}",
-            where="data.sources",
-            fix=f"equal {MASK_LABELS} become one by data.sources.NAME.label_set",
+            where="data.datasets",
+            fix=f"equal {MASK_LABELS} become one by data.datasets.NAME.label_set",
         )
     ((name, names),) = label_sets.items()
-    check_mask_classes(names, f"data.sources, label set '{name}': {MASK_LABELS}")
+    check_mask_classes(names, f"data.datasets, label set '{name}': {MASK_LABELS}")
 
 
 def prepare(objective: Objective, task: Task, classes: int, erasing: float = 0.0) -> None:

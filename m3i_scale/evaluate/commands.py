@@ -39,15 +39,14 @@ def evaluate(
     templates: tuple[str, ...] = TEMPLATES,
     batch_size: int | None = None,
     device: str = "auto",
-    overlays: Path | None = None,
-    overlay_count: int | None = None,
     pictures: Path | None = None,
+    picture_count: int | None = None,
     picture_samples: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate the frozen features of a model, and the accuracy of its trained classifier.
 
-    Deterministic. Writes nothing to disk except overlays and pictures.
+    Deterministic. Writes nothing to disk except pictures.
 
     Args:
         model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
@@ -61,9 +60,9 @@ def evaluate(
         batch_size: images per forward pass (default: `IMAGES`; `DETECTED` for a detector), or windows for a segmenter
             (default: `WINDOWS`).
         device: auto (CUDA if available), cpu, cuda, cuda:1, …
-        overlays: new folder for prediction overlays of a segmenter, or of a detector's worst images.
-        overlay_count: number of overlays; default: `OVERLAY_COUNT`.
-        pictures: new folder for feature visualizations.
+        pictures: new folder for visualizations of features, or for prediction overlays of a segmenter or of a
+            detector's worst images.
+        picture_count: number of overlays; default: `OVERLAY_COUNT`.
         picture_samples: keys (`shard.tar/key`) of the samples to visualize; at most and by default `SAMPLES`.
         progress: callback for the number of samples read and the current metric.
 
@@ -72,26 +71,26 @@ def evaluate(
         requested.
     """
     check_options(measures, (*MEASURES, SEGMENTER, DETECTOR), pool, batch_size)
-    _check(baseline, overlays, overlay_count)
-    if picture_samples is not None and pictures is None:
-        raise ConfigError("samples of pictures have no effect without a folder", fix="--pictures /data/pictures")
+    _check_known(baseline, get_args(Baseline), "baseline")
+    if pictures is None and (picture_samples is not None or picture_count is not None):
+        raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
     where, folder = device_of(device), Path(model_dir)
     given = {
         "--train-data": train_data is not None,
         "--baseline": baseline != "none",
         "--pool": pool != "mean",
         "--template": templates != TEMPLATES,
-        "--pictures": pictures is not None,
+        "--picture-samples": picture_samples is not None,
     }
     idle = [name for name, is_given in given.items() if is_given]
-    drawing = None if overlays is None else (overlays, overlay_count or OVERLAY_COUNT)
+    drawing = None if pictures is None else (pictures, picture_count or OVERLAY_COUNT)
     if (measured := load_trained_model(folder, measures, idle)) is not None:
         return measured(folder, data, where, batch_size, exclude_groups, drawing, progress)
-    if overlays is not None:
+    if picture_count is not None:
         raise ConfigError(
-            "overlays have no effect: they show what a segmenter or a detector predicts, and none is measured",
+            "--picture-count has no effect: no predictions of a segmenter or detector are drawn",
             where=str(folder),
-            fix=f"--measure {SEGMENTER} or --measure {DETECTOR}, of a folder that holds one; else leave them out",
+            fix=f"leave it out; or --measure {SEGMENTER} or {DETECTOR}, if the folder holds one",
         )
     measures = MEASURES if measures is None else measures
     test_table = open_table(data, "--data")
@@ -99,7 +98,7 @@ def evaluate(
     if train_table is not None:
         check_apart(test_table, train_table)
     if pictures is not None:
-        make_folder(pictures, "--pictures")
+        make_folder(pictures)
         if picture_samples is not None:
             check_samples(test_table, picture_samples)
     vision = load_vision(folder, pool, where)
@@ -191,14 +190,6 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
 def _check_known(value: str, known: tuple[str, ...], what: str) -> None:
     if value not in known:
         raise ConfigError(f"no {what} '{value}'", fix=did_you_mean(value, known))
-
-
-def _check(baseline: str, overlays: Path | None, overlay_count: int | None) -> None:
-    _check_known(baseline, get_args(Baseline), "baseline")
-    if overlay_count is not None and overlay_count < 1:
-        raise ConfigError(f"{overlay_count} overlays are none", where="--overlay-count")
-    if overlay_count is not None and overlays is None:
-        raise ConfigError("a number of overlays has no effect without their folder", fix="--overlays /data/overlays")
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE
 from m3i_scale.data.shards import MASK_LABELS, read_label_sets
 from m3i_scale.defaults import NO_CLASS
@@ -68,7 +68,7 @@ def evaluate_segmenter(
 
 def check_classes(segmenter: Segmenter, shards: str) -> None:
     """Check that the masks of a dataset have the classes of a segmenter."""
-    sets = read_label_sets({"data": SourceConfig(shards=shards)}, file=MASK_LABELS)
+    sets = read_label_sets({"data": DatasetConfig(path=shards)}, file=MASK_LABELS)
     names = next(iter(sets.values()), None)
     if names != segmenter.classes:
         raise DataError(

@@ -36,25 +36,20 @@ PALETTE = np.array(
 """Color of a class by its number, the same in every picture: red, green, blue from 0 to 255."""
 
 
-def make_folder(folder: Path, option: str = "--overlays") -> None:
-    """Create the folder of pictures, or use an existing empty one.
-
-    Args:
-        folder: created with its parents.
-        option: name of the option, for errors.
-    """
+def make_folder(folder: Path) -> None:
+    """Create the folder of pictures and its parents, or use an existing empty one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(folder.iterdir())
     except OSError as error:
-        raise write_error(folder, error, option) from None
+        raise write_error(folder, error) from None
     if taken:
-        raise ConfigError("the folder is not empty", where=f"{option} {folder}", fix="name a new one")
+        raise ConfigError("the folder is not empty", where=f"--pictures {folder}", fix="name a new one")
 
 
-def write_error(folder: Path, error: OSError, option: str = "--overlays") -> ConfigError:
+def write_error(folder: Path, error: OSError) -> ConfigError:
     """Return the error for pictures that cannot be written."""
-    return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"{option} {folder}")
+    return ConfigError(f"pictures cannot be written: {error.strerror or error}", where=f"--pictures {folder}")
 
 
 def file_stem(key: str) -> str:

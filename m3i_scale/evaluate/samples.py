@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig
 from m3i_scale.data.crops import Crop, center_crop
 from m3i_scale.data.images import on_white, orientation, upright
 from m3i_scale.data.index import load_index
@@ -94,7 +94,7 @@ class Table:
 def open_table(shards: str, where: str) -> Table:
     """Return the (still empty) table of a set of shards."""
     paths = expand_shards(shards, where)
-    sets = read_label_sets({"data": SourceConfig(shards=shards)})
+    sets = read_label_sets({"data": DatasetConfig(path=shards)})
     return Table(paths, next(iter(sets.values()), []))
 
 

@@ -21,8 +21,8 @@ from m3i_scale.evaluate.features import no_pooling_layer
 from m3i_scale.files import read_json
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.upgrade import upgraded
 from m3i_scale.output import quiet_loading
+from m3i_scale.upgrade import upgrade_recipe
 
 _TEXT_BATCH = 256
 
@@ -73,7 +73,7 @@ def has_head(folder: Path, kind: str) -> bool:
         return False
     values = _read(path)
     try:
-        targets = upgraded(values["run"]["recipe"])["targets"]
+        targets = upgrade_recipe(values["run"]["recipe"])["targets"]
         return bool(values["label_sets"]) and kind in {target["kind"] for target in targets}
     except (KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"the heads' description does not name its targets: {error}", where=str(path)) from None

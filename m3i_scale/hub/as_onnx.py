@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.errors import ExportError
 from m3i_scale.files import write_json
 from m3i_scale.hub import fresh_onnx
 from m3i_scale.hub.process import run_fresh
@@ -17,21 +17,12 @@ from m3i_scale.hub.verify import Reference, close, difference
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
-def check_also(also: tuple[str, ...]) -> None:
-    """Raise an error for an additional format that is not supported or lacks its packages."""
-    for name in also:
-        if name == "torch_export":
-            raise ExportError(
-                "exports bring no torch.export program",
-                where="--also torch_export",
-                fix="--also onnx; or torch.export.export of the model that AutoModel loads from the folder",
-            )
-        if name != "onnx":
-            raise ExportError(f"no program '{name}'", where="--also", fix=did_you_mean(name, ("onnx",)))
-    missing = [name for name in _NEEDED if also and importlib.util.find_spec(name) is None]
+def check_onnx() -> None:
+    """Raise an error if packages for ONNX files are missing."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"{' and '.join(missing)} not installed", where="--also onnx", fix="pip install 'm3i-scale[onnx]'"
+            f"{' and '.join(missing)} not installed", where="--format onnx", fix="pip install 'm3i-scale[onnx]'"
         )
 
 
@@ -46,13 +37,13 @@ def write_onnx(folder: Path, reference: Reference) -> float:
     if part.name == "detector":
         raise ExportError(
             "how many objects are found depends on the image, and an ONNX file has a fixed number",
-            where="--also onnx",
+            where="--format onnx",
             fix="leave it out",
         )
     if part.inputs != ("pixel_values",):
         raise ExportError(
             f"a {part.name} model reads {', '.join(part.inputs)}, and ONNX files are made of models that read images",
-            where="--also onnx",
+            where="--format onnx",
         )
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -69,6 +60,6 @@ def write_onnx(folder: Path, reference: Reference) -> float:
         largest = max(largest, difference(output, expected))
         if not close(output, expected):
             raise ExportError(
-                f"the ONNX file differs by {largest:.3g} from training on {count} images", where="--also onnx"
+                f"the ONNX file differs by {largest:.3g} from training on {count} images", where="--format onnx"
             )
     return largest

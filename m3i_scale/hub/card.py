@@ -26,7 +26,7 @@ _TAKEN_OVER = (
     "compute",
     "versions",
     "label_set",
-    "phases",
+    "stages",
 )
 _PIPELINES = {
     "features": "image-feature-extraction",
@@ -102,9 +102,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         masks=source.recipe.reads == "boxes_and_masks",
         queries=config["model_type"] == "eomt",
         queried=config["model_type"] == "rf_detr",
-        text=source.recipe.uses_text_tower
-        and provenance["task"] == "features"
-        and provenance["format"] == "transformers",
+        text=source.recipe.uses_text_tower and provenance["task"] == "features" and provenance["format"] != "timm",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
         recipe=describe(source.recipe),

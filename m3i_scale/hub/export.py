@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from m3i_scale import __version__
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
-from m3i_scale.hub.as_onnx import check_also, write_onnx
+from m3i_scale.hub.as_onnx import write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
 from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
@@ -38,31 +38,29 @@ from m3i_scale.objective.targets.category import Category
 from m3i_scale.scale.checkpoint.layout import MANIFEST
 from m3i_scale.text import redact
 
-Weights = Literal["student", "momentum"]
+Weights = Literal["student", "ema"]
 Dtype = Literal["float32", "bfloat16"]
 
 
 def export(
     run_dir_or_checkpoint: Path | str,
-    to: Path | str,
+    output: Path | str,
     weights: Weights = "student",
     dtype: Dtype = "float32",
     *,
     wanted: ExportContents | None = None,
-    also: tuple[str, ...] = (),
     overwrite: bool = False,
     license_id: str = "other",
     evaluation_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Export a checkpoint and verify it in a fresh process. The folder appears at `to` only after verification.
+    """Export a checkpoint and verify it in a fresh process. The folder appears only after verification.
 
     Args:
         run_dir_or_checkpoint: one checkpoint, or a run's output folder (uses its latest valid checkpoint).
-        to: output folder.
+        output: folder to write.
         weights: the trained weights or the EMA weights.
         dtype: data type of the exported tensors.
         wanted: model and format of the export; default: features, for `AutoModel`.
-        also: additional formats: `onnx`.
         overwrite: replace an earlier export. Any other non-empty folder is an error.
         license_id: license of the weights for the model card, as a Hub license id.
         evaluation_file: output of `m3i-scale evaluate --json`; default: evaluation.json of the run, if any.
@@ -70,12 +68,11 @@ def export(
     Returns:
         Provenance: checkpoint, step, files with hashes, verification results, skipped checkpoints.
     """
-    target, wanted = Path(to).absolute(), wanted or ExportContents()
+    target, wanted = Path(output).absolute(), wanted or ExportContents()
     _check(weights, dtype, target, overwrite)
     check_contents(wanted)
-    check_also(also)
     source, heads = with_best_head(find_source(Path(run_dir_or_checkpoint)))
-    reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format == "transformers")
+    reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format != "timm")
     tokenizer = source_tokenizer(source) if source.recipe.uses_text_tower and reads_text else None
     parts = plan_parts(source, wanted, tokenizer)
     _check_rounding(source, wanted, dtype)
@@ -86,7 +83,7 @@ def export(
         fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
         reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
         proven = verify(folder, reference)
-        if also:
+        if wanted.format == "onnx":
             proven["programs"] = {"onnx": write_onnx(folder, reference)}
         facts = (
             _provenance(source, folder, weights, dtype)
@@ -95,7 +92,7 @@ def export(
                 "task": wanted.task,
                 "format": wanted.format,
                 "label_set": wanted.label_set,
-                "request": {**asdict(wanted), "also": sorted(also)},
+                "request": asdict(wanted),
                 "license": license_id,
                 "verified": proven,
                 "evaluation": evaluation,
@@ -114,7 +111,7 @@ def export(
 
 def export_and_push(
     run_dir_or_checkpoint: Path | str,
-    to: Path | str,
+    output: Path | str,
     *,
     push_to: str | None = None,
     public: bool = False,
@@ -125,9 +122,9 @@ def export_and_push(
     if push_to is None:
         if public or dry_run:
             raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
-        return export(run_dir_or_checkpoint, to, **options)
-    facts = export(run_dir_or_checkpoint, to, **options)
-    return facts | {"push": push(Path(to).absolute(), push_to, public=public, dry_run=dry_run)}
+        return export(run_dir_or_checkpoint, output, **options)
+    facts = export(run_dir_or_checkpoint, output, **options)
+    return facts | {"push": push(Path(output).absolute(), push_to, public=public, dry_run=dry_run)}
 
 
 def _joined(*warnings: str | None) -> str | None:
@@ -166,7 +163,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "passed_over": [{"checkpoint": path.name, "reason": reason} for path, reason in source.passed_over],
         "step": source.step,
         "samples": source.step * source.run.optim.batch_size,
-        "phases": source.meta.get("phases", []),
+        "stages": source.meta.get("stages", source.meta.get("phases", [])),
         "weights": weights,
         "dtype": dtype,
         "parameters": _parameters(folder),
@@ -224,8 +221,8 @@ def check_contents(wanted: ExportContents) -> None:
 
 
 def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
-    if weights not in ("student", "momentum"):
-        raise ExportError(f"no weights '{weights}'", fix=did_you_mean(weights, ("student", "momentum")))
+    if weights not in ("student", "ema"):
+        raise ExportError(f"no weights '{weights}'", fix=did_you_mean(weights, ("student", "ema")))
     if dtype not in DTYPES:
         raise ExportError(f"no dtype '{dtype}' for an export", fix=did_you_mean(dtype, DTYPES))
     if target.exists() and not target.is_dir():

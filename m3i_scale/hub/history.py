@@ -12,6 +12,7 @@ from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json_lines
 from m3i_scale.hub.source import Source
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.upgrade import upgrade_line
 
 CURVE_ROWS = 10
 
@@ -73,7 +74,7 @@ def compute_of(source: Source) -> dict[str, Any]:
             flop, counted = (flop or 0.0) + per_step * steps, counted + steps
         if isinstance(record.get("device"), str):
             devices.add(record["device"])
-        step_s = record.get("speed/step_s")
+        step_s = record.get("time/step")
         if isinstance(step_s, int | float) and world is not None:
             seconds = (seconds or 0.0) + step_s * steps * world
     if isinstance(per_step, int | float):  # steps without a record count like the last recorded one
@@ -94,7 +95,7 @@ def supervision_of(source: Source) -> dict[str, float]:
         if world is None:
             continue
         for target in source.recipe.targets:
-            count = record.get(f"group/{target.name}/count")  # per micro-batch, over all ranks
+            count = record.get(f"loss_samples/{target.name}")  # per micro-batch, over all ranks
             if isinstance(count, int | float):
                 seen = steps * source.run.optim.batch_size
                 samples[target.name] = samples.get(target.name, 0.0) + seen * count / (micro_batch * world)
@@ -106,7 +107,7 @@ def curve_of(source: Source) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for record in _trained(source):
         rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record
-    losses = {target.name: f"group/{target.name}/loss" for target in source.recipe.targets}
+    losses = {target.name: f"loss/{target.name}" for target in source.recipe.targets}
     return [
         {
             "step": row.get("step", 0),
@@ -135,7 +136,7 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
             world, before = record.get("world_size", world), step if before is None else before
             micro_batch = record.get("micro_batch_size", micro_batch)
             yield record, 0, None, micro_batch
-        elif record.get("kind") == "phase" and step <= source.step:
+        elif record.get("kind") == "stage" and step <= source.step:
             micro_batch = record.get("micro_batch_size", micro_batch)
             yield record, 0, None, micro_batch
         elif record.get("kind") == "train" and step <= source.step:
@@ -145,4 +146,4 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
 
 def _records(source: Source) -> Iterator[dict[str, Any]]:
     path = source.run_dir / "metrics.jsonl"
-    return read_json_lines(path) if path.is_file() else iter(())
+    return map(upgrade_line, read_json_lines(path)) if path.is_file() else iter(())

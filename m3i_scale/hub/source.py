@@ -67,7 +67,7 @@ def find_source(path: Path) -> Source:
         meta = read_json(checkpoint / "meta.json")
         step = int(meta["step"])
         run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
-        run = _at_last_size(run.in_phase(run.phase_at(step - 1)))
+        run = _at_last_size(run.in_stage(run.stage_at(step - 1)))
     except ConfigError as error:
         raise CheckpointError(
             f"the checkpoint's run file does not hold together: {error.what}", where=error.where
@@ -88,7 +88,7 @@ def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneC
 
 def _at_last_size(run: RunConfig) -> RunConfig:
     """Return the run with its backbone set to the image size of the current stage, which is the size to export."""
-    size, own = run.phases[0].image_size if run.phases else None, run.backbone
+    size, own = run.stages[0].image_size if run.stages else None, run.backbone
     if size is None:
         return run
     return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
@@ -160,7 +160,7 @@ def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     kept = source.checkpoint.parent.parent / "tokenizer"  # the run's copy outlives the shards
     configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
     try:
-        tokenizer = find_tokenizer(source.run.data.sources, configured)
+        tokenizer = find_tokenizer(source.run.data.datasets, configured)
     except ConfigError as error:
         raise ExportError(
             f"the tokenizer of the run is gone: {error.what}",
@@ -191,10 +191,10 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
     Paths are omitted, because they are useless elsewhere. A dataset with an unreadable manifest gets a note.
     """
     described = []
-    for name, config in source.run.data.sources.items():
+    for name, config in source.run.data.datasets.items():
         facts: dict[str, Any] = {"name": name, "weight": config.weight, "manifest_sha256": None, "samples": None}
         try:
-            raw = read_file(shard_folder(config.shards) / MANIFEST)
+            raw = read_file(shard_folder(config.path) / MANIFEST)
             manifest = json.loads(raw)
             shards = manifest["shards"]
             facts |= {
@@ -223,7 +223,7 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
 
     Args:
         source: the checkpoint.
-        weights: weights of the checkpoint: `student` or `momentum`.
+        weights: weights of the checkpoint: `student` or `ema`.
         given: the file.
 
     Returns:

@@ -34,13 +34,13 @@ from m3i_scale.hub.tensors import TEXT, VISION, ExportedModule, Resize, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.detection import Detection
-from m3i_scale.objective.upgrade import upgraded
 from m3i_scale.text import redact
+from m3i_scale.upgrade import upgrade_recipe
 
 Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]
-Format = Literal["transformers", "timm"]
+Format = Literal["transformers", "timm", "onnx"]
 TASKS = ("features", "classification", "segmentation", "detection", "zero_shot", "backbone")
-FORMATS = ("transformers", "timm")
+FORMATS = ("transformers", "timm", "onnx")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class ExportContents:
 
     task: Task = "features"
     format: Format = "transformers"
+    """onnx: the files of transformers, and an ONNX file of the model."""
     label_set: str | None = None
     """Of a classifier; None if the run has only one."""
     max_shard_size: str = DEFAULT_SHARD_SIZE
@@ -102,7 +103,7 @@ def write_folder(
         # Truncate to the same length as in training.
         tokenizer.model_max_length = source.run.text.max_tokens
         write_tokenizer(folder / next(part.folder for part in parts if "input_ids" in part.inputs), tokenizer)
-    if wanted.task == "features" and wanted.format == "transformers":
+    if wanted.task == "features" and wanted.format != "timm":
         fingerprints["heads"] = write_heads(folder / "heads", source, weights, dtype)
     return fingerprints
 
@@ -229,7 +230,7 @@ def portable_run(run: RunConfig) -> dict[str, Any]:
 
 def _portable_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe with only the names of its teachers: their folders are local and not read again."""
-    recipe = upgraded(recipe)
+    recipe = upgrade_recipe(recipe)
     for teacher in recipe.get("teachers", {}).values():
         if teacher["from_pretrained"] != "student":  # "student" is the initial backbone
             name = Path(teacher["from_pretrained"]).name

@@ -23,6 +23,7 @@ from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import print_line
 from m3i_scale.text import printable
+from m3i_scale.upgrade import upgrade_config
 
 FILE = "elastic.json"
 HONOURS = OVER_HOSTS | {
@@ -91,7 +92,7 @@ def read_launch(path: Path) -> Launch:
         given: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
-    run = RunConfig.model_validate(given["run"])
+    run = RunConfig.model_validate(upgrade_config(given["run"]))
     parse_recipe(run.recipe, where=str(path), imports=True)  # the launch uses its contrastive batch size
     site = RemoteShell(
         python=given["python"],

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("fetch", "forward", "target", "decoder", "backward", "reduce", "step", "momentum", "other")
+PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimizer", "ema", "other")
 """In the order of a step; `other` is the remaining time."""
 
 RECORDS = "M3I_SCALE_RECORDS"

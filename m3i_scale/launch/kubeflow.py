@@ -101,8 +101,8 @@ def _check(job: Job) -> None:
 
 
 def _shards(job: Job) -> list[str]:
-    sources = (job.values.get("data") or {}).get("sources") or {}
-    addresses = [source.get("shards", []) for source in sources.values()]
+    sources = (job.values.get("data") or {}).get("datasets") or {}
+    addresses = [source.get("path", []) for source in sources.values()]
     return [text for shards in addresses for text in ([shards] if isinstance(shards, str) else shards)]
 
 

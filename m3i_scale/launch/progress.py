@@ -77,7 +77,7 @@ class Progress:
         """Return whether a rank has not changed for longer than the run's timeouts allow."""
         beat = self.beat_of(rank)
         inside = beat["phase"] in PHASES and beat["step"] > 0
-        return bool(beat["age_s"] > (self._timeouts.step_s if inside else self._timeouts.start_s) + _SLACK_S)
+        return bool(beat["age_s"] > (self._timeouts.collective_s if inside else self._timeouts.startup_s) + _SLACK_S)
 
     def furthest_behind(self, ranks: Iterable[int]) -> int:
         """Return the rank with the fewest completed steps among these."""

@@ -213,7 +213,7 @@ class Attempt:
         # All ranks must hang: while one saves alone, the others only wait for it.
         if self._running and not self._failures and all(map(self._progress.stands_still, self._running)):
             self._blame_who_stayed()
-        if self._asked is not None and now - self._asked > self._timeouts.start_s and not self._failures:
+        if self._asked is not None and now - self._asked > self._timeouts.startup_s and not self._failures:
             self._blame_who_stayed()
 
     def _blame_who_stayed(self) -> None:

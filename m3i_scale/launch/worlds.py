@@ -65,7 +65,7 @@ def micro_batch_for(run: RunConfig, ranks: int) -> int | None:
 
 
 def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
-    sizes = [micro_batch_size, *(phase.micro_batch_size for phase in run.phases if phase.micro_batch_size is not None)]
+    sizes = [micro_batch_size, *(stage.micro_batch_size for stage in run.stages if stage.micro_batch_size is not None)]
     if any(run.optim.batch_size % (size * ranks) for size in sizes):
         return False
     try:
@@ -167,9 +167,9 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
         launcher: `elastic` chooses fitting hosts and micro-batch itself.
     """
     check_output_dir(job.output_dir)
-    check_weights(run.data.sources)
-    for name, source in run.data.sources.items():
-        to_address(source.shards, f"data.sources.{name}.shards")
+    check_weights(run.data.datasets)
+    for name, source in run.data.datasets.items():
+        to_address(source.path, f"data.datasets.{name}.path")
     if launcher == "elastic":
         hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
         check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))

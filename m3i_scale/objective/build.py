@@ -16,7 +16,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import width_of
-from m3i_scale.objective.encoders import MomentumTarget, Projector, Teacher, TextTower, text_config
+from m3i_scale.objective.encoders import EmaTeacher, Projector, Teacher, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
@@ -62,14 +62,14 @@ def build_objective(
     heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers, image_counts)
     weights = [target.weight for target in recipe.targets]
     momentum = text = None
-    depth = recipe.momentum.projector_depth if recipe.momentum is not None and recipe.projects_dense_targets else 0
-    if recipe.momentum is not None and target_encoders:
+    depth = recipe.ema.projector_depth if recipe.ema is not None and recipe.projects_dense_targets else 0
+    if recipe.ema is not None and target_encoders:
         copies = _averaged(recipe, decoders, config, ranks)
-        momentum = MomentumTarget(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
+        momentum = EmaTeacher(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
         averaged = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers)
-        momentum = MomentumTarget(build_backbone(config), 0, pools, nn.ModuleDict(), averaged)
+        momentum = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), averaged)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.uses_text_tower and vocab_size is not None:
         kernel = run.backbone.attention_kernel
@@ -82,7 +82,7 @@ def build_objective(
         heads,
         mean=run.data.augment.mean,
         std=run.data.augment.std,
-        mixed_attention=run.backbone.attention == "mixed",
+        mixed_attention=run.backbone.attention == "across_images",
         ranks=ranks,
         weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),
         image_heads=_image_heads(recipe, decoders, ranks),
@@ -162,7 +162,7 @@ def _averaged(
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Return EMA copies of the pools and heads of targets with the EMA teacher."""
     pools, heads = nn.ModuleDict(), nn.ModuleDict()
-    targets = [target for target in recipe.head_targets if target.encoder == "momentum"]
+    targets = [target for target in recipe.head_targets if target.encoder == "ema"]
     for target in targets:
         if not target.dense:
             pools[target.decoder] = _decoder(recipe, target.decoder, config)

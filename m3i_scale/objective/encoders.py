@@ -26,7 +26,7 @@ from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.objective.inputs import PixelNorm
 
 
-class MomentumSpec(Section):
+class EmaSpec(Section):
     """Configuration of the EMA teacher for image targets."""
 
     start: float = Field(default=0.995, ge=0, lt=1)
@@ -162,7 +162,7 @@ class Projector(nn.Module):
         return tokens_BLD
 
 
-class MomentumTarget(nn.Module):
+class EmaTeacher(nn.Module):
     """EMA teacher: EMA copies of the backbone, the projector, and the pools and heads of image targets. It is never
     trained. The owner of the parameters updates it."""
 

@@ -17,8 +17,10 @@ def check_fit(
 ) -> None:
     """Validate that recipe, backbone and data of a run are compatible, for the image size of the first stage. For the
     arguments see `build_objective`."""
-    if run.backbone.attention == "mixed" and recipe.mix is None:
-        raise ConfigError("`attention: mixed` has no effect: the recipe mixes no images", where="backbone.attention")
+    if run.backbone.attention == "across_images" and recipe.mix is None:
+        raise ConfigError(
+            "`attention: across_images` has no effect: the recipe mixes no images", where="backbone.attention"
+        )
     if recipe.labels_file is not None and not label_sets:
         raise ConfigError(
             f"the recipe predicts classes, and no source has {recipe.labels_file}",
@@ -47,13 +49,13 @@ def check_fit(
             where="recipe.decoders",
             fix="decode with attention_pool or mean_pool",
         )
-    if recipe.mix is not None and run.backbone.attention == "own" and not student.own_attention:
+    if recipe.mix is not None and run.backbone.attention == "within_image" and not student.own_attention:
         raise ConfigError(
             "a convolutional backbone cannot keep the images of a mix apart",
-            where="backbone.attention: own",
-            fix="backbone.attention=mixed",
+            where="backbone.attention: within_image",
+            fix="backbone.attention=across_images",
         )
-    if run.backbone.attention == "mixed" and first_is_cls:
+    if run.backbone.attention == "across_images" and first_is_cls:
         raise ConfigError(
             f"in mixed attention one class token stands for all images of a mix; '{first_is_cls[0]}' reads it",
             fix="decode with attention_pool or mean_pool",
@@ -141,7 +143,7 @@ def _check_views(recipe: Recipe, student: Backbone, image_size: int) -> None:
         raise ConfigError(
             "a convolutional backbone has a mask token of its own, in its stem, and no prediction at hidden places",
             where="recipe.inputs",
-            fix="`hidden: dropped`, or take a vision Transformer",
+            fix="`masked: drop`, or take a vision Transformer",
         )
 
 

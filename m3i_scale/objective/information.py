@@ -22,7 +22,7 @@ from m3i_scale.objective.decoders import blocks_read, pool
 from m3i_scale.objective.detection.base import ObjectDetector
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 from m3i_scale.objective.distributions.pairs import gather_targets
-from m3i_scale.objective.encoders import MomentumTarget, Projector, TextTower
+from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower
 from m3i_scale.objective.estimate import mean_information
 from m3i_scale.objective.health import health_figures
 from m3i_scale.objective.host_figures import HostFigures
@@ -53,7 +53,7 @@ class Objective(nn.Module):
         image_heads: nn.ModuleDict | None = None,
         states: nn.ModuleDict | None = None,
         projector: Projector | None = None,
-        momentum: MomentumTarget | None = None,
+        momentum: EmaTeacher | None = None,
         teachers: nn.ModuleDict | None = None,
         text: TextTower | None = None,
         mask_token: MaskToken | None = None,
@@ -67,7 +67,7 @@ class Objective(nn.Module):
         """Frozen teachers by name."""
         self.text = text
         self.mask_token = mask_token
-        """Replaces the masked patches of inputs with `hidden: token`."""
+        """Replaces the masked patches of inputs with `masked: mask_token`."""
         self.decoders = decoders
         self.heads = heads
         """Heads by target."""
@@ -116,7 +116,7 @@ class Objective(nn.Module):
         if self.measure_health:
             self.host_figures.clear()
         context = self._encode(self.mix_labelled(batch) if self.training else batch)
-        with self.span("decoder"):
+        with self.span("heads"):
             return self._predict(context)
 
     def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -237,7 +237,7 @@ class Objective(nn.Module):
             inputs = self._encode_inputs(where, views)
         # Collectives run in order. This one ends after the gather of the EMA weights, which overlaps with the student.
         counts = self._count(batch)
-        with self.span("target"):
+        with self.span("teacher"):
             whole = {
                 view: next(part for part in inputs[name] if part.where.view == view - 1)
                 for view in views
@@ -273,7 +273,7 @@ class Objective(nn.Module):
         layers: dict[tuple[str, int], list[Tensor]] = {}
         wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}
         for (key, view), target in wanted.items():
-            if target.encoder == "momentum" and self.momentum is not None:
+            if target.encoder == "ema" and self.momentum is not None:
                 encoded[key, view], layers[key, view] = self.momentum(views[view])
             elif target.encoder == "teacher":
                 encoded[key, view] = self.teachers[target.teacher](batch.view(view))
@@ -314,7 +314,7 @@ class Objective(nn.Module):
         first = context.inputs[self.recipe.inputs[0].name][0].tokens_BLD
         features = {"dense": first.flatten(0, 1), "pooled": self.ranks.gather(first.detach().mean(dim=1))}
         for (encoder, view, _), tokens_BND in context.dense.items():
-            if encoder == "momentum":
+            if encoder == "ema":
                 features.setdefault(f"target_view{view}", tokens_BND.flatten(0, 1))
         return health_figures(features, watched, self.ranks, self.host_figures)
 

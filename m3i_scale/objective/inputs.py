@@ -36,8 +36,8 @@ class MaskSpec(Section):
     ratio: Annotated[float | tuple[float, float], AfterValidator(_is_ratio)]
     """Mask ratio. The number of masked patches is rounded and is the same for every sample. With mask tokens, a range
     [smallest, largest] is possible; the ratio is drawn per sample."""
-    hidden: Literal["dropped", "token"] = "dropped"
-    """dropped: the encoder does not see masked patches; token: it sees a learned mask token in their positions."""
+    masked: Literal["drop", "mask_token"] = "drop"
+    """drop: the encoder does not see masked patches. mask_token: it sees a learned mask token in their positions."""
     share: float = Field(default=1.0, gt=0, le=1)
     """Mask probability: the fraction of samples that are masked, drawn per sample. Below 1 only with mask tokens."""
     count: int = Field(default=1, ge=1, le=MAX_VIEWS)
@@ -45,19 +45,21 @@ class MaskSpec(Section):
 
     @model_validator(mode="after")
     def _keeps_a_shape(self) -> Self:
-        if self.hidden == "dropped" and self.varies:
-            raise ValueError("samples hide as many patches each where these are dropped: take `hidden: token`")
+        if self.masked == "drop" and self.varies:
+            raise ValueError(
+                "`masked: drop` needs the same number of masked patches in every sample; use `masked: mask_token`"
+            )
         return self
 
     @model_validator(mode="after")
     def _hides_its_blocks(self) -> Self:
         least = self.form.least_ratio
-        if least and self.hidden == "token":
-            raise FixableError(f"the encoder does not see the target blocks of '{self.form.kind}'", "hidden: dropped")
+        if least and self.masked == "mask_token":
+            raise FixableError(f"the encoder does not see the target blocks of '{self.form.kind}'", "masked: drop")
         if isinstance(self.ratio, float) and self.ratio < least - 1e-9:
             raise FixableError(
                 f"the target blocks of '{self.form.kind}' may cover {least:g} of the patches, and {self.ratio:g} are "
-                "hidden",
+                "masked",
                 f"ratio: {least:g} or more",
             )
         return self
@@ -207,7 +209,7 @@ def _single(spec: InputSpec, view: int, seeds_B: Tensor, grid: tuple[int, int], 
     low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
     visible = min(max(patches - round(high * patches), 1), patches - 1)
     order_BN = spec.mask.form.order(seeds_B, grid, 16 * number)
-    if spec.mask.hidden == "dropped":
+    if spec.mask.masked == "drop":
         seen = _split(spec.name, view, order_BN, visible, itself_B, itself_B)
         return replace(seen, blocks_BKT=spec.mask.form.target_blocks(seeds_B, grid, 16 * number))
     hidden_BM, first_BM = order_BN[:, visible:].flip(1).sort(dim=1)

@@ -22,10 +22,10 @@ from m3i_scale.config.views import ViewSpec, ViewSpecs, each_view
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.decoders import ClassTokenSpec
-from m3i_scale.objective.encoders import MomentumSpec
+from m3i_scale.objective.encoders import EmaSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
 from m3i_scale.objective.targets.dense import Dense
-from m3i_scale.objective.upgrade import upgraded
+from m3i_scale.upgrade import upgrade_recipe
 
 
 class Recipe(Parts):
@@ -34,7 +34,7 @@ class Recipe(Parts):
     name: str
     family: str
     """Row of the paper's table."""
-    momentum: MomentumSpec | None = None
+    ema: EmaSpec | None = None
     balance: BalanceSpec = FixedSpec()
     views: list[ViewSpec] | None = Field(default=None, min_length=1)
     """The views of an image by role, numbered from 1. Default: identical views, in the number that is used."""
@@ -68,7 +68,7 @@ class Recipe(Parts):
     @property
     def uses_mask_tokens(self) -> bool:
         """Return whether an input replaces its masked patches by mask tokens."""
-        return any(spec.mask is not None and spec.mask.hidden == "token" for spec in self.inputs)
+        return any(spec.mask is not None and spec.mask.masked == "mask_token" for spec in self.inputs)
 
     @property
     def uses_text(self) -> bool:
@@ -220,16 +220,16 @@ class Recipe(Parts):
                 )
 
     def _section_faults(self) -> Iterator[str]:
-        averages = any(target.encoder == "momentum" for target in self.targets)
-        if self.momentum is not None and not averages:
-            yield "`momentum` has no effect: no target has `encoder: momentum`"
-        if self.momentum is None and averages:
-            yield "a target has `encoder: momentum`, so the recipe needs a `momentum` section"
-        if self.momentum and self.momentum.end == 0:
-            yield "`momentum.end: 0`: the average would be the model itself"
-        projects = self.momentum is not None and "projector_depth" in self.momentum.model_fields_set
+        averages = any(target.encoder == "ema" for target in self.targets)
+        if self.ema is not None and not averages:
+            yield "`ema` has no effect: no target has `encoder: ema`"
+        if self.ema is None and averages:
+            yield "a target has `encoder: ema`, so the recipe needs an `ema` section"
+        if self.ema and self.ema.end == 0:
+            yield "`ema.end: 0`: the EMA would be the model itself"
+        projects = self.ema is not None and "projector_depth" in self.ema.model_fields_set
         if projects and not self.projects_dense_targets:
-            yield "`momentum.projector_depth` has no effect: no dense momentum target goes through it"
+            yield "`ema.projector_depth` has no effect: no dense target of the EMA teacher uses it"
         if all(target.collapses_alone for target in self.targets):
             yield (
                 f"nothing keeps '{self.targets[0].name}' from collapsing: a {self.targets[0].kind} target with "
@@ -246,7 +246,7 @@ def _repeated(what: str, names: list[str]) -> Iterator[str]:
 
 def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe without the paths of its teachers, which differ between machines."""
-    recipe = upgraded(recipe)
+    recipe = upgrade_recipe(recipe)
     for teacher in recipe.get("teachers", {}).values():
         teacher["from_pretrained"] = ""
     return recipe
@@ -280,7 +280,7 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imp
     if not values:
         place = where(()) if callable(where) else where
         raise ConfigError("the run file has no recipe", where=place, fix="extend a built-in one: `extends: m3i`")
-    return parse_section(Recipe, upgraded(values), where=where, below="recipe", imports=imports)
+    return parse_section(Recipe, upgrade_recipe(values), where=where, below="recipe", imports=imports)
 
 
 def load_run_and_recipe(

@@ -54,8 +54,8 @@ def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, st
         ("loss", "loss, nats", "{:.4g}"),
         ("information", "information, nats", "{:.4g}"),
         ("samples", "samples", "{:,.0f}"),
-        ("speed/samples_per_s", "samples/s", "{:,.1f}"),
-        ("speed/mfu", "MFU", "{:.1%}"),
+        ("throughput/samples_per_s", "samples/s", "{:,.1f}"),
+        ("perf/mfu", "MFU", "{:.1%}"),
         ("memory_gib", "peak memory, GiB", "{:.3g}"),
     ):
         values = run.figures.get(name, np.empty(0))
@@ -74,7 +74,7 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
         hosts: of its ranks, as far as known.
     """
     last = run.starts[-1] if run.starts else {}
-    sources = _at(run.settings, "data", "sources")
+    sources = _at(run.settings, "data", "datasets")
     targets = _at(run.settings, "recipe", "targets")
     facts: dict[str, Any] = {
         "Status": progress["status"],
@@ -137,7 +137,7 @@ def _backbone(settings: dict[str, Any]) -> str | None:
 
 def _sources(sources: dict[Any, Any]) -> str:
     return "; ".join(
-        f"{name}: {redact_text(str(_at(source, 'shards')))}, weight {short(_at(source, 'weight'))}"
+        f"{name}: {redact_text(str(_at(source, 'path')))}, weight {short(_at(source, 'weight'))}"
         for name, source in sources.items()
     )
 

@@ -86,7 +86,7 @@ def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tupl
     if is_given and not kept:
         raise ConfigError(
             "there are no pictures to show", where=str(places[0]), why="; ".join(notes) or None,
-            fix="name a folder that `m3i-scale evaluate --pictures` or `--overlays` has made",
+            fix="name a folder that `m3i-scale evaluate --pictures` has made",
         )  # fmt: skip
     sets = [kept[number] for number in sorted(kept)]
     names = dict.fromkeys(picture["name"] for one in sets for picture in one.pictures)
@@ -149,7 +149,7 @@ def _read(folder: Path, room: int, notes: list[str], *, smaller: bool) -> _Set:
 
 
 def _overlays(folder: Path) -> list[dict[str, str]]:
-    """Return entries for the pictures of `evaluate --overlays`, which have no list."""
+    """Return entries for the prediction overlays, which have no list."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     return [
         {"name": path.name, "file": path.name, "title": path.stem, "alt": f"Truth and prediction: {path.stem}"}

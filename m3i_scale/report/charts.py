@@ -31,25 +31,25 @@ CHARTS = (
     Chart("loss", "overview", "Loss", "nats", "Weighted sum of the groups' losses.", "loss"),
     Chart(
         "group_loss", "objective", "Loss by group", "nats",
-        "−log P̂ of each group of targets, without its weight, with its regulariser.", "group/(.+)/loss",
+        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/(.+)",
     ),
     Chart(
         "nats", "objective", "Information by group", "nats",
         'What the representation tells about each target: a bound or an estimate. "information" is their sum.',
-        "group/(.+)/nats|(information)",
+        "mi/(.+)|(information)",
     ),
     Chart(
         "group_weight", "objective", "Weight by group", "",
-        "Factor of each group's loss in the sum; moves where the balance does.", "group/(.+)/weight",
+        "Factor of each group's loss in the sum; moves where the balance does.", "loss_weight/(.+)",
     ),
     Chart(
         "group_grad_norm", "objective", "Gradient norm by group", "",
         "Norm of the gradient that each group sends into the visible tokens of the encoder's output.",
-        "group/(.+)/grad_norm",
+        "grad_norm/(.+)",
     ),
     Chart("grad_norm", "objective", "Gradient norm", "", "Norm of the whole gradient before clipping.", "grad_norm"),
     Chart("lr", "objective", "Learning rate", "", "Of the step.", "lr"),
-    Chart("momentum", "objective", "Momentum", "", "Of the target network: 1 would leave it as it is.", "momentum"),
+    Chart("ema_decay", "objective", "EMA decay", "", "At 1 the EMA teacher does not change.", "ema_decay"),
     Chart(
         "skipped", "objective", "Skipped steps", "steps",
         "Left out so far because a loss or gradient was not finite, or overflowed in fp16.",
@@ -58,28 +58,28 @@ CHARTS = (
     Chart("loss_scale", "objective", "Loss scale", "", "Factor of the loss in the backward pass, fp16.", "loss_scale"),
     Chart(
         "samples_per_s", "speed", "Throughput", "samples/s", "Samples through all ranks in a second.",
-        "speed/samples_per_s",
+        "throughput/samples_per_s",
     ),
     Chart(
         "mfu", "speed", "MFU", PERCENT, "Counted FLOPs of the model as a share of what the devices could compute.",
-        "speed/mfu",
+        "perf/mfu",
     ),
     Chart(
-        "phases", "speed", "Phases of a step", PERCENT,
-        "Share of the time since the last record, mean over the ranks.", "phases/(.+)", stacked=True,
+        "step_times", "speed", "Time per section of a step", "s",
+        "Per step, mean over the ranks.", "time/(?!step|data_wait)(.+)", stacked=True,
     ),
     Chart(
         "step_s", "speed", "Time of a step", "s",
         "Wall-clock time of a step, and how much of it the slowest rank waited for data.",
-        "speed/(step_s|data_wait_s)",
+        "time/(step|data_wait)",
     ),
     Chart(
         "data_wait_share", "speed", "Data wait", PERCENT, "Share of a step spent waiting for data; near 0 when the "
-        "loader keeps up.", "speed/data_wait_share",
+        "loader keeps up.", "time/data_wait_share",
     ),
     Chart(
         "tokens_per_s", "speed", "Tokens", "tokens/s", "Visible patch tokens through the backbone, all ranks.",
-        "speed/tokens_per_s",
+        "throughput/tokens_per_s",
     ),
     Chart("memory", "speed", "Memory", "GiB", "Peak memory of the rank that used most.", "memory_gib"),
     Chart(
@@ -102,13 +102,13 @@ CHARTS = (
         "health_scale", "health", "Scale of text targets", "", "1/τ, the inverse temperature, at most 100.",
         "health/(.+)_scale",
     ),
-    Chart("count", "health", "Samples with a target", "samples", "Of a micro-batch, all ranks.", "group/(.+)/count"),
+    Chart("count", "health", "Samples with a target", "samples", "Of a micro-batch, all ranks.", "loss_samples/(.+)"),
     Chart(
-        "mixture", "data", "Mixture of sources", PERCENT,
-        "Share of each source among the samples since the last record; dashed what was asked for by weights, schedules "
-        "and exhausted sources.", "source/(.+/recent_(?:share|asked))",
+        "mixture", "data", "Mixture of datasets", PERCENT,
+        "Fraction of each dataset among the samples since the last record. Dashed: the target, given weights, "
+        "schedules and exhausted datasets.", "dataset/(.+/recent_(?:share|asked))",
     ),
-    Chart("epoch", "data", "Passes over sources", "passes", "So far, bad samples included.", "source/(.+)/epoch"),
+    Chart("epoch", "data", "Epochs", "epochs", "So far, corrupt samples included.", "dataset/(.+)/epoch"),
     Chart(
         "quarantined", "data", "Quarantined samples", "samples",
         "Put aside as unreadable so far: how often, and how many different ones.", "(quarantined|quarantined_samples)",
@@ -127,7 +127,7 @@ def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
         Chart(
             f"evaluation_{kind}", "results", f"While training: {SCORES.get(kind, kind.replace('_', ' '))}",
             PERCENT if kind in SCORES else "",
-            "Measured while training, on the sources for validation.",
+            "Measured while training, on data.validation.",
             rf"evaluation/(?:(.+)/)?{re.escape(kind)}",
         )
         for kind in kinds

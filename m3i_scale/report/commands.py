@@ -18,14 +18,14 @@ _PACKAGES = ("plotext", "plotly", "tsdownsample")
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs; several are shown over each other.")],
-    to: Annotated[Path, typer.Option(callback=writes_to, help="The page to write; an earlier one is replaced.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        Path, typer.Option(callback=writes_to, help="The page to write; an earlier one is replaced.")
+    ] = Path("report.html"),
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="What `evaluate --json` printed, beside what lies in the runs' folders.")
     ] = None,
     pictures: Annotated[
-        list[Path] | None, typer.Option(help="A folder of `evaluate --pictures` or `--overlays`, beside the runs' own.")
+        list[Path] | None, typer.Option(help="Folder of `evaluate --pictures`, in addition to the runs' own.")
     ] = None,
     show_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     as_json: AsJson = False,
@@ -37,14 +37,14 @@ def report(
     _check_installed()
     from m3i_scale.report.page import open_in_browser, write_report
 
-    result = write_report(runs, to, evaluations=evaluation or (), pictures=pictures or ())
+    result = write_report(runs, output, evaluations=evaluation or (), pictures=pictures or ())
     if as_json:
         print_json(result)
     else:
         text = f"{result['report']}: {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s"
         wide_console().print(text, markup=False, highlight=False)
     if show_it:
-        open_in_browser(to)
+        open_in_browser(output)
 
 
 def watch(

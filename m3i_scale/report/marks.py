@@ -15,7 +15,7 @@ _TIME = "%Y-%m-%d %H:%M:%S"
 MOST_MARKS = 100
 """Maximum number of events per kind; only the newest are included."""
 KINDS = {
-    "phase": "new phase",
+    "stage": "new stage",
     "resumed": "resumed",
     "rewound": "rewound",
     "warning": "warned",
@@ -49,9 +49,9 @@ def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNot
 
 def _phases(run: RunFiles) -> Iterator[dict[str, Any]]:
     """Yield stage changes, each once: a resume at such a step logs it again."""
-    for line in {line["step"]: line for line in run.phases if line["step"]}.values():
+    for line in {line["step"]: line for line in run.stages if line["step"]}.values():
         text = f"images of {line['image_size']} pixels from here on, micro-batches of {line['micro_batch_size']}"
-        yield _mark("phase", line["step"], utc(unix_s(line)), text)
+        yield _mark("stage", line["step"], utc(unix_s(line)), text)
 
 
 def _resumed(run: RunFiles) -> Iterator[dict[str, Any]]:

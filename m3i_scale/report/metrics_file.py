@@ -16,20 +16,21 @@ import pyarrow as pa
 import pyarrow.json
 from numpy.typing import NDArray
 
+from m3i_scale.upgrade import upgrade_kind, upgrade_metric, upgrade_metrics
+
 BLOCK_BYTES = 1 << 24
 """Bytes per read. Longer lines are invalid, because no run writes them."""
 _STEP_LINE = b'{"kind": "train", '
 """Prefix of logged training steps, which are nearly all lines."""
 MOST_FIGURES = 5_000
 """Maximum number of metrics in a file; a run has a few dozen."""
-_MFU = "speed/mfu"
 _FACTS = ("kind", "step", "time")
 _NOT_FINITE = ("nan", "inf", "-inf")
 _FIELDS: dict[str, dict[str, type]] = {
     "run": {"name": str, "total_steps": int, "world_size": int},
     "warning": {"group": str, "what": str, "why": str, "fix": str},
     "rewind": {"rewound_from": int, "rewound_to": int},
-    "phase": {"image_size": int, "micro_batch_size": int},
+    "stage": {"image_size": int, "micro_batch_size": int},
     "end": {"status": str},
 }
 """Additional required fields by kind, besides `kind`, `step` and `time`, with types. Integers are non-negative."""
@@ -127,11 +128,8 @@ class MetricsFile:
         self._add(steps)
 
     def _add(self, new: Steps) -> None:
-        """Append the steps that are later than all previous ones, because a run writes no others. Drop MFU above 1,
-        which old runs logged with a wrong peak."""
-        if _MFU in new.figures:
-            share = new.figures[_MFU]
-            new = replace(new, figures=new.figures | {_MFU: np.where(share > 1, np.nan, share)})
+        """Append the steps that are later than all previous ones, because a run writes no others."""
+        new = replace(new, figures=upgrade_metrics(new.figures))
         highest = np.maximum.accumulate(np.concatenate([[self._last_step], new.steps]))
         later = new.steps > highest[:-1]
         self._last_step = int(highest[-1])
@@ -153,7 +151,7 @@ class MetricsFile:
         steps, times = table["step"], table["time"]
         if steps.null_count or times.null_count:
             return None
-        figures = {name: table[name].to_numpy() for name in self._names if self._wanted(name)}
+        figures = {name: table[name].to_numpy() for name in self._names if self._wanted(upgrade_metric(name))}
         return Steps(steps.to_numpy(), times.cast(pa.int64()).to_numpy() / 1e6, figures)
 
     def _table(self, text: bytes) -> pa.Table | None:
@@ -174,7 +172,7 @@ class MetricsFile:
             for name, value in numbers_of(record).items():
                 if name not in self._names and len(self._names) < MOST_FIGURES:
                     self._names[name] = None
-                if name in self._names and self._wanted(name):
+                if name in self._names and self._wanted(upgrade_metric(name)):
                     if name not in figures:
                         figures[name] = np.full(count, np.nan)
                     figures[name][row] = value
@@ -205,9 +203,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         numbers_of(record)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    kind = record.get("kind")
+    kind = upgrade_kind(record.get("kind"))
     if not isinstance(kind, str):
         return None
+    record["kind"] = kind
     fields = {"step": int, **_FIELDS.get(kind, {})}
     return record if all(_is_of(of_field, record.get(name)) for name, of_field in fields.items()) else None
 

@@ -45,13 +45,13 @@ _MOST_BYTES = 9_300_000
 
 
 def write_report(
-    folders: Sequence[Path], to: Path, *, evaluations: Sequence[Path] = (), pictures: Sequence[Path] = ()
+    folders: Sequence[Path], output: Path, *, evaluations: Sequence[Path] = (), pictures: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Write the report of one or several runs, during or after training. The runs' files are only read.
 
     Args:
         folders: output_dirs of runs; the others are compared with the first one.
-        to: the page, replaced atomically.
+        output: the page, replaced atomically.
         evaluations: additional documents of `evaluate` or `finetune`.
         pictures: additional folders of pictures.
 
@@ -59,14 +59,14 @@ def write_report(
         `report`, `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
     """
     began = time.monotonic()
-    check_page(to, "--to")
+    check_page(output, "--output")
     runs = [read_run(folder) for folder in folders]
     names = _distinct(runs)
     charts = filled_charts(runs, names, [*CHARTS, *evaluation_charts(runs)])
-    write_page(_page(runs, names, charts, evaluations, pictures), to, "--to")
+    write_page(_page(runs, names, charts, evaluations, pictures), output, "--output")
     return {
-        "report": str(to),
-        "bytes": to.stat().st_size,
+        "report": str(output),
+        "bytes": output.stat().st_size,
         "seconds": round(time.monotonic() - began, 2),
         "runs": [run.name for run in runs],
         "charts": [chart["id"] for chart in charts],

@@ -26,7 +26,7 @@ def plan_table(document: dict[str, Any]) -> Group:
     return Group(
         head,
         *(Text(f"warning: {text}", style="yellow") for text in document["warnings"]),
-        *(_phase(number, phase) for number, phase in enumerate(document["phases"])),
+        *(_stage(number, stage) for number, stage in enumerate(document["stages"])),
         _planned(document["planned"], document["ranks"]),
         memory,
         _figures(document),
@@ -34,13 +34,13 @@ def plan_table(document: dict[str, Any]) -> Group:
     )
 
 
-def _phase(number: int, phase: dict[str, Any]) -> Text:
+def _stage(number: int, stage: dict[str, Any]) -> Text:
     """Return the requirements of one stage of a run. Everything below is for the stage with the largest peak."""
     return Text(
-        f"phase {number}: {phase['steps']:,} steps, images of {phase['image_size']} pixels, micro-batches of "
-        f"{phase['micro_batch_size']}: {phase['peak_gib_per_rank']:.2f} GiB a rank, {phase['step_time_s']:.3g} s "
-        f"a step, {duration_text(86_400 * phase['days'])}",
-        style="" if phase["fits"] else "red",
+        f"stage {number}: {stage['steps']:,} steps, images of {stage['image_size']} pixels, micro-batches of "
+        f"{stage['micro_batch_size']}: {stage['peak_gib_per_rank']:.2f} GiB a rank, {stage['step_time_s']:.3g} s "
+        f"a step, {duration_text(86_400 * stage['days'])}",
+        style="" if stage["fits"] else "red",
     )
 
 
@@ -138,5 +138,5 @@ def _suggestion(document: dict[str, Any]) -> list[Text]:
     told.append(Text(f"suggested ({_taken(found)}): {_choice(found)}"))
     if found["larger"]:
         sizes = ", ".join(f"{key.removeprefix('zero_optimization.')} {size:,}" for key, size in found["larger"].items())
-        told.append(Text(f"with larger buckets, which --write puts into the DeepSpeed file: {sizes}"))
+        told.append(Text(f"with larger buckets, which --output puts into the DeepSpeed file: {sizes}"))
     return told

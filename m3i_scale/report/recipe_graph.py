@@ -82,7 +82,7 @@ def graph_of(recipe: Recipe) -> Graph:
 
 def _input(spec: InputSpec) -> Node:
     mask = (f"{spec.mask.form.kind} mask", f"hides {spec.mask.amount}") if spec.mask else ()
-    tokens = ("by mask tokens",) if spec.mask and spec.mask.hidden == "token" else ()
+    tokens = ("by mask tokens",) if spec.mask and spec.mask.masked == "mask_token" else ()
     views = f"view {spec.view}" if spec.views == 1 else f"views {spec.view} to {spec.seen[-1]}"
     return Node(printable(spec.name), (views, *mask, *tokens))
 
@@ -103,8 +103,8 @@ def _encoder_key(target: Target) -> str:
 
 def _encoder(recipe: Recipe, target: Target) -> Node:
     details: tuple[str, ...] = ()
-    if target.encoder == "momentum" and recipe.momentum:
-        ends = dict.fromkeys(f"{m:.4g}" for m in (recipe.momentum.start, recipe.momentum.end))
+    if target.encoder == "ema" and recipe.ema:
+        ends = dict.fromkeys(f"{m:.4g}" for m in (recipe.ema.start, recipe.ema.end))
         details = ("of f_θ", f"m {' → '.join(ends)}")
     elif isinstance(target, ImageTarget) and target.encoder == "teacher":
         spec = recipe.teachers[target.teacher]

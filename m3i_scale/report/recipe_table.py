@@ -16,6 +16,7 @@ from rich.text import Text
 
 from m3i_scale.config import known_recipes, read_yaml
 from m3i_scale.files import read_json
+from m3i_scale.upgrade import upgrade_config
 
 ROWS = Path(__file__).with_name("recipes.json")
 """Stored result of `described_rows`: importing the recipe classes, which need torch, takes seconds."""
@@ -65,7 +66,7 @@ _SPELLINGS = {
     "variance_covariance": "variance, covariance",
     "transformer": "Transformer",
     "causal_transformer": "causal Transformer",
-    "momentum": "momentum copy",
+    "ema": "EMA teacher",
     "teacher": "frozen teacher",
 }
 
@@ -99,7 +100,9 @@ def described_rows() -> list[dict[str, Any]]:
     from m3i_scale.objective.recipe import parse_recipe
 
     recipes = known_recipes().values()
-    return paper_order([describe(parse_recipe(read_yaml(path)["recipe"], where=str(path))) for path in recipes])
+    return paper_order(
+        [describe(parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path))) for path in recipes]
+    )
 
 
 def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from m3i_scale.config import read_yaml
 from m3i_scale.errors import ConfigError
 from m3i_scale.report.metrics_file import MetricsFile, unix_s
 from m3i_scale.scale.output_dir import METRICS, RUN_FILE, is_run_folder
+from m3i_scale.upgrade import upgrade_config
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
@@ -38,7 +39,7 @@ class RunFiles:
     """The `run` lines: the first start and every resume, in order."""
     warnings: list[Record]
     rewinds: list[Record]
-    phases: list[Record]
+    stages: list[Record]
     evaluations: list[Record]
     """Their metrics are numbers, including NaN and infinities."""
     ends: list[Record]
@@ -81,7 +82,7 @@ class RunFiles:
     def left_s(self) -> float | None:
         """Return the seconds until the last step, estimated from recent records. None if no record has a step time, the
         run has ended, or no steps are left."""
-        recent_s = self.figures.get("speed/step_s", np.empty(0))[-_RECENT:]
+        recent_s = self.figures.get("time/step", np.empty(0))[-_RECENT:]
         recent_s = recent_s[np.isfinite(recent_s)]
         if self.status is not None or self.total_steps is None or not recent_s.size or self.step >= self.total_steps:
             return None
@@ -128,12 +129,12 @@ class RunReader:
         settings: dict[str, Any] = {}
         settings_fault = None
         try:
-            settings = read_yaml(run_file) if run_file.is_file() else {}
+            settings = upgrade_config(read_yaml(run_file)) if run_file.is_file() else {}
         except ConfigError as error:
             settings_fault = error.what
         lines, logged = self._metrics.records, self._metrics.steps()
         figures = logged.figures
-        if not any(name.endswith("/nats") for name in figures):  # for a task it would be the sum of no terms
+        if not any(name.startswith("mi/") for name in figures):  # for a task it would be the sum of no terms
             figures = {name: values for name, values in figures.items() if name != "information"}
         started = [start["name"] for start in lines["run"][-1:]]
         names = [settings.get("name"), *started, self._folder.absolute().name]
@@ -145,7 +146,7 @@ class RunReader:
             starts=[*lines["run"]],
             warnings=[*lines["warning"]],
             rewinds=[*lines["rewind"]],
-            phases=[*lines["phase"]],
+            stages=[*lines["stage"]],
             evaluations=[*lines["evaluation"]],
             ends=[*lines["end"]],
             steps=logged.steps,

@@ -77,9 +77,9 @@ def _sources(run: RunFiles) -> list[dict[str, str]]:
     forms = {"share": "{:.1%}", "asked": "{:.1%}", "epoch": "{:.3g}"}
     sources = []
     for figure in run.figures:
-        if figure.startswith("source/") and figure.endswith("/share"):
+        if figure.startswith("dataset/") and figure.endswith("/share"):
             source = figure.removesuffix("/share")
             values = {key: run.figures.get(f"{source}/{key}", [math.nan])[-1] for key in forms}
             texts = {key: form.format(values[key]) for key, form in forms.items()}
-            sources.append({"name": source.removeprefix("source/"), **texts})
+            sources.append({"name": source.removeprefix("dataset/"), **texts})
     return sources

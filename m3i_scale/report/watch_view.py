@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,9 @@ _LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12
 _EVENTS = 4
 _FIGURES = {
     "loss": ("loss", "{:.4g}"),
-    "speed/samples_per_s": ("samples/s", "{:,.1f}"),
-    "speed/mfu": ("MFU", "{:.1%}"),
-    "speed/data_wait_share": ("data wait", "{:.0%}"),
+    "throughput/samples_per_s": ("samples/s", "{:,.1f}"),
+    "perf/mfu": ("MFU", "{:.1%}"),
+    "time/data_wait_share": ("data wait", "{:.0%}"),
     "lr": ("lr", "{:.2e}"),
     "memory_gib": ("memory", "{:.2f} GiB"),
 }
@@ -35,8 +36,7 @@ _WITHOUT_CURVE = ("lr", "memory_gib")
 
 def is_shown(figure: str) -> bool:
     """Return whether the dashboard uses a metric of metrics.jsonl."""
-    of_group = figure.startswith("group/") and figure.endswith(("/nats", "/loss"))
-    return of_group or figure in (*_FIGURES, "speed/step_s") or figure.startswith("phases/")
+    return figure in _FIGURES or figure.startswith(("loss/", "mi/", "time/"))
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 
 def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     """Yield the nats of every group, or its loss if nats are not computed."""
-    for group in dict.fromkeys(name.split("/")[1] for name in run.figures if name.startswith("group/")):
-        for name, unit in ((f"group/{group}/nats", "nats"), (f"group/{group}/loss", "loss")):
+    for group in [name.removeprefix("loss/") for name in run.figures if name.startswith("loss/")]:
+        for name, unit in ((f"mi/{group}", "nats"), (f"loss/{group}", "loss")):
             known = run.figures.get(name, np.empty(0))
             known = known[np.isfinite(known)]
             if len(known):
@@ -148,12 +148,16 @@ def _chart(run: RunFiles, name: str, words: str, value: str, width: int, height:
 
 
 def _phases(run: RunFiles, width: int, height: int) -> list[Text]:
-    shares = {name: values[-1] for name, values in run.figures.items() if name.startswith("phases/")}
-    largest = sorted(shares, key=lambda name: -shares[name])[: height - 1]
-    lines = [_title("phases of a step", width)]
-    for phase, share in ((name.removeprefix("phases/"), shares[name]) for name in shares if name in largest):
+    pattern = re.compile("time/(?!step|data_wait)(.+)")
+    seconds = {
+        match[1]: float(values[-1]) for name, values in run.figures.items() if (match := pattern.fullmatch(name))
+    }
+    total = sum(seconds.values()) or 1.0
+    largest = sorted(seconds, key=lambda name: -seconds[name])[: height - 1]
+    lines = [_title("time of a step", width)]
+    for name, share in ((name, seconds[name] / total) for name in seconds if name in largest):
         bar = _bar(share, max(0, width - 16))
-        lines.append(Text(set_cell_size(f"{_clean(phase)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
+        lines.append(Text(set_cell_size(f"{_clean(name)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
     return [*lines, *(Text(" " * width) for _ in range(height - len(lines)))]
 
 

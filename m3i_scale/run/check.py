@@ -12,7 +12,7 @@ import torch
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.config import Phase, RunConfig, find_run_file, run_values
+from m3i_scale.config import RunConfig, Stage, find_run_file, run_values
 from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
@@ -100,14 +100,14 @@ def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     faults.end()
 
 
-def phase_lines(run: RunConfig) -> list[str]:
+def stage_lines(run: RunConfig) -> list[str]:
     """Return one line per stage of a valid run; empty without stages."""
     image_size = backbone_config(run.backbone).image_size
     lines = []
-    for number, (start, phase) in enumerate(zip(run.phase_starts, run.phases, strict=False)):
-        here = run.in_phase(number)
+    for number, (start, stage) in enumerate(zip(run.stage_starts, run.stages, strict=False)):
+        here = run.in_stage(number)
         lines.append(
-            f"phase {number}: steps {start + 1:,} to {start + phase.steps:,}, images of {here.image_size(image_size)} "
+            f"stage {number}: steps {start + 1:,} to {start + stage.steps:,}, images of {here.image_size(image_size)} "
             f"pixels, micro-batches of {here.optim.micro_batch_size}"
         )
     return lines
@@ -146,7 +146,7 @@ def run_warnings(
     """
     errors = Faults()
     recipe = errors.note(parse_recipe, run.recipe)
-    access = errors.note(lambda: check_access(run.data, run.data.sources).at_start()) if ask_servers else None
+    access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
     warnings = config_warnings(run, recipe, faulty)
     warnings += errors.note(_other_images, run) or []
     return warnings + list(source_warnings(run, ranks, access))
@@ -241,24 +241,24 @@ class Checks(DataChecks):
             bool(precision),
         )
         vocab_size = resolved.vocab_size
-        whole = run.model_copy(update={"phases": []})  # each stage is checked separately
+        whole = run.model_copy(update={"stages": []})  # each stage is checked separately
         built = faults.note(lambda: build_on_meta(whole, label_sets, vocab_size, image_counts=image_counts))
-        if built is not None and run.phases:
+        if built is not None and run.stages:
             faults.note(_check_borders, run, model.image_size)
-            for number in range(len(run.phases)):
-                faults.note(self._check_phase, resolved, number, built)
+            for number in range(len(run.stages)):
+                faults.note(self._check_stage, resolved, number, built)
         return resolved if len(faults.found) == before else None
 
-    def _check_phase(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
+    def _check_stage(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
         """Check one stage as if the run consisted of it alone.
 
         Args:
             number: index of the stage, from 0.
             built: modules of the run on the `meta` device.
         """
-        run = resolved.run.in_phase(number)
+        run = resolved.run.in_stage(number)
         size = run.image_size(built.student.image_size)
-        with _of_phase(number, run.phases[0]):
+        with _of_stage(number, run.stages[0]):
             if self.ranks is not None:
                 check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=self.ranks)
                 check_batch(run, resolved.recipe, self.ranks)
@@ -296,15 +296,15 @@ class Checks(DataChecks):
 
 
 @contextmanager
-def _of_phase(number: int, phase: Phase) -> Iterator[None]:
+def _of_stage(number: int, stage: Stage) -> Iterator[None]:
     """Prefix the location of errors with the stage, and name the stage's micro-batch key if it sets one."""
-    with error_prefix(f"phases.{number}"):
+    with error_prefix(f"stages.{number}"):
         try:
             yield
         except UserError as error:
-            if phase.micro_batch_size is not None:
+            if stage.micro_batch_size is not None:
                 error.where = error.where and error.where.replace("optim.micro_batch_size", "micro_batch_size")
-                own = f"phases.{number}.micro_batch_size"
+                own = f"stages.{number}.micro_batch_size"
                 error.fix = error.fix and error.fix.replace("optim.micro_batch_size", own)
             raise
 
@@ -316,26 +316,26 @@ def _check_borders(run: RunConfig, image_size: int) -> None:
         image_size: image size of the backbone, in pixels.
     """
     own = run.optim.micro_batch_size
-    sizes = [(phase.image_size or image_size, phase.micro_batch_size or own) for phase in run.phases]
+    sizes = [(stage.image_size or image_size, stage.micro_batch_size or own) for stage in run.stages]
     if sizes == [(image_size, own)]:
         raise ConfigError(
-            "a single phase that changes nothing has no effect",
-            where="phases",
+            "a single stage that changes nothing has no effect",
+            where="stages",
             fix="leave it out, or give the last steps an image_size",
         )
     policy = run.backbone.activation_checkpointing
     if len(sizes) > 1 and read_policy(policy).kind == "budget":
         raise ConfigError(
-            "a budget of activations is measured before the first step, and phases take different memory",
+            "a budget of activations is measured before the first step, and stages take different memory",
             where=f"backbone.activation_checkpointing: {policy}",
-            fix="backbone.activation_checkpointing=full, or what `m3i-scale plan` says for the phase that takes most",
+            fix="backbone.activation_checkpointing=full, or what `m3i-scale plan` says for the stage that takes most",
         )
     for number, (one, other) in enumerate(pairwise(sizes)):
         if one == other:
             raise ConfigError(
-                f"nothing changes between phases {number} and {number + 1}, counted from 0",
-                where="phases",
-                fix=f"one phase of {run.phases[number].steps + run.phases[number + 1].steps} steps",
+                f"nothing changes between stages {number} and {number + 1}, counted from 0",
+                where="stages",
+                fix=f"one stage of {run.stages[number].steps + run.stages[number + 1].steps} steps",
             )
 
 
@@ -344,7 +344,7 @@ def _check_evaluation(run: RunConfig) -> None:
     every, steps = run.evaluation.every_steps, run.optim.steps
     if every and not run.data.validation:
         raise ConfigError(
-            "evaluation.every_steps needs data.validation", fix="data.validation.val.shards=/data/shards/val"
+            "evaluation.every_steps needs data.validation", fix="data.validation.val.path=/data/shards/val"
         )
     if run.data.validation and not every and not run.log.pictures_every_steps:
         raise ConfigError(

@@ -191,8 +191,8 @@ def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[ConfigWarning]:
     usual = AugmentConfig()
     named: list[tuple[str, DistortionConfig]] = [("data.augment", run.data.augment)]
     named += [
-        (f"data.sources.{name}.augment", source.augment)
-        for name, source in run.data.sources.items()
+        (f"data.datasets.{name}.augment", source.augment)
+        for name, source in run.data.datasets.items()
         if source.augment is not None
     ]
     for place, augment in named:

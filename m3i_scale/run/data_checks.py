@@ -98,12 +98,12 @@ class DataChecks:
             size = self.run.optim.micro_batch_size
             faults.note(check_shares, data, micro_batch_size=size, world_size=self.ranks)
         before = len(faults.found)
-        faults.note(check_weights, data.sources)
-        access = faults.note(lambda: check_access(data, data.sources).at_start())
+        faults.note(check_weights, data.datasets)
+        access = faults.note(lambda: check_access(data, data.datasets).at_start())
         if access is not None:
-            for kind, sources in (("sources", data.sources), ("validation", data.validation)):
+            for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
                 for name, source in sources.items():
-                    faults.note(require_shards, source.shards, f"data.{kind}.{name}.shards", access)
+                    faults.note(require_shards, source.path, f"data.{kind}.{name}.path", access)
         return access, len(faults.found) == before
 
     def _read_classes(
@@ -117,7 +117,7 @@ class DataChecks:
         return label_sets, counts
 
     def _read_labels(self, access: Access, file: str) -> dict[str, list[str]]:
-        label_sets = read_label_sets(self.run.data.sources, access, file)
+        label_sets = read_label_sets(self.run.data.datasets, access, file)
         check_labels(self.run.task, label_sets)
         return label_sets
 
@@ -125,8 +125,8 @@ class DataChecks:
         """Return the number of images per category over all datasets, or None if no dataset provides it. Different
         categories between datasets are reported elsewhere, with their names."""
         by_source = []
-        for name, source in self.run.data.sources.items():
-            categories = shard_categories(shard_folder(source.shards), f"source '{name}': ", access)
+        for name, source in self.run.data.datasets.items():
+            categories = shard_categories(shard_folder(source.path), f"dataset '{name}': ", access)
             if categories is not None and categories.format == "lvis":
                 by_source.append([category.image_count or 0 for category in categories.categories])
         counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
@@ -136,17 +136,15 @@ class DataChecks:
 
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run. Its padding token must be 0."""
-    read = {name: source for name, source in run.data.sources.items() if source.captions != "none"}
-    if read and all(read_sample_count(source.shards, "with_caption", access) == 0 for source in read.values()):
+    read = {name: source for name, source in run.data.datasets.items() if source.captions != "none"}
+    if read and all(read_sample_count(source.path, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
             "the recipe has a text target, and no source has captions",
-            where=", ".join(
-                f"data.sources.{name}.shards: {redact_text(source.shards)}" for name, source in read.items()
-            ),
+            where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
             why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text, e.g. continue_images",
         )
-    tokenizer = find_tokenizer(run.data.sources, run.text.tokenizer, access)
+    tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:
         raise ConfigError(
             f"the text tower pads with token 0, and the tokenizer with {tokenizer.pad_token_id}",
@@ -166,8 +164,8 @@ def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], fi
         same = [key for key in label_sets if label_sets[key] == names]
         if label_set is not None and not same:
             raise ConfigError(
-                f"the labels of validation source '{name}' are those of no training source",
-                where=f"data.validation.{name}: {source.shards}",
+                f"the labels of validation dataset '{name}' are those of no training source",
+                where=f"data.validation.{name}: {source.path}",
                 fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
             )
         # The same class list under another name: the model has one head for it.

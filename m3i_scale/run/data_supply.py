@@ -141,7 +141,7 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
     if most < batch_size:
         raise ConfigError(
             f"the sources end after {most} samples, and a batch has {batch_size}",
-            where="data.sources.*.epochs",
+            where="data.datasets.*.epochs",
             fix="raise epochs or leave it out, or lower optim.batch_size",
         )
     return f"the sources end after step {most // batch_size} of {steps}, or earlier if samples are bad (epochs)"

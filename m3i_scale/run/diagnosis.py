@@ -70,7 +70,7 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
                 name,
                 "no sample has its target",
                 "none in the batches since the last records",
-                "look at weights and epochs of data.sources; `m3i-scale shards stats` counts labels and captions",
+                "look at weights and epochs of data.datasets; `m3i-scale shards stats` counts labels and captions",
             )
         if not math.isfinite(figures.get("grad_norm", 0.0)):
             yield RunWarning(
@@ -106,7 +106,7 @@ def _target_faults(name: str, health: dict[str, float], young: set[str], nats: f
             f"all samples have the same target, up to {spread:.1e} of its length",
             "a lower optim.lr, or in narrow towers text.config.initializer_range=0.06"
             if trained_too
-            else "a regularizer that keeps targets apart, a higher momentum.start, a lower optim.lr",
+            else "a regularizer that keeps targets apart, a higher ema.start, a lower optim.lr",
         )
     if evenness is not None and evenness < LEAST_EVENNESS:
         yield RunWarning(

@@ -39,12 +39,12 @@ than the training steps in between: with few images, evaluation would take longe
 _COMPUTED = {
     "backbone.from_pretrained": "EXPORT",
     "backbone.preset": "EXPORT",
-    "data.sources": "--data",
+    "data.datasets": "--data",
     "data.validation": "--data",
     "protocol": "--protocol",
 }
 """Keys that the command sets, and the argument that determines each."""
-_REPEATED = f"data.sources.{TRAIN}.repeat_threshold"
+_REPEATED = f"data.datasets.{TRAIN}.repeat_threshold"
 """The only field of the training dataset that a protocol can set."""
 
 
@@ -81,7 +81,7 @@ def prepare(
     _check_not_computed(overrides)
     # The number of steps is still unknown, so use one that every step setting fits into. The shards are unknown too.
     unknown = ["optim.steps=1000000000", "optim.warmup_steps=0"]
-    source = f"data.sources.{TRAIN}.shards={json.dumps(str(folder))}"
+    source = f"data.datasets.{TRAIN}.path={json.dumps(str(folder))}"
     run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
     check_output_dir(run.output_dir)
     task = run.task
@@ -180,7 +180,7 @@ def _check_one_rank(protocol: str) -> None:
             "`finetune` packs, trains and measures in one process, and a launcher has started several",
             where=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix=f"m3i-scale launch {protocol} --with deepspeed backbone.from_pretrained=EXPORT "
-            "data.sources.train.shards=DIR/train",
+            "data.datasets.train.path=DIR/train",
         )
 
 
@@ -216,10 +216,10 @@ def _check_not_computed(overrides: list[str]) -> None:
 
 def _sources(data: Labelled, repeats: float | None) -> list[str]:
     """Return overrides that replace all data settings of the config except `repeat_threshold`."""
-    validation = {} if data.validation is None else {"val": {"shards": str(data.validation)}}
+    validation = {} if data.validation is None else {"val": {"path": str(data.validation)}}
     repeated = {} if repeats is None else {"repeat_threshold": repeats}
     return [
-        f"data.sources={json.dumps({TRAIN: {'shards': str(data.train), **repeated}})}",
+        f"data.datasets={json.dumps({TRAIN: {'path': str(data.train), **repeated}})}",
         f"data.validation={json.dumps(validation)}",
     ]
 

@@ -212,7 +212,7 @@ def classification(asked: FineTuneOptions) -> None:
     train and val, or a dataset of save_to_disk. Default protocol: finetune.
 
     Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
-    data.sources.train.shards=/data/shards/train
+    data.datasets.train.path=/data/shards/train
     """
     asked.run("classification", "finetune")
 
@@ -228,7 +228,7 @@ def segmentation(asked: FineTuneOptions) -> None:
     mask_labels.json; train/images, train/masks and the same in val; or ADE20k as published. Default protocol: segment.
 
     Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
-    data.sources.train.shards=/data/shards/train
+    data.datasets.train.path=/data/shards/train
     """
     asked.run("segmentation", "segment")
 
@@ -245,6 +245,6 @@ def detection(asked: FineTuneOptions) -> None:
     the annotation file for training. Default protocol: detect.
 
     Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
-    data.sources.train.shards=/data/shards/train
+    data.datasets.train.path=/data/shards/train
     """
     asked.run("detection", "detect")

@@ -100,7 +100,7 @@ class FineTuning:
             "model": _model_line(run),
             "deviations": [*stated, *self._differences()],
             "backbone": run.backbone.from_pretrained,
-            "sources": {name: source.shards for name, source in (run.data.sources | run.data.validation).items()},
+            "datasets": {name: source.path for name, source in (run.data.datasets | run.data.validation).items()},
             "classes": len(self.data.classes),
             "class_names": self.data.classes,
             "class_images": self.data.class_images,
@@ -141,7 +141,7 @@ class FineTuning:
             of_epochs, of_steps = f"{protocol.epochs}, is {self.epochs:.4g}", f"{protocol.steps}, is {steps}"
             differences.append(f"epochs was {of_epochs}" if protocol.epochs else f"steps was {of_steps}")
         thresholds = [repeat_threshold(run) for run in (followed, self.run)]
-        differences += format_differences(f"data.sources.{TRAIN}.repeat_threshold", *thresholds)
+        differences += format_differences(f"data.datasets.{TRAIN}.repeat_threshold", *thresholds)
         if followed.deepspeed != self.run.deepspeed:
             differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
         return differences
@@ -178,8 +178,8 @@ def _model_line(run: RunConfig) -> str:
 
 
 def repeat_threshold(run: RunConfig) -> float | None:
-    """Return the repeat threshold of the training dataset; see `SourceConfig`."""
-    return run.data.sources[TRAIN].repeat_threshold if TRAIN in run.data.sources else None
+    """Return the repeat threshold of the training dataset; see `DatasetConfig`."""
+    return run.data.datasets[TRAIN].repeat_threshold if TRAIN in run.data.datasets else None
 
 
 def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]
     """Export the trained model, evaluate it on the evaluation images, and write and return the result."""
     run, outcome = prepared.run, prepared.outcome
     folder = run.output_dir / outcome.model
-    weights: Any = "student" if run.task is None or run.task.ema is None else "momentum"
+    weights: Any = "student" if run.task is None or run.task.ema is None else "ema"
     tell(f"exporting into {folder}, as {prepared.export_task}")
     facts = export(run.output_dir, folder, weights, wanted=ExportContents(prepared.export_task), overwrite=True)
     result = prepared.facts() | {
@@ -252,7 +252,7 @@ def result_lines(document: dict[str, Any]) -> list[str]:
             lines += [f"deviation: {text}" for text in value]
         elif key == "class_names":
             lines += _data_lines(document)
-        elif key == "sources":
+        elif key == "datasets":
             lines += [f"{name}: {shards}" for name, shards in value.items()]
         elif key in outcome.figures and "figures" in document:
             estimate = document["figures"].get(outcome.figures[key])

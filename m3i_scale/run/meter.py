@@ -138,7 +138,7 @@ class Meter:
         step: int,
         lr: float,
         grad_norm: Any,
-        momentum: float | None,
+        ema_decay: float | None,
         quarantined: int,
         world_size: int,
         quarantined_samples: int = 0,
@@ -158,7 +158,7 @@ class Meter:
             "quarantined_samples": float(quarantined_samples),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
-        means, phases, sums = _means_over_ranks(own, self.step_times.shares(), counts)
+        means, shares, sums = _means_over_ranks(own, self.step_times.shares(), counts)
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         flop_per_s = mfu = None
         if self.work is not None:
@@ -175,7 +175,7 @@ class Meter:
             groups={target.name: {} for target in self.objective.recipe.targets},
             information=0.0,
             health={},
-            momentum=momentum,
+            ema_decay=ema_decay,
             step_s=peaks["step_s"],
             data_wait_s=peaks["wait"],
             samples_per_s=self.batch_size / peaks["step_s"],
@@ -187,7 +187,7 @@ class Meter:
             loss_scale=loss_scale,
             skipped_steps=skipped_steps,
             skipped_nonfinite=skipped_nonfinite,
-            phases=phases,
+            times_s={name: share * peaks["step_s"] for name, share in shares.items()},
             flop_per_s=flop_per_s,
             mfu=mfu,
             sources=sources or {},

@@ -34,26 +34,26 @@ class RunPlan:
     machine: Machine
     planned: Estimate
     samples: int
-    phases: tuple[RunPlan, ...] = ()
+    stages: tuple[RunPlan, ...] = ()
     """Plan of each stage. The numbers of the run then come from the stage with the highest peak memory."""
 
     @property
     def fits(self) -> bool:
         """Return whether the configured run fits in every stage."""
-        return all(each.planned.fits(self.machine) for each in self.phases or [self])
+        return all(each.planned.fits(self.machine) for each in self.stages or [self])
 
     @property
     def seconds(self) -> float:
         """Return the estimated training time in seconds."""
-        if self.phases:
-            return sum(each.seconds for each in self.phases)
+        if self.stages:
+            return sum(each.seconds for each in self.stages)
         return self.samples / self.run.optim.batch_size * self.planned.step_s
 
     @cached_property
     def hopeless(self) -> bool:
         """Return whether even the smallest micro-batch does not fit, in any stage."""
-        if self.phases:
-            return any(each.hopeless for each in self.phases)
+        if self.stages:
+            return any(each.hopeless for each in self.stages)
         return not self.fits and not _fits_smaller(self.model, self.machine, self.planned.choice)
 
     @cached_property
@@ -66,7 +66,7 @@ class RunPlan:
         """Return the best choice, or None if nothing fits. With stages, it is for the stage with the highest peak
         memory, and None if another stage would not fit with its micro-batch."""
         best = choose(self.compared)
-        others = [each for each in self.phases if each.planned is not self.planned]
+        others = [each for each in self.stages if each.planned is not self.planned]
         if best is not None and not all(each.fits_as(best.choice) for each in others):
             return None
         return best
@@ -127,7 +127,7 @@ class RunPlan:
             "days": seconds / 86400,
             "gpu_hours": seconds / 3600 * world,
             "checkpoint_gib": self.model.checkpoint_bytes(planned.settings) / GIB,
-            "phases": [each._described_phase() for each in self.phases],
+            "stages": [each._described_stage() for each in self.stages],
             "assumed": list(self.model.vocabulary.assumed),
             "warnings": self.warnings,
             "compared": [self.summary(each) for each in self.compared],
@@ -162,14 +162,14 @@ class RunPlan:
 
     @property
     def _micro_batch_key(self) -> str:
-        numbers = [number for number, each in enumerate(self.phases) if each.planned is self.planned]
-        return f"phases.{numbers[0]}.micro_batch_size" if numbers else "optim.micro_batch_size"
+        numbers = [number for number, each in enumerate(self.stages) if each.planned is self.planned]
+        return f"stages.{numbers[0]}.micro_batch_size" if numbers else "optim.micro_batch_size"
 
-    def _described_phase(self) -> dict[str, Any]:
+    def _described_stage(self) -> dict[str, Any]:
         """Describe the resources of one stage."""
-        (phase,), planned, batch = self.run.phases, self.planned, self.run.optim.batch_size
+        (stage,), planned, batch = self.run.stages, self.planned, self.run.optim.batch_size
         return {
-            "steps": phase.steps,
+            "steps": stage.steps,
             "image_size": self.model.image_size,
             "micro_batch_size": planned.choice.micro_batch,
             "accumulation": planned.settings.accumulation_steps,
@@ -199,15 +199,15 @@ def plan_run(
         samples: number of training samples. None: the run's steps × batch size.
     """
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
-    if not run.phases:
+    if not run.stages:
         return _plan(run, machine, classes, tokens, total)
     plans = []
-    for number, phase in enumerate(run.phases):
-        with error_prefix(f"phases.{number}"):
-            share = round(total * phase.steps / run.optim.steps)
-            plans.append(_plan(run.in_phase(number), machine, classes, tokens, share))
+    for number, stage in enumerate(run.stages):
+        with error_prefix(f"stages.{number}"):
+            share = round(total * stage.steps / run.optim.steps)
+            plans.append(_plan(run.in_stage(number), machine, classes, tokens, share))
     largest = max(plans, key=lambda plan: plan.planned.peak_bytes)
-    return replace(largest, samples=total, phases=tuple(plans))
+    return replace(largest, samples=total, stages=tuple(plans))
 
 
 def _plan(run: RunConfig, machine: Machine, classes: int | None, tokens: int | None, samples: int) -> RunPlan:
@@ -374,9 +374,9 @@ def check_feasible(plan: RunPlan) -> None:
     """Raise an error if the run does not fit even with the smallest micro-batch."""
     if not plan.hopeless:
         return
-    for number, phase in enumerate(plan.phases):
-        with error_prefix(f"phases.{number}"):
-            check_feasible(phase)
+    for number, stage in enumerate(plan.stages):
+        with error_prefix(f"stages.{number}"):
+            check_feasible(stage)
     fix = None
     if plan.planned.peak_bytes <= plan.machine.memory_gib * GIB:
         raise _no_host_memory(plan)

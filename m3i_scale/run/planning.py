@@ -154,13 +154,13 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
     """Return label spaces and vocabulary size from the arguments, else from local shards, else from stated
     assumptions."""
     assumed = []
-    folders = [shard_folder(source.shards) for source in run.data.sources.values()]
+    folders = [shard_folder(source.path) for source in run.data.datasets.values()]
     # Plans contact no server: remote shards count as missing, and the resulting assumptions are reported.
     there = bool(folders) and all(isinstance(folder, Path) and folder.is_dir() for folder in folders)
     label_sets: dict[str, list[str]] = {}
     if recipe.labels_file is not None:
         if classes is None and there:
-            label_sets = read_label_sets(run.data.sources, file=recipe.labels_file)
+            label_sets = read_label_sets(run.data.datasets, file=recipe.labels_file)
         else:
             assumed_classes = _ASSUMED_CLASSES[recipe.reads]
             label_sets = {"classes": [str(number) for number in range(classes or assumed_classes)]}
@@ -168,7 +168,7 @@ def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens:
     if recipe.reads_masks and classes is not None and classes > NO_CLASS:
         raise ConfigError(f"a pixel of a mask is one of at most {NO_CLASS} classes", where=f"--classes {classes}")
     if tokens is None and recipe.uses_text and (there or run.text.tokenizer):
-        tokens = len(find_tokenizer(run.data.sources, run.text.tokenizer))
+        tokens = len(find_tokenizer(run.data.datasets, run.text.tokenizer))
     elif tokens is None and recipe.uses_text:
         assumed.append(f"a vocabulary of {VOCABULARY} tokens")
     return Vocabulary(label_sets, tokens or VOCABULARY, tuple(assumed))
@@ -391,7 +391,7 @@ def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
     """Return the CPU memory by part of a rank with a device: offloaded states, staging buffers of saves, prefetched
     batches and the process."""
     parts = dict(host.at_peak)
-    if model.run.data.workers:
+    if model.run.data.num_workers:
         sides = view_sizes(model.recipe.drawn_views, model.image_size)
         parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)
     parts["process"] = round(non_tensor_gib(hosts=True) * GIB)

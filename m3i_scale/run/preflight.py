@@ -59,9 +59,9 @@ def needs_of(
     far = checkpoint * of_this_host if settings.optimizer_on_host else 0
     pixels = max(
         3
-        * sum(side**2 for side in view_sizes(recipe.drawn_views, phase.image_size(model.image_size)))
-        * phase.optim.micro_batch_size
-        for phase in (run.in_phase(number) for number in range(len(run.phase_starts)))
+        * sum(side**2 for side in view_sizes(recipe.drawn_views, stage.image_size(model.image_size)))
+        * stage.optim.micro_batch_size
+        for stage in (run.in_stage(number) for number in range(len(run.stage_starts)))
     )
     count = retained_checkpoints(run.checkpoint, run.optim.steps)
     loaders = 1 + bool(run.data.validation)  # workers of both loaders exist and hold parts for the entire run
@@ -73,10 +73,10 @@ def needs_of(
         kept_bytes=_retained_bytes(run.checkpoint, checkpoint, count),
         memory_bytes=int(copies + far),
         state_bytes=0 if settings.optimizer_on_host else int(checkpoint * of_this_host),
-        shm_bytes=loaders * ranks_here * PREFETCH_PARTS * pixels if run.data.workers else 0,
+        shm_bytes=loaders * ranks_here * PREFETCH_PARTS * pixels if run.data.num_workers else 0,
         open_files=_FILES_OF_A_RANK
         + OPEN_SHARDS
-        + _FILES_OF_A_WORKER * loaders * run.data.workers
+        + _FILES_OF_A_WORKER * loaders * run.data.num_workers
         + _GROUPS * world_size,
     )
 

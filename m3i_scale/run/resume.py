@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import OptimConfig, Phase, RunConfig, parse_section, read_yaml
+from m3i_scale.config import OptimConfig, RunConfig, Stage, parse_section, read_yaml
 from m3i_scale.data.state import merge_states
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
@@ -34,10 +34,10 @@ def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, 
         contents: verify every byte of the checkpoint; only use it on one rank. False: see `verify`.
     """
     checkpoint, notes = _find_resume(run, contents)
-    if checkpoint is None and run.data.changed_sources:
+    if checkpoint is None and run.data.changed_datasets:
         raise ConfigError(
-            "data.changed_sources has no effect: the run starts anew",
-            where="data.changed_sources",
+            "data.changed_datasets has no effect: the run starts anew",
+            where="data.changed_datasets",
             fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
         )
     return checkpoint, notes
@@ -89,12 +89,12 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             fix="raise optim.steps, or take another output_dir",
         )
     step = int(meta["step"])
-    phases = _saved_phases(meta, checkpoint)
-    _check_sizes(resolved.run, phases, checkpoint, step)
+    stages = _saved_stages(meta, checkpoint)
+    _check_sizes(resolved.run, stages, checkpoint, step)
     return (
         _changed_shape(resolved, meta, world_size)
         + _changed_schedule(resolved.run, checkpoint, step)
-        + _changed_phases(resolved.run, phases)
+        + _changed_stages(resolved.run, stages)
     )
 
 
@@ -126,39 +126,41 @@ def check_counts(checkpoint: Path, batch_size: int) -> None:
         )
 
 
-def _check_sizes(run: RunConfig, saved: list[Phase], checkpoint: Path, step: int) -> None:
+def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int) -> None:
     """Validate that the image sizes of all steps so far match the current config. Future stages can change, like the
     schedule."""
-    if not (saved or run.phases):
+    if not (saved or run.stages):
         return
-    before = run.model_copy(update={"phases": saved})
+    before = run.model_copy(update={"stages": saved})
     then, now = (_sizes_until(phased, step) for phased in (before, run))
     if then != now:
         raise CheckpointError(
-            "the checkpoint is of another run: phases that have begun changed",
-            where=f"{checkpoint}; phases",
+            "the checkpoint is of another run: stages that have begun changed",
+            where=f"{checkpoint}; stages",
             why=f"images were {then}, and are {now}",
-            fix="take the same `phases` up to this step, or another output_dir for the new run",
+            fix="take the same `stages` up to this step, or another output_dir for the new run",
         )
 
 
-def _saved_phases(meta: dict[str, Any], checkpoint: Path) -> list[Phase]:
-    where = f"phases of {checkpoint / 'meta.json'}"  # none in checkpoints of earlier versions
-    return [parse_section(Phase, values, where=where, stored=True) for values in meta.get("phases", [])]
+def _saved_stages(meta: dict[str, Any], checkpoint: Path) -> list[Stage]:
+    where = f"stages of {checkpoint / 'meta.json'}"
+    return [
+        parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", meta.get("phases", []))
+    ]
 
 
-def _changed_phases(run: RunConfig, saved: list[Phase]) -> list[str]:
+def _changed_stages(run: RunConfig, saved: list[Stage]) -> list[str]:
     """Return a note if the stages changed."""
-    changes = format_differences("phases", *([phase.model_dump() for phase in of] for of in (saved, run.phases)))
-    return [f"phases changed: {', '.join(changes)}"] if changes else []
+    changes = format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages)))
+    return [f"stages changed: {', '.join(changes)}"] if changes else []
 
 
 def _sizes_until(run: RunConfig, step: int) -> str:
     """Describe the image sizes of the first `step` steps."""
     image_size = backbone_config(run.backbone).image_size
     sizes: dict[int, int] = {}
-    for number, start in enumerate(run.phase_starts):
-        size = run.in_phase(number).image_size(image_size)
+    for number, start in enumerate(run.stage_starts):
+        size = run.in_stage(number).image_size(image_size)
         if (start < step or not start) and size not in [*sizes.values()][-1:]:
             sizes[start] = size
     return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
@@ -209,12 +211,12 @@ def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
 def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:
     """Return the parallel layout and precision of a run after `step` steps. They can change on resume."""
     config, run = resolved.deepspeed.config, resolved.run
-    phase = run.in_phase(run.phase_at(max(step - 1, 0)))
+    stage = run.in_stage(run.stage_at(max(step - 1, 0)))
     return {
         "world_size": world_size,
         "zero_stage": int(config["zero_optimization"]["stage"]),
         "precision": precision(config),
-        "compared": world_size * phase.optim.micro_batch_size,
+        "compared": world_size * stage.optim.micro_batch_size,
     }
 
 
@@ -237,7 +239,7 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]
-        files = [f"data.sources.{name}: {source.shards}" for name, source in resolved.run.data.sources.items()]
+        files = [f"data.datasets.{name}: {source.path}" for name, source in resolved.run.data.datasets.items()]
         labels = key == "label_sets"
         raise CheckpointError(
             f"the checkpoint is of another run: {', '.join(different)} changed",
@@ -266,7 +268,7 @@ def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dic
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "identity": resolved.identity,
         "label_sets": resolved.label_sets,
-        "phases": [phase.model_dump() for phase in resolved.run.phases],
+        "stages": [stage.model_dump() for stage in resolved.run.stages],
         "vocab_size": resolved.vocab_size,
         "tokenizer": getattr(resolved.tokenizer, "name_or_path", None),
         "versions": {name: version(name) for name in _TOLD_VERSIONS},

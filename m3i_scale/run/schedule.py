@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from m3i_scale.config import OptimConfig
-from m3i_scale.objective.encoders import MomentumSpec
+from m3i_scale.objective.encoders import EmaSpec
 
 
 def learning_rate(step: int, optim: OptimConfig) -> float:
@@ -25,6 +25,6 @@ def warmed_up_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def momentum_at(step: int, spec: MomentumSpec, steps: int) -> float:
+def ema_decay_at(step: int, spec: EmaSpec, steps: int) -> float:
     """Return the EMA decay, a half cosine from `start` to `end` over the run. `step` counts from 0."""
     return spec.end - (spec.end - spec.start) * (1 + math.cos(math.pi * step / max(steps - 1, 1))) / 2

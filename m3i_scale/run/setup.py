@@ -28,7 +28,7 @@ from m3i_scale.run.with_data import RunWithData, open_stream
 from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.scale.agree import from_rank_0, open_together
 from m3i_scale.scale.arithmetic import allow_tf32
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.collectives import ProcessGroupRanks
 from m3i_scale.scale.compilation import compile_layers
 from m3i_scale.scale.deepspeed.effective import check_effective
@@ -52,12 +52,12 @@ class ResolvedRun(RunWithData):
     measures_precision: bool = False
     """Whether evaluations compute average precision; see `source_checks.measures_precision`."""
 
-    def in_phase(self, number: int) -> ResolvedRun:
+    def in_stage(self, number: int) -> ResolvedRun:
         """Return the run with the image size, micro-batch size and accumulation of a stage. Without stages, return the
-        run itself. See `RunConfig.in_phase`."""
-        if not self.run.phases:
+        run itself. See `RunConfig.in_stage`."""
+        if not self.run.stages:
             return self
-        run = self.run.in_phase(number)
+        run = self.run.in_stage(number)
         samples_of_rank = self.run.optim.micro_batch_size * self.accumulation
         return replace(
             self,
@@ -160,7 +160,7 @@ def start_engine(
     report_start: ReportStart = lambda report: None,
     *,
     reads_source: bool = True,
-) -> tuple[Any, ShardedMomentum | None]:
+) -> tuple[Any, ShardedEma | None]:
     """Build the partitioned modules, initialize the weights, and start DeepSpeed and the EMA.
 
     Args:
@@ -182,8 +182,8 @@ def start_engine(
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)  # with a memory budget: all layers, until memory is measured
     pairs = momentum_pairs(engine.module)
-    computes = resolved.recipe.momentum is not None  # the EMA of a task is only exported, not a target
-    return engine, ShardedMomentum(engine, pairs, computes=computes) if pairs else None
+    computes = resolved.recipe.ema is not None  # the EMA of a task is only exported, not a target
+    return engine, ShardedEma(engine, pairs, computes=computes) if pairs else None
 
 
 def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:

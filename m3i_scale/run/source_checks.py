@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import RunConfig, SourceConfig
+from m3i_scale.config import DatasetConfig, RunConfig
 from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, read_label_sets, shard_folder
@@ -23,9 +23,9 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
         access: access to remote servers.
         there: whether the shards exist. If not, files next to them are not checked.
     """
-    sources, file = run.data.sources, recipe.labels_file
+    sources, file = run.data.datasets, recipe.labels_file
     for name, source in sources.items():
-        where = f"data.sources.{name}"
+        where = f"data.datasets.{name}"
         if source.captions != "one" and not recipe.uses_text:
             raise ConfigError(
                 f"`captions: {source.captions}` has no effect: the recipe has no text target", where=where
@@ -39,17 +39,17 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
         if setting and there and not read_label_sets(read, access, file or LABELS):
             raise ConfigError(
                 f"{setting} has no effect: the source has no {file}",
-                where=f"{where}: {without_secrets(source.shards)}",
+                where=f"{where}: {without_secrets(source.path)}",
                 fix=f"leave it out, or put {file}, a list of class names, beside the shards",
             )
     if recipe.reads != "labels" and file is not None:
-        for kind, named in (("sources", sources), ("validation", run.data.validation)):
+        for kind, named in (("datasets", sources), ("validation", run.data.validation)):
             for name, source in named.items():
                 _check_class_names(source, f"data.{kind}.{name}", access, file, there=there)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
             "the recipe has a text target, and every source has `captions: none`",
-            where="data.sources",
+            where="data.datasets",
             fix="read captions of some source, or take a recipe without a text target",
         )
     for name, source in run.data.validation.items():
@@ -76,7 +76,7 @@ def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = N
         return False
     for name, source in run.data.validation.items():
         where, best = f"data.validation.{name}", run.checkpoint.keep_best
-        categories = shard_categories(shard_folder(source.shards), f"{where}: ", access)
+        categories = shard_categories(shard_folder(source.path), f"{where}: ", access)
         if categories is None or categories.format == "coco":
             continue
         figures = [f"evaluation/{target.name}/{figure}" for target in recipe.targets for figure in target.evaluated]
@@ -100,7 +100,7 @@ _NAMED = {
 """Annotations that use the classes in a file, and how to create the file."""
 
 
-def _check_class_names(source: SourceConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
+def _check_class_names(source: DatasetConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
     """Validate that a file next to the shards names the classes of the masks or boxes."""
     what, fix = _NAMED[file]
     if not source.labels:
@@ -108,11 +108,11 @@ def _check_class_names(source: SourceConfig, where: str, access: Access | None, 
     if there and not read_label_sets({"source": source}, access, file):
         raise ConfigError(
             f"the source has no {file}, which names the classes of its {what}",
-            where=f"{where}: {without_secrets(source.shards)}",
+            where=f"{where}: {without_secrets(source.path)}",
             fix=fix,
         )
     if there and file == CATEGORIES:
-        shard_categories(shard_folder(source.shards), f"{where}: ", access)
+        shard_categories(shard_folder(source.path), f"{where}: ", access)
 
 
 def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:
@@ -123,5 +123,5 @@ def check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | 
             f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
             where=str(checkpoint),
             why="every label set has a head of its own, by number; each would go on with the weights of another",
-            fix="write data.sources in the order in which the run began",
+            fix="write data.datasets in the order in which the run began",
         )

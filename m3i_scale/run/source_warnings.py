@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from m3i_scale.config import RunConfig, SourceConfig
+from m3i_scale.config import DatasetConfig, RunConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import is_remote
 from m3i_scale.data.shards import expand_shards, read_sample_count
@@ -23,7 +23,7 @@ def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = N
         ranks: number of ranks, or None if unknown.
         access: access to remote servers; None: do not contact them.
     """
-    shards_of = {f"data.sources.{name}": _listed(source, access) for name, source in run.data.sources.items()}
+    shards_of = {f"data.datasets.{name}": _listed(source, access) for name, source in run.data.datasets.items()}
     held_out = {f"data.validation.{name}": _listed(source, access) for name, source in run.data.validation.items()}
     pairs = [*combinations(shards_of.items(), 2)]
     pairs += [(train, val) for train in shards_of.items() for val in held_out.items()]
@@ -43,7 +43,7 @@ def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iter
     if not run.evaluation.every_steps or not run.data.validation:
         return
     counts = [
-        read_sample_count(source.shards, "samples", access) if _may_be_read(source, access) else None
+        read_sample_count(source.path, "samples", access) if _may_be_read(source, access) else None
         for source in run.data.validation.values()
     ]
     known = [count for count in counts if count]
@@ -60,7 +60,7 @@ def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iter
 def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
     """Warn about datasets that are repeated more often than in any published training. Datasets without a manifest
     and mixtures with a schedule are not checked."""
-    sources = run.data.sources
+    sources = run.data.datasets
     weights = {name: source.weight for name, source in sources.items() if not isinstance(source.weight, list)}
     total = sum(weights.values())
     if len(weights) < len(sources) or not total:
@@ -69,27 +69,27 @@ def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
     for name, source in sources.items():
         if source.epochs is not None or not _may_be_read(source, access):
             continue
-        count = read_sample_count(source.shards, "samples", access)
+        count = read_sample_count(source.path, "samples", access)
         epochs = samples * weights[name] / total / count if count else 0.0
         if epochs > MOST_EPOCHS:
             enough = max(1, int(run.optim.steps * MOST_EPOCHS / epochs))
             yield (
-                f"data.sources.{name} has {count:,} samples, and the run repeats them for {epochs:,.0f} epochs; no "
+                f"data.datasets.{name} has {count:,} samples, and the run repeats them for {epochs:,.0f} epochs; no "
                 f"published recipe needs more than {MOST_EPOCHS:,}. Fix: more images, or optim.steps={enough}"
             )
 
 
-def _may_be_read(source: SourceConfig, access: Access | None) -> bool:
+def _may_be_read(source: DatasetConfig, access: Access | None) -> bool:
     """Return whether the shards and their sidecar files may be read: remote ones only with `access`."""
-    return access is not None or not is_remote(source.shards)
+    return access is not None or not is_remote(source.path)
 
 
-def _listed(source: SourceConfig, access: Access | None) -> frozenset[str]:
+def _listed(source: DatasetConfig, access: Access | None) -> frozenset[str]:
     """Return the shards of a dataset in comparable form; empty if they cannot be listed."""
     if not _may_be_read(source, access):
         return frozenset()
     try:
-        shards = expand_shards(source.shards, access=access)
+        shards = expand_shards(source.path, access=access)
     except (UserError, OSError):
         return frozenset()
     return frozenset(str(shard.resolve()) if isinstance(shard, Path) else str(shard) for shard in shards)

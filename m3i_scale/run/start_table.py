@@ -45,12 +45,12 @@ def other_images(normalisation: Mapping[str, list[float]], image_size: int | Non
         )
     if image_size is not None:
         own = run.backbone.config.get("image_size", image_size)
-        phases = (run.in_phase(number) for number in range(len(run.phase_starts)))
-        others = {phase.image_size(own) for phase in phases} - {image_size}
+        stages = (run.in_stage(number) for number in range(len(run.stage_starts)))
+        others = {stage.image_size(own) for stage in stages} - {image_size}
         if others:
             told.append(
                 f"the weights are for images of {image_size} pixels, and this run takes "
-                f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `phases`"
+                f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `stages`"
             )
     return told
 

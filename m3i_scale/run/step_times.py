@@ -117,12 +117,12 @@ class Timeouts:
         """Count a completed step."""
         self._steps += 1
         if self._steps == _LONG_STEPS:
-            set_timeout(self._timeouts.step_s)
+            set_timeout(self._timeouts.collective_s)
 
     def begin_phase(self) -> None:
         """Apply the startup timeout to the next steps."""
         self._steps = 0
-        set_timeout(self._timeouts.start_s)
+        set_timeout(self._timeouts.startup_s)
 
     @contextlib.contextmanager
     def outside_of_steps(self, name: str) -> Iterator[None]:
@@ -135,11 +135,11 @@ class Timeouts:
         on_change, self._step_times.on_change = self._step_times.on_change, lambda phase: None
         self._heartbeat.at(name)
         if self._steps >= _LONG_STEPS:
-            set_timeout(self._timeouts.start_s)
+            set_timeout(self._timeouts.startup_s)
         try:
             yield
         finally:
             if self._steps >= _LONG_STEPS:
-                set_timeout(self._timeouts.step_s)
+                set_timeout(self._timeouts.collective_s)
             self._step_times.on_change = on_change
         self._heartbeat.at(around)

@@ -24,7 +24,7 @@ from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.writers import writers_of
-from m3i_scale.run.check import phase_lines, resolve_run, run_warnings
+from m3i_scale.run.check import resolve_run, run_warnings, stage_lines
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
@@ -77,7 +77,9 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
                 compute_deterministically()
             check_before_joining()
             heartbeat.at("join")
-            ranks = start_ranks(run.timeouts.start_s, min(run.timeouts.join_s, run.timeouts.start_s), print_rank0)
+            ranks = start_ranks(
+                run.timeouts.startup_s, min(run.timeouts.rendezvous_s, run.timeouts.startup_s), print_rank0
+            )
             clean = False
             try:
                 with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
@@ -117,7 +119,7 @@ def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], 
     """Print the settings of the run before it starts."""
     run, config = resolved.run, resolved.deepspeed.config
     _CONSOLE.print(explain_table(resolved.deepspeed))
-    for line in phase_lines(run):
+    for line in stage_lines(run):
         _CONSOLE.print(line, markup=False, highlight=False)
     for note in (*notes, *(f"warning: {warning}" for warning in warnings)):
         _CONSOLE.print(note, style="yellow", markup=False, highlight=False)
@@ -169,7 +171,7 @@ def train(
         check_machines(resolved, print_rank0)
         from_rank_0(lambda: _write_settings(resolved))
         # Open the data before printing the engine tables, so that data errors are not buried below them.
-        stream, validation = open_data(resolved.in_phase(0), ranks, workers)
+        stream, validation = open_data(resolved.in_stage(0), ranks, workers)
         if ranks.rank == 0:
             announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:

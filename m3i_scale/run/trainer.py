@@ -19,8 +19,8 @@ from m3i_scale.errors import UserError
 from m3i_scale.launch.heartbeat import Heartbeat
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
-from m3i_scale.run.callbacks.base import Callback, CallbackList, PhaseInfo, RunInfo
-from m3i_scale.run.check import phase_lines
+from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StageInfo
+from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.flops import step_flop
@@ -34,7 +34,7 @@ from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.hooks.rewinding import Rewinding
 from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.rewind import Rewinds
-from m3i_scale.run.schedule import learning_rate, momentum_at, warmed_up_decay
+from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
 from m3i_scale.run.start_table import print_start
 from m3i_scale.run.step_times import Timeouts
@@ -66,24 +66,24 @@ class Trainer:
         self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
         if ranks.rank != 0:
             callbacks, tell = [], lambda text: None
-        self.phases = [resolved.in_phase(number) for number in range(max(len(self.run.phases), 1))]
+        self.stages = [resolved.in_stage(number) for number in range(max(len(self.run.stages), 1))]
         """The run with the settings of each stage; a single entry without stages."""
         if stream is None:
-            stream, validation = open_data(self.phases[0], ranks)
+            stream, validation = open_data(self.stages[0], ranks)
         if validation is None and self.run.evaluation.every_steps:
             raise ValueError("evaluation.every_steps is set, and no validation stream is given")
         note = check_sources_last(stream, self.run.optim.batch_size, self.run.optim.steps)
         if note is not None:
             tell(note)
-        engine, momentum = start_engine(
+        engine, ema = start_engine(
             resolved, ranks, lambda report: print_start(report, resolved.run), reads_source=resume_from is None
         )
-        check_guard_room(resolved.run, checkpoint_bytes(engine, momentum))
-        set_micro_batch_size(engine, self.phases[0].run.optim.micro_batch_size)
+        check_guard_room(resolved.run, checkpoint_bytes(engine, ema))
+        set_micro_batch_size(engine, self.stages[0].run.optim.micro_batch_size)
         self.activations = set_activations(resolved.run, engine, stream)
         """Description of the activation checkpointing, for the log."""
         self.device = torch.device(get_accelerator().current_device_name())
-        self.work = count_work(self.phases[0])
+        self.work = count_work(self.stages[0])
         self.meter = Meter(engine.module, self.run.optim.steps, self.run.optim.batch_size, self.work)
         self.step_times = self.meter.step_times
         engine.module.span = self.step_times.span
@@ -91,7 +91,7 @@ class Trainer:
         engine.allreduce_gradients = self.step_times.timed("reduce", engine.allreduce_gradients)
         timeouts = Timeouts(self.run.timeouts, self.step_times, self.heartbeat)
         self.state = TrainState(
-            *(resolved, self.phases[0], ranks, engine, momentum, stream, CallbackList(callbacks), tell, timeouts)
+            *(resolved, self.stages[0], ranks, engine, ema, stream, CallbackList(callbacks), tell, timeouts)
         )
         self.fetcher, self.validation = Fetcher(iter(())), validation
         self.copy = DeviceCopies()
@@ -122,11 +122,11 @@ class Trainer:
         """Return the long-run note (`m3i_scale.run.meter.long_run_note`) for the steps from `first_step` on."""
         optim, work = self.run.optim, self.work
         left = optim.steps - first_step
-        if self.run.phases and left > 0:
-            ends = [*self.run.phase_starts[1:], optim.steps]
+        if self.run.stages and left > 0:
+            ends = [*self.run.stage_starts[1:], optim.steps]
             flop = sum(
-                max(end - max(start, first_step), 0) * flop_of(phase)["model"]
-                for start, end, phase in zip(self.run.phase_starts, ends, self.phases, strict=True)
+                max(end - max(start, first_step), 0) * flop_of(stage)["model"]
+                for start, end, stage in zip(self.run.stage_starts, ends, self.stages, strict=True)
             )
             work = replace(work, flop=work.flop | {"model": flop / left})
         return long_run_note(work, left, optim.batch_size, self.state.ranks.world_size)
@@ -137,7 +137,7 @@ class Trainer:
         self.preemption.install()
         self.heartbeat.at("resume")
         self.checkpointing.resume()
-        self._enter_phase()
+        self._enter_stage()
         self.step_times.on_change = self.heartbeat.at
         state.callbacks.on_start(self._run_info())
         status: Status | Literal["failed"] = "failed"
@@ -168,7 +168,7 @@ class Trainer:
             peak_source=self.work.peak.source,
             data_sheet_tflops=self.work.peak.data_sheet_tflops,
             device=device_name(),
-            micro_batch_size=state.phase.run.optim.micro_batch_size,
+            micro_batch_size=state.stage.run.optim.micro_batch_size,
         )
 
     def _loop(self) -> None:
@@ -178,20 +178,20 @@ class Trainer:
         self.heartbeat.at("other", state.step)
         ended = False
         while state.step < self.run.optim.steps and not state.stopping and not ended:
-            ended = self._train_phase()
+            ended = self._train_stage()
         for hook in self.hooks:
             hook.on_finish()
 
-    def _train_phase(self) -> bool:
+    def _train_stage(self) -> bool:
         """Train until the stage of the next step ends. Return whether the data is exhausted."""
         state = self.state
-        self._enter_phase()
-        self._tell_phase()
+        self._enter_stage()
+        self._tell_stage()
         # Stop the data readers here, while the process is intact, instead of at interpreter exit.
         with contextlib.closing(iter(state.stream)) as batches_of_rank:
-            batches = StepBatches(state.stream, batches_of_rank, state.phase.accumulation)
+            batches = StepBatches(state.stream, batches_of_rank, state.stage.accumulation)
             self.fetcher = Fetcher(batches)
-            while state.step < self.run.optim.steps and state.phase is self._phase_of(state.step):
+            while state.step < self.run.optim.steps and state.stage is self._stage_of(state.step):
                 if state.stopping:
                     return False
                 if self._data_ended(batches):
@@ -199,42 +199,42 @@ class Trainer:
                 self.train_step()
         return False
 
-    def _phase_of(self, step: int) -> ResolvedRun:
-        return self.phases[self.run.phase_at(step)]
+    def _stage_of(self, step: int) -> ResolvedRun:
+        return self.stages[self.run.stage_at(step)]
 
-    def _enter_phase(self) -> None:
+    def _enter_stage(self) -> None:
         """Switch to the stage of the next step if it changes. Image and micro-batch size change from the next sample
         on; weights, optimizer and EMA stay unchanged."""
-        state, phase = self.state, self._phase_of(self.state.step)
-        if phase is state.phase:
+        state, stage = self.state, self._stage_of(self.state.step)
+        if stage is state.stage:
             return
-        with state.timeouts.outside_of_steps("phase"):
-            size = phase.run.optim.micro_batch_size
+        with state.timeouts.outside_of_steps("stage"):
+            size = stage.run.optim.micro_batch_size
             for stream in (state.stream, *([] if self.validation is None else [self.validation])):
-                stream.resize(phase.image_size, size)
-            state.phase = phase
+                stream.resize(stage.image_size, size)
+            state.stage = stage
             set_micro_batch_size(state.engine, size)
-            self.meter.work = self.work = replace(self.work, flop=flop_of(phase))
+            self.meter.work = self.work = replace(self.work, flop=flop_of(stage))
         state.timeouts.begin_phase()
         self.meter.reset()
 
-    def _tell_phase(self) -> None:
+    def _tell_stage(self) -> None:
         """Notify hooks and callbacks if a stage begins with the next step."""
         state = self.state
-        if not self.run.phases or state.step not in self.run.phase_starts:
+        if not self.run.stages or state.step not in self.run.stage_starts:
             return
         if state.step:
             for hook in self.hooks:
-                hook.on_phase()
-            state.tell(phase_lines(self.run)[self.run.phase_at(state.step)])
-        micro_batch_size = state.phase.run.optim.micro_batch_size
-        state.callbacks.on_phase(
-            PhaseInfo(state.step, state.phase.image_size, micro_batch_size, self.work.flop["model"])
+                hook.on_stage()
+            state.tell(stage_lines(self.run)[self.run.stage_at(state.step)])
+        micro_batch_size = state.stage.run.optim.micro_batch_size
+        state.callbacks.on_stage(
+            StageInfo(state.step, state.stage.image_size, micro_batch_size, self.work.flop["model"])
         )
 
     def _data_ended(self, batches: StepBatches) -> bool:
         """Return whether the data is exhausted, and log it if so."""
-        with self.step_times.span("fetch"):
+        with self.step_times.span("data"):
             ended = batches.ended()
         self.meter.add_wait(batches.waited_s)
         if ended:
@@ -257,20 +257,20 @@ class Trainer:
         state, run = self.state, self.run
         done = state.step + 1
         # Steps of different stages take different times, so no record may cover two stages.
-        state.logged = done % run.log.every_steps == 0 or done in (run.optim.steps, *run.phase_starts)
+        state.logged = done % run.log.every_steps == 0 or done in (run.optim.steps, *run.stage_starts)
         state.lr = learning_rate(state.step, run.optim)
         state.engine.module.progress = state.step / run.optim.steps
         for group in state.engine.optimizer.param_groups:
             group["lr"] = state.lr * group["lr_scale"]
         state.micro_batches = []
         with undone_if_skipped(state.engine, state.engine.module):
-            for number in range(state.phase.accumulation):
-                last = number + 1 == state.phase.accumulation
+            for number in range(state.stage.accumulation):
+                last = number + 1 == state.stage.accumulation
                 state.engine.module.measure_health = state.logged and last
                 self._micro_batch()
                 if last:  # one vote per step, regardless of gradient accumulation
                     self._vote()
-                with self.step_times.span("step"):
+                with self.step_times.span("optimizer"):
                     take_step(state.engine)
         state.applied = state.engine.was_step_applied()  # a skipped step does not update the EMA either
         self._update_average()
@@ -292,7 +292,7 @@ class Trainer:
             hook.post_micro_batch(batch, micro_batch)
 
     def _next_batch(self) -> Batch:
-        with self.step_times.span("fetch"):
+        with self.step_times.span("data"):
             started = time.perf_counter()
             batch = next(self.fetcher)
             self.meter.add_wait(time.perf_counter() - started)
@@ -318,22 +318,22 @@ class Trainer:
 
     def _update_average(self) -> None:
         state = self.state
-        if state.momentum is None:
+        if state.ema is None:
             return
         state.ema_decay = ema_decay(state.step, state.resolved)
         if state.applied:
-            with self.step_times.span("momentum"):
-                state.momentum.update(state.ema_decay)
+            with self.step_times.span("ema"):
+                state.ema.update(state.ema_decay)
 
 
 def ema_decay(step: int, resolved: ResolvedRun) -> float:
     """Return the EMA decay at a step. It warms up for a task and follows a schedule for an EMA teacher."""
-    task, schedule = resolved.run.task, resolved.recipe.momentum
+    task, schedule = resolved.run.task, resolved.recipe.ema
     if task is not None and task.ema is not None:
         return warmed_up_decay(step, task.ema)
     if schedule is None:
         raise ValueError("an average is there, and nothing says how it moves")
-    return momentum_at(step, schedule, resolved.run.optim.steps)
+    return ema_decay_at(step, schedule, resolved.run.optim.steps)
 
 
 def count_work(resolved: ResolvedRun) -> Work:

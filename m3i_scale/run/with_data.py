@@ -39,13 +39,13 @@ class RunWithData:
 
 def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     """Validate a config against its data and the number of ranks, independent of the training engine."""
-    if len(run.phases) > 1:
+    if len(run.stages) > 1:
         raise ConfigError(
-            f"the run has {len(run.phases)} phases, and a loop of your own has one at a time",
-            where="phases",
-            fix="give `run.in_phase(0)`, then `run.in_phase(1)` …, and each stream the state of the one before",
+            f"the run has {len(run.stages)} stages, and a loop of your own has one at a time",
+            where="stages",
+            fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
         )
-    run = run.in_phase(0)
+    run = run.in_stage(0)
     faults, checks = Faults(), DataChecks(run, world_size)
     faults.note(check_output_dir, run.output_dir)
     recipe = faults.note(parse_recipe, run.recipe)
@@ -78,7 +78,7 @@ def open_stream(
     output_dir = run.output_dir
     return TrainStream(
         run.data,
-        run.data.validation if validation else run.data.sources,
+        run.data.validation if validation else run.data.datasets,
         views=given.recipe.drawn_views,
         image_size=given.image_size,
         micro_batch_size=run.optim.micro_batch_size,

@@ -67,7 +67,7 @@ class _Place:
     """Elements without padding."""
 
 
-class ShardedMomentum:
+class ShardedEma:
     """Sharded EMA of the online parameters: each rank averages the master weights that it has.
 
     The EMA is fp32, a higher precision than the target's compute dtype. In bf16 the update would be lost, because 1 − m
@@ -94,7 +94,7 @@ class ShardedMomentum:
         self._engine = engine
         self._follows = {target: online for online, target in pairs}
         self._target = {target: named[target] for _, target in pairs}
-        check_writable(engine, self._target, "a momentum target")
+        check_writable(engine, self._target, "an EMA teacher")
         keep_partitioned(engine, self._target.values())
         second_copies = engine._config.zero_config.zero_hpz_partition_size > 1
         self._second_copies = list(self._target.values()) if second_copies else []

@@ -73,7 +73,7 @@ def await_ranks(timeout_s: float) -> None:
         raise MissingRanksError(
             answer,
             why="their hosts cannot be reached, or they ended before they could join: see what the launcher printed",
-            fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.join_s where they only need longer",
+            fix="m3i-scale doctor --hostfile FILE checks the hosts; if they start slowly, raise timeouts.rendezvous_s",
         )
 
 
@@ -177,7 +177,7 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
             f"rank 0 cannot be reached at {host}, port {port}, in {timeout_s:g} s",
             where=f"rank {rank} on {socket.gethostname()}",
             why=f"it has not started, its host is down, or a firewall is between: {reason}",
-            fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.join_s where it only needs longer",
+            fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.rendezvous_s where it only needs longer",
         ) from None
     _KEPT.append(store)
     return store

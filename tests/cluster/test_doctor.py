@@ -59,7 +59,7 @@ def case(four: Hosts, tmp_path: Path) -> Iterator[Case]:
     run = {
         "extends": "mae",
         "output_dir": str(tmp_path / "shared" / "out"),
-        "data": {"sources": {"photos": {"shards": str(shards)}}},
+        "data": {"datasets": {"photos": {"path": str(shards)}}},
         "backbone": {"preset": "vit-ti/16"},
         "deepspeed": "zero3_cpu",
     }

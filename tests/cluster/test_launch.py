@@ -112,7 +112,7 @@ def test_a_run_is_stopped_from_any_host_and_the_last_words_say_where_it_goes_on(
 def test_a_host_that_deepspeed_itself_does_not_reach_is_named_by_the_ranks_of_the_others(
     hosts: Hosts, shards: Path, tmp_path: Path
 ):
-    run = write_run(tmp_path, shards, "clip", "timeouts.join_s=8")
+    run = write_run(tmp_path, shards, "clip", "timeouts.rendezvous_s=8")
     hostfile = hosts.hostfile(tmp_path / "hostfile")
     words = ["--hostfile", hostfile, "--master_addr", hosts.address("node0"), "--no_local_rank", "--module"]
     hosts.link("node1", up=False)

@@ -191,7 +191,7 @@ def test_a_rank_that_dies_ends_the_job_everywhere(cluster: Slurm, reference: Pat
 
 
 def test_a_mistake_is_told_and_not_repeated(cluster: Slurm, reference: Path, tmp_path: Path) -> None:
-    job = Submitted(cluster, copy_of(reference, tmp_path / "run"), "data.sources.shapes.shards=/nowhere")
+    job = Submitted(cluster, copy_of(reference, tmp_path / "run"), "data.datasets.shapes.path=/nowhere")
     job.wait_for_state("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0"
     assert "/nowhere" in job.log()

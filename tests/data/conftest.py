@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from foreign import image_bytes, write_tar
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.shards import read_label_sets
@@ -35,14 +35,14 @@ def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, qua
     image_size, augment = data.pop("image_size", 8), data.pop("augment", True)
     captions, epochs, own = data.pop("captions", "one"), data.pop("epochs", {}), data.pop("settings", {})
     sources = {
-        name: SourceConfig(
-            shards=str(folder),
+        name: DatasetConfig(
+            path=str(folder),
             **{"weight": weights.get(name, 1.0), "captions": captions, "epochs": epochs.get(name), **own.get(name, {})},
         )
         for name, folder in folders.items()
     }
     workers, pin = data.pop("given", None), data.pop("pin", None)
-    settings = DataConfig(sources=sources, **data)
+    settings = DataConfig(datasets=sources, num_workers=data.pop("workers", 0), **data)
     return TrainStream(
         settings,
         sources,

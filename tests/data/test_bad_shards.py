@@ -15,7 +15,7 @@ import pytest
 import servers
 from botocore.exceptions import ClientError
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import build_index
 from m3i_scale.data.order import shard_order
 from m3i_scale.data.remote.access import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, Access
@@ -51,7 +51,7 @@ def served(tools, tmp_path):
 
 
 def loader_of(tools, server, tmp_path, cache_gib=0.01, index=None, **more):
-    settings = {"streams": 4, "cache_gib": cache_gib, "read_attempts": 3, "read_timeout_s": 30.0}
+    settings = {"streams": 4, "cache_gib": cache_gib, "max_read_attempts": 3, "read_timeout_s": 30.0}
     settings |= {"cache_dir": tmp_path / "shards"} if cache_gib else {}
     shards = f"{server.address}/s-{{000..007}}.tar"
     return tools.make_loader({"s": shards}, index or tmp_path, **(settings | more))
@@ -97,7 +97,7 @@ def test_a_fault_that_stays_stops_the_run_and_is_named(tools, served, tmp_path, 
 
 
 def quarantine(tools, server, tmp_path, **more):
-    return loader_of(tools, server, tmp_path, bad_shards="quarantine", max_bad_fraction=0.5, **more)
+    return loader_of(tools, server, tmp_path, bad_shards="quarantine", max_corrupt_fraction=0.5, **more)
 
 
 @pytest.mark.parametrize("cache_gib", [0, 0.01])
@@ -183,7 +183,7 @@ def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(serv
 
 
 def test_too_many_lost_shards_stop_the_run(tools, served, tmp_path):
-    loader = loader_of(tools, served, tmp_path, bad_shards="quarantine", max_bad_fraction=0.2)
+    loader = loader_of(tools, served, tmp_path, bad_shards="quarantine", max_corrupt_fraction=0.2)
     for number in (1, 3):
         served.always[f"s-00{number}.tar"] = "404"
     with pytest.raises(DataError, match="11 of 48 samples of a pass are lost with their shards"):
@@ -200,7 +200,7 @@ def test_a_wrong_checksum_is_found_before_a_sample_is_used(tools, served, tmp_pa
 def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
     """One of 40 is a fifth of what one of eight ranks reads, and yet not too many."""
     folder = tools.write_folder(tmp_path / "data", [6] * 40)
-    options = {"streams": 8, "bad_shards": "quarantine", "max_bad_fraction": 0.05}
+    options = {"streams": 8, "bad_shards": "quarantine", "max_corrupt_fraction": 0.05}
     loaders = [tools.make_loader({"s": folder}, tmp_path, world=8, rank=rank, micro=2, **options) for rank in range(8)]
     alone = tools.make_loader({"s": folder}, tmp_path, micro=16, **options)
     (folder / BAD).unlink()
@@ -223,7 +223,7 @@ def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
 def test_a_shard_of_several_streams_is_lost_once(tools, tmp_path):
     """Four streams share three shards, of which that in the middle is gone; two lose their part of it."""
     folder, path = tools.write_folder(tmp_path / "data", [16] * 3), tmp_path / "quarantine.jsonl"
-    options = {"streams": 4, "bad_shards": "quarantine", "max_bad_fraction": 1.0, "quarantine": path}
+    options = {"streams": 4, "bad_shards": "quarantine", "max_corrupt_fraction": 1.0, "quarantine": path}
     loaders = [tools.make_loader({"s": folder}, tmp_path, world=4, rank=rank, micro=1, **options) for rank in range(4)]
     (folder / f"s-{shard_order(3, 3, 's')[1]:03d}.tar").unlink()
     for _ in zip(*(itertools.islice(loader, 4) for loader in loaders), strict=True):
@@ -315,7 +315,7 @@ def test_a_local_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools
 
 def test_a_local_shard_that_vanishes_or_shrinks_is_set_aside(tools, tmp_path):
     folder = tools.write_folder(tmp_path / "data", SIZES)
-    options = {"streams": 4, "bad_shards": "quarantine", "max_bad_fraction": 0.5}
+    options = {"streams": 4, "bad_shards": "quarantine", "max_corrupt_fraction": 0.5}
     loader = tools.make_loader({"s": folder}, tmp_path, **options)
     (folder / BAD).unlink()
     os.truncate(folder / "s-005.tar", 600)
@@ -331,7 +331,7 @@ def test_a_server_without_range_requests_is_an_error_before_the_first_step(tools
     served.ranges = False
     with pytest.raises(DataError, match="cannot read the shard: no range requests") as caught:
         loader_of(tools, served, tmp_path, cache_gib)
-    assert caught.value.where == f"source 's': {served.address}/s-000.tar"
+    assert caught.value.where == f"dataset 's': {served.address}/s-000.tar"
     assert "sends the complete file" in caught.value.why
     assert "copy the shards to a server that answers range requests" in caught.value.fix
 
@@ -340,18 +340,18 @@ def test_a_server_that_is_down_at_the_start_is_given_up_soon_and_named(tools, se
     """The attempts would take days."""
     served.shutdown()
     served.server_close()
-    settings = {"read_attempts": 100_000, "start_timeout_s": 0.5}
+    settings = {"max_read_attempts": 100_000, "start_timeout_s": 0.5}
     with pytest.raises(DataError, match="cannot read the labels: connection lost") as caught:
         loader_of(tools, served, tmp_path, **settings)
-    assert caught.value.where.startswith(f"source 's': {served.address}/labels.json")
+    assert caught.value.where.startswith(f"dataset 's': {served.address}/labels.json")
     assert "data.start_timeout_s" in caught.value.fix
-    source = {"s": SourceConfig(shards=f"{served.address}/s-{{000..007}}.tar")}
+    source = {"s": DatasetConfig(path=f"{served.address}/s-{{000..007}}.tar")}
     access = Access(attempts=100_000, start_timeout_s=0.5).at_start()
     with pytest.raises(DataError, match="cannot read the tokenizer: connection lost") as caught:
         find_tokenizer(source, None, access)
-    assert caught.value.where.startswith("source 's': ")
+    assert caught.value.where.startswith("dataset 's': ")
     with pytest.raises(DataError, match="cannot list the folder: connection lost") as caught:
-        expand_shards(served.address, "source 's'", access)
+        expand_shards(served.address, "dataset 's'", access)
     assert "data.start_timeout_s" in caught.value.fix
 
 
@@ -362,8 +362,8 @@ def test_a_shard_that_is_not_there_at_the_start_is_an_error(tools, served, tmp_p
     """Setting shards aside would not help: at the start all must be there."""
     served.always[BAD] = fault
     with pytest.raises(DataError) as caught:
-        quarantine(tools, served, tmp_path, read_attempts=100_000, start_timeout_s=timeout_s)
-    assert caught.value.where == f"source 's': {served.address}/{BAD}"
+        quarantine(tools, served, tmp_path, max_read_attempts=100_000, start_timeout_s=timeout_s)
+    assert caught.value.where == f"dataset 's': {served.address}/{BAD}"
     assert says in caught.value.fix
 
 

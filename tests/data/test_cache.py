@@ -197,9 +197,9 @@ def test_a_shard_is_fetched_once_for_all_ranks_and_workers_of_a_host(tools, tmp_
 
 def remote_loader(tools, server, tmp_path):
     """One that would set bad shards aside: a full disk is none."""
-    cache = {"cache_gib": 0.01, "cache_dir": tmp_path / "shards", "read_attempts": 2}
+    cache = {"cache_gib": 0.01, "cache_dir": tmp_path / "shards", "max_read_attempts": 2}
     source = {"s": f"{server.address}/s-{{000..003}}.tar"}
-    return tools.make_loader(source, tmp_path, streams=2, bad_shards="quarantine", max_bad_fraction=0.9, **cache)
+    return tools.make_loader(source, tmp_path, streams=2, bad_shards="quarantine", max_corrupt_fraction=0.9, **cache)
 
 
 def full(*_):

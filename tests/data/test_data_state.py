@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.config import AugmentConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DatasetConfig
 from m3i_scale.config.views import ViewSpec
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.fingerprint import _names, _patterns, changes, fingerprint, listing
@@ -50,7 +50,7 @@ def test_ten_thousand_shards_make_a_small_state():
         (f"{number:05d}.tar", 300_000_000 + number, 9_000 + number % 1000, f"{number:x}") for number in range(10_000)
     ]
     assert len(json.dumps(listing(shards))) < 61_000
-    assert len(json.dumps(fingerprint(shards, SourceConfig(shards="x"), AugmentConfig()))) < 700
+    assert len(json.dumps(fingerprint(shards, DatasetConfig(path="x"), AugmentConfig()))) < 700
 
 
 def test_the_state_does_not_grow_with_the_position(tools, folders, cache):
@@ -64,7 +64,7 @@ def test_the_state_does_not_grow_with_the_position(tools, folders, cache):
 
 def told(before, now, settings=None):
     """The diff of one source between two lists of shards."""
-    old, new = SourceConfig(shards="x"), SourceConfig(shards="x", **(settings or {}))
+    old, new = DatasetConfig(path="x"), DatasetConfig(path="x", **(settings or {}))
     prints = [{"s": fingerprint(shards, source, AugmentConfig())} for shards, source in ((before, old), (now, new))]
     return changes(*json.loads(json.dumps(prints)), {"s": listing(before)}, {"s": now}).get("s")
 
@@ -89,7 +89,7 @@ def test_a_diff_says_which_shards_and_settings():
     ("before", "reason"), [("0a 0.5", "this version repeats samples by"), ("0b 0.5", "of other categories")]
 )
 def test_a_diff_says_why_samples_are_repeated_otherwise(before, reason):
-    source = SourceConfig(shards="here", repeat_threshold=0.5)
+    source = DatasetConfig(path="here", repeat_threshold=0.5)
     saved, now = (fingerprint([], source, AugmentConfig(), repeats) for repeats in (before, "0a 0.5 2"))
     (difference,) = changes({"a": saved}, {"a": now}, {}, {"a": []}).values()
     assert reason in difference
@@ -100,7 +100,7 @@ def test_a_run_that_began_with_other_blur_is_told_and_goes_on_where_it_is_stated
     old, new = {"blur": [1.0, 0.1], "solarize": [0.0, 0.2]}, {"blur": [0.1, 1.0], "solarize": [0.2, 0.0]}
 
     def diff(before, now):
-        prints = [{"s": fingerprint(shards, SourceConfig(shards="x"), AugmentConfig(**one))} for one in (before, now)]
+        prints = [{"s": fingerprint(shards, DatasetConfig(path="x"), AugmentConfig(**one))} for one in (before, now)]
         return changes(*prints, {"s": listing(shards)}, {"s": shards}).get("s")
 
     assert diff(old, new) == (
@@ -121,7 +121,7 @@ def test_a_state_from_when_whole_shards_were_dealt_is_told_and_may_begin_its_sou
     with pytest.raises(DataError, match="since the checkpoint: a, b") as caught:
         now.load_state_dict(state)
     assert "another rule" in caught.value.why
-    assert "data.changed_sources=[a, b]" in caught.value.fix
+    assert "data.changed_datasets=[a, b]" in caught.value.fix
     assert set(now.load_state_dict(state, ["a", "b"])) == {"a", "b"}
     assert keys_of(now, 4) == keys_of(tools.make_loader(folders, cache, streams=STREAMS), 4)
 
@@ -138,7 +138,7 @@ def test_changed_data_are_refused_with_a_diff(tools, folders, cache):
         "a: weight was 1.0, is 2.0; b: 1 shard added: t.tar, 1 shard removed: s-002.tar, "
         "1 shard with another number of samples: s-004.tar"
     )
-    assert "data.changed_sources=[a, b]" in caught.value.fix
+    assert "data.changed_datasets=[a, b]" in caught.value.fix
     with pytest.raises(DataError, match="changed since the checkpoint: a, b"):  # all that differ must be named
         now.load_state_dict(state, ["b"])
     with pytest.raises(DataError, match="also names c, unchanged"):  # and no others
@@ -185,7 +185,7 @@ def test_other_views_by_role_are_a_change_of_the_data(tools, folders, cache):
     for other in (2, [views[0], ViewSpec(count=3, size=4, crop_scale=(0.05, 0.4))]):
         with pytest.raises(DataError) as caught:
             tools.make_loader(folders, cache, streams=STREAMS, views=other).load_state_dict(state)
-        assert "data.changed_sources=[a, b]" in caught.value.fix
+        assert "data.changed_datasets=[a, b]" in caught.value.fix
 
 
 def test_unchanged_sources_go_on_exactly_where_others_come_go_and_change(tools, folders, cache, tmp_path):
@@ -240,13 +240,13 @@ def test_changed_shards_begin_anew_and_take_their_bad_samples_with_them(tools, f
         return {**members, "png": members["png"][:60]} if number % 2 else members
 
     bad = tools.write_folder(tmp_path / "bad", [6] * 4, change=spoil)
-    loader = tools.make_loader({"a": folders["a"], "b": bad}, cache, streams=STREAMS, max_bad_fraction=0.6)
+    loader = tools.make_loader({"a": folders["a"], "b": bad}, cache, streams=STREAMS, max_corrupt_fraction=0.6)
     begun = of_source(keys_of(loader, 4), "a")
     assert sum(loader.quarantined.values()) > 0
     state = saved(loader)
     shutil.rmtree(bad)
     tools.write_folder(bad, [6] * 5)
-    mended = tools.make_loader({"a": folders["a"], "b": bad}, cache, streams=STREAMS, max_bad_fraction=0.0)
+    mended = tools.make_loader({"a": folders["a"], "b": bad}, cache, streams=STREAMS, max_corrupt_fraction=0.0)
     assert set(mended.load_state_dict(state, ["b"])) == {"b"}
     assert mended.quarantined == {}
     fresh = tools.make_loader({"b": bad}, cache, streams=STREAMS)

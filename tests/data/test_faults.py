@@ -72,7 +72,7 @@ def two_passes(tools, folder, cache, world, workers, quarantine=None):
             micro=8 // world,
             streams=4,
             workers=workers,
-            max_bad_fraction=0.5,
+            max_corrupt_fraction=0.5,
             max_sample_bytes=MAX_SAMPLE_BYTES,
             max_caption_bytes=MAX_CAPTION_BYTES,
             quarantine=quarantine,
@@ -144,7 +144,7 @@ def test_a_key_that_is_not_utf8_is_a_fault_like_others(tools, tmp_path, cache):
         members = [(f"k{shard}{number}.png", tools.encode(number)) for number in range(4)]
         tools.write_tar(folder / f"s-{shard}.tar", [*members, (f"x{shard}\udcff.png", tools.encode(9))])
     path = tmp_path / "quarantine.jsonl"
-    loader = tools.make_loader({"s": folder}, cache, streams=4, max_bad_fraction=0.5, quarantine=path)
+    loader = tools.make_loader({"s": folder}, cache, streams=4, max_corrupt_fraction=0.5, quarantine=path)
     assert [len(batch) for batch in itertools.islice(loader, 6)] == [8] * 6
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert {entry["reason"] for entry in entries} == {"key is not UTF-8"}
@@ -154,7 +154,7 @@ def test_a_key_that_is_not_utf8_is_a_fault_like_others(tools, tmp_path, cache):
 def test_too_many_stop_the_run_with_the_table(tools, spoilt, cache, tmp_path):
     path = tmp_path / "quarantine.jsonl"
     limits = {"max_sample_bytes": MAX_SAMPLE_BYTES, "max_caption_bytes": MAX_CAPTION_BYTES}
-    loader = tools.make_loader({"s": spoilt}, cache, streams=4, max_bad_fraction=0.1, quarantine=path, **limits)
+    loader = tools.make_loader({"s": spoilt}, cache, streams=4, max_corrupt_fraction=0.1, quarantine=path, **limits)
     with pytest.raises(DataError, match="are bad") as caught:
         list(itertools.islice(loader, 40))
     for reason in {reason for reason, _ in FAULTS.values()}:

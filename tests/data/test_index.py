@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import build_index, load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
 from m3i_scale.data.scan import INDEX_FORMAT, cached, parse_index, save_index, scan_shard
@@ -247,12 +247,12 @@ def test_label_sets(folder, tools, tmp_path):
     bare = tools.write_folder(tmp_path / "bare", [1])
     (bare / "labels.json").unlink()
     sources = {
-        "a": SourceConfig(shards=str(folder)),
-        "b": SourceConfig(shards=str(other)),
-        "c": SourceConfig(shards=str(bare)),
+        "a": DatasetConfig(path=str(folder)),
+        "b": DatasetConfig(path=str(other)),
+        "c": DatasetConfig(path=str(bare)),
     }
     assert read_label_sets(sources) == {"a": ["a", "b", "c"], "b": ["x"]}
-    clash = {name: SourceConfig(shards=str(path), label_set="same") for name, path in (("a", folder), ("b", other))}
+    clash = {name: DatasetConfig(path=str(path), label_set="same") for name, path in (("a", folder), ("b", other))}
     with pytest.raises(DataError, match="two different label lists"):
         read_label_sets(clash)
     for broken in ("{}", "[" * 100_000):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.config.views import ViewSpec
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.reader import NOT_A_MEMBER
@@ -69,7 +69,7 @@ def mixed(tools, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(tools, mixed, cache):
-    return global_batches(tools, mixed, cache, 9, max_bad_fraction=0.5)
+    return global_batches(tools, mixed, cache, 9, max_corrupt_fraction=0.5)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -77,8 +77,8 @@ def expected(tools, mixed, cache):
 def test_any_ranks_and_a_stop_anywhere_give_the_same_batches(tools, mixed, cache, expected, data):
     before, after = (data.draw(st.sampled_from([1, 2, 4])) for _ in range(2))
     stop = data.draw(st.integers(1, 8))
-    first, states = global_batches(tools, mixed, cache, stop, world=before, max_bad_fraction=0.5)
-    second, ends = global_batches(tools, mixed, cache, 9 - stop, world=after, states=states, max_bad_fraction=0.5)
+    first, states = global_batches(tools, mixed, cache, stop, world=before, max_corrupt_fraction=0.5)
+    second, ends = global_batches(tools, mixed, cache, 9 - stop, world=after, states=states, max_corrupt_fraction=0.5)
     for got, want in zip(first + second, expected[0], strict=True):
         same(got, want)
     assert merge_states(ends) == merge_states(expected[1])
@@ -86,8 +86,8 @@ def test_any_ranks_and_a_stop_anywhere_give_the_same_batches(tools, mixed, cache
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 2), (1, 4)])
 def test_workers_change_nothing(tools, mixed, cache, expected, world, workers):
-    first, states = global_batches(tools, mixed, cache, 4, world=world, workers=workers, max_bad_fraction=0.5)
-    second, _ = global_batches(tools, mixed, cache, 5, workers=1, states=states, max_bad_fraction=0.5)
+    first, states = global_batches(tools, mixed, cache, 4, world=world, workers=workers, max_corrupt_fraction=0.5)
+    second, _ = global_batches(tools, mixed, cache, 5, workers=1, states=states, max_corrupt_fraction=0.5)
     for got, want in zip(first + second, expected[0], strict=True):
         same(got, want)
 
@@ -120,7 +120,7 @@ def test_another_epoch_has_other_views_and_seeds(tools, tmp_path, cache):
 
 
 def test_shares_of_sources(tools, mixed, cache):
-    batches = take(tools.make_loader(mixed, cache, streams=4, weights={"plain": 3.0}, max_bad_fraction=0.5), 20)
+    batches = take(tools.make_loader(mixed, cache, streams=4, weights={"plain": 3.0}, max_corrupt_fraction=0.5), 20)
     keys = [key for batch in batches for key in batch.keys]
     assert sum(key.startswith("plain/") for key in keys) == 120
 
@@ -128,7 +128,9 @@ def test_shares_of_sources(tools, mixed, cache):
 def test_what_a_sample_lacks_is_marked(tools, mixed, cache, tmp_path):
     train_tokenizer([f"sample {number}" for number in range(40)], tmp_path / "tokenizer", 100)
     tokenizer = find_tokenizer({}, str(tmp_path / "tokenizer"))
-    loader = tools.make_loader({"holes": mixed["holes"]}, cache, streams=4, tokenizer=tokenizer, max_bad_fraction=0.5)
+    loader = tools.make_loader(
+        {"holes": mixed["holes"]}, cache, streams=4, tokenizer=tokenizer, max_corrupt_fraction=0.5
+    )
     batch = Batch.cat(take(loader, 4))
     numbers = torch.tensor([int(key[-4:]) for key in batch.keys])
     assert {int(kind) for kind in numbers % 3} == {0, 1, 2}
@@ -170,7 +172,7 @@ def test_small_views_come_last_whatever_the_ranks_and_workers(tools, folder, cac
 def test_bad_samples_are_replaced_counted_and_written_down(tools, mixed, cache, tmp_path):
     path = tmp_path / "log" / "quarantine.jsonl"
     loader = tools.make_loader(
-        {"holes": mixed["holes"]}, cache, streams=4, quarantine=path, max_bad_fraction=0.5, workers=2
+        {"holes": mixed["holes"]}, cache, streams=4, quarantine=path, max_corrupt_fraction=0.5, workers=2
     )
     assert [len(batch) for batch in take(loader, 8)] == [8] * 8
     entries = [json.loads(line) for line in path.read_text().splitlines()]
@@ -182,7 +184,7 @@ def test_bad_samples_are_replaced_counted_and_written_down(tools, mixed, cache, 
 
 
 def test_a_run_that_goes_on_writes_no_bad_sample_down_twice(tools, mixed, cache, tmp_path):
-    path, options = tmp_path / "quarantine.jsonl", {"streams": 4, "max_bad_fraction": 0.5}
+    path, options = tmp_path / "quarantine.jsonl", {"streams": 4, "max_corrupt_fraction": 0.5}
     loader = tools.make_loader({"holes": mixed["holes"]}, cache, quarantine=path, **options)
     take(loader, 8)
     state, text = loader.state_dict(), path.read_text()
@@ -213,7 +215,7 @@ def test_ranks_that_read_from_one_shard_write_and_count_its_bad_samples_once(too
         return {**members, "cls": b"7"} if number % 3 == 2 else members
 
     folder, path = tools.write_folder(tmp_path / "bad", [7] * 3, change=spoil), tmp_path / "quarantine.jsonl"
-    options = {"streams": 4, "max_bad_fraction": 1.0, "quarantine": path, "world": 4, "micro": 1}
+    options = {"streams": 4, "max_corrupt_fraction": 1.0, "quarantine": path, "world": 4, "micro": 1}
     ranks = [tools.make_loader({"s": folder}, cache, rank=rank, **options) for rank in range(4)]
     for batches in zip(*(itertools.islice(rank, 30) for rank in ranks), strict=True):
         assert len(batches) == 4
@@ -230,7 +232,7 @@ def test_the_share_of_bad_samples_is_that_of_all_ranks(tools, tmp_path, cache):
         [12] * 4,
         change=lambda number, members: {**members, "cls": b"7"} if number in (36, 43) else members,
     )
-    options = {"streams": 4, "max_bad_fraction": 0.06}
+    options = {"streams": 4, "max_corrupt_fraction": 0.06}
     ranks = [tools.make_loader({"s": folder}, cache, world=4, rank=rank, micro=5, **options) for rank in range(4)]
     for loader in ranks:
         take(loader, 30)
@@ -245,7 +247,7 @@ def test_the_share_of_bad_samples_is_that_of_all_ranks(tools, tmp_path, cache):
     assert alone.account == total
     # Were a rank's own samples surely too many for all of them, it would not wait for their word.
     strict = [
-        tools.make_loader({"s": folder}, cache, world=4, rank=rank, micro=5, streams=4, max_bad_fraction=0.04)
+        tools.make_loader({"s": folder}, cache, world=4, rank=rank, micro=5, streams=4, max_corrupt_fraction=0.04)
         for rank in range(4)
     ]
     ended = []
@@ -255,7 +257,7 @@ def test_the_share_of_bad_samples_is_that_of_all_ranks(tools, tmp_path, cache):
         except DataError as fault:
             ended.append(fault)
     assert len(ended) == 1
-    assert "more than data.max_bad_fraction = 0.04" in ended[0].what
+    assert "more than data.max_corrupt_fraction = 0.04" in ended[0].what
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -265,8 +267,8 @@ def test_too_many_bad_samples_stop_the_run(tools, tmp_path, cache, workers):
         [10] * 4,
         change=lambda number, members: {**members, "cls": b"7"} if number % 4 == 0 else members,
     )
-    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_bad_fraction=0.1)
-    with pytest.raises(DataError, match=r"more than data\.max_bad_fraction = 0\.1") as caught:
+    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_corrupt_fraction=0.1)
+    with pytest.raises(DataError, match=r"more than data\.max_corrupt_fraction = 0\.1") as caught:
         take(loader, 40)
     assert "label out of range" in caught.value.why
 
@@ -277,8 +279,10 @@ def test_a_stream_without_a_good_sample_names_its_shards_and_lists_them(tools, t
         return {"txt": b"no picture"} if 6 <= number < 9 else members
 
     folder, path = tools.write_folder(tmp_path / "bad", [3] * 4, change=spoil), tmp_path / "quarantine.jsonl"
-    loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_bad_fraction=1.0, quarantine=path)
-    with pytest.raises(DataError, match="a stream of source 's' has no good sample") as caught:
+    loader = tools.make_loader(
+        {"s": folder}, cache, streams=4, workers=workers, max_corrupt_fraction=1.0, quarantine=path
+    )
+    with pytest.raises(DataError, match="a stream of dataset 's' has no good sample") as caught:
         take(loader, 1)
     assert caught.value.where == str(folder / "s-002.tar")
     assert "5 × no image" in caught.value.why
@@ -299,7 +303,7 @@ def test_bad_samples_on_the_way_to_a_batch_that_never_comes_are_counted_and_list
         ),
         tmp_path / "quarantine.jsonl",
     )
-    options = {"streams": 4, "epochs": {"s": 1}, "max_bad_fraction": 0.2}
+    options = {"streams": 4, "epochs": {"s": 1}, "max_corrupt_fraction": 0.2}
     loader = tools.make_loader({"s": folder}, cache, workers=workers, quarantine=path, **options)
     start = loader.state_dict()
     assert take(loader, 1) == []
@@ -321,7 +325,7 @@ def test_one_good_sample_in_every_pass_is_enough(tools, tmp_path, cache):
         return members if number % 3 == 0 else {"txt": b"no picture"}
 
     folder = tools.write_folder(tmp_path / "few", [3] * 4, change=spoil)
-    batches = take(tools.make_loader({"s": folder}, cache, streams=4, max_bad_fraction=1.0), 20)
+    batches = take(tools.make_loader({"s": folder}, cache, streams=4, max_corrupt_fraction=1.0), 20)
     assert len({key for batch in batches for key in batch.keys}) == 4
 
 
@@ -379,7 +383,7 @@ def test_the_loader_leaves_the_global_generator_alone(tools, folder, cache):
 
 def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
     with pytest.raises(ConfigError, match="there is no tokenizer"):
-        find_tokenizer({"s": SourceConfig(shards=str(folder))}, None)
+        find_tokenizer({"s": DatasetConfig(path=str(folder))}, None)
     with pytest.raises(ConfigError, match="cannot load the tokenizer"):
         find_tokenizer({}, str(tmp_path))
 

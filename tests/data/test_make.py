@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 from typer.testing import CliRunner
 
-from m3i_scale.config import SourceConfig
+from m3i_scale.config import DatasetConfig
 from m3i_scale.data.commands import shards_app
 from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.make.folder import imagefolder_input, key_of
@@ -62,7 +62,7 @@ def test_an_image_folder_comes_back_out(photos, tmp_path):
     assert manifest["source"] == "imagefolder"
     assert summary["splits"]["train"]["with_caption"] == 20
     assert len(manifest["shards"]) == 8
-    tokenizer = find_tokenizer({"s": SourceConfig(shards=str(train))}, None)
+    tokenizer = find_tokenizer({"s": DatasetConfig(path=str(train))}, None)
     assert tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer("Photo number 7")["input_ids"], skip_special_tokens=True) == "photo number 7"
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3i_scale.config import AugmentConfig, DataConfig, DistortionConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig, DistortionConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.mixing import UNIT, Mix, check_weights, furthest_behind, settle, weight_at
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
@@ -81,13 +81,13 @@ def test_a_schedule_is_linear_between_its_points():
 )
 def test_some_source_has_a_weight_at_all_times(sources, says):
     with pytest.raises(ConfigError, match=says):
-        check_weights({name: SourceConfig(shards="x", weight=weight) for name, weight in sources.items()})
+        check_weights({name: DatasetConfig(path="x", weight=weight) for name, weight in sources.items()})
 
 
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan"), [[0, 1]], [[1, 1], [2, 2]], [[0, 1], [0, 2]], "x"])
 def test_a_weight_that_is_none_is_refused(weight):
     with pytest.raises(ValueError, match="weight"):
-        SourceConfig(shards="x", weight=weight)
+        DatasetConfig(path="x", weight=weight)
 
 
 def test_a_source_without_weight_gives_nothing(tools, two, cache):
@@ -112,7 +112,7 @@ def two(tools, tmp_path_factory):
 def test_after_its_last_pass_a_source_leaves_its_share_to_the_others(tools, two, cache):
     def taken(**options):
         loader = tools.make_loader(
-            two, cache, streams=STREAMS, weights={"a": 3.0}, epochs={"a": 2}, max_bad_fraction=1.0, **options
+            two, cache, streams=STREAMS, weights={"a": 3.0}, epochs={"a": 2}, max_corrupt_fraction=1.0, **options
         )
         assert loader.samples_at_most is None
         return [batch.keys for batch in itertools.islice(loader, 20)]
@@ -132,7 +132,7 @@ def test_when_all_sources_are_exhausted_the_stream_ends_at_a_whole_batch(tools, 
     for rank in range(world):
         loader = tools.make_loader(
             two, cache, streams=STREAMS, epochs={"a": 1, "b": 2}, world=world, rank=rank, micro=8 // world,
-            workers=workers, max_bad_fraction=1.0,
+            workers=workers, max_corrupt_fraction=1.0,
         )  # fmt: skip
         assert (loader.can_end, loader.samples_at_most) == (True, 168)
         batches = list(loader)
@@ -149,7 +149,8 @@ def test_when_all_sources_are_exhausted_the_stream_ends_at_a_whole_batch(tools, 
 def test_every_source_has_views_labels_and_captions_of_its_own(tools, two, cache, tmp_path):
     train_tokenizer([f"sample {number}" for number in range(40)], tmp_path / "tokenizer", 100)
     loader = tools.make_loader(
-        two, cache, streams=STREAMS, max_bad_fraction=1.0, tokenizer=find_tokenizer({}, str(tmp_path / "tokenizer")),
+        two, cache, streams=STREAMS, max_corrupt_fraction=1.0,
+        tokenizer=find_tokenizer({}, str(tmp_path / "tokenizer")),
         settings={"b": {"labels": False, "captions": "none", "augment": DistortionConfig(flip=1.0)}},
     )  # fmt: skip
     batch = Batch.cat(list(itertools.islice(loader, 6)))
@@ -164,14 +165,14 @@ def test_every_source_has_views_labels_and_captions_of_its_own(tools, two, cache
 
 def test_what_a_source_leaves_out_of_its_views_is_as_in_the_others():
     data = DataConfig.model_validate(
-        {"augment": {"blur": [0.3]}, "sources": {"a": {"shards": "x", "augment": {"flip": 0.1}}, "b": {"shards": "y"}}}
+        {"augment": {"blur": [0.3]}, "datasets": {"a": {"path": "x", "augment": {"flip": 0.1}}, "b": {"path": "y"}}}
     )
-    assert data.sources["a"].augment == DistortionConfig(blur=[0.3], flip=0.1)
-    assert data.sources["b"].augment is None
+    assert data.datasets["a"].augment == DistortionConfig(blur=[0.3], flip=0.1)
+    assert data.datasets["b"].augment is None
     assert DataConfig.model_validate(data.model_dump(mode="json")) == data
     same = DataConfig(
-        sources={"a": SourceConfig(shards="x", augment=DistortionConfig(flip=0.1))}, augment=AugmentConfig()
+        datasets={"a": DatasetConfig(path="x", augment=DistortionConfig(flip=0.1))}, augment=AugmentConfig()
     )
-    assert same.sources["a"].augment == DistortionConfig(flip=0.1)
+    assert same.datasets["a"].augment == DistortionConfig(flip=0.1)
     with pytest.raises(ValueError, match="mean"):
-        DataConfig.model_validate({"sources": {"a": {"shards": "x", "augment": {"mean": [0, 0, 0]}}}})
+        DataConfig.model_validate({"datasets": {"a": {"path": "x", "augment": {"mean": [0, 0, 0]}}}})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.batch import Collator, Sample
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
@@ -29,7 +29,7 @@ def same(first, second):
 
 
 def settings(workers):
-    return DataConfig(sources={"s": SourceConfig(shards="/data/shards")}, workers=workers)
+    return DataConfig(datasets={"s": DatasetConfig(path="/data/shards")}, num_workers=workers)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_fault_of_one_worker_does_not_mix_up_the_samples_of_all(tools, tmp_pat
 
 
 def test_a_killed_worker_is_told_where_its_stream_is_read_and_not_elsewhere(tools, folder, cache):
-    with started_workers(settings(1).model_copy(update={"validation": settings(1).sources})) as (mine, others):
+    with started_workers(settings(1).model_copy(update={"validation": settings(1).datasets})) as (mine, others):
         training = tools.make_loader({"s": folder}, cache, streams=4, workers=1, given=mine)
         validation = tools.make_loader({"s": folder}, cache, streams=4, workers=1, given=others)
         take(validation, 1)
@@ -92,11 +92,11 @@ def test_a_killed_worker_is_told_where_its_stream_is_read_and_not_elsewhere(tool
 
 
 def test_an_iterator_that_is_left_open_ends_the_next_one(tools, folder, cache):
-    with contextlib.closing(PartWorkers(settings(0).model_copy(update={"stall_timeout_s": 0.2}))) as started:
+    with contextlib.closing(PartWorkers(settings(0).model_copy(update={"timeout_s": 0.2}))) as started:
         loader = tools.make_loader({"s": folder}, cache, streams=4, given=started)
         with contextlib.closing(iter(loader)) as left_open:
             next(left_open)
-            with pytest.raises(DataError, match="stall_timeout_s"):
+            with pytest.raises(DataError, match="timeout_s"):
                 take(loader, 1)
 
 

@@ -20,7 +20,7 @@ def test_bad_samples_are_written_down_once(tools: Any, tmp_path: Path, workers: 
     folder = tools.write_folder(tmp_path / "shards", [10] * 4, change=holes)
     path = tmp_path / "quarantine.jsonl"
     loader = tools.make_loader(
-        {"holes": folder}, tmp_path / "cache", streams=4, quarantine=path, max_bad_fraction=0.5, workers=workers
+        {"holes": folder}, tmp_path / "cache", streams=4, quarantine=path, max_corrupt_fraction=0.5, workers=workers
     )
     before = loader.state_dict()
     peeked = loader.peek()

@@ -126,8 +126,8 @@ def test_a_run_and_its_resume_agree_on_a_shard_that_heals_after_its_fetch_has_fa
     monkeypatch.setattr(RemoteShards, "expect", lambda self, *shards: (readers.add(self), expect(self, *shards)))
     with servers.faulty_server(tools.write_folder(tmp_path / "data", [6, 5, 7, 6, 5, 7, 6, 6])) as served:
         bad = "s-003.tar"
-        options = {"streams": 4, "cache_gib": 0.01, "read_attempts": 2, "bad_shards": "quarantine"}
-        options |= {"max_bad_fraction": 0.5, "cache_dir": tmp_path / "shards"}
+        options = {"streams": 4, "cache_gib": 0.01, "max_read_attempts": 2, "bad_shards": "quarantine"}
+        options |= {"max_corrupt_fraction": 0.5, "cache_dir": tmp_path / "shards"}
         source = {"s": f"{served.address}/s-{{000..007}}.tar"}
         loader, resumed = (tools.make_loader(source, tmp_path, **options) for _ in range(2))
         served.always[bad] = "404"

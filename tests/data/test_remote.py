@@ -16,7 +16,7 @@ from hub import REPO, hub
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.index import build_index, load_index
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.data.remote.address import Url, to_address
@@ -84,7 +84,7 @@ def same(first, second):
 
 
 def options(tmp_path, cache_gib=0.01, **more):
-    settings = {"streams": 4, "cache_gib": cache_gib, "read_attempts": 3, "read_timeout_s": 20.0}
+    settings = {"streams": 4, "cache_gib": cache_gib, "max_read_attempts": 3, "read_timeout_s": 20.0}
     return settings | ({"cache_dir": tmp_path / "shards"} if cache_gib else {}) | more
 
 
@@ -107,7 +107,7 @@ def test_nginx(tools, nginx, tmp_path, expected, cache_gib, workers):
 def test_what_nginx_does_badly_is_named(tools, nginx, tmp_path, below, reason, timeout_s):
     source = f"{nginx}/{below}/s-{{000..007}}.tar"
     with pytest.raises(DataError, match=f"cannot read the shard: {reason}") as caught:
-        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, read_attempts=2, read_timeout_s=timeout_s))
+        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, max_read_attempts=2, read_timeout_s=timeout_s))
     assert f"{below}/s-00" in str(caught.value)
 
 
@@ -191,7 +191,7 @@ def test_hub(shards, tmp_path, cache_bytes):
 def test_what_lies_beside_is_found(nginx, shards):
     train_tokenizer(["one", "two"], shards / "tokenizer", 60)
     try:
-        source = {"s": SourceConfig(shards=f"{nginx}/s-{{000..007}}.tar")}
+        source = {"s": DatasetConfig(path=f"{nginx}/s-{{000..007}}.tar")}
         assert read_label_sets(source) == {"s": ["a", "b", "c"]}
         found = find_tokenizer(source, None)
         assert found.get_vocab() == find_tokenizer({}, str(shards / "tokenizer")).get_vocab()
@@ -231,9 +231,9 @@ def test_an_index_beside_remote_shards_that_does_not_list_all_samples_is_not_tak
     ],
 )
 def test_addresses_that_are_refused_do_not_give_secrets_away(place, fault):
-    source = {"s": SourceConfig(shards=place)}
+    source = {"s": DatasetConfig(path=place)}
     with pytest.raises(DataError, match=fault) as caught:
-        check_access(DataConfig(sources=source), source)
+        check_access(DataConfig(datasets=source), source)
     assert "SECRET" not in str(caught.value)
 
 
@@ -255,18 +255,18 @@ def test_names_of_addresses():
     ],
 )
 def test_settings_without_effect(setting, shards):
-    source = {"s": SourceConfig(shards=str(shards))}
+    source = {"s": DatasetConfig(path=str(shards))}
     with pytest.raises(ConfigError, match="has no effect"):
-        check_access(DataConfig(sources=source, **setting), source)
+        check_access(DataConfig(datasets=source, **setting), source)
 
 
 def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, nginx):
-    source = {"s": SourceConfig(shards=nginx)}
+    source = {"s": DatasetConfig(path=nginx)}
     with pytest.raises(ConfigError, match="there is room for"):
-        check_access(DataConfig(sources=source, cache_gib=1e7, cache_dir=tmp_path), source)
+        check_access(DataConfig(datasets=source, cache_gib=1e7, cache_dir=tmp_path), source)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write the cache"):
-        check_access(DataConfig(sources=source, cache_dir=tmp_path / "file" / "x"), source)
+        check_access(DataConfig(datasets=source, cache_dir=tmp_path / "file" / "x"), source)
 
 
 def test_shards_elsewhere_are_not_for_tools():
@@ -277,9 +277,9 @@ def test_shards_elsewhere_are_not_for_tools():
 def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):
     """It would be waited for twice."""
     server = servers.FaultyServer(tmp_path)
-    words = ["check", "mae", f"data.sources.main.shards={server.address}/a-{{000..009}}.tar", "optim.lr=2"]
+    words = ["check", "mae", f"data.datasets.main.path={server.address}/a-{{000..009}}.tar", "optim.lr=2"]
     done = CliRunner().invoke(app, [*words, "--json"])
     told = json.loads(done.stdout)
-    assert [fault["where"].partition(":")[0] for fault in told["faults"]] == ["data.sources.main.shards"]
+    assert [fault["where"].partition(":")[0] for fault in told["faults"]] == ["data.datasets.main.path"]
     assert [text.partition(" ")[0] for text in told["warnings"]] == ["optim.lr"]
     assert {name.rpartition("/")[2] for _, name, _ in server.log} == {"a-000.tar"}

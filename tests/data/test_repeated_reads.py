@@ -142,4 +142,4 @@ def test_malformed_instances_have_no_categories(tools, tmp_path):
 
 def test_evaluation_reads_every_sample_once():
     with pytest.raises(ValueError, match="repeat_threshold"):
-        DataConfig(validation={"v": {"shards": "/data/v", "repeat_threshold": 0.001}})
+        DataConfig(validation={"v": {"path": "/data/v", "repeat_threshold": 0.001}})

@@ -8,7 +8,7 @@ import pytest
 import s3fs
 import servers
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import Url
 from m3i_scale.data.remote.faults import FaultError
@@ -96,7 +96,7 @@ def test_an_address_that_a_server_signs_shows_nowhere(tools, tmp_path, short_pau
     path = tmp_path / "quarantine.jsonl"
     with servers.faulty_server(tools.write_folder(tmp_path / "data", SIZES)) as server:
         source = {"s": f"{server.address}/s-{{000..003}}.tar"}
-        options = {"streams": 2, "cache_gib": 0, "read_attempts": 2, "max_bad_fraction": 0.9}
+        options = {"streams": 2, "cache_gib": 0, "max_read_attempts": 2, "max_corrupt_fraction": 0.9}
         stops = tools.make_loader(source, tmp_path, **options)
         loader = tools.make_loader(source, tmp_path, bad_shards="quarantine", quarantine=path, **options)
         server.headers["Location"] = f"{server.address}/signed/{BAD}?{SIGNED}"
@@ -157,13 +157,13 @@ def test_what_is_no_secret_stays(text):
     ["https://name:SEC/SECRET@host/s.tar", "https://name:SEC@SECRET@host/s.tar", "s3://SECRET:SECRET@bucket/s.tar"],
 )
 def test_a_password_in_an_address_is_refused_however_it_is_written(place):
-    source = {"s": SourceConfig(shards=place)}
+    source = {"s": DatasetConfig(path=place)}
     with pytest.raises(DataError, match="a user name or a password") as caught:
-        check_access(DataConfig(sources=source), source)
+        check_access(DataConfig(datasets=source), source)
     assert "SECRET" not in str(caught.value)
 
 
 def test_addresses_with_ports_are_no_passwords():
     for place in ("https://host:8443/s.tar", "http://[::1]:8000/s.tar", "http://[::1]/s.tar"):
-        source = {"s": SourceConfig(shards=place)}
-        check_access(DataConfig(sources=source, cache_gib=0), source)
+        source = {"s": DatasetConfig(path=place)}
+        check_access(DataConfig(datasets=source, cache_gib=0), source)

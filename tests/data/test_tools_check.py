@@ -86,7 +86,7 @@ def test_the_loader_refuses_what_check_refuses_and_takes_the_rest(odd, tools, tm
         micro=16,
         streams=1,
         max_image_pixels=1_000_000,
-        max_bad_fraction=1.0,
+        max_corrupt_fraction=1.0,
         quarantine=quarantine,
     )
     next(iter(loader))

@@ -360,10 +360,10 @@ def test_built_in_recipes_blur_a_view_by_what_it_is_for(name, monkeypatch):
         if target.encoder == "patchify":
             assert blurred[target.view] == solarized[target.view] == 0  # nothing regresses blurred pixels
     for view, target in pairs:
-        if target.encoder == "momentum" and isinstance(target.regularizer, DenseUniGrad):  # as SIM has it
+        if target.encoder == "ema" and isinstance(target.regularizer, DenseUniGrad):  # as SIM has it
             assert (blurred[view], solarized[view]) == (1, 0)
             assert 0 < blurred[target.view] < 0.25
             assert 0 < solarized[target.view] < 0.4
-    averaged = {target.view for _, target in seen if target.encoder == "momentum"}
+    averaged = {target.view for _, target in seen if target.encoder == "ema"}
     if averaged:
         assert np.mean([blurred[view] for view in averaged]) < 0.75  # sharp images are seen too

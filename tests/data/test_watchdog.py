@@ -21,12 +21,10 @@ def test_a_stalled_shard_and_its_reader_are_named(tools, tmp_path, workers):
             streams=4,
             workers=workers,
             cache_gib=0.0,
-            stall_timeout_s=1.0,
+            timeout_s=1.0,
         )
         server.always["s-003.tar"] = "stall"
-        with pytest.raises(
-            DataError, match=r"no sample has arrived for \d+ s, more than data.stall_timeout_s = 1"
-        ) as caught:
+        with pytest.raises(DataError, match=r"no sample has arrived for \d+ s, more than data.timeout_s = 1") as caught:
             list(itertools.islice(loader, 8))
     reader = r"worker \d of rank 0" if workers else "the training process of rank 0"
     assert caught.match(rf"{reader}, reading http.*/s-003.tar for \d+ s")

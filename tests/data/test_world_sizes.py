@@ -64,7 +64,7 @@ def run(tools, folders, own, cache, plan):
         for rank in range(ranks):
             loader = tools.make_loader(
                 folders, cache, streams=STREAMS, world=ranks, rank=rank, micro=GLOBAL // ranks, workers=workers,
-                settings=own, shuffle_shards=2, max_bad_fraction=1.0,
+                settings=own, shuffle_shards=2, max_corrupt_fraction=1.0,
             )  # fmt: skip
             if state is not None:
                 loader.load_state_dict(json.loads(json.dumps(state)))

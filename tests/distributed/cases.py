@@ -66,13 +66,13 @@ PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
     "barlow_narrow": ("barlow", "recipe.heads.global.width=6"),  # fewer channels than samples
     "vicreg_narrow": ("vicreg", "recipe.heads.global.width=6"),
-    "m3i_mixed": ("m3i", "backbone.attention=mixed"),
+    "m3i_mixed": ("m3i", "backbone.attention=across_images"),
     "m3i_clip": ("m3i", "backbone.preset=clip-b/16"),
-    "m3i_clip_mixed": ("m3i", "backbone.preset=clip-b/16", "backbone.attention=mixed"),
-    "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
+    "m3i_clip_mixed": ("m3i", "backbone.preset=clip-b/16", "backbone.attention=across_images"),
+    "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=across_images"),
     "mae_maps": ("mae", *tiny.MAPS),
-    "m3i_dinov3": ("m3i", *tiny.DINOV3, "backbone.attention=mixed"),
-    "m3i_siglip": ("m3i", *tiny.SIGLIP, "backbone.attention=mixed"),
+    "m3i_dinov3": ("m3i", *tiny.DINOV3, "backbone.attention=across_images"),
+    "m3i_siglip": ("m3i", *tiny.SIGLIP, "backbone.attention=across_images"),
     "dinov2_registers": ("dinov2", *tiny.REGISTERS),
     "m3i_forward": ("m3i", "recipe.targets.2.distribution.direction=forward"),
     "multi_crop": ("global_distillation", *tiny.MULTI_CROP),
@@ -299,7 +299,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         return {name: p.detach() for name, p in objective.named_parameters() if not name.startswith("momentum.")}
 
     def first_weights(self, ds_config: str) -> dict[str, Tensor]:
-        """The fp32 masters of an engine, and the averages of its momentum target."""
+        """The fp32 masters of an engine, and the averages of its EMA teacher."""
         engine, momentum = start_engine(self.plan(ds_config, "m3i"), self.ranks)
         assert momentum is not None
         named = dict(engine.module.named_parameters())
@@ -317,7 +317,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         optimizer = engine.optimizer
         averages = [part for flat in momentum._flats for part in (flat.copy, flat.beside)]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in averages}
-        held = {"momentum target": sum(storages.values())}
+        held = {"EMA teacher": sum(storages.values())}
         if ds_config.startswith("zero3"):
             masters = {m.data_ptr(): m.nbytes for m in optimizer.fp32_partitioned_groups_flat}
             shards = {flat.data_ptr() for flat in optimizer.fp16_partitioned_groups_flat}
@@ -385,7 +385,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         return {"different": different, "count": (len(ours), len(wanted)), "shards": shards}
 
     def started(self) -> dict[str, Any]:
-        """The student and its momentum target after a start from another code base's file, at another image size."""
+        """The student and its EMA teacher after a start from another code base's file, at another image size."""
         path = self.out / "timm.safetensors"
         plan = self.plan("zero3_cpu_fp32", "sim")
         if self.rank == 0:

@@ -33,7 +33,7 @@ NONFINITE = {
     "zero3_cpu": QUEUE,
     "zero3_cpu_fp32": BALANCE,
 }
-"""DeepSpeed files (the stages in bf16 and fp32) with recipes that have a momentum target and remember something."""
+"""DeepSpeed files (the stages in bf16 and fp32) with recipes that have an EMA teacher and remember something."""
 FAULTS = ("loss", "gradient")
 
 

@@ -1,4 +1,4 @@
-"""Cases about what lasts from step to step: momentum target, queues, centers, weights; through checkpoints too."""
+"""Cases about what lasts from step to step: EMA teacher, queues, centers, weights; through checkpoints too."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import ResolvedRun
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.deepspeed.resolve import resolve
 from m3i_scale.scale.partition import gathered
 from m3i_scale.scale.process_group import start_ranks
@@ -89,12 +89,12 @@ class RankParts:
         return torch.equal(*errors)
 
     @staticmethod
-    def _averages(momentum: ShardedMomentum) -> dict[str, Tensor]:
+    def _averages(momentum: ShardedEma) -> dict[str, Tensor]:
         """What this rank saves of every average, flat."""
         pieces = {name: momentum.parts(name, start, numel) for name, start, numel in momentum.pieces()}
         return {name: join(*parts) if len(parts) == 2 else parts[0].clone() for name, parts in pieces.items()}
 
-    def _average(self, momentum: ShardedMomentum, name: str, like: Tensor) -> Tensor:
+    def _average(self, momentum: ShardedEma, name: str, like: Tensor) -> Tensor:
         """What all ranks would save of an average, together."""
         gathered, values = torch.zeros(like.numel()), self._averages(momentum)[name]
         (start,) = (start for of, start, _ in momentum.pieces() if of == name)

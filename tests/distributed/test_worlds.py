@@ -458,7 +458,7 @@ def test_losses_make_few_collectives_and_as_many_on_all_ranks(worlds, recipe: st
     )
 
 
-# ---------------------------------------------------------------- momentum target
+# ---------------------------------------------------------------- EMA teacher
 
 
 @pytest.mark.parametrize("world", [1, 2])

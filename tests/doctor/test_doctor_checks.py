@@ -88,9 +88,9 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
 @pytest.mark.parametrize("shards", ["https://u:SECRET@h/x.tar", "s3://b/x?sig=SECRET"])
 def test_run_files_are_compared_without_their_secrets(shards: str, answers: dict[str, dict[str, Any]]):
     for host, value in (("one", shards), ("two", "/data/x.tar")):
-        answers[host]["config"] = {"sha256": host, "values": {"run": {"data": {"sources": {"a": {"shards": value}}}}}}
+        answers[host]["config"] = {"sha256": host, "values": {"run": {"data": {"datasets": {"a": {"path": value}}}}}}
     assert "SECRET" not in repr([item.to_json() for item in checks.findings_of(answers, ["config"])])
-    assert "run.data.sources.a.shards" in str([item.why for item in checks.findings_of(answers, ["config"])])
+    assert "run.data.datasets.a.path" in str([item.why for item in checks.findings_of(answers, ["config"])])
 
 
 COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]

@@ -80,7 +80,7 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monke
         "import os, sys\nsys.orig_argv[-1] == 'measure' and os._exit(7)\n"
     )
     monkeypatch.setenv("LOST", str(tmp_path / "lost"))
-    run = {"extends": "mae", "output_dir": "out/of/it", "data": {"sources": {"photos": {"shards": "/no/such"}}}}
+    run = {"extends": "mae", "output_dir": "out/of/it", "data": {"datasets": {"photos": {"path": "/no/such"}}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     hosts = ["here", "there", "refused", "old", "poor", "bare", "lost"]
     found = examine(hosts, tmp_path, run=str(tmp_path / "run.yaml"), join_s=5.0)

@@ -63,8 +63,8 @@ def values(folder: Path, shards: Path, ds_config: str = "zero2_bf16", **task: An
         "task": {"kind": "detection", "head": HEAD, **task},
         "backbone": BACKBONE,
         "data": {
-            "sources": {"scenes": {"shards": str(shards / "train")}},
-            "validation": {"val": {"shards": str(shards / "val")}},
+            "datasets": {"scenes": {"path": str(shards / "train")}},
+            "validation": {"val": {"path": str(shards / "val")}},
             "streams": 4,
             "augment": AUGMENT,
         },
@@ -175,19 +175,19 @@ def test_what_a_detector_cannot_be_trained_with_is_told_before_the_first_step(sh
     task = {"kind": "detection", "head": federated}
     assert faults_of(run | {"task": task}, tmp_path) == ["task.head.federated_classes"]
     write_boxes(tmp_path / "lvis", range(8), lvis=True)
-    sources = {"scenes": {"shards": str(tmp_path / "lvis")}}
-    assert faults_of(run | {"task": task, "data": run["data"] | {"sources": sources}}, tmp_path) == []
+    sources = {"scenes": {"path": str(tmp_path / "lvis")}}
+    assert faults_of(run | {"task": task, "data": run["data"] | {"datasets": sources}}, tmp_path) == []
     (tmp_path / "lvis" / "categories.json").unlink()
-    (place,) = faults_of(run | {"data": run["data"] | {"sources": sources}}, tmp_path)
-    assert place.startswith("data.sources.scenes")
+    (place,) = faults_of(run | {"data": run["data"] | {"datasets": sources}}, tmp_path)
+    assert place.startswith("data.datasets.scenes")
 
 
 def test_a_federated_loss_knows_the_images_of_all_sources(shards: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         write_boxes(tmp_path / name, range(8), lvis=True)
     run = values(tmp_path, shards, "zero1_cpu_fp32")
-    run["data"]["sources"] = {
-        name: {"shards": str(tmp_path / name), "label_set": "lvis"} for name in ("first", "second")
+    run["data"]["datasets"] = {
+        name: {"path": str(tmp_path / name), "label_set": "lvis"} for name in ("first", "second")
     }
     run["data"].pop("validation")
     run["evaluation"] = {"every_steps": 0}
@@ -210,7 +210,7 @@ def test_checkpoints_are_chosen_by_average_precision_where_every_object_is_known
     assert faults(mask_ap, task=boxes) == ["checkpoint.keep_best.metric"]
     assert resolve_run(RunConfig.model_validate(run), 1).measures_precision
     write_boxes(tmp_path / "lvis", range(8), lvis=True)
-    data = run["data"] | {"validation": {"val": {"shards": str(tmp_path / "lvis")}}}
+    data = run["data"] | {"validation": {"val": {"path": str(tmp_path / "lvis")}}}
     assert faults(BOX_AP, data=data) == ["checkpoint.keep_best.metric"]
     assert faults("evaluation/loss", "min", data=data) == []
     assert not resolve_run(RunConfig.model_validate(run | {"data": data}), 1).measures_precision
@@ -235,7 +235,7 @@ def test_categories_that_differ_are_no_validation(shards: Path, tmp_path: Path) 
     listed["categories"][0]["name"] = "triangle"
     (tmp_path / "other" / "categories.json").write_text(json.dumps(listed))
     run = values(tmp_path, shards, "zero1_cpu_fp32")
-    run["data"]["validation"] = {"val": {"shards": str(tmp_path / "other")}}
+    run["data"]["validation"] = {"val": {"path": str(tmp_path / "other")}}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     with pytest.raises(ConfigError) as caught:

@@ -395,7 +395,7 @@ def test_an_evaluation_reads_all_images_for_evaluation_unless_it_is_told_how_man
         (["optim.steps=3"], {"epochs": 2}),
         (["optim.micro_batch_size=7"], {}),
         (["backbone.from_pretrained=OTHER"], {}),
-        (["data.sources={x: {shards: /data/x}}"], {}),
+        (["data.datasets={x: {path: /data/x}}"], {}),
         (["protocol=null"], {}),
     ],
     ids=["family", "recipe", "epochs", "batch", "export", "data", "protocol"],

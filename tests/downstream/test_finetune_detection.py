@@ -139,15 +139,15 @@ def test_milestones_keep_their_shares_of_another_length(start: Path, root: Path,
 
 
 def test_how_images_are_repeated_is_the_protocols_unless_it_is_given(start: Path, root: Path, tmp_path: Path) -> None:
-    field = "data.sources.train.repeat_threshold"
+    field = "data.datasets.train.repeat_threshold"
     path = tmp_path / "own.yaml"
-    path.write_text("extends: detect\nname: own\ndata: {sources: {train: {shards: /data/s, repeat_threshold: 0.5}}}\n")
+    path.write_text("extends: detect\nname: own\ndata: {datasets: {train: {path: /data/s, repeat_threshold: 0.5}}}\n")
     of_protocol = prepared(start, root, tmp_path, protocol=str(path))
-    assert of_protocol.run.data.sources["train"].repeat_threshold == 0.5
+    assert of_protocol.run.data.datasets["train"].repeat_threshold == 0.5
     assert not any(field in line for line in of_protocol.facts()["deviations"])
-    assert prepared(start, root, tmp_path, f"{field}=0.0").run.data.sources["train"].repeat_threshold == 0
+    assert prepared(start, root, tmp_path, f"{field}=0.0").run.data.datasets["train"].repeat_threshold == 0
     other = prepared(start, root, tmp_path, f"{field}=null", protocol=str(path))
-    assert other.run.data.sources["train"].repeat_threshold is None
+    assert other.run.data.datasets["train"].repeat_threshold is None
     assert f"{field} was 0.5, is null" in other.facts()["deviations"]
 
 
@@ -340,7 +340,7 @@ def test_masks_are_not_learnt_of_boxes_alone(start: Path, root: Path, tmp_path: 
         ("segment", "optim.steps=4", "segment"),
         ("coco_internimage_fpn", "optim.steps=4", "backbone"),
         ("detect", "deepspeed=zero3_bf16", "deepspeed"),
-        ("detect", "data.sources.train.weight=2", "weight"),
+        ("detect", "data.datasets.train.weight=2", "weight"),
     ],
 )
 def test_what_does_not_fit_a_detector_is_refused(

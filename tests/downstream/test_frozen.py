@@ -52,7 +52,7 @@ def write(folder: Path, source: Path, shards: Path, engine: str) -> Path:
         "output_dir": str(folder / "out"),
         "task": {"kind": "classification", "freeze": True},
         "backbone": {"from_pretrained": str(source)},
-        "data": {"sources": {"shapes": {"shards": str(shards / "train")}}, "streams": 4},
+        "data": {"datasets": {"shapes": {"path": str(shards / "train")}}, "streams": 4},
         "optim": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "warmup_steps": 1, "lr": 1e-2},
         "checkpoint": {"every_steps": 3, "keep_latest": 8},
         "log": {"every_steps": 1, "progress": False},
@@ -147,7 +147,9 @@ def test_a_run_that_was_stopped_is_the_whole_one(frozen: Frozen) -> None:
 
 def test_the_export_is_the_source_with_a_head(frozen: Frozen, forks: Forks, tmp_path: Path) -> None:
     folder = tmp_path / "classifier"
-    done = forks.run("export", str(frozen.folders["whole"] / "out"), "--to", str(folder), "--task", "classification")
+    done = forks.run(
+        "export", str(frozen.folders["whole"] / "out"), "--output", str(folder), "--task", "classification"
+    )
     assert done.returncode == 0, done.stderr
     model = AutoModelForImageClassification.from_pretrained(folder)
     exported = model.dinov2.state_dict()

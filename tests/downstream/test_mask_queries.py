@@ -220,8 +220,8 @@ def test_it_trains_on_two_ranks_and_becomes_a_stock_segmenter(
         "task": {"kind": "segmentation", "head": HEAD, "layer_decay": 0.8},
         "backbone": BACKBONES["dinov2"],
         "data": {
-            "sources": {"scenes": {"shards": str(shards / "train")}},
-            "validation": {"val": {"shards": str(shards / "val")}},
+            "datasets": {"scenes": {"path": str(shards / "train")}},
+            "validation": {"val": {"path": str(shards / "val")}},
             "streams": 4,
             "augment": {"color_jitter_p": 0.0, "grayscale": 0.0, "crop_scale": [0.6, 1.0]},
         },
@@ -248,7 +248,7 @@ def test_it_trains_on_two_ranks_and_becomes_a_stock_segmenter(
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if line["kind"] == "evaluation"][-1]
     folder = tmp_path / "segmenter"
-    done = forks.run("export", str(tmp_path / "out"), "--to", str(folder), "--task", "segmentation")
+    done = forks.run("export", str(tmp_path / "out"), "--output", str(folder), "--task", "segmentation")
     assert done.returncode == 0, done.stderr
     done = forks.run("evaluate", str(folder), "--data", str(shards / "val"), "--json")
     assert done.returncode == 0, done.stderr

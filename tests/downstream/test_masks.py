@@ -12,7 +12,7 @@ import torch
 from masked import CELL, CLASSES, SIZE, classes_of, mask_of_picture, picture, png, write_shards
 from PIL import Image
 
-from m3i_scale.config import AugmentConfig, DataConfig, SourceConfig
+from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.shards import MASK_LABELS, read_label_sets
@@ -23,8 +23,8 @@ GOOD = {"png": png(picture()), "mask.png": png(mask_of_picture())}
 
 
 def stream(folder: Path, *, masks: bool = True, augment: bool = True, **data: Any) -> TrainStream:
-    sources = {"scenes": SourceConfig(shards=str(folder))}
-    settings = DataConfig(sources=sources, streams=4, augment=PLAIN, **data)
+    sources = {"scenes": DatasetConfig(path=str(folder))}
+    settings = DataConfig(datasets=sources, streams=4, augment=PLAIN, **data)
     return TrainStream(
         settings,
         sources,
@@ -133,7 +133,7 @@ def test_a_sample_whose_mask_cannot_be_used_is_counted_listed_and_replaced(tmp_p
     mask, reason = HOSTILE[name]
     bad = {"png": GOOD["png"]} | ({} if mask is None else {"mask.png": mask})
     folder = write_shards(tmp_path / "shards", [bad if number % 8 == 5 else GOOD for number in range(32)], CLASSES)
-    opened = stream(folder, max_bad_fraction=0.5)
+    opened = stream(folder, max_corrupt_fraction=0.5)
     iterator = iter(opened)
     for _ in range(4):
         batch = next(iterator)

@@ -44,8 +44,8 @@ def values(folder: Path, shards: Path, ds_config: str, **augment: Any) -> dict[s
         "task": {"kind": "detection", "head": HEAD, "layer_decay": 0.9, "ema": 0.9},
         "backbone": BACKBONE | {"activation_checkpointing": "full"},
         "data": {
-            "sources": {"scenes": {"shards": str(shards / "train")}},
-            "validation": {"val": {"shards": str(shards / "val")}},
+            "datasets": {"scenes": {"path": str(shards / "train")}},
+            "validation": {"val": {"path": str(shards / "val")}},
             "streams": 4,
             "augment": {"color_jitter_p": 0.0, "grayscale": 0.0, "crop_scale": [0.5, 1.0], "stretch": True} | augment,
         },
@@ -80,7 +80,7 @@ def test_it_trains_on_two_ranks_and_becomes_a_stock_detector(shards: Path, forks
     stock, features = tmp_path / "stock", tmp_path / "features"
     loaders = ((load_detector, stock), (head_of_features, features))
     for folder, task in ((stock, "detection"), (features, "features")):
-        given = ["--to", str(folder), "--task", task, "--weights", "momentum"]
+        given = ["--output", str(folder), "--task", task, "--weights", "ema"]
         done = forks.run("export", str(tmp_path / "out"), *given)
         assert done.returncode == 0, done.stderr
     told = read_json(stock / "export.json")

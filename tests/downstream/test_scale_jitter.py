@@ -10,7 +10,7 @@ from masked import CELL, SIZE, classes_of, mask_of_picture, picture
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-from m3i_scale.config import AugmentConfig, DataConfig, DistortionConfig, RunConfig, SourceConfig, load_run
+from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig, DistortionConfig, RunConfig, load_run
 from m3i_scale.data.fingerprint import fingerprint
 from m3i_scale.data.views import ViewMaker, Views
 from m3i_scale.errors import ConfigError
@@ -134,14 +134,14 @@ def test_what_does_not_hold_together_is_refused() -> None:
         with pytest.raises(ValidationError):
             run_of(**wrong)
     for values in ({"recipe": {}}, {"task": {"kind": "classification"}}):
-        sources = {"a": {"shards": "/data/a", "augment": {"cat_max_ratio": 0.75}}}
-        for data in ({"augment": {"cat_max_ratio": 0.75}}, {"sources": sources}):
+        sources = {"a": {"path": "/data/a", "augment": {"cat_max_ratio": 0.75}}}
+        for data in ({"augment": {"cat_max_ratio": 0.75}}, {"datasets": sources}):
             with pytest.raises(ValidationError, match="cat_max_ratio"):
                 RunConfig.model_validate({**values, "data": data})
 
 
 def test_a_source_without_them_is_what_it_was_before_there_were_any() -> None:
-    source = SourceConfig(shards="/data/a")
+    source = DatasetConfig(path="/data/a")
     settings = fingerprint([], source, AugmentConfig())["settings"]["augment"]
     assert set(settings) == {
         "crop_scale", "crop_ratio", "flip", "color_jitter", "color_jitter_p", "grayscale", "blur", "solarize"
@@ -153,9 +153,9 @@ def test_a_source_without_them_is_what_it_was_before_there_were_any() -> None:
 def test_sources_may_differ() -> None:
     data: dict[str, Any] = {
         "augment": {"cat_max_ratio": 0.75},
-        "sources": {"a": {"shards": "/a", "augment": {"scale_jitter": [0.5, 2.0]}}},
+        "datasets": {"a": {"path": "/a", "augment": {"scale_jitter": [0.5, 2.0]}}},
     }
-    kinds = DataConfig.model_validate(data).sources["a"].augment
+    kinds = DataConfig.model_validate(data).datasets["a"].augment
     assert kinds is not None
     assert (kinds.scale_jitter, kinds.cat_max_ratio) == ((0.5, 2.0), 0.75)
 
@@ -165,9 +165,9 @@ JITTER, CROPS = {"scale_jitter": [0.5, 2.0]}, {"crop_scale": [0.25, 1.0], "crop_
 
 @pytest.mark.parametrize(("common", "own"), [(CROPS, JITTER), (JITTER, CROPS)])
 def test_a_source_that_crops_in_the_other_way_inherits_no_crops(common: dict[str, Any], own: dict[str, Any]) -> None:
-    data = {"augment": common, "sources": {"a": {"shards": "/a", "augment": own}, "b": {"shards": "/b"}}}
+    data = {"augment": common, "datasets": {"a": {"path": "/a", "augment": own}, "b": {"path": "/b"}}}
     run = RunConfig.model_validate({"recipe": {}, "data": data})
-    kinds = run.data.sources["a"].augment
+    kinds = run.data.datasets["a"].augment
     assert kinds is not None
     assert kinds == DistortionConfig.model_validate(own)
     assert RunConfig.model_validate(run.model_dump(mode="json")) == run

@@ -22,7 +22,7 @@ from shapes import metrics
 from tiny import first_weights, in_parts
 from transformers import pipeline
 
-from m3i_scale.config import DataConfig, RunConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig, RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
@@ -58,8 +58,8 @@ def values(folder: Path, shards: Path, ds_config: str = "zero3_cpu_fp32", **task
         "task": {"kind": "segmentation", "head": UPERNET, **task},
         "backbone": BACKBONE,
         "data": {
-            "sources": {"scenes": {"shards": str(shards / "train")}},
-            "validation": {"val": {"shards": str(shards / "val")}},
+            "datasets": {"scenes": {"path": str(shards / "train")}},
+            "validation": {"val": {"path": str(shards / "val")}},
             "streams": 4,
             "augment": PLAIN,
         },
@@ -167,7 +167,7 @@ def test_whole_weights_hold_the_statistics_of_batch_norm(ran: dict[str, Path], t
 
 def test_the_result_is_a_stock_segmenter(ran: dict[str, Path], shards: Path, forks: Forks, tmp_path: Path) -> None:
     folder = tmp_path / "segmenter"
-    done = forks.run("export", str(ran["two"].parent / "out"), "--to", str(folder), "--task", "segmentation")
+    done = forks.run("export", str(ran["two"].parent / "out"), "--output", str(folder), "--task", "segmentation")
     assert done.returncode == 0, done.stderr
     picture = Image.open(io.BytesIO(scene(1)["png"])).resize((48, 40))
     segments = pipeline("image-segmentation", str(folder))(picture)
@@ -191,8 +191,8 @@ def test_a_linear_head_is_in_no_stock_class_and_is_measured_beside_its_features(
     ran: dict[str, Path], shards: Path, forks: Forks, tmp_path: Path
 ) -> None:
     run = str(ran["linear"].parent / "out")
-    assert forks.run("export", run, "--to", str(tmp_path / "no"), "--task", "segmentation").returncode == 2
-    done = forks.run("export", run, "--to", str(tmp_path / "features"))
+    assert forks.run("export", run, "--output", str(tmp_path / "no"), "--task", "segmentation").returncode == 2
+    done = forks.run("export", run, "--output", str(tmp_path / "features"))
     assert done.returncode == 0, done.stderr
     data = ["--data", str(shards / "val"), "--measure", "segmenter", "--json"]
     done = forks.run("evaluate", str(tmp_path / "features"), *data)
@@ -211,9 +211,9 @@ def test_the_loss_falls_on_a_few_images(shards: Path, tmp_path: Path, head: dict
     run = RunConfig.model_validate(values(tmp_path, shards, head=head))
     objective = build_objective(run, {"scenes": SCENE_CLASSES}, None)
     first_weights(objective, seed=0)
-    sources = {"scenes": SourceConfig(shards=str(shards / "train"))}
+    sources = {"scenes": DatasetConfig(path=str(shards / "train"))}
     stream = TrainStream(
-        DataConfig(sources=sources, streams=4),
+        DataConfig(datasets=sources, streams=4),
         sources,
         views=1,
         image_size=32,
@@ -265,14 +265,14 @@ def test_masks_that_nobody_can_read_are_told_before_the_first_step(shards: Path,
     many = write_shards(tmp_path / "many", [scene(1)] * 8, [str(number) for number in range(256)])
     twice = write_shards(tmp_path / "twice", [scene(1)] * 8, ["ground", "red", "red"])
     for folder in (bare, broken, many, twice):
-        data = good["data"] | {"sources": {"scenes": {"shards": str(folder)}}, "validation": {}}
+        data = good["data"] | {"datasets": {"scenes": {"path": str(folder)}}, "validation": {}}
         fault = faults_of(good | {"data": data, "evaluation": {}}, tmp_path)
         assert "mask_labels.json" in str(fault)
 
 
 def test_a_validation_source_whose_classes_nobody_can_read_is_refused(shards: Path, tmp_path: Path) -> None:
     good = values(tmp_path, shards)
-    data = good["data"] | {"validation": {"val": {"shards": str(shards / "val"), "labels": False}}}
+    data = good["data"] | {"validation": {"val": {"path": str(shards / "val"), "labels": False}}}
     fault = faults_of(good | {"data": data}, tmp_path)
     assert "labels: false" in fault.what
     assert "data.validation.val" in str(fault.where)

@@ -143,7 +143,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, tmp_path: Path) -> None:
-    found = evaluate(stock, shards, overlays=tmp_path / "overlays", overlay_count=2)
+    found = evaluate(stock, shards, pictures=tmp_path / "overlays", picture_count=2)
     model = SegformerForSemanticSegmentation.from_pretrained(stock).eval()
     processor = AutoImageProcessor.from_pretrained(stock)
     both, either = torch.zeros(3), torch.zeros(3)
@@ -182,7 +182,7 @@ def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, 
         ({"measures": ("knn",)}, "--measure segmenter"),
         ({"measures": MEASURES}, "--measure segmenter"),
         ({"measures": ("segmenter", "knn")}, "--measure segmenter"),
-        ({"overlay_count": 3}, "--overlays"),
+        ({"picture_count": 3}, "--pictures"),
         ({"overlays": "STOCK"}, "not empty"),
     ],
 )

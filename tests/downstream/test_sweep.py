@@ -172,7 +172,7 @@ def test_more_layers_than_there_are_cannot_be_read() -> None:
     ("changes", "where"),
     [
         ({"optim": {"clip_grad_norm": 1.0}}, "optim.clip_grad_norm"),
-        ({"data": {"sources": {"shapes": {"shards": "/data/shards/train"}}}}, "data.validation"),
+        ({"data": {"datasets": {"shapes": {"path": "/data/shards/train"}}}}, "data.validation"),
         ({"guard": {"spike": {}}}, "guard.spike"),
     ],
 )
@@ -232,8 +232,8 @@ def write(folder: Path, source: Path, shards: Path, engine: str, *, batch_norm: 
         "task": task() | {"batch_norm": batch_norm},
         "backbone": {"from_pretrained": str(source)},
         "data": {
-            "sources": {"shapes": {"shards": str(shards / "train")}},
-            "validation": {"val": {"shards": str(shards / "val")}},
+            "datasets": {"shapes": {"path": str(shards / "train")}},
+            "validation": {"val": {"path": str(shards / "val")}},
             "streams": 4,
             "augment": {"crop_scale": [1.0, 1.0], "flip": 0.0, "color_jitter_p": 0.0, "grayscale": 0.0},
         },
@@ -346,7 +346,7 @@ def test_the_best_head_alone_is_a_stock_classifier(
 ) -> None:
     """`export` itself proves that the outputs are those of the training modules."""
     out, folder = with_best(ran[run], best, tmp_path), tmp_path / "classifier"
-    done = forks.run("export", str(out), "--to", str(folder), "--task", "classification")
+    done = forks.run("export", str(out), "--output", str(folder), "--task", "classification")
     assert done.returncode == 0, done.stderr
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert type(model).__name__ == kind
@@ -361,7 +361,7 @@ def test_the_best_head_alone_is_a_stock_classifier(
 
 def test_batch_norm_is_not_rounded_into_rows(ran: dict[str, Path], forks: Forks, tmp_path: Path) -> None:
     out = with_best(ran["two"], "last1_lr1", tmp_path)
-    options = ["--to", str(tmp_path / "no"), "--task", "classification", "--dtype", "bfloat16"]
+    options = ["--output", str(tmp_path / "no"), "--task", "classification", "--dtype", "bfloat16"]
     assert forks.run("export", str(out), *options).returncode == 2
     assert not (tmp_path / "no").exists()
 
@@ -369,9 +369,9 @@ def test_batch_norm_is_not_rounded_into_rows(ran: dict[str, Path], forks: Forks,
 def test_a_head_of_several_layers_is_kept_beside_features(ran: dict[str, Path], forks: Forks, tmp_path: Path) -> None:
     best = "last2_mean_lr1"
     out = with_best(ran["two"], best, tmp_path)
-    refused = forks.run("export", str(out), "--to", str(tmp_path / "no"), "--task", "classification")
+    refused = forks.run("export", str(out), "--output", str(tmp_path / "no"), "--task", "classification")
     assert refused.returncode == 2
-    done = forks.run("export", str(out), "--to", str(tmp_path / "features"))
+    done = forks.run("export", str(out), "--output", str(tmp_path / "features"))
     assert done.returncode == 0, done.stderr
     objective = json.loads((tmp_path / "features" / "heads" / "objective.json").read_text())
     assert [target["name"] for target in objective["run"]["recipe"]["targets"]] == [best]
@@ -380,7 +380,7 @@ def test_a_head_of_several_layers_is_kept_beside_features(ran: dict[str, Path], 
 def test_heads_that_nobody_has_measured_are_not_exported(ran: dict[str, Path], forks: Forks, tmp_path: Path) -> None:
     out = shutil.copytree(ran["two"].parent / "out", tmp_path / "out")
     (out / "metrics.jsonl").unlink()
-    done = forks.run("export", str(out), "--to", str(tmp_path / "no"))
+    done = forks.run("export", str(out), "--output", str(tmp_path / "no"))
     assert done.returncode == 2
     assert not (tmp_path / "no").exists()
 

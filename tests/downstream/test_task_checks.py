@@ -41,7 +41,7 @@ def faults(folder: Path, sources: dict[str, Any], task: dict[str, Any], *overrid
     run = {
         "output_dir": str(folder / "out"),
         "task": {"kind": "classification", **task},
-        "data": {"sources": sources, "streams": 4},
+        "data": {"datasets": sources, "streams": 4},
         "optim": {"batch_size": 12, "micro_batch_size": 4, "steps": 8, "warmup_steps": 2},
         "deepspeed": "zero3_cpu",
     }
@@ -53,7 +53,7 @@ def faults(folder: Path, sources: dict[str, Any], task: dict[str, Any], *overrid
     "task", [{}, {"layer_decay": 0.65}, {"mixup": 0.8}, {"dcn_lr": 1.0}, {"pool": "mean_pool", "ema": 0.9}]
 )
 def test_a_task_that_holds_has_no_faults(task: dict[str, Any], shards: Path, tmp_path: Path) -> None:
-    assert faults(tmp_path, {"shapes": {"shards": str(shards)}}, task, *DINOV2) == []
+    assert faults(tmp_path, {"shapes": {"path": str(shards)}}, task, *DINOV2) == []
 
 
 @pytest.mark.parametrize(
@@ -72,34 +72,34 @@ def test_a_setting_that_does_not_go_with_it_is_named(
     task: dict[str, Any], overrides: list[str], where: str, shards: Path, source: Path, tmp_path: Path
 ) -> None:
     given = [f"backbone.from_pretrained={source}" if override == "SOURCE" else override for override in overrides]
-    (fault,) = faults(tmp_path, {"shapes": {"shards": str(shards)}}, task, *given)
+    (fault,) = faults(tmp_path, {"shapes": {"path": str(shards)}}, task, *given)
     assert isinstance(fault, ConfigError)
     assert where in fault.where
     assert fault.fix
 
 
 def test_an_odd_micro_batch_is_as_good_where_nothing_is_mixed(shards: Path, tmp_path: Path) -> None:
-    assert not faults(tmp_path, {"shapes": {"shards": str(shards)}}, {}, *DINOV2, *THREES)
+    assert not faults(tmp_path, {"shapes": {"path": str(shards)}}, {}, *DINOV2, *THREES)
 
 
 def test_classes_are_those_of_one_list(shards: Path, tmp_path: Path) -> None:
-    twice = {name: {"shards": str(shards)} for name in ("one", "other")}
+    twice = {name: {"path": str(shards)} for name in ("one", "other")}
     (fault,) = faults(tmp_path, twice, {}, *DINOV2)
     assert isinstance(fault, ConfigError)
-    assert fault.where == "data.sources"
+    assert fault.where == "data.datasets"
     assert all(name in fault.what for name in twice)
-    one_name = [f"data.sources.{name}.label_set=shapes" for name in twice]
+    one_name = [f"data.datasets.{name}.label_set=shapes" for name in twice]
     assert not faults(tmp_path, twice, {}, *DINOV2, *one_name)
-    assert not faults(tmp_path, twice, {}, *DINOV2, "data.sources.other.labels=false")
+    assert not faults(tmp_path, twice, {}, *DINOV2, "data.datasets.other.labels=false")
 
 
 def test_data_without_labels_are_refused(shards: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(shards, tmp_path / "bare")
     (bare / "labels.json").unlink()
-    for source in ({"shards": str(bare)}, {"shards": str(shards), "labels": False}):
+    for source in ({"path": str(bare)}, {"path": str(shards), "labels": False}):
         (fault,) = faults(tmp_path, {"shapes": source}, {}, *DINOV2)
         assert isinstance(fault, ConfigError)
-        assert fault.where == "data.sources"
+        assert fault.where == "data.datasets"
         assert "labels" in fault.fix
 
 
@@ -121,7 +121,7 @@ def test_a_plan_counts_what_learns_what_is_frozen_and_what_is_averaged(
     start = f"backbone.from_pretrained={source}"
     plans: dict[str, Any] = {}
     for name, task in {"all": {}, "frozen": {"freeze": True}, "averaged": {"ema": 0.9}}.items():
-        assert not faults(tmp_path, {"shapes": {"shards": str(shards)}}, task, start)
+        assert not faults(tmp_path, {"shapes": {"path": str(shards)}}, task, start)
         planned = ["plan", str(tmp_path / "run.yaml"), start, "--ranks-per-node", "1", "--json"]
         done = CliRunner().invoke(app, planned)
         assert done.exit_code == 0, done.output

@@ -24,7 +24,7 @@ from tiny import first_weights, random_batch
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import AugmentConfig, DataConfig, RunConfig, SourceConfig, load_run
+from m3i_scale.config import AugmentConfig, DataConfig, DatasetConfig, RunConfig, load_run
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.crops import random_crop
 from m3i_scale.data.loader import TrainStream
@@ -176,11 +176,11 @@ def test_at_any_strength_there_is_an_image(config: str) -> None:
 
 
 def stream(folder: Path, **options: Any) -> TrainStream:
-    sources = {"a": SourceConfig(shards=str(folder))}
+    sources = {"a": DatasetConfig(path=str(folder))}
     split = {"workers": 0, "world_size": 1, "rank": 0} | options
     augment = AugmentConfig(**PLAIN, rand_augment=RAND)
     return TrainStream(
-        DataConfig(sources=sources, streams=4, augment=augment, workers=split["workers"]),
+        DataConfig(datasets=sources, streams=4, augment=augment, num_workers=split["workers"]),
         sources,
         views=1,
         image_size=SIDE,
@@ -233,9 +233,9 @@ def test_labelled_images_alone_are_augmented_so(augment: dict[str, Any]) -> None
     for task in ({"kind": "segmentation"}, None):
         with pytest.raises(ValidationError, match=next(iter(augment))):
             run_of(task, augment=augment)
-    sources = {"a": {"shards": "/data/a", "augment": augment}}
+    sources = {"a": {"path": "/data/a", "augment": augment}}
     with pytest.raises(ValidationError):
-        run_of({"kind": "segmentation"}, sources=sources)
+        run_of({"kind": "segmentation"}, datasets=sources)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ MODEL["patch_size"] = 8
 EMA = 0.3  # reached in the fourth step
 DECAYS = [1 / 10, 2 / 11, 3 / 12, EMA, EMA, EMA, EMA, EMA]
 AUGMENT = {"rand_augment": "rand-m9-mstd0.5-inc1", "erasing": 0.25}
-KINDS: tuple[Which, ...] = ("student", "momentum")
+KINDS: tuple[Which, ...] = ("student", "ema")
 
 
 def run_file(folder: Path, shards: Path, *, ds_config: str = "zero3_cpu_fp32", **task: Any) -> Path:
@@ -47,7 +47,7 @@ def run_file(folder: Path, shards: Path, *, ds_config: str = "zero3_cpu_fp32", *
         "output_dir": str(folder / "out"),
         "task": {"kind": "classification", **task},
         "backbone": {"preset": "dinov2-s/14", "config": MODEL},
-        "data": {"sources": {"shapes": {"shards": str(shards / "train")}}, "streams": 4, "augment": AUGMENT},
+        "data": {"datasets": {"shapes": {"path": str(shards / "train")}}, "streams": 4, "augment": AUGMENT},
         "optim": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "warmup_steps": 2, "lr": 1e-3},
         "checkpoint": {"every_steps": 4},
         "log": {"every_steps": 1, "progress": False},
@@ -136,7 +136,7 @@ def test_one_rank_and_two_are_one_run_and_so_is_a_run_that_was_stopped(shards: P
             torch.testing.assert_close(of_two[name], value, rtol=1e-3, atol=1e-5)
     averages = first_averages(plain["one"])
     for step in range(1, STEPS + 1):
-        online, saved = weights(plain["one"], "student", step), weights(plain["one"], "momentum", step)
+        online, saved = weights(plain["one"], "student", step), weights(plain["one"], "ema", step)
         assert saved.keys() == online.keys()
         assert {name.partition(".")[0] for name in saved} == {"student", "decoders", "heads"}
         for name, value in saved.items():
@@ -167,7 +167,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_result_is_a_stock_classifier(trained: Path, shards: Path, forks: Forks, tmp_path: Path) -> None:
     folder = tmp_path / "classifier"
-    done = forks.run("export", str(trained / "out"), "--to", str(folder), "--task", "classification")
+    done = forks.run("export", str(trained / "out"), "--output", str(folder), "--task", "classification")
     assert done.returncode == 0, done.stderr
     answers = pipeline("image-classification", str(folder))(str(next((shards.parent / "images").rglob("*.png"))))
     assert {answer["label"] for answer in answers} == {"bar", "disc", "square"}
@@ -186,11 +186,11 @@ def test_the_result_is_a_stock_classifier(trained: Path, shards: Path, forks: Fo
 def test_the_average_is_exported_as_the_same_class(trained: Path, forks: Forks, tmp_path: Path) -> None:
     run, models = trained / "run.yaml", {}
     for which in KINDS:
-        options = ["--to", str(tmp_path / which), "--task", "classification", "--weights", which]
+        options = ["--output", str(tmp_path / which), "--task", "classification", "--weights", which]
         done = forks.run("export", str(trained / "out"), *options)
         assert done.returncode == 0, done.stderr
         models[which] = AutoModelForImageClassification.from_pretrained(tmp_path / which)
-    assert type(models["student"]) is type(models["momentum"])
+    assert type(models["student"]) is type(models["ema"])
     for which, other in (KINDS, KINDS[::-1]):
         has, has_not = weights(run, which), weights(run, other)
         model = models[which]

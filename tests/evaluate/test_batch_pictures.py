@@ -51,7 +51,7 @@ def test_hidden_patches_are_grey() -> None:
 
 
 def test_mask_tokens_are_grey_too() -> None:
-    masked = InputSpec(name="x", view=1, mask={"ratio": (0.2, 0.6), "hidden": "token"})
+    masked = InputSpec(name="x", view=1, mask={"ratio": (0.2, 0.6), "masked": "mask_token"})
     (seen,) = build_inputs([masked], None, torch.arange(3), (4, 4))
     assert seen.masked_BM is not None
     for sample, hidden in enumerate(seen.masked_BM.sum(dim=1).tolist()):

@@ -17,7 +17,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale import averages, engine_state, partition
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
 from m3i_scale.scale.checkpoint.saver import Saver
 from m3i_scale.scale.engine import keep_gradients_until_reduced
@@ -83,11 +83,11 @@ SABOTAGES = {
     ),
     "gathered averages are not waited for": Sabotage(
         _SMALL,
-        ShardedMomentum.wait,
+        ShardedEma.wait,
         "gather.wait()",
         "pass",
         "race",
-        (ShardedMomentum.publish, "dist.all_gather_into_tensor(flat.gathered"),
+        (ShardedEma.publish, "dist.all_gather_into_tensor(flat.gathered"),
     ),
     "copies of a save are not waited for": Sabotage(
         _SMALL,
@@ -99,7 +99,7 @@ SABOTAGES = {
     ),
     "averages are saved before they are gathered": Sabotage(
         _SMALL,
-        ShardedMomentum.parts,
+        ShardedEma.parts,
         "        self.wait()\n        place = self._places[name]",
         "        place = self._places[name]",
         "race",

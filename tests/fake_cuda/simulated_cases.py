@@ -15,7 +15,7 @@ FILES = (
     "zero3_bf16_lean",
     "zero3_fp16",
 )
-PHASES = "phases=[{steps: 1}, {steps: 1, image_size: 48, micro_batch_size: 2}]"
+PHASES = "stages=[{steps: 1}, {steps: 1, image_size: 48, micro_batch_size: 2}]"
 OFFLOADED = "backbone.activation_checkpointing=offload"
 EVALUATED = ("evaluation.every_steps=2", "evaluation.batches=1")
 
@@ -31,7 +31,7 @@ CASES = {
     "classification": Case("classifier", "zero1_bf16", ("task.ema=0.9", *EVALUATED)),
     "segmentation": Case("EoMT", "zero3_bf16"),
     "detection": Case("Mask R-CNN", "zero2_bf16"),
-    "phases": Case("mae", "zero3_bf16", (PHASES,), accumulation=2),
+    "stages": Case("mae", "zero3_bf16", (PHASES,), accumulation=2),
     "activations on the host": Case("sim_global", "zero1_bf16", (OFFLOADED,), accumulation=2),
     "a host far ahead": Case(CARRIER, "zero3_bf16", device_is_ahead=False),
 }

@@ -65,9 +65,9 @@ _TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "RF-DETR": ("dinov2", {"kind": "detection", "head": _RFDETR | {"masks": False}}),
 }
 _RUNS: dict[str, tuple[str, ...]] = {name: (name,) for name in RECIPES} | {
-    "m3i, mixed attention": ("m3i", "backbone.attention=mixed"),
+    "m3i, mixed attention": ("m3i", "backbone.attention=across_images"),
     "m3i on CLIP": ("m3i", "backbone.preset=clip-b/16"),
-    "m3i on maps": ("m3i", *MAPS, "backbone.attention=mixed"),
+    "m3i on maps": ("m3i", *MAPS, "backbone.attention=across_images"),
     "m3i, learned balance": ("m3i", "recipe.balance={kind: learned}"),
     "m3i, gradient norms": ("m3i", "recipe.balance={kind: gradient_norm}"),
     "sim on DINOv2": ("sim", *DINOV2),

@@ -73,7 +73,7 @@ def small_segmenter(shards, output_dir, head):
         "output_dir": str(output_dir),
         "task": {"kind": "segmentation", "head": SEGMENTERS[head]},
         "backbone": {"config": shape | {"image_size": 32, "patch_size": 8}},
-        "data": {"sources": {"things": {"shards": str(shards / "train")}}},
+        "data": {"datasets": {"things": {"path": str(shards / "train")}}},
     }
     return parse_section(RunConfig, values, where="test")
 
@@ -106,7 +106,7 @@ def small_run(shards, output_dir, backbone=None, pool="mean_pool", regularizer="
                 "max_position_embeddings": 16,
             },
         },
-        "data": {"sources": {"things": {"shards": str(shards / "train")}}},
+        "data": {"datasets": {"things": {"path": str(shards / "train")}}},
     }
     return parse_section(RunConfig, values, where="test")
 
@@ -202,13 +202,13 @@ def run_dir(make_run, tmp_path_factory):
     folder, objective = make_run(tmp_path_factory.mktemp("runs") / "tiny")
     records = [
         {"kind": "run", "step": 0, "name": "tiny", "micro_batch_size": 32},
-        {"kind": "train", "step": 1, "loss": 1.5, "group/text/loss": 3.0, "group/text/count": 64.0},
+        {"kind": "train", "step": 1, "loss": 1.5, "loss/text": 3.0, "loss_samples/text": 64.0},
         {
             "kind": "train",
             "step": 10,
             "loss": 1.25,
-            "group/text/loss": 2.5,
-            "group/text/count": 32.0,
+            "loss/text": 2.5,
+            "loss_samples/text": 32.0,
             "memory_gib": 7.25,
         },
         {"kind": "train", "step": 20, "loss": 0.75},

@@ -66,7 +66,7 @@ def run_of(data, output_dir, backbone, head, **task):
         "output_dir": str(output_dir),
         "task": {"kind": "detection", "head": head} | task,
         "backbone": backbone,
-        "data": {"sources": {"shapes": {"shards": data}}, "augment": {"mean": MEAN, "std": STD}},
+        "data": {"datasets": {"shapes": {"path": data}}, "augment": {"mean": MEAN, "std": STD}},
     }
     return parse_section(RunConfig, values, where="test")
 
@@ -103,7 +103,7 @@ def trained(scenes, make_run, tmp_path_factory):
 def measured(scenes, trained, tmp_path_factory):
     """What `evaluate` says of it, and the folder of its pictures."""
     pictures = tmp_path_factory.mktemp("pictures") / "worst"
-    found = evaluate(trained[2], scenes[0], measures=("detector",), overlays=pictures, overlay_count=3, batch_size=3)
+    found = evaluate(trained[2], scenes[0], measures=("detector",), pictures=pictures, picture_count=3, batch_size=3)
     return found, pictures
 
 
@@ -234,7 +234,7 @@ def test_every_backbone_comes_out_as_the_detector_that_it_was(kind, make_run, sc
 def test_averaged_weights_are_those_of_the_averaged_detector(make_run, scenes, tmp_path, same_process):
     run = run_of(scenes[0], tmp_path / "run", VIT, WINDOWED, ema=0.99)
     folder, objective = make_run(tmp_path / "run", label_sets={"shapes": NAMES}, run=run)
-    export(folder, tmp_path / "export", weights="momentum")
+    export(folder, tmp_path / "export", weights="ema")
     loaded, _, _ = load_objective(tmp_path / "export", torch.device("cpu"))
     averaged = objective.momentum.target_heads.state_dict()
     found = loaded.heads.state_dict()

@@ -116,7 +116,10 @@ def test_a_recipe_with_a_class_of_ones_own_is_read_once_its_module_is_named(make
     importlib.import_module("own_export")
     folder, _ = make_run(tmp_path / "run", regularizer="own_export.Quiet")
     out, data = str(tmp_path / "out"), str(shards / "val")
-    for command in (["export", str(folder), "--to", out], ["evaluate", out, "--data", data, "--measure", "retrieval"]):
+    for command in (
+        ["export", str(folder), "--output", out],
+        ["evaluate", out, "--data", data, "--measure", "retrieval"],
+    ):
         monkeypatch.delitem(sys.modules, "own_export")
         refused = CliRunner().invoke(app, command)
         assert isinstance(refused.exception, UserError)
@@ -150,7 +153,7 @@ def test_a_cell_cannot_break_the_table():
 
 
 def test_momentum_weights_in_bfloat16(run_dir, tmp_path, same_process):
-    result = export(run_dir[0], tmp_path / "ema", weights="momentum", dtype="bfloat16", license_id="cc-by-4.0")
+    result = export(run_dir[0], tmp_path / "ema", weights="ema", dtype="bfloat16", license_id="cc-by-4.0")
     model = AutoModel.from_pretrained(tmp_path / "ema", add_pooling_layer=False)
     averaged = run_dir[1].momentum.backbone.model.state_dict()
     assert model.dtype == torch.bfloat16
@@ -300,18 +303,18 @@ def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path
     file.write_text(json.dumps({"model": {"export": of}, "measures": figures, "data": data}))
     again = export(folder, tmp_path / "again")
     assert (again["evaluation"]["measures"], again["warning"]) == (figures, None)
-    other = export(folder, tmp_path / "momentum", weights="momentum")
+    other = export(folder, tmp_path / "momentum", weights="ema")
     assert other["evaluation"] is None
     assert "evaluation.json is of the student weights" in other["warning"]
     with pytest.raises(ExportError, match="the evaluation is of the student weights") as caught:
-        export(folder, tmp_path / "given", weights="momentum", evaluation_file=file)
+        export(folder, tmp_path / "given", weights="ema", evaluation_file=file)
     assert caught.value.where == str(file)
 
 
 def test_steps_between_the_last_record_and_a_stop_count_with_the_next_one(make_run, tmp_path):
     folder, _ = make_run(tmp_path / "run")
     run = {"kind": "run", "name": "tiny", "micro_batch_size": 32}
-    train = {"kind": "train", "group/text/count": 64.0}
+    train = {"kind": "train", "loss_samples/text": 64.0}
     records = [run | {"step": 0}, train | {"step": 2}, run | {"step": 5}, train | {"step": 10}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert supervision_of(find_source(folder)) == {"text": 40_960}

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 BACKBONES = {
     "internimage": {
         "preset": "internimage-h",
-        "attention": "mixed",
+        "attention": "across_images",
         "config": {
             "channels": 16,
             "depths": [1, 1, 2, 1],

@@ -39,7 +39,7 @@ def source_of(preset, pool, tmp_path):
         "recipe": recipe,
         "backbone": {"preset": preset, "config": {"num_hidden_layers": 1}},
         "text": {"config": {"num_hidden_layers": 1}},
-        "data": {"sources": {"things": {"shards": str(tmp_path)}}},
+        "data": {"datasets": {"things": {"path": str(tmp_path)}}},
     }
     run = parse_section(RunConfig, values, where="test")
     meta = {"label_sets": LABEL_SETS, "vocab_size": 100}

@@ -157,7 +157,7 @@ def test_a_private_repository_stays_so_and_is_told_so(hub, folder):
 
 def test_what_is_sent_and_what_would_be_are_told_with_sizes(hub, run_dir, tmp_path, same_process):
     out = tmp_path / "out"
-    command = ["export", str(run_dir[0]), "--to", str(out), "--push", "user/model"]
+    command = ["export", str(run_dir[0]), "--output", str(out), "--push", "user/model"]
     told = {}
     for options in (("--dry-run",), ("--public", "--dry-run"), ("--public",)):
         done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*command, "--overwrite", *options])

@@ -273,7 +273,7 @@ def test_a_tensor_that_no_training_leaves(runs, tmp_path, monkeypatch, change, m
 def test_onnx(runs, tmp_path):
     """Real processes: one that translates, and one without transformers that runs what was written."""
     folder, objective = runs("vit", "class_token")
-    result = export(folder, tmp_path / "out", wanted=ExportContents("classification"), also=("onnx",))
+    result = export(folder, tmp_path / "out", wanted=ExportContents("classification", "onnx"))
     assert result["verified"]["programs"].keys() == {"onnx"}
     images, pixels = pixels_of(objective)
     wanted = objective.embed_images(images, "category")
@@ -284,20 +284,12 @@ def test_onnx(runs, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("program", ["onyx", "torch_export"])
-def test_programs_that_there_are_not(runs, tmp_path, program):
-    with pytest.raises(ExportError) as caught:
-        export(runs("vit")[0], tmp_path / "out", also=(program,))
-    assert caught.value.where.startswith("--also")
-    assert "onnx" in caught.value.fix
-
-
 def test_formats_whose_extra_is_not_installed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("m3i_scale.hub.export.find_spec", lambda name: None)
-    for extra, request in (("onnx", {"also": ("onnx",)}), ("timm", {"wanted": ExportContents("features", "timm")})):
+    for extra in ("onnx", "timm"):
         with pytest.raises(ExportError) as caught:
-            export(tmp_path / "no run", tmp_path / "out", **request)
+            export(tmp_path / "no run", tmp_path / "out", wanted=ExportContents("features", extra))
         assert f"m3i-scale[{extra}]" in caught.value.fix
 
 

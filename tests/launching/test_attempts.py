@@ -63,7 +63,7 @@ def test_the_largest_number_of_ranks_that_fits_is_taken_and_the_first_hosts_stay
 
 
 def test_workers_share_out_the_streams_of_a_rank():
-    run = a_run("data.workers=4")
+    run = a_run("data.num_workers=4")
     assert micro_batch_for(run, 3) == 8
     assert micro_batch_for(run, 4) is None  # six streams, four workers
 
@@ -94,7 +94,7 @@ def test_hosts_that_differ_a_little_are_not_slow():
 
 
 def test_a_rank_stands_still_beyond_its_time_out_and_the_one_that_has_done_least_is_furthest_behind():
-    progress = Progress(TimeoutsConfig(start_s=3600.0, step_s=1.0))
+    progress = Progress(TimeoutsConfig(startup_s=3600.0, collective_s=1.0))
     beats = {
         str(rank): {"step": 4, "began": 2, "phase": phase, "changed": 0.0}
         for rank, phase in enumerate(("backward", "forward", "save"))
@@ -162,7 +162,7 @@ class Failed:
 
 def an_attempt(link: Link, output_dir: Path) -> Attempt:
     site = RemoteShell(python="python3", workdir="/", output_dir=str(output_dir), launch="one")
-    timeouts, logs = TimeoutsConfig(start_s=60.0, step_s=60.0), Logs(output_dir)
+    timeouts, logs = TimeoutsConfig(startup_s=60.0, collective_s=60.0), Logs(output_dir)
     attempt = Attempt([link], Inbox(), ["train"], site, timeouts, ("node1", 29500), logs, lambda text: None)
     attempt._start()
     return attempt

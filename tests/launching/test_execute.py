@@ -125,7 +125,7 @@ def launched(tmp_path, *words):
         "launch",
         "m3i",
         f"output_dir={tmp_path / 'run'}",
-        "data.sources.main.shards=/data/train",
+        "data.datasets.main.path=/data/train",
     ]
     command += ["--python", str(tmp_path / "python-waits"), "--workdir", str(tmp_path), *words]
     root = str(Path(__file__).resolve().parents[2])
@@ -212,7 +212,7 @@ def test_a_launch_beside_ranks_that_still_train_writes_nothing(tmp_path, tmp_pat
         write_record(tmp_path / RANK_RECORDS, Failure(1.0, "node1", 0, 1, None, "silent", "of the run that lives"))
         before = sorted(tmp_path.rglob("*"))
         words = ["launch", "m3i", "--with", launcher, "--ranks-per-node", "1", f"output_dir={tmp_path}"]
-        result = CliRunner().invoke(app, [*words, "data.sources.main.shards=/data/train"])
+        result = CliRunner().invoke(app, [*words, "data.datasets.main.path=/data/train"])
         after = [path for path in sorted(tmp_path.rglob("*")) if path.name != ".launch-lock"]
     assert isinstance(result.exception, CheckpointError)
     assert result.exception.where == str(tmp_path)
@@ -223,6 +223,6 @@ def test_a_launch_beside_ranks_that_still_train_writes_nothing(tmp_path, tmp_pat
 def test_a_launch_beside_another_leaves_its_files(tmp_path, launcher):
     words = ["launch", "m3i", "--with", launcher, "--ranks-per-node", "1", f"output_dir={tmp_path}"]
     with launch_lock(tmp_path):
-        result = CliRunner().invoke(app, [*words, "data.sources.main.shards=/data/train"])
+        result = CliRunner().invoke(app, [*words, "data.datasets.main.path=/data/train"])
     assert isinstance(result.exception, UserError)
     assert not (tmp_path / "launch").exists()

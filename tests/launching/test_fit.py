@@ -14,7 +14,7 @@ from m3i_scale.launch.job import devices_here
 from m3i_scale.launch.launchers import LAUNCHERS
 from m3i_scale.launch.worlds import check_fit
 
-DATA = "data.sources.main.shards=/data/train"
+DATA = "data.datasets.main.path=/data/train"
 
 
 def launch(*words):
@@ -27,7 +27,7 @@ def launch(*words):
         (["--ranks-per-node", "2"], "the run has no data"),
         (["--ranks-per-node", "3", DATA], "3 ranks"),
         (["--ranks-per-node", "2", DATA, "data.streams=7"], "7 streams"),
-        (["--ranks-per-node", "2", "data.sources.main.shards=https://me:plutonium@h/a.tar"], "holds a user name"),
+        (["--ranks-per-node", "2", "data.datasets.main.path=https://me:plutonium@h/a.tar"], "holds a user name"),
     ],
 )
 def test_it_is_refused_and_a_dry_run_says_so(words, told, tmp_path):
@@ -83,7 +83,7 @@ def test_every_launcher_shows_a_plan_of_a_built_in_run_alone(launcher):
 
 def test_a_real_launch_into_pods_wants_an_image(tmp_path):
     words = ["launch", "clip", "--with", "kubeflow", "--ranks-per-node", "1", "output_dir=/output/x"]
-    done = CliRunner().invoke(app, [*words, "data.sources.main.shards=s3://bucket/train"])
+    done = CliRunner().invoke(app, [*words, "data.datasets.main.path=s3://bucket/train"])
     assert "which image do the ranks run in?" in str(done.exception)
 
 
@@ -109,6 +109,6 @@ def test_a_number_of_compared_samples_that_is_never_reached_or_never_compared_is
     with pytest.raises(ConfigError, match="compare 96 samples") as caught:
         check_elastic(*sizes, min_compared=97)
     assert caught.value.where == "min_compared: 97"
-    alone = load_run("mae", ["data.sources.main.shards=/data/train"])
+    alone = load_run("mae", ["data.datasets.main.path=/data/train"])
     with pytest.raises(ConfigError, match="no effect"):
         check_fit(alone, a_job(DATA, hosts=("node1 slots=2",), min_compared=2), "elastic")

@@ -62,7 +62,7 @@ ADDRESSES = (
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_logins_and_signatures_in_addresses_are_shown_to_nobody(launcher, address, tmp_path):
-    shards = f"data.sources.main.shards={address}"
+    shards = f"data.datasets.main.path={address}"
     job = a_job(shards, output_dir=str(tmp_path), **FIELDS[launcher])
     plan = render(launcher, job)
     told = [file.text for file in plan.files if "plutonium" in file.text]
@@ -77,7 +77,7 @@ def test_logins_and_signatures_in_addresses_are_shown_to_nobody(launcher, addres
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_files_without_secrets_can_be_read_by_all(launcher, tmp_path):
     plan = render(
-        launcher, a_job("data.sources.main.shards=/shards/train", output_dir=str(tmp_path), **FIELDS[launcher])
+        launcher, a_job("data.datasets.main.path=/shards/train", output_dir=str(tmp_path), **FIELDS[launcher])
     )
     assert all(file.mode in (0o644, 0o755) for file in plan.files)
 
@@ -92,7 +92,7 @@ def test_a_dry_run_shows_no_secret_and_is_the_same_every_time(launcher, as_json,
     cluster.write_text(json.dumps(fields))
     output = tmp_path / "run"
     words = ["launch", "m3i", "--with", launcher, "--cluster", str(cluster), "--env", "HF_TOKEN", "--dry-run"]
-    words += [*(["--json"] if as_json else []), "data.sources.main.shards=/shards/train", f"output_dir={output}"]
+    words += [*(["--json"] if as_json else []), "data.datasets.main.path=/shards/train", f"output_dir={output}"]
     first, second = (CliRunner().invoke(app, words) for _ in range(2))
     assert first.exit_code == 0, first.output
     assert first.stdout == second.stdout

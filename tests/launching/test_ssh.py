@@ -95,7 +95,7 @@ def programs(tmp_path, monkeypatch):
 def test_hosts_that_cannot_be_used_are_all_told_before_a_launcher_starts(programs, tmp_path, launcher):
     cluster, out = tmp_path / "cluster.yaml", tmp_path / "out"
     cluster.write_text("hosts: [node1 slots=1, node2 slots=1, node3 slots=1]\n")
-    overrides = ["data.sources.main.shards=/data/train", "data.streams=3", "optim.batch_size=3072"]
+    overrides = ["data.datasets.main.path=/data/train", "data.streams=3", "optim.batch_size=3072"]
     done = CliRunner().invoke(
         app, ["launch", "mae", "--with", launcher, "--cluster", str(cluster), *overrides, f"output_dir={out}"]
     )

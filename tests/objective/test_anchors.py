@@ -183,7 +183,7 @@ def test_a_start_with_new_weights_is_no_teacher(tmp_path: Path) -> None:
 def test_hidden_patches_count_where_they_are_mask_tokens_and_not_where_they_are_dropped() -> None:
     losses = {}
     for hidden in ("token", "dropped"):
-        inputs = [{"name": "x", "view": 1, "mask": {"form": "block", "ratio": 0.5, "hidden": hidden}}]
+        inputs = [{"name": "x", "view": 1, "mask": {"form": "block", "ratio": 0.5, "masked": hidden}}]
         objective = started(kept(inputs=inputs))
         (part,) = objective.inputs_of(random_batch(4))
         assert part.visible_BL.shape[1] == (16 if hidden == "token" else 8)

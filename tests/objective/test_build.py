@@ -64,14 +64,18 @@ def test_momentum_pairs_name_equal_shapes() -> None:
 
 
 def test_projector_depth_zero_means_none() -> None:
-    objective = tiny_objective("sim", "recipe.momentum.projector_depth=0")
+    objective = tiny_objective("sim", "recipe.ema.projector_depth=0")
     assert objective.projector is None
     assert not any(online.startswith("projector.") for online, _ in momentum_pairs(objective))
     assert torch.isfinite(objective(random_batch(4))[0])
 
 
 FAULTS = {
-    "attention without a mix": (("mae", "backbone.attention=mixed"), {}, "has no effect: the recipe mixes no images"),
+    "attention without a mix": (
+        ("mae", "backbone.attention=across_images"),
+        {},
+        "has no effect: the recipe mixes no images",
+    ),
     "no labels": (("supervised",), {"labels": False}, "no source has labels"),
     "no tokenizer": (("clip",), {"vocabulary": None}, "there is no tokenizer"),
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),

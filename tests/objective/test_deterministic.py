@@ -22,7 +22,7 @@ NONDETERMINISTIC = {
 """See the list at `torch.use_deterministic_algorithms`. Of `interpolate` with plain bilinear weights torch itself takes
 another form on a CUDA device, and `cumsum` is on the list for floating-point numbers alone."""
 OTHER_SIDE = "backbone.config.image_size=64"
-"""Batches have 32 pixels, so that positions are interpolated, as in a phase of small images."""
+"""Batches have 32 pixels, so that positions are interpolated, as in a stage of small images."""
 
 
 class Operators(TorchDispatchMode):

@@ -71,7 +71,7 @@ def test_tables_learn_from_images_of_another_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "phase", "given", "place"),
+    ("recipe", "stage", "given", "place"),
     [
         ("m3i", "image_size: 50", (), "image_size"),
         ("dinov2", "image_size: 16", (), "recipe.views"),
@@ -79,10 +79,10 @@ def test_tables_learn_from_images_of_another_size() -> None:
         ("sim", "image_size: 48", MAPS, "image_size"),
     ],
 )
-def test_sizes_that_do_not_go_with_the_recipe_are_refused(recipe: str, phase: str, given, place: str) -> None:
-    phases = f"phases=[{{steps: 1}}, {{steps: 1, {phase}}}]"
-    run = tiny_run(recipe, *given, "optim.steps=2", "optim.warmup_steps=0", phases)
-    build_objective(run.in_phase(0), LABEL_SETS, None if "text" not in run.model_fields_set else 50)
+def test_sizes_that_do_not_go_with_the_recipe_are_refused(recipe: str, stage: str, given, place: str) -> None:
+    stages = f"stages=[{{steps: 1}}, {{steps: 1, {stage}}}]"
+    run = tiny_run(recipe, *given, "optim.steps=2", "optim.warmup_steps=0", stages)
+    build_objective(run.in_stage(0), LABEL_SETS, None if "text" not in run.model_fields_set else 50)
     with pytest.raises(ConfigError) as caught:
-        build_objective(run.in_phase(1), LABEL_SETS, None if "text" not in run.model_fields_set else 50)
+        build_objective(run.in_stage(1), LABEL_SETS, None if "text" not in run.model_fields_set else 50)
     assert place in str(caught.value.where)

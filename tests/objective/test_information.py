@@ -54,7 +54,7 @@ def test_own_attention_does_not_leak_the_other_image() -> None:
 
 
 def test_mixed_attention_sees_the_partner_and_only_the_partner() -> None:
-    objective, batch = tiny_objective("m3i", "backbone.attention=mixed"), random_batch(4)
+    objective, batch = tiny_objective("m3i", "backbone.attention=across_images"), random_batch(4)
     own = tiny_objective("m3i")
     before = encode(objective, batch).inputs
     for name in ("a", "b"):
@@ -71,7 +71,7 @@ def test_mixed_attention_sees_the_partner_and_only_the_partner() -> None:
 
 def test_a_mixed_row_is_one_sequence_through_the_backbone() -> None:
     """Row i of the mix, put together by hand, and read back by image."""
-    objective, batch = tiny_objective("m3i", "backbone.attention=mixed"), random_batch(2)
+    objective, batch = tiny_objective("m3i", "backbone.attention=across_images"), random_batch(2)
     context = encode(objective, batch)
     (a,), (b,) = context.inputs["a"], context.inputs["b"]
     cls1, tokens1 = objective.student.embed(context.views[1])
@@ -292,7 +292,7 @@ def test_views_that_the_backbone_cannot_take_are_refused(backbone: tuple[str, ..
 
 
 def test_a_convolutional_backbone_refuses_mask_tokens() -> None:
-    mask = "recipe.inputs=[{name: x, view: 1, mask: {ratio: 0.5, hidden: token}}]"
+    mask = "recipe.inputs=[{name: x, view: 1, mask: {ratio: 0.5, masked: mask_token}}]"
     with pytest.raises(ConfigError) as caught:
         tiny_objective("mae", *MAPS, mask)
     assert caught.value.where == "recipe.inputs"

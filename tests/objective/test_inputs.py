@@ -238,7 +238,7 @@ def test_a_view_of_another_size_has_a_grid_of_its_own() -> None:
 
 def covered(seeds: torch.Tensor, grid: tuple[int, int] = (8, 8), form: str = "random", **mask: object) -> EncodedInput:
     """One input with mask tokens."""
-    spec = InputSpec(name="x", view=1, mask=MaskSpec(form=form, hidden="token", **mask))
+    spec = InputSpec(name="x", view=1, mask=MaskSpec(form=form, masked="mask_token", **mask))
     return build_inputs([spec], None, seeds, grid)[0]
 
 
@@ -276,7 +276,7 @@ def test_a_share_of_the_samples_hides_anything() -> None:
     assert stats.kstest(share[share > 0].numpy(), stats.uniform(0.1, 0.4).cdf).statistic < 0.06  # whole patches
     one, other = (
         build_inputs(
-            [InputSpec(name="x", view=1, mask=MaskSpec(ratio=0.5, hidden="token", share=0.5, count=2))],
+            [InputSpec(name="x", view=1, mask=MaskSpec(ratio=0.5, masked="mask_token", share=0.5, count=2))],
             None,
             torch.arange(2000),
             (4, 4),
@@ -294,8 +294,8 @@ def test_a_share_of_the_samples_hides_anything() -> None:
     [
         {"ratio": (0.1, 0.5)},
         {"ratio": 0.5, "share": 0.5},
-        {"ratio": (0.5, 0.1), "hidden": "token"},
-        {"ratio": (0.5, 1.0), "hidden": "token"},
+        {"ratio": (0.5, 0.1), "masked": "mask_token"},
+        {"ratio": (0.5, 1.0), "masked": "mask_token"},
         {"ratio": 0.0},
         {"ratio": 1.0},
     ],

@@ -18,7 +18,7 @@ def overrides(recipe: str) -> tuple[str, ...]:
     blocks = "recipe.inputs.0.mask.form={kind: target_blocks, blocks: 2, scale: 0.25}"
     return (
         *MAPS,
-        *(("backbone.attention=mixed",) if raw.get("mix") else ()),
+        *(("backbone.attention=across_images",) if raw.get("mix") else ()),
         *((blocks,) if recipe == "ijepa" else ()),  # 0.175 of four cells is none
     )
 
@@ -88,7 +88,7 @@ def test_keeping_the_images_of_a_mix_apart_is_refused() -> None:
 
 
 def test_a_single_square_cannot_be_dealt_to_two_images() -> None:
-    run = tiny_run("m3i", *MAPS, "backbone.attention=mixed", "backbone.config.image_size=32")
+    run = tiny_run("m3i", *MAPS, "backbone.attention=across_images", "backbone.config.image_size=32")
     with pytest.raises(ConfigError, match="1 patches cannot be dealt to 2 images"):
         build_objective(run, LABELS, 50)
 

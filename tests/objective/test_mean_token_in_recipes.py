@@ -21,7 +21,7 @@ from m3i_scale.objective.ranks import SingleProcess
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512}
 
 
-@pytest.mark.parametrize("mixed", [(), ("backbone.attention=mixed",)], ids=["own", "mixed"])
+@pytest.mark.parametrize("mixed", [(), ("backbone.attention=across_images",)], ids=["own", "mixed"])
 def test_everything_learns_and_is_averaged(mixed: tuple[str, ...]) -> None:
     objective = tiny_objective("m3i", *SIGLIP, *mixed).train()
     objective(random_batch(8))[0].backward()

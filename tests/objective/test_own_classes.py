@@ -57,7 +57,7 @@ class Away(PooledRegularizer):
     """Predictions away from the mean target of earlier batches."""
 
     strength: float = 1.0
-    encoders: ClassVar = ("momentum",)
+    encoders: ClassVar = ("ema",)
 
     def memory(self, width):
         return Mean(width)
@@ -69,7 +69,7 @@ class Away(PooledRegularizer):
 
 
 class Powers(DenseRegularizer):
-    encoders: ClassVar = ("momentum",)
+    encoders: ClassVar = ("ema",)
     powers: list[int] = [2]
 
     def statistics(self, target_BND, ranks):
@@ -149,10 +149,10 @@ def run_file(folder: Path, package: str) -> Path:
             "decoders": {"pool": {"kind": "mean_pool"}, "dense": {"kind": "transformer", "width": 32, "depth": 1}},
             "heads": {"global": {"width": 24, "hidden": 32}},
             "targets": [
-                {"name": "away", "kind": "pooled", "inputs": ["x"], "view": 1, "encoder": "momentum", "decoder": "pool"}
+                {"name": "away", "kind": "pooled", "inputs": ["x"], "view": 1, "encoder": "ema", "decoder": "pool"}
                 | {"head": "global", "regularizer": {"kind": f"{package}.method.Away", "strength": 0.5}},
                 {"name": "twice", "kind": f"{package}.method.Twice", "inputs": ["x"], "view": 1, "tokens": "all"}
-                | {"encoder": "momentum", "decoder": "dense", "regularizer": "unigrad"}
+                | {"encoder": "ema", "decoder": "dense", "regularizer": "unigrad"}
                 | {"distribution": {"kind": f"{package}.method.Huber", "delta": 0.7}},
             ],
         },

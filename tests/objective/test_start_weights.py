@@ -1,4 +1,4 @@
-"""Where one process has all modules: first weights, and the average of the momentum target."""
+"""Where one process has all modules: first weights, and the average of the EMA teacher."""
 
 import pytest
 import torch

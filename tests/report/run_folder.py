@@ -23,13 +23,13 @@ GROUPS = {"intra": (1.3, 0.5), "inter": (1.4, 0.6), "text": (4.2, 2.1), "categor
 """Loss at the start and at the end."""
 SOURCES = {"photos": 0.75, "birds": 0.25}
 PHASES = {
-    "fetch": 0.06,
+    "data": 0.06,
     "forward": 0.24,
-    "target": 0.1,
-    "decoder": 0.11,
+    "teacher": 0.1,
+    "heads": 0.11,
     "backward": 0.38,
     "reduce": 0.03,
-    "step": 0.05,
+    "optimizer": 0.05,
 }
 PICTURES = {
     "views": ("The batch as the model sees it", "Four images, each with its two views and its mask"),
@@ -44,8 +44,8 @@ def write_run(folder: Path, *, name: str = "photos-vit-l", steps: int = 2000, lr
     overrides = [
         f"name={name}",
         f"output_dir={folder}",
-        *(f"data.sources.{source}.shards=/data/{source}/train" for source in SOURCES),
-        *(f"data.sources.{source}.weight={weight}" for source, weight in SOURCES.items()),
+        *(f"data.datasets.{source}.path=/data/{source}/train" for source in SOURCES),
+        *(f"data.datasets.{source}.weight={weight}" for source, weight in SOURCES.items()),
         f"optim.steps={steps}",
         f"optim.lr={lr}",
         "optim.warmup_steps=100",
@@ -117,31 +117,31 @@ def _figures(share: float, step: int, lr: float, draw: random.Random) -> dict[st
     values |= {"loss": sum(losses.values()), "samples": step * 512, "quarantined": int(share * 5)}
     for group, loss in losses.items():
         values |= {
-            f"group/{group}/loss": loss,
-            f"group/{group}/nats": max(0.0, GROUPS[group][0] - loss),
-            f"group/{group}/weight": 1.0 + 0.2 * math.sin(3 * share),
-            f"group/{group}/grad_norm": about(0.002),
-            f"group/{group}/count": 512.0,
+            f"loss/{group}": loss,
+            f"mi/{group}": max(0.0, GROUPS[group][0] - loss),
+            f"loss_weight/{group}": 1.0 + 0.2 * math.sin(3 * share),
+            f"grad_norm/{group}": about(0.002),
+            f"loss_samples/{group}": 512.0,
         }
     for source, asked in SOURCES.items():
-        values |= {f"source/{source}/share": about(asked), f"source/{source}/asked": asked}
-        values |= {f"source/{source}/recent_share": about(asked), f"source/{source}/recent_asked": asked}
-        values[f"source/{source}/epoch"] = 2 * share
+        values |= {f"dataset/{source}/share": about(asked), f"dataset/{source}/asked": asked}
+        values |= {f"dataset/{source}/recent_share": about(asked), f"dataset/{source}/recent_asked": asked}
+        values[f"dataset/{source}/epoch"] = 2 * share
     wait_s, step_s = about(0.1), about(1.9)
     return values | {
         "information": about(3 * share),
         "grad_norm": "inf" if step == 50 else about(2.5),
-        "momentum": 1 - 0.004 * (1 - share),
+        "ema_decay": 1 - 0.004 * (1 - share),
         "skipped_nonfinite": 0,
-        "speed/step_s": step_s,
-        "speed/data_wait_s": wait_s,
-        "speed/data_wait_share": wait_s / step_s,
-        "speed/samples_per_s": 512 / step_s,
-        "speed/tokens_per_s": 512 * 196 / step_s,
-        "speed/flop_per_s": 4e15 / step_s,
-        "speed/mfu": 4e15 / step_s / (8 * 989e12),
-        **{f"phases/{phase}": value for phase, value in PHASES.items()},
-        "phases/other": 1 - sum(PHASES.values()),
+        "time/step": step_s,
+        "time/data_wait": wait_s,
+        "time/data_wait_share": wait_s / step_s,
+        "throughput/samples_per_s": 512 / step_s,
+        "throughput/tokens_per_s": 512 * 196 / step_s,
+        "perf/flops_per_s": 4e15 / step_s,
+        "perf/mfu": 4e15 / step_s / (8 * 989e12),
+        **{f"time/{phase}": value * step_s for phase, value in PHASES.items()},
+        "time/other": (1 - sum(PHASES.values())) * step_s,
         "memory_gib": 61.5 + share,
         "health/dense_std": about(0.8),
         "health/dense_rank": about(40.0),

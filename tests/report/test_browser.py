@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def make_report(*runs: Path) -> Path:
     target = runs[0].parent / f"{len(runs)}.html"
-    command = [sys.executable, "-m", "m3i_scale", "report", *map(str, runs), "--to", str(target)]
+    command = [sys.executable, "-m", "m3i_scale", "report", *map(str, runs), "--output", str(target)]
     subprocess.run(command, check=True, timeout=120)
     return target
 

@@ -29,7 +29,7 @@ def train(step: int, **figures: Any) -> str:
 
 def figures(step: int) -> dict[str, Any]:
     """Some that differ in every digit; one that comes later, one that goes, one that is not always finite."""
-    values: dict[str, Any] = {"loss": math.sqrt(step), "group/text/nats": -1 / 3 / step, "samples": 2**40 + step}
+    values: dict[str, Any] = {"loss": math.sqrt(step), "mi/text": -1 / 3 / step, "samples": 2**40 + step}
     values |= {"late": math.exp(-step)} if step > 400 else {"early": step / 7}
     return values | {"grad_norm": {300: math.nan, 301: math.inf, 302: -math.inf}.get(step, 0.1 * step)}
 
@@ -53,7 +53,7 @@ def test_every_number_is_exactly_that_of_the_file(path: Path) -> None:
     logged, records = file.steps(), [json.loads(line) for line in lines]
     assert logged.steps.tolist() == [*range(1, 601)]
     assert logged.times_s.tolist() == [datetime.fromisoformat(record["time"]).timestamp() for record in records]
-    assert set(logged.figures) == {"loss", "group/text/nats", "samples", "early", "late", "grad_norm"}
+    assert set(logged.figures) == {"loss", "mi/text", "samples", "early", "late", "grad_norm"}
     for name, values in logged.figures.items():
         np.testing.assert_array_equal(values, [float(record.get(name, "nan")) for record in records])
     assert file.unreadable == 0
@@ -79,11 +79,6 @@ def test_lines_of_other_kinds_are_kept_as_they_are(path: Path) -> None:
     assert (file.records["run"], file.records["warning"], file.unreadable) == ([start], [warning], 0)
     assert math.isnan(file.records["evaluation"][0]["evaluation/loss"])
     assert file.records["evaluation"][0]["evaluation/acc"] == 1
-
-
-def test_mfu_above_1_of_an_old_run_is_dropped(path: Path) -> None:
-    shares = read(path, "".join(train(step, **{"speed/mfu": 0.25 + 12.0 * (step == 2)}) for step in (1, 2, 3))).steps()
-    assert list(np.isnan(shares.figures["speed/mfu"])) == [False, True, False]
 
 
 GARBAGE = {

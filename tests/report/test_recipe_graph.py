@@ -61,7 +61,7 @@ def called(name: str) -> dict[str, Any]:
         "name": name,
         "family": name,
         "inputs": [{"name": name, "view": 1, "mask": {"form": "random", "ratio": 0.5}}, {"name": "other", "view": 2}],
-        "momentum": {},
+        "ema": {},
         "decoders": {name: {"kind": "mean_pool"}, f"{name}2": {"kind": "transformer"}},
         "heads": {name: {"predictor_depth": 2}},
         "targets": [
@@ -70,7 +70,7 @@ def called(name: str) -> dict[str, Any]:
                 "inputs": ["other"],
                 "kind": "pooled",
                 "view": 1,
-                "encoder": "momentum",
+                "encoder": "ema",
             }
             | {"decoder": name, "head": name, "distribution": "gaussian", "regularizer": "stop_gradient"},
             {"name": f"{name}3", "inputs": [name], "kind": "pixels", "view": 1, "tokens": "masked"}
@@ -110,7 +110,7 @@ def test_a_mix_has_one_frame_around_its_inputs():
 
 def test_drawings_say_what_a_recipe_is():
     text = " ".join(texts(render_mermaid(graph_of(read_recipe("m3i")))))
-    for words in ("mixed, random patches", "from a, b", "momentum copy", "m 0.995 → 1", "Transformer × 4", "UniGrad"):
+    for words in ("mixed, random patches", "from a, b", "EMA teacher", "m 0.995 → 1", "Transformer × 4", "UniGrad"):
         assert words in text
     assert "+ predictor" in " ".join(texts(render_mermaid(graph_of(read_recipe("byol")))))
 
@@ -194,18 +194,18 @@ def test_the_table_as_json_has_its_keys(call):
 def test_show_draws_a_run_file(call, tmp_path):
     run = {"extends": "mae", "recipe": {"name": "[bold]mine[/]", "balance": {"kind": "learned"}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
-    done = call("show", "run.yaml", "--mermaid", "out.mmd")
+    done = call("show", "run.yaml", "--output", "out.mmd")
     assert done.returncode == 0, done.stderr
     assert "[bold]mine[/]" in done.stdout
     assert {"[bold]mine[/]", "weights: learned"} <= set(texts((tmp_path / "out.mmd").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("arguments", [("show", "m3i", "--json", "--mermaid", "out.md"), ("--json", "show", "m3i")])
+@pytest.mark.parametrize("arguments", [("show", "m3i", "--json", "--output", "out.md"), ("--json", "show", "m3i")])
 def test_show_as_json_is_one_document(call, tmp_path, arguments):
     done = call(*arguments)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == next(row for row in built_in_rows() if row["name"] == "m3i")
-    if "--mermaid" in arguments:
+    if "--output" in arguments:
         assert re.fullmatch(r"```mermaid\n(.*)```\n", (tmp_path / "out.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -213,8 +213,8 @@ def test_show_as_json_is_one_document(call, tmp_path, arguments):
     ("arguments", "says"),
     [
         (("m3ii",), "did you mean 'm3i'"),
-        (("mae", "--mermaid", "missing/out.md"), "mkdir -p"),
-        (("mae", "--json", "--mermaid", "."), "cannot write"),
+        (("mae", "--output", "missing/out.md"), "mkdir -p"),
+        (("mae", "--json", "--output", "."), "cannot write"),
     ],
 )
 def test_mistakes_are_explained(call, arguments, says):

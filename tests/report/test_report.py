@@ -115,7 +115,7 @@ def test_every_chart_has_its_figure_and_its_words(report):
 
 
 def test_shares_are_in_percent(report):
-    shares = {"mfu", "phases", "data_wait_share", "mixture", "evaluation_top_1"}
+    shares = {"mfu", "data_wait_share", "mixture", "evaluation_top_1"}
     assert {chart["id"] for chart in report.values["charts"] if chart["percent"]} == shares
     newest = report.chart("mfu")["series"][0]["y"][-1]
     assert f"Newest: {100 * newest:.3g} %" in report.text
@@ -210,7 +210,7 @@ def test_names_of_others_are_text(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         for record in (
             {"kind": "warning", "group": attack, "what": attack, "why": attack, "fix": attack},
-            {"kind": "train", f"group/{attack}/loss": 1.0, f"source/{attack}/share": 1.0},
+            {"kind": "train", f"loss/{attack}": 1.0, f"dataset/{attack}/share": 1.0},
         ):
             file.write(json_line({"step": 201, "time": last["time"], **record}))
     write_json(run / "evaluation.json", {"measures": {attack: {"value": 1, "low": 0, "high": 1}}, "warnings": [attack]})
@@ -230,9 +230,9 @@ def test_json_in_a_script_cannot_end_it():
 
 def test_secrets_are_hidden(tmp_path):
     run = write_run(tmp_path / "run", steps=200)
-    source = {"shards": "https://me:hunter2@host/x.tar?signature=abc", "weight": 1.0}
+    source = {"path": "https://me:hunter2@host/x.tar?signature=abc", "weight": 1.0}
     weights = {"from_pretrained": "https://me:swordfish@host/weights"}
-    changed(run, data={"sources": {"main": source}, "api_key": "xyzzy"}, backbone=weights)
+    changed(run, data={"datasets": {"main": source}, "api_key": "xyzzy"}, backbone=weights)
     write_report([run], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     runs = [read_run(run), read_run(write_run(tmp_path / "other", steps=200))]
@@ -257,8 +257,8 @@ def test_long_curves_keep_their_spikes_and_stacks_add_up(tmp_path):
                     | {
                         "step": step,
                         "loss": loss,
-                        "phases/forward": 0.7 if step % 2 else 0.3,
-                        "phases/other": 0.3 if step % 2 else 0.7,
+                        "time/forward": 0.7 if step % 2 else 0.3,
+                        "time/other": 0.3 if step % 2 else 0.7,
                     }
                 )
             )
@@ -266,7 +266,7 @@ def test_long_curves_keep_their_spikes_and_stacks_add_up(tmp_path):
     loss = charts["loss"]["series"][0]
     assert len(loss["x"]) <= 2000
     assert (3333, 99.0) in zip(loss["x"], loss["y"], strict=True)
-    phases = {one["name"]: one for one in charts["phases"]["series"]}
+    phases = {one["name"]: one for one in charts["step_times"]["series"]}
     assert len({tuple(one["x"]) for one in phases.values()}) == 1
     assert np.allclose(np.add(phases["forward"]["y"], phases["other"]["y"]), 1.0)
 
@@ -478,7 +478,7 @@ def test_without_a_browser_the_report_stays_and_says_so(run, tmp_path, monkeypat
     asked = []
     monkeypatch.setattr(page.webbrowser, "open", lambda address: bool(asked.append(address)))
     to = tmp_path / "report.html"
-    done = CliRunner().invoke(app, ["report", str(run), "--to", str(to), "--open", "--json"])
+    done = CliRunner().invoke(app, ["report", str(run), "--output", str(to), "--open", "--json"])
     assert isinstance(done.exception, ConfigError)
     assert json.loads(done.stdout)["bytes"] == to.stat().st_size
     assert asked == [to.as_uri()]

@@ -128,7 +128,7 @@ def test_the_time_left_is_that_of_the_last_records(folder: Path, tmp_path: Path)
     assert read_run(folder).left_s is None
     start = START | {"step": 0, "world_size": 1}
     steps = [
-        {"kind": "train", "step": step, "time": START["time"], "speed/step_s": step_s}
+        {"kind": "train", "step": step, "time": START["time"], "time/step": step_s}
         for step, step_s in enumerate([*[90.0] * 80, *[2.0] * 19, "nan"], 1)
     ]
     assert read_run(write_lines(tmp_path, start)).left_s is None

@@ -120,7 +120,7 @@ def watched(folder: Path, every_s: float = 0.2, **environment: str) -> Iterator[
 
 def test_a_run_is_followed_while_it_grows_and_is_cut_back(growing: Path, full: Path) -> None:
     with watched(growing) as terminal:
-        shown = terminal.shows("photos-vit-l", "step 390/2,000", " left", "phases of a step", "text nats", "samples/s")
+        shown = terminal.shows("photos-vit-l", "step 390/2,000", " left", "time of a step", "text nats", "samples/s")
         assert "\x1b[1m" in shown  # bold
         with (growing / "metrics.jsonl").open("a") as stream:
             stream.write(lines(full, 390, 1250))

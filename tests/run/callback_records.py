@@ -12,7 +12,7 @@ from PIL import Image
 from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.run.callbacks.base import Rewind, RunInfo, StepRecord
 
-CONFIG = {"name": "demo", "data": {"sources": {"a": {"shards": "https://me:hunter2@host/x.tar?signature=abc"}}}}
+CONFIG = {"name": "demo", "data": {"datasets": {"a": {"path": "https://me:hunter2@host/x.tar?signature=abc"}}}}
 
 
 def info(output_dir: Path, start_step: int = 0, total_steps: int = 100) -> RunInfo:
@@ -30,14 +30,14 @@ def record(step: int, **changes: Any) -> StepRecord:
         groups={"text": {"loss": 1.5, "nats": 2.0}, "intra": {"loss": 2.0}},
         information=2.0,
         health={"dense_std": 0.5, "health/pooled_rank": 12.0},
-        momentum=0.996,
+        ema_decay=0.996,
         step_s=2.0,
         data_wait_s=0.5,
         samples_per_s=32.0,
         tokens_per_s=3136.0,
         quarantined=0,
         memory_gib=1.25,
-        phases={"backward": 0.6, "other": 0.4},
+        times_s={"backward": 1.2, "other": 0.8},
         flop_per_s=2e12,
         mfu=0.25,
     )

@@ -48,7 +48,7 @@ def run_overrides(recipe: str, shards: Path, output_dir: Path) -> list[str]:
     return [
         *tiny_overrides(recipe),
         f"output_dir={output_dir}",
-        f"data.sources.shapes.shards={shards / 'train'}",
+        f"data.datasets.shapes.path={shards / 'train'}",
         "data.streams=4",
         "optim.batch_size=8",
         "optim.micro_batch_size=4",
@@ -81,7 +81,7 @@ def train(run_file: Path, *overrides: str, world: int = 1, launcher: bool = Fals
 def metrics(run_file: Path) -> dict[int, dict[str, Any]]:
     """Figures by step, without those that measure time and memory; the last one of a repeated step."""
     lines = [json.loads(line) for line in (run_file.parent / "out" / "metrics.jsonl").read_text().splitlines()]
-    timed = ("_s", "memory", "time", "per_s", "phases/", "mfu")
+    timed = ("_s", "memory", "time", "per_s", "time/", "mfu")
     return {
         line["step"]: {key: value for key, value in line.items() if not any(part in key for part in timed)}
         for line in lines

@@ -31,7 +31,7 @@ NOTHING_IS_BUILT_OF = {
     *("steps", "warmup_steps", "epochs", "every_steps", "keep_every_steps", "pictures_every_steps", "milestones"),
     # Limits: what there is less of is not made up to them.
     *("keep_latest", "count", "batches", "max_rewinds", "max_skipped_in_a_row", "window", "min_history", "patience"),
-    *("max_image_pixels", "max_caption_bytes", "max_sample_bytes", "shuffle_shards", "read_attempts"),
+    *("max_image_pixels", "max_caption_bytes", "max_sample_bytes", "shuffle_shards", "max_read_attempts"),
 }
 """Whole numbers without an upper limit."""
 
@@ -154,17 +154,6 @@ def test_lists_and_mappings_for_names_are_told(key: str, written: str, shards: P
     run_file = str(write_run(tmp_path, shards, "m3i"))
     for fault in faults_of(run_file, [f"{key}={written}"]):
         assert fault.where is not None
-    of_old_form = ["recipe.targets.0={name: old, modality: image, head: [global]}", f"{key}={written}"]
-    assert faults_of(run_file, of_old_form)
-
-
-@pytest.mark.parametrize("head", ["[global]", "{a: 1}", "global"])
-def test_what_a_head_of_the_extended_file_remembers_is_looked_for_by_names_alone(head: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    remembers = f"{{name: new, kind: pooled, head: {head}, regularizer: {{kind: queued_negatives, size: 4}}}}"
-    (tmp_path / "base.yaml").write_text(f"recipe: {{targets: [{remembers}]}}")
-    path.write_text("extends: base.yaml\nrecipe: {heads: [a], targets: [{name: old, modality: image, head: global}]}\n")
-    assert faults_of(str(path))
 
 
 def test_a_recipe_that_is_extended_may_have_lists_for_names(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -54,44 +55,43 @@ def test_a_record_has_one_name_for_every_figure() -> None:
         "loss": 3.5,
         "lr": 1e-3,
         "grad_norm": 0.9,
-        "momentum": 0.996,
+        "ema_decay": 0.996,
         "samples": 640,
         "quarantined": 0,
         "quarantined_samples": 0,
         "skipped_nonfinite": 0,
         "information": 2.0,
-        "group/text/loss": 1.5,
-        "group/text/nats": 2.0,
-        "group/intra/loss": 2.0,
+        "loss/text": 1.5,
+        "mi/text": 2.0,
+        "loss/intra": 2.0,
         "health/dense_std": 0.5,
         "health/pooled_rank": 12.0,
-        "speed/step_s": 2.0,
-        "speed/data_wait_s": 0.5,
-        "speed/data_wait_share": 0.25,
-        "speed/samples_per_s": 32.0,
-        "speed/tokens_per_s": 3136.0,
-        "speed/flop_per_s": 2e12,
-        "speed/mfu": 0.25,
-        "phases/backward": 0.6,
-        "phases/other": 0.4,
+        "time/step": 2.0,
+        "time/data_wait": 0.5,
+        "time/data_wait_share": 0.25,
+        "throughput/samples_per_s": 32.0,
+        "throughput/tokens_per_s": 3136.0,
+        "perf/flops_per_s": 2e12,
+        "perf/mfu": 0.25,
+        "time/backward": 1.2,
+        "time/other": 0.8,
         "memory_gib": 1.25,
     }
-    without = record(10, grad_norm=None, momentum=None, flop_per_s=None, mfu=None).scalars()
-    assert without.keys().isdisjoint({"grad_norm", "momentum", "speed/flop_per_s", "speed/mfu"})
+    without = record(10, grad_norm=None, ema_decay=None, flop_per_s=None, mfu=None).scalars()
+    assert without.keys().isdisjoint({"grad_norm", "ema_decay", "perf/flops_per_s", "perf/mfu"})
 
 
 def test_every_figure_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for name in record(10).scalars():
-        documented = name.replace("group/text/", "group/<group>/").replace("group/intra/", "group/<group>/")
-        documented = "phases/<phase>" if name.startswith("phases/") else documented
+        documented = re.sub("/(text|intra)$", "/<group>", name)
         assert f"`{documented}`" in page, name
 
 
 def test_every_phase_is_documented() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for name in PHASES:
-        assert f"\n| `{name}` |" in page, name
+        assert f"\n| `time/{name}` |" in page, name
 
 
 class Recorder(Callback):
@@ -177,9 +177,9 @@ def test_numbers_that_json_has_not_are_words(tmp_path: Path) -> None:
     writer.on_step(record(1, loss=math.nan, grad_norm=math.inf, groups={"text": {"loss": -math.inf}}))
     writer.on_end("failed")
     step = lines(tmp_path / "metrics.jsonl")[1]
-    assert (step["loss"], step["grad_norm"], step["group/text/loss"]) == ("nan", "inf", "-inf")
+    assert (step["loss"], step["grad_norm"], step["loss/text"]) == ("nan", "inf", "-inf")
     assert math.isnan(float(step["loss"]))
-    assert float(step["group/text/loss"]) == -math.inf
+    assert float(step["loss/text"]) == -math.inf
 
 
 def test_a_resumed_run_writes_no_step_twice_and_keeps_what_it_replaces(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_tensorboard_is_read_back_and_a_resume_hides_what_is_written_again(tmp_p
     rewound = EventAccumulator(str(tmp_path / "rewound" / "tensorboard"))
     rewound.Reload()
     assert [(event.step, event.value) for event in rewound.Scalars("loss")][-2:] == [(20, 1.0), (21, 2.0)]
-    assert [event.value for event in events.Scalars("group/text/nats")][-1] == 2.0
+    assert [event.value for event in events.Scalars("mi/text")][-1] == 2.0
     everything = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"@host/x.tar" in everything
     assert b"hunter2" not in everything
@@ -349,7 +349,7 @@ def test_wandb_offline_writes_a_run_without_secrets(tmp_path: Path) -> None:
     runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert runs
     everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
-    assert b"group/text/nats" in everything
+    assert b"mi/text" in everything
     assert b"pictures/dense_pca" in everything
     (image, *_) = (tmp_path / "wandb").rglob("dense_pca*.png")
     assert Image.open(image).size == (12, 8)

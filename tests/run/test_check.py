@@ -1,4 +1,4 @@
-"""`check` and `show`: a run file without a start."""
+"""`check` and `config`: a run file without a start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def places(*arguments: str, ranks: int | None = None) -> list[str]:
 
 
 def test_a_recipe_alone_has_no_data() -> None:
-    assert places("m3i") == ["data.sources"]
+    assert places("m3i") == ["data.datasets"]
 
 
 def test_a_run_that_could_start_has_no_faults(shards: Path, tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ def test_faults_of_all_kinds_are_told_at_once(shards: Path, tmp_path: Path) -> N
     run_file = str(write_run(tmp_path, shards, "m3i"))
     mistakes = {
         "optim.lr=yes": "override optim.lr=yes",
-        "data.sources.other.shards=/nowhere/shards": "data.sources.other.shards",
+        "data.datasets.other.path=/nowhere/shards": "data.datasets.other.path",
         "backbone.config.hidden_act=gelru": "backbone.config.hidden_act",
         "hardware.peak_tflops=989e12": "hardware.peak_tflops",
-        "recipe.momentum.end=0.5": "override recipe.momentum.end=0.5",
+        "recipe.ema.end=0.5": "override recipe.ema.end=0.5",
         "deepspeed=/nowhere/zero9.json": "/nowhere/zero9.json",
     }
     found = places(run_file, *mistakes)
@@ -61,16 +61,16 @@ def test_what_depends_on_what_is_at_fault_is_not_told(shards: Path, tmp_path: Pa
     """No tokenizer is missed where there are no shards, and no data where their section cannot be read."""
     run_file = str(write_run(tmp_path, shards, "m3i"))
     for wrong in (shards.parent / "shrads", shards / "train" / "shapes-{000000..000099}.tar", tmp_path):
-        assert len(places(run_file, f"data.sources.shapes.shards={wrong}")) == 1
-    assert places(run_file, "data.sources.shapes.wieght=1") == ["override data.sources.shapes.wieght=1"]
+        assert len(places(run_file, f"data.datasets.shapes.path={wrong}")) == 1
+    assert places(run_file, "data.datasets.shapes.wieght=1") == ["override data.datasets.shapes.wieght=1"]
 
 
 @pytest.mark.parametrize("recipe", ["m3i", "clip", "supervised", "mae"])
 def test_a_wrong_path_of_shards_is_told_as_that(shards: Path, tmp_path: Path, recipe: str) -> None:
-    run = load_run(str(write_run(tmp_path, shards, recipe)), ["data.sources.shapes.shards=/nowhere/shards"])
+    run = load_run(str(write_run(tmp_path, shards, recipe)), ["data.datasets.shapes.path=/nowhere/shards"])
     with pytest.raises(Exception, match="no such folder of shards") as caught:
         resolve_run(run, 1)
-    assert caught.value.where == "data.sources.shapes.shards: /nowhere/shards"
+    assert caught.value.where == "data.datasets.shapes.path: /nowhere/shards"
 
 
 @pytest.mark.parametrize("recipe", ["m3i", "clip"])
@@ -82,10 +82,10 @@ def test_captions_that_no_sample_has_are_missed(shards: Path, tmp_path: Path, re
         facts["with_caption"] = 0
     (train / "manifest.json").write_text(json.dumps(manifest))
     run_file = str(write_run(tmp_path, shards, recipe))
-    alone = f"data.sources={{shapes: {{shards: {train}}}}}"
-    where = [f"data.sources.shapes.shards: {train}"]
+    alone = f"data.datasets={{shapes: {{path: {train}}}}}"
+    where = [f"data.datasets.shapes.path: {train}"]
     assert places(run_file, alone) == places(run_file, alone, f"text.tokenizer={shards / 'tokenizer'}") == where
-    assert places(run_file, f"data.sources.bare.shards={train}") == []  # another source has captions
+    assert places(run_file, f"data.datasets.bare.path={train}") == []  # another source has captions
 
 
 def test_ranks_are_looked_at_where_their_number_is_known(shards: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_rank_with_a_mistake_is_told_what_else_is_wrong_for_all_ranks(
 
 
 def test_an_interval_of_evaluations_that_never_comes_is_refused(shards: Path, tmp_path: Path) -> None:
-    overrides = [f"data.validation.val.shards={shards / 'val'}", "evaluation.every_steps=9"]
+    overrides = [f"data.validation.val.path={shards / 'val'}", "evaluation.every_steps=9"]
     run_file = str(write_run(tmp_path, shards, "mae", *overrides))
     assert places(run_file, "optim.steps=8") == ["evaluation.every_steps: 9"]
     assert places(run_file, "optim.steps=9") == []
@@ -155,7 +155,7 @@ def test_the_text_tower_is_built_before_anything_starts(shards: Path, tmp_path: 
     run_file = str(write_run(tmp_path, shards, "m3i"))
     assert places(run_file, "text.config.hidden_act=gelru") == ["text.config.hidden_act: 'gelru'"]
     assert places(run_file, "text.config.num_attention_heads=3") == ["text.config"]
-    assert find_tokenizer(load_run(run_file).data.sources, None).pad_token_id == 0
+    assert find_tokenizer(load_run(run_file).data.datasets, None).pad_token_id == 0
 
 
 def test_images_that_are_not_those_of_the_weights_are_a_warning(shards: Path, tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_the_commands(forks: Forks, tmp_path: Path) -> None:
     assert told["warnings"] == []
     (fault,) = told["faults"]
     assert set(fault) == {"where", "message", "fix"}
-    assert fault["where"] == "data.sources"
+    assert fault["where"] == "data.datasets"
 
-    done = command("show", "m3i", "optim.steps=10", "data.sources.a.shards=https://user:pass@host/a/0.tar")
+    done = command("config", "m3i", "optim.steps=10", "data.datasets.a.path=https://user:pass@host/a/0.tar")
     assert done.returncode == 0, done.stderr
     assert "pass" not in done.stdout
     path = tmp_path / "shown.yaml"
@@ -227,7 +227,7 @@ def test_the_commands(forks: Forks, tmp_path: Path) -> None:
     assert shown.recipe == run.recipe
     assert set(yaml.safe_load(done.stdout)) == set(type(run).model_fields)
 
-    again = command("show", str(path), "--json")
+    again = command("config", str(path), "--json")
     assert json.loads(again.stdout) == yaml.safe_load(done.stdout)
 
 
@@ -238,7 +238,7 @@ def test_what_a_start_refuses_of_checkpoints_and_packages_is_told_too(
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     mistakes = {"checkpoint.resume=/no/such": "/no/such", "log.wandb=offline": "log.wandb"}
     assert sorted(places(run_file, *mistakes)) == sorted(mistakes.values())
-    assert places(run_file, "data.changed_sources=[shapes]") == ["data.changed_sources"]
+    assert places(run_file, "data.changed_datasets=[shapes]") == ["data.changed_datasets"]
     torn = tmp_path / "out" / "checkpoints" / "step-00000002"
     torn.mkdir(parents=True)
     assert "step-00000002" in "".join(places(run_file))  # none of its checkpoints is good
@@ -256,5 +256,5 @@ def test_data_that_are_repeated_beyond_every_published_training_are_warned_of(sh
     assert f"{count} samples" in warning
     assert "3,200 epochs" in warning
     assert f"optim.steps={steps}" in warning
-    half = f"data.sources.other={{shards: {shards / 'val'}, weight: 1.0, epochs: 1}}"
+    half = f"data.datasets.other={{path: {shards / 'val'}, weight: 1.0, epochs: 1}}"
     assert warnings_of(run_file, [f"optim.steps={2 * steps}", half]) == []

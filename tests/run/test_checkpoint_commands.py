@@ -386,7 +386,7 @@ def test_diff_of_a_file_that_lost_a_piece_is_refused(run_dir: Path) -> None:
 
 
 def test_consolidate_writes_what_ranks_hold_together(run_dir: Path, tmp_path: Path) -> None:
-    told = document("consolidate", run_dir, "--to", tmp_path / "whole")
+    told = document("consolidate", run_dir, "--output", tmp_path / "whole")
     with safe_open(tmp_path / "whole/model.safetensors", "pt") as file:
         written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     wanted = load_weights(at(run_dir, 6), "student")

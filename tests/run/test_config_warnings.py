@@ -15,7 +15,7 @@ from m3i_scale.objective.recipe import load_run_and_recipe
 from m3i_scale.run.check import faults_of, warnings_of
 from m3i_scale.run.config_warnings import config_warnings
 
-DATA = "data.sources.main.shards=/data/shards/train"
+DATA = "data.datasets.main.path=/data/shards/train"
 START = "backbone.from_pretrained=/data/models/start"
 
 
@@ -42,7 +42,7 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["optim.schedule={kind: multi_step, milestones: [100, 9000]}", "optim.warmup_steps=200"],
         ["optim.schedule={kind: multi_step, milestones: [200, 9000]}", "optim.warmup_steps=200"],
     ),
-    "timeouts.step_s": ("mae", ["timeouts.step_s=960000"], ["timeouts.step_s=86400"]),
+    "timeouts.collective_s": ("mae", ["timeouts.collective_s=960000"], ["timeouts.collective_s=86400"]),
     "data.read_timeout_s": ("mae", ["data.read_timeout_s=90000"], ["data.read_timeout_s=90"]),
     "task.mixup": ("in1k_finetune_b", ["task.mixup=80"], ["task.mixup=8"]),
     "task.cutmix": ("in1k_finetune_b", ["task.cutmix=100"], ["task.cutmix=1"]),
@@ -77,10 +77,10 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["data.augment.color_jitter=[0.8,0.8,0.8,0.2]", "data.augment.color_jitter_p=0"],
         ["data.augment.color_jitter=[0.8,0.8,0.8,0.2]", "data.augment.color_jitter_p=0.5"],
     ),
-    "data.sources.main.augment.color_jitter": (
+    "data.datasets.main.augment.color_jitter": (
         "clip",
-        ["data.sources.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0}"],
-        ["data.sources.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0.5}"],
+        ["data.datasets.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0}"],
+        ["data.datasets.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0.5}"],
     ),
     "data.augment.blur": ("clip", ["data.augment.blur=[0.1,0.2]"], ["data.augment.blur=[0.1]"]),
     "recipe.targets.0.distribution.bias": (
@@ -149,12 +149,12 @@ def test_what_has_an_error_is_not_warned_of() -> None:
 
 def test_fields_that_hold_are_those_without_an_error() -> None:
     values = run_values(
-        "mae", [DATA, "optim.lr=-1", "optim.eps=1e-7", "data.sources.other={weight: 2}", "nosuch.key=1"]
+        "mae", [DATA, "optim.lr=-1", "optim.eps=1e-7", "data.datasets.other={weight: 2}", "nosuch.key=1"]
     )
     run, faulty = fields_that_hold(values)
     assert run is not None
-    assert faulty == {"optim.lr", "data.sources.other", "nosuch"}
-    assert (run.optim.lr, run.optim.eps, set(run.data.sources)) == (1e-3, 1e-7, {"main"})
+    assert faulty == {"optim.lr", "data.datasets.other", "nosuch"}
+    assert (run.optim.lr, run.optim.eps, set(run.data.datasets)) == (1e-3, 1e-7, {"main"})
 
 
 def test_rules_of_two_fields_are_told_with_other_errors() -> None:
@@ -169,18 +169,18 @@ def test_data_that_are_read_twice_are_a_warning(shards: Path, tmp_path: Path) ->
     run_file = str(write_run(tmp_path, shards, "mae"))
     val, train = shards / "val", shards / "train"
     evaluates = ["evaluation.every_steps=4", "evaluation.batches=1"]
-    assert warnings_of(run_file, [*evaluates, f"data.validation.val.shards={val}"]) == []
+    assert warnings_of(run_file, [*evaluates, f"data.validation.val.path={val}"]) == []
     pattern = f"{train.parent}/./train/shapes-{{000000..000002}}.tar"  # the same shards by another name
-    (leak,) = warnings_of(run_file, [*evaluates, f'data.validation.val.shards="{pattern}"'])
+    (leak,) = warnings_of(run_file, [*evaluates, f'data.validation.val.path="{pattern}"'])
     assert "data.validation.val" in leak
     assert "3 of the 3" in leak
-    (twice,) = warnings_of(run_file, [f"data.sources.again.shards={train}"])
-    assert "data.sources.again" in twice
-    assert warnings_of(run_file, [f"data.sources.again.shards={val}"]) == []
+    (twice,) = warnings_of(run_file, [f"data.datasets.again.path={train}"])
+    assert "data.datasets.again" in twice
+    assert warnings_of(run_file, [f"data.datasets.again.path={val}"]) == []
 
 
 def test_more_validation_batches_than_samples_are_a_warning(shards: Path, tmp_path: Path) -> None:
-    run_file = str(write_run(tmp_path, shards, "mae", f"data.validation.val.shards={shards / 'val'}"))
+    run_file = str(write_run(tmp_path, shards, "mae", f"data.validation.val.path={shards / 'val'}"))
     facts = json.loads((shards / "val" / "manifest.json").read_text())["shards"].values()
     most = -(-sum(fact["samples"] for fact in facts) // 4)  # micro-batches of four; the last one may be filled up
     every = "evaluation.every_steps=4"

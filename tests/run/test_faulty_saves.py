@@ -64,7 +64,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
 }
 OVERRIDES = {
     "NaN": ["guard.nonfinite=stop"],
-    "data of rank 1, which may end": ["data.sources.shapes.epochs=9"],
+    "data of rank 1, which may end": ["data.datasets.shapes.epochs=9"],
 }
 
 

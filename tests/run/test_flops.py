@@ -13,7 +13,7 @@ from m3i_scale.objective.build import build_objective
 from m3i_scale.run.flops import step_flop
 
 RECIPES = {name: (name,) for name in tiny.RECIPES} | {
-    "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=mixed"),
+    "m3i_maps": ("m3i", *tiny.MAPS, "backbone.attention=across_images"),
     "m3i_eager": ("m3i", "backbone.attention_kernel=eager"),
 }
 

@@ -14,10 +14,10 @@ def test_nothing_is_forked_once_an_accelerator_is_touched(shards: Path, tmp_path
         tmp_path,
         shards,
         "sim",
-        "data.workers=1",
+        "data.num_workers=1",
         "optim.steps=2",
         "optim.warmup_steps=0",
-        f"data.validation.val.shards={shards / 'val'}",
+        f"data.validation.val.path={shards / 'val'}",
         "evaluation.every_steps=1",
         "evaluation.batches=1",
     )

@@ -26,7 +26,7 @@ def test_gradients_of_a_skipped_step_are_left_out_and_its_losses_are_not() -> No
         meter.add_gradients(4.0)
         meter.end_step(applied=applied)
     record = meter.record(
-        step=3, lr=0.1, grad_norm=None, momentum=None, quarantined=0, world_size=1, loss_scale=64.0, skipped_steps=1
+        step=3, lr=0.1, grad_norm=None, ema_decay=None, quarantined=0, world_size=1, loss_scale=64.0, skipped_steps=1
     )
     assert record.groups["text"]["grad_norm"] == pytest.approx(3.0)
     assert record.loss == pytest.approx(3.0)
@@ -42,7 +42,7 @@ def test_runs_without_fp16_say_nothing_of_a_loss_scale() -> None:
     meter = Meter(objective, 10, 4)
     meter.add_micro_batch(torch.tensor(2.0), {}, 3)
     meter.end_step()
-    record = meter.record(step=1, lr=0.1, grad_norm=1.0, momentum=None, quarantined=0, world_size=1)
+    record = meter.record(step=1, lr=0.1, grad_norm=1.0, ema_decay=None, quarantined=0, world_size=1)
     assert not {"loss_scale", "skipped_steps"} & record.scalars().keys()
 
 
@@ -56,7 +56,7 @@ def test_losses_that_are_not_finite_are_left_out_unless_there_are_no_others() ->
 
     def record(step: int) -> tuple[float, float]:
         told = meter.record(
-            step=step, lr=0.1, grad_norm=None, momentum=None, quarantined=0, world_size=1, skipped_nonfinite=2
+            step=step, lr=0.1, grad_norm=None, ema_decay=None, quarantined=0, world_size=1, skipped_nonfinite=2
         )
         assert told.scalars()["skipped_nonfinite"] == 2
         return told.loss, told.groups["text"]["loss"]

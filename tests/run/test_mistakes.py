@@ -50,8 +50,8 @@ def deepspeed_file(text: str) -> Callable[[Path, Path], list[str]]:
 
 # How a run names its shards; validation is due after eight steps, of which none must be taken.
 USED_AS = {
-    "train": ["data.sources.shapes.shards=COPY"],
-    "val": ["data.validation.val.shards=COPY", "evaluation.every_steps=8", "evaluation.batches=1"],
+    "train": ["data.datasets.shapes.path=COPY"],
+    "val": ["data.validation.val.path=COPY", "evaluation.every_steps=8", "evaluation.batches=1"],
 }
 
 
@@ -122,7 +122,7 @@ def file_in_the_way(folder: Path, shards: Path) -> list[str]:
 
 
 def missing_shard(folder: Path, shards: Path) -> list[str]:
-    return [f"data.sources.shapes.shards={shards / 'train'}/shapes-{{000000..000040}}.tar"]
+    return [f"data.datasets.shapes.path={shards / 'train'}/shapes-{{000000..000040}}.tar"]
 
 
 DS_FILE = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
@@ -148,56 +148,58 @@ MISTAKES = {
     "no DeepSpeed file": Mistake(r"zero9", ["deepspeed=zero9"]),
     "missing shard": Mistake(r"shapes-0000(16|\d\d).tar", make=missing_shard),
     "no shards": Mistake(r"shard", make=copied_shards(emptied)),
-    "no such folder": Mistake(r"/nowhere/shards", ["data.sources.shapes.shards=/nowhere/shards"]),
-    "no sources": Mistake(r"the run has no data", ["data.sources={}"]),
+    "no such folder": Mistake(r"/nowhere/shards", ["data.datasets.shapes.path=/nowhere/shards"]),
+    "no sources": Mistake(r"the run has no data", ["data.datasets={}"]),
     "changed sources of a new run": Mistake(
-        r"data.changed_sources has no effect: the run starts anew", ["data.changed_sources=[shapes]"]
+        r"data.changed_datasets has no effect: the run starts anew", ["data.changed_datasets=[shapes]"]
     ),
     "best of a figure that is not written": Mistake(
         r"writes 'val/loss'[\s\S]*did you mean 'evaluation/loss'",
         ["checkpoint.keep_best={metric: val/loss}", "evaluation.every_steps=2"],
-        make=lambda folder, shards: [f"data.validation.val.shards={shards / 'val'}"],
+        make=lambda folder, shards: [f"data.validation.val.path={shards / 'val'}"],
     ),
     "rule that keeps nothing": Mistake(r"checkpoint.keep_every_steps has no effect", ["checkpoint.keep_every_steps=5"]),
-    "no weight": Mistake(r"no source has a weight after 0 samples", ["data.sources.shapes.weight=0"]),
+    "no weight": Mistake(r"no source has a weight after 0 samples", ["data.datasets.shapes.weight=0"]),
     "schedule that does not begin": Mistake(
-        r"'data.sources.shapes.weight': a schedule is two or more", ["data.sources.shapes.weight=[[5, 1], [9, 2]]"]
+        r"'data.datasets.shapes.weight': a schedule is two or more", ["data.datasets.shapes.weight=[[5, 1], [9, 2]]"]
     ),
     "less data than a batch": Mistake(
         r"the sources end after \d+ samples, and a batch has 96",
-        ["data.sources.shapes.epochs=1", "optim.batch_size=96", "optim.micro_batch_size=8"],
+        ["data.datasets.shapes.epochs=1", "optim.batch_size=96", "optim.micro_batch_size=8"],
     ),
     "captions without a text target": Mistake(
-        r"`captions: none` has no effect: the recipe has no text target", ["data.sources.shapes.captions=none"], "mae"
+        r"`captions: none` has no effect: the recipe has no text target", ["data.datasets.shapes.captions=none"], "mae"
     ),
     "no captions for a text target": Mistake(
-        r"a text target, and every source has `captions: none`", ["data.sources.shapes.captions=none"]
+        r"a text target, and every source has `captions: none`", ["data.datasets.shapes.captions=none"]
     ),
     "labels without a category target": Mistake(
-        r"`labels: false` has no effect: the recipe has no category target", ["data.sources.shapes.labels=false"], "mae"
+        r"`labels: false` has no effect: the recipe has no category target",
+        ["data.datasets.shapes.labels=false"],
+        "mae",
     ),
     "label set without a category target": Mistake(
-        r"`label_set` has no effect: the recipe predicts no classes", ["data.sources.shapes.label_set=a"], "mae"
+        r"`label_set` has no effect: the recipe predicts no classes", ["data.datasets.shapes.label_set=a"], "mae"
     ),
     "label set without labels": Mistake(
         r"`label_set` has no effect: the source has no labels.json",
-        ["data.sources.bare.label_set=a"],
-        make=lambda folder, shards: [f"data.sources.bare.shards={bare(folder, shards)}"],
+        ["data.datasets.bare.label_set=a"],
+        make=lambda folder, shards: [f"data.datasets.bare.path={bare(folder, shards)}"],
     ),
     "validation that would end": Mistake(
         r"epochs has no effect: the same validation batches",
-        ["data.validation.val.shards=/data", "data.validation.val.epochs=1", "evaluation.every_steps=2"],
+        ["data.validation.val.path=/data", "data.validation.val.epochs=1", "evaluation.every_steps=2"],
     ),
     "fewer samples than streams": Mistake(
         r"\d+ samples cannot be dealt to 512 streams",
         ["data.streams=512", "optim.micro_batch_size=512", "optim.batch_size=512"],
     ),
     "streams and micro-batch": Mistake(r"cannot be taken evenly from 3 streams", ["data.streams=3"]),
-    "streams and workers": Mistake(r"cannot be shared out evenly over 3 workers", ["data.workers=3"]),
+    "streams and workers": Mistake(r"cannot be shared out evenly over 3 workers", ["data.num_workers=3"]),
     "shard cut short": Mistake(r"shapes-000000.tar", make=copied_shards(cut_one_short)),
     "a stream without a good sample in its only pass": Mistake(
         r"some stream ends before the first step[\s\S]*quarantine[\s\S]*\d+ × label out of range",
-        ["data.sources.shapes.epochs=1"],
+        ["data.datasets.shapes.epochs=1"],
         make=copied_shards(a_stream_out_of_range),
     ),
     "labels out of range": Mistake(r"label out of range", make=copied_shards(labels_out_of_range)),
@@ -213,7 +215,9 @@ MISTAKES = {
     ),
     "warm-up": Mistake(r"warmup_steps \(9\) must be less than steps \(8\)", ["optim.warmup_steps=9"]),
     "text without text target": Mistake(r"`text` has no effect", ["text.max_tokens=8"], recipe="mae"),
-    "attention without mix": Mistake(r"`attention: mixed` has no effect", ["backbone.attention=mixed"], recipe="mae"),
+    "attention without mix": Mistake(
+        r"`attention: across_images` has no effect", ["backbone.attention=across_images"], recipe="mae"
+    ),
     "checkpointing policy": Mistake(
         r"no activation checkpointing policy 'every_1'", ["backbone.activation_checkpointing=every_1"]
     ),
@@ -240,11 +244,11 @@ MISTAKES = {
         recipe="byol",
     ),
     "validation labels": Mistake(
-        r"the labels of validation source 'val' are those of no training source",
+        r"the labels of validation dataset 'val' are those of no training source",
         make=copied_shards(other_labels, "val"),
     ),
     "no validation shards": Mistake(
-        r"/nowhere/val", ["data.validation.val.shards=/nowhere/val", "evaluation.every_steps=2"]
+        r"/nowhere/val", ["data.validation.val.path=/nowhere/val", "evaluation.every_steps=2"]
     ),
     "validation shard cut short": Mistake(r"shapes-000000.tar", make=copied_shards(cut_one_short, "val")),
     "evaluation without data": Mistake(r"evaluation.every_steps needs data.validation", ["evaluation.every_steps=2"]),
@@ -258,7 +262,7 @@ MISTAKES = {
     ),
     "before the ranks meet": Mistake(
         r"/nowhere/shards",
-        ["data.sources.shapes.shards=/nowhere/shards"],
+        ["data.datasets.shapes.path=/nowhere/shards"],
         environment=FIRST_OF_TWO | {"MASTER_PORT": str(free_port())},
     ),
     "half a launcher": Mistake(r"LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT", environment=LONE_RANK),

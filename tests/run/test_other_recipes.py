@@ -25,7 +25,7 @@ RUNS = {
     "siglip": ("siglip",),
     "dense_distillation": ("dense_distillation", "recipe.teacher.from_pretrained=TEACHER"),
     "learned": ("m3i", "recipe.balance={kind: learned}"),
-    "maps": ("m3i", *MAPS, "backbone.attention=mixed", "backbone.activation_checkpointing=full"),
+    "maps": ("m3i", *MAPS, "backbone.attention=across_images", "backbone.activation_checkpointing=full"),
     "followed": ("m3i", "recipe.balance={kind: gradient_norm}"),
 }
 
@@ -49,7 +49,7 @@ def done(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
         given = [override.replace("TEACHER", str(teacher)) for override in overrides]
         run_file = write_run(root / name, shards, recipe, "optim.steps=4", "log.every_steps=2", *given)
         trained[name] = ["train", str(run_file)]
-        exported[name] = ["export", str(root / name / "out"), "--to", str(root / name / "export"), "--json"]
+        exported[name] = ["export", str(root / name / "out"), "--output", str(root / name / "export"), "--json"]
         shapes = [str(shards / split) for split in ("val", "train")]
         measures = ["--measure", "knn"] + (["--measure", "retrieval"] if recipe in ("siglip", "m3i") else [])
         evaluated[name] = ["evaluate", str(root / name / "export"), "--data", shapes[0], "--train-data", shapes[1]]

@@ -48,7 +48,7 @@ def learnt(recipe: str, *overrides: str, image: int = 32) -> tuple[Any, Training
     ("recipe", "overrides", "image", "more"),
     [
         ("m3i", (), 32, set()),
-        ("m3i", (*MAPS, "backbone.attention=mixed"), 64, set()),
+        ("m3i", (*MAPS, "backbone.attention=across_images"), 64, set()),
         ("mae", DINOV2, 32, {"reconstruction"}),
         ("novel_view", (), 32, {"reconstruction"}),
         ("supervised", ("backbone.preset=clip-b/16",), 32, set()),
@@ -99,7 +99,7 @@ def runs(shards: Path, foreground: Done, tmp_path_factory: pytest.TempPathFactor
     folders = {name: make_run(root / name, shards) for name in ("drawn", "refused")}
     (folders["refused"] / "out").mkdir()
     (folders["refused"] / "out" / "pictures").write_text("no folder")
-    given = [*ON, f"data.validation.shapes.shards={shards / 'val'}"]
+    given = [*ON, f"data.validation.shapes.path={shards / 'val'}"]
     done = make_calls({name: call(folders[name], *given, faults=[]) for name in folders}, folders, root / "results")
     assert done["drawn"].codes == [0, 0], done["drawn"].texts
     folders["resumed"] = root / "resumed"
@@ -121,7 +121,7 @@ def files(done: Done) -> dict[str, bytes]:
 def test_losses_and_weights_are_those_of_a_run_without_pictures_to_the_bit(runs: dict[str, Done]) -> None:
     plain, drawn = (metrics(runs[name].folder / "run.yaml") for name in ("plain", "drawn"))
     assert plain == drawn
-    for which in ("student", "momentum"):
+    for which in ("student", "ema"):
         weights = [dict(load_weights(runs[name].root / "step-00000006", which)) for name in ("plain", "drawn")]
         assert weights[0].keys() == weights[1].keys()
         assert [name for name, value in weights[0].items() if not torch.equal(weights[1][name], value)] == []

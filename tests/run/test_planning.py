@@ -244,7 +244,7 @@ def test_holes_of_the_heap_are_counted_on_hosts_that_keep_it(monkeypatch):
 
 
 def test_workers_and_buffers_are_counted():
-    document = plan_run(tiny_run("sim", *SMALL, "data.workers=2"), machine(), samples=None).document()
+    document = plan_run(tiny_run("sim", *SMALL, "data.num_workers=2"), machine(), samples=None).document()
     assert document["host_parts"]["batches of workers"] == pytest.approx(2 * 4 * 2 * 3 * 32**2 / 2**30)
     kept = buffers_of(tiny_objective("densecl"))
     assert model_of("densecl").remembered_bytes == sum(buffer.nbytes for buffer in kept.values()) > 0

@@ -11,7 +11,7 @@ from launch import ROOT, start_ranks
 from shapes import write_run
 from tiny import tiny_overrides
 
-from m3i_scale.config import CheckpointConfig, KeepBestConfig, SourceConfig, load_run
+from m3i_scale.config import CheckpointConfig, DatasetConfig, KeepBestConfig, load_run
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.planning import Vocabulary, _PlannedRanks
 from m3i_scale.run.preflight import needs_of, retained_checkpoints
@@ -57,7 +57,7 @@ def test_loader_processes_and_ranks_ask_for_shared_memory_and_files():
     pixels = 3 * 32 * 32 * 4
     assert many.shm_bytes == 4 * 2 * pixels
     assert many.open_files > few.open_files > 100
-    validation = {"photos": SourceConfig(shards="/data/validation")}
+    validation = {"photos": DatasetConfig(path="/data/validation")}
     validates = with_workers.model_copy(
         update={"data": with_workers.data.model_copy(update={"validation": validation})}
     )

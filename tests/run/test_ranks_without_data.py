@@ -63,7 +63,7 @@ def told_by_rank_0(job: Job) -> str:
 @pytest.mark.parametrize(
     ("split", "source", "is_bad", "steps_done", "says"),
     [
-        ("train", "shapes", lambda number: number % 3 == 0, range(1, 12), "more than data.max_bad_fraction = 0.05"),
+        ("train", "shapes", lambda number: number % 3 == 0, range(1, 12), "more than data.max_corrupt_fraction = 0.05"),
         ("val", "val", lambda number: True, [2], "label out of range"),  # a first batch, which nothing can stand in for
     ],
     ids=["in the middle", "first batch of validation"],
@@ -77,7 +77,7 @@ def test_all_ranks_end_with_the_error_of_one(tmp_path, shards, split, source, is
         "optim.batch_size=32",  # two micro-batches a step
         "optim.micro_batch_size=8",
         "optim.steps=12",
-        f"data.validation.val.shards={copy / 'val'}",
+        f"data.validation.val.path={copy / 'val'}",
         "evaluation.every_steps=2",
         "evaluation.batches=2",
     )

@@ -52,7 +52,7 @@ def weights(run_file: Path) -> dict[str, str]:
     folder = run_file.parent / "out" / "checkpoints" / f"step-{STEPS:08d}"
     return {
         f"{which}/{name}": hashlib.sha256(value.numpy().tobytes()).hexdigest()
-        for which in ("student", "momentum")
+        for which in ("student", "ema")
         for name, value in load_weights(folder, which).items()
     }
 

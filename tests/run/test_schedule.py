@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from m3i_scale.config import OptimConfig
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
-from m3i_scale.objective.encoders import MomentumSpec
+from m3i_scale.objective.encoders import EmaSpec
 from m3i_scale.run.hooks.preemption import Preemption
-from m3i_scale.run.schedule import learning_rate, momentum_at, warmed_up_decay
+from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
 
 
 def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum() -> None:
@@ -84,11 +84,11 @@ def test_milestones_without_effect_are_refused(milestones: list[int]) -> None:
 
 
 def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
-    spec = MomentumSpec(start=0.9, end=1.0)
-    assert momentum_at(0, spec, 11) == pytest.approx(0.9)
-    assert momentum_at(5, spec, 11) == pytest.approx(0.95)
-    assert momentum_at(10, spec, 11) == pytest.approx(1.0)
-    assert momentum_at(0, spec, 1) == pytest.approx(0.9)
+    spec = EmaSpec(start=0.9, end=1.0)
+    assert ema_decay_at(0, spec, 11) == pytest.approx(0.9)
+    assert ema_decay_at(5, spec, 11) == pytest.approx(0.95)
+    assert ema_decay_at(10, spec, 11) == pytest.approx(1.0)
+    assert ema_decay_at(0, spec, 1) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("number", PREEMPTION_SIGNALS)

@@ -44,7 +44,7 @@ def plan_of(compares):
         run=RunConfig.model_validate(
             {
                 "optim": {"steps": 10, "micro_batch_size": 4},
-                "data": {"sources": {"pets": {"shards": "/data/pets"}}},
+                "data": {"datasets": {"pets": {"path": "/data/pets"}}},
             }
         ),
         recipe=SimpleNamespace(compares_samples=compares),
@@ -116,7 +116,7 @@ def test_a_correction_is_not_undone_twice(tmp_path):
         ({"identity": {"vocab_size": 8, "label_sets": {}}}, "vocab_size was 8, is 7"),
         (
             {"identity": {"vocab_size": 7, "label_sets": {"pets": ["cat"]}}},
-            "labels.json of data.sources.pets: /data/pets",
+            "labels.json of data.datasets.pets: /data/pets",
         ),
     ],
 )

@@ -29,12 +29,12 @@ WAIT_S = 600
 
 def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_path: Path) -> None:
     both = {
-        "shapes": {"shards": str(shards / "train"), "epochs": 1, "weight": 2},
-        "val": {"shards": str(shards / "val"), "epochs": 1},
+        "shapes": {"path": str(shards / "train"), "epochs": 1, "weight": 2},
+        "val": {"path": str(shards / "val"), "epochs": 1},
     }
     sources = json.dumps(both)
     run_file = write_run(
-        tmp_path, shards, "mae", f"data.sources={sources}", "optim.steps=30", "log.pictures_every_steps=100"
+        tmp_path, shards, "mae", f"data.datasets={sources}", "optim.steps=30", "log.pictures_every_steps=100"
     )
     job = train(run_file, world=2)
     assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
@@ -57,8 +57,8 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
     states = [json.loads(file.read_text()) for file in sorted((newest / "data").glob("rank-*.json"))]
     assert {stream["taken"] for stream in merge_states(states)["streams"].values()} == {2 * end}
 
-    on = [f"data.sources={{shapes: {{shards: {shards / 'train'}}}}}", f"optim.steps={end + 2}"]
-    job = train(run_file, *on, "data.changed_sources=[shapes, val]", world=2, logs="on")
+    on = [f"data.datasets={{shapes: {{path: {shards / 'train'}}}}}", f"optim.steps={end + 2}"]
+    job = train(run_file, *on, "data.changed_datasets=[shapes, val]", world=2, logs="on")
     assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
     assert re.search(r"source val: removed \(\d+ shards, \d+ samples\)", job.text())
     assert re.search(r"source shapes: .*epochs.*weight", job.text())
@@ -157,8 +157,8 @@ def test_pixels_and_tokens_of_another_kind_are_refused(shards: Path, tmp_path: P
 
 def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -> None:
     def plan(*names: str):
-        own = ", ".join(f"{name}: {{shards: {shards / name}}}" for name in names)
-        run_file = write_run(tmp_path, shards, "supervised", f"data.sources={{{own}}}")
+        own = ", ".join(f"{name}: {{path: {shards / name}}}" for name in names)
+        run_file = write_run(tmp_path, shards, "supervised", f"data.datasets={{{own}}}")
         return resolve_run(load_run(str(run_file)), 1)
 
     one, other = plan("train", "val"), plan("val", "train")

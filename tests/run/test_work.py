@@ -46,7 +46,7 @@ def test_more_than_the_peak_is_no_mfu():
     told = meter.record(step=1, lr=1.0, grad_norm=None, momentum=None, quarantined=0, world_size=1)
     assert told.flop_per_s > 0
     assert told.mfu is None
-    assert "speed/mfu" not in told.scalars()
+    assert "perf/mfu" not in told.scalars()
 
 
 def test_without_a_count_there_is_no_mfu():

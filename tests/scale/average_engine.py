@@ -1,4 +1,4 @@
-"""Engines with a momentum target: `python average_engine.py save FOLDER`, `python average_engine.py load FOLDER`.
+"""Engines with an EMA teacher: `python average_engine.py save FOLDER`, `python average_engine.py load FOLDER`.
 
 `save` trains under ZeRO-3 and saves a checkpoint. `load` brings engines of other stages to it, and saves each again.
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from plain_engine import Small, config_of, take_step
 from torch import Tensor, nn
 
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.checkpoint.load import load_checkpoint
 from m3i_scale.scale.checkpoint.saver import Saver
 
@@ -36,17 +36,17 @@ class Averaged(nn.Module):
         return loss
 
 
-def engine_of(stage: int, dtype: str, seed: int) -> tuple[Any, ShardedMomentum]:
+def engine_of(stage: int, dtype: str, seed: int) -> tuple[Any, ShardedEma]:
     torch.manual_seed(seed)
     module = Averaged()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     config = config_of(stage, **({"bf16": {"enabled": True}} if dtype == "bf16" else {}))
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trained, config=config)
     pairs = [(f"online.{name}", f"target.{name}") for name, _ in module.online.named_parameters()]
-    return engine, ShardedMomentum(engine, pairs)
+    return engine, ShardedEma(engine, pairs)
 
 
-def save(engine: Any, momentum: ShardedMomentum, final: Path) -> None:
+def save(engine: Any, momentum: ShardedEma, final: Path) -> None:
     meta = {"step": 3, "world_size": dist.get_world_size()}
     Saver(engine, momentum).save(final, data_state={}, meta=meta, run_yaml="name: averaged\n")
 

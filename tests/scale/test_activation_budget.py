@@ -34,7 +34,7 @@ def really_saved(objective: Any, batch: Any) -> int:
     return total
 
 
-@pytest.mark.parametrize("overrides", [(), (*MAPS, "backbone.attention=mixed")], ids=["vit", "internimage"])
+@pytest.mark.parametrize("overrides", [(), (*MAPS, "backbone.attention=across_images")], ids=["vit", "internimage"])
 def test_the_count_is_what_autograd_saves(overrides: tuple[str, ...]) -> None:
     batch = random_batch(4, image=64 if overrides else 32)
     layers, outside = count_saved(tiny_objective("m3i", *overrides).train(), lambda: None)

@@ -30,7 +30,7 @@ BACKBONES = {
     "dinov2": DINOV2,
     "dinov3": DINOV3,
     "siglip": SIGLIP,
-    "internimage": (*MAPS, "backbone.attention=mixed"),
+    "internimage": (*MAPS, "backbone.attention=across_images"),
 }
 
 

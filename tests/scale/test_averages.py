@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.engine_state import publish
 from m3i_scale.scale.loss_scale import take_step
 from m3i_scale.scale.partition import order_gathers
@@ -35,7 +35,7 @@ class Pair(nn.Module):
         self.target.requires_grad_(False)
 
 
-def averages(momentum: ShardedMomentum) -> dict[str, torch.Tensor]:
+def averages(momentum: ShardedEma) -> dict[str, torch.Tensor]:
     """Return what this rank saves of every average, flat."""
     pieces = {name: momentum.parts(name, start, numel) for name, start, numel in momentum.pieces()}
     return {name: join(*parts) if len(parts) == 2 else parts[0] for name, parts in pieces.items()}
@@ -69,7 +69,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_the_average_is_an_exponential_moving_average() -> None:
     module = Pair()
-    momentum = ShardedMomentum(engine(module), PAIRS)
+    momentum = ShardedEma(engine(module), PAIRS)
     assert torch.equal(module.target.weight, module.online.weight)  # it starts there
     first = module.online.weight.detach().clone()
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_updates_below_half_a_bf16_step_are_not_lost(dtype: torch.dtype) -> None
     module = Pair()
     module.target.to(dtype)
     nn.init.ones_(module.online.weight)
-    momentum = ShardedMomentum(engine(module), PAIRS)
+    momentum = ShardedEma(engine(module), PAIRS)
     nn.init.constant_(module.online.weight, 2.0)
     copy, reference = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3)
     for _ in range(200):
@@ -116,7 +116,7 @@ def test_a_group_is_averaged_as_one_tensor(dtype: torch.dtype) -> None:
     for number, name in enumerate(names):
         module["online"][name].data = group[15 * number :][:15].view(3, 5)
     pairs = [(f"online.{name}", f"target.{name}") for name in ("last", "first")]
-    momentum = ShardedMomentum(engine(module, optimizer=SimpleNamespace(bit16_groups_flat=[group])), pairs)
+    momentum = ShardedEma(engine(module, optimizer=SimpleNamespace(bit16_groups_flat=[group])), pairs)
     wanted = {name: module["online"][name].detach().clone() for name in ("first", "last")}
     group.add_(torch.randn(64))
     momentum.update(0.75)
@@ -130,7 +130,7 @@ def test_a_group_is_averaged_as_one_tensor(dtype: torch.dtype) -> None:
 def test_the_average_takes_no_more_memory_than_it_has_bits(dtype: torch.dtype) -> None:
     module = Pair()
     module.target.to(dtype)
-    momentum = ShardedMomentum(engine(module), PAIRS)
+    momentum = ShardedEma(engine(module), PAIRS)
     held = {part.data_ptr(): part.nbytes for part in module.target.parameters()}
     for piece in momentum.pieces():
         held |= {part.data_ptr(): part.nbytes for part in momentum.parts(*piece)}
@@ -141,7 +141,7 @@ def test_the_average_takes_no_more_memory_than_it_has_bits(dtype: torch.dtype) -
 def test_shards_load_back(dtype: torch.dtype) -> None:
     module = Pair()
     module.target.to(dtype)
-    momentum = ShardedMomentum(engine(module), PAIRS)
+    momentum = ShardedEma(engine(module), PAIRS)
     saved = {name: torch.full_like(average, 0.3) for name, average in averages(momentum).items()}
     asked = []
 
@@ -162,7 +162,7 @@ def test_averages_that_every_rank_has_whole_are_written_by_all_of_them_together(
     monkeypatch: pytest.MonkeyPatch, world: int, wanted: list[tuple[int, int]]
 ) -> None:
     module = Pair()
-    momentum = ShardedMomentum(engine(module), PAIRS)
+    momentum = ShardedEma(engine(module), PAIRS)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: world)
     parts = []
@@ -176,17 +176,17 @@ def test_averages_that_every_rank_has_whole_are_written_by_all_of_them_together(
 
 def test_low_precision_weights_without_masters_are_refused() -> None:
     with pytest.raises(RuntimeError, match="no fp32 master weights"):
-        ShardedMomentum(engine(Pair(torch.bfloat16)), PAIRS)
+        ShardedEma(engine(Pair(torch.bfloat16)), PAIRS)
 
 
 def test_a_momentum_target_in_8_bits_is_refused() -> None:
     with pytest.raises(ConfigError, match="zero_quantized_nontrainable_weights"):
-        ShardedMomentum(engine(Pair(), quantized=True), PAIRS)
+        ShardedEma(engine(Pair(), quantized=True), PAIRS)
 
 
 def test_second_copies_of_shards_are_dropped_when_the_average_moves() -> None:
     module = Pair()
-    momentum = ShardedMomentum(engine(module, hpz=2), PAIRS)
+    momentum = ShardedEma(engine(module, hpz=2), PAIRS)
     module.target.weight.ds_secondary_tensor = torch.empty(3)
     momentum.update(0.9)
     assert module.target.weight.ds_secondary_tensor is None
@@ -196,7 +196,7 @@ def test_shards_on_a_disk_are_refused() -> None:
     module = Pair()
     module.target.weight.ds_tensor = torch.empty(0)
     with pytest.raises(ConfigError, match="not to nvme"):
-        ShardedMomentum(engine(module), PAIRS)
+        ShardedEma(engine(module), PAIRS)
 
 
 # ---------------------------------------------------------------- order
@@ -222,7 +222,7 @@ def test_the_target_waits_for_what_other_ranks_average(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda whole, own, async_op: Gather(whole, own))
     optimizer = SimpleNamespace(bit16_groups_flat=[group], single_partition_of_fp32_groups=[master])
-    momentum = ShardedMomentum(engine(module, optimizer=optimizer), PAIRS)
+    momentum = ShardedEma(engine(module, optimizer=optimizer), PAIRS)
     average = master.clone()
     master.add_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     momentum.update(0.9)
@@ -242,7 +242,7 @@ def test_the_target_waits_for_what_other_ranks_average(monkeypatch: pytest.Monke
 def test_shards_are_gathered_only_after_the_average_is_written(current: object) -> None:
     module, events = Pair(), []
     stream = Recorder(events, lambda: module.target.weight.detach().clone())
-    momentum = ShardedMomentum(engine(module, **gathering(stream)), PAIRS)
+    momentum = ShardedEma(engine(module, **gathering(stream)), PAIRS)
     first = module.online.weight.detach().clone()
     with torch.no_grad():
         module.online.weight.add_(1.0)
@@ -291,7 +291,7 @@ def test_nobody_gathers_averages_that_are_only_saved(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda *_, **__: gathered.append("gather"))
     optimizer = SimpleNamespace(bit16_groups_flat=[group], single_partition_of_fp32_groups=[master])
-    momentum = ShardedMomentum(engine(module, optimizer=optimizer), PAIRS, computes=False)
+    momentum = ShardedEma(engine(module, optimizer=optimizer), PAIRS, computes=False)
     average = master.clone()
     master.add_(1.0)
     momentum.update(0.9)

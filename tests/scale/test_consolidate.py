@@ -80,14 +80,14 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", ["student", "momentum"])
+@pytest.mark.parametrize("weights", ["student", "ema"])
 def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> None:
     monkeypatch.setattr(saved_weights, "BLOCK_ELEMENTS", 64)
     source = checkpoint(tmp_path, tensors, NAMES)
     told = consolidate(source, tmp_path / "whole", weights=weights, dtype=dtype)
     assert list(told["files"]) == ["model.safetensors"]  # one file needs no index, as on the Hub
     wanted = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
-    if weights == "momentum":
+    if weights == "ema":
         wanted["student.a"] = tensors["average/momentum.a"]
     found = read(tmp_path / "whole")
     assert found.keys() == wanted.keys()
@@ -102,7 +102,7 @@ def test_statistics_of_heads_are_those_of_the_trained_weights(tmp_path, tensors)
     statistics = {"heads.x.running_mean": torch.randn(5), "text.position": torch.randn(2)}
     source = checkpoint(tmp_path, tensors, NAMES, statistics)
     found = {}
-    for weights in ("student", "momentum"):
+    for weights in ("student", "ema"):
         consolidate(source, tmp_path / weights, weights=weights)
         found[weights] = read(tmp_path / weights)
     assert found["student"].keys() - found["momentum"].keys() == {"heads.x.running_mean"}
@@ -124,7 +124,7 @@ def test_shards_are_named_as_on_the_hub_and_their_index_names_every_tensor(tmp_p
 def test_a_run_stands_for_its_newest_good_checkpoint(tmp_path, tensors) -> None:
     checkpoint(tmp_path, tensors)
     result = CliRunner().invoke(
-        app, ["checkpoint", "consolidate", str(tmp_path), "--to", str(tmp_path / "whole"), "--json"]
+        app, ["checkpoint", "consolidate", str(tmp_path), "--output", str(tmp_path / "whole"), "--json"]
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["step"] == 7
@@ -212,11 +212,11 @@ def test_zero_to_fp32_reads_the_deepspeed_layout(trained: Path, tmp_path: Path, 
         ({"weights": "teacher"}, "no weights 'teacher'"),
         ({"dtype": "float16"}, "no dtype 'float16'"),
         ({"layout": "deepspeed", "dtype": "bfloat16"}, "float32 and nothing else"),
-        ({"layout": "universal", "weights": "momentum"}, "holds the trained weights"),
+        ({"layout": "universal", "weights": "ema"}, "holds the trained weights"),
         ({"layout": "universal", "max_shard_size": "1GB"}, "one file a tensor"),
         ({"max_shard_size": "five"}, "no size of a file"),
         ({"max_shard_size": "0GB"}, "no size of a file"),
-        ({"weights": "momentum"}, "no momentum target"),
+        ({"weights": "ema"}, "no EMA teacher"),
         ({"layout": "universal"}, "its optimizer had taken no step"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_random_exponential
 
-from m3i_scale.config import DataConfig, SourceConfig
+from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.remote.address import is_remote, to_address
 from m3i_scale.data.remote.cache import ShardCache
 from m3i_scale.data.remote.faults import FaultError, to_fault
@@ -64,12 +64,12 @@ class Access:
         return dataclasses.replace(self, timeout_s=min(self.timeout_s, limit), total_timeout_s=limit)
 
 
-def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
+def check_access(data: DataConfig, sources: dict[str, DatasetConfig]) -> Access:
     """Validate and return the access settings for the shards of `sources`."""
-    named = [*sources.items(), *data.sources.items(), *data.validation.items()]
-    remote = [(name, source.shards) for name, source in named if is_remote(source.shards)]
+    named = [*sources.items(), *data.datasets.items(), *data.validation.items()]
+    remote = [(name, source.path) for name, source in named if is_remote(source.path)]
     for name, shards in remote:
-        to_address(shards, f"source '{name}'")
+        to_address(shards, f"dataset '{name}'")
     if not remote:
         for setting in _ONLY_REMOTE:
             if getattr(data, setting) != DataConfig.model_fields[setting].default:
@@ -79,14 +79,14 @@ def check_access(data: DataConfig, sources: dict[str, SourceConfig]) -> Access:
                     fix="leave it out",
                 )
     access = Access(
-        attempts=data.read_attempts,
+        attempts=data.max_read_attempts,
         timeout_s=data.read_timeout_s,
         cache_dir=data.cache_dir or default_cache_dir(),
         cache_bytes=int(data.cache_gib * GIB),
         start_timeout_s=data.start_timeout_s,
         max_sample_bytes=data.max_sample_bytes,
     )
-    if access.cache and any(is_remote(source.shards) for source in sources.values()):
+    if access.cache and any(is_remote(source.path) for source in sources.values()):
         access.cache.check()
     return access
 

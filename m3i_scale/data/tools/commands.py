@@ -1,4 +1,4 @@
-"""CLI of `m3i-scale shards check | stats | peek | split | merge`: inspect and reshard WebDataset shards."""
+"""CLI of `m3i-scale shards check | stats | preview | split | merge`: inspect and reshard WebDataset shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shards peek`: a contact sheet of random samples, as a picture and as an HTML page."""
+"""`shards preview`: a contact sheet of random samples, as a picture and as an HTML page."""
 
 from __future__ import annotations
 

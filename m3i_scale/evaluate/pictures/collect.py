@@ -99,7 +99,7 @@ def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[st
     try:
         entries = write_pictures(folder, pictures)
     except OSError as error:
-        raise write_error(folder, error, "--pictures") from None
+        raise write_error(folder, error) from None
     shown = [entry["name"] for entry in entries]
     return {"folder": str(folder), "samples": drawing.keys, "shown": shown, "not_shown": absent}
 

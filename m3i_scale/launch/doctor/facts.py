@@ -189,12 +189,12 @@ def variables() -> dict[str, str]:
 
 def first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the first shard of every source, and the number of bytes read here, or the error."""
-    return {name: _first_shard(run, name, source.shards) for name, source in _sources(run).items()}
+    return {name: _first_shard(run, name, source.path) for name, source in _sources(run).items()}
 
 
 def _sources(run: RunConfig) -> dict[str, Any]:
     validation = {f"validation {name}": source for name, source in run.data.validation.items()}
-    return {**run.data.sources, **validation}
+    return {**run.data.datasets, **validation}
 
 
 def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
     began = time.perf_counter()
     first: Any = without_secrets(shards)
     try:
-        first, *rest = expand_shards(shards, f"source '{name}'")
+        first, *rest = expand_shards(shards, f"dataset '{name}'")
         if not isinstance(first, Url):
             with first.open("rb") as file:
                 read = len(file.read(READ_BYTES))

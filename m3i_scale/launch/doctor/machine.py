@@ -196,7 +196,7 @@ def _shm(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
         f"{size_text(machine.shm_free)} of {size_text(machine.shm_total)} free",
         fault=fault,
         warning=warning,
-        fix="a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm), or fewer data.workers",
+        fix="a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm) or fewer data.num_workers",
     )
 
 

@@ -10,7 +10,7 @@ from m3i_scale.config.kinds import Kind
 class Regularizer(Kind):
     """Collapse prevention of a target."""
 
-    encoders: ClassVar[tuple[str, ...]] = ("momentum", "online", "teacher")
+    encoders: ClassVar[tuple[str, ...]] = ("ema", "online", "teacher")
     """Target encoders for which it has an effect and prevents collapse."""
     trains_target: ClassVar[bool] = True
     """Whether gradients reach a target that the student encodes."""

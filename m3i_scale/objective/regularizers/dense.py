@@ -47,14 +47,14 @@ class DenseStopGradient(DenseRegularizer):
     """Stop-gradient on the target, with a decoder between target and prediction."""
 
     kind: ClassVar[str] = "stop_gradient"
-    encoders: ClassVar[tuple[str, ...]] = ("momentum", "teacher")
+    encoders: ClassVar[tuple[str, ...]] = ("ema", "teacher")
 
 
 class DenseUniGrad(DenseRegularizer):
     """Dense negative term of UniGrad as in SIM: pushes predictions away from directions that many patches share."""
 
     kind: ClassVar[str] = "unigrad"
-    encoders: ClassVar[tuple[str, ...]] = ("momentum",)
+    encoders: ClassVar[tuple[str, ...]] = ("ema",)
     strength: float = Field(default=0.02, gt=0)
     """λ."""
 

@@ -72,7 +72,7 @@ class UniGrad(PooledRegularizer):
 
     kind: ClassVar[str] = "unigrad"
     memory_fields: ClassVar[tuple[str, ...]] = ("momentum",)
-    encoders: ClassVar[tuple[str, ...]] = ("momentum",)
+    encoders: ClassVar[tuple[str, ...]] = ("ema",)
     strength: float = Field(default=0.02, gt=0)
     """λ."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -156,7 +156,7 @@ class Negatives(PooledRegularizer):
 
     kind: ClassVar[str] = "negatives"
     memory_fields: ClassVar[tuple[str, ...]] = ()
-    encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
+    encoders: ClassVar[tuple[str, ...]] = ("ema", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     within_batch: ClassVar[bool] = True
     candidates: Literal["target", "both"] = "target"
@@ -172,7 +172,7 @@ class QueuedNegatives(PooledRegularizer):
 
     kind: ClassVar[str] = "queued_negatives"
     memory_fields: ClassVar[tuple[str, ...]] = ("size",)
-    encoders: ClassVar[tuple[str, ...]] = ("momentum", "online")
+    encoders: ClassVar[tuple[str, ...]] = ("ema", "online")
     distribution: ClassVar[type[Distribution]] = Boltzmann
     size: int = Field(ge=1, le=MAX_CANDIDATES)
     """Capacity of the queue, which starts empty."""

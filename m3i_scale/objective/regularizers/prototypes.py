@@ -32,7 +32,7 @@ class PrototypeRegularizer(Regularizer):
     """
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    encoders: ClassVar[tuple[str, ...]] = ("momentum",)
+    encoders: ClassVar[tuple[str, ...]] = ("ema",)
     averages_prototypes: ClassVar[bool] = False
     """Whether targets are compared with the EMA copy of the prototypes instead of the trained ones."""
 

@@ -96,12 +96,12 @@ class Gram(ShownPatches):
 
     kind: ClassVar[str] = "gram"
     representation: ClassVar[str] = "Gram matrix"
-    encoder: Literal["momentum", "teacher"]
+    encoder: Literal["ema", "teacher"]
 
     @property
     def collapses_alone(self) -> bool:
         """Return whether the loss allows both encoders to collapse to identical patches."""
-        return self.encoder == "momentum"
+        return self.encoder == "ema"
 
     def compared(self, tokens_BLD: Tensor) -> Tensor:
         """Return the cosine of every pair of patches of an image: fp32 (B, L, L)."""

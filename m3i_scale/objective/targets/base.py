@@ -137,7 +137,7 @@ class TargetModules:
     projector: Any = None
     """Runs before the decoder of dense EMA targets."""
     momentum: Any = None
-    """The EMA teacher, for `encoder: momentum`."""
+    """The EMA teacher, for `encoder: ema`."""
 
 
 @dataclass
@@ -252,9 +252,7 @@ class Target(Kind):
     @property
     def stopped(self) -> bool:
         """Return whether f_φ gets no gradient."""
-        return self.encoder in ("momentum", "teacher") or (
-            self.encoder == "online" and not self.regularizer.trains_target
-        )
+        return self.encoder in ("ema", "teacher") or (self.encoder == "online" and not self.regularizer.trains_target)
 
     def summary(self) -> dict[str, Any]:
         """Return the row of the paper's table as plain data."""
@@ -308,7 +306,7 @@ class ImageTarget(Target):
 
     view: int = Field(ge=1, le=MAX_VIEWS)
     """Target view."""
-    encoder: Literal["momentum", "online", "teacher"]
+    encoder: Literal["ema", "online", "teacher"]
     teacher: str = "teacher"
     """Name of a teacher of the recipe, for `encoder: teacher`."""
     pairs: Literal["all", "own", "other"] = "all"
@@ -361,7 +359,7 @@ class ImageTarget(Target):
                 yield "an input that shows its own target predicts nothing"
         shown = parts.mix is None and any(view == self.view and spec.mask is None for spec, view in pairs)
         # With EMA prototypes, centering moves the target away from the prediction.
-        if self.encoder == "momentum" and shown and not self.averages_prototypes:
+        if self.encoder == "ema" and shown and not self.averages_prototypes:
             yield (
                 "a backbone that sees all of the target need only copy its own average: hide patches, take another view"
             )

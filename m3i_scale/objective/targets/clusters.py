@@ -38,7 +38,7 @@ class Clusters(ImageTarget):
     """Predicted patches: those that the input masks, or all."""
     clusters: int = Field(default=16384, ge=2, le=MAX_CANDIDATES)
     """Number K of clusters."""
-    encoder: Literal["momentum"] = "momentum"
+    encoder: Literal["ema"] = "ema"
     distribution: Boltzmann = Boltzmann(temperature=0.12)
     regularizer: Sinkhorn = Sinkhorn(target_temperature=0.06)
 

@@ -33,7 +33,7 @@ class Dense(ImageTarget):
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
     tokens: PredictedPatches
-    encoder: Literal["momentum", "teacher"]
+    encoder: Literal["ema", "teacher"]
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
     layers: int = Field(default=1, ge=1, le=MAX_LAYERS)
@@ -43,7 +43,7 @@ class Dense(ImageTarget):
     @property
     def projected(self) -> bool:
         """Return whether prediction and target use the residual projector."""
-        return self.encoder == "momentum" and self.layers == 1
+        return self.encoder == "ema" and self.layers == 1
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return a `DenseHead`."""
@@ -92,7 +92,7 @@ class Dense(ImageTarget):
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
         yield from place_faults(self, parts)
-        if self.layers > 1 and self.encoder != "momentum":
+        if self.layers > 1 and self.encoder != "ema":
             yield f"`layers` are those of the averaged backbone: not with `encoder: {self.encoder}`"
         yield from count_faults(self, parts)
 
@@ -136,7 +136,7 @@ class DenseNegatives(HeadTarget):
     representation: ClassVar[str] = "dense feature"
     dense: ClassVar[bool] = True
     tokens: PredictedPatches = "all"
-    encoder: Literal["momentum"] = "momentum"
+    encoder: Literal["ema"] = "ema"
     distribution: Boltzmann = Boltzmann()
     regularizer: QueuedNegatives
     match: Literal["position", "similarity"] = "position"

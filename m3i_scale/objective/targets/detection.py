@@ -50,7 +50,7 @@ class Detection(Target):
         """Return an `ObjectDetector`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
-                f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.sources"
+                f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.datasets"
             )
         if isinstance(self.head, RfDetr):
             return RfDetrDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)

@@ -66,8 +66,8 @@ def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = Fals
     if isinstance(decoder, ConvolutionSpec) and other_view:
         yield "a convolution knows its own view alone: use a transformer"
     if isinstance(decoder, PointwiseSpec):
-        if parts.mix is not None or any(spec.mask and spec.mask.hidden == "dropped" for spec, _ in pairs):
-            yield "a pointwise decoder has no answer for patches that its input hides: transformer, or `hidden: token`"
+        if parts.mix is not None or any(spec.mask and spec.mask.masked == "drop" for spec, _ in pairs):
+            yield "a pointwise decoder has no answer for masked patches: use a transformer, or `masked: mask_token`"
         if other_view and not finds_places:
             yield "a pointwise decoder knows its own view alone: use a transformer, or `match: similarity`"
         if not other_view and finds_places:

@@ -26,7 +26,7 @@ class Prototypes(HeadTarget):
 
     kind: ClassVar[str] = "prototypes"
     representation: ClassVar[str] = "global feature"
-    encoder: Literal["momentum"] = "momentum"
+    encoder: Literal["ema"] = "ema"
     distribution: Boltzmann = Boltzmann()
     regularizer: PrototypeRegularizer
 

@@ -54,7 +54,7 @@ class Segmentation(Target):
         """Return a `PixelHead`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
-                f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.sources"
+                f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.datasets"
             )
         fault = None
         try:

@@ -13,6 +13,9 @@ from typing import Any
 from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.pictures.write import Picture
 
+_OF_GROUPS = {"nats": "mi", "weight": "loss_weight", "count": "loss_samples"}
+"""Prefixes of metrics per group of targets. Others are as in `StepRecord.groups`."""
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -78,7 +81,7 @@ class StepRecord:
     """Mutual information in nats, summed over groups: a bound for Boltzmann groups, an estimate for Gaussian groups."""
     health: dict[str, float]
     """Standard deviation and effective rank of features, by name, with or without the prefix `health/`."""
-    momentum: float | None
+    ema_decay: float | None
     """EMA decay in this step; None without an EMA."""
     step_s: float
     """Wall-clock seconds per optimizer step, including data loading."""
@@ -102,8 +105,8 @@ class StepRecord:
     """Number of steps skipped because of gradient overflow so far; None except in fp16."""
     skipped_nonfinite: int = 0
     """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
-    phases: dict[str, float] = field(default_factory=dict)
-    """Fraction of the step time per profiler section (m3i_scale.run.step_times.PHASES), 0 to 1."""
+    times_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step per profiler section (m3i_scale.run.step_times.PHASES), mean over the ranks."""
     flop_per_s: float | None = None
     """Model FLOPs per second over all ranks, without recomputation."""
     mfu: float | None = None
@@ -131,11 +134,11 @@ class StepRecord:
         optional = {
             "grad_norm": self.grad_norm,
             "lr_lowest": self.lr_lowest,
-            "momentum": self.momentum,
+            "ema_decay": self.ema_decay,
             "loss_scale": self.loss_scale,
             "skipped_steps": self.skipped_steps,
         }
-        optional |= {"speed/flop_per_s": self.flop_per_s, "speed/mfu": self.mfu}
+        optional |= {"perf/flops_per_s": self.flop_per_s, "perf/mfu": self.mfu}
         values: dict[str, float] = {
             "loss": self.loss,
             "lr": self.lr,
@@ -144,17 +147,18 @@ class StepRecord:
             "quarantined_samples": self.quarantined_samples,
             "skipped_nonfinite": self.skipped_nonfinite,
             "information": self.information,
-            "speed/step_s": self.step_s,
-            "speed/data_wait_s": self.data_wait_s,
-            "speed/data_wait_share": self.data_wait_share,
-            "speed/samples_per_s": self.samples_per_s,
-            "speed/tokens_per_s": self.tokens_per_s,
+            "time/step": self.step_s,
+            "time/data_wait": self.data_wait_s,
+            "time/data_wait_share": self.data_wait_share,
+            "throughput/samples_per_s": self.samples_per_s,
+            "throughput/tokens_per_s": self.tokens_per_s,
             "memory_gib": self.memory_gib,
         }
         values |= {name: value for name, value in optional.items() if value is not None}
-        values |= flatten(self.phases, "phases")
-        values |= flatten({name: asdict(figures) for name, figures in self.sources.items()}, "source")
-        values |= flatten(self.groups, "group")
+        values |= flatten(self.times_s, "time")
+        values |= flatten({name: asdict(figures) for name, figures in self.sources.items()}, "dataset")
+        for name, figures in self.groups.items():
+            values |= {f"{_OF_GROUPS.get(kind, kind)}/{name}": value for kind, value in figures.items()}
         values |= {f"health/{name.removeprefix('health/')}": value for name, value in self.health.items()}
         return values
 
@@ -189,7 +193,7 @@ class Rewind:
 
 
 @dataclass(frozen=True)
-class PhaseInfo:
+class StageInfo:
     """Start of a stage with a different image or micro-batch size."""
 
     step: int
@@ -218,7 +222,7 @@ class Callback:
     def on_progress(self, step: int) -> None:
         """Called for every step that is not logged, without metrics."""
 
-    def on_phase(self, phase: PhaseInfo) -> None:
+    def on_stage(self, stage: StageInfo) -> None:
         """Called when a stage with a different image or micro-batch size begins. In a run with stages, the first begins
         after step 0."""
 
@@ -260,9 +264,9 @@ class CallbackList(Callback):
         for callback in self.callbacks:
             callback.on_progress(step)
 
-    def on_phase(self, phase: PhaseInfo) -> None:
+    def on_stage(self, stage: StageInfo) -> None:
         """Call every callback."""
-        self._call(lambda callback: callback.on_phase(phase))
+        self._call(lambda callback: callback.on_stage(stage))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Call every callback."""

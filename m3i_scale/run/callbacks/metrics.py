@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, json_line
 from m3i_scale.launch.doctor.facts import commit, processor, software_versions
-from m3i_scale.run.callbacks.base import Callback, PhaseInfo, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten
 from m3i_scale.scale.output_dir import METRICS
 
 REPLACED = "metrics.replaced.jsonl"
@@ -66,9 +66,9 @@ class MetricsWriter(Callback):
         """Write a `train` line."""
         self._write("train", record.step, record.scalars())
 
-    def on_phase(self, phase: PhaseInfo) -> None:
-        """Write a `phase` line."""
-        self._write("phase", phase.step, asdict(phase))
+    def on_stage(self, stage: StageInfo) -> None:
+        """Write a `stage` line."""
+        self._write("stage", stage.step, asdict(stage))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write an `evaluation` line."""

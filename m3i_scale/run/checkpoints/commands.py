@@ -105,11 +105,11 @@ def prune(
     _show(prune_run(root, rules, dry_run=dry_run) | {"rules_from": given_by}, as_json, pruning)
 
 
-@checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --to /data/whole")
+@checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --output /data/whole")
 def consolidate(
     path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest good one is taken.")],
-    to: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
-    weights: Annotated[str, typer.Option(help="student or momentum.")] = "student",
+    output: Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; must not exist.")],
+    weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file: 5GB, 500MB; KB, MB, GB, TB as the Hub counts. Default: 5GB.")
@@ -125,7 +125,7 @@ def consolidate(
 
     document = write(
         path,
-        to,
+        output,
         weights=cast(Any, weights),
         dtype=cast(Any, dtype),
         max_shard_size=max_shard_size,

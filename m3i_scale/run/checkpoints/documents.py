@@ -22,6 +22,7 @@ from m3i_scale.scale.checkpoint.layout import (
 from m3i_scale.scale.checkpoint.manifest import find_faults, latest_fault, verify
 from m3i_scale.scale.checkpoint.retention import folder_bytes
 from m3i_scale.text import differences
+from m3i_scale.upgrade import upgrade_config
 
 SETTLE_S = 2.0
 """Seconds to wait for a running job to update `latest` after renaming a folder."""
@@ -124,7 +125,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 def run_of(folder: Path) -> dict[str, Any]:
     """Return the config of a checkpoint as plain values."""
     try:
-        return read_yaml(folder / "run.yaml")
+        return upgrade_config(read_yaml(folder / "run.yaml"))
     except ConfigError as error:
         raise CheckpointError(error.what, where=error.where, fix="checkpoint verify names all faults") from None
 

@@ -12,7 +12,7 @@ from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.step_times import Timeouts
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.collectives import ProcessGroupRanks
 
 
@@ -21,12 +21,12 @@ class TrainState:
     """State shared by the training loop and its hooks. Steps and votes are identical on every rank."""
 
     resolved: ResolvedRun
-    phase: ResolvedRun
+    stage: ResolvedRun
     """The run with the settings of the current stage: image size, micro-batch size, accumulation."""
     ranks: ProcessGroupRanks
     engine: Any
     """DeepSpeed engine."""
-    momentum: ShardedMomentum | None
+    ema: ShardedEma | None
     stream: TrainStream
     callbacks: CallbackList
     """Callbacks of rank 0; empty on other ranks."""
@@ -63,7 +63,7 @@ class Hook:
     def on_start(self) -> None:
         """Run once, after the checkpoint to resume from is loaded."""
 
-    def on_phase(self) -> None:
+    def on_stage(self) -> None:
         """Run before the first step of each later stage, which changes the image or micro-batch size."""
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:

@@ -35,7 +35,7 @@ class Checkpointing(Hook):
     def __init__(self, state: TrainState, resume_from: Path | None, guard: Guard, rewinds: Rewinds) -> None:
         self._state, self._config, self._guard, self._rewinds = state, state.resolved.run.checkpoint, guard, rewinds
         self._root = state.resolved.run.output_dir / "checkpoints"
-        self._saver = Saver(state.engine, state.momentum, self._config.background, self._drop_older)
+        self._saver = Saver(state.engine, state.ema, self._config.background, self._drop_older)
         self._limit_told = False
         self._step = -1
         """Step of the last save, or of the loaded checkpoint."""
@@ -52,7 +52,7 @@ class Checkpointing(Hook):
         if self._loaded is None:
             return
         checkpoint, state = self._loaded, self._state
-        data_states = load_checkpoint(checkpoint, state.engine, state.momentum)
+        data_states = load_checkpoint(checkpoint, state.engine, state.ema)
         meta = together(lambda: read_meta(checkpoint))
         # The stored loss was computed at this position of the recipe's schedules.
         state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_steps(checkpoint))
@@ -61,7 +61,7 @@ class Checkpointing(Hook):
             self._probe = probe
         later_states = together(lambda: self._rewinds.data_states(checkpoint))
         position = merge_states(later_states or data_states)
-        changed = state.stream.load_state_dict(position, state.resolved.run.data.changed_sources)
+        changed = state.stream.load_state_dict(position, state.resolved.run.data.changed_datasets)
         for name, text in changed.items():
             state.tell(f"source {name}: {text}")
         self._take_over(meta)
@@ -69,7 +69,7 @@ class Checkpointing(Hook):
     def go_back(self, checkpoint: Path) -> None:
         """Load an earlier checkpoint of the run, keeping the current data position."""
         self._loaded = checkpoint
-        load_checkpoint(checkpoint, self._state.engine, self._state.momentum)
+        load_checkpoint(checkpoint, self._state.engine, self._state.ema)
         self._take_over(together(lambda: read_meta(checkpoint)))
 
     def _take_over(self, meta: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Checkpointing(Hook):
 
     # -------------------------------------------------------------------- saving
 
-    def on_phase(self) -> None:
+    def on_stage(self) -> None:
         """Discard the stored samples: samples of the previous stage have a different image size."""
         self._probe = None
 

@@ -67,8 +67,8 @@ class Evaluation(Hook):
         self._stream.load_state_dict(self._start)
         engine, run = self._state.engine, self._state.resolved.run
         # The same samples in every stage, as far as its micro-batch size allows.
-        of_phase = self._state.phase.run.optim.micro_batch_size
-        count = math.ceil(run.evaluation.batches * run.optim.micro_batch_size / of_phase)
+        of_stage = self._state.stage.run.optim.micro_batch_size
+        count = math.ceil(run.evaluation.batches * run.optim.micro_batch_size / of_stage)
         totals: dict[str, float] = {}
         overlaps_3K: dict[str, Tensor] = {}
         shown = self._shown_images()

@@ -72,7 +72,7 @@ class Guard(Hook):
         """Return whether a stage begins with this step, or a schedule of the recipe changed a loss weight since the
         previous step. The loss then jumps without an error, and would jump again after every rollback."""
         resolved = self._state.resolved
-        if step - 1 in resolved.run.phase_starts[1:]:
+        if step - 1 in resolved.run.stage_starts[1:]:
             return True
         now, before = ((step - back) / resolved.run.optim.steps for back in (1, 2))
         weights = [target.weight for target in resolved.recipe.targets]

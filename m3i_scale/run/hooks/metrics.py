@@ -80,7 +80,7 @@ class Metrics(Hook):
             lr=state.lr,
             lr_lowest=lowest if lowest < state.lr else None,
             grad_norm=state.engine.get_global_grad_norm() if state.applied else None,
-            momentum=state.ema_decay,
+            ema_decay=state.ema_decay,
             quarantined=sum(state.stream.quarantined.values()),
             quarantined_samples=sum(state.stream.quarantined_samples.values()),
             world_size=state.ranks.world_size,
@@ -106,4 +106,4 @@ class Metrics(Hook):
 
 def gradient_scale(state: TrainState) -> float:
     """Return the factor by which the backward pass scales gradients (fp16 loss scale, accumulation)."""
-    return (loss_scale(state.engine) or 1.0) / state.phase.accumulation
+    return (loss_scale(state.engine) or 1.0) / state.stage.accumulation

@@ -46,7 +46,7 @@ class Pictures(Hook):
 
     def _first_of(self, stream: TrainStream) -> Batch:
         """Return the first samples of a stream, the same on every rank, without consuming them."""
-        run = self._state.phase.run
+        run = self._state.stage.run
         count = run.log.picture_samples
         batches = math.ceil(count / (run.optim.micro_batch_size * self._state.ranks.world_size))
         return first_samples(together(lambda: stream.peek(batches), names_rank=True), count)

@@ -136,7 +136,7 @@ def write_shards(
 
 
 def _check_options(layout: str, weights: str, dtype: str, max_shard_size: str | None) -> None:
-    known = {"layout": ("safetensors", "universal", "deepspeed"), "weights": ("student", "momentum"), "dtype": _DTYPES}
+    known = {"layout": ("safetensors", "universal", "deepspeed"), "weights": ("student", "ema"), "dtype": _DTYPES}
     for option, value in (("layout", layout), ("weights", weights), ("dtype", dtype)):
         if value not in known[option]:
             raise CheckpointError(f"no {option} '{value}'", fix=did_you_mean(value, known[option]))

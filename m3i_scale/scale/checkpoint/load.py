@@ -16,7 +16,7 @@ from torch import nn
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.scale.agree import from_rank_0, together
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.checkpoint.layout import BUFFERS, DATA_FILES, read_meta, read_object, unreadable
 from m3i_scale.scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
@@ -29,27 +29,27 @@ NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
 _OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
 
 
-def load_checkpoint(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> list[dict[str, Any]]:
+def load_checkpoint(folder: Path, engine: Any, ema: ShardedEma | None) -> list[dict[str, Any]]:
     """Load engine, EMA target, buffers and random states from a verified checkpoint. Collective: every rank reads only
     its part. Return the data states of all ranks that wrote the checkpoint."""
     # A read error on one rank fails all ranks: the others would wait for it in `publish`.
-    saved: SavedTensors = together(lambda: _read_own_part(folder, engine, momentum))
+    saved: SavedTensors = together(lambda: _read_own_part(folder, engine, ema))
     # Every rank needs these files of all ranks: one rank reads them.
     states: list[dict[str, Any]] = from_rank_0(
         lambda: [read_object(folder, file) for file in _files_of_ranks(folder, DATA_FILES)]
     )
     publish(engine)
-    if momentum is not None:
-        momentum.publish()
-    check_norms(saved, engine, momentum)
+    if ema is not None:
+        ema.publish()
+    check_norms(saved, engine, ema)
     return states
 
 
-def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None) -> None:
+def check_norms(saved: SavedTensors, engine: Any, ema: ShardedEma | None) -> None:
     """Raise CheckpointError if the norm of a loaded tensor differs from the saved norm. Collective."""
     squares = dict.fromkeys(saved.norms, 0.0)
     rounded = dict.fromkeys(saved.norms, 0.0)
-    for piece in ranges_of(engine, momentum):
+    for piece in ranges_of(engine, ema):
         if piece.key in squares:  # no moments are saved before the first optimizer step
             squares[piece.key] += sum_of_squares(piece.read().view(-1))
             rounded[piece.key] += piece.dtype != torch.float32
@@ -68,14 +68,14 @@ def check_norms(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | No
             )
 
 
-def _read_own_part(folder: Path, engine: Any, momentum: ShardedMomentum | None) -> SavedTensors:
+def _read_own_part(folder: Path, engine: Any, ema: ShardedEma | None) -> SavedTensors:
     """Read this rank's part; return the opened tensors. No collective."""
     try:
         saved, meta = SavedTensors(folder), read_meta(folder)
-        _check_names(saved, engine, momentum, folder)
+        _check_names(saved, engine, ema, folder)
         _read_pieces(saved, meta, engine)
-        if momentum is not None:
-            momentum.load(lambda name, start, out: saved.read_into(f"{AVERAGE}/{name}", start, out))
+        if ema is not None:
+            ema.load(lambda name, start, out: saved.read_into(f"{AVERAGE}/{name}", start, out))
         _load_buffers(folder, engine.module)
         restore_counters(engine, meta["engine"])
         _restore_random_states(folder)
@@ -85,10 +85,10 @@ def _read_own_part(folder: Path, engine: Any, momentum: ShardedMomentum | None) 
     return saved
 
 
-def _check_names(saved: SavedTensors, engine: Any, momentum: ShardedMomentum | None, folder: Path) -> None:
+def _check_names(saved: SavedTensors, engine: Any, ema: ShardedEma | None, folder: Path) -> None:
     """Raise CheckpointError unless the tensors and shapes match the model's trained, saved frozen and EMA
     parameters."""
-    shapes = {key: shape for key, shape in shapes_of(engine, momentum).items() if not key.startswith(_OF_MOMENTS)}
+    shapes = {key: shape for key, shape in shapes_of(engine, ema).items() if not key.startswith(_OF_MOMENTS)}
     keys = [f"{kind}/{name}" for kind in (MASTER, AVERAGE) for name in saved.names(kind)]
     _compare_shapes(shapes, {key: saved.shape(key) for key in keys}, folder)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from m3i_scale.files import write_json
 from m3i_scale.scale.agree import from_rank_0, gather_on_rank_0, sum_over_ranks, together
-from m3i_scale.scale.averages import ShardedMomentum
+from m3i_scale.scale.averages import ShardedEma
 from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.scale.checkpoint.host_copies import HostCopies
 from m3i_scale.scale.checkpoint.index import Index
@@ -86,13 +86,13 @@ class Saver:
 
     Args:
         engine: the DeepSpeed engine.
-        momentum: its EMA weights.
+        ema: its EMA weights.
         background: whether `save` returns before anything is written.
         committed: called on rank 0 after every commit, in a separate thread, so it may be slow.
     """
 
     engine: Any
-    momentum: ShardedMomentum | None
+    ema: ShardedEma | None
     background: bool = False
     committed: Callable[[Path], object] = lambda final: None
     _copies: HostCopies = field(default_factory=HostCopies)
@@ -128,13 +128,13 @@ class Saver:
             more: writes further files into the given folder; called on rank 0, in the thread.
         """
         self.finish()
-        wanted = checkpoint_bytes(self.engine, self.momentum)
+        wanted = checkpoint_bytes(self.engine, self.ema)
         temporary = Path(from_rank_0(lambda: str(begin(final, wanted))))
-        averages = self.momentum.online_names() if self.momentum is not None else {}
+        averages = self.ema.online_names() if self.ema is not None else {}
         meta = {**meta, "engine": counters(self.engine), "averages": averages}
         # If a rank has no memory for its copy, all fail: the others would continue and wait for it in the next step.
         call = together(lambda: BackgroundCall("checkpoint", self._work(temporary, json.dumps(data_state), more)))
-        self._current = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.momentum), call)
+        self._current = _Save(final, temporary, meta, run_yaml, shapes_of(self.engine, self.ema), call)
         if self.background:
             call.start()
         else:
@@ -167,7 +167,7 @@ class Saver:
         values."""
         rank = dist.get_rank()
         random = random_states()
-        ranges = ranges_of(self.engine, self.momentum)
+        ranges = ranges_of(self.engine, self.ema)
         buffers = buffers_of(self.engine.module) if rank == 0 else {}
         if self.background:
             ranges = self._copied(ranges)
@@ -206,7 +206,7 @@ class Saver:
             call.take()
 
 
-def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
+def ranges_of(engine: Any, ema: ShardedEma | None) -> list[Range]:
     """Return the pieces that this rank writes, as live views: master weights and moments, frozen weights, EMA
     weights."""
     ranges = [
@@ -219,31 +219,31 @@ def ranges_of(engine: Any, momentum: ShardedMomentum | None) -> list[Range]:
         for name, parameter in saved_frozen(engine.module).items()
         if (piece := local_shard(parameter)).numel()
     ]
-    if momentum is not None:
+    if ema is not None:
         ranges += [
-            Range(f"{AVERAGE}/{name}", start, momentum.parts(name, start, numel))
-            for name, start, numel in momentum.pieces()
+            Range(f"{AVERAGE}/{name}", start, ema.parts(name, start, numel))
+            for name, start, numel in ema.pieces()
             if numel
         ]
     return ranges
 
 
-def shapes_of(engine: Any, momentum: ShardedMomentum | None) -> dict[str, tuple[int, ...]]:
+def shapes_of(engine: Any, ema: ShardedEma | None) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that the ranks write together, by key; the same on all ranks."""
     learnt = {name: tuple(full_shape(parameter)) for name, parameter in trained(engine.module)}
     shapes = {f"{kind}/{name}": shape for kind in (MASTER, *moment_kinds(engine)) for name, shape in learnt.items()}
     for name, parameter in saved_frozen(engine.module).items():
         shapes[f"{MASTER}/{name}"] = tuple(full_shape(parameter))
-    if momentum is not None:
-        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in momentum.shapes().items()}
+    if ema is not None:
+        shapes |= {f"{AVERAGE}/{name}": tuple(shape) for name, shape in ema.shapes().items()}
     return shapes
 
 
-def checkpoint_bytes(engine: Any, momentum: ShardedMomentum | None) -> int:
+def checkpoint_bytes(engine: Any, ema: ShardedEma | None) -> int:
     """Return the size of a checkpoint's tensors: weights and two moments of trained parameters, frozen weights, fp32
     EMA weights, buffers."""
     frozen = sum(full_shape(p).numel() * p.element_size() for p in saved_frozen(engine.module).values())
-    averaged = sum(math.prod(shape) for shape in momentum.shapes().values()) if momentum is not None else 0
+    averaged = sum(math.prod(shape) for shape in ema.shapes().values()) if ema is not None else 0
     remembered = sum(buffer.nbytes for buffer in buffers_of(engine.module).values())
     trained = bytes_per_parameter(engine) * full_numel(engine.module, trainable_only=True)
     return trained + frozen + 4 * averaged + remembered

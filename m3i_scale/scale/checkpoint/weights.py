@@ -16,7 +16,7 @@ from m3i_scale.scale.checkpoint.layout import BUFFERS, read_meta
 from m3i_scale.scale.checkpoint.tensors import AVERAGE, SavedTensors
 from m3i_scale.scale.engine_state import MASTER
 
-Which = Literal["student", "momentum"]
+Which = Literal["student", "ema"]
 HEADS = "heads."
 """Buffers of heads affect their outputs: the running statistics of batch norm."""
 BLOCK_ELEMENTS = 1 << 22
@@ -104,10 +104,10 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
     keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
     # Loss-weighting state serves only a resumed run.
     keys = {name: key for name, key in keys.items() if not name.startswith(("states.", "weights."))}
-    if which == "momentum":
+    if which == "ema":
         averages: dict[str, str] = read_meta(checkpoint).get("averages") or {}
         if not averages:
-            raise CheckpointError("the run has no momentum target", where=str(checkpoint), fix="--weights student")
+            raise CheckpointError("the run has no EMA teacher", where=str(checkpoint), fix="--weights student")
         keys |= {online: f"{AVERAGE}/{target}" for target, online in averages.items()}
         return SavedWeights(saved, keys, dtype)  # statistics belong to the trained weights only
     buffers = load_file(checkpoint / BUFFERS)

@@ -46,7 +46,7 @@ _BECAUSE: dict[str, str] = {
     "optimizer of stage 1 from its first ones": "zero_optimization.load_from_fp32_weights",
     "it concerns the Muon optimizer; the optimizer is AdamW": "zero_optimization.save_muon_momentum_buffer_in_memory",
     "the gradient norm is logged at every step and must be computed": "zero_optimization.compute_grad_norm",
-    "the momentum target is updated on the primary shard in memory; another copy would go stale": (
+    "the EMA teacher is updated on the primary shard in memory; another copy would go stale": (
         "zero_optimization.zenflow zero_optimization.offload_optimizer.super_offload"
     ),
     "it belongs to super_offload, which is not supported": "zero_optimization.offload_optimizer.cpuadam_cores_perc",
@@ -76,7 +76,7 @@ REFUSED = {path: why for why, paths in _BECAUSE.items() for path in paths.split(
 
 _IN_FP32 = "in its place: without a section bf16 or fp16 the run computes in fp32"
 _BACKGROUND = "set checkpoint.background in the run file, and remove it"
-_SOURCES = "set data.sources and their weights in the run file, and remove it"
+_SOURCES = "set data.datasets and their weights in the run file, and remove it"
 _EXPORT = "remove it, and take the weights with `m3i-scale export`"
 INSTEAD: dict[str, str] = {
     "scheduler": "set optim.lr, optim.warmup_steps and optim.min_lr in the run file, and remove it",
@@ -122,7 +122,7 @@ FOREIGN: dict[str, str] = {
     "max_grad_norm": "write gradient_clipping",
     "per_device_train_batch_size": "write train_micro_batch_size_per_gpu",
     "gradient_checkpointing": "set backbone.activation_checkpointing in the run file",
-    "num_train_epochs": "set optim.steps in the run file, or the epochs of a source in data.sources",
+    "num_train_epochs": "set optim.steps in the run file, or the epochs of a source in data.datasets",
     "max_steps": "set optim.steps in the run file",
     "warmup_steps": "set optim.warmup_steps in the run file",
     "warmup_ratio": "set optim.warmup_steps in the run file",
@@ -158,7 +158,7 @@ _LEFT_OUT: dict[str, tuple[str, str]] = {
 _ONE_OF = {
     "zero_optimization.stage": (
         "1, 2 or 3",
-        "checkpoints and the momentum target live on the partitioned optimizer; stage 0 has none",
+        "checkpoints and the EMA teacher live on the partitioned optimizer; stage 0 has none",
         "on a single device take 1: it costs nothing there",
     ),
     "optimizer.type": (
@@ -210,7 +210,7 @@ def _wrong_value(fault: Any, path: str, given: Any, where: str) -> ConfigError:
         hint = f'"{path}": {{"enabled": {str(given).lower()}}}' if switched else None
         return ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {given!r})", where=where, fix=hint)
     if given == "nvme":
-        why = "checkpoints, exports and the momentum target read shards in memory"
+        why = "checkpoints, exports and the EMA teacher read shards in memory"
         fix = "take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve what has to be held"
         return ConfigError(f"'{path}' is nvme", where=where, why=why, fix=fix)
     return ConfigError(f"'{path}': {fault['msg']} (got {given!r})", where=where)

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-AVERAGED = "gather for the momentum target"
+AVERAGED = "gather for the EMA teacher"
 """Gather of a group of EMA weights in the compute dtype, under stages 1 and 2."""
 AFTER_BACKWARD = ("update", "all-reduce of the step")
 """Traffic that waits for the end of the backward pass."""

@@ -12,7 +12,7 @@ from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import Parameter, Settings
 from m3i_scale.scale.plan.trace import Trace
 
-PARAMETERS, MOMENTUM, TEACHER = "parameters", "momentum target", "teacher"
+PARAMETERS, MOMENTUM, TEACHER = "parameters", "EMA teacher", "teacher"
 GRADIENTS, OPTIMIZER, BUCKETS = "gradients", "optimizer", "reduce buckets"
 SNAPSHOT = "snapshot"
 """Host staging buffer of a background save, reused by the next one."""

@@ -49,7 +49,7 @@ def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[l
 
 
 def momentum_state_bytes(precision: str) -> int:
-    """Return the bytes per element that the EMA target stores in addition to its compute copy (see `ShardedMomentum`).
+    """Return the bytes per element that the EMA target stores in addition to its compute copy (see `ShardedEma`).
 
     The copy is the EMA in fp32, its upper half in bf16, and no part of it in fp16.
     """

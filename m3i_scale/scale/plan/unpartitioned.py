@@ -47,7 +47,7 @@ class UnpartitionedEngine(Engine):
         self._averages(kept)
 
     def _averages(self, kept: dict[int, int]) -> None:
-        """Follow `ShardedMomentum._lay_out`: every rank averages its part of a group of master weights, and all gather
+        """Follow `ShardedEma._lay_out`: every rank averages its part of a group of master weights, and all gather
         the copies of targets used in training."""
         settings, trace = self.settings, self.trace
         computed = {
@@ -103,7 +103,7 @@ class UnpartitionedEngine(Engine):
         """Allocate nothing more by default."""
 
     def gather_averages(self) -> None:
-        """Follow `ShardedMomentum.publish`."""
+        """Follow `ShardedEma.publish`."""
         for numel in self.gathered_averages:
             self.traffic.add(AVERAGED, numel * self.settings.parameter_bytes)
 

@@ -152,7 +152,7 @@ def test_what_stays_is_what_the_formulas_say(stage):
     copies = 4_096 if stage < 3 else 4_096 // divided
     assert ledger.parts["parameters"] == 2 * whole
     assert ledger.parts["optimizer"] == 12 * trained // divided
-    assert ledger.parts["momentum target"] == 2 * copies + momentum_state_bytes("bf16") * 4_096 // divided
+    assert ledger.parts["EMA teacher"] == 2 * copies + momentum_state_bytes("bf16") * 4_096 // divided
     gradients = {1: 4 * trained + 2 * trained, 2: 0, 3: 4 * trained // divided}
     assert ledger.parts["gradients"] == gradients[stage]
 
@@ -361,7 +361,7 @@ def test_the_gather_of_averages_runs_beside_the_arithmetic_with_and_without_over
 
 
 def test_second_copies_take_memory_and_keep_gathers_in_their_group():
-    """Every parameter leaves one when it is released, until the optimizer or the momentum target has changed it."""
+    """Every parameter leaves one when it is released, until the optimizer or the EMA teacher has changed it."""
     parameters = (*(Parameter(960, "trained") for _ in range(4)), Parameter(480, "momentum"), Parameter(240, "teacher"))
     plain = replace(GPU, world=16, persistence=0, max_reuse=0, accumulation_steps=2)
     links = Links(4, 4, 100.0, 10.0, 0.0)

@@ -1,4 +1,4 @@
-"""Config section `phases`: training stages with different image sizes."""
+"""Config section `stages`: training stages with different image sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from m3i_scale.config.limits import MAX_BATCH, MAX_SIDE
 from m3i_scale.config.sections import Section
 
 
-class Phase(Section):
+class Stage(Section):
     """One stage of a run. Omitted fields keep their value from the rest of the config file."""
 
     steps: int = Field(ge=1)

@@ -27,7 +27,7 @@ from m3i_scale.scale.checkpoint.weights import load_weights
 pytestmark = pytest.mark.slow
 
 BORDER, STEPS, SIZE = 3, 6, 48
-PHASES = f"phases=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: {SIZE}, micro_batch_size: 2}}]"
+PHASES = f"stages=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: {SIZE}, micro_batch_size: 2}}]"
 STOPPED = (2, 3, 4)
 
 
@@ -44,10 +44,10 @@ def write(folder: Path, shards: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Done]:
-    """A run of two phases, and runs that go on from what it had saved before, at and after the border."""
-    root = tmp_path_factory.mktemp("phases")
+    """A run of two stages, and runs that go on from what it had saved before, at and after the border."""
+    root = tmp_path_factory.mktemp("stages")
     whole = root / "whole"
-    validation = (f"data.validation.val.shards={shards / 'val'}", "evaluation.every_steps=2", "evaluation.batches=1")
+    validation = (f"data.validation.val.path={shards / 'val'}", "evaluation.every_steps=2", "evaluation.batches=1")
     write(whole, shards, *validation)
     started = make_calls(
         {"whole": {"arguments": ["train", str(whole / "run.yaml")], "faults": []}}, {"whole": whole}, root / "started"
@@ -74,9 +74,9 @@ def weights(done: Done, which: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_border_is_told_with_its_sizes(runs: dict[str, Done]) -> None:
-    told = [(line["step"], line["image_size"], line["micro_batch_size"]) for line in lines(runs["whole"], "phase")]
+    told = [(line["step"], line["image_size"], line["micro_batch_size"]) for line in lines(runs["whole"], "stage")]
     assert told == [(0, 32, 4), (BORDER, SIZE, 2)]
-    small, large = (line["flop_per_step"] for line in lines(runs["whole"], "phase"))
+    small, large = (line["flop_per_step"] for line in lines(runs["whole"], "stage"))
     assert large > 2 * small
     records = metrics(runs["whole"].folder / "run.yaml")
     assert sorted(records) == list(range(1, STEPS + 1))
@@ -88,8 +88,8 @@ def test_a_resume_round_the_border_is_the_same_run(runs: dict[str, Done], step: 
     whole, resumed = runs["whole"], runs[f"from {step}"]
     expected = {number: record for number, record in metrics(whole.folder / "run.yaml").items() if number > step}
     assert metrics(resumed.folder / "run.yaml") == expected
-    assert [line["step"] for line in lines(resumed, "phase")] == ([BORDER] if step <= BORDER else [])
-    for which in ("student", "momentum"):
+    assert [line["step"] for line in lines(resumed, "stage")] == ([BORDER] if step <= BORDER else [])
+    for which in ("student", "ema"):
         there, again = weights(whole, which), weights(resumed, which)
         assert there.keys() == again.keys()
         assert all(torch.equal(there[name], again[name]) for name in there)
@@ -100,7 +100,7 @@ def test_other_ranks_and_micro_batches_are_the_same_run(
 ) -> None:
     """One rank for two, each micro-batch twice as large: as many samples are compared."""
     named = f"checkpoint.resume={runs['whole'].root / 'step-00000002'}"
-    alone = write(tmp_path, shards, named, "optim.micro_batch_size=8", "phases.1.micro_batch_size=4")
+    alone = write(tmp_path, shards, named, "optim.micro_batch_size=8", "stages.1.micro_batch_size=4")
     ended = forks.run("train", str(alone))
     assert ended.returncode == 0, ended.stderr
     expected, records = metrics(runs["whole"].folder / "run.yaml"), metrics(alone)
@@ -135,12 +135,12 @@ def test_an_export_has_the_size_of_its_phase(runs: dict[str, Done], tmp_path: Pa
 
 
 def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: Path, tmp_path: Path) -> None:
-    later = f"phases=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: 40, micro_batch_size: 2}}]"
+    later = f"stages=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: 40, micro_batch_size: 2}}]"
     resolved = resolve_run(load_run(str(write(tmp_path / "later", shards, later))), 2)
     assert check_resume(resolved, runs["whole"].root / f"step-{BORDER:08d}", 2)  # a note
     with pytest.raises(CheckpointError):
         check_resume(resolved, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
-    without = resolve_run(load_run(str(write(tmp_path / "without", shards, "phases=[]"))), 2)
+    without = resolve_run(load_run(str(write(tmp_path / "without", shards, "stages=[]"))), 2)
     check_resume(without, runs["whole"].root / f"step-{BORDER:08d}", 2)
     with pytest.raises(CheckpointError):
         check_resume(without, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
@@ -149,13 +149,13 @@ def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: 
 @pytest.mark.parametrize(
     ("override", "place"),
     [
-        ("phases.1.image_size=50", "phases.1"),
-        ("phases.1.micro_batch_size=3", "phases.1"),
-        ("phases.0.micro_batch_size=16", "phases.0"),
-        ("phases.1.steps=4", "phases.1.steps"),
-        (f"phases=[{{steps: {STEPS}}}]", "phases"),
-        ("phases.1={steps: 3, image_size: 32}", "phases"),
-        ("phases.1={steps: 3, micro_batch_size: 4}", "phases"),
+        ("stages.1.image_size=50", "stages.1"),
+        ("stages.1.micro_batch_size=3", "stages.1"),
+        ("stages.0.micro_batch_size=16", "stages.0"),
+        ("stages.1.steps=4", "stages.1.steps"),
+        (f"stages=[{{steps: {STEPS}}}]", "stages"),
+        ("stages.1={steps: 3, image_size: 32}", "stages"),
+        ("stages.1={steps: 3, micro_batch_size: 4}", "stages"),
         ("backbone.activation_checkpointing=budget_4", "backbone.activation_checkpointing"),
     ],
 )
@@ -169,10 +169,10 @@ def test_phases_that_do_not_hold_are_refused_before_anything_starts(
 
 
 def test_a_task_has_no_phases() -> None:
-    with pytest.raises(ConfigError, match="phases"):
+    with pytest.raises(ConfigError, match="stages"):
         load_run(
             "ade20k_linear",
-            ["optim.steps=2", "optim.warmup_steps=0", "phases=[{steps: 1}, {steps: 1, image_size: 448}]"],
+            ["optim.steps=2", "optim.warmup_steps=0", "stages=[{steps: 1}, {steps: 1, image_size: 448}]"],
         )
 
 
@@ -180,7 +180,7 @@ def test_every_phase_is_planned(shards: Path, tmp_path: Path) -> None:
     run = load_run(str(write(tmp_path, shards)))
     machine = machine_of("cpu", nodes=1, ranks_per_node=2, memory_gib=8.0)
     document = plan_run(run, machine, samples=None).document()
-    small, large = document["phases"]
+    small, large = document["stages"]
     assert (small["image_size"], large["image_size"]) == (32, SIZE)
     assert (small["micro_batch_size"], large["micro_batch_size"]) == (4, 2)
     assert large["flop_per_sample"] > 2 * small["flop_per_sample"]
