@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from m3i_scale import __version__
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
-from m3i_scale.hub.as_onnx import write_onnx
+from m3i_scale.hub.as_onnx import check_onnx, write_onnx
 from m3i_scale.hub.card import render_card
 from m3i_scale.hub.files import check_shard_size
 from m3i_scale.hub.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
@@ -217,6 +217,8 @@ def check_contents(wanted: ExportContents) -> None:
         raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
     if wanted.format == "timm" and find_spec("timm") is None:
         raise ExportError("timm is not installed", where="--format timm", fix="pip install 'm3i-scale[timm]'")
+    if wanted.format == "onnx":
+        check_onnx()
     check_shard_size(wanted.max_shard_size)
 
 

@@ -35,7 +35,7 @@ def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNot
     """
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for mark in (
-        *_phases(run),
+        *_stages(run),
         *_resumed(run),
         *_rewound(run),
         *_warned(run),
@@ -47,7 +47,7 @@ def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNot
     return sorted(marks, key=lambda mark: (mark["time"], mark["step"]))
 
 
-def _phases(run: RunFiles) -> Iterator[dict[str, Any]]:
+def _stages(run: RunFiles) -> Iterator[dict[str, Any]]:
     """Yield stage changes, each once: a resume at such a step logs it again."""
     for line in {line["step"]: line for line in run.stages if line["step"]}.values():
         text = f"images of {line['image_size']} pixels from here on, micro-batches of {line['micro_batch_size']}"

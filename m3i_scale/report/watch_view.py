@@ -134,7 +134,7 @@ def _charts(run: RunFiles, width: int, room: int | None) -> list[Text]:
     if not len(run.steps) or not rows:
         return []
     charts = [_chart(run, *chart, chart_width, height) for chart in shown[: rows * columns]]
-    charts.insert(1, _phases(run, chart_width, height))
+    charts.insert(1, _step_times(run, chart_width, height))
     lines = []
     for begin in range(0, rows * columns, columns):
         row = charts[begin : begin + columns]
@@ -147,7 +147,7 @@ def _chart(run: RunFiles, name: str, words: str, value: str, width: int, height:
     return [_title(f"{words} {value}", width), *(Text(line, "cyan") for line in drawn)]
 
 
-def _phases(run: RunFiles, width: int, height: int) -> list[Text]:
+def _step_times(run: RunFiles, width: int, height: int) -> list[Text]:
     pattern = re.compile("time/(?!step|data_wait)(.+)")
     seconds = {
         match[1]: float(values[-1]) for name, values in run.figures.items() if (match := pattern.fullmatch(name))

@@ -10,7 +10,7 @@
     dark: ["#5aa2ff", "#ff9d2e", "#35c47a", "#ff8ad8", "#a878ff", "#e8e04a", "#3fdcf0", "#ff4d4d", "#e6eaf0", "#a58a78"],
   };
   const dashes = ["solid", "dash", "dot", "longdash", "dashdot", "longdashdot"];
-  const markColours = { phase: 0, resumed: 2, rewound: 4, warning: 1, lost: 7, failed: 7 };
+  const markColours = { stage: 0, resumed: 2, rewound: 4, warning: 1, lost: 7, failed: 7 };
 
   const palette = () => (dark.matches ? colours.dark : colours.light);
   const colour = (place) => palette()[place % palette().length];
