@@ -28,8 +28,9 @@ def test_numbers_are_those_of_yaml_1_2(text: str) -> None:
 
 
 def test_a_time_is_no_number_of_steps() -> None:
-    with pytest.raises(ConfigError, match=r"'optim.steps'.*'3:00'"):
+    with pytest.raises(ConfigError) as caught:
         load_run("m3i", ["optim.steps=3:00"])
+    assert caught.value.where == "override optim.steps=3:00"
     assert load_run("m3i", ["optim.steps=0300"]).optim.steps == 300
 
 
@@ -67,7 +68,7 @@ def bomb(above: str, levels: int = 12) -> str:
 def test_aliases_that_multiply_are_refused(above: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(bomb(above))
-    with pytest.raises(ConfigError, match="aliases") as caught:
+    with pytest.raises(ConfigError) as caught:
         load_run(str(path))
     assert caught.value.where == str(path)
     for command in (
@@ -91,8 +92,9 @@ def test_merged_keys_cannot_multiply_either(tmp_path: Path) -> None:
     lines = ["a0: &a0 {x: y}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 12)]
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match="aliases"):
+    with pytest.raises(ConfigError) as caught:
         read_yaml(path)
+    assert str(caught.value.where).endswith("/run.yaml")
 
 
 def test_a_large_file_without_aliases_is_read(tmp_path: Path) -> None:

@@ -162,15 +162,17 @@ def test_a_weight_that_is_missing_is_told(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["post_layernorm.bias"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"are missing, e\.g\. post_layernorm\.bias"):
+    with pytest.raises(ConfigError) as caught:
         planned(tmp_path)
+    assert caught.value.where == "backbone.from_pretrained"
 
 
 def test_images_that_patches_do_not_fill_get_a_size_with_the_same_grid(tmp_path: Path) -> None:
     """The published tower of 384 pixels has patches of 14: 27 of them, and 6 pixels that it never reads."""
     SiglipVisionModel(SiglipVisionConfig(**SMALL | {"image_size": 35})).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="does not divide image size 35") as caught:
+    with pytest.raises(ConfigError) as caught:
         backbone_config(section(tmp_path))
+    assert caught.value.where == "backbone.config"
     assert caught.value.fix == "image_size: 32"
     assert planned(tmp_path, image_size=32).report["resized"] == {}
 
@@ -178,8 +180,9 @@ def test_images_that_patches_do_not_fill_get_a_size_with_the_same_grid(tmp_path:
 @pytest.mark.parametrize("config", [Siglip2Config, Siglip2VisionConfig])
 def test_naflex_is_refused_and_what_to_take_instead_is_named(tmp_path: Path, config: type) -> None:
     config().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a siglip2") as caught:
+    with pytest.raises(ConfigError) as caught:
         backbone_config(section(tmp_path))
+    assert caught.value.where == "backbone.from_pretrained"
     assert "fixed size" in caught.value.fix
 
 

@@ -274,10 +274,12 @@ def replace(path, other):
 def test_a_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools, served, tmp_path, cache_gib):
     loader = loader_of(tools, served, tmp_path, cache_gib)
     replace(served.folder / BAD, 1)
-    with pytest.raises(DataError, match="cannot read the shard: replaced"):
+    with pytest.raises(DataError) as caught:
         keys_of(loader, 8)
-    with pytest.raises(DataError, match="was replaced since it was indexed") as caught:
+    assert str(caught.value.where).endswith("/s-003.tar")
+    with pytest.raises(DataError) as caught:
         loader_of(tools, served, tmp_path, cache_gib)
+    assert str(caught.value.where).endswith("/s-003.tar")
     assert BAD in caught.value.where
 
 
@@ -307,8 +309,9 @@ def test_a_local_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools
     (tmp_path / "other" / BAD).replace(path)
     assert path.stat().st_size == size
     os.utime(path, ns=(1, 1))
-    with pytest.raises(DataError, match="the data changed since the checkpoint"):
+    with pytest.raises(DataError) as caught:
         tools.make_loader({"s": folder}, tmp_path / "cache", streams=4).load_state_dict(state)
+    assert caught.value.where == "data state, sources"
     assert keys_of(loader, 6)
     assert set(loader.quarantined) == {"not a tar member"}
 
@@ -341,13 +344,13 @@ def test_a_server_that_is_down_at_the_start_is_given_up_soon_and_named(tools, se
     served.shutdown()
     served.server_close()
     settings = {"max_read_attempts": 100_000, "start_timeout_s": 0.5}
-    with pytest.raises(DataError, match="cannot read the labels: connection lost") as caught:
+    with pytest.raises(DataError) as caught:
         loader_of(tools, served, tmp_path, **settings)
     assert caught.value.where.startswith(f"dataset 's': {served.address}/labels.json")
     assert "data.start_timeout_s" in caught.value.fix
     source = {"s": DatasetConfig(path=f"{served.address}/s-{{000..007}}.tar")}
     access = Access(attempts=100_000, start_timeout_s=0.5).at_start()
-    with pytest.raises(DataError, match="cannot read the tokenizer: connection lost") as caught:
+    with pytest.raises(DataError) as caught:
         find_tokenizer(source, None, access)
     assert caught.value.where.startswith("dataset 's': ")
     with pytest.raises(DataError, match="cannot list the folder: connection lost") as caught:

@@ -211,9 +211,10 @@ def test_a_disk_that_fills_ends_the_run_and_says_so(tools, tmp_path, monkeypatch
     with servers.faulty_server(tools.write_folder(tmp_path / "data", [6, 5, 7, 6])) as server:
         loader = remote_loader(tools, server, tmp_path)
         monkeypatch.setattr(os, call, full)
-        with pytest.raises(DataError, match="cannot write the cache of shards: No space left on device") as caught:
+        with pytest.raises(DataError) as caught:
             for _ in zip(range(100), loader, strict=False):
                 pass
+        assert str(caught.value.where).endswith("/shards")
         assert str(tmp_path / "shards") in caught.value.where
         assert "data.cache_gib" in caught.value.fix
         assert loader.quarantined == {}

@@ -155,7 +155,7 @@ def test_too_many_stop_the_run_with_the_table(tools, spoilt, cache, tmp_path):
     path = tmp_path / "quarantine.jsonl"
     limits = {"max_sample_bytes": MAX_SAMPLE_BYTES, "max_caption_bytes": MAX_CAPTION_BYTES}
     loader = tools.make_loader({"s": spoilt}, cache, streams=4, max_corrupt_fraction=0.1, quarantine=path, **limits)
-    with pytest.raises(DataError, match="are bad") as caught:
+    with pytest.raises(DataError) as caught:
         list(itertools.islice(loader, 40))
     for reason in {reason for reason, _ in FAULTS.values()}:
         assert reason in caught.value.why

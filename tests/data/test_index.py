@@ -56,7 +56,7 @@ def cut_in_two(tools, folder):
 def test_data_behind_the_end_of_a_tar_are_refused_whatever_an_older_index_says(tools, tmp_path):
     path = cut_in_two(tools, tmp_path)
     for read in (scan_shard, lambda path: load_index([path], tmp_path / "cache")):
-        with pytest.raises(DataError, match="data after the end of the tar") as caught:
+        with pytest.raises(DataError) as caught:
             read(path)
         assert caught.value.where == str(path)
     with tarfile.open(path, ignore_zeros=True) as both:  # what the fix says
@@ -214,8 +214,9 @@ def test_other_ranks_wait_for_rank_zero(tools, tmp_path):
     load_index([path], tmp_path / "cache", rank=0)
     waiting.join(timeout=20)
     assert [len(index) for index in found] == [1]
-    with pytest.raises(DataError, match="did not index"):
+    with pytest.raises(DataError) as caught:
         load_index([path], tmp_path / "nowhere", rank=1, wait_timeout_s=0)
+    assert str(caught.value.where).endswith("/s.tar")
 
 
 def test_shards_by_folder_pattern_and_path(folder):
@@ -229,12 +230,14 @@ def test_shards_by_folder_pattern_and_path(folder):
 
 
 def test_shards_that_are_not_there(folder, tmp_path):
-    with pytest.raises(DataError, match="2 of 12 shards are missing"):
+    with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000..011}}.tar")
+    assert str(caught.value.where).endswith("/s-010.tar")
     with pytest.raises(DataError, match="twice"):
         expand_shards(f"{folder}/s-{{000,000}}.tar")
-    with pytest.raises(DataError, match="brace"):
+    with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000..")
+    assert str(caught.value.where).endswith("/s-{000..")
     with pytest.raises(DataError, match=r"no \.tar shards") as caught:
         expand_shards(str(folder.parent))
     assert folder.name in str(caught.value)
@@ -253,8 +256,9 @@ def test_label_sets(folder, tools, tmp_path):
     }
     assert read_label_sets(sources) == {"a": ["a", "b", "c"], "b": ["x"]}
     clash = {name: DatasetConfig(path=str(path), label_set="same") for name, path in (("a", folder), ("b", other))}
-    with pytest.raises(DataError, match="two different label lists"):
+    with pytest.raises(DataError) as caught:
         read_label_sets(clash)
+    assert str(caught.value.where).endswith("/other/labels.json")
     for broken in ("{}", "[" * 100_000):
         (other / "labels.json").write_text(broken)
         with pytest.raises(DataError) as caught:

@@ -282,7 +282,7 @@ def test_a_stream_without_a_good_sample_names_its_shards_and_lists_them(tools, t
     loader = tools.make_loader(
         {"s": folder}, cache, streams=4, workers=workers, max_corrupt_fraction=1.0, quarantine=path
     )
-    with pytest.raises(DataError, match="a stream of dataset 's' has no good sample") as caught:
+    with pytest.raises(DataError) as caught:
         take(loader, 1)
     assert caught.value.where == str(folder / "s-002.tar")
     assert "5 × no image" in caught.value.why
@@ -312,7 +312,7 @@ def test_bad_samples_on_the_way_to_a_batch_that_never_comes_are_counted_and_list
     assert loader.account.bad == 10
     assert len(path.read_text().splitlines()) == 10
     assert loader.state_dict() == start  # a resume goes on from what was handed out
-    with pytest.raises(DataError, match="ends before the first step") as caught:
+    with pytest.raises(DataError) as caught:
         loader.stop_if_bad(loader.account, begun=False)
     assert caught.value.where == str(path)
     assert caught.value.why == "10 × label out of range"
@@ -333,8 +333,9 @@ def test_a_shard_that_vanishes_is_named(tools, tmp_path, cache):
     folder = tools.write_folder(tmp_path / "gone", [3] * 4)
     loader = tools.make_loader({"s": folder}, cache, streams=4, workers=2)
     (folder / "s-001.tar").unlink()
-    with pytest.raises(DataError, match="cannot read the shard"):
+    with pytest.raises(DataError) as caught:
         take(loader, 3)
+    assert str(caught.value.where).endswith("/gone/s-001.tar")
 
 
 def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tools, folder, cache):
@@ -345,8 +346,9 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
     victim = next(child for child in multiprocessing.active_children() if child not in others)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()  # torch would raise here, or in the middle of a training step
-    with pytest.raises(LostWorkerError, match=r"a loader process has died \(SIGKILL\)") as caught:
+    with pytest.raises(LostWorkerError) as caught:
         take(batches, 20)
+    assert caught.value.where == "data.num_workers: 2"
     assert "memory" in caught.value.why
 
 
@@ -367,10 +369,12 @@ def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, match, f
 def test_more_streams_than_shards_share_them_and_fewer_samples_than_streams_are_refused(tools, folder, cache):
     batch = next(iter(tools.make_loader({"s": folder}, cache, streams=61, micro=61)))
     assert len(set(batch.keys)) == 61  # of ten shards
-    with pytest.raises(DataError, match="61 samples cannot be dealt to 64 streams"):
+    with pytest.raises(DataError) as caught:
         tools.make_loader({"s": folder}, cache, streams=64, micro=64)
-    with pytest.raises(ConfigError, match="the run has no data"):
+    assert caught.value.where == "dataset 's'"
+    with pytest.raises(ConfigError) as caught:
         tools.make_loader({}, cache)
+    assert caught.value.where == "data.datasets"
 
 
 def test_the_loader_leaves_the_global_generator_alone(tools, folder, cache):
@@ -384,8 +388,9 @@ def test_the_loader_leaves_the_global_generator_alone(tools, folder, cache):
 def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         find_tokenizer({"s": DatasetConfig(path=str(folder))}, None)
-    with pytest.raises(ConfigError, match="cannot load the tokenizer"):
+    with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
+    assert caught.value.where == "text.tokenizer"
 
 
 def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_path, monkeypatch):
@@ -400,7 +405,7 @@ def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_p
         "class Own(PreTrainedTokenizerFast): pass\n"
     )
     monkeypatch.setattr("builtins.input", lambda *question: "y")
-    with pytest.raises(ConfigError, match="code of its own") as caught:
+    with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"
     assert not ran.exists()

@@ -118,8 +118,9 @@ def test_manifests_come_back_out(photos, tmp_path, kind):
 
 
 def test_a_place_where_nobody_can_write_is_told_as_such(photos):
-    with pytest.raises(DataError, match="cannot write there"):
+    with pytest.raises(DataError) as caught:
         make_shards(imagefolder_input(photos), Path("/proc/shards"))
+    assert caught.value.where == "/proc"
 
 
 def test_an_input_that_cannot_be_read_is_not_told_as_an_output_that_cannot_be_written(tmp_path):
@@ -147,8 +148,9 @@ def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
     assert samples["000000000"]["mask.png"] == (photos / "cats" / "p0-mask.png").read_bytes()
     assert "mask.png" not in samples["000000001"]
     assert summary["splits"]["train"]["with_mask"] == 1
-    with pytest.raises(DataError, match="no column 'classes'"):
+    with pytest.raises(DataError) as caught:
         manifest_input(manifest(photos / "n.csv", "path\ncats/p0.jpg\n"), columns=TableColumns(mask="classes"))
+    assert str(caught.value.where).endswith("/photos/n.csv")
 
 
 @pytest.mark.parametrize(
@@ -208,10 +210,12 @@ def test_broken_manifests(tmp_path, name, text, match):
 
 
 def test_a_split_column_that_leaves_the_output_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no name for a split"):
+    with pytest.raises(DataError) as caught:
         manifest_input(manifest(tmp_path / "m.csv", "path,split\na.jpg,../evil\n"))
-    with pytest.raises(DataError, match="no name for a split"):
+    assert str(caught.value.where).endswith("/m.csv, row 1")
+    with pytest.raises(DataError) as caught:
         manifest_input(manifest(tmp_path / "m.csv", "path,split\n,/evil\n"))
+    assert str(caught.value.where).endswith("/m.csv, row 1")
 
 
 def test_splits_by_hash_keep_captions_of_an_image_together(photos, tmp_path):
@@ -340,9 +344,10 @@ def test_a_folder_without_captions_trains_no_tokenizer(photos, tmp_path):
 
 def test_what_cannot_be_made(photos, tmp_path):
     source, picture = imagefolder_input(photos), photos / "cats" / "p0.jpg"
-    with pytest.raises(DataError, match="the output exists"):
+    with pytest.raises(DataError) as caught:
         make_shards(source, photos)
-    with pytest.raises(DataError, match="stand for several samples") as caught:
+    assert str(caught.value.where).endswith("/photos")
+    with pytest.raises(DataError) as caught:
         make_shards(ListedInput([Record("k", picture), Record("k", picture)], []), tmp_path / "out")
     assert caught.value.where == f"{picture}: key 'k'"
     with pytest.raises(DataError, match="no samples"):
@@ -356,8 +361,9 @@ def test_what_cannot_be_made(photos, tmp_path):
     with pytest.raises(DataError, match="out of range"):
         ListedInput([Record("k", picture, label=5)], [])
     (photos / "none").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError) as caught:
         imagefolder_input(photos / "none")
+    assert str(caught.value.where).endswith("/photos/none")
     bad = ListedInput([Record("k", b"", fault=DataError("broken"))], [])
     with pytest.raises(DataError, match="can be used"):
         make_shards(bad, tmp_path / "out", options=ShardOptions(skip_bad=True))

@@ -129,8 +129,9 @@ def test_the_order_never_changes_between_releases():
 
 
 def test_fewer_samples_than_streams_are_an_error():
-    with pytest.raises(DataError, match="3 samples cannot be dealt to 4 streams"):
+    with pytest.raises(DataError) as caught:
         ends_of([1, 1, 1], 4, "here")
+    assert caught.value.where == "here"
 
 
 def test_neighbouring_shards_are_of_different_streams(tools, tmp_path, cache):

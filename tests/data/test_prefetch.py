@@ -105,8 +105,9 @@ def test_a_fault_that_is_there_when_the_shard_is_needed_does_cost_it(served, ope
     bad = verified(served, bad) if whole else bad
     served.always[BAD] = "404"
     reader.expect("stream", [bad])
-    with pytest.raises(BadShardError, match="not found"):
+    with pytest.raises(BadShardError) as caught:
         reader.read(bad, 0, 700)
+    assert str(caught.value.where).endswith("/s-001.tar")
 
 
 def test_a_cache_that_fails_stops_the_run_wherever_it_shows(served, opened, tmp_path):
@@ -115,8 +116,9 @@ def test_a_cache_that_fails_stops_the_run_wherever_it_shows(served, opened, tmp_
     (tmp_path / "shards" / "shards").write_text("not a folder")
     reader.expect("stream", [bad])
     until(lambda: failed(reader, BAD))
-    with pytest.raises(DataError, match="cannot read the cache of shards: Not a directory") as caught:
+    with pytest.raises(DataError) as caught:
         reader.read(bad, 0, 700)
+    assert str(caught.value.where).endswith("/shards")
     assert not isinstance(caught.value, BadShardError)
 
 

@@ -131,8 +131,9 @@ def test_of_a_file_beside_s3_shards_no_more_is_read_than_such_files_hold(s3, mon
 
 def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path):
     assert [place.name for place in expand_shards("s3://bucket/photos")] == [f"s-00{n}.tar" for n in range(8)]
-    with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
+    with pytest.raises(DataError) as caught:
         tools.make_loader({"s": "s3://bucket/photos/s-{000..008}.tar"}, tmp_path, **options(tmp_path))
+    assert caught.value.where == "dataset 's': s3://bucket/photos/s-008.tar"
     assert "s-008.tar" in str(caught.value)
     assert "SECRETKEY" not in str(caught.value)
 
@@ -265,13 +266,15 @@ def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, n
     with pytest.raises(ConfigError, match="there is room for"):
         check_access(DataConfig(datasets=source, cache_gib=1e7, cache_dir=tmp_path), source)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write the cache"):
+    with pytest.raises(ConfigError) as caught:
         check_access(DataConfig(datasets=source, cache_dir=tmp_path / "file" / "x"), source)
+    assert str(caught.value.where).endswith("/file/x")
 
 
 def test_shards_elsewhere_are_not_for_tools():
-    with pytest.raises(DataError, match="on a path of this host"):
+    with pytest.raises(DataError) as caught:
         local_shards("s3://bucket/x.tar")
+    assert caught.value.where == "shards: s3://bucket/x.tar"
 
 
 def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):

@@ -178,8 +178,9 @@ def test_a_set_is_packed_once_and_is_found_again(root: Path, tmp_path: Path) -> 
     assert (shards.classes, shards.samples, shards.evaluated) == (CATEGORIES, TRAIN, VAL)
     with (root / "train2017" / "0000.jpg").open("ab") as stream:
         stream.write(b"more")
-    with pytest.raises(ConfigError, match="other data"):
+    with pytest.raises(ConfigError) as caught:
         find_labelled(root, tmp_path / "shards", tmp_path / "index", "categories.json")
+    assert str(caught.value.where).endswith("/shards")
 
 
 def test_a_share_of_files_is_that_of_their_shards(root: Path, tmp_path: Path) -> None:
@@ -289,8 +290,9 @@ def test_categories_of_shards_are_the_same_in_both_splits(start: Path, root: Pat
         prepared(start, tmp_path / "shards", tmp_path)
     assert str(caught.value.where).endswith("val")
     path.unlink()
-    with pytest.raises(ConfigError, match=r"categories\.json"):
+    with pytest.raises(ConfigError) as caught:
         prepared(start, tmp_path / "shards", tmp_path)
+    assert str(caught.value.where).endswith("/shards/val")
 
 
 def test_masks_are_not_learnt_where_some_objects_have_none(start: Path, root: Path, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_named_samples_are_shown_in_their_order(vit_folder, shards, tmp_path, dr
 def test_an_unknown_sample_is_refused_before_the_model_is_loaded(vit_folder, shards, tmp_path, drawn, monkeypatch):
     monkeypatch.delattr(commands, "load_vision")
     wrong = drawn[0]["pictures"]["samples"][0][:-1] + "x"
-    with pytest.raises(DataError, match="no sample") as caught:
+    with pytest.raises(DataError) as caught:
         evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new", picture_samples=[wrong])
     assert caught.value.where == "--picture-samples"
     assert ".tar/" in caught.value.fix
@@ -84,7 +84,7 @@ def test_an_unknown_sample_is_refused_before_the_model_is_loaded(vit_folder, sha
 def test_a_sample_that_is_left_out_cannot_be_shown(vit_folder, shards, tmp_path, drawn):
     key = drawn[0]["pictures"]["samples"][0]  # of a concept `c3`, whose class is 3 % 3
     group = GROUPS[int(key.rpartition("-c")[2]) % 3]
-    with pytest.raises(DataError, match="left out"):
+    with pytest.raises(DataError) as caught:
         evaluate(
             vit_folder,
             str(shards / "val"),
@@ -92,6 +92,7 @@ def test_a_sample_that_is_left_out_cannot_be_shown(vit_folder, shards, tmp_path,
             picture_samples=[key],
             exclude_groups=(group,),
         )
+    assert caught.value.where == "--picture-samples"
 
 
 def test_folders_that_take_no_pictures(vit_folder, shards, tmp_path):
@@ -109,8 +110,9 @@ def test_a_disk_that_refuses_is_told(vit_folder, shards, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(collect, "write_pictures", full)
-    with pytest.raises(ConfigError, match="No space left"):
+    with pytest.raises(ConfigError) as caught:
         evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new")
+    assert str(caught.value.where).endswith("/new")
 
 
 def test_more_samples_than_a_picture_shows(vit_folder, shards, tmp_path):

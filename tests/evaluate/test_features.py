@@ -35,8 +35,9 @@ def test_pooling_by_hand():
 def test_pooling_of_a_map():
     hidden = torch.arange(8.0).reshape(1, 2, 2, 2)
     assert pool_tokens(hidden, 4, "mean").tolist() == [[1.5, 5.5]]
-    with pytest.raises(ExportError, match="no class token"):
+    with pytest.raises(ExportError) as caught:
         pool_tokens(hidden, 4, "cls")
+    assert caught.value.where == "--pool cls"
 
 
 def test_features_are_those_of_the_stock_classes(vit_folder, shards):
@@ -137,5 +138,6 @@ def test_hostile_shard_is_refused(tmp_path):
         link = tarfile.TarInfo("a.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    with pytest.raises(DataError, match="link"):
+    with pytest.raises(DataError) as caught:
         list(read_samples(open_table(str(tmp_path), "--data"), 16))
+    assert str(caught.value.where).endswith("/x.tar")

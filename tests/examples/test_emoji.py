@@ -122,20 +122,24 @@ def test_a_font_without_bitmaps_is_refused(tmp_path):
     builder.setupGlyphOrder([".notdef"])
     builder.setupCharacterMap({})
     builder.save(tmp_path / "font.ttf")
-    with pytest.raises(DataError, match="holds no bitmaps"):
+    with pytest.raises(DataError) as caught:
         noto_art(tmp_path / "font.ttf", [])
+    assert str(caught.value.where).endswith("/font.ttf")
     (tmp_path / "font.ttf").write_bytes(b"junk")
-    with pytest.raises(DataError, match="cannot read the font"):
+    with pytest.raises(DataError) as caught:
         noto_art(tmp_path / "font.ttf", [])
+    assert str(caught.value.where).endswith("/font.ttf")
 
 
 def test_without_npm_the_message_says_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match="'npm' is not installed") as caught:
+    with pytest.raises(DataError) as caught:
         emoji.fetch_npm(emoji.OPENMOJI, tmp_path)
+    assert caught.value.where == "npm pack openmoji@17.0.0 --silent"
     assert "npm pack openmoji@17.0.0" in caught.value.fix
-    with pytest.raises(DataError, match="'apt-get' is not installed") as caught:
+    with pytest.raises(DataError) as caught:
         emoji.fetch_noto(tmp_path)
+    assert caught.value.where == "apt-get download fonts-noto-color-emoji"
     assert "--noto-font" in caught.value.fix
 
 
@@ -143,14 +147,16 @@ def test_a_failing_command_is_quoted(tmp_path, monkeypatch):
     (tmp_path / "npm").write_text("#!/bin/sh\necho 'network is down' >&2\nexit 1\n")
     (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with pytest.raises(DataError, match="network is down"):
+    with pytest.raises(DataError) as caught:
         emoji.fetch_npm(emoji.TWEMOJI, tmp_path)
+    assert caught.value.where == "npm pack @twemoji/svg@15.0.0 --silent"
 
 
 def test_another_archive_is_refused(tmp_path):
     (tmp_path / emoji.FLUENT.archive).write_bytes(b"something else")
-    with pytest.raises(DataError, match="not the expected one"):
+    with pytest.raises(DataError) as caught:
         emoji.fetch_npm(emoji.FLUENT, tmp_path)
+    assert str(caught.value.where).endswith("/lobehub-fluent-emoji-3d-1.1.0.tgz")
 
 
 def test_archives_are_read_without_unpacking(tmp_path):
@@ -160,8 +166,9 @@ def test_archives_are_read_without_unpacking(tmp_path):
             info.size = len(SVG)
             tar.addfile(info, io.BytesIO(SVG))
     assert emoji.read_archive(tmp_path / "a.tgz", "package", ".svg") == {"1f600": SVG}
-    with pytest.raises(DataError, match=r"no \.png files"):
+    with pytest.raises(DataError) as caught:
         emoji.read_archive(tmp_path / "a.tgz", "package", ".png")
+    assert str(caught.value.where).endswith("/a.tgz")
 
 
 def test_a_relative_cache_serves_the_font(tmp_path, monkeypatch):

@@ -202,10 +202,12 @@ def test_nothing_to_export(tmp_path, name):
 def test_taken_target(run_dir, exported, tmp_path, same_process):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ExportError, match="has something in it"):
+    with pytest.raises(ExportError) as caught:
         export(run_dir[0], tmp_path / "mine")
-    with pytest.raises(ExportError, match="is no export"):
+    assert str(caught.value.where).endswith("/mine")
+    with pytest.raises(ExportError) as caught:
         export(run_dir[0], tmp_path / "mine", overwrite=True)
+    assert str(caught.value.where).endswith("/mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
     shutil.copytree(exported[0], tmp_path / "old")
     (tmp_path / "old" / "stale.txt").write_text("x")
@@ -252,7 +254,7 @@ def test_empty_tensor_in_the_checkpoint(run_dir, tmp_path, monkeypatch):
         return weights
 
     monkeypatch.setattr(source_module, "saved_weights", emptied)
-    with pytest.raises(ExportError, match="has no elements") as caught:
+    with pytest.raises(ExportError) as caught:
         export(run_dir[0], tmp_path / "out")
     assert caught.value.where == "student.model.layernorm.weight"
     assert left_behind(tmp_path / "out") == []
@@ -289,8 +291,9 @@ def test_evaluation_goes_into_the_card(make_run, tmp_path, same_process):
     assert "| retrieval image to text R@1 | 0.500 | 0.400 … 0.625 | 0.01 |" in text
     for wrong in ([], {"measures": measures}, {"data": evaluation["data"]}):
         (folder / "evaluation.json").write_text(json.dumps(wrong))
-        with pytest.raises(ExportError, match="not an evaluation"):
+        with pytest.raises(ExportError) as caught:
             export(folder, tmp_path / "other")
+        assert str(caught.value.where).endswith("/run/evaluation.json")
 
 
 def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path, same_process):
@@ -306,7 +309,7 @@ def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path
     other = export(folder, tmp_path / "momentum", weights="ema")
     assert other["evaluation"] is None
     assert "evaluation.json is of the student weights" in other["warning"]
-    with pytest.raises(ExportError, match="the evaluation is of the student weights") as caught:
+    with pytest.raises(ExportError) as caught:
         export(folder, tmp_path / "given", weights="ema", evaluation_file=file)
     assert caught.value.where == str(file)
 

@@ -197,7 +197,7 @@ def test_a_gram_matrix_needs_no_width_and_an_anchor_needs_the_students() -> None
     objective = started(kept(targets=(GRAM,), **other))
     assert objective.teachers["start"].width == 48
     assert math.isfinite(float(objective(random_batch(2))[0].detach()))
-    with pytest.raises(ConfigError, match=r"64 channels .* 48") as caught:
+    with pytest.raises(ConfigError) as caught:
         build_objective(kept(targets=(ANCHOR,), **other), LABEL_SETS, VOCABULARY)
     assert caught.value.where == "recipe.targets"
 

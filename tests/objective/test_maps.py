@@ -30,16 +30,19 @@ def reads_class_token(recipe: str) -> bool:
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "teachers" not in load_run(name).recipe])
 def test_every_recipe_trains_every_parameter(recipe: str) -> None:
     if reads_class_token(recipe):
-        with pytest.raises(ConfigError, match="this backbone has no class token"):
+        with pytest.raises(ConfigError) as caught:
             tiny_objective(recipe, *overrides(recipe))
+        assert caught.value.where == "recipe.decoders"
         return
     if any("size" in view for view in load_run(recipe).recipe.get("views", [])):
-        with pytest.raises(ConfigError, match="views of one size"):
+        with pytest.raises(ConfigError) as caught:
             tiny_objective(recipe, *overrides(recipe))
+        assert caught.value.where == "recipe.views"
         return
     if any("layers" in target for target in load_run(recipe).recipe["targets"]):
-        with pytest.raises(ConfigError, match="grids of several sizes"):
+        with pytest.raises(ConfigError) as caught:
             tiny_objective(recipe, *overrides(recipe))
+        assert caught.value.where == "recipe.targets"
         return
     objective = tiny_objective(recipe, *overrides(recipe))
     masked = any(spec.mask for spec in objective.recipe.inputs)  # the images of a mix leave no square empty
@@ -83,17 +86,20 @@ def test_no_masked_pixel_and_no_other_pair_of_a_mix_reaches_a_prediction() -> No
 
 
 def test_keeping_the_images_of_a_mix_apart_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot keep the images of a mix apart"):
+    with pytest.raises(ConfigError) as caught:
         tiny_objective("m3i", *MAPS)
+    assert caught.value.where == "backbone.attention: own"
 
 
 def test_a_single_square_cannot_be_dealt_to_two_images() -> None:
     run = tiny_run("m3i", *MAPS, "backbone.attention=across_images", "backbone.config.image_size=32")
-    with pytest.raises(ConfigError, match="1 patches cannot be dealt to 2 images"):
+    with pytest.raises(ConfigError) as caught:
         build_objective(run, LABELS, 50)
+    assert caught.value.where == "backbone.config"
 
 
 @pytest.mark.parametrize("backbone", [(*MAPS, "backbone.config.image_size=32"), ("backbone.config.patch_size=32",)])
 def test_a_single_square_cannot_be_hidden_in_part(backbone: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="hides a part of 1 patch of 32 pixels"):
+    with pytest.raises(ConfigError) as caught:
         tiny_objective("mae", *backbone)
+    assert caught.value.where == "backbone.config"

@@ -263,11 +263,13 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     writer.on_start(info(tmp_path))
     writer._file = Path("/dev/full").open("w")  # noqa: SIM115 (the writer closes it)
     for attempt in (lambda: writer.on_step(record(1)), lambda: writer.on_end("failed")):
-        with pytest.raises(UserError, match="cannot write the metrics: No space left"):
+        with pytest.raises(UserError) as caught:
             attempt()
+        assert str(caught.value.where).endswith("/metrics.jsonl")
     (tmp_path / "sub").write_text("a file")
-    with pytest.raises(UserError, match="cannot write the metrics"):
+    with pytest.raises(UserError) as caught:
         MetricsWriter().on_start(info(tmp_path / "sub"))
+    assert str(caught.value.where).endswith("/sub/metrics.jsonl")
 
 
 def test_an_end_before_the_start_is_no_fault(tmp_path: Path) -> None:
@@ -362,6 +364,7 @@ def test_wandb_online_without_a_key_is_a_configuration_error(tmp_path: Path, mon
     pytest.importorskip("wandb", reason="the optional package wandb is not installed")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="no API key") as caught:
+    with pytest.raises(ConfigError) as caught:
         WandbWriter("online").on_start(info(tmp_path))
+    assert caught.value.where == "log.wandb"
     assert "log.wandb=offline" in str(caught.value)

@@ -73,7 +73,8 @@ WRONG_TYPES = ['{"rewound_to": "5", "data": [{}]}', '{"rewound_to": 5, "data": "
 def test_a_file_that_cannot_be_read_is_explained(text: str, tmp_path: Path) -> None:
     assert read_rewinds(tmp_path / REWINDS) == []
     (tmp_path / REWINDS).write_text(text)
-    with pytest.raises(CheckpointError, match="cannot read which checkpoints") as caught:
+    with pytest.raises(CheckpointError) as caught:
         read_rewinds(tmp_path / REWINDS)
+    assert str(caught.value.where).endswith("/rewinds.json")
     assert "http" not in str(caught.value)
     assert "\n" not in caught.value.what

@@ -201,8 +201,9 @@ def test_a_shape_that_the_published_weights_do_not_have_is_refused(tmp_path, fie
 
 def test_a_head_that_its_own_configuration_promises_must_be_there(tmp_path):
     section = BackboneConfig(from_pretrained=str(published_folder(tmp_path, model_of(), use_clip_projector=True)))
-    with pytest.raises(ConfigError, match=r"4 weights of .* are missing"):
+    with pytest.raises(ConfigError) as caught:
         plan_load(backbone_source(section), backbone_config(section))
+    assert caught.value.where == "backbone.from_pretrained"
 
 
 def test_the_start_is_told_and_kept(tmp_path, capsys):

@@ -30,10 +30,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         asked("m3i", f"output_dir={tmp_path / 'none'}")
     assert caught.value.where == str(tmp_path / "none")
-    with pytest.raises(ConfigError, match="no run file"):
+    with pytest.raises(ConfigError) as caught:
         asked(str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="no effect"):
+    assert str(caught.value.where).endswith("/nowhere")
+    with pytest.raises(ConfigError) as caught:
         asked(str(tmp_path), "seed=1")
+    assert caught.value.where == "seed=1"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,14 +57,16 @@ def test_every_n_recomputes_one_layer_in_n(n: int, depth: int) -> None:
     BAD_POLICIES,
 )
 def test_other_words_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="no activation checkpointing policy") as caught:
+    with pytest.raises(ConfigError) as caught:
         read_policy(text)
+    assert caught.value.where == "backbone.activation_checkpointing"
     assert "selective" in str(caught.value.fix)
 
 
 def test_offload_is_refused_where_the_accelerator_computes_in_host_memory(monkeypatch) -> None:
-    with pytest.raises(ConfigError, match="'offload' has no effect here") as caught:
+    with pytest.raises(ConfigError) as caught:
         check_policy("offload")
+    assert caught.value.where == "backbone.activation_checkpointing"
     assert "host memory" in str(caught.value.why)
     monkeypatch.setattr(activations, "in_host_memory", lambda: False)
     assert check_policy("offload").kind == "offload"

@@ -69,8 +69,9 @@ def test_recomputation_stays_outside(seen: list[Any], backbone: tuple[str, ...],
 
 
 def test_a_model_without_layers_is_refused(seen: list[Any]) -> None:
-    with pytest.raises(ConfigError, match="`compile` has no effect"):
+    with pytest.raises(ConfigError) as caught:
         compile_layers(nn.Sequential(nn.Linear(2, 2)))
+    assert caught.value.where == "backbone.compile"
 
 
 @pytest.fixture
@@ -163,11 +164,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
 
 def test_a_cpu_needs_a_compiler_and_headers(machine: Machine) -> None:
-    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler \(g\+\+\) and the headers of Python"):
+    with pytest.raises(ConfigError) as caught:
         check_compile()
+    assert caught.value.where == "backbone.compile"
     machine.has("g++")
-    with pytest.raises(ConfigError, match=r"needs the headers of Python"):
+    with pytest.raises(ConfigError) as caught:
         check_compile()
+    assert caught.value.where == "backbone.compile"
     machine.has(headers=True)
     check_compile()
 
@@ -191,8 +194,9 @@ def test_the_compiler_of_the_environment_is_the_one_that_is_looked_for(
 ) -> None:
     machine.has("gcc", "g++", device=device, headers=True, triton=True)
     monkeypatch.setenv(variable, "other")
-    with pytest.raises(ConfigError, match="other"):
+    with pytest.raises(ConfigError) as caught:
         check_compile()
+    assert caught.value.where == "backbone.compile"
     machine.has("other")
     check_compile()
 

@@ -310,8 +310,9 @@ def test_batch_arithmetic(world, micro, accumulation, rest):
 
 
 def test_batch_smaller_than_one_round_is_refused():
-    with pytest.raises(ConfigError, match="not micro_batch_size") as caught:
+    with pytest.raises(ConfigError) as caught:
         resolve(load_ds_config("zero3_bf16"), **{**RUN, "world_size": 4}, where="x")
+    assert caught.value.where == "optim.batch_size: 8, on 4 ranks"
     assert "batch_size to 16" in str(caught.value.fix)
 
 
@@ -350,8 +351,9 @@ def test_names_and_paths(tmp_path):
     mine = tmp_path / "mine.json"
     mine.write_text('{"a": 1}')
     assert load_ds_config(str(mine)) == {"a": 1}
-    with pytest.raises(ConfigError, match="no DeepSpeed file") as caught:
+    with pytest.raises(ConfigError) as caught:
         load_ds_config("zero3_bf61")
+    assert str(caught.value.where).endswith("/zero3_bf61")
     assert "zero3_bf16" in str(caught.value.fix)
 
 
@@ -378,8 +380,9 @@ def test_unreadable_files(tmp_path, text, words):
 def test_file_that_is_not_text(tmp_path):
     path = tmp_path / "mine.json"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError) as caught:
         load_ds_config(str(path))
+    assert str(caught.value.where).endswith("/mine.json")
 
 
 def test_precision_that_the_accelerator_lacks(monkeypatch):
@@ -387,8 +390,9 @@ def test_precision_that_the_accelerator_lacks(monkeypatch):
 
     resolved = resolve(load_ds_config("zero3_fp16"), **RUN, where="zero3_fp16")
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match="has no fp16") as caught:
+    with pytest.raises(ConfigError) as caught:
         check_accelerator(resolved)
+    assert caught.value.where == "zero3_fp16"
     assert "zero3_cpu" in str(caught.value.fix)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     check_accelerator(resolved)

@@ -29,8 +29,9 @@ def engine(monkeypatch: pytest.MonkeyPatch, *, fp16: bool = True, applied: bool 
 
 
 def test_an_overflow_at_the_smallest_scale_is_explained(monkeypatch) -> None:
-    with pytest.raises(UserError, match="not finite even at the smallest loss scale, 2") as caught:
+    with pytest.raises(UserError) as caught:
         take_step(engine(monkeypatch))
+    assert caught.value.where == "fp16.min_loss_scale"
     assert "optim.lr" in str(caught.value.fix)
 
 

@@ -160,10 +160,12 @@ def test_files_that_are_not_as_the_index_says(tmp_path: Path) -> None:
     write(tmp_path, {"weight/a": torch.ones(4), "weight/b": torch.ones(2)}, {"weight/a": [], "weight/b": []}, 1)
     file = tmp_path / "tensors" / "rank-00000-00000.safetensors"
     whole = file.read_bytes()
-    with pytest.raises(CheckpointError, match="no elements 2 to 5"):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).read_into("weight/a", 2, torch.empty(3))
-    with pytest.raises(CheckpointError, match="no tensor 'weight/c'"):
+    assert str(caught.value.where).endswith("/tensors/index.json")
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).whole("weight/c")
+    assert str(caught.value.where).endswith("/tensors/index.json")
     file.write_bytes(whole[:-3])
     with pytest.raises(CheckpointError, match="shorter than its index says"):
         SavedTensors(tmp_path).whole("weight/b")
@@ -228,8 +230,9 @@ def test_a_damaged_meta_file_of_a_checkpoint_that_is_there(saved: Path, content:
 def test_an_index_without_norms_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": []}, 1)
     spoil(tmp_path / "tensors" / "index.json", lambda index: index["norms"].clear())
-    with pytest.raises(CheckpointError, match="'weight/a' has no shape, no norm, or no pieces"):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path)
+    assert str(caught.value.where).endswith("/tensors/index.json")
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -267,5 +270,6 @@ def test_tensors_of_all_types_come_back(tmp_path: Path) -> None:
 
 
 def test_without_tensors_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tensors that this version reads"):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path)
+    assert str(caught.value.where).endswith("/tensors/index.json")
