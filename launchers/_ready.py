@@ -10,9 +10,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from m3i_scale.launch.commands import read_job
+from m3i_scale.launch.commands import read_job, render
 from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.launchers import render
 from m3i_scale.launch.plan import ENDS, LaunchPlan
 from m3i_scale.launch.shell import quoted, wrapped
 

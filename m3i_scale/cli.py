@@ -294,17 +294,17 @@ def doctor(
     Exit code 2 if one is not.
     """
     leave_out_accelerator_warning()
-    from m3i_scale.launch.doctor.findings import faults_of
+    from m3i_scale.launch.doctor.findings import errors_in
     from m3i_scale.run.doctor import examine
 
-    findings = examine(run, overrides or [], cluster, connect_s=connect_s, tell=_ERRORS.print)
+    findings = examine(run, overrides or [], cluster, connect_s=connect_s, log=_ERRORS.print)
     if as_json:
         print_json([finding.to_json() for finding in findings])
     else:
         from m3i_scale.report.doctor_table import doctor_table
 
         wide_console().print(doctor_table(finding.to_json() for finding in findings))
-    if faults_of(findings):
+    if errors_in(findings):
         raise typer.Exit(EXIT_USER_ERROR)
 
 

@@ -57,6 +57,18 @@ def print_line(text: str, *, stderr: bool = False) -> None:
     print(printable(text, lines=True), file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
+def write_stderr(text: str) -> None:
+    """Write to standard error. After the terminal is lost, drop further text, because the run still has to save."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # otherwise the interpreter fails at exit and changes the exit code
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
 def wide_console(*, stderr: bool = False, **options: Any) -> Console:
     """Return a console that wraps lines at the terminal width. Without a terminal it does not wrap, because a file or
     pipe has no 80 columns. COLUMNS overrides both."""

@@ -9,35 +9,128 @@ neither torch nor DeepSpeed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import selectors
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
 from m3i_scale import __version__
-from m3i_scale.launch.doctor.facts import code
-from m3i_scale.launch.doctor.machine import rank_memory
-from m3i_scale.launch.heartbeat import RECORDS
-from m3i_scale.launch.processes import MARK, end_marked, marked, process_tag
-from m3i_scale.launch.rank import Rank
+from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.launch.doctor.software import code
+from m3i_scale.launch.failures import LAST_LINES, Failure, explain_exit_code, read_record, record_file
+from m3i_scale.launch.heartbeat import RECORDS, RankState, heartbeat_file, read_heartbeat
+from m3i_scale.launch.processes import MARK, end_marked, marked, oom_kills, process_tag
 from m3i_scale.launch.wire import AGENT_SILENCE, BEAT_S, Message, Writer, decode
 
 _TICK_S = 0.1
 _CHUNK = 1 << 16
 _HEARTBEAT_TIMEOUT_S = 60.0
 """Heartbeat timeout until the supervisor sets one."""
-_PREFIX = "m3i-scale-agent-"
-_YOUNG_S = 60.0
-"""A younger folder without a lock may be about to be locked."""
+_LINE_BYTES = 2000
+
+
+class Rank:
+    """The process of one rank.
+
+    Args:
+        number: its RANK.
+        command: command of every rank.
+        environment: the complete environment.
+        cwd: working directory of the process.
+        records: the folder for its heartbeat and its error file.
+    """
+
+    def __init__(
+        self, number: int, command: Sequence[str], environment: Mapping[str, str], cwd: str, records: Path
+    ) -> None:
+        self.number = number
+        self.code: int | None = None
+        self._records = records
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._part = ""
+        self._ooms = oom_kills()
+        tied = [sys.executable, "-m", "m3i_scale.launch.processes", str(os.getpid()), *command]
+        self._process = subprocess.Popen(
+            tied,
+            env=environment,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            bufsize=0,
+        )
+        if self._process.stdout is None:
+            raise RuntimeError("no pipe")
+        self.output = self._process.stdout
+
+    def remember(self, data: bytes) -> None:
+        """Keep the last lines; for a line that is overwritten repeatedly (a progress bar), its last text."""
+        *complete, self._part = (self._part + data.decode(errors="replace")).split("\n")
+        lines = [line.rstrip("\r").rpartition("\r")[2][:_LINE_BYTES] for line in complete]
+        self._lines.extend(line for line in lines if line.strip())
+        self._part = self._part[-_LINE_BYTES:]
+
+    def ended(self) -> bool:
+        """Return whether the rank has ended since the last call."""
+        if self.code is not None:
+            return False
+        self.code = self._process.poll()
+        return self.code is not None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the rank only, not to its data loader workers: the rank ends those."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill the rank and its process group, unless the rank has ended: its pid may belong to another group by then.
+        Its remaining processes are found by their mark."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def state(self) -> RankState | None:
+        """Return the last known state of the rank; None before its first heartbeat."""
+        return read_heartbeat(heartbeat_file(self._records, self.number))
+
+    def failure(self, host: str) -> dict[str, Any] | None:
+        """Return the failure of the rank; None if it ended normally."""
+        if self.code in (0, EXIT_PREEMPTED) or self.code is None:
+            return None
+        lines = [*self._lines, *([self._part] if self._part.strip() else [])][-LAST_LINES:]
+        record = read_record(record_file(self._records, self.number))
+        if record is not None:
+            return asdict(replace(record, host=host, exit_code=self.code, lines=lines))
+        state = self.state() or RankState(-1, -1, "start", 0.0, 0.0, {})
+        kind, message = explain_exit_code(self.code)
+        error_line = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
+        if self.code == -signal.SIGKILL:
+            message += self._memory_text()
+        elif kind == "exit" and error_line:
+            message += f": {error_line}"
+        return asdict(Failure(time.time(), host, self.number, state.step, state.phase, kind, message, self.code, lines))
+
+    def _memory_text(self) -> str:
+        now = oom_kills()
+        if now is None or self._ooms is None:
+            return ": likely the kernel's, out of memory (this host does not say)"
+        if now > self._ooms:
+            return f": out of memory (the kernel of this host has killed {now - self._ooms} for it meanwhile)"
+        return ": out of memory is the usual reason, but the kernel of this host counts no such kill (/proc/vmstat)"
 
 
 class Agent:
@@ -51,7 +144,7 @@ class Agent:
         self.writer = Writer(output)
         self.ranks: list[Rank] = []
         self.selector = selectors.DefaultSelector()
-        self.heard = time.monotonic()
+        self.last_message = time.monotonic()
         self.silence_s = _HEARTBEAT_TIMEOUT_S
         self.host = self.launch = self.output_dir = ""
         self.records: Path | None = None
@@ -75,25 +168,21 @@ class Agent:
         if not data:
             self.over = True
             return
-        self.heard = time.monotonic()
+        self.last_message = time.monotonic()
         *lines, self._input = (self._input + data).split(b"\n")
         for line in lines:
             message = decode(line)
             if message is not None:
-                self._obey(message)
+                self._handle(message)
 
-    def _obey(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         kind = message["kind"]
         if kind == "hello":
-            self._greet(message)
+            self._send_hello(message)
         elif kind == "port":
-            self._say_port(message["port"], message["interface"])
+            self._send_port(message["port"], message["interface"])
         elif kind == "clock":
             self.writer.send("clock", time=time.time())
-        elif kind == "memory":
-            memory = rank_memory(message["slots"], on_host=message["on_host"])
-            self.writer.send("memory", **asdict(memory))
-            self.heard = time.monotonic()  # the memory query may have taken seconds
         elif kind == "start":
             self._start(message)
         elif kind == "signal":
@@ -102,36 +191,34 @@ class Agent:
         elif kind == "end":
             self.over = True
 
-    def _greet(self, message: Message) -> None:
+    def _send_hello(self, message: Message) -> None:
         """Report this host's facts, and the processes left by an earlier launch."""
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
         end_marked(self.launch, self.host, self.output_dir)  # from an earlier attempt with a killed agent
-        fault = None
+        error = None
         try:
-            self.records = _folder_for_records()
-            self._held = _hold(self.records)  # locked until this process ends
-        except OSError as error:
-            fault = f"no room for the heartbeats of its ranks: {error}"
+            self.records = _create_record_folder()
+        except OSError as cause:
+            error = f"no folder for the heartbeats of its ranks: {cause}"
         facts = {"version": __version__, "code": code(), "time": time.time(), "pid": os.getpid()}
-        self.writer.send("hello", **facts, left=left, fault=fault)
+        self.writer.send("hello", **facts, left=left, error=error)
 
-    def _say_port(self, wanted: int | None, interface: str | None) -> None:
+    def _send_port(self, port: int | None, interface: str | None) -> None:
         """Report a free port for rank 0's store, and the address of the interface."""
         cards = psutil.net_if_addrs()
         addresses = [item.address for item in cards.get(interface or "", []) if item.family == socket.AF_INET]
-        fault = f"there is no interface '{interface}' with an IPv4 address" if interface and not addresses else None
-        port = wanted
+        error = f"there is no interface '{interface}' with an IPv4 address" if interface and not addresses else None
         with socket.socket() as probe:
             # As rank 0 does: connections of the previous attempt keep the port for a minute after their end.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", wanted or 0))
+                probe.bind(("", port or 0))
                 port = probe.getsockname()[1]
-            except OSError as error:
-                fault = f"port {wanted}: {error.strerror}"
-        self.writer.send("port", port=port, address=addresses[0] if addresses else None, fault=fault)
+            except OSError as cause:
+                error = f"port {port}: {cause.strerror}"
+        self.writer.send("port", port=port, address=addresses[0] if addresses else None, error=error)
 
     def _start(self, message: Message) -> None:
         if self.records is None:
@@ -159,14 +246,14 @@ class Agent:
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)
-                seen = rank.seen()
-                beat = asdict(seen) if seen else None
+                state = rank.state()
+                beat = asdict(state) if state else None
                 self.writer.send("exit", rank=rank.number, code=rank.code, failure=rank.failure(self.host), beat=beat)
         now = time.monotonic()
         if now - self._beat > BEAT_S:
             self._beat = now
             self.writer.send("beat", time=time.time(), beats=self._beats())
-        if now - self.heard > self.silence_s or self.writer.broken:
+        if now - self.last_message > self.silence_s or self.writer.broken:
             self.over = True
 
     def _drain(self, rank: Rank) -> None:
@@ -182,9 +269,9 @@ class Agent:
     def _beats(self) -> dict[int, object]:
         beats: dict[int, object] = {}
         for rank in self.ranks:
-            seen = rank.seen() if rank.code is None else None
-            if seen is not None:
-                beats[rank.number] = asdict(seen)
+            state = rank.state() if rank.code is None else None
+            if state is not None:
+                beats[rank.number] = asdict(state)
         return beats
 
     def _end(self) -> None:
@@ -201,46 +288,11 @@ class Agent:
         self.writer.close()
 
 
-def _folder_for_records() -> Path:
-    """Create a folder for records, in memory if possible: a full disk must not prevent a rank from reporting it.
-
-    Raises:
-        OSError: it can be created neither there nor in the folder for temporary files.
-    """
+def _create_record_folder() -> Path:
+    """Create a folder for records, in memory if possible: a full disk must not prevent a rank from reporting it."""
     memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    _sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    try:
-        (folder / "room").write_bytes(bytes(1 << 16))
-        (folder / "room").unlink()
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
-
-
-def _sweep(parent: Path) -> None:
-    """Remove the folders of killed agents. A running agent holds a lock, which is visible from any container."""
-    for folder in parent.glob(f"{_PREFIX}*"):
-        try:
-            young = time.time() - folder.stat().st_mtime < _YOUNG_S
-            descriptor = _hold(folder)
-        except OSError:  # locked, owned by another user, or removed
-            continue
-        if not young:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
-
-
-def _hold(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="m3i-scale-agent-", dir=parent))
 
 
 def main() -> None:

@@ -16,12 +16,10 @@ from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from m3i_scale.files import write_json
 from m3i_scale.launch.failures import failure_text, write_failure
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link, connect
-from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.link import Inbox, Link, RemoteShell, connect
 from m3i_scale.launch.processes import noted_signals
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Work
-from m3i_scale.launch.supervise import Attempt, AttemptResult, Request, Tell
-from m3i_scale.launch.transport import RemoteShell
+from m3i_scale.launch.supervise import Attempt, AttemptResult, Logs, Request, Tell
 from m3i_scale.launch.worlds import World, largest_world
 from m3i_scale.scale.checkpoint.layout import stopped_words
 from m3i_scale.scale.output_dir import ATTEMPTS, FAILURE
@@ -45,7 +43,7 @@ class Launch:
         self.attempts: list[dict[str, Any]] = []
         self._signals = 0
         self._inbox: Inbox = Inbox()
-        self._rendezvous = Rendezvous(work, policy, self._inbox, tell, lambda: self._signals > 0)
+        self._rendezvous = Rendezvous(work, policy, self._inbox, tell)
 
     def run(self) -> int:
         """Launch, and restart as long as the policy allows. The caller holds the lock of the output folder.
@@ -70,8 +68,8 @@ class Launch:
                 code, failed = EXIT_FAILED if self._signals else None, True
             else:
                 outcome, back = self._attempt(links, world, reasons, address, logs)
-                self._rendezvous.learn(world, outcome)
-                code, failed = self._code_after(outcome, back), outcome.status == "failed"
+                failed = self._rendezvous.learn(world, outcome)
+                code = self._code_after(outcome, back)
             if code is None and failed and restarts == self.policy.max_restarts:
                 code = EXIT_FAILED
             if code is not None:

@@ -1,20 +1,23 @@
-"""Run `m3i-scale launch`: one description for any launcher."""
+"""Run `m3i-scale launch`: one description for any launcher.
+
+To add a launcher, create a module with `HONOURS` and `render`, and add its name to `LAUNCHERS`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 import typer
 
-from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError
+from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
-from m3i_scale.launch.launchers import LAUNCHERS, render
 from m3i_scale.options import Command, Parts, expanded, field_options
-from m3i_scale.output import print_json, print_line, release_stdout
+from m3i_scale.output import print_json, print_line, release_stdout, write_stderr
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.config import RunConfig
@@ -24,6 +27,11 @@ if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
 ]
+_NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
+_ALLOCATED = "leave it out: the machines are those of the allocation, of which --include takes some"
+LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
+READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
+"""Launchers that users start themselves, with a file from a checkout."""
 _ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
 
@@ -35,6 +43,43 @@ def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
 
 def _described(cluster_file: Path | None, **options: Any) -> Cluster:
     return read_cluster(cluster_file, options)
+
+
+class Launcher(Protocol):
+    """Interface of a launcher's module."""
+
+    HONOURS: frozenset[str]
+    """The fields of `Cluster` that it supports."""
+
+    def render(self, job: Job) -> LaunchPlan:
+        """Return files and commands."""
+
+
+def find_launcher(name: str) -> Launcher:
+    """Return the module of a launcher."""
+    if name in READY_FILES:
+        raise ConfigError(
+            f"`launch` does not start {name}",
+            where="--with",
+            fix=f"edit and start {READY_FILES[name]} (docs/launching.md), or launch with deepspeed or torchrun",
+        )
+    if name not in LAUNCHERS:
+        raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
+    return cast(Launcher, import_module(f"m3i_scale.launch.{name}"))
+
+
+def render(name: str, job: Job) -> LaunchPlan:
+    """Return the files and commands of one launcher."""
+    launcher = find_launcher(name)
+    for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
+        others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]
+        fix = f"leave it out, or launch with {' or '.join(others)}"
+        if field == "nodes":
+            fix = _ALLOCATED if job.cluster.transport == "srun" else _NAME_THEM
+        raise ConfigError(
+            f"`{field}` has no effect with {name}", where=f"{field}: {getattr(job.cluster, field)}", fix=fix
+        )
+    return launcher.render(job)
 
 
 @takes_cluster(Cluster.model_fields)
@@ -84,9 +129,8 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
     from m3i_scale.launch.failures import forget_records
-    from m3i_scale.launch.lock import launch_lock
-    from m3i_scale.launch.logs import show
     from m3i_scale.scale.checkpoint.layout import stopped_words
+    from m3i_scale.scale.output_dir import launch_lock
     from m3i_scale.text import printable
 
     environment = without_secret_variables(os.environ, job.variables)
@@ -111,9 +155,9 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         ending = execute(plan, shown, environment)
         conclusion = conclude(job.output_dir, ending, shown, job.world_size)
     if conclusion is not None:
-        show(f"{printable(conclusion, lines=True)}\n")
+        write_stderr(f"{printable(conclusion, lines=True)}\n")
     if ending.code == EXIT_PREEMPTED:
-        show(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
+        write_stderr(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
     return ending.code
 
 

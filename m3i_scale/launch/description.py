@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_v
 from typing_extensions import Self
 
 from m3i_scale.config import parse_section, read_yaml
-from m3i_scale.config.sections import FixableError, Section
+from m3i_scale.config.sections import Section
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.environment import check_variable
 from m3i_scale.launch.hosts import Host, allocated_hosts, is_host_name, parse_hosts, read_hostfile, select
@@ -118,9 +118,6 @@ class Cluster(Section):
     min_compared: int | None = Field(default=None, ge=2)
     """elastic: minimum global contrastive batch (micro-batch × ranks) to continue with. Default: any; a smaller one is
     logged."""
-    memory_gib: float | None = Field(default=None, gt=0)
-    """elastic: memory per rank in GiB; with fewer ranks, the micro-batch is increased as far as it fits. Default: as
-    reported by the host."""
     restart_pause_s: float = Field(default=5.0, ge=0, le=3600)
     """elastic: seconds to wait before the first restart, doubled for each further one, at most 300 s. Default: 5."""
     probe_s: float = Field(default=30.0, gt=0, le=3600)
@@ -154,17 +151,6 @@ class Cluster(Section):
     """Kubernetes: size in GiB of the volume for output_dir. Default: 200."""
     data_claim: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
     """Kubernetes: an existing volume claim with the shards, mounted read-only at /data."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_mpi(cls, values: Any) -> Any:
-        for field in ("runner", "mpi"):
-            if isinstance(values, dict) and field in values:
-                raise FixableError(
-                    f"`{field}` is no key any more: `deepspeed` reaches hosts with pdsh, and `launch` starts no MPI",
-                    "leave it out; for MPI start launchers/mpirun.sh or launchers/deepspeed/openmpi.sh by hand",
-                )
-        return values
 
     @field_validator("environment", mode="before")
     @classmethod

@@ -14,14 +14,13 @@ from m3i_scale.launch.attempts import Launch, new_launch
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.lock import launch_lock
-from m3i_scale.launch.logs import show
+from m3i_scale.launch.link import RemoteShell
 from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.launch.shell import SRUN, SSH
-from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.output import print_line
+from m3i_scale.output import print_line, write_stderr
+from m3i_scale.scale.output_dir import launch_lock
 from m3i_scale.text import printable
 from m3i_scale.upgrade import upgrade_config
 
@@ -30,7 +29,6 @@ HONOURS = OVER_HOSTS | {
     "max_restarts",
     "min_nodes",
     "min_compared",
-    "memory_gib",
     "restart_pause_s",
     "probe_s",
     "silence_s",
@@ -64,11 +62,9 @@ def render(job: Job) -> LaunchPlan:
         "max_restarts": cluster.max_restarts,
         "min_hosts": cluster.min_nodes,
         "min_compared": cluster.min_compared,
-        "memory_gib": cluster.memory_gib,
         "pause_s": cluster.restart_pause_s,
         "probe_s": cluster.probe_s,
         "command": list(job.rank_argv),
-        "words": [job.run, *job.overrides],
         "run": {**job.values, "output_dir": str(job.output_dir)},
     }
     text = json_text(content)
@@ -89,37 +85,34 @@ def read_launch(path: Path) -> Launch:
         path: a file written by `render`.
     """
     try:
-        given: dict[str, Any] = read_json(path)
+        content: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read what is to be launched: {error}", where=str(path)) from None
-    run = RunConfig.model_validate(upgrade_config(given["run"]))
+        raise ConfigError(f"cannot read the launch file: {error}", where=str(path)) from None
+    run = RunConfig.model_validate(upgrade_config(content["run"]))
     parse_recipe(run.recipe, where=str(path), imports=True)  # the launch uses its contrastive batch size
     site = RemoteShell(
-        python=given["python"],
-        workdir=given["workdir"],
+        python=content["python"],
+        workdir=content["workdir"],
         output_dir=str(run.output_dir),
         launch=new_launch(),
-        ssh=tuple(given["ssh"]),
-        transport=given.get("transport", "ssh"),
-        python_path=given["environment"].get("PYTHONPATH", ""),
-        environment=given["environment"],
-        silence_s=given["silence_s"],
+        ssh=tuple(content["ssh"]),
+        transport=content["transport"],
+        python_path=content["environment"].get("PYTHONPATH", ""),
+        environment=content["environment"],
+        silence_s=content["silence_s"],
     )
-    hosts = [line.split(" slots=") for line in given["hosts"]]
+    hosts = [line.split(" slots=") for line in content["hosts"]]
     work = Work(
         run,
-        tuple(given["command"]),
+        tuple(content["command"]),
         tuple(Host(name, int(slots)) for name, slots in hosts),
         site,
-        given["master_address"],
-        given["interface"],
-        given["master_port"],
-        tuple(given.get("words", ())),
-        given.get("memory_gib"),
+        content["master_address"],
+        content["interface"],
+        content["master_port"],
     )
-    least = given.get("min_compared")
-    policy = Policy(given["max_restarts"], given["min_hosts"], given["pause_s"], given["probe_s"], least)
-    return Launch(work, policy, lambda text: show(f"{printable(text, lines=True)}\n"))
+    policy = Policy(*(content[key] for key in ("max_restarts", "min_hosts", "pause_s", "probe_s", "min_compared")))
+    return Launch(work, policy, lambda text: write_stderr(f"{printable(text, lines=True)}\n"))
 
 
 def main() -> None:

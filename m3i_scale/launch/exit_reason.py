@@ -13,7 +13,7 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch.execute import LaunchResult
-from m3i_scale.launch.failures import Failure, failure_text, first_cause, read_records, write_failure
+from m3i_scale.launch.failures import Failure, explain_exit_code, failure_text, first_cause, read_records, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
 from m3i_scale.output import print_line
@@ -117,14 +117,12 @@ def _seen_here(records: Sequence[Failure], ending: LaunchResult) -> list[Failure
     host, record_of = socket.gethostname(), {record.rank: record for record in records}
     seen = []
     for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
-        unheard = Failure(at, host, rank, None, None, "silent", f"the rank ended with exit code {code}")
-        record = record_of.get(rank, unheard)
+        record = record_of.get(rank, Failure(at, host, rank, None, None, "silent", ""))
         if record.kind == "silent" and rank in ending.forced:
             record = replace(record, time=at, kind="ended", message="ended by the launch: another rank had failed")
-        elif record.kind == "silent" and code < 0:
-            record = replace(record, time=at, kind="signal", message=f"the rank was ended by signal {_signal(-code)}")
         elif record.kind == "silent":
-            record = replace(record, time=at, kind="exit", message=f"the rank ended with exit code {code}")
+            kind, message = explain_exit_code(code)
+            record = replace(record, time=at, kind=kind, message=message)
         if code not in (0, EXIT_PREEMPTED):
             seen.append(replace(record, exit_code=code))
     return seen
@@ -143,11 +141,6 @@ def _lost_host(ending: LaunchResult, shown: LaunchPlan) -> Failure | None:
     first = min(lost, key=lambda place: ending.times[place])
     at, host = ending.times[first], str(shown.commands[first].host)
     return Failure(at, host, None, None, None, "host", f"{_LOST} (exit code {_SSH_FAILED})", _SSH_FAILED)
-
-
-def _signal(number: int) -> str:
-    known = {int(one): one.name for one in signal.Signals}
-    return f"{number} ({known[number]})" if number in known else str(number)
 
 
 def _no_rank_has_begun(ending: LaunchResult, shown: LaunchPlan) -> Failure:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import EXIT_USER_ERROR, UserError
 from m3i_scale.files import json_line, read_json, read_json_lines, write_json
-from m3i_scale.launch.flight_recorder import FILES, recorded_text
 from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
 from m3i_scale.text import redact
 
@@ -21,7 +21,9 @@ Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "sil
 """`silent`: no error report, so it was ended from outside, unobserved; `ended`: by its launch, after another rank
 failed; `missing`: it waited for ranks that did not join."""
 LAST_LINES = 20
-RECORD_FILES = ("rank-*.json", "host-*.jsonl", FILES)
+_COLLECTIVES = "collectives-rank-"
+"""PyTorch appends the rank."""
+RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{_COLLECTIVES}*")
 """Files in that folder: errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
 _SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
 
@@ -89,6 +91,14 @@ class Failure:
         if self.phase:
             parts.append(f"in {self.phase}")
         return ", ".join(parts)
+
+
+def explain_exit_code(code: int) -> tuple[Kind, str]:
+    """Return the kind and the message of a failure by the exit code of a process; a negative one is a signal."""
+    if code >= 0:
+        return "exit", f"the rank ended with exit code {code}"
+    names = {int(number): f" ({number.name})" for number in signal.Signals}
+    return "signal", f"the rank was ended by signal {-code}{names.get(-code, '')}"
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
@@ -243,11 +253,31 @@ def forget_records(output_dir: Path) -> None:
         ) from None
 
 
-def on_clock(failure: Failure, offset_s: float) -> Failure:
-    """Return a failure with its time on the supervisor's clock.
+@contextlib.contextmanager
+def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Make an accelerator rank write its last collectives into the output folder when a collective times out.
+
+    PyTorch's flight recorder keeps them, but by default writes them to a local file, which is lost with a container. A
+    path that is already set, under either name, is kept.
 
     Args:
-        failure: a failure with a time on its host's clock.
-        offset_s: seconds by which the supervisor's clock is ahead of the host's.
+        folder: folder of the files; created now, and removed after a normal end.
+        environment: environment of this process.
     """
-    return replace(failure, time=failure.time + offset_s)
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:  # the name in earlier versions of torch
+        environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _COLLECTIVES))
+    with contextlib.suppress(OSError):  # errors of the output folder are reported when the run opens it
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{_COLLECTIVES}{environment['RANK']}").unlink(missing_ok=True)  # from an earlier attempt
+    yield
+    with contextlib.suppress(OSError):  # not after an error, because other ranks may still write
+        folder.rmdir()
+
+
+def recorded_text(folder: Path) -> str | None:
+    """Return a line about the recorded collectives; None if there are none."""
+    count = len(list(folder.glob(f"{_COLLECTIVES}*")))
+    if not count:
+        return None
+    who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
+    return f"{who} last collectives: torchfrtrace {folder} -p {_COLLECTIVES}"

@@ -4,18 +4,16 @@ hosts over attempts."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
-from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.hosts import Host, is_here
-from m3i_scale.launch.link import Inbox, Link, connect, receive
+from m3i_scale.launch.link import Inbox, Link, RemoteShell, connect, receive
 from m3i_scale.launch.supervise import AttemptResult, Tell
-from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.wire import Message
-from m3i_scale.launch.worlds import ComparedSamples, World, largest_world, refusal_of_plan
+from m3i_scale.launch.worlds import ComparedSamples, World, largest_world
 from m3i_scale.text import listed
 
 FAILS = "its ranks were the first to fail, twice running"
@@ -57,15 +55,6 @@ class Work:
     """Network interface of the ranks on all hosts."""
     master_port: int | None = None
     """None: a free port on that host."""
-    words: tuple[str, ...] = ()
-    """Config file and overrides, for `plan`; empty: no planning."""
-    memory_gib: float | None = None
-    """Memory per rank; None: as reported by its host."""
-
-    @property
-    def on_host(self) -> bool:
-        """Return whether ranks compute on CPUs."""
-        return self.site.environment.get("DS_ACCELERATOR") == "cpu"
 
 
 class HostHistory:
@@ -120,15 +109,13 @@ class Rendezvous:
         policy: required number of hosts.
         inbox: inbox of all links.
         tell: prints a line for the user.
-        stopped: whether the launch was asked to stop.
     """
 
-    def __init__(self, work: Work, policy: Policy, inbox: Inbox, tell: Tell, stopped: Callable[[], bool]) -> None:
-        self.work, self.policy, self.tell, self._inbox, self._stopped = work, policy, tell, inbox, stopped
+    def __init__(self, work: Work, policy: Policy, inbox: Inbox, tell: Tell) -> None:
+        self.work, self.policy, self.tell, self._inbox = work, policy, tell, inbox
         self._fewest = policy.min_hosts or len(work.hosts)
         self.history = HostHistory(work.hosts)
         self.compared = ComparedSamples(work.run, work.hosts, self._fewest)
-        self._planned: dict[World, str | None] = {}
 
     def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
         """Return links to the hosts of the next attempt, the reasons why others are out, and the resulting world.
@@ -139,7 +126,8 @@ class Rendezvous:
         """
         run, fewest, history = self.work.run, self._fewest, self.history
         hosts = history.order
-        links, reasons = connect(hosts, self.work.site, self._inbox, unresponsive=history.unresponsive(fewest))
+        links, errors = connect(hosts, self.work.site, self._inbox, unresponsive=history.unresponsive(fewest))
+        reasons = {name: error.what for name, error in errors.items()}
         history.answered(reasons)
         try:
             if len(links) < fewest:
@@ -147,7 +135,7 @@ class Rendezvous:
                     f"{len(reasons)} of {len(hosts)} hosts cannot be used",
                     where=_format_reasons(reasons),
                     why=f"the run is to have {fewest} hosts or more" if self.policy.min_hosts else None,
-                    fix="mend them or take them out of the hostfile",
+                    fix="fix them or take them out of the hostfile",
                 )
             if first:
                 _check_left(links)
@@ -163,7 +151,7 @@ class Rendezvous:
             reasons |= dict.fromkeys(spare, SPARE)
             if reasons:
                 self.tell(f"without {_format_reasons(reasons)}")
-            world = self._keep_compared(world, links)
+            world = self._keep_compared(world)
         except UserError:
             for link in links:
                 link.close()
@@ -174,11 +162,11 @@ class Rendezvous:
         chosen = {link.host: link for link in links if link.host in world.hosts}
         return [chosen[host] for host in world.hosts], reasons, world
 
-    def learn(self, world: World, outcome: AttemptResult) -> None:
-        """Record the result of an attempt for the next one."""
-        if outcome.status == "failed":
-            self.compared.note(outcome.cause)
+    def learn(self, world: World, outcome: AttemptResult) -> bool:
+        """Record the result of an attempt for the next one; return whether it failed, and is not to be repeated with
+        a smaller micro-batch."""
         self.history.ended(world, outcome)
+        return outcome.status == "failed" and not self.compared.note(outcome.cause)
 
     def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
         """Return the world without the failing hosts, if there are any and the others are enough."""
@@ -195,70 +183,42 @@ class Rendezvous:
             self.tell(f"host {', '.join(failing)}: {FAILS}; it stays, because {few}")
         return world
 
-    def _keep_compared(self, world: World, links: Sequence[Link]) -> World:
-        """Choose the micro-batch that preserves the global contrastive batch, if memory allows.
+    def _keep_compared(self, world: World) -> World:
+        """Choose the micro-batch that preserves the global contrastive batch.
 
         Raises:
             CannotStartError: the global contrastive batch would be below the minimum.
         """
-        world, fewer = self.compared.keep(world, lambda wanted: self._refusal(wanted, links))
+        world, fewer = self.compared.keep(world)
         least = self.policy.min_compared
         if least is not None and world.compared < least:
             raise CannotStartError(
                 fewer or f"losses compare {world.compared} samples at a time",
                 where=f"min_compared: {least}, {world.ranks} ranks on {', '.join(world.names)}",
                 why="their values would be others",
-                fix="mend the hosts that are out, or lower min_compared",
+                fix="fix the hosts that are out, or lower min_compared",
             )
         if fewer is not None:
             self.tell(fewer)
         return world
 
-    def _refusal(self, world: World, links: Sequence[Link]) -> str | None:
-        """Return why a micro-batch does not fit into the ranks' memory; None if it fits."""
-        if not self.work.words:
-            return f"a micro-batch of {world.micro_batch_size} cannot be planned here"
-        if world in self._planned:
-            return self._planned[world]
-        asked = [link for link in links if link.host in world.hosts]
-        for link in asked:
-            link.send("memory", slots=link.host.slots, on_host=self.work.on_host)
-        answers = self._await("memory", asked, links)
-        memories = [RankMemory(answer["gib"], answer["on_host"]) for answer in answers if answer is not None]
-        least = min(memories, key=lambda one: -1.0 if one.gib is None else one.gib, default=RankMemory(None, False))
+    def _await_port(self, head: Link, links: Sequence[Link]) -> Message | None:
+        """Wait for the port of rank 0; None if its agent is gone or does not answer.
 
-        def meanwhile() -> bool:
-            for link in links:
-                link.send("beat")  # otherwise they consider the launch dead
-            return not self._stopped()
-
-        self.tell(f"planning whether a micro-batch of {world.micro_batch_size} has room")
-        why = refusal_of_plan(self.work.words, world, least, meanwhile, self.work.memory_gib)
-        self._planned[world] = why
-        return why
-
-    def _await(self, kind: str, asked: Sequence[Link], links: Sequence[Link]) -> list[Message | None]:
-        """Wait for the next message of that kind from each contacted agent; None if there will be none.
-
-        Other messages, including `gone`, are put back, because the next reader needs them.
+        Other messages are put back, because the next reader needs them.
         """
-        answers: dict[Link, Message | None] = {}
-        put_back = []
+        answer, put_back = None, []
         deadline = time.monotonic() + self.work.site.connect_s
-
-        def left_s() -> float:
-            return deadline - time.monotonic() if len(answers) < len(asked) else 0.0
-
-        for link, message in receive(links, self._inbox, left_s):
-            if link in asked and message["kind"] == kind:
-                answers[link] = message
-                continue
+        for link, message in receive(links, self._inbox, lambda: deadline - time.monotonic()):
+            if link is head and message["kind"] == "port":
+                answer = message
+                break
             put_back.append((link, message))
-            if link in asked and message["kind"] == "gone":
-                answers[link] = None
+            if link is head and message["kind"] == "gone":
+                break
         for item in put_back:
             self._inbox.put(item)
-        return [answers.get(link) for link in asked]
+        return answer
 
     def address(self, links: list[Link]) -> tuple[str, int]:
         """Return the address of rank 0, as reported by its host: only that host knows its free ports.
@@ -268,19 +228,19 @@ class Rendezvous:
         """
         head = links[0]
         head.send("port", port=self.work.master_port, interface=self.work.interface)
-        (answer,) = self._await("port", [head], links)
-        fault = "its agent has ended" if answer is None else answer["fault"]
-        if answer is None or fault is not None:
+        answer = self._await_port(head, links)
+        error = "its agent does not answer" if answer is None else answer["error"]
+        if answer is None or error is not None:
             for link in links:
                 link.close()
             raise CannotStartError(
-                f"rank 0 cannot wait for the others: {fault}",
+                f"rank 0 cannot wait for the others: {error}",
                 where=f"host {head.host.name}",
                 fix="choose another master_port, or leave it out" if self.work.master_port else None,
             )
-        given = self.work.master_address if head.host == self.work.hosts[0] else None
+        address = self.work.master_address if head.host == self.work.hosts[0] else None
         name = "127.0.0.1" if len(links) == 1 and is_here(head.host.name) else head.host.name
-        return given or answer["address"] or name, int(answer["port"])
+        return address or answer["address"] or name, int(answer["port"])
 
 
 def _format_reasons(reasons: dict[str, str]) -> str:

@@ -6,17 +6,17 @@ import queue
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Literal
 
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch.failures import Failure, first_cause, on_clock
-from m3i_scale.launch.link import Inbox, Link
-from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.failures import Failure, first_cause
+from m3i_scale.launch.link import Inbox, Link, RemoteShell
 from m3i_scale.launch.progress import Progress, Stragglers
-from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.wire import BEAT_S, Message
+from m3i_scale.output import write_stderr
 
 Tell = Callable[[str], None]
 Request = Literal["none", "stop", "stop once begun", "end"]
@@ -43,6 +43,49 @@ class AttemptResult:
     slow: list[str] = field(default_factory=list)
     left: dict[str, list[int]] = field(default_factory=dict)
     """By host, processes that could not be ended."""
+
+
+class Logs:
+    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log.
+
+    Args:
+        output_dir: output directory of the run.
+        screen_rank: the rank with lines that are also written to standard error.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+
+    def __init__(self, output_dir: Path, screen_rank: int = 0) -> None:
+        root = output_dir / "logs"
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name) for path in root.iterdir() if path.name.isdigit()]
+        self.folder = root / f"{max(taken, default=0) + 1:03d}"
+        self.folder.mkdir()
+        self.error: str | None = None
+        """The reason for lost lines, if there are any."""
+        self._screen_rank = screen_rank
+        self._files: dict[int, IO[str]] = {}
+
+    def add(self, host: str, rank: int, text: str) -> None:
+        """Append lines, or parts of them, of a rank."""
+        if rank == self._screen_rank:
+            write_stderr(text)
+        try:
+            if rank not in self._files:
+                self._files[rank] = (self.folder / f"{host}-rank{rank}.log").open("a", encoding="utf-8")
+            self._files[rank].write(text)
+            self._files[rank].flush()
+        except OSError as error:
+            self.error = f"logs are incomplete: {error}"
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError as error:
+                self.error = f"logs are incomplete: {error}"
 
 
 class Attempt:
@@ -156,7 +199,7 @@ class Attempt:
             asked = self._over and name in self._gone
             self._gone.add(name)
             if not asked and any(other is link for other in self._running.values()):
-                self._lose(link, f"the connection to the host ended: {link.fault()}")
+                self._lose(link, f"the connection to the host ended: {link.error()}")
 
     def _take_beat(self, name: str, message: Message) -> None:
         self._progress.beat(name, message, self._running)
@@ -172,7 +215,8 @@ class Attempt:
         if message["beat"] is not None:
             self._progress.count(message["beat"])
         if message["failure"] is not None:
-            self._fail(on_clock(Failure(**message["failure"]), self._progress.ahead_s(name)), self._site.grace_s)
+            failure = Failure(**message["failure"])
+            self._fail(replace(failure, time=failure.time + self._progress.ahead_s(name)), self._site.grace_s)
         elif self._deadline is None:
             self._deadline = time.monotonic() + _LEAVE_S
 
@@ -262,6 +306,6 @@ class Attempt:
             outcome.status = "finished"
         elif len(self._codes) == self._world and all(code in (0, EXIT_PREEMPTED) for code in self._codes.values()):
             outcome.status = "preempted"  # all exited by themselves, after saving
-        if self._logs.fault is not None:
-            self._tell(self._logs.fault)
+        if self._logs.error is not None:
+            self._tell(self._logs.error)
         return outcome

@@ -1,25 +1,19 @@
 """Check whether a run fits its hosts, and choose the hosts of the largest world that it fits.
 
-Ranks divide streams and batch evenly. Contrastive losses over the global micro-batch keep their batch size if memory
-allows a larger micro-batch.
+Ranks divide streams and batch evenly. Contrastive losses over the global micro-batch keep their batch size: fewer ranks
+get a larger micro-batch, as long as they do not run out of memory.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.address import to_address
 from m3i_scale.errors import ConfigError, Faults
-from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
@@ -27,8 +21,6 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.deepspeed.resolve import check_batch
 from m3i_scale.scale.output_dir import check_output_dir
 
-PLAN_S = 600.0
-"""Time limit of `plan`."""
 _OUT_OF_MEMORY = re.compile(r"out of memory|SIGKILL", re.IGNORECASE)
 
 
@@ -59,9 +51,9 @@ class World:
 def micro_batch_for(run: RunConfig, ranks: int) -> int | None:
     """Return the micro-batch size per rank for a number of ranks: the configured one if it fits, else the largest
     smaller one that fits, else the smallest larger one; None if none fits."""
-    wanted = run.optim.micro_batch_size
-    above = range(wanted + 1, run.optim.batch_size // ranks + 1)
-    return next((size for size in [*range(wanted, 0, -1), *above] if _fits(run, ranks, size)), None)
+    configured = run.optim.micro_batch_size
+    above = range(configured + 1, run.optim.batch_size // ranks + 1)
+    return next((size for size in [*range(configured, 0, -1), *above] if _fits(run, ranks, size)), None)
 
 
 def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
@@ -105,38 +97,35 @@ class ComparedSamples:
     """
 
     def __init__(self, run: RunConfig, hosts: Sequence[Host], fewest: int) -> None:
-        whole = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
-        self.usual = None if whole is None else whole.compared
+        largest = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
+        self.usual = None if largest is None else largest.compared
         """Global contrastive batch with all hosts; None if the recipe has no contrastive loss, or no number of hosts
         fits the run."""
         self._ran_out = False
         self._raised = False
 
-    def keep(self, world: World, refusal: Callable[[World], str | None]) -> tuple[World, str | None]:
-        """Return the same hosts with the micro-batch that preserves the global contrastive batch, if memory allows.
-        Also return a message for the user if that batch is smaller than before.
-
-        Args:
-            world: world of the next attempt.
-            refusal: returns why a world's micro-batch does not fit into the memory of its ranks; None: it fits.
-        """
+    def keep(self, world: World) -> tuple[World, str | None]:
+        """Return the same hosts with the micro-batch that preserves the global contrastive batch, unless ranks ran out
+        of memory with it. Also return a message for the user if that batch is smaller than before."""
         self._raised = False
         if self.usual in (None, world.compared):
             return world, None
         size, rest = divmod(self.usual or 0, world.ranks)
-        wanted = replace(world, micro_batch_size=size)
-        why = f"{world.ranks} ranks do not divide that" if rest else None
-        if why is None and size > world.micro_batch_size:
-            why = "ranks ran out of memory" if self._ran_out else refusal(wanted)
-            self._raised = why is None
-        if why is None:
-            return wanted, None
+        if rest:
+            why = f"{world.ranks} ranks do not divide that"
+        elif size > world.micro_batch_size and self._ran_out:
+            why = f"ranks ran out of memory with a micro-batch of {size}"
+        else:
+            self._raised = size > world.micro_batch_size
+            return replace(world, micro_batch_size=size), None
         return world, f"losses compare {world.compared} samples at a time, were {self.usual}: {why}"
 
-    def note(self, cause: Failure | None) -> None:
-        """Record a failed attempt: if it ran out of memory with an increased micro-batch, never increase it again."""
-        if self._raised and cause is not None and _OUT_OF_MEMORY.search(cause.message):
-            self._ran_out = True
+    def note(self, cause: Failure | None) -> bool:
+        """Record a failed attempt; return whether it ran out of memory with an increased micro-batch, which is then
+        never increased again."""
+        out_of_memory = cause is not None and _OUT_OF_MEMORY.search(cause.message) is not None
+        self._ran_out = self._ran_out or (self._raised and out_of_memory)
+        return self._raised and out_of_memory
 
 
 def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest: int) -> None:
@@ -175,61 +164,7 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
         check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))
         return
     size = run.optim.micro_batch_size
-    faults = Faults()
-    faults.note(check_batch, job.world_size, run.optim.batch_size, size)
-    faults.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
-    faults.end()
-
-
-def refusal_of_plan(
-    words: Sequence[str], world: World, memory: RankMemory, meanwhile: Callable[[], bool], given_gib: float | None
-) -> str | None:
-    """Return why a world's micro-batch does not fit into the ranks' memory, according to `m3i-scale plan`; None if it
-    fits.
-
-    Args:
-        words: config file and overrides, as passed to `train`.
-        world: the world with that micro-batch.
-        memory: memory of the rank with the least.
-        meanwhile: called while `plan` works; False aborts it.
-        given_gib: memory per rank from the description; None if not given.
-    """
-    wanted = f"a micro-batch of {world.micro_batch_size}"
-    gib = memory.gib if given_gib is None else given_gib
-    if gib is None:
-        return f"whether {wanted} has room is not known (--memory-gib says what a rank has)"
-    slots = {host.slots for host in world.hosts}
-    nodes, per_node = (len(world.hosts), slots.pop()) if len(slots) == 1 else (world.ranks, 1)
-    command = [sys.executable, "-m", "m3i_scale", "plan", *words, f"optim.micro_batch_size={world.micro_batch_size}"]
-    command += ["--nodes", str(nodes), "--ranks-per-node", str(per_node), "--memory-gib", f"{gib:.3f}"]
-    command += ["--hardware", "cpu" if memory.on_host else "h100", "--json"]
-    code, output, errors = _run(command, meanwhile)
-    try:
-        document = json.loads(output)
-        peak_gib, fits = float(document["peak_gib_per_rank"]), bool(document["fits"])
-    except (ValueError, KeyError, TypeError):
-        reason = next((line for line in errors.splitlines() if line.startswith("error: ")), f"exit code {code}")
-        return f"whether {wanted} has room could not be planned ({reason.removeprefix('error: ')})"
-    return None if fits else f"{wanted} takes {peak_gib:.3g} GiB of a rank, which has {gib:.3g} (see `plan`)"
-
-
-def _run(command: Sequence[str], meanwhile: Callable[[], bool]) -> tuple[int | None, str, str]:
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},  # it computes nothing
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + PLAN_S
-    while meanwhile() and time.monotonic() < deadline:
-        try:
-            output, errors = process.communicate(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            continue
-        return process.returncode, output, errors
-    process.kill()
-    process.communicate()
-    return None, "", "error: it took too long"
+    errors = Faults()
+    errors.note(check_batch, job.world_size, run.optim.batch_size, size)
+    errors.note(lambda: check_shares(run.data, micro_batch_size=size, world_size=job.world_size))
+    errors.end()

@@ -15,7 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.launch.doctor.facts import interfaces
+from m3i_scale.launch.doctor.machine import interfaces
 from m3i_scale.scale.agree import gather_objects
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.text import size_text

@@ -28,7 +28,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
     counted within a micro-batch.
 
     Args:
-        run: config; if it has several stages (`RunConfig.in_phase`), the first one counts.
+        run: config; if it has several stages (`RunConfig.in_stage`), the first one counts.
         label_sets: class names by label space.
         vocab_size: vocabulary size of the tokenizer; None without a text target.
 

@@ -17,9 +17,9 @@ from m3i_scale.config import CheckpointConfig, RunConfig
 from m3i_scale.config.views import view_sizes
 from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.reader import OPEN_SHARDS
-from m3i_scale.launch.doctor import checks, facts
-from m3i_scale.launch.doctor.findings import Finding, faults_of, not_ready
-from m3i_scale.launch.doctor.machine import Needs, disk_finding, look, machine_findings
+from m3i_scale.launch.doctor import software
+from m3i_scale.launch.doctor.findings import Finding, compare_hosts, errors_in, not_ready
+from m3i_scale.launch.doctor.machine import Needs, disk_finding, machine_findings, read_machine
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_card, check_memory
@@ -106,19 +106,18 @@ def check_software(run: RunConfig) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    facts_here = together(
-        lambda: {"python": facts.software_versions(), "code": facts.code(), "config": facts.run_values(run)},
+    own = together(
+        lambda: {"python": software.software_versions(), "code": software.code(), "config": software.run_values(run)},
         names_rank=True,
     )
-    digests = gather_objects(checks.digest(facts_here))
+    digests = gather_objects(software.digest(own))
     if len(set(digests)) == 1:
         return
     answers: dict[str, Any] = {}
-    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), facts_here))):
-        apart = host in answers and checks.digest(answers[host]) != digests[rank]  # two environments on one node
+    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), own))):
+        apart = host in answers and software.digest(answers[host]) != digests[rank]  # two environments on one node
         answers[f"{host}, rank {rank}" if apart else host] = answer
-    compared = checks.findings_of(answers, ("commit", "python", "packages", "config"))
-    raise not_ready(faults_of(compared)).raised_everywhere()
+    raise not_ready(errors_in(compare_hosts(answers, software.CHECKS))).raised_everywhere()
 
 
 def check_machines(resolved: ResolvedRun, tell: Callable[[str], None]) -> None:
@@ -136,9 +135,9 @@ def check_machines(resolved: ResolvedRun, tell: Callable[[str], None]) -> None:
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank per node
     nothing: tuple[list[Finding], int] = [], 0
     hosts = gather_objects(together(lambda: _findings_here(resolved) if looks else nothing))
-    faults = faults_of(dict.fromkeys(finding for findings, _ in hosts for finding in findings))
-    if faults:
-        raise not_ready(faults)
+    errors = errors_in(dict.fromkeys(finding for findings, _ in hosts for finding in findings))
+    if errors:
+        raise not_ready(errors)
     needed = max(of_a_rank for _, of_a_rank in hosts)
     together(lambda: check_memory(needed, tell), names_rank=True)
 
@@ -150,7 +149,7 @@ def _findings_here(resolved: ResolvedRun) -> tuple[list[Finding], int]:
     vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
     ranks_here = min(world, ranks_on_host(os.environ) or 1)
     needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
-    findings = machine_findings(host, look(), needs, on_host=on_host())
+    findings = machine_findings(host, read_machine(), needs, on_host=on_host())
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # otherwise there is nothing to save
         one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # retention is checked by `doctor`
         findings.append(disk_finding(host, run.output_dir, one_checkpoint))

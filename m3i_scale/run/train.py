@@ -15,9 +15,8 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, write_json
-from m3i_scale.launch.flight_recorder import record_collectives
+from m3i_scale.launch.failures import record_collectives
 from m3i_scale.launch.heartbeat import Heartbeat
-from m3i_scale.launch.lock import launch_of
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
@@ -40,7 +39,7 @@ from m3i_scale.scale.compilation import explain_auto
 from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import awaited_optimizer
-from m3i_scale.scale.output_dir import RANK_RECORDS, lock_directory
+from m3i_scale.scale.output_dir import RANK_RECORDS, launch_of, lock_directory
 from m3i_scale.scale.process_group import count_waits, start_ranks, stop_ranks
 from m3i_scale.scale.shared_dir import check_shared
 

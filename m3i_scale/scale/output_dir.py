@@ -52,6 +52,7 @@ class LockFile:
         return f"{self.name}-holder.json"
 
 
+_LAUNCH = LockFile(".launch-lock", "another launch of this run is under way", "two launches would start it twice")
 RUN = LockFile(".lock", "another job is writing to this output directory", "two writers would mix their checkpoints")
 
 
@@ -115,6 +116,26 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
     if holder is None:
         raise UnknownHolderError("a job that is just starting holds the output directory", where=str(output_dir))
     return holder
+
+
+@contextmanager
+def launch_lock(output_dir: Path) -> Iterator[None]:
+    """Hold the lock of the output folder for this launch."""
+    with lock_directory(output_dir, lock=_LAUNCH):
+        with lock_directory(output_dir):  # rank 0's lock: free unless a rank of an earlier launch still runs
+            pass
+        yield
+
+
+def launch_of(output_dir: Path) -> str | None:
+    """Return the process that currently launches the run of an output folder, as text; None if no launch is known."""
+    try:
+        holder = holder_of(output_dir, _LAUNCH)
+    except UnknownHolderError as error:
+        return error.what
+    except CheckpointError:  # an unreadable lock counts as no launch
+        return None
+    return None if holder is None else str(holder)
 
 
 def is_run_folder(folder: Path) -> bool:

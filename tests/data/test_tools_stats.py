@@ -1,4 +1,4 @@
-"""`shards stats` and `shards peek` on shards that others made."""
+"""`shards stats` and `shards preview` on shards that others made."""
 
 import io
 import json

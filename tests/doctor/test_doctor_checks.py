@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from m3i_scale.launch.doctor import checks, facts, group_checks
-from m3i_scale.launch.doctor.findings import Finding, faults_of, finding, not_ready
-from m3i_scale.launch.doctor.group import rounds
-from m3i_scale.launch.doctor.machine import Machine, Needs, disk_finding, look, machine_findings
+from m3i_scale.launch.doctor import checks, software
+from m3i_scale.launch.doctor.findings import Answers, Finding, compare_hosts, errors_in, finding, not_ready
+from m3i_scale.launch.doctor.group import PARTNERS
+from m3i_scale.launch.doctor.machine import Machine, Needs, disk_finding, machine_findings, read_machine
 from m3i_scale.report.doctor_table import doctor_table
 
 GIB = 2**30
@@ -43,9 +41,13 @@ def answers() -> dict[str, dict[str, Any]]:
     return {name: answer(number) for number, name in enumerate(HOSTS)}
 
 
+def compare(answers: Answers, check: str) -> list[Finding]:
+    return list(compare_hosts(answers, {check: checks.CHECKS[check]}))
+
+
 @pytest.mark.parametrize("check", checks.CHECKS)
 def test_equal_hosts_have_no_fault(check: str, answers: dict[str, dict[str, Any]]):
-    found = list(checks.findings_of(answers, [check]))
+    found = compare(answers, check)
     assert [(item.check, item.host, item.ok, item.warning) for item in found] == [
         (check, host, True, False) for host in HOSTS
     ]
@@ -55,17 +57,16 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "another Python": ("python", ("python", "version"), "3.12.1", "3.11.7"),
     "another package": ("packages", ("python", "packages", "torch"), "2.8", "torch 2.8, the head has 2.9"),
     "no package": ("packages", ("python", "packages", "deepspeed"), None, "deepspeed"),
-    "a package without files": ("packages", ("python", "incomplete"), {"pillow": "gone"}, "pillow is gone"),
     "other files": ("commit", ("code",), OTHER_CODE, "ranks would differ: a.py, b.py; the head has abc"),
     "another run file": ("config", ("config",), {"sha256": "0", "values": {"run": {"seed": 7}}}, "run.seed: 7, not 0"),
-    "no run file": ("config", ("config",), {"fault": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
+    "no run file": ("config", ("config",), {"error": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
     "no devices": ("accelerator", ("devices", "kind"), "cpu", "the head has cuda"),
     "a device gone": ("accelerator", ("devices", "count"), 7, "8 ranks"),
-    "no shards": ("shards", ("shards", "photos"), {"shard": "/s/a.tar", "fault": "No such file"}, "No such file"),
+    "no shards": ("shards", ("shards", "photos"), {"shard": "/s/a.tar", "error": "No such file"}, "No such file"),
     "no interface": ("interface", ("interfaces",), {"lo": ["127.0.0.1"]}, "'eth0' is not up"),
     "no address": ("interface", ("interfaces", "eth0"), [], "IPv4"),
     "a wrong address": ("names", ("names", "three"), {"addresses": ["10.0.0.9"]}, "three means 10.0.0.9"),
-    "an unknown name": ("names", ("names", "one"), {"fault": "Name or service not known"}, "one is unknown"),
+    "an unknown name": ("names", ("names", "one"), {"error": "Name or service not known"}, "one is unknown"),
     "another's name is loopback": ("names", ("names", "one"), {"addresses": ["127.0.1.1"]}, "one means 127.0.1.1"),
 }
 
@@ -78,7 +79,7 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
     for key in above:
         place = place[key]
     place[last] = value
-    bad = faults_of(checks.findings_of(answers, [check]))
+    bad = errors_in(compare(answers, check))
     assert [(item.check, item.host) for item in bad] == [(check, "two")]
     assert told in f"{bad[0].value} {bad[0].why}"
     assert bad[0].why
@@ -89,42 +90,30 @@ def test_a_planted_fault_is_found_on_its_host_alone(name: str, answers: dict[str
 def test_run_files_are_compared_without_their_secrets(shards: str, answers: dict[str, dict[str, Any]]):
     for host, value in (("one", shards), ("two", "/data/x.tar")):
         answers[host]["config"] = {"sha256": host, "values": {"run": {"data": {"datasets": {"a": {"path": value}}}}}}
-    assert "SECRET" not in repr([item.to_json() for item in checks.findings_of(answers, ["config"])])
-    assert "run.data.datasets.a.path" in str([item.why for item in checks.findings_of(answers, ["config"])])
+    assert "SECRET" not in repr([item.to_json() for item in compare(answers, "config")])
+    assert "run.data.datasets.a.path" in str([item.why for item in compare(answers, "config")])
 
 
 COMPARED = [name for name, (check, *_) in PLANTED.items() if check in ("python", "packages", "commit", "config")]
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARED if name not in ("a package without files", "no run file")])
+@pytest.mark.parametrize("name", [name for name in COMPARED if name != "no run file"])
 def test_what_ranks_compare_first_differs_where_a_fault_would_be_found(name: str):
     _, (*above, last), value, _ = PLANTED[name]
     own, head = answer(1), answer(0)
-    assert checks.digest(own) == checks.digest(head)
+    assert software.digest(own) == software.digest(head)
     place = own
     for key in above:
         place = place[key]
     place[last] = value
-    assert checks.digest(own) != checks.digest(head)
+    assert software.digest(own) != software.digest(head)
 
 
 def test_the_loopback_of_the_host_itself_is_no_fault(answers):
     """Debian and Ubuntu write `127.0.1.1 NAME` into /etc/hosts; ranks use the route to the head."""
     answers["two"]["names"] |= {name: {"addresses": ["127.0.1.1"]} for name in ("two", "vm2")}
     answers["two"]["interface"] = None
-    assert faults_of(checks.findings_of(answers, ["names"])) == []
-
-
-def test_a_package_whose_files_are_gone_is_found_by_its_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert facts.incomplete_packages() == {}
-    left = tmp_path / "webdataset-1.0.2.dist-info"
-    left.mkdir()
-    (left / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 1.0.2\n")
-    (left / "RECORD").write_text("webdataset/__init__.py,,\nwebdataset/cache.py,,\n")
-    (tmp_path / "webdataset").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert facts.software_versions()["packages"]["webdataset"] == "1.0.2"
-    assert list(facts.incomplete_packages()) == ["webdataset"]
+    assert errors_in(compare(answers, "names")) == []
 
 
 def test_grouped_values_say_whose_they_are():
@@ -152,7 +141,7 @@ def test_what_is_only_worth_a_look_is_a_warning(name: str, answers: dict[str, di
     for key in above:
         place = place[key]
     place[last] = value
-    found = [item for item in checks.findings_of(answers, [check]) if item.warning]
+    found = [item for item in compare(answers, check) if item.warning]
     assert [(item.host, item.ok) for item in found] == [("three", True)]
 
 
@@ -176,21 +165,21 @@ MACHINE = Machine(64 * GIB, 128 * GIB, 8 * GIB, 16 * GIB, 65536, 65536, cores=64
 )
 def test_a_machine_that_has_less_than_a_run_needs(check: str, machine: Machine, needs: Needs):
     found = machine_findings("one", machine, needs, on_host=False)
-    assert [item.check for item in faults_of(found)] == [check]
-    assert faults_of(machine_findings("one", MACHINE, Needs(), on_host=False)) == []
+    assert [item.check for item in errors_in(found)] == [check]
+    assert errors_in(machine_findings("one", MACHINE, Needs(), on_host=False)) == []
 
 
 def test_states_of_hosts_that_compute_count_as_their_memory():
     needs = Needs(memory_bytes=40 * GIB, state_bytes=40 * GIB)
-    assert [item.check for item in faults_of(machine_findings("one", MACHINE, needs, on_host=True))] == ["memory"]
-    assert faults_of(machine_findings("one", MACHINE, needs, on_host=False)) == []
+    assert [item.check for item in errors_in(machine_findings("one", MACHINE, needs, on_host=True))] == ["memory"]
+    assert errors_in(machine_findings("one", MACHINE, needs, on_host=False)) == []
 
 
 def test_small_shared_memory_and_low_limits_are_warned_of():
     small = replace(MACHINE, shm_free=2**26, shm_total=2**26, files_soft=1024)
     found = machine_findings("one", small, Needs(ranks=8), on_host=False)
     assert {item.check for item in found if item.warning} == {"shm", "files"}
-    assert faults_of(found) == []
+    assert errors_in(found) == []
 
 
 @pytest.mark.parametrize(
@@ -199,16 +188,16 @@ def test_small_shared_memory_and_low_limits_are_warned_of():
 def test_more_threads_than_cores_are_warned_of(cores: int, threads: int | None, warned: bool):
     found = machine_findings("one", replace(MACHINE, cores=cores, threads=threads), Needs(ranks=8), on_host=False)
     assert [item.warning for item in found if item.check == "threads"] == [warned]
-    assert faults_of(found) == []
+    assert errors_in(found) == []
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path):
     for name, text in (("memory.max", "1000000"), ("memory.current", "400000"), ("memory.stat", "inactive_file 50000")):
         (tmp_path / name).write_text(text)
-    found = look(cgroup=tmp_path)
+    found = read_machine(cgroup=tmp_path)
     assert (found.memory_total, found.memory_available) == (1000000, 650000)
     (tmp_path / "memory.max").write_text("max")
-    assert look(cgroup=tmp_path).memory_total > 1000000
+    assert read_machine(cgroup=tmp_path).memory_total > 1000000
 
 
 def test_a_disk_is_held_against_one_checkpoint_and_against_all(tmp_path: Path):
@@ -221,77 +210,58 @@ def test_a_disk_is_held_against_one_checkpoint_and_against_all(tmp_path: Path):
 
 def test_ports_folders_and_groups():
     answers = {host: {"port": {"ms": 0.1}} for host in HOSTS}
-    answers["two"] = {"port": {"fault": "timed out"}}
-    assert [item.ok for item in group_checks.port_findings(answers, "one", "10.0.0.1:29500")] == [True, False, True]
-    answers["one"] = {"port": {"fault": "Address already in use"}}
-    assert [item.host for item in group_checks.port_findings(answers, "one", "10.0.0.1:29500")] == ["one"]
+    answers["two"] = {"port": {"error": "timed out"}}
+    assert [item.ok for item in checks.port_findings(answers, "one", "10.0.0.1:29500")] == [True, False, True]
+    answers["one"] = {"port": {"error": "Address already in use"}}
+    assert [item.host for item in checks.port_findings(answers, "one", "10.0.0.1:29500")] == ["one"]
     notes = {
-        "one": {"path": "/out", "seen": ["one"]},
-        "two": {"path": "/out", "seen": ["two"]},
-        "three": {"path": "/out", "seen": [], "fault": "Permission denied"},
-        "four": {"path": "/out", "seen": ["one", "four"]},  # a copy: the head does not see its note
+        "one": {"path": "/out", "visible": ["one"]},
+        "two": {"path": "/out", "visible": ["two"]},
+        "three": {"path": "/out", "visible": [], "error": "Permission denied"},
+        "four": {"path": "/out", "visible": ["one", "four"]},  # a copy: the head does not see its note
     }
-    shared = list(group_checks.shared_findings({host: {"shared": note} for host, note in notes.items()}))
-    assert [item.host for item in faults_of(shared)] == ["two", "three", "four"]
-    assert not group_checks.group_finding({"fault": "Connection closed"}, 3).ok
+    shared = list(checks.shared_findings({host: {"shared": note} for host, note in notes.items()}))
+    assert [item.host for item in errors_in(shared)] == ["two", "three", "four"]
 
 
-def test_a_host_whose_group_came_to_an_end_is_told_with_the_reason():
-    answers = {host: {"port": {"ms": 0.1}, "links": []} for host in HOSTS}
-    answers["two"]["fault"] = "Socket Timeout"
-    (told,) = group_checks.broken_findings(answers)
-    assert (told.host, told.value, told.ok) == ("two", "Socket Timeout", False)
+def network(rate: float, **fields: Any) -> dict[str, Any]:
+    return {"network": {"all_reduce_gb_s": 0.5, "host_gb_s": rate, "latency_us": 50.0, "backend": "gloo", **fields}}
 
 
-def test_what_a_group_measured_is_what_its_slowest_member_says():
-    assert group_checks.slowest([link(3.0, 10.0), link(1.0, 5.0)], 2) == link(1.0, 10.0)
-    assert "fault" in group_checks.slowest([link(3.0), {"fault": "Connection closed"}], 2)
-    assert "fault" in group_checks.slowest([link(3.0)], 2)
+def test_a_group_is_as_fast_as_its_slowest_host():
+    answers = {"a": network(1.0), "b": network(1.0, all_reduce_gb_s=0.25, latency_us=80.0)}
+    (group,) = checks.group_findings(answers, 2)
+    assert (group.check, group.ok, group.value) == ("group", True, "2 hosts: all-reduce 0.25 GB/s, 80 µs (gloo)")
 
 
-def link(rate: float, latency: float = 50.0) -> dict[str, Any]:
-    return {"all_reduce_gb_s": rate, "all_gather_gb_s": rate, "latency_us": latency, "backend": "gloo"}
+def test_a_group_without_the_answer_of_a_host_is_an_error_with_its_reason():
+    failed = {"a": network(1.0), "b": {"group_error": "Socket Timeout"}, "c": network(1.0)}
+    ended = {"a": network(1.0), "c": network(1.0)}
+    for answers, reason in ((failed, "b: Socket Timeout"), (ended, "a host has stopped answering")):
+        (group,) = checks.group_findings(answers, 3)
+        assert (group.host, group.ok, group.value) == ("all", False, f"3 hosts: {reason}")
 
 
-def pairs_of(hosts: Iterable[str], rates: dict[frozenset[str], Any]) -> dict[tuple[str, str], Any]:
-    pairs = [pair for matches in rounds(list(hosts)) for pair in matches]
-    return {pair: copy.copy(rates.get(frozenset(pair), link(10.0))) for pair in pairs}
+def stragglers(rates: dict[str, float]) -> list[str]:
+    answers = {host: network(rate) for host, rate in rates.items()}
+    return [item.host for item in errors_in(checks.group_findings(answers, len(rates)))]
 
 
-def bad(measured: dict[tuple[str, str], Any]) -> list[tuple[str, set[str]]]:
-    found: list[Finding] = faults_of(group_checks.pair_findings(measured))
-    return [(item.check, set(item.host.split(" ↔ "))) for item in found]
+def test_a_slow_host_is_named():
+    assert stragglers({"a": 1.0, "b": 0.9, "c": 0.1}) == ["c"]
+    assert stragglers({"a": 1.0, "b": 0.9, "c": 0.6}) == []
+    assert stragglers({"a": 1.0, "b": 0.1}) == []  # of two hosts, either could be the slow one
 
 
-def test_a_host_that_is_slow_with_all_is_named_and_no_pair_of_it():
-    # Of three hosts two pairs out of three are slow: the median of pairs would be the slow ones'.
-    slow = {frozenset({"c", other}): link(1.0) for other in "ab"}
-    assert bad(pairs_of("abc", slow)) == [("straggler", {"c"})]
-
-
-def test_a_pair_that_is_slow_by_itself_is_named_and_a_broken_one():
-    rates = {frozenset("ab"): link(1.0), frozenset("cd"): {"fault": "Connection refused"}}
-    assert sorted(bad(pairs_of("abcd", rates))) == [("bandwidth", {"a", "b"}), ("bandwidth", {"c", "d"})]
-    assert bad(pairs_of("ab", {frozenset("ab"): link(1e-3)})) == []  # of one pair there is no median
-
-
-def test_a_slow_answer_is_noted():
-    found = group_checks.pair_findings(pairs_of("abc", {frozenset("ab"): link(10.0, 1000.0)}))
-    assert [set(item.host.split(" ↔ ")) for item in found if item.warning] == [{"a", "b"}]
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
-def test_rounds_have_every_two_hosts_once_and_nobody_twice_at_a_time(count: int):
-    hosts = [str(number) for number in range(count)]
-    found = rounds(hosts)
-    assert len({frozenset(pair) for matches in found for pair in matches}) == count * (count - 1) // 2
-    assert sum(map(len, found)) == count * (count - 1) // 2
-    assert all(len({host for pair in matches for host in pair}) == 2 * len(matches) for matches in found)
-    assert len(found) == count - 1 + count % 2
+@pytest.mark.parametrize("hosts", range(2, 10))
+def test_every_host_has_a_partner_that_is_fast_if_another_one_is_slow(hosts: int):
+    partners = {host: {(turn - host) % hosts for turn in range(PARTNERS)} - {host} for host in range(hosts)}
+    assert all(host in partners[other] for host in partners for other in partners[host])
+    assert min(map(len, partners.values())) >= min(hosts - 1, 2)
 
 
 def test_faults_become_one_error():
-    faults = [finding("shm", "a", "1 MiB", fault="w", fix="f"), finding("disk", "b", "2 MiB", fault="x", fix="g")]
+    faults = [finding("shm", "a", "1 MiB", error="w", fix="f"), finding("disk", "b", "2 MiB", error="x", fix="g")]
     error = not_ready(faults)
     assert (error.what, error.where, error.fix) == ("shm: 1 MiB", "a; disk on b: 2 MiB (x)", "f; g")
-    assert faults_of([finding("shm", "a", "")]) == []
+    assert errors_in([finding("shm", "a", "")]) == []

@@ -19,10 +19,10 @@ from launch import ROOT, environment, free_port
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.doctor.agents import Agents
-from m3i_scale.launch.doctor.examine import Examination
 from m3i_scale.launch.doctor.findings import Finding
 from m3i_scale.launch.doctor.group import Group, open_store, reach, read_notes, remove, write_note
-from m3i_scale.launch.transport import RemoteShell
+from m3i_scale.launch.link import RemoteShell
+from m3i_scale.run.doctor import Examination
 from m3i_scale.run.doctor import examine as doctor
 
 SSH = r"""#!/bin/bash
@@ -86,7 +86,7 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monke
     found = examine(hosts, tmp_path, run=str(tmp_path / "run.yaml"), join_s=5.0)
     told = {key: (item.ok, item.value) for key, item in found.items()}
     assert told["ssh", "refused"] == (False, "ssh: connect to host refused port 22: Connection refused")
-    assert told["ssh", "old"] == told["ssh", "bare"] == (True, "reached")
+    assert told["ssh", "old"] == told["ssh", "bare"] == (True, "connected")
     assert "No such file" in told["python", "old"][1]
     assert "no_agent" in told["python", "bare"][1]
     assert "No module named" in told["packages", "poor"][1]
@@ -97,8 +97,8 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monke
     assert not told["shards", "here"][0]
     assert not told["names", "here"][0]  # the names of this test mean nothing
     assert told["probe", "lost"] == (False, "it ended with exit code 7")
-    # The two that are left measure their link, for what it is worth within one machine.
-    assert found["bandwidth", "here ↔ there"].ok
+    assert found["group", "all"].ok  # of the two that are left
+    assert found["group", "all"].value.startswith("2 hosts: all-reduce ")
     assert told["shared", "there"] == (True, f"{tmp_path}/out/of/it: reads what 1 other hosts write")
     assert not (tmp_path / "out").exists()
     assert not Path("/tmp/never").exists()
@@ -106,14 +106,14 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path, monke
 
 def test_a_host_that_says_nothing_is_given_up():
     with Agents(["silent"], a_site(connect_s=0.5), 10.0) as agents:
-        assert agents.connect() == {}
-    assert agents.errors["silent"].kind == "reach"
+        assert agents.hosts == []
+    assert agents.errors["silent"].kind == "connect"
 
 
 def test_the_answer_of_a_process_that_takes_too_long_is_not_waited_for(tmp_path: Path):
     waits = {"host": "two", "hosts": ["one", "two"], "address": "127.0.0.1", "port": free_port(), "join_s": 60}
     with Agents(["two"], a_site(), 10.0) as agents:
-        assert list(agents.connect()) == ["two"]
+        assert agents.hosts == ["two"]
         assert agents.request("measure", {"two": waits}, 1.0) == {}
     assert agents.errors["two"].kind == "agent"
 
@@ -141,14 +141,15 @@ def test_a_host_that_cannot_reach_the_head_does_not_hold_up_the_others(tmp_path:
         for host in ("one", "two", "three")
     }
     with Agents(list(requests), a_site(), 10.0) as agents:
-        assert list(agents.connect()) == list(requests)
+        assert agents.hosts == list(requests)
         answers = agents.request("measure", requests, 60)
     assert agents.errors == {}
-    assert "fault" in answers["three"]["port"]
+    assert "error" in answers["three"]["port"]
     for host in ("one", "two"):
         assert answers[host]["members"] == ["one", "two"]
-        assert answers[host]["shared"]["seen"] == ["one", "two"]
-        assert [(link["pair"], "fault" in link) for link in answers[host]["links"]] == [(["one", "two"], False)]
+        assert answers[host]["shared"]["visible"] == ["one", "two"]
+        assert answers[host]["network"]["all_reduce_gb_s"] > 0
+        assert answers[host]["network"]["host_gb_s"] > 0
     assert not (tmp_path / "out").exists()
 
 

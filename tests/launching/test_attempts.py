@@ -13,12 +13,10 @@ from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.failures import Failure
 from m3i_scale.launch.heartbeat import PHASES
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link
-from m3i_scale.launch.logs import Logs
+from m3i_scale.launch.link import HostError, Inbox, Link, RemoteShell
 from m3i_scale.launch.progress import STEPS, Progress, Stragglers
 from m3i_scale.launch.rendezvous import HostHistory, Policy, Work
-from m3i_scale.launch.supervise import Attempt, AttemptResult
-from m3i_scale.launch.transport import HostFault, RemoteShell
+from m3i_scale.launch.supervise import Attempt, AttemptResult, Logs
 from m3i_scale.launch.wire import decode
 from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
 
@@ -134,7 +132,7 @@ def test_a_host_fails_twice_running_by_its_ranks_and_not_by_being_lost():
 def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not():
     def asked(port: int) -> dict[str, Any]:
         agent = Agent(output := io.BytesIO())
-        agent._say_port(port, None)
+        agent._send_port(port, None)
         agent.writer.close()
         return cast(dict[str, Any], decode(output.getvalue()))
 
@@ -144,8 +142,8 @@ def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listene
             own, _ = listener.accept()
             own.close()  # the first to close keeps the port, as rank 0 does that was killed
             assert guest.recv(1) == b""
-        assert "Address already in use" in asked(port)["fault"]
-    assert asked(port) == {"kind": "port", "port": port, "address": None, "fault": None}
+        assert "Address already in use" in asked(port)["error"]
+    assert asked(port) == {"kind": "port", "port": port, "address": None, "error": None}
 
 
 class Failed:
@@ -156,8 +154,8 @@ class Failed:
     def send(self, kind: str, **fields: object) -> None:
         self.said = kind
 
-    def fault(self) -> HostFault:
-        return HostFault("BlockingIOError: no more processes", "agent")
+    def error(self) -> HostError:
+        return HostError("BlockingIOError: no more processes", "agent")
 
 
 def an_attempt(link: Link, output_dir: Path) -> Attempt:

@@ -8,9 +8,8 @@ import pytest
 from launch_case import FIELDS, OUTPUT, a_job, a_script, path_with
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.commands import read_job
+from m3i_scale.launch.commands import LAUNCHERS, READY_FILES, find_launcher, read_job, render
 from m3i_scale.launch.description import Cluster, read_cluster
-from m3i_scale.launch.launchers import LAUNCHERS, READY_FILES, find_launcher, render
 
 OTHER_VALUES = {
     "nodes": 3,
@@ -30,7 +29,6 @@ OTHER_VALUES = {
     "max_restarts": 7,
     "min_nodes": 1,
     "min_compared": 64,
-    "memory_gib": 7.0,
     "restart_pause_s": 7.0,
     "probe_s": 7.0,
     "silence_s": 77.0,
@@ -209,15 +207,6 @@ def test_a_launcher_that_people_start_themselves_has_a_ready_file(launcher):
         render(launcher, a_job())
     assert caught.value.where == "--with"
     assert f"launchers/{launcher}.sh" in str(caught.value.fix)
-
-
-@pytest.mark.parametrize("field", ["runner", "mpi"])
-def test_a_key_of_former_days_is_told_what_takes_its_place(field, tmp_path):
-    path = tmp_path / "cluster.yaml"
-    path.write_text(f"hosts: [node1 slots=1]\n{field}: openmpi\n")
-    with pytest.raises(ConfigError) as caught:
-        read_cluster(path, {})
-    assert "launchers/mpirun.sh" in str(caught.value.fix)
 
 
 def test_hosts_that_are_one_machine_are_refused():

@@ -8,25 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from launch import ROOT, environment
 
-from m3i_scale import __version__
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch import link, transport
+from m3i_scale.launch import link
 from m3i_scale.launch.attempts import Launch, new_launch
-from m3i_scale.launch.doctor.facts import code
-from m3i_scale.launch.doctor.machine import RankMemory
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, connect
+from m3i_scale.launch.link import Inbox, RemoteShell, connect
 from m3i_scale.launch.processes import MARK
-from m3i_scale.launch.rendezvous import CannotStartError, Policy, Work
-from m3i_scale.launch.transport import RemoteShell
-from m3i_scale.launch.worlds import World
+from m3i_scale.launch.rendezvous import Policy, Work
 from m3i_scale.scale.output_dir import ATTEMPTS
 
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
@@ -50,7 +44,7 @@ OVERRIDES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=
 
 @pytest.fixture(autouse=True)
 def hosts_are_this_machine(monkeypatch):
-    monkeypatch.setattr(transport, "is_here", lambda name: True)
+    monkeypatch.setattr(link, "is_here", lambda name: True)
 
 
 def a_site(folder: Path) -> RemoteShell:
@@ -66,7 +60,7 @@ def a_launch(
 ) -> Launch:
     run = load_run(recipe, [*OVERRIDES, f"output_dir={folder / 'out'}"])
     names = tuple(Host(f"node{number}", count) for number, count in enumerate(slots))
-    return Launch(Work(run, command, names, a_site(folder), words=(recipe,)), policy, print)
+    return Launch(Work(run, command, names, a_site(folder)), policy, print)
 
 
 def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
@@ -77,8 +71,9 @@ def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
         "workdir": str(folder),
         "environment": {"PYTHONPATH": environment()["PYTHONPATH"]},
         "ssh": [],
+        "transport": "ssh",
         "hosts": ["localhost slots=2"],
-        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
+        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts", "min_compared")),
         "silence_s": 30,
         "max_restarts": 0,
         "pause_s": 0,
@@ -118,68 +113,42 @@ def test_a_host_that_fails_first_twice_running_is_left_out_where_the_others_are_
     assert (told.count("host node1: "), told.count("without node1: ")) == ((1, 0) if exit_code else (0, 1))
 
 
-def compared(tmp_path, monkeypatch, policy: Policy, refusal: str | None = "no room", recipe: str = "m3i") -> Launch:
-    """Four hosts, two of which are gone; what `plan` says of a larger micro-batch is given."""
-    unreachable(monkeypatch, "node2", "node3")
-
-    def plan(words: tuple[str, ...], world: World, memory: RankMemory, *_: object) -> str | None:
-        assert (words, world.micro_batch_size) == ((recipe,), 48)
-        assert memory.on_host
-        assert memory.gib
-        return refusal
-
-    monkeypatch.setattr("m3i_scale.launch.rendezvous.refusal_of_plan", plan)
-    return a_launch(tmp_path, (1, 1, 1, 1), policy, (sys.executable, "-c", "pass"), recipe)
-
-
-@pytest.mark.parametrize(("refusal", "micro_batch_size"), [(None, 48), ("no room", 24)])
-def test_fewer_ranks_compare_as_many_samples_where_there_is_room_and_else_it_is_told(
-    tmp_path, monkeypatch, capsys, refusal, micro_batch_size
-):
-    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), refusal).run() == 0
-    (item,) = attempts(tmp_path)
-    assert (item["ranks"], item["micro_batch_size"]) == (2, micro_batch_size)
-    told = "losses compare 48 samples at a time, were 96: no room"
-    assert (told in capsys.readouterr().out) == (refusal is not None)
-
-
-def test_fewer_compared_samples_are_refused_where_they_are_not_wanted(tmp_path, monkeypatch):
-    with pytest.raises(CannotStartError) as caught:
-        compared(tmp_path, monkeypatch, Policy(min_hosts=2, min_compared=49)).run()
-    assert "min_compared: 49" in str(caught.value.where)
-    assert not (tmp_path / "out" / ATTEMPTS).exists()
-
-
-MUTE = """
-import json, os, pathlib, sys
-print(sys.argv[1], flush=True)
-asked = False
-for line in sys.stdin:
-    kind = json.loads(line)["kind"]
-    if asked and kind == "beat":
-        pathlib.Path(sys.argv[2], str(os.getpid())).touch()
-    asked = asked or kind == "memory"
+OUT_OF_MEMORY = """
+import sys
+if "optim.micro_batch_size=48" in sys.argv:
+    sys.exit("OutOfMemoryError: CUDA out of memory")
 """
 
 
-def test_hosts_that_do_not_say_their_memory_are_waited_for_at_once_and_hear_that_the_launch_lives(
-    tmp_path, monkeypatch
+def compared(tmp_path, monkeypatch, policy: Policy, program: str = "pass", recipe: str = "m3i") -> Launch:
+    """Four hosts, two of which are gone."""
+    unreachable(monkeypatch, "node2", "node3")
+    return a_launch(tmp_path, (1, 1, 1, 1), policy, (sys.executable, "-c", program), recipe)
+
+
+def test_fewer_ranks_get_a_larger_micro_batch_and_so_compare_as_many_samples(tmp_path, monkeypatch, capsys):
+    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2)).run() == 0
+    (item,) = attempts(tmp_path)
+    assert (item["ranks"], item["micro_batch_size"]) == (2, 48)
+    assert "losses compare" not in capsys.readouterr().out
+
+
+def test_a_larger_micro_batch_that_runs_out_of_memory_becomes_the_usual_one_without_a_restart(
+    tmp_path, monkeypatch, capsys
 ):
-    heard = tmp_path / "heard"
-    heard.mkdir()
-    hello = json.dumps({"kind": "hello", "version": __version__, "code": code(), "left": [], "fault": None})
-    mute = [sys.executable, "-S", "-c", MUTE, hello, str(heard)]
-    monkeypatch.setattr(link, "agent_command", lambda name, *_: mute if name in ("node0", "node1") else ["false"])
-    monkeypatch.setattr("m3i_scale.launch.rendezvous.refusal_of_plan", lambda *_: "no room")
-    launch = a_launch(tmp_path, (1, 1, 1, 1), Policy(min_hosts=2, min_compared=49), ("false",))
-    work = replace(launch.work, site=replace(launch.work.site, connect_s=3.0))
-    with pytest.raises(CannotStartError):
-        Launch(work, launch.policy, print).run()
-    assert len(list(heard.iterdir())) == 2
+    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), OUT_OF_MEMORY).run() == 0
+    assert [item["micro_batch_size"] for item in attempts(tmp_path)] == [48, 24]
+    assert "losses compare 48 samples at a time, were 96: ranks ran out of memory" in capsys.readouterr().out
+
+
+def test_fewer_compared_samples_than_wanted_end_the_launch(tmp_path, monkeypatch):
+    launch = compared(tmp_path, monkeypatch, Policy(min_hosts=2, min_compared=49), OUT_OF_MEMORY)
+    assert launch.run() == 1
+    assert [item["micro_batch_size"] for item in attempts(tmp_path)] == [48]
 
 
 def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
-    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), None, "mae").run() == 0
+    assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), recipe="mae").run() == 0
     assert attempts(tmp_path)[0]["micro_batch_size"] == 24
     assert "losses compare" not in capsys.readouterr().out
 
@@ -206,7 +175,7 @@ def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited
 OLDER = """
 import json, sys
 from m3i_scale import __version__
-print(json.dumps({"kind": "hello", "version": __version__, "left": [], "fault": None}), flush=True)
+print(json.dumps({"kind": "hello", "version": __version__, "left": [], "error": None}), flush=True)
 sys.stdin.read()
 """
 
@@ -219,7 +188,7 @@ def test_a_host_whose_code_does_not_yet_say_what_it_is_cannot_be_used(tmp_path, 
     for one in links:
         one.close()
     assert [one.host.name for one in links] == ["node0"]
-    assert "older than here" in reasons["node1"]
+    assert "older than here" in reasons["node1"].what
 
 
 def test_nobody_asks_on_when_nobody_waits_for_the_answer(tmp_path, monkeypatch):

@@ -14,18 +14,16 @@ from m3i_scale.launch.failures import (
     failure_text,
     first_cause,
     forget_records,
-    on_clock,
     read_record,
     read_records,
+    record_collectives,
     record_file,
     write_failure,
 )
 from m3i_scale.launch.failures import write_record as leave
-from m3i_scale.launch.flight_recorder import record_collectives
 from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
-from m3i_scale.launch.lock import launch_lock
 from m3i_scale.run.rank_record import recorded
-from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.scale.output_dir import launch_lock, lock_directory
 from m3i_scale.scale.store import MissingRanksError
 
 
@@ -81,11 +79,6 @@ def test_where_nothing_else_is_known_the_first_consequence_stands_for_it():
     early, late = failure(1.0, PEERS[0]), failure(2.0, PEERS[1])
     assert first_cause([late, early]) == early
     assert first_cause([]) is None
-
-
-def test_clocks_of_hosts_are_those_of_the_launch():
-    slow_clock = on_clock(failure(100.0, "ValueError: the consequence of nothing"), 50.0)
-    assert first_cause([slow_clock, failure(149.0, "ValueError: first")]).message == "ValueError: first"
 
 
 def test_the_text_names_the_place_once_and_counts_the_rest(tmp_path):

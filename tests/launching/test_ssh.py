@@ -10,10 +10,9 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.errors import UserError
+from m3i_scale.launch.commands import render
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.launchers import render
-from m3i_scale.launch.link import Inbox, connect
-from m3i_scale.launch.transport import HostFault, RemoteShell, explain_end
+from m3i_scale.launch.link import HostError, Inbox, RemoteShell, connect, explain_end
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
@@ -39,7 +38,8 @@ def test_agents_without_an_ssh_to_start_them_are_told_of_as_hosts_that_cannot_be
     site = RemoteShell(python="python3", workdir="/", output_dir="/out", launch="one")
     links, reasons = connect([Host("node1", 1), Host("node2", 1)], site, Inbox())
     assert links == []
-    assert reasons == dict.fromkeys(("node1", "node2"), "ssh cannot be started here: No such file or directory")
+    error = HostError("ssh cannot be started here: No such file or directory", "connect")
+    assert reasons == dict.fromkeys(("node1", "node2"), error)
 
 
 def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first(monkeypatch):
@@ -55,7 +55,7 @@ def test_ssh_under_pdsh_gives_up_a_silent_host_and_what_is_given_counts_first(mo
 @pytest.mark.parametrize("transport", ["ssh", "srun"])
 def test_an_end_is_told_of_what_reached_the_host(transport):
     site = RemoteShell(python="python3", workdir="/", output_dir="/out", launch="one", transport=transport)
-    assert explain_end(255, ["it broke"], site) == HostFault(f"{transport}: it broke", "reach")
+    assert explain_end(255, ["it broke"], site) == HostError(f"{transport}: it broke", "connect")
     assert explain_end(127, ["bash: python3: command not found"], site).kind == "start"
     assert explain_end(1, ["python3: No module named m3i_scale.launch.agent"], site).kind == "start"
     missing = explain_end(1, ["ModuleNotFoundError: No module named 'pydantic'", f"{transport}: error: exited"], site)

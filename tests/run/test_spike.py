@@ -68,7 +68,7 @@ def test_a_loss_that_jumps_with_a_schedule_or_a_phase_is_no_spike_and_a_later_ju
     weights = [1.0, weight]
     recipe = SimpleNamespace(targets=[SimpleNamespace(weight=weight) for weight in weights])
     run = SimpleNamespace(
-        guard=GuardConfig(spike=CONFIG), optim=SimpleNamespace(steps=100), output_dir=Path(), phase_starts=starts
+        guard=GuardConfig(spike=CONFIG), optim=SimpleNamespace(steps=100), output_dir=Path(), stage_starts=starts
     )
     state: Any = SimpleNamespace(resolved=SimpleNamespace(run=run, recipe=recipe), finite=True, applied=True)
     guard, spikes = Guard(state, list), []

@@ -9,11 +9,10 @@ from typing import Any
 
 from m3i_scale.launch.doctor.host import MARK, MODULE, REQUEST
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, Link, receive
-from m3i_scale.launch.transport import FaultKind, HostFault, RemoteShell
+from m3i_scale.launch.link import HostError, Inbox, RemoteShell, connect, receive
 from m3i_scale.launch.wire import Message
 
-_SHOWN_CHARACTERS = 300
+_MAX_CHARACTERS = 300
 
 
 class Agents:
@@ -26,16 +25,13 @@ class Agents:
     """
 
     def __init__(self, hosts: Sequence[str], site: RemoteShell, connect_s: float) -> None:
-        self.errors: dict[str, HostFault] = {}
+        self._site, self._inbox = site, Inbox()
+        links, self.errors = connect(
+            [Host(host, 1) for host in hosts], site, self._inbox, ssh_timeout_s=connect_s, same_code=False
+        )
         """Errors of hosts that do not respond, or no longer do."""
-        self._site, self._inbox, self._began = site, Inbox(), time.monotonic()
-        self._links: dict[str, Link] = {}
-        self._asked = 0
-        for host in hosts:
-            try:
-                self._links[host] = Link(Host(host, 1), site, self._inbox, connect_s)
-            except OSError as error:
-                self.errors[host] = HostFault(f"{error.filename}: {error.strerror}", "reach")
+        self._links = {link.host.name: link for link in links}
+        self._requests = 0
 
     def __enter__(self) -> Agents:
         return self
@@ -46,40 +42,40 @@ class Agents:
         for link in self._links.values():
             link.close()
 
-    def connect(self) -> dict[str, dict[str, Any]]:
-        """Return, for every responding host, the seconds until its response (`reached_s`), and by how much its clock is
-        ahead, with the uncertainty (`clock`)."""
-        answers: dict[str, dict[str, Any]] = {}
-        asked: dict[str, float] = {}
-        waiting = set(self._links)
-        for host, message in self._hear(waiting, self._site.connect_s):
-            if message["kind"] == "hello" and message["fault"] is not None:
-                self.errors[host] = HostFault(message["fault"], "agent")
+    @property
+    def hosts(self) -> list[str]:
+        """Return the hosts with an agent that responds."""
+        return [host for host in self._links if host not in self.errors]
+
+    def clock_offsets(self) -> dict[str, tuple[float, float]]:
+        """Return, by host, the seconds by which its clock is ahead of the clock here, and their uncertainty."""
+        sent: dict[str, float] = {}
+        offsets: dict[str, tuple[float, float]] = {}
+        waiting = set(self.hosts)
+        for host in self.hosts:
+            sent[host] = time.time()
+            self._links[host].send("clock")
+        for host, message in self._receive(waiting, self._site.connect_s):
+            if message["kind"] == "clock":
+                half = (time.time() - sent[host]) / 2
+                offsets[host] = (message["time"] - sent[host] - half, half)
                 waiting.discard(host)
-            elif message["kind"] == "hello":
-                answers[host] = {"reached_s": time.monotonic() - self._began}
-                asked[host] = time.time()
-                self._links[host].send("clock")
-            elif message["kind"] == "clock":
-                half = (time.time() - asked[host]) / 2
-                answers[host]["clock"] = (message["time"] - asked[host] - half, half)
-                waiting.discard(host)
-        return {host: answers[host] for host in self._links if host not in self.errors}
+        return {host: offsets[host] for host in self.hosts}
 
     def request(
         self,
         verb: str,
         requests: Mapping[str, Mapping[str, Any]],
-        within_s: float,
-        over: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda answers: False,
+        timeout_s: float,
+        enough: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda answers: False,
     ) -> dict[str, dict[str, Any]]:
         """Return the answers of the hosts that respond, in the order of the requests.
 
         Args:
             verb: a verb of `host.py`.
             requests: requests by host.
-            within_s: time limit of an answer.
-            over: whether these answers are enough, so that the others need not be awaited.
+            timeout_s: time limit of an answer.
+            enough: whether these answers are enough, so that the others need not be awaited.
         """
         site, texts = self._site, dict.fromkeys(requests, "")
         answers: dict[str, dict[str, Any]] = {}
@@ -87,26 +83,26 @@ class Agents:
         for host in waiting:
             variables = {**site.environment, REQUEST: json.dumps(requests[host])}
             command = [site.python, "-u", "-m", MODULE, verb]
-            ranks = [{"RANK": str(self._asked)}]  # a number not yet used by this agent
+            ranks = [{"RANK": str(self._requests)}]  # a number not yet used by this agent
             self._links[host].send("start", ranks=ranks, command=command, cwd=site.workdir, environment=variables)
-        self._asked += 1
-        for host, message in self._hear(waiting, within_s):
+        self._requests += 1
+        for host, message in self._receive(waiting, timeout_s):
             if message["kind"] == "log":
                 texts[host] += message["text"]
             elif message["kind"] == "exit":
                 waiting.discard(host)
                 answer = _answer(texts[host], message["code"])
                 if "error" in answer:
-                    self.errors[host] = HostFault(answer["error"], "agent")
+                    self.errors[host] = HostError(answer["error"], "agent")
                 else:
                     answers[host] = answer
-                if over(answers):
+                if enough(answers):
                     waiting.clear()
         return {host: answers[host] for host in requests if host in answers}
 
-    def _hear(self, waiting: set[str], within_s: float) -> Iterator[tuple[str, Message]]:
+    def _receive(self, waiting: set[str], timeout_s: float) -> Iterator[tuple[str, Message]]:
         """Yield messages of agents while an answer is missing; drop hosts that have not answered in time."""
-        until = time.monotonic() + within_s
+        until = time.monotonic() + timeout_s
 
         def left_s() -> float:
             return until - time.monotonic() if waiting else 0.0
@@ -115,14 +111,12 @@ class Agents:
             host = link.host.name
             if message["kind"] == "gone":
                 waiting.discard(host)
-                self.errors.setdefault(host, link.fault())
+                self.errors.setdefault(host, link.error())
             else:
                 yield host, message
         for host in waiting:
-            link = self._links.pop(host)
-            kind: FaultKind = "reach" if link.hello is None else "agent"
-            self.errors[host] = HostFault(f"no answer after {within_s:.0f} s", kind)
-            link.drop()
+            self.errors[host] = HostError(f"no answer after {timeout_s:.0f} s", "agent")
+            self._links.pop(host).drop()
 
 
 def _answer(text: str, code: int) -> dict[str, Any]:
@@ -132,4 +126,4 @@ def _answer(text: str, code: int) -> dict[str, Any]:
         if line.startswith(MARK):
             answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
             return answer
-    return {"error": [f"it ended with exit code {code}", *lines][-1][-_SHOWN_CHARACTERS:]}
+    return {"error": [f"it ended with exit code {code}", *lines][-1][-_MAX_CHARACTERS:]}

@@ -1,143 +1,53 @@
-"""Turn the reports of all hosts into findings, by a table of checks that compare each host with the master node."""
+"""Turn the answers of all hosts into findings: comparisons with the master node, and measurements of the group."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from m3i_scale.files import sha256_of_json
-from m3i_scale.launch.doctor.facts import local_addresses
-from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import listed, redact_text, short_differences, size_text
+from m3i_scale.launch.doctor import software
+from m3i_scale.launch.doctor.findings import Answers, Check, Finding, HostReport, Results, finding
+from m3i_scale.text import listed, size_text
 
-Answers = Mapping[str, Mapping[str, Any]]
-"""Answers by host, the master node first."""
-MOST_SKEW_S, NOTED_SKEW_S = 30.0, 1.0
-_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class Host:
-    """The report of a host, with the reports of the master node and of all others."""
-
-    name: str
-    own: Mapping[str, Any]
-    head: Mapping[str, Any]
-    answers: Answers
+_MAX_SKEW_S, _WARNING_SKEW_S = 30.0, 1.0
+_SLOW = 2.0
+"""A straggler has less than the median bandwidth divided by this factor."""
+_MAX_LISTED = 4
 
 
-def findings_of(answers: Answers, checks: Iterable[str] | None = None) -> Iterator[Finding]:
-    """Yield the findings of checks for all hosts.
-
-    Args:
-        answers: reports of the hosts about themselves.
-        checks: names of the checks, in order. Default: all.
-    """
-    head = next(iter(answers.values()))
-    for check in CHECKS if checks is None else checks:
-        for name, own in answers.items():
-            for value, rest in CHECKS[check](Host(name, own, head, answers)):
-                yield finding(check, name, value, **rest)
+def local_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list[str]:
+    """Return the IPv4 addresses of an interface, or of all but the loopback."""
+    chosen = [name] if name is not None else [known for known in interfaces if known != "lo"]
+    return [address for known in chosen for address in interfaces.get(known, []) if ":" not in address]
 
 
-def digest(answer: Mapping[str, Any]) -> str:
-    """Hash Python, packages, code and config. If the hashes are equal, the checks of these find no fault."""
-    python = answer["python"]
-    same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
-    return sha256_of_json(same)
-
-
-Seen = Iterator[tuple[str, dict[str, str | None]]]
-"""Values, with `fault`, `warning` and `fix` as arguments of `finding`."""
-
-
-def _python(host: Host) -> Seen:
-    version, head = host.own["python"]["version"], host.head["python"]["version"]
-    why = f"the head has {head}: pickled messages between ranks, and compiled extensions, may not fit"
-    fix = f"install Python {head}, or give --python"
-    yield f"{version} at {host.own['python']['path']}", {"fault": why if version != head else None, "fix": fix}
-
-
-def _packages(host: Host) -> Seen:
-    own, head = host.own["python"]["packages"], host.head["python"]["packages"]
-    faults = [f"{name} is {why}" for name, why in host.own["python"].get("incomplete", {}).items()]
-    faults += [f"{name} missing" for name in own if own[name] is None]
-    faults += [f"{name} {own[name]}, the head has {head[name]}" for name in own if own[name] != head[name]]
-    fix = "the same environment on all hosts, installed anew where files are missing"
-    yield ", ".join(f"{name} {own[name] or 'missing'}" for name in own), {"fault": "; ".join(faults), "fix": fix}
-
-
-def _commit(host: Host) -> Seen:
-    """Compare the code by its bytes; the commit is only a label."""
-    own, head = host.own["code"], host.head["code"]
-    value = f"{own['commit'] or 'no commit'}, files {own['sha256'][:12]} in {own['path']}"
-    commit = head["commit"] or "no commit"
-    if own["sha256"] != head["sha256"]:
-        why = f"ranks would differ: {other_files(own, head)}; the head has {commit}"
-        yield value, {"fault": why, "fix": "check out or install the same on all hosts"}
-    else:
-        why = f"the head says {commit}; the files are the same"
-        yield value, {"warning": why if own["commit"] != head["commit"] else None, "fix": "nothing, if that is meant"}
-
-
-def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """List the first code files that differ between two answers."""
-    mine, theirs = own["files"], other["files"]
-    return listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), _SHOWN)
-
-
-def _config(host: Host) -> Seen:
-    if "config" not in host.own:
-        return
-    own = host.own["config"]
-    head = next(answer["config"] for answer in host.answers.values() if "config" in answer)
-    if "fault" in own:
-        where = f" ({own['where']})" if own["where"] else ""
-        fix = own["fix"] or "the same run file at the same path on all hosts"
-        yield f"{own['fault']}{where}", {"fault": "ranks there would not start", "fix": fix}
-    elif "fault" in head or own["sha256"] == head["sha256"]:
-        yield f"sha256 {own['sha256'][:12]}", {}
-    else:
-        apart = [
-            f"{key}: {redact_text(mine)}, not {redact_text(theirs)}"
-            for key, theirs, mine in short_differences("", head["values"], own["values"])
-        ]
-        yield (
-            f"sha256 {own['sha256'][:12]}, the head has {head['sha256'][:12]}",
-            {
-                "fault": f"it differs in {listed(apart, _SHOWN, '; ')}",
-                "fix": "the same run file, and the same files that it extends, on all hosts",
-            },
-        )
-
-
-def _accelerator(host: Host) -> Seen:
+def _accelerator(host: HostReport) -> Results:
     own, head, slots = host.own["devices"], host.head["devices"], host.own["slots"]
     memory = f", {size_text(min(own['memory']))} each" if own["memory"] else ""
     driver = f", driver {own['driver']}" if own["driver"] else ""
     models = ", ".join(dict.fromkeys(own["names"])) or own["kind"]
-    seen: dict[str, str | None] = {}
+    result: dict[str, str | None] = {}
     if own["kind"] != head["kind"]:
-        seen["fault"] = f"the head has {head['kind']}, this one {own['kind']}"
-        seen["fix"] = "the driver, or CUDA_VISIBLE_DEVICES, of this host"
+        result["error"] = f"the head has {head['kind']}, this one {own['kind']}"
+        result["fix"] = "the driver, or CUDA_VISIBLE_DEVICES, of this host"
     elif own["kind"] != "cpu" and own["count"] < slots:
-        seen["fault"] = f"{slots} ranks are to run here, one on each"
-        seen["fix"] = f"slots={own['count']}, or mend the others"
+        result["error"] = f"{slots} ranks are to run here, one on each"
+        result["fix"] = f"slots={own['count']}, or mend the others"
     elif own["driver"] != head["driver"]:
-        seen["warning"] = f"the head has driver {head['driver']}"
-        seen["fix"] = "the same driver on all hosts"
+        result["warning"] = f"the head has driver {head['driver']}"
+        result["fix"] = "the same driver on all hosts"
     elif own["count"] < slots:
-        seen["warning"] = f"{slots} ranks share {own['count']} cores"
-        seen["fix"] = f"slots={own['count']} or fewer"
+        result["warning"] = f"{slots} ranks share {own['count']} cores"
+        result["fix"] = f"slots={own['count']} or fewer"
     elif set(own["names"]) != set(head["names"]):
-        seen["warning"] = f"the head has {', '.join(dict.fromkeys(head['names']))}; all wait for the slowest"
-        seen["fix"] = "hosts of one kind"
-    yield f"{own['count']} × {models}{memory}{driver}", seen
+        result["warning"] = f"the head has {', '.join(dict.fromkeys(head['names']))}; all wait for the slowest"
+        result["fix"] = "hosts of one kind"
+    yield f"{own['count']} × {models}{memory}{driver}", result
 
 
-def _interface(host: Host) -> Seen:
+def _interface(host: HostReport) -> Results:
     """Check that the communication interface is up and has an address."""
     interfaces, chosen = host.own["interfaces"], host.own["interface"]
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
@@ -145,10 +55,10 @@ def _interface(host: Host) -> Seen:
     if chosen is not None and chosen not in interfaces:
         why = f"Gloo and NCCL listen on '{chosen}' alone (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); up here: {known}"
         fix = "another --interface, or bring it up there; it must have one name on all hosts"
-        yield f"'{chosen}' is not up", {"fault": why, "fix": fix}
+        yield f"'{chosen}' is not up", {"error": why, "fix": fix}
     elif not addresses:
         why = "without an IPv4 address no rank of another host can reach it"
-        yield chosen or known, {"fault": why, "fix": "an address, or another --interface"}
+        yield chosen or known, {"error": why, "fix": "an address, or another --interface"}
     elif chosen is not None:
         yield f"{chosen} {' '.join(addresses)}", {}
     else:
@@ -156,20 +66,20 @@ def _interface(host: Host) -> Seen:
         yield known, {"warning": why if len(addresses) > 1 else None, "fix": "choose with --interface"}
 
 
-def _names(host: Host) -> Seen:
+def _names(host: HostReport) -> Results:
     """Check that the host resolves every host name to the right address. Its name may resolve to the loopback: ranks on
     several hosts use the route to the master node."""
-    faults, notes = [], []
-    for name, told in host.own["names"].items():
-        of_itself = name == host.name or name not in host.answers
-        if of_itself and "fault" not in told and _loopback(told["addresses"]):  # Debian and Ubuntu: 127.0.1.1
-            notes.append(f"its own name {name} means {', '.join(told['addresses'])}")
-        elif (wrong := _wrong_address(name, told, host.answers)) is not None:
-            faults.append(wrong)
-    value = "; ".join(faults or notes) or f"{len(host.own['names'])} names are known, with the right addresses"
-    if faults:
+    errors, notes = [], []
+    for name, answer in host.own["names"].items():
+        is_local = name == host.name or name not in host.answers
+        if is_local and "error" not in answer and _loopback(answer["addresses"]):  # Debian and Ubuntu: 127.0.1.1
+            notes.append(f"its own name {name} means {', '.join(answer['addresses'])}")
+        elif (wrong := _wrong_address(name, answer, host.answers)) is not None:
+            errors.append(wrong)
+    value = "; ".join(errors or notes) or f"{len(host.own['names'])} names are known, with the right addresses"
+    if errors:
         fix = "/etc/hosts or the name server of this host"
-        yield value, {"fault": "ranks there look for others in the wrong place, and wait", "fix": fix}
+        yield value, {"error": "ranks there look for others in the wrong place, and wait", "fix": fix}
     else:
         yield value, {}
 
@@ -178,43 +88,40 @@ def _loopback(addresses: list[str]) -> bool:
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
-def _wrong_address(name: str, told: Mapping[str, Any], answers: Answers) -> str | None:
-    if "fault" in told:
-        return f"{name} is unknown: {told['fault']}" if name in answers or len(answers) > 1 else None
+def _wrong_address(name: str, answer: Mapping[str, Any], answers: Answers) -> str | None:
+    if "error" in answer:
+        return f"{name} is unknown: {answer['error']}" if name in answers or len(answers) > 1 else None
     if name not in answers:
         return None  # the host is down, so its addresses are unknown
     right = {address for addresses in answers[name]["interfaces"].values() for address in addresses}
-    wrong = [address for address in told["addresses"] if address.partition("%")[0] not in right]
+    wrong = [address for address in answer["addresses"] if address.partition("%")[0] not in right]
     return f"{name} means {', '.join(wrong)}, which is no address of that host" if wrong else None
 
 
-def _environment(host: Host) -> Seen:
+def _environment(host: HostReport) -> Results:
     """Check that the environment variables that affect a run are the same as on the master node."""
     own, head = host.own["variables"], host.head["variables"]
     names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
     others = [f"{name}={own.get(name, '(not set)')}" for name in names]
-    why = f"other than on {next(iter(host.answers))}: {listed(others, _SHOWN)}" if others else None
+    why = f"other than on {next(iter(host.answers))}: {listed(others, _MAX_LISTED)}" if others else None
     yield f"{len(own)} variables that change a run", {"warning": why, "fix": "send them from here: --env NAME=value"}
 
 
-def _shards(host: Host) -> Seen:
+def _shards(host: HostReport) -> Results:
     """Check that the first shard of every source can be read."""
-    for source, told in host.own.get("shards", {}).items():
-        name = f"{source}: {told['shard']}"
-        if "fault" in told:
+    for source, answer in host.own.get("shards", {}).items():
+        name = f"{source}: {answer['shard']}"
+        if "error" in answer:
             why = "a rank there would end the run, or wait for ever"
             fix = "mount or copy the shards there; credentials travel with --env NAME"
-            yield f"{name}: {told['fault']}", {"fault": why, "fix": fix}
+            yield f"{name}: {answer['error']}", {"error": why, "fix": fix}
         else:
-            took = f"{told['read']:,} bytes of {name} in {told['seconds'] * 1e3:.1f} ms"
-            yield f"{took}, 1 of {told['shards']} shards", {}
+            took = f"{answer['read']:,} bytes of {name} in {answer['seconds'] * 1e3:.1f} ms"
+            yield f"{took}, 1 of {answer['shards']} shards", {}
 
 
-CHECKS: Mapping[str, Callable[[Host], Seen]] = {
-    "python": _python,
-    "packages": _packages,
-    "commit": _commit,
-    "config": _config,
+CHECKS: Mapping[str, Check] = {
+    **software.CHECKS,
     "accelerator": _accelerator,
     "interface": _interface,
     "names": _names,
@@ -230,13 +137,96 @@ def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Findi
     Args:
         offsets: seconds by which a host is ahead of the requesting machine, and their uncertainty.
     """
-    zero, head_error = next(iter(offsets.values()))
-    for host, (offset, error) in offsets.items():
-        skew, within = offset - zero, error + head_error
-        fault = warning = None
-        if abs(skew) - within > MOST_SKEW_S:
-            fault = "locks and files of other hosts are judged by their age, and signed requests for shards are refused"
-        elif abs(skew) - within > NOTED_SKEW_S:
+    zero, head_uncertainty = next(iter(offsets.values()))
+    for host, (offset, uncertainty) in offsets.items():
+        skew, within = offset - zero, uncertainty + head_uncertainty
+        error = warning = None
+        if abs(skew) - within > _MAX_SKEW_S:
+            error = "locks and files of other hosts are judged by their age, and signed requests for shards are refused"
+        elif abs(skew) - within > _WARNING_SKEW_S:
             warning = "logs of the hosts do not line up"
         fix = "a time service on all hosts (chrony, systemd-timesyncd)"
-        yield finding("clock", host, f"{skew:+.3f} s ± {within:.3f} s", fault=fault, warning=warning, fix=fix)
+        yield finding("clock", host, f"{skew:+.3f} s ± {within:.3f} s", error=error, warning=warning, fix=fix)
+
+
+def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:
+    """Check that every host can connect to rank 0's port."""
+    if "error" in answers[head]["port"]:
+        why = "rank 0 waits for the others at that address and port"
+        fix = "another --master-port, or what --interface and --master-address say of the head"
+        yield finding("port", head, f"{address}: {answers[head]['port']['error']}", error=why, fix=fix)
+        return
+    why = "rank 0 waits there for the others; they would wait for it until the time is over"
+    for host, answer in answers.items():
+        fix = f"open the port on {head} for {host} (firewall), or choose another: --master-port, --interface"
+        if "error" in answer["port"]:
+            yield finding("port", host, f"{address} on {head}: {answer['port']['error']}", error=why, fix=fix)
+        else:
+            took = "is open" if host == head else f"on {head} in {answer['port']['ms']:.1f} ms"
+            yield finding("port", host, f"{address} {took}")
+
+
+def shared_findings(answers: Answers) -> Iterator[Finding]:
+    """Check that the run's folder is shared by all hosts: each has written a note, and read the others' notes."""
+    notes = {host: answer["shared"] for host, answer in answers.items() if "shared" in answer}
+    if not notes:
+        return
+    head = next(iter(notes))
+    why = "every rank writes its part of a checkpoint there, and waits for files of rank 0"
+    fix = "a file system that all hosts mount at the same path; output_dir there"
+    for host, note in notes.items():
+        if "error" in note:
+            value = f"{note['path']}: {note['error']}"
+            yield finding("shared", host, value, error=why, fix=f"make it writable, or {fix}")
+            continue
+        others = [other for other in note["visible"] if other != host]
+        apart = host != head and (head not in note["visible"] or host not in notes[head].get("visible", []))
+        value = f"{note['path']}: reads what {len(others)} other hosts write"
+        if apart:
+            value = f"{note['path']} is not the head's: what {head} writes is not visible here"
+        elif len(notes) == 1:
+            value = f"{note['path']}: can be written"
+        yield finding("shared", host, value, error=why if apart else None, fix=fix)
+
+
+def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
+    """Evaluate the measurements of the group: the all-reduce, and hosts that are slower than the others.
+
+    Args:
+        answers: by host; a host that has ended is missing.
+        count: number of hosts that joined.
+    """
+    errors = [f"{host}: {answer['group_error']}" for host, answer in answers.items() if "group_error" in answer]
+    measured = {host: answer["network"] for host, answer in answers.items() if "network" in answer}
+    if not errors and len(measured) < count:
+        errors = ["a host has stopped answering"]
+    if errors:
+        why = "ranks use ports of their own besides the port of rank 0, in both directions"
+        value = f"{count} hosts: {listed(errors, _MAX_LISTED, '; ')}"
+        fix = "open all ports between the hosts, or --interface; first fix the errors above"
+        yield finding("group", "all", value, error=why, fix=fix)
+        return
+    rate = min(network["all_reduce_gb_s"] for network in measured.values())
+    latency = max(network["latency_us"] for network in measured.values())
+    backend = next(iter(measured.values()))["backend"]
+    yield finding("group", "all", f"{count} hosts: all-reduce {_rate_text(rate)}, {latency:.0f} µs ({backend})")
+    if count > 2:
+        yield from straggler_findings({host: network["host_gb_s"] for host, network in measured.items()})
+
+
+def straggler_findings(rates: Mapping[str, float]) -> Iterator[Finding]:
+    """Compare the bandwidth of each host with the median.
+
+    Args:
+        rates: GB/s by host, with its best partner.
+    """
+    median = statistics.median(rates.values())
+    for host, rate in rates.items():
+        why = f"the median host has {_rate_text(median)}, and all ranks wait for the slowest"
+        fix = f"cable, switch port, speed and driver of the interface of {host} (ethtool); or leave it out"
+        slow = rate * _SLOW < median
+        yield finding("straggler", host, f"{_rate_text(rate)} in each direction", error=why if slow else None, fix=fix)
+
+
+def _rate_text(gb_s: float) -> str:
+    return f"{gb_s:.2f} GB/s" if gb_s >= 0.1 else f"{gb_s * 1e3:.2f} MB/s"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check on one host, or between two."""
+    """The result of one check on one host, or on all together."""
 
     check: str
     """Its stable name: docs/doctor.md lists them."""
     host: str
-    """A host, `a ↔ b` for a pair, `all` for the group."""
+    """A host, or `all` for the group."""
     ok: bool
     value: str
     """The observation."""
@@ -35,23 +35,51 @@ class Finding:
 
 
 def finding(
-    check: str, host: str, value: str, *, fault: str | None = None, warning: str | None = None, fix: str | None = None
+    check: str, host: str, value: str, *, error: str | None = None, warning: str | None = None, fix: str | None = None
 ) -> Finding:
-    """Return a finding; it is ok if there is no fault.
+    """Return a finding; it is ok if there is no error.
 
     Args:
         check: its name.
-        host: a host, a pair, or `all`.
+        host: a host, or `all`.
         value: the observation.
-        fault: why the run would fail, or differ from its configuration.
-        warning: why the result is unusual; a fault takes precedence.
+        error: why the run would fail, or differ from its configuration.
+        warning: why the result is unusual; an error takes precedence.
         fix: how to fix either.
     """
-    why = fault or warning
-    return Finding(check, host, not fault, value, why, fix if why else None, warning=bool(warning and not fault))
+    why = error or warning
+    return Finding(check, host, not error, value, why, fix if why else None, warning=bool(warning and not error))
 
 
-def faults_of(findings: Iterable[Finding]) -> list[Finding]:
+Answers = Mapping[str, Mapping[str, Any]]
+"""Answers by host, the master node first."""
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """The answer of a host, with the answers of the master node and of all hosts."""
+
+    name: str
+    own: Mapping[str, Any]
+    head: Mapping[str, Any]
+    answers: Answers
+
+
+Results = Iterator[tuple[str, dict[str, str | None]]]
+"""Values, with `error`, `warning` and `fix` as arguments of `finding`."""
+Check = Callable[[HostReport], Results]
+
+
+def compare_hosts(answers: Answers, checks: Mapping[str, Check]) -> Iterator[Finding]:
+    """Run checks by name for all hosts; yield their findings."""
+    head = next(iter(answers.values()))
+    for name, check in checks.items():
+        for host, own in answers.items():
+            for value, arguments in check(HostReport(host, own, head, answers)):
+                yield finding(name, host, value, **arguments)
+
+
+def errors_in(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings that are not ok."""
     return [item for item in findings if not item.ok]
 
@@ -60,9 +88,9 @@ class HostsNotReadyError(UserError):
     """Some hosts cannot run this; the error has all findings, not only the first."""
 
 
-def not_ready(faults: list[Finding]) -> HostsNotReadyError:
-    """Combine all faults into one error: the first is the message, the others are listed with the location."""
-    first, *rest = faults
+def not_ready(errors: list[Finding]) -> HostsNotReadyError:
+    """Combine all errors into one error: the first is the message, the others are listed with the location."""
+    first, *rest = errors
     others = [
         f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")
         for item in rest
@@ -71,5 +99,5 @@ def not_ready(faults: list[Finding]) -> HostsNotReadyError:
         f"{first.check}: {first.value}",
         where=listed([first.host, *others], 1 + _LISTED, "; "),
         why=first.why,
-        fix="; ".join(dict.fromkeys(item.fix for item in faults[:_LISTED] if item.fix)),
+        fix="; ".join(dict.fromkeys(item.fix for item in errors[:_LISTED] if item.fix)),
     )

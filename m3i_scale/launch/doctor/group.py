@@ -1,5 +1,5 @@
-"""Run a group of ranks, one per host: they meet at the master node's port, read each other's notes and measure their
-links, by all-reduce and all-gather over the accelerator's backend."""
+"""Run a group of ranks, one per host: they connect to the master node's port, read each other's notes, and measure an
+all-reduce and the bandwidth of each host over the accelerator's backend."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ NOTE_S = 5.0
 _GRACE_S = 5.0
 """The master node waits this much longer for the others than they wait for it."""
 _ASK_AGAIN_S = 0.2
-FIRST_BYTES = 1 << 20
-MOST_BYTES = 64 << 20
-ROUND_S = 0.2
-"""Approximate time per collective: a slow link is measured with fewer bytes."""
-REPEATS = 4
-SMALL_REPEATS = 20
+_MIN_BYTES, _MAX_BYTES = 1 << 20, 64 << 20
+_TARGET_S = 0.2
+"""Approximate time per collective: a slow network is measured with fewer bytes."""
+_REPEATS, _LATENCY_REPEATS = 5, 20
+PARTNERS = 3
+"""Number of hosts, at most, with which each host exchanges data. The time does not grow with the number of hosts."""
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,12 +49,12 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         reached_ms = None if head else reach(address, port, join_s)
         store = open_store(address, port, master=head, several=len(hosts) > 1, seconds=join_s)
     except (RuntimeError, OSError) as error:
-        return {"port": {"fault": f"cannot be opened: {_first_line(error)}" if head else _first_line(error)}}
-    answer: dict[str, Any] = {"port": {"ms": reached_ms}, "links": []}
+        return {"port": {"error": f"cannot be opened: {_first_line(error)}" if head else _first_line(error)}}
+    answer: dict[str, Any] = {"port": {"ms": reached_ms}}
     try:
         members = _members(store, hosts, host, join_s)
         if host not in members:
-            return {"port": {"fault": "the others had stopped waiting for it"}}
+            return {"port": {"error": "the others had stopped waiting for it"}}
         if len(members) > 1:
             set_interface(store, address, len(members), join_s)
         group = Group(store, members, host, request["measure_s"])
@@ -61,11 +62,12 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
             if request["folder"] is not None:
                 answer["shared"] = group.compare_notes(Path(request["folder"]), request["token"])
             answer["members"] = members
-            group.measure(answer)
+            if len(members) > 1:
+                answer["network"] = measure_network(store, members.index(host), len(members), request["measure_s"])
         finally:
             group.leave()
     except (RuntimeError, OSError) as error:
-        answer["fault"] = _first_line(error)
+        answer["group_error"] = _first_line(error)
     return answer
 
 
@@ -134,8 +136,8 @@ class Group:
     def __init__(self, store: TCPStore, members: Sequence[str], own: str, seconds: float) -> None:
         self._store, self._members, self._own, self._seconds = store, members, own, seconds
 
-    def _tell(self, key: str, value: str) -> dict[str, str]:
-        """Send a value to all members; wait for the values of all, and return them."""
+    def _gather(self, key: str, value: str) -> dict[str, str]:
+        """Publish a value; wait for the values of all members, and return them."""
         self._store.set(f"{key}/{self._own}", value)
         keys = [f"{key}/{host}" for host in self._members]
         self._store.wait(keys, timedelta(seconds=3 * self._seconds))
@@ -149,31 +151,16 @@ class Group:
             token: identifies this examination.
         """
         made: list[Path] = []
-        note = f".doctor-{token}-{self._own}"
-        fault = write_note(folder, note, made)
-        written = self._tell("written", fault or "")
-        notes = {host: f".doctor-{token}-{host}" for host, what in written.items() if not what}
-        seen = read_notes(folder, list(notes.values())) if fault is None else []
-        self._tell("read", "")
+        error = write_note(folder, f".doctor-{token}-{self._own}", made)
+        errors = self._gather("written", error or "")
+        notes = {host: f".doctor-{token}-{host}" for host, other_error in errors.items() if not other_error}
+        visible = read_notes(folder, list(notes.values())) if error is None else []
+        self._gather("read", "")
         remove(made[:1])
-        self._tell("removed", "")
+        self._gather("removed", "")
         remove(made[1:])
-        told = {"path": str(folder), "seen": [host for host, name in notes.items() if name in seen]}
-        return told if fault is None else {**told, "fault": fault}
-
-    def measure(self, answer: dict[str, Any]) -> None:
-        """Measure the link of every host pair, then of all together; add the results to `links` and `group` of the
-        answer."""
-        for number, pairs in enumerate(rounds(self._members)):
-            mine = next((pair for pair in pairs if self._own in pair), None)
-            told = {} if mine is None else self._measured(mine, f"{number}")
-            if mine is not None:
-                answer["links"].append({"pair": mine, **told})
-            outcomes = self._tell(f"round/{number}", "idle" if mine is None else "fault" if "fault" in told else "ok")
-            if "ok" not in outcomes.values():
-                break  # all pairs timed out, and all others would too
-        if len(self._members) > 2:
-            answer["group"] = self._measured(self._members, "all")
+        answer = {"path": str(folder), "visible": [host for host, name in notes.items() if name in visible]}
+        return answer if error is None else {**answer, "error": error}
 
     def leave(self) -> None:
         """Stop using the store. The master node, which serves it, waits until all members have stopped."""
@@ -181,25 +168,6 @@ class Group:
             self._store.set(f"left/{self._own}", "")
             if self._own == self._members[0]:
                 self._store.wait([f"left/{host}" for host in self._members], timedelta(seconds=self._seconds))
-
-    def _measured(self, hosts: Sequence[str], key: str) -> dict[str, Any]:
-        key, rank = f"{key} {' '.join(hosts)}", hosts.index(self._own)
-        try:
-            return measure_links(self._store, key, rank, len(hosts), self._seconds)
-        except (RuntimeError, OSError) as error:
-            return {"fault": _first_line(error)}
-
-
-def rounds(hosts: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Return every pair of hosts once, in the fewest rounds, each host at most once per round (circle method)."""
-    circle: list[str | None] = [*hosts] if len(hosts) % 2 == 0 else [*hosts, None]
-    all_rounds = []
-    for _ in range(len(circle) - 1):
-        half = len(circle) // 2
-        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        all_rounds.append([(one, other) for one, other in pairs if one is not None and other is not None])
-        circle = [circle[0], circle[-1], *circle[1:-1]]
-    return all_rounds
 
 
 def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
@@ -246,77 +214,90 @@ def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> li
         time.sleep(0.1)
 
 
-def measure_links(store: Any, key: str, rank: int, world: int, seconds: float) -> dict[str, Any]:
-    """Measure latency and bandwidth of a group; all its members call it at the same time.
+def measure_network(store: Any, rank: int, world: int, seconds: float) -> dict[str, Any]:
+    """Measure the all-reduce of all hosts and the bandwidth of this one; all hosts call it at the same time.
 
-    Bandwidths are per rank's link: the bytes that it must carry, divided by the time of the best of a few rounds. These
-    are 2(n−1)/n of the bytes of an all-reduce and (n−1)/n of the output bytes of an all-gather.
+    The bandwidth of an all-reduce is the 2(n−1)/n of its bytes that pass the link of each host, divided by the time.
 
     Args:
-        store: a store that all members have joined.
-        key: unique name of the group.
-        rank: rank in the group.
-        world: size of the group.
-        seconds: timeout.
+        store: a store that all hosts have joined.
+        rank: number of this host.
+        world: number of hosts, at least 2.
+        seconds: timeout of one operation.
 
     Raises:
-        RuntimeError: the ranks cannot connect, or one is gone.
+        RuntimeError: the hosts cannot connect, or one is gone.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(0)
     backend = accelerator.communication_backend_name()
-    patience = timedelta(seconds=seconds)
-    store.set_timeout(patience)
-    dist.init_process_group(backend, store=PrefixStore(key, store), rank=rank, world_size=world, timeout=patience)
+    timeout = timedelta(seconds=seconds)
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=PrefixStore("network", store), rank=rank, world_size=world, timeout=timeout)
     try:
-        return {"backend": backend, **_figures(torch.device(accelerator.current_device_name()), world)}
+        device = torch.device(accelerator.current_device_name())
+        one = torch.ones(1, device=device)
+        latency_s = _min_seconds(lambda: dist.all_reduce(one), _LATENCY_REPEATS)
+        probe = torch.ones(_MIN_BYTES // 4, device=device)
+        first_s = _max_over_hosts(_min_seconds(lambda: dist.all_reduce(probe), 2), device)
+        data = torch.ones(_size(first_s) // 4, device=device)
+        reduce_s = _min_seconds(lambda: dist.all_reduce(data), _REPEATS)
+        return {
+            "backend": backend,
+            "latency_us": latency_s * 1e6,
+            "all_reduce_gb_s": 2 * (world - 1) / world * data.nbytes / reduce_s / 1e9,
+            "host_gb_s": data.nbytes / _exchange_seconds(rank, world, data) / 1e9,
+        }
     finally:
         dist.destroy_process_group()
 
 
-def _figures(device: torch.device, world: int) -> dict[str, float]:
-    small = torch.ones(1, device=device)
-    latency_s = _best(lambda: dist.all_reduce(small), SMALL_REPEATS)
-    first = torch.ones(FIRST_BYTES // 4, device=device)
-    size = _size(_slowest(_best(lambda: dist.all_reduce(first), 2), device))
-    whole = torch.ones(size // 4, device=device)
-    reduce_s = _best(lambda: dist.all_reduce(whole), REPEATS)
-    part = torch.ones(max(1, whole.numel() // world), device=device)
-    parts = [torch.empty_like(part) for _ in range(world)]
-    gather_s = _best(lambda: dist.all_gather(parts, part), REPEATS)
-    gathered = world * part.numel() * 4
-    return {
-        "latency_us": latency_s * 1e6,
-        "all_reduce_gb_s": 2 * (world - 1) / world * size / reduce_s / 1e9,
-        "all_gather_gb_s": (world - 1) / world * gathered / gather_s / 1e9,
-        "bytes": size,
-    }
+def _exchange_seconds(rank: int, world: int, data: Tensor) -> float:
+    """Return the shortest time in which this host sends the data to a partner and receives as much from it.
+
+    All hosts exchange at the same time, in pairs that change from turn to turn. A slow host is slow with every partner,
+    and its partners are fast with others.
+    """
+    received, best_s = torch.empty_like(data), float("inf")
+    for turn in range(PARTNERS):
+        partner = (turn - rank) % world
+        for _ in range(_REPEATS):
+            dist.barrier()
+            if partner != rank:
+                best_s = min(best_s, _min_seconds(partial(_exchange, data, received, partner), 1))
+    return best_s
+
+
+def _exchange(data: Tensor, received: Tensor, partner: int) -> None:
+    operations = [dist.P2POp(dist.isend, data, partner), dist.P2POp(dist.irecv, received, partner)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 def _size(first_s: float) -> int:
-    """Return the number of bytes that take about `ROUND_S`, the same on all ranks."""
-    wanted = FIRST_BYTES * ROUND_S / max(first_s, 1e-9)
-    return int(min(MOST_BYTES, max(FIRST_BYTES, wanted))) // 4096 * 4096
+    """Return the number of bytes that take about `_TARGET_S`, if `_MIN_BYTES` take `first_s`."""
+    size = _MIN_BYTES * _TARGET_S / max(first_s, 1e-9)
+    return int(min(_MAX_BYTES, max(_MIN_BYTES, size))) // 4096 * 4096
 
 
-def _slowest(seconds: float, device: torch.device) -> float:
-    worst: Tensor = torch.tensor([seconds], dtype=torch.float32, device=device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return float(worst)
+def _max_over_hosts(seconds: float, device: torch.device) -> float:
+    longest: Tensor = torch.tensor([seconds], dtype=torch.float32, device=device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return float(longest)
 
 
-def _best(work: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the fastest repeat, without the warm-up."""
+def _min_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Return the seconds of the fastest repeat."""
     accelerator = get_accelerator()
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         accelerator.synchronize()
         began = time.perf_counter()
         work()
         accelerator.synchronize()
         times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return min(times)
 
 
 def _first_line(error: Exception) -> str:

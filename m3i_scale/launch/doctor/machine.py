@@ -1,5 +1,4 @@
-"""Compare this machine's resources (memory, /dev/shm, file limits, free disk) with a run's needs; determine a rank's
-memory.
+"""Compare this machine's resources (memory, /dev/shm, file limits, free disk) with a run's needs.
 
 It takes milliseconds and imports neither torch nor DeepSpeed.
 """
@@ -7,9 +6,10 @@ It takes milliseconds and imports neither torch nor DeepSpeed.
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import shutil
-import subprocess
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,12 @@ import psutil
 
 from m3i_scale.cores import CGROUP, container_limit, default_threads, threads_of, usable_cores
 from m3i_scale.launch.doctor.findings import Finding, finding
-from m3i_scale.text import GIB, size_text
+from m3i_scale.text import size_text
 
 SHM = Path("/dev/shm")
 COMFORTABLE_FILES = 4096
 COMFORTABLE_SHM = 2**30
 """NCCL's recommendation for containers: --shm-size=1g."""
-_ASK_NVIDIA = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
-_ASK_NVIDIA_S = 10.0
-_OTHER_DEVICES = ("kfd", "accel*", "accel/accel*", "davinci*", "hl*")
-"""In /dev, of accelerators that `nvidia-smi` does not support: AMD's, Google's and Intel's, Ascend's, Gaudi's."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Machine:
     """OMP_NUM_THREADS; None if it is not set."""
 
 
-def look(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
+def read_machine(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
     """Read the resources of this machine.
 
     Args:
@@ -82,14 +78,14 @@ def look(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
     total, available = _within_container(cgroup, memory.total, memory.available)
     usage = shutil.disk_usage(shm) if shm.is_dir() else None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 2**31
+    unlimited = 2**31
     return Machine(
         memory_available=available,
         memory_total=total,
         shm_free=usage.free if usage else None,
         shm_total=usage.total if usage else None,
-        files_soft=most if soft == resource.RLIM_INFINITY else soft,
-        files_hard=most if hard == resource.RLIM_INFINITY else hard,
+        files_soft=unlimited if soft == resource.RLIM_INFINITY else soft,
+        files_hard=unlimited if hard == resource.RLIM_INFINITY else hard,
         cores=usable_cores(cgroup),
         threads=threads_of(os.environ),
     )
@@ -117,38 +113,24 @@ def _inactive_file(folder: Path) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class RankMemory:
-    """The memory available to one rank."""
-
-    gib: float | None
-    """None: this host has accelerators with unknown memory."""
-    on_host: bool
-    """Whether it is CPU memory, divided among the host's ranks."""
-
-
-def rank_memory(slots: int, *, on_host: bool, devices: Path = Path("/dev")) -> RankMemory:
-    """Return the memory of a rank.
-
-    Args:
-        slots: ranks on this host.
-        on_host: they compute on CPUs, even if the host has accelerators.
-        devices: folder of device files.
-    """
-    sizes = [] if on_host else _nvidia_gib()
-    if sizes:
-        return RankMemory(min(sizes), on_host=False)
-    if not on_host and any(any(devices.glob(pattern)) for pattern in ("nvidia[0-9]*", *_OTHER_DEVICES)):
-        return RankMemory(None, on_host=False)
-    return RankMemory(look().memory_available / GIB / slots, on_host=True)
-
-
-def _nvidia_gib() -> list[float]:
+def processor() -> str:
+    """Return the name of this host's processor."""
     try:
-        output = subprocess.run(_ASK_NVIDIA, capture_output=True, text=True, timeout=_ASK_NVIDIA_S, check=True).stdout
-        return [float(line) / 1024 for line in output.split("\n") if line.strip()]
-    except (OSError, ValueError, subprocess.SubprocessError):  # nvidia-smi is missing, or the driver does not respond
-        return []
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def interfaces() -> dict[str, list[str]]:
+    """Return the IPv4 and IPv6 addresses of the interfaces that are up."""
+    states = psutil.net_if_stats()
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [address.address.partition("%")[0] for address in addresses if address.family in families]
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in states and states[name].isup
+    }
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
@@ -175,7 +157,7 @@ def _memory(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding
         "memory",
         host,
         f"{size_text(machine.memory_available)} of {size_text(machine.memory_total)} available",
-        fault=why if needed > machine.memory_available else None,
+        error=why if needed > machine.memory_available else None,
         fix="more hosts, fewer ranks a host, a smaller model (m3i-scale plan), or checkpoint.background=false",
     )
 
@@ -183,18 +165,18 @@ def _memory(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding
 def _shm(host: str, machine: Machine, needs: Needs, on_host: bool) -> Finding:
     if machine.shm_free is None or machine.shm_total is None:
         why = "loader processes and collectives of one host pass their data there"
-        return finding("shm", host, "there is no /dev/shm", fault=why, fix="mount a tmpfs at /dev/shm")
-    fault = warning = None
+        return finding("shm", host, "there is no /dev/shm", error=why, fix="mount a tmpfs at /dev/shm")
+    error = warning = None
     if machine.shm_free < needs.shm_bytes:
         kept = size_text(needs.shm_bytes)
-        fault = f"the loader processes of {needs.ranks} ranks keep {kept} ready there, and die without it"
+        error = f"the loader processes of {needs.ranks} ranks keep {kept} ready there, and die without it"
     if not on_host and needs.ranks > 1 and machine.shm_total < COMFORTABLE_SHM:
         warning = "NCCL shares buffers between the ranks of a host there"
     return finding(
         "shm",
         host,
         f"{size_text(machine.shm_free)} of {size_text(machine.shm_total)} free",
-        fault=fault,
+        error=error,
         warning=warning,
         fix="a larger /dev/shm (docker run --shm-size=8g; mount -o remount,size=8G /dev/shm) or fewer data.num_workers",
     )
@@ -204,13 +186,13 @@ def _files(host: str, machine: Machine, needs: Needs) -> Finding:
     fix = f"ulimit -n {min(machine.files_hard, 65536)} before the launch"
     if machine.files_hard < max(needs.open_files, COMFORTABLE_FILES):
         fix = "a higher `nofile` limit: /etc/security/limits.conf, LimitNOFILE of the service, docker run --ulimit"
-    fault = warning = None
+    error = warning = None
     if machine.files_soft < needs.open_files:
-        fault = f"a rank opens about {needs.open_files}: shards, connections to other ranks, loader processes"
+        error = f"a rank opens about {needs.open_files}: shards, connections to other ranks, loader processes"
     if machine.files_soft < COMFORTABLE_FILES <= machine.files_hard:
         warning = "it is enough for this run; with more ranks, shards or workers it may not be"
     value = f"ulimit -n {machine.files_soft} (hard {machine.files_hard})"
-    return finding("files", host, value, fault=fault, warning=warning, fix=fix)
+    return finding("files", host, value, error=error, warning=warning, fix=fix)
 
 
 def _threads(host: str, machine: Machine, needs: Needs) -> Finding:
@@ -232,17 +214,17 @@ def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
     try:
         free = shutil.disk_usage(existing).free
         kept = _bytes_below(output_dir / "checkpoints")
-    except OSError as error:
+    except OSError as cause:
         why = "no checkpoint could be saved"
-        return finding("disk", host, f"{existing}: {error.strerror}", fault=why, fix="mend it")
-    fault = None
+        return finding("disk", host, f"{existing}: {cause.strerror}", error=why, fix="fix the file system")
+    error = None
     if free < needs.checkpoint_bytes:
-        fault = f"a checkpoint takes {size_text(needs.checkpoint_bytes)}"
+        error = f"a checkpoint takes {size_text(needs.checkpoint_bytes)}"
     elif free + kept < needs.kept_bytes:
-        wanted = size_text(needs.kept_bytes)
-        fault = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {wanted}"
-        fault += "; the run would end when the disk is full"
-    return finding("disk", host, f"{size_text(free)} free at {existing}", fault=fault, fix=fix)
+        size = size_text(needs.kept_bytes)
+        error = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {size}"
+        error += "; the run would end when the disk is full"
+    return finding("disk", host, f"{size_text(free)} free at {existing}", error=error, fix=fix)
 
 
 def _bytes_below(folder: Path) -> int:

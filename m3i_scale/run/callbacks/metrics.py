@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, json_line
-from m3i_scale.launch.doctor.facts import commit, processor, software_versions
+from m3i_scale.launch.doctor.machine import processor
+from m3i_scale.launch.doctor.software import commit, software_versions
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten
 from m3i_scale.scale.output_dir import METRICS
 
