@@ -27,13 +27,13 @@ import typer
 from PIL import Image
 
 from m3i_scale.data.images import to_png
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import made_lines, make_shards
-from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, print_summary, sample_bar
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.output import reserve_stdout
+from m3i_scale.shards.cut import ShardOptions
+from m3i_scale.shards.make import made_lines, make_shards
+from m3i_scale.shards.options import AsJson, Output, PerShard, Workers, choice, print_summary, sample_bar
+from m3i_scale.shards.records import ListedInput, Record
 
 GROUPS = [
     "smileys-emotion",

@@ -26,12 +26,12 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from scene_layouts import Category, LayoutWriter, Scene
 
 from m3i_scale.data.images import DECODE_FAULTS
-from m3i_scale.data.make.folder import list_images
-from m3i_scale.data.make.records import reading
-from m3i_scale.data.options import AsJson, print_summary, sample_bar
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import atomic_dir
 from m3i_scale.output import reserve_stdout
+from m3i_scale.shards.imagefolder import list_images
+from m3i_scale.shards.options import AsJson, print_summary, sample_bar
+from m3i_scale.shards.records import reading
 
 Families = list[list[Art]]
 """Art by family: a family is drawn first, then one picture of it, so that many look-alikes count as one."""

@@ -11,15 +11,15 @@ from typing import Any
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
-from m3i_scale.data.make.layout import Outline, hash_of
-from m3i_scale.data.make.records import Input, InputWrapper, Record
-from m3i_scale.data.make.wds import record_of
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.downstream.unpacked import TRAIN, Unpacked, digest_of
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.existing import Origin, annotations_of, contents, outlines, sound_shard
+from m3i_scale.shards.layout import Outline, hash_of
+from m3i_scale.shards.records import Input, InputWrapper, Record
+from m3i_scale.shards.wds import record_of
 from m3i_scale.text import listed
 
 MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.arrow import NONE, Columns, find_roles, schema_of
-from m3i_scale.data.make.folder import imagefolder_input
-from m3i_scale.data.make.huggingface import TableInput, find_files, huggingface_input
-from m3i_scale.data.make.masks import masks_input, read_mask_labels
-from m3i_scale.data.make.records import Input, ListedInput, Record
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.arrow import NONE, Columns, find_roles, schema_of
+from m3i_scale.shards.huggingface import TableInput, find_files, huggingface_input
+from m3i_scale.shards.imagefolder import imagefolder_input
+from m3i_scale.shards.masks import masks_input, read_mask_labels
+from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 
 Masked = Literal["all", "some", "none"]

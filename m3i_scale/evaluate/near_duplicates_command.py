@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.tools.commands import progress_bar
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.options import AsJson
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
+from m3i_scale.shards.tool_commands import progress_bar
 
 SHOWN_GROUPS, SHOWN_IMAGES = 20, 5
 

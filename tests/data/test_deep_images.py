@@ -12,14 +12,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.config import AugmentConfig
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.images import encoded_image, on_white
-from m3i_scale.data.make.records import EncodeTask, ListedInput, Record, encode_all
-from m3i_scale.data.make.tile import TiledInput, Tiling
 from m3i_scale.data.samples import open_image
-from m3i_scale.data.tools.peek import read_cards
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.peek import read_cards
+from m3i_scale.shards.records import EncodeTask, ListedInput, Record, encode_all
+from m3i_scale.shards.tile import TiledInput, Tiling
 
 LEVELS = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
 """From black to white in sixteen bits."""

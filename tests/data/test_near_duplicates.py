@@ -12,13 +12,13 @@ from PIL import ExifTags, Image, ImageOps
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.data.tools import nearest
-from m3i_scale.data.tools.hashes import HashedImages, hashes_of, read_hashes
-from m3i_scale.data.tools.near import groups_within, leaks
-from m3i_scale.data.tools.nearest import FEW, Groups, pairs_within
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.near_duplicates import find_near_duplicates
+from m3i_scale.shards import nearest
+from m3i_scale.shards.hashes import HashedImages, hashes_of, read_hashes
+from m3i_scale.shards.near import groups_within, leaks
+from m3i_scale.shards.nearest import FEW, Groups, pairs_within
 
 
 def picture(seed, size=(120, 90)):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.images import on_white
-from m3i_scale.data.make.existing import Origin, contents
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.tile import TiledInput, Tiling
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.existing import Origin, contents
+from m3i_scale.shards.records import ListedInput, Record
+from m3i_scale.shards.tile import TiledInput, Tiling
 
 WIDE = np.random.default_rng(0).integers(0, 256, (50, 75, 3), dtype=np.uint8)
 

@@ -6,11 +6,11 @@ import foreign
 import pytest
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.index import build_index, load_index
-from m3i_scale.data.tools.check import check_shards
-from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import DataError
+from m3i_scale.shards.check import check_shards
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.verify import Rules
 
 RULES = Rules(max_pixels=1_000_000)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.tools.peek import Card, page, peek, read_cards
-from m3i_scale.data.tools.stats import Tally, stats_of
 from m3i_scale.errors import DataError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.peek import Card, page, peek, read_cards
+from m3i_scale.shards.stats import Tally, stats_of
 
 EVIL = "</div><script>alert(1)</script> & \"quotes\" 'n' \x1b[31m 猫"
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3i_scale.data.make.existing import common_categories, common_labels
-from m3i_scale.data.make.write import ClassNames, close_tar, finish_folder, shard_facts
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
-from m3i_scale.data.tools.check import CheckReport
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.files import write_json
+from m3i_scale.shards.check import CheckReport
+from m3i_scale.shards.existing import common_categories, common_labels
+from m3i_scale.shards.write import ClassNames, close_tar, finish_folder, shard_facts
 
 BLOCK_BYTES = 1 << 20
 

@@ -13,17 +13,17 @@ from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.mask_classes import pixel_lines
-from m3i_scale.data.options import Name, Output, Shards, Workers, choice, print_summary, takes_sizes
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
+from m3i_scale.shards.cut import ShardOptions, parse_splits
+from m3i_scale.shards.options import Name, Output, Shards, Workers, choice, print_summary, takes_sizes
 
 if TYPE_CHECKING:  # these imports take seconds, too long for --help
-    from m3i_scale.data.tools.check import CheckReport
+    from m3i_scale.shards.check import CheckReport
 
 MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
 
@@ -57,10 +57,10 @@ def check(
 
     Exits with code 2 if there are errors; changes nothing.
     """
-    from m3i_scale.data.make.write import atomic_folder, check_output_is_new
-    from m3i_scale.data.tools.check import check_shards
-    from m3i_scale.data.tools.repair import repair
-    from m3i_scale.data.tools.verify import Rules
+    from m3i_scale.shards.check import check_shards
+    from m3i_scale.shards.repair import repair
+    from m3i_scale.shards.verify import Rules
+    from m3i_scale.shards.write import atomic_folder, check_output_is_new
 
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
@@ -108,7 +108,7 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Report statistics of samples, sizes, captions, tokens and classes, and exact duplicates."""
-    from m3i_scale.data.tools.stats import stats_of
+    from m3i_scale.shards.stats import stats_of
 
     with progress_bar([shards], quiet=as_json) as advance:
         counts = stats_of(
@@ -137,7 +137,7 @@ def look(
     as_json: AsJson = False,
 ) -> None:
     """Draw random samples on a contact sheet: a picture, and a page with captions, labels and keys."""
-    from m3i_scale.data.tools.peek import peek
+    from m3i_scale.shards.peek import peek
 
     with progress_bar([shards], quiet=as_json) as advance:
         summary = peek(
@@ -170,7 +170,7 @@ def split(
     as_json: AsJson = False,
 ) -> None:
     """Split samples by fractions, or only reshard them. File contents stay unchanged."""
-    from m3i_scale.data.tools.rearrange import split_shards
+    from m3i_scale.shards.rearrange import split_shards
 
     with progress_bar([shards], quiet=as_json, times=2) as advance:
         summary = split_shards(
@@ -197,7 +197,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge the samples of several datasets into one folder. Class lists are merged by class name."""
-    from m3i_scale.data.tools.rearrange import Keys, merge_shards
+    from m3i_scale.shards.rearrange import Keys, merge_shards
 
     with progress_bar(sources, quiet=as_json, times=2) as advance:
         summary = merge_shards(
@@ -298,7 +298,7 @@ def _plain(*cells: object) -> list[Any]:
 
 
 def _rearranged(summary: dict[str, Any], output: Path) -> str:
-    from m3i_scale.data.make.shards import made_lines
+    from m3i_scale.shards.make import made_lines
 
     splits = summary.get("splits", {"": summary})
     lines = made_lines({"splits": splits}, output)

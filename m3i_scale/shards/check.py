@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.make.folder import SPLIT_NAMES
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE
@@ -29,11 +27,13 @@ from m3i_scale.data.tar import (
     key_at,
     read_shard,
 )
-from m3i_scale.data.tools.sidecars import Claims, claim_faults, read_claims
-from m3i_scale.data.tools.verify import Contents, Rules, faults_of
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
+from m3i_scale.shards.existing import Advance
+from m3i_scale.shards.imagefolder import SPLIT_NAMES
+from m3i_scale.shards.sidecars import Claims, claim_faults, read_claims
+from m3i_scale.shards.verify import Contents, Rules, faults_of
 from m3i_scale.text import printable
 
 EXAMPLES = 3

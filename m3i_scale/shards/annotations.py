@@ -14,11 +14,11 @@ import numpy as np
 from m3i_scale.data.box_forms import BoxForms
 from m3i_scale.data.categories import Categories, is_index, parse_categories
 from m3i_scale.data.instances import NO_MASK, Instances, parse_instances
-from m3i_scale.data.make.existing import annotations_of
-from m3i_scale.data.make.records import reading
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.rle import packed
 from m3i_scale.errors import DataError
+from m3i_scale.shards.existing import annotations_of
+from m3i_scale.shards.records import reading
 
 _LISTS = ("images", "annotations", "categories")
 _LVIS = ("neg_category_ids", "not_exhaustive_category_ids")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.make.arrow import read_rows
-from m3i_scale.data.make.records import ListedInput, Record, reading, split_name
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.shards.arrow import read_rows
+from m3i_scale.shards.records import ListedInput, Record, reading, split_name
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.make.arrow import Columns, Roles, find_roles, python_value, read_rows, row_count, schema_of
-from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Record, reading
 from m3i_scale.errors import DataError
 from m3i_scale.files import read_json
+from m3i_scale.shards.arrow import Columns, Roles, find_roles, python_value, read_rows, row_count, schema_of
+from m3i_scale.shards.layout import Outline
+from m3i_scale.shards.records import Record, reading
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.existing import (
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.cut import ShardOptions
+from m3i_scale.shards.existing import (
     Advance,
     Origin,
     annotations_of,
@@ -22,11 +25,8 @@ from m3i_scale.data.make.existing import (
     contents,
     outlines,
 )
-from m3i_scale.data.make.layout import WHOLE, plan_layout
-from m3i_scale.data.make.write import atomic_folder, check_output, write_samples
-from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.layout import WHOLE, plan_layout
+from m3i_scale.shards.write import atomic_folder, check_output, write_samples
 
 _Names = TypeVar("_Names")
 

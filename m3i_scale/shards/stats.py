@@ -14,17 +14,17 @@ import numpy as np
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.mask_classes import pixel_report
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import key_at, read_shard
-from m3i_scale.data.tools.tokens import CaptionTokens, Cut, tokenizer_for
-from m3i_scale.data.tools.verify import image_extensions
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.existing import Advance
+from m3i_scale.shards.tokens import CaptionTokens, Cut, tokenizer_for
+from m3i_scale.shards.verify import image_extensions
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)

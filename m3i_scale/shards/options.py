@@ -17,15 +17,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from m3i_scale.data.make.cut import ShardOptions, parse_range, parse_splits
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError
 from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
+from m3i_scale.shards.cut import ShardOptions, parse_range, parse_splits
 
 if TYPE_CHECKING:  # this import takes seconds, too long for --help
-    from m3i_scale.data.make.records import Input
-    from m3i_scale.data.make.shards import Progress as Tell
+    from m3i_scale.shards.make import Progress as Tell
+    from m3i_scale.shards.records import Input
 
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
 Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to make; it must not exist yet.")]
@@ -110,8 +110,8 @@ class MakeOptions:
 
     def make(self, source: Input) -> None:
         """Make the shards and print a summary."""
-        from m3i_scale.data.make.shards import made_lines, make_shards
-        from m3i_scale.data.make.tile import TiledInput, Tiling
+        from m3i_scale.shards.make import made_lines, make_shards
+        from m3i_scale.shards.tile import TiledInput, Tiling
 
         if self.tile:
             source = TiledInput(source, Tiling(**self.tile), self.options.value_range)

@@ -12,10 +12,10 @@ from PIL import Image
 
 from m3i_scale.data.deep_images import SIXTEEN_AS_I, ValueRange, check_header, check_values
 from m3i_scale.data.images import DECODE_FAULTS, fault_text, open_any_size, orientation, upright, upright_size
-from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Contents, Input, InputWrapper, Record, contents_of
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.layout import Outline
+from m3i_scale.shards.records import Contents, Input, InputWrapper, Record, contents_of
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 from m3i_scale.data.images import MASK
 from m3i_scale.data.index import build_index
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.layout import WHOLE, Layout
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import atomic_dir, sha256_of, write_json
+from m3i_scale.shards.layout import WHOLE, Layout
 
 MANIFEST_FORMAT = 1
 ClassNames = Mapping[str, Sequence[str] | Mapping[str, Any] | None]

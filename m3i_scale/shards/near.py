@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import Self
 
-from m3i_scale.data.tools.nearest import Alike, Groups, Pairs
+from m3i_scale.shards.nearest import Alike, Groups, Pairs
 
 
 class Images(Protocol):

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from m3i_scale.data.make.records import reading
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.shards.records import reading
 
 NONE = "none"
 """Column name that selects no column."""

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.make.annotations import AnnotatedImage, read_annotation_file
-from m3i_scale.data.make.folder import SPLIT_NAMES, key_of
-from m3i_scale.data.make.records import ListedInput, Record
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.annotations import AnnotatedImage, read_annotation_file
+from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of
+from m3i_scale.shards.records import ListedInput, Record
 
 _SPLITS = SPLIT_NAMES | {"minival"}
 _KINDS = ("instances_*.json", "lvis_*.json", "*.json")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m3i_scale.data.categories import Categories, shard_categories
-from m3i_scale.data.make.layout import Outline
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.shards import CATEGORIES, LABELS, local_shards, read_labels
 from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.shards.layout import Outline
 from m3i_scale.text import printable
 
 Advance = Callable[[int], None]

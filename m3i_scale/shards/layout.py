@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.text import printable
 
 WHOLE = ""

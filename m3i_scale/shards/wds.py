@@ -9,7 +9,10 @@ from typing import Any
 from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import FILE_EXTENSIONS, MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.existing import (
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards
+from m3i_scale.errors import DataError
+from m3i_scale.shards.existing import (
     Origin,
     annotations_of,
     common_categories,
@@ -19,11 +22,8 @@ from m3i_scale.data.make.existing import (
     json_object,
     outlines,
 )
-from m3i_scale.data.make.layout import Outline
-from m3i_scale.data.make.records import Record
-from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards
-from m3i_scale.errors import DataError
+from m3i_scale.shards.layout import Outline
+from m3i_scale.shards.records import Record
 
 
 @dataclass

@@ -17,8 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
-from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.make.write import atomic_folder
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import check_caption_size, decoding, open_image, read_annotations
 from m3i_scale.data.shards import local_shards, read_labels
@@ -26,6 +24,8 @@ from m3i_scale.data.tar import RawSample, read_shard
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.shards.existing import Advance
+from m3i_scale.shards.write import atomic_folder
 from m3i_scale.text import printable
 
 PADDING = 8

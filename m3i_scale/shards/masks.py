@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from m3i_scale.data.images import DECODE_FAULTS, mask_fault
-from m3i_scale.data.make.folder import SPLIT_NAMES, key_of, list_images
-from m3i_scale.data.make.records import ListedInput, Record, reading
-from m3i_scale.data.make.table import read_labels
 from m3i_scale.data.shards import check_mask_classes
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of, list_images
+from m3i_scale.shards.manifest import read_labels
+from m3i_scale.shards.records import ListedInput, Record, reading
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
 """Class of every stored value if classes start at 1: 0 and 255 become 255 (no class)."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.records import ListedInput, Record, split_name
 from m3i_scale.errors import DataError
+from m3i_scale.shards.records import ListedInput, Record, split_name
 
 Captions = Literal["auto", "none", "optional", "required"]
 """auto: either all images of a folder have a caption file, or none."""

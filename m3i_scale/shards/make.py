@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
-from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
-from m3i_scale.data.make.write import atomic_folder, check_output, write_samples
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
+from m3i_scale.shards.cut import ShardOptions
+from m3i_scale.shards.layout import Layout, hash_of, plan_layout, training_splits
+from m3i_scale.shards.records import Encoded, EncodeTask, Input, Record, encode_all
+from m3i_scale.shards.write import atomic_folder, check_output, write_samples
 
 Progress = Callable[[int, int], None]
 """Called with (completed samples, total samples)."""

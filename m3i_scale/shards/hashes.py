@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.data.images import on_white, orientation, upright
-from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tar import key_at, read_shard
-from m3i_scale.data.tools.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, pairs_within, unlike_bits
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
+from m3i_scale.shards.existing import Advance
+from m3i_scale.shards.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, pairs_within, unlike_bits
 
 PLAIN = "nearly one colour"
 """Images without structure are counted with this reason and not compared: their hashes would be noise."""

@@ -24,9 +24,9 @@ from m3i_scale.data.images import (
     upright_size,
 )
 from m3i_scale.data.instances import INSTANCES, check_turned, read_instances
-from m3i_scale.data.make.existing import annotations_of
-from m3i_scale.data.make.layout import Outline, hash_of
 from m3i_scale.errors import DataError
+from m3i_scale.shards.existing import annotations_of
+from m3i_scale.shards.layout import Outline, hash_of
 
 
 class LazyContents(Protocol):

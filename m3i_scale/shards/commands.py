@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from m3i_scale.data.options import LabelsFile, MakeOptions, choice, print_summary, takes_making
-from m3i_scale.data.tools import commands as tools
 from m3i_scale.options import AsJson
+from m3i_scale.shards import tool_commands as tools
+from m3i_scale.shards.options import LabelsFile, MakeOptions, choice, print_summary, takes_making
 
 CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
 Group = Annotated[str | None, typer.Option(help="Field of the json members; samples of one value share a split.")]
@@ -64,7 +64,7 @@ def imagefolder(
     ] = "auto",
 ) -> None:
     """Convert a folder of images: one folder per class, optional caption files."""
-    from m3i_scale.data.make.folder import Captions, FolderLayout, imagefolder_input
+    from m3i_scale.shards.imagefolder import Captions, FolderLayout, imagefolder_input
 
     kind, depth = choice("--captions", captions, Captions), choice("--layout", layout, FolderLayout)
     making.make(imagefolder_input(input_folder, kind, depth))
@@ -88,7 +88,7 @@ def manifest(
     labels_file: LabelsFile = None,
 ) -> None:
     """Convert a table of image paths, captions and labels."""
-    from m3i_scale.data.make.table import TableColumns, manifest_input, read_labels
+    from m3i_scale.shards.manifest import TableColumns, manifest_input, read_labels
 
     columns = TableColumns(path_column, caption_column, label_column, split_column, mask_column)
     labels = None if labels_file is None else read_labels(labels_file)
@@ -116,7 +116,7 @@ def masks(
     ] = False,
 ) -> None:
     """Convert images and segmentation masks, paired by name."""
-    from m3i_scale.data.make.masks import masks_input, read_mask_labels
+    from m3i_scale.shards.masks import masks_input, read_mask_labels
 
     labels = read_mask_labels(labels_file, reduce_zero_label=reduce_zero_label)
     skip_bad = making.options.skip_bad
@@ -136,7 +136,7 @@ def coco(
     ] = None,
 ) -> None:
     """Convert images with boxes and masks from COCO or LVIS annotation files."""
-    from m3i_scale.data.make.coco import coco_input
+    from m3i_scale.shards.coco import coco_input
 
     shares, skip_bad = making.split is not None, making.options.skip_bad
     making.make(coco_input(inputs, images, shares=shares, skip_bad=skip_bad))
@@ -154,8 +154,8 @@ def huggingface(
     group_column: Annotated[str | None, typer.Option(help="Rows of one value share a split.")] = None,
 ) -> None:
     """Convert a Hugging Face dataset, saved or as Parquet; keeps its splits."""
-    from m3i_scale.data.make.arrow import Columns
-    from m3i_scale.data.make.huggingface import huggingface_input
+    from m3i_scale.shards.arrow import Columns
+    from m3i_scale.shards.huggingface import huggingface_input
 
     columns = Columns(image_column, caption_column, label_column, key_column, group_column)
     making.make(huggingface_input(source, columns))
@@ -171,8 +171,8 @@ def webdataset(
     group: Group = None,
 ) -> None:
     """Convert existing shards: validates samples, converts other formats to PNG, trains a tokenizer on captions."""
-    from m3i_scale.data.make.table import read_labels
-    from m3i_scale.data.make.wds import webdataset_input
+    from m3i_scale.shards.manifest import read_labels
+    from m3i_scale.shards.wds import webdataset_input
 
     labels, workers = None if labels_file is None else read_labels(labels_file), making.options.workers
     making.make(webdataset_input(shards, labels=labels, caption_field=caption_field, group=group, workers=workers))
