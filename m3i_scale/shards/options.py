@@ -70,15 +70,6 @@ _MAKE: Parts = {
         ],
         None,
     ),
-    "tile": (
-        Annotated[int | None, typer.Option(help="Cut images that are larger into squares of so many pixels a side.")],
-        None,
-    ),
-    "tile_overlap": (Annotated[int | None, typer.Option(help="Pixels that neighbouring tiles share (0).")], None),
-    "tile_max_pixels": (
-        Annotated[int | None, typer.Option(help="Larger images are refused, and not decoded (89,478,485).")],
-        None,
-    ),
     "as_json": (AsJson, False),
 }
 _CUT: Parts = {
@@ -104,17 +95,12 @@ class MakeOptions:
     name: str
     split: str | None
     options: ShardOptions
-    tile: dict[str, int]
-    """Arguments of `Tiling`; empty if images are not cut."""
     as_json: bool
 
     def make(self, source: Input) -> None:
         """Make the shards and print a summary."""
         from m3i_scale.shards.make import made_lines, make_shards
-        from m3i_scale.shards.tile import TiledInput, Tiling
 
-        if self.tile:
-            source = TiledInput(source, Tiling(**self.tile), self.options.value_range)
         with sample_bar(quiet=self.as_json) as tell:
             summary = make_shards(
                 source,
@@ -142,18 +128,11 @@ def _making(
     name: str,
     split: str | None,
     value_range: str | None,
-    tile: int | None,
-    tile_overlap: int | None,
-    tile_max_pixels: int | None,
     as_json: bool,
     **options: Any,
 ) -> MakeOptions:
     values = None if value_range is None else parse_range(value_range)
-    given = {"side": tile, "overlap": tile_overlap, "max_pixels": tile_max_pixels}
-    tiling = {field: value for field, value in given.items() if value is not None}
-    if tiling and tile is None:
-        raise ConfigError("--tile-overlap and --tile-max-pixels have no effect without --tile", fix="add --tile 512")
-    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), tiling, as_json)
+    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), as_json)
 
 
 def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
