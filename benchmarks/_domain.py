@@ -21,8 +21,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from m3i_scale.data.images import to_png
 from m3i_scale.errors import DataError
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
 
 NATURE = ("animals-nature", "food-drink")

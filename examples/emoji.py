@@ -30,9 +30,8 @@ from m3i_scale.data.images import to_png
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.output import reserve_stdout
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import made_lines, make_shards
-from m3i_scale.shards.options import AsJson, Output, PerShard, Workers, choice, print_summary, sample_bar
+from m3i_scale.shards.options import AsJson, Output, PerShard, ShardOptions, Workers, choice, print_summary, sample_bar
 from m3i_scale.shards.records import ListedInput, Record
 
 GROUPS = [
@@ -221,10 +220,10 @@ def _record(style: Style, concept: Concept, held_out: bool, image_size: int, bac
     label = GROUPS.index(concept.group)
     return Record(
         key=key,
-        image=art,
+        image=art.read,
         caption=concept.caption,
         label=label,
-        mask=ArtMask(art, label + 1),
+        mask=ArtMask(art, label + 1).read,
         meta={
             "concept": concept.name,
             "family": concept.family,

@@ -16,8 +16,8 @@ from transformers import ViTConfig, ViTModel
 from m3i_scale.errors import DataError
 from m3i_scale.output import release_stdout
 from m3i_scale.run.check import faults_of
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

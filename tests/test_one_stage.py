@@ -16,8 +16,8 @@ from PIL import Image
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
 
 pytestmark = pytest.mark.bench

@@ -33,8 +33,8 @@ from m3i_scale.downstream.unpacked import (
 )
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import SKIPPED, made_lines, make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import Input, InputWrapper
 
 MASKS_FIX = (

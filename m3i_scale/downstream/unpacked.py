@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.errors import ConfigError
-from m3i_scale.shards.arrow import NONE, Columns, find_roles, schema_of
-from m3i_scale.shards.huggingface import TableInput, find_files, huggingface_input
+from m3i_scale.shards.arrow import NONE, Columns, TableInput, find_files, find_roles, huggingface_input, schema_of
 from m3i_scale.shards.imagefolder import imagefolder_input
 from m3i_scale.shards.masks import masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record

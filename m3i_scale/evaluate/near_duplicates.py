@@ -19,10 +19,9 @@ from m3i_scale.evaluate.commands import device_of
 from m3i_scale.evaluate.features import VisionModel, extract, load_vision, unit_rows
 from m3i_scale.evaluate.job import IMAGES
 from m3i_scale.evaluate.samples import Table, open_table
-from m3i_scale.shards.existing import Advance
+from m3i_scale.shards.existing_shards import Advance
 from m3i_scale.shards.hashes import read_hashes
-from m3i_scale.shards.near import report_of
-from m3i_scale.shards.nearest import MAX_DISTANCE, Alike, Groups, Nearest, Numbers, Pairs
+from m3i_scale.shards.nearest import MAX_DISTANCE, Alike, Groups, Nearest, Numbers, Pairs, report_of
 from m3i_scale.text import printable
 
 DISTANCE = 3

@@ -88,10 +88,11 @@ def manifest(
     labels_file: LabelsFile = None,
 ) -> None:
     """Convert a table of image paths, captions and labels."""
-    from m3i_scale.shards.manifest import TableColumns, manifest_input, read_labels
+    from m3i_scale.shards.manifest import TableColumns, manifest_input
+    from m3i_scale.shards.records import read_class_names
 
     columns = TableColumns(path_column, caption_column, label_column, split_column, mask_column)
-    labels = None if labels_file is None else read_labels(labels_file)
+    labels = None if labels_file is None else read_class_names(labels_file)
     making.make(manifest_input(table, columns=columns, root=root, labels=labels))
 
 
@@ -154,8 +155,7 @@ def huggingface(
     group_column: Annotated[str | None, typer.Option(help="Rows of one value share a split.")] = None,
 ) -> None:
     """Convert a Hugging Face dataset, saved or as Parquet; keeps its splits."""
-    from m3i_scale.shards.arrow import Columns
-    from m3i_scale.shards.huggingface import huggingface_input
+    from m3i_scale.shards.arrow import Columns, huggingface_input
 
     columns = Columns(image_column, caption_column, label_column, key_column, group_column)
     making.make(huggingface_input(source, columns))
@@ -171,8 +171,8 @@ def webdataset(
     group: Group = None,
 ) -> None:
     """Convert existing shards: validates samples, converts other formats to PNG, trains a tokenizer on captions."""
-    from m3i_scale.shards.manifest import read_labels
-    from m3i_scale.shards.wds import webdataset_input
+    from m3i_scale.shards.existing_shards import webdataset_input
+    from m3i_scale.shards.records import read_class_names
 
-    labels, workers = None if labels_file is None else read_labels(labels_file), making.options.workers
+    labels, workers = None if labels_file is None else read_class_names(labels_file), making.options.workers
     making.make(webdataset_input(shards, labels=labels, caption_field=caption_field, group=group, workers=workers))

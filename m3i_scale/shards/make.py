@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
-from m3i_scale.shards.cut import ShardOptions
-from m3i_scale.shards.layout import Layout, hash_of, plan_layout, training_splits
-from m3i_scale.shards.records import Encoded, EncodeTask, Input, Record, encode_all
-from m3i_scale.shards.write import atomic_folder, check_output, write_samples
+from m3i_scale.shards.layout import Layout, plan_layout, training_splits
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import Encoded, EncodeTask, Input, Record, encode_all, hash_of
+from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 Progress = Callable[[int, int], None]
 """Called with (completed samples, total samples)."""
@@ -63,8 +61,7 @@ def make_shards(
     with atomic_folder(output) as folder:
         maker = _Maker(layout, options, folder / SKIPPED, progress)
         samples = maker.samples(source.records())
-        categories = None if source.categories is None else source.categories.to_json()
-        names = {LABELS: source.labels, MASK_LABELS: source.mask_labels, CATEGORIES: categories}
+        names = class_names(source.labels, source.mask_labels, source.categories)
         splits = write_samples(folder, name, layout, samples, names, source.info)
         summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
         if maker.pixels:
@@ -143,11 +140,13 @@ class _Maker:
                 self._skip(record, encoded)
                 yield None
             else:
-                if record.caption and number < len(self._layout) and self._layout.place(number)[0] in self._training:
+                files, pixels = encoded
+                split = self._layout.split(number) if number < len(self._layout) else ""
+                if record.caption and split in self._training:
                     self.captions.add(record.key, record.caption)
-                if encoded.pixels and number < len(self._layout):
-                    self.pixels[self._layout.place(number)[0]].update(encoded.pixels)
-                yield record.key, members_of(record, encoded.members)
+                if pixels:
+                    self.pixels[split].update(pixels)
+                yield record.key, record.files(files)
             if self._progress is not None:
                 self._progress(number + 1, len(self._layout))
 
@@ -180,17 +179,6 @@ class _Maker:
         line = {"key": record.key, "where": fault.where, "reason": fault.what}
         with self._skipped_list.open("a", encoding="utf-8") as stream:
             stream.write(json_line(line))
-
-
-def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the files of a sample by extension, following webdataset's conventions."""
-    members = dict(encoded)
-    if record.caption is not None:
-        members["txt"] = record.caption.encode("utf-8")
-    if record.label is not None:
-        members["cls"] = str(record.label).encode("ascii")
-    members["json"] = json.dumps(record.meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
-    return members
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

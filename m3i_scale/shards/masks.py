@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,52 +15,43 @@ from m3i_scale.data.shards import check_mask_classes
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of, list_images
-from m3i_scale.shards.manifest import read_labels
-from m3i_scale.shards.records import ListedInput, Record, reading
+from m3i_scale.shards.records import ListedInput, Record, read_class_names, reading
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
 """Class of every stored value if classes start at 1: 0 and 255 become 255 (no class)."""
 
 
-@dataclass(frozen=True)
-class MaskFile:
-    """A mask file, converted to the format of shards when it is read; see `LazyContents`."""
-
-    path: Path
-    classes: int
-    reduce_zero_label: bool
-
-    def read(self) -> bytes:
-        """Return the mask with classes from 0. Invalid data is returned unchanged; `check_mask` rejects it."""
-        with reading(self.path):
-            data = self.path.read_bytes()
-        if mask_fault(data) is not None:
-            return data
-        try:
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
-                pixels_HW = np.asarray(mask)
-        except DECODE_FAULTS:
-            return data
-        highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
-        if highest == self.classes and not self.reduce_zero_label:
-            raise ConfigError(
-                f"a mask has the class {highest}, and the {self.classes} names are of 0 to {self.classes - 1}",
-                where=str(self.path),
-                why="where 0 is no class, as in ADE20k, all masks are off by one",
-                fix="a name for every class, in the order of their numbers; or, where 0 is none, `shards make masks"
-                " --reduce-zero-label`, or the layout of ADE20k with its objectInfo150.txt",
-            )
-        if highest >= self.classes + self.reduce_zero_label:
-            raise DataError(
-                f"the mask has a class without a name: {highest}, of {self.classes} names",
-                where=str(self.path),
-                fix="a name for every class, in the order of their numbers; pixels without one are 255",
-            )
-        if not self.reduce_zero_label:
-            return data
-        buffer = io.BytesIO()
-        Image.fromarray(_FROM_ONE[pixels_HW]).save(buffer, "PNG")
-        return buffer.getvalue()
+def read_mask(path: Path, classes: int, reduce_zero_label: bool) -> bytes:
+    """Return a mask with classes from 0. Invalid data is returned unchanged; `check_mask` rejects it."""
+    with reading(path):
+        data = path.read_bytes()
+    if mask_fault(data) is not None:
+        return data
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
+            pixels_HW = np.asarray(mask)
+    except DECODE_FAULTS:
+        return data
+    highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
+    if highest == classes and not reduce_zero_label:
+        raise ConfigError(
+            f"a mask has the class {highest}, and the {classes} names are of 0 to {classes - 1}",
+            where=str(path),
+            why="where 0 is no class, as in ADE20k, all masks are off by one",
+            fix="a name for every class, in the order of their numbers; or, where 0 is none, `shards make masks"
+            " --reduce-zero-label`, or the layout of ADE20k with its objectInfo150.txt",
+        )
+    if highest >= classes + reduce_zero_label:
+        raise DataError(
+            f"the mask has a class without a name: {highest}, of {classes} names",
+            where=str(path),
+            fix="a name for every class, in the order of their numbers; pixels without one are 255",
+        )
+    if not reduce_zero_label:
+        return data
+    buffer = io.BytesIO()
+    Image.fromarray(_FROM_ONE[pixels_HW]).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def masks_input(
@@ -111,7 +102,7 @@ def masks_input(
             Record(
                 key_of(Path(f"{name}.png")),
                 image or b"",
-                mask=None if mask is None else MaskFile(mask, len(labels), reduce_zero_label),
+                mask=None if mask is None else partial(read_mask, mask, len(labels), reduce_zero_label),
                 meta={} if image is None else {"path": image.relative_to(images).as_posix()},
                 # Skipped samples must not create a split.
                 split=name.parts[0] if name.parts[0] in splits else min(splits, default=split),
@@ -130,7 +121,7 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
         path: file of class names.
         reduce_zero_label: see `masks_input`.
     """
-    lines = read_labels(path)
+    lines = read_class_names(path)
     header, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines] or [[]]
     if not {"Idx", "Name"} <= {*header}:
         return lines

@@ -21,10 +21,9 @@ from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import check_caption_size, decoding, open_image, read_annotations
 from m3i_scale.data.shards import local_shards, read_labels
 from m3i_scale.data.tar import RawSample, read_shard
-from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
-from m3i_scale.shards.existing import Advance
+from m3i_scale.shards.existing_shards import Advance, read_shards
 from m3i_scale.shards.write import atomic_folder
 from m3i_scale.text import printable
 
@@ -76,11 +75,7 @@ def peek(
         advance: called with the number of bytes of every counted shard.
     """
     paths = local_shards(source)
-    counts = []
-    for size, samples in map_in_processes(count_samples, paths, workers):
-        counts.append(samples)
-        if advance is not None:
-            advance(size)
+    counts = list(read_shards(count_samples, paths, workers, advance))
     ends = list(accumulate(counts))
     if not ends[-1]:
         raise DataError("the shards hold no samples", where=source, fix="m3i-scale shards check tells why")

@@ -13,20 +13,20 @@ from typing import Any, Literal, TypeVar
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.cut import ShardOptions
-from m3i_scale.shards.existing import (
+from m3i_scale.shards.existing_shards import (
     Advance,
     Origin,
-    annotations_of,
     common_categories,
     common_labels,
     contents,
     outlines,
 )
 from m3i_scale.shards.layout import WHOLE, plan_layout
-from m3i_scale.shards.write import atomic_folder, check_output, write_samples
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import annotations_of
+from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 _Names = TypeVar("_Names")
 
@@ -135,8 +135,7 @@ def _rewrite(
     layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
     with atomic_folder(output) as folder:
         samples = _relabelled(origins, labels, unnamed, advance)
-        named = None if categories is None else categories.to_json()
-        names = {LABELS: labels.names, MASK_LABELS: mask_labels, CATEGORIES: named}
+        names = class_names(labels.names, mask_labels, categories)
         splits = write_samples(folder, name, layout, samples, names, lambda: info)
         tokenizer = _copy_tokenizer(sources, folder)
     counts = splits[WHOLE] if shares is None else {"splits": splits}

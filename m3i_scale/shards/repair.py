@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.data.shards import LABELS, MASK_LABELS
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.files import write_json
 from m3i_scale.shards.check import CheckReport
-from m3i_scale.shards.existing import common_categories, common_labels
-from m3i_scale.shards.write import ClassNames, close_tar, finish_folder, shard_facts
+from m3i_scale.shards.existing_shards import common_categories, common_labels
+from m3i_scale.shards.write import class_names, close_tar, finish_folder, shard_facts
 
 BLOCK_BYTES = 1 << 20
 
@@ -67,11 +67,8 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     }
     write_json(folder / "shards.json", result)
     if kept:
-        categories = common_categories(report.source)
-        names: ClassNames = {
-            **{file: common_labels(report.source, file) for file in (LABELS, MASK_LABELS)},
-            CATEGORIES: None if categories is None else categories.to_json(),
-        }
+        labels, mask_labels = (common_labels(report.source, file) for file in (LABELS, MASK_LABELS))
+        names = class_names(labels, mask_labels, common_categories(report.source))
         finish_folder(folder, dict(sorted(kept.items())), names, {"source": "check --repair"})
     return result
 

@@ -1,8 +1,7 @@
-"""Comparison of shards with their sidecar files: sizes.json, manifest.json, index/, img2dataset's statistics."""
+"""Comparison of shards with their sidecar files: sizes.json, manifest.json, index/."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,10 @@ from m3i_scale.data.index import load_sidecar_index
 from m3i_scale.data.tar import UNREADABLE, Fault, RawShard
 from m3i_scale.errors import DataError
 from m3i_scale.files import read_json, sha256_of
+
+_COUNT, _STALE, _MISSING, _UNLISTED = "count differs", "index is stale", "shard is missing", "shard is not listed"
+OF_SIDECARS = frozenset({_COUNT, _STALE, _MISSING, _UNLISTED})
+"""Errors of sidecar files: the shard itself may be valid."""
 
 
 @dataclass(frozen=True)
@@ -30,43 +33,40 @@ class FolderClaims:
     """Claims of a folder's sidecar files about its shards."""
 
     claims: dict[str, Claims] = field(default_factory=dict)
-    faults: list[tuple[str, Fault]] = field(default_factory=list)
+    faults: list[tuple[Path, Fault]] = field(default_factory=list)
     """(file, fault) for errors of the sidecar files themselves."""
     notes: list[str] = field(default_factory=list)
 
 
 def read_claims(folder: Path, shards: list[Path], whole: bool) -> FolderClaims:
-    """Read sizes.json, manifest.json and img2dataset's `NAME_stats.json`.
+    """Read sizes.json and manifest.json.
 
     Args:
         folder: folder of the shards.
         shards: shards to check.
         whole: `shards` are all shards of the folder; then a listed shard that is not among them is missing.
     """
-    beside = FolderClaims()
-    sizes = _read(folder / "sizes.json", beside)
-    manifest = _read(folder / "manifest.json", beside)
+    result, names = FolderClaims(), {path.name for path in shards}
+    sizes, manifest = _read(folder / "sizes.json", result), _read(folder / "manifest.json", result)
     listed = manifest.get("shards") if isinstance(manifest, dict) else None
     if manifest is not None and not isinstance(listed, dict):
-        beside.notes.append(f"{folder / 'manifest.json'} does not list shards: not used")
-    for path in shards:
-        stats = _read(folder / f"{path.stem}_stats.json", beside)
-        facts = listed.get(path.name, {}) if isinstance(listed, dict) else {}
+        result.notes.append(f"{folder / 'manifest.json'} does not list shards: not used")
+    lists = {"sizes.json": sizes, "manifest.json": listed}
+    for file, known in lists.items():
+        if isinstance(known, dict) and whole:
+            gone, new = sorted({*known} - names), sorted(names - {*known})
+            result.faults += [(folder / name, Fault(_MISSING, f"{file} lists it")) for name in gone]
+            result.faults += [(folder / name, Fault(_UNLISTED, f"in {file}")) for name in new]
+    for name in names:
+        size, facts = (known.get(name) if isinstance(known, dict) else None for known in lists.values())
         facts = facts if isinstance(facts, dict) else {}
-        counts = {
-            "sizes.json": sizes.get(path.name) if isinstance(sizes, dict) else None,
-            "manifest.json": facts.get("samples"),
-            f"{path.stem}_stats.json": stats.get("successes") if isinstance(stats, dict) else None,
-        }
-        beside.claims[path.name] = Claims(
-            {name: count for name, count in counts.items() if isinstance(count, int)},
+        counts = {"sizes.json": size, "manifest.json": facts.get("samples")}
+        result.claims[name] = Claims(
+            {file: count for file, count in counts.items() if isinstance(count, int)},
             _typed(facts.get("bytes"), int),
             _typed(facts.get("sha256"), str),
         )
-    for name, known in (("sizes.json", sizes), ("manifest.json", listed)):
-        if isinstance(known, dict) and whole:
-            beside.faults += _lists_differ(folder / name, known, {path.name for path in shards})
-    return beside
+    return result
 
 
 def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
@@ -74,7 +74,7 @@ def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
     if any(fault.reason == UNREADABLE for fault in shard.faults):
         return []
     faults = [
-        Fault("count differs", f"{len(shard.samples)} samples, {name} says {count}")
+        Fault(_COUNT, f"{len(shard.samples)} samples, {name} says {count}")
         for name, count in claims.samples.items()
         if count != len(shard.samples)
     ]
@@ -86,37 +86,24 @@ def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
                 faults.append(Fault("checksum differs", "its SHA-256 is not that of manifest.json"))
         except OSError as error:
             return [Fault(UNREADABLE, str(error.strerror or error))]
-    return faults + _index_faults(path, shard)
+    if (path.parent / "index" / f"{path.name}.npz").is_file():
+        ranges = np.asarray([[sample.start, sample.end] for sample in shard.samples], dtype=np.int64).reshape(-1, 2)
+        try:
+            index = load_sidecar_index(path)
+            if index is None or not np.array_equal(index.ranges_N2, ranges):
+                faults.append(Fault(_STALE, "run `m3i-scale shards index` on the folder"))
+        except DataError as error:
+            faults.append(Fault(_STALE, error.what))
+    return faults
 
 
-def _index_faults(path: Path, shard: RawShard) -> list[Fault]:
-    saved = path.parent / "index" / f"{path.name}.npz"
-    if not saved.is_file():
-        return []
-    try:
-        index = load_sidecar_index(path)
-    except DataError as error:
-        return [Fault("index is stale", error.what)]
-    now = [[sample.start, sample.end] for sample in shard.samples]
-    if index is None or not np.array_equal(index.ranges_N2, np.asarray(now, dtype=np.int64).reshape(-1, 2)):
-        return [Fault("index is stale", "run `m3i-scale shards index` on the folder")]
-    return []
-
-
-def _lists_differ(path: Path, known: Mapping[str, Any], present: set[str]) -> list[tuple[str, Fault]]:
-    gone = sorted(set(known) - present)
-    new = sorted(present - set(known))
-    faults = [(str(path.parent / name), Fault("shard is missing", f"{path.name} lists it")) for name in gone]
-    return faults + [(str(path.parent / name), Fault("shard is not listed", f"in {path.name}")) for name in new]
-
-
-def _read(path: Path, beside: FolderClaims) -> Any:
+def _read(path: Path, result: FolderClaims) -> Any:
     try:
         return read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        beside.faults.append((str(path), Fault("json does not parse", str(error)[:200])))
+        result.faults.append((path, Fault("json does not parse", str(error)[:200])))
         return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.mask_classes import pixel_report
-from m3i_scale.data.reader import BadSampleError, readable_members
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import key_at, read_shard
-from m3i_scale.data.workers import map_in_processes
-from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
+from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.defaults import MAX_TOKENS
 from m3i_scale.errors import ConfigError
-from m3i_scale.shards.existing import Advance
-from m3i_scale.shards.tokens import CaptionTokens, Cut, tokenizer_for
-from m3i_scale.shards.verify import image_extensions
+from m3i_scale.shards.check import image_extensions
+from m3i_scale.shards.existing_shards import Advance, read_shards, readable_samples
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -33,6 +35,10 @@ TALLIES = ("width", "height", "aspect_ratio", "pixels", "image_bytes", "caption_
 TOKENS = "caption_tokens"
 """Additional statistic if there is a tokenizer; includes special tokens."""
 MAX_LABEL = 10**9
+UNKNOWN_SHARE, CUT_SHARE, STRIPPED_SHARE = 0.01, 0.05, 0.01
+"""Fractions above which a warning is reported."""
+_ACCENTS = range(0x300, 0x370)
+"""Combining marks of European scripts; words mostly stay readable without them."""
 
 
 @dataclass
@@ -60,6 +66,71 @@ class Tally:
         mean = sum(value * count for value, count in self.counts.items()) / total
         quantiles = {f"{share:.0%}": values[int(np.searchsorted(below, rank))] for share, rank in ranks.items()}
         return quantiles | {"mean": _rounded(mean, 6)}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tokenizer and maximum caption length."""
+
+    tokenizer: str
+    """Folder or Hub id."""
+    max_tokens: int
+    """Longer captions are truncated; includes special tokens."""
+
+
+@dataclass
+class CaptionTokens:
+    """Statistics of tokenized captions."""
+
+    captions: int = 0
+    tokens: int = 0
+    """Without special tokens."""
+    unknown: int = 0
+    having: Counter[str] = field(default_factory=Counter)
+    """Number of captions that are `cut`, have an `unknown` token, or are `stripped` of marks."""
+
+    def add(self, caption: str, cut: Cut) -> int:
+        """Count a caption and return its number of tokens, special tokens included."""
+        tokenizer = _tokenizer(cut.tokenizer)
+        ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
+        length: int = len(ids) + tokenizer.num_special_tokens_to_add()
+        unknown = 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
+        self.captions += 1
+        self.tokens += len(ids)
+        self.unknown += unknown
+        facts = {
+            "unknown": unknown > 0,
+            "cut": length > cut.max_tokens,
+            "stripped": _marks(_normalized(tokenizer, caption)) < _marks(caption),
+        }
+        self.having.update(name for name, holds in facts.items() if holds)
+        return length
+
+    def merge(self, other: CaptionTokens) -> None:
+        """Add the counts of other captions."""
+        self.captions += other.captions
+        self.tokens += other.tokens
+        self.unknown += other.unknown
+        self.having.update(other.having)
+
+    def report(self, cut: Cut) -> dict[str, Any]:
+        """Return fractions of tokens and captions, and warnings, as JSON types."""
+        shares = {
+            "unknown_tokens": _share(self.unknown, self.tokens),
+            "captions_with_unknown": _share(self.having["unknown"], self.captions),
+            "captions_cut": _share(self.having["cut"], self.captions),
+            "captions_stripped": _share(self.having["stripped"], self.captions),
+        }
+        told = []
+        if shares["unknown_tokens"] > UNKNOWN_SHARE:
+            told.append(f"{shares['unknown_tokens']:.1%} of the tokens are unknown: to the model all of them are one")
+        if shares["captions_cut"] > CUT_SHARE:
+            told.append(f"{shares['captions_cut']:.1%} of the captions have more than {cut.max_tokens} tokens: cut")
+        if shares["captions_stripped"] > STRIPPED_SHARE:
+            told.append(
+                f"{shares['captions_stripped']:.1%} of the captions lose marks, such as vowels, to the tokenizer"
+            )
+        return {"tokenizer": cut.tokenizer, "max_tokens": cut.max_tokens, **shares, "warnings": told}
 
 
 @dataclass
@@ -151,20 +222,17 @@ class StatsTask:
     """Tokenization of captions; None: captions are not tokenized."""
 
 
-def shard_stats(task: StatsTask) -> ShardStats:
-    """Compute the statistics of one shard."""
+def shard_stats(task: StatsTask) -> tuple[int, ShardStats]:
+    """Return the size of a shard in bytes and its statistics."""
     raw = read_shard(task.path)
     stats = ShardStats(size=raw.size, samples=len(raw.samples))
     stats.bad.update(fault.reason for fault in raw.faults)
-    if not raw.samples:
-        return stats
-    with task.path.open("rb") as stream:
-        for sample in raw.samples:
-            try:
-                stats.count(readable_members(stream, sample, MAX_SAMPLE_BYTES), sample.start, task)
-            except BadSampleError as bad:
-                stats.bad[bad.reason] += 1
-    return stats
+    for sample, members in readable_samples(task.path, raw):
+        if isinstance(members, BadSampleError):
+            stats.bad[members.reason] += 1
+        else:
+            stats.count(members, sample.start, task)
+    return raw.size, stats
 
 
 def stats_of(
@@ -194,13 +262,11 @@ def stats_of(
     total = ShardStats()
     tasks = [StatsTask(path, max_pixels, cut) for path in paths]
     with Digests() as images, Digests() as captions:
-        for number, stats in enumerate(map_in_processes(shard_stats, tasks, workers)):
+        for number, stats in enumerate(read_shards(shard_stats, tasks, workers, advance)):
             total.merge(stats)
             for digests, name in ((images, "images"), (captions, "captions")):
                 pairs = stats.digests[name]
                 digests.add(rows_of([digest for digest, _ in pairs], number, [start for _, start in pairs]))
-            if advance is not None:
-                advance(stats.size)
         duplicates = {"images": _duplicates(images, paths), "captions": _duplicates(captions, paths)}
     one_folder = len({path.parent for path in paths}) == 1
     names = read_labels(paths[0].parent) if one_folder else None
@@ -273,3 +339,37 @@ def _share(count: int, total: int) -> float:
 def _rounded(value: float, digits: int) -> float:
     rounded = float(f"{value:.{digits}g}")
     return int(rounded) if rounded == int(rounded) else rounded
+
+
+def tokenizer_for(folder: Path, configured: str | None) -> str | None:
+    """Return the configured tokenizer, or the one in the shards' folder; None if there is neither.
+
+    Args:
+        folder: folder of the shards.
+        configured: a folder or a Hub id.
+    """
+    beside = [str(place) for place in (folder / "tokenizer", folder.parent / "tokenizer") if place.is_dir()]
+    name = configured or (beside[0] if beside else None)
+    if name is not None:
+        _tokenizer(name)
+    return name
+
+
+@functools.cache
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return find_tokenizer({}, name)
+
+
+def _normalized(tokenizer: PreTrainedTokenizerBase, caption: str) -> str:
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return caption if normalizer is None or caption.isascii() else str(normalizer.normalize_str(caption))
+
+
+def _marks(text: str) -> int:
+    """Return the number of combining marks in a text in any normalization form, without accents of European scripts."""
+    if text.isascii():
+        return 0
+    return sum(
+        unicodedata.category(letter) == "Mn" and ord(letter) not in _ACCENTS
+        for letter in unicodedata.normalize("NFD", text)
+    )

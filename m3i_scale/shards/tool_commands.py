@@ -19,8 +19,17 @@ from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_B
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
-from m3i_scale.shards.cut import ShardOptions, parse_splits
-from m3i_scale.shards.options import Name, Output, Shards, Workers, choice, print_summary, takes_sizes
+from m3i_scale.shards.options import (
+    Name,
+    Output,
+    ShardOptions,
+    Shards,
+    Workers,
+    choice,
+    parse_splits,
+    print_summary,
+    takes_sizes,
+)
 
 if TYPE_CHECKING:  # these imports take seconds, too long for --help
     from m3i_scale.shards.check import CheckReport
@@ -57,9 +66,8 @@ def check(
 
     Exits with code 2 if there are errors; changes nothing.
     """
-    from m3i_scale.shards.check import check_shards
+    from m3i_scale.shards.check import Rules, check_shards
     from m3i_scale.shards.repair import repair
-    from m3i_scale.shards.verify import Rules
     from m3i_scale.shards.write import atomic_folder, check_output_is_new
 
     if link and repair_to is None:

@@ -13,14 +13,13 @@ from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.check import check_shards
+from m3i_scale.shards.check import Rules, check_shards
 from m3i_scale.shards.coco import coco_input
 from m3i_scale.shards.commands import shards_app
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.rearrange import merge_shards, split_shards
 from m3i_scale.shards.repair import repair
-from m3i_scale.shards.verify import Rules
 
 SIZE = (20, 16)
 """Width and height."""

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.commands import shards_app
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.masks import masks_input, read_mask_labels
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.rearrange import merge_shards, split_shards
 
 NAMES = ["wall", "building, edifice", "sky"]

@@ -17,8 +17,7 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.near_duplicates import find_near_duplicates
 from m3i_scale.shards import nearest
 from m3i_scale.shards.hashes import HashedImages, hashes_of, read_hashes
-from m3i_scale.shards.near import groups_within, leaks
-from m3i_scale.shards.nearest import FEW, Groups, pairs_within
+from m3i_scale.shards.nearest import FEW, Groups, groups_within, leaks, pairs_within
 
 
 def picture(seed, size=(120, 90)):

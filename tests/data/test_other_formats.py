@@ -13,14 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.arrow import Columns
-from m3i_scale.shards.check import check_shards
+from m3i_scale.shards.arrow import Columns, huggingface_input
+from m3i_scale.shards.check import Rules, check_shards
 from m3i_scale.shards.commands import shards_app
-from m3i_scale.shards.cut import ShardOptions
-from m3i_scale.shards.huggingface import huggingface_input
+from m3i_scale.shards.existing_shards import webdataset_input
 from m3i_scale.shards.make import CaptionSample, make_shards
-from m3i_scale.shards.verify import Rules
-from m3i_scale.shards.wds import webdataset_input
+from m3i_scale.shards.options import ShardOptions
 
 OPTIONS = ShardOptions(multiple_of=2)
 SKIP = ShardOptions(multiple_of=1, skip_bad=True, vocabulary=0)

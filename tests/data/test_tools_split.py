@@ -11,12 +11,11 @@ from typer.testing import CliRunner
 
 from m3i_scale.data.index import load_index
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.check import check_shards
+from m3i_scale.shards.check import Rules, check_shards
 from m3i_scale.shards.commands import shards_app
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.layout import draw_split
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.rearrange import join_labels, merge_shards, split_shards
-from m3i_scale.shards.verify import Rules
 
 OPTIONS = ShardOptions(multiple_of=1)
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

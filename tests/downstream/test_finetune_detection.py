@@ -24,8 +24,8 @@ from m3i_scale.files import read_json
 from m3i_scale.run.finetune import prepare
 from m3i_scale.run.finetune_result import FineTuning, result_lines
 from m3i_scale.shards.coco import coco_input
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 
 TRAIN, VAL = 16, 8
 SMALL = [

@@ -24,8 +24,8 @@ from m3i_scale.evaluate.dense import (
 )
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.evaluate.samples import open_table, read_samples
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
 
 SIDE = 32

@@ -10,8 +10,8 @@ from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.report import render
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput
 
 

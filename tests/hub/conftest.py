@@ -18,8 +18,8 @@ from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.checkpoint.tensors import Range
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
 
 LABELS = ["warm-things", "cold-things", "green-things"]

@@ -13,8 +13,8 @@ from pycocotools import mask as theirs
 
 from m3i_scale.data.instances import Instances, parse_instances
 from m3i_scale.shards.coco import coco_input
-from m3i_scale.shards.cut import ShardOptions
 from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 
 NAMES = ["disc", "square", "crowd of discs"]
 COLOURS = ((240, 40, 30), (40, 60, 240))
