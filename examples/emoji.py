@@ -29,9 +29,10 @@ from PIL import Image
 from m3i_scale.data.images import to_png
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
+from m3i_scale.options import AsJson
 from m3i_scale.output import reserve_stdout
-from m3i_scale.shards.make import made_lines, make_shards
-from m3i_scale.shards.options import AsJson, Output, PerShard, ShardOptions, Workers, choice, print_summary, sample_bar
+from m3i_scale.shards.make import make_shards, summary_lines
+from m3i_scale.shards.options import Output, PerShard, ShardOptions, Workers, choice, print_summary, sample_bar
 from m3i_scale.shards.records import ListedInput, Record
 
 GROUPS = [
@@ -492,7 +493,7 @@ def main(
             options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),
             progress=tell,
         )
-    print_summary(summary, as_json, "\n".join(made_lines(summary, output)))
+    print_summary(summary, as_json, summary_lines(summary, output))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from m3i_scale.downstream.unpacked import (
 )
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
-from m3i_scale.shards.make import SKIPPED, made_lines, make_shards
+from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import Input, InputWrapper
 
@@ -107,7 +107,7 @@ class Labelled:
         every_class = self.every_class
         summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
         counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
-        for line in made_lines(counted, folder):  # the others are printed together with counts of existing shards
+        for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
             tell(line)
 
 

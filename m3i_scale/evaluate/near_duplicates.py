@@ -50,7 +50,7 @@ class EncodedImages:
         """Return the number of images."""
         return len(self.features_ND)
 
-    def place(self, number: int) -> dict[str, str]:
+    def location(self, number: int) -> dict[str, str]:
         """Return shard and key of an image."""
         table, row = self.tables[self.table_N[number]], int(self.number_N[number])
         return {"shard": str(table.shards[table.places[row][0]]), "key": printable(table.keys[row].partition("/")[2])}

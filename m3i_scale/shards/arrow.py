@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _parquet_file: Any = pyarrow.parquet.ParquetFile
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names given by the user; None: detected by type."""
+    """Names of columns by role. Image, caption and label are detected if they are None."""
 
     image: str | None = None
     caption: str | None = None
@@ -37,23 +37,8 @@ class Columns:
     group: str | None = None
 
 
-@dataclass(frozen=True)
-class Roles:
-    """Names of the columns in use, by role."""
-
-    image: str
-    caption: str | None
-    label: str | None
-    key: str | None
-    group: str | None
-
-    def used(self) -> set[str | None]:
-        """Return the columns that are not copied to the JSON file of a sample."""
-        return {self.image, self.caption, self.label}
-
-
-def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[str]]:
-    """Detect the roles of columns, and the class names of the label column.
+def find_columns(schema: Any, columns: Columns, where: str) -> tuple[Columns, list[str]]:
+    """Detect the columns in use, and the class names of the label column.
 
     The image is the only column of type Image (or of a struct with bytes and path). The label is the only ClassLabel.
     The caption is the only existing column of `caption`, `text`, `captions` and `texts`.
@@ -70,8 +55,10 @@ def find_roles(schema: Any, columns: Columns, where: str) -> tuple[Roles, list[s
     if image is None:
         raise ConfigError("there is no column of images", where=where, fix="name it with --image-column")
     label = _one("label", columns.label, labels, where)
-    roles = Roles(image, _one("caption", columns.caption, texts, where), label, columns.key, columns.group)
-    return roles, _class_names(features.get(label or ""), label, where)
+    caption = _one("caption", columns.caption, texts, where)
+    return replace(columns, image=image, caption=caption, label=label), _class_names(
+        features.get(label or ""), label, where
+    )
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -79,7 +66,6 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str
 
     Args:
         path: a .parquet file, or an Arrow stream otherwise.
-        columns: columns to read; None: all.
     """
     with _reading(path):
         if path.is_dir():  # Spark and dask write a table as a folder
@@ -203,24 +189,18 @@ class TableFile:
 
 
 class TableInput(Input):
-    """Rows of Arrow or Parquet files as records, with few rows in memory.
+    """Rows of Arrow or Parquet files as records, with few rows in memory."""
 
-    Args:
-        files: files of rows.
-        roles: their columns.
-        labels: class names, in index order.
-    """
-
-    def __init__(self, files: Sequence[TableFile], roles: Roles, labels: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[TableFile], columns: Columns, labels: Sequence[str]) -> None:
         super().__init__(labels)
-        self.files, self.roles = files, roles
+        self.files, self.columns = files, columns
         self._left_out: set[str] = set()  # columns that JSON cannot represent
 
     def outlines(self) -> Iterator[Record]:
         """See `Input`."""
-        columns = [name for name in (self.roles.group, self.roles.key) if name is not None]
+        columns = [name for name in (self.columns.group, self.columns.key) if name is not None]
         for row in self._rows(columns):
-            group = None if self.roles.group is None else str(row.values[self.roles.group])
+            group = None if self.columns.group is None else str(row.values[self.columns.group])
             yield Record(row.key, group=group, size=row.size, split=row.file.split, where=row.where)
 
     def records(self) -> Iterator[Record]:
@@ -228,11 +208,11 @@ class TableInput(Input):
         for row in self._rows(None):
             image, label, fault = b"", None, None
             try:
-                image = _image(row.values[self.roles.image], row.where)
+                image = _image(row.values[self.columns.image or ""], row.where)
                 label = self._label(row)
             except DataError as error:
                 fault = error
-            caption = None if self.roles.caption is None else _text(row.values[self.roles.caption])
+            caption = None if self.columns.caption is None else _text(row.values[self.columns.caption])
             size, split = max(len(image), row.size), row.file.split
             meta = self._meta(row.values)
             yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, fault=fault)
@@ -243,7 +223,7 @@ class TableInput(Input):
 
     def labels_of(self, split: str | None) -> Iterator[tuple[str, int | None]]:
         """Yield key and label of every row of a split without reading images; out-of-range labels become None."""
-        for row in self._rows([name for name in (self.roles.label, self.roles.key) if name is not None]):
+        for row in self._rows([name for name in (self.columns.label, self.columns.key) if name is not None]):
             if row.file.split == split:
                 try:
                     yield row.key, self._label(row)
@@ -253,7 +233,7 @@ class TableInput(Input):
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         meta = {}
         for name, value in row.items():
-            if name in self.roles.used() or value is None:
+            if name in (self.columns.image, self.columns.caption, self.columns.label) or value is None:
                 continue
             try:
                 meta[name] = python_value(value)
@@ -262,7 +242,7 @@ class TableInput(Input):
         return meta
 
     def _label(self, row: _Row) -> int | None:
-        label = None if self.roles.label is None else row.values[self.roles.label]
+        label = None if self.columns.label is None else row.values[self.columns.label]
         if label is None or label == -1:  # the value of `datasets` for "no label"
             return None
         if not (isinstance(label, int) and 0 <= label < len(self.labels)):
@@ -280,8 +260,8 @@ class TableInput(Input):
                     row_bytes = file.path.stat().st_size // max(1, row_count(file.path))
                 where = f"{file.path}, row {number + 1}"
                 key = f"{first + number:09d}" if file.split is None else f"{file.split}-{first + number:09d}"
-                if self.roles.key is not None:
-                    key = _key(values[self.roles.key], where)
+                if self.columns.key is not None:
+                    key = _key(values[self.columns.key], where)
                 yield _Row(file, key, values, row_bytes, where)
             numbers[file.split] = first + number + 1
 
@@ -302,16 +282,14 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
     The split of a Parquet file is the start of its name, as on the Hub: `train-00000-of-00004`.
 
     Args:
-        source: file or folder.
-        columns: names of the columns by role; see `find_roles`.
+        columns: names of the columns by role; see `find_columns`.
     """
     files = find_files(source)
     schema = schema_of(files[0].path)
     for file in files[1:]:
         if not schema_of(file.path).equals(schema, check_metadata=False):
             raise DataError("its files have different columns", where=f"{files[0].path}, {file.path}")
-    roles, labels = find_roles(schema, columns, str(files[0].path))
-    return TableInput(files, roles, labels)
+    return TableInput(files, *find_columns(schema, columns, str(files[0].path)))
 
 
 def find_files(source: Path) -> list[TableFile]:

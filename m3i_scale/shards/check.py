@@ -162,10 +162,8 @@ def check_shards(
     Args:
         source: a folder, a brace pattern or one tar.
         rules: requirements for samples; if `classes` is None, labels.json of the shards defines it.
-        workers: number of processes.
         keys_per_shard: allow the same key in several shards.
         quarantine: JSON lines file of errors (source, url, key, offset, reason, detail); replaced when complete.
-        advance: progress callback.
     """
     with _lines(quarantine) as write, Digests() as keys:
         report = CheckReport(source, write)
@@ -200,7 +198,7 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
     by_path: dict[Path, tuple[Rules, Claims]] = {}
     for folder in sorted({path.parent for path in paths}):
         inside = [path for path in paths if path.parent == folder]
-        sidecars = read_claims(folder, inside, whole=Path(source).is_dir())
+        sidecars = read_claims(folder, inside, complete=Path(source).is_dir())
         report.notes += sidecars.notes
         for path, fault in sidecars.faults:
             report.add(path, fault)

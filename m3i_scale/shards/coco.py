@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -46,7 +46,7 @@ def coco_input(
         shares: a single file is split by fractions, so the split in its name is ignored.
         skip_bad: skip images with errors and annotations of unknown images.
     """
-    files = [file for given in inputs for file in annotation_files(given)]
+    files = [file for source in inputs for file in annotation_files(source)]
     splits = [split_of(file) if not shares or len(files) > 1 else None for file in files]
     _check_splits(files, splits)
     sets: dict[str | None, Categories] = {}
@@ -62,20 +62,20 @@ def coco_input(
                 fix="the same ids, names and frequencies in both; or pack them one by one",
             )
         sets[split] = annotated.categories
-        records += _records(path, annotated.images(), images, split, skip_bad=skip_bad)
-        counts["/".join(path.parts[-2:])] = annotated.counts.to_json()
+        records += _records(annotated, images, split, skip_bad=skip_bad)
+        counts["/".join(path.parts[-2:])] = annotated.summary()
     # Image counts per category are those of the training set.
     categories = sets[next((split for split in splits if split in ("train", "training")), splits[0])]
     return ListedInput(records, [], categories=categories, source=categories.format, annotations=counts)
 
 
-def annotation_files(given: Path) -> list[Path]:
+def annotation_files(source: Path) -> list[Path]:
     """Return the annotation files of a folder: from its `annotations`, directly in it, or one per split folder."""
-    if given.is_file():
-        return [given]
-    for place in (given / "annotations", given):
+    if source.is_file():
+        return [source]
+    for root in (source / "annotations", source):
         kinds = [
-            [path for path in sorted(place.glob(kind)) if "image_info" not in path.name and path.name[0] != "."]
+            [path for path in sorted(root.glob(kind)) if "image_info" not in path.name and path.name[0] != "."]
             for kind in _KINDS
         ]
         if kinds[0] and kinds[1]:
@@ -84,17 +84,17 @@ def annotation_files(given: Path) -> list[Path]:
                 where=f"{kinds[0][0]}, {kinds[1][0]}",
                 fix="name those that are meant, each with --input FILE",
             )
-        found = next((of_kind for of_kind in kinds if of_kind), [])
-        if found:
-            return found
-    found = sorted(given.glob(_ROBOFLOW))
-    if not found:
+        files = next((of_kind for of_kind in kinds if of_kind), [])
+        if files:
+            return files
+    files = sorted(source.glob(_ROBOFLOW))
+    if not files:
         raise DataError(
             "there are no annotation files",
-            where=str(given),
+            where=str(source),
             fix="DIR/annotations/instances_train2017.json and the like; DIR/train/_annotations.coco.json; or a file",
         )
-    return found
+    return files
 
 
 def split_of(path: Path) -> str | None:
@@ -123,23 +123,24 @@ def _named(categories: Categories) -> list[Any]:
     return [categories.format, *(replace(category, image_count=None) for category in categories.categories)]
 
 
-def _records(
-    path: Path, annotated: Iterator[AnnotatedImage], images: Path | None, split: str | None, *, skip_bad: bool
-) -> list[Record]:
-    folders = _folders(path, images, split)
+def _records(file: AnnotationFile, images: Path | None, split: str | None, *, skip_bad: bool) -> list[Record]:
+    folders = _folders(file.path, images, split)
     records, names = list[Record](), set[str]()
-    for item in annotated:
-        fault, ways = item.fault, list[str]()
+    for row in file.rows:
+        where = f"{file.path}: image {row['id']}"
+        fault, candidates, instances = None, list[str](), b""
         try:
-            ways = _ways(item)
+            candidates = _image_names(row, where)
+            with annotations_of(where):
+                instances = file.instances(row)
         except DataError as error:
             fault = error
-        image = _find(ways, folders)
-        name = ways[0] if ways else f"image-{item.row['id']}"
+        image = _find(candidates, folders)
+        name = candidates[0] if candidates else f"image-{row['id']}"
         if fault is None and image is None:
-            fault = DataError("the image is missing", where=f"{item.where}: {name}")
+            fault = DataError("the image is missing", where=f"{where}: {name}")
         if fault is None and name in names:
-            fault = DataError("two images have one file name", where=f"{item.where}: {name}")
+            fault = DataError("two images have one file name", where=f"{where}: {name}")
         names.add(name)
         records.append(
             Record(
@@ -147,16 +148,17 @@ def _records(
                 image or b"",
                 meta={"path": name},
                 split=split,
-                size=len(item.member) + (image.stat().st_size if image else 0),
-                instances=item.member,
-                where=f"{item.where}: {image or name}",
+                size=len(instances) + (image.stat().st_size if image else 0),
+                instances=instances,
+                where=f"{where}: {image or name}",
                 fault=fault,
             )
         )
+    file.forms.check(str(file.path))
     if records and not any(record.image for record in records):
         raise DataError(
             "none of the images is there",
-            where=f"{path}: {records[0].meta['path']}",
+            where=f"{file.path}: {records[0].meta['path']}",
             why=f"looked for in {', '.join(map(str, folders))}",
             fix="m3i-scale shards make coco --images DIR, the folder that holds them",
         )
@@ -167,39 +169,40 @@ def _records(
     return records
 
 
-def _ways(item: AnnotatedImage) -> list[str]:
+def _image_names(row: dict[str, Any], where: str) -> list[str]:
     """Return candidate names of an image: its `file_name`, and the end of its `coco_url`, as in LVIS."""
-    row = item.row
-    url, ways = row.get("coco_url"), [row["file_name"]] if row.get("file_name") else []
+    url, candidates = row.get("coco_url"), [row["file_name"]] if row.get("file_name") else []
     parts = url.split("/") if isinstance(url, str) else []  # the last two parts of http://host/train2017/NAME
-    ways += ["/".join(parts[-2:]), parts[-1]] if len(parts) > 4 else []
-    if not ways or not all(isinstance(way, str) and PurePosixPath(way).name for way in ways):
-        raise DataError("the image has no file_name", where=item.where)
-    for way in map(PurePosixPath, ways):
-        if way.is_absolute() or ".." in way.parts or "\0" in str(way):
-            raise DataError("the name of the image leads out of the folder", where=f"{item.where}: {str(way)!r:.200}")
-    return ways
+    candidates += ["/".join(parts[-2:]), parts[-1]] if len(parts) > 4 else []
+    if not candidates or not all(
+        isinstance(candidate, str) and PurePosixPath(candidate).name for candidate in candidates
+    ):
+        raise DataError("the image has no file_name", where=where)
+    for candidate in map(PurePosixPath, candidates):
+        if candidate.is_absolute() or ".." in candidate.parts or "\0" in str(candidate):
+            raise DataError("the name of the image leads out of the folder", where=f"{where}: {str(candidate)!r:.200}")
+    return candidates
 
 
 def _folders(path: Path, images: Path | None, split: str | None) -> list[Path]:
     """Return candidate root folders of images: the root, and its subfolders with the name of the split or of the end of
     the file's name (`train2017`)."""
-    around = path.parent.parent if path.parent.name == "annotations" else path.parent
-    root = images or around
-    below = dict.fromkeys(name for name in (path.stem.rpartition("_")[2], split) if name)
-    named = [place / name for name in below for place in (root, root / "images")]
+    parent = path.parent.parent if path.parent.name == "annotations" else path.parent
+    root = images or parent
+    subfolders = dict.fromkeys(name for name in (path.stem.rpartition("_")[2], split) if name)
+    named = [folder / name for name in subfolders for folder in (root, root / "images")]
     return [folder for folder in (root, *named, root / "images") if folder.is_dir()]
 
 
-def _find(ways: Sequence[str], folders: list[Path]) -> Path | None:
+def _find(candidates: Sequence[str], folders: list[Path]) -> Path | None:
     """Return the file of an image. The folder that contains it is searched first for the next image."""
     with suppress(OSError, ValueError):  # not a valid file name, for example too long
         for folder in folders:
-            for way in ways:
-                if (folder / way).is_file():
+            for candidate in candidates:
+                if (folder / candidate).is_file():
                     folders.remove(folder)
                     folders.insert(0, folder)
-                    return folder / way
+                    return folder / candidate
     return None
 
 
@@ -240,23 +243,6 @@ class Counts:
         self.outside += int(outside_N.sum())
         self.past_the_edge += int(((past_N4 > _EDGE).any(axis=1) & ~outside_N).sum())
 
-    def to_json(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class AnnotatedImage:
-    """An image of an annotation file."""
-
-    where: str
-    """Names the image in errors."""
-    row: dict[str, Any]
-    """Its entry in the file."""
-    member: bytes
-    """Annotations in the format of shards; empty if there is an error."""
-    fault: DataError | None
-
 
 @dataclass
 class AnnotationFile:
@@ -272,60 +258,52 @@ class AnnotationFile:
     """Ids that several annotations share."""
     counts: Counts = field(default_factory=Counts)
     forms: BoxForms = field(default_factory=BoxForms)
+    used: set[int] = field(default_factory=set)
+    """Indices of categories with annotations."""
 
-    def images(self) -> Iterator[AnnotatedImage]:
-        """Yield the images in file order; `counts` is complete afterwards."""
-        indices = {category.id: index for index, category in enumerate(self.categories.categories)}
-        used: set[int] = set()
-        for row in self.rows:
-            where = f"{self.path}: image {row['id']}"
-            try:
-                with annotations_of(where):
-                    value = self._value(row, indices)
-                    instances = parse_instances(value, len(indices))
-            except DataError as fault:
-                yield AnnotatedImage(where, row, b"", fault)
-                continue
-            used.update(instances.labels_N.tolist())
-            self.counts.count(instances)
-            self.forms.add(instances)
-            member = json.dumps(value, separators=(",", ":"), sort_keys=True).encode("ascii")
-            yield AnnotatedImage(where, row, member, None)
-        self.counts.images, self.counts.categories = len(self.rows), len(indices)
-        self.counts.categories_without_annotations = len(indices) - len(used)
-        self.forms.check(str(self.path))
+    def __post_init__(self) -> None:
+        self.indices = {category.id: index for index, category in enumerate(self.categories.categories)}
 
-    def _value(self, row: dict[str, Any], indices: dict[int, int]) -> dict[str, Any]:
-        """Return the annotations of an image in the format of shards.
+    def instances(self, row: dict[str, Any]) -> bytes:
+        """Return the annotations of an image in the format of shards, and count them.
 
         Raises:
-            BadSampleError: an unknown category, a duplicate id, or a mask that cannot be packed.
+            BadSampleError: an unknown category, a duplicate id, or an invalid box or mask.
         """
-        rows = self.annotations.get(row["id"], [])
         value: dict[str, Any] = {"image_id": row["id"], "width": row.get("width"), "height": row.get("height")}
-        value["annotations"] = [self._annotation(annotation, indices) for annotation in rows]
+        value["annotations"] = [self._annotation(annotation) for annotation in self.annotations.get(row["id"], [])]
         if self.categories.format == "lvis":
             for name in _LVIS:
                 if not isinstance(row.get(name), list):
                     raise BadSampleError("the image lacks what all of LVIS have", name)
-                value[name] = [_index(number, indices, name) for number in row[name]]
-        return value
+                value[name] = [self._index(number, name) for number in row[name]]
+        instances = parse_instances(value, len(self.indices))
+        self.used.update(instances.labels_N.tolist())
+        self.counts.count(instances)
+        self.forms.add(instances)
+        return json.dumps(value, separators=(",", ":"), sort_keys=True).encode("ascii")
 
-    def _annotation(self, row: dict[str, Any], indices: dict[int, int]) -> dict[str, Any]:
+    def summary(self) -> dict[str, int]:
+        """Return the counts after all images are read."""
+        self.counts.images, self.counts.categories = len(self.rows), len(self.indices)
+        self.counts.categories_without_annotations = len(self.indices) - len(self.used)
+        return dict(vars(self.counts))
+
+    def _annotation(self, row: dict[str, Any]) -> dict[str, Any]:
         name = f"annotation {row.get('id')!r:.40}"
         if is_index(row.get("id")) and row["id"] in self.repeated:
             raise BadSampleError("the id of an annotation stands twice", f"{name}: ids are counted over the whole file")
-        made = {"category": _index(row.get("category_id"), indices, name), "iscrowd": row.get("iscrowd", 0)}
-        made |= {key: row[key] for key in ("id", "bbox", "area") if key in row}
+        result = {"category": self._index(row.get("category_id"), name), "iscrowd": row.get("iscrowd", 0)}
+        result |= {key: row[key] for key in ("id", "bbox", "area") if key in row}
         segmentation = self._segmentation(row.get("segmentation"), name)
-        return made if not segmentation else made | {"segmentation": segmentation}
+        return result if not segmentation else result | {"segmentation": segmentation}
 
     def _segmentation(self, value: Any, name: str) -> Any:
         """Convert a mask to the format of shards; it is validated later."""
         if isinstance(value, list):
-            kept = [part for part in value if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
-            self.counts.polygons_left_out += len(value) - len(kept)
-            return kept
+            valid = [part for part in value if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
+            self.counts.polygons_left_out += len(value) - len(valid)
+            return valid
         if isinstance(value, dict) and isinstance(value.get("counts"), list):
             try:
                 return {"size": value.get("size"), "counts": packed(value["counts"])}
@@ -333,12 +311,16 @@ class AnnotationFile:
                 raise BadSampleError(NO_MASK, f"{name}: {error}") from None
         return value
 
+    def _index(self, number: Any, where: str) -> int:
+        if not is_index(number) or number not in self.indices:
+            raise BadSampleError("a category is unknown", f"{number!r:.40} of {where}")
+        return self.indices[number]
+
 
 def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
     """Read an annotation file and group its annotations by image.
 
     Args:
-        path: COCO or LVIS file.
         skip_bad: skip and count annotations of unknown images instead of raising an error.
     """
     with reading(path, ValueError, RecursionError, fix="give an annotation file of COCO or LVIS"):
@@ -382,9 +364,3 @@ def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
             fix="--skip-bad leaves them out",
         )
     return AnnotationFile(path, categories, rows, dict(sorted_in), repeated, Counts(of_unknown_images=len(lost)))
-
-
-def _index(number: Any, indices: dict[int, int], place: str) -> int:
-    if not is_index(number) or number not in indices:
-        raise BadSampleError("a category is unknown", f"{number!r:.40} of {place}")
-    return indices[number]

@@ -5,17 +5,103 @@ Slow imports are inside the commands, so that --help is fast.
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3i_scale.options import AsJson
+from m3i_scale.options import AsJson, Command, Parts, expanded
 from m3i_scale.shards import tool_commands as tools
-from m3i_scale.shards.options import LabelsFile, MakeOptions, choice, print_summary, takes_making
+from m3i_scale.shards.options import (
+    DEFAULTS,
+    SIZE_OPTIONS,
+    LabelsFile,
+    Name,
+    Output,
+    ShardOptions,
+    choice,
+    parse_range,
+    parse_splits,
+    print_summary,
+    sample_bar,
+)
+
+if TYPE_CHECKING:  # this import takes seconds, too long for --help
+    from m3i_scale.shards.records import Input
 
 CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
 Group = Annotated[str | None, typer.Option(help="Field of the json members; samples of one value share a split.")]
+_MAKE: Parts = {
+    "output": (Output, inspect.Parameter.empty),
+    "name": (Name, "images"),
+    "split": (
+        Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")],
+        None,
+    ),
+    **SIZE_OPTIONS,
+    "vocabulary": (
+        Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")],
+        DEFAULTS.vocabulary,
+    ),
+    "skip_bad": (
+        Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
+        DEFAULTS.skip_bad,
+    ),
+    "value_range": (
+        Annotated[
+            str | None,
+            typer.Option(help="LOW,HIGH: grey values that become black and white, of images of more than eight bits."),
+        ],
+        None,
+    ),
+    "as_json": (AsJson, False),
+}
+
+
+@dataclass(frozen=True)
+class MakeOptions:
+    """Options shared by all `shards make` commands."""
+
+    output: Path
+    name: str
+    split: str | None
+    options: ShardOptions
+    as_json: bool
+
+    def make(self, source: Input) -> None:
+        """Make the shards and print a summary."""
+        from m3i_scale.shards.make import make_shards, summary_lines
+
+        with sample_bar(quiet=self.as_json) as progress:
+            summary = make_shards(
+                source,
+                self.output,
+                name=self.name,
+                options=self.options,
+                shares=None if self.split is None else parse_splits(self.split),
+                progress=progress,
+            )
+        print_summary(summary, self.as_json, summary_lines(summary, self.output))
+
+
+def takes_making(command: Command) -> Command:
+    """Replace the parameter `making` of a command by the options of `shards make`."""
+    return expanded(command, "making", _MAKE, _making)
+
+
+def _making(
+    output: Path,
+    name: str,
+    split: str | None,
+    value_range: str | None,
+    as_json: bool,
+    **options: Any,
+) -> MakeOptions:
+    values = None if value_range is None else parse_range(value_range)
+    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), as_json)
+
 
 shards_app = typer.Typer(
     no_args_is_help=True, help="Make WebDataset shards; look at, mend and rearrange those you have."
@@ -24,7 +110,9 @@ make_app = typer.Typer(no_args_is_help=True, help="Make shards out of images.")
 shards_app.add_typer(make_app, name="make")
 shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
 shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
-shards_app.command("peek", epilog="Example: m3i-scale shards peek /data/shards/train --output /data/sheet")(tools.look)
+shards_app.command("peek", epilog="Example: m3i-scale shards peek /data/shards/train --output /data/sheet")(
+    tools.peek_samples
+)
 shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
     tools.split
 )
@@ -46,7 +134,7 @@ def index(
         for folder in sorted({path.parent for path in paths}):
             indices += build_index([path for path in paths if path.parent == folder], folder / "index")
     summary = {"shards": len(indices), "samples": sum(map(len, indices)), "bytes": sum(item.size for item in indices)}
-    print_summary(summary, as_json, f"{summary['shards']} shards, {summary['samples']} samples")
+    print_summary(summary, as_json, [f"{summary['shards']} shards, {summary['samples']} samples"])
 
 
 @make_app.command(epilog="Example: m3i-scale shards make imagefolder --input /data/birds --output /data/b")

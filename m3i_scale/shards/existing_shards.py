@@ -48,10 +48,8 @@ class ShardInput(Input):
     """Samples of existing tars as records.
 
     Args:
-        origins: input shards.
         labels: class names; None: a sample with a label is an error.
         caption_field: JSON field of the caption; None: the txt file.
-        workers: processes that read headers.
         about: see `Input`. Without categories, a sample with instances is an error.
     """
 
@@ -87,7 +85,6 @@ def webdataset_input(
         labels: class names; None: labels.json in the folder of the shards.
         caption_field: JSON field of the caption; None: the txt files.
         group: JSON field whose value keeps samples in the same split.
-        workers: processes that read headers.
     """
     names = labels if labels is not None else common_labels(source)
     origins = [Origin(path, group=group) for path in local_shards(source)]
@@ -166,9 +163,6 @@ def read_shards(
 
     Args:
         read: returns the size of a shard in bytes, and a result to yield.
-        tasks: arguments of `read`.
-        workers: number of processes.
-        advance: progress callback.
     """
     for size, result in map_in_processes(read, tasks, workers):
         yield result
@@ -210,8 +204,6 @@ def contents(
     """Yield origin, key and files of all samples, in the order of `outlines`.
 
     Args:
-        origins: input shards.
-        advance: progress callback.
         keys: keys of the samples to read; None: all.
     """
     for origin in origins:
@@ -247,7 +239,6 @@ def common_labels(source: str, file: str = LABELS) -> list[str] | None:
 
     Args:
         source: a folder, a brace pattern or one tar.
-        file: LABELS or MASK_LABELS.
     """
     return _common(source, file, lambda folder: read_labels(folder, file))
 

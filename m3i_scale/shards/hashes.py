@@ -35,8 +35,8 @@ NEAR_ZERO = 0.1
 
 
 def _cosines() -> NDArray[np.float64]:
-    frequency, place = np.arange(9)[:, None], np.arange(SIDE)[None]
-    waves: NDArray[np.float64] = np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
+    frequency, position = np.arange(9)[:, None], np.arange(SIDE)[None]
+    waves: NDArray[np.float64] = np.cos(np.pi * (2 * position + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
     return waves
 
 
@@ -84,7 +84,7 @@ class HashedImages:
         """Return the number of images."""
         return len(self.hash_N)
 
-    def place(self, number: int) -> dict[str, str]:
+    def location(self, number: int) -> dict[str, str]:
         """Return shard and key of an image."""
         path = self.paths[self.shard_N[number]]
         return {"shard": str(path), "key": key_at(path, int(self.offset_N[number]))}
@@ -127,11 +127,11 @@ class HashedImages:
                 bits = np.minimum(straight, mirrored)[new]
                 nearest.add(left[new], first[right[new]], bits, counts[right[new]])
         for number in np.flatnonzero(nearest.count_Q[mine]).tolist():
-            found = []
+            matches = []
             for far, value in ((far, which[other]) for far, other in nearest.of(mine[number])):
                 equal = order[ends[value] - counts[value] : ends[value]][:FEW]
-                found += [(far, other) for other in equal.tolist()]
-            yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(found)[:FEW]]
+                matches += [(far, other) for other in equal.tolist()]
+            yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(matches)[:FEW]]
 
     def _distinct(self) -> tuple[NDArray[np.uint64], Numbers, Numbers]:
         """Return the distinct pairs (U, 2) of hash and mirror hash, the first image of each pair, and every image's
@@ -148,8 +148,6 @@ def read_hashes(
 
     Args:
         sources: folders, brace patterns or single tars.
-        max_pixels: larger images are skipped.
-        workers: number of processes.
         advance: called with the number of bytes of every completed shard.
     """
     paths = [path for source in sources for path in local_shards(source)]

@@ -49,15 +49,15 @@ def plan_layout(
     outlines: Callable[[], Iterator[Record]],
     shares: Mapping[str, float] | None,
     options: ShardOptions,
-    whole: str = WHOLE,
+    default_split: str = WHOLE,
 ) -> Layout:
     """Plan the layout: draw splits, and cut them into shards that differ by at most one sample.
 
     Args:
         outlines: returns the outlines of all samples, in input order.
-        shares: fractions of samples by split, drawn by hash; None: all go to `whole`.
+        shares: fractions of samples by split, drawn by hash; None: all go to `default_split`.
         options: number of shards, and the order in which they are filled.
-        whole: split of samples without one, if there are no `shares`.
+        default_split: split of samples without one, if there are no `shares`.
     """
     options.check()
     names: dict[str, int] = {}
@@ -66,7 +66,7 @@ def plan_layout(
     for outline in _unique(outlines):
         name = outline.split
         if name is None:
-            name = draw_split(outline.group or outline.key, shares) if shares else whole
+            name = draw_split(outline.group or outline.key, shares) if shares else default_split
             drawn = True
         split = names.setdefault(name, len(names))
         splits.append(split)
@@ -112,7 +112,7 @@ def training_splits(splits: Iterable[str]) -> set[str]:
 
 
 def _unique(outlines: Callable[[], Iterator[Record]]) -> Iterator[Record]:
-    """Yield the outlines; raise an error at the end if a key occurs twice."""
+    """Yield the outlines; raise an error at the end if a key occurs repeat."""
     with Digests() as keys:
         remaining = outlines()
         total = 0
@@ -120,13 +120,13 @@ def _unique(outlines: Callable[[], Iterator[Record]]) -> Iterator[Record]:
             keys.add(rows_of([digest_of(item.key.encode()) for item in chunk], 0, range(total, total + len(chunk))))
             total += len(chunk)
             yield from chunk
-        repeated = [places[1][1] for places in keys.repeated()]
+        repeated = [group[1][1] for group in keys.repeated()]
     if not repeated:
         return
-    twice = next(islice(outlines(), min(repeated), None))
+    repeat = next(islice(outlines(), min(repeated), None))
     raise DataError(
         f"{len(repeated)} keys stand for several samples",
-        where=f"{twice.location(twice.image)}: key '{printable(twice.key)}'",
+        where=f"{repeat.location(repeat.image)}: key '{printable(repeat.key)}'",
         why="a key must be unique in the output",
         fix="rename the files; of shards, `shards check --repair` leaves out the later ones, `shards merge --keys "
         "prefix` renames all",

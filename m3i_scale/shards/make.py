@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 from m3i_scale.shards.layout import Layout, plan_layout, training_splits
-from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.options import ProgressCallback, ShardOptions
 from m3i_scale.shards.records import Encoded, EncodeTask, Input, Record, encode_all, hash_of
 from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
-Progress = Callable[[int, int], None]
-"""Called with (completed samples, total samples)."""
 CHUNK_BYTES = 16_000_000
 CHUNK_RECORDS = 16
 MAX_CAPTIONS = 1_000_000
@@ -34,7 +32,7 @@ def make_shards(
     name: str = "images",
     options: ShardOptions | None = None,
     shares: Mapping[str, float] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     every_class: bool = False,
 ) -> dict[str, Any]:
     """Write `output/<split>/<name>-000000.tar …` with labels, sizes, manifest and index files, and a tokenizer.
@@ -43,12 +41,9 @@ def make_shards(
     samples stay in memory. With `skip_bad`, skipped samples are listed in `skipped.jsonl`.
 
     Args:
-        source: input, which is read twice.
         output: output folder; it must not exist.
         name: prefix of the shards' file names.
-        options: see `ShardOptions`.
         shares: fractions by split, for records without a split; None: these go to `train`.
-        progress: called as samples are written.
         every_class: whether the training split must have pixels of every mask class.
 
     Returns:
@@ -57,29 +52,29 @@ def make_shards(
     """
     options = options or ShardOptions()
     check_output(output, name)
-    layout = plan_layout(source.outlines, shares, options, whole="train")
+    layout = plan_layout(source.outlines, shares, options, default_split="train")
     with atomic_folder(output) as folder:
-        maker = _Maker(layout, options, folder / SKIPPED, progress)
-        samples = maker.samples(source.records())
+        encoder = _SampleEncoder(layout, options, folder / SKIPPED, progress)
+        samples = encoder.samples(source.records())
         names = class_names(source.labels, source.mask_labels, source.categories)
         splits = write_samples(folder, name, layout, samples, names, source.info)
-        summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
-        if maker.pixels:
-            maker.check_masks(source, every_class=every_class)
+        summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(encoder.skipped)}
+        if encoder.pixels:
+            encoder.check_masks(source, every_class=every_class)
             summary["mask_pixels"] = {
-                split: pixel_report(counts, source.mask_labels) for split, counts in sorted(maker.pixels.items())
+                split: pixel_report(counts, source.mask_labels) for split, counts in sorted(encoder.pixels.items())
             }
         if "annotations" in source.info():
             summary["annotations"] = source.info()["annotations"]
-        if maker.skipped:
+        if encoder.skipped:
             summary["skipped_list"] = str(output / SKIPPED)
-        if len(maker.captions) and options.vocabulary:
-            train_tokenizer(maker.captions, folder / "tokenizer", options.vocabulary)
+        if len(encoder.captions) and options.vocabulary:
+            train_tokenizer(encoder.captions, folder / "tokenizer", options.vocabulary)
             summary["tokenizer"] = str(output / "tokenizer")
     return summary
 
 
-def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
+def summary_lines(summary: dict[str, Any], output: Path) -> list[str]:
     """Format the result as lines: the shards of every split, and skipped samples."""
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
@@ -122,10 +117,12 @@ class CaptionSample:
         return len(self._heap)
 
 
-class _Maker:
+class _SampleEncoder:
     """Converter from records to files of samples that counts skipped records."""
 
-    def __init__(self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: Progress | None) -> None:
+    def __init__(
+        self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: ProgressCallback | None
+    ) -> None:
         self._layout, self._options, self._progress = layout, options, progress
         self._skipped_list, self._training = skipped_list, training_splits(layout.splits)
         self.skipped: Counter[str] = Counter()

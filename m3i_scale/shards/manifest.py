@@ -38,7 +38,6 @@ def manifest_input(
 
     Args:
         manifest: the file; its suffix selects the format.
-        columns: column names.
         root: root of relative paths; default: the manifest's folder.
         labels: class names. Default: the sorted names in the table; for numbers, 0 … the largest.
     """

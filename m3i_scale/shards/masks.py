@@ -66,9 +66,7 @@ def masks_input(
     """List images and the masks of the same name: IMAGES/a/b.jpg and MASKS/a/b.png.
 
     Args:
-        images: folder of images.
         masks: folder of masks: 8-bit gray PNGs, or palette PNGs whose indices are the classes.
-        labels: class names, in index order.
         reduce_zero_label: 0 means no class and the first name has value 1. Shards start at 0 and use 255 for no class.
         split: split of all samples; None: the top-level folder of an image, if those folders have names of splits.
         skip_bad: skip samples without an image or without a mask.
@@ -83,8 +81,8 @@ def masks_input(
             why=f"the first are {min(of_images)} and {min(of_masks)}",
             fix="name them alike, as in IMAGES/a/b.jpg and MASKS/a/b.png",
         )
-    whole = {name for name in both if of_masks[name].suffix.lower() == ".png"}
-    splits = set() if split is not None else _splits(whole, images)
+    pairs = {name for name in both if of_masks[name].suffix.lower() == ".png"}
+    splits = set() if split is not None else _splits(pairs, images)
     records = []
     for name in sorted({*of_images, *of_masks}):
         image, mask = of_images.get(name), of_masks.get(name)
@@ -96,7 +94,7 @@ def masks_input(
         elif mask.suffix.lower() != ".png":
             fault = DataError("the mask is no PNG", where=str(mask))
         if fault is not None and not skip_bad:
-            fault.fix = f"{len(whole)} pairs are whole; --skip-bad leaves the others out"
+            fault.fix = f"{len(pairs)} pairs are whole; --skip-bad leaves the others out"
             raise fault
         records.append(
             Record(
@@ -115,12 +113,7 @@ def masks_input(
 
 
 def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
-    """Read class names: a JSON list, one name per line, or a table like ADE20k's, with the columns Idx and Name.
-
-    Args:
-        path: file of class names.
-        reduce_zero_label: see `masks_input`.
-    """
+    """Read class names: a JSON list, one name per line, or a table like ADE20k's, with the columns Idx and Name."""
     lines = read_class_names(path)
     header, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines] or [[]]
     if not {"Idx", "Name"} <= {*header}:
@@ -143,24 +136,19 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
 
 def _by_name(folder: Path) -> dict[Path, Path]:
     """Return the images below a folder by relative path without suffix."""
-    found: dict[Path, Path] = {}
+    paths: dict[Path, Path] = {}
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("")
-        if name in found:
+        if name in paths:
             raise DataError(
-                "two files have one name, and each is paired by it", where=f"{found[name]}, {path}", fix="remove one"
+                "two files have one name, and each is paired by it", where=f"{paths[name]}, {path}", fix="remove one"
             )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def _splits(names: Iterable[Path], images: Path) -> set[str]:
-    """Return the top-level folders of images if they are splits.
-
-    Args:
-        names: image paths relative to `images`.
-        images: root folder.
-    """
+    """Return the top-level folders of images if they are splits."""
     first = {name.parts[0] if name.parent.parts else "" for name in names}
     splits = {name for name in first if name.lower() in SPLIT_NAMES}
     if splits and splits != first:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    MofNCompleteColumn,
-    Progress,
-    TimeRemainingColumn,
-)
+from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
+from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
 
-if TYPE_CHECKING:  # this import takes seconds, too long for --help
-    from m3i_scale.shards.make import Progress as Tell
-    from m3i_scale.shards.records import Input
-
+ProgressCallback = Callable[[int, int], None]
+"""Called with (completed samples, total samples)."""
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
 Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to make; it must not exist yet.")]
 Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
@@ -118,47 +111,22 @@ def parse_splits(text: str) -> dict[str, float]:
     return shares
 
 
-_DEFAULTS = ShardOptions()
-_SIZES: Parts = {
-    "samples_per_shard": (PerShard, _DEFAULTS.samples_per_shard),
-    "max_mb": (Annotated[float, typer.Option(help="About so many megabytes a shard at most.")], _DEFAULTS.max_mb),
+DEFAULTS = ShardOptions()
+SIZE_OPTIONS: Parts = {
+    "samples_per_shard": (PerShard, DEFAULTS.samples_per_shard),
+    "max_mb": (Annotated[float, typer.Option(help="About so many megabytes a shard at most.")], DEFAULTS.max_mb),
     "multiple_of": (
         Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")],
-        _DEFAULTS.multiple_of,
+        DEFAULTS.multiple_of,
     ),
     "workers": (Workers, DEFAULT_WORKERS),
-}
-_MAKE: Parts = {
-    "output": (Output, inspect.Parameter.empty),
-    "name": (Name, "images"),
-    "split": (
-        Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")],
-        None,
-    ),
-    **_SIZES,
-    "vocabulary": (
-        Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")],
-        _DEFAULTS.vocabulary,
-    ),
-    "skip_bad": (
-        Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
-        _DEFAULTS.skip_bad,
-    ),
-    "value_range": (
-        Annotated[
-            str | None,
-            typer.Option(help="LOW,HIGH: grey values that become black and white, of images of more than eight bits."),
-        ],
-        None,
-    ),
-    "as_json": (AsJson, False),
 }
 _CUT: Parts = {
     "shard_count": (
         Annotated[int | None, typer.Option("--shards", min=1, help="Exactly so many shards, of every split.")],
         None,
     ),
-    **_SIZES,
+    **SIZE_OPTIONS,
     "keep_order": (
         Annotated[
             bool, typer.Option("--keep-order", help="Fill shards in order of the input, not by a hash of the key.")
@@ -168,52 +136,9 @@ _CUT: Parts = {
 }
 
 
-@dataclass(frozen=True)
-class MakeOptions:
-    """Options shared by all `shards make` commands."""
-
-    output: Path
-    name: str
-    split: str | None
-    options: ShardOptions
-    as_json: bool
-
-    def make(self, source: Input) -> None:
-        """Make the shards and print a summary."""
-        from m3i_scale.shards.make import made_lines, make_shards
-
-        with sample_bar(quiet=self.as_json) as tell:
-            summary = make_shards(
-                source,
-                self.output,
-                name=self.name,
-                options=self.options,
-                shares=None if self.split is None else parse_splits(self.split),
-                progress=tell,
-            )
-        print_summary(summary, self.as_json, "\n".join(made_lines(summary, self.output)))
-
-
-def takes_making(command: Command) -> Command:
-    """Replace the parameter `making` of a command by the options of `shards make`."""
-    return expanded(command, "making", _MAKE, _making)
-
-
 def takes_sizes(command: Command) -> Command:
     """Replace the parameter `options` of a command by the options for resharding."""
     return expanded(command, "options", _CUT, _cut)
-
-
-def _making(
-    output: Path,
-    name: str,
-    split: str | None,
-    value_range: str | None,
-    as_json: bool,
-    **options: Any,
-) -> MakeOptions:
-    values = None if value_range is None else parse_range(value_range)
-    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), as_json)
 
 
 def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
@@ -221,20 +146,38 @@ def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
 
 
 @contextmanager
-def sample_bar(quiet: bool) -> Iterator[Tell]:
+def sample_bar(quiet: bool) -> Iterator[ProgressCallback]:
     """Show a progress bar over samples; hidden if standard output is a JSON document."""
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    with _bar(MofNCompleteColumn(), quiet) as bar:
         task = bar.add_task("samples", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def print_summary(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print one JSON document, or text."""
+@contextmanager
+def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar over the bytes of all shards, multiplied by the number of reads; hidden if `quiet`."""
+    from m3i_scale.data.shards import local_shards
+
+    total = 0
+    for path in (path for source in shards for path in local_shards(source)):
+        with suppress(OSError):  # the reader of the file reports the error
+            total += times * path.stat().st_size
+    with _bar(DownloadColumn(), quiet) as bar:
+        task = bar.add_task("shards", total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def _bar(amount: ProgressColumn, quiet: bool) -> Progress:
+    columns = (*Progress.get_default_columns()[:2], amount, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
+    """Print one JSON document, or lines of text."""
     if as_json:
         print_json(summary)
     else:
-        print_line(text)
+        print_line("\n".join(lines))
 
 
 def choice(option: str, value: str, kind: Any) -> Any:

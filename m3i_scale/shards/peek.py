@@ -1,4 +1,4 @@
-"""`shards peek`: a contact sheet of random samples, as a picture and as an HTML page."""
+"""`shards peek`: an HTML page with random samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.reader import BadSampleError, readable_members
@@ -27,15 +27,10 @@ from m3i_scale.shards.existing_shards import Advance, read_shards
 from m3i_scale.shards.write import atomic_folder
 from m3i_scale.text import printable
 
-PADDING = 8
-TEXT_LINES = 4
-FONT_SIZE = 12
-BACKGROUND, INK, FAULT = "white", "black", (170, 30, 30)
-
 
 @dataclass(frozen=True)
 class Card:
-    """One sample of the contact sheet."""
+    """One sample of the page."""
 
     shard: str
     key: str
@@ -56,22 +51,16 @@ def peek(
     count: int = 24,
     seed: int = 0,
     side: int = 160,
-    columns: int = 6,
     max_pixels: int,
     workers: int = 1,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Write `sheet.png` and `index.html` with uniformly drawn samples.
+    """Write `index.html` with uniformly drawn samples.
 
     Args:
         source: a folder, a brace pattern or one tar.
-        output: output folder.
         count: number of samples; fewer if the dataset is smaller.
         seed: the same seed draws the same samples.
-        side: picture size in pixels.
-        columns: pictures per row of sheet.png.
-        max_pixels: larger images are not decoded.
-        workers: processes that count samples.
         advance: called with the number of bytes of every counted shard.
     """
     paths = local_shards(source)
@@ -88,7 +77,6 @@ def peek(
         card for shard, numbers in by_shard.items() for card in read_cards(paths[shard], numbers, side, max_pixels)
     ]
     with atomic_folder(output) as folder:
-        contact_sheet(cards, side, columns).save(folder / "sheet.png")
         (folder / "index.html").write_text(page(cards, source, ends[-1], seed), encoding="utf-8")
     return {
         "output": str(output),
@@ -167,51 +155,3 @@ def _environment() -> Environment:
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
     return environment
-
-
-def contact_sheet(cards: Sequence[Card], side: int, columns: int) -> Image.Image:
-    """Draw all pictures in a grid, with a few lines of text below each."""
-    columns = min(columns, len(cards))
-    line = FONT_SIZE + 2
-    width, height = side + PADDING, side + TEXT_LINES * line + 2 * PADDING
-    rows = -(-len(cards) // columns)
-    sheet = Image.new("RGB", (columns * width + PADDING, rows * height + PADDING), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for number, card in enumerate(cards):
-        left, top = PADDING + number % columns * width, PADDING + number // columns * height
-        with Image.open(io.BytesIO(card.picture)) as picture:
-            sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
-        texts = [card.key, card.label or "", *_wrap(card.fault or card.caption or "", side)]
-        for place, text in enumerate([text for text in texts if text][:TEXT_LINES]):
-            draw.text(
-                (left, top + side + 4 + place * line),
-                _fit(text, side),
-                fill=FAULT if card.fault and place else INK,
-                font=_font(),
-            )
-    return sheet
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font().getlength(longer) > width:
-            if len(lines) == TEXT_LINES:
-                break
-            lines.append(word)
-        else:
-            lines[-1] = longer[:500]
-    return lines
-
-
-def _fit(text: str, width: int) -> str:
-    text = text[:500]
-    while text and _font().getlength(text) > width:
-        text = text[: max(1, len(text) * 9 // 10) - 1]
-    return text
-
-
-@functools.cache
-def _font() -> Any:
-    return ImageFont.load_default(FONT_SIZE)

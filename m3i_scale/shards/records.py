@@ -112,11 +112,7 @@ class Input:
 
 
 class InputWrapper(Input):
-    """Base class of inputs that change a part of another input.
-
-    Args:
-        source: wrapped input.
-    """
+    """Base class of inputs that change a part of another input."""
 
     def __init__(self, source: Input) -> None:
         super().__init__(source.labels, mask_labels=source.mask_labels, categories=source.categories)
@@ -139,11 +135,6 @@ class ListedInput(Input):
     """Input of records that are listed in advance, mostly files; images are read later.
 
     Records are sorted by a hash of the key, so neighbors in the input are not neighbors in a shard.
-
-    Args:
-        records: in any order.
-        labels: see `Input`.
-        about: see `Input`.
 
     Raises:
         DataError: a label has no class name.
@@ -224,9 +215,7 @@ def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iter
     """Convert errors of reading a file or folder into a DataError that names it.
 
     Args:
-        path: file or folder to read.
         kinds: further exception types to convert, besides OSError.
-        fix: suggested fix for these errors.
     """
     expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:

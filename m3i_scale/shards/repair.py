@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from m3i_scale.data.shards import LABELS, MASK_LABELS
 from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.files import write_json
-from m3i_scale.shards.check import CheckReport
+from m3i_scale.shards.check import CheckReport, ShardReport
 from m3i_scale.shards.existing_shards import common_categories, common_labels
 from m3i_scale.shards.write import class_names, close_tar, finish_folder, shard_facts
-
-BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,6 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     """Write repaired copies of corrupt shards to `folder`; valid shards are not copied.
 
     Args:
-        report: result of `check_shards`.
-        folder: existing, empty folder.
-        workers: number of processes.
         link: also create symbolic links to the valid shards, so that the folder contains all valid samples.
 
     Returns:
@@ -43,33 +38,28 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
         sample.
     """
     bad = [shard for shard in report.shards if not shard.clean]
-    mendable = _scattered_only(report)
     tasks = [
-        RepairTask(shard.path, folder / shard.path.name, frozenset(shard.bad - mendable[shard.number])) for shard in bad
+        RepairTask(shard.path, folder / shard.path.name, frozenset(shard.bad - _scattered_only(shard))) for shard in bad
     ]
-    facts = list(map_in_processes(repair_shard, tasks, workers))
-    kept = {shard.path.name: counts for shard, counts in zip(bad, facts, strict=True) if counts["samples"]}
     good = [shard.path for shard in report.shards if shard.clean]
+    result: dict[str, Any] = {"as_they_are": [str(path) for path in good], "repaired": {}, "without_a_good_sample": []}
+    written: dict[str, dict[str, Any]] = {}
+    for shard, facts in zip(bad, map_in_processes(repair_shard, tasks, workers), strict=True):
+        if facts["samples"]:
+            written[shard.path.name] = facts
+            counts = {"samples": facts["samples"], "left_out": shard.samples - facts["samples"]}
+            result["repaired"][str(shard.path)] = counts
+        else:
+            result["without_a_good_sample"].append(str(shard.path))
     if link:
         for path in good:
             (folder / path.name).symlink_to(path.resolve())
-            kept[path.name] = _facts(read_shard(path).samples, path)
-    result = {
-        "as_they_are": [str(path) for path in good],
-        "repaired": {
-            str(shard.path): {"samples": counts["samples"], "left_out": shard.samples - counts["samples"]}
-            for shard, counts in zip(bad, facts, strict=True)
-            if counts["samples"]
-        },
-        "without_a_good_sample": [
-            str(shard.path) for shard, counts in zip(bad, facts, strict=True) if not counts["samples"]
-        ],
-    }
+            written[path.name] = _facts(read_shard(path).samples, path)
     write_json(folder / "shards.json", result)
-    if kept:
+    if written:
         labels, mask_labels = (common_labels(report.source, file) for file in (LABELS, MASK_LABELS))
         names = class_names(labels, mask_labels, common_categories(report.source))
-        finish_folder(folder, dict(sorted(kept.items())), names, {"source": "check --repair"})
+        finish_folder(folder, dict(sorted(written.items())), names, {"source": "check --repair"})
     return result
 
 
@@ -80,7 +70,8 @@ def repair_shard(task: RepairTask) -> dict[str, Any]:
         return {"samples": 0}
     with task.path.open("rb") as source, task.output.open("wb") as target:
         for member in (member for sample in good for member in sample.members):
-            _copy(source, target, member.start, member.stop - member.start)
+            source.seek(member.start)
+            target.write(source.read(member.stop - member.start).ljust(member.stop - member.start, b"\0"))
         close_tar(target)
     return _facts(good, task.output)
 
@@ -92,24 +83,10 @@ def _facts(samples: Sequence[RawSample], path: Path) -> dict[str, Any]:
     return shard_facts(path, members)
 
 
-def _scattered_only(report: CheckReport) -> dict[int, set[int]]:
-    """Return by shard the offsets of samples whose only error is scattered files, which copying fixes."""
-    mendable: dict[int, set[int]] = {}
-    for shard in report.shards:
-        reasons: dict[int, set[str]] = {}
-        for fault in shard.faults:
-            if fault.offset in shard.bad and fault.key != "?":
-                reasons.setdefault(fault.offset, set()).add(fault.reason)
-        mendable[shard.number] = {offset for offset, names in reasons.items() if names == {SCATTERED}}
-    return mendable
-
-
-def _copy(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:
-    source.seek(start)
-    while count:
-        block = source.read(min(count, BLOCK_BYTES))
-        if not block:
-            break
-        target.write(block)
-        count -= len(block)
-    target.write(bytes(count))  # padding missing at the end of the file
+def _scattered_only(shard: ShardReport) -> set[int]:
+    """Return the offsets of samples whose only error is scattered files, which copying fixes."""
+    reasons: defaultdict[int, set[str]] = defaultdict(set)
+    for fault in shard.faults:
+        if fault.offset in shard.bad and fault.key != "?":
+            reasons[fault.offset].add(fault.reason)
+    return {offset for offset, names in reasons.items() if names == {SCATTERED}}

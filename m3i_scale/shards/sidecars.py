@@ -38,13 +38,11 @@ class FolderClaims:
     notes: list[str] = field(default_factory=list)
 
 
-def read_claims(folder: Path, shards: list[Path], whole: bool) -> FolderClaims:
+def read_claims(folder: Path, shards: list[Path], complete: bool) -> FolderClaims:
     """Read sizes.json and manifest.json.
 
     Args:
-        folder: folder of the shards.
-        shards: shards to check.
-        whole: `shards` are all shards of the folder; then a listed shard that is not among them is missing.
+        complete: `shards` are all shards of the folder; then a listed shard that is not among them is missing.
     """
     result, names = FolderClaims(), {path.name for path in shards}
     sizes, manifest = _read(folder / "sizes.json", result), _read(folder / "manifest.json", result)
@@ -53,7 +51,7 @@ def read_claims(folder: Path, shards: list[Path], whole: bool) -> FolderClaims:
         result.notes.append(f"{folder / 'manifest.json'} does not list shards: not used")
     lists = {"sizes.json": sizes, "manifest.json": listed}
     for file, known in lists.items():
-        if isinstance(known, dict) and whole:
+        if isinstance(known, dict) and complete:
             gone, new = sorted({*known} - names), sorted(names - {*known})
             result.faults += [(folder / name, Fault(_MISSING, f"{file} lists it")) for name in gone]
             result.faults += [(folder / name, Fault(_UNLISTED, f"in {file}")) for name in new]

@@ -106,7 +106,6 @@ def write_samples(
         name: prefix of the shards' file names.
         layout: split and shard of every sample.
         samples: key and files of each sample, in layout order; None for a skipped sample.
-        names: class names.
         info: returns the head of the manifest (source, license, …) after all samples are read.
     """
     for split in layout.splits:
@@ -179,7 +178,6 @@ def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
     """Return the manifest entry of a shard.
 
     Args:
-        path: the finished file.
         members: number of files by extension; under `samples`, the number of samples.
     """
     counts = [members.get(name, 0) for name in ("samples", "cls", "txt", MASK)]
@@ -198,9 +196,7 @@ def finish_folder(
     """Write class names, sizes.json, manifest.json and index/ next to shards, and return the sums of their counts.
 
     Args:
-        folder: folder of the shards.
         shards: manifest entries from `shard_facts`, by file name.
-        names: class names.
         facts: head of the manifest: name, split, source, license, …
     """
     for file, of_file in names.items():

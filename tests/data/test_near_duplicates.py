@@ -106,7 +106,7 @@ def hashed(*hashes):
     """Images of nowhere with hashes and those of their mirror images; key and shard say the number."""
 
     class Named(HashedImages):
-        def place(self, number):
+        def location(self, number):
             return {"key": number}
 
     hash_N, mirrored_N = np.array(hashes, dtype=np.uint64).reshape(-1, 2).T
