@@ -20,10 +20,10 @@ from _trainings import Training, tool
 from PIL import Image, ImageFilter, ImageOps
 
 from m3i_scale.data.images import to_png
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import DataError
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 NATURE = ("animals-nature", "food-drink")
 """Groups of the domain."""

@@ -27,13 +27,13 @@ import typer
 from PIL import Image
 
 from m3i_scale.data.images import to_png
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import made_lines, make_shards
-from m3i_scale.data.options import AsJson, Output, PerShard, Workers, choice, print_summary, sample_bar
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
+from m3i_scale.options import AsJson
 from m3i_scale.output import reserve_stdout
+from m3i_scale.shards.make import make_shards, summary_lines
+from m3i_scale.shards.options import Output, PerShard, ShardOptions, Workers, choice, print_summary, sample_bar
+from m3i_scale.shards.records import ListedInput, Record
 
 GROUPS = [
     "smileys-emotion",
@@ -221,10 +221,10 @@ def _record(style: Style, concept: Concept, held_out: bool, image_size: int, bac
     label = GROUPS.index(concept.group)
     return Record(
         key=key,
-        image=art,
+        image=art.read,
         caption=concept.caption,
         label=label,
-        mask=ArtMask(art, label + 1),
+        mask=ArtMask(art, label + 1).read,
         meta={
             "concept": concept.name,
             "family": concept.family,
@@ -493,7 +493,7 @@ def main(
             options=ShardOptions(samples_per_shard=samples_per_shard, workers=workers),
             progress=tell,
         )
-    print_summary(summary, as_json, "\n".join(made_lines(summary, output)))
+    print_summary(summary, as_json, summary_lines(summary, output))
 
 
 if __name__ == "__main__":

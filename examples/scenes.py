@@ -26,12 +26,13 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from scene_layouts import Category, LayoutWriter, Scene
 
 from m3i_scale.data.images import DECODE_FAULTS
-from m3i_scale.data.make.folder import list_images
-from m3i_scale.data.make.records import reading
-from m3i_scale.data.options import AsJson, print_summary, sample_bar
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import atomic_dir
+from m3i_scale.options import AsJson
 from m3i_scale.output import reserve_stdout
+from m3i_scale.shards.imagefolder import list_images
+from m3i_scale.shards.options import print_summary, sample_bar
+from m3i_scale.shards.records import reading
 
 Families = list[list[Art]]
 """Art by family: a family is drawn first, then one picture of it, so that many look-alikes count as one."""
@@ -299,7 +300,7 @@ def main(
     lines.append(
         f"{summary['groups']} groups; categories: {counts['f']} frequent, {counts['c']} common, {counts['r']} rare"
     )
-    print_summary(summary, as_json, "\n".join(lines))
+    print_summary(summary, as_json, lines)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ FAMILIES = [
     "run.hooks.base.Hook",
     "run.callbacks.base.Callback",
     "backbones.base.Backbone",
-    "data.make.records.Input",
+    "shards.records.Input",
     "backbones.sources.base.Source",
     "launch.job.Job",
     "launch.description.Cluster",

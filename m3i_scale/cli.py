@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale import __version__
-from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, Faults, UserError
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.commands import launch, takes_cluster
@@ -25,6 +24,7 @@ from m3i_scale.report.commands import report, watch
 from m3i_scale.run.checkpoints.commands import checkpoint_app
 from m3i_scale.run.compare_command import compare
 from m3i_scale.run.finetune_command import finetune_app
+from m3i_scale.shards.commands import shards_app
 
 app = typer.Typer(
     no_args_is_help=True,

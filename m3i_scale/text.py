@@ -106,6 +106,13 @@ def filled(parts: Iterable[str], width: int) -> list[str]:
     return lines
 
 
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Format a table as lines of text with aligned columns, the first line with their names."""
+    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+
 GIB = 2**30
 
 

@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import DataError
 from m3i_scale.output import release_stdout
 from m3i_scale.run.check import faults_of
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 KINDS = {

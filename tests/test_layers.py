@@ -25,6 +25,7 @@ LEVELS = {
     "options": 2,
     "config": 2,
     "data": 3,
+    "shards": 4,
     "backbones": 4,
     "objective": 5,
     "scale": 6,

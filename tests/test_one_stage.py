@@ -15,10 +15,10 @@ import yaml
 from PIL import Image
 
 from m3i_scale.config import load_run
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 pytestmark = pytest.mark.bench
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, redact, short_differences, size_text
+from m3i_scale.text import GIB, HIDDEN, duration_text, is_secret, redact, short_differences, size_text, table_lines
 
 
 @pytest.mark.parametrize(
@@ -86,3 +86,12 @@ def test_long_values_that_differ_at_their_end_are_told_apart() -> None:
     first, second = [0] * 80 + [1], [0] * 80 + [2]
     ((_, was, present),) = short_differences("betas", {"all": str(first)}, {"all": str(second)})
     assert was != present
+
+
+def test_columns_of_a_table_are_aligned() -> None:
+    rows = [("cut off", 3), ("key in two shards", 120)]
+    assert table_lines(("reason", "count"), rows) == [
+        "reason             count",
+        "cut off            3",
+        "key in two shards  120",
+    ]

@@ -88,7 +88,7 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
                 raise DataError(
                     f"the image is too large: {image.width} × {image.height} pixels, of {MAX_IMAGE_PIXELS} at most",
                     where=where,
-                    fix="--tile cuts images that large, up to --tile-max-pixels; or leave them out with --skip-bad",
+                    fix="resize or cut it, or leave such images out with --skip-bad",
                 )
             check_header(image, value_range, where)
             image.load()

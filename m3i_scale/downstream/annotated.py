@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.make.coco import annotation_files, coco_input, split_of
-from m3i_scale.data.make.records import ListedInput
 from m3i_scale.downstream.unpacked import EVALUATED, TRAIN, TRAINED, Masked, Unpacked, digest_of
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.coco import annotation_files, coco_input, split_of
+from m3i_scale.shards.records import ListedInput
 
 BOXES_FIX = (
     "shards of `m3i-scale shards make coco` in DIR/train and DIR/val, or in DIR; DIR/annotations with "

@@ -14,9 +14,6 @@ from typing import Any
 
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.index import load_index
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import Input, InputWrapper
-from m3i_scale.data.make.shards import SKIPPED, made_lines, make_shards
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, read_labels
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.downstream.annotated import BOXES_FIX, annotated_images, masked_of
@@ -36,6 +33,9 @@ from m3i_scale.downstream.unpacked import (
 )
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
+from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import Input, InputWrapper
 
 MASKS_FIX = (
     "shards with masks, and mask_labels.json beside them, in DIR/train and DIR/val, or in DIR; DIR/train/images and "
@@ -107,7 +107,7 @@ class Labelled:
         every_class = self.every_class
         summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
         counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
-        for line in made_lines(counted, folder):  # the others are printed together with counts of existing shards
+        for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
             tell(line)
 
 

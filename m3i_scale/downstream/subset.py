@@ -8,18 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.categories import Categories, shard_categories
+from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.existing import Origin, annotations_of, contents, outlines, sound_shard
-from m3i_scale.data.make.layout import Outline, hash_of
-from m3i_scale.data.make.records import Input, InputWrapper, Record
-from m3i_scale.data.make.wds import record_of
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.downstream.unpacked import TRAIN, Unpacked, digest_of
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.existing_shards import Origin, ShardInput, contents, record_of, valid_shard
+from m3i_scale.shards.records import Input, InputWrapper, Record, annotations_of, hash_of
 from m3i_scale.text import listed
 
 MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}
@@ -90,7 +88,7 @@ class _Subset(InputWrapper):
         super().__init__(source)
         self._keys = keys
 
-    def outlines(self) -> Iterator[Outline]:
+    def outlines(self) -> Iterator[Record]:
         """See `Input`."""
         return (outline for outline in super().outlines() if self._takes(outline))
 
@@ -98,7 +96,7 @@ class _Subset(InputWrapper):
         """See `Input`."""
         return (record for record in super().records() if self._takes(record))
 
-    def _takes(self, sample: Outline | Record) -> bool:
+    def _takes(self, sample: Record) -> bool:
         return sample.split != TRAIN or sample.key in self._keys
 
 
@@ -116,7 +114,7 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
     found: dict[str, str] = {}
     for origin in origins:
         with origin.path.open("rb") as stream:
-            for sample in sound_shard(origin.path).samples:
+            for sample in valid_shard(origin.path).samples:
                 only = [member for member in sample.members if member.extension == MEMBERS[file]]
                 label = None
                 if only and labels:
@@ -126,38 +124,36 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
                 if only and (not labels or label is not None):
                     found[sample.key] = "" if label is None else classes[label]
     keys = subset.choose(found)
-    source = _ShardSubset(
-        *(origins, keys, labels, classes if file == MASK_LABELS else None),
-        shard_categories(train) if file == CATEGORIES else None,
-    )
+    mask_labels, categories = classes if file == MASK_LABELS else None, None
+    if file == CATEGORIES:
+        categories = shard_categories(train)
+    source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, categories=categories)
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
     chosen = {key: name for key, name in found.items() if key in keys}
     return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]))
 
 
-@dataclass(frozen=True)
-class _ShardSubset:
-    """Input of selected samples from existing shards; others are not read."""
+class _ShardSubset(ShardInput):
+    """Input of selected samples from existing shards; others are not read.
 
-    origins: Sequence[Origin]
-    keys: Container[str]
-    labels: list[str]
-    """If empty, labels are not read."""
-    mask_labels: list[str] | None
-    categories: Categories | None
-    """If None, boxes are not read."""
+    Args:
+        origins: input shards.
+        keys: keys of the selected samples.
+        labels: class names; if empty, labels are not read.
+        about: see `ShardInput`. Without categories, boxes are not read.
+    """
 
-    def outlines(self) -> Iterator[Outline]:
+    def __init__(self, origins: Sequence[Origin], keys: Container[str], labels: list[str], **about: Any) -> None:
+        super().__init__(origins, labels, **about)
+        self._keys = keys
+
+    def outlines(self) -> Iterator[Record]:
         """See `Input`."""
-        return (outline for outline in outlines(self.origins, workers=1) if outline.key in self.keys)
+        return (outline for outline in super().outlines() if outline.key in self._keys)
 
     def records(self) -> Iterator[Record]:
         """See `Input`."""
-        for origin, key, members in contents(self.origins, keys=self.keys):
+        for origin, key, members in contents(self._origins, keys=self._keys):
             unread = {name for name, has in ((INSTANCES, self.categories), ("cls", self.labels)) if not has}
             read = {name: data for name, data in members.items() if name not in unread}
             yield record_of(key, read, origin.where(key), self.labels, categories=self.categories)
-
-    def info(self) -> dict[str, Any]:
-        """See `Input`."""
-        return {"source": "webdataset"}

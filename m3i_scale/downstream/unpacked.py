@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.arrow import NONE, Columns, find_roles, schema_of
-from m3i_scale.data.make.folder import imagefolder_input
-from m3i_scale.data.make.huggingface import TableInput, find_files, huggingface_input
-from m3i_scale.data.make.masks import masks_input, read_mask_labels
-from m3i_scale.data.make.records import Input, ListedInput, Record
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.arrow import NONE, Columns, TableInput, find_columns, find_files, huggingface_input, schema_of
+from m3i_scale.shards.imagefolder import imagefolder_input
+from m3i_scale.shards.masks import masks_input, read_mask_labels
+from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 
 Masked = Literal["all", "some", "none"]
@@ -158,7 +157,7 @@ def saved_dataset(folder: Path) -> Unpacked:
     except ConfigError as error:
         error.fix = "m3i-scale shards make huggingface, which can be told the columns; then --data their folder"
         raise
-    label = table.roles.label
+    label = table.columns.label
     if label is None:
         raise ConfigError(
             "the data set has no column of classes",
@@ -170,7 +169,7 @@ def saved_dataset(folder: Path) -> Unpacked:
         if labels != table.labels:
             raise differing_classes(table.labels, labels, str(file.path))
     digest = digest_of((f"{file.split}/{file.path.name}", file.path.stat().st_size) for file in files)
-    source = TableInput(files, table.roles, table.labels)
+    source = TableInput(files, table.columns, table.labels)
     rows = list(source.labels_of(TRAIN))
     trained = {key: table.labels[number] for key, number in rows if number is not None}
     with_images = set(trained.values())
@@ -180,7 +179,7 @@ def saved_dataset(folder: Path) -> Unpacked:
 
 
 def _names_in(schema: Any, label: str) -> list[str]:
-    return find_roles(schema, Columns(caption=NONE, label=label), "")[1]
+    return find_columns(schema, Columns(caption=NONE, label=label), "")[1]
 
 
 def digest_of(files: Iterable[tuple[str, int]]) -> str:

@@ -11,11 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.make.existing import Advance
 from m3i_scale.data.shards import local_shards
-from m3i_scale.data.tools.hashes import read_hashes
-from m3i_scale.data.tools.near import report_of
-from m3i_scale.data.tools.nearest import MAX_DISTANCE, Alike, Groups, Nearest, Numbers, Pairs
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
@@ -23,6 +19,9 @@ from m3i_scale.evaluate.commands import device_of
 from m3i_scale.evaluate.features import VisionModel, extract, load_vision, unit_rows
 from m3i_scale.evaluate.job import IMAGES
 from m3i_scale.evaluate.samples import Table, open_table
+from m3i_scale.shards.existing_shards import Advance
+from m3i_scale.shards.hashes import read_hashes
+from m3i_scale.shards.nearest import MAX_DISTANCE, Alike, Groups, Nearest, Numbers, Pairs, report_of
 from m3i_scale.text import printable
 
 DISTANCE = 3
@@ -51,7 +50,7 @@ class EncodedImages:
         """Return the number of images."""
         return len(self.features_ND)
 
-    def place(self, number: int) -> dict[str, str]:
+    def location(self, number: int) -> dict[str, str]:
         """Return shard and key of an image."""
         table, row = self.tables[self.table_N[number]], int(self.number_N[number])
         return {"shard": str(table.shards[table.places[row][0]]), "key": printable(table.keys[row].partition("/")[2])}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.tools.commands import progress_bar
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.options import AsJson
-from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
+from m3i_scale.output import leave_out_accelerator_warning
+from m3i_scale.shards.options import print_summary, progress_bar
 
 SHOWN_GROUPS, SHOWN_IMAGES = 20, 5
 
@@ -54,32 +55,28 @@ def near_duplicates(
             device=device,
             advance=advance,
         )
-    if as_json:
-        print_json(report)
-    else:
-        _print(report)
+    print_summary(report, as_json, _lines(report))
     if report.get("near_duplicates") or report.get("leaks"):
         raise typer.Exit(EXIT_USER_ERROR)
 
 
-def _print(report: dict[str, Any]) -> None:
-    console = wide_console(soft_wrap=True, markup=False, highlight=False)
+def _lines(report: dict[str, Any]) -> Iterator[str]:
     if "leaks" in report:
         groups = [(leak["alike"] + 1, [leak, *leak["training"]]) for leak in report["leaks"]]
         head = f"{report['leaked']} of {report['evaluation_images']} images of the evaluation are like ones of"
-        console.print(f"{head} {report['images']} images ({report['leaked_share']:.2%})")
+        yield f"{head} {report['images']} images ({report['leaked_share']:.2%})"
     else:
         groups = [(group["size"], group["images"]) for group in report["near_duplicates"]]
         head = f"{report['groups']} groups of images that are alike: {report['beyond_first']} beyond the first"
-        console.print(f"{head}, of {report['images']}")
+        yield f"{head}, of {report['images']}"
     for size, group in groups[:SHOWN_GROUPS]:
         more = f" and {size - SHOWN_IMAGES} more" if size > SHOWN_IMAGES else ""
-        console.print(f"{size}: {' '.join(map(_image, group[:SHOWN_IMAGES]))}{more}")
+        yield f"{size}: {' '.join(map(_image, group[:SHOWN_IMAGES]))}{more}"
     if len(groups) > SHOWN_GROUPS:
-        console.print(f"{len(groups) - SHOWN_GROUPS} more: --json lists all")
+        yield f"{len(groups) - SHOWN_GROUPS} more: --json lists all"
     for name in ("not_compared", "evaluation_not_compared"):
         for reason, count in report.get(name, {}).items():
-            console.print(f"{name.replace('_', ' ')}: {count} × {reason}")
+            yield f"{name.replace('_', ' ')}: {count} × {reason}"
 
 
 def _image(image: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig, load_run
-from m3i_scale.data.make.shards import annotation_line
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.downstream.labelled import Labelled
 from m3i_scale.downstream.subset import Subset
@@ -28,6 +27,7 @@ from m3i_scale.run.plan_search import plan_run
 from m3i_scale.run.planning import machine_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.peak import compute_dtype, named_peak
+from m3i_scale.shards.make import annotation_line
 from m3i_scale.text import GIB, format_differences, listed, redact
 
 TaskName = Literal["classification", "segmentation", "detection"]

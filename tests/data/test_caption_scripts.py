@@ -7,11 +7,11 @@ import foreign
 import pytest
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.tokenizer import train_tokenizer
-from m3i_scale.data.tools.stats import stats_of
 from m3i_scale.errors import ConfigError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.stats import stats_of
 
 ENGLISH = ["a red bird on a branch", "a blue car in the rain", "two dogs and a cafe"]
 CHINESE, ARABIC = ["一只红色的鸟站在树枝上", "雨中的蓝色汽车"], ["طائر أحمر على غصن", "سيارة زرقاء"]

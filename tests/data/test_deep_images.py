@@ -8,18 +8,16 @@ import zlib
 import foreign
 import numpy as np
 import pytest
+from m3i_scale.shards.preview import read_cards
 from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.config import AugmentConfig
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.images import encoded_image, on_white
-from m3i_scale.data.make.records import EncodeTask, ListedInput, Record, encode_all
-from m3i_scale.data.make.tile import TiledInput, Tiling
 from m3i_scale.data.samples import open_image
-from m3i_scale.data.tools.peek import read_cards
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
+from m3i_scale.shards.commands import shards_app
 
 LEVELS = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
 """From black to white in sixteen bits."""
@@ -184,26 +182,6 @@ def test_values_without_a_rule_are_refused(name):
     with pytest.raises(DataError) as error:
         encoded_image(data, "scan", value_range)
     assert error.value.where == "scan"
-
-
-@pytest.mark.parametrize("name", NO_RULE)
-def test_their_tiles_are_refused_too(name, tmp_path):
-    data, value_range = NO_RULE[name]
-    path = tmp_path / "scan"
-    path.write_bytes(data)
-    source = ListedInput([Record("scan", path)], [])
-    faults = [tile.fault for tile in TiledInput(source, Tiling(20), value_range).records()]
-    assert [type(fault) for fault in faults] == [DataError] * 4
-    assert {fault.where for fault in faults} == {str(path)}
-
-
-def test_tiles_of_deep_images_have_the_levels_of_the_whole():
-    for data, value_range in ((GREY["big-endian TIFF"], None), (grey_tiff(packed(LEVELS >> 4), 12), (0, 4095))):
-        whole = pixels_of(encoded_image(data, "x", value_range)[0])
-        source = ListedInput([Record("scan", data)], [])
-        tiles = list(TiledInput(source, Tiling(20), value_range).records())
-        last = encode_all(EncodeTask(tiles, value_range))[3]
-        assert np.array_equal(pixels_of(last.members["png"]), whole[12:, 12:])
 
 
 def test_what_training_would_leave_out_for_its_size_is_refused():

@@ -16,15 +16,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.config import DatasetConfig
-from m3i_scale.data.commands import shards_app
-from m3i_scale.data.make.cut import ShardOptions, parse_splits
-from m3i_scale.data.make.folder import imagefolder_input, key_of
-from m3i_scale.data.make.records import EncodedSample, EncodeTask, ListedInput, Record, encode_all
-from m3i_scale.data.make.shards import make_shards
-from m3i_scale.data.make.table import TableColumns, manifest_input
-from m3i_scale.data.make.write import atomic_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.imagefolder import imagefolder_input, key_of
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.manifest import TableColumns, manifest_input
+from m3i_scale.shards.options import ShardOptions, parse_splits
+from m3i_scale.shards.records import EncodeTask, ListedInput, Record, encode_all
+from m3i_scale.shards.write import atomic_folder
 
 
 @pytest.fixture
@@ -407,6 +407,5 @@ def test_the_command_prints_one_json_document(photos, tmp_path):
 def test_images_in_odd_modes_become_pngs(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("1", (9, 9)).save(tmp_path / "in" / "a.tif")
-    (encoded,) = encode_all(EncodeTask(list(imagefolder_input(tmp_path / "in").records()), None))
-    assert isinstance(encoded, EncodedSample)
-    assert encoded.members["png"][:4] == b"\x89PNG"
+    ((files, _),) = encode_all(EncodeTask(list(imagefolder_input(tmp_path / "in").records()), None))
+    assert files["png"][:4] == b"\x89PNG"

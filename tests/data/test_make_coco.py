@@ -10,17 +10,16 @@ from pycocotools import mask as theirs
 from typer.testing import CliRunner
 
 from m3i_scale.data.categories import shard_categories
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.instances import INSTANCES, read_instances
-from m3i_scale.data.make.coco import coco_input
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.shards import CATEGORIES
-from m3i_scale.data.tools.check import check_shards
-from m3i_scale.data.tools.rearrange import merge_shards, split_shards
-from m3i_scale.data.tools.repair import repair
-from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.check import Rules, check_shards
+from m3i_scale.shards.coco import coco_input
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.rearrange import merge_shards, split_shards
+from m3i_scale.shards.repair import repair
 
 SIZE = (20, 16)
 """Width and height."""

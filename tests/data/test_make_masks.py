@@ -12,12 +12,12 @@ from foreign import by_webdataset, image_bytes, write_tar
 from PIL import Image
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.masks import masks_input, read_mask_labels
-from m3i_scale.data.make.shards import make_shards
-from m3i_scale.data.tools.rearrange import merge_shards, split_shards
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.masks import masks_input, read_mask_labels
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.rearrange import merge_shards, split_shards
 
 NAMES = ["wall", "building, edifice", "sky"]
 SIZE = (20, 16)

@@ -12,13 +12,12 @@ from PIL import ExifTags, Image, ImageOps
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.data.tools import nearest
-from m3i_scale.data.tools.hashes import HashedImages, hashes_of, read_hashes
-from m3i_scale.data.tools.near import groups_within, leaks
-from m3i_scale.data.tools.nearest import FEW, Groups, pairs_within
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.near_duplicates import find_near_duplicates
+from m3i_scale.shards import nearest
+from m3i_scale.shards.hashes import HashedImages, hashes_of, read_hashes
+from m3i_scale.shards.nearest import FEW, Groups, groups_within, leaks, pairs_within
 
 
 def picture(seed, size=(120, 90)):
@@ -107,7 +106,7 @@ def hashed(*hashes):
     """Images of nowhere with hashes and those of their mirror images; key and shard say the number."""
 
     class Named(HashedImages):
-        def place(self, number):
+        def location(self, number):
             return {"key": number}
 
     hash_N, mirrored_N = np.array(hashes, dtype=np.uint64).reshape(-1, 2).T

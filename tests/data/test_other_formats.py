@@ -12,15 +12,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
-from m3i_scale.data.make.arrow import Columns
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.huggingface import huggingface_input
-from m3i_scale.data.make.shards import CaptionSample, make_shards
-from m3i_scale.data.make.wds import webdataset_input
-from m3i_scale.data.tools.check import check_shards
-from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.arrow import Columns, huggingface_input
+from m3i_scale.shards.check import Rules, check_shards
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.existing_shards import webdataset_input
+from m3i_scale.shards.make import CaptionSample, make_shards
+from m3i_scale.shards.options import ShardOptions
 
 OPTIONS = ShardOptions(multiple_of=2)
 SKIP = ShardOptions(multiple_of=1, skip_bad=True, vocabulary=0)

@@ -9,14 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.index import load_index
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.layout import draw_split
-from m3i_scale.data.tools.check import check_shards
-from m3i_scale.data.tools.rearrange import join_labels, merge_shards, split_shards
-from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.check import Rules, check_shards
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.layout import draw_split
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.rearrange import join_labels, merge_shards, split_shards
 
 OPTIONS = ShardOptions(multiple_of=1)
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,20 +3,21 @@
 import io
 import json
 import random
+from collections import Counter
 
 import foreign
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from m3i_scale.shards.preview import Card, page, peek, read_cards
 from PIL import Image
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.tools.peek import Card, page, peek, read_cards
-from m3i_scale.data.tools.stats import Tally, stats_of
 from m3i_scale.errors import DataError
+from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.stats import quantiles, rounded, stats_of
 
 EVIL = "</div><script>alert(1)</script> & \"quotes\" 'n' \x1b[31m 猫"
 
@@ -88,11 +89,9 @@ def test_shards_of_img2dataset(tmp_path):
 
 @given(st.lists(st.integers(0, 9_999), min_size=1, max_size=200))
 def test_quantiles_are_those_of_the_values(values):
-    tally = Tally()
-    for value in values:
-        tally.add(value)
+    counts = Counter(rounded(value, 4) for value in values)
     expected = np.quantile(values, [0.05, 0.5, 0.99], method="inverted_cdf")
-    assert list(tally.quantiles((0.05, 0.5, 0.99)).values())[:3] == expected.tolist()
+    assert list(quantiles(counts, (0.05, 0.5, 0.99)).values())[:3] == expected.tolist()
 
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=30), min_size=1, max_size=4))
@@ -123,8 +122,6 @@ def test_a_sheet_of_hostile_samples(tmp_path):
     assert "猫" in text
     assert "image too large" in text
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
-    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
-        assert sheet.width >= 4 * 160
 
 
 @pytest.mark.parametrize(("size", "shown"), [((8, 8), (160, 160)), ((7, 3), (154, 66)), ((320, 160), (160, 80))])
@@ -170,8 +167,8 @@ def test_samples_are_drawn_evenly_and_by_the_seed(tmp_path):
     chosen = sorted(random.Random(5).sample(range(10), 4))
     assert drawn("one", count=4, seed=5) == [everything[number] for number in chosen]
     assert drawn("all", count=99) == everything
-    assert (tmp_path / "one" / "sheet.png").read_bytes() == (
-        drawn("again", count=4, seed=5) and (tmp_path / "again" / "sheet.png").read_bytes()
+    assert (tmp_path / "one" / "index.html").read_bytes() == (
+        drawn("again", count=4, seed=5) and (tmp_path / "again" / "index.html").read_bytes()
     )
     with pytest.raises(DataError) as caught:
         drawn("one")

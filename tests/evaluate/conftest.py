@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 LABELS = ["warm", "cold", "green"]
 _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]

@@ -14,9 +14,6 @@ from PIL import Image
 from rich.console import Console
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTConfig, ViTImageProcessor, ViTModel
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate import features
@@ -25,6 +22,9 @@ from m3i_scale.evaluate.compare import compare, compared
 from m3i_scale.evaluate.dense import mean_iou
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
 from m3i_scale.report.comparison import comparison_table, write_comparison
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 SIDE = 48
 COLOURS = np.array([(220, 60, 40), (40, 80, 220)])

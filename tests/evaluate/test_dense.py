@@ -11,9 +11,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.data.samples import open_mask
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.evaluate import samples
@@ -27,6 +24,9 @@ from m3i_scale.evaluate.dense import (
 )
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.evaluate.samples import open_table, read_samples
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 SIDE = 32
 

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.report import render
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput
 
 
 @pytest.fixture(scope="module")

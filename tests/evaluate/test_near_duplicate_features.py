@@ -11,10 +11,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.data.tools.nearest import Groups
 from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.features import unit_rows
 from m3i_scale.evaluate.near_duplicates import EncodedImages, find_near_duplicates
+from m3i_scale.shards.nearest import Groups
 
 
 def write(path, **images):

@@ -112,8 +112,8 @@ def test_records_name_their_split_and_licence():
     assert (record.key, record.split, record.label) == ("noto-1f468-200d-1f373", "style", 1)
     assert record.meta["family"] == "cook"
     assert record.meta["license"] == "OFL-1.1"
-    assert record.mask == ArtMask(record.image, 2)
-    assert min(record.image.background) >= 128
+    assert record.mask.__self__ == ArtMask(record.image.__self__, 2)
+    assert min(record.image.__self__.background) >= 128
     assert emoji._record(style, concept, True, 64, "white").split == "style_val"
 
 

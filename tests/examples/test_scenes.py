@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw
 from scene_layouts import Category, LayoutWriter, Scene, coco_instances, lvis_instances
 from typer.testing import CliRunner
 
-from m3i_scale.data.commands import shards_app
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.commands import shards_app
 
 SCRIPT = Path(scenes.__file__)
 GROUPS = ["animals", "food", "town", "vehicles", "space", "symbols"]

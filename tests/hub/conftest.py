@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from saved_tensors import write_as_ranks
 
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.records import ListedInput, Record
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.hub import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.checkpoint.commit import begin, commit
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.checkpoint.tensors import Range
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import ListedInput, Record
 
 LABELS = ["warm-things", "cold-things", "green-things"]
 _COLOURS = [(220, 60, 40), (40, 80, 220), (40, 200, 60)]

@@ -12,9 +12,9 @@ from PIL import Image
 from pycocotools import mask as theirs
 
 from m3i_scale.data.instances import Instances, parse_instances
-from m3i_scale.data.make.coco import coco_input
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.shards import make_shards
+from m3i_scale.shards.coco import coco_input
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 
 NAMES = ["disc", "square", "crowd of discs"]
 COLOURS = ((240, 40, 30), (40, 60, 240))

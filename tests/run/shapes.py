@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw
 from tiny import in_parts, tiny_overrides
 
 from m3i_scale.config import load_run
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.folder import imagefolder_input
-from m3i_scale.data.make.shards import make_shards
 from m3i_scale.run.setup import run_yaml
+from m3i_scale.shards.imagefolder import imagefolder_input
+from m3i_scale.shards.make import make_shards
+from m3i_scale.shards.options import ShardOptions
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
 SHAPES = ("disc", "square", "bar")

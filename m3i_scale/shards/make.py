@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.layout import Layout, hash_of, plan_layout, training_splits
-from m3i_scale.data.make.records import Encoded, EncodeTask, Input, Record, encode_all
-from m3i_scale.data.make.write import atomic_folder, check_output, write_samples
 from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.data.tokenizer import train_tokenizer
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
+from m3i_scale.shards.layout import Layout, plan_layout, training_splits
+from m3i_scale.shards.options import ProgressCallback, ShardOptions
+from m3i_scale.shards.records import Encoded, EncodeTask, Input, Record, encode_all, hash_of
+from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
-Progress = Callable[[int, int], None]
-"""Called with (completed samples, total samples)."""
 CHUNK_BYTES = 16_000_000
 CHUNK_RECORDS = 16
 MAX_CAPTIONS = 1_000_000
@@ -36,7 +32,7 @@ def make_shards(
     name: str = "images",
     options: ShardOptions | None = None,
     shares: Mapping[str, float] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     every_class: bool = False,
 ) -> dict[str, Any]:
     """Write `output/<split>/<name>-000000.tar …` with labels, sizes, manifest and index files, and a tokenizer.
@@ -45,12 +41,9 @@ def make_shards(
     samples stay in memory. With `skip_bad`, skipped samples are listed in `skipped.jsonl`.
 
     Args:
-        source: input, which is read twice.
         output: output folder; it must not exist.
         name: prefix of the shards' file names.
-        options: see `ShardOptions`.
         shares: fractions by split, for records without a split; None: these go to `train`.
-        progress: called as samples are written.
         every_class: whether the training split must have pixels of every mask class.
 
     Returns:
@@ -59,30 +52,29 @@ def make_shards(
     """
     options = options or ShardOptions()
     check_output(output, name)
-    layout = plan_layout(source.outlines, shares, options, whole="train")
+    layout = plan_layout(source.outlines, shares, options, default_split="train")
     with atomic_folder(output) as folder:
-        maker = _Maker(layout, options, folder / SKIPPED, progress)
-        samples = maker.samples(source.records())
-        categories = None if source.categories is None else source.categories.to_json()
-        names = {LABELS: source.labels, MASK_LABELS: source.mask_labels, CATEGORIES: categories}
+        encoder = _SampleEncoder(layout, options, folder / SKIPPED, progress)
+        samples = encoder.samples(source.records())
+        names = class_names(source.labels, source.mask_labels, source.categories)
         splits = write_samples(folder, name, layout, samples, names, source.info)
-        summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(maker.skipped)}
-        if maker.pixels:
-            maker.check_masks(source, every_class=every_class)
+        summary: dict[str, Any] = {"output": str(output), "splits": splits, "skipped": dict(encoder.skipped)}
+        if encoder.pixels:
+            encoder.check_masks(source, every_class=every_class)
             summary["mask_pixels"] = {
-                split: pixel_report(counts, source.mask_labels) for split, counts in sorted(maker.pixels.items())
+                split: pixel_report(counts, source.mask_labels) for split, counts in sorted(encoder.pixels.items())
             }
         if "annotations" in source.info():
             summary["annotations"] = source.info()["annotations"]
-        if maker.skipped:
+        if encoder.skipped:
             summary["skipped_list"] = str(output / SKIPPED)
-        if len(maker.captions) and options.vocabulary:
-            train_tokenizer(maker.captions, folder / "tokenizer", options.vocabulary)
+        if len(encoder.captions) and options.vocabulary:
+            train_tokenizer(encoder.captions, folder / "tokenizer", options.vocabulary)
             summary["tokenizer"] = str(output / "tokenizer")
     return summary
 
 
-def made_lines(summary: dict[str, Any], output: Path) -> list[str]:
+def summary_lines(summary: dict[str, Any], output: Path) -> list[str]:
     """Format the result as lines: the shards of every split, and skipped samples."""
     lines = [
         f"{output / which}: {facts['samples']} samples ({facts['with_label']} with label, {facts['with_caption']} with "
@@ -125,10 +117,12 @@ class CaptionSample:
         return len(self._heap)
 
 
-class _Maker:
+class _SampleEncoder:
     """Converter from records to files of samples that counts skipped records."""
 
-    def __init__(self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: Progress | None) -> None:
+    def __init__(
+        self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: ProgressCallback | None
+    ) -> None:
         self._layout, self._options, self._progress = layout, options, progress
         self._skipped_list, self._training = skipped_list, training_splits(layout.splits)
         self.skipped: Counter[str] = Counter()
@@ -143,11 +137,13 @@ class _Maker:
                 self._skip(record, encoded)
                 yield None
             else:
-                if record.caption and number < len(self._layout) and self._layout.place(number)[0] in self._training:
+                files, pixels = encoded
+                split = self._layout.split(number) if number < len(self._layout) else ""
+                if record.caption and split in self._training:
                     self.captions.add(record.key, record.caption)
-                if encoded.pixels and number < len(self._layout):
-                    self.pixels[self._layout.place(number)[0]].update(encoded.pixels)
-                yield record.key, members_of(record, encoded.members)
+                if pixels:
+                    self.pixels[split].update(pixels)
+                yield record.key, record.files(files)
             if self._progress is not None:
                 self._progress(number + 1, len(self._layout))
 
@@ -180,17 +176,6 @@ class _Maker:
         line = {"key": record.key, "where": fault.where, "reason": fault.what}
         with self._skipped_list.open("a", encoding="utf-8") as stream:
             stream.write(json_line(line))
-
-
-def members_of(record: Record, encoded: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return the files of a sample by extension, following webdataset's conventions."""
-    members = dict(encoded)
-    if record.caption is not None:
-        members["txt"] = record.caption.encode("utf-8")
-    if record.label is not None:
-        members["cls"] = str(record.label).encode("ascii")
-    members["json"] = json.dumps(record.meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
-    return members
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

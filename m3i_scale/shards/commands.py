@@ -5,17 +5,103 @@ Slow imports are inside the commands, so that --help is fast.
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3i_scale.data.options import LabelsFile, MakeOptions, choice, print_summary, takes_making
-from m3i_scale.data.tools import commands as tools
-from m3i_scale.options import AsJson
+from m3i_scale.options import AsJson, Command, Parts, expanded
+from m3i_scale.shards import tool_commands as tools
+from m3i_scale.shards.options import (
+    DEFAULTS,
+    SIZE_OPTIONS,
+    LabelsFile,
+    Name,
+    Output,
+    ShardOptions,
+    choice,
+    parse_range,
+    parse_splits,
+    print_summary,
+    sample_bar,
+)
+
+if TYPE_CHECKING:  # this import takes seconds, too long for --help
+    from m3i_scale.shards.records import Input
 
 CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
 Group = Annotated[str | None, typer.Option(help="Field of the json members; samples of one value share a split.")]
+_MAKE: Parts = {
+    "output": (Output, inspect.Parameter.empty),
+    "name": (Name, "images"),
+    "split": (
+        Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")],
+        None,
+    ),
+    **SIZE_OPTIONS,
+    "vocabulary": (
+        Annotated[int, typer.Option(help="Size of the tokenizer trained on the captions; 0 trains none.")],
+        DEFAULTS.vocabulary,
+    ),
+    "skip_bad": (
+        Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
+        DEFAULTS.skip_bad,
+    ),
+    "value_range": (
+        Annotated[
+            str | None,
+            typer.Option(help="LOW,HIGH: grey values that become black and white, of images of more than eight bits."),
+        ],
+        None,
+    ),
+    "as_json": (AsJson, False),
+}
+
+
+@dataclass(frozen=True)
+class MakeOptions:
+    """Options shared by all `shards make` commands."""
+
+    output: Path
+    name: str
+    split: str | None
+    options: ShardOptions
+    as_json: bool
+
+    def make(self, source: Input) -> None:
+        """Make the shards and print a summary."""
+        from m3i_scale.shards.make import make_shards, summary_lines
+
+        with sample_bar(quiet=self.as_json) as progress:
+            summary = make_shards(
+                source,
+                self.output,
+                name=self.name,
+                options=self.options,
+                shares=None if self.split is None else parse_splits(self.split),
+                progress=progress,
+            )
+        print_summary(summary, self.as_json, summary_lines(summary, self.output))
+
+
+def takes_making(command: Command) -> Command:
+    """Replace the parameter `making` of a command by the options of `shards make`."""
+    return expanded(command, "making", _MAKE, _making)
+
+
+def _making(
+    output: Path,
+    name: str,
+    split: str | None,
+    value_range: str | None,
+    as_json: bool,
+    **options: Any,
+) -> MakeOptions:
+    values = None if value_range is None else parse_range(value_range)
+    return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), as_json)
+
 
 shards_app = typer.Typer(
     no_args_is_help=True, help="Make WebDataset shards; look at, mend and rearrange those you have."
@@ -25,7 +111,7 @@ shards_app.add_typer(make_app, name="make")
 shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
 shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
 shards_app.command("preview", epilog="Example: m3i-scale shards preview /data/shards/train --output /data/sheet")(
-    tools.look
+    tools.peek_samples
 )
 shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
     tools.split
@@ -48,7 +134,7 @@ def index(
         for folder in sorted({path.parent for path in paths}):
             indices += build_index([path for path in paths if path.parent == folder], folder / "index")
     summary = {"shards": len(indices), "samples": sum(map(len, indices)), "bytes": sum(item.size for item in indices)}
-    print_summary(summary, as_json, f"{summary['shards']} shards, {summary['samples']} samples")
+    print_summary(summary, as_json, [f"{summary['shards']} shards, {summary['samples']} samples"])
 
 
 @make_app.command(epilog="Example: m3i-scale shards make imagefolder --input /data/birds --output /data/b")
@@ -66,7 +152,7 @@ def imagefolder(
     ] = "auto",
 ) -> None:
     """Convert a folder of images: one folder per class, optional caption files."""
-    from m3i_scale.data.make.folder import Captions, FolderLayout, imagefolder_input
+    from m3i_scale.shards.imagefolder import Captions, FolderLayout, imagefolder_input
 
     kind, depth = choice("--captions", captions, Captions), choice("--layout", layout, FolderLayout)
     making.make(imagefolder_input(input_folder, kind, depth))
@@ -90,10 +176,11 @@ def manifest(
     labels_file: LabelsFile = None,
 ) -> None:
     """Convert a table of image paths, captions and labels."""
-    from m3i_scale.data.make.table import TableColumns, manifest_input, read_labels
+    from m3i_scale.shards.manifest import TableColumns, manifest_input
+    from m3i_scale.shards.records import read_class_names
 
     columns = TableColumns(path_column, caption_column, label_column, split_column, mask_column)
-    labels = None if labels_file is None else read_labels(labels_file)
+    labels = None if labels_file is None else read_class_names(labels_file)
     making.make(manifest_input(table, columns=columns, root=root, labels=labels))
 
 
@@ -118,7 +205,7 @@ def masks(
     ] = False,
 ) -> None:
     """Convert images and segmentation masks, paired by name."""
-    from m3i_scale.data.make.masks import masks_input, read_mask_labels
+    from m3i_scale.shards.masks import masks_input, read_mask_labels
 
     labels = read_mask_labels(labels_file, reduce_zero_label=reduce_zero_label)
     skip_bad = making.options.skip_bad
@@ -138,7 +225,7 @@ def coco(
     ] = None,
 ) -> None:
     """Convert images with boxes and masks from COCO or LVIS annotation files."""
-    from m3i_scale.data.make.coco import coco_input
+    from m3i_scale.shards.coco import coco_input
 
     shares, skip_bad = making.split is not None, making.options.skip_bad
     making.make(coco_input(inputs, images, shares=shares, skip_bad=skip_bad))
@@ -156,8 +243,7 @@ def huggingface(
     group_column: Annotated[str | None, typer.Option(help="Rows of one value share a split.")] = None,
 ) -> None:
     """Convert a Hugging Face dataset, saved or as Parquet; keeps its splits."""
-    from m3i_scale.data.make.arrow import Columns
-    from m3i_scale.data.make.huggingface import huggingface_input
+    from m3i_scale.shards.arrow import Columns, huggingface_input
 
     columns = Columns(image_column, caption_column, label_column, key_column, group_column)
     making.make(huggingface_input(source, columns))
@@ -173,8 +259,8 @@ def webdataset(
     group: Group = None,
 ) -> None:
     """Convert existing shards: validates samples, converts other formats to PNG, trains a tokenizer on captions."""
-    from m3i_scale.data.make.table import read_labels
-    from m3i_scale.data.make.wds import webdataset_input
+    from m3i_scale.shards.existing_shards import webdataset_input
+    from m3i_scale.shards.records import read_class_names
 
-    labels, workers = None if labels_file is None else read_labels(labels_file), making.options.workers
+    labels, workers = None if labels_file is None else read_class_names(labels_file), making.options.workers
     making.make(webdataset_input(shards, labels=labels, caption_field=caption_field, group=group, workers=workers))

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
-from m3i_scale.data.make.cut import ShardOptions
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import Record, hash_of
 from m3i_scale.text import printable
 
 WHOLE = ""
 """Split name of an output without splits: its shards are directly in the output folder."""
 _CHUNK = 65_536
-
-
-@dataclass(frozen=True)
-class Outline:
-    """Properties of a sample that the layout needs before its content is read."""
-
-    key: str
-    size: int
-    """Approximate size in bytes."""
-    group: str | None = None
-    """Text that the split rule hashes; None: the key."""
-    split: str | None = None
-    """Fixed split, which overrides the split rule."""
-    place: str = ""
-    """Names the sample in errors."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +33,31 @@ class Layout:
     shard_N: NDArray[np.int32]
     """Index of the shard within the split."""
 
-    def place(self, number: int) -> tuple[str, int]:
-        """Return the split of a sample and its shard index within the split."""
-        return self.splits[self.split_N[number]], int(self.shard_N[number])
+    def split(self, number: int) -> str:
+        """Return the split of a sample."""
+        return self.splits[int(self.split_N[number])]
+
+    def shard(self, number: int, name: str) -> Path:
+        """Return the relative path of the shard of a sample; file names begin with `name`."""
+        return Path(self.split(number), f"{name}-{self.shard_N[number]:06d}.tar")
 
     def __len__(self) -> int:
         return len(self.split_N)
 
 
 def plan_layout(
-    outlines: Callable[[], Iterator[Outline]],
+    outlines: Callable[[], Iterator[Record]],
     shares: Mapping[str, float] | None,
     options: ShardOptions,
-    whole: str = WHOLE,
+    default_split: str = WHOLE,
 ) -> Layout:
     """Plan the layout: draw splits, and cut them into shards that differ by at most one sample.
 
     Args:
         outlines: returns the outlines of all samples, in input order.
-        shares: fractions of samples by split, drawn by hash; None: all go to `whole`.
+        shares: fractions of samples by split, drawn by hash; None: all go to `default_split`.
         options: number of shards, and the order in which they are filled.
-        whole: split of samples without one, if there are no `shares`.
+        default_split: split of samples without one, if there are no `shares`.
     """
     options.check()
     names: dict[str, int] = {}
@@ -76,7 +66,7 @@ def plan_layout(
     for outline in _unique(outlines):
         name = outline.split
         if name is None:
-            name = draw_split(outline.group or outline.key, shares) if shares else whole
+            name = draw_split(outline.group or outline.key, shares) if shares else default_split
             drawn = True
         split = names.setdefault(name, len(names))
         splits.append(split)
@@ -115,19 +105,14 @@ def draw_split(key: str, shares: Mapping[str, float]) -> str:
     return list(shares)[-1]
 
 
-def hash_of(purpose: str, key: str) -> bytes:
-    """Return the hash for ordering and splitting samples, independent of the machine and of other samples."""
-    return hashlib.sha256(f"{purpose}/{key}".encode()).digest()
-
-
 def training_splits(splits: Iterable[str]) -> set[str]:
     """Return the splits whose captions train the tokenizer: `train` or `training` in any case, or else all."""
     named = set(splits)
     return {split for split in named if split.lower() in ("train", "training")} or named
 
 
-def _unique(outlines: Callable[[], Iterator[Outline]]) -> Iterator[Outline]:
-    """Yield the outlines; raise an error at the end if a key occurs twice."""
+def _unique(outlines: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+    """Yield the outlines; raise an error at the end if a key occurs repeat."""
     with Digests() as keys:
         remaining = outlines()
         total = 0
@@ -135,13 +120,13 @@ def _unique(outlines: Callable[[], Iterator[Outline]]) -> Iterator[Outline]:
             keys.add(rows_of([digest_of(item.key.encode()) for item in chunk], 0, range(total, total + len(chunk))))
             total += len(chunk)
             yield from chunk
-        repeated = [places[1][1] for places in keys.repeated()]
+        repeated = [group[1][1] for group in keys.repeated()]
     if not repeated:
         return
-    twice = next(islice(outlines(), min(repeated), None))
+    repeat = next(islice(outlines(), min(repeated), None))
     raise DataError(
         f"{len(repeated)} keys stand for several samples",
-        where=f"{twice.place}: key '{printable(twice.key)}'",
+        where=f"{repeat.location(repeat.image)}: key '{printable(repeat.key)}'",
         why="a key must be unique in the output",
         fix="rename the files; of shards, `shards check --repair` leaves out the later ones, `shards merge --keys "
         "prefix` renames all",

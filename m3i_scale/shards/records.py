@@ -1,15 +1,17 @@
-"""Records: the common form of samples of all inputs; a record's image is read later."""
+"""Records, the common form of the samples of all inputs, and their encoding as files of a shard."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -24,21 +26,11 @@ from m3i_scale.data.images import (
     upright_size,
 )
 from m3i_scale.data.instances import INSTANCES, check_turned, read_instances
-from m3i_scale.data.make.existing import annotations_of
-from m3i_scale.data.make.layout import Outline, hash_of
-from m3i_scale.errors import DataError
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.errors import ConfigError, DataError
 
-
-class LazyContents(Protocol):
-    """An image or mask that is created on demand. It must pickle, because a worker process reads it."""
-
-    def read(self) -> bytes:
-        """Return the encoded image or mask."""
-        ...
-
-
-Contents = Path | bytes | LazyContents
-"""A file, bytes from another container, or generated contents."""
+Contents = Path | bytes | Callable[[], bytes]
+"""A file, bytes from another container, or a function that creates them. It must pickle: a worker process calls it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,8 @@ class Record:
 
     key: str
     """Unique name without a dot: the part of a file name after the first dot is the file's type."""
-    image: Contents
+    image: Contents = b""
+    """Empty in an outline."""
     caption: str | None = None
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +50,7 @@ class Record:
     group: str | None = None
     """Text that the split rule hashes, to keep related samples in the same split; None: the key."""
     size: int = 16_384
-    """Approximate size of the image in bytes, for planning the number of shards."""
+    """Approximate size in bytes, for planning the number of shards."""
     mask: Contents | None = None
     """8-bit PNG of the image's size with the class of every pixel."""
     instances: bytes | None = None
@@ -69,64 +62,63 @@ class Record:
     fault: DataError | None = None
     """Error found before encoding; `--skip-bad` handles it like other errors."""
 
+    def location(self, contents: Contents | None) -> str:
+        """Return the name of the image or mask in errors."""
+        return str(contents) if isinstance(contents, Path) else self.where or self.key
 
-class Input(Protocol):
-    """Samples in a fixed order, read once as outlines and once as records."""
+    def files(self, encoded: dict[str, bytes]) -> dict[str, bytes]:
+        """Add caption, label and JSON file to the encoded files, by extension, following webdataset's conventions."""
+        files = dict(encoded)
+        if self.caption is not None:
+            files["txt"] = self.caption.encode("utf-8")
+        if self.label is not None:
+            files["cls"] = str(self.label).encode("ascii")
+        files["json"] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
+        return files
 
-    @property
-    def labels(self) -> list[str]:
-        """Return the class names, in index order."""
-        ...
 
-    @property
-    def mask_labels(self) -> list[str] | None:
-        """Return the class names of masks, in index order; None if unknown."""
-        ...
+class Input:
+    """Samples in a fixed order, read once as outlines and once as records.
 
-    @property
-    def categories(self) -> Categories | None:
-        """Return the categories of boxes and masks; None if unknown."""
-        ...
+    Args:
+        labels: class names, in index order.
+        mask_labels: class names of masks, in index order; None: unknown.
+        categories: categories of boxes and masks; None: unknown.
+        info: source, license, … for manifest.json.
+    """
 
-    def outlines(self) -> Iterator[Outline]:
-        """Yield the outlines (names and sizes) of all samples."""
-        ...
+    def __init__(
+        self,
+        labels: Sequence[str] = (),
+        *,
+        mask_labels: Sequence[str] | None = None,
+        categories: Categories | None = None,
+        **info: Any,
+    ) -> None:
+        self.labels, self.categories, self._info = list(labels), categories, info
+        self.mask_labels = None if mask_labels is None else list(mask_labels)
+
+    def outlines(self) -> Iterator[Record]:
+        """Yield all samples, at least with key, size, group and split, for the layout of the shards."""
+        return self.records()
 
     def records(self) -> Iterator[Record]:
         """Yield the same samples in the same order, with contents."""
-        ...
+        raise NotImplementedError
 
     def info(self) -> dict[str, Any]:
         """Return facts about the input for manifest.json; called after all samples are read."""
-        ...
+        return self._info
 
 
-class InputWrapper:
-    """Base class of inputs that change a part of another input.
-
-    Args:
-        source: wrapped input.
-    """
+class InputWrapper(Input):
+    """Base class of inputs that change a part of another input."""
 
     def __init__(self, source: Input) -> None:
+        super().__init__(source.labels, mask_labels=source.mask_labels, categories=source.categories)
         self._source = source
 
-    @property
-    def labels(self) -> list[str]:
-        """See `Input`."""
-        return self._source.labels
-
-    @property
-    def mask_labels(self) -> list[str] | None:
-        """See `Input`."""
-        return self._source.mask_labels
-
-    @property
-    def categories(self) -> Categories | None:
-        """See `Input`."""
-        return self._source.categories
-
-    def outlines(self) -> Iterator[Outline]:
+    def outlines(self) -> Iterator[Record]:
         """See `Input`."""
         return self._source.outlines()
 
@@ -139,66 +131,30 @@ class InputWrapper:
         return self._source.info()
 
 
-class ListedInput:
+class ListedInput(Input):
     """Input of records that are listed in advance, mostly files; images are read later.
 
     Records are sorted by a hash of the key, so neighbors in the input are not neighbors in a shard.
-
-    Args:
-        records: in any order.
-        labels: class names, in index order.
-        mask_labels: class names of masks.
-        categories: categories of boxes.
-        info: source, license, … for manifest.json.
 
     Raises:
         DataError: a label has no class name.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        labels: Sequence[str],
-        *,
-        mask_labels: Sequence[str] | None = None,
-        categories: Categories | None = None,
-        **info: Any,
-    ) -> None:
+    def __init__(self, records: Sequence[Record], labels: Sequence[str], **about: Any) -> None:
+        super().__init__(labels, **about)
         for record in records:
             if record.label is not None and not 0 <= record.label < len(labels):
                 what = f"label {record.label} is out of range: there are {len(labels)} labels"
                 raise DataError(what, where=record.key)
         self._records = sorted(records, key=lambda record: hash_of("order", record.key))
-        self.labels, self._info = list(labels), info
-        self.mask_labels = None if mask_labels is None else list(mask_labels)
-        self.categories = categories
-
-    def outlines(self) -> Iterator[Outline]:
-        """See `Input`."""
-        for record in self._records:
-            yield Outline(record.key, record.size, record.group, record.split, _place(record, record.image))
 
     def records(self) -> Iterator[Record]:
         """See `Input`."""
         return iter(self._records)
 
-    def info(self) -> dict[str, Any]:
-        """See `Input`."""
-        return self._info
 
-
-@dataclass(frozen=True)
-class EncodedSample:
-    """Encoded files of a sample, and the pixel counts of its mask."""
-
-    members: dict[str, bytes]
-    """Image, mask and instances by extension."""
-    pixels: Counter[int] = field(default_factory=Counter)
-    """Number of mask pixels by value; empty if there is no mask."""
-
-
-Encoded = EncodedSample | DataError
-"""A sample, or the error for the caller to raise or skip."""
+Encoded = tuple[dict[str, bytes], Counter[int]] | DataError
+"""Image, mask and instances by extension, and the pixels of the mask by value; or the error."""
 
 
 @dataclass(frozen=True)
@@ -219,17 +175,18 @@ def _encode(record: Record, value_range: ValueRange | None) -> Encoded:
     if record.fault is not None:
         return record.fault
     try:
-        image, extension = encoded_image(contents_of(record.image), _place(record, record.image), value_range)
-        members, pixels = {extension: image}, Counter[int]()
+        where = record.location(record.image)
+        image, extension = encoded_image(_read(record.image), where, value_range)
+        files, pixels = {extension: image}, Counter[int]()
         if record.mask is not None:
-            members[MASK] = contents_of(record.mask)
-            pixels = check_mask(members[MASK], image, _place(record, record.mask))
+            files[MASK] = _read(record.mask)
+            pixels = check_mask(files[MASK], image, record.location(record.mask))
         if record.instances is not None:
-            members[INSTANCES] = record.instances
-            _check_instances(record.instances, record.categories, image, record.where or _place(record, record.image))
+            files[INSTANCES] = record.instances
+            _check_instances(record.instances, record.categories, image, record.where or where)
     except DataError as error:
         return error
-    return EncodedSample(members, pixels)
+    return files, pixels
 
 
 def _check_instances(data: bytes, categories: int | None, image: bytes, where: str) -> None:
@@ -244,18 +201,13 @@ def _check_instances(data: bytes, categories: int | None, image: bytes, where: s
         check_turned(lies)
 
 
-def contents_of(contents: Contents) -> bytes:
-    """Return the encoded image or mask."""
+def _read(contents: Contents) -> bytes:
     if isinstance(contents, bytes):
         return contents
     if not isinstance(contents, Path):
-        return contents.read()
+        return contents()
     with reading(contents, fix="correct the path; relative ones start at the folder of the table, or at --root"):
         return contents.read_bytes()
-
-
-def _place(record: Record, contents: Contents) -> str:
-    return str(contents) if isinstance(contents, Path) else record.where or record.key
 
 
 @contextmanager
@@ -263,16 +215,23 @@ def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iter
     """Convert errors of reading a file or folder into a DataError that names it.
 
     Args:
-        path: file or folder to read.
         kinds: further exception types to convert, besides OSError.
-        fix: suggested fix for these errors.
     """
-    faults: tuple[type[Exception], ...] = (OSError, *kinds)
+    expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield
-    except faults as error:
+    except expected as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read the file: {why}", where=str(path), fix=fix) from None
+
+
+@contextmanager
+def annotations_of(where: str, fix: str | None = None) -> Iterator[None]:
+    """Convert annotation errors of a sample into a DataError that names the sample."""
+    try:
+        yield
+    except BadSampleError as bad:
+        raise DataError(f"{bad.reason}: {bad.detail}", where=where, fix=fix) from None
 
 
 def split_name(value: Any, where: str) -> str | None:
@@ -282,3 +241,22 @@ def split_name(value: Any, where: str) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(value)):
         raise DataError(f"'{value}' is no name for a split", where=where, fix="letters, digits, - and _ only")
     return str(value)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Read class names from a JSON list, or from a text file with one name per line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the labels: {error}", where=str(path)) from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ConfigError("the labels are no list of names", where=str(path))
+    if len(set(labels)) < len(labels):
+        raise ConfigError("a label stands twice", where=str(path))
+    return labels
+
+
+def hash_of(purpose: str, key: str) -> bytes:
+    """Return the hash for ordering and splitting samples, independent of the machine and of other samples."""
+    return hashlib.sha256(f"{purpose}/{key}".encode()).digest()

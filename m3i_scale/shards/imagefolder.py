@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from m3i_scale.data.images import FILE_EXTENSIONS
-from m3i_scale.data.make.records import ListedInput, Record, split_name
 from m3i_scale.errors import DataError
+from m3i_scale.shards.records import ListedInput, Record, split_name
 
 Captions = Literal["auto", "none", "optional", "required"]
 """auto: either all images of a folder have a caption file, or none."""
@@ -27,25 +27,24 @@ def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderL
 
     Args:
         folder: root folder. Images directly in it or in a split folder have no label; hidden (dot) files are skipped.
-        captions: which images have a caption.
         layout: meaning of the top-level folders; see `FolderLayout`.
     """
     images = list_images(folder)
-    ways = [path.relative_to(folder).parts[:-1] for path in images]
+    parents = [path.relative_to(folder).parts[:-1] for path in images]
     if layout == "auto":
-        layout = "splits" if _has_splits(ways, folder) else "classes"
-    if layout == "splits" and not all(ways):
+        layout = "splits" if _has_splits(parents, folder) else "classes"
+    if layout == "splits" and not all(parents):
         raise DataError(
-            "an image lies in no split", where=str(images[ways.index(())]), fix="move it, or --layout classes"
+            "an image lies in no split", where=str(images[parents.index(())]), fix="move it, or --layout classes"
         )
     depth = 1 if layout == "splits" else 0
-    classes = sorted({way[depth] for way in ways if len(way) > depth})
+    classes = sorted({parts[depth] for parts in parents if len(parts) > depth})
     if captions == "auto":
         captions = "required" if any(path.with_suffix(".txt").is_file() for path in images) else "none"
     records, numbers = [], {name: number for number, name in enumerate(classes)}
-    for path, way in zip(images, ways, strict=True):
-        label = numbers[way[depth]] if len(way) > depth else None
-        split = split_name(way[0], str(folder / way[0])) if layout == "splits" else None
+    for path, parts in zip(images, parents, strict=True):
+        label = numbers[parts[depth]] if len(parts) > depth else None
+        split = split_name(parts[0], str(folder / parts[0])) if layout == "splits" else None
         records.append(_folder_record(path, folder, label, split, captions))
     return ListedInput(records, classes, source="imagefolder")
 
@@ -67,25 +66,26 @@ def _is_shown_image(path: Path, folder: Path) -> bool:
     return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
 
 
-def _has_splits(ways: Sequence[tuple[str, ...]], folder: Path) -> bool:
+def _has_splits(parents: Sequence[tuple[str, ...]], folder: Path) -> bool:
     """Return whether the top-level folders are splits, not classes.
 
     Args:
-        ways: path components of the folders of every image.
-        folder: root folder, for errors.
+        parents: path components of the folders of every image.
     """
-    first = {way[0] for way in ways if way}
+    first = {parts[0] for parts in parents if parts}
     splits = sorted(name for name in first if name.lower() in SPLIT_NAMES)
     others = sorted(first.difference(splits))
-    one_of_the_classes = others and len(splits) == 1 and all(len(way) == 1 for way in ways if way and way[0] in splits)
+    one_of_the_classes = (
+        others and len(splits) == 1 and all(len(parts) == 1 for parts in parents if parts and parts[0] in splits)
+    )
     if not splits or one_of_the_classes:  # "train" may also be the class of a vehicle
         return False
-    inside = {split: {way[1] for way in ways if len(way) > 1 and way[0] == split} for split in splits}
+    inside = {split: {parts[1] for parts in parents if len(parts) > 1 and parts[0] == split} for split in splits}
     most = max(splits, key=lambda split: len(inside[split]))
-    bare = sorted({way[0] for way in ways if way and way[0] in splits and len(way) == 1})
+    bare = sorted({parts[0] for parts in parents if parts and parts[0] in splits and len(parts) == 1})
     alone = {split: sorted(inside[split] - inside[most]) for split in splits}
     why = None
-    if others or not all(ways):
+    if others or not all(parents):
         why = f"{', '.join(others) or 'an image'} beside {', '.join(splits)}"
     elif bare:
         why = f"images lie directly in {', '.join(bare)}, in no folder of a class"

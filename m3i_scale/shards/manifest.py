@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.make.arrow import read_rows
-from m3i_scale.data.make.records import ListedInput, Record, reading, split_name
-from m3i_scale.errors import ConfigError, DataError, did_you_mean
+from m3i_scale.errors import DataError, did_you_mean
+from m3i_scale.shards.arrow import read_rows
+from m3i_scale.shards.records import ListedInput, Record, reading, split_name
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ def manifest_input(
 
     Args:
         manifest: the file; its suffix selects the format.
-        columns: column names.
         root: root of relative paths; default: the manifest's folder.
         labels: class names. Default: the sorted names in the table; for numbers, 0 … the largest.
     """
@@ -172,17 +171,3 @@ def _check_columns(rows: Sequence[dict[str, Any]], columns: TableColumns, manife
             raise DataError(
                 f"the manifest has no column '{name}'", where=str(manifest), fix=did_you_mean(name, map(str, present))
             )
-
-
-def read_labels(path: Path) -> list[str]:
-    """Read class names from a JSON list, or from a text file with one name per line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        labels = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the labels: {error}", where=str(path)) from None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ConfigError("the labels are no list of names", where=str(path))
-    if len(set(labels)) < len(labels):
-        raise ConfigError("a label stands twice", where=str(path))
-    return labels

@@ -18,14 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_scale.data.images import on_white, orientation, upright
-from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.reader import BadSampleError, readable_members
+from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import decoding, open_image
 from m3i_scale.data.shards import local_shards
 from m3i_scale.data.tar import key_at, read_shard
-from m3i_scale.data.tools.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, pairs_within, unlike_bits
-from m3i_scale.data.workers import map_in_processes
-from m3i_scale.defaults import MAX_SAMPLE_BYTES
+from m3i_scale.shards.existing_shards import Advance, read_shards, readable_samples
+from m3i_scale.shards.nearest import FEW, Alike, Groups, Nearest, Numbers, Pairs, pairs_within, unlike_bits
 
 PLAIN = "nearly one colour"
 """Images without structure are counted with this reason and not compared: their hashes would be noise."""
@@ -37,8 +35,8 @@ NEAR_ZERO = 0.1
 
 
 def _cosines() -> NDArray[np.float64]:
-    frequency, place = np.arange(9)[:, None], np.arange(SIDE)[None]
-    waves: NDArray[np.float64] = np.cos(np.pi * (2 * place + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
+    frequency, position = np.arange(9)[:, None], np.arange(SIDE)[None]
+    waves: NDArray[np.float64] = np.cos(np.pi * (2 * position + 1) * frequency / (2 * SIDE)) * np.sqrt(2 / SIDE)
     return waves
 
 
@@ -71,16 +69,6 @@ class HashTask:
 
 
 @dataclass
-class ShardHashes:
-    """Hashes of one shard."""
-
-    size: int
-    rows: list[tuple[int, int, int]]
-    """Offset of the sample, hash of its image, hash of the mirror image."""
-    left_out: Counter[str]
-
-
-@dataclass
 class HashedImages:
     """Hashes and locations of the images of a dataset, in 28 bytes per image."""
 
@@ -96,7 +84,7 @@ class HashedImages:
         """Return the number of images."""
         return len(self.hash_N)
 
-    def place(self, number: int) -> dict[str, str]:
+    def location(self, number: int) -> dict[str, str]:
         """Return shard and key of an image."""
         path = self.paths[self.shard_N[number]]
         return {"shard": str(path), "key": key_at(path, int(self.offset_N[number]))}
@@ -139,11 +127,11 @@ class HashedImages:
                 bits = np.minimum(straight, mirrored)[new]
                 nearest.add(left[new], first[right[new]], bits, counts[right[new]])
         for number in np.flatnonzero(nearest.count_Q[mine]).tolist():
-            found = []
+            matches = []
             for far, value in ((far, which[other]) for far, other in nearest.of(mine[number])):
                 equal = order[ends[value] - counts[value] : ends[value]][:FEW]
-                found += [(far, other) for other in equal.tolist()]
-            yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(found)[:FEW]]
+                matches += [(far, other) for other in equal.tolist()]
+            yield number, int(nearest.count_Q[mine[number]]), [other for _, other in sorted(matches)[:FEW]]
 
     def _distinct(self) -> tuple[NDArray[np.uint64], Numbers, Numbers]:
         """Return the distinct pairs (U, 2) of hash and mirror hash, the first image of each pair, and every image's
@@ -160,45 +148,46 @@ def read_hashes(
 
     Args:
         sources: folders, brace patterns or single tars.
-        max_pixels: larger images are skipped.
-        workers: number of processes.
         advance: called with the number of bytes of every completed shard.
     """
     paths = [path for source in sources for path in local_shards(source)]
     left_out: Counter[str] = Counter()
     shards: list[NDArray[np.uint32]] = []
     rows: list[NDArray[np.uint64]] = []
-    for number, found in enumerate(map_in_processes(hash_shard, [HashTask(p, max_pixels) for p in paths], workers)):
-        left_out.update(found.left_out)
-        rows.append(np.array(found.rows, dtype=np.uint64).reshape(-1, 3))
-        shards.append(np.full(len(found.rows), number, dtype=np.uint32))
-        if advance is not None:
-            advance(found.size)
+    tasks = [HashTask(path, max_pixels) for path in paths]
+    for number, (of_shard, skipped) in enumerate(read_shards(hash_shard, tasks, workers, advance)):
+        left_out.update(skipped)
+        rows.append(np.array(of_shard, dtype=np.uint64).reshape(-1, 3))
+        shards.append(np.full(len(of_shard), number, dtype=np.uint32))
     offset_N, hash_N, mirrored_N = np.concatenate(rows).T
     return HashedImages(paths, np.concatenate(shards), offset_N.astype(np.int64), hash_N, mirrored_N, left_out)
 
 
-def hash_shard(task: HashTask) -> ShardHashes:
-    """Hash the images of one shard; count corrupt images by reason."""
+def hash_shard(task: HashTask) -> tuple[int, tuple[list[tuple[int, int, int]], Counter[str]]]:
+    """Hash the images of one shard.
+
+    Returns:
+        Its size in bytes; for every image the offset of its sample, its hash and the hash of its mirror image; and the
+        number of images without a hash, by reason.
+    """
     raw = read_shard(task.path)
-    found = ShardHashes(raw.size, [], Counter(fault.reason for fault in raw.faults))
-    if not raw.samples:
-        return found
-    with task.path.open("rb") as stream:
-        for sample in raw.samples:
-            try:
-                hashes = _hashes_in(readable_members(stream, sample, MAX_SAMPLE_BYTES), task.max_pixels)
-            except BadSampleError as bad:
-                found.left_out[bad.reason] += 1
-                continue
-            if hashes is None:
-                found.left_out[PLAIN] += 1
-            else:
-                found.rows.append((sample.start, *hashes))
-    return found
+    rows, left_out = list[tuple[int, int, int]](), Counter(fault.reason for fault in raw.faults)
+    for sample, members in readable_samples(task.path, raw):
+        try:
+            hashes = _hashes_in(members, task.max_pixels)
+        except BadSampleError as bad:
+            left_out[bad.reason] += 1
+            continue
+        if hashes is None:
+            left_out[PLAIN] += 1
+        else:
+            rows.append((sample.start, *hashes))
+    return raw.size, (rows, left_out)
 
 
-def _hashes_in(members: Mapping[str, bytes], max_pixels: int) -> tuple[int, int] | None:
+def _hashes_in(members: Mapping[str, bytes] | BadSampleError, max_pixels: int) -> tuple[int, int] | None:
+    if isinstance(members, BadSampleError):
+        raise members
     with open_image(members, max_pixels) as image, decoding():
         lies = orientation(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))

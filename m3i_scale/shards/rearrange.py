@@ -12,21 +12,21 @@ from typing import Any, Literal, TypeVar
 
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.cut import ShardOptions
-from m3i_scale.data.make.existing import (
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.existing_shards import (
     Advance,
     Origin,
-    annotations_of,
     common_categories,
     common_labels,
     contents,
     outlines,
 )
-from m3i_scale.data.make.layout import WHOLE, plan_layout
-from m3i_scale.data.make.write import atomic_folder, check_output, write_samples
-from m3i_scale.data.samples import read_annotations
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.layout import WHOLE, plan_layout
+from m3i_scale.shards.options import ShardOptions
+from m3i_scale.shards.records import annotations_of
+from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 _Names = TypeVar("_Names")
 
@@ -60,10 +60,8 @@ def split_shards(
         source: a folder, a brace pattern or one tar.
         output: output folder, with a folder per split, or the shards themselves without `shares`.
         options: size and order of the new shards.
-        name: prefix of their file names.
-        shares: fractions of samples by split.
         group: JSON field whose value keeps samples in the same split.
-        advance: called with bytes read; every shard is read twice.
+        advance: called with bytes read; every shard is read repeated.
     """
     if group is not None and not shares:
         raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
@@ -85,11 +83,8 @@ def merge_shards(
 
     Args:
         sources: folders, brace patterns or single tars.
-        output: output folder.
         options: size and order of the new shards.
-        name: prefix of their file names.
-        keys: handling of duplicate keys.
-        advance: called with bytes read; every shard is read twice.
+        advance: called with bytes read; every shard is read repeated.
     """
     if len(sources) < 2:
         raise ConfigError("there is nothing to merge: one source", fix="name several, or use `m3i-scale shards split`")
@@ -111,8 +106,10 @@ def join_labels(sets: Sequence[list[str] | None]) -> Labels:
     numbers: list[list[int] | None] = []
     for names in sets:
         if names is not None and len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"the label '{twice}' stands twice in labels.json", fix="labels are joined by their names")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise DataError(
+                f"the label '{repeated}' stands twice in labels.json", fix="labels are joined by their names"
+            )
         numbers.append([joined.index(name) for name in names or ()])
     return Labels(joined, numbers)
 
@@ -135,8 +132,7 @@ def _rewrite(
     layout = plan_layout(lambda: outlines(origins, options.workers, advance), shares, options)
     with atomic_folder(output) as folder:
         samples = _relabelled(origins, labels, unnamed, advance)
-        named = None if categories is None else categories.to_json()
-        names = {LABELS: labels.names, MASK_LABELS: mask_labels, CATEGORIES: named}
+        names = class_names(labels.names, mask_labels, categories)
         splits = write_samples(folder, name, layout, samples, names, lambda: info)
         tokenizer = _copy_tokenizer(sources, folder)
     counts = splits[WHOLE] if shares is None else {"splits": splits}
@@ -175,13 +171,7 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
 
 
 def _same(sets: Sequence[_Names | None], sources: Sequence[str], file: str) -> tuple[_Names | None, set[int]]:
-    """Return the classes of masks or boxes, equal in all datasets that have any, and the indices of the other datasets.
-
-    Args:
-        sets: class lists by dataset.
-        sources: paths of the datasets.
-        file: file of the class lists.
-    """
+    """Return the classes of masks or boxes, equal in all datasets that have any, and the indices of the others."""
     first = next((names for names in sets if names is not None), None)
     for source, names in zip(sources, sets, strict=True):
         if names not in (None, first):
@@ -202,11 +192,12 @@ def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
     """Copy the tokenizer if all datasets have the same one; return whether it was copied."""
     tokenizers = []
     for source in sources:
-        beside = local_shards(source)[0].parent
-        places = [place for place in (beside / "tokenizer", beside.parent / "tokenizer") if place.is_dir()]
-        if not places:
+        shard_folder = local_shards(source)[0].parent
+        near = [parent / "tokenizer" for parent in (shard_folder, shard_folder.parent)]
+        existing = [path for path in near if path.is_dir()]
+        if not existing:
             return False
-        tokenizers.append(places[0])
+        tokenizers.append(existing[0])
     names = sorted(path.name for path in tokenizers[0].iterdir() if path.is_file())
     for tokenizer in tokenizers[1:]:
         if filecmp.cmpfiles(tokenizers[0], tokenizer, names, shallow=False)[0] != names:

@@ -1,15 +1,18 @@
-"""Search for hashes that differ in a few bits; counts all matches of an image and keeps the nearest few.
+"""Groups of near-duplicate images and train/test contamination; the search for hashes that differ in a few bits.
 
+Matches of an image are counted, and the nearest few are kept.
 All matches would not fit in memory: a placeholder for missing images may occur many thousand times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 FEW = 5
 """Number of matches kept per image."""
@@ -32,11 +35,7 @@ Alike = Iterator[tuple[int, int, list[int]]]
 
 
 class Nearest:
-    """Counter of the matches of every query, with the nearest few of them.
-
-    Args:
-        queries: number of queries.
-    """
+    """Counter of the matches of every query, with the nearest few of them."""
 
     def __init__(self, queries: int) -> None:
         self.count_Q = np.zeros(queries, dtype=np.int64)
@@ -48,9 +47,7 @@ class Nearest:
         """Add new pairs of a query and a value.
 
         Args:
-            query_P: indices of queries.
             value_P: indices of values; of equally near values, the lower index is kept.
-            far_P: distances.
             weight_P: number of images that the value represents; None: one.
         """
         if not len(query_P):
@@ -61,9 +58,9 @@ class Nearest:
         value = np.concatenate([self._value_K, value_P])
         far = np.concatenate([self._far_K, far_P])
         order = np.lexsort((value, far, query))
-        sorted_query, places = query[order], np.arange(len(order))
+        sorted_query, positions = query[order], np.arange(len(order))
         begins = np.searchsorted(sorted_query, sorted_query)  # start of the pairs of the same query
-        kept = order[places - begins < FEW]
+        kept = order[positions - begins < FEW]
         self._query_K, self._value_K, self._far_K = query[kept], value[kept], far[kept]
 
     def of(self, query: int) -> list[tuple[float, int]]:
@@ -113,9 +110,6 @@ def pairs_within(
     So only values with such a band are compared with a query.
 
     Args:
-        query_Q: hashes.
-        value_N: hashes.
-        distance: maximum number of different bits.
         groups_of: skips pairs within one group. Groups grow while pairs are yielded, which avoids quadratic time for
             many similar images.
     """
@@ -130,8 +124,8 @@ def pairs_within(
             end_Q = ends[wanted_Q]
             count_Q = end_Q - np.where(wanted_Q > 0, ends[wanted_Q - 1], 0)
             found = _candidates(end_Q, count_Q) if groups_of is None else _apart(end_Q, count_Q, order, groups_of)
-            for left, places in found:
-                right = order[places]
+            for left, positions in found:
+                right = order[positions]
                 unlike = query_Q[left] ^ value_N[right]
                 ones = [_ONES[_band(unlike, number)] for number in range(BANDS)]
                 same = ones[0] + ones[1] + ones[2] + ones[3] <= distance
@@ -151,7 +145,7 @@ def unlike_bits(first_N: NDArray[np.uint64], second_N: NDArray[np.uint64]) -> ND
 
 
 def _candidates(end_Q: Numbers, count_Q: Numbers) -> Pairs:
-    """Yield (query, place) for the `count_Q` places before `end_Q` of every query, about `BLOCK_PAIRS` at a time."""
+    """Yield (query, place) for the `count_Q` positions before `end_Q` of every query, about `BLOCK_PAIRS` at a time."""
     asked = np.flatnonzero(count_Q)
     total = np.cumsum(count_Q[asked])
     blocks = np.searchsorted(total, np.arange(BLOCK_PAIRS, total[-1] if len(total) else 0, BLOCK_PAIRS))
@@ -170,25 +164,123 @@ def _apart(end_Q: Numbers, count_Q: Numbers, order: Numbers, groups_of: GroupsOf
     for queries in np.split(asked, np.flatnonzero(np.diff(end_Q[asked])) + 1):
         if len(queries):
             end = int(end_Q[queries[0]])
-            places = np.arange(end - int(count_Q[queries[0]]), end)
-            yield from _apart_in_band(queries, places, order[places], groups_of)
+            positions = np.arange(end - int(count_Q[queries[0]]), end)
+            yield from _apart_in_band(queries, positions, order[positions], groups_of)
 
 
-def _apart_in_band(queries: Numbers, places: Numbers, values: Numbers, groups_of: GroupsOf) -> Pairs:
+def _apart_in_band(queries: Numbers, positions: Numbers, values: Numbers, groups_of: GroupsOf) -> Pairs:
     queries = np.random.default_rng(0).permutation(queries)  # neighbors are similar and would connect the same few
     for _ in range(ROUNDS):
-        yield from _product(queries[:PILOTS], places)
+        yield from _product(queries[:PILOTS], positions)
         queries = queries[PILOTS:]
         of_query, of_value = groups_of(queries, values)
         names, counts = np.unique(of_value, return_counts=True)
         largest = names[counts.argmax()]
         if counts.max() > _MOST * len(values) or not len(queries):
             break
-    yield from _product(queries[of_query != largest], places)
-    yield from _product(queries[of_query == largest], places[of_value != largest])
+    yield from _product(queries[of_query != largest], positions)
+    yield from _product(queries[of_query == largest], positions[of_value != largest])
 
 
-def _product(queries: Numbers, places: Numbers) -> Pairs:
-    if len(queries) and len(places):
-        for some in np.array_split(queries, -(-len(queries) * len(places) // BLOCK_PAIRS)):
-            yield np.repeat(some, len(places)), np.tile(places, len(some))
+def _product(queries: Numbers, positions: Numbers) -> Pairs:
+    if len(queries) and len(positions):
+        for some in np.array_split(queries, -(-len(queries) * len(positions) // BLOCK_PAIRS)):
+            yield np.repeat(some, len(positions)), np.tile(positions, len(some))
+
+
+class Images(Protocol):
+    """Image hashes or features of one dataset."""
+
+    left_out: Counter[str]
+    """Images that cannot be compared, by reason."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def location(self, number: int) -> dict[str, str]:
+        """Return shard and key of an image."""
+        ...
+
+    def likeness(self, number: int, others: Self, other: int) -> dict[str, Any]:
+        """Return the similarity to an image of another set."""
+        ...
+
+    def pairs(self, threshold: Any, groups: Groups) -> Pairs:
+        """Yield enough pairs of similar images to connect all similar ones; the caller joins each pair in `groups`."""
+        ...
+
+    def alike(self, others: Self, threshold: Any) -> Alike:
+        """Yield the matches in another set for every image that has any."""
+        ...
+
+
+def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
+    """Return groups of images connected by similar pairs, the largest first.
+
+    Returns:
+        For each group its `size` and its `images`: location, and likeness to the first image.
+    """
+    connected = Groups(len(images))
+    for left, right in images.pairs(threshold, connected):
+        connected.join(left, right)
+    members: dict[int, list[int]] = {}
+    for number, first in enumerate(connected.of(np.arange(len(images))).tolist()):
+        if first != number:
+            members.setdefault(first, []).append(number)
+    groups = [
+        [
+            images.location(first),
+            *({**images.location(other), **images.likeness(first, images, other)} for other in others),
+        ]
+        for first, others in sorted(members.items(), key=lambda group: (-len(group[1]), group[0]))
+    ]
+    return [{"size": len(group), "images": group} for group in groups]
+
+
+def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str, Any]]:
+    """Return evaluation images that resemble training images, those with the most matches first.
+
+    Returns:
+        For each image its location; `alike`: number of matches; `training`: the nearest matches, with likeness.
+    """
+    found = sorted(evaluation.alike(training, threshold), key=lambda leak: (-leak[1], leak[0]))
+    return [
+        {
+            **evaluation.location(number),
+            "alike": count,
+            "training": [
+                {**training.location(other), **evaluation.likeness(number, training, other)} for other in nearest
+            ],
+        }
+        for number, count, nearest in found
+    ]
+
+
+def report_of(
+    training: Images, evaluation: Images | None, measure: str, threshold: float, sources: Sequence[str]
+) -> dict[str, Any]:
+    """Return near-duplicates within a dataset, or its overlap with an evaluation set, as JSON types.
+
+    Args:
+        evaluation: evaluation set; None finds near-duplicates within `training`.
+        measure: quantity of `threshold`: "distance" or "similarity".
+    """
+    report: dict[str, Any] = {
+        "source": list(sources),
+        "threshold": {measure: threshold},
+        "images": len(training),
+        "not_compared": dict(training.left_out.most_common()),
+    }
+    if evaluation is None:
+        groups = groups_within(training, threshold)
+        beyond = sum(group["size"] - 1 for group in groups)
+        return report | {"groups": len(groups), "beyond_first": beyond, "near_duplicates": groups}
+    found = leaks(evaluation, training, threshold)
+    return report | {
+        "evaluation_images": len(evaluation),
+        "evaluation_not_compared": dict(evaluation.left_out.most_common()),
+        "leaked": len(found),
+        "leaked_share": round(len(found) / len(evaluation), 6) if len(evaluation) else 0.0,
+        "leaks": found,
+    }

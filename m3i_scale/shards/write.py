@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.index import build_index
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.make.layout import WHOLE, Layout
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import atomic_dir, sha256_of, write_json
+from m3i_scale.shards.layout import WHOLE, Layout
 
 MANIFEST_FORMAT = 1
 ClassNames = Mapping[str, Sequence[str] | Mapping[str, Any] | None]
@@ -81,6 +83,14 @@ def check_output(output: Path, name: str) -> None:
     check_output_is_new(output)
 
 
+def class_names(
+    labels: Sequence[str] | None, mask_labels: Sequence[str] | None, categories: Categories | None
+) -> ClassNames:
+    """Return the contents of the sidecar files with class names."""
+    of_boxes = None if categories is None else categories.to_json()
+    return {LABELS: labels, MASK_LABELS: mask_labels, CATEGORIES: of_boxes}
+
+
 def write_samples(
     folder: Path,
     name: str,
@@ -96,74 +106,59 @@ def write_samples(
         name: prefix of the shards' file names.
         layout: split and shard of every sample.
         samples: key and files of each sample, in layout order; None for a skipped sample.
-        names: class names.
         info: returns the head of the manifest (source, license, …) after all samples are read.
     """
-    with _Shards(folder, name, layout) as shards:
-        number = -1
-        for number, sample in enumerate(samples):
-            if number == len(layout):
-                break
-            if sample is not None:
-                shards.add(number, *sample)
-        if number + 1 != len(layout):
-            raise DataError("the input changed while it was read", fix="start again when nobody writes to it")
-        return shards.finish(names, info())
+    for split in layout.splits:
+        (folder / split).mkdir(exist_ok=True)
+    members: defaultdict[Path, Counter[str]] = defaultdict(Counter)
+    written = 0
+    with _Appender() as appender:
+        for sample in samples:
+            if sample is not None and written < len(layout):
+                key, files = sample
+                path = folder / layout.shard(written, name)
+                appender.append(
+                    path, [tar_member(f"{key}.{extension}", files[extension]) for extension in sorted(files)]
+                )
+                members[path].update(["samples", *files])
+            written += 1
+    if written != len(layout):
+        raise DataError("the input changed while it was read", fix="start again when nobody writes to it")
+    counts = {}
+    for split in sorted(layout.splits):
+        shards = {}
+        for path in sorted(path for path in members if path.parent == folder / split):
+            with path.open("ab") as stream:
+                close_tar(stream)
+            shards[path.name] = shard_facts(path, members[path])
+        if not shards:
+            raise DataError(f"no sample of split '{split}' can be used", fix="see the reasons without --skip-bad")
+        head = {"name": name, **({} if split == WHOLE else {"split": split}), **info()}
+        counts[split] = finish_folder(folder / split, shards, names, head)
+    return counts
 
 
-class _Shards:
-    """Context manager that appends samples to many shards in any order, without keeping them in memory."""
+class _Appender:
+    """Context manager that appends to many files in any order, of which the latest stay open."""
 
-    def __init__(self, folder: Path, name: str, layout: Layout) -> None:
-        self._folder, self._name, self._layout = folder, name, layout
+    def __init__(self) -> None:
         self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
-        self._members: dict[tuple[str, int], Counter[str]] = {}
-        for split in layout.splits:
-            (folder / split).mkdir(exist_ok=True)
 
-    def __enter__(self) -> _Shards:
+    def __enter__(self) -> _Appender:
         return self
 
     def __exit__(self, *rest: object) -> None:
         while self._open:
             self._open.popitem()[1].close()
 
-    def add(self, number: int, key: str, members: Mapping[str, bytes]) -> None:
-        """Append the sample at position `number` of the input."""
-        place = self._layout.place(number)
-        stream = self._stream(self._path(*place))
-        for extension in sorted(members):
-            stream.write(tar_member(f"{key}.{extension}", members[extension]))
-        self._members.setdefault(place, Counter()).update(["samples", *members])
-
-    def finish(self, names: ClassNames, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Close all shards, write their sidecar files, and return the counts of every split."""
-        self.__exit__()
-        sums = {}
-        for split in sorted(self._layout.splits):
-            shards = {}
-            for place in sorted(place for place in self._members if place[0] == split):
-                path = self._path(*place)
-                with path.open("ab") as stream:
-                    close_tar(stream)
-                shards[path.name] = shard_facts(path, self._members[place])
-            if not shards:
-                raise DataError(f"no sample of split '{split}' can be used", fix="see the reasons without --skip-bad")
-            head = {"name": self._name, **({} if split == WHOLE else {"split": split}), **info}
-            sums[split] = finish_folder(self._folder / split, shards, names, head)
-        return sums
-
-    def _path(self, split: str, shard: int) -> Path:
-        return self._folder / split / f"{self._name}-{shard:06d}.tar"
-
-    def _stream(self, path: Path) -> BinaryIO:
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        while len(self._open) >= OPEN_SHARDS:
-            self._open.popitem(last=False)[1].close()
-        self._open[path] = path.open("ab")
-        return self._open[path]
+    def append(self, path: Path, blocks: Iterable[bytes]) -> None:
+        """Append blocks to a file."""
+        if path not in self._open:
+            if len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = path.open("ab")
+        self._open.move_to_end(path)
+        self._open[path].writelines(blocks)
 
 
 def tar_member(name: str, data: bytes) -> bytes:
@@ -183,7 +178,6 @@ def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
     """Return the manifest entry of a shard.
 
     Args:
-        path: the finished file.
         members: number of files by extension; under `samples`, the number of samples.
     """
     counts = [members.get(name, 0) for name in ("samples", "cls", "txt", MASK)]
@@ -202,9 +196,7 @@ def finish_folder(
     """Write class names, sizes.json, manifest.json and index/ next to shards, and return the sums of their counts.
 
     Args:
-        folder: folder of the shards.
         shards: manifest entries from `shard_facts`, by file name.
-        names: class names.
         facts: head of the manifest: name, split, source, license, …
     """
     for file, of_file in names.items():

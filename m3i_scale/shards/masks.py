@@ -4,63 +4,54 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from m3i_scale.data.images import DECODE_FAULTS, mask_fault
-from m3i_scale.data.make.folder import SPLIT_NAMES, key_of, list_images
-from m3i_scale.data.make.records import ListedInput, Record, reading
-from m3i_scale.data.make.table import read_labels
 from m3i_scale.data.shards import check_mask_classes
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of, list_images
+from m3i_scale.shards.records import ListedInput, Record, read_class_names, reading
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)
 """Class of every stored value if classes start at 1: 0 and 255 become 255 (no class)."""
 
 
-@dataclass(frozen=True)
-class MaskFile:
-    """A mask file, converted to the format of shards when it is read; see `LazyContents`."""
-
-    path: Path
-    classes: int
-    reduce_zero_label: bool
-
-    def read(self) -> bytes:
-        """Return the mask with classes from 0. Invalid data is returned unchanged; `check_mask` rejects it."""
-        with reading(self.path):
-            data = self.path.read_bytes()
-        if mask_fault(data) is not None:
-            return data
-        try:
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
-                pixels_HW = np.asarray(mask)
-        except DECODE_FAULTS:
-            return data
-        highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
-        if highest == self.classes and not self.reduce_zero_label:
-            raise ConfigError(
-                f"a mask has the class {highest}, and the {self.classes} names are of 0 to {self.classes - 1}",
-                where=str(self.path),
-                why="where 0 is no class, as in ADE20k, all masks are off by one",
-                fix="a name for every class, in the order of their numbers; or, where 0 is none, `shards make masks"
-                " --reduce-zero-label`, or the layout of ADE20k with its objectInfo150.txt",
-            )
-        if highest >= self.classes + self.reduce_zero_label:
-            raise DataError(
-                f"the mask has a class without a name: {highest}, of {self.classes} names",
-                where=str(self.path),
-                fix="a name for every class, in the order of their numbers; pixels without one are 255",
-            )
-        if not self.reduce_zero_label:
-            return data
-        buffer = io.BytesIO()
-        Image.fromarray(_FROM_ONE[pixels_HW]).save(buffer, "PNG")
-        return buffer.getvalue()
+def read_mask(path: Path, classes: int, reduce_zero_label: bool) -> bytes:
+    """Return a mask with classes from 0. Invalid data is returned unchanged; `check_mask` rejects it."""
+    with reading(path):
+        data = path.read_bytes()
+    if mask_fault(data) is not None:
+        return data
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
+            pixels_HW = np.asarray(mask)
+    except DECODE_FAULTS:
+        return data
+    highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
+    if highest == classes and not reduce_zero_label:
+        raise ConfigError(
+            f"a mask has the class {highest}, and the {classes} names are of 0 to {classes - 1}",
+            where=str(path),
+            why="where 0 is no class, as in ADE20k, all masks are off by one",
+            fix="a name for every class, in the order of their numbers; or, where 0 is none, `shards make masks"
+            " --reduce-zero-label`, or the layout of ADE20k with its objectInfo150.txt",
+        )
+    if highest >= classes + reduce_zero_label:
+        raise DataError(
+            f"the mask has a class without a name: {highest}, of {classes} names",
+            where=str(path),
+            fix="a name for every class, in the order of their numbers; pixels without one are 255",
+        )
+    if not reduce_zero_label:
+        return data
+    buffer = io.BytesIO()
+    Image.fromarray(_FROM_ONE[pixels_HW]).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def masks_input(
@@ -75,9 +66,7 @@ def masks_input(
     """List images and the masks of the same name: IMAGES/a/b.jpg and MASKS/a/b.png.
 
     Args:
-        images: folder of images.
         masks: folder of masks: 8-bit gray PNGs, or palette PNGs whose indices are the classes.
-        labels: class names, in index order.
         reduce_zero_label: 0 means no class and the first name has value 1. Shards start at 0 and use 255 for no class.
         split: split of all samples; None: the top-level folder of an image, if those folders have names of splits.
         skip_bad: skip samples without an image or without a mask.
@@ -92,8 +81,8 @@ def masks_input(
             why=f"the first are {min(of_images)} and {min(of_masks)}",
             fix="name them alike, as in IMAGES/a/b.jpg and MASKS/a/b.png",
         )
-    whole = {name for name in both if of_masks[name].suffix.lower() == ".png"}
-    splits = set() if split is not None else _splits(whole, images)
+    pairs = {name for name in both if of_masks[name].suffix.lower() == ".png"}
+    splits = set() if split is not None else _splits(pairs, images)
     records = []
     for name in sorted({*of_images, *of_masks}):
         image, mask = of_images.get(name), of_masks.get(name)
@@ -105,13 +94,13 @@ def masks_input(
         elif mask.suffix.lower() != ".png":
             fault = DataError("the mask is no PNG", where=str(mask))
         if fault is not None and not skip_bad:
-            fault.fix = f"{len(whole)} pairs are whole; --skip-bad leaves the others out"
+            fault.fix = f"{len(pairs)} pairs are whole; --skip-bad leaves the others out"
             raise fault
         records.append(
             Record(
                 key_of(Path(f"{name}.png")),
                 image or b"",
-                mask=None if mask is None else MaskFile(mask, len(labels), reduce_zero_label),
+                mask=None if mask is None else partial(read_mask, mask, len(labels), reduce_zero_label),
                 meta={} if image is None else {"path": image.relative_to(images).as_posix()},
                 # Skipped samples must not create a split.
                 split=name.parts[0] if name.parts[0] in splits else min(splits, default=split),
@@ -124,13 +113,8 @@ def masks_input(
 
 
 def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
-    """Read class names: a JSON list, one name per line, or a table like ADE20k's, with the columns Idx and Name.
-
-    Args:
-        path: file of class names.
-        reduce_zero_label: see `masks_input`.
-    """
-    lines = read_labels(path)
+    """Read class names: a JSON list, one name per line, or a table like ADE20k's, with the columns Idx and Name."""
+    lines = read_class_names(path)
     header, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines] or [[]]
     if not {"Idx", "Name"} <= {*header}:
         return lines
@@ -152,24 +136,19 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
 
 def _by_name(folder: Path) -> dict[Path, Path]:
     """Return the images below a folder by relative path without suffix."""
-    found: dict[Path, Path] = {}
+    paths: dict[Path, Path] = {}
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("")
-        if name in found:
+        if name in paths:
             raise DataError(
-                "two files have one name, and each is paired by it", where=f"{found[name]}, {path}", fix="remove one"
+                "two files have one name, and each is paired by it", where=f"{paths[name]}, {path}", fix="remove one"
             )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def _splits(names: Iterable[Path], images: Path) -> set[str]:
-    """Return the top-level folders of images if they are splits.
-
-    Args:
-        names: image paths relative to `images`.
-        images: root folder.
-    """
+    """Return the top-level folders of images if they are splits."""
     first = {name.parts[0] if name.parent.parts else "" for name in names}
     splits = {name for name in first if name.lower() in SPLIT_NAMES}
     if splits and splits != first:

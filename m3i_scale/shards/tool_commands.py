@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from m3i_scale.data.make.cut import ShardOptions, parse_splits
 from m3i_scale.data.mask_classes import pixel_lines
-from m3i_scale.data.options import Name, Output, Shards, Workers, choice, print_summary, takes_sizes
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import AsJson, writes_to
-from m3i_scale.output import print_json, wide_console
-
-if TYPE_CHECKING:  # these imports take seconds, too long for --help
-    from m3i_scale.data.tools.check import CheckReport
+from m3i_scale.shards.options import (
+    Name,
+    Output,
+    ShardOptions,
+    Shards,
+    Workers,
+    choice,
+    parse_splits,
+    print_summary,
+    progress_bar,
+    takes_sizes,
+)
+from m3i_scale.text import table_lines
 
 MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
 
@@ -57,10 +59,9 @@ def check(
 
     Exits with code 2 if there are errors; changes nothing.
     """
-    from m3i_scale.data.make.write import atomic_folder, check_output_is_new
-    from m3i_scale.data.tools.check import check_shards
-    from m3i_scale.data.tools.repair import repair
-    from m3i_scale.data.tools.verify import Rules
+    from m3i_scale.shards.check import Rules, check_shards
+    from m3i_scale.shards.repair import repair
+    from m3i_scale.shards.write import atomic_folder, check_output_is_new
 
     if link and repair_to is None:
         raise ConfigError("--link does nothing without --repair", fix="add --repair FOLDER")
@@ -87,10 +88,7 @@ def check(
     if repair_to is not None:
         with atomic_folder(repair_to) as folder:
             summary["repair"] = {"output": str(repair_to), **repair(report, folder, workers, link)}
-    if as_json:
-        print_json(summary)
-    else:
-        _print_check(report, summary, quarantine)
+    print_summary(summary, as_json, _check_lines(summary, quarantine))
     if report.bad:
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -108,7 +106,7 @@ def stats(
     as_json: AsJson = False,
 ) -> None:
     """Report statistics of samples, sizes, captions, tokens and classes, and exact duplicates."""
-    from m3i_scale.data.tools.stats import stats_of
+    from m3i_scale.shards.stats import stats_of
 
     with progress_bar([shards], quiet=as_json) as advance:
         counts = stats_of(
@@ -119,25 +117,21 @@ def stats(
             workers=workers,
             advance=advance,
         )
-    if as_json:
-        print_json(counts)
-    else:
-        _print_stats(counts)
+    print_summary(counts, as_json, _stats_lines(counts))
 
 
-def look(
+def peek_samples(
     shards: Shards,
-    output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for sheet.png and index.html.")],
+    output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for index.html.")],
     count: Annotated[int, typer.Option(min=1, max=2_000, help="Samples to draw.")] = 24,
     seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
     side: Annotated[int, typer.Option(min=16, max=1_024, help="Of a picture, in pixels.")] = 160,
-    columns: Annotated[int, typer.Option(min=1, max=50, help="Pictures in a row of sheet.png.")] = 6,
     max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
 ) -> None:
-    """Draw random samples on a contact sheet: a picture, and a page with captions, labels and keys."""
-    from m3i_scale.data.tools.peek import peek
+    """Draw random samples on an HTML page, with captions, labels and keys."""
+    from m3i_scale.shards.preview import peek
 
     with progress_bar([shards], quiet=as_json) as advance:
         summary = peek(
@@ -146,13 +140,12 @@ def look(
             count=count,
             seed=seed,
             side=side,
-            columns=columns,
             max_pixels=max_image_pixels,
             workers=workers,
             advance=advance,
         )
-    shown = f"{len(summary['shown'])} of {summary['samples']} samples: {output / 'index.html'}, {output / 'sheet.png'}"
-    print_summary(summary, as_json, shown)
+    line = f"{len(summary['shown'])} of {summary['samples']} samples: {output / 'index.html'}"
+    print_summary(summary, as_json, [line])
 
 
 @takes_sizes
@@ -170,7 +163,7 @@ def split(
     as_json: AsJson = False,
 ) -> None:
     """Split samples by fractions, or only reshard them. File contents stay unchanged."""
-    from m3i_scale.data.tools.rearrange import split_shards
+    from m3i_scale.shards.rearrange import split_shards
 
     with progress_bar([shards], quiet=as_json, times=2) as advance:
         summary = split_shards(
@@ -197,7 +190,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge the samples of several datasets into one folder. Class lists are merged by class name."""
-    from m3i_scale.data.tools.rearrange import Keys, merge_shards
+    from m3i_scale.shards.rearrange import Keys, merge_shards
 
     with progress_bar(sources, quiet=as_json, times=2) as advance:
         summary = merge_shards(
@@ -206,102 +199,71 @@ def merge(
     print_summary(summary, as_json, _rearranged(summary, output))
 
 
-@contextmanager
-def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over the bytes of all shards, multiplied by the number of reads; hidden if `quiet`."""
-    from m3i_scale.data.shards import local_shards
-
-    total = 0
-    for path in (path for source in shards for path in local_shards(source)):
-        with suppress(OSError):  # the reader of the file reports the error
-            total += times * path.stat().st_size
-    columns = (*Progress.get_default_columns()[:2], DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task("shards", total=total)
-        yield lambda size: bar.advance(task, size)
-
-
-def _print_check(report: CheckReport, summary: dict[str, Any], quarantine: Path | None) -> None:
-    console = wide_console(soft_wrap=True, markup=False, highlight=False)
-    if summary["reasons"]:
-        table = Table("reason", "count", "for example")
-        for reason, facts in summary["reasons"].items():
-            example = facts["examples"][0]
-            place = f"{Path(example['url']).name} {example['key']} @{example['offset']}"
-            table.add_row(*_plain(reason, facts["count"], f"{place} {example['detail']}"))
-        console.print(table)
-    console.print(
+def _check_lines(summary: dict[str, Any], quarantine: Path | None) -> list[str]:
+    rows = []
+    for reason, facts in summary["reasons"].items():
+        first = facts["examples"][0]
+        place = f"{Path(first['url']).name} {first['key']} @{first['offset']}"
+        rows.append((reason, facts["count"], f"{place} {first['detail']}"))
+    lines = [
+        *(table_lines(("reason", "count", "for example"), rows) if rows else ()),
         f"{summary['samples']} samples in {summary['shards']} shards: {summary['bad_samples']} bad samples, "
-        f"{summary['shards'] - summary['clean_shards']} bad shards"
-    )
-    for note in report.notes:
-        console.print(f"note: {note}")
+        f"{summary['shards'] - summary['clean_shards']} bad shards",
+        *(f"note: {note}" for note in summary["notes"]),
+    ]
     if quarantine is not None:
-        console.print(f"all faults: {quarantine}")
-    elif report.bad:
-        console.print("--quarantine FILE lists all of them, --repair FOLDER writes clean copies of bad shards")
+        lines.append(f"all faults: {quarantine}")
+    elif rows:
+        lines.append("--quarantine FILE lists all of them, --repair FOLDER writes clean copies of bad shards")
     if "repair" in summary:
         done = summary["repair"]
-        console.print(
+        lines.append(
             f"{done['output']}: {len(done['repaired'])} shards repaired; {len(done['as_they_are'])} are good as they "
             f"are, {len(done['without_a_good_sample'])} hold no good sample: see shards.json"
         )
+    return lines
 
 
-def _print_stats(counts: dict[str, Any]) -> None:
-    console = wide_console(soft_wrap=True, markup=False, highlight=False)
-    console.print(f"{counts['samples']} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB")
-    console.print("  ".join(f"{name}: {share:.1%}" for name, share in counts["share_with"].items()))
-    console.print("  ".join(f"{name}: {count}" for name, count in counts["formats"].items()))
-    table = Table("", "min", "5 %", "median", "95 %", "max", "mean")
-    for name in (
-        "width",
-        "height",
-        "aspect_ratio",
-        "image_bytes",
-        "caption_characters",
-        "caption_words",
-        "caption_tokens",
-    ):
-        values = counts[name]
-        if values:
-            picked = (values[share] for share in ("0%", "5%", "50%", "95%", "100%", "mean"))
-            table.add_row(name.replace("_", " "), *(f"{value:g}" for value in picked))
-    console.print(table)
-    if counts["tokens"] is not None:
-        tokens = counts["tokens"]
-        console.print(
+def _stats_lines(counts: dict[str, Any]) -> Iterator[str]:
+    yield f"{counts['samples']} samples in {counts['shards']} shards, {counts['bytes'] / 1e6:.1f} MB"
+    yield "  ".join(f"{name}: {share:.1%}" for name, share in counts["share_with"].items())
+    yield "  ".join(f"{name}: {count}" for name, count in counts["formats"].items())
+    names = ("width", "height", "aspect_ratio", "image_bytes", "caption_characters", "caption_words", "caption_tokens")
+    quantiles = ("0%", "5%", "50%", "95%", "100%", "mean")
+    yield from table_lines(
+        ("", "min", "5 %", "median", "95 %", "max", "mean"),
+        [
+            (name.replace("_", " "), *(f"{counts[name][quantile]:g}" for quantile in quantiles))
+            for name in names
+            if counts[name]
+        ],
+    )
+    tokens, classes = counts["tokens"], counts["classes"]
+    if tokens is not None:
+        yield (
             f"{tokens['tokenizer']}: {tokens['unknown_tokens']:.1%} of tokens unknown; of captions "
             f"{tokens['captions_cut']:.1%} cut at {tokens['max_tokens']}, {tokens['captions_stripped']:.1%} stripped"
         )
         for warning in tokens["warnings"]:
-            console.print(f"warning: {warning}; text.tokenizer in the run file takes another tokenizer")
-    classes = counts["classes"]
+            yield f"warning: {warning}; text.tokenizer in the run file takes another tokenizer"
     if classes["present"]:
-        console.print(
+        yield (
             f"{classes['present']} classes ({classes['absent']} absent), as many as {classes['effective']:g} equal "
             f"ones; the largest holds {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
         )
     if counts["mask_pixels"] is not None:
-        for line in pixel_lines(counts["mask_pixels"], "masks"):
-            console.print(line)
+        yield from pixel_lines(counts["mask_pixels"], "masks")
     for kind, facts in counts["duplicates"].items():
         example = f", e.g. {' = '.join(facts['examples'][0])}" if facts["examples"] else ""
-        console.print(f"equal {kind}: {facts['groups']} groups, {facts['beyond_first']} beyond the first{example}")
+        yield f"equal {kind}: {facts['groups']} groups, {facts['beyond_first']} beyond the first{example}"
     for reason, count in counts["bad"].items():
-        console.print(f"not counted: {count} × {reason}")
+        yield f"not counted: {count} × {reason}"
 
 
-def _plain(*cells: object) -> list[Any]:
-    """Return cells with escaped brackets, so that they are not parsed as markup."""
-    return [Text(str(cell)) for cell in cells]
+def _rearranged(summary: dict[str, Any], output: Path) -> list[str]:
+    from m3i_scale.shards.make import summary_lines
 
-
-def _rearranged(summary: dict[str, Any], output: Path) -> str:
-    from m3i_scale.data.make.shards import made_lines
-
-    splits = summary.get("splits", {"": summary})
-    lines = made_lines({"splits": splits}, output)
+    lines = summary_lines({"splits": summary.get("splits", {"": summary})}, output)
     if summary["tokenizer"] is None:
         lines.append("no tokenizer: the sources have none, or different ones; recipes with text need text.tokenizer")
-    return "\n".join(lines)
+    return lines

@@ -1,4 +1,4 @@
-"""`shards preview`: a contact sheet of random samples, as a picture and as an HTML page."""
+"""`shards preview`: an HTML page with random samples."""
 
 from __future__ import annotations
 
@@ -14,29 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
-from m3i_scale.data.make.existing import Advance
-from m3i_scale.data.make.write import atomic_folder
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import check_caption_size, decoding, open_image, read_annotations
 from m3i_scale.data.shards import local_shards, read_labels
 from m3i_scale.data.tar import RawSample, read_shard
-from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.shards.existing_shards import Advance, read_shards
+from m3i_scale.shards.write import atomic_folder
 from m3i_scale.text import printable
-
-PADDING = 8
-TEXT_LINES = 4
-FONT_SIZE = 12
-BACKGROUND, INK, FAULT = "white", "black", (170, 30, 30)
 
 
 @dataclass(frozen=True)
 class Card:
-    """One sample of the contact sheet."""
+    """One sample of the page."""
 
     shard: str
     key: str
@@ -57,30 +51,20 @@ def peek(
     count: int = 24,
     seed: int = 0,
     side: int = 160,
-    columns: int = 6,
     max_pixels: int,
     workers: int = 1,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Write `sheet.png` and `index.html` with uniformly drawn samples.
+    """Write `index.html` with uniformly drawn samples.
 
     Args:
         source: a folder, a brace pattern or one tar.
-        output: output folder.
         count: number of samples; fewer if the dataset is smaller.
         seed: the same seed draws the same samples.
-        side: picture size in pixels.
-        columns: pictures per row of sheet.png.
-        max_pixels: larger images are not decoded.
-        workers: processes that count samples.
         advance: called with the number of bytes of every counted shard.
     """
     paths = local_shards(source)
-    counts = []
-    for size, samples in map_in_processes(count_samples, paths, workers):
-        counts.append(samples)
-        if advance is not None:
-            advance(size)
+    counts = list(read_shards(count_samples, paths, workers, advance))
     ends = list(accumulate(counts))
     if not ends[-1]:
         raise DataError("the shards hold no samples", where=source, fix="m3i-scale shards check tells why")
@@ -93,7 +77,6 @@ def peek(
         card for shard, numbers in by_shard.items() for card in read_cards(paths[shard], numbers, side, max_pixels)
     ]
     with atomic_folder(output) as folder:
-        contact_sheet(cards, side, columns).save(folder / "sheet.png")
         (folder / "index.html").write_text(page(cards, source, ends[-1], seed), encoding="utf-8")
     return {
         "output": str(output),
@@ -161,7 +144,7 @@ def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
 
 def page(cards: Sequence[Card], source: str, samples: int, seed: int) -> str:
     """Return a self-contained HTML page without scripts, with all text from the dataset escaped."""
-    template = _environment().get_template("peek.html.j2")
+    template = _environment().get_template("preview.html.j2")
     return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)
 
 
@@ -172,51 +155,3 @@ def _environment() -> Environment:
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
     return environment
-
-
-def contact_sheet(cards: Sequence[Card], side: int, columns: int) -> Image.Image:
-    """Draw all pictures in a grid, with a few lines of text below each."""
-    columns = min(columns, len(cards))
-    line = FONT_SIZE + 2
-    width, height = side + PADDING, side + TEXT_LINES * line + 2 * PADDING
-    rows = -(-len(cards) // columns)
-    sheet = Image.new("RGB", (columns * width + PADDING, rows * height + PADDING), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for number, card in enumerate(cards):
-        left, top = PADDING + number % columns * width, PADDING + number // columns * height
-        with Image.open(io.BytesIO(card.picture)) as picture:
-            sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
-        texts = [card.key, card.label or "", *_wrap(card.fault or card.caption or "", side)]
-        for place, text in enumerate([text for text in texts if text][:TEXT_LINES]):
-            draw.text(
-                (left, top + side + 4 + place * line),
-                _fit(text, side),
-                fill=FAULT if card.fault and place else INK,
-                font=_font(),
-            )
-    return sheet
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font().getlength(longer) > width:
-            if len(lines) == TEXT_LINES:
-                break
-            lines.append(word)
-        else:
-            lines[-1] = longer[:500]
-    return lines
-
-
-def _fit(text: str, width: int) -> str:
-    text = text[:500]
-    while text and _font().getlength(text) > width:
-        text = text[: max(1, len(text) * 9 // 10) - 1]
-    return text
-
-
-@functools.cache
-def _font() -> Any:
-    return ImageFont.load_default(FONT_SIZE)

@@ -1,1 +1,0 @@
-"""Tools for shards of any origin: tars may be malicious, and every error is reported without stopping."""

@@ -1,0 +1,1 @@
+"""Creation, validation and resharding of WebDataset shards."""

@@ -1,0 +1,366 @@
+"""COCO and LVIS annotation files, with their images, as input of `make`.
+
+Valid annotations are written to shards, unusual ones are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from m3i_scale.data.box_forms import BoxForms
+from m3i_scale.data.categories import Categories, is_index, parse_categories
+from m3i_scale.data.instances import NO_MASK, Instances, parse_instances
+from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.rle import packed
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of
+from m3i_scale.shards.records import ListedInput, Record, annotations_of, reading
+
+_SPLITS = SPLIT_NAMES | {"minival"}
+_KINDS = ("instances_*.json", "lvis_*.json", "*.json")
+"""Patterns of annotation files; the first one that matches is used. COCO's folder also has captions and keypoints."""
+_ROBOFLOW = "*/_annotations.coco.json"
+_LISTS = ("images", "annotations", "categories")
+_LVIS = ("neg_category_ids", "not_exhaustive_category_ids")
+_EDGE = 1.0
+"""Tolerance in pixels for boxes beyond the edge of their image: annotation tools round."""
+
+
+def coco_input(
+    inputs: Sequence[Path], images: Path | None = None, *, shares: bool = False, skip_bad: bool = False
+) -> ListedInput:
+    """List images and their annotations.
+
+    Args:
+        inputs: annotation files, or folders in COCO's layout.
+        images: root of the image names; None: the folder of the file, or the parent of `annotations`.
+        shares: a single file is split by fractions, so the split in its name is ignored.
+        skip_bad: skip images with errors and annotations of unknown images.
+    """
+    files = [file for source in inputs for file in annotation_files(source)]
+    splits = [split_of(file) if not shares or len(files) > 1 else None for file in files]
+    _check_splits(files, splits)
+    sets: dict[str | None, Categories] = {}
+    records, counts = list[Record](), dict[str, dict[str, int]]()
+    for path, split in zip(files, splits, strict=True):
+        annotated = read_annotation_file(path, skip_bad=skip_bad)
+        first = next(iter(sets.values()), annotated.categories)
+        if _named(first) != _named(annotated.categories):
+            raise DataError(
+                "the categories are not those of the other file",
+                where=f"{path}, {files[0]}",
+                why="the head of a detector is of one list",
+                fix="the same ids, names and frequencies in both; or pack them one by one",
+            )
+        sets[split] = annotated.categories
+        records += _records(annotated, images, split, skip_bad=skip_bad)
+        counts["/".join(path.parts[-2:])] = annotated.summary()
+    # Image counts per category are those of the training set.
+    categories = sets[next((split for split in splits if split in ("train", "training")), splits[0])]
+    return ListedInput(records, [], categories=categories, source=categories.format, annotations=counts)
+
+
+def annotation_files(source: Path) -> list[Path]:
+    """Return the annotation files of a folder: from its `annotations`, directly in it, or one per split folder."""
+    if source.is_file():
+        return [source]
+    for root in (source / "annotations", source):
+        kinds = [
+            [path for path in sorted(root.glob(kind)) if "image_info" not in path.name and path.name[0] != "."]
+            for kind in _KINDS
+        ]
+        if kinds[0] and kinds[1]:
+            raise ConfigError(
+                "there are annotation files of COCO and of LVIS",
+                where=f"{kinds[0][0]}, {kinds[1][0]}",
+                fix="name those that are meant, each with --input FILE",
+            )
+        files = next((of_kind for of_kind in kinds if of_kind), [])
+        if files:
+            return files
+    files = sorted(source.glob(_ROBOFLOW))
+    if not files:
+        raise DataError(
+            "there are no annotation files",
+            where=str(source),
+            fix="DIR/annotations/instances_train2017.json and the like; DIR/train/_annotations.coco.json; or a file",
+        )
+    return files
+
+
+def split_of(path: Path) -> str | None:
+    """Return the split in a file's name (`instances_train2017`, `lvis_v1_val`) or else in its folder's name; None if
+    neither contains exactly one."""
+    for name in (path.stem, path.parent.name):
+        named = {word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS}
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def _check_splits(files: Sequence[Path], splits: Sequence[str | None]) -> None:
+    for number, split in enumerate(splits):
+        same = splits.index(split)
+        if same < number or (split is None and len(files) > 1):
+            raise ConfigError(
+                f"two files are of the split '{split}'" if split else "the name of a file says no split",
+                where=", ".join(map(str, dict.fromkeys((files[same], files[number])))),
+                fix="name those that are meant, one of each split, as in --input train.json --input val.json",
+            )
+
+
+def _named(categories: Categories) -> list[Any]:
+    """Return the properties that must be equal in all files; image counts may differ."""
+    return [categories.format, *(replace(category, image_count=None) for category in categories.categories)]
+
+
+def _records(file: AnnotationFile, images: Path | None, split: str | None, *, skip_bad: bool) -> list[Record]:
+    folders = _folders(file.path, images, split)
+    records, names = list[Record](), set[str]()
+    for row in file.rows:
+        where = f"{file.path}: image {row['id']}"
+        fault, candidates, instances = None, list[str](), b""
+        try:
+            candidates = _image_names(row, where)
+            with annotations_of(where):
+                instances = file.instances(row)
+        except DataError as error:
+            fault = error
+        image = _find(candidates, folders)
+        name = candidates[0] if candidates else f"image-{row['id']}"
+        if fault is None and image is None:
+            fault = DataError("the image is missing", where=f"{where}: {name}")
+        if fault is None and name in names:
+            fault = DataError("two images have one file name", where=f"{where}: {name}")
+        names.add(name)
+        records.append(
+            Record(
+                key_of(Path(split or "", name)),
+                image or b"",
+                meta={"path": name},
+                split=split,
+                size=len(instances) + (image.stat().st_size if image else 0),
+                instances=instances,
+                where=f"{where}: {image or name}",
+                fault=fault,
+            )
+        )
+    file.forms.check(str(file.path))
+    if records and not any(record.image for record in records):
+        raise DataError(
+            "none of the images is there",
+            where=f"{file.path}: {records[0].meta['path']}",
+            why=f"looked for in {', '.join(map(str, folders))}",
+            fix="m3i-scale shards make coco --images DIR, the folder that holds them",
+        )
+    faults = [record.fault for record in records if record.fault is not None]
+    if faults and not skip_bad:
+        faults[0].fix = f"{len(faults)} of {len(records)} images have faults; --skip-bad leaves them out"
+        raise faults[0]
+    return records
+
+
+def _image_names(row: dict[str, Any], where: str) -> list[str]:
+    """Return candidate names of an image: its `file_name`, and the end of its `coco_url`, as in LVIS."""
+    url, candidates = row.get("coco_url"), [row["file_name"]] if row.get("file_name") else []
+    parts = url.split("/") if isinstance(url, str) else []  # the last two parts of http://host/train2017/NAME
+    candidates += ["/".join(parts[-2:]), parts[-1]] if len(parts) > 4 else []
+    if not candidates or not all(
+        isinstance(candidate, str) and PurePosixPath(candidate).name for candidate in candidates
+    ):
+        raise DataError("the image has no file_name", where=where)
+    for candidate in map(PurePosixPath, candidates):
+        if candidate.is_absolute() or ".." in candidate.parts or "\0" in str(candidate):
+            raise DataError("the name of the image leads out of the folder", where=f"{where}: {str(candidate)!r:.200}")
+    return candidates
+
+
+def _folders(path: Path, images: Path | None, split: str | None) -> list[Path]:
+    """Return candidate root folders of images: the root, and its subfolders with the name of the split or of the end of
+    the file's name (`train2017`)."""
+    parent = path.parent.parent if path.parent.name == "annotations" else path.parent
+    root = images or parent
+    subfolders = dict.fromkeys(name for name in (path.stem.rpartition("_")[2], split) if name)
+    named = [folder / name for name in subfolders for folder in (root, root / "images")]
+    return [folder for folder in (root, *named, root / "images") if folder.is_dir()]
+
+
+def _find(candidates: Sequence[str], folders: list[Path]) -> Path | None:
+    """Return the file of an image. The folder that contains it is searched first for the next image."""
+    with suppress(OSError, ValueError):  # not a valid file name, for example too long
+        for folder in folders:
+            for candidate in candidates:
+                if (folder / candidate).is_file():
+                    folders.remove(folder)
+                    folders.insert(0, folder)
+                    return folder / candidate
+    return None
+
+
+@dataclass
+class Counts:
+    """Statistics of an annotation file. All annotations except `of_unknown_images` are also in the shards."""
+
+    images: int = 0
+    annotations: int = 0
+    categories: int = 0
+    categories_without_annotations: int = 0
+    images_without_annotations: int = 0
+    crowds: int = 0
+    without_mask: int = 0
+    """Annotations with a box only."""
+    zero_areas: int = 0
+    """Boxes without width or height, and annotations whose area is 0; training skips the boxes."""
+    past_the_edge: int = 0
+    """Boxes that extend beyond the image by more than a pixel; training clips them."""
+    outside: int = 0
+    """Boxes completely outside the image; training skips them."""
+    polygons_left_out: int = 0
+    """Polygons with fewer than three corners or an odd number of coordinates: they have no area."""
+    of_unknown_images: int = 0
+    """Annotations of unknown images, which are skipped."""
+
+    def count(self, instances: Instances) -> None:
+        """Add the annotations of an image."""
+        boxes_N4, corners_N4 = instances.boxes_N4, instances.corners()
+        no_size_N = (boxes_N4[:, 2:] == 0).any(axis=1)
+        outside_N = (corners_N4[:, 2:] <= corners_N4[:, :2]).any(axis=1) & ~no_size_N
+        past_N4 = np.abs(np.concatenate((boxes_N4[:, :2], boxes_N4[:, :2] + boxes_N4[:, 2:]), axis=1) - corners_N4)
+        self.annotations += len(instances)
+        self.images_without_annotations += len(instances) == 0
+        self.crowds += int(instances.crowds_N.sum())
+        self.without_mask += sum(segmentation is None for segmentation in instances.segmentations)
+        self.zero_areas += int((no_size_N | (instances.areas_N == 0)).sum())
+        self.outside += int(outside_N.sum())
+        self.past_the_edge += int(((past_N4 > _EDGE).any(axis=1) & ~outside_N).sum())
+
+
+@dataclass
+class AnnotationFile:
+    """An annotation file whose annotations are grouped by image."""
+
+    path: Path
+    categories: Categories
+    rows: list[dict[str, Any]]
+    """Entries of the images."""
+    annotations: dict[int, list[dict[str, Any]]]
+    """Annotations by image id."""
+    repeated: set[int]
+    """Ids that several annotations share."""
+    counts: Counts = field(default_factory=Counts)
+    forms: BoxForms = field(default_factory=BoxForms)
+    used: set[int] = field(default_factory=set)
+    """Indices of categories with annotations."""
+
+    def __post_init__(self) -> None:
+        self.indices = {category.id: index for index, category in enumerate(self.categories.categories)}
+
+    def instances(self, row: dict[str, Any]) -> bytes:
+        """Return the annotations of an image in the format of shards, and count them.
+
+        Raises:
+            BadSampleError: an unknown category, a duplicate id, or an invalid box or mask.
+        """
+        value: dict[str, Any] = {"image_id": row["id"], "width": row.get("width"), "height": row.get("height")}
+        value["annotations"] = [self._annotation(annotation) for annotation in self.annotations.get(row["id"], [])]
+        if self.categories.format == "lvis":
+            for name in _LVIS:
+                if not isinstance(row.get(name), list):
+                    raise BadSampleError("the image lacks what all of LVIS have", name)
+                value[name] = [self._index(number, name) for number in row[name]]
+        instances = parse_instances(value, len(self.indices))
+        self.used.update(instances.labels_N.tolist())
+        self.counts.count(instances)
+        self.forms.add(instances)
+        return json.dumps(value, separators=(",", ":"), sort_keys=True).encode("ascii")
+
+    def summary(self) -> dict[str, int]:
+        """Return the counts after all images are read."""
+        self.counts.images, self.counts.categories = len(self.rows), len(self.indices)
+        self.counts.categories_without_annotations = len(self.indices) - len(self.used)
+        return dict(vars(self.counts))
+
+    def _annotation(self, row: dict[str, Any]) -> dict[str, Any]:
+        name = f"annotation {row.get('id')!r:.40}"
+        if is_index(row.get("id")) and row["id"] in self.repeated:
+            raise BadSampleError("the id of an annotation stands twice", f"{name}: ids are counted over the whole file")
+        result = {"category": self._index(row.get("category_id"), name), "iscrowd": row.get("iscrowd", 0)}
+        result |= {key: row[key] for key in ("id", "bbox", "area") if key in row}
+        segmentation = self._segmentation(row.get("segmentation"), name)
+        return result if not segmentation else result | {"segmentation": segmentation}
+
+    def _segmentation(self, value: Any, name: str) -> Any:
+        """Convert a mask to the format of shards; it is validated later."""
+        if isinstance(value, list):
+            valid = [part for part in value if not isinstance(part, list) or (len(part) >= 6 and len(part) % 2 == 0)]
+            self.counts.polygons_left_out += len(value) - len(valid)
+            return valid
+        if isinstance(value, dict) and isinstance(value.get("counts"), list):
+            try:
+                return {"size": value.get("size"), "counts": packed(value["counts"])}
+            except ValueError as error:
+                raise BadSampleError(NO_MASK, f"{name}: {error}") from None
+        return value
+
+    def _index(self, number: Any, where: str) -> int:
+        if not is_index(number) or number not in self.indices:
+            raise BadSampleError("a category is unknown", f"{number!r:.40} of {where}")
+        return self.indices[number]
+
+
+def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
+    """Read an annotation file and group its annotations by image.
+
+    Args:
+        skip_bad: skip and count annotations of unknown images instead of raising an error.
+    """
+    with reading(path, ValueError, RecursionError, fix="give an annotation file of COCO or LVIS"):
+        document = json.loads(path.read_bytes())
+    lists = document if isinstance(document, dict) else {}
+    missing = [name for name in _LISTS if not isinstance(lists.get(name), list)]
+    if missing:
+        raise DataError(
+            f"it is no annotation file of boxes, as COCO and LVIS have them: no list of {', '.join(missing)}",
+            where=str(path),
+            why="files of captions and of images to test have none",
+            fix="give instances_*.json or lvis_*.json",
+        )
+    rows, annotations, sorted_in = lists["images"], lists["annotations"], defaultdict[int, list[dict[str, Any]]](list)
+    lvis = any(isinstance(row, dict) and _LVIS[0] in row for row in rows)
+    categories = parse_categories(lists["categories"], str(path), lvis=lvis)
+    known: set[int] = set()
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not is_index(row.get("id")):
+            raise DataError("the image has no id from 0 on", where=f"{path}: image {number} in the list")
+        if row["id"] in known:
+            raise DataError(
+                "the id of an image stands twice",
+                where=f"{path}: image {row['id']}",
+                why="annotations name images by it",
+            )
+        known.add(row["id"])
+    ids, repeated, lost = set[int](), set[int](), list[str]()
+    for number, annotation in enumerate(annotations):
+        image = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if not is_index(image) or image not in known:
+            lost.append(f"annotation {number} in the list, of image {image!r:.40}")
+            continue
+        sorted_in[image].append(annotation)
+        if is_index(annotation.get("id")):
+            (repeated if annotation["id"] in ids else ids).add(annotation["id"])
+    if lost and not skip_bad:
+        raise DataError(
+            f"{len(lost)} annotations are of images that the file does not have",
+            where=f"{path}: {lost[0]}",
+            fix="--skip-bad leaves them out",
+        )
+    return AnnotationFile(path, categories, rows, dict(sorted_in), repeated, Counts(of_unknown_images=len(lost)))

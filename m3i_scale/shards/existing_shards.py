@@ -1,0 +1,291 @@
+"""Ordered reader of samples in existing shards, for `make webdataset`, `split` and `merge`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from m3i_scale.data.categories import Categories, shard_categories
+from m3i_scale.data.images import FILE_EXTENSIONS, MASK
+from m3i_scale.data.instances import INSTANCES
+from m3i_scale.data.reader import BadSampleError, readable_members
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
+from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
+from m3i_scale.data.workers import map_in_processes
+from m3i_scale.defaults import MAX_SAMPLE_BYTES
+from m3i_scale.errors import DataError
+from m3i_scale.shards.records import Input, Record, annotations_of
+from m3i_scale.text import printable
+
+Advance = Callable[[int], None]
+"""Called with the number of bytes of every completed shard."""
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An input shard, with rules for naming and grouping its samples."""
+
+    path: Path
+    source: int = 0
+    """Index of the input folder or pattern."""
+    group: str | None = None
+    """JSON field whose value keeps samples in the same split."""
+    prefix: str = ""
+    """Prefix of every key."""
+
+    def where(self, key: str) -> str:
+        """Return the name of a sample for errors."""
+        return f"{self.path}: key '{printable(key)}'"
+
+
+class ShardInput(Input):
+    """Samples of existing tars as records.
+
+    Args:
+        labels: class names; None: a sample with a label is an error.
+        caption_field: JSON field of the caption; None: the txt file.
+        about: see `Input`. Without categories, a sample with instances is an error.
+    """
+
+    def __init__(
+        self,
+        origins: Sequence[Origin],
+        labels: Sequence[str] | None = None,
+        caption_field: str | None = None,
+        workers: int = 1,
+        **about: Any,
+    ) -> None:
+        super().__init__(labels or (), source="webdataset", **about)
+        self._origins, self._label_names, self._caption_field = origins, labels, caption_field
+        self._workers = workers
+
+    def outlines(self) -> Iterator[Record]:
+        """See `Input`."""
+        return outlines(self._origins, self._workers)
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        for origin, key, members in contents(self._origins):
+            yield record_of(key, members, origin.where(key), self._label_names, self._caption_field, self.categories)
+
+
+def webdataset_input(
+    source: str, *, labels: Sequence[str] | None, caption_field: str | None, group: str | None, workers: int
+) -> ShardInput:
+    """Open existing shards.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+        labels: class names; None: labels.json in the folder of the shards.
+        caption_field: JSON field of the caption; None: the txt files.
+        group: JSON field whose value keeps samples in the same split.
+    """
+    names = labels if labels is not None else common_labels(source)
+    origins = [Origin(path, group=group) for path in local_shards(source)]
+    masks, categories = common_labels(source, MASK_LABELS), common_categories(source)
+    return ShardInput(origins, names, caption_field, workers, mask_labels=masks, categories=categories)
+
+
+def record_of(
+    key: str,
+    members: Mapping[str, bytes],
+    where: str,
+    labels: Sequence[str] | None = None,
+    caption_field: str | None = None,
+    categories: Categories | None = None,
+) -> Record:
+    """Convert a sample to a record; if its files are unusable, the record contains the error. See `ShardInput`."""
+    extension = next((extension for extension in FILE_EXTENSIONS if extension in members), None)
+    image, caption, label, meta, fault = b"", None, None, dict[str, Any](), None
+    try:
+        if extension is None:
+            raise DataError("the sample has no image", where=where, fix=f"known: {', '.join(FILE_EXTENSIONS)}")
+        image = members[extension]
+        meta = _json_object(members.get("json"), where)
+        caption = _caption(members, where, caption_field)
+        label = _label(members, where, labels)
+        if INSTANCES in members and categories is None:
+            raise DataError(
+                f"the sample has instances, and there is no {CATEGORIES}",
+                where=where,
+                fix=f"put the {CATEGORIES} that `shards make coco` wrote beside the shards",
+            )
+    except DataError as error:
+        fault = error
+    return Record(
+        key,
+        image,
+        caption,
+        label,
+        meta,
+        size=sum(map(len, members.values())),
+        mask=members.get(MASK),
+        instances=members.get(INSTANCES),
+        categories=None if categories is None else len(categories),
+        where=where,
+        fault=fault,
+    )
+
+
+def _caption(members: Mapping[str, bytes], where: str, caption_field: str | None) -> str | None:
+    if caption_field is not None:
+        value = _field(members.get("json"), caption_field, where)
+        if not isinstance(value, str):
+            raise DataError(f"the field '{caption_field}' is no text", where=where)
+        return value.strip() or None
+    with annotations_of(where):
+        return read_annotations(members, None).caption
+
+
+def _label(members: Mapping[str, bytes], where: str, labels: Sequence[str] | None) -> int | None:
+    if "cls" not in members:
+        return None
+    if labels is None:
+        raise DataError(
+            "the sample has a label, and there is no labels.json",
+            where=where,
+            fix="name the classes with --labels FILE (a JSON list, or one name a line)",
+        )
+    with annotations_of(where):
+        return read_annotations(members, len(labels), captions=False).label
+
+
+def read_shards(
+    read: Callable[[TaskT], tuple[int, ResultT]], tasks: Iterable[TaskT], workers: int, advance: Advance | None
+) -> Iterator[ResultT]:
+    """Read shards in order in worker processes, and report progress.
+
+    Args:
+        read: returns the size of a shard in bytes, and a result to yield.
+    """
+    for size, result in map_in_processes(read, tasks, workers):
+        yield result
+        if advance is not None:
+            advance(size)
+
+
+def readable_samples(path: Path, raw: RawShard) -> Iterator[tuple[RawSample, dict[str, bytes] | BadSampleError]]:
+    """Yield the samples of a shard with their files by extension, or with the reason why they cannot be read."""
+    if not raw.samples:  # the shard may be no file
+        return
+    with path.open("rb") as stream:
+        for sample in raw.samples:
+            try:
+                yield sample, readable_members(stream, sample, MAX_SAMPLE_BYTES)
+            except BadSampleError as bad:
+                yield sample, bad
+
+
+def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = None) -> Iterator[Record]:
+    """Yield the outlines of all samples, in order."""
+    for of_shard in read_shards(outline_shard, origins, workers, advance):
+        yield from of_shard
+
+
+def outline_shard(origin: Origin) -> tuple[int, list[Record]]:
+    """Return the size of a shard in bytes and the outlines of its samples."""
+    shard, where = valid_shard(origin.path), str(origin.path)
+    with origin.path.open("rb") as stream:
+        return shard.size, [
+            Record(origin.prefix + sample.key, group=_group(stream, sample, origin), size=sample.size, where=where)
+            for sample in shard.samples
+        ]
+
+
+def contents(
+    origins: Sequence[Origin], advance: Advance | None = None, *, keys: Container[str] | None = None
+) -> Iterator[tuple[Origin, str, dict[str, bytes]]]:
+    """Yield origin, key and files of all samples, in the order of `outlines`.
+
+    Args:
+        keys: keys of the samples to read; None: all.
+    """
+    for origin in origins:
+        shard = valid_shard(origin.path)
+        try:
+            with origin.path.open("rb") as stream:
+                for sample in shard.samples:
+                    key = origin.prefix + sample.key
+                    if keys is None or key in keys:
+                        yield origin, key, read_members(stream, sample)
+        except OSError as error:
+            raise DataError(f"cannot read the shard: {error}", where=str(origin.path)) from None
+        if advance is not None:
+            advance(shard.size)
+
+
+def valid_shard(path: Path) -> RawShard:
+    """Read the headers of a shard; raise an error if the tar is not valid."""
+    shard = read_shard(path)
+    faults = [*shard.faults, *(fault for sample in shard.samples for fault in sample.faults)]
+    faults += [
+        Fault("sample too large", f"over {MAX_SAMPLE_BYTES} bytes", printable(sample.key), sample.start)
+        for sample in shard.samples
+        if sample.size > MAX_SAMPLE_BYTES
+    ]
+    if faults:
+        raise shard_error(str(path), faults[0], len(faults))
+    return shard
+
+
+def common_labels(source: str, file: str = LABELS) -> list[str] | None:
+    """Read the class names from the folders of a dataset; a pattern may match several folders.
+
+    Args:
+        source: a folder, a brace pattern or one tar.
+    """
+    return _common(source, file, lambda folder: read_labels(folder, file))
+
+
+def common_categories(source: str) -> Categories | None:
+    """Read the categories from the folders of a dataset; see `common_labels`."""
+    return _common(source, CATEGORIES, shard_categories)
+
+
+def _common(source: str, file: str, read: Callable[[Path], ResultT]) -> ResultT:
+    first, *others = [read(folder) for folder in sorted({path.parent for path in local_shards(source)})]
+    if any(names != first for names in others):
+        raise DataError(f"its folders have different {file}", where=source, fix="name them as several sources")
+    return first
+
+
+def _json_object(data: bytes | None, where: str) -> dict[str, Any]:
+    """Parse the JSON file of a sample; empty if there is none."""
+    try:
+        value = json.loads(data) if data is not None else {}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the json member does not parse: {str(error)[:200]}", where=where) from None
+    if not isinstance(value, dict):
+        raise DataError("the json member is no object", where=where)
+    return value
+
+
+def _field(data: bytes | None, name: str, where: str) -> Any:
+    """Return a field of the JSON file of a sample; dots separate nested objects."""
+    value: Any = _json_object(data, where)
+    for part in name.split("."):
+        if not isinstance(value, dict) or value.get(part) is None:
+            raise DataError(
+                f"the sample has no field '{name}' in its json member",
+                where=where,
+                fix="name a field that every sample has",
+            )
+        value = value[part]
+    return value
+
+
+def _group(stream: BinaryIO, sample: RawSample, origin: Origin) -> str | None:
+    if origin.group is None:
+        return None
+    only = RawSample(sample.key, [member for member in sample.members if member.extension == "json"])
+    value = _field(read_members(stream, only).get("json"), origin.group, origin.where(sample.key))
+    if not isinstance(value, str | int):
+        what = f"the field '{origin.group}' is no text and no integer: {value!r:.80}"
+        raise DataError(what, where=origin.where(sample.key))
+    return str(value)

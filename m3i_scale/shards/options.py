@@ -1,0 +1,187 @@
+"""Options for creating shards, and for the `m3i-scale shards` commands that share them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+
+from m3i_scale.data.workers import DEFAULT_WORKERS
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.options import Command, Parts, expanded, writes_to
+from m3i_scale.output import print_json, print_line
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with (completed samples, total samples)."""
+Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
+Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to make; it must not exist yet.")]
+Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
+PerShard = Annotated[int, typer.Option(help="At most so many samples a shard.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]
+LabelsFile = Annotated[
+    Path | None,
+    typer.Option("--labels", help="Class names: a JSON list, or one a line; default: as found in the input."),
+]
+
+_LIMITS = ("samples_per_shard", "max_mb", "multiple_of")
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Options for cutting records into shards."""
+
+    samples_per_shard: int = 10_000
+    """Maximum number of samples per shard."""
+    max_mb: float = 500.0
+    """Approximate maximum size of a shard in megabytes (10⁶ bytes)."""
+    multiple_of: int = 8
+    """The number of shards per split is rounded up to a multiple of this, so that few shards are read by several
+    streams (8 by default). A split with fewer samples gets one shard per sample."""
+    vocabulary: int = 8_192
+    """Vocabulary size of the tokenizer trained on the captions; 0 trains none."""
+    skip_bad: bool = False
+    """Skip and list unusable samples instead of raising an error."""
+    workers: int = 1
+    """Number of processes that read and encode images."""
+    value_range: tuple[float, float] | None = None
+    """Intensity window of images with more than 8 bits; all images must then have more than 8 bits."""
+    shards: int | None = None
+    """Exact number of shards per split; replaces the size limits."""
+    keep_order: bool = False
+    """Fill shards in input order instead of by a hash of the key."""
+
+    def check(self) -> None:
+        """Validate the values and their combination."""
+        if min(self.samples_per_shard, self.multiple_of, self.workers) < 1 or self.max_mb <= 0:
+            raise ConfigError("samples_per_shard, max_mb, multiple_of and workers must be positive")
+        if self.shards is None:
+            return
+        if self.shards < 1:
+            raise ConfigError("--shards must be positive")
+        default = ShardOptions()
+        if any(getattr(self, name) != getattr(default, name) for name in _LIMITS):
+            raise ConfigError(
+                "--shards says how many shards there are; --samples-per-shard, --max-mb and --multiple-of then do "
+                "nothing",
+                fix="give one or the other",
+            )
+
+    def count(self, samples: int, size: int) -> int:
+        """Return the number of shards for a split of `samples` samples and `size` bytes."""
+        if self.shards is None:
+            count = max(math.ceil(samples / self.samples_per_shard), math.ceil(size / 1e6 / self.max_mb))
+            return min(samples, math.ceil(count / self.multiple_of) * self.multiple_of)
+        if self.shards > samples:
+            raise DataError(f"{samples} samples cannot fill {self.shards} shards", fix="ask for fewer --shards")
+        return self.shards
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Parse `0,4095` as an intensity window."""
+    low, comma, high = text.partition(",")
+    try:
+        value_range = float(low), float(high)
+    except ValueError:
+        value_range = (math.nan, math.nan)
+    if not comma or not -math.inf < value_range[0] < value_range[1] < math.inf:
+        raise ConfigError(f"'{text}' is no range of values", fix="two numbers, the smaller first: --value-range 0,4095")
+    return value_range
+
+
+def parse_splits(text: str) -> dict[str, float]:
+    """Parse `train=0.95,val=0.05` as fractions that sum to one."""
+    shares = {}
+    for part in text.split(","):
+        split, equals, share = part.partition("=")
+        try:
+            shares[split.strip()] = float(share)
+        except ValueError:
+            equals = ""
+        if not equals or not split.strip().replace("_", "").replace("-", "").isalnum():
+            raise ConfigError(f"'{part}' is no split", fix="write e.g. --split train=0.95,val=0.05")
+    if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+        raise ConfigError(f"the shares of the splits add up to {sum(shares.values()):g}", fix="make them add up to 1")
+    return shares
+
+
+DEFAULTS = ShardOptions()
+SIZE_OPTIONS: Parts = {
+    "samples_per_shard": (PerShard, DEFAULTS.samples_per_shard),
+    "max_mb": (Annotated[float, typer.Option(help="About so many megabytes a shard at most.")], DEFAULTS.max_mb),
+    "multiple_of": (
+        Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")],
+        DEFAULTS.multiple_of,
+    ),
+    "workers": (Workers, DEFAULT_WORKERS),
+}
+_CUT: Parts = {
+    "shard_count": (
+        Annotated[int | None, typer.Option("--shards", min=1, help="Exactly so many shards, of every split.")],
+        None,
+    ),
+    **SIZE_OPTIONS,
+    "keep_order": (
+        Annotated[
+            bool, typer.Option("--keep-order", help="Fill shards in order of the input, not by a hash of the key.")
+        ],
+        False,
+    ),
+}
+
+
+def takes_sizes(command: Command) -> Command:
+    """Replace the parameter `options` of a command by the options for resharding."""
+    return expanded(command, "options", _CUT, _cut)
+
+
+def _cut(shard_count: int | None, **sizes: Any) -> ShardOptions:
+    return ShardOptions(shards=shard_count, **sizes)
+
+
+@contextmanager
+def sample_bar(quiet: bool) -> Iterator[ProgressCallback]:
+    """Show a progress bar over samples; hidden if standard output is a JSON document."""
+    with _bar(MofNCompleteColumn(), quiet) as bar:
+        task = bar.add_task("samples", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def progress_bar(shards: Sequence[str], quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar over the bytes of all shards, multiplied by the number of reads; hidden if `quiet`."""
+    from m3i_scale.data.shards import local_shards
+
+    total = 0
+    for path in (path for source in shards for path in local_shards(source)):
+        with suppress(OSError):  # the reader of the file reports the error
+            total += times * path.stat().st_size
+    with _bar(DownloadColumn(), quiet) as bar:
+        task = bar.add_task("shards", total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+def _bar(amount: ProgressColumn, quiet: bool) -> Progress:
+    columns = (*Progress.get_default_columns()[:2], amount, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+
+
+def print_summary(summary: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
+    """Print one JSON document, or lines of text."""
+    if as_json:
+        print_json(summary)
+    else:
+        print_line("\n".join(lines))
+
+
+def choice(option: str, value: str, kind: Any) -> Any:
+    """Return the value of an option; raise an error if the `Literal` does not contain it."""
+    if value not in get_args(kind):
+        raise ConfigError(f"{option} {value}", fix=f"one of {', '.join(get_args(kind))}")
+    return value
