@@ -45,7 +45,13 @@ PARTITION_INTERNALS |= {"ds_secondary_tensor"}
 
 def room_of(path: Path) -> str:
     """`data/loader.py` → data, `config.py` → config."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return room_in(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def room_in(module: str) -> str:
+    """`data.loader` → data. `tasks` belongs to config."""
+    room = module.partition(".")[0]
+    return "config" if room == "tasks" else room
 
 
 def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
@@ -77,7 +83,7 @@ def faults_of(room: str, source: str, *, standalone: bool = False) -> list[str]:
         elif top == "m3i_scale" and standalone:
             faults.append(f"line {line}: an export would not find {name}")
         elif top == "m3i_scale":
-            other = rest.split(".")[0]
+            other = room_in(rest)
             if other in LEVELS and other != room and LEVELS[other] >= LEVELS[room]:
                 faults.append(f"line {line}: {room} imports {other}")
             elif other not in LEVELS and other != "__version__":

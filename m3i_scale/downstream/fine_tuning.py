@@ -10,22 +10,19 @@ from typing import Any
 from m3i_scale.backbones.families import Family, VisionConfig, family_of
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.presets import DEFAULT_PRESET
-from m3i_scale.config import (
-    Classification,
-    Detection,
-    MaskRcnn,
-    RfDetr,
-    RunConfig,
-    Segmentation,
-    Task,
-    UperNetSegmentation,
-)
+from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, check_mask_classes
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.information import Objective
+from m3i_scale.tasks.base import Task
+from m3i_scale.tasks.classification.classification_task import Classification
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn, RfDetr
+from m3i_scale.tasks.detection.detection_task import Detection
+from m3i_scale.tasks.segmentation.segmentation_heads import UperNetSegmentation
+from m3i_scale.tasks.segmentation.segmentation_task import Segmentation
 
 STUDENT = "student.model."
 _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "internimage": "InternImage"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from timm.data.mixup import Mixup
 
-from m3i_scale.config import Classification
 from m3i_scale.data.batch import Batch, MixedBatch
+from m3i_scale.tasks.classification.classification_task import Classification
 
 
 class LabelMixing:

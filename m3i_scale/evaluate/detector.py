@@ -20,7 +20,7 @@ from transformers import (
     SamImageProcessor,
 )
 
-from m3i_scale.config import AugmentConfig, RfDetr
+from m3i_scale.config import AugmentConfig
 from m3i_scale.data.batch import Collator
 from m3i_scale.data.batch import Sample as Shown
 from m3i_scale.data.views import ViewMaker
@@ -33,6 +33,7 @@ from m3i_scale.objective.detection.rfdetr import decode_queries
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.targets.detection import image_sizes
 from m3i_scale.output import quiet_loading
+from m3i_scale.tasks.detection.detection_heads import RfDetr
 
 DETECTOR = "detector"
 """Metric of a detector; excludes other metrics. The folder has a detector, or features with one in `heads/`."""

@@ -9,7 +9,6 @@ import torch
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.config import MaskRcnn
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, target_of
 from m3i_scale.hub.source import Source
@@ -18,6 +17,7 @@ from m3i_scale.objective.detection import AUTO_MAP, SOURCE_FILES, MaskRcnnConfig
 from m3i_scale.objective.detection.configuration_mask_rcnn import HeadFields
 from m3i_scale.objective.detection.windows import default_windows, windowed_layers
 from m3i_scale.objective.targets.detection import Detection
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn
 
 
 def mask_rcnn_part(source: Source) -> ExportedModule:

@@ -6,7 +6,6 @@ from typing import cast
 
 from transformers import RfDetrDinov2Config
 
-from m3i_scale.config import RfDetr
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import backbone_part, empty, target_of
 from m3i_scale.hub.source import Source
@@ -14,6 +13,7 @@ from m3i_scale.hub.tensors import ExportedModule, TensorSource
 from m3i_scale.objective.detection.queries import BACKBONE, stock_class, stock_config
 from m3i_scale.objective.detection.rfdetr import read_layers
 from m3i_scale.objective.targets.detection import Detection
+from m3i_scale.tasks.detection.detection_heads import RfDetr
 
 _SHAPE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),

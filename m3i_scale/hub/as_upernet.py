@@ -9,13 +9,13 @@ from transformers import BeitConfig, Dinov2Config, UperNetConfig, UperNetForSema
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
-from m3i_scale.config import EomtSegmentation, UperNetSegmentation
 from m3i_scale.hub.as_eomt import eomt_part, no_class
 from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
 from m3i_scale.objective.segmentation import read_layers
 from m3i_scale.objective.targets.segmentation import Segmentation
+from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, UperNetSegmentation
 
 _BEIT = {
     "patch": "embeddings.patch_embeddings.projection",

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
-from m3i_scale.config import RfDetr, RunConfig
+from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json, write_json
 from m3i_scale.hub.as_mask_rcnn import mask_rcnn_part
@@ -35,6 +35,7 @@ from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.targets.detection import Detection
 from m3i_scale.objective.upgrade import upgraded
+from m3i_scale.tasks.detection.detection_heads import RfDetr
 from m3i_scale.text import redact
 
 Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]

@@ -17,10 +17,10 @@ from transformers.models.eomt.modeling_eomt import EomtHungarianMatcher, EomtLos
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.tokens import TokenBackbone
-from m3i_scale.config import EomtSegmentation
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.segmentation import PixelHead, resized
+from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation
 
 _POWER = 0.9
 _COUNTED_CLASSES = 8

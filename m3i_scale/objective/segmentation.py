@@ -14,10 +14,10 @@ from transformers.models.beit.modeling_beit import BeitFPNNeck
 from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 
 from m3i_scale.backbones.base import Backbone, Tokens
-from m3i_scale.config import LinearSegmentation, UperNetSegmentation
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.heads import RunningStatistics
 from m3i_scale.objective.ranks import Ranks, global_count
+from m3i_scale.tasks.segmentation.segmentation_heads import LinearSegmentation, UperNetSegmentation
 
 
 class MapBatchNorm(RunningStatistics):

@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import Classification, Detection, OptimConfig, RunConfig, Task, load_run, read_yaml
-from m3i_scale.config.protocol import steps_of
+from m3i_scale.config import OptimConfig, RunConfig, load_run, read_yaml
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.downstream.fine_tuning import check_image_counts
 from m3i_scale.downstream.labelled import Labelled, find_labelled
@@ -32,6 +31,9 @@ from m3i_scale.run.finetune_result import OUTCOMES, FineTuning, TaskName, repeat
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.scale.checkpoint.layout import MANIFEST
 from m3i_scale.scale.output_dir import check_output_dir, is_run_folder
+from m3i_scale.tasks.base import Task, steps_of
+from m3i_scale.tasks.classification.classification_task import Classification
+from m3i_scale.tasks.detection.detection_task import Detection
 
 STEPS_APART = 20
 """Minimum number of steps between evaluations, which otherwise happen once per epoch. They do not read more images

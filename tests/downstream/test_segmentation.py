@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.config import BackboneConfig, RunConfig, Segmentation, SegmentationHead, UperNetSegmentation
+from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
@@ -29,6 +29,8 @@ from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.segmentation import MapBatchNorm, PixelHead, mean_iou, overlaps
 from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
+from m3i_scale.tasks.segmentation.segmentation_task import Segmentation
 
 CLASSES = ["sky", "sea", "sand", "stone", "ship"]
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}

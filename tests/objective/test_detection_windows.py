@@ -13,7 +13,6 @@ from transformers import VitDetBackbone, VitDetConfig
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig
-from m3i_scale.config.detection import Windows
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
@@ -22,6 +21,7 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import WindowedLayers
 from m3i_scale.objective.detection.windows import default_global_layers, windowed_layers
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.tasks.detection.detection_heads import Windows
 
 PLAIN = ("vit", "dinov2", "clip")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import box_iou, roi_align
 
-from m3i_scale.config.detection import MaskRcnn, Regions
 from m3i_scale.objective.detection.modeling_mask_rcnn import has_area
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn, Regions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torchvision.models.detection._utils import BoxCoder
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.maps import MapBackbone
 from m3i_scale.backbones.tokens import TokenBackbone
-from m3i_scale.config.detection import MaskRcnn
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.detection.base import ObjectDetector
 from m3i_scale.objective.detection.configuration_mask_rcnn import HeadFields
@@ -40,6 +39,7 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import (
 from m3i_scale.objective.detection.pyramid import StagePyramid
 from m3i_scale.objective.detection.windows import default_windows, windowed_layers
 from m3i_scale.objective.ranks import Ranks
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn
 
 
 class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from m3i_scale.config.detection import RfDetr
+from m3i_scale.tasks.detection.detection_heads import RfDetr
 
 Prediction: TypeAlias = dict[str, Tensor]
 """By the names in `transformers`: `logits` (B, Q, K); `pred_boxes` (B, Q, 4), center, width and height relative to the

@@ -21,7 +21,6 @@ from transformers.loss.loss_rf_detr import RfDetrHungarianMatcher, RfDetrImageLo
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.tokens import TokenBackbone
-from m3i_scale.config.detection import RfDetr
 from m3i_scale.defaults import MASK_SIDE
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.detection.base import ObjectDetector
@@ -30,6 +29,7 @@ from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, paste_m
 from m3i_scale.objective.detection.queries import Prediction, StockQueries
 from m3i_scale.objective.detection.windows import default_global_layers
 from m3i_scale.objective.ranks import Ranks
+from m3i_scale.tasks.detection.detection_heads import RfDetr
 
 _TERMS = {
     "class": "loss_ce",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.tokens import TokenBackbone
-from m3i_scale.config.detection import Windows
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.detection.modeling_mask_rcnn import KERNEL, WindowedLayers
+from m3i_scale.tasks.detection.detection_heads import Windows
 
 
 def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:

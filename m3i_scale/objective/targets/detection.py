@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.config.data import Reads
-from m3i_scale.config.detection import DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError
@@ -20,6 +19,7 @@ from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 
 
 class Detection(Target):

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
-from m3i_scale.config import SegmentationHead, UperNetSegmentation
 from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import MASK_LABELS
@@ -19,6 +18,7 @@ from m3i_scale.objective.regularizers.base import OtherCandidates
 from m3i_scale.objective.segmentation import PixelHead, overlaps
 from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 
 
 class Segmentation(Target):

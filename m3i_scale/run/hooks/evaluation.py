@@ -9,7 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-from m3i_scale.config import Classification
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.evaluate.preview_images import ShownImages
 from m3i_scale.objective.segmentation import mean_iou
@@ -32,7 +31,7 @@ class Evaluation(Hook):
         self._start = stream.state_dict()
         run = state.resolved.run
         self._every = run.evaluation.every_steps
-        self._chooses = bool(self._every) and isinstance(run.task, Classification) and run.task.sweep is not None
+        self._chooses = bool(self._every) and run.task is not None and run.task.chooses_head
         """Whether to evaluate the last step too, to select a head of a sweep."""
         self._is_behind = False
         """Whether steps were taken since the last evaluation."""

@@ -1,4 +1,4 @@
-"""Detection heads: Mask R-CNN with its region proposals, and RF-DETR.
+"""Config of the detection heads: Mask R-CNN with its region proposals, and RF-DETR.
 
 Mask R-CNN defaults are detectron2's for ViTDet (`configs/common/models/mask_rcnn_fpn.py` and `mask_rcnn_vitdet.py`).
 RF-DETR defaults are from the rfdetr package 1.4 (`rfdetr/config.py`, `rfdetr/main.py`). A config file only states
@@ -7,7 +7,7 @@ differences.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -15,7 +15,6 @@ from typing_extensions import Self
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_ASPECT, MAX_CANDIDATES, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH
 from m3i_scale.config.sections import Section
-from m3i_scale.config.tasks import Task
 
 
 class Windows(Section):
@@ -221,30 +220,3 @@ class RfDetr(DetectionHead):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect without masks")
         return self
-
-
-class Detection(Task):
-    """Object detection task. Its categories come from categories.json next to the shards."""
-
-    kind: ClassVar[str] = "detection"
-    dense: ClassVar[bool] = True
-
-    head: DetectionHead = MaskRcnn()
-    """Detection head: mask_rcnn | rfdetr, or with options, e.g. {kind: mask_rcnn, channels: 128}."""
-
-    def recipe(self) -> dict[str, Any]:
-        """Return a recipe that predicts boxes, classes and masks from the uncropped image."""
-        target = {
-            "name": "detection",
-            "kind": "detection",
-            "inputs": ["image"],
-            "decoder": "patches",
-            "head": self.head.model_dump(mode="json"),
-        }
-        return {
-            "name": "detection",
-            "family": "supervised",
-            "inputs": [{"name": "image", "view": 1}],
-            "decoders": {"patches": {"kind": "pointwise"}},
-            "targets": [target],
-        }
