@@ -16,6 +16,7 @@ from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, check_mask_classes
 from m3i_scale.downstream.drop_path import apply_drop_path
 from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
+from m3i_scale.objective.detection.base import ObjectDetector
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.base import Task
 from m3i_scale.tasks.classification.classification_task import Classification
@@ -281,9 +282,9 @@ def scales_of(module: Any, run: RunConfig) -> dict[str, float]:
     if task.freeze or (task.layer_decay == 1 and task.dcn_lr == 1):
         return {}
     named = _by_layer(module, task.layer_decay, dense=task.dense, dcn=task.dcn_lr)
-    if module.detector is not None:  # its windowed layers have parameters of the backbone's layers
+    if isinstance(module.reader, ObjectDetector):  # its windowed layers have parameters of the backbone's layers
         depth = len(module.student.layers)
-        for name, layer in module.detector.backbone_layers().items():
+        for name, layer in module.reader.backbone_layers().items():
             named[f"heads.detection.{name}"] = task.layer_decay ** (depth - layer)
     return named
 

@@ -28,6 +28,7 @@ from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.evaluate.detections import Prediction, Rle, check_library
 from m3i_scale.evaluate.features import architectures
 from m3i_scale.evaluate.towers import has_head, load_objective
+from m3i_scale.objective.detection.base import detect
 from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
 from m3i_scale.objective.detection.rfdetr import decode_queries
 from m3i_scale.objective.inputs import normalize
@@ -117,7 +118,7 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
     Each is pasted only within its box plus one pixel, because outside it never reaches 0.5.
 
     Args:
-        masks_NMM: from `Objective.detect`, or from a batch.
+        masks_NMM: from `detect`, or from a batch.
         boxes_N4: x1, y1, x2, y2 in the image.
         size: H and W of the image.
     """
@@ -198,4 +199,4 @@ def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Det
     objective, run, label_sets = load_objective(folder, device)
     (classes,) = label_sets.values()
     size, model_type = objective.student.image_size, objective.student.model.config.model_type
-    return Detector(objective.detect, run.data.augment, size, classes, model_type, device, batch_size)
+    return Detector(partial(detect, objective), run.data.augment, size, classes, model_type, device, batch_size)

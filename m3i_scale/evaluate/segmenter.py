@@ -19,7 +19,7 @@ from m3i_scale.evaluate.features import architectures
 from m3i_scale.evaluate.towers import has_head, load_objective
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.objective.mask_queries import class_scores
-from m3i_scale.objective.segmentation import resized
+from m3i_scale.objective.segmentation import resized, segment
 from m3i_scale.output import quiet_loading
 
 SEGMENTER = "segmenter"
@@ -175,7 +175,7 @@ def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Seg
     mean, std = run.data.augment.mean, run.data.augment.std
 
     def logits(windows_BCHW: Tensor) -> Tensor:
-        return objective.segment(normalize(windows_BCHW, mean, std))
+        return segment(objective, normalize(windows_BCHW, mean, std))
 
     kind = objective.student.model.config.model_type
     return Segmenter(logits, objective.student.image_size, classes, kind, device, batch_size)

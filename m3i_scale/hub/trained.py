@@ -10,10 +10,12 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import ExportedModule
+from m3i_scale.objective.detection.base import detect, detector_of
 from m3i_scale.objective.detection.modeling_mask_rcnn import joined
 from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.mask_queries import MaskQueries
+from m3i_scale.objective.segmentation import segment
 
 
 def trained_outputs(
@@ -24,12 +26,12 @@ def trained_outputs(
     if part.name != "detector":
         yield part.name, trained_output(objective, part, pixels_BCHW, tokens)
         return
-    detector, whole_B2 = objective.detector, torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))
+    detector, whole_B2 = detector_of(objective), torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))
     if isinstance(detector, RfDetrDetector):
         with torch.no_grad():
             found = detector.predict(detector.encode(objective.student, pixels_BCHW))[0]
     else:
-        found = joined(objective.detect(pixels_BCHW, whole_B2, whole_B2))
+        found = joined(detect(objective, pixels_BCHW, whole_B2, whole_B2))
     yield part.name, found[part.output]
     for name in part.also:
         yield f"{part.name}.{name}", found[name]
@@ -77,8 +79,8 @@ def _logits(objective: Objective, part: ExportedModule, pixels_BCHW: Tensor) -> 
         return logits_BK
     queries = next((head for head in objective.heads.values() if isinstance(head, MaskQueries)), None)
     if queries is not None:
-        return queries.encode(objective.student, pixels_BCHW, 1.0)[1][-1]
-    return objective.segment(pixels_BCHW)
+        return queries.encode_view(objective.student, pixels_BCHW, 1.0)[1][-1]
+    return segment(objective, pixels_BCHW)
 
 
 def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:

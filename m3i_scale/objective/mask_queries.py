@@ -51,7 +51,7 @@ class MaskQueries(PixelHead):
         self.mask_head = EomtMaskHead(self.config)
         self.class_predictor = nn.Linear(backbone.width, classes + 1)
 
-    def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
+    def encode_view(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
         """Return the image tokens, and the queries' predictions before each of the last blocks (in training) and after
         the last. Predictions alternate between class logits (B, Q, K + 1) and mask logits (B, Q, H, W)."""
         vision = cast(TokenBackbone, backbone)  # `__init__` rejects other backbones

@@ -15,7 +15,8 @@ from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNet
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.heads import RunningStatistics
+from m3i_scale.objective.heads import BackboneReader, RunningStatistics
+from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, global_count
 from m3i_scale.tasks.segmentation.segmentation_heads import LinearSegmentation, UperNetSegmentation
 
@@ -69,7 +70,7 @@ class _PixelClassifier(nn.Conv2d):
         return super().forward(F.dropout2d(input, self.dropout, self.training) if self.dropout else input)
 
 
-class PixelHead(nn.Module):
+class PixelHead(BackboneReader):
     """Base class of semantic segmentation heads."""
 
     weights: tuple[float, ...] = (1.0,)
@@ -77,14 +78,8 @@ class PixelHead(nn.Module):
     layers: tuple[int, ...] = ()
     """Backbone layers, from 1, of which the head needs maps."""
 
-    def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
-        """Return the tokens of normalized images, and the maps of `layers` or of the stages.
-
-        Args:
-            backbone: f_θ.
-            images_BCHW: normalized images.
-            progress: fraction of the training that is done.
-        """
+    def encode_view(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
+        """Return the tokens of normalized images, and the maps of `layers` or of the stages."""
         return backbone.encode_maps(images_BCHW, self.layers)
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -92,7 +87,7 @@ class PixelHead(nn.Module):
 
         Args:
             map_BDHW: tokens of the last layer.
-            maps: maps returned by `encode`.
+            maps: maps returned by `encode_view`.
         """
         raise NotImplementedError
 
@@ -103,7 +98,7 @@ class PixelHead(nn.Module):
 
         Args:
             tokens_BND: tokens of the last layer.
-            maps: maps returned by `encode`.
+            maps: maps returned by `encode_view`.
             grid: rows and columns of the tokens.
             size: H and W.
         """
@@ -123,7 +118,7 @@ class PixelHead(nn.Module):
 
         Args:
             predictions: outputs of `forward`, resized to the ground truth.
-            maps: maps returned by `encode`.
+            maps: maps returned by `encode_view`.
             truth_BHW: classes, int64.
             valid_BHW: bool, whether a pixel has a class.
             distribution: P̂ of a class.
@@ -221,6 +216,21 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
             setattr(module, name, own)
         else:
             _replace_parts(child, dropout, ranks)
+
+
+@torch.no_grad()
+def segment(objective: Objective, pixels_BCHW: Tensor) -> Tensor:
+    """Return per-pixel class logits (B, K, H, W) of normalized images.
+
+    Raises:
+        ValueError: the recipe has no segmentation target.
+    """
+    head = objective.reader
+    if not isinstance(head, PixelHead):
+        raise ValueError("the recipe has no segmentation target")
+    (_, tokens_BND), maps = head.encode_view(objective.student, pixels_BCHW, objective.progress)
+    size = pixels_BCHW.shape[2], pixels_BCHW.shape[3]
+    return next(head.predict(tokens_BND, maps, objective.student.grid_of(pixels_BCHW), size))
 
 
 def resized(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:

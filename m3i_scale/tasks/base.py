@@ -23,6 +23,11 @@ TASKS = {
     "detection": "m3i_scale.tasks.detection.detection_task",
 }
 """Modules of the tasks by kind."""
+TARGETS = {
+    "segmentation": "m3i_scale.objective.targets.segmentation",
+    "detection": "m3i_scale.objective.targets.detection",
+}
+"""Modules of the targets of tasks by kind."""
 
 
 class Task(Kind):

@@ -34,6 +34,7 @@ from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.mask_queries import mask_share
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.objective.segmentation import segment
 from m3i_scale.run.flops import step_flop
 from m3i_scale.scale.checkpoint.weights import load_weights
 
@@ -91,7 +92,7 @@ def test_it_is_that_of_transformers_in_predictions_scores_and_loss(backbone: str
     objective.eval()
     with torch.no_grad():
         output = theirs(pixels)
-        scores = objective.segment(pixels)
+        scores = segment(objective, pixels)
     assert output.masks_queries_logits.std() > 0.1
     masks = torch.nn.functional.interpolate(output.masks_queries_logits, size=(32, 32), mode="bilinear")
     classes = output.class_queries_logits.softmax(dim=-1)[..., :-1]
@@ -125,7 +126,7 @@ def test_every_parameter_learns_and_an_evaluation_repeats_itself(backbone: str) 
     losses = [objective(batch_of(2))[0].item() for _ in range(2)]
     assert losses[0] == losses[1]
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert objective.overlaps_3K["segmentation"].shape == (3, len(CLASSES))
+    assert objective.outputs["segmentation"]["overlaps_3K"].shape == (3, len(CLASSES))
 
 
 def test_images_without_a_class_count_for_nothing() -> None:

@@ -307,7 +307,7 @@ def test_every_backbone_is_segmented_and_learns(backbone: str, head: dict[str, A
     unread = ("student.model.layernorm.", "student.model.post_layernorm.", "student.mask_token.", "student.model.dcnv3")
     assert all(name.startswith(unread) for name in idle)
     objective.eval()(batch)
-    assert objective.overlaps_3K["segmentation"].shape == (3, len(CLASSES))
+    assert objective.outputs["segmentation"]["overlaps_3K"].shape == (3, len(CLASSES))
 
 
 @pytest.mark.parametrize("backbone", ["dinov2", "internimage"])
@@ -361,7 +361,7 @@ def test_pixels_without_a_class_count_for_nothing() -> None:
     loss, figures = objective(nothing)
     assert loss.item() == 0.0
     assert figures["segmentation/count"] == 0
-    assert objective.overlaps_3K["segmentation"].sum() == 0
+    assert objective.outputs["segmentation"]["overlaps_3K"].sum() == 0
     one = nothing.masks_BHW.clone()
     one[1, 20, 20] = 2
     loss, figures = objective(replace(batch, masks_BHW=one))

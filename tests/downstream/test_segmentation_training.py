@@ -245,7 +245,7 @@ def test_the_loss_falls_on_a_few_images(shards: Path, tmp_path: Path, head: dict
         for _ in range(20):  # until the running statistics are those of the weights
             objective(batch)
         objective.eval()(batch)
-    assert mean_iou(objective.overlaps_3K["segmentation"]) > 0.6
+    assert mean_iou(objective.outputs["segmentation"]["overlaps_3K"]) > 0.6
 
 
 def faults_of(run: dict[str, Any], tmp_path: Path) -> ConfigError:

@@ -19,6 +19,7 @@ from m3i_scale.hub import verify as verify_module
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
 from m3i_scale.objective.detection import SOURCE_FILES
+from m3i_scale.objective.detection.base import detect
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +78,7 @@ def exported(runs, tmp_path_factory):
 
 
 def found_by_training(objective, inputs):
-    found = objective.detect(inputs["pixel_values"], inputs["reshaped_input_sizes"], inputs["original_sizes"])
+    found = detect(objective, inputs["pixel_values"], inputs["reshaped_input_sizes"], inputs["original_sizes"])
     return [(one.scores_N, one.labels_N, one.boxes_N4, one.masks_NMM) for one in found]
 
 

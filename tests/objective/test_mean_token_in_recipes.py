@@ -81,7 +81,7 @@ def test_queries_of_masks_are_no_patches() -> None:
     for parameter in objective.parameters():
         parameter.normal_(std=0.1)
     images = torch.randn(2, 3, 64, 64)
-    (mean, tokens), _ = objective.pixel_head.encode(objective.student, images, 1.0)
+    (mean, tokens), _ = objective.reader.encode_view(objective.student, images, 1.0)
     assert tokens.shape == (2, 16, 64)
     torch.testing.assert_close(mean, tokens.mean(dim=1, keepdim=True))
     assert not torch.allclose(tokens, objective.student.encode_whole(images)[1], atol=1e-4)  # they read the queries

@@ -31,6 +31,7 @@ from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.schedule import NotNegative, Scheduled, values_of
+from m3i_scale.tasks.base import TARGETS
 
 
 class Parts(Section):
@@ -164,6 +165,7 @@ class Target(Kind):
     """Loss term k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
+    modules: ClassVar[dict[str, str]] = TARGETS
     modality: ClassVar[str] = "image"
     """category, text, caption, pixels or image."""
     representation: ClassVar[str]

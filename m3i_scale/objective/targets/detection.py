@@ -70,8 +70,8 @@ class Detection(Target):
         sizes_B2 = image_sizes(batch)
         objects = Objects(batch.boxes_BN4, batch.box_labels_BN, masks_BNMM, sizes_B2, batch.seeds_B)
         terms = head.losses(encoded.maps, objects)
-        found = None if head.training else head.detect(encoded.maps, sizes_B2, sizes_B2)
-        return Loss(torch.stack(list(terms.values())).sum(), terms=terms, detections=found)
+        outputs = {} if head.training else {"detections": head.detect(encoded.maps, sizes_B2, sizes_B2)}
+        return Loss(torch.stack(list(terms.values())).sum(), terms=terms, outputs=outputs)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)

@@ -85,11 +85,12 @@ class Segmentation(Target):
         size = truth_BHW.shape[1], truth_BHW.shape[2]
         predictions = list(head.predict(given.decoder(encoded.tokens_BLD), encoded.maps, given.grid, size))
         value, nats = head.loss(predictions, encoded.maps, truth_BHW, valid_BHW, self.distribution, given.ranks)
-        counts = None
+        outputs = {}
         if not head.training:
             logits_BKHW = predictions[0]
-            counts = overlaps(logits_BKHW.argmax(dim=1), truth_BHW, valid_BHW, logits_BKHW.shape[1])
-        return Loss(value, nats, overlaps_3K=counts)
+            predicted_BHW = logits_BKHW.argmax(dim=1)
+            outputs["overlaps_3K"] = overlaps(predicted_BHW, truth_BHW, valid_BHW, logits_BKHW.shape[1])
+        return Loss(value, nats, outputs=outputs)
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)

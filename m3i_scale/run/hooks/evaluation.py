@@ -79,10 +79,11 @@ class Evaluation(Hook):
                     if name.endswith("/weight"):  # training records have the loss weights
                         continue
                     totals[name] = totals.get(name, 0.0) + float(value) / count
-                for name, counts_3K in engine.module.overlaps_3K.items():
-                    overlaps_3K[name] = overlaps_3K.get(name, 0) + counts_3K
+                for name, outputs in engine.module.outputs.items():
+                    if "overlaps_3K" in outputs:
+                        overlaps_3K[name] = overlaps_3K.get(name, 0) + outputs["overlaps_3K"]
                 for name, images in shown.items():
-                    images.add(batch, engine.module.detections[name])
+                    images.add(batch, engine.module.outputs[name]["detections"])
         batches.raise_together()
         stop_if_bad(self._stream, account_of_all(self._stream))  # a single rank can only detect clear cases
         ranks = engine.module.ranks
