@@ -6,7 +6,6 @@ import numpy as np
 from timm.data.mixup import Mixup
 
 from m3i_scale.data.batch import Batch, MixedBatch
-from m3i_scale.tasks.classification.classification_task import Classification
 
 
 class LabelMixing:
@@ -15,19 +14,11 @@ class LabelMixing:
     Random draws depend only on the first sample's seed, so a resumed run repeats them.
 
     Args:
-        task: of the run.
-        classes: number of classes.
+        mixup: draws the mixes.
     """
 
-    def __init__(self, task: Classification, classes: int) -> None:
-        self._mixup = Mixup(
-            mixup_alpha=task.mixup,
-            cutmix_alpha=task.cutmix,
-            prob=task.mix_prob,
-            switch_prob=task.switch_prob,
-            label_smoothing=task.label_smoothing,
-            num_classes=classes,
-        )
+    def __init__(self, mixup: Mixup) -> None:
+        self._mixup = mixup
 
     def __call__(self, batch: Batch) -> MixedBatch:
         """Return the batch with mixed float images and soft labels."""

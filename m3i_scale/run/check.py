@@ -16,7 +16,6 @@ from m3i_scale.config import Phase, RunConfig, find_run_file, run_values
 from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
-from m3i_scale.downstream.fine_tuning import check_stage, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.fit import check_fit
@@ -207,8 +206,8 @@ class Checks(DataChecks):
         if run.backbone.compiles:
             faults.note(check_compile)
         facts = DataFacts(run)
-        if model is not None and self.has_no_errors("optim"):
-            faults.note(check_task, run, model)
+        if run.task is not None and model is not None and self.has_no_errors("optim"):
+            faults.note(run.task.check, run, model)
         if recipe is not None:
             self._check_without_data(recipe, faults)
             facts = self.read(recipe, access, faults, there=there)
@@ -219,8 +218,8 @@ class Checks(DataChecks):
             deepspeed = faults.note(resolve_engine, run, self.ranks, width)
         elif self.has_no_errors("deepspeed"):  # its "auto" values are resolved from `optim`
             faults.note(load_ds_config, run.deepspeed)
-        if deepspeed is not None:
-            faults.note(check_stage, run, deepspeed.config)
+        if deepspeed is not None and run.task is not None:
+            faults.note(run.task.check_engine, run, deepspeed.config)
         self._check_engine(deepspeed, faults)
         if recipe is None or model is None or deepspeed is None or not self.has_no_errors("data", "text"):
             return None

@@ -12,7 +12,6 @@ from pathlib import Path
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import OptimConfig, RunConfig, load_run, read_yaml
 from m3i_scale.data.mixing import check_shares
-from m3i_scale.downstream.fine_tuning import check_image_counts
 from m3i_scale.downstream.labelled import Labelled, find_labelled
 from m3i_scale.downstream.random_start import random_start
 from m3i_scale.downstream.subset import Subset
@@ -164,7 +163,7 @@ def _check_boxes(task: Task, data: Labelled) -> None:
     if data.categories is None:
         return
     counts = [category.image_count for category in data.categories.categories]
-    check_image_counts(task, None if None in counts else [count or 0 for count in counts])
+    task.check_image_counts(None if None in counts else [count or 0 for count in counts])
     masks = isinstance(task, Detection) and task.head.masks
     if masks and data.masked != "all":
         without = "no object has" if data.masked == "none" else "some objects do not have"

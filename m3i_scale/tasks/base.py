@@ -78,6 +78,36 @@ class Task(Kind):
         """Return whether several heads are trained, of which the best one by the last evaluation is exported."""
         return False
 
+    def check(self, run: Any, model: Any) -> None:
+        """Validate the task, independent of its data.
+
+        Args:
+            run: the `RunConfig`.
+            model: the configuration of its backbone.
+        """
+
+    def check_engine(self, run: Any, engine: dict[str, Any]) -> None:
+        """Validate the resolved DeepSpeed config of a run, a `RunConfig`."""
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Validate the class names by label set, over all training datasets."""
+
+    def check_image_counts(self, counts: list[int] | None) -> None:
+        """Validate the number of training images by category; None if the datasets do not have it."""
+
+    def prepare(self, objective: Any, classes: int, erasing: float = 0.0) -> None:
+        """Set up the modules for training.
+
+        Args:
+            objective: the new `Objective` of the recipe.
+            classes: number of classes.
+            erasing: see `AugmentConfig`.
+        """
+
+    def lr_scales(self, objective: Any) -> dict[str, float]:
+        """Return learning-rate multipliers by parameter name; missing names have 1."""
+        return {}
+
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Yield the key and a warning for every valid value that is probably a mistake."""
         yield from ()

@@ -18,9 +18,8 @@ from shapes import metrics
 from tiny import in_parts
 
 from m3i_scale.config import RunConfig
-from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.build import build_objective, scales_of
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.check import check_run, resolve_run
 from m3i_scale.run.check import faults_of as find_faults

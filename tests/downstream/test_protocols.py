@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run, parse_section
-from m3i_scale.downstream.fine_tuning import check_task
 from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError
 from m3i_scale.hub.write import portable_run
@@ -86,7 +85,7 @@ def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
 def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}"])
     with pytest.raises(ConfigError) as caught:
-        check_task(run, backbone_config(run.backbone))
+        run.task.check(run, backbone_config(run.backbone))
     assert preset in str(caught.value.where)
     assert any(preset in str(fault.where) for fault in faults_of(name, [f"backbone.preset={preset}"]))
 
@@ -113,7 +112,7 @@ def test_upernet_reads_the_published_layers_of_larger_backbones() -> None:
 @pytest.mark.parametrize("name", ["finetune", "segment", "detect"])
 def test_a_default_protocol_is_for_any_family(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}", "task.freeze=false"])
-    check_task(run, backbone_config(run.backbone))
+    run.task.check(run, backbone_config(run.backbone))
 
 
 @pytest.mark.parametrize("length", [{}, {"epochs": 1, "steps": 10}])

@@ -12,9 +12,9 @@ from transformers import VitDetBackbone, VitDetConfig
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.backbones.layer_decay import lr_scales
 from m3i_scale.config import BackboneConfig
 from m3i_scale.downstream.drop_path import apply_drop_path
-from m3i_scale.downstream.layer_decay import lr_scales
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
 from m3i_scale.objective.detection.modeling_mask_rcnn import WindowedLayers

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from m3i_scale.config import RunConfig
 from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.config.sections import Section
-from m3i_scale.tasks.base import Task
+from m3i_scale.errors import ConfigError
+from m3i_scale.tasks.backbone_task import BackboneTask, check_timm
+
+if TYPE_CHECKING:
+    from m3i_scale.backbones.families import Family, VisionConfig
+    from m3i_scale.data.batch import Batch
+    from m3i_scale.downstream.mixing import LabelMixing
+    from m3i_scale.objective.information import Objective
 
 _LARGEST_ALPHA = 10.0
 """Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
@@ -59,7 +67,7 @@ class Sweep(Section):
         }
 
 
-class Classification(Task):
+class Classification(BackboneTask):
     """Image classification task."""
 
     kind: ClassVar[str] = "classification"
@@ -137,3 +145,100 @@ class Classification(Task):
                     f"task.{name} is {alpha:g}: it is α of Beta(α, α) and no percentage, so two images are nearly "
                     f"always mixed in halves. Fix: task.{name}={alpha / 100:g}",
                 )
+
+    def check(self, run: RunConfig, model: VisionConfig) -> None:
+        """Also validate pooling, mixing and the sweep."""
+        from m3i_scale.backbones.families import family_of
+
+        super().check(run, model)
+        family = family_of(model)
+        if self.sweep is not None:
+            _check_sweep(run, family)
+        if self.pool == "class_token" and not family.has_class_token:
+            raise ConfigError(
+                f"{family.name} has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
+            )
+        if self.mixup or self.cutmix:
+            check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
+        if (self.mixup or self.cutmix) and run.optim.micro_batch_size % 2:
+            raise ConfigError(
+                "mixup and cutmix pair the images of a micro-batch, and one is left over",
+                where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
+                fix="an even optim.micro_batch_size",
+            )
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Check that there is exactly one list of classes."""
+        if len(label_sets) == 1:
+            return
+        several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+        raise ConfigError(
+            f"a classifier has one list of classes, and the sources have {several or 'no labels'}",
+            where="data.sources",
+            why=None if several else "no source has labels.json beside its shards",
+            fix="leave all but one label set out: data.sources.NAME.labels=false; equal lists become one by"
+            " data.sources.NAME.label_set"
+            if several
+            else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
+        )
+
+    def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
+        """Return random erasing, then mixup and cutmix."""
+        mixing = [self.label_mixing(classes)] if self.mixup or self.cutmix else []
+        return [*super().batch_changes(objective, classes, erasing), *mixing]
+
+    def label_mixing(self, classes: int) -> LabelMixing:
+        """Return mixup and cutmix for a number of classes."""
+        from timm.data.mixup import Mixup
+
+        from m3i_scale.downstream.mixing import LabelMixing
+
+        mixup = Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.mix_prob,
+            switch_prob=self.switch_prob,
+            label_smoothing=self.label_smoothing,
+            num_classes=classes,
+        )
+        return LabelMixing(mixup)
+
+    def lr_scales(self, objective: Objective) -> dict[str, float]:
+        """Return the multipliers of the heads of a sweep, else those of the layers."""
+        if self.sweep is None:
+            return super().lr_scales(objective)
+        of_head = {name: scale for name, (_, scale) in self.sweep.heads().items()}
+        return {
+            f"heads.{head}.{name}": scale
+            for head, scale in of_head.items()
+            for name, _ in objective.heads[head].named_parameters()
+        }
+
+
+def _check_sweep(run: RunConfig, family: Family) -> None:
+    if not family.has_class_token:
+        raise ConfigError(
+            f"the heads of a sweep read class tokens, and {family.name} has none",
+            where="task.sweep",
+            fix="leave it out, with task.pool=mean_pool",
+        )
+    if run.guard.spike is not None:
+        raise ConfigError(
+            "a spike of the sum of all heads' losses would take all of them back",
+            where="guard.spike",
+            why="the rate of the fastest is meant to be too high, and the others would lose their steps with it",
+            fix="leave it out",
+        )
+    if run.optim.clip_grad_norm:
+        raise ConfigError(
+            "the gradient of all heads of a sweep together would be clipped",
+            where=f"optim.clip_grad_norm: {run.optim.clip_grad_norm:g}",
+            why="how a head learns would depend on the others",
+            fix="optim.clip_grad_norm=0",
+        )
+    if run.data.sources and not run.data.validation:
+        raise ConfigError(
+            "the best head of a sweep is the best on images for validation, and there are none",
+            where="data.validation",
+            fix="data.validation.val.shards=/data/shards/val and evaluation.every_steps",
+        )

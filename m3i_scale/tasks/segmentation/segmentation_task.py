@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 from typing_extensions import Self
 
-from m3i_scale.tasks.base import Task
+from m3i_scale.config import RunConfig
+from m3i_scale.data.shards import MASK_LABELS, check_mask_classes
+from m3i_scale.errors import ConfigError
+from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 
+if TYPE_CHECKING:
+    from m3i_scale.backbones.families import VisionConfig
 
-class Segmentation(Task):
+
+class Segmentation(BackboneTask):
     """Semantic segmentation task. Its classes come from mask_labels.json next to the shards."""
 
     kind: ClassVar[str] = "segmentation"
@@ -45,3 +51,23 @@ class Segmentation(Task):
             "decoders": {"patches": {"kind": "pointwise"}},
             "targets": [target],
         }
+
+    def check(self, run: RunConfig, model: VisionConfig) -> None:
+        """Also check the layers that UPerNet reads."""
+        super().check(run, model)
+        if isinstance(self.head, UperNetSegmentation):
+            check_last_layer(self.head.out_layers, model)
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Check that there is exactly one list of classes. Datasets without classes are reported elsewhere."""
+        if not label_sets:
+            return
+        if len(label_sets) != 1:
+            several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+            raise ConfigError(
+                f"pixels have one list of classes, and the sources have {several}",
+                where="data.sources",
+                fix=f"equal {MASK_LABELS} become one by data.sources.NAME.label_set",
+            )
+        ((name, names),) = label_sets.items()
+        check_mask_classes(names, f"data.sources, label set '{name}': {MASK_LABELS}")
