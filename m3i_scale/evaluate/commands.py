@@ -10,7 +10,6 @@ import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate.classifier import Classifier, trained_heads
-from m3i_scale.evaluate.detector import DETECTOR
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import clusters_of
@@ -19,10 +18,11 @@ from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
-from m3i_scale.evaluate.segmenter import SEGMENTER
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
+from m3i_scale.tasks.detection.detector import DETECTOR
+from m3i_scale.tasks.segmentation.segmenter import SEGMENTER
 
 Baseline = Literal["none", "pixels"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.detection import evaluate_detector
-from m3i_scale.evaluate.detector import DETECTED, DETECTOR, Detector, detector_of
-from m3i_scale.evaluate.miou import evaluate_segmenter
 from m3i_scale.evaluate.overlays import Overlays
-from m3i_scale.evaluate.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of
+from m3i_scale.tasks.detection.detector import DETECTED, DETECTOR, Detector, detector_of
+from m3i_scale.tasks.detection.measure_detector import evaluate_detector
+from m3i_scale.tasks.segmentation.measure_segmenter import evaluate_segmenter
+from m3i_scale.tasks.segmentation.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of
 
 
 def load_trained_model(

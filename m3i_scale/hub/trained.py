@@ -10,12 +10,12 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import ExportedModule
-from m3i_scale.objective.detection.base import detect, detector_of
-from m3i_scale.objective.detection.modeling_mask_rcnn import joined
-from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.mask_queries import MaskQueries
-from m3i_scale.objective.segmentation import segment
+from m3i_scale.tasks.detection.modeling_mask_rcnn import joined
+from m3i_scale.tasks.detection.object_detector import detect, detector_of
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
+from m3i_scale.tasks.segmentation.mask_queries import MaskQueries
+from m3i_scale.tasks.segmentation.pixel_heads import segment
 
 
 def trained_outputs(

@@ -23,19 +23,19 @@ from m3i_scale.backbones.build import backbone_config, model_files, portable_sec
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json, write_json
-from m3i_scale.hub.as_mask_rcnn import mask_rcnn_part
-from m3i_scale.hub.as_rfdetr import rfdetr_part
 from m3i_scale.hub.as_timm import timm_part
-from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
 from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, ExportedModule, Resize, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
-from m3i_scale.objective.targets.detection import Detection
 from m3i_scale.objective.upgrade import upgraded
 from m3i_scale.tasks.detection.detection_heads import RfDetr
+from m3i_scale.tasks.detection.detection_target import Detection
+from m3i_scale.tasks.detection.export_mask_rcnn import mask_rcnn_part
+from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
+from m3i_scale.tasks.segmentation.export_upernet import segmenter_part
 from m3i_scale.text import redact
 
 Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]

@@ -11,8 +11,8 @@ from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, read_label_sets, shard_folder
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.evaluate.detections import check_library
 from m3i_scale.objective.recipe import Recipe
+from m3i_scale.tasks.detection.detections import check_library
 from m3i_scale.text import without_secrets
 
 

@@ -48,7 +48,7 @@ class BackboneTask(Task):
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
         """Add drop path, freeze the backbone, and change the batches of training."""
-        from m3i_scale.downstream.drop_path import apply_drop_path
+        from m3i_scale.tasks.drop_path import apply_drop_path
 
         if self.drop_path:
             apply_drop_path(objective.student, self.drop_path)
@@ -63,7 +63,7 @@ class BackboneTask(Task):
         checks."""
         if not erasing:
             return []
-        from m3i_scale.downstream.erasing import Erasing
+        from m3i_scale.tasks.erasing import Erasing
 
         return [Erasing(erasing, objective.pixel_norm)]
 

@@ -24,8 +24,8 @@ TASKS = {
 }
 """Modules of the tasks by kind."""
 TARGETS = {
-    "segmentation": "m3i_scale.objective.targets.segmentation",
-    "detection": "m3i_scale.objective.targets.detection",
+    "segmentation": "m3i_scale.tasks.segmentation.segmentation_target",
+    "detection": "m3i_scale.tasks.detection.detection_target",
 }
 """Modules of the targets of tasks by kind."""
 

@@ -37,8 +37,6 @@ from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.evaluate.average_precision import average_precision_of_ranks
-from m3i_scale.evaluate.preview_images import ShownImages
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.run.planning import Model
@@ -60,6 +58,8 @@ from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import settings_of
 from m3i_scale.scale.process_group import stop_ranks
+from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
+from m3i_scale.tasks.detection.detection_scores import ShownImages
 
 PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32")
 

@@ -27,16 +27,16 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.mask_queries import mask_share
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.segmentation import segment
 from m3i_scale.run.flops import step_flop
 from m3i_scale.scale.checkpoint.weights import load_weights
+from m3i_scale.tasks.segmentation.export_upernet import segmenter_part
+from m3i_scale.tasks.segmentation.mask_queries import mask_share
+from m3i_scale.tasks.segmentation.pixel_heads import segment
 
 pytestmark = pytest.mark.slow
 

@@ -10,15 +10,15 @@ from pydantic import ValidationError
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run, parse_section
-from m3i_scale.downstream.unpacked import TRAIN
 from m3i_scale.errors import ConfigError
 from m3i_scale.hub.write import portable_run
-from m3i_scale.objective.segmentation import read_layers
 from m3i_scale.run.check import faults_of
 from m3i_scale.tasks.classification.classification_task import Classification
 from m3i_scale.tasks.detection.detection_task import Detection
+from m3i_scale.tasks.segmentation.pixel_heads import read_layers
 from m3i_scale.tasks.segmentation.segmentation_heads import UperNetSegmentation
 from m3i_scale.tasks.segmentation.segmentation_task import Segmentation
+from m3i_scale.tasks.unpacked import TRAIN
 
 IMAGENET = 1_281_167
 METRICS: dict[object, str] = {Classification: "top-1", Segmentation: "mIoU", Detection: "box AP"}

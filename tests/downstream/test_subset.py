@@ -20,11 +20,11 @@ from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.downstream.labelled import Labelled, find_labelled
-from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import read_json
-from m3i_scale.run.finetune import prepare
+from m3i_scale.tasks.finetune import prepare
+from m3i_scale.tasks.labelled import Labelled, find_labelled
+from m3i_scale.tasks.subset import Subset
 
 pytestmark = pytest.mark.slow
 

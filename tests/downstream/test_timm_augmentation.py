@@ -30,10 +30,10 @@ from m3i_scale.data.crops import random_crop
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.rand_augment import RandAugment
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.downstream.erasing import Erasing
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.inputs import PixelNorm, normalize
+from m3i_scale.tasks.erasing import Erasing
 
 SIDE = 32
 RAND = "rand-m9-mstd0.5-inc1"

@@ -18,8 +18,8 @@ from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.hub import verify as verify_module
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
-from m3i_scale.objective.detection import SOURCE_FILES
-from m3i_scale.objective.detection.base import detect
+from m3i_scale.tasks.detection.export_mask_rcnn import SOURCE_FILES
+from m3i_scale.tasks.detection.object_detector import detect
 
 pytestmark = pytest.mark.slow
 

@@ -25,15 +25,15 @@ from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.detection import CURVES
-from m3i_scale.evaluate.detection_overlays import SUMMARY
-from m3i_scale.evaluate.detector import head_of_features
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
-from m3i_scale.objective.detection.base import detect
-from m3i_scale.objective.detection.modeling_mask_rcnn import paste_masks
+from m3i_scale.tasks.detection.detection_overlays import SUMMARY
+from m3i_scale.tasks.detection.detector import head_of_features
+from m3i_scale.tasks.detection.measure_detector import CURVES
+from m3i_scale.tasks.detection.modeling_mask_rcnn import paste_masks
+from m3i_scale.tasks.detection.object_detector import detect
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,7 @@
 """RF-DETR of a run is the stock model: what fills it, which processor shows images to it, and what is none."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,6 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.evaluate.detector import Detector
-from m3i_scale.hub.as_rfdetr import rfdetr_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import check_complete, value_of
 from m3i_scale.hub.verify import real_pictures
@@ -19,6 +18,9 @@ from m3i_scale.hub.write import write_processor
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.partition import initialize_sharded
+from m3i_scale.tasks.detection.detector import Detector
+from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
+from m3i_scale.tasks.detection.object_detector import detect
 
 NAMES = ["disc", "square", "rhomb"]
 SHAPE = {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -66,7 +68,7 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     picture = real_pictures(64)["large"].crop((0, 0, 128, 96))
     augment = source.run.data.augment
-    detector = Detector(objective.detect, augment, 64, NAMES, "vit", torch.device("cpu"))
+    detector = Detector(partial(detect, objective), augment, 64, NAMES, "vit", torch.device("cpu"))
     (found,) = detector([np.asarray(picture).transpose(2, 0, 1)], [1])
     with torch.no_grad():
         output = model(**processor(picture, return_tensors="pt"))

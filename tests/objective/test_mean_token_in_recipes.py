@@ -12,11 +12,11 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, momentum_pairs
-from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
-from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.tasks.detection.detection_heads import MaskRcnn, RfDetr
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
 
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512}
 

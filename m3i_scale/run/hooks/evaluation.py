@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.evaluate.preview_images import ShownImages
-from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.probe import evaluating
 from m3i_scale.scale.agree import mean_over_ranks
+from m3i_scale.tasks.detection.detection_scores import ShownImages
+from m3i_scale.tasks.segmentation.pixel_heads import mean_iou
 
 
 class Evaluation(Hook):

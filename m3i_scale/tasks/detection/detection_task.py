@@ -98,7 +98,7 @@ class Detection(BackboneTask):
 
     def lr_scales(self, objective: Objective) -> dict[str, float]:
         """Return the multipliers of the layers; windowed layers have parameters of the backbone's layers."""
-        from m3i_scale.objective.detection.base import detector_of
+        from m3i_scale.tasks.detection.object_detector import detector_of
 
         scales = super().lr_scales(objective)
         if scales:

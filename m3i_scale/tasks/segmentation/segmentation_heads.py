@@ -23,7 +23,7 @@ class LinearSegmentation(SegmentationHead):
     """Linear classifier on the batch-normalized patch tokens of the last layer."""
 
     kind: ClassVar[str] = "linear"
-    module: ClassVar[str] = "m3i_scale.objective.segmentation.LinearPixelHead"
+    module: ClassVar[str] = "m3i_scale.tasks.segmentation.pixel_heads.LinearPixelHead"
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Channel dropout probability before the classifier, in training."""
@@ -34,7 +34,7 @@ class UperNetSegmentation(SegmentationHead):
     transposed convolutions and pooling as in BEiT and MAE. For InternImage they are its stages."""
 
     kind: ClassVar[str] = "upernet"
-    module: ClassVar[str] = "m3i_scale.objective.segmentation.UperNet"
+    module: ClassVar[str] = "m3i_scale.tasks.segmentation.pixel_heads.UperNet"
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Channel dropout probability before the classifiers, in training."""
@@ -58,7 +58,7 @@ class EomtSegmentation(SegmentationHead):
     """EoMT mask classification: queries pass through the last blocks of a plain Transformer."""
 
     kind: ClassVar[str] = "eomt"
-    module: ClassVar[str] = "m3i_scale.objective.mask_queries.MaskQueries"
+    module: ClassVar[str] = "m3i_scale.tasks.segmentation.mask_queries.MaskQueries"
 
     queries: int = Field(default=100, ge=1, le=MAX_CANDIDATES)
     """Number of queries."""
