@@ -19,10 +19,8 @@ from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
 from m3i_scale.evaluate.towers import Towers, why_no_towers
-from m3i_scale.evaluate.trained_model import load_trained_model
+from m3i_scale.evaluate.trained_model import MODELS, load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
-from m3i_scale.tasks.detection.detector import DETECTOR
-from m3i_scale.tasks.segmentation.segmenter import SEGMENTER
 
 Baseline = Literal["none", "pixels"]
 
@@ -53,13 +51,12 @@ def evaluate(
         model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
         data: test shards: a folder, a brace pattern or one .tar.
         train_data: training shards of the probes; required by kNN and the linear probes.
-        measures: a subset of `MEASURES`, or only `SEGMENTER` or `DETECTOR`; default: all that the model supports.
+        measures: a subset of `MEASURES`, or only one of `MODELS`; default: all that the model supports.
         pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
         baseline: `pixels` also runs the probes on the raw 32 × 32 image.
         exclude_groups: skip samples with one of these values as `group` in their json field.
         templates: zero-shot prompts; `{}` is replaced by the class name.
-        batch_size: images per forward pass (default: `IMAGES`; `DETECTED` for a detector), or windows for a segmenter
-            (default: `WINDOWS`).
+        batch_size: images per forward pass, or windows for a segmenter. Default: that of the model, or `IMAGES`.
         device: auto (CUDA if available), cpu, cuda, cuda:1, …
         overlays: new folder for prediction overlays of a segmenter, or of a detector's worst images.
         overlay_count: number of overlays; default: `OVERLAY_COUNT`.
@@ -71,7 +68,7 @@ def evaluate(
         A JSON-serializable document: model, data, measures, not_measured (with reasons), warnings, and pictures if
         requested.
     """
-    check_options(measures, (*MEASURES, SEGMENTER, DETECTOR), pool, batch_size)
+    check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
     _check(baseline, overlays, overlay_count)
     if picture_samples is not None and pictures is None:
         raise ConfigError("samples of pictures have no effect without a folder", fix="--pictures /data/pictures")
@@ -91,7 +88,7 @@ def evaluate(
         raise ConfigError(
             "overlays have no effect: they show what a segmenter or a detector predicts, and none is measured",
             where=str(folder),
-            fix=f"--measure {SEGMENTER} or --measure {DETECTOR}, of a folder that holds one; else leave them out",
+            fix=f"--measure {' or --measure '.join(MODELS)}, of a folder that holds one; else leave them out",
         )
     measures = MEASURES if measures is None else measures
     test_table = open_table(data, "--data")

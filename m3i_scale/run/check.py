@@ -30,7 +30,7 @@ from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
-from m3i_scale.run.source_checks import measures_precision
+from m3i_scale.run.source_checks import scored_targets
 from m3i_scale.run.source_warnings import source_warnings
 from m3i_scale.run.start_table import other_images
 from m3i_scale.scale.activations import check_policy, read_policy
@@ -226,7 +226,7 @@ class Checks(DataChecks):
         if len(faults.found) > before:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
-        precision = faults.note(measures_precision, run, recipe, access)
+        scored = faults.note(scored_targets, run, recipe, access)
         label_sets, image_counts = facts.label_sets, facts.image_counts
         resolved = ResolvedRun(
             run,
@@ -237,7 +237,7 @@ class Checks(DataChecks):
             deepspeed,
             accumulation,
             image_counts,
-            bool(precision),
+            scored or [],
         )
         vocab_size = resolved.vocab_size
         whole = run.model_copy(update={"phases": []})  # each stage is checked separately

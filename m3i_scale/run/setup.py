@@ -48,8 +48,8 @@ class ResolvedRun(RunWithData):
     accumulation: int
     image_counts: list[int] | None = None
     """Number of training images per category, if categories.json has it (LVIS)."""
-    measures_precision: bool = False
-    """Whether evaluations compute average precision; see `source_checks.measures_precision`."""
+    scored: Sequence[str] = ()
+    """Names of the targets whose scores evaluations compute; see `Target.check_scores`."""
 
     def in_phase(self, number: int) -> ResolvedRun:
         """Return the run with the image size, micro-batch size and accumulation of a stage. Without stages, return the

@@ -34,7 +34,6 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.flops import step_flop
 from m3i_scale.scale.checkpoint.weights import load_weights
-from m3i_scale.tasks.segmentation.export_upernet import segmenter_part
 from m3i_scale.tasks.segmentation.mask_queries import mask_share
 from m3i_scale.tasks.segmentation.pixel_heads import segment
 
@@ -76,7 +75,7 @@ def batch_of(size: int, seed: int = 0) -> Batch:
 def stock(objective: Objective, run: RunConfig) -> EomtForUniversalSegmentation:
     """`transformers`' model with the same weights."""
     source = Source(Path("no checkpoint"), run, parse_recipe(run.recipe), 0, {"label_sets": {"scenes": CLASSES}}, [])
-    part = segmenter_part(source)
+    part = source.recipe.targets[0].export(source)
     weights = objective.state_dict()
     model = EomtForUniversalSegmentation(part.model.config)
     model.load_state_dict({name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()})

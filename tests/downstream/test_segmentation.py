@@ -27,7 +27,6 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.tasks.segmentation.export_upernet import segmenter_part
 from m3i_scale.tasks.segmentation.pixel_heads import MapBatchNorm, PixelHead, mean_iou, overlaps
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 from m3i_scale.tasks.segmentation.segmentation_task import Segmentation
@@ -255,7 +254,7 @@ def stock(objective: Objective, backbone: str, head: Any) -> UperNetForSemanticS
     """`transformers`' model with the same weights."""
     run = run_of(backbone, head)
     source = Source(Path("no checkpoint"), run, parse_recipe(run.recipe), 0, {"label_sets": {"scenes": CLASSES}}, [])
-    part = segmenter_part(source)
+    part = source.recipe.targets[0].export(source)
     weights = objective.state_dict()
     values = {name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()}
     model = UperNetForSemanticSegmentation(part.model.config)

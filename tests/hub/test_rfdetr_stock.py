@@ -19,7 +19,6 @@ from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.partition import initialize_sharded
 from m3i_scale.tasks.detection.detector import Detector
-from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
 from m3i_scale.tasks.detection.object_detector import detect
 
 NAMES = ["disc", "square", "rhomb"]
@@ -51,10 +50,14 @@ def objective_of(source):
     return objective.eval()
 
 
+def export(source):
+    return source.recipe.targets[0].export(source)
+
+
 @pytest.mark.parametrize(("backbone", "masks"), [("vit", False), ("gated", True)])
 def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone, masks):
     source = source_of(backbone, masks=masks)
-    objective, part = objective_of(source), rfdetr_part(source)
+    objective, part = objective_of(source), export(source)
     check_complete(part)
     weights = objective.state_dict()
     kind = type(part.model)
@@ -85,13 +88,13 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
 
 def test_images_that_keep_their_shape_are_what_no_stock_processor_shows():
     with pytest.raises(ExportError) as caught:
-        rfdetr_part(source_of("vit", stretch=False))
+        export(source_of("vit", stretch=False))
     assert str(caught.value.where).startswith("data.augment.stretch")
 
 
 def test_layers_that_the_backbone_does_not_have_are_told_of():
     with pytest.raises(ConfigError) as caught:
-        rfdetr_part(source_of("vit", out_layers=[3, 6, 9, 12]))
+        export(source_of("vit", out_layers=[3, 6, 9, 12]))
     assert caught.value.where == "task.head.out_layers"
 
 

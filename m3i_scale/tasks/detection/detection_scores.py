@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.order import seed_of
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.targets.base import Scores
 from m3i_scale.scale.agree import gather_objects
 from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
 from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Kind, Prediction
@@ -13,8 +16,8 @@ from m3i_scale.tasks.detection.detector import compressed, prediction_of
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 
-class ShownImages:
-    """Unique images from this rank's batches, with ground truth and detections.
+class DetectionScores(Scores):
+    """Average precision over the unique images from the batches of all ranks.
 
     Batches may repeat an image, and ranks may share images, so images are identified by key. Without augmentation each
     repetition is identical.
@@ -32,30 +35,21 @@ class ShownImages:
         self._kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
         self._images: dict[int, tuple[GroundTruth, Prediction]] = {}
 
-    def add(self, batch: Batch, found: Sequence[Detections]) -> None:
-        """Add the new images of a batch.
-
-        Args:
-            batch: on the CPU.
-            found: detections by sample, in pixels of the square.
-        """
+    def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
+        """Add the new images of a batch, with their `detections` in pixels of the square."""
+        found: list[Detections] = outputs["detections"]
         side = batch.images_VBCHW.shape[-1]
         for row, (key, detections) in enumerate(zip(batch.keys, found, strict=True)):
             image = seed_of(key)
             if image not in self._images:
                 self._images[image] = self._truth(batch, row, image), prediction_of(detections, image, (side, side))
 
-    def average_precision(self, rank: int) -> dict[str, float]:
-        """Return `box_ap`, and `mask_ap` if there are masks, from 0 to 1, over the unique images of all ranks; 0
-        without objects. Every rank must call it.
-
-        Args:
-            rank: rank of this process.
-        """
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """Return `box_ap`, and `mask_ap` if there are masks, from 0 to 1; 0 without objects."""
         by_rank = gather_objects((set(self._images), any(truth["annotations"] for truth, _ in self._images.values())))
         if not any(has_objects for _, has_objects in by_rank):
             return {f"{kind}_ap": 0.0 for kind in self._kinds}
-        counted: set[int] = set().union(*(images for images, _ in by_rank[:rank]))
+        counted: set[int] = set().union(*(images for images, _ in by_rank[: ranks.rank]))
         mine = [pair for image, pair in self._images.items() if image not in counted]
         truths, predictions = [truth for truth, _ in mine], [prediction for _, prediction in mine]
         figures = average_precision_of_ranks(truths, predictions, self._categories)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.config import RunConfig
 from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Batch
-from m3i_scale.data.shards import CATEGORIES
+from m3i_scale.data.categories import shard_categories
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
+from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.tasks.detection.detection_losses import Objects
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.detection.object_detector import image_sizes
 from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
+
+if TYPE_CHECKING:
+    from m3i_scale.hub.source import Source
+    from m3i_scale.hub.tensors import ExportedModule
 
 
 class Detection(Target):
@@ -45,6 +53,47 @@ class Detection(Target):
     def evaluated(self) -> tuple[str, ...]:
         """Return the names of the average precisions."""
         return ("box_ap", "mask_ap") if self.reads == "boxes_and_masks" else ("box_ap",)
+
+    def check_scores(self, run: RunConfig, access: Access | None) -> bool:
+        """Return whether the validation images have complete annotations.
+
+        LVIS images are only annotated for some categories, and batches do not record which. With COCO's rules, a
+        correct prediction of another category would count as false.
+        """
+        from m3i_scale.tasks.detection.detections import check_library
+
+        for name, source in run.data.validation.items():
+            where, best = f"data.validation.{name}", run.checkpoint.keep_best
+            categories = shard_categories(shard_folder(source.shards), f"{where}: ", access)
+            if categories is None or categories.format == "coco":
+                continue
+            if best is not None and best.metric in [f"evaluation/{self.name}/{figure}" for figure in self.evaluated]:
+                raise ConfigError(
+                    f"no evaluation of this run writes '{best.metric}': {where} is of LVIS",
+                    where="checkpoint.keep_best.metric",
+                    why="of its images not all objects are known; average precision is measured by `evaluate` alone",
+                    fix="checkpoint.keep_best={metric: evaluation/loss, mode: min}",
+                )
+            return False
+        if self.reads == "boxes":  # for masks this has been checked already
+            check_library("evaluation.every_steps")
+        return True
+
+    def scores(self, label_sets: dict[str, list[str]]) -> Scores:
+        """Return the average precisions."""
+        from m3i_scale.tasks.detection.detection_scores import DetectionScores
+
+        (classes,) = label_sets.values()
+        return DetectionScores(classes, masks=self.reads == "boxes_and_masks")
+
+    def export(self, source: Source) -> ExportedModule:
+        """Return backbone and head as RF-DETR or Mask R-CNN."""
+        from m3i_scale.tasks.detection.export_mask_rcnn import mask_rcnn_part
+        from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
+
+        if isinstance(self.head, RfDetr):
+            return rfdetr_part(source, self.head, self.name)
+        return mask_rcnn_part(source, self.head, self.name)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
         """Return an `ObjectDetector`."""
@@ -79,11 +128,3 @@ class Detection(Target):
             yield f"a detection target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
         if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
             yield "a detection target is predicted from one input, which shows all of view 1"
-
-
-def image_sizes(batch: Batch) -> Tensor:
-    """Return the height and width (B, 2) in pixels of the image area in view 1, without padding."""
-    side = batch.images_VBCHW.shape[-1]
-    crops_B4 = batch.crops_VB4[0]
-    inside_B2 = torch.minimum(crops_B4[:, 2:], batch.sizes_B2 - crops_B4[:, :2])
-    return (side * inside_B2 / crops_B4[:, 2:]).round()

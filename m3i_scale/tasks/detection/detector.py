@@ -30,10 +30,9 @@ from m3i_scale.evaluate.towers import has_head, load_objective
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.output import quiet_loading
 from m3i_scale.tasks.detection.detection_heads import RfDetr
-from m3i_scale.tasks.detection.detection_target import image_sizes
 from m3i_scale.tasks.detection.detections import Prediction, Rle, check_library
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
-from m3i_scale.tasks.detection.object_detector import detect
+from m3i_scale.tasks.detection.object_detector import detect, image_sizes
 from m3i_scale.tasks.detection.rfdetr import decode_queries
 
 DETECTOR = "detector"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import torch
+from torch import Tensor
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.hub.joint import empty, target_of
+from m3i_scale.hub.joint import empty
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import VISION, ExportedModule, copied
+from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields, MaskRcnnConfig
-from m3i_scale.tasks.detection.detection_heads import MaskRcnn
-from m3i_scale.tasks.detection.detection_target import Detection
-from m3i_scale.tasks.detection.modeling_mask_rcnn import MaskRcnnForObjectDetection
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn
+from m3i_scale.tasks.detection.modeling_mask_rcnn import MaskRcnnForObjectDetection, joined
+from m3i_scale.tasks.detection.object_detector import detect
 from m3i_scale.tasks.detection.windows import default_windows, windowed_layers
 
 SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_mask_rcnn.py") for stem in ("configuration", "modeling"))
@@ -28,10 +30,15 @@ AUTO_MAP = {
 }
 
 
-def mask_rcnn_part(source: Source) -> ExportedModule:
-    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder includes its source files."""
-    target = cast(Detection, target_of(source, "boxes"))
-    config, spec = backbone_config(source.run.backbone), target.head
+def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> ExportedModule:
+    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder includes its source files.
+
+    Args:
+        source: the checkpoint.
+        spec: the head.
+        target: name of the head's target.
+    """
+    config = backbone_config(source.run.backbone)
     if not isinstance(spec, MaskRcnn):
         raise _no_class(f"none has a head of kind {spec.kind}")
     if isinstance(config, InternImageConfig):
@@ -52,7 +59,7 @@ def mask_rcnn_part(source: Source) -> ExportedModule:
     )
     model = empty(lambda: MaskRcnnForObjectDetection(shape))
     tensors = copied(model.backbone.state_dict(), VISION, "backbone.")
-    tensors |= copied(model.detector.state_dict(), f"heads.{target.name}.", "detector.")
+    tensors |= copied(model.detector.state_dict(), f"heads.{target}.", "detector.")
     return ExportedModule(
         "detector",
         model,
@@ -61,7 +68,14 @@ def mask_rcnn_part(source: Source) -> ExportedModule:
         output="scores",
         also=("labels", "boxes", *(["masks"] if spec.masks else [])),
         files=SOURCE_FILES,
+        resize="padded",
+        trained=_trained,
     )
+
+
+def _trained(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    whole_B2 = torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))
+    return joined(detect(objective, pixels_BCHW, whole_B2, whole_B2))
 
 
 def _no_class(why: str) -> ExportError:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
+from torch import Tensor
 from transformers import RfDetrDinov2Config
 
 from m3i_scale.errors import ExportError
-from m3i_scale.hub.joint import backbone_part, empty, target_of
+from m3i_scale.hub.joint import backbone_part, empty
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import ExportedModule, TensorSource
+from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.detection_heads import RfDetr
-from m3i_scale.tasks.detection.detection_target import Detection
-from m3i_scale.tasks.detection.rfdetr import read_layers
+from m3i_scale.tasks.detection.object_detector import detector_of
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector, read_layers
 from m3i_scale.tasks.detection.rfdetr_queries import BACKBONE, stock_class, stock_config
 
 _SHAPE = (
@@ -21,13 +24,16 @@ _SHAPE = (
 )
 
 
-def rfdetr_part(source: Source) -> ExportedModule:
+def rfdetr_part(source: Source, spec: RfDetr, target: str) -> ExportedModule:
     """Return backbone and queries as `RfDetrForInstanceSegmentation`, or `RfDetrForObjectDetection` without masks.
 
     A ViT is converted to a DINOv2 with layer scales of 1.
+
+    Args:
+        source: the checkpoint.
+        spec: the head.
+        target: name of the head's target.
     """
-    target = cast(Detection, target_of(source, "boxes"))
-    spec = cast(RfDetr, target.head)
     if not source.run.data.augment.stretch:
         raise ExportError(
             "no stock image processor of RF-DETR shows images as they were shown",
@@ -51,9 +57,16 @@ def rfdetr_part(source: Source) -> ExportedModule:
     tensors = {
         name: backbone.tensors[name.removeprefix(before)]
         if name.startswith(before)
-        else TensorSource((f"heads.{target.name}.queries.model.{name}",))
+        else TensorSource((f"heads.{target}.queries.model.{name}",))
         for name in model.state_dict()
     }
     auto = "AutoModelForInstanceSegmentation" if spec.masks else "AutoModelForObjectDetection"
     also = ("pred_boxes", *(["pred_masks"] if spec.masks else []))
-    return ExportedModule("detector", model, tensors, auto=auto, output="logits", also=also)
+    return ExportedModule(
+        "detector", model, tensors, auto=auto, output="logits", also=also, resize="stretched", trained=_trained
+    )
+
+
+def _trained(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    detector = cast(RfDetrDetector, detector_of(objective))
+    return detector.predict(detector.encode(objective.student, pixels_BCHW))[0]

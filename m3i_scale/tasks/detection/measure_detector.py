@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.instances import Instances
 from m3i_scale.data.shards import CATEGORIES, shard_folder
@@ -18,11 +20,31 @@ from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, 
 from m3i_scale.tasks.detection.average_precision import measure_detector
 from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays
 from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Prediction, sorted_by_score
-from m3i_scale.tasks.detection.detector import DETECTOR, Detector
+from m3i_scale.tasks.detection.detector import DETECTED, DETECTOR, Detector, detector_of
 from m3i_scale.tasks.detection.precision_recall import draw_curves
 
 CURVES = "precision_recall.png"
 """File next to the pictures of the worst images."""
+
+
+def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
+    """Return the function that evaluates the detector; arguments as for `detector_of`."""
+    load = detector_of(folder, measures)
+    return None if load is None else partial(_load_and_evaluate, load)
+
+
+def _load_and_evaluate(
+    load: Callable[[Path, torch.device, int], Detector],
+    folder: Path,
+    data: str,
+    where: torch.device,
+    batch_size: int | None,
+    exclude_groups: tuple[str, ...],
+    pictures: tuple[Path, int] | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    detector = load(folder, where, batch_size or DETECTED)
+    return evaluate_detector(detector, folder, data, exclude_groups, pictures, progress)
 
 
 def evaluate_detector(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.data.batch import Batch
 from m3i_scale.objective.heads import BackboneReader
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.detection_losses import Objects
@@ -83,3 +84,11 @@ def detect(objective: Objective, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: 
     """
     detector = detector_of(objective)
     return detector.detect(detector.encode(objective.student, pixels_BCHW), sizes_B2, own_B2)
+
+
+def image_sizes(batch: Batch) -> Tensor:
+    """Return the height and width (B, 2) in pixels of the image area in view 1, without padding."""
+    side = batch.images_VBCHW.shape[-1]
+    crops_B4 = batch.crops_VB4[0]
+    inside_B2 = torch.minimum(crops_B4[:, 2:], batch.sizes_B2 - crops_B4[:, :2])
+    return (side * inside_B2 / crops_B4[:, 2:]).round()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import Dinov2Config, EomtForUniversalSegmentation, ViTConfig
@@ -12,7 +15,8 @@ from m3i_scale.errors import ExportError
 from m3i_scale.hub.joint import empty, part_of, vision_names
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
-from m3i_scale.tasks.segmentation.mask_queries import query_config
+from m3i_scale.objective.information import Objective
+from m3i_scale.tasks.segmentation.mask_queries import MaskQueries, query_config
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation
 
 _EOMT = {
@@ -56,7 +60,14 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
         "embeddings.register_tokens": TensorSource((), lambda: torch.zeros(1, 0, config.hidden_size)),
     }
     auto = "AutoModelForUniversalSegmentation"
-    return ExportedModule("segmenter", model, tensors, auto=auto, output="masks_queries_logits")
+    return ExportedModule(
+        "segmenter", model, tensors, auto=auto, output="masks_queries_logits", resize="windows", trained=_trained
+    )
+
+
+def _trained(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    queries = cast(MaskQueries, objective.reader)
+    return {"masks_queries_logits": queries.encode_view(objective.student, pixels_BCHW, 1.0)[1][-1]}
 
 
 def _mlp_ratio(config: VisionConfig) -> int:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from transformers import BeitConfig, Dinov2Config, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
-from m3i_scale.hub.joint import empty, part_of, target_of, vision_names
+from m3i_scale.hub.joint import empty, part_of, vision_names
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import VISION, ExportedModule, TensorSource
-from m3i_scale.tasks.segmentation.export_eomt import eomt_part, no_class
-from m3i_scale.tasks.segmentation.pixel_heads import read_layers
-from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, UperNetSegmentation
-from m3i_scale.tasks.segmentation.segmentation_target import Segmentation
+from m3i_scale.tasks.segmentation.export_eomt import no_class
+from m3i_scale.tasks.segmentation.pixel_heads import read_layers, segment
+from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 
 _BEIT = {
     "patch": "embeddings.patch_embeddings.projection",
@@ -32,12 +29,15 @@ _BEIT = {
 _COUNT = "num_batches_tracked"
 
 
-def segmenter_part(source: Source) -> ExportedModule:
-    """Return the segmenter as `UperNetForSemanticSegmentation`, or as the standard EoMT if its head is mask queries."""
-    target = cast(Segmentation, target_of(source, "mask"))
-    config, spec = backbone_config(source.run.backbone), target.head
-    if isinstance(spec, EomtSegmentation):
-        return eomt_part(source, spec, target.name)
+def upernet_part(source: Source, spec: SegmentationHead, target: str) -> ExportedModule:
+    """Return backbone and head as `UperNetForSemanticSegmentation`.
+
+    Args:
+        source: the checkpoint.
+        spec: the head.
+        target: name of the head's target.
+    """
+    config = backbone_config(source.run.backbone)
     if not isinstance(spec, UperNetSegmentation):
         raise no_class(f"none has a head of kind {spec.kind}")
     (names,) = source.label_sets.values()
@@ -52,7 +52,7 @@ def segmenter_part(source: Source) -> ExportedModule:
         label2id={name: number for number, name in enumerate(names)},
     )
     model = empty(lambda: UperNetForSemanticSegmentation(upernet))
-    head = f"heads.{target.name}."
+    head = f"heads.{target}."
     tensors = _backbone_tensors(config)
     for name in model.state_dict():
         if name.endswith(_COUNT):
@@ -61,7 +61,15 @@ def segmenter_part(source: Source) -> ExportedModule:
             tensors[name] = TensorSource((head + "neck." + name.removeprefix("backbone.fpn."),))
         elif not name.startswith("backbone."):
             tensors[name] = TensorSource((head + name,))
-    return ExportedModule("segmenter", model, tensors, auto="AutoModelForSemanticSegmentation", output="logits")
+    return ExportedModule(
+        "segmenter",
+        model,
+        tensors,
+        auto="AutoModelForSemanticSegmentation",
+        output="logits",
+        resize="whole",
+        trained=lambda objective, pixels_BCHW: {"logits": segment(objective, pixels_BCHW)},
+    )
 
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:

@@ -22,10 +22,31 @@ from m3i_scale.evaluate.intervals import Clusters, clusters_of
 from m3i_scale.evaluate.overlays import Overlays
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 from m3i_scale.tasks.segmentation.pixel_heads import overlaps
-from m3i_scale.tasks.segmentation.segmenter import SEGMENTER, Segmenter, stride_of
+from m3i_scale.tasks.segmentation.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of, stride_of
 
 MAX_ASPECT = 20
 """Images with a larger aspect ratio are skipped: memory must hold logits of every class for that many windows."""
+
+
+def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
+    """Return the function that evaluates the segmenter; arguments as for `segmenter_of`."""
+    load = segmenter_of(folder, measures)
+    return None if load is None else partial(_load_and_evaluate, load)
+
+
+def _load_and_evaluate(
+    load: Callable[[Path, torch.device, int], Segmenter],
+    folder: Path,
+    data: str,
+    where: torch.device,
+    batch_size: int | None,
+    exclude_groups: tuple[str, ...],
+    pictures: tuple[Path, int] | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    segmenter = load(folder, where, batch_size or WINDOWS)
+    drawing = None if pictures is None else Overlays(*pictures, segmenter.classes)
+    return evaluate_segmenter(segmenter, folder, data, exclude_groups, drawing, progress)
 
 
 def evaluate_segmenter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pkgutil import resolve_name
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -14,11 +14,16 @@ from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Parts, Sizes, Target, TargetModules
+from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
 from m3i_scale.objective.targets.category import BoltzmannClasses
-from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, overlaps
-from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
+from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, mean_iou, overlaps
+from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, SegmentationHead, UperNetSegmentation
+
+if TYPE_CHECKING:
+    from m3i_scale.hub.source import Source
+    from m3i_scale.hub.tensors import ExportedModule
 
 
 class Segmentation(Target):
@@ -44,6 +49,19 @@ class Segmentation(Target):
     def evaluated(self) -> tuple[str, ...]:
         """Return the name of the mean intersection over union."""
         return ("miou",)
+
+    def scores(self, label_sets: dict[str, list[str]]) -> Scores:
+        """Return the mean intersection over union."""
+        return _MeanIou()
+
+    def export(self, source: Source) -> ExportedModule:
+        """Return backbone and head as UPerNet or EoMT."""
+        from m3i_scale.tasks.segmentation.export_eomt import eomt_part
+        from m3i_scale.tasks.segmentation.export_upernet import upernet_part
+
+        if isinstance(self.head, EomtSegmentation):
+            return eomt_part(source, self.head, self.name)
+        return upernet_part(source, self.head, self.name)
 
     @property
     def compares_samples(self) -> bool:
@@ -98,3 +116,17 @@ class Segmentation(Target):
             yield f"a segmentation target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
         if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
             yield "a segmentation target is predicted from one input, which shows all of view 1"
+
+
+class _MeanIou(Scores):
+    """Mean intersection over union over all pixels of all ranks."""
+
+    def __init__(self) -> None:
+        self._overlaps_3K: Tensor | None = None
+
+    def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
+        counts_3K: Tensor = outputs["overlaps_3K"]
+        self._overlaps_3K = counts_3K if self._overlaps_3K is None else self._overlaps_3K + counts_3K
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        return {} if self._overlaps_3K is None else {"miou": mean_iou(ranks.sum(self._overlaps_3K))}
