@@ -32,7 +32,7 @@ from _trainings import stop_all, tool
 from transformers import AutoConfig, AutoModel
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
-from m3i_scale.run.finetune_result import OUTCOMES
+from m3i_scale.tasks.finetune_result import OUTCOMES
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = Path("runs/quickstart/export")

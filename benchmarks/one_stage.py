@@ -42,7 +42,7 @@ from _trainings import train_all
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
-from m3i_scale.run.finetune_result import OUTCOMES
+from m3i_scale.tasks.finetune_result import OUTCOMES
 
 TASKS = ("segmentation", "classification_5_per_class", "detection")
 """Those of `downstream.py` that exports are measured by."""

@@ -23,8 +23,8 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch
 from m3i_scale.run.checkpoints.commands import checkpoint_app
 from m3i_scale.run.compare_command import compare
-from m3i_scale.run.finetune_command import finetune_app
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.tasks.finetune_command import finetune_app
 
 app = typer.Typer(
     no_args_is_help=True,

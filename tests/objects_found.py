@@ -12,7 +12,7 @@ from faster_coco_eval.core import mask as rle
 from tiny import random_batch
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
+from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 SIDES = (160, 220)
 """Height and width of every image."""

@@ -117,7 +117,7 @@ def test_every_training_is_a_command_that_exists():
     from typer.main import get_command
 
     from m3i_scale.config import load_run
-    from m3i_scale.run.finetune_command import finetune_app
+    from m3i_scale.tasks.finetune_command import finetune_app
 
     commands = get_command(finetune_app).commands
     for task in downstream.TASKS:

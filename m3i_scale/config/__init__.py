@@ -14,7 +14,6 @@ from typing_extensions import Self
 
 from m3i_scale import defaults
 from m3i_scale.config.data import AugmentConfig, DataConfig, DatasetConfig, DistortionConfig
-from m3i_scale.config.detection import Detection, DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.config.explain import origin, parse_section, validation_error
 from m3i_scale.config.files import (
     find_run_file,
@@ -26,20 +25,11 @@ from m3i_scale.config.files import (
 )
 from m3i_scale.config.guard import GuardConfig, SpikeConfig
 from m3i_scale.config.limits import MAX_BATCH, MAX_CAPTION_TOKENS, MAX_WAIT_S
-from m3i_scale.config.protocol import Protocol, Published
 from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, WrittenPath, is_stored
 from m3i_scale.config.stages import Stage
-from m3i_scale.config.tasks import (
-    Classification,
-    EomtSegmentation,
-    LinearSegmentation,
-    Segmentation,
-    SegmentationHead,
-    Task,
-    UperNetSegmentation,
-)
 from m3i_scale.config.yaml_text import read_yaml
+from m3i_scale.tasks.base import Protocol, Task
 from m3i_scale.text import GIB
 from m3i_scale.upgrade import upgrade_config
 
@@ -47,37 +37,24 @@ __all__ = [
     "AugmentConfig",
     "BackboneConfig",
     "CheckpointConfig",
-    "Classification",
     "DataConfig",
     "DatasetConfig",
-    "Detection",
-    "DetectionHead",
     "DistortionConfig",
-    "EomtSegmentation",
     "EvaluationConfig",
     "FixableError",
     "GuardConfig",
     "HardwareConfig",
     "KeepBestConfig",
-    "LinearSegmentation",
     "LogConfig",
-    "MaskRcnn",
     "OptimConfig",
-    "Protocol",
-    "Published",
     "RetentionConfig",
-    "RfDetr",
     "RunConfig",
     "Section",
     "SectionT",
-    "Segmentation",
-    "SegmentationHead",
     "SpikeConfig",
     "Stage",
-    "Task",
     "TextConfig",
     "TimeoutsConfig",
-    "UperNetSegmentation",
     "find_run_file",
     "known_protocols",
     "known_recipes",
@@ -440,8 +417,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _augmentation_acts(self, info: ValidationInfo) -> Self:
         dense = self.task is not None and self.task.dense
-        queried = isinstance(self.task, Detection) and isinstance(self.task.head, RfDetr)
-        if self.data.augment.stretch and not queried and not is_stored(info):
+        stretches = self.task is not None and self.task.stretches
+        if self.data.augment.stretch and not stretches and not is_stored(info):
             raise FixableError(
                 "stretch is how RF-DETR is shown images; those of other models keep their shape",
                 "leave it out; it is for task: {kind: detection, head: {kind: rfdetr}}",
@@ -455,7 +432,7 @@ class RunConfig(Section):
                 "data.augment.scale_jitter=null data.augment.scale_jitter_side=null, or data.augment.stretch=false",
             )
         for kinds in (self.data.augment, *(source.augment for source in self.data.datasets.values())):
-            reads_masks = isinstance(self.task, Segmentation)
+            reads_masks = self.task is not None and self.task.reads_masks
             if kinds is not None and kinds.cat_max_ratio is not None and not reads_masks:
                 raise FixableError(
                     "cat_max_ratio has no effect: it is of the classes of pixels, and no mask is read",

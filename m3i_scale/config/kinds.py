@@ -38,6 +38,8 @@ class Kind(Section):
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     """Classes of the family by name."""
+    modules: ClassVar[dict[str, str]] = {}
+    """Of a family: modules that define kinds, by the kind's name. They are imported when a config names it."""
     kind: ClassVar[str] = ""
     """Name of the class in config files. Default: its import path."""
 
@@ -64,7 +66,8 @@ class Kind(Section):
     @classmethod
     def choices(cls) -> list[str]:
         """Return the names of the kinds below this class."""
-        return [name for name, kind in cls.kinds.items() if issubclass(kind, cls)]
+        modules = cls.__dict__.get("modules", {})
+        return [*(name for name, kind in cls.kinds.items() if issubclass(kind, cls) and name not in modules), *modules]
 
     @classmethod
     def class_of(cls, value: Any, *, imports: bool = False) -> type[Kind]:
@@ -80,6 +83,8 @@ class Kind(Section):
         if not isinstance(kind, str):
             raise FixableError("there is no `kind`", f"one of {', '.join(cls.choices())}")
         if kind in cls.choices():
+            if kind not in cls.kinds:
+                importlib.import_module(cls.modules[kind])
             return cls.kinds[kind]
         if _IMPORT_PATH.fullmatch(kind):
             return cls._import_class(kind, imports=imports)

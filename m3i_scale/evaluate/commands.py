@@ -10,7 +10,6 @@ import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate.classifier import Classifier, trained_heads
-from m3i_scale.evaluate.detector import DETECTOR
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import clusters_of
@@ -19,9 +18,8 @@ from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
-from m3i_scale.evaluate.segmenter import SEGMENTER
 from m3i_scale.evaluate.towers import Towers, why_no_towers
-from m3i_scale.evaluate.trained_model import load_trained_model
+from m3i_scale.evaluate.trained_model import MODELS, load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 Baseline = Literal["none", "pixels"]
@@ -52,13 +50,12 @@ def evaluate(
         model_dir: a folder from `m3i-scale export`, or any Hub folder of a vision model (then without text metrics).
         data: test shards: a folder, a brace pattern or one .tar.
         train_data: training shards of the probes; required by kNN and the linear probes.
-        measures: a subset of `MEASURES`, or only `SEGMENTER` or `DETECTOR`; default: all that the model supports.
+        measures: a subset of `MEASURES`, or only one of `MODELS`; default: all that the model supports.
         pool: image features of kNN and linear probe: mean of the patch tokens, class token, or both.
         baseline: `pixels` also runs the probes on the raw 32 × 32 image.
         exclude_groups: skip samples with one of these values as `group` in their json field.
         templates: zero-shot prompts; `{}` is replaced by the class name.
-        batch_size: images per forward pass (default: `IMAGES`; `DETECTED` for a detector), or windows for a segmenter
-            (default: `WINDOWS`).
+        batch_size: images per forward pass, or windows for a segmenter. Default: that of the model, or `IMAGES`.
         device: auto (CUDA if available), cpu, cuda, cuda:1, …
         pictures: new folder for visualizations of features, or for prediction overlays of a segmenter or of a
             detector's worst images.
@@ -70,7 +67,7 @@ def evaluate(
         A JSON-serializable document: model, data, measures, not_measured (with reasons), warnings, and pictures if
         requested.
     """
-    check_options(measures, (*MEASURES, SEGMENTER, DETECTOR), pool, batch_size)
+    check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
     _check_known(baseline, get_args(Baseline), "baseline")
     if pictures is None and (picture_samples is not None or picture_count is not None):
         raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
@@ -90,7 +87,7 @@ def evaluate(
         raise ConfigError(
             "--picture-count has no effect: no predictions of a segmenter or detector are drawn",
             where=str(folder),
-            fix=f"leave it out; or --measure {SEGMENTER} or {DETECTOR}, if the folder holds one",
+            fix=f"leave it out; or --measure {' or '.join(MODELS)}, if the folder holds one",
         )
     measures = MEASURES if measures is None else measures
     test_table = open_table(data, "--data")

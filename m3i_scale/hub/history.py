@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from m3i_scale.config import Classification
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json_lines
 from m3i_scale.hub.source import Source
@@ -23,7 +22,7 @@ def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
     The last evaluation at or before the checkpoint's step decides. In a tie, the first head wins.
     """
     task = source.run.task
-    if not isinstance(task, Classification) or task.sweep is None:
+    if task is None or not task.chooses_head:
         return source, None
     names = [target.name for target in source.recipe.targets]
     measured: dict[str, Any] = {}

@@ -25,7 +25,6 @@ from transformers import (
 from m3i_scale.backbones.build import backbone_config, model_files, vision_class
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.config import Classification
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.hub.as_timm import timm_part, timm_vision
 from m3i_scale.hub.source import Source
@@ -120,7 +119,7 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
         timm: make a folder that timm can load as well.
     """
     target, task = target_of(source, "category"), source.run.task
-    if isinstance(task, Classification) and task.sweep is not None and len(source.recipe.targets) > 1:
+    if task is not None and task.chooses_head and len(source.recipe.targets) > 1:
         raise ExportError(
             f"which of the {len(source.recipe.targets)} heads of the sweep is the best is known when they are trained"
         )

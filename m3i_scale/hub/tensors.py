@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub import fresh
+from m3i_scale.objective.information import Objective
 
 Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
 VISION, TEXT = "student.model.", "text.model."
@@ -61,17 +62,11 @@ class ExportedModule:
     """config.json, if it differs from the model's configuration."""
     files: tuple[Path, ...] = ()
     """Source files to include."""
-
-    @property
-    def resize(self) -> Resize:
-        """Return how the model's image processor resizes. Segmenters: the full image resized to a square, or, with mask
-        queries, square windows along its longer side. Detectors: the full image, padded or resized to a square. Others:
-        center crop."""
-        if self.name == "detector":
-            return "stretched" if self.output == "logits" else "padded"
-        if self.name != "segmenter":
-            return "centre"
-        return "whole" if self.output == "logits" else "windows"
+    resize: Resize = "centre"
+    """How the image processor resizes: center crop, full image resized to a square (whole, stretched) or padded, square
+    windows along the longer side."""
+    trained: Callable[[Objective, Tensor], Mapping[str, Tensor]] | None = None
+    """Outputs of the training modules by name, on normalized images. None: see `trained.trained_output`."""
 
 
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from m3i_scale.errors import ExportError
 from m3i_scale.hub.tensors import ExportedModule
-from m3i_scale.objective.detection.modeling_mask_rcnn import joined
-from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.mask_queries import MaskQueries
 
 
 def trained_outputs(
@@ -21,18 +18,14 @@ def trained_outputs(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the outputs of a part by name, and additional outputs by name after a dot; arguments and errors as for
     `trained_output`."""
-    if part.name != "detector":
+    if part.trained is None:
         yield part.name, trained_output(objective, part, pixels_BCHW, tokens)
         return
-    detector, whole_B2 = objective.detector, torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))
-    if isinstance(detector, RfDetrDetector):
-        with torch.no_grad():
-            found = detector.predict(detector.encode(objective.student, pixels_BCHW))[0]
-    else:
-        found = joined(objective.detect(pixels_BCHW, whole_B2, whole_B2))
-    yield part.name, found[part.output]
+    with torch.no_grad():
+        outputs = part.trained(objective, pixels_BCHW)
+    yield part.name, outputs[part.output]
     for name in part.also:
-        yield f"{part.name}.{name}", found[name]
+        yield f"{part.name}.{name}", outputs[name]
 
 
 @torch.no_grad()
@@ -55,8 +48,9 @@ def trained_output(
         _, tokens_BND = objective.student.encode_whole(pixels_BCHW)
         map_BDHW: Tensor = tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid)
         return map_BDHW
-    if part.output in ("logits", "masks_queries_logits"):
-        return _logits(objective, part, pixels_BCHW)
+    if part.name == "classifier":
+        logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
+        return logits_BK
     if tokens is None or objective.text is None:
         raise ExportError("the recipe has no text target", where=part.name)
     if part.name == "text":
@@ -67,18 +61,6 @@ def trained_output(
     texts_TE = objective.embed_text(tokens["input_ids"], tokens["attention_mask"].bool())
     similar: Tensor = scale * (images_BE @ texts_TE.T)
     return similar
-
-
-def _logits(objective: Objective, part: ExportedModule, pixels_BCHW: Tensor) -> Tensor:
-    """Return logits: of a classifier (B, K), of a segmenter at input resolution (B, K, H, W), or query masks (B, Q, H,
-    W)."""
-    if part.name == "classifier":
-        logits_BK: Tensor = _head(objective, "category", pixels_BCHW)[part.label_set]
-        return logits_BK
-    queries = next((head for head in objective.heads.values() if isinstance(head, MaskQueries)), None)
-    if queries is not None:
-        return queries.encode(objective.student, pixels_BCHW, 1.0)[1][-1]
-    return objective.segment(pixels_BCHW)
 
 
 def _head(objective: Objective, modality: str, pixels_BCHW: Tensor) -> Any:

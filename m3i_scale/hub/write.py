@@ -20,20 +20,16 @@ from transformers import (
 )
 
 from m3i_scale.backbones.build import backbone_config, model_files, portable_section, vision_class
-from m3i_scale.config import RfDetr, RunConfig
+from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.files import read_json, write_json
-from m3i_scale.hub.as_mask_rcnn import mask_rcnn_part
-from m3i_scale.hub.as_rfdetr import rfdetr_part
 from m3i_scale.hub.as_timm import timm_part
-from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
-from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, zero_shot_part
+from m3i_scale.hub.joint import backbone_part, choose_label_set, classifier_part, empty, target_of, zero_shot_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import TEXT, VISION, ExportedModule, Resize, copied
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
-from m3i_scale.objective.targets.detection import Detection
 from m3i_scale.text import redact
 from m3i_scale.upgrade import upgrade_recipe
 
@@ -41,6 +37,8 @@ Task = Literal["features", "classification", "segmentation", "detection", "zero_
 Format = Literal["transformers", "timm", "onnx"]
 TASKS = ("features", "classification", "segmentation", "detection", "zero_shot", "backbone")
 FORMATS = ("transformers", "timm", "onnx")
+_MODALITIES = {"segmentation": "mask", "detection": "boxes"}
+"""Modality of the target whose head is exported with the backbone."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,10 @@ def plan_parts(
         return [_in_timm(source, wanted)]
     if wanted.task == "classification":
         return [classifier_part(source, choose_label_set(source, wanted.label_set))]
-    whole = {"segmentation": segmenter_part, "detection": _detector_part, "backbone": backbone_part}
-    if wanted.task in whole:
-        return [whole[wanted.task](source)]
+    if wanted.task in _MODALITIES:
+        return [target_of(source, _MODALITIES[wanted.task]).export(source)]
+    if wanted.task == "backbone":
+        return [backbone_part(source)]
     if wanted.task == "zero_shot":
         return [zero_shot_part(source, 0 if tokenizer is None else len(tokenizer))]
     return [_vision_part(source), *([] if tokenizer is None else [_text_part(source.run, tokenizer)])]
@@ -130,12 +129,6 @@ def _vision_part(source: Source) -> ExportedModule:
     if auto_map:
         model.config.auto_map = auto_map
     return ExportedModule("vision", model, copied(model.state_dict(), VISION), options=options, files=files)
-
-
-def _detector_part(source: Source) -> ExportedModule:
-    """Return backbone and detection head as RF-DETR or Mask R-CNN."""
-    queried = any(isinstance(target, Detection) and isinstance(target.head, RfDetr) for target in source.recipe.targets)
-    return rfdetr_part(source) if queried else mask_rcnn_part(source)
 
 
 def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ExportedModule:

@@ -12,6 +12,7 @@ from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 from m3i_scale.backbones.base import Backbone, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import VisionConfig
+from m3i_scale.backbones.layer_decay import lr_scales
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
@@ -230,3 +231,16 @@ def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
         if online in learnt:
             pairs.append((online, f"momentum.{name}"))
     return pairs
+
+
+def scales_of(objective: Objective, run: RunConfig) -> dict[str, float]:
+    """Return learning-rate multipliers by parameter name; missing names have 1."""
+    if run.task is not None:
+        return run.task.lr_scales(objective)
+    return backbone_scales(objective, run.optim.layer_decay) if run.optim.layer_decay != 1 else {}
+
+
+def backbone_scales(objective: Objective, decay: float, *, dense: bool = False, dcn: float = 1.0) -> dict[str, float]:
+    """Return learning-rate multipliers of the student; arguments as for `lr_scales`."""
+    scales = lr_scales(objective.student.model, decay, dense=dense, dcn=dcn)
+    return {f"student.model.{name}": scale for name, scale in scales.items()}

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
 from m3i_scale.config.limits import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
 from m3i_scale.objective.ranks import Ranks, standardize
@@ -53,6 +54,20 @@ class HeadSpec(Section):
             if field in self.model_fields_set and not counts:
                 raise ValueError(f"{field}: no effect on a head without hidden layers")
         return self
+
+
+class BackboneReader(nn.Module):
+    """Base class of heads that read layers of the backbone. Their recipe has one input, which shows the full image."""
+
+    def encode_view(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
+        """Return the tokens of normalized images, and the maps that the head needs.
+
+        Args:
+            backbone: f_θ.
+            images_BCHW: normalized images.
+            progress: fraction of the training that is done.
+        """
+        raise NotImplementedError
 
 
 class BatchNorm(nn.Module):

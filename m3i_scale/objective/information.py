@@ -19,18 +19,16 @@ from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
-from m3i_scale.objective.detection.base import ObjectDetector
-from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower
 from m3i_scale.objective.estimate import mean_information
+from m3i_scale.objective.heads import BackboneReader
 from m3i_scale.objective.health import health_figures
 from m3i_scale.objective.host_figures import HostFigures
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.memory import Memory
-from m3i_scale.objective.segmentation import PixelHead
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
 
@@ -90,10 +88,8 @@ class Objective(nn.Module):
         """Mixes labeled images (e.g. MixUp) during training if a task asks for it."""
         self.token_count = 0
         """Visible patch tokens in the last forward pass."""
-        self.overlaps_3K: dict[str, Tensor] = {}
-        """`Loss.overlaps_3K` of the last forward pass in evaluation mode, by target."""
-        self.detections: dict[str, list[Detections]] = {}
-        """`Loss.detections` of the last forward pass in evaluation mode, by target."""
+        self.outputs: dict[str, dict[str, Any]] = {}
+        """`Loss.outputs` of the last forward pass in evaluation mode, by target."""
         self.squared_grad_norms: dict[str, list[Tensor]] = {target.name: [] for target in recipe.targets}
         """Squared gradient norms at the encoder output per loss term. The backward pass fills the lists."""
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
@@ -122,7 +118,7 @@ class Objective(nn.Module):
     def _predict(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         self.token_count = sum(part.tokens_BLD.shape[:2].numel() for parts in context.inputs.values() for part in parts)
         self.squared_grad_norms = {target.name: [] for target in self.recipe.targets}
-        self.overlaps_3K, self.detections = {}, {}
+        self.outputs = {}
         figures: dict[str, Tensor] = {}
         watched: dict[str, dict[str, Tensor]] = {}
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once per view, for all inputs
@@ -138,10 +134,8 @@ class Objective(nn.Module):
                 if loss.top_1 is not None:
                     figures[f"{target.name}/top_1"] = loss.top_1
                 figures |= {f"{target.name}/{name}": term.detach() for name, term in loss.terms.items()}
-                if loss.overlaps_3K is not None:
-                    self.overlaps_3K[target.name] = loss.overlaps_3K
-                if loss.detections is not None:
-                    self.detections[target.name] = loss.detections
+                if loss.outputs:
+                    self.outputs[target.name] = loss.outputs
                 if isinstance(target, HeadTarget) and loss.remember is not None:
                     by_view = remember.setdefault(target.memory_name, {})
                     by_view[target.encoder_key, target.view] = loss.remember.detach()
@@ -183,9 +177,9 @@ class Objective(nn.Module):
         )
 
     @property
-    def pixel_head(self) -> PixelHead | None:
-        """Return the head that classifies every pixel, or None if the recipe has none."""
-        return next((head for head in self.heads.values() if isinstance(head, PixelHead)), None)
+    def reader(self) -> BackboneReader | None:
+        """Return the head that reads layers of the backbone, or None if the recipe has none."""
+        return next((head for head in self.heads.values() if isinstance(head, BackboneReader)), None)
 
     @property
     def text_modules(self) -> list[nn.Module]:
@@ -194,11 +188,6 @@ class Objective(nn.Module):
         decoders = [self.decoders[name] for name in dict.fromkeys(target.decoder for target in by_token)]
         heads = [self.heads[target.name] for target in by_token]
         return [*([] if self.text is None else [self.text]), *decoders, *heads]
-
-    @property
-    def detector(self) -> ObjectDetector | None:
-        """Return the head that detects objects, or None if the recipe has none."""
-        return next((head for head in self.heads.values() if isinstance(head, ObjectDetector)), None)
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
@@ -280,16 +269,10 @@ class Objective(nn.Module):
         return encoded, layers
 
     def _encode_inputs(self, where: list[EncodedInput], views: dict[int, Tensor]) -> dict[str, list[Encoded]]:
-        if self.pixel_head is not None:
+        if self.reader is not None:
             (only,) = where
-            tokens, maps = self.pixel_head.encode(self.student, views[only.view + 1], self.progress)
+            tokens, maps = self.reader.encode_view(self.student, views[only.view + 1], self.progress)
             return {only.name: [Encoded(only, *tokens, maps=maps)]}
-        if self.detector is not None:
-            (only,) = where
-            maps = self.detector.read(self.student, views[only.view + 1])
-            own_BDHW = maps[2] if self.student.stage_widths else maps[-1]  # at the stride of the patches
-            tokens_BND, levels = own_BDHW.flatten(2).transpose(1, 2), self.detector.levels(maps)
-            return {only.name: [Encoded(only, tokens_BND.mean(dim=1, keepdim=True), tokens_BND, maps=levels)]}
         if (blocks := blocks_read(self.decoders)) > 1:
             (only,) = where
             return {only.name: [Encoded(only, *self.student.encode_whole(views[only.view + 1], blocks))]}
@@ -349,36 +332,6 @@ class Objective(nn.Module):
                 pixels_BCHW = target.reconstruct(self.target_modules(target, grid), context, part)
                 images[target.name, part.where.name] = self.pixel_norm.undo(pixels_BCHW)
         return images
-
-    @torch.no_grad()
-    def segment(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return per-pixel class logits (B, K, H, W) of normalized images.
-
-        Raises:
-            ValueError: the recipe has no segmentation target.
-        """
-        head = self.pixel_head
-        if head is None:
-            raise ValueError("the recipe has no segmentation target")
-        (_, tokens_BND), maps = head.encode(self.student, pixels_BCHW, self.progress)
-        size = pixels_BCHW.shape[2], pixels_BCHW.shape[3]
-        return next(head.predict(tokens_BND, maps, self.student.grid_of(pixels_BCHW), size))
-
-    @torch.no_grad()
-    def detect(self, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-        """Return the objects detected in normalized, padded images.
-
-        Args:
-            pixels_BCHW: normalized, padded images.
-            sizes_B2: height and width before padding.
-            own_B2: height and width of the original images, to which boxes are scaled.
-
-        Raises:
-            ValueError: the recipe has no detection target.
-        """
-        if self.detector is None:
-            raise ValueError("the recipe has no detection target")
-        return self.detector.detect(self.detector.encode(self.student, pixels_BCHW), sizes_B2, own_B2)
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:

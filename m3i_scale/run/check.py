@@ -16,7 +16,6 @@ from m3i_scale.config import RunConfig, Stage, find_run_file, run_values
 from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
-from m3i_scale.downstream.fine_tuning import check_stage, check_task
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.fit import check_fit
@@ -31,7 +30,7 @@ from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
-from m3i_scale.run.source_checks import measures_precision
+from m3i_scale.run.source_checks import scored_targets
 from m3i_scale.run.source_warnings import source_warnings
 from m3i_scale.run.start_table import other_images
 from m3i_scale.scale.activations import check_policy, read_policy
@@ -207,8 +206,8 @@ class Checks(DataChecks):
         if run.backbone.compiles:
             faults.note(check_compile)
         facts = DataFacts(run)
-        if model is not None and self.has_no_errors("optim"):
-            faults.note(check_task, run, model)
+        if run.task is not None and model is not None and self.has_no_errors("optim"):
+            faults.note(run.task.check, run, model)
         if recipe is not None:
             self._check_without_data(recipe, faults)
             facts = self.read(recipe, access, faults, there=there)
@@ -219,15 +218,15 @@ class Checks(DataChecks):
             deepspeed = faults.note(resolve_engine, run, self.ranks, width)
         elif self.has_no_errors("deepspeed"):  # its "auto" values are resolved from `optim`
             faults.note(load_ds_config, run.deepspeed)
-        if deepspeed is not None:
-            faults.note(check_stage, run, deepspeed.config)
+        if deepspeed is not None and run.task is not None:
+            faults.note(run.task.check_engine, run, deepspeed.config)
         self._check_engine(deepspeed, faults)
         if recipe is None or model is None or deepspeed is None or not self.has_no_errors("data", "text"):
             return None
         if len(faults.found) > before:
             return None
         accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
-        precision = faults.note(measures_precision, run, recipe, access)
+        scored = faults.note(scored_targets, run, recipe, access)
         label_sets, image_counts = facts.label_sets, facts.image_counts
         resolved = ResolvedRun(
             run,
@@ -238,7 +237,7 @@ class Checks(DataChecks):
             deepspeed,
             accumulation,
             image_counts,
-            bool(precision),
+            scored or [],
         )
         vocab_size = resolved.vocab_size
         whole = run.model_copy(update={"stages": []})  # each stage is checked separately

@@ -8,14 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from m3i_scale.config import (
-    Classification,
-    Detection,
-    DistortionConfig,
-    MaskRcnn,
-    OptimConfig,
-    RunConfig,
-)
+from m3i_scale.config import DistortionConfig, OptimConfig, RunConfig
 from m3i_scale.config.data import AugmentConfig
 from m3i_scale.config.schedules import MultiStep
 from m3i_scale.config.views import ViewSpec, each_view
@@ -24,8 +17,6 @@ from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.schedule import values_of
 
 _DAY_S = 86_400.0
-_LARGEST_ALPHA = 10.0
-"""Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
 
 
 @dataclass(frozen=True)
@@ -127,23 +118,8 @@ def _timeouts(run: RunConfig) -> Iterator[ConfigWarning]:
 
 
 def _task(run: RunConfig) -> Iterator[ConfigWarning]:
-    task = run.task
-    if isinstance(task, Classification):
-        for name, alpha in (("mixup", task.mixup), ("cutmix", task.cutmix)):
-            if alpha > _LARGEST_ALPHA:
-                yield ConfigWarning(
-                    (f"task.{name}",),
-                    f"task.{name} is {alpha:g}: it is α of Beta(α, α) and no percentage, so two images are nearly "
-                    f"always mixed in halves. Fix: task.{name}={alpha / 100:g}",
-                )
-    if isinstance(task, Detection) and isinstance(task.head, MaskRcnn):
-        regions = task.head.regions
-        if any(before < after for before, after in zip(regions.before_nms, regions.after_nms, strict=True)):
-            yield ConfigWarning(
-                ("task.head.regions",),
-                f"task.head.regions.before_nms is {[*regions.before_nms]}, below after_nms {[*regions.after_nms]}: "
-                "fewer proposals of a level go into NMS than may come out of it. Fix: exchange them",
-            )
+    for key, text in () if run.task is None else run.task.warnings():
+        yield ConfigWarning((key,), text)
     published = run.protocol.published if run.protocol is not None else None
     for name in ("number", "mask_ap") if published is not None else ():
         value = getattr(published, name)

@@ -12,7 +12,6 @@ from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.shards import CATEGORIES, LABELS, read_label_sets, read_sample_count, require_shards, shard_folder
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
-from m3i_scale.downstream.fine_tuning import check_image_counts, check_labels
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.source_checks import check_sources
@@ -118,7 +117,8 @@ class DataChecks:
 
     def _read_labels(self, access: Access, file: str) -> dict[str, list[str]]:
         label_sets = read_label_sets(self.run.data.datasets, access, file)
-        check_labels(self.run.task, label_sets)
+        if self.run.task is not None:
+            self.run.task.check_classes(label_sets)
         return label_sets
 
     def _image_counts(self, access: Access) -> list[int] | None:
@@ -130,7 +130,8 @@ class DataChecks:
             if categories is not None and categories.format == "lvis":
                 by_source.append([category.image_count or 0 for category in categories.categories])
         counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
-        check_image_counts(self.run.task, counts)
+        if self.run.task is not None:
+            self.run.task.check_image_counts(counts)
         return counts
 
 

@@ -19,9 +19,8 @@ from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.shards import read_label_sets, shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import momentum_pairs
+from m3i_scale.objective.build import momentum_pairs, scales_of
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe

@@ -16,10 +16,9 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.tokenizer import tokenizer_identity
-from m3i_scale.downstream.fine_tuning import prepare, scales_of
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs, scales_of
 from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import without_folders
@@ -49,8 +48,8 @@ class ResolvedRun(RunWithData):
     accumulation: int
     image_counts: list[int] | None = None
     """Number of training images per category, if categories.json has it (LVIS)."""
-    measures_precision: bool = False
-    """Whether evaluations compute average precision; see `source_checks.measures_precision`."""
+    scored: Sequence[str] = ()
+    """Names of the targets whose scores evaluations compute; see `Target.check_scores`."""
 
     def in_stage(self, number: int) -> ResolvedRun:
         """Return the run with the image size, micro-batch size and accumulation of a stage. Without stages, return the
@@ -174,7 +173,7 @@ def start_engine(
         lambda module: _prepare(cast(Objective, module), run, report_start, reads_source),
         resolved.deepspeed.config,
         weight_decay=run.optim.weight_decay,
-        lr_scales=lambda module: scales_of(module, run),
+        lr_scales=lambda module: scales_of(cast(Objective, module), run),
     )
     check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
@@ -193,7 +192,7 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
     keep_in_checkpoints(objective.student)
     if resolved.run.task is not None:
         (names,) = resolved.label_sets.values()
-        prepare(objective, resolved.run.task, len(names), resolved.run.data.augment.erasing)
+        resolved.run.task.prepare(objective, len(names), resolved.run.data.augment.erasing)
         torch.manual_seed(resolved.run.seed + ranks.rank)  # stochastic depth must drop different branches on every rank
     return objective
 

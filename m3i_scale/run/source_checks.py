@@ -11,7 +11,6 @@ from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, read_label_sets, shard_folder
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.evaluate.detections import check_library
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.text import without_secrets
 
@@ -62,35 +61,14 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
             )
 
 
-def measures_precision(run: RunConfig, recipe: Recipe, access: Access | None = None) -> bool:
-    """Return whether evaluations compute average precision. This requires a detector, and images with complete
-    annotations.
-
-    LVIS images are only annotated for some categories, and batches do not record which. With COCO's rules, a correct
-    prediction of another category would count as false.
+def scored_targets(run: RunConfig, recipe: Recipe, access: Access | None = None) -> list[str]:
+    """Return the names of the targets whose scores evaluations compute.
 
     Args:
         access: access to remote servers.
     """
-    if recipe.labels_file != CATEGORIES or not run.data.validation:
-        return False
-    for name, source in run.data.validation.items():
-        where, best = f"data.validation.{name}", run.checkpoint.keep_best
-        categories = shard_categories(shard_folder(source.path), f"{where}: ", access)
-        if categories is None or categories.format == "coco":
-            continue
-        figures = [f"evaluation/{target.name}/{figure}" for target in recipe.targets for figure in target.evaluated]
-        if best is not None and best.metric in figures:
-            raise ConfigError(
-                f"no evaluation of this run writes '{best.metric}': {where} is of LVIS",
-                where="checkpoint.keep_best.metric",
-                why="of its images not all objects are known, and average precision is measured by `evaluate` alone",
-                fix="checkpoint.keep_best={metric: evaluation/loss, mode: min}",
-            )
-        return False
-    if recipe.reads == "boxes":  # for masks this has been checked already
-        check_library("evaluation.every_steps")
-    return True
+    targets = recipe.targets if run.data.validation else []
+    return [target.name for target in targets if target.check_scores(run, access)]
 
 
 _NAMED = {

@@ -37,8 +37,6 @@ from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.evaluate.average_precision import average_precision_of_ranks
-from m3i_scale.evaluate.preview_images import ShownImages
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.run.planning import Model
@@ -60,6 +58,8 @@ from m3i_scale.scale.plan.engines import engine_for
 from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import settings_of
 from m3i_scale.scale.process_group import stop_ranks
+from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
+from m3i_scale.tasks.detection.detection_scores import DetectionScores
 
 PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32")
 
@@ -229,14 +229,15 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         numbers = list(range(12))[self.rank :: self.world]
         told = {}
         for name, missed in (("exact", -1), ("missed", 0)):
-            images = ShownImages(["disc", "other disc"], masks=True)
+            images = DetectionScores(["disc", "other disc"], masks=True)
             for part in ([0, *numbers[:2]], [*numbers[2:], 0]):
-                images.add(*shown(part, missed=missed))
-            told[name] = images.average_precision(self.rank)
+                batch, found = shown(part, missed=missed)
+                images.add(batch, {"detections": found})
+            told[name] = images.compute(self.ranks)
         batch, found = shown(numbers)
-        images = ShownImages(["disc", "other disc"], masks=False)
-        images.add(replace(batch, box_labels_BN=torch.full_like(batch.box_labels_BN, -1)), found)
-        return told | {"nothing": images.average_precision(self.rank)}
+        images = DetectionScores(["disc", "other disc"], masks=False)
+        images.add(replace(batch, box_labels_BN=torch.full_like(batch.box_labels_BN, -1)), {"detections": found})
+        return told | {"nothing": images.compute(self.ranks)}
 
     def sum_gradient(self) -> tuple[Tensor, Tensor]:
         """A sum over ranks, and what every rank's share gets of a loss that weighs it by 1, 2, …"""

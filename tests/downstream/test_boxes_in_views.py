@@ -20,7 +20,7 @@ from m3i_scale.data.objects import objects_in
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.views import ViewMaker, Views
 from m3i_scale.defaults import MASK_SIDE
-from m3i_scale.objective.targets.detection import image_sizes
+from m3i_scale.tasks.detection.object_detector import image_sizes
 
 SIZE = (48, 36)
 """Width and height of an image."""

@@ -18,9 +18,8 @@ from shapes import metrics
 from tiny import in_parts
 
 from m3i_scale.config import RunConfig
-from m3i_scale.downstream.fine_tuning import scales_of
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective
+from m3i_scale.objective.build import build_objective, scales_of
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.check import check_run, resolve_run
 from m3i_scale.run.check import faults_of as find_faults
@@ -208,12 +207,12 @@ def test_checkpoints_are_chosen_by_average_precision_where_every_object_is_known
     boxes = {"kind": "detection", "head": BOXES}
     assert faults(BOX_AP, task=boxes) == []
     assert faults(mask_ap, task=boxes) == ["checkpoint.keep_best.metric"]
-    assert resolve_run(RunConfig.model_validate(run), 1).measures_precision
+    assert resolve_run(RunConfig.model_validate(run), 1).scored == ["detection"]
     write_boxes(tmp_path / "lvis", range(8), lvis=True)
     data = run["data"] | {"validation": {"val": {"path": str(tmp_path / "lvis")}}}
     assert faults(BOX_AP, data=data) == ["checkpoint.keep_best.metric"]
     assert faults("evaluation/loss", "min", data=data) == []
-    assert not resolve_run(RunConfig.model_validate(run | {"data": data}), 1).measures_precision
+    assert resolve_run(RunConfig.model_validate(run | {"data": data}), 1).scored == []
 
 
 def test_the_library_of_masks_is_missed_before_the_first_step(

@@ -14,12 +14,12 @@ from tiny import random_batch
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.config import BackboneConfig, Classification, RunConfig
-from m3i_scale.downstream.drop_path import apply_drop_path, drop_path_rates
-from m3i_scale.downstream.mixing import LabelMixing
+from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.setup import run_yaml
+from m3i_scale.tasks.classification.classification_task import Classification
+from m3i_scale.tasks.drop_path import apply_drop_path, drop_path_rates
 
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 BACKBONES = {
@@ -122,7 +122,7 @@ def test_a_branch_that_is_kept_is_scaled_by_what_it_is_kept_at(kind: str) -> Non
 @pytest.mark.parametrize("fields", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "mix_prob": 0.9}])
 def test_images_and_labels_are_mixed_as_timm_does_for_a_seed(fields: dict[str, float]) -> None:
     task = Classification(label_smoothing=0.1, **fields)
-    mixing = LabelMixing(task, 5)
+    mixing = task.label_mixing(5)
     for seed in range(8):
         batch = random_batch(6, seed=seed, image=32)
         batch = replace(batch, labels_B=torch.arange(6) % 5, seeds_B=torch.arange(seed, seed + 6))
@@ -138,7 +138,7 @@ def test_images_and_labels_are_mixed_as_timm_does_for_a_seed(fields: dict[str, f
 
 def test_a_device_is_asked_for_nothing() -> None:
     batch = random_batch(4, image=32).to("meta")  # which has no answer
-    mixed = LabelMixing(Classification(mixup=0.8, cutmix=1.0), 5)(batch)
+    mixed = Classification(mixup=0.8, cutmix=1.0).label_mixing(5)(batch)
     assert mixed.images_VBCHW.is_meta
     assert mixed.soft_labels_BK.is_meta
 
@@ -146,4 +146,4 @@ def test_a_device_is_asked_for_nothing() -> None:
 def test_an_image_whose_partner_has_no_label_has_none() -> None:
     batch = random_batch(4, image=32)
     batch = replace(batch, labels_B=torch.tensor([1, -1, 2, 3]))
-    assert LabelMixing(Classification(mixup=0.8), 5)(batch).labels_B.tolist() == [1, -1, -1, 3]
+    assert Classification(mixup=0.8).label_mixing(5)(batch).labels_B.tolist() == [1, -1, -1, 3]

@@ -19,11 +19,11 @@ from transformers import ViTConfig, ViTModel, pipeline
 from transformers.utils import import_utils
 
 from m3i_scale.config import load_run
-from m3i_scale.downstream.labelled import Labelled, find_labelled
-from m3i_scale.downstream.random_start import random_start
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.run.finetune import FineTuning, check_trained, prepare
+from m3i_scale.tasks.finetune import FineTuning, check_trained, prepare
+from m3i_scale.tasks.labelled import Labelled, find_labelled
+from m3i_scale.tasks.random_start import random_start
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 TRAIN, VAL = 8, 4
@@ -480,7 +480,7 @@ def test_without_timm_its_install_is_offered_beside_the_other_pool(
     start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} needs timm"))
-    monkeypatch.setattr("m3i_scale.run.finetune.find_spec", lambda name: None)
+    monkeypatch.setattr("m3i_scale.tasks.finetune.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
         prepared(start, data, f"output_dir={tmp_path / 'out'}")
     assert "m3i-scale[timm]" in str(caught.value.fix)

@@ -23,12 +23,12 @@ from shapes import COLOURS, SHAPES, draw
 from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
-from m3i_scale.downstream.contents import check_contents
-from m3i_scale.downstream.labelled import find_labelled
-from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.run.finetune import prepare
 from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.tasks.contents import check_contents
+from m3i_scale.tasks.finetune import prepare
+from m3i_scale.tasks.labelled import find_labelled
+from m3i_scale.tasks.subset import Subset
 
 TRAIN, VAL = 8, 4
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.cli import app
 from m3i_scale.config import MultiStep
-from m3i_scale.downstream.labelled import find_labelled
-from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import read_json
-from m3i_scale.run.finetune import prepare
-from m3i_scale.run.finetune_result import FineTuning, result_lines
 from m3i_scale.shards.coco import coco_input
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
+from m3i_scale.tasks.finetune import prepare
+from m3i_scale.tasks.finetune_result import FineTuning, result_lines
+from m3i_scale.tasks.labelled import find_labelled
+from m3i_scale.tasks.subset import Subset
 
 TRAIN, VAL = 16, 8
 SMALL = [

@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTModel, pipeline
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
-from m3i_scale.run.finetune import prepare
-from m3i_scale.run.finetune_result import result_lines
+from m3i_scale.tasks.finetune import prepare
+from m3i_scale.tasks.finetune_result import result_lines
 
 TRAIN, VAL = 48, 16
 STEPS = 12  # two epochs of 48 images in batches of 8

@@ -18,7 +18,6 @@ from tiny import DINOV2, in_parts, tiny_run
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.downstream.fine_tuning import prepare
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.planning import Vocabulary
@@ -170,7 +169,7 @@ def test_it_is_in_evaluation_mode_while_the_rest_trains() -> None:
     run = RunConfig.model_validate(values | {"task": {"kind": "classification", "freeze": True}})
     objective = build_objective(run, {"shapes": ["disc", "square"]}, None)
     assert run.task is not None
-    prepare(objective, run.task, 2)
+    run.task.prepare(objective, 2)
     for mode in (True, False):
         objective.train(mode)
         assert not any(module.training for module in objective.student.modules())

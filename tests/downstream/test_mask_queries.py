@@ -27,15 +27,15 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.mask_queries import mask_share
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.flops import step_flop
 from m3i_scale.scale.checkpoint.weights import load_weights
+from m3i_scale.tasks.segmentation.mask_queries import mask_share
+from m3i_scale.tasks.segmentation.pixel_heads import segment
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def batch_of(size: int, seed: int = 0) -> Batch:
 def stock(objective: Objective, run: RunConfig) -> EomtForUniversalSegmentation:
     """`transformers`' model with the same weights."""
     source = Source(Path("no checkpoint"), run, parse_recipe(run.recipe), 0, {"label_sets": {"scenes": CLASSES}}, [])
-    part = segmenter_part(source)
+    part = source.recipe.targets[0].export(source)
     weights = objective.state_dict()
     model = EomtForUniversalSegmentation(part.model.config)
     model.load_state_dict({name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()})
@@ -91,7 +91,7 @@ def test_it_is_that_of_transformers_in_predictions_scores_and_loss(backbone: str
     objective.eval()
     with torch.no_grad():
         output = theirs(pixels)
-        scores = objective.segment(pixels)
+        scores = segment(objective, pixels)
     assert output.masks_queries_logits.std() > 0.1
     masks = torch.nn.functional.interpolate(output.masks_queries_logits, size=(32, 32), mode="bilinear")
     classes = output.class_queries_logits.softmax(dim=-1)[..., :-1]
@@ -125,7 +125,7 @@ def test_every_parameter_learns_and_an_evaluation_repeats_itself(backbone: str) 
     losses = [objective(batch_of(2))[0].item() for _ in range(2)]
     assert losses[0] == losses[1]
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert objective.overlaps_3K["segmentation"].shape == (3, len(CLASSES))
+    assert objective.outputs["segmentation"]["overlaps_3K"].shape == (3, len(CLASSES))
 
 
 def test_images_without_a_class_count_for_nothing() -> None:

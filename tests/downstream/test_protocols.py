@@ -9,24 +9,16 @@ import pytest
 from pydantic import ValidationError
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import (
-    Classification,
-    Detection,
-    RunConfig,
-    Segmentation,
-    UperNetSegmentation,
-    known_protocols,
-    known_recipes,
-    known_runs,
-    load_run,
-    parse_section,
-)
-from m3i_scale.downstream.fine_tuning import check_task
-from m3i_scale.downstream.unpacked import TRAIN
+from m3i_scale.config import RunConfig, known_protocols, known_recipes, known_runs, load_run, parse_section
 from m3i_scale.errors import ConfigError
 from m3i_scale.hub.write import portable_run
-from m3i_scale.objective.segmentation import read_layers
 from m3i_scale.run.check import faults_of
+from m3i_scale.tasks.classification.classification_task import Classification
+from m3i_scale.tasks.detection.detection_task import Detection
+from m3i_scale.tasks.segmentation.pixel_heads import read_layers
+from m3i_scale.tasks.segmentation.segmentation_heads import UperNetSegmentation
+from m3i_scale.tasks.segmentation.segmentation_task import Segmentation
+from m3i_scale.tasks.unpacked import TRAIN
 
 IMAGENET = 1_281_167
 METRICS: dict[object, str] = {Classification: "top-1", Segmentation: "mIoU", Detection: "box AP"}
@@ -93,7 +85,7 @@ def test_protocols_are_found_by_name_and_are_no_recipes() -> None:
 def test_a_protocol_for_another_family_is_refused(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}"])
     with pytest.raises(ConfigError) as caught:
-        check_task(run, backbone_config(run.backbone))
+        run.task.check(run, backbone_config(run.backbone))
     assert preset in str(caught.value.where)
     assert any(preset in str(fault.where) for fault in faults_of(name, [f"backbone.preset={preset}"]))
 
@@ -120,7 +112,7 @@ def test_upernet_reads_the_published_layers_of_larger_backbones() -> None:
 @pytest.mark.parametrize("name", ["finetune", "segment", "detect"])
 def test_a_default_protocol_is_for_any_family(name: str, preset: str) -> None:
     run = load_run(name, [f"backbone.preset={preset}", "task.freeze=false"])
-    check_task(run, backbone_config(run.backbone))
+    run.task.check(run, backbone_config(run.backbone))
 
 
 @pytest.mark.parametrize("length", [{}, {"epochs": 1, "steps": 10}])

@@ -23,11 +23,11 @@ from tiny import in_parts
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.detector import head_of_features, load_detector
 from m3i_scale.files import read_json
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.check import faults_of
 from m3i_scale.run.flops import step_flop
+from m3i_scale.tasks.detection.detector import head_of_features, load_detector
 
 pytestmark = pytest.mark.slow
 

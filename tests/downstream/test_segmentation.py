@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.config import BackboneConfig, RunConfig, Segmentation, SegmentationHead, UperNetSegmentation
+from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
-from m3i_scale.hub.as_upernet import segmenter_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.segmentation import MapBatchNorm, PixelHead, mean_iou, overlaps
 from m3i_scale.scale.activations import apply_activation_checkpointing
+from m3i_scale.tasks.segmentation.pixel_heads import MapBatchNorm, PixelHead, mean_iou, overlaps
+from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
+from m3i_scale.tasks.segmentation.segmentation_task import Segmentation
 
 CLASSES = ["sky", "sea", "sand", "stone", "ship"]
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -253,7 +254,7 @@ def stock(objective: Objective, backbone: str, head: Any) -> UperNetForSemanticS
     """`transformers`' model with the same weights."""
     run = run_of(backbone, head)
     source = Source(Path("no checkpoint"), run, parse_recipe(run.recipe), 0, {"label_sets": {"scenes": CLASSES}}, [])
-    part = segmenter_part(source)
+    part = source.recipe.targets[0].export(source)
     weights = objective.state_dict()
     values = {name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()}
     model = UperNetForSemanticSegmentation(part.model.config)
@@ -305,7 +306,7 @@ def test_every_backbone_is_segmented_and_learns(backbone: str, head: dict[str, A
     unread = ("student.model.layernorm.", "student.model.post_layernorm.", "student.mask_token.", "student.model.dcnv3")
     assert all(name.startswith(unread) for name in idle)
     objective.eval()(batch)
-    assert objective.overlaps_3K["segmentation"].shape == (3, len(CLASSES))
+    assert objective.outputs["segmentation"]["overlaps_3K"].shape == (3, len(CLASSES))
 
 
 @pytest.mark.parametrize("backbone", ["dinov2", "internimage"])
@@ -359,7 +360,7 @@ def test_pixels_without_a_class_count_for_nothing() -> None:
     loss, figures = objective(nothing)
     assert loss.item() == 0.0
     assert figures["segmentation/count"] == 0
-    assert objective.overlaps_3K["segmentation"].sum() == 0
+    assert objective.outputs["segmentation"]["overlaps_3K"].sum() == 0
     one = nothing.masks_BHW.clone()
     one[1, 20, 20] = 2
     loss, figures = objective(replace(batch, masks_BHW=one))

@@ -27,12 +27,12 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.objective.segmentation import mean_iou
 from m3i_scale.run.check import check_run
 from m3i_scale.run.check import faults_of as find_faults
 from m3i_scale.run.planning import read_vocabulary
 from m3i_scale.scale.checkpoint.consolidate import consolidate
 from m3i_scale.scale.checkpoint.weights import load_weights
+from m3i_scale.tasks.segmentation.pixel_heads import mean_iou
 
 pytestmark = pytest.mark.slow
 
@@ -245,7 +245,7 @@ def test_the_loss_falls_on_a_few_images(shards: Path, tmp_path: Path, head: dict
         for _ in range(20):  # until the running statistics are those of the weights
             objective(batch)
         objective.eval()(batch)
-    assert mean_iou(objective.overlaps_3K["segmentation"]) > 0.6
+    assert mean_iou(objective.outputs["segmentation"]["overlaps_3K"]) > 0.6
 
 
 def faults_of(run: dict[str, Any], tmp_path: Path) -> ConfigError:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate import segmenter as module
 from m3i_scale.evaluate.commands import MEASURES, evaluate
 from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.miou import check_classes, count_overlaps, measure_segmenter
 from m3i_scale.evaluate.overlays import LEGEND, Overlays
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.samples import Sample, open_table
-from m3i_scale.evaluate.segmenter import Segmenter, classes_at, is_segmenter, load_segmenter, starts
+from m3i_scale.tasks.segmentation import segmenter as module
+from m3i_scale.tasks.segmentation.measure_segmenter import check_classes, count_overlaps, measure_segmenter
+from m3i_scale.tasks.segmentation.segmenter import Segmenter, classes_at, is_segmenter, load_segmenter, starts
 
 
 def test_windows_cover_a_side_as_published_ones_do() -> None:

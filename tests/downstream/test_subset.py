@@ -20,11 +20,11 @@ from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.downstream.labelled import Labelled, find_labelled
-from m3i_scale.downstream.subset import Subset
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.files import read_json
-from m3i_scale.run.finetune import prepare
+from m3i_scale.tasks.finetune import prepare
+from m3i_scale.tasks.labelled import Labelled, find_labelled
+from m3i_scale.tasks.subset import Subset
 
 pytestmark = pytest.mark.slow
 
@@ -271,7 +271,7 @@ def test_a_few_images_out_of_shards_are_trained_on(start: Path, data: Path, fork
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["samples"], told["step"]) == (2 * len(SHAPES), round(4 * 2 * len(SHAPES) / 16))
-    assert told["sources"] == {"train": str(output / "shards" / "train"), "val": str(tmp_path / "whole" / "val")}
+    assert told["datasets"] == {"train": str(output / "shards" / "train"), "val": str(tmp_path / "whole" / "val")}
     assert told["figures"]["top-1"]["samples"] == VAL * len(SHAPES)
 
 

@@ -24,9 +24,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig, RunConfig, load_run
-from m3i_scale.downstream.fine_tuning import check_task, prepare, scales_of
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective, initialize_module
+from m3i_scale.objective.build import build_objective, initialize_module, scales_of
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import FeatureNorm
@@ -55,7 +54,7 @@ def objective_of(task: dict[str, Any], **optim: Any) -> tuple[Objective, RunConf
     objective = build_objective(run, CLASSES, None)
     first_weights(objective, seed=0)
     assert run.task is not None
-    prepare(objective, run.task, 3)
+    run.task.prepare(objective, 3)
     return objective, run
 
 
@@ -180,15 +179,16 @@ def test_heads_that_depend_on_others_or_cannot_be_chosen_are_refused(changes: di
     values = {"task": task(), "backbone": {"from_pretrained": "/data/export"}, "optim": {"clip_grad_norm": 0.0}}
     run = RunConfig.model_validate(values | changes)
     with pytest.raises(ConfigError) as caught:
-        check_task(run, backbone_config(BackboneConfig(preset="vit-ti/16", config=SHAPE)))
+        run.task.check(run, backbone_config(BackboneConfig(preset="vit-ti/16", config=SHAPE)))
     assert where in str(caught.value.where)
 
 
 @pytest.mark.parametrize("preset", ["internimage-h", "siglip-b/16"])
 def test_without_a_class_token_there_is_nothing_to_sweep(preset: str) -> None:
     values = {"task": task(), "backbone": {"from_pretrained": "/data/export"}, "optim": {"clip_grad_norm": 0.0}}
+    run = RunConfig.model_validate(values)
     with pytest.raises(ConfigError) as caught:
-        check_task(RunConfig.model_validate(values), backbone_config(BackboneConfig(preset=preset)))
+        run.task.check(run, backbone_config(BackboneConfig(preset=preset)))
     assert caught.value.where == "task.sweep"
 
 

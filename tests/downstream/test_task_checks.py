@@ -16,9 +16,10 @@ from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
-from m3i_scale.config import Classification, load_run
+from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.run.check import faults_of
+from m3i_scale.tasks.classification.classification_task import Classification
 
 THREES, ONES = ([f"data.streams={size}", f"optim.micro_batch_size={size}"] for size in (3, 1))
 

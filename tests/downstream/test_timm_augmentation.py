@@ -30,11 +30,10 @@ from m3i_scale.data.crops import random_crop
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.rand_augment import RandAugment
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.downstream.erasing import Erasing
-from m3i_scale.downstream.fine_tuning import check_task, prepare
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.inputs import PixelNorm, normalize
+from m3i_scale.tasks.erasing import Erasing
 
 SIDE = 32
 RAND = "rand-m9-mstd0.5-inc1"
@@ -251,10 +250,10 @@ def test_without_timm_the_run_is_refused(monkeypatch: pytest.MonkeyPatch, augmen
     ((key, value),) = augment.items()
     found = importlib.util.find_spec
     run = load_run("finetune", [f"data.augment.{key}={value}"])
-    check_task(run, backbone_config(run.backbone))
+    run.task.check(run, backbone_config(run.backbone))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else found(name))
     with pytest.raises(ConfigError) as caught:
-        check_task(run, backbone_config(run.backbone))
+        run.task.check(run, backbone_config(run.backbone))
     assert caught.value.where == f"data.augment.{key}"
     assert "m3i-scale[timm]" in str(caught.value.fix)
 
@@ -268,9 +267,9 @@ def test_images_are_erased_and_then_mixed() -> None:
     first_weights(objective, seed=0)
     batch = random_batch(4, image=SIDE)
     batch = replace(batch, labels_B=torch.tensor([0, 1, 0, 1]), label_sets_B=torch.zeros(4, dtype=torch.int64))
-    prepare(objective, run.task, 2)
+    run.task.prepare(objective, 2)
     mixing = objective.mix_labelled
-    prepare(objective, run.task, 2, erasing=1.0)
+    run.task.prepare(objective, 2, erasing=1.0)
     wanted = mixing(Erasing(1.0, objective.pixel_norm)(batch))
     both = objective.mix_labelled(batch)
     assert torch.equal(both.images_VBCHW, wanted.images_VBCHW)

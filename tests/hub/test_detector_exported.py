@@ -19,7 +19,8 @@ from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.hub import verify as verify_module
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
-from m3i_scale.objective.detection import SOURCE_FILES
+from m3i_scale.tasks.detection.export_mask_rcnn import SOURCE_FILES
+from m3i_scale.tasks.detection.object_detector import detect
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +79,7 @@ def exported(runs, tmp_path_factory):
 
 
 def found_by_training(objective, inputs):
-    found = objective.detect(inputs["pixel_values"], inputs["reshaped_input_sizes"], inputs["original_sizes"])
+    found = detect(objective, inputs["pixel_values"], inputs["reshaped_input_sizes"], inputs["original_sizes"])
     return [(one.scores_N, one.labels_N, one.boxes_N4, one.masks_NMM) for one in found]
 
 

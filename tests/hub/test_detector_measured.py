@@ -25,14 +25,15 @@ from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate.commands import evaluate
-from m3i_scale.evaluate.detection import CURVES
-from m3i_scale.evaluate.detection_overlays import SUMMARY
-from m3i_scale.evaluate.detector import head_of_features
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.hub.export import export
 from m3i_scale.hub.write import ExportContents
-from m3i_scale.objective.detection.modeling_mask_rcnn import paste_masks
+from m3i_scale.tasks.detection.detection_overlays import SUMMARY
+from m3i_scale.tasks.detection.detector import head_of_features
+from m3i_scale.tasks.detection.measure_detector import CURVES
+from m3i_scale.tasks.detection.modeling_mask_rcnn import paste_masks
+from m3i_scale.tasks.detection.object_detector import detect
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +117,7 @@ def found_alone(objective, image, number):
     canvas.paste(image.resize(size, Image.Resampling.BICUBIC))
     pixels = (torch.from_numpy(np.array(canvas)).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     sizes = torch.tensor([size[::-1]], dtype=torch.float32), torch.tensor([image.size[::-1]], dtype=torch.float32)
-    (one,) = objective.detect(pixels.permute(2, 0, 1)[None], *sizes)
+    (one,) = detect(objective, pixels.permute(2, 0, 1)[None], *sizes)
     masks = paste_masks(one.masks_NMM, one.boxes_N4, (image.height, image.width)).numpy().astype(np.uint8)
     return [
         {
@@ -221,10 +222,10 @@ def test_every_backbone_comes_out_as_the_detector_that_it_was(kind, make_run, sc
     loaded, _, _ = load_objective(tmp_path / "export", torch.device("cpu"))
     images = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        own, theirs = (one.detector.encode(one.student, images) for one in (objective.eval(), loaded))
+        own, theirs = (one.reader.encode(one.student, images) for one in (objective.eval(), loaded))
         for mine, other in zip(own, theirs, strict=True):
             torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-4)
-        for mine, other in zip(objective.detector.regions(own)[0], loaded.detector.regions(theirs)[0], strict=True):
+        for mine, other in zip(objective.reader.regions(own)[0], loaded.reader.regions(theirs)[0], strict=True):
             torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-4)
     figures = evaluate(tmp_path / "export", scenes[0], measures=("detector",))["measures"]["detector"]
     assert figures["images"] == COUNT

@@ -1,6 +1,7 @@
 """RF-DETR of a run is the stock model: what fills it, which processor shows images to it, and what is none."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,6 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.evaluate.detector import Detector
-from m3i_scale.hub.as_rfdetr import rfdetr_part
 from m3i_scale.hub.source import Source
 from m3i_scale.hub.tensors import check_complete, value_of
 from m3i_scale.hub.verify import real_pictures
@@ -19,6 +18,8 @@ from m3i_scale.hub.write import write_processor
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.scale.partition import initialize_sharded
+from m3i_scale.tasks.detection.detector import Detector
+from m3i_scale.tasks.detection.object_detector import detect
 
 NAMES = ["disc", "square", "rhomb"]
 SHAPE = {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -49,10 +50,14 @@ def objective_of(source):
     return objective.eval()
 
 
+def export(source):
+    return source.recipe.targets[0].export(source)
+
+
 @pytest.mark.parametrize(("backbone", "masks"), [("vit", False), ("gated", True)])
 def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone, masks):
     source = source_of(backbone, masks=masks)
-    objective, part = objective_of(source), rfdetr_part(source)
+    objective, part = objective_of(source), export(source)
     check_complete(part)
     weights = objective.state_dict()
     kind = type(part.model)
@@ -66,7 +71,7 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     picture = real_pictures(64)["large"].crop((0, 0, 128, 96))
     augment = source.run.data.augment
-    detector = Detector(objective.detect, augment, 64, NAMES, "vit", torch.device("cpu"))
+    detector = Detector(partial(detect, objective), augment, 64, NAMES, "vit", torch.device("cpu"))
     (found,) = detector([np.asarray(picture).transpose(2, 0, 1)], [1])
     with torch.no_grad():
         output = model(**processor(picture, return_tensors="pt"))
@@ -83,13 +88,13 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
 
 def test_images_that_keep_their_shape_are_what_no_stock_processor_shows():
     with pytest.raises(ExportError) as caught:
-        rfdetr_part(source_of("vit", stretch=False))
+        export(source_of("vit", stretch=False))
     assert str(caught.value.where).startswith("data.augment.stretch")
 
 
 def test_layers_that_the_backbone_does_not_have_are_told_of():
     with pytest.raises(ConfigError) as caught:
-        rfdetr_part(source_of("vit", out_layers=[3, 6, 9, 12]))
+        export(source_of("vit", out_layers=[3, 6, 9, 12]))
     assert caught.value.where == "task.head.out_layers"
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig
-from m3i_scale.config.detection import MaskRcnn
 from m3i_scale.objective.build import initialize_module
-from m3i_scale.objective.detection.losses import Objects
-from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.scale.partition import initialize_sharded
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn
+from m3i_scale.tasks.detection.detection_losses import Objects
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
 
 _SHAPE = {"image_size": 64, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from detectors import batch_of, scene, small_backbone, small_detector, small_spe
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from m3i_scale.objective.detection.modeling_mask_rcnn import Detections, paste_masks
+from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, paste_masks
 
 pytestmark = pytest.mark.slow
 

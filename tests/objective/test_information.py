@@ -338,7 +338,7 @@ def test_the_health_of_a_detector_is_its_backbones(backbone: str) -> None:
     before = health()
     assert set(before) == {f"health/{what}_{figure}" for what in ("dense", "pooled") for figure in ("std", "rank")}
     assert objective.token_count == 2 * objective.student.grid[0] ** 2
-    for parameter in objective.detector.pyramid.parameters():
+    for parameter in objective.reader.pyramid.parameters():
         parameter.data.mul_(3)
     assert health() == before
     for parameter in objective.student.parameters():

@@ -19,16 +19,16 @@ from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.detection.losses import (
+from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.tasks.detection.detection_losses import (
     Objects,
     choose_regions,
     masks_in,
     match_anchors,
     region_losses,
 )
-from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
-from m3i_scale.objective.detection.modeling_mask_rcnn import anchors, cut_out, propose
-from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.detection.modeling_mask_rcnn import anchors, cut_out, propose
 
 FULL = [scene(seed) for seed in range(3)]
 EMPTY = scene(9, objects=0)

@@ -10,13 +10,13 @@ from tiny import SIGLIP, random_batch, tiny_objective
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from m3i_scale.config import RunConfig
-from m3i_scale.config.detection import MaskRcnn, RfDetr
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, momentum_pairs
-from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
-from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn, RfDetr
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
 
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512}
 
@@ -82,7 +82,7 @@ def test_queries_of_masks_are_no_patches() -> None:
     for parameter in objective.parameters():
         parameter.normal_(std=0.1)
     images = torch.randn(2, 3, 64, 64)
-    (mean, tokens), _ = objective.pixel_head.encode(objective.student, images, 1.0)
+    (mean, tokens), _ = objective.reader.encode_view(objective.student, images, 1.0)
     assert tokens.shape == (2, 16, 64)
     torch.testing.assert_close(mean, tokens.mean(dim=1, keepdim=True))
     assert not torch.allclose(tokens, objective.student.encode_whole(images)[1], atol=1e-4)  # they read the queries

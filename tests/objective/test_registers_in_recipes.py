@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import DINOV2, DINOV3, REGISTERS, random_batch, tiny_objective
 
-from m3i_scale.config.detection import MaskRcnn, RfDetr
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import momentum_pairs
-from m3i_scale.objective.detection.mask_rcnn import MaskRcnnDetector
-from m3i_scale.objective.detection.rfdetr import RfDetrDetector
 from m3i_scale.objective.ranks import SingleProcess
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn, RfDetr
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
 
 FAMILIES = {"registers": REGISTERS, "dinov3": DINOV3}
 MASK_TOKEN = "student.model.embeddings.mask_token"

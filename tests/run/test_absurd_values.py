@@ -54,7 +54,8 @@ def sections() -> list[type[Section]]:
         parts = [part for field in section.model_fields.values() for part in types_in(field.annotation)]
         waiting += [part for part in parts if isinstance(part, type) and issubclass(part, Section)]
         if issubclass(section, Kind):
-            waiting += [kind for kind in section.kinds.values() if kind.__module__.startswith("m3i_scale.")]
+            kinds = [section.class_of(name) for name in section.choices()]
+            waiting += [kind for kind in kinds if kind.__module__.startswith("m3i_scale.")]
     return list(found)
 
 

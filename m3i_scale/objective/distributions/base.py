@@ -7,7 +7,7 @@ global batch. The same holds for gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch import Tensor
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.estimate import Moments
 from m3i_scale.objective.ranks import Ranks
-
-if TYPE_CHECKING:
-    from m3i_scale.objective.detection.modeling_mask_rcnn import Detections
 
 
 @dataclass
@@ -37,10 +34,8 @@ class Loss:
     """Top-1 accuracy of a classification target in evaluation mode."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Terms of the loss by name, if it is a sum."""
-    overlaps_3K: Tensor | None = None
-    """Pixel counts of a segmentation target in evaluation mode: see `segmentation.overlaps`."""
-    detections: list[Detections] | None = None
-    """Detections of a detection target in evaluation mode, by sample."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """Predictions in evaluation mode by name, from which the target computes its scores."""
 
 
 class Distribution(Kind):

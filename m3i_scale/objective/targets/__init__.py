@@ -1,14 +1,12 @@
-"""Targets: loss terms k of equation (5), one class per kind. Recipes can use all kinds that are imported here."""
+"""Targets: loss terms k of equation (5), one class per kind. Those of tasks are in `tasks`."""
 
 from m3i_scale.objective.targets.anchors import Anchor, Gram
 from m3i_scale.objective.targets.caption import Caption
 from m3i_scale.objective.targets.category import Category
 from m3i_scale.objective.targets.clusters import Clusters
 from m3i_scale.objective.targets.dense import Dense, DenseNegatives, Pixels
-from m3i_scale.objective.targets.detection import Detection
 from m3i_scale.objective.targets.pooled import Pooled
 from m3i_scale.objective.targets.prototypes import DensePrototypes, Prototypes
-from m3i_scale.objective.targets.segmentation import Segmentation
 from m3i_scale.objective.targets.spread import Spread
 from m3i_scale.objective.targets.text import Text
 
@@ -20,12 +18,10 @@ __all__ = [
     "Dense",
     "DenseNegatives",
     "DensePrototypes",
-    "Detection",
     "Gram",
     "Pixels",
     "Pooled",
     "Prototypes",
-    "Segmentation",
     "Spread",
     "Text",
 ]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
@@ -15,11 +15,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import Backbone, Tokens
-from m3i_scale.config import Section
+from m3i_scale.config import RunConfig, Section
 from m3i_scale.config.data import Reads
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, pool
 from m3i_scale.objective.distributions.base import Loss
@@ -31,6 +32,7 @@ from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.regularizers.memory import Memory
 from m3i_scale.objective.schedule import NotNegative, Scheduled, values_of
+from m3i_scale.tasks.base import TARGETS
 
 
 class Parts(Section):
@@ -160,10 +162,23 @@ class Sizes:
     """Number of training images per class, if categories.json contains it."""
 
 
+class Scores(ABC):
+    """Scores of a target over an evaluation, which are no means over micro-batches."""
+
+    @abstractmethod
+    def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
+        """Add a batch, on the CPU, and `Loss.outputs` of the target for it."""
+
+    @abstractmethod
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """Return the scores by name. Every rank must call it."""
+
+
 class Target(Kind):
     """Loss term k of equation (5): a target y, its representation z_y, its prediction ẑ_y and P̂."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
+    modules: ClassVar[dict[str, str]] = TARGETS
     modality: ClassVar[str] = "image"
     """category, text, caption, pixels or image."""
     representation: ClassVar[str]
@@ -218,6 +233,27 @@ class Target(Kind):
     def evaluated(self) -> tuple[str, ...]:
         """Return the names of additional evaluation metrics."""
         return ()
+
+    def check_scores(self, run: RunConfig, access: Access | None) -> bool:
+        """Return whether evaluations of a run can compute `scores`.
+
+        Args:
+            run: config with validation data.
+            access: access to remote servers.
+        """
+        return True
+
+    def scores(self, label_sets: dict[str, list[str]]) -> Scores | None:
+        """Return the scores that are computed from outputs; None if there are none.
+
+        Args:
+            label_sets: class names by label set.
+        """
+        return None
+
+    def export(self, source: Any) -> Any:
+        """Return backbone and head of a checkpoint (a `Source`) as a standard model, an `ExportedModule`."""
+        raise NotImplementedError
 
     def sources(self, context: Context) -> list[Encoded]:
         """Return the parts of inputs that predict the target."""

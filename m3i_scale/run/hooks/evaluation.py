@@ -7,12 +7,9 @@ import itertools
 import math
 
 import torch
-from torch import Tensor
 
-from m3i_scale.config import Classification
 from m3i_scale.data.loader import TrainStream
-from m3i_scale.evaluate.preview_images import ShownImages
-from m3i_scale.objective.segmentation import mean_iou
+from m3i_scale.objective.targets.base import Scores
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.probe import evaluating
@@ -32,7 +29,7 @@ class Evaluation(Hook):
         self._start = stream.state_dict()
         run = state.resolved.run
         self._every = run.evaluation.every_steps
-        self._chooses = bool(self._every) and isinstance(run.task, Classification) and run.task.sweep is not None
+        self._chooses = bool(self._every) and run.task is not None and run.task.chooses_head
         """Whether to evaluate the last step too, to select a head of a sweep."""
         self._is_behind = False
         """Whether steps were taken since the last evaluation."""
@@ -70,8 +67,7 @@ class Evaluation(Hook):
         of_stage = self._state.stage.run.optim.micro_batch_size
         count = math.ceil(run.evaluation.batches * run.optim.micro_batch_size / of_stage)
         totals: dict[str, float] = {}
-        overlaps_3K: dict[str, Tensor] = {}
-        shown = self._shown_images()
+        scores = self._scores()
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
@@ -80,23 +76,23 @@ class Evaluation(Hook):
                     if name.endswith("/weight"):  # training records have the loss weights
                         continue
                     totals[name] = totals.get(name, 0.0) + float(value) / count
-                for name, counts_3K in engine.module.overlaps_3K.items():
-                    overlaps_3K[name] = overlaps_3K.get(name, 0) + counts_3K
-                for name, images in shown.items():
-                    images.add(batch, engine.module.detections[name])
+                for name, of_target in scores.items():
+                    of_target.add(batch, engine.module.outputs[name])
         batches.raise_together()
         stop_if_bad(self._stream, account_of_all(self._stream))  # a single rank can only detect clear cases
-        ranks = engine.module.ranks
-        scores = {f"{name}/miou": mean_iou(ranks.sum(counts_3K)) for name, counts_3K in overlaps_3K.items()}
-        for name, images in shown.items():
-            precisions = images.average_precision(ranks.rank)
-            scores |= {f"{name}/{figure}": value for figure, value in precisions.items()}
-        return mean_over_ranks(totals) | scores
+        computed = {
+            f"{name}/{score}": value
+            for name, of_target in scores.items()
+            for score, value in of_target.compute(engine.module.ranks).items()
+        }
+        return mean_over_ranks(totals) | computed
 
-    def _shown_images(self) -> dict[str, ShownImages]:
-        """Return empty accumulators for the images of an evaluation, by detection target."""
+    def _scores(self) -> dict[str, Scores]:
+        """Return the scores of an evaluation by target."""
         resolved = self._state.resolved
-        if not resolved.measures_precision:
-            return {}
-        (target,), (classes,) = resolved.recipe.targets, resolved.label_sets.values()
-        return {target.name: ShownImages(classes, masks=target.reads == "boxes_and_masks")}
+        scores = {
+            target.name: target.scores(resolved.label_sets)
+            for target in resolved.recipe.targets
+            if target.name in resolved.scored
+        }
+        return {name: of_target for name, of_target in scores.items() if of_target is not None}

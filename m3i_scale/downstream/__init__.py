@@ -1,1 +1,0 @@
-"""Fine-tuning of backbones with published recipes."""

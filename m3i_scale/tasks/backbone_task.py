@@ -1,0 +1,139 @@
+"""Setup of a task on a backbone: checks, freezing, learning-rate scales, drop path and changes of labeled batches."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, ClassVar
+
+from m3i_scale.config import RunConfig
+from m3i_scale.config.kinds import Kind
+from m3i_scale.errors import ConfigError
+from m3i_scale.tasks.base import Task
+
+if TYPE_CHECKING:
+    from m3i_scale.backbones.families import VisionConfig
+    from m3i_scale.data.batch import Batch
+    from m3i_scale.objective.information import Objective
+
+_FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "internimage": "InternImage"}
+
+
+class BackboneTask(Task):
+    """Task that trains a head on a backbone, and the backbone unless it is frozen.
+
+    Reading a config must not import torch, so methods import what they need.
+    """
+
+    kinds: ClassVar[dict[str, type[Kind]]] = Task.kinds
+
+    def check(self, run: RunConfig, model: VisionConfig) -> None:
+        """Validate the settings of all tasks. Options without effect are errors."""
+        _check_family(run, model)
+        if self.freeze:
+            _check_frozen(run)
+        augment = run.data.augment
+        kinds = (augment, *(source.augment for source in run.data.datasets.values()))
+        if any(one is not None and one.rand_augment is not None for one in kinds):
+            check_timm("RandAugment is", "data.augment.rand_augment=null")
+        if augment.erasing:
+            check_timm("random erasing is", "data.augment.erasing=0")
+        if self.dcn_lr != 1 and not _is_internimage(model):
+            raise ConfigError(
+                f"dcn_lr has no effect: a {model.model_type} has no deformable convolutions",
+                where=f"task.dcn_lr: {self.dcn_lr:g}",
+                fix="leave it out, or take an InternImage",
+            )
+
+    def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
+        """Add drop path, freeze the backbone, and change the batches of training."""
+        from m3i_scale.tasks.drop_path import apply_drop_path
+
+        if self.drop_path:
+            apply_drop_path(objective.student, self.drop_path)
+        if self.freeze:
+            objective.train()  # everything except the backbone
+        changes = self.batch_changes(objective, classes, erasing)
+        if changes:
+            objective.mix_labelled = lambda batch: reduce(lambda changed, change: change(changed), changes, batch)
+
+    def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
+        """Return the changes of labeled batches in training. They need timm, an optional dependency that `check`
+        checks."""
+        if not erasing:
+            return []
+        from m3i_scale.tasks.erasing import Erasing
+
+        return [Erasing(erasing, objective.pixel_norm)]
+
+    def lr_scales(self, objective: Objective) -> dict[str, float]:
+        """Return learning-rate multipliers by layer of the backbone."""
+        from m3i_scale.objective.build import backbone_scales
+
+        if self.freeze or (self.layer_decay == 1 and self.dcn_lr == 1):
+            return {}
+        return backbone_scales(objective, self.layer_decay, dense=self.dense, dcn=self.dcn_lr)
+
+
+def _is_internimage(model: VisionConfig) -> bool:
+    from m3i_scale.backbones.internimage import InternImageConfig
+
+    return isinstance(model, InternImageConfig)
+
+
+def _check_family(run: RunConfig, config: VisionConfig) -> None:
+    """Check that the run's backbone belongs to the model family of its fine-tuning recipe."""
+    from m3i_scale.backbones.presets import DEFAULT_PRESET
+
+    backbone, protocol = run.backbone, run.protocol
+    if protocol is None or protocol.family is None:
+        return
+    family = "internimage" if _is_internimage(config) else "transformer"
+    if family != protocol.family:
+        raise ConfigError(
+            f"the protocol is for {_FAMILIES[protocol.family]}, and the backbone is {_FAMILIES[family]}",
+            where=f"backbone: {backbone.from_pretrained or backbone.preset or DEFAULT_PRESET}",
+            why="learning rates by layer and their decay are those of another model",
+            fix="take a protocol for it, or the default one of `finetune`, which is for any",
+        )
+
+
+def check_last_layer(out_layers: tuple[int, ...] | None, model: VisionConfig) -> None:
+    """Check that a head reads the last layer of a plain Transformer. Exports of older runs are not checked."""
+    if out_layers is None or _is_internimage(model):
+        return
+    last, depth = out_layers[-1], model.num_hidden_layers
+    if last < depth:
+        raise ConfigError(
+            f"the backbone has {depth} layers, and the last layer that the head reads is {last}",
+            where=f"task.head.out_layers: {list(out_layers)}",
+            why=f"layers {last + 1} to {depth} would be computed and exported without effect",
+            fix="task.head.out_layers=null reads layers from the whole depth, the last one among them",
+        )
+
+
+def _check_frozen(run: RunConfig) -> None:
+    if run.backbone.from_pretrained is None:
+        raise ConfigError(
+            "the backbone is frozen at random weights",
+            where="task.freeze",
+            why="a head on features that nothing was trained for measures nothing",
+            fix="backbone.from_pretrained=/data/first-export, or task.freeze=false",
+        )
+    if run.backbone.activation_checkpointing != "none":
+        raise ConfigError(
+            "`activation_checkpointing` has no effect: it is for layers that are trained, and the backbone is frozen",
+            where="backbone.activation_checkpointing",
+            fix="leave it out",
+        )
+
+
+def check_timm(what: str, without: str) -> None:
+    """Check that timm is installed, which an option needs."""
+    if importlib.util.find_spec("timm") is None:
+        raise ConfigError(
+            f"{what} timm's, which is not installed",
+            where=without.partition("=")[0],
+            fix=f"pip install 'm3i-scale[timm]', or {without}",
+        )

@@ -1,0 +1,171 @@
+"""Config sections `task` and `protocol`: the only part of the tasks that the core knows.
+
+A task is a labelled task that replaces `recipe`: it defines how a backbone is fine-tuned or probed. It generates a
+recipe for its predictions, so that all pre-training features also work for tasks.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from m3i_scale.config.kinds import Kind
+from m3i_scale.config.limits import MAX_WIDTH
+from m3i_scale.config.sections import Section
+
+TASKS = {
+    "classification": "m3i_scale.tasks.classification.classification_task",
+    "segmentation": "m3i_scale.tasks.segmentation.segmentation_task",
+    "detection": "m3i_scale.tasks.detection.detection_task",
+}
+"""Modules of the tasks by kind."""
+TARGETS = {
+    "segmentation": "m3i_scale.tasks.segmentation.segmentation_target",
+    "detection": "m3i_scale.tasks.detection.detection_target",
+}
+"""Modules of the targets of tasks by kind."""
+
+
+class Task(Kind):
+    """Base class of tasks that fine-tune a backbone or train a head on it."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    modules: ClassVar[dict[str, str]] = TASKS
+    dense: ClassVar[bool] = False
+    """Whether the task predicts locations instead of image labels. InternImage then uses other learning rates."""
+    reads_masks: ClassVar[bool] = False
+    """Whether the task reads the class of every pixel."""
+
+    freeze: bool = False
+    """Freeze the backbone in evaluation mode and train only the heads."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Layer-wise learning-rate decay: each backbone layer's rate is this factor times the next layer's
+    (docs/downstream.md)."""
+    dcn_lr: float = Field(default=1.0, gt=0)
+    """InternImage: additional LR multiplier for the offsets of deformable convolutions (`DCN_LR_MUL`)."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth: drop probability of residual branches at the last layer, increasing linearly from 0 at the
+    first."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an EMA of all weights, exported with `export --weights ema`. In step t the decay is at most t / (9
+    + t), so that the EMA forgets the initial weights. Evaluations during training use the trained weights. Default: no
+    EMA."""
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        idle = [name for name in ("layer_decay", "dcn_lr", "drop_path") if getattr(self, name) not in (0.0, 1.0)]
+        if self.freeze and idle:
+            raise ValueError(f"{', '.join(idle)} has no effect: the backbone is frozen")
+        if self.freeze and self.ema is not None:
+            raise ValueError("ema averages a backbone and its head together, and this backbone is frozen")
+        return self
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """Return the content of the section `recipe` for this task."""
+
+    @property
+    def stretches(self) -> bool:
+        """Return whether `data.augment.stretch` is valid: images may be resized to a square of another shape."""
+        return False
+
+    @property
+    def chooses_head(self) -> bool:
+        """Return whether several heads are trained, of which the best one by the last evaluation is exported."""
+        return False
+
+    def check(self, run: Any, model: Any) -> None:
+        """Validate the task, independent of its data.
+
+        Args:
+            run: the `RunConfig`.
+            model: the configuration of its backbone.
+        """
+
+    def check_engine(self, run: Any, engine: dict[str, Any]) -> None:
+        """Validate the resolved DeepSpeed config of a run, a `RunConfig`."""
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Validate the class names by label set, over all training datasets."""
+
+    def check_image_counts(self, counts: list[int] | None) -> None:
+        """Validate the number of training images by category; None if the datasets do not have it."""
+
+    def prepare(self, objective: Any, classes: int, erasing: float = 0.0) -> None:
+        """Set up the modules for training.
+
+        Args:
+            objective: the new `Objective` of the recipe.
+            classes: number of classes.
+            erasing: see `AugmentConfig`.
+        """
+
+    def lr_scales(self, objective: Any) -> dict[str, float]:
+        """Return learning-rate multipliers by parameter name; missing names have 1."""
+        return {}
+
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and a warning for every valid value that is probably a mistake."""
+        yield from ()
+
+
+class Published(Section):
+    """Published result of a protocol."""
+
+    model: str
+    """Trained model and its pretrained weights."""
+    number: float = Field(ge=0, le=100)
+    """Published value of the metric, in percent."""
+    metric: Literal["top-1", "mIoU", "box AP"] = "top-1"
+    """Published metric: top-1 accuracy, mean IoU over classes from all pixels, or average precision of boxes."""
+    mask_ap: float | None = Field(default=None, ge=0, le=100)
+    """Mask AP that was published with the box AP, in percent."""
+    source: str
+    """Source of the number: paper and table, or a file of the published code."""
+
+    @model_validator(mode="after")
+    def _masks_have_boxes(self) -> Self:
+        if self.mask_ap is not None and self.metric != "box AP":
+            raise ValueError("mask_ap stands beside the box AP of a detector")
+        return self
+
+
+class Protocol(Section):
+    """Published protocol and deviations from it. Results repeat both, so that only comparable numbers are compared."""
+
+    family: Literal["transformer", "internimage"] | None = None
+    """Backbone family that the numbers apply to: plain Transformer (ViT, DINOv2, CLIP) or InternImage. Default: any."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Number of epochs, from which `finetune` computes `optim.steps` for the number of training images."""
+    steps: int | None = Field(default=None, ge=1)
+    """Number of steps that `finetune` trains for, regardless of the dataset size. Set either `epochs` or `steps`."""
+    lr_width: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
+    """Backbone width that `optim.lr` applies to: `finetune` multiplies it by `lr_width` / width. Default: `optim.lr`
+    applies to any width."""
+    published: Published | None = None
+    """Published result. Default: no result has been published with this protocol."""
+    deviations: list[str] = Field(default_factory=list)
+    """Deviations from the published setup."""
+
+    @model_validator(mode="after")
+    def _is_of_one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("a protocol is of so many epochs, or of so many steps: one of both")
+        return self
+
+    def lr_for(self, lr: float, width: int) -> float:
+        """Return the learning rate for a backbone of this width."""
+        return lr if self.lr_width is None else lr * self.lr_width / width
+
+    def steps_for(self, images: int, batch_size: int) -> int:
+        """Return the number of steps of the protocol for this number of training images."""
+        return self.steps or steps_of(self.epochs or 1, images, batch_size)
+
+
+def steps_of(epochs: int, images: int, batch_size: int) -> int:
+    """Return the nearest integer number of steps, at least 1."""
+    return max(1, round(epochs * images / batch_size))

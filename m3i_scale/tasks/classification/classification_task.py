@@ -1,0 +1,244 @@
+"""Task `classification`: a linear classifier on the features of the backbone, or many in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from m3i_scale.config import RunConfig
+from m3i_scale.config.limits import MAX_LAYERS
+from m3i_scale.config.sections import Section
+from m3i_scale.errors import ConfigError
+from m3i_scale.tasks.backbone_task import BackboneTask, check_timm
+
+if TYPE_CHECKING:
+    from m3i_scale.backbones.families import Family, VisionConfig
+    from m3i_scale.data.batch import Batch
+    from m3i_scale.objective.information import Objective
+    from m3i_scale.tasks.classification.label_mixing import LabelMixing
+
+_LARGEST_ALPHA = 10.0
+"""Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
+
+
+class Sweep(Section):
+    """Grid of linear heads over input features and learning rates, trained independently in one pass. The best head on
+    data.validation is exported."""
+
+    blocks: tuple[int, ...] = (1, 4)
+    """Numbers of last layers whose class tokens are concatenated, each normalized by the backbone's final norm."""
+    mean: tuple[bool, ...] = (False, True)
+    """Whether to append the mean patch token of the last layer."""
+    lr_scales: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+    """Learning rates as fractions of optim.lr."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        for name, values in self:
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} are several choices, each once: {list(values)}")
+        if not all(1 <= blocks <= MAX_LAYERS for blocks in self.blocks):
+            raise ValueError(f"blocks must be numbers of layers, from 1 to {MAX_LAYERS:,}: {[*self.blocks]}")
+        if not 0 < min(self.lr_scales) <= max(self.lr_scales) <= 1:
+            raise ValueError("lr_scales are shares of optim.lr: above 0, and 1 at most")
+        if len(self.heads()) < len(self.decoders()) * len(self.lr_scales):
+            raise ValueError(
+                f"lr_scales differ by the sixth digit at least, by which heads are named: {self.lr_scales}"
+            )
+        return self
+
+    def decoders(self) -> dict[str, dict[str, Any]]:
+        """Return the head inputs by name, as decoders of a recipe."""
+        return {
+            f"last{blocks}{'_mean' if mean else ''}": {"kind": "class_token", "blocks": blocks, "mean": mean}
+            for blocks in self.blocks
+            for mean in self.mean
+        }
+
+    def heads(self) -> dict[str, tuple[str, float]]:
+        """Return the decoder and learning-rate fraction of each head, by head name."""
+        return {
+            f"{decoder}_lr{scale:g}".replace(".", "_"): (decoder, scale)
+            for decoder in self.decoders()
+            for scale in self.lr_scales
+        }
+
+
+class Classification(BackboneTask):
+    """Image classification task."""
+
+    kind: ClassVar[str] = "classification"
+    pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
+    """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
+    mean as its query."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing of the cross-entropy. 0 disables it."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Mixup α: the weight of the first image is sampled from Beta(α, α). 0 disables mixup."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """CutMix α: the area of the first image is sampled from Beta(α, α). 0 disables CutMix."""
+    mix_prob: float = Field(default=1.0, gt=0, le=1)
+    """Probability of mixing a micro-batch."""
+    switch_prob: float = Field(default=0.5, gt=0, lt=1)
+    """Probability of CutMix instead of mixup, if both are enabled."""
+    batch_norm: bool = False
+    """Normalize the input of a linear head by micro-batch statistics over all ranks, without learnable scale."""
+    sweep: Sweep | None = None
+    """Train many linear heads on a frozen backbone in one pass. Default: a single head."""
+
+    @model_validator(mode="after")
+    def _sweeps(self) -> Self:
+        if self.batch_norm and not self.freeze:
+            raise ValueError("batch_norm is for a linear head on a frozen backbone: freeze: true")
+        if self.sweep is not None and not self.freeze:
+            raise ValueError("sweep is for a frozen backbone, which would learn from all heads at once: freeze: true")
+        if self.sweep is not None and self.pool != "class_token":
+            raise ValueError("pool has no effect: sweep says what its heads read")
+        return self
+
+    @model_validator(mode="after")
+    def _mixes(self) -> Self:
+        both, none = bool(self.mixup and self.cutmix), not (self.mixup or self.cutmix)
+        for name, idle in (("mix_prob", none), ("switch_prob", not both)):
+            if idle and name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect without {'mixup or cutmix' if none else 'mixup and cutmix'}")
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return a recipe that predicts the class label from the uncropped image, with every head of a sweep."""
+        sweep, decoder_of = self.sweep, {"category": "pool"}
+        if sweep is not None:
+            decoder_of = {name: decoder for name, (decoder, _) in sweep.heads().items()}
+        targets = [
+            {
+                "name": name,
+                "kind": "category",
+                "inputs": ["image"],
+                "decoder": decoder,
+                "distribution": {"kind": "boltzmann", "label_smoothing": self.label_smoothing},
+                **({"batch_norm": True} if self.batch_norm else {}),
+            }
+            for name, decoder in decoder_of.items()
+        ]
+        return {
+            "name": "classification",
+            "family": "supervised",
+            "inputs": [{"name": "image", "view": 1}],
+            "decoders": {"pool": {"kind": self.pool}} if sweep is None else sweep.decoders(),
+            "targets": targets,
+        }
+
+    @property
+    def chooses_head(self) -> bool:
+        """Return whether there is a sweep."""
+        return self.sweep is not None
+
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """Yield warnings about mixing weights that look like percentages."""
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if alpha > _LARGEST_ALPHA:
+                yield (
+                    f"task.{name}",
+                    f"task.{name} is {alpha:g}: it is α of Beta(α, α) and no percentage, so two images are nearly "
+                    f"always mixed in halves. Fix: task.{name}={alpha / 100:g}",
+                )
+
+    def check(self, run: RunConfig, model: VisionConfig) -> None:
+        """Also validate pooling, mixing and the sweep."""
+        from m3i_scale.backbones.families import family_of
+
+        super().check(run, model)
+        family = family_of(model)
+        if self.sweep is not None:
+            _check_sweep(run, family)
+        if self.pool == "class_token" and not family.has_class_token:
+            raise ConfigError(
+                f"{family.name} has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
+            )
+        if self.mixup or self.cutmix:
+            check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
+        if (self.mixup or self.cutmix) and run.optim.micro_batch_size % 2:
+            raise ConfigError(
+                "mixup and cutmix pair the images of a micro-batch, and one is left over",
+                where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
+                fix="an even optim.micro_batch_size",
+            )
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Check that there is exactly one list of classes."""
+        if len(label_sets) == 1:
+            return
+        several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+        raise ConfigError(
+            f"a classifier has one list of classes, and the sources have {several or 'no labels'}",
+            where="data.datasets",
+            why=None if several else "no source has labels.json beside its shards",
+            fix="leave all but one label set out: data.datasets.NAME.labels=false; equal lists become one by"
+            " data.datasets.NAME.label_set"
+            if several
+            else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
+        )
+
+    def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
+        """Return random erasing, then mixup and cutmix."""
+        mixing = [self.label_mixing(classes)] if self.mixup or self.cutmix else []
+        return [*super().batch_changes(objective, classes, erasing), *mixing]
+
+    def label_mixing(self, classes: int) -> LabelMixing:
+        """Return mixup and cutmix for a number of classes."""
+        from timm.data.mixup import Mixup
+
+        from m3i_scale.tasks.classification.label_mixing import LabelMixing
+
+        mixup = Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.mix_prob,
+            switch_prob=self.switch_prob,
+            label_smoothing=self.label_smoothing,
+            num_classes=classes,
+        )
+        return LabelMixing(mixup)
+
+    def lr_scales(self, objective: Objective) -> dict[str, float]:
+        """Return the multipliers of the heads of a sweep, else those of the layers."""
+        if self.sweep is None:
+            return super().lr_scales(objective)
+        of_head = {name: scale for name, (_, scale) in self.sweep.heads().items()}
+        return {
+            f"heads.{head}.{name}": scale
+            for head, scale in of_head.items()
+            for name, _ in objective.heads[head].named_parameters()
+        }
+
+
+def _check_sweep(run: RunConfig, family: Family) -> None:
+    if not family.has_class_token:
+        raise ConfigError(
+            f"the heads of a sweep read class tokens, and {family.name} has none",
+            where="task.sweep",
+            fix="leave it out, with task.pool=mean_pool",
+        )
+    if run.guard.spike is not None:
+        raise ConfigError(
+            "a spike of the sum of all heads' losses would take all of them back",
+            where="guard.spike",
+            why="the rate of the fastest is meant to be too high, and the others would lose their steps with it",
+            fix="leave it out",
+        )
+    if run.optim.clip_grad_norm:
+        raise ConfigError(
+            "the gradient of all heads of a sweep together would be clipped",
+            where=f"optim.clip_grad_norm: {run.optim.clip_grad_norm:g}",
+            why="how a head learns would depend on the others",
+            fix="optim.clip_grad_norm=0",
+        )
+    if run.data.datasets and not run.data.validation:
+        raise ConfigError(
+            "the best head of a sweep is the best on images for validation, and there are none",
+            where="data.validation",
+            fix="data.validation.val.path=/data/shards/val and evaluation.every_steps",
+        )

@@ -1,0 +1,179 @@
+"""Overlays of detections: image | ground truth | prediction, worst images first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
+from m3i_scale.evaluate.pictures.draw import drawable
+from m3i_scale.files import write_json
+from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
+from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Prediction, Rle, sorted_by_score
+
+DRAWN_SCORE = 0.5
+"""Default score threshold for predictions to be drawn and counted."""
+SUMMARY = "worst.json"
+"""File next to the pictures: errors in each, and the colors of classes."""
+_OVERLAP = 0.5
+_LETTERS = 24
+"""Longer names are truncated."""
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Numbers of correct and wrong detections in one image, by boxes with an IoU of at least 0.5."""
+
+    found: int
+    missed: int
+    false: int
+
+    @property
+    def f_measure(self) -> float:
+        """Return the F1 score; 1 if there are neither objects nor predictions."""
+        wrong = self.missed + self.false
+        return 2 * self.found / (2 * self.found + wrong) if wrong else 1.0
+
+
+def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
+    """Return the numbers of correct and wrong detections, with predictions ignored as in COCO and LVIS.
+
+    Args:
+        truth: of the image.
+        prediction: in order of the scores.
+        categories: of the dataset.
+        least: score threshold.
+    """
+    matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories["format"])
+    counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
+    found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
+    objects = sum(not one["iscrowd"] for one in truth["annotations"])
+    return ImageScore(found, objects - found, int(counts_D.sum()) - found)
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    key: str
+    score: ImageScore
+    image: Image.Image
+    """As drawn, at reduced size."""
+    truth: GroundTruth
+    prediction: Prediction
+
+
+class DetectionOverlays:
+    """Collector of the worst images, which are drawn at the end, worst first.
+
+    The worst image has the lowest F1 score. Ties are broken by the number of errors, then by the order of images.
+
+    Args:
+        folder: created if missing; must be empty.
+        count: number of images to draw.
+        categories: of the dataset.
+        least: score threshold for predictions to be drawn and counted.
+
+    Raises:
+        ConfigError: the folder cannot be created, or is not empty.
+    """
+
+    def __init__(self, folder: Path, count: int, categories: Categories, *, least: float = DRAWN_SCORE) -> None:
+        self._folder, self._count, self._categories, self._least = folder, count, categories, least
+        self._kept: list[_Overlay] = []
+        make_folder(folder)
+
+    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
+        """Add an image.
+
+        Args:
+            key: used in the file name of its picture.
+            pixels_CHW: of the full image.
+            truth: ground truth.
+            prediction: detections.
+        """
+        ordered = sorted_by_score(prediction, truth, self._categories)
+        score = score_image(truth, ordered, self._categories, self._least)
+        if len(self._kept) == self._count and _badness(score) >= _badness(self._kept[-1].score):
+            return
+        image = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
+        image.thumbnail((SIDE, SIDE))
+        self._kept.append(_Overlay(key, score, image, truth, ordered))
+        self._kept.sort(key=lambda one: _badness(one.score))
+        del self._kept[self._count :]
+
+    def write(self) -> None:
+        """Write the pictures, and a summary of the errors in each."""
+        pictures = []
+        try:
+            for number, one in enumerate(self._kept, start=1):
+                name = f"{number:04d}-{file_stem(one.key)}.png"
+                side_by_side([one.image, self._true_panel(one), self._prediction_panel(one)]).save(self._folder / name)
+                facts = {"file": name, "image_id": one.truth["image_id"], "f_measure": one.score.f_measure}
+                facts |= {"found": one.score.found, "missed": one.score.missed, "false": one.score.false}
+                pictures.append(facts)
+            names = [one["name"] for one in self._categories["categories"]]
+            classes = [{"name": name, "rgb": PALETTE[number % 256].tolist()} for number, name in enumerate(names)]
+            summary = {"score": self._least, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
+            write_json(self._folder / SUMMARY, summary)
+        except OSError as error:
+            raise write_error(self._folder, error) from None
+
+    def _true_panel(self, kept: _Overlay) -> Image.Image:
+        panel = _Panel(kept.image, kept.truth)
+        for one in kept.truth["annotations"]:
+            x, y, width, height = one["bbox"]
+            mask = mask_of(one, kept.truth) if "segmentation" in one else None
+            more = " (crowd)" if one["iscrowd"] else ""
+            panel.add([x, y, x + width, y + height], mask, one["category"], self._name(one["category"]) + more)
+        return panel.picture
+
+    def _prediction_panel(self, kept: _Overlay) -> Image.Image:
+        panel, found = _Panel(kept.image, kept.truth), kept.prediction
+        for place in np.flatnonzero(found["scores"] >= self._least)[::-1]:  # the highest scores on top
+            mask = None if found["masks"] is None else found["masks"][place]
+            label = int(found["labels"][place])
+            panel.add(found["boxes"][place].tolist(), mask, label, f"{self._name(label)}: {found['scores'][place]:.2f}")
+        return panel.picture
+
+    def _name(self, label: int) -> str:
+        """Return the name of a class on one line, in letters of the built-in font."""
+        return drawable(self._categories["categories"][label]["name"], _LETTERS)
+
+
+def _badness(score: ImageScore) -> tuple[float, int]:
+    return score.f_measure, -score.missed - score.false
+
+
+class _Panel:
+    """Image with objects drawn on it.
+
+    Args:
+        image: in the size of the drawing.
+        truth: has the image size that boxes and masks refer to.
+    """
+
+    def __init__(self, image: Image.Image, truth: GroundTruth) -> None:
+        self.picture = image.copy()
+        self._scale = np.array([image.width / truth["width"], image.height / truth["height"]] * 2)
+        self._most = np.array([image.width - 1, image.height - 1] * 2)
+
+    def add(self, box: list[float], mask: Rle | None, label: int, caption: str) -> None:
+        """Draw the mask of one object, its box, and a caption above the box."""
+        from faster_coco_eval.core import mask as rle
+
+        red, green, blue = (int(part) for part in PALETTE[label % 256])
+        if mask is not None:
+            half = Image.fromarray(127 * np.asarray(rle.decode(mask), dtype=np.uint8))
+            self.picture.paste((red, green, blue), mask=half.resize(self.picture.size, Image.Resampling.NEAREST))
+        corners = np.clip(np.array(box) * self._scale, 0, self._most).round()  # a box may be outside the image
+        left, right = sorted(corners[0::2].tolist())
+        top, bottom = sorted(corners[1::2].tolist())
+        draw, font = ImageDraw.Draw(self.picture), ImageFont.load_default()
+        draw.rectangle((left, top, right, bottom), outline=(red, green, blue), width=2)
+        _, _, width, height = draw.textbbox((0, 0), caption, font=font)
+        left, top = max(min(left, self.picture.width - width - 2), 0), max(top - height - 1, 0)
+        draw.rectangle((left, top, left + width + 1, top + height), fill=(red, green, blue))
+        draw.text((left + 1, top), caption, fill="black" if red + 2 * green + blue > 400 else "white", font=font)

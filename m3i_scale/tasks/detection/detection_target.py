@@ -1,0 +1,130 @@
+"""Object detection: boxes, classes and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.config import RunConfig
+from m3i_scale.config.data import Reads
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.categories import shard_categories
+from m3i_scale.data.remote.access import Access
+from m3i_scale.data.shards import CATEGORIES, shard_folder
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
+from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
+from m3i_scale.tasks.detection.detection_losses import Objects
+from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
+from m3i_scale.tasks.detection.object_detector import image_sizes
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
+
+if TYPE_CHECKING:
+    from m3i_scale.hub.source import Source
+    from m3i_scale.hub.tensors import ExportedModule
+
+
+class Detection(Target):
+    """Object detection. It must be the only target of its recipe, with one full image as input, since its head reads
+    the backbone's layers."""
+
+    kind: ClassVar[str] = "detection"
+    modality: ClassVar[str] = "boxes"
+    representation: ClassVar[str] = "boxes, classes and masks of objects"
+    dense: ClassVar[bool] = True
+    labels_file: ClassVar[str | None] = CATEGORIES
+    encoder: Literal["embedding"] = "embedding"
+    distribution: BoltzmannClasses = BoltzmannClasses()
+    regularizer: OtherCandidates = OtherCandidates()
+    head: DetectionHead
+
+    @property
+    def reads(self) -> Reads:
+        """Return boxes, with masks if the head has a mask branch."""
+        return "boxes_and_masks" if self.head.masks else "boxes"
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the names of the average precisions."""
+        return ("box_ap", "mask_ap") if self.reads == "boxes_and_masks" else ("box_ap",)
+
+    def check_scores(self, run: RunConfig, access: Access | None) -> bool:
+        """Return whether the validation images have complete annotations.
+
+        LVIS images are only annotated for some categories, and batches do not record which. With COCO's rules, a
+        correct prediction of another category would count as false.
+        """
+        from m3i_scale.tasks.detection.detections import check_library
+
+        for name, source in run.data.validation.items():
+            where, best = f"data.validation.{name}", run.checkpoint.keep_best
+            categories = shard_categories(shard_folder(source.path), f"{where}: ", access)
+            if categories is None or categories.format == "coco":
+                continue
+            if best is not None and best.metric in [f"evaluation/{self.name}/{figure}" for figure in self.evaluated]:
+                raise ConfigError(
+                    f"no evaluation of this run writes '{best.metric}': {where} is of LVIS",
+                    where="checkpoint.keep_best.metric",
+                    why="of its images not all objects are known; average precision is measured by `evaluate` alone",
+                    fix="checkpoint.keep_best={metric: evaluation/loss, mode: min}",
+                )
+            return False
+        if self.reads == "boxes":  # for masks this has been checked already
+            check_library("evaluation.every_steps")
+        return True
+
+    def scores(self, label_sets: dict[str, list[str]]) -> Scores:
+        """Return the average precisions."""
+        from m3i_scale.tasks.detection.detection_scores import DetectionScores
+
+        (classes,) = label_sets.values()
+        return DetectionScores(classes, masks=self.reads == "boxes_and_masks")
+
+    def export(self, source: Source) -> ExportedModule:
+        """Return backbone and head as RF-DETR or Mask R-CNN."""
+        from m3i_scale.tasks.detection.export_mask_rcnn import mask_rcnn_part
+        from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
+
+        if isinstance(self.head, RfDetr):
+            return rfdetr_part(source, self.head, self.name)
+        return mask_rcnn_part(source, self.head, self.name)
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return an `ObjectDetector`."""
+        if len(sizes.classes) != 1:
+            raise ConfigError(
+                f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.datasets"
+            )
+        if isinstance(self.head, RfDetr):
+            return RfDetrDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
+        if not isinstance(self.head, MaskRcnn):
+            raise ConfigError(f"no module is built of the head '{self.head.kind}'", where="task.head")
+        return MaskRcnnDetector(self.head, sizes.backbone, sizes.classes[0], sizes.ranks, sizes.image_counts)
+
+    def present(self, batch: Batch) -> Tensor:
+        """Return which samples have an object: bool (B)."""
+        return (batch.box_labels_BN >= 0).any(dim=1)
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return the sum of the head's losses; images without objects count as background. In evaluation mode also
+        return the detections, in pixels of the view."""
+        batch, head = context.batch, given.head
+        masks_BNMM = batch.box_masks_BNMM if self.reads == "boxes_and_masks" else None
+        sizes_B2 = image_sizes(batch)
+        objects = Objects(batch.boxes_BN4, batch.box_labels_BN, masks_BNMM, sizes_B2, batch.seeds_B)
+        terms = head.losses(encoded.maps, objects)
+        outputs = {} if head.training else {"detections": head.detect(encoded.maps, sizes_B2, sizes_B2)}
+        return Loss(torch.stack(list(terms.values())).sum(), terms=terms, outputs=outputs)
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        if parts.decoders[self.decoder].kind != "pointwise":
+            yield f"a detection target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
+        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
+            yield "a detection target is predicted from one input, which shows all of view 1"

@@ -1,0 +1,117 @@
+"""Task `detection`: boxes, classes and masks of objects."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.shards import CATEGORIES
+from m3i_scale.errors import ConfigError
+from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, Regions, RfDetr
+
+if TYPE_CHECKING:
+    from m3i_scale.backbones.families import VisionConfig
+    from m3i_scale.objective.information import Objective
+
+
+class Detection(BackboneTask):
+    """Object detection task. Its categories come from categories.json next to the shards."""
+
+    kind: ClassVar[str] = "detection"
+    dense: ClassVar[bool] = True
+
+    head: DetectionHead = MaskRcnn()
+    """Detection head: mask_rcnn | rfdetr, or with options, e.g. {kind: mask_rcnn, channels: 128}."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Return a recipe that predicts boxes, classes and masks from the uncropped image."""
+        target = {
+            "name": "detection",
+            "kind": "detection",
+            "inputs": ["image"],
+            "decoder": "patches",
+            "head": self.head.model_dump(mode="json"),
+        }
+        return {
+            "name": "detection",
+            "family": "supervised",
+            "inputs": [{"name": "image", "view": 1}],
+            "decoders": {"patches": {"kind": "pointwise"}},
+            "targets": [target],
+        }
+
+    @property
+    def stretches(self) -> bool:
+        """Return whether the head is RF-DETR's, which is trained on stretched images."""
+        return isinstance(self.head, RfDetr)
+
+    def warnings(self) -> Iterator[tuple[str, str]]:
+        """Yield a warning if NMS of Mask R-CNN's proposals removes none."""
+        regions = self.head.regions if isinstance(self.head, MaskRcnn) else Regions()
+        if any(before < after for before, after in zip(regions.before_nms, regions.after_nms, strict=True)):
+            yield (
+                "task.head.regions",
+                f"task.head.regions.before_nms is {[*regions.before_nms]}, below after_nms {[*regions.after_nms]}: "
+                "fewer proposals of a level go into NMS than may come out of it. Fix: exchange them",
+            )
+
+    def check(self, run: RunConfig, model: VisionConfig) -> None:
+        """Also check the library for masks, and the layers that RF-DETR reads."""
+        super().check(run, model)
+        if self.head.masks:
+            _check_mask_library()
+        if isinstance(self.head, RfDetr):
+            check_last_layer(self.head.out_layers, model)
+
+    def check_engine(self, run: RunConfig, engine: dict[str, Any]) -> None:
+        """Reject partitioned parameters: ranks may run different modules."""
+        if engine.get("zero_optimization", {}).get("stage") == 3:
+            raise ConfigError(
+                "a detector is not trained by ZeRO stage 3",
+                where=f"deepspeed: {run.deepspeed}",
+                why="which of its modules compute depends on what an image shows; stage 3 gathers a module's parameters"
+                " on all ranks together, and ranks that show different images would wait for each other for ever",
+                fix="deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
+            )
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Check that there is at most one list of categories."""
+        if len(label_sets) > 1:
+            raise ConfigError(
+                f"objects have one list of categories, and the sources have {', '.join(label_sets)}",
+                where="data.datasets",
+                fix=f"equal {CATEGORIES} become one by data.datasets.NAME.label_set",
+            )
+
+    def check_image_counts(self, counts: list[int] | None) -> None:
+        """Check that the number of images per category, which a federated loss needs, is known."""
+        if isinstance(self.head, MaskRcnn) and self.head.federated_classes is not None and counts is None:
+            raise ConfigError(
+                "a federated loss draws categories by how many images have them, and no source says so",
+                where="task.head.federated_classes",
+                why=f"{CATEGORIES} beside the shards has no image_count: it is not of LVIS",
+                fix="task.head.federated_classes=null, or shards of LVIS",
+            )
+
+    def lr_scales(self, objective: Objective) -> dict[str, float]:
+        """Return the multipliers of the layers; windowed layers have parameters of the backbone's layers."""
+        from m3i_scale.tasks.detection.object_detector import detector_of
+
+        scales = super().lr_scales(objective)
+        if scales:
+            depth = len(objective.student.layers)
+            for name, layer in detector_of(objective).backbone_layers().items():
+                scales[f"heads.detection.{name}"] = self.layer_decay ** (depth - layer)
+        return scales
+
+
+def _check_mask_library() -> None:
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        raise ConfigError(
+            "masks of polygons are drawn by faster-coco-eval, which is not installed",
+            where="task.head.masks",
+            fix="pip install 'm3i-scale[detection]'",
+        )

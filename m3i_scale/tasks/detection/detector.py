@@ -1,0 +1,201 @@
+"""Trained detectors: loading, and inference on images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    DeformableDetrImageProcessor,
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
+    SamImageProcessor,
+)
+
+from m3i_scale.config import AugmentConfig
+from m3i_scale.data.batch import Collator
+from m3i_scale.data.batch import Sample as Shown
+from m3i_scale.data.views import ViewMaker
+from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.evaluate.features import architectures
+from m3i_scale.evaluate.towers import has_head, load_objective
+from m3i_scale.objective.inputs import normalize
+from m3i_scale.output import quiet_loading
+from m3i_scale.tasks.detection.detection_heads import RfDetr
+from m3i_scale.tasks.detection.detections import Prediction, Rle, check_library
+from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
+from m3i_scale.tasks.detection.object_detector import detect, image_sizes
+from m3i_scale.tasks.detection.rfdetr import decode_queries
+
+DETECTOR = "detector"
+"""Metric of a detector; excludes other metrics. The folder has a detector, or features with one in `heads/`."""
+DETECTED = 4
+"""Default number of images per forward pass: layers with global attention need about 800 MB per image of 1,024 pixels.
+"""
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "MaskRcnnForObjectDetection": (MaskRcnnForObjectDetection, SamImageProcessor),
+    "RfDetrForObjectDetection": (RfDetrForObjectDetection, DeformableDetrImageProcessor),
+    "RfDetrForInstanceSegmentation": (RfDetrForInstanceSegmentation, DeformableDetrImageProcessor),
+}
+"""Detector classes and their image processors."""
+
+
+@dataclass
+class Detector:
+    """Detection model with its preprocessing."""
+
+    detect: Callable[[Tensor, Tensor, Tensor], list[Detections]]
+    """Normalized images, (B, 2) heights and widths before padding, and (B, 2) original sizes → detections."""
+    augment: AugmentConfig
+    """Mean and std of the images, and whether images are stretched to a square."""
+    size: int
+    """Input size (side of the square) in pixels."""
+    classes: list[str]
+    model_type: str
+    device: torch.device
+    batch_size: int = DETECTED
+    """Images per forward pass."""
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]], numbers: Sequence[int]) -> list[Prediction]:
+        """Return detections on images (3, H, W) of any size, in original coordinates and in the same order.
+
+        Args:
+            images: at most one forward pass of images.
+            numbers: ids of the images.
+        """
+        augment, shown = self.augment, []
+        view = ViewMaker(
+            augment,
+            views=1,
+            image_size=self.size,
+            augment=False,
+            reads="boxes",
+            mean=augment.mean,
+            stretch=augment.stretch,
+        )
+        for pixels_CHW, number in zip(images, numbers, strict=True):
+            views = view(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))), 0)
+            shown.append(Shown(views, None, -1, None, 0, str(number)))
+        batch = Collator(None, 0)(shown).to(self.device)
+        pixels_BCHW = normalize(batch.images_VBCHW[0], augment.mean, augment.std)
+        found = self.detect(pixels_BCHW, image_sizes(batch), batch.sizes_B2)
+        return [
+            prediction_of(one, number, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
+            for one, pixels_CHW, number in zip(found, images, numbers, strict=True)
+        ]
+
+
+def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Prediction:
+    """Return the detections of an image in the format of the metrics.
+
+    Args:
+        found: output of the head.
+        number: id of the image.
+        size: H and W of the image.
+    """
+    boxes_N4 = found.boxes_N4.cpu()
+    return {
+        "image_id": number,
+        "boxes": boxes_N4.numpy(),
+        "scores": found.scores_N.cpu().numpy(),
+        "labels": found.labels_N.cpu().numpy(),
+        "masks": None if found.masks_NMM is None else compressed(found.masks_NMM.cpu(), boxes_N4, size),
+    }
+
+
+def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> list[Rle]:
+    """Paste masks in box coordinates, soft or binary, into the full image and compress them.
+
+    Each is pasted only within its box plus one pixel, because outside it never reaches 0.5.
+
+    Args:
+        masks_NMM: from `detect`, or from a batch.
+        boxes_N4: x1, y1, x2, y2 in the image.
+        size: H and W of the image.
+    """
+    from faster_coco_eval.core import mask as library
+
+    found: list[Rle] = []
+    most = boxes_N4.new_tensor([size[1], size[0]] * 2)
+    for mask_MM, box_4 in zip(masks_NMM, boxes_N4, strict=True):
+        outer_4 = torch.cat([box_4[:2].floor() - 1, box_4[2:].ceil() + 1]).clamp(min=0).minimum(most)
+        left, top, right, bottom = (int(edge) for edge in outer_4.tolist())
+        inner_4 = box_4 - box_4.new_tensor([left, top] * 2)
+        whole_HW = np.zeros(size, dtype=np.uint8, order="F")
+        pasted_1HW = paste_masks(mask_MM[None], inner_4[None], (bottom - top, right - left))
+        whole_HW[top:bottom, left:right] = pasted_1HW[0].numpy()
+        found.append(library.encode(whole_HW))
+    return found
+
+
+def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Path, torch.device, int], Detector] | None:
+    """Return the function that loads the detector; None if another metric is requested.
+
+    Args:
+        folder: of the model.
+        measures: requested metrics; None: all.
+    """
+    own = not _KINDS.keys().isdisjoint(architectures(folder))
+    if own and measures not in (None, (DETECTOR,)):
+        raise ConfigError("the folder holds a detector", where=str(folder), fix=f"--measure {DETECTOR}")
+    if not own and (measures is None or DETECTOR not in measures):
+        return None
+    if measures is not None and len(measures) > 1:
+        raise ConfigError("a detector is measured alone", where="--measure", fix=f"--measure {DETECTOR}")
+    if not own and not has_head(folder, "detection"):
+        raise ConfigError(
+            "the folder holds no detector",
+            where=str(folder),
+            fix="m3i-scale export of a run with `task: detection`",
+        )
+    check_library()
+    return load_detector if own else head_of_features
+
+
+def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
+    """Load a Mask R-CNN or RF-DETR in fp32. For Mask R-CNN, run the code of this package, not code in the folder."""
+    kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
+    try:
+        with quiet_loading(folder):
+            model, info = kind.from_pretrained(
+                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+            )
+            processor = of_images.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"the detector does not load: {first_line}", where=str(folder)) from None
+    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
+    if faulty:
+        raise ExportError(f"{len(faulty)} tensors do not fill the detector, e.g. {faulty[0]}", where=str(folder))
+    queried = kind is not MaskRcnnForObjectDetection
+    augment = AugmentConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std), stretch=queried)
+    shape, names = model.config.backbone_config, model.config.id2label
+    classes = [str(names[number]) for number in sorted(names)]
+    model = model.to(device).eval()
+    detect = partial(_by_queries, model) if queried else model.detect
+    return Detector(detect, augment, shape.image_size, classes, shape.model_type, device, batch_size)
+
+
+@torch.no_grad()
+def _by_queries(model: Any, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
+    """Return the detections of the standard RF-DETR. The score threshold is in its config.json if `export` wrote it."""
+    output, usual = model(pixel_values=pixels_BCHW), RfDetr()
+    prediction = {name: output[name] for name in ("logits", "pred_boxes", "pred_masks") if name in output}
+    lowest, most = (getattr(model.config, name, getattr(usual, name)) for name in ("score_above", "detections"))
+    return decode_queries(prediction, sizes_B2, own_B2, pixels_BCHW.shape[-1], score_above=lowest, most=most)
+
+
+def head_of_features(folder: Path, device: torch.device, batch_size: int) -> Detector:
+    """Load the detector in `heads/` of a feature export, in fp32."""
+    objective, run, label_sets = load_objective(folder, device)
+    (classes,) = label_sets.values()
+    size, model_type = objective.student.image_size, objective.student.model.config.model_type
+    return Detector(partial(detect, objective), run.data.augment, size, classes, model_type, device, batch_size)

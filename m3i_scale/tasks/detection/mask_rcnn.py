@@ -1,0 +1,208 @@
+"""Mask R-CNN on a backbone, with its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+
+from m3i_scale.backbones.base import Backbone
+from m3i_scale.backbones.maps import MapBackbone
+from m3i_scale.backbones.tokens import TokenBackbone
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields
+from m3i_scale.tasks.detection.detection_heads import MaskRcnn
+from m3i_scale.tasks.detection.detection_losses import (
+    Objects,
+    RegionSamples,
+    box_loss,
+    choose_regions,
+    counted_regions,
+    masks_in,
+    region_losses,
+)
+from m3i_scale.tasks.detection.federated import class_weights, federated_classes, sigmoid_loss
+from m3i_scale.tasks.detection.modeling_mask_rcnn import (
+    MaskHead,
+    MaskRcnnHead,
+    SimplePyramid,
+    WindowedLayers,
+    cut_out,
+    propose,
+    sizes_of,
+)
+from m3i_scale.tasks.detection.object_detector import ObjectDetector
+from m3i_scale.tasks.detection.pyramid import StagePyramid
+from m3i_scale.tasks.detection.windows import default_windows, windowed_layers
+
+
+class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
+    """Trainable Mask R-CNN for square images, padded at the right and at the bottom.
+
+    Modules compute in the engine's dtype; predictions, anchors, boxes, RoIAlign and losses are fp32.
+
+    Args:
+        spec: head section of the config.
+        backbone: f_θ; if it is a plain Transformer, this head replaces its attention function.
+        classes: K.
+        ranks: ranks over which losses are normalized.
+        image_counts: number of training images per class. Only read by a federated loss.
+
+    Raises:
+        ConfigError: the head and the backbone are incompatible.
+    """
+
+    def __init__(
+        self,
+        spec: MaskRcnn,
+        backbone: Backbone,
+        classes: int,
+        ranks: Ranks,
+        image_counts: Sequence[int] | None = None,
+    ) -> None:
+        normed, widths = spec.norm == "layer", backbone.stage_widths
+        if widths and spec.windows is not None:
+            raise ConfigError(
+                "windows have no effect: this backbone has no attention", where="task.head.windows", fix="leave it out"
+            )
+        windows: WindowedLayers | None = None
+        pyramid: nn.Module
+        if widths:
+            pyramid = StagePyramid(widths, spec.channels, norm=normed)
+        else:
+            windows = windowed_layers(spec.windows or default_windows(backbone.grid[0]), backbone)
+            pyramid = SimplePyramid(backbone.width, spec.channels, norm=normed)
+        super().__init__(HeadFields.of(spec.model_dump()), classes, backbone.patch_size, windows, pyramid)
+        self.spec, self.classes, self.ranks = spec, classes, ranks
+        self.drawn_by = _drawn_by(spec, classes, image_counts)
+
+    def backbone_layers(self) -> dict[str, int]:
+        """Return the backbone layer, from 0, of which each parameter of this module gets the learning rate."""
+        if self.windows is None:
+            return {}
+        return {
+            f"windows.layers.{number}.{name}": number
+            for number, layer in enumerate(self.windows.layers)
+            for name, _ in layer.named_parameters()
+        }
+
+    def read(self, backbone: Backbone, images_BCHW: Tensor) -> list[Tensor]:
+        """Return the backbone's map for normalized images (B, D, H, W), or the maps of its four stages."""
+        if self.windows is not None:
+            plain = cast(TokenBackbone, backbone)
+            return [self.windows(plain.layers, plain.embed(images_BCHW)[1])]
+        return cast(MapBackbone, backbone).stage_maps(images_BCHW)
+
+    def levels(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return the feature maps of five levels (B, C, H, W)."""
+        levels: list[Tensor] = self.pyramid(maps)
+        return levels
+
+    def losses(self, levels: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
+        """Return this rank's share of every loss, fp32; the mean over ranks is the loss of the global batch.
+
+        Every parameter has a gradient, which is zero if a batch has no object. The loss of the model is their sum.
+
+        Args:
+            levels: result of `encode`.
+            objects: ground truth.
+        """
+        spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
+        logits, deltas, places = self.predict_regions(levels)
+        if maps[0].is_meta:
+            objectness, moves = torch.cat(logits, dim=1).mean(), torch.cat(deltas, dim=1).mean()
+            chosen = [counted_regions(spec.regions, objects)] * len(maps[0])
+        else:
+            generators, there = objects.generators(), [objects.on(image) for image in range(len(maps[0]))]
+            boxes = [boxes_O4 for boxes_O4, *_ in there]
+            objectness, moves = region_losses(
+                spec, torch.cat(logits, dim=1), torch.cat(deltas, dim=1), torch.cat(places), boxes, generators
+            )
+            sizes = sizes_of(objects.sizes_B2)
+            proposals = propose(self.head.regions, logits, deltas, places, sizes, training=self.training)
+            chosen = [
+                self._chosen(boxes_R4, of_image, generator)
+                for boxes_R4, of_image, generator in zip(proposals, there, generators, strict=True)
+            ]
+        counts = [sum(len(one.labels_R) for one in chosen), sum(len(one.objects_P) for one in chosen)]
+        count_2 = self.ranks.sum(torch.tensor(counts, dtype=torch.float32).to(maps[0].device, non_blocking=True))
+        regions, positives = (count_2 / self.ranks.world_size).clamp(min=1 / self.ranks.world_size).unbind()
+        cut_RCSS = cut_out(self.head, maps, self.strides, [one.boxes_R4 for one in chosen], spec.box_side)
+        logits_RK, deltas_RK4 = self.boxes(cut_RCSS)
+        found = {
+            "rpn_objectness": objectness,
+            "rpn_box": moves,
+            "class": self._class_loss(logits_RK, chosen) / regions,
+            "box": self._box_loss(deltas_RK4, chosen) / regions,
+        }
+        if self.masks is not None:
+            found["mask"] = self._mask_loss(self.masks, maps, chosen) / positives
+        return found
+
+    def _chosen(
+        self, proposals_R4: Tensor, objects: tuple[Tensor, Tensor, Tensor | None], generator: torch.Generator
+    ) -> RegionSamples:
+        spec, count = self.spec, self.spec.federated_classes
+        chosen = choose_regions(spec.regions, proposals_R4, objects, self.classes, generator)
+        if count is None:
+            return chosen
+        if self.drawn_by is None:
+            raise ValueError("a federated loss draws classes by their numbers of images")
+        weights_K = self.drawn_by.to(proposals_R4.device)
+        return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, weights_K, generator))
+
+    def _class_loss(self, logits_RK: Tensor, chosen: Sequence[RegionSamples]) -> Tensor:
+        """Return the sum over regions. Federated losses sample classes per image (published runs: one image per
+        GPU)."""
+        if self.spec.classifier == "softmax":
+            return F.cross_entropy(logits_RK, torch.cat([one.labels_R for one in chosen]), reduction="sum")
+        by_image = logits_RK.split([len(one.labels_R) for one in chosen])
+        parts = [
+            sigmoid_loss(part_RK, one.labels_R, one.drawn_C) for part_RK, one in zip(by_image, chosen, strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+    def _box_loss(self, deltas_RK4: Tensor, chosen: Sequence[RegionSamples]) -> Tensor:
+        """Return the sum over object regions."""
+        parts = []
+        for deltas_SK4, one in zip(deltas_RK4.split([len(one.labels_R) for one in chosen]), chosen, strict=True):
+            place_P = torch.arange(len(one.objects_P), device=deltas_SK4.device)
+            label_P = one.labels_R[: len(place_P)] if deltas_SK4.shape[1] > 1 else torch.zeros_like(place_P)
+            coder, beta = BoxCoder(self.spec.box_weights), self.spec.smooth_l1_beta
+            boxes_P4 = one.boxes_R4[: len(place_P)]
+            parts.append(box_loss(deltas_SK4[place_P, label_P], boxes_P4, one.truth_P4, coder, beta))
+        return torch.stack(parts).sum()
+
+    def _mask_loss(self, head: MaskHead, maps: Sequence[Tensor], chosen: Sequence[RegionSamples]) -> Tensor:
+        """Return the sum over object regions of the mean over pixels."""
+        boxes = [one.boxes_R4[: len(one.objects_P)] for one in chosen]
+        labels_P = torch.cat([one.labels_R[: len(one.objects_P)] for one in chosen])
+        logits_PMM = head(cut_out(self.head, maps, self.strides, boxes, self.spec.mask_side), labels_P)
+        side, truth = int(logits_PMM.shape[-1]), []
+        for one, boxes_P4 in zip(chosen, boxes, strict=True):
+            if one.masks_PMM is None:
+                raise ValueError("a mask head learns from masks")
+            truth.append(masks_in(one.masks_PMM, one.truth_P4, boxes_P4, side))
+        loss: Tensor = F.binary_cross_entropy_with_logits(logits_PMM, torch.cat(truth), reduction="sum")
+        return loss / side**2
+
+
+def _drawn_by(spec: MaskRcnn, classes: int, image_counts: Sequence[int] | None) -> Tensor | None:
+    """Return the class sampling weights of a federated loss."""
+    if spec.federated_classes is None or image_counts is None:
+        return None
+    there = sum(count > 0 for count in image_counts)
+    if len(image_counts) != classes or there < spec.federated_classes:
+        raise ConfigError(
+            f"{spec.federated_classes} classes cannot be drawn: {there} of {classes} are in images for training",
+            where="task.head.federated_classes",
+            why="categories.json beside the shards says in how many images a class is, as `image_count`",
+            fix="fewer, or task.head.federated_classes=null",
+        )
+    return class_weights(image_counts, spec.federated_power)

@@ -1,0 +1,290 @@
+"""Config of `m3i-scale finetune`, assembled from a protocol, an export and labelled images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.config import OptimConfig, RunConfig, load_run, read_yaml
+from m3i_scale.data.mixing import check_shares
+from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.files import read_json, sha256_of
+from m3i_scale.hub.export import export
+from m3i_scale.hub.push import PROVENANCE
+from m3i_scale.hub.source import Source, find_source
+from m3i_scale.hub.write import ExportContents, plan_parts
+from m3i_scale.hub.write import Task as ExportTask
+from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
+from m3i_scale.rank_variables import adopt_rank_variables
+from m3i_scale.run.resume import check_resume, find_resume
+from m3i_scale.scale.checkpoint.layout import MANIFEST
+from m3i_scale.scale.output_dir import check_output_dir, is_run_folder
+from m3i_scale.tasks.base import Task, steps_of
+from m3i_scale.tasks.classification.classification_task import Classification
+from m3i_scale.tasks.detection.detection_task import Detection
+from m3i_scale.tasks.finetune_checks import resolve_finetuning
+from m3i_scale.tasks.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
+from m3i_scale.tasks.labelled import Labelled, find_labelled
+from m3i_scale.tasks.random_start import random_start
+from m3i_scale.tasks.subset import Subset
+from m3i_scale.tasks.unpacked import TRAIN
+
+STEPS_APART = 20
+"""Minimum number of steps between evaluations, which otherwise happen once per epoch. They do not read more images
+than the training steps in between: with few images, evaluation would take longer than training."""
+_COMPUTED = {
+    "backbone.from_pretrained": "EXPORT",
+    "backbone.preset": "EXPORT",
+    "data.datasets": "--data",
+    "data.validation": "--data",
+    "protocol": "--protocol",
+}
+"""Keys that the command sets, and the argument that determines each."""
+_REPEATED = f"data.datasets.{TRAIN}.repeat_threshold"
+"""The only field of the training dataset that a protocol can set."""
+
+
+def prepare(
+    task_name: TaskName,
+    start: str,
+    folder: Path,
+    protocol: str,
+    overrides: list[str],
+    *,
+    epochs: int | None,
+    shards: Path | None,
+    here: bool,
+    subset: Subset | None = None,
+    skip_bad: bool = False,
+    random_weights: bool = False,
+) -> FineTuning:
+    """Assemble the config and validate as much as possible before images are read.
+
+    Args:
+        task_name: task to train.
+        start: an export, or any value of `backbone.from_pretrained`. A run or checkpoint is exported first.
+        folder: labelled images.
+        protocol: config file with a task, or the name of a built-in one.
+        overrides: `section.key=value`, applied last.
+        epochs: number of epochs. Default: the protocol's length.
+        shards: folder for packed images. Default: `shards` in the output directory.
+        here: whether to train on this machine.
+        subset: subset of the training images; None: all of them.
+        skip_bad: skip images that cannot be used.
+        random_weights: initialize the architecture of `start` randomly.
+    """
+    _check_one_rank(protocol)
+    _check_not_computed(overrides)
+    # The number of steps is still unknown, so use one that every step setting fits into. The shards are unknown too.
+    unknown = ["optim.steps=1000000000", "optim.warmup_steps=0"]
+    source = f"data.datasets.{TRAIN}.path={json.dumps(str(folder))}"
+    run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
+    check_output_dir(run.output_dir)
+    task = run.task
+    if task is None or task.kind != task_name:
+        raise ConfigError(
+            f"the protocol trains no {OUTCOMES[task_name].model}",
+            where=f"--protocol {protocol}",
+            fix=f"one with task: {{kind: {task_name}}}",
+        )
+    packed, index = shards or run.output_dir / "shards", run.output_dir / "index"
+    data = find_labelled(folder, packed, index, OUTCOMES[task_name].names, subset=subset, skip_bad=skip_bad)
+    for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
+        if given and not data.train.is_relative_to(packed):
+            raise ConfigError(
+                f"{option} has no effect: the data are in shards", where=f"--data {folder}", fix="leave it out"
+            )
+    _check_boxes(task, data)
+    first_weights = _exported(start, run.output_dir)
+    if random_weights:
+        first_weights = str(random_start(first_weights, run.output_dir / "start", run.seed))
+    first = _start(first_weights)
+    sources = _sources(data, repeat_threshold(run))
+    # `start` may be a run, which has no model config.
+    run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
+    computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
+    run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
+    _check_image_count(run, data)
+    resolve_finetuning(run, data, here=here)
+    export_task = _export_task(run, task, task_name, data.classes)
+    return FineTuning(task_name, protocol, run, data, export_task, subset, start if random_weights else None)
+
+
+def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
+    """Return the export type of the result: the task, or features and a head if no standard class computes both. For
+    a sweep, the best head and whether a class supports it are unknown yet."""
+    if isinstance(task, Classification) and task.sweep is not None:
+        return "features"
+    refusal = _refusal(run, task, name, classes)
+    if refusal is None:
+        return name
+    if not isinstance(task, Classification):
+        return "features"
+    for pool in ("class_token", "mean_pool"):
+        if _refusal(run, task.model_copy(update={"pool": pool}), name, classes) is None:
+            install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
+            raise ConfigError(
+                f"the result could not be exported as a {OUTCOMES[name].model}: {refusal.what}",
+                where=f"task.pool: {task.pool}",
+                fix=f"{install}task.pool={pool}",
+            )
+    return "features"
+
+
+def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -> ExportError | None:
+    """Return why no standard class computes the task, or None if one does."""
+    source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
+    try:
+        plan_parts(source, ExportContents(name), None)
+    except ExportError as error:
+        return error
+    return None
+
+
+def _check_image_count(run: RunConfig, data: Labelled) -> None:
+    check_shares(run.data, micro_batch_size=run.optim.micro_batch_size, world_size=1)
+    streams, batch = run.data.streams, run.optim.micro_batch_size
+    if data.read < streams:
+        most = max(number for number in range(1, max(data.read, 1) + 1) if batch % number == 0)
+        raise ConfigError(
+            f"{data.read} images for training cannot be dealt to {streams} streams",
+            where=f"data.streams: {streams}",
+            fix=f"data.streams={most}",
+        )
+
+
+def _check_boxes(task: Task, data: Labelled) -> None:
+    """Validate that a detection head can be trained on the boxes."""
+    if data.categories is None:
+        return
+    counts = [category.image_count for category in data.categories.categories]
+    task.check_image_counts(None if None in counts else [count or 0 for count in counts])
+    masks = isinstance(task, Detection) and task.head.masks
+    if masks and data.masked != "all":
+        without = "no object has" if data.masked == "none" else "some objects do not have"
+        raise ConfigError(
+            f"the head learns masks, and {without} one",
+            where="task.head.masks",
+            fix="task.head.masks=false",
+        )
+
+
+def _check_one_rank(protocol: str) -> None:
+    adopt_rank_variables(os.environ)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "`finetune` packs, trains and measures in one process, and a launcher has started several",
+            where=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            fix=f"m3i-scale launch {protocol} --with deepspeed backbone.from_pretrained=EXPORT "
+            "data.datasets.train.path=DIR/train",
+        )
+
+
+def _start(start: str) -> list[str]:
+    return ["backbone.preset=null", f"backbone.from_pretrained={json.dumps(start)}"]
+
+
+def _exported(start: str, output_dir: Path) -> str:
+    """Return an export of the latest valid checkpoint if `start` is a run (created once), otherwise `start`."""
+    folder = Path(start).expanduser()
+    if not is_run_folder(folder):
+        return start
+    checkpoint = find_source(folder).checkpoint
+    exported = output_dir / "start" / checkpoint.name
+    file = exported / PROVENANCE
+    made_of = read_json(file).get("checkpoint_manifest_sha256") if file.is_file() else None
+    if made_of != sha256_of(checkpoint / MANIFEST):
+        export(checkpoint, exported)
+    return str(exported)
+
+
+def _check_not_computed(overrides: list[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        taken = next((name for name in _COMPUTED if key == name or key.startswith(name + ".")), None)
+        if taken is not None and key != _REPEATED:
+            raise ConfigError(
+                f"{key} has no effect: `finetune` takes it from {_COMPUTED[taken]}",
+                where=override,
+                fix="leave it out, or train a run file with a task by `m3i-scale train`",
+            )
+
+
+def _sources(data: Labelled, repeats: float | None) -> list[str]:
+    """Return overrides that replace all data settings of the config except `repeat_threshold`."""
+    validation = {} if data.validation is None else {"val": {"path": str(data.validation)}}
+    repeated = {} if repeats is None else {"repeat_threshold": repeats}
+    return [
+        f"data.datasets={json.dumps({TRAIN: {'path': str(data.train), **repeated}})}",
+        f"data.validation={json.dumps(validation)}",
+    ]
+
+
+def _length(
+    run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
+) -> list[str]:
+    """Return overrides of settings that depend on the number of images. Warm-up and milestones keep their fraction of
+    the steps, and every evaluation reads all evaluation images once. The learning rate follows the backbone width.
+
+    Args:
+        run: config whose number of steps is still unknown.
+        published: optimizer settings of the protocol.
+        data: labelled images.
+        epochs: epochs from the command line.
+        overrides: overrides from the command line.
+    """
+    given = dict(override.partition("=")[::2] for override in overrides)
+    optim, steps = run.optim, published.steps
+    with contextlib.suppress(ValueError):  # invalid numbers are reported with the complete config
+        steps = int(given.get("optim.steps", steps))
+    if epochs is not None and "optim.steps" in given:
+        raise ConfigError("--epochs has no effect beside optim.steps", where="optim.steps", fix="leave one of them out")
+    computed = []
+    if "optim.steps" not in given:
+        if epochs is not None:
+            steps = steps_of(epochs, data.read, optim.batch_size)
+        elif run.protocol is not None:
+            steps = run.protocol.steps_for(data.read, optim.batch_size)
+        computed.append(f"optim.steps={steps}")
+    if run.protocol is not None and run.protocol.lr_width is not None and "optim.lr" not in given:
+        rate = run.protocol.lr_for(published.lr, backbone_config(run.backbone).hidden_size)
+        computed.append(f"optim.lr={rate!r}")
+    if "optim.warmup_steps" not in given:
+        share = published.warmup_steps / published.steps
+        computed.append(f"optim.warmup_steps={min(round(share * steps), steps - 1)}")
+    schedule = published.schedule.fitted(published.steps, steps)
+    if schedule != published.schedule and not any(key.startswith("optim.schedule") for key in given):
+        computed.append(f"optim.schedule={json.dumps(schedule.model_dump(mode='json'))}")
+    if data.validation is not None:
+        every = min(max(STEPS_APART, round(max(data.read, data.evaluated) / optim.batch_size)), steps)
+        batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))
+        computed += [f"evaluation.every_steps={every}", f"evaluation.batches={batches}"]
+    return computed
+
+
+def trained_checkpoint(run: RunConfig) -> Path:
+    """Return the latest valid checkpoint of a run to evaluate."""
+    newest, _ = find_resume(run)
+    if newest is None:
+        raise ConfigError(
+            "nothing is trained there", where=str(run.output_dir), fix="the same command without --evaluate-only"
+        )
+    return newest
+
+
+def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
+    """Validate that a checkpoint belongs to the run that the result would describe."""
+    steps = read_yaml(checkpoint / "run.yaml")["optim"]["steps"]
+    if steps != run.optim.steps:
+        raise ConfigError(
+            f"the run there has {steps} steps, and by this command it would have {run.optim.steps}",
+            where=f"--evaluate-only, {checkpoint}",
+            why="the result would tell of a training that never was",
+            fix="the options and fields that it was trained with, such as --epochs",
+        )
+    check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)

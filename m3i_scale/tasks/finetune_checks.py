@@ -1,0 +1,65 @@
+"""Check a fine-tuning before its images are packed, so that an error does not cost the packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.remote.access import Access
+from m3i_scale.errors import Faults
+from m3i_scale.objective.recipe import Recipe
+from m3i_scale.run.check import Checks
+from m3i_scale.run.data_checks import DataFacts
+from m3i_scale.run.resume import check_resume, find_resume
+from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.tasks.labelled import Labelled
+from m3i_scale.tasks.unpacked import TRAIN
+
+
+class _ChecksBeforePacking(Checks):
+    """Checks of a run whose classes are known but whose shards do not exist yet.
+
+    Args:
+        data: labelled images.
+        here: see `Checks`.
+    """
+
+    def __init__(self, run: RunConfig, data: Labelled, *, here: bool) -> None:
+        super().__init__(run, 1, here=here)
+        self._data = data
+
+    def access(self, faults: Faults) -> tuple[Access | None, bool]:
+        return None, False
+
+    def read(self, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool) -> DataFacts:
+        facts, categories = super().read(recipe, access, faults, there=there), self._data.categories
+        facts.label_sets = {TRAIN: self._data.classes}
+        if categories is not None and categories.format == "lvis":
+            facts.image_counts = [category.image_count or 0 for category in categories.categories]
+        return facts
+
+
+def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> ResolvedRun:
+    """Validate the complete config, even if the shards do not exist yet."""
+    checks = Checks(run, 1, here=here) if data.source is None else _ChecksBeforePacking(run, data, here=here)
+    faults = Faults()
+    resolved = checks.resolve(faults)
+    faults.end()
+    if resolved is None:
+        raise RuntimeError("no error was found, and nothing is resolved")
+    return resolved
+
+
+@contextmanager
+def packing(run: RunConfig, data: Labelled) -> Iterator[None]:
+    """Lock the output directory while images are packed. Check first that it has no checkpoint of a different run."""
+    if data.source is None:
+        yield
+        return
+    with lock_directory(run.output_dir):
+        checkpoint, _ = find_resume(run, contents=False)  # training reads every byte
+        if checkpoint is not None:
+            check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)
+        yield

@@ -1,0 +1,250 @@
+"""Commands `m3i-scale finetune TASK`. Slow imports happen when a command is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
+from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
+from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
+
+if TYPE_CHECKING:
+    from m3i_scale.tasks.finetune_result import FineTuning, TaskName
+    from m3i_scale.tasks.subset import Subset
+
+finetune_app = typer.Typer(
+    no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
+)
+_REQUIRED = inspect.Parameter.empty
+_OPTIONS: Parts = {
+    "start": (
+        Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")],
+        _REQUIRED,
+    ),
+    "data": (Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")], _REQUIRED),
+    "overrides": (Annotated[list[str] | None, typer.Argument(help="section.key=value …")], None),
+    "protocol": (
+        Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")],
+        None,
+    ),
+    "epochs": (
+        Annotated[int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")],
+        None,
+    ),
+    "shards": (
+        Annotated[
+            Path | None,
+            typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
+        ],
+        None,
+    ),
+    "share": (
+        Annotated[
+            float | None,
+            typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
+        ],
+        None,
+    ),
+    "subset_seed": (
+        Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")],
+        None,
+    ),
+    "skip_bad": (
+        Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")],
+        False,
+    ),
+    "random_weights": (
+        Annotated[
+            bool,
+            typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
+        ],
+        False,
+    ),
+    "evaluate_only": (
+        Annotated[bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")],
+        False,
+    ),
+    "dry_run": (
+        Annotated[
+            bool,
+            typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
+        ],
+        False,
+    ),
+    "hardware": (Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")], None),
+    "as_json": (AsJson, False),
+}
+_PER_CLASS: Parts = {
+    "per_class": (Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")], None)
+}
+
+
+@finetune_app.callback()
+def tasks() -> None:
+    """Provide the command group; the options belong to the tasks."""
+
+
+@dataclass(frozen=True)
+class FineTuneOptions:
+    """Options of the commands of all tasks."""
+
+    start: str
+    data: Path
+    overrides: list[str] | None
+    protocol: str | None
+    epochs: int | None
+    shards: Path | None
+    share: float | None
+    subset_seed: int | None
+    skip_bad: bool
+    random_weights: bool
+    evaluate_only: bool
+    dry_run: bool
+    hardware: str | None
+    as_json: bool
+    per_class: int | None = None
+
+    def subset(self) -> Subset | None:
+        """Return the subset of the training images; None: all of them."""
+        from m3i_scale.tasks.subset import Subset
+
+        if self.per_class is None and self.share is None:
+            if self.subset_seed is not None:
+                raise ConfigError(
+                    "--subset-seed has no effect: all images are taken",
+                    where=f"--subset-seed {self.subset_seed}",
+                    fix="leave it out, or give --share",
+                )
+            return None
+        if self.per_class is not None and self.share is not None:
+            raise ConfigError(
+                "--per-class and --share both say how many images are taken", where="--share", fix="leave one out"
+            )
+        if self.share is not None and not 0 < self.share < 1:
+            raise ConfigError(
+                f"{self.share:g} is no share of the images: above 0, below 1", where="--share", fix="--share 0.1"
+            )
+        return Subset(self.per_class, self.share, self.subset_seed or 0)
+
+    def run(self, task: TaskName, protocol: str) -> None:
+        """Train and evaluate, or with `--dry-run` only estimate the cost.
+
+        Args:
+            protocol: default protocol of the task.
+        """
+        if self.dry_run:
+            leave_out_accelerator_warning()
+        elif self.hardware is not None:
+            raise ConfigError(
+                "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
+            )
+        if self.dry_run and self.evaluate_only:
+            raise ConfigError(
+                "--evaluate-only has no effect with --dry-run", where="--evaluate-only", fix="leave one of them out"
+            )
+        from m3i_scale.tasks.finetune import prepare
+        from m3i_scale.tasks.finetune_result import planned, result_lines
+
+        prepared = prepare(
+            task,
+            self.start,
+            self.data,
+            self.protocol or protocol,
+            self.overrides or [],
+            epochs=self.epochs,
+            shards=self.shards,
+            here=not (self.dry_run or self.evaluate_only),
+            subset=self.subset(),
+            skip_bad=self.skip_bad,
+            random_weights=self.random_weights,
+        )
+        document = planned(prepared, self.hardware or "h100") if self.dry_run else self._measured(prepared)
+        if self.as_json:
+            print_json(document)
+        else:
+            wide_console().print("\n".join(result_lines(document)), markup=False, highlight=False)
+
+    def _measured(self, prepared: FineTuning) -> dict[str, Any]:
+        """Train unless training is finished, then evaluate."""
+        from m3i_scale.run.accelerator import check_before_joining
+        from m3i_scale.run.train import print_rank0
+        from m3i_scale.run.train import start as train_run
+        from m3i_scale.tasks.contents import check_contents
+        from m3i_scale.tasks.finetune import check_trained, trained_checkpoint
+        from m3i_scale.tasks.finetune_checks import packing
+        from m3i_scale.tasks.finetune_result import measure, start_lines
+
+        data, run = prepared.data, prepared.run
+        for line in start_lines(prepared):
+            print_rank0(line)
+        if self.evaluate_only:
+            check_trained(run, data, trained_checkpoint(run))
+        else:
+            check_before_joining()
+        with packing(run, data):
+            data.pack(print_rank0, skip_bad=self.skip_bad)
+        if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
+            check_contents(data, prepared.outcome.names, print_rank0)
+        if not self.evaluate_only and train_run(run) == "preempted":
+            raise typer.Exit(EXIT_PREEMPTED)
+        return measure(prepared, print_rank0)
+
+
+def _takes(parts: Parts) -> Callable[[Command], Command]:
+    """Decorate a command so that its parameter `asked` is replaced by these options."""
+    return lambda command: expanded(command, "asked", parts, FineTuneOptions)
+
+
+@finetune_app.command(
+    epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
+)
+@_takes({**_PER_CLASS, **_OPTIONS})
+def classification(asked: FineTuneOptions) -> None:
+    """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
+
+    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, shards in
+    train and val, or a dataset of save_to_disk. Default protocol: finetune.
+
+    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    data.datasets.train.path=/data/shards/train
+    """
+    asked.run("classification", "finetune")
+
+
+@finetune_app.command(
+    epilog="Example: m3i-scale finetune segmentation /data/export --data /data/scenes output_dir=/data/runs/scenes"
+)
+@_takes(_OPTIONS)
+def segmentation(asked: FineTuneOptions) -> None:
+    """Train a segmenter on one device, export it to output_dir/segmenter, and evaluate it.
+
+    Rerun the same command to resume a stopped run. DIR of --data contains shards with masks in train and val, each with
+    mask_labels.json; train/images, train/masks and the same in val; or ADE20k as published. Default protocol: segment.
+
+    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    data.datasets.train.path=/data/shards/train
+    """
+    asked.run("segmentation", "segment")
+
+
+@finetune_app.command(
+    epilog="Example: m3i-scale finetune detection /data/export --data /data/coco output_dir=/data/runs/coco"
+)
+@_takes(_OPTIONS)
+def detection(asked: FineTuneOptions) -> None:
+    """Train a detector on one device, export it to output_dir/detector, and evaluate it.
+
+    Rerun the same command to resume a stopped run. DIR of --data contains shards with boxes in train and val, each with
+    categories.json; or COCO or LVIS as published, with images in DIR and files in DIR/annotations. --data FILE names
+    the annotation file for training. Default protocol: detect.
+
+    Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
+    data.datasets.train.path=/data/shards/train
+    """
+    asked.run("detection", "detect")

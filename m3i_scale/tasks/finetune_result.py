@@ -1,0 +1,271 @@
+"""Cost estimates and results of fine-tuning runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from m3i_scale.backbones.build import backbone_config
+from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.config import OptimConfig, RunConfig, load_run
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.files import read_json, sha256_of, write_json
+from m3i_scale.hub.card import render_card
+from m3i_scale.hub.export import export
+from m3i_scale.hub.push import PROVENANCE
+from m3i_scale.hub.source import find_source
+from m3i_scale.hub.write import ExportContents
+from m3i_scale.hub.write import Task as ExportTask
+from m3i_scale.options import reading_bar
+from m3i_scale.run.plan_search import plan_run
+from m3i_scale.run.planning import machine_of
+from m3i_scale.scale.deepspeed.resolve import load_ds_config
+from m3i_scale.scale.peak import compute_dtype, named_peak
+from m3i_scale.shards.make import annotation_line
+from m3i_scale.tasks.labelled import Labelled
+from m3i_scale.tasks.subset import Subset
+from m3i_scale.tasks.unpacked import TRAIN
+from m3i_scale.text import GIB, format_differences, listed, redact
+
+TaskName = Literal["classification", "segmentation", "detection"]
+_LISTED_CLASSES = 12
+RESULT, CARD = "finetune.json", "README.md"
+_FOLLOWED: dict[str, set[str] | None] = {
+    "task": None,
+    "optim": set(OptimConfig.model_fields) - {"steps", "warmup_steps"},
+    "data": {"augment"},
+    "backbone": {"config"},
+}
+"""Sections and fields that are compared with the protocol; None: all fields."""
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """Names of the exported model, class list file and metrics of a task."""
+
+    model: str
+    """Name of the export folder, and of the measure in `evaluate`."""
+    names: str
+    """File next to the shards with the class names."""
+    figures: dict[str, str]
+    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all have the
+    others."""
+
+
+OUTCOMES: dict[TaskName, TaskMetric] = {
+    "classification": TaskMetric("classifier", LABELS, {"top_1": "top-1"}),
+    "segmentation": TaskMetric("segmenter", MASK_LABELS, {"miou": "mIoU"}),
+    "detection": TaskMetric("detector", CATEGORIES, {"box_ap": "box_AP", "mask_ap": "mask_AP"}),
+}
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Complete fine-tuning config; its shards may still have to be created."""
+
+    task: TaskName
+    protocol: str
+    run: RunConfig
+    data: Labelled
+    export_task: ExportTask
+    """Export type of the result."""
+    subset: Subset | None = None
+    """Subset of the training images; None: all of them."""
+    random_weights: str | None = None
+    """Export whose architecture is initialized randomly; None: the run starts from the export's weights."""
+
+    @property
+    def outcome(self) -> TaskMetric:
+        """Return the names and metrics of the task."""
+        return OUTCOMES[self.task]
+
+    @property
+    def epochs(self) -> float:
+        """Return the number of epochs over the training images."""
+        return self.run.optim.steps * self.run.optim.batch_size / self.data.read
+
+    def facts(self) -> dict[str, Any]:
+        """Return the context that every result must include: protocol, deviations, data and schedule."""
+        run = self.run
+        of_protocol = run.protocol
+        published = None if of_protocol is None else of_protocol.published
+        stated = [] if of_protocol is None else of_protocol.deviations
+        return {
+            "task": self.task,
+            "protocol": self.protocol,
+            "published": None if published is None else published.model_dump(mode="json"),
+            "model": _model_line(run),
+            "deviations": [*stated, *self._differences()],
+            "backbone": run.backbone.from_pretrained,
+            "datasets": {name: source.path for name, source in (run.data.datasets | run.data.validation).items()},
+            "classes": len(self.data.classes),
+            "class_names": self.data.classes,
+            "class_images": self.data.class_images,
+            "annotations": self.data.annotations,
+            "samples": self.data.samples,
+            "evaluated": self.data.evaluated,
+            "unlabelled": self.data.unlabelled,
+            "skipped": self.data.skipped,
+            "per_class": None if self.subset is None else self.subset.per_class,
+            "share": None if self.subset is None else self.subset.share,
+            "subset_seed": None if self.subset is None else self.subset.seed,
+            "epochs": self.epochs,
+            "steps": run.optim.steps,
+            "batch_size": run.optim.batch_size,
+            "export_task": self.export_task,
+        }
+
+    def _differences(self) -> list[str]:
+        """Return the deviations from the protocol. The length is compared in the protocol's unit."""
+        followed = load_run(self.protocol)
+        fitted = followed.optim.schedule.fitted(followed.optim.steps, self.run.optim.steps)
+        fits: dict[str, Any] = {"schedule": fitted}
+        if followed.protocol is not None:
+            fits["lr"] = followed.protocol.lr_for(followed.optim.lr, backbone_config(self.run.backbone).hidden_size)
+        followed = followed.model_copy(update={"optim": followed.optim.model_copy(update=fits)})
+        differences = [] if self.subset is None else [f"trained on {self.subset.words}"]
+        if self.random_weights is not None:
+            differences.append(f"starts from random weights of the architecture of {self.random_weights}")
+        differences += [
+            told
+            for part, fields in _FOLLOWED.items()
+            for told in format_differences(
+                part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
+            )
+        ]
+        protocol, steps = followed.protocol, self.run.optim.steps
+        if protocol is not None and protocol.steps_for(self.data.read, self.run.optim.batch_size) != steps:
+            of_epochs, of_steps = f"{protocol.epochs}, is {self.epochs:.4g}", f"{protocol.steps}, is {steps}"
+            differences.append(f"epochs was {of_epochs}" if protocol.epochs else f"steps was {of_steps}")
+        thresholds = [repeat_threshold(run) for run in (followed, self.run)]
+        differences += format_differences(f"data.datasets.{TRAIN}.repeat_threshold", *thresholds)
+        if followed.deepspeed != self.run.deepspeed:
+            differences.append(f"deepspeed was {followed.deepspeed}, is {self.run.deepspeed}")
+        return differences
+
+
+def start_lines(prepared: FineTuning) -> list[str]:
+    """Return lines about the data before training: classes, annotations, and a warning if there is nothing to
+    evaluate."""
+    facts = prepared.facts()
+    keys = ("classes", "class_names", "class_images", "annotations", "evaluated")
+    return _data_lines({key: facts[key] for key in keys})
+
+
+def _data_lines(facts: dict[str, Any]) -> list[str]:
+    """Return lines about the data for the facts that are present."""
+    lines, images = [], facts.get("class_images")
+    if "class_names" in facts:
+        names = facts["class_names"] if images is None else [f"{name} {count}" for name, count in images.items()]
+        lines.append(f"class names{'' if images is None else ' (images)'}: {listed(names, _LISTED_CLASSES)}")
+    for file, counts in (facts.get("annotations") or {}).items():
+        lines.append(annotation_line(file, counts))
+    if facts.get("evaluated") == 0:
+        lines.append("warning: there are no images for evaluation, so nothing will be measured. Fix: add DIR/val")
+    return lines
+
+
+def _model_line(run: RunConfig) -> str:
+    """Describe the size of the backbone for comparison with the published result."""
+    config = backbone_config(run.backbone)
+    if isinstance(config, InternImageConfig):
+        return f"{config.model_type}, {config.channels} channels, depths {config.depths}, images of {config.image_size}"
+    depth, width, patch = config.num_hidden_layers, config.hidden_size, config.patch_size
+    return f"{config.model_type}, {depth} layers of {width}, patches of {patch}, images of {config.image_size}"
+
+
+def repeat_threshold(run: RunConfig) -> float | None:
+    """Return the repeat threshold of the training dataset; see `DatasetConfig`."""
+    return run.data.datasets[TRAIN].repeat_threshold if TRAIN in run.data.datasets else None
+
+
+def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
+    """Estimate the cost of the run on one device without starting it.
+
+    Args:
+        device: h100, a100 or cpu. `hardware.peak_tflops` overrides its peak.
+    """
+    run = prepared.run
+    peak = run.hardware.peak_tflops
+    rate = None if peak is None else named_peak(peak, compute_dtype(load_ds_config(run.deepspeed))).tflops
+    machine = machine_of(device, nodes=1, ranks_per_node=1, memory_gib=1.0, tflops=rate)
+    taken = plan_run(run, machine, classes=len(prepared.data.classes), samples=None).planned
+    return prepared.facts() | {
+        "hardware": device,
+        "memory_gib": taken.peak_bytes / GIB,
+        "gpu_hours": run.optim.steps * taken.step_s / 3600,
+    }
+
+
+def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Export the trained model, evaluate it on the evaluation images, and write and return the result."""
+    run, outcome = prepared.run, prepared.outcome
+    folder = run.output_dir / outcome.model
+    weights: Any = "student" if run.task is None or run.task.ema is None else "ema"
+    tell(f"exporting into {folder}, as {prepared.export_task}")
+    facts = export(run.output_dir, folder, weights, wanted=ExportContents(prepared.export_task), overwrite=True)
+    result = prepared.facts() | {
+        "step": facts["step"],
+        "weights": weights,
+        "export": str(folder),
+        **dict.fromkeys(outcome.figures),
+    }
+    if facts["heads"] is not None:
+        result["heads"] = facts["heads"]
+    if prepared.data.validation is not None:
+        tell(f"measuring on {prepared.data.validation}")
+        with reading_bar() as progress:
+            document = evaluate(folder, str(prepared.data.validation), measures=(outcome.model,), progress=progress)
+        write_json(run.output_dir / "evaluation.json", document)
+        _write_card(run.output_dir / "checkpoints" / facts["checkpoint"], folder, document)
+        figures = document["measures"][outcome.model]
+        values = {key: 100 * figures[name]["value"] for key, name in outcome.figures.items() if name in figures}
+        result |= {**values, "figures": figures}
+    write_json(run.output_dir / RESULT, result)
+    return result
+
+
+def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> None:
+    """Update the model card with the evaluation, which needed the finished export."""
+    stored = read_json(folder / PROVENANCE) | {"evaluation": redact(evaluation)}
+    stored["files"] = {name: digest for name, digest in stored["files"].items() if name != CARD}
+    card = render_card(find_source(checkpoint), stored, read_json(folder / "config.json"))
+    (folder / CARD).write_text(card, encoding="utf-8")
+    stored["files"][CARD] = sha256_of(folder / CARD)
+    write_json(folder / PROVENANCE, stored)
+
+
+def result_lines(document: dict[str, Any]) -> list[str]:
+    """Format a plan or result as text lines, with the published result and deviations."""
+    lines, outcome = [], OUTCOMES[document["task"]]
+    for key, value in document.items():
+        if key == "published" and value is not None:
+            masks = "" if value["mask_ap"] is None else f", {value['mask_ap']:g} % of masks,"
+            figure = f"{value['number']:g} % {value['metric']}{masks}"
+            lines.append(f"published: {figure} by {value['model']} ({value['source']})")
+        elif key == "published":
+            lines.append("published: nothing by this protocol")
+        elif key == "deviations":
+            lines += [f"deviation: {text}" for text in value]
+        elif key == "class_names":
+            lines += _data_lines(document)
+        elif key == "datasets":
+            lines += [f"{name}: {shards}" for name, shards in value.items()]
+        elif key in outcome.figures and "figures" in document:
+            estimate = document["figures"].get(outcome.figures[key])
+            lines += [] if estimate is None else [f"{key}: {_percent(estimate)}"]
+        elif key == next(iter(outcome.figures)):
+            lines.append(f"{key}: there are no images to evaluate")
+        elif isinstance(value, str | int | float):
+            lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    return lines
+
+
+def _percent(estimate: dict[str, Any]) -> str:
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    guesses = {"chance": "by chance", "majority": "by the commonest class"}  # average precision has neither
+    guess = "".join(f"; {by} {100 * estimate[name]:.2f}" for name, by in guesses.items() if name in estimate)
+    return f"{value:.2f} % (95 % interval {low:.2f} to {high:.2f}{guess})"

@@ -1,0 +1,191 @@
+"""Evaluation of a segmenter: mIoU over all pixels of a dataset, at original image sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from m3i_scale.config import DatasetConfig
+from m3i_scale.data.samples import MASK_OUT_OF_RANGE
+from m3i_scale.data.shards import MASK_LABELS, read_label_sets
+from m3i_scale.defaults import NO_CLASS
+from m3i_scale.errors import DataError
+from m3i_scale.evaluate.dense import iou_of_clusters
+from m3i_scale.evaluate.document import describe, document_of
+from m3i_scale.evaluate.intervals import Clusters, clusters_of
+from m3i_scale.evaluate.overlays import Overlays
+from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
+from m3i_scale.tasks.segmentation.pixel_heads import overlaps
+from m3i_scale.tasks.segmentation.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of, stride_of
+
+MAX_ASPECT = 20
+"""Images with a larger aspect ratio are skipped: memory must hold logits of every class for that many windows."""
+
+
+def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
+    """Return the function that evaluates the segmenter; arguments as for `segmenter_of`."""
+    load = segmenter_of(folder, measures)
+    return None if load is None else partial(_load_and_evaluate, load)
+
+
+def _load_and_evaluate(
+    load: Callable[[Path, torch.device, int], Segmenter],
+    folder: Path,
+    data: str,
+    where: torch.device,
+    batch_size: int | None,
+    exclude_groups: tuple[str, ...],
+    pictures: tuple[Path, int] | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    segmenter = load(folder, where, batch_size or WINDOWS)
+    drawing = None if pictures is None else Overlays(*pictures, segmenter.classes)
+    return evaluate_segmenter(segmenter, folder, data, exclude_groups, drawing, progress)
+
+
+def evaluate_segmenter(
+    segmenter: Segmenter,
+    folder: Path,
+    data: str,
+    exclude_groups: tuple[str, ...],
+    overlays: Overlays | None,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Any]:
+    """Return the document of `evaluate` for a segmenter.
+
+    Args:
+        segmenter: the model.
+        folder: source folder of the model.
+        data: test shards.
+        exclude_groups: skip samples with one of these values as `group`.
+        overlays: writer of prediction overlays.
+        progress: callback for the number of samples read.
+    """
+    check_classes(segmenter, data)
+    table = open_table(data, "--data")
+    tell = None if progress is None else partial(progress, "data")
+    counts_M3K, masked = count_overlaps(segmenter, table, exclude_groups, tell, overlays)
+    check_groups(exclude_groups, [table])
+    if not len(masked):
+        raise DataError("no pixel of the test data has a class", where=data, why=str(dict(table.bad_masks)))
+    clusters = clusters_of(table).take(masked)
+    warnings = [clusters.warning] if clusters.warning else []
+    warnings += [f"{count} masks of the test data cannot be used: {why}" for why, count in table.bad_masks.items()]
+    if without := len(table) - len(masked) - table.bad_masks.total():
+        warnings.append(f"{without} images of the test data have no mask, and count for nothing")
+    model = {"type": segmenter.model_type, "image_size": segmenter.size}
+    return document_of(folder, model, describe(table, data), clusters) | {
+        "measures": {SEGMENTER: measure_segmenter(counts_M3K, clusters, segmenter.classes, segmenter.size)},
+        "not_measured": {},
+        "warnings": warnings,
+    }
+
+
+def check_classes(segmenter: Segmenter, shards: str) -> None:
+    """Check that the masks of a dataset have the classes of a segmenter."""
+    sets = read_label_sets({"data": DatasetConfig(path=shards)}, file=MASK_LABELS)
+    names = next(iter(sets.values()), None)
+    if names != segmenter.classes:
+        raise DataError(
+            f"the shards have no {MASK_LABELS}"
+            if names is None
+            else f"the classes of the masks are not the segmenter's {len(segmenter.classes)}, in their order",
+            where=shards,
+            fix=f"{MASK_LABELS} beside the shards: the names in config.json of the model, in the order of the masks",
+        )
+    if len(names) > NO_CLASS:
+        raise DataError(
+            f"{len(names)} classes are more than masks can tell apart",
+            where=shards,
+            why=f"a pixel of a mask has one byte, in which {NO_CLASS} is no class",
+        )
+
+
+def count_overlaps(
+    segmenter: Segmenter,
+    table: Table,
+    exclude_groups: tuple[str, ...],
+    progress: Callable[[int], None] | None,
+    draw: Callable[[Sample, NDArray[np.uint8]], None] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Run the segmenter on all samples once, and fill the table.
+
+    Args:
+        segmenter: the model.
+        table: of the samples, still empty.
+        exclude_groups: skip samples with one of these values as `group`.
+        progress: called with the number of samples read.
+        draw: called with every counted sample and the predicted class of its pixels.
+
+    Returns:
+        Pixel counts per class of intersection, ground truth and prediction: (M, 3, K) for samples with a mask; and
+            their indices in the table: (M).
+    """
+    counts: list[NDArray[np.int64]] = []
+    masked: list[int] = []
+    for number, sample in enumerate(read_samples(table, None, exclude_groups=exclude_groups, masks=True)):
+        if progress is not None:
+            progress(number + 1)
+        if sample.mask is None:
+            continue
+        truth_HW = torch.from_numpy(sample.mask).long().to(segmenter.device)
+        valid_HW = truth_HW != NO_CLASS
+        if bool((truth_HW[valid_HW] >= len(segmenter.classes)).any()):
+            table.bad_masks[MASK_OUT_OF_RANGE] += 1
+            continue
+        if max(truth_HW.shape) > MAX_ASPECT * min(truth_HW.shape):
+            table.bad_masks[f"the image is more than {MAX_ASPECT} times as long as wide"] += 1
+            continue
+        if not bool(valid_HW.any()):
+            table.bad_masks["no pixel has a class"] += 1
+            continue
+        predicted_HW = segmenter(sample.pixels)
+        truth_HW = truth_HW.where(valid_HW, 0)
+        overlaps_3K = overlaps(predicted_HW[None], truth_HW[None], valid_HW[None], len(segmenter.classes))
+        counts.append(overlaps_3K.cpu().numpy())
+        masked.append(number)
+        if draw is not None:
+            draw(sample, predicted_HW.cpu().numpy().astype(np.uint8))
+    shape = (len(counts), 3, len(segmenter.classes))
+    return np.asarray(counts, dtype=np.int64).reshape(shape), np.asarray(masked, dtype=np.int64)
+
+
+def measure_segmenter(
+    counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
+) -> dict[str, Any]:
+    """Return mIoU over the classes in ground truth or prediction, with its interval over clusters of images, and IoU
+    per class.
+
+    Args:
+        counts_M3K: from `count_overlaps`.
+        clusters: of the same images.
+        classes: of the segmenter.
+        size: window size.
+    """
+    drawn = np.unique(clusters.of, return_inverse=True)[1]
+    by_cluster = np.zeros((int(drawn.max()) + 1, *counts_M3K.shape[1:]))
+    np.add.at(by_cluster, drawn, counts_M3K)
+    both_CK, truth_CK, predicted_CK = by_cluster.transpose(1, 0, 2)
+    either_CK = truth_CK + predicted_CK - both_CK
+    estimate = iou_of_clusters(both_CK, either_CK, either_CK, clusters, len(counts_M3K)).estimate
+    both_K, truth_K, predicted_K = counts_M3K.sum(axis=0)
+    either_K = truth_K + predicted_K - both_K
+    iou_K = both_K / np.maximum(either_K, 1)
+    commonest = truth_K.max() / truth_K.sum() / max(int((truth_K > 0).sum()), 1)
+    return {
+        "mIoU": estimate.as_dict() | {"majority": float(commonest)},
+        "pixel_accuracy": float(both_K.sum() / truth_K.sum()),
+        "classes": [
+            {"name": name, "iou": float(iou), "pixels": int(pixels)}
+            for name, iou, pixels, either in zip(classes, iou_K, truth_K, either_K, strict=True)
+            if either
+        ],
+        "window": size,
+        "stride": stride_of(size),
+    }

@@ -1,0 +1,132 @@
+"""Semantic segmentation: the class of every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+from torch import Tensor, nn
+
+from m3i_scale.config.data import Reads
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.shards import MASK_LABELS
+from m3i_scale.defaults import NO_CLASS
+from m3i_scale.errors import ConfigError
+from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.ranks import Ranks
+from m3i_scale.objective.regularizers.base import OtherCandidates
+from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
+from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, mean_iou, overlaps
+from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, SegmentationHead, UperNetSegmentation
+
+if TYPE_CHECKING:
+    from m3i_scale.hub.source import Source
+    from m3i_scale.hub.tensors import ExportedModule
+
+
+class Segmentation(Target):
+    """Semantic segmentation. It must be the only target of its recipe, with one full image as input, since its head may
+    read the backbone's layers."""
+
+    kind: ClassVar[str] = "segmentation"
+    modality: ClassVar[str] = "mask"
+    representation: ClassVar[str] = "class of every pixel"
+    dense: ClassVar[bool] = True
+    labels_file: ClassVar[str | None] = MASK_LABELS
+    encoder: Literal["embedding"] = "embedding"
+    distribution: BoltzmannClasses = BoltzmannClasses()
+    regularizer: OtherCandidates = OtherCandidates()
+    head: SegmentationHead
+
+    @property
+    def reads(self) -> Reads:
+        """Return masks, the classes of pixels."""
+        return "masks"
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Return the name of the mean intersection over union."""
+        return ("miou",)
+
+    def scores(self, label_sets: dict[str, list[str]]) -> Scores:
+        """Return the mean intersection over union."""
+        return _MeanIou()
+
+    def export(self, source: Source) -> ExportedModule:
+        """Return backbone and head as UPerNet or EoMT."""
+        from m3i_scale.tasks.segmentation.export_eomt import eomt_part
+        from m3i_scale.tasks.segmentation.export_upernet import upernet_part
+
+        if isinstance(self.head, EomtSegmentation):
+            return eomt_part(source, self.head, self.name)
+        return upernet_part(source, self.head, self.name)
+
+    @property
+    def compares_samples(self) -> bool:
+        """Return whether batch norm gets a single value per sample, as for the global pooling of UPerNet."""
+        return isinstance(self.head, UperNetSegmentation)
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a `PixelHead`."""
+        if len(sizes.classes) != 1:
+            raise ConfigError(
+                f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.datasets"
+            )
+        fault = None
+        try:
+            kind = resolve_name(self.head.module)
+        except (AttributeError, ImportError, ValueError) as error:  # of a user-defined class
+            fault = str(error)
+        else:
+            if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
+                fault = f"{self.head.module} is no class below PixelHead"
+        if fault is not None:
+            raise ConfigError(
+                f"the head '{self.head.kind}' does not name the module that is built of it: {fault}",
+                where="task.head",
+                fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
+            )
+        return cast(nn.Module, kind(self.head, sizes.backbone, sizes.classes[0], sizes.ranks))
+
+    def present(self, batch: Batch) -> Tensor:
+        """Return which samples have a labeled pixel: bool (B)."""
+        return (batch.masks_BHW != NO_CLASS).flatten(1).any(dim=1)
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return the mean over all labeled pixels. In evaluation mode also return overlaps of truth and prediction."""
+        truth_BHW = context.batch.masks_BHW.long()
+        valid_BHW = truth_BHW != NO_CLASS
+        truth_BHW = truth_BHW.masked_fill(~valid_BHW, 0)
+        head: PixelHead = given.head
+        size = truth_BHW.shape[1], truth_BHW.shape[2]
+        predictions = list(head.predict(given.decoder(encoded.tokens_BLD), encoded.maps, given.grid, size))
+        value, nats = head.loss(predictions, encoded.maps, truth_BHW, valid_BHW, self.distribution, given.ranks)
+        outputs = {}
+        if not head.training:
+            logits_BKHW = predictions[0]
+            predicted_BHW = logits_BKHW.argmax(dim=1)
+            outputs["overlaps_3K"] = overlaps(predicted_BHW, truth_BHW, valid_BHW, logits_BKHW.shape[1])
+        return Loss(value, nats, outputs=outputs)
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        if parts.decoders[self.decoder].kind != "pointwise":
+            yield f"a segmentation target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
+        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
+            yield "a segmentation target is predicted from one input, which shows all of view 1"
+
+
+class _MeanIou(Scores):
+    """Mean intersection over union over all pixels of all ranks."""
+
+    def __init__(self) -> None:
+        self._overlaps_3K: Tensor | None = None
+
+    def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
+        counts_3K: Tensor = outputs["overlaps_3K"]
+        self._overlaps_3K = counts_3K if self._overlaps_3K is None else self._overlaps_3K + counts_3K
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        return {} if self._overlaps_3K is None else {"miou": mean_iou(ranks.sum(self._overlaps_3K))}

@@ -1,0 +1,73 @@
+"""Task `segmentation`: the class of every pixel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from m3i_scale.config import RunConfig
+from m3i_scale.data.shards import MASK_LABELS, check_mask_classes
+from m3i_scale.errors import ConfigError
+from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer
+from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
+
+if TYPE_CHECKING:
+    from m3i_scale.backbones.families import VisionConfig
+
+
+class Segmentation(BackboneTask):
+    """Semantic segmentation task. Its classes come from mask_labels.json next to the shards."""
+
+    kind: ClassVar[str] = "segmentation"
+    dense: ClassVar[bool] = True
+    reads_masks: ClassVar[bool] = True
+
+    head: SegmentationHead = UperNetSegmentation()
+    """Segmentation head: upernet | linear | eomt, or with options, e.g. {kind: upernet, channels: 768}."""
+
+    @model_validator(mode="after")
+    def _averages_no_statistics(self) -> Self:
+        if self.ema is not None:
+            raise ValueError(
+                "ema averages weights alone, and a segmentation head may keep more: batch norm has statistics"
+            )
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return a recipe that predicts the class of every pixel from the uncropped image."""
+        target = {
+            "name": "segmentation",
+            "kind": "segmentation",
+            "inputs": ["image"],
+            "decoder": "patches",
+            "head": self.head.model_dump(mode="json"),
+        }
+        return {
+            "name": "segmentation",
+            "family": "supervised",
+            "inputs": [{"name": "image", "view": 1}],
+            "decoders": {"patches": {"kind": "pointwise"}},
+            "targets": [target],
+        }
+
+    def check(self, run: RunConfig, model: VisionConfig) -> None:
+        """Also check the layers that UPerNet reads."""
+        super().check(run, model)
+        if isinstance(self.head, UperNetSegmentation):
+            check_last_layer(self.head.out_layers, model)
+
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Check that there is exactly one list of classes. Datasets without classes are reported elsewhere."""
+        if not label_sets:
+            return
+        if len(label_sets) != 1:
+            several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+            raise ConfigError(
+                f"pixels have one list of classes, and the sources have {several}",
+                where="data.datasets",
+                fix=f"equal {MASK_LABELS} become one by data.datasets.NAME.label_set",
+            )
+        ((name, names),) = label_sets.items()
+        check_mask_classes(names, f"data.datasets, label set '{name}': {MASK_LABELS}")

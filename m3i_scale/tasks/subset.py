@@ -1,0 +1,159 @@
+"""Subsets of the training images: shots per class, or a fraction; deterministic for a seed on every machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.data.categories import shard_categories
+from m3i_scale.data.images import MASK
+from m3i_scale.data.instances import INSTANCES
+from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
+from m3i_scale.data.tar import RawSample, read_members
+from m3i_scale.errors import ConfigError
+from m3i_scale.shards.existing_shards import Origin, ShardInput, contents, record_of, valid_shard
+from m3i_scale.shards.records import Input, InputWrapper, Record, annotations_of, hash_of
+from m3i_scale.tasks.unpacked import TRAIN, Unpacked, digest_of
+from m3i_scale.text import listed
+
+MEMBERS = {LABELS: "cls", MASK_LABELS: MASK, CATEGORIES: INSTANCES}
+"""Required field of a sample, by the file with the class names."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Selection of training images. For the same seed, a larger subset contains the smaller one."""
+
+    per_class: int | None = None
+    """Images per class (shots)."""
+    share: float | None = None
+    """Fraction of every class, at least one image. Exactly one of the two is set."""
+    seed: int = 0
+
+    @property
+    def words(self) -> str:
+        """Return a description for people."""
+        amount = f"{self.per_class} images of every class" if self.per_class else f"{self.share:.4g} of the images"
+        return f"{amount}, drawn with seed {self.seed}"
+
+    def choose(self, classes: Mapping[str, str]) -> set[str]:
+        """Return the keys of the selected images, which have the smallest hashes.
+
+        Args:
+            classes: by key.
+        """
+        keys: dict[str, list[str]] = defaultdict(list)
+        for key, name in classes.items():
+            keys[name].append(key)
+        short = sorted(name for name, of_class in keys.items() if len(of_class) < self._count(len(of_class)))
+        if short:
+            raise ConfigError(
+                f"{len(short)} classes have fewer images for training: {listed(short, 4)}",
+                where=f"--per-class {self.per_class}",
+                why=f"the smallest has {min(map(len, keys.values()))}",
+                fix=f"--per-class {min(map(len, keys.values()))} or less, or --share",
+            )
+        purpose = f"subset/{self.seed}"
+        return {
+            key
+            for of_class in keys.values()
+            for key in sorted(of_class, key=lambda key: hash_of(purpose, key))[: self._count(len(of_class))]
+        }
+
+    def _count(self, images: int) -> int:
+        """Return the number of images to select from a class with `images` images."""
+        return self.per_class or max(1, round((self.share or 0.0) * images))
+
+    def of(self, found: Unpacked) -> Unpacked:
+        """Return the input restricted to the subset; all evaluation images remain."""
+        keys = self.choose(found.classes)
+        classes = {key: name for key, name in found.classes.items() if key in keys}
+        digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
+        return replace(found, source=_Subset(found.source, keys), classes=classes, unlabelled=0, digest=digest)
+
+
+class _Subset(InputWrapper):
+    """Input restricted to a subset of the training samples.
+
+    Args:
+        source: the input.
+        keys: of the selected training samples.
+    """
+
+    def __init__(self, source: Input, keys: Container[str]) -> None:
+        super().__init__(source)
+        self._keys = keys
+
+    def outlines(self) -> Iterator[Record]:
+        """See `Input`."""
+        return (outline for outline in super().outlines() if self._takes(outline))
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        return (record for record in super().records() if self._takes(record))
+
+    def _takes(self, sample: Record) -> bool:
+        return sample.split != TRAIN or sample.key in self._keys
+
+
+def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
+    """Return the selected samples of shards for packing. Only samples with a label, a mask or boxes are eligible.
+
+    Args:
+        subset: selection of the samples.
+        train: a folder of shards.
+        classes: class names of labels, pixels or boxes.
+        file: file with the class names, a key of `MEMBERS`. With labels, each class is sampled separately.
+    """
+    labels = classes if file == LABELS else []
+    origins = [Origin(path) for path in local_shards(str(train), "--data")]
+    found: dict[str, str] = {}
+    for origin in origins:
+        with origin.path.open("rb") as stream:
+            for sample in valid_shard(origin.path).samples:
+                only = [member for member in sample.members if member.extension == MEMBERS[file]]
+                label = None
+                if only and labels:
+                    with annotations_of(origin.where(sample.key)):
+                        members = read_members(stream, RawSample(sample.key, only))
+                        label = read_annotations(members, len(classes), captions=False).label
+                if only and (not labels or label is not None):
+                    found[sample.key] = "" if label is None else classes[label]
+    keys = subset.choose(found)
+    mask_labels, categories = classes if file == MASK_LABELS else None, None
+    if file == CATEGORIES:
+        categories = shard_categories(train)
+    source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, categories=categories)
+    files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
+    chosen = {key: name for key, name in found.items() if key in keys}
+    return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]))
+
+
+class _ShardSubset(ShardInput):
+    """Input of selected samples from existing shards; others are not read.
+
+    Args:
+        origins: input shards.
+        keys: keys of the selected samples.
+        labels: class names; if empty, labels are not read.
+        about: see `ShardInput`. Without categories, boxes are not read.
+    """
+
+    def __init__(self, origins: Sequence[Origin], keys: Container[str], labels: list[str], **about: Any) -> None:
+        super().__init__(origins, labels, **about)
+        self._keys = keys
+
+    def outlines(self) -> Iterator[Record]:
+        """See `Input`."""
+        return (outline for outline in super().outlines() if outline.key in self._keys)
+
+    def records(self) -> Iterator[Record]:
+        """See `Input`."""
+        for origin, key, members in contents(self._origins, keys=self._keys):
+            unread = {name for name, has in ((INSTANCES, self.categories), ("cls", self.labels)) if not has}
+            read = {name: data for name, data in members.items() if name not in unread}
+            yield record_of(key, read, origin.where(key), self.labels, categories=self.categories)
