@@ -137,9 +137,10 @@ def train(
         check_run(run, overrides, ranks or None)  # which also reports all other errors
         raise
     from m3i_scale.run.config_warnings import repeated_overrides
+    from m3i_scale.run.hooks.pictures import make_pictures
     from m3i_scale.run.train import start
 
-    if start(config, repeated_overrides(overrides or [])) == "preempted":
+    if start(config, repeated_overrides(overrides or []), [make_pictures]) == "preempted":
         raise typer.Exit(EXIT_PREEMPTED)
 
 

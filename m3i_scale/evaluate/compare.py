@@ -21,11 +21,11 @@ from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Progress, Rea
 from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
 from m3i_scale.evaluate.pictures.collect import EvaluationPictures
 from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
-from m3i_scale.evaluate.pictures.write import Picture, jpeg
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
+from m3i_scale.scale.picture_files import Picture, jpeg
 
 COMPARED = (*PROBES, *WITH_TEXT)
 BEFORE, AFTER = "before", "after"

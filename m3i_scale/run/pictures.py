@@ -16,10 +16,10 @@ from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import image_of
 from m3i_scale.evaluate.pictures.reconstruction import Reconstruction, draw_reconstruction
 from m3i_scale.evaluate.pictures.views import draw_views
-from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.dense import Pixels
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.scale.picture_files import Picture
 
 Floats = NDArray[np.float64]
 

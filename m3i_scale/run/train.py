@@ -24,6 +24,7 @@ from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.check import resolve_run, run_warnings, stage_lines
+from m3i_scale.run.hooks.base import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
@@ -56,11 +57,12 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
     return callbacks + writers_of(run.log)
 
 
-def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
+def start(run: RunConfig, warnings: Sequence[str] = (), make_hooks: Sequence[MakeHook] = ()) -> Status:
     """Connect to the other ranks and train.
 
     Args:
         warnings: warnings about the command line. Rank 0 prints them with the warnings about the run.
+        make_hooks: additional hooks, of extensions.
     """
     extend_segments()
     torch.manual_seed(run.seed)
@@ -82,7 +84,7 @@ def start(run: RunConfig, warnings: Sequence[str] = ()) -> Status:
             clean = False
             try:
                 with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
-                    status = train(run, ranks, callbacks, heartbeat, resolve, workers, warnings)
+                    status = train(run, ranks, callbacks, heartbeat, resolve, workers, warnings, make_hooks)
                 clean = True
             finally:
                 stop_ranks(wait=clean)
@@ -144,6 +146,7 @@ def train(
     resolve: Callable[[], ResolvedRun] | None = None,
     workers: Sequence[PartWorkers] = (),
     warnings: Sequence[str] = (),
+    make_hooks: Sequence[MakeHook] = (),
 ) -> Status:
     """Validate, lock, resume and train. Every rank must call it.
 
@@ -154,6 +157,7 @@ def train(
         resolve: returns the run that was resolved before the rendezvous, or raises its error.
         workers: result of `started_workers`.
         warnings: warnings about the command line.
+        make_hooks: additional hooks, of extensions.
     """
     heartbeat = heartbeat or Heartbeat(None)
     heartbeat.at("open")
@@ -175,7 +179,9 @@ def train(
             announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 print_rank0(awaited)
-        trainer = Trainer(resolved, ranks, callbacks, resume_from, stream, validation, print_rank0, heartbeat)
+        trainer = Trainer(
+            resolved, ranks, callbacks, resume_from, stream, validation, print_rank0, heartbeat, make_hooks
+        )
         if ranks.rank == 0:
             print_rank0(trainer.activations)
             if run.backbone.compile == "auto" and (line := explain_auto()) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.flops import step_flop
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks.base import Hook, MakeHook, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.evaluation import Evaluation
 from m3i_scale.run.hooks.garbage import Garbage, give_back_collector
@@ -61,6 +61,7 @@ class Trainer:
         validation: TrainStream | None = None,
         tell: Callable[[str], None] = lambda text: None,
         heartbeat: Heartbeat | None = None,
+        make_hooks: Sequence[MakeHook] = (),
     ) -> None:
         """Prepare the run. Opens its data if no stream is passed (see `open_data`). `tell` is only used on rank 0."""
         self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
@@ -107,16 +108,9 @@ class Trainer:
             Metrics(self.state, self.meter, guard),
             Rewinding(self.state, guard, self.checkpointing, rewinds),
             *([Evaluation(self.state, validation, self.device)] if validation is not None else []),
-            *self._pictures(validation),
+            *filter(None, (make(self.state, validation, self.device) for make in make_hooks)),
             self.checkpointing,
         ]
-
-    def _pictures(self, validation: TrainStream | None) -> list[Hook]:
-        if not self.run.log.pictures_every_steps:
-            return []
-        from m3i_scale.run.hooks.pictures import Pictures  # plotting modules take seconds to import
-
-        return [Pictures(self.state, validation, self.device)]
 
     def long_run_note(self, first_step: int) -> str | None:
         """Return the long-run note (`m3i_scale.run.meter.long_run_note`) for the steps from `first_step` on."""

@@ -173,6 +173,7 @@ class FineTuneOptions:
     def _measured(self, prepared: FineTuning) -> dict[str, Any]:
         """Train unless training is finished, then evaluate."""
         from m3i_scale.run.accelerator import check_before_joining
+        from m3i_scale.run.hooks.pictures import make_pictures
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
         from m3i_scale.tasks.contents import check_contents
@@ -191,7 +192,7 @@ class FineTuneOptions:
             data.pack(print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
             check_contents(data, prepared.outcome.names, print_rank0)
-        if not self.evaluate_only and train_run(run) == "preempted":
+        if not self.evaluate_only and train_run(run, make_hooks=[make_pictures]) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
         return measure(prepared, print_rank0)
 

@@ -24,10 +24,10 @@ from m3i_scale.evaluate.pictures.dense import dense_pca, side_of, similarity
 from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell
 from m3i_scale.evaluate.pictures.predictions import predictions_of
 from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
-from m3i_scale.evaluate.pictures.write import Picture, write_pictures
 from m3i_scale.evaluate.retrieval import distinct_captions
 from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
 from m3i_scale.evaluate.towers import Towers
+from m3i_scale.scale.picture_files import Picture, write_pictures
 
 SAMPLES = 8
 """Default and maximum number of samples: more would make the picture too large for a page."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.evaluate.pictures.write import Picture
 from m3i_scale.files import atomic_write
 from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
+from m3i_scale.scale.picture_files import Picture
 from m3i_scale.text import redact
 
 FOLDER = "wandb"

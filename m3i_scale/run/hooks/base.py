@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.run.bad_steps import MicroBatchResult
@@ -88,3 +90,7 @@ class Hook:
 
     def on_error(self) -> None:
         """Run before all ranks exit with the same error."""
+
+
+MakeHook = Callable[[TrainState, TrainStream | None, torch.device], Hook | None]
+"""Creates a hook from the state, the stream of the validation datasets and the device; None if the run needs none."""

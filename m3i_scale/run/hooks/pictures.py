@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,15 +13,22 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import UserError
 from m3i_scale.evaluate.measures import NotMeasuredError
-from m3i_scale.evaluate.pictures.write import write_pictures
 from m3i_scale.files import atomic_dir
 from m3i_scale.run.hooks.base import Hook, TrainState
-from m3i_scale.run.pictures import EncodedSamples, TrainingPictures
 from m3i_scale.run.probe import evaluating, first_samples
 from m3i_scale.scale.agree import from_rank_0, together
 from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of
 from m3i_scale.scale.output_dir import PICTURES
 from m3i_scale.scale.partition import end_recorded_step
+from m3i_scale.scale.picture_files import write_pictures
+
+if TYPE_CHECKING:
+    from m3i_scale.run.pictures import EncodedSamples
+
+
+def make_pictures(state: TrainState, validation: TrainStream | None, device: torch.device) -> Hook | None:
+    """Return the hook of a run with `log.pictures_every_steps`."""
+    return Pictures(state, validation, device) if state.resolved.run.log.pictures_every_steps else None
 
 
 class Pictures(Hook):
@@ -38,6 +46,8 @@ class Pictures(Hook):
     """
 
     def __init__(self, state: TrainState, validation: TrainStream | None, device: torch.device) -> None:
+        from m3i_scale.run.pictures import TrainingPictures  # plotting modules take seconds to import
+
         self._state, self._device = state, device
         self._folder = state.resolved.run.output_dir / PICTURES
         seen = self._first_of(state.stream)
