@@ -115,7 +115,7 @@ class Rank:
         record = read_record(record_file(self._records, self.number))
         if record is not None:
             return asdict(replace(record, host=host, exit_code=self.code, lines=lines))
-        state = self.state() or RankState(-1, -1, "start", 0.0, 0.0, {})
+        state = self.state() or RankState(-1, -1, "start", 0.0)
         kind, message = explain_exit_code(self.code)
         error_line = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
         if self.code == -signal.SIGKILL:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import signal
 import threading
 import time
@@ -19,7 +18,7 @@ from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, Link, RemoteShell, connect
 from m3i_scale.launch.processes import noted_signals
 from m3i_scale.launch.rendezvous import CannotStartError, Policy, Rendezvous, Work
-from m3i_scale.launch.supervise import Attempt, AttemptResult, Logs, Request, Tell
+from m3i_scale.launch.supervise import Attempt, AttemptResult, Log, Logs, Request
 from m3i_scale.launch.worlds import World, largest_world
 from m3i_scale.scale.checkpoint.layout import stopped_words
 from m3i_scale.scale.output_dir import ATTEMPTS, FAILURE
@@ -35,15 +34,15 @@ class Launch:
     Args:
         work: the run and its hosts.
         policy: restart policy.
-        tell: prints a line for the user.
+        log: prints a line for the user.
     """
 
-    def __init__(self, work: Work, policy: Policy, tell: Tell) -> None:
-        self.work, self.policy, self.tell = work, policy, tell
+    def __init__(self, work: Work, policy: Policy, log: Log) -> None:
+        self.work, self.policy, self.log = work, policy, log
         self.attempts: list[dict[str, Any]] = []
         self._signals = 0
         self._inbox: Inbox = Inbox()
-        self._rendezvous = Rendezvous(work, policy, self._inbox, tell)
+        self._rendezvous = Rendezvous(work, policy, self._inbox, log)
 
     def run(self) -> int:
         """Launch, and restart as long as the policy allows. The caller holds the lock of the output folder.
@@ -64,7 +63,7 @@ class Launch:
             except CannotStartError as error:
                 if not self.attempts:
                     raise
-                self.tell(str(error))
+                self.log(str(error))
                 code, failed = EXIT_FAILED if self._signals else None, True
             else:
                 outcome, back = self._attempt(links, world, reasons, address, logs)
@@ -97,7 +96,7 @@ class Launch:
     def _pause(self, restarts: int) -> None:
         doubled = 2.0 ** min(restarts - 1, 32)  # otherwise it overflows after thousands of restarts
         pause_s = min(self.policy.pause_s * doubled, _LONGEST_PAUSE_S)
-        self.tell(f"restart {restarts} of {self.policy.max_restarts} in {pause_s:g} s")
+        self.log(f"restart {restarts} of {self.policy.max_restarts} in {pause_s:g} s")
         deadline = time.monotonic() + pause_s
         while time.monotonic() < deadline and not self._signals:
             time.sleep(0.1)
@@ -110,14 +109,14 @@ class Launch:
         command = [*work.command]
         if world.micro_batch_size != work.run.optim.micro_batch_size:
             command.append(f"optim.micro_batch_size={world.micro_batch_size}")
-        self.tell(
+        self.log(
             f"attempt {number}: {world.ranks} ranks on {', '.join(world.names)}, {world.micro_batch_size} samples "
             f"per rank and forward pass; logs in {logs.folder}"
         )
         failing = self._rendezvous.history.failing
         out = [host for host in work.hosts if host not in world.hosts and host.name not in failing]
-        watch = Watch(work.run, world, out, work.site, self.policy.probe_s)
-        attempt = Attempt(links, self._inbox, command, work.site, work.run.timeouts, address, logs, self.tell)
+        watch = Watch(work.run, world, out, work.site, self.policy.probe_s, self.log)
+        attempt = Attempt(links, self._inbox, command, work.site, work.run.timeouts, address, logs, self.log)
         started = time.time()
         with watch:
             outcome = attempt.run(lambda: self._request(watch))
@@ -128,7 +127,6 @@ class Launch:
         if self._signals:
             return "stop" if self._signals == 1 else "end"
         if watch.back:
-            watch.tell_once(self.tell)
             return "stop once begun"
         return "none"
 
@@ -169,7 +167,6 @@ class Launch:
                 "logs": str(logs.folder),
                 "lost": outcome.lost,
                 "came_back": list(back),
-                "slow": outcome.slow,
                 "left": outcome.left,
                 "cause": None if cause is None else {**asdict(cause), "where": cause.where()},
             }
@@ -179,23 +176,23 @@ class Launch:
             if cause is not None:
                 write_failure(output_dir, cause, outcome.others, attempt=number, logs=str(logs.folder))
         except OSError as error:
-            self.tell(f"{output_dir / FAILURE} could not be written: {error.strerror}")
+            self.log(f"{output_dir / FAILURE} could not be written: {error.strerror}")
         self._last = outcome
 
     def _end(self, code: int) -> int:
         """Report the result of the launch, with the root cause at the end."""
         if len(self.attempts) > 1:
             for line in summary(self.attempts):
-                self.tell(line)
+                self.log(line)
         last = self._last
         for host, pids in last.left.items():
-            self.tell(f"host {host}: processes that could not be ended: {', '.join(map(str, pids))}")
+            self.log(f"host {host}: processes that could not be ended: {', '.join(map(str, pids))}")
         if code in (EXIT_FAILED, EXIT_USER_ERROR) and last.cause is not None:
-            self.tell(failure_text(last.cause, last.others, self.work.run.output_dir))
+            self.log(failure_text(last.cause, last.others, self.work.run.output_dir))
         elif code == EXIT_PREEMPTED:
-            self.tell(stopped_words(self.work.run.output_dir / "checkpoints"))
+            self.log(stopped_words(self.work.run.output_dir / "checkpoints"))
         elif code == EXIT_INTERRUPTED:
-            self.tell("interrupted: the ranks were ended, and nothing was saved")
+            self.log("interrupted: the ranks were ended, and nothing was saved")
         elif code == 0:
             (self.work.run.output_dir / FAILURE).unlink(missing_ok=True)
         return code
@@ -229,14 +226,23 @@ class Watch:
         out: hosts that are not in it.
         site: connection settings.
         every_s: interval between rounds.
+        log: prints a line for the user.
     """
 
-    def __init__(self, run: RunConfig, world: World, out: Sequence[Host], site: RemoteShell, every_s: float) -> None:
+    def __init__(
+        self, run: RunConfig, world: World, out: Sequence[Host], site: RemoteShell, every_s: float, log: Log
+    ) -> None:
         self.back: tuple[str, ...] = ()
         """Names of recovered hosts that make a larger world; once there are any, the watch ends."""
-        self._run, self._world, self._out, self._site, self._every_s = run, world, list(out), site, every_s
+        self._run, self._world, self._out, self._site, self._every_s, self._log = (
+            run,
+            world,
+            list(out),
+            site,
+            every_s,
+            log,
+        )
         self._stop = threading.Event()
-        self._told = False
         self._thread = threading.Thread(target=self._poll, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
@@ -249,12 +255,6 @@ class Watch:
         if self._thread.is_alive():
             self._thread.join()
 
-    def tell_once(self, tell: Tell) -> None:
-        """Report the recovered hosts, once."""
-        if not self._told:
-            self._told = True
-            tell(f"{', '.join(self.back)} answers again: the run saves, and goes on with it")
-
     def _poll(self) -> None:
         while not self._stop.wait(self._every_s) and not self.back:
             # Stop connecting when the attempt is over: an agent that starts after the next one would end its ranks.
@@ -265,8 +265,4 @@ class Watch:
             larger = largest_world(self._run, [*self._world.hosts, *answering], len(self._world.hosts))
             if larger is not None and larger.ranks > self._world.ranks:
                 self.back = tuple(host.name for host in answering if host in larger.hosts)
-
-
-def new_launch() -> str:
-    """Return a unique name for a launch."""
-    return secrets.token_hex(8)
+                self._log(f"{', '.join(self.back)} answers again: the run saves, and continues with it")

@@ -38,10 +38,10 @@ _ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
     """Add `--cluster FILE` and an option for each of these fields to a command, replacing its parameter `cluster`."""
     parts: Parts = {"cluster_file": (ClusterFile, None), **field_options(Cluster, fields, OPTION_NAMES)}
-    return lambda command: expanded(command, "cluster", parts, _described)
+    return lambda command: expanded(command, "cluster", parts, _read_cluster)
 
 
-def _described(cluster_file: Path | None, **options: Any) -> Cluster:
+def _read_cluster(cluster_file: Path | None, **options: Any) -> Cluster:
     return read_cluster(cluster_file, options)
 
 
@@ -123,7 +123,7 @@ def _with_image(job: Job, launcher: str) -> Job:
     return replace(job, cluster=job.cluster.model_copy(update={"container_image": _ANY_IMAGE}))
 
 
-def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
+def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
     """Run a plan; if the run failed, print the cause at the end."""
     from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
@@ -138,7 +138,7 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
         with launch_lock(job.output_dir):
             check_needs(plan)
             write_files(plan)
-        return execute(plan, shown, environment).code
+        return execute(plan, redacted, environment).code
     with launch_lock(job.output_dir):  # first: files of a live run must not change
         if plan.launcher == "elastic":  # in this process: every agent notices its end
             from m3i_scale.launch.elastic import FILE, read_launch
@@ -152,13 +152,13 @@ def _run(plan: LaunchPlan, shown: LaunchPlan, job: Job) -> int:
             check_hosts(job)
         write_files(plan)
         forget_records(job.output_dir)
-        ending = execute(plan, shown, environment)
-        conclusion = conclude(job.output_dir, ending, shown, job.world_size)
+        result = execute(plan, redacted, environment)
+        conclusion = conclude(job.output_dir, result, redacted, job.world_size)
     if conclusion is not None:
         write_stderr(f"{printable(conclusion, lines=True)}\n")
-    if ending.code == EXIT_PREEMPTED:
+    if result.code == EXIT_PREEMPTED:
         write_stderr(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
-    return ending.code
+    return result.code
 
 
 def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfig, Job]:

@@ -185,9 +185,9 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _hosts_are_named_once(self) -> Self:
-        given = self.model_fields_set
+        fields = self.model_fields_set
         for field in ("hostfile", "hosts"):
-            if field in given and not getattr(self, field):
+            if field in fields and not getattr(self, field):
                 raise ValueError(f"`{field}` names no host; leave it out for a run on this machine alone")
         if self.hostfile is not None and self.hosts:
             raise ValueError("`hostfile` and `hosts` both name the hosts; give one of them")
@@ -199,9 +199,9 @@ class Cluster(Section):
         else:
             idle, why = ("include", "exclude", "ssh"), "where no hosts are named (hostfile, hosts)"
         for field in idle:
-            if field in given:
+            if field in fields:
                 raise ValueError(f"`{field}` has no effect {why}")
-        if "container_runtime" in given and self.container_image is None:
+        if "container_runtime" in fields and self.container_image is None:
             raise ValueError("`container_runtime` has no effect without `container_image`")
         return self
 
@@ -234,10 +234,10 @@ def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
             raise ConfigError(what, where=error.where, fix="see docs/launching.md") from None
         if isinstance(values.get("hostfile"), str):
             values["hostfile"] = path.parent / values["hostfile"]
-    given = {key: value for key, value in options.items() if value not in (None, [], ())}
+    options = {key: value for key, value in options.items() if value not in (None, [], ())}
     # Hosts from the command line replace those of the file, whichever field each of them uses.
-    if given.keys() & {"hostfile", "hosts"}:
+    if options.keys() & {"hostfile", "hosts"}:
         values = {key: value for key, value in values.items() if key not in ("hostfile", "hosts")}
-    names = " ".join(OPTION_NAMES.get(key, "--" + key.replace("_", "-")) for key in given)
+    names = " ".join(OPTION_NAMES.get(key, "--" + key.replace("_", "-")) for key in options)
     where = " and ".join(part for part in (str(path) if path else "", names) if part)
-    return parse_section(Cluster, values | given, where=where or "the command line")
+    return parse_section(Cluster, values | options, where=where or "the command line")

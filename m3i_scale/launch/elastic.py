@@ -10,7 +10,7 @@ from typing import Any
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.files import json_text, read_json
-from m3i_scale.launch.attempts import Launch, new_launch
+from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
@@ -94,10 +94,8 @@ def read_launch(path: Path) -> Launch:
         python=content["python"],
         workdir=content["workdir"],
         output_dir=str(run.output_dir),
-        launch=new_launch(),
         ssh=tuple(content["ssh"]),
         transport=content["transport"],
-        python_path=content["environment"].get("PYTHONPATH", ""),
         environment=content["environment"],
         silence_s=content["silence_s"],
     )

@@ -25,7 +25,7 @@ from m3i_scale.launch.processes import SIGNALS, TIED, noted_signals
 _GRACE_S = 60.0
 """Commands that still run this long after another one failed wait for missing ranks, and are ended."""
 _POLL_S = 0.1
-_ASK_AGAIN_S = 2.0
+_RETRY_S = 2.0
 
 
 def write_files(plan: LaunchPlan) -> None:
@@ -77,21 +77,21 @@ class LaunchResult:
     """End times, in Unix seconds."""
     forced: set[int] = field(default_factory=set)
     """Commands that were ended because another one had failed."""
-    asked: int = 0
+    stop_requests: int = 0
     """Number of signals that requested a stop."""
 
 
-def execute(plan: LaunchPlan, shown: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
+def execute(plan: LaunchPlan, redacted: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
     """Run the commands until all have ended.
 
     Args:
         plan: its files must have been written.
-        shown: the same without secrets, for printing.
+        redacted: the same without secrets, for printing.
         environment: environment of the commands.
 
     Check the required programs first: see `check_needs`.
     """
-    for command in shown.commands:
+    for command in redacted.commands:
         print(f"+ {command}", file=sys.stderr, flush=True)
     return Running(plan, environment).wait()
 
@@ -112,8 +112,8 @@ class Running:
                 # Separate sessions: a Ctrl-C at the terminal reaches them only through this process, once.
                 for command in self._plan.commands:
                     self._processes.append(self._start(command))
-                if self._ended.asked and not self._plan.stops:  # a signal arrived during the start
-                    self._pass_on(signal.SIGTERM)
+                if self._ended.stop_requests and not self._plan.stops:  # a signal arrived during the start
+                    self._forward(signal.SIGTERM)
                 return self._until_all_have_ended()
             finally:
                 _end(self._processes)
@@ -140,7 +140,7 @@ class Running:
             time.sleep(_POLL_S)
         ended.codes = [process.returncode for process in self._processes]
         ended.code = 128 - ended.code if ended.code < 0 else ended.code
-        if ended.asked and 256 - ended.code in SIGNALS:  # DeepSpeed exits with a rank's negative signal number
+        if ended.stop_requests and 256 - ended.code in SIGNALS:  # DeepSpeed exits with a rank's negative signal number
             ended.code = 128 + (256 - ended.code)
         return ended
 
@@ -153,26 +153,26 @@ class Running:
         return float("inf") in self._ended.times
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._ended.asked += 1
-        if self._plan.stops and self._ended.asked == 1:
+        self._ended.stop_requests += 1
+        if self._plan.stops and self._ended.stop_requests == 1:
             # Not in the handler, because ssh may be slow.
-            threading.Thread(target=self._ask_ranks, daemon=True).start()
+            threading.Thread(target=self._stop_ranks, daemon=True).start()
         else:
-            self._pass_on(signal.SIGTERM if number == signal.SIGHUP else number)
+            self._forward(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    def _pass_on(self, number: int) -> None:
+    def _forward(self, number: int) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def _ask_ranks(self) -> None:
+    def _stop_ranks(self) -> None:
         """Ask the ranks to stop until one of them has received the request: they may not have been started yet."""
-        while self._ended.asked == 1:
-            asking = [self._start(command) for command in self._plan.stops]
-            codes = [process.wait() for process in asking]
+        while self._ended.stop_requests == 1:
+            commands = [self._start(command) for command in self._plan.stops]
+            codes = [process.wait() for process in commands]
             if 0 in codes:
                 return
-            time.sleep(_ASK_AGAIN_S)
+            time.sleep(_RETRY_S)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

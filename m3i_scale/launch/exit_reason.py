@@ -13,51 +13,59 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch.execute import LaunchResult
-from m3i_scale.launch.failures import Failure, explain_exit_code, failure_text, first_cause, read_records, write_failure
+from m3i_scale.launch.failures import Failure, explain_exit_code, failure_text, read_records, root_cause, write_failure
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.processes import SIGNALS
 from m3i_scale.output import print_line
 from m3i_scale.scale.output_dir import FAILURE
 from m3i_scale.text import listed
 
-_SHOWN = 200
+_MAX_CHARACTERS = 200
 _SSH_FAILED = 255
 _LOST = "ssh did not reach the host, or lost it"
-_LISTED = 8
-_ASKED = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
+_MAX_LISTED = 8
+_STOP_CODES = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 """Exit codes of ranks that were asked to stop before they could save."""
 
 
-def conclude(output_dir: Path, ending: LaunchResult, shown: LaunchPlan, world_size: int) -> str | None:
+def conclude(output_dir: Path, result: LaunchResult, plan: LaunchPlan, world_size: int) -> str | None:
     """Write OUTPUT/failure.json if a run failed; remove the file of an earlier launch if the run finished.
 
     Args:
         output_dir: output directory of the run.
-        ending: result of the launcher's commands.
-        shown: their plan, without secrets.
+        result: result of the launcher's commands.
+        plan: their plan, without secrets.
         world_size: total number of ranks.
 
     Returns:
         The final message for the user. None: the run did not fail, or was interrupted.
     """
     records = read_records(output_dir)
-    if shown.ranks:
-        records = _seen_here(records, ending)
-    if not records and ending.code not in (0, EXIT_PREEMPTED):
-        records = [_no_rank_has_begun(ending, shown)]
-    elif (lost := _lost_host(ending, shown)) is not None:
+    if plan.ranks:
+        records = _local_records(records, result)
+    if not records and result.code not in (0, EXIT_PREEMPTED):
+        records = [_start_failure(result, plan)]
+    elif (lost := _lost_host(result, plan)) is not None:
         records = [*records, lost]
-    interrupted = ending.asked and ending.code in _ASKED and all(_by_signal(record) for record in records)
-    return None if interrupted or ending.asked > 1 else write_verdict(output_dir, ending.code, records, world_size)
+    interrupted = (
+        result.stop_requests and result.code in _STOP_CODES and all(_is_interrupted(record) for record in records)
+    )
+    return (
+        None
+        if interrupted or result.stop_requests > 1
+        else report_failure(output_dir, result.code, records, world_size)
+    )
 
 
-def _by_signal(record: Failure) -> bool:
+def _is_interrupted(record: Failure) -> bool:
     """Return whether a stop signal may have ended the rank."""
     interrupted = record.message.startswith("KeyboardInterrupt")
-    return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _ASKED
+    return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _STOP_CODES
 
 
-def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None) -> str | None:
+def report_failure(
+    output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None
+) -> str | None:
     """Write OUTPUT/failure.json from the error files of ranks, or remove an earlier one, like `conclude`.
 
     Args:
@@ -89,77 +97,77 @@ def write_verdict(output_dir: Path, code: int, records: Sequence[Failure], world
 
 
 def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
-    cause = first_cause(records)
+    cause = root_cause(records)
     if cause is None:
-        return Failure(time.time(), socket.gethostname(), None, None, None, "exit", "no rank has left a word")
+        return Failure(time.time(), socket.gethostname(), None, None, None, "exit", "no rank reported an error")
     silent = [record for record in records if record.kind == "silent"]
-    heard = {record.rank for record in records}
-    unheard = [rank for rank in range(world_size or 0) if rank not in heard]
-    if cause.kind != "silent" or (len(silent) == 1 and not unheard):
+    reported = {record.rank for record in records}
+    unreported = [rank for rank in range(world_size or 0) if rank not in reported]
+    if cause.kind != "silent" or (len(silent) == 1 and not unreported):
         return cause
     # A launcher ends the remaining ranks when one fails, and none of them reports which one failed first.
-    text = f"{_named([record.rank for record in silent])} ended without a word: killed (for want of memory, most often)"
-    text += ", their host is gone, or their launcher ended them"
-    if unheard:
-        text += f"; {_named(unheard)} left nothing: ended before it began, or as it should; see what it printed"
+    text = f"{_named([record.rank for record in silent])} ended without an error report: killed (for want of memory, "
+    text += "most often), their host is gone, or their launcher ended them"
+    if unreported:
+        text += f"; {_named(unreported)} left nothing: ended before it began, or as it should; see what it printed"
     elif len(silent) > 1:
         text += "; which was the first is not known"
     hosts = ", ".join(dict.fromkeys(record.host for record in silent))
-    return replace(cause, host=hosts, rank=None if len(silent) > 1 or unheard else cause.rank, message=text)
+    return replace(cause, host=hosts, rank=None if len(silent) > 1 or unreported else cause.rank, message=text)
 
 
 def _named(ranks: Sequence[int | None]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _LISTED)}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, _MAX_LISTED)}"
 
 
-def _seen_here(records: Sequence[Failure], ending: LaunchResult) -> list[Failure]:
+def _local_records(records: Sequence[Failure], result: LaunchResult) -> list[Failure]:
     """Return error records, completed by this process's view of how its ranks ended."""
     host, record_of = socket.gethostname(), {record.rank: record for record in records}
-    seen = []
-    for rank, (code, at) in enumerate(zip(ending.codes, ending.times, strict=True)):
+    failed = []
+    for rank, (code, at) in enumerate(zip(result.codes, result.times, strict=True)):
         record = record_of.get(rank, Failure(at, host, rank, None, None, "silent", ""))
-        if record.kind == "silent" and rank in ending.forced:
+        if record.kind == "silent" and rank in result.forced:
             record = replace(record, time=at, kind="ended", message="ended by the launch: another rank had failed")
         elif record.kind == "silent":
             kind, message = explain_exit_code(code)
             record = replace(record, time=at, kind=kind, message=message)
         if code not in (0, EXIT_PREEMPTED):
-            seen.append(replace(record, exit_code=code))
-    return seen
+            failed.append(replace(record, exit_code=code))
+    return failed
 
 
-def _lost_host(ending: LaunchResult, shown: LaunchPlan) -> Failure | None:
+def _lost_host(result: LaunchResult, plan: LaunchPlan) -> Failure | None:
     """Return the first host with an ssh connection that failed on its own: the host is down or cut off. Its ranks
     cannot report that, and the ranks of other hosts wait for them until they are ended."""
     lost = [
         place
-        for place, command in enumerate(shown.commands)
-        if command.host is not None and ending.codes[place] == _SSH_FAILED and place not in ending.forced
+        for place, command in enumerate(plan.commands)
+        if command.host is not None and result.codes[place] == _SSH_FAILED and place not in result.forced
     ]
     if not lost:
         return None
-    first = min(lost, key=lambda place: ending.times[place])
-    at, host = ending.times[first], str(shown.commands[first].host)
+    first = min(lost, key=lambda place: result.times[place])
+    at, host = result.times[first], str(plan.commands[first].host)
     return Failure(at, host, None, None, None, "host", f"{_LOST} (exit code {_SSH_FAILED})", _SSH_FAILED)
 
 
-def _no_rank_has_begun(ending: LaunchResult, shown: LaunchPlan) -> Failure:
-    failed = [place for place, code in enumerate(ending.codes) if code]
-    first = min(failed, key=lambda place: ending.times[place])
-    code, command = ending.codes[first], shown.commands[first]
+def _start_failure(result: LaunchResult, plan: LaunchPlan) -> Failure:
+    failed = [place for place, code in enumerate(result.codes) if code]
+    first = min(failed, key=lambda place: result.times[place])
+    code, command = result.codes[first], plan.commands[first]
     why = {126: "something cannot be run there", 127: "something is not found there"}.get(code, "")
     if command.host is not None and code == _SSH_FAILED:
         why = _LOST
     line = str(command)
-    line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
-    text = f"{why or 'no rank has left a word'} (exit code {code}): {line}"
-    return Failure(ending.times[first], command.host or socket.gethostname(), None, None, "start", "exit", text, code)
+    line = line if len(line) <= _MAX_CHARACTERS else line[: _MAX_CHARACTERS - 1] + "…"
+    text = f"{why or 'no rank reported an error'} (exit code {code}): {line}"
+    return Failure(result.times[first], command.host or socket.gethostname(), None, None, "start", "exit", text, code)
 
 
 def main() -> None:
     """Run `python -m m3i_scale.launch.exit_reason OUTPUT CODE WORLD_SIZE`, at the end of a job script."""
     output_dir, code, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    text = write_verdict(output_dir, code, read_records(output_dir), world_size)
+    text = report_failure(output_dir, code, read_records(output_dir), world_size)
     if text is not None:
         print_line(text, stderr=True)
 

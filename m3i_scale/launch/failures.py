@@ -25,7 +25,7 @@ _COLLECTIVES = "collectives-rank-"
 """PyTorch appends the rank."""
 RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{_COLLECTIVES}*")
 """Files in that folder: errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
-_SILENT = "the rank ended without a word: killed (for want of memory, most often), or its host is gone"
+_SILENT = "the rank ended without an error report: killed (for want of memory, most often), or its host is gone"
 
 # Error messages of a rank that only noticed the loss of another one: of gloo, of NCCL's watchdog and communicator, of
 # the store, and of the sockets below them.
@@ -101,7 +101,7 @@ def explain_exit_code(code: int) -> tuple[Kind, str]:
     return "signal", f"the rank was ended by signal {-code}{names.get(-code, '')}"
 
 
-def first_cause(failures: Iterable[Failure]) -> Failure | None:
+def root_cause(failures: Iterable[Failure]) -> Failure | None:
     """Return the earliest known cause. Otherwise return the earliest rank with an unknown reason, because launchers end
     the others after a failure; otherwise the earliest consequence."""
     ordered = sorted(failures, key=lambda failure: (failure.is_consequence, failure.kind == "silent", failure.time))
@@ -116,7 +116,7 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
         others: subsequent failures.
         output_dir: output directory of the run.
     """
-    lines = [f"first cause: {cause.message}", f"  where: {cause.where()}"]
+    lines = [f"root cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
         lines.append("  its last lines:")
         lines += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
@@ -133,8 +133,8 @@ def _counted(others: Sequence[Failure]) -> str:
     for other in others:
         message = other.message.splitlines()[0][:100] if other.message else other.kind
         words[message] = words.get(message, 0) + 1
-    shown = [f"{count} × {message}" for message, count in list(words.items())[:3]]
-    return "; ".join(shown) + (" …" if len(words) > 3 else "")
+    texts = [f"{count} × {message}" for message, count in list(words.items())[:3]]
+    return "; ".join(texts) + (" …" if len(words) > 3 else "")
 
 
 def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], **more: Any) -> Path:
@@ -228,13 +228,13 @@ def read_records(output_dir: Path) -> list[Failure]:
     counts as a silent failure."""
     folder = output_dir / RANK_RECORDS
     records = [record for path in sorted(folder.glob("rank-*.json")) if (record := read_record(path)) is not None]
-    heard = {record.rank for record in records}
+    reported = {record.rank for record in records}
     for notes in sorted(folder.glob("host-*.jsonl")):
         host = notes.stem.removeprefix("host-")
         records += [
             Failure(began, host, rank, None, None, "silent", _SILENT)
             for rank, began in _unended(notes).items()
-            if rank not in heard
+            if rank not in reported
         ]
     return records
 

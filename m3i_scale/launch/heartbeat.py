@@ -18,7 +18,7 @@ PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimize
 RECORDS = "M3I_SCALE_RECORDS"
 """Environment variable: the folder on this host for heartbeats and error files of its ranks."""
 
-_LAYOUT = struct.Struct(f"<qqdd16s{len(PHASES)}d")
+_LAYOUT = struct.Struct("<qqd16s")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,6 @@ class RankState:
     """A phase of the step, or the activity outside of steps (start, open, resume, save, evaluate …)."""
     changed: float
     """Unix time of the last change."""
-    waited_s: float
-    """Time in collectives since the loop began."""
-    worked_s: dict[str, float]
-    """Time by phase since the loop began, excluding waits in collectives."""
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
@@ -57,21 +53,12 @@ class Heartbeat:
     def __init__(self, path: Path | None) -> None:
         self.step, self.phase = -1, "start"
         self._began = -1
-        self._waited = 0.0
-        self._waited_here = 0.0
-        self._worked = dict.fromkeys(PHASES, 0.0)
-        self._since = time.perf_counter()
         self._map: mmap.mmap | None = None
         if path is not None:
             path.write_bytes(bytes(_LAYOUT.size))  # a sparse file would cause SIGBUS on a full disk
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), _LAYOUT.size)
         self._write()
-
-    @property
-    def has_reader(self) -> bool:
-        """Return whether an agent reads this heartbeat."""
-        return self._map is not None
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Record that the rank begins `phase`.
@@ -80,25 +67,16 @@ class Heartbeat:
             phase: at most 16 letters.
             step: completed steps, if they have changed too.
         """
-        now = time.perf_counter()
-        if self.phase in self._worked and self.step >= 0:
-            self._worked[self.phase] += max(0.0, now - self._since - self._waited_here)
-            self._waited += self._waited_here
-        self._since, self._waited_here = now, 0.0
         self.phase = phase
         if step is not None:
             self.step = step
             self._began = step if self._began < 0 else self._began
         self._write()
 
-    def waited(self, seconds: float) -> None:
-        """Add seconds spent in a collective to the current phase."""
-        self._waited_here += seconds
-
     def _write(self) -> None:
         if self._map is not None:
             name = self.phase.encode()[:16]
-            self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), self._waited, name, *self._worked.values())
+            self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), name)
 
 
 def read_heartbeat(path: Path) -> RankState | None:
@@ -109,11 +87,10 @@ def read_heartbeat(path: Path) -> RankState | None:
         return None
     if len(raw) != _LAYOUT.size:
         return None
-    step, began, changed, waited, name, *worked = _LAYOUT.unpack(raw)
+    step, began, changed, name = _LAYOUT.unpack(raw)
     if not changed:
         return None
-    phase = name.rstrip(b"\0").decode(errors="replace")
-    return RankState(step, began, phase, changed, waited, dict(zip(PHASES, worked, strict=True)))
+    return RankState(step, began, name.rstrip(b"\0").decode(errors="replace"), changed)
 
 
 def local_heartbeat(rank: int) -> Heartbeat:

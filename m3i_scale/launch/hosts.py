@@ -67,39 +67,39 @@ def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
         lines: `name slots=N`.
         where: source of the lines, for errors.
     """
-    found: dict[str, tuple[int, Host]] = {}
+    hosts: dict[str, tuple[int, Host]] = {}
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        place = f"{where}, line {number}: {line.strip()!r}"
-        host = _host(words, place)
+        where_line = f"{where}, line {number}: {line.strip()!r}"
+        host = _host(words, where_line)
         key = host.name.lower()
-        if key in found:
+        if key in hosts:
             raise ConfigError(
-                f"host '{host.name}' is named twice, first in line {found[key][0]}",
-                where=place,
+                f"host '{host.name}' is named twice, first in line {hosts[key][0]}",
+                where=where_line,
                 fix="one line per host, with all its slots",
             )
-        found[key] = number, host
-    if not found:
+        hosts[key] = number, host
+    if not hosts:
         raise ConfigError("there is no host", where=where, fix="a line `name slots=N` for every host")
-    return tuple(host for _, host in found.values())
+    return tuple(host for _, host in hosts.values())
 
 
-def _host(words: str, place: str) -> Host:
+def _host(words: str, where_line: str) -> Host:
     parts = _LINE.fullmatch(words)
     if parts is None:
-        raise ConfigError("this is no host", where=place, fix="write `name slots=N`")
+        raise ConfigError("this is no host", where=where_line, fix="write `name slots=N`")
     name, slots = parts.groups()
     if not is_host_name(name):
         raise ConfigError(
             f"{name!r} is no host name",
-            where=place,
+            where=where_line,
             fix="letters, digits, '-', '_' and dots; a user or a port goes into ~/.ssh/config",
         )
-    if not (slots.isascii() and slots.isdigit() and 1 <= int(slots[:9]) <= _MOST_SLOTS and len(slots) < 9):
-        raise ConfigError(f"slots={slots}: a host has from 1 to {_MOST_SLOTS} ranks", where=place)
+    if not re.fullmatch("[0-9]{1,8}", slots) or not 1 <= int(slots) <= _MOST_SLOTS:
+        raise ConfigError(f"slots={slots}: a host has from 1 to {_MOST_SLOTS} ranks", where=where_line)
     return Host(name, int(slots))
 
 
@@ -119,7 +119,7 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
         )
     if ranks_per_node is None and not tasks.isdecimal():
         raise ConfigError(
-            "nobody says how many ranks each host has",
+            "the number of ranks per host is unknown",
             where="transport: srun",
             fix="--ranks-per-node, or --ntasks-per-node of salloc or sbatch",
         )
@@ -127,7 +127,7 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
         command = ["scontrol", "show", "hostnames", nodes]
         names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"Slurm does not say which hosts are {nodes}: {error}", fix="scontrol on PATH") from None
+        raise ConfigError(f"Slurm cannot resolve the hosts {nodes}: {error}", fix="scontrol on PATH") from None
     return parse_hosts((f"{name} slots={ranks_per_node or int(tasks)}" for name in names), where="SLURM_JOB_NODELIST")
 
 

@@ -75,8 +75,8 @@ class Job:
     @property
     def gpus_per_node(self) -> int:
         """Return the number of accelerators to reserve per node."""
-        wanted = self.cluster.gpus_per_node
-        return self.ranks_per_node if wanted is None else wanted
+        gpus = self.cluster.gpus_per_node
+        return self.ranks_per_node if gpus is None else gpus
 
     @property
     def python(self) -> str:

@@ -56,14 +56,12 @@ class RemoteShell:
     """The working directory, on all hosts."""
     output_dir: str
     """Folder of the run, which identifies processes of a former launch."""
-    launch: str
+    launch: str = field(default_factory=lambda: secrets.token_hex(8))
     """A unique name for this launch."""
     ssh: tuple[str, ...] = ()
     """Additional arguments of ssh."""
-    python_path: str = ""
-    """PYTHONPATH of agents and ranks."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that are passed to the ranks."""
+    """Variables that are passed to the ranks; agents get PYTHONPATH only."""
     connect_s: float = 60.0
     """Limit for the response of a host."""
     silence_s: float = 30.0
@@ -99,7 +97,7 @@ def agent_command(name: str, site: RemoteShell, ssh_timeout_s: float | None = No
 
 
 def _agent_line(site: RemoteShell) -> str:
-    variables = [f"PYTHONPATH={site.python_path}"] if site.python_path else []
+    variables = [f"PYTHONPATH={site.environment['PYTHONPATH']}"] if "PYTHONPATH" in site.environment else []
     start = shlex.join(["exec", "env", *variables, site.python, *_AGENT])
     folder = os.path.dirname(site.python)  # for the tools of ranks that build an extension
     path = f'export PATH={shlex.quote(folder)}:"$PATH" && ' if folder else ""
@@ -161,7 +159,7 @@ class Link:
 
     def __init__(self, host: Host, site: RemoteShell, inbox: Inbox, ssh_timeout_s: float | None = None) -> None:
         self.host, self.site, self._inbox = host, site, inbox
-        self.heard = time.monotonic()
+        self.last_message = time.monotonic()
         self.hello: Message | None = None
         self._stderr_lines: deque[str] = deque(maxlen=20)
         self._process = subprocess.Popen(
@@ -213,7 +211,7 @@ class Link:
     def _read(self, output: IO[bytes]) -> None:
         for line in output:
             message = decode(line)
-            self.heard = time.monotonic()
+            self.last_message = time.monotonic()
             if message is not None:
                 self.hello = message if message["kind"] == "hello" else self.hello
                 self._inbox.put((self, message))
@@ -321,9 +319,8 @@ def check_hosts(job: Job) -> None:
         python=job.python,
         workdir=str(job.workdir),
         output_dir=str(job.output_dir),
-        launch=secrets.token_hex(8),
         ssh=job.cluster.ssh,
-        python_path=next((item.value for item in job.plain if item.name == "PYTHONPATH"), ""),
+        environment={item.name: item.value for item in job.plain},
     )
     links, errors = connect(job.hosts, site, Inbox())
     for link in links:

@@ -11,7 +11,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host, is_here
 from m3i_scale.launch.link import Inbox, Link, RemoteShell, connect, receive
-from m3i_scale.launch.supervise import AttemptResult, Tell
+from m3i_scale.launch.supervise import AttemptResult, Log
 from m3i_scale.launch.wire import Message
 from m3i_scale.launch.worlds import ComparedSamples, World, largest_world
 from m3i_scale.text import listed
@@ -108,11 +108,11 @@ class Rendezvous:
         work: the run and its hosts.
         policy: required number of hosts.
         inbox: inbox of all links.
-        tell: prints a line for the user.
+        log: prints a line for the user.
     """
 
-    def __init__(self, work: Work, policy: Policy, inbox: Inbox, tell: Tell) -> None:
-        self.work, self.policy, self.tell, self._inbox = work, policy, tell, inbox
+    def __init__(self, work: Work, policy: Policy, inbox: Inbox, log: Log) -> None:
+        self.work, self.policy, self.log, self._inbox = work, policy, log, inbox
         self._fewest = policy.min_hosts or len(work.hosts)
         self.history = HostHistory(work.hosts)
         self.compared = ComparedSamples(work.run, work.hosts, self._fewest)
@@ -150,7 +150,7 @@ class Rendezvous:
             spare = [link.host.name for link in links if link.host not in world.hosts and link.host.name not in reasons]
             reasons |= dict.fromkeys(spare, SPARE)
             if reasons:
-                self.tell(f"without {_format_reasons(reasons)}")
+                self.log(f"without {_format_reasons(reasons)}")
             world = self._keep_compared(world)
         except UserError:
             for link in links:
@@ -180,7 +180,7 @@ class Rendezvous:
         else:
             few = f"no number of the others from {self._fewest} (min_nodes) to {len(others)} fits the run"
             few = few if len(others) >= self._fewest else f"the run is to have {self._fewest} hosts (min_nodes)"
-            self.tell(f"host {', '.join(failing)}: {FAILS}; it stays, because {few}")
+            self.log(f"host {', '.join(failing)}: {FAILS}; it stays, because {few}")
         return world
 
     def _keep_compared(self, world: World) -> World:
@@ -199,7 +199,7 @@ class Rendezvous:
                 fix="fix the hosts that are out, or lower min_compared",
             )
         if fewer is not None:
-            self.tell(fewer)
+            self.log(fewer)
         return world
 
     def _await_port(self, head: Link, links: Sequence[Link]) -> Message | None:

@@ -38,7 +38,7 @@ HONOURS = frozenset(
 )
 """Slurm itself chooses the hosts."""
 SCRIPT = "slurm.sbatch"
-VERDICT = "m3i_scale.launch.exit_reason"
+EXIT_REASON = "m3i_scale.launch.exit_reason"
 """Reports the failure reason of a run, once for all ranks."""
 NOTICE_S = 120
 """Ranks are signaled this many seconds before the time limit."""
@@ -143,7 +143,7 @@ def _body(job: Job) -> list[str]:
     lines += ["", f"rm -f {files}  # of ranks of an earlier attempt"]
     lines += ["", *_SIGNALS, _srun(job), "code=$?"]
     if cluster.container_image is None:
-        words = f'{shlex.quote(job.python)} -m {VERDICT} {folder} "$code" "$SLURM_NTASKS"'
+        words = f'{shlex.quote(job.python)} -m {EXIT_REASON} {folder} "$code" "$SLURM_NTASKS"'
         lines.append(f'[ "$code" -eq {EXIT_PREEMPTED} ] || {words}')
     if cluster.requeue:
         lines += [

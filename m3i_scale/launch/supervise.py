@@ -12,13 +12,13 @@ from typing import IO, Literal
 
 from m3i_scale.config import TimeoutsConfig
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch.failures import Failure, first_cause
+from m3i_scale.launch.failures import Failure, root_cause
 from m3i_scale.launch.link import Inbox, Link, RemoteShell
-from m3i_scale.launch.progress import Progress, Stragglers
+from m3i_scale.launch.progress import Progress
 from m3i_scale.launch.wire import BEAT_S, Message
 from m3i_scale.output import write_stderr
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 Request = Literal["none", "stop", "stop once begun", "end"]
 """`stop` makes the ranks of an attempt save and exit, or ends them if training has not begun. `stop once begun` waits
 until training has begun, so that the start is not wasted. `end` ends them."""
@@ -40,7 +40,6 @@ class AttemptResult:
     """Hosts that were disconnected or went down."""
     first_step: int | None = None
     last_step: int | None = None
-    slow: list[str] = field(default_factory=list)
     left: dict[str, list[int]] = field(default_factory=dict)
     """By host, processes that could not be ended."""
 
@@ -99,7 +98,7 @@ class Attempt:
         timeouts: timeouts of the run; the process group's timeouts fire first.
         address: address of rank 0's host, and the port there.
         logs: log files of the ranks.
-        tell: prints a line for the user.
+        log: prints a line for the user.
     """
 
     def __init__(
@@ -111,10 +110,10 @@ class Attempt:
         timeouts: TimeoutsConfig,
         address: tuple[str, int],
         logs: Logs,
-        tell: Tell,
+        log: Log,
     ) -> None:
         self._links, self._inbox, self._site, self._timeouts = list(links), inbox, site, timeouts
-        self._command, self._address, self._logs, self._tell = list(command), address, logs, tell
+        self._command, self._address, self._logs, self._log = list(command), address, logs, log
         self._running: dict[int, Link] = {}
         self._failures: list[Failure] = []
         self._codes: dict[int, int] = {}
@@ -122,9 +121,9 @@ class Attempt:
         self._over = False
         self._outcome = AttemptResult("failed")
         self._world = sum(link.host.slots for link in links)
-        self._progress, self._stragglers = Progress(timeouts), Stragglers()
+        self._progress = Progress(timeouts)
         self._deadline: float | None = None
-        self._asked: float | None = None
+        self._stop_requested: float | None = None
         self._beat = 0.0
 
     def run(self, requested: Callable[[], Request]) -> AttemptResult:
@@ -135,16 +134,16 @@ class Attempt:
         """
         self._start()
         while self._running:
-            self._hear()
+            self._receive()
             self._beat_hosts()
             self._poll()
             request = requested()
             if request == "end":
                 break
-            if request != "none" and not self._ask() and request == "stop":
+            if request != "none" and not self._request_stop() and request == "stop":
                 break
             if self._deadline is not None and time.monotonic() > self._deadline:
-                self._blame_who_stayed()
+                self._report_hang()
                 break
         self._clean()
         return self._conclude()
@@ -155,9 +154,7 @@ class Attempt:
             slots = link.host.slots
             ranks = [self._variables(first + local, local, slots) for local in range(slots)]
             environment = dict(self._site.environment)
-            if self._site.python_path:
-                environment["PYTHONPATH"] = self._site.python_path
-            link.heard = time.monotonic()
+            link.last_message = time.monotonic()
             link.send("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
             self._running |= {first + local: link for local in range(slots)}
             first += slots
@@ -172,7 +169,7 @@ class Attempt:
             "MASTER_PORT": str(self._address[1]),
         }
 
-    def _hear(self, timeout_s: float = _TICK_S) -> None:
+    def _receive(self, timeout_s: float = _TICK_S) -> None:
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -180,35 +177,28 @@ class Attempt:
             except queue.Empty:
                 return
             if link in self._links:
-                self._take(link, message)
+                self._handle(link, message)
 
-    def _take(self, link: Link, message: Message) -> None:
+    def _handle(self, link: Link, message: Message) -> None:
         name, kind = link.host.name, message["kind"]
         if kind == "log":
             self._logs.add(name, message["rank"], message["text"])
         elif kind == "beat":
-            self._take_beat(name, message)
+            self._progress.beat(name, message, self._running)
         elif kind == "exit":
-            self._take_exit(name, message)
+            self._handle_exit(name, message)
         elif kind == "bye":
             if message["left"]:
                 self._outcome.left[name] = message["left"]
             self._gone.add(name)
         elif kind == "gone":
             # An agent that sent `bye` without a request has failed, or has received nothing from here for too long.
-            asked = self._over and name in self._gone
+            expected = self._over and name in self._gone
             self._gone.add(name)
-            if not asked and any(other is link for other in self._running.values()):
+            if not expected and any(other is link for other in self._running.values()):
                 self._lose(link, f"the connection to the host ended: {link.error()}")
 
-    def _take_beat(self, name: str, message: Message) -> None:
-        self._progress.beat(name, message, self._running)
-        slow = self._stragglers.see(name, message["beats"], self._world)
-        if slow is not None:
-            self._outcome.slow.append(str(slow))
-            self._tell(str(slow))
-
-    def _take_exit(self, name: str, message: Message) -> None:
+    def _handle_exit(self, name: str, message: Message) -> None:
         rank, code = message["rank"], message["code"]
         self._running.pop(rank, None)
         self._codes[rank] = code
@@ -224,7 +214,7 @@ class Attempt:
         first = not self._failures
         self._failures.append(failure)
         if first:
-            self._tell(f"{failure.where()}: {failure.message.splitlines()[0] if failure.message else failure.kind}")
+            self._log(f"{failure.where()}: {failure.message.splitlines()[0] if failure.message else failure.kind}")
         until = time.monotonic() + grace_s
         self._deadline = until if first or self._deadline is None else min(self._deadline, until)
 
@@ -236,8 +226,8 @@ class Attempt:
             del self._running[rank]
         self._gone.add(name)
         self._outcome.lost.append(name)
-        heard = time.time() - (time.monotonic() - link.heard)
-        failure = Failure(heard, name, None, beat.get("step"), beat.get("phase"), "host", why)
+        last_message = time.time() - (time.monotonic() - link.last_message)
+        failure = Failure(last_message, name, None, beat.get("step"), beat.get("phase"), "host", why)
         self._fail(failure, _LOST_GRACE_S)
 
     def _beat_hosts(self) -> None:
@@ -252,18 +242,22 @@ class Attempt:
         now = time.monotonic()
         for link in self._links:
             running = any(other is link for other in self._running.values())
-            if running and now - link.heard > self._site.silence_s:
-                self._lose(link, f"the host has said nothing for {self._site.silence_s:g} s: it is down or cut off")
+            if running and now - link.last_message > self._site.silence_s:
+                self._lose(link, f"no message from the host for {self._site.silence_s:g} s: it is down or disconnected")
         # All ranks must hang: while one saves alone, the others only wait for it.
-        if self._running and not self._failures and all(map(self._progress.stands_still, self._running)):
-            self._blame_who_stayed()
-        if self._asked is not None and now - self._asked > self._timeouts.startup_s and not self._failures:
-            self._blame_who_stayed()
+        if self._running and not self._failures and all(map(self._progress.hangs, self._running)):
+            self._report_hang()
+        if (
+            self._stop_requested is not None
+            and now - self._stop_requested > self._timeouts.startup_s
+            and not self._failures
+        ):
+            self._report_hang()
 
-    def _blame_who_stayed(self) -> None:
+    def _report_hang(self) -> None:
         """If no other cause is known, blame the running rank with the fewest steps, because it neither progresses nor
         ends."""
-        cause = first_cause(self._failures)
+        cause = root_cause(self._failures)
         if not self._running or (cause is not None and not cause.is_consequence):
             return
         rank = self._progress.furthest_behind(self._running)
@@ -272,15 +266,15 @@ class Attempt:
         at = beat["changed"] + self._progress.ahead_s(link.host.name)
         self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
 
-    def _ask(self) -> bool:
+    def _request_stop(self) -> bool:
         """Ask all ranks to save and exit, once. Return False if the loop has not begun: there is nothing to save, and
         the signal would only kill them."""
         begun = [self._progress.beat_of(rank)["step"] >= 0 for rank in self._running]
-        if self._asked is None and all(begun):
-            self._asked = time.monotonic()
+        if self._stop_requested is None and all(begun):
+            self._stop_requested = time.monotonic()
             for link in self._links:
                 link.send("signal", number=int(signal.SIGUSR2))
-        return any(begun) or self._asked is not None
+        return any(begun) or self._stop_requested is not None
 
     def _clean(self) -> None:
         """Clean up all processes: agents end their ranks and report it; unreachable agents end their ranks without a
@@ -290,7 +284,7 @@ class Attempt:
             link.send("end")
         deadline = time.monotonic() + _BYE_S
         while time.monotonic() < deadline and any(link.host.name not in self._gone for link in self._links):
-            self._hear()
+            self._receive()
         for link in self._links:
             link.drop() if link.host.name in self._outcome.lost else link.close()
         self._logs.close()
@@ -298,7 +292,7 @@ class Attempt:
     def _conclude(self) -> AttemptResult:
         outcome, progress = self._outcome, self._progress
         outcome.first_step, outcome.last_step = progress.first_step, progress.last_step
-        cause = first_cause(self._failures)
+        cause = root_cause(self._failures)
         if cause is not None:
             outcome.status, outcome.cause = "failed", cause
             outcome.others = [other for other in self._failures if other is not cause]
@@ -307,5 +301,5 @@ class Attempt:
         elif len(self._codes) == self._world and all(code in (0, EXIT_PREEMPTED) for code in self._codes.values()):
             outcome.status = "preempted"  # all exited by themselves, after saving
         if self._logs.error is not None:
-            self._tell(self._logs.error)
+            self._log(self._logs.error)
         return outcome

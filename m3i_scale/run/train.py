@@ -41,7 +41,7 @@ from m3i_scale.scale.deepspeed.resolve import explain_table
 from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.scale.engine import awaited_optimizer
 from m3i_scale.scale.output_dir import RANK_RECORDS, launch_of, lock_directory
-from m3i_scale.scale.process_group import count_waits, start_ranks, stop_ranks
+from m3i_scale.scale.process_group import start_ranks, stop_ranks
 from m3i_scale.scale.shared_dir import check_shared
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
@@ -83,8 +83,7 @@ def start(run: RunConfig, warnings: Sequence[str] = (), make_hooks: Sequence[Mak
             )
             clean = False
             try:
-                with count_waits(heartbeat.waited) if heartbeat.has_reader else contextlib.nullcontext():
-                    status = train(run, ranks, callbacks, heartbeat, resolve, workers, warnings, make_hooks)
+                status = train(run, ranks, callbacks, heartbeat, resolve, workers, warnings, make_hooks)
                 clean = True
             finally:
                 stop_ranks(wait=clean)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import socket
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -94,30 +90,6 @@ def set_timeout(timeout_s: float) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from groups with backends that have no timeout
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-
-
-@contextlib.contextmanager
-def count_waits(told: Callable[[float], None]) -> Iterator[None]:
-    """Report the time that this process waits in collectives. Collectives of an accelerator do not block the process.
-
-    Args:
-        told: called with the seconds of one wait.
-    """
-    waits = dist.Work.wait
-
-    @functools.wraps(waits)
-    def wait(work: dist.Work, *arguments: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return waits(work, *arguments)
-        finally:
-            told(time.perf_counter() - started)
-
-    dist.Work.wait = wait  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        dist.Work.wait = waits  # type: ignore[method-assign]
 
 
 def stop_ranks(*, wait: bool) -> None:

@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_ends_the_run_on_all_hosts_and_is_told(
     cause = json.loads((tmp_path / "out" / "failure.json").read_text())["cause"]
     assert (cause["host"], cause["rank"], cause["kind"]) == ("node1", 1, "silent")
     assert cause["step"] >= 1
-    assert process.text().count("first cause: the rank ended without a word") == 1
+    assert process.text().count("root cause: the rank ended without an error report") == 1
 
 
 @pytest.mark.slow

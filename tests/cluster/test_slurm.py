@@ -186,7 +186,7 @@ def test_a_rank_that_dies_ends_the_job_everywhere(cluster: Slurm, reference: Pat
     cause = failure(tmp_path / "run")
     assert (cause["rank"], cause["kind"]) == (1, "silent")
     assert cause["step"] >= 1
-    assert job.log().count("first cause: the rank ended without a word") == 1
+    assert job.log().count("root cause: the rank ended without an error report") == 1
 
 
 def test_a_mistake_is_told_and_not_repeated(cluster: Slurm, reference: Path, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_mistake_is_told_and_not_repeated(cluster: Slurm, reference: Path, tmp
     assert "/nowhere" in job.log()
     assert job.starts == 1
     assert failure(tmp_path / "run")["kind"] == "user_error"
-    assert job.log().count("first cause: ") == 1
+    assert job.log().count("root cause: ") == 1
 
 
 ELASTIC = """\

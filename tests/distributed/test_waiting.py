@@ -1,4 +1,4 @@
-"""How long ranks wait for each other: as long as they were told last, and what they waited is counted."""
+"""How long ranks wait for each other: as long as they were told last."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import os, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
-from m3i_scale.scale.process_group import count_waits, set_timeout
+from m3i_scale.scale.process_group import set_timeout
 
 rank, done = int(os.environ["RANK"]), Path(sys.argv[1])
 dist.init_process_group("gloo", timeout=timedelta(hours=1))
 other = dist.new_group([0, 1])
-waited = []
-with count_waits(waited.append):
-    dist.all_reduce(torch.ones(1), group=other)
-    dist.barrier()
-assert len(waited) == 2 and min(waited) > 0, waited
+dist.all_reduce(torch.ones(1), group=other)
+dist.barrier()
 set_timeout(1.0)
 if rank == 1:
     while not done.exists():
@@ -31,7 +28,6 @@ for group in (None, other):
         dist.all_reduce(torch.ones(1), group=group)
     except RuntimeError as error:
         print("ended:", error)
-assert len(waited) == 2
 done.touch()
 os._exit(0)
 """

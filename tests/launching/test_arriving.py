@@ -16,7 +16,7 @@ from launch_case import COUNTED, TWO_HOSTS, Teller, a_job, a_script, path_with
 from m3i_scale.launch.commands import render
 from m3i_scale.launch.execute import write_files
 from m3i_scale.launch.plan import LaunchPlan
-from m3i_scale.launch.slurm import VERDICT
+from m3i_scale.launch.slurm import EXIT_REASON
 
 NASTY = (
     "a b",
@@ -71,7 +71,7 @@ def the_job(teller: Teller, text: str, value: str, **fields: object):
 
 
 def assert_arrived(teller: Teller, value: str, override: str, starts: int) -> list[dict[str, str]]:
-    told = [start for start in teller.take() if VERDICT not in start[0]]
+    told = [start for start in teller.take() if EXIT_REASON not in start[0]]
     assert len(told) == starts
     for arguments, environment in told:
         assert override in arguments

@@ -1,4 +1,4 @@
-"""Which hosts make a world, and which host is slow."""
+"""Which hosts make a world."""
 
 import io
 import socket
@@ -11,10 +11,9 @@ from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
 from m3i_scale.launch.agent import Agent
 from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.failures import Failure
-from m3i_scale.launch.heartbeat import PHASES
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import HostError, Inbox, Link, RemoteShell
-from m3i_scale.launch.progress import STEPS, Progress, Stragglers
+from m3i_scale.launch.progress import Progress
 from m3i_scale.launch.rendezvous import HostHistory, Policy, Work
 from m3i_scale.launch.supervise import Attempt, AttemptResult, Logs
 from m3i_scale.launch.wire import decode
@@ -66,39 +65,14 @@ def test_workers_share_out_the_streams_of_a_rank():
     assert micro_batch_for(run, 4) is None  # six streams, four workers
 
 
-def beat(step: int, forward_s: float, backward_s: float = 0.1) -> dict[str, Any]:
-    worked = dict.fromkeys(PHASES, 0.0) | {"forward": step * forward_s, "backward": step * backward_s}
-    return {"step": step, "worked_s": worked}
-
-
-def told(seconds: dict[str, float], steps: int) -> list[Any]:
-    watcher, found = Stragglers(), []
-    for step in range(1, steps + 1):
-        for number, (host, own) in enumerate(seconds.items()):
-            found.append(watcher.see(host, {str(number): beat(step, own)}, len(seconds)))
-    return [slow for slow in found if slow is not None]
-
-
-def test_a_slow_host_is_told_once_with_its_phase():
-    (slow,) = told({"node0": 0.1, "node1": 2.0, "node2": 0.1}, 5 * STEPS)
-    assert (slow.host, slow.phase) == ("node1", "forward")
-    assert slow.own_s == pytest.approx(2.1)
-    assert slow.others_s == pytest.approx(0.2)
-
-
-def test_hosts_that_differ_a_little_are_not_slow():
-    assert told({"node0": 0.1, "node1": 0.3, "node2": 0.1}, 5 * STEPS) == []
-    assert told({"node0": 5.0}, 5 * STEPS) == []
-
-
-def test_a_rank_stands_still_beyond_its_time_out_and_the_one_that_has_done_least_is_furthest_behind():
+def test_a_rank_hangs_beyond_its_time_out_and_the_one_that_has_done_least_is_furthest_behind():
     progress = Progress(TimeoutsConfig(startup_s=3600.0, collective_s=1.0))
     beats = {
         str(rank): {"step": 4, "began": 2, "phase": phase, "changed": 0.0}
         for rank, phase in enumerate(("backward", "forward", "save"))
     }
     progress.beat("node0", {"time": 100.0, "beats": beats}, {0, 1, 2})
-    assert [progress.stands_still(rank) for rank in range(4)] == [True, True, False, False]
+    assert [progress.hangs(rank) for rank in range(4)] == [True, True, False, False]
     assert progress.furthest_behind([0, 1, 2]) == 1
     assert progress.furthest_behind([0, 1, 2, 3]) == 3  # of which nothing has been seen
     assert (progress.first_step, progress.last_step) == (2, 4)
@@ -169,8 +143,8 @@ def an_attempt(link: Link, output_dir: Path) -> Attempt:
 def test_an_agent_that_says_good_bye_unasked_is_the_cause_with_its_own_words(tmp_path):
     link = cast(Link, Failed())
     attempt = an_attempt(link, tmp_path)
-    attempt._take(link, {"kind": "bye", "left": []})
-    attempt._take(link, {"kind": "gone"})
+    attempt._handle(link, {"kind": "bye", "left": []})
+    attempt._handle(link, {"kind": "gone"})
     outcome = attempt._conclude()
     assert outcome.lost == ["node1"]
     assert outcome.cause is not None
@@ -182,7 +156,7 @@ def test_ranks_that_were_ended_before_they_began_have_saved_nothing(tmp_path):
     ended = an_attempt(link, tmp_path)
     assert ended._conclude().status == "failed"
     saved = an_attempt(link, tmp_path)
-    saved._take(link, {"kind": "exit", "rank": 0, "code": 75, "failure": None, "beat": None})
+    saved._handle(link, {"kind": "exit", "rank": 0, "code": 75, "failure": None, "beat": None})
     assert saved._conclude().status == "preempted"
     launch = Launch(some_work(), Policy(), lambda text: None)
     launch._signals = 1

@@ -16,7 +16,7 @@ from launch import ROOT, environment
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_PREEMPTED
 from m3i_scale.launch import link
-from m3i_scale.launch.attempts import Launch, new_launch
+from m3i_scale.launch.attempts import Launch
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.link import Inbox, RemoteShell, connect
 from m3i_scale.launch.processes import MARK
@@ -49,9 +49,8 @@ def hosts_are_this_machine(monkeypatch):
 
 def a_site(folder: Path) -> RemoteShell:
     paths = environment()["PYTHONPATH"]
-    on_cpus = {"DS_ACCELERATOR": "cpu"}
     return RemoteShell(
-        sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus
+        sys.executable, str(folder), str(folder / "out"), environment={"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
     )
 
 

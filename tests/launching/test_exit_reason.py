@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from m3i_scale.launch.execute import LaunchResult, execute
-from m3i_scale.launch.exit_reason import conclude, main, write_verdict
+from m3i_scale.launch.exit_reason import conclude, main, report_failure
 from m3i_scale.launch.failures import Failure, read_records, write_failure, write_record
 from m3i_scale.launch.plan import Command, LaunchPlan
 from m3i_scale.scale.output_dir import FAILURE, RANK_RECORDS
@@ -47,8 +47,8 @@ def test_a_killed_rank_is_told_with_its_signal_and_the_step_that_others_know(tmp
     assert ending.code == 137
     found = cause(tmp_path)
     assert (found["rank"], found["kind"], found["exit_code"], found["step"]) == (1, "signal", -9, 2)
-    assert told.startswith("first cause: the rank was ended by signal 9 (SIGKILL)\n")
-    assert told.count("first cause") == 1
+    assert told.startswith("root cause: the rank was ended by signal 9 (SIGKILL)\n")
+    assert told.count("root cause") == 1
     assert "1 × RuntimeError: [gloo/transport" in told
     assert str(tmp_path / FAILURE) in told
 
@@ -57,7 +57,7 @@ def test_where_nobody_sees_the_ranks_the_one_that_said_nothing_is_told(tmp_path)
     _, told = ranks(tmp_path, "kill@1@3", "patient@0", ranks=False)
     found = cause(tmp_path)
     assert (found["rank"], found["kind"], found["step"]) == (1, "silent", 2)
-    assert "the rank ended without a word" in told
+    assert "the rank ended without an error report" in told
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -95,10 +95,10 @@ def test_what_is_preempted_or_interrupted_has_not_failed(tmp_path):
     write_failure(tmp_path, Failure(1.0, "node1", 0, 1, "step", "exit", "of an earlier launch"), [])
     plan = LaunchPlan("test", tmp_path, (), (Command(("torchrun",)),), tmp_path)
     assert conclude(tmp_path, failed(75), plan, 2) is None
-    assert conclude(tmp_path, failed(143, asked=1), plan, 2) is None  # by the signal, before it could save
+    assert conclude(tmp_path, failed(143, stop_requests=1), plan, 2) is None  # by the signal, before it could save
     write_record(tmp_path / RANK_RECORDS, record(0, "exception", "KeyboardInterrupt: "))
-    assert conclude(tmp_path, failed(130, asked=1), plan, 2) is None
-    assert conclude(tmp_path, failed(130, asked=2), plan, 2) is None
+    assert conclude(tmp_path, failed(130, stop_requests=1), plan, 2) is None
+    assert conclude(tmp_path, failed(130, stop_requests=2), plan, 2) is None
     assert cause(tmp_path)["message"] == "of an earlier launch"
 
 
@@ -108,23 +108,23 @@ def record(rank, kind, message="x", time=1.0, **more):
 
 def test_of_several_that_say_nothing_none_is_named_the_first(tmp_path):
     """A launcher ends those that are left: what is blocked in a collective dies like the one that was killed."""
-    told = write_verdict(tmp_path, 1, [record(0, "silent"), record(1, "silent")], 2)
-    assert "ranks 0, 1 ended without a word" in told
+    told = report_failure(tmp_path, 1, [record(0, "silent"), record(1, "silent")], 2)
+    assert "ranks 0, 1 ended without an error report" in told
     assert "which was the first is not known" in told
     assert cause(tmp_path)["rank"] is None
 
 
 def test_a_rank_that_never_began_is_named_beside_those_that_were_ended_for_it(tmp_path):
-    told = write_verdict(tmp_path, 1, [record(0, "silent")], 2)
+    told = report_failure(tmp_path, 1, [record(0, "silent")], 2)
     assert "rank 1 left nothing: ended before it began" in told
     assert cause(tmp_path)["rank"] is None
 
 
 def test_what_fails_while_others_save_is_told(tmp_path):
     words = [record(0, "silent"), record(1, "user_error", "the disk is full", exit_code=2)]
-    assert "first cause: the disk is full" in write_verdict(tmp_path, 75, words, 2)
+    assert "root cause: the disk is full" in report_failure(tmp_path, 75, words, 2)
     assert (
-        write_verdict(tmp_path, 75, [record(0, "silent"), record(1, "exception", "Connection closed by peer")], 2)
+        report_failure(tmp_path, 75, [record(0, "silent"), record(1, "exception", "Connection closed by peer")], 2)
         is None
     )
 
@@ -135,26 +135,26 @@ def test_an_end_that_was_forced_keeps_what_the_rank_has_said(tmp_path):
     write_record(tmp_path / RANK_RECORDS, record(1, "exception", "Timed out waiting 1000ms", 2.0))
     plan = LaunchPlan("test", tmp_path, (), (), tmp_path, ranks=True)
     ending = LaunchResult(code=1, codes=[-15, 1], times=[62.0, 2.0], forced={0})
-    assert "first cause: ValueError: the real cause" in conclude(tmp_path, ending, plan, 2)
+    assert "root cause: ValueError: the real cause" in conclude(tmp_path, ending, plan, 2)
 
 
 def test_no_secret_stands_in_what_is_written_or_told(tmp_path):
-    told = write_verdict(tmp_path, 1, [record(0, "exception", "403: https://me:plutonium@h/a.tar?sig=plutonium")], 1)
+    told = report_failure(tmp_path, 1, [record(0, "exception", "403: https://me:plutonium@h/a.tar?sig=plutonium")], 1)
     assert "403: https://" in told
     assert "plutonium" not in told + (tmp_path / FAILURE).read_text()
 
 
 def test_a_kill_after_a_request_to_stop_is_told_all_the_same(tmp_path):
     """Out of memory while it saves."""
-    write_record(tmp_path / RANK_RECORDS, record(0, "silent", "ended without a word"))
+    write_record(tmp_path / RANK_RECORDS, record(0, "silent", "ended without an error report"))
     plan = LaunchPlan("test", tmp_path, (), (Command(("torchrun",)),), tmp_path)
-    assert "without a word" in conclude(tmp_path, failed(137, asked=1), plan, 1)
+    assert "without an error report" in conclude(tmp_path, failed(137, stop_requests=1), plan, 1)
 
 
 def test_a_command_that_starts_no_rank_is_told_itself(tmp_path):
     plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2", "…", "x" * 500)),), tmp_path)
     told = conclude(tmp_path, failed(255), plan, 2)
-    assert "no rank has left a word (exit code 255): ssh node2" in told
+    assert "no rank reported an error (exit code 255): ssh node2" in told
     assert len(told) < 700
     assert cause(tmp_path)["rank"] is None
 
@@ -173,14 +173,14 @@ def test_a_job_script_says_the_same_at_its_end(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["verdict", str(tmp_path), "1", "2"])
     main()
-    assert capsys.readouterr().err.startswith("first cause: RuntimeError: the cause: a value that nobody thought of\n")
+    assert capsys.readouterr().err.startswith("root cause: RuntimeError: the cause: a value that nobody thought of\n")
     assert cause(tmp_path)["rank"] == 0
 
 
 def test_a_host_that_ssh_does_not_reach_is_named(tmp_path):
     plan = LaunchPlan("test", tmp_path, (), (Command(("ssh", "node2", "x"), host="node2"),), tmp_path)
     told = conclude(tmp_path, failed(255), plan, 2)
-    assert "first cause: ssh did not reach the host, or lost it (exit code 255)" in told
+    assert "root cause: ssh did not reach the host, or lost it (exit code 255)" in told
     assert "where: host node2" in told
 
 
@@ -208,7 +208,7 @@ def test_an_ssh_that_the_launch_has_ended_itself_is_no_lost_host(tmp_path):
 
 def test_ranks_of_several_hosts_that_say_nothing_blame_none_of_them(tmp_path):
     silent = [record(0, "silent"), Failure(2.0, "node2", 1, None, None, "silent", "x")]
-    write_verdict(tmp_path, 1, silent, 2)
+    report_failure(tmp_path, 1, silent, 2)
     assert cause(tmp_path)["host"] == "node1, node2"
 
 

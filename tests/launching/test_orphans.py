@@ -84,7 +84,7 @@ def launched(request, tmp_path, shards):
         launch.end()
 
 
-def test_a_rank_that_is_killed_is_the_first_cause(launched):
+def test_a_rank_that_is_killed_is_the_root_cause(launched):
     launched.ranks["1"].kill()
     assert launched.process.wait(WAIT_S) not in (0, 2, 75)
     launched.until(launched.gone)
@@ -93,7 +93,7 @@ def test_a_rank_that_is_killed_is_the_first_cause(launched):
     assert (cause["rank"], cause["host"]) == (1, os.uname().nodename)
     assert cause["kind"] == ("signal" if launched.launcher == "local" else "silent")
     assert cause["step"] >= 1
-    assert said.count("first cause: ") == 1
+    assert said.count("root cause: ") == 1
 
 
 def test_a_launch_that_is_killed_takes_its_ranks_with_it(launched):

@@ -26,7 +26,7 @@ NOTE_S = 5.0
 """A network file system may show a new file with a delay."""
 _GRACE_S = 5.0
 """The master node waits this much longer for the others than they wait for it."""
-_ASK_AGAIN_S = 0.2
+_RETRY_S = 0.2
 _MIN_BYTES, _MAX_BYTES = 1 << 20, 64 << 20
 _TARGET_S = 0.2
 """Approximate time per collective: a slow network is measured with fewer bytes."""
@@ -84,9 +84,9 @@ def reach(address: str, port: int, seconds: float) -> float:
             with socket.create_connection((address, port), timeout=max(0.1, until - time.monotonic())):
                 return (time.perf_counter() - began) * 1e3
         except OSError:
-            if time.monotonic() + _ASK_AGAIN_S > until:
+            if time.monotonic() + _RETRY_S > until:
                 raise
-        time.sleep(_ASK_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
 def open_store(address: str, port: int, *, master: bool, seconds: float, several: bool = False) -> TCPStore:
@@ -124,7 +124,7 @@ def _members(store: TCPStore, hosts: Sequence[str], own: str, join_s: float) -> 
             came = [host for host in hosts if store.check([f"here/{host}"])]
             if len(came) == len(hosts) or time.monotonic() > until:
                 break
-            time.sleep(_ASK_AGAIN_S)
+            time.sleep(_RETRY_S)
         store.set("members", " ".join(came))
     store.wait(["members"], timedelta(seconds=2 * join_s + 2 * _GRACE_S))
     return store.get("members").decode().split(" ")
