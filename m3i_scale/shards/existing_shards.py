@@ -255,6 +255,12 @@ def _common(source: str, file: str, read: Callable[[Path], ResultT]) -> ResultT:
     return first
 
 
+def tokenizer_folder(source: str) -> Path | None:
+    """Return the tokenizer in the folder of a dataset's first shard or in its parent; None if there is none."""
+    folder = local_shards(source)[0].parent
+    return next((path for path in (folder / "tokenizer", folder.parent / "tokenizer") if path.is_dir()), None)
+
+
 def _json_object(data: bytes | None, where: str) -> dict[str, Any]:
     """Parse the JSON file of a sample; empty if there is none."""
     try:

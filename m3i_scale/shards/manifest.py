@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def _row_record(
         label = _label_number(row.get(columns.label), numbers, where)
     except DataError as error:
         fault = error
-    caption, mask = row.get(columns.caption), _mask_path(row, columns, root)
+    caption, mask_name = row.get(columns.caption), row.get(columns.mask) if columns.mask else None
+    mask = root / str(mask_name) if mask_name else None
     return Record(
         key=f"{number:09d}",
         image=path,
@@ -86,11 +87,6 @@ def _further(row: dict[str, Any], columns: TableColumns) -> dict[str, Any]:
         for name, value in row.items()
         if name not in known and value is not None
     }
-
-
-def _mask_path(row: dict[str, Any], columns: TableColumns, root: Path) -> Path | None:
-    name = None if columns.mask is None else row.get(columns.mask)
-    return root / str(name) if name else None
 
 
 def _label_number(value: Any, numbers: dict[str, int], where: str) -> int | None:
@@ -119,33 +115,25 @@ def _is_integer(text: str) -> bool:
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a CSV, TSV, Parquet or JSON-lines file; empty cells of CSV and TSV become None."""
-    readers: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        ".csv": lambda: list(_read_csv(path, ",")),
-        ".tsv": lambda: list(_read_csv(path, "\t")),
-        ".parquet": lambda: list(read_rows(path)),
-        ".jsonl": lambda: list(_read_jsonl(path)),
-    }
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": read_rows, ".jsonl": _read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"a manifest ends on one of {', '.join(readers)}", where=str(path))
     with reading(path, UnicodeDecodeError, csv.Error):
-        rows = reader()
+        rows = list(reader(path))
     if not rows:
         raise DataError("the manifest has no rows", where=str(path))
     return rows
 
 
-def _read_csv(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as stream:
         for row in csv.DictReader(stream, delimiter=delimiter, restkey=""):
             if "" in row:
-                raise DataError("a row has more cells than the header", where=f"{path}, line {_row_name(row)}")
+                first = next(iter(row.values()))
+                raise DataError("a row has more cells than the header", where=f"{path}, line {first!r}")
             yield {name: value or None for name, value in row.items()}
-
-
-def _row_name(row: dict[str, Any]) -> str:
-    """Return the first cell of a CSV row, which names the row in errors."""
-    return repr(next(iter(row.values())))
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from m3i_scale.shards.existing_shards import (
     common_labels,
     contents,
     outlines,
+    tokenizer_folder,
 )
 from m3i_scale.shards.layout import WHOLE, plan_layout
 from m3i_scale.shards.options import ShardOptions
@@ -192,12 +193,10 @@ def _copy_tokenizer(sources: Sequence[str], folder: Path) -> bool:
     """Copy the tokenizer if all datasets have the same one; return whether it was copied."""
     tokenizers = []
     for source in sources:
-        shard_folder = local_shards(source)[0].parent
-        near = [parent / "tokenizer" for parent in (shard_folder, shard_folder.parent)]
-        existing = [path for path in near if path.is_dir()]
-        if not existing:
+        tokenizer = tokenizer_folder(source)
+        if tokenizer is None:
             return False
-        tokenizers.append(existing[0])
+        tokenizers.append(tokenizer)
     names = sorted(path.name for path in tokenizers[0].iterdir() if path.is_file())
     for tokenizer in tokenizers[1:]:
         if filecmp.cmpfiles(tokenizers[0], tokenizer, names, shallow=False)[0] != names:

@@ -26,7 +26,7 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.defaults import MAX_TOKENS
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.check import image_extensions
-from m3i_scale.shards.existing_shards import Advance, read_shards, readable_samples
+from m3i_scale.shards.existing_shards import Advance, read_shards, readable_samples, tokenizer_folder
 
 EXAMPLES = 5
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -180,10 +180,13 @@ def stats_of(
         max_tokens: captions are truncated to this length; None: `MAX_TOKENS`.
     """
     paths = local_shards(source)
-    name = tokenizer_for(paths[0].parent, tokenizer)
-    if name is None and max_tokens is not None:
+    name = tokenizer or tokenizer_folder(source)
+    tokenization = None
+    if name is not None:
+        tokenization = Tokenization(str(name), max_tokens or MAX_TOKENS)
+        _tokenizer(tokenization.tokenizer)  # raises an error before shards are read
+    elif max_tokens is not None:
         raise ConfigError("--max-tokens has no effect: no tokenizer lies beside the shards", fix="add --tokenizer")
-    tokenization = None if name is None else Tokenization(name, max_tokens or MAX_TOKENS)
     total = ShardStats()
     tasks = [StatsTask(path, max_pixels, tokenization) for path in paths]
     with Digests() as images, Digests() as captions:
@@ -289,16 +292,6 @@ def _token_report(counts: Counter[str], tokenization: Tokenization) -> dict[str,
         "captions_stripped": stripped,
         "warnings": [text for text, applies in warnings.items() if applies],
     }
-
-
-def tokenizer_for(folder: Path, configured: str | None) -> str | None:
-    """Return the configured tokenizer (a folder or Hub id), or the one of the shards in a folder; None if there is
-    neither."""
-    near = [str(path) for path in (folder / "tokenizer", folder.parent / "tokenizer") if path.is_dir()]
-    name = configured or (near[0] if near else None)
-    if name is not None:
-        _tokenizer(name)
-    return name
 
 
 @functools.cache
