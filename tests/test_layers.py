@@ -85,8 +85,6 @@ def faults_of(room: str, source: str, *, standalone: bool = False) -> list[str]:
             faults.append(f"line {line}: an export would not find {name}")
         elif top == "m3i_scale":
             other = room_in(rest)
-            if other == "tasks":
-                continue  # packages.toml lists who may import it
             if other in LEVELS and other != room and LEVELS[other] >= LEVELS[room]:
                 faults.append(f"line {line}: {room} imports {other}")
             elif other not in LEVELS and other != "__version__":

@@ -63,7 +63,7 @@ class BackboneTask(Task):
         checks."""
         if not erasing:
             return []
-        from m3i_scale.tasks.erasing import Erasing
+        from m3i_scale.tasks.timm_augmentation import Erasing
 
         return [Erasing(erasing, objective.pixel_norm)]
 

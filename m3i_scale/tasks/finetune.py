@@ -6,19 +6,24 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from m3i_scale.backbones.build import backbone_config
-from m3i_scale.config import OptimConfig, RunConfig, load_run, read_yaml
+from safetensors.torch import save_file
+
+from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
+from m3i_scale.backbones.first_values import draw_first_values
+from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run, read_yaml
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.files import read_json, sha256_of
+from m3i_scale.files import atomic_dir, read_json, sha256_of, sha256_of_json
 from m3i_scale.hub.export import export
 from m3i_scale.hub.push import PROVENANCE
 from m3i_scale.hub.source import Source, find_source
 from m3i_scale.hub.write import ExportContents, plan_parts
 from m3i_scale.hub.write import Task as ExportTask
+from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.resume import check_resume, find_resume
@@ -30,7 +35,6 @@ from m3i_scale.tasks.detection.detection_task import Detection
 from m3i_scale.tasks.finetune_checks import resolve_finetuning
 from m3i_scale.tasks.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
 from m3i_scale.tasks.labelled import Labelled, find_labelled
-from m3i_scale.tasks.random_start import random_start
 from m3i_scale.tasks.subset import Subset
 from m3i_scale.tasks.unpacked import TRAIN
 
@@ -118,7 +122,7 @@ def prepare(
 def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
     """Return the export type of the result: the task, or features and a head if no standard class computes both. For
     a sweep, the best head and whether a class supports it are unknown yet."""
-    if isinstance(task, Classification) and task.sweep is not None:
+    if task.chooses_head:
         return "features"
     refusal = _refusal(run, task, name, classes)
     if refusal is None:
@@ -288,3 +292,31 @@ def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
             fix="the options and fields that it was trained with, such as --epochs",
         )
     check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)
+
+
+_PROCESSOR = "preprocessor_config.json"
+
+
+def random_start(start: str, folder: Path, seed: int) -> Path:
+    """Return a model folder with the architecture of `start` and random weights, initialized as for pre-training from
+    scratch. The weights depend only on architecture and seed; an existing folder is reused.
+
+    Args:
+        start: an export, or any other value of `backbone.from_pretrained`.
+        folder: parent of the new folder.
+        seed: of the weights.
+    """
+    section = BackboneConfig(from_pretrained=start)
+    config, source = backbone_config(section), backbone_source(section)
+    shape = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+    made = folder / f"random-{sha256_of_json(shape)[:12]}-{seed}"
+    if made.is_dir():
+        return made
+    backbone = build_backbone(config)
+    draw_first_values(backbone, initialize_module, seed=seed)
+    with atomic_dir(made) as unfinished:
+        config.save_pretrained(unfinished)
+        save_file(backbone.model.state_dict(), unfinished / "model.safetensors", {"format": "pt"})
+        if (source.folder / _PROCESSOR).is_file():
+            shutil.copy(source.folder / _PROCESSOR, unfinished)  # has mean and std of the images
+    return made

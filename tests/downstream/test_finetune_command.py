@@ -21,9 +21,8 @@ from transformers.utils import import_utils
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.tasks.finetune import FineTuning, check_trained, prepare
+from m3i_scale.tasks.finetune import FineTuning, check_trained, prepare, random_start
 from m3i_scale.tasks.labelled import Labelled, find_labelled
-from m3i_scale.tasks.random_start import random_start
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 TRAIN, VAL = 8, 4

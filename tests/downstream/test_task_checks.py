@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,15 @@ def test_a_plan_counts_what_learns_what_is_frozen_and_what_is_averaged(
     assert plans["frozen"]["flop_per_sample"] < plans["all"]["flop_per_sample"] / 2
     sizes = [plans[name]["checkpoint_gib"] for name in ("frozen", "all", "averaged")]
     assert sizes == sorted(sizes)
+
+
+def test_a_task_is_imported_when_a_config_names_it_and_without_torch() -> None:
+    code = """
+import sys
+from m3i_scale.config import load_run
+from m3i_scale.tasks.base import Task
+assert (Task.kinds, Task.choices()) == ({}, ["classification", "segmentation", "detection"])
+assert [load_run("detect").task.kind] == list(Task.kinds) == ["detection"]
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,9 +17,14 @@ from pycocotools.cocoeval import COCOeval
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.tasks.detection.average_precision import RECALLS, THRESHOLDS, average_precision, measure_detector
+from m3i_scale.tasks.detection.average_precision import (
+    RECALLS,
+    THRESHOLDS,
+    WeightedPrecision,
+    average_precision,
+    measure_detector,
+)
 from m3i_scale.tasks.detection.detections import pair_by_image
-from m3i_scale.tasks.detection.precision_interval import WeightedPrecision
 
 TYPES = {"box": "bbox", "mask": "segm"}
 SIZED = ["AP", "AP50", "AP75", "APs", "APm", "APl"]

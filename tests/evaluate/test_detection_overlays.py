@@ -14,9 +14,15 @@ from PIL import Image
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.overlays import PALETTE
 from m3i_scale.tasks.detection.average_precision import average_precision
-from m3i_scale.tasks.detection.detection_overlays import SUMMARY, DetectionOverlays, score_image
+from m3i_scale.tasks.detection.detection_overlays import (
+    COLOURS,
+    SUMMARY,
+    DetectionOverlays,
+    draw_curves,
+    point,
+    score_image,
+)
 from m3i_scale.tasks.detection.detections import sorted_by_score
-from m3i_scale.tasks.detection.precision_recall import COLOURS, draw_curves, point
 
 GREY = 90
 BOX, FAR, CENTRE = [60.0, 40.0, 80.0, 60.0], [10.0, 110.0, 40.0, 40.0], (100, 70)

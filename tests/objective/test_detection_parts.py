@@ -14,8 +14,16 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import roi_align
 
 from m3i_scale.tasks.detection.detection_heads import MaskRcnn, Regions
-from m3i_scale.tasks.detection.detection_losses import choose_regions, draw, masks_in, match_anchors
-from m3i_scale.tasks.detection.federated import class_weights, federated_classes, sigmoid_loss
+from m3i_scale.tasks.detection.detection_losses import (
+    choose_regions,
+    class_weights,
+    draw,
+    federated_classes,
+    masks_in,
+    match_anchors,
+    sigmoid_loss,
+)
+from m3i_scale.tasks.detection.mask_rcnn import StagePyramid
 from m3i_scale.tasks.detection.modeling_mask_rcnn import (
     SimplePyramid,
     anchors,
@@ -25,7 +33,6 @@ from m3i_scale.tasks.detection.modeling_mask_rcnn import (
     propose,
     scaled,
 )
-from m3i_scale.tasks.detection.pyramid import StagePyramid
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from m3i_scale.backbones.families import Family, VisionConfig
     from m3i_scale.data.batch import Batch
     from m3i_scale.objective.information import Objective
-    from m3i_scale.tasks.classification.label_mixing import LabelMixing
+    from m3i_scale.tasks.timm_augmentation import LabelMixing
 
 _LARGEST_ALPHA = 10.0
 """Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
@@ -191,7 +191,7 @@ class Classification(BackboneTask):
         """Return mixup and cutmix for a number of classes."""
         from timm.data.mixup import Mixup
 
-        from m3i_scale.tasks.classification.label_mixing import LabelMixing
+        from m3i_scale.tasks.timm_augmentation import LabelMixing
 
         mixup = Mixup(
             mixup_alpha=self.mixup,

@@ -18,10 +18,9 @@ from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 from m3i_scale.tasks.detection.average_precision import measure_detector
-from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays
+from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays, draw_curves
 from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Prediction, sorted_by_score
 from m3i_scale.tasks.detection.detector import DETECTED, DETECTOR, Detector, detector_of
-from m3i_scale.tasks.detection.precision_recall import draw_curves
 
 CURVES = "precision_recall.png"
 """File next to the pictures of the worst images."""
