@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 from launch import free_port
 
-WAIT_S = 30
+WAIT_S = 300
 STALL_S = 120
 ENDLESS_BLOCKS = 1_000
 """Of 64 KiB, so that a reader that reads on fails a test and not the machine."""

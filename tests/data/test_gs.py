@@ -30,7 +30,7 @@ def served(shards, monkeypatch, short_pauses):
 
 
 def options(tmp_path, cache_gib):
-    settings = {"streams": 2, "cache_gib": cache_gib, "read_attempts": 2, "read_timeout_s": 20.0}
+    settings = {"streams": 2, "cache_gib": cache_gib, "read_attempts": 2}
     return settings | ({"cache_dir": tmp_path / "shards"} if cache_gib else {})
 
 

@@ -19,7 +19,9 @@ from m3i_scale.data.tools.verify import Rules
 from m3i_scale.errors import ConfigError, DataError
 
 OPTIONS = ShardOptions(multiple_of=1)
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def read(folder):
