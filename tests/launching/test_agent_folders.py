@@ -39,7 +39,7 @@ def test_the_folder_of_a_killed_agent_goes_and_that_of_a_living_one_stays(tmp_pa
 @pytest.mark.parametrize("foreign", ["", "yes", "one|two", "|", "a|b|c|d"])
 def test_a_mark_that_is_none_is_somebody_elses_and_breaks_nothing(foreign):
     marks = [foreign, process_tag("first", "node0", "/out|put")]
-    processes = [subprocess.Popen(["sleep", "60"], env={MARK: mark}) for mark in marks]
+    processes = [subprocess.Popen(["sleep", "600"], env={MARK: mark}) for mark in marks]
     try:
         assert [(found.pid, found.launch) for found in marked("node0", "/out|put")] == [(processes[1].pid, "first")]
     finally:

@@ -17,7 +17,7 @@ from launch import ROOT, environment
 from m3i_scale import __version__
 from m3i_scale.config import load_run
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch import link, transport
+from m3i_scale.launch import link, rendezvous, transport
 from m3i_scale.launch.attempts import Launch, new_launch
 from m3i_scale.launch.doctor.facts import code
 from m3i_scale.launch.doctor.machine import RankMemory
@@ -29,6 +29,7 @@ from m3i_scale.launch.transport import RemoteShell
 from m3i_scale.launch.worlds import World
 from m3i_scale.scale.output_dir import ATTEMPTS
 
+WAIT_S = 300.0
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
 SICK = f"""
 import os, sys
@@ -51,13 +52,21 @@ OVERRIDES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=
 @pytest.fixture(autouse=True)
 def hosts_are_this_machine(monkeypatch):
     monkeypatch.setattr(transport, "is_here", lambda name: True)
+    monkeypatch.setattr(link, "_CLOSE_S", WAIT_S)  # a busy machine may need longer until it tells how a process ended
 
 
 def a_site(folder: Path) -> RemoteShell:
     paths = environment()["PYTHONPATH"]
     on_cpus = {"DS_ACCELERATOR": "cpu"}
     return RemoteShell(
-        sys.executable, str(folder), str(folder / "out"), new_launch(), python_path=paths, environment=on_cpus
+        sys.executable,
+        str(folder),
+        str(folder / "out"),
+        new_launch(),
+        python_path=paths,
+        environment=on_cpus,
+        connect_s=WAIT_S,
+        silence_s=WAIT_S,
     )
 
 
@@ -79,7 +88,7 @@ def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
         "ssh": [],
         "hosts": ["localhost slots=2"],
         **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
-        "silence_s": 30,
+        "silence_s": WAIT_S,
         "max_restarts": 0,
         "pause_s": 0,
         "probe_s": 30,
@@ -172,7 +181,9 @@ def test_hosts_that_do_not_say_their_memory_are_waited_for_at_once_and_hear_that
     monkeypatch.setattr(link, "agent_command", lambda name, *_: mute if name in ("node0", "node1") else ["false"])
     monkeypatch.setattr("m3i_scale.launch.rendezvous.refusal_of_plan", lambda *_: "no room")
     launch = a_launch(tmp_path, (1, 1, 1, 1), Policy(min_hosts=2, min_compared=49), ("false",))
-    work = replace(launch.work, site=replace(launch.work.site, connect_s=3.0))
+    monkeypatch.setattr(rendezvous, "connect", lambda hosts, _, *given, **more: connect(hosts, site, *given, **more))
+    site = launch.work.site
+    work = replace(launch.work, site=replace(site, connect_s=1.0))  # that they are waited for
     with pytest.raises(CannotStartError):
         Launch(work, launch.policy, print).run()
     assert len(list(heard.iterdir())) == 2
@@ -236,7 +247,7 @@ def test_a_launch_file_may_name_classes_of_ones_own(tmp_path):
     variables = environment()
     variables["PYTHONPATH"] += f":{tmp_path}"
     command = [sys.executable, "-m", "m3i_scale.launch.elastic", str(file)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert (tmp_path / "out" / ATTEMPTS).exists(), done.stderr
     assert "own_quiet" not in done.stderr
 
@@ -259,13 +270,13 @@ def test_a_terminal_that_is_lost_lets_the_ranks_save(tmp_path):
     )
     os.close(others)
     try:
-        deadline, said = time.monotonic() + 120, b""
-        while b" at step 80 " not in said:  # which the launch has heard of
+        deadline, said = time.monotonic() + WAIT_S, b""
+        while b" at step 200 " not in said:  # which the launch has heard of
             assert time.monotonic() < deadline, said
             with contextlib.suppress(OSError):
                 said += os.read(own, 1 << 16)
         os.close(own)
-        assert launched.wait(60) == EXIT_PREEMPTED
+        assert launched.wait(WAIT_S) == EXIT_PREEMPTED
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(launched.pid, signal.SIGKILL)
