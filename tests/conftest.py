@@ -8,15 +8,19 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "300")  # ten seconds are few for a test's server on a busy machine
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "300")
 
 import pytest
 import torch
 from forked import Forks
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from m3i_scale.output import release_stdout
 
-settings.register_profile("shared_machine", deadline=None, max_examples=50)
+settings.register_profile(
+    "shared_machine", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shared_machine")
 
 

@@ -50,7 +50,7 @@ class Forks:
     def run(self, *arguments: str, **given: Any) -> subprocess.CompletedProcess[str]:
         """Run the command with `arguments`; `given` goes to `subprocess.run`."""
         command = [str(self.folder / "m3i-scale"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **given)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, **given)
 
 
 def preload() -> None:

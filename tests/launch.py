@@ -85,8 +85,8 @@ class Job:
             if process.poll() is None:
                 os.killpg(process.pid, number)
 
-    def wait(self, timeout_s: float = 240) -> list[int]:
-        """Exit codes, once all have ended and everything is swept up."""
+    def wait(self, timeout_s: float = 900) -> list[int]:
+        """Exit codes, once all have ended and everything is swept up. The limit only ends a hang."""
         try:
             codes = [process.wait(timeout_s) for process in self.processes]
             self.left_in_shared_memory = [path.name for path in self._shared_memory()]

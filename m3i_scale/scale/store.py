@@ -27,6 +27,8 @@ _HERE, _ANSWER = "m3i_scale/here", "m3i_scale/all"
 _ROUTE, _ROUTES = "m3i_scale/route", "m3i_scale/routes"
 """Keys: an address of a host on the ranks' network; the number of ranks that have determined their route."""
 _LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
+_ANSWER_S = 60.0
+"""Extra time for the answer of rank 0, which may have begun to wait later or be slow."""
 _ANY_PORT = 9
 
 
@@ -67,7 +69,7 @@ def await_ranks(timeout_s: float) -> None:
             time.sleep(_HEARD_S)  # the store ends with this process, and the others must read it first
     else:
         with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network failed
-            store.wait([_ANSWER], timedelta(seconds=timeout_s + _HEARD_S))
+            store.wait([_ANSWER], timedelta(seconds=timeout_s + _ANSWER_S))
         answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 was there, and is gone"
     if answer:
         raise MissingRanksError(

@@ -1,15 +1,24 @@
 """Small shards, and loaders over them."""
 
+import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from foreign import image_bytes, write_tar
 
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.data.remote import fetch
 from m3i_scale.data.remote.access import check_access
+from m3i_scale.data.remote.address import is_remote
+from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.shards import read_label_sets
+
+WAIT_S = 300.0
 
 
 def encode(seed=0, size=(20, 16), kind="PNG"):
@@ -42,6 +51,8 @@ def make_loader(folders, cache, *, world=1, rank=0, micro=8, tokenizer=None, qua
         for name, folder in folders.items()
     }
     workers, pin = data.pop("given", None), data.pop("pin", None)
+    if any(is_remote(str(folder)) for folder in folders.values()):
+        data = {"read_timeout_s": WAIT_S, "start_timeout_s": WAIT_S} | data  # a busy machine may take its time
     settings = DataConfig(datasets=sources, num_workers=data.pop("workers", 0), **data)
     return TrainStream(
         settings,
@@ -84,6 +95,55 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """`impatient(name, timeout_s)`: a short time limit for requests for one file. A busy machine may take its time for
+    all others."""
+    files, http, call = {}, fetch._http, fetch._call
+
+    def limited(url, access):
+        return dataclasses.replace(access, timeout_s=files.get(url.name, access.timeout_s))
+
+    monkeypatch.setattr(fetch, "_http", lambda url, access, *more: http(url, limited(url, access), *more))
+    monkeypatch.setattr(
+        fetch, "_call", lambda url, method, access, **more: call(url, method, limited(url, access), **more)
+    )
+    return files.__setitem__
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds that are waited between attempts, without waiting."""
+    found = []
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=found.append))
+    return found
+
+
+@pytest.fixture
+def long_pauses(monkeypatch, pauses, short_pauses):
+    """No time limit leaves room for a second attempt."""
+    monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 1e9)
+    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 1e9)
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """A function that waits until no thread reads any more for iterators of this test, which are closed."""
+    readers, expect, before = set(), RemoteShards.expect, set(threading.enumerate())
+    monkeypatch.setattr(RemoteShards, "expect", lambda self, *shards: (readers.add(self), expect(self, *shards)))
+
+    def wait():
+        for thread in threading.enumerate():
+            if thread.name == "load" and thread not in before:
+                thread.join(WAIT_S)
+        deadline = time.monotonic() + WAIT_S
+        while not all(fetch.done() for reader in readers for fetch in list(reader._fetches.values())):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    return wait
 
 
 @pytest.fixture

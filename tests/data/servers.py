@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 from launch import free_port
 
-WAIT_S = 30
+WAIT_S = 300
 STALL_S = 120
 ENDLESS_BLOCKS = 1_000
 """Of 64 KiB, so that a reader that reads on fails a test and not the machine."""
@@ -49,6 +49,8 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         """Whether answers tell an ETag."""
         self.headers: dict[str, str] = {}
         """Sent with every status that is a fault."""
+        self.over = threading.Event()
+        """Ends all stalls, so that no reader outlives its test for long."""
         super().__init__(("127.0.0.1", 0), handler or _Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -87,7 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         fault = lasting or (queue.popleft() if queue and self.command == "GET" else None)
         path = self.server.folder / name
         if fault == "stall":
-            time.sleep(STALL_S)
+            self.server.over.wait(STALL_S)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self.close_connection = True
@@ -129,7 +131,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if fault == "silent":
             self.wfile.write(data[: len(data) // 2])
-            time.sleep(STALL_S)
+            self.server.over.wait(STALL_S)
         if fault == "cut":
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
@@ -143,6 +145,7 @@ def faulty_server(folder: Path):
     try:
         yield server
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import tarfile
-import time
 from email.utils import formatdate
 from pathlib import Path
 
@@ -51,15 +50,14 @@ def served(tools, tmp_path):
 
 
 def loader_of(tools, server, tmp_path, cache_gib=0.01, index=None, **more):
-    settings = {"streams": 4, "cache_gib": cache_gib, "max_read_attempts": 3, "read_timeout_s": 30.0}
+    settings = {"streams": 4, "cache_gib": cache_gib, "max_read_attempts": 3}
     settings |= {"cache_dir": tmp_path / "shards"} if cache_gib else {}
     shards = f"{server.address}/s-{{000..007}}.tar"
     return tools.make_loader({"s": shards}, index or tmp_path, **(settings | more))
 
 
-def give_up_soon(loader, timeout_s, attempts):
-    """From now on: opening the loader may take its time on a busy machine."""
-    access = dataclasses.replace(loader._recipe.access, timeout_s=timeout_s, attempts=attempts)
+def attempts_of(loader, attempts):
+    access = dataclasses.replace(loader._recipe.access, attempts=attempts)
     loader._recipe = dataclasses.replace(loader._recipe, access=access)
 
 
@@ -73,10 +71,11 @@ def local_keys(tools, server, cache, count):
 
 @pytest.mark.parametrize("cache_gib", [0, 0.01])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_does_not_show(tools, served, tmp_path, cache, fault, cache_gib):
+def test_a_fault_that_passes_does_not_show(tools, served, tmp_path, cache, impatient, fault, cache_gib):
     loader = loader_of(tools, served, tmp_path, cache_gib)
     if fault == "stall":
-        give_up_soon(loader, timeout_s=1.5, attempts=8)
+        impatient(BAD, 1.5)
+        attempts_of(loader, 1000)  # a busy machine may need some more
     served.faults[BAD].extend([fault, fault])
     assert keys_of(loader, 6) == local_keys(tools, served, cache, 6)
     assert not served.faults[BAD]
@@ -85,10 +84,11 @@ def test_a_fault_that_passes_does_not_show(tools, served, tmp_path, cache, fault
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_stays_stops_the_run_and_is_named(tools, served, tmp_path, fault, workers):
-    loader = loader_of(tools, served, tmp_path, workers=workers)
+def test_a_fault_that_stays_stops_the_run_and_is_named(tools, served, tmp_path, impatient, fault, workers):
+    loader = loader_of(tools, served, tmp_path, num_num_num_workers=workers)
     if fault == "stall":
-        give_up_soon(loader, timeout_s=5.0, attempts=1)
+        impatient(BAD, 1.0)
+        attempts_of(loader, 1)
     served.always[BAD] = fault
     with pytest.raises(DataError, match=f"cannot read the shard: {FAULTS[fault]}") as caught:
         keys_of(loader, 8)
@@ -141,7 +141,7 @@ def test_a_resumed_run_does_without_the_shard_too_until_the_pass_ends(tools, ser
 
 def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served, tmp_path, monkeypatch):
     monkeypatch.setattr("m3i_scale.data.remote.fetch.SMALL_FILE_BYTES", 1_000)
-    served.everywhere, access = "endless", Access(attempts=2, timeout_s=30)
+    served.everywhere, access = "endless", Access(attempts=2, timeout_s=300)
     shard = Url(f"{served.address}/{BAD}")
     with pytest.raises(FaultError) as caught:
         read_range(shard, 0, 100, access)
@@ -166,11 +166,10 @@ def test_a_whole_file_of_another_version_is_not_taken(served, tmp_path):
 
 
 def test_a_server_that_falls_silent_is_given_up_soon(served):
-    served.everywhere, begun = "silent", time.monotonic()
+    served.everywhere = "silent"  # and after two minutes it goes on
     with pytest.raises(FaultError) as caught:
         read_range(Url(f"{served.address}/{BAD}"), 0, 1000, Access(attempts=1, timeout_s=1.0))
     assert caught.value.reason == "stalled or slow"
-    assert time.monotonic() - begun < 30
 
 
 def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(served):
@@ -242,7 +241,7 @@ def with_manifest(folder, wrong=()):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_wrong_checksum_costs_the_shard_where_the_cache_has_no_room_too(tools, served, tmp_path):
+def test_a_wrong_checksum_costs_the_shard_where_the_cache_has_no_room_too(tools, served, tmp_path, nothing_is_read):
     with_manifest(served.folder, wrong=[BAD])
     roomy, tight = (
         quarantine(tools, served, tmp_path / name, cache_gib=room, cache_dir=tmp_path / name / "shards")
@@ -251,6 +250,7 @@ def test_a_wrong_checksum_costs_the_shard_where_the_cache_has_no_room_too(tools,
     keys = keys_of(roomy, 8)
     served.log.clear()
     assert keys_of(tight, 8) == keys
+    nothing_is_read()
     assert set(tight.quarantined) == {"shard: wrong checksum"}
     # Whole to be verified, and then by range; a wrong one may be a fault of the way.
     size = (served.folder / BAD).stat().st_size
@@ -274,12 +274,10 @@ def replace(path, other):
 def test_a_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools, served, tmp_path, cache_gib):
     loader = loader_of(tools, served, tmp_path, cache_gib)
     replace(served.folder / BAD, 1)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="cannot read the shard: replaced"):
         keys_of(loader, 8)
-    assert str(caught.value.where).endswith("/s-003.tar")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="was replaced since it was indexed") as caught:
         loader_of(tools, served, tmp_path, cache_gib)
-    assert str(caught.value.where).endswith("/s-003.tar")
     assert BAD in caught.value.where
 
 
@@ -309,9 +307,8 @@ def test_a_local_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools
     (tmp_path / "other" / BAD).replace(path)
     assert path.stat().st_size == size
     os.utime(path, ns=(1, 1))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="the data changed since the checkpoint"):
         tools.make_loader({"s": folder}, tmp_path / "cache", streams=4).load_state_dict(state)
-    assert caught.value.where == "data state, sources"
     assert keys_of(loader, 6)
     assert set(loader.quarantined) == {"not a tar member"}
 
@@ -339,18 +336,18 @@ def test_a_server_without_range_requests_is_an_error_before_the_first_step(tools
     assert "copy the shards to a server that answers range requests" in caught.value.fix
 
 
+@pytest.mark.usefixtures("long_pauses")
 def test_a_server_that_is_down_at_the_start_is_given_up_soon_and_named(tools, served, tmp_path):
     """The attempts would take days."""
     served.shutdown()
     served.server_close()
-    settings = {"max_read_attempts": 100_000, "start_timeout_s": 0.5}
-    with pytest.raises(DataError) as caught:
-        loader_of(tools, served, tmp_path, **settings)
+    with pytest.raises(DataError, match="cannot read the labels: connection lost") as caught:
+        loader_of(tools, served, tmp_path, max_read_attempts=100_000)
     assert caught.value.where.startswith(f"dataset 's': {served.address}/labels.json")
     assert "data.start_timeout_s" in caught.value.fix
     source = {"s": DatasetConfig(path=f"{served.address}/s-{{000..007}}.tar")}
-    access = Access(attempts=100_000, start_timeout_s=0.5).at_start()
-    with pytest.raises(DataError) as caught:
+    access = Access(attempts=100_000, start_timeout_s=300.0).at_start()
+    with pytest.raises(DataError, match="cannot read the tokenizer: connection lost") as caught:
         find_tokenizer(source, None, access)
     assert caught.value.where.startswith("dataset 's': ")
     with pytest.raises(DataError, match="cannot list the folder: connection lost") as caught:
@@ -358,24 +355,23 @@ def test_a_server_that_is_down_at_the_start_is_given_up_soon_and_named(tools, se
     assert "data.start_timeout_s" in caught.value.fix
 
 
-@pytest.mark.parametrize(
-    ("fault", "timeout_s", "says"), [("404", 60.0, "check the address"), ("503", 5.0, "data.start_timeout_s")]
-)
-def test_a_shard_that_is_not_there_at_the_start_is_an_error(tools, served, tmp_path, fault, timeout_s, says):
+@pytest.mark.usefixtures("long_pauses")
+@pytest.mark.parametrize(("fault", "says"), [("404", "check the address"), ("503", "data.start_timeout_s")])
+def test_a_shard_that_is_not_there_at_the_start_is_an_error(tools, served, tmp_path, fault, says):
     """Setting shards aside would not help: at the start all must be there."""
     served.always[BAD] = fault
     with pytest.raises(DataError) as caught:
-        quarantine(tools, served, tmp_path, max_read_attempts=100_000, start_timeout_s=timeout_s)
+        quarantine(tools, served, tmp_path, max_read_attempts=100_000)
     assert caught.value.where == f"dataset 's': {served.address}/{BAD}"
     assert says in caught.value.fix
 
 
 def test_a_server_that_asks_for_a_pause_at_the_start_gets_it(tools, served, tmp_path, pauses):
-    served.headers["Retry-After"] = "17"
+    served.headers["Retry-After"] = "170"
     served.faults["labels.json"].append("503")
-    access = Access(attempts=4, start_timeout_s=0.5).at_start()
+    access = Access(attempts=4, start_timeout_s=60).at_start()
     assert read_file(Url(f"{served.address}/labels.json"), access)
-    assert [pause for pause in pauses if pause >= 17]
+    assert [pause for pause in pauses if pause >= 170]
 
 
 def test_a_range_of_another_length_is_no_data(tmp_path):
@@ -388,11 +384,9 @@ def test_a_range_of_another_length_is_no_data(tmp_path):
         assert server.fetched("f") == 3
 
 
-def test_pauses_between_attempts_are_random_and_grow(monkeypatch, tmp_path):
-    pauses = []
+def test_pauses_between_attempts_are_random_and_grow(monkeypatch, tmp_path, pauses):
     monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 8.0)
     monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 30.0)
-    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
     with servers.faulty_server(tmp_path) as server, pytest.raises(FaultError, match="not found"):
         read_range(Url(f"{server.address}/f"), 0, 1, Access(attempts=40))
     assert len(pauses) == 39
@@ -400,14 +394,6 @@ def test_pauses_between_attempts_are_random_and_grow(monkeypatch, tmp_path):
     assert len({round(pause, 3) for pause in pauses}) > 30
     assert max(pauses) > 16
     assert pauses[0] <= 8
-
-
-@pytest.fixture
-def pauses(monkeypatch):
-    """Seconds that are waited, without waiting."""
-    found = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", found.append)
-    return found
 
 
 @pytest.mark.parametrize("status", ["429", "503"])

@@ -1,5 +1,6 @@
 """The cache of whole shards: its limit, its order, many processes, kills."""
 
+import contextlib
 import errno
 import fcntl
 import multiprocessing
@@ -15,12 +16,19 @@ from m3i_scale.data.remote.cache import ShardCache
 from m3i_scale.errors import DataError
 
 KIB = 1 << 10
-WAIT_S = 60
+WAIT_S = 300
 CONTEXT = multiprocessing.get_context("fork")
 
 
 def add(cache, key, size=KIB, byte=b"x"):
     return cache.add(key, size, lambda out: out.write(byte * size))
+
+
+def until(holds):
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def held(cache):
@@ -172,7 +180,7 @@ def test_processes_that_push_each_other_out_read_whole_shards_only(tmp_path):
 def test_a_shard_is_fetched_once_for_all_ranks_and_workers_of_a_host(tools, tmp_path):
     folder = tools.write_folder(tmp_path / "data", [6, 5, 7, 6, 5, 7, 6, 6])
     with servers.faulty_server(folder) as server:
-        source, whole = f"{server.address}/s-{{000..007}}.tar", {}
+        source, whole, cached = f"{server.address}/s-{{000..007}}.tar", {}, set()
         for rank in (0, 1):
             loader = tools.make_loader(
                 {"s": source},
@@ -186,8 +194,13 @@ def test_a_shard_is_fetched_once_for_all_ranks_and_workers_of_a_host(tools, tmp_
                 cache_dir=tmp_path / "shards",
             )
             server.log.clear() if rank == 0 else None
-            for _ in zip(range(12), loader, strict=False):
-                pass
+            plans = [part for plan in loader._recipe.plans.values() for part in plan.values()]
+            cached |= {index.path.name for part in plans for index in part.indices.values()}
+            with contextlib.closing(iter(loader)) as batches:
+                for _ in zip(range(12), batches, strict=False):
+                    pass
+                count = len(cached)
+                until(lambda count=count: len(list((tmp_path / "shards" / "shards").glob("*.tar"))) == count)
         for path in folder.glob("*.tar"):
             everything = f"bytes=0-{path.stat().st_size - 1}"
             whole[path.name] = sum(name == path.name and span == everything for _, name, span in server.log)
@@ -218,10 +231,7 @@ def test_a_disk_that_fills_ends_the_run_and_says_so(tools, tmp_path, monkeypatch
         assert str(tmp_path / "shards") in caught.value.where
         assert "data.cache_gib" in caught.value.fix
         assert loader.quarantined == {}
-        deadline = time.monotonic() + WAIT_S  # threads that read ahead are still at other shards
-        while left := list((tmp_path / "shards" / "shards").iterdir()):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.05)
+        until(lambda: not list((tmp_path / "shards" / "shards").iterdir()))  # threads still read ahead
 
 
 def read_under_a_limit(tools, server, tmp_path, ending):

@@ -30,7 +30,7 @@ def served(shards, monkeypatch, short_pauses):
 
 
 def options(tmp_path, cache_gib):
-    settings = {"streams": 2, "cache_gib": cache_gib, "max_read_attempts": 2, "read_timeout_s": 20.0}
+    settings = {"streams": 2, "cache_gib": cache_gib, "max_read_attempts": 2}
     return settings | ({"cache_dir": tmp_path / "shards"} if cache_gib else {})
 
 
@@ -55,9 +55,8 @@ def test_a_range_is_read_exactly(shards, served):
 
 def test_a_folder_is_listed_and_what_is_missing_is_told(tools, served, tmp_path):
     assert [place.name for place in expand_shards("gs://bucket/photos")] == [f"s-00{n}.tar" for n in range(4)]
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
         tools.make_loader({"s": "gs://bucket/photos/s-{000..004}.tar"}, tmp_path, **options(tmp_path, 0))
-    assert caught.value.where == "dataset 's': gs://bucket/photos/s-004.tar"
     assert "s-004.tar" in caught.value.where
 
 
@@ -72,12 +71,10 @@ def test_a_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools, shar
     after = facts(url, Access())
     assert (before.size, before.version) != (after.size, after.version)
     assert before.size == after.size
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="cannot read the shard: replaced"):
         keys_of(loader)
-    assert caught.value.where == "gs://bucket/photos/s-003.tar"
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="was replaced since it was indexed"):
         tools.make_loader({"s": SOURCE}, tmp_path, **options(tmp_path, cache_gib))
-    assert caught.value.where == "dataset 's': gs://bucket/photos/s-003.tar"
 
 
 @pytest.mark.parametrize(

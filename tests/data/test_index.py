@@ -212,7 +212,7 @@ def test_other_ranks_wait_for_rank_zero(tools, tmp_path):
     waiting = threading.Thread(target=lambda: found.extend(load_index([path], tmp_path / "cache", rank=1)))
     waiting.start()
     load_index([path], tmp_path / "cache", rank=0)
-    waiting.join(timeout=20)
+    waiting.join(timeout=300)
     assert [len(index) for index in found] == [1]
     with pytest.raises(DataError) as caught:
         load_index([path], tmp_path / "nowhere", rank=1, wait_timeout_s=0)

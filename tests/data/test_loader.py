@@ -72,7 +72,9 @@ def expected(tools, mixed, cache):
     return global_batches(tools, mixed, cache, 9, max_corrupt_fraction=0.5)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_ranks_and_a_stop_anywhere_give_the_same_batches(tools, mixed, cache, expected, data):
     before, after = (data.draw(st.sampled_from([1, 2, 4])) for _ in range(2))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 SIZES = [6, 5]
 BAD = "s-001.tar"
-WAIT_S = 60
+WAIT_S = 300
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def served(tools, tmp_path):
 @pytest.fixture
 def opened(served, tmp_path):
     """Two shards and their reader."""
-    access = Access(attempts=2, timeout_s=30.0, cache_dir=tmp_path / "shards", cache_bytes=10 << 20)
+    access = Access(attempts=2, timeout_s=300.0, cache_dir=tmp_path / "shards", cache_bytes=10 << 20)
     indices = load_index(expand_shards(f"{served.address}/s-{{000..001}}.tar"), tmp_path / "indices", access=access)
     reader = RemoteShards(access)
     yield indices, reader

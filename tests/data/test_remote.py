@@ -84,7 +84,7 @@ def same(first, second):
 
 
 def options(tmp_path, cache_gib=0.01, **more):
-    settings = {"streams": 4, "cache_gib": cache_gib, "max_read_attempts": 3, "read_timeout_s": 20.0}
+    settings = {"streams": 4, "cache_gib": cache_gib, "max_read_attempts": 3}
     return settings | ({"cache_dir": tmp_path / "shards"} if cache_gib else {}) | more
 
 
@@ -96,18 +96,21 @@ def test_nginx(tools, nginx, tmp_path, expected, cache_gib, workers):
 
 
 @pytest.mark.parametrize(
-    ("below", "reason", "timeout_s"),
+    ("below", "reason"),
     [
-        ("refused", "access refused", 60.0),
-        ("broken", "server error", 60.0),
-        ("cut", "connection lost", 60.0),
-        ("slow", "stalled or slow", 1.0),  # a shard takes several seconds at that pace
+        ("refused", "access refused"),
+        ("broken", "server error"),
+        ("cut", "connection lost"),
+        ("slow", "stalled or slow"),
     ],
 )
-def test_what_nginx_does_badly_is_named(tools, nginx, tmp_path, below, reason, timeout_s):
+def test_what_nginx_does_badly_is_named(tools, nginx, tmp_path, impatient, below, reason):
+    if below == "slow":
+        for number in range(8):
+            impatient(f"s-00{number}.tar", 1.0)  # a shard takes several seconds at that pace
     source = f"{nginx}/{below}/s-{{000..007}}.tar"
     with pytest.raises(DataError, match=f"cannot read the shard: {reason}") as caught:
-        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, max_read_attempts=2, read_timeout_s=timeout_s))
+        tools.make_loader({"s": source}, tmp_path, **options(tmp_path, max_read_attempts=2))
     assert f"{below}/s-00" in str(caught.value)
 
 
@@ -131,9 +134,8 @@ def test_of_a_file_beside_s3_shards_no_more_is_read_than_such_files_hold(s3, mon
 
 def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path):
     assert [place.name for place in expand_shards("s3://bucket/photos")] == [f"s-00{n}.tar" for n in range(8)]
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
         tools.make_loader({"s": "s3://bucket/photos/s-{000..008}.tar"}, tmp_path, **options(tmp_path))
-    assert caught.value.where == "dataset 's': s3://bucket/photos/s-008.tar"
     assert "s-008.tar" in str(caught.value)
     assert "SECRETKEY" not in str(caught.value)
 
@@ -266,15 +268,13 @@ def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, n
     with pytest.raises(ConfigError, match="there is room for"):
         check_access(DataConfig(datasets=source, cache_gib=1e7, cache_dir=tmp_path), source)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="cannot write the cache"):
         check_access(DataConfig(datasets=source, cache_dir=tmp_path / "file" / "x"), source)
-    assert str(caught.value.where).endswith("/file/x")
 
 
 def test_shards_elsewhere_are_not_for_tools():
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="on a path of this host"):
         local_shards("s3://bucket/x.tar")
-    assert caught.value.where == "shards: s3://bucket/x.tar"
 
 
 def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):

@@ -19,7 +19,9 @@ from m3i_scale.text import printable
 GOOD = foreign.raw_header("a.jpg", 5) + b"hello".ljust(foreign.BLOCK, b"\0")
 END = bytes(2 * foreign.BLOCK)
 LONG_NAME = foreign.raw_header("n", 4_001, b"L") + (b"a/" * 2_000).ljust(4_096, b"\0")
-many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def reasons(path):

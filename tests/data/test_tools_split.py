@@ -18,7 +18,9 @@ from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.rearrange import join_labels, merge_shards, split_shards
 
 OPTIONS = ShardOptions(multiple_of=1)
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def read(folder):

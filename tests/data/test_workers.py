@@ -9,13 +9,14 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from m3i_scale.data.workers import START_METHOD, leave_signals_to_parent, map_in_processes, signals_held
 
-WAIT_S = 30
+WAIT_S = 300
 
 
 def work(ready) -> None:
@@ -42,10 +43,19 @@ def stranger_sends(number: signal.Signals, pid: int) -> None:
     subprocess.run([sys.executable, "-c", f"import os; os.kill({pid}, {int(number)})"], check=True)
 
 
+def waits(number: signal.Signals, pid: int) -> bool:
+    """Return whether the process has not yet taken a signal that was sent to it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
+    return bool(mask >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_stranger_does_not_end_it_and_its_parent_does(worker, number):
     for _ in range(3):
         stranger_sends(number, worker.pid)
+    while waits(number, worker.pid):  # or it would not see that its parent sends another
+        time.sleep(0.01)
     worker.join(0.5)
     assert worker.is_alive()
     os.kill(worker.pid, number)
@@ -92,7 +102,7 @@ def test_it_ends_when_its_parent_is_gone(tmp_path):
 
 
 def stay(task) -> None:
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\n" % os.getpid())  # one write a line, because processes share a pipe
     time.sleep(600)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from launch import free_port
 
 from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
 from m3i_scale.launch.agent import Agent
@@ -103,15 +104,17 @@ def test_a_host_fails_twice_running_by_its_ranks_and_not_by_being_lost():
     assert ended(HostHistory(HOSTS), KILLED, AttemptResult("preempted"), KILLED) == set()
 
 
-def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not():
+def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not(monkeypatch):
+    monkeypatch.setattr("m3i_scale.launch.wire._CLOSE_S", 300.0)
+
     def asked(port: int) -> dict[str, Any]:
         agent = Agent(output := io.BytesIO())
         agent._send_port(port, None)
         agent.writer.close()
         return cast(dict[str, Any], decode(output.getvalue()))
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as listener:
         with socket.create_connection(("127.0.0.1", port)) as guest:
             own, _ = listener.accept()
             own.close()  # the first to close keeps the port, as rank 0 does that was killed

@@ -24,9 +24,10 @@ from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import as_pattern
 from m3i_scale.scale.output_dir import RANK_RECORDS, launch_lock, lock_directory
 
+WAIT_S = 300
 # One write a line: two ranks share a pipe, and unbuffered print writes the end of its line apart.
 SAVES = "import os, signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))"
-SAVES += "; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); os.write(1, b'ready\\n'); time.sleep(60)"
+SAVES += "; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); os.write(1, b'ready\\n'); time.sleep(600)"
 
 
 def a_plan(folder, *programs, **more):
@@ -44,7 +45,7 @@ def test_the_exit_code_is_that_of_the_command_that_failed(tmp_path):
 
 def test_the_first_failure_counts_and_ends_those_that_wait_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 0.5)
-    plan = a_plan(tmp_path, "import time; time.sleep(60); open('waited', 'w')", "raise SystemExit(4)")
+    plan = a_plan(tmp_path, "import time; time.sleep(600); open('waited', 'w')", "raise SystemExit(4)")
     assert execute(plan, plan, os.environ).code == 4
     assert not (tmp_path / "waited").exists()
 
@@ -52,9 +53,9 @@ def test_the_first_failure_counts_and_ends_those_that_wait_for_it(tmp_path, monk
 STAYS = """
 import signal, subprocess, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-rank = subprocess.Popen(["sleep", "300"], start_new_session=True)
+rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
 open("rank", "w").write(str(rank.pid))
-time.sleep(300)
+time.sleep(600)
 """
 
 
@@ -63,7 +64,7 @@ def test_ranks_in_sessions_of_their_own_end_with_the_launcher_that_does_not(tmp_
     waits = "import os, time\nwhile not (os.path.exists('rank') and open('rank').read()): time.sleep(0.05)\n"
     plan = a_plan(tmp_path, STAYS, f"{waits}raise SystemExit(4)")
     assert execute(plan, plan, os.environ).code == 4
-    rank, deadline = int((tmp_path / "rank").read_text()), time.monotonic() + 10
+    rank, deadline = int((tmp_path / "rank").read_text()), time.monotonic() + WAIT_S
     while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -88,7 +89,7 @@ def test_a_program_that_is_not_here_is_named_with_its_package(launcher, monkeypa
 
 def test_a_port_that_is_taken_is_refused_before_the_start(tmp_path):
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("127.0.0.1", free_port()))
         listener.listen()
         plan = a_plan(tmp_path, "pass", port=listener.getsockname()[1])
         with pytest.raises(UserError, match="somebody listens"):
@@ -147,8 +148,8 @@ def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(tmp_path, num
     until_ready(process, 2)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    assert process.wait(60) == 75
-    assert not psutil.wait_procs(ranks, timeout=10)[1]  # who has lost its parent is reaped a moment later
+    assert process.wait(WAIT_S) == 75
+    assert not psutil.wait_procs(ranks, timeout=WAIT_S)[1]  # who has lost its parent is reaped a moment later
 
 
 def test_ranks_below_another_launcher_are_asked_themselves(tmp_path):
@@ -182,7 +183,7 @@ def test_torchrun_waits_for_its_ranks_and_ends_as_they_do(tmp_path):
     )
     until_ready(agent, 2)
     agent.send_signal(signal.SIGTERM)
-    assert agent.wait(60) == 75
+    assert agent.wait(WAIT_S) == 75
 
 
 def test_a_mistake_in_the_run_file_ends_a_launch_before_anything_is_written(tmp_path):

@@ -15,7 +15,7 @@ from launch import environment, free_port
 from shapes import make_shapes, write_run
 
 pytestmark = pytest.mark.slow
-WAIT_S = 240
+WAIT_S = 900
 EVER = ("optim.steps=100000", "optim.warmup_steps=1", "checkpoint.every_steps=100000")
 
 

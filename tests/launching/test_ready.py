@@ -84,7 +84,7 @@ def test_ranks_find_their_place(path, tmp_path):
         subprocess.Popen(["bash", tmp_path / "launchers" / path, *place], env=environment(**as_root))
         for place in BY_HAND[path]
     ]
-    assert [start.wait(240) for start in starts] == [0] * len(starts)
+    assert [start.wait(1800) for start in starts] == [0] * len(starts)
     told = [json.loads(file.read_text()) for file in tmp_path.glob("told-*.json")]
     for arguments, variables in told:
         adopt_rank_variables(variables)

@@ -195,6 +195,7 @@ def test_who_looks_at_a_lock_in_that_instant_does_not_keep_it(tmp_path, monkeypa
     looks = [path.open("rb") for path in tmp_path.glob(".*lock")]
     for file in looks:
         fcntl.flock(file, fcntl.LOCK_SH)
+    monkeypatch.setattr("m3i_scale.scale.output_dir.ACQUIRE_S", 300.0)
     monkeypatch.setattr("time.sleep", lambda seconds: [file.close() for file in looks])
     with hold(tmp_path):
         assert all(file.closed for file in looks)

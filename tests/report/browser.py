@@ -13,6 +13,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+MOST_MS = 300_000
+"""Playwright waits so long for whatever has to happen: 30 s are few on a busy machine."""
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 
 FAULTS = Path(__file__).with_name("faults.js").read_text(encoding="utf-8")
@@ -46,7 +48,7 @@ def chromium() -> Iterator[Browser]:
     if path is None:
         (pytest.fail if "CI" in os.environ else pytest.skip)("no chromium on PATH (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS, timeout=MOST_MS)
         yield browser
         browser.close()
 
@@ -56,6 +58,7 @@ def opened(browser: Browser, file: Path, size: str, scheme: str) -> Iterator[Ope
     """A file as a reader sees it on a `desktop` or a `phone`, `light` or `dark`, once its charts are drawn."""
     phone = size == "phone"
     page = browser.new_page(viewport=SIZES[size], color_scheme=scheme, has_touch=phone, is_mobile=phone)
+    page.set_default_timeout(MOST_MS)
     seen = Opened(page, size)
     page.on("console", lambda said: seen.messages.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: seen.messages.append(str(error)))

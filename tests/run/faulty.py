@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,33 +25,48 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks.metrics import MetricsWriter
+from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.trainer import Trainer
 from m3i_scale.scale.checkpoint import saver, stream
 from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
 WORLD, AT_A_TIME = 2, 2
+HEARD: list[int] = []
+NOTE = Preemption._note
+
+
+def note(preemption: Preemption, number: int, frame: Any) -> None:
+    HEARD.append(number)
+    NOTE(preemption, number, frame)
 
 
 def install(faults: list[dict[str, Any]], rank: int) -> None:
+    Preemption._note = note
     for fault in faults:
         if fault["rank"] == rank:
             {"write": meets, "step": at_a_step, "read": cannot_read, "copy": has_no_memory}[fault["at"]](fault)
 
 
 def meets(fault: dict[str, Any]) -> None:
-    """Something happens in the thread, before it writes its tensors."""
-    real = saver.write_ranges
+    """Something happens in the thread, before it writes its tensors; the next step does not begin before."""
+    real, next_batch, met = saver.write_ranges, Trainer._next_batch, threading.Event()
 
     def faulty(folder: Path, *given: Any) -> Any:
         if folder.name.endswith(f"{fault['step']:08d}") or fault["step"] == 0:
-            HAPPENS[fault["what"]](fault, folder)
+            HAPPENS[fault["what"]](fault, folder, met)
         return real(folder, *given)
 
-    saver.write_ranges = faulty
+    def fetched(trainer: Trainer) -> Any:
+        if trainer.state.step >= fault["step"] > 0:
+            met.wait()
+        return next_batch(trainer)
+
+    saver.write_ranges, Trainer._next_batch = faulty, fetched
 
 
-def refuse(fault: dict[str, Any], folder: Path) -> None:
+def refuse(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
     """Half of a tensor arrives."""
+    met.set()
     write_all = stream._write_all
 
     def refused(descriptor: int, data: Any) -> None:
@@ -60,8 +76,9 @@ def refuse(fault: dict[str, Any], folder: Path) -> None:
     stream._write_all = refused
 
 
-def fill(fault: dict[str, Any], folder: Path) -> None:
+def fill(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
     """A stranger takes the rest of the disk."""
+    met.set()
     with (folder.parent.parent / "stranger").open("wb") as file:
         try:
             while True:
@@ -71,19 +88,23 @@ def fill(fault: dict[str, Any], folder: Path) -> None:
             return
 
 
-def sleep(fault: dict[str, Any], folder: Path) -> None:
+def sleep(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
+    met.set()
     time.sleep(fault["seconds"])
     (folder.parent.parent / "slept").touch()
 
 
-def signals(fault: dict[str, Any], folder: Path) -> None:
-    for number in fault["numbers"]:
+def signals(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
+    for count, number in enumerate(fault["numbers"], start=1):
         os.kill(os.getpid(), number)
+        while len(HEARD) < count:  # of two that arrive at once only one is heard
+            time.sleep(0.01)
+        met.set()
         time.sleep(0.3)
-    sleep(fault, folder)
+    sleep(fault, folder, met)
 
 
-HAPPENS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+HAPPENS: dict[str, Callable[[dict[str, Any], Path, threading.Event], None]] = {
     "refuse": refuse,
     "fill": fill,
     "sleep": sleep,

@@ -51,7 +51,7 @@ def make_calls(calls: dict[str, dict[str, Any]], folders: dict[str, Path], resul
     command = [sys.executable, str(TESTS / "run" / "faulty.py"), str(results / "calls.json"), str(results)]
     log = results / "log"
     with log.open("w") as out:
-        code = subprocess.run(command, env=environment(), stdout=out, stderr=out, timeout=900, check=False).returncode
+        code = subprocess.run(command, env=environment(), stdout=out, stderr=out, timeout=1800, check=False).returncode
     assert code == 0, log.read_text()[-4000:]
     done = {}
     for number, name in enumerate(calls):

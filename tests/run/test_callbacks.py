@@ -337,8 +337,10 @@ def test_a_missing_package_is_named_with_its_extra(
 # ------------------------------------------------------------------ Weights & Biases
 
 
-def test_wandb_offline_writes_a_run_without_secrets(tmp_path: Path) -> None:
+def test_wandb_offline_writes_a_run_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the optional package wandb is not installed")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # a busy machine may need more than its 30 s and 90 s
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
     for start in (0, 3):
         writer = WandbWriter("offline")
         writer.on_start(info(tmp_path, start))

@@ -29,7 +29,7 @@ from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
 pytestmark = pytest.mark.slow
 
-LONG_S = 60
+LONG_S = 600
 """A write that nobody waits for."""
 
 

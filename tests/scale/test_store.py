@@ -9,25 +9,38 @@ import sys
 import pytest
 from launch import environment, free_port
 
+# A rank that waits only once all that come have imported what they need, which may take longer than the others wait.
+RANK = """
+import os, pathlib, sys, time
+from m3i_scale.scale.process_group import start_ranks
+folder, ranks = pathlib.Path(sys.argv[1]), sys.argv[2:]
+(folder / os.environ["RANK"]).touch()
+while not all((folder / rank).exists() for rank in ranks):
+    time.sleep(0.01)
+start_ranks(join_s=8)
+"""
 # In place of DeepSpeed's launcher, which names all hosts on its command line, and starts those of its own.
 LAUNCHER = """
 import os, subprocess, sys
-port, ranks = sys.argv[2], sys.argv[3:]
-rank = "from m3i_scale.scale.process_group import start_ranks; start_ranks(join_s=6)"
+port, rank, folder, ranks = *sys.argv[2:5], sys.argv[5:]
 place = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-started = [subprocess.Popen([sys.executable, "-c", rank], env={**os.environ, **place, "RANK": own}) for own in ranks]
+command = [sys.executable, "-c", rank, folder, *ranks]
+logs = [open(f"{folder}/log-{own}", "w") for own in ranks]
+starts = zip(ranks, logs)
+started = [subprocess.Popen(command, env={**os.environ, **place, "RANK": own}, stderr=log) for own, log in starts]
 sys.exit(max(process.wait() for process in started))
 """
 
 
 @pytest.mark.parametrize("ranks", [["0", "2"], ["3"]])
-def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(ranks):
+def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(ranks, tmp_path):
     world = base64.urlsafe_b64encode(json.dumps({"one": [0], "two": [0, 1], "three": [0]}).encode()).decode()
-    command = [sys.executable, "-c", LAUNCHER, f"--world_info={world}", str(free_port()), *ranks]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=170, check=False)
-    assert done.returncode == 1, done.stderr
+    command = [sys.executable, "-c", LAUNCHER, f"--world_info={world}", str(free_port()), RANK, str(tmp_path), *ranks]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900, check=False)
+    said = "".join((tmp_path / f"log-{rank}").read_text() for rank in ranks)
+    assert done.returncode == 1, done.stderr + said
     told = "ranks 1, 3 (two, three) of 4 did not come" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
-    assert done.stderr.count(f"MissingRanksError: {told}") == len(ranks), done.stderr
+    assert said.count(f"MissingRanksError: {told}") == len(ranks), said
 
 
 def test_gloo_takes_the_interface_of_the_route_where_nccl_only_excludes_some(monkeypatch):
