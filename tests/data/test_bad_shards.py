@@ -85,7 +85,7 @@ def test_a_fault_that_passes_does_not_show(tools, served, tmp_path, cache, impat
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_stops_the_run_and_is_named(tools, served, tmp_path, impatient, fault, workers):
-    loader = loader_of(tools, served, tmp_path, num_num_num_workers=workers)
+    loader = loader_of(tools, served, tmp_path, workers=workers)
     if fault == "stall":
         impatient(BAD, 1.0)
         attempts_of(loader, 1)

@@ -30,7 +30,7 @@ def same(first, second):
 
 
 def settings(workers):
-    return DataConfig(datasets={"s": DatasetConfig(path="/data/shards")}, num_num_num_workers=workers)
+    return DataConfig(datasets={"s": DatasetConfig(path="/data/shards")}, num_workers=workers)
 
 
 @pytest.fixture
