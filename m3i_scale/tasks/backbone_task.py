@@ -48,9 +48,9 @@ class BackboneTask(Task):
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
         """Add drop path, freeze the backbone, and change the batches of training."""
-        from m3i_scale.tasks.drop_path import apply_drop_path
-
         if self.drop_path:
+            from m3i_scale.tasks.drop_path import apply_drop_path
+
             apply_drop_path(objective.student, self.drop_path)
         if self.freeze:
             objective.train()  # everything except the backbone
