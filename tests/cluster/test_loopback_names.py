@@ -68,6 +68,6 @@ def test_doctor_finds_no_fault_in_such_names(debian: Hosts, tmp_path: Path) -> N
     command = [sys.executable, "-m", "m3i_scale", "doctor", "--json", "--hostfile", hostfile, "--env", "PYTHONPATH"]
     done = debian.run("node0", command, cwd=tmp_path, timeout_s=200)
     found, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("[\n {") :])
-    by_check = {item["check"]: item for item in found if item["check"] in ("names", "port", "bandwidth")}
-    assert {check: item["ok"] for check, item in by_check.items()} == {"names": True, "port": True, "bandwidth": True}
+    by_check = {item["check"]: item for item in found if item["check"] in ("names", "port", "group")}
+    assert {check: item["ok"] for check, item in by_check.items()} == {"names": True, "port": True, "group": True}
     assert done.returncode == 0, found
