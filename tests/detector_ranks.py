@@ -68,7 +68,7 @@ def mean_gradients(module: nn.Module) -> Tensor:
 
 
 def main(out: Path) -> None:
-    ranks = start_ranks(timeout_s=60)
+    ranks = start_ranks()
     for case, stage in STAGES.items():
         config: dict[str, Any] = resolve(
             load_ds_config(stage),

@@ -92,7 +92,7 @@ def threads_of(command: str, ranks: int = 1) -> list[str]:
     variables = environment(LOCAL_SIZE=str(ranks))
     del variables["OMP_NUM_THREADS"]
     run = [sys.executable, "-c", PROGRAM, command, "--json"]
-    done = subprocess.run(run, env=variables, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(run, env=variables, capture_output=True, text=True, timeout=1800, check=True)
     return next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("THREADS"))
 
 
@@ -117,6 +117,6 @@ def test_ranks_of_torchrun_have_them_too(tmp_path: Path, count: str, ranks: int)
     variables = environment(PET_NPROC_PER_NODE=count)  # as Kubeflow says it
     del variables["OMP_NUM_THREADS"]
     run = [sys.executable, "-m", "m3i_scale.launch.torchrun_agent", "--standalone", str(tmp_path / "rank.py")]
-    subprocess.run(run, env=variables, capture_output=True, timeout=120, check=True)
+    subprocess.run(run, env=variables, capture_output=True, timeout=1800, check=True)
     said = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(ranks)]
     assert said == [f"{default_threads(ranks, usable_cores())} PASSIVE"] * ranks

@@ -61,7 +61,7 @@ FINE_TUNING_AT_TEST_SIZE = [
 TEXT_AT_TEST_SIZE = (
     "text.config={hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 128}"
 )
-BLOCK_TIMEOUT_S = 300
+BLOCK_TIMEOUT_S = 1800
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

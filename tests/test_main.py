@@ -93,7 +93,7 @@ def test_interrupted_it_leaves_as_a_shell_expects_and_waits_for_no_thread():
         "m3i_scale.cli.main = interrupted\n"
         "door.run()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=1800)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
@@ -106,7 +106,7 @@ def test_an_interrupted_command_says_so_in_one_line():
         "sys.argv = ['m3i-scale', 'recipes']\n"
         "door.run()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=1800)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 

@@ -33,7 +33,10 @@ from host_files import (
 )
 from launch import environment
 
-__all__ = ["INTERFACES", "Host", "Hosts", "Process", "unavailable"]
+__all__ = ["INTERFACES", "WAIT_S", "Host", "Hosts", "Process", "unavailable"]
+
+WAIT_S = 900.0
+"""For whatever has to happen: it only ends a hang."""
 
 
 class Process(subprocess.Popen[str]):
@@ -148,7 +151,7 @@ class Hosts:
         """What runs a command on a host, for a caller that keeps its outputs apart."""
         return [*self._enter(host, cwd), *map(str, argv)]
 
-    def wait(self, process: Process, timeout_s: float = 400) -> int:
+    def wait(self, process: Process, timeout_s: float = WAIT_S) -> int:
         """Its exit code. After `timeout_s` all hosts are swept and the test fails with the end of the output."""
         try:
             return process.wait(timeout_s)
@@ -158,7 +161,7 @@ class Hosts:
             raise AssertionError(f"still running after {timeout_s} s: {left}\n{process.text()[-6000:]}") from None
 
     def run(
-        self, host: str, argv: Sequence[str | Path], *, timeout_s: float = 400, **options: Any
+        self, host: str, argv: Sequence[str | Path], *, timeout_s: float = WAIT_S, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """A command on a host from start to end; both outputs in `stdout`. Options are those of `start`."""
         self._ports += 1
@@ -174,7 +177,7 @@ class Hosts:
         found.pop(place.init, None)
         return found
 
-    def left(self, patience_s: float = 10) -> dict[str, dict[int, str]]:
+    def left(self, patience_s: float = 120) -> dict[str, dict[int, str]]:
         """What still runs on any host, once nothing does or `patience_s` are over: {} where nothing was left behind."""
         end = time.monotonic() + patience_s
         while True:
@@ -191,7 +194,7 @@ class Hosts:
                     _kill_in(place.space, pid)
                 time.sleep(0.02)
         for process in self._processes:
-            process.wait(10)
+            process.wait(WAIT_S)
         self._processes.clear()
 
     def link(self, host: str, *, up: bool, interface: str = "eth0") -> None:
@@ -230,7 +233,7 @@ class Hosts:
             self.link(host, up=False, interface=interface)
         if place.up and place.keeper is not None:
             os.kill(place.init, signal.SIGKILL)  # the kernel ends the others of its namespace
-            place.keeper.wait(10)
+            place.keeper.wait(WAIT_S)
         for port in place.ports:
             self._on_switch("ip", "link", "del", port, check=False)
         if place.keeper is not None and place.keeper.stdin:
@@ -257,10 +260,10 @@ class Hosts:
         for name in self.names:
             self.kill(name)
         for process in self._processes:
-            process.wait(10)
+            process.wait(WAIT_S)
         if self._switch is not None:
             self._switch.kill()
-            self._switch.wait(10)
+            self._switch.wait(WAIT_S)
         shutil.rmtree(self.folder)
 
     def __enter__(self) -> Hosts:
@@ -312,8 +315,8 @@ class Hosts:
         self._await_ssh(place)
 
     def _await_ssh(self, place: Host) -> None:
-        end = time.monotonic() + 20
-        while self.run(place.name, ["ssh", place.name, "true"], timeout_s=15).returncode != 0:
+        end = time.monotonic() + WAIT_S
+        while self.run(place.name, ["ssh", place.name, "true"]).returncode != 0:
             if time.monotonic() > end:
                 log = (self.folder / place.name / "sshd.log").read_text()
                 raise RuntimeError(f"no sshd on {place.name}:\n{log}")

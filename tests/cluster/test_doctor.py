@@ -42,9 +42,9 @@ class Case:
     def examine(self, *options: str) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
         """Exit code, and findings by check and host."""
         command = [sys.executable, "-m", "m3i_scale", "doctor", self.folder / "run.yaml", "--json"]
-        command += ["--hostfile", self.folder / "hostfile", "--interface", "eth0", "--connect-timeout", "3"]
+        command += ["--hostfile", self.folder / "hostfile", "--interface", "eth0", "--connect-timeout", "60"]
         command += ["--env", "PYTHONPATH"]  # in a checkout the package may be there by this alone
-        done = self.hosts.run("node0", [*command, *options], cwd=self.folder, timeout_s=240)
+        done = self.hosts.run("node0", [*command, *options], cwd=self.folder)
         begins = done.stdout.index("[\n {")
         found, _ = json.JSONDecoder().raw_decode(done.stdout[begins:])
         return done.returncode, {(item["check"], item["host"]): item for item in found}

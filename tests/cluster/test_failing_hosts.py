@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hosts import Hosts, Process
+from hosts import WAIT_S, Hosts, Process
 from launch import TESTS, environment
 
 from m3i_scale.config import run_values
@@ -21,7 +21,6 @@ from m3i_scale.launch.processes import MARK, process_tag
 pytestmark = pytest.mark.slow
 
 PARTS = TESTS / "cluster" / "playing_rank.py"
-WAIT_S = 300
 EVER = "100000"
 
 
@@ -45,7 +44,7 @@ class Supervised:
             "interface": None,
             "master_address": None,
             "master_port": None,
-            "silence_s": 8,
+            "silence_s": WAIT_S,
             "max_restarts": 0,
             "min_hosts": None,
             "min_compared": None,
@@ -61,7 +60,7 @@ class Supervised:
     def run(self, *parts: str, **given: Any) -> tuple[int, str]:
         """Exit code and what was said; nothing may be left on any host."""
         process = self.start(*parts, **given)
-        code = self.hosts.wait(process, WAIT_S)
+        code = self.hosts.wait(process)
         assert self.hosts.left() == {}
         return code, process.text()
 
@@ -129,7 +128,7 @@ def test_a_port_that_is_taken_is_told(launch: Supervised):
     taken = launch.hosts.start("node0", [sys.executable, "-uc", listener], log=launch.folder / "listener")
     until(lambda: "up" in taken.text())
     process = launch.start(master_port=29555)
-    assert launch.hosts.wait(process, WAIT_S) == 2
+    assert launch.hosts.wait(process) == 2
     assert "rank 0 cannot wait for the others: port 29555: Address already in use" in process.text()
 
 
@@ -138,7 +137,7 @@ def test_processes_of_a_former_launch_are_named(launch: Supervised):
     stale = launch.hosts.start("node1", ["sleep", "303"], log=launch.folder / "stale", env=environment(**mark))
     until(lambda: "sleep 303" in launch.hosts.processes("node1").values())
     process = launch.start()
-    assert launch.hosts.wait(process, WAIT_S) == 2
+    assert launch.hosts.wait(process) == 2
     assert "processes of a former launch of this run are still there" in process.text()
     assert "host node1: pid " in process.text()
     assert "sleep 303" in process.text()
@@ -153,13 +152,13 @@ def test_a_second_launch_is_told_of_the_first(launch: Supervised):
     again = Supervised(launch.hosts, launch.folder)
     again.folder = launch.folder / "again"
     again.folder.mkdir()
-    code = launch.hosts.wait(second := again.start(), WAIT_S)
+    code = launch.hosts.wait(second := again.start())
     assert code == 2
     assert "another launch of this run is under way" in second.text()
     assert "held by pid " in second.text()
     assert "on host node0" in second.text()
     first.send_signal(signal.SIGTERM)
-    assert launch.hosts.wait(first, WAIT_S) == 75
+    assert launch.hosts.wait(first) == 75
     assert launch.hosts.left() == {}
 
 
@@ -198,7 +197,7 @@ def test_the_root_cause_is_told_once_with_host_rank_step_and_phase(
 
 
 def test_a_rank_that_stands_still_is_found_when_others_have_waited_for_it(launch: Supervised):
-    code, said = launch.run("stand@2@4", "patient@0")
+    code, said = launch.run("stand@2@4", "patient@0@4")
     assert code == 1
     cause = launch.cause
     assert (cause["kind"], cause["host"], cause["rank"], cause["phase"]) == ("hang", "node1", 2, "forward"), said
@@ -206,15 +205,15 @@ def test_a_rank_that_stands_still_is_found_when_others_have_waited_for_it(launch
 
 
 def test_a_host_that_is_cut_off_is_lost_and_ends_its_ranks_by_itself(launch: Supervised):
-    process = launch.start()
+    process = launch.start(silence_s=12)  # less than the 15 s after which ssh gives up
     until(lambda: (launch.out / "logs").exists() and launch.logged("at step 80 "), process)
     launch.hosts.link("node1", up=False)
-    assert launch.hosts.wait(process, WAIT_S) == 1
+    assert launch.hosts.wait(process) == 1
     until(lambda: all("sshd" in line for line in launch.hosts.processes("node1").values()))
     launch.hosts.link("node1", up=True)
     cause = launch.cause
     assert (cause["kind"], cause["host"], cause["rank"]) == ("host", "node1", None)
-    assert "no message from the host for 8 s" in cause["message"]
+    assert "no message from the host for 12 s" in cause["message"]
     assert cause["step"] >= 0
 
 
@@ -222,8 +221,8 @@ def test_nothing_is_left_when_the_supervisor_is_killed(launch: Supervised):
     process = launch.start("children@*@1")
     until(lambda: (launch.out / "logs").exists() and launch.logged("at step 3"), process)
     process.send_signal(signal.SIGKILL)
-    assert launch.hosts.wait(process, WAIT_S) != 0
-    assert launch.hosts.left(60) == {}
+    assert launch.hosts.wait(process) != 0
+    assert launch.hosts.left() == {}
 
 
 def test_nothing_is_left_when_an_agent_is_killed(launch: Supervised):
@@ -231,7 +230,7 @@ def test_nothing_is_left_when_an_agent_is_killed(launch: Supervised):
     until(lambda: (launch.out / "logs").exists() and launch.logged("at step 3"), process)
     agents = [pid for pid, line in launch.hosts.processes("node1").items() if "launch.agent" in line]
     psutil.Process(agents[-1]).kill()
-    assert launch.hosts.wait(process, WAIT_S) == 1
+    assert launch.hosts.wait(process) == 1
     assert launch.hosts.left() == {}
     assert "the connection to the host ended" in launch.cause["message"]
 

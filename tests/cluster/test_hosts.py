@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
-from hosts import Hosts
+from hosts import WAIT_S, Hosts
 from launch import TESTS, environment
 
 
@@ -40,7 +39,7 @@ def test_signals_and_exit_codes_pass_and_what_is_left_is_seen(hosts: Hosts, tmp_
     while "up" not in asked.text():
         assert asked.poll() is None
     asked.send_signal(signal.SIGTERM)
-    assert hosts.wait(asked, 20) == 9
+    assert hosts.wait(asked) == 9
     assert list(hosts.left(0).get("node1", {}).values()) == ["sleep 300"]
     hosts.sweep()
     assert hosts.left() == {}
@@ -56,7 +55,7 @@ def test_a_folder_can_be_private_a_link_cut_a_host_lost_and_back(hosts: Hosts, t
     hosts.link("node1", up=True)
     sleeping = hosts.start("node1", ["sleep", "300"], log=tmp_path / "log")
     hosts.kill("node1")
-    assert sleeping.wait(10) != 0
+    assert sleeping.wait(WAIT_S) != 0
     assert hosts.processes("node1") == {}
     assert hosts.run("node0", ["ssh", "-o", "ConnectTimeout=1", "node1", "true"]).returncode == 255
     hosts.restart("node1")
@@ -91,16 +90,15 @@ def test_nothing_outlives_a_test_that_was_killed(two_hosts: Hosts, tmp_path: Pat
     variables = environment(TMPDIR=str(tmp_path))
     variables["PYTHONPATH"] += f":{TESTS / 'cluster'}"
     made = subprocess.run(
-        [sys.executable, "-c", KILLED], env=variables, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", KILLED], env=variables, capture_output=True, text=True, check=False, timeout=WAIT_S
     )
     assert made.returncode == -signal.SIGKILL
     numbers = json.loads(made.stdout)
     assert len(numbers) == 2
-    for _ in range(100):
-        if not any(psutil.pid_exists(number) for number in numbers):
-            return
+    deadline = time.monotonic() + WAIT_S
+    while any(psutil.pid_exists(number) for number in numbers):
+        assert time.monotonic() < deadline, "the hosts outlived their test"
         time.sleep(0.05)
-    pytest.fail("the hosts outlived their test")
 
 
 def test_a_command_can_be_tried_on_hosts_by_hand():

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import Hosts
+from hosts import WAIT_S, Hosts
 from launch import environment
 from shapes import train, write_run
 from watch import losses, ranks, watch
@@ -28,7 +28,7 @@ TRAVEL = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "
 def on_one_host(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, float]:
     run = write_run(tmp_path_factory.mktemp("one-host"), shards, "m3i", *SHORT)
     job = train(run, world=2)
-    assert job.wait(400) == [0, 0], job.text()
+    assert job.wait() == [0, 0], job.text()
     return losses(run)
 
 
@@ -75,7 +75,7 @@ def test_a_rank_that_is_killed_ends_the_run_on_all_hosts_and_is_told(
 ):
     run = write_run(tmp_path, shards, "clip", "optim.steps=100000", "optim.warmup_steps=1")
     process = hosts.start("node0", launch(hosts, run, *LAUNCHERS[name]), log=tmp_path / "log", env=variables())
-    figures, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 240
+    figures, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + WAIT_S
     while not (figures.exists() and "loss" in figures.read_text()):
         assert time.monotonic() < deadline, process.text()[-6000:]
         time.sleep(0.1)
@@ -95,7 +95,7 @@ def test_a_run_is_stopped_from_any_host_and_the_last_words_say_where_it_goes_on(
 ):
     run = write_run(tmp_path, shards, "clip", "optim.steps=100000", "optim.warmup_steps=1")
     process = hosts.start("node0", launch(hosts, run, *LAUNCHERS["pdsh"]), log=tmp_path / "log", env=variables())
-    figures, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 240
+    figures, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + WAIT_S
     while not (figures.exists() and "loss" in figures.read_text()):
         assert time.monotonic() < deadline, process.text()[-6000:]
         time.sleep(0.1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from hosts import Hosts, Process
+from hosts import WAIT_S, Hosts, Process
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Seen:
     """Environments of training processes by host and rank."""
 
 
-def watch(hosts: Hosts, process: Process, timeout_s: float = 400) -> tuple[int, Seen]:
+def watch(hosts: Hosts, process: Process, timeout_s: float = WAIT_S) -> tuple[int, Seen]:
     """The exit code of a command, and what was seen on the hosts meanwhile."""
     seen, end = Seen(), time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < end:

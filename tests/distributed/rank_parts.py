@@ -35,7 +35,7 @@ class RankParts:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.ranks = start_ranks(timeout_s=120)
+        self.ranks = start_ranks()
         self.rank, self.world = self.ranks.rank, self.ranks.world_size
         self.image = 32
 

@@ -61,7 +61,7 @@ def none_stays() -> Iterator[None]:
     before = psutil.Process().children(recursive=True)  # servers that other tests share
     yield
     children = [process for process in psutil.Process().children(recursive=True) if process not in before]
-    _, alive = psutil.wait_procs(children, timeout=WAIT_S)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert [process.cmdline() for process in alive] == []
 
 

@@ -54,7 +54,7 @@ def make(folder: str, art: Path, where: Path, hash_seed: str, *options: str) -> 
         env=os.environ | {"PYTHONHASHSEED": hash_seed},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1800,
         check=False,
     )
 

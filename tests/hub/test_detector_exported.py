@@ -133,7 +133,7 @@ def test_the_example_of_the_card_runs_without_the_package(exported, runs, tmp_pa
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1800,
         cwd=tmp_path,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )

@@ -69,7 +69,7 @@ def oldest():
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=1800,
         )
         if done.returncode and "CI" in os.environ:
             pytest.fail(done.stderr)

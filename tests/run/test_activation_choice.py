@@ -35,7 +35,7 @@ def done(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     (root / "results").mkdir()
     script = [str(TESTS / "run" / "attempts.py"), str(root / "calls.json"), str(root / "results")]
     job = Job([[sys.executable, *script]], [environment()], root / "logs", free_port())
-    assert job.wait(600) == [0], job.text()[-4000:]
+    assert job.wait() == [0], job.text()[-4000:]
     results = {name: json.loads((root / "results" / f"{n}.json").read_text()) for n, name in enumerate(OVERRIDES)}
     return results | {"root": root}
 

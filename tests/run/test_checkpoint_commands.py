@@ -175,7 +175,9 @@ def vouched_files(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_byte_of_any_file_that_is_flipped_is_noticed_and_named(run_dir: Path, data: st.DataObject) -> None:
     root = run_dir / "checkpoints"

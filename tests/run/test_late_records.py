@@ -80,7 +80,7 @@ class Loop:
         self.metrics.post_step()
 
     def _compute(self, values: Tensor) -> dict[str, float]:
-        assert self.release.wait(60)
+        assert self.release.wait(300)
         return {"health/dense_std": float(values[0]), "g/nats": float(values[1])}
 
 

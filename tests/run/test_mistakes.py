@@ -330,7 +330,7 @@ def attempts(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Attempts
     (root / "results").mkdir()
     script = [str(TESTS / "run" / "attempts.py"), str(root / "calls.json"), str(root / "results")]
     job = Job([[sys.executable, *script]], [environment()], root / "logs", free_port())
-    assert job.wait(300) == [0], job.text()[-4000:]
+    assert job.wait() == [0], job.text()[-4000:]
     results = [json.loads((root / "results" / f"{number}.json").read_text()) for number in range(len(calls))]
     return Attempts(dict(zip(calls, results, strict=True)), root)
 

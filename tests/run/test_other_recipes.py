@@ -36,7 +36,7 @@ def call(root: Path, name: str, calls: dict[str, list[str]]) -> dict[str, dict[s
     results.mkdir()
     script = [str(TESTS / "run" / "attempts.py"), str(root / f"{name}.json"), str(results)]
     job = Job([[sys.executable, *script]], [environment()], root / f"logs-{name}", free_port())
-    assert job.wait(600) == [0], job.text()[-4000:]
+    assert job.wait() == [0], job.text()[-4000:]
     return {key: json.loads((results / f"{number}.json").read_text()) for number, key in enumerate(calls)}
 
 

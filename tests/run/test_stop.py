@@ -97,7 +97,7 @@ def test_how_the_run_has_left_is_told_whether_it_saved_since_or_not(
 
     trains = threading.Thread(target=run)
     trains.start()
-    assert begun.wait(60)
+    assert begun.wait(300)
     told = CliRunner().invoke(app, ["stop", str(tmp_path), "--json"])
     trains.join()
     assert told.exit_code == code

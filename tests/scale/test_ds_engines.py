@@ -30,7 +30,7 @@ def engines(tmp_path_factory):
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     env = environment(MASTER_PORT=str(free_port()), **place)
     done = subprocess.run(
-        [sys.executable, __file__, str(report)], env=env, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, __file__, str(report)], env=env, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(report.read_text())

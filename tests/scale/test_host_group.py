@@ -10,7 +10,7 @@ from launch import TESTS, start_ranks
 
 def test_objects_take_no_device_and_no_backend_of_one(tmp_path: Path) -> None:
     job = start_ranks([str(TESTS / "scale" / "host_group_case.py"), str(tmp_path)], 2, tmp_path / "logs")
-    assert job.wait(120) == [0, 0], job.text()
+    assert job.wait() == [0, 0], job.text()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first.pop("alone") == "ended"  # by the time-out that was set last
     assert (first.pop("on rank 0"), second.pop("on rank 0")) == ([[0], [1]], [])

@@ -25,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = str(TESTS / "scale" / "average_engine.py")
     for mode, ranks in (("save", 2), *(("load", ranks) for ranks in RANKS)):
         job = start_ranks([script, mode, str(folder)], ranks, folder / f"logs-{mode}-{ranks}")
-        assert job.wait(300) == [0] * ranks, job.text()[-4000:]
+        assert job.wait() == [0] * ranks, job.text()[-4000:]
     return folder
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
     out = tmp_path_factory.mktemp("detectors")
     job = start_ranks([str(TESTS / "detector_ranks.py"), str(out)], 2, out / "logs")
-    assert job.wait(300) == [0, 0], "\n".join(Path(job.log(rank)).read_text()[-3000:] for rank in (0, 1))
+    assert job.wait() == [0, 0], "\n".join(Path(job.log(rank)).read_text()[-3000:] for rank in (0, 1))
     return {stage: [load_file(out / f"{stage}-rank{rank}.safetensors") for rank in (0, 1)] for stage in STAGES}
 
 

@@ -234,14 +234,14 @@ def test_it_trains_on_two_ranks_and_becomes_a_stock_segmenter(
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
     job = start_ranks(["-m", "m3i_scale", "train", str(path)], 2, tmp_path / "logs")
-    assert job.wait(300) == [0, 0], job.text()[-4000:]
+    assert job.wait() == [0, 0], job.text()[-4000:]
     whole, checkpoints = metrics(path), tmp_path / "out" / "checkpoints"
     assert whole[8]["loss"] < whole[1]["loss"]
     if ds_config == "zero3_cpu_fp32":  # masks of attention and points of the loss are drawn as in the whole run
         weights = load_weights(checkpoints / "step-00000008", "student")
         rmtree(checkpoints / "step-00000008")
         job = start_ranks(["-m", "m3i_scale", "train", str(path)], 2, tmp_path / "again")
-        assert job.wait(300) == [0, 0], job.text()[-4000:]
+        assert job.wait() == [0, 0], job.text()[-4000:]
         assert metrics(path) == whole
         again = load_weights(checkpoints / "step-00000008", "student")
         assert [name for name, value in weights.items() if not torch.equal(value, again[name])] == []
