@@ -31,7 +31,7 @@ from m3i_scale.run.planning import GIB, Choice, Machine, Model, estimate, on_hos
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.scale.plan.communication import Links
+from m3i_scale.scale.plan.timing import Links
 
 RANKS, STEPS = 2, 2
 _SHORT = "text.max_tokens=8"  # the captions of the shards fill that

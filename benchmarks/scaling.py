@@ -34,8 +34,9 @@ from m3i_scale.run.planning import (
     with_links,
 )
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.plan.communication import Traffic, step_traffic
 from m3i_scale.scale.plan.hardware import hardware
+from m3i_scale.scale.plan.timing import step_traffic
+from m3i_scale.scale.plan.traffic import Traffic
 
 RUN, POLICY = "m3i_vit_g14", "none"
 RANKS_PER_NODE, MICRO_BATCH = 8, 32
@@ -161,18 +162,15 @@ class Planned:
         return with_links(self.step(engine, gpus, batch or MICRO_BATCH * gpus), machine(gpus, fabric).links)
 
 
-def compressed(collectives: tuple[Traffic, Traffic]) -> tuple[Traffic, Traffic]:
+def compressed(traffic: Traffic) -> Traffic:
     """ZeRO++ (arXiv 2306.10209) beside hpZ: 8 of 16 bits in the gathers of the forward pass, 4 in the reductions. The
     scales of its blocks are left out."""
     factors = {"gather forward": 2, "reduce-scatter": 4}
-    found = []
-    for traffic in collectives:
-        less = Traffic(pieces=traffic.pieces)
-        for kind, sizes in traffic.sizes.items():
-            for size, calls in sizes.items():
-                less.add(kind, size * calls / factors.get(kind, 1), calls)
-        found.append(less)
-    return found[0], found[1]
+    less = Traffic(pieces=traffic.pieces)
+    for kind, sizes in traffic.sizes.items():
+        for size, calls in sizes.items():
+            less.add(kind, size * calls / factors.get(kind, 1), calls)
+    return less
 
 
 def machine(gpus: int, fabric: Fabric) -> Machine:
@@ -222,11 +220,11 @@ def calls(planned: Planned, wanted: set[int]) -> Rows:
     """Collectives of such a step, and what one of a ring of all GPUs takes at the least."""
     rows = [["GPUs", *ENGINES, "one gather, ms"]]
     for gpus in (count for count in GPUS if count in wanted):
-        found = [planned.step(engine, gpus, MICRO_BATCH * gpus).collectives[0] for engine in ENGINES]
+        found = [planned.step(engine, gpus, MICRO_BATCH * gpus).collectives for engine in ENGINES]
         one = Traffic()
         one.add("update", 1)
         links = machine(gpus, FABRICS["400 Gb/s a GPU"]).links
-        latency_s = step_traffic(one, Traffic(), links, further=0).time_s
+        latency_s = step_traffic(one, links).time_s
         counts = [f"{sum(traffic.calls.values()):,}" for traffic in found]
         rows.append([f"{gpus:,}", *counts, f"{latency_s * 1e3:.2f}"])
     return rows

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import load_run
 from m3i_scale.run.planning import ACCELERATOR_WORKSPACE_GIB, Choice, Machine, Model, Vocabulary, estimate, on_host
-from m3i_scale.scale.plan.communication import Links
+from m3i_scale.scale.plan.timing import Links
 from m3i_scale.scale.process_group import start_ranks, stop_ranks
 from m3i_scale.text import GIB
 

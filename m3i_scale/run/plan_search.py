@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ from m3i_scale.run.setup import resolve_engine
 from m3i_scale.scale.activations import read_policy
 from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.scale.deepspeed.rules import offloads_optimizer
-from m3i_scale.scale.plan.replay import SNAPSHOT
+from m3i_scale.scale.plan.memory import SNAPSHOT
 from m3i_scale.scale.plan.settings import Role, numel_of, settings_of
 from m3i_scale.text import GIB
 
@@ -244,8 +245,7 @@ _ON_DEVICES = {
 
 
 def compare(model: Model, machine: Machine, choice: Choice) -> list[Estimate]:
-    """Find the fastest fitting choice of every DeepSpeed config. For every policy, search for the largest micro-batch,
-    then for larger buckets. Configs that do not fit are omitted.
+    """Find the fastest fitting choice of every DeepSpeed config. Configs that do not fit are omitted.
 
     Offloading configs are only used if no other fits, because the estimate excludes their copies and CPU arithmetic. On
     accelerators, a config for CPUs is replaced by its counterpart.
@@ -306,24 +306,19 @@ def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) ->
 
 
 def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estimate | None:
-    fastest: Estimate | None = None
-    for policy in dict.fromkeys([choice.policy, *POLICIES]):
-        largest = _largest(model, machine, Choice(file, policy, choice.micro_batch))
-        if largest is not None and (fastest is None or largest.step_s < fastest.step_s * 0.999):
-            fastest = largest
-    if fastest is None:
-        return None
-    exact = estimate(model, machine, _with_larger_buckets(model, machine, fastest).choice)
-    return exact if exact.fits(machine) else _smaller(model, machine, exact)
+    """Return the fastest fitting choice of a DeepSpeed config, over policies and micro-batches.
 
-
-def _smaller(model: Model, machine: Machine, estimated: Estimate) -> Estimate | None:
-    """Find the next smaller micro-batch that fits, with exact counts."""
-    for size in reversed(list(_sizes(model, machine))):
-        if size < estimated.choice.micro_batch:
-            exact = estimate(model, machine, replace(estimated.choice, micro_batch=size))
-            if exact.fits(machine):
-                return exact
+    Among equally fast ones, prefer the largest micro-batch. Large ones are extrapolated first, and exact in the end.
+    """
+    settings = product(dict.fromkeys([choice.policy, *POLICIES]), _sizes(model, machine))
+    tried = (estimate(model, machine, Choice(file, policy, size), quick=True) for policy, size in settings)
+    fitting = [each for each in tried if each.fits(machine)]
+    least_s = min((each.step_s for each in fitting), default=0.0)
+    fitting.sort(key=lambda each: (round(each.step_s / least_s, 3), -each.choice.micro_batch))
+    for each in fitting:
+        exact = estimate(model, machine, _with_larger_buckets(model, machine, each).choice)
+        if exact.fits(machine):
+            return exact
     return None
 
 
@@ -334,20 +329,6 @@ def _sizes(model: Model, machine: Machine) -> Iterator[int]:
         return
     most = min(per_rank, max(512, model.run.optim.micro_batch_size))
     yield from (size for size in range(model.smallest, most + 1) if per_rank % size == 0)
-
-
-def _largest(model: Model, machine: Machine, choice: Choice) -> Estimate | None:
-    """Find the largest micro-batch that fits by binary search."""
-    sizes = list(_sizes(model, machine))
-    low, high, best = 0, len(sizes) - 1, None
-    while low <= high:
-        middle = (low + high) // 2
-        tried = estimate(model, machine, replace(choice, micro_batch=sizes[middle]), quick=True)
-        if tried.fits(machine):
-            best, low = tried, middle + 1
-        else:
-            high = middle - 1
-    return best
 
 
 def _fits_smaller(model: Model, machine: Machine, choice: Choice) -> bool:

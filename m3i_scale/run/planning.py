@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,14 +31,12 @@ from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
 from m3i_scale.scale.engine import set_leaves
 from m3i_scale.scale.host_memory import keeps_host_memory
 from m3i_scale.scale.parameter_groups import is_matrix
-from m3i_scale.scale.plan.communication import Links, StepTraffic, Traffic, step_traffic
-from m3i_scale.scale.plan.engines import engine_for
-from m3i_scale.scale.plan.hardware import hardware, step_time
-from m3i_scale.scale.plan.host import host_time
-from m3i_scale.scale.plan.ledger import HOLES, Ledger
-from m3i_scale.scale.plan.replay import ACTIVATIONS, REPLAYED
+from m3i_scale.scale.plan.hardware import hardware
+from m3i_scale.scale.plan.memory import HOLES, Parts, memory_of
 from m3i_scale.scale.plan.settings import Parameter, Role, Settings, numel_of, settings_of
+from m3i_scale.scale.plan.timing import Links, StepTraffic, host_time, step_time, step_traffic
 from m3i_scale.scale.plan.trace import Trace, record, scaled
+from m3i_scale.scale.plan.traffic import Traffic, collectives_of
 from m3i_scale.text import GIB
 
 AVERAGE_BYTES = 4
@@ -181,6 +179,8 @@ class Model:
     vocabulary: Vocabulary
     world: int
     precision: str
+    _traces: dict[tuple[str, int], Trace] = field(default_factory=dict)
+    _scaled: dict[tuple[str, int], Trace] = field(default_factory=dict)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -229,10 +229,6 @@ class Model:
         averaged = numel_of(self.parameters, "momentum") * AVERAGE_BYTES
         return trained + frozen + averaged + self.remembered_bytes
 
-    @cached_property
-    def _traces(self) -> dict[tuple[str, int], Trace]:
-        return {}
-
     def trace(self, policy: str, micro_batch: int) -> Trace:
         """Return the recorded trace of one micro-batch."""
         if (policy, micro_batch) not in self._traces:
@@ -241,11 +237,13 @@ class Model:
 
     def quick_trace(self, policy: str, micro_batch: int) -> Trace:
         """Extrapolate the trace from two small micro-batches: tensor sizes are affine in the number of samples."""
-        small = self.smallest
-        if micro_batch <= 2 * small:
+        small, key = self.smallest, (policy, micro_batch)
+        if micro_batch <= 2 * small or key in self._traces:
             return self.trace(policy, micro_batch)
-        trace = scaled(self.trace(policy, small), self.trace(policy, 2 * small), small, micro_batch)
-        return trace if trace is not None else self.trace(policy, micro_batch)
+        if key not in self._scaled:
+            trace = scaled(self.trace(policy, small), self.trace(policy, 2 * small), small, micro_batch)
+            self._scaled[key] = trace or self.trace(policy, micro_batch)
+        return self._scaled[key]
 
     @property
     def smallest(self) -> int:
@@ -300,8 +298,8 @@ class Estimate:
     """CPU memory in addition to the device, in bytes per rank; empty if the CPU is the device."""
     flop: int
     """FLOPs per step and rank."""
-    collectives: tuple[Traffic, Traffic]
-    """Collectives of a step with few micro-batches, and of its last micro-batch."""
+    collectives: Traffic
+    """Collectives of a step, over all its micro-batches."""
     operations: int
     """Operations per micro-batch that create a tensor."""
     parameter_count: int
@@ -335,25 +333,24 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
     settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)
     settings = replace(settings, snapshot=model.remembered_bytes if run.checkpoint.background else None)
     trace = (model.quick_trace if quick else model.trace)(choice.policy, choice.micro_batch)
-    device = Ledger()
-    host = device if machine.on_host else Ledger()
-    engine = engine_for(model.parameters, trace, settings, device, host)
-    engine.run()
-    beside = {"workspace": round(machine.workspace_gib * GIB) + sum(b.nbytes for b in model.objective.buffers())}
+    memory = memory_of(model.parameters, trace, settings)
+    parts = memory.peak
+    live = parts.total()
+    parts["workspace"] = round(machine.workspace_gib * GIB) + sum(b.nbytes for b in model.objective.buffers())
     if machine.on_host and keeps_host_memory():
-        beside["fragmentation"] = round(HOLES * device.peak)
+        parts["fragmentation"] = round(HOLES * live)
     flop = trace.flop * settings.accumulation_steps
     compute_s = flop / (machine.tflops[settings.precision] * 1e12 * machine.mfu)
     estimated = Estimate(
         choice,
         resolved,
         settings,
-        device.peak + sum(beside.values()),
-        device.at_peak | beside,
-        device.most[ACTIVATIONS],
-        {} if machine.on_host else host_parts(model, choice, host),
+        parts.total(),
+        dict(parts),
+        memory.activation_bytes,
+        {} if machine.on_host else host_parts(model, choice, memory.host),
         flop,
-        (engine.traffic, engine.last_micro_batch),
+        collectives_of(model.parameters, trace, settings),
         trace.operations,
         len(model.parameters),
         StepTraffic({}, 0.0, 0.0, 0.0, 0.0, 0.0),
@@ -366,14 +363,13 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
 
 def with_links(estimated: Estimate, links: Links) -> Estimate:
     """Return the estimate with other links between the same ranks, or with changed `collectives`."""
-    settings, (traffic, last_micro_batch) = estimated.settings, estimated.collectives
-    further = settings.accumulation_steps - min(settings.accumulation_steps, REPLAYED)
-    sent = step_traffic(traffic, last_micro_batch, links, further=further, group=settings.hpz)
+    settings = estimated.settings
+    sent = step_traffic(estimated.collectives, links, group=settings.hpz)
     host_s = host_time(
         stage=settings.stage,
         operations=estimated.operations * settings.accumulation_steps,
         parameters=estimated.parameter_count,
-        pieces=traffic.pieces + further * last_micro_batch.pieces,
+        pieces=estimated.collectives.pieces,
     )
     seconds = step_time(
         compute_s=estimated.compute_s,
@@ -386,10 +382,10 @@ def with_links(estimated: Estimate, links: Links) -> Estimate:
     return replace(estimated, traffic=sent, host_s=host_s, step_s=seconds)
 
 
-def host_parts(model: Model, choice: Choice, host: Ledger) -> dict[str, int]:
+def host_parts(model: Model, choice: Choice, host: Parts) -> dict[str, int]:
     """Return the CPU memory by part of a rank with a device: offloaded states, staging buffers of saves, prefetched
     batches and the process."""
-    parts = dict(host.at_peak)
+    parts = dict(host)
     if model.run.data.num_workers:
         sides = view_sizes(model.recipe.drawn_views, model.image_size)
         parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)

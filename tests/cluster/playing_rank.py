@@ -47,7 +47,7 @@ def note(number: int, frame: object) -> None:
 def together(heartbeat: Heartbeat, step: int) -> None:
     """Wait for all ranks."""
     heartbeat.at("reduce")
-    started = missed = time.perf_counter()
+    missed = time.perf_counter()
     (OUTPUT / f"{os.environ['MASTER_PORT']}-{step}-{RANK}").touch()
     while missing := [
         rank for rank in range(WORLD) if not (OUTPUT / f"{os.environ['MASTER_PORT']}-{step}-{rank}").exists()

@@ -54,8 +54,7 @@ from m3i_scale.scale.partition import (
     initialize_sharded,
     is_partitioned,
 )
-from m3i_scale.scale.plan.engines import engine_for
-from m3i_scale.scale.plan.ledger import Ledger
+from m3i_scale.scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
 from m3i_scale.scale.plan.settings import settings_of
 from m3i_scale.scale.process_group import stop_ranks
 from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
@@ -338,13 +337,11 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         settings = settings_of(plan.deepspeed.config, world=self.world, on_host=True)
         model = Model(plan.run, LearntFrom(LABEL_SETS, VOCABULARY, ()), self.world, settings.precision)
         settings = replace(settings, snapshot=model.remembered_bytes)
-        ledger = Ledger()
-        trace = model.trace("none", GLOBAL_BATCH // self.world)
-        planned = engine_for(model.parameters, trace, settings, ledger, ledger)
-        fresh = {part: size for part, size in ledger.parts.items() if size}
-        planned.run()
+        fresh = dict(+fresh_engine(model.parameters, settings)[0])
+        planned = memory_of(model.parameters, model.trace("none", GLOBAL_BATCH // self.world), settings)
         # The plan is that of the first rank, which holds most.
-        sizes = {"copies": sorted(planned.snapshot(self.rank)), "first rank": ledger.parts["snapshot"]}
+        copies = sorted(snapshot_sizes(model.parameters, settings, self.rank))
+        sizes = {"copies": copies, "first rank": planned.moments["forward"]["snapshot"]}
         return {"held": held, "planned": fresh, "copied": copied, "snapshot": sizes}
 
     def _copied_by_a_save(self, engine: Any, momentum: Any) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.planning import Model, Vocabulary
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.plan.engines import engine_for
-from m3i_scale.scale.plan.ledger import Ledger
 from m3i_scale.scale.plan.settings import settings_of
+from m3i_scale.scale.plan.traffic import collectives_of
 
 COMPARED = ("m3i", "clip", "supervised", "mae", "moco")
 COUNTED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32", "zero3_cpu by all-reduce")
@@ -98,16 +97,14 @@ class TrafficCases(RankParts):
         engine.destroy()
         settings = settings_of(plan.deepspeed.config, world=self.world, on_host=True)
         model = Model(plan.run, Vocabulary(LABEL_SETS, VOCABULARY, ()), self.world, settings.precision)
-        ledger = Ledger()
         trace = model.trace(plan.run.backbone.activation_checkpointing, GLOBAL_BATCH // self.world)
-        planned = engine_for(model.parameters, trace, settings, ledger, ledger)
-        planned.run(3)
+        planned = collectives_of(model.parameters, trace, settings)
         told: dict[str, Counter[str]] = {"calls": Counter(), "bytes": Counter()}
-        for kind, calls in planned.traffic.calls.items():
+        for kind, calls in planned.calls.items():
             name = "gather" if kind == "update" or "gather" in kind else kind.removesuffix(" of the step")
             name = name.removeprefix("fetch by ")
             told["calls"][name] += calls
-            told["bytes"][name] += planned.traffic.bytes[kind]
+            told["bytes"][name] += planned.bytes[kind]
         return {
             "seen": {"calls": dict(seen.calls), "bytes": dict(seen.bytes)},
             "planned": {key: dict(value) for key, value in told.items()},

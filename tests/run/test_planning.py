@@ -24,7 +24,7 @@ from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_
 from m3i_scale.scale.checkpoint.saver import buffers_of
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.hardware import hardware
-from m3i_scale.scale.plan.ledger import HOLES
+from m3i_scale.scale.plan.memory import HOLES
 from m3i_scale.scale.plan.settings import numel_of
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Published rates of GPUs and their links, and the step time computed from them."""
+"""Published rates of GPUs and their links."""
 
 from __future__ import annotations
 
@@ -60,21 +60,3 @@ def hardware(name: str) -> Hardware:
     if name not in PRESETS:
         raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
     return PRESETS[name]
-
-
-def step_time(
-    *, compute_s: float, communication_s: float, once_s: float, averaged_s: float, host_s: float, overlap: bool
-) -> float:
-    """Return the step time in seconds: the longer of arithmetic and overlapping communication, plus the rest, and at
-    least the CPU time.
-
-    Args:
-        compute_s: time of the arithmetic.
-        communication_s: time of all collectives.
-        once_s: part of `communication_s` after the backward pass, which overlaps nothing.
-        averaged_s: part of `communication_s` that overlaps the forward pass, even without `overlap`.
-        host_s: CPU time.
-        overlap: whether the other collectives overlap the arithmetic.
-    """
-    hidden_s = communication_s - once_s if overlap else averaged_s
-    return max(host_s, max(compute_s, hidden_s) + communication_s - hidden_s)

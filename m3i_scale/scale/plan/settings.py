@@ -3,7 +3,7 @@ its DeepSpeed configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from m3i_scale.scale.deepspeed.rules import (
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 Role = Literal["trained", "momentum", "teacher", "frozen"]
+_ALIGNMENT = 2
+"""`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ def share_of(numel: int, world: int, rank: int) -> int:
     return max(0, min(size, numel - size * rank))
 
 
+def places_of(parameters: Sequence[Parameter], role: Role) -> list[int]:
+    """Return the indices of the parameters with a role."""
+    return [place for place, parameter in enumerate(parameters) if parameter.role == role]
+
+
 def numel_of(parameters: tuple[Parameter, ...], *roles: Role) -> int:
     """Count the elements of the parameters with one of `roles`, or of all if no role is given."""
     return sum(p.numel for p in parameters if not roles or p.role in roles)
@@ -112,6 +119,67 @@ class Settings:
     snapshot: int | None = None
     """Background saves: bytes of buffers that the first rank copies in addition to its trained state. None: nothing is
     copied."""
+
+
+def flat_groups(parameters: Sequence[Parameter], world: int) -> list[tuple[list[int], int]]:
+    """Return the optimizer's groups with the elements of each, padded, as stages 1 and 2 flatten them."""
+    unit, flat = _ALIGNMENT * world, []
+    for group in groups_of(parameters, places_of(parameters, "trained")):
+        flat.append((group, share(sum(parameters[place].numel for place in group), unit) * unit))
+    return flat
+
+
+def sub_groups(parameters: Sequence[Parameter], settings: Settings) -> list[int]:
+    """Return the elements of a rank in each group that stage 3 updates at once (`_create_fp16_sub_groups`)."""
+    sizes = []
+    for group in groups_of(parameters, places_of(parameters, "trained")):
+        size = 0
+        for place in group:
+            size += share(parameters[place].numel, settings.world)
+            if size >= settings.sub_group or place == group[-1]:
+                sizes.append(size)
+                size = 0
+    return sizes
+
+
+def buckets(parameters: Sequence[Parameter], order: Iterable[int], limit: int) -> Iterator[list[int]]:
+    """Split parameters into buckets of at most `limit` elements, or one larger parameter."""
+    bucket: list[int] = []
+    numel = 0
+    for place in order:
+        if bucket and numel + parameters[place].numel > limit:
+            yield bucket
+            bucket, numel = [], 0
+        bucket.append(place)
+        numel += parameters[place].numel
+    if bucket:
+        yield bucket
+
+
+def shares_ema(settings: Settings) -> bool:
+    """Return whether the EMA weights are sharded like the master weights; in fp32 under stages 1 and 2 the parameters
+    themselves are the master weights, and every rank has all."""
+    return settings.world > 1 and (settings.stage == 3 or settings.precision != "fp32")
+
+
+def local_elements(parameters: Sequence[Parameter], settings: Settings, rank: int) -> list[int]:
+    """Return for every parameter the elements that `rank` saves, without padding: its shard of the master weights or of
+    the EMA, and an even share of replicated parameters."""
+    local = [share_of(parameter.numel, settings.world, rank) for parameter in parameters]
+    if settings.stage == 3:
+        return local
+    for group, numel in flat_groups(parameters, settings.world):
+        shard = numel // settings.world
+        start = -rank * shard
+        for place in group:
+            end = start + parameters[place].numel
+            local[place] = max(0, min(end, shard) - max(start, 0))
+            start = end
+    if shares_ema(settings):
+        for place, parameter in enumerate(parameters):
+            if parameter.role == "momentum" and parameter.follows is not None:
+                local[place] = local[parameter.follows]
+    return local
 
 
 def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Settings:

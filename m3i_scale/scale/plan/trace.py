@@ -1,4 +1,4 @@
-"""Record one micro-batch of a module without computing it: allocations, frees, gradients, parameter uses and FLOPs.
+"""Record one micro-batch of a module without computing it: live bytes, gradients, parameter uses and FLOPs.
 
 The module and its input are on the `meta` device, where tensors have sizes and lifetimes but no content.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,48 +24,23 @@ from torch.utils._pytree import tree_leaves
 
 from m3i_scale.backbones.flops import counter
 
-Kind = Literal["allocate", "free", "gradient", "fetch", "release", "keep", "drop", "backward"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event of a micro-batch.
-
-    allocate, free: tensor `number` of `size` bytes is created, or freed. gradient: the gradient of parameter `owner` is
-    complete, and is tensor `number`. fetch, release: module `owner` starts or stops needing its parameters. keep, drop:
-    the backward pass starts or stops holding the storage of parameter `owner` by the view `number`. backward: the
-    forward pass is over.
-    """
-
-    kind: Kind
-    number: int = 0
-    size: int = 0
-    owner: int = 0
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module. Parameters are indices into `module.parameters()` of the full model."""
-
-    own: tuple[int, ...]
-    """Parameters, without the children's parameters."""
-    all: tuple[int, ...]
-    """Parameters, including the children's parameters."""
-    leaf: bool
-    """Whether it is a leaf module under ZeRO-3 (`set_leaves`); its children are then not in the trace."""
-
-    @property
-    def fetched(self) -> tuple[int, ...]:
-        """Return the parameters that are gathered when it runs."""
-        return self.all if self.leaf else self.own
-
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded micro-batch."""
+    """A recorded micro-batch. Parameters are indices into `module.parameters()`."""
 
-    events: tuple[Event, ...]
-    modules: tuple[Module, ...]
+    live: tuple[int, ...]
+    """Live bytes of tensors other than parameters, after every allocation and after every complete gradient, which is
+    no longer counted."""
+    kept: tuple[int, ...]
+    """At the same moments, bytes of parameters of which the backward pass holds a view: under ZeRO-3 it keeps the
+    gathered storage, even if the parameter is released."""
+    gradients: tuple[tuple[int, int], ...]
+    """Parameters in the order in which their gradients are complete, with the index of that moment in `live`."""
+    forward: tuple[tuple[int, ...], ...]
+    """Parameters of the modules that run, in the order of the forward pass; under ZeRO-3 they are gathered together."""
+    backward: tuple[tuple[int, ...], ...]
+    """The same for the backward pass, recomputation included."""
     flop: int
     """FLOPs of the forward and backward pass, recomputation included."""
     saved_bytes: int
@@ -73,7 +49,7 @@ class Trace:
     @property
     def operations(self) -> int:
         """Count the operations that create a tensor: accelerator kernels, except in-place ones."""
-        return sum(event.kind == "allocate" for event in self.events)
+        return len(self.live) - len(self.gradients)
 
 
 def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
@@ -81,56 +57,56 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
 
     Sizes are linear in the number of samples. Return None if the two traces create other tensors or other gradients.
     """
-    if _made(small) != _made(large):
+    if len(small.live) != len(large.live) or small.gradients != large.gradients:
         return None
-    sizes = {event.number: event.size for event in small.events if event.size}
 
     def at(one: int, two: int) -> int:
         return round(one + (two - one) * (wanted - samples) / samples)
 
-    events = tuple(
-        replace(event, size=at(sizes.get(event.number, event.size), event.size)) if event.size else event
-        for event in large.events
+    live = tuple(map(at, small.live, large.live))
+    return replace(
+        large, live=live, flop=at(small.flop, large.flop), saved_bytes=at(small.saved_bytes, large.saved_bytes)
     )
-    return Trace(events, small.modules, at(small.flop, large.flop), at(small.saved_bytes, large.saved_bytes))
-
-
-def _made(trace: Trace) -> list[tuple[str, int, int]]:
-    """Return the created tensors, in order, and the owners of gradients."""
-    return [(e.kind, e.number, e.owner) for e in trace.events if e.kind in ("allocate", "gradient")]
 
 
 @dataclass
 class _Recorder:
-    """Recorder of events that tracks live storages."""
+    """Recorder of live storages."""
 
     owned: set[int]
-    events: list[Event] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     alive: dict[int, tuple[int, Any]] = field(default_factory=dict)
-    """By storage: its number, and the weak reference that reports its end."""
+    """By storage: its size, and the weak reference that reports its end."""
     live_bytes: int = 0
-    count: int = 0
+    kept_bytes: int = 0
 
     def meet(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.owned or key in self.alive:
             return
-        self.count += 1
-        number, size = self.count, storage.nbytes()
-
-        def end(_: Any) -> None:
-            if self.alive.pop(key, (0, None))[0] == number:
-                self.live_bytes -= size
-                self.events.append(Event("free", number))
-
-        self.alive[key] = number, weakref.ref(storage, end)
+        size = storage.nbytes()
+        self.alive[key] = size, weakref.ref(storage, lambda end: self._forget(key, end))
         self.live_bytes += size
-        self.events.append(Event("allocate", number, size))
+        self.note()
 
-    def number_of(self, tensor: Tensor) -> int:
+    def note(self) -> None:
+        """Record the bytes of this moment."""
+        self.live.append(self.live_bytes)
+        self.kept.append(self.kept_bytes)
+
+    def take(self, tensor: Tensor) -> None:
+        """Stop counting a tensor."""
         self.meet(tensor)
-        return self.alive[tensor.untyped_storage()._cdata][0]
+        key = tensor.untyped_storage()._cdata
+        size, end = self.alive[key]
+        self.live_bytes -= size
+        self.alive[key] = 0, end
+
+    def _forget(self, key: int, end: Any) -> None:
+        if key in self.alive and self.alive[key][1] is end:
+            self.live_bytes -= self.alive.pop(key)[0]
 
 
 class _Storages(TorchDispatchMode):
@@ -196,23 +172,14 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
         inputs: tensors that exist before the step.
     """
     parameters = list(module.parameters())
-    index = {id(parameter): place for place, parameter in enumerate(parameters)}
-    storages = {parameter.untyped_storage()._cdata: place for place, parameter in enumerate(parameters)}
     held = [*parameters, *module.buffers(), *inputs]
     recorder = _Recorder({tensor.untyped_storage()._cdata for tensor in held})
-    owners = list(_units(module))
-    modules = tuple(
-        Module(
-            tuple(index[id(p)] for p in child.parameters(recurse=False)),
-            tuple(index[id(p)] for p in child.parameters()),
-            z3_leaf_module(child),
-        )
-        for child in owners
-    )
+    uses: list[tuple[int, ...]] = []
+    gradients: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_module_hooks(owners, recorder))
-        stack.enter_context(_gradient_hooks(parameters, modules, recorder))
-        stack.enter_context(_kept_views(storages, recorder))
+        stack.enter_context(_module_hooks(module, parameters, uses))
+        stack.enter_context(_gradient_hooks(parameters, recorder, gradients))
+        stack.enter_context(_kept_views(parameters, recorder, uses))
         # Every sample has every target.
         stack.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
         stack.enter_context(_Storages(recorder))
@@ -220,41 +187,40 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _fused_attention))
         with _NoAnswers():
             loss = step()
-        saved = recorder.live_bytes
-        recorder.events.append(Event("backward"))
+        saved, forward = recorder.live_bytes, len(uses)
         loss.backward()
         del loss
-    return Trace(tuple(recorder.events), modules, int(flops.get_total_flops()), saved)
+    flop = int(flops.get_total_flops())
+    live, kept = tuple(recorder.live), tuple(recorder.kept)
+    return Trace(live, kept, tuple(gradients), tuple(uses[:forward]), tuple(uses[forward:]), flop, saved)
 
 
-def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules with ZeRO-3 hooks: all modules except those inside a leaf."""
-    yield module
-    for child in () if z3_leaf_module(module) else module.children():
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Yield the modules with ZeRO-3 hooks, with their parameters: all modules except those inside a leaf."""
+    leaf = z3_leaf_module(module)
+    yield module, list(module.parameters(recurse=leaf))
+    for child in () if leaf else module.children():
         yield from _units(child)
 
 
 @contextlib.contextmanager
-def _module_hooks(owners: list[nn.Module], recorder: _Recorder) -> Iterator[None]:
+def _module_hooks(module: nn.Module, parameters: list[nn.Parameter], uses: list[tuple[int, ...]]) -> Iterator[None]:
     """Record when a module uses its parameters, in the forward pass and (by the gradient of its output) in the backward
     pass."""
+    index = {id(parameter): place for place, parameter in enumerate(parameters)}
     handles = []
 
-    def before(number: int) -> Callable[..., None]:
-        return lambda *_: recorder.events.append(Event("fetch", owner=number))
-
-    def after(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            recorder.events.append(Event("release", owner=number))
+    def watch(child: nn.Module, places: tuple[int, ...]) -> None:
+        def after(_: nn.Module, __: Any, output: Any) -> None:
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_leaf:
-                    leaf.register_hook(lambda _: recorder.events.append(Event("fetch", owner=number)))
+                    leaf.register_hook(lambda _: uses.append(places))
 
-        return hook
+        handles.append(child.register_forward_pre_hook(lambda *_: uses.append(places)))
+        handles.append(child.register_forward_hook(after))
 
-    for number, child in enumerate(owners):
-        handles.append(child.register_forward_pre_hook(before(number)))
-        handles.append(child.register_forward_hook(after(number)))
+    for child, its in _units(module):
+        watch(child, tuple(index[id(parameter)] for parameter in its))
     try:
         yield
     finally:
@@ -263,25 +229,21 @@ def _module_hooks(owners: list[nn.Module], recorder: _Recorder) -> Iterator[None
 
 
 @contextlib.contextmanager
-def _gradient_hooks(parameters: list[nn.Parameter], modules: tuple[Module, ...], recorder: _Recorder) -> Iterator[None]:
+def _gradient_hooks(
+    parameters: list[nn.Parameter], recorder: _Recorder, gradients: list[tuple[int, int]]
+) -> Iterator[None]:
     """Remove a gradient from its parameter as soon as it is complete: the engine decides when it is freed."""
     handles = []
-    module_of = {place: number for number, module in enumerate(modules) for place in module.fetched}
-    waiting = {n: {p for p in module.fetched if parameters[p].requires_grad} for n, module in enumerate(modules)}
 
     def taken(place: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             gradient = parameter.grad
             if gradient is None:
                 raise RuntimeError("a gradient hook without a gradient")
-            number = recorder.number_of(gradient)
-            recorder.events.append(Event("gradient", number, gradient.untyped_storage().nbytes(), place))
+            recorder.take(gradient)
+            gradients.append((place, len(recorder.live)))
+            recorder.note()
             parameter.grad = None
-            del gradient
-            module = module_of[place]
-            waiting[module].discard(place)
-            if not waiting[module]:
-                recorder.events.append(Event("release", owner=module))
 
         return hook
 
@@ -296,19 +258,26 @@ def _gradient_hooks(parameters: list[nn.Parameter], modules: tuple[Module, ...],
 
 
 @contextlib.contextmanager
-def _kept_views(storages: dict[int, int], recorder: _Recorder) -> Iterator[None]:
+def _kept_views(parameters: list[nn.Parameter], recorder: _Recorder, uses: list[tuple[int, ...]]) -> Iterator[None]:
     """Record views saved by `F.linear`: they keep the storage alive, even if the parameter is released."""
-    count = 0
+    owners = {parameter.untyped_storage()._cdata: place for place, parameter in enumerate(parameters)}
+    views: Counter[tuple[int, int]] = Counter()
+    """Number of live views by parameter and by its number of uses so far, as each gathers it anew."""
 
     def pack(tensor: Tensor) -> Any:
-        nonlocal count
-        place = storages.get(tensor.untyped_storage()._cdata)
+        place = owners.get(tensor.untyped_storage()._cdata)
         if place is None or tensor.is_leaf:
             return tensor
-        count += 1
-        number, kept = count, _SavedTensor(tensor)
-        weakref.finalize(kept, lambda: recorder.events.append(Event("drop", number, owner=place)))
-        recorder.events.append(Event("keep", number, owner=place))
+        key, size = (place, sum(place in used for used in uses)), tensor.untyped_storage().nbytes()
+        views[key] += 1
+        recorder.kept_bytes += size * (views[key] == 1)
+
+        def drop() -> None:
+            views[key] -= 1
+            recorder.kept_bytes -= size * (views[key] == 0)
+
+        kept = _SavedTensor(tensor)
+        weakref.finalize(kept, drop)
         return kept
 
     def unpack(saved: Any) -> Tensor:
