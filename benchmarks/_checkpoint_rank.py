@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 
 from m3i_scale.backbones.build import backbone_config
+from m3i_scale.checkpoint.load import load_checkpoint
+from m3i_scale.checkpoint.probe import first_samples, probe_loss
+from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.config import load_run
 from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.engine.agree import max_over_ranks
+from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
+from m3i_scale.engine.loss_scale import take_step
+from m3i_scale.host.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.probe import first_samples, probe_loss
 from m3i_scale.run.setup import ResolvedRun, start_engine
-from m3i_scale.scale.agree import max_over_ranks
-from m3i_scale.scale.checkpoint.load import load_checkpoint
-from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
-from m3i_scale.scale.loss_scale import take_step
-from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 MIB = 2**20
 MICRO_BATCH = 2

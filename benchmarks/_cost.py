@@ -7,9 +7,9 @@ from collections.abc import Callable
 from m3i_scale.backbones.flops import count_flop
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
-from m3i_scale.scale.partition import initialize_sharded
 
 __all__ = ["count_flop", "recipe_step", "synthetic_batch"]
 

@@ -24,14 +24,14 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from m3i_scale.checkpoint import retention, saver, stream
+from m3i_scale.checkpoint.layout import step_of
 from m3i_scale.cli import main
 from m3i_scale.config import RunConfig
+from m3i_scale.engine.extensions import keep_to_environment
 from m3i_scale.run import train, trainer
 from m3i_scale.run.check import resolve_run
 from m3i_scale.run.hooks import checkpointing
-from m3i_scale.scale.checkpoint import retention, saver, stream
-from m3i_scale.scale.checkpoint.layout import step_of
-from m3i_scale.scale.extensions import keep_to_environment
 
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 _THREADS = {"checkpoint": "write", "after-commit": "prune"}

@@ -25,7 +25,7 @@ from _common import emit, machine, say
 from m3i_scale.backbones.presets import PRESETS
 from m3i_scale.backbones.sizes import describe_presets
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
-from m3i_scale.scale.process_group import free_port
+from m3i_scale.host.process_group import free_port
 
 RANKS = 2
 LEAN = ("vit-g/14",)
@@ -41,9 +41,9 @@ seconds = time.perf_counter() - started
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print("\\nmeasured", seconds, int(peak.split()[1]) / 1024)
 """
-VERIFY = "from m3i_scale.scale.checkpoint.manifest import verify; assert verify(Path({source!r})) == []"
+VERIFY = "from m3i_scale.checkpoint.manifest import verify; assert verify(Path({source!r})) == []"
 CONSOLIDATE = (
-    "from m3i_scale.scale.checkpoint.consolidate import consolidate; "
+    "from m3i_scale.checkpoint.consolidate import consolidate; "
     "consolidate(Path({source!r}), Path({target!r}), max_shard_size={size!r})"
 )
 ZERO_TO_FP32 = (
@@ -152,7 +152,7 @@ def _consolidate(folder: Path, checkpoint: Path, size: str) -> dict[str, Any]:
         "ours_s": ours["seconds"],
         "zero_to_fp32_s": theirs["default"]["seconds"],
         "zero_to_fp32_shards_s": theirs["shards"]["seconds"],
-        "imports_mib": _fresh("import m3i_scale.scale.checkpoint.consolidate")["peak_mib"],
+        "imports_mib": _fresh("import m3i_scale.checkpoint.consolidate")["peak_mib"],
     }
 
 

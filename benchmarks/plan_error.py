@@ -24,14 +24,14 @@ from _plan_rank import measure
 from _shards import make_shards
 
 from m3i_scale.config import load_run
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import release_stdout
-from m3i_scale.run.planning import GIB, Choice, Machine, Model, estimate, on_host, read_vocabulary
+from m3i_scale.plan.planning import GIB, Choice, Machine, Model, estimate, on_host, read_vocabulary
+from m3i_scale.plan.timing import Links
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.scale.plan.timing import Links
 
 RANKS, STEPS = 2, 2
 _SHORT = "text.max_tokens=8"  # the captions of the shards fill that

@@ -26,9 +26,9 @@ from transformers import BitImageProcessor, ViTConfig, ViTModel
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.scale.partition import initialize_sharded
 
 WIDTH, DEPTH, HEADS, IMAGE, PATCH, VOCABULARY, TOKENS = 384, 12, 6, 112, 16, 30522, 32
 SMALL_VIEW = 48

@@ -23,10 +23,10 @@ import typer
 from _common import emit, machine, say
 from _shards import TINY, make_shards
 
-from m3i_scale.scale.checkpoint.layout import step_name
-from m3i_scale.scale.checkpoint.manifest import newest_good
-from m3i_scale.scale.checkpoint.weights import load_weights
-from m3i_scale.scale.process_group import free_port
+from m3i_scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.manifest import newest_good
+from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.host.process_group import free_port
 
 STEPS = 24
 RUN = f"""

@@ -42,6 +42,13 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.agree import max_over_ranks
+from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
+from m3i_scale.engine.parameter_groups import parameter_groups
+from m3i_scale.engine.partition import construct, full_shape, initialize_sharded
+from m3i_scale.engine.peak import compute_dtype
+from m3i_scale.host.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
@@ -49,13 +56,6 @@ from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale.agree import max_over_ranks
-from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
-from m3i_scale.scale.parameter_groups import parameter_groups
-from m3i_scale.scale.partition import construct, full_shape, initialize_sharded
-from m3i_scale.scale.peak import compute_dtype
-from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 VOCABULARY, CAPTION = 30522, 32
 LABEL_SETS = {"classes": [str(number) for number in range(1000)]}

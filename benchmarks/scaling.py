@@ -19,10 +19,11 @@ from _common import emit, say
 from _failures import best_interval, lost_share
 
 from m3i_scale.config import load_run
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.host.hardware import hardware
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.plan_search import EQUAL, choose
-from m3i_scale.run.planning import (
+from m3i_scale.plan.planning import (
     GIB,
     Choice,
     Estimate,
@@ -33,10 +34,9 @@ from m3i_scale.run.planning import (
     read_vocabulary,
     with_links,
 )
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.plan.hardware import hardware
-from m3i_scale.scale.plan.timing import step_traffic
-from m3i_scale.scale.plan.traffic import Traffic
+from m3i_scale.plan.search import EQUAL, choose
+from m3i_scale.plan.timing import step_traffic
+from m3i_scale.plan.traffic import Traffic
 
 RUN, POLICY = "m3i_vit_g14", "none"
 RANKS_PER_NODE, MICRO_BATCH = 8, 32

@@ -26,12 +26,12 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.data.batch import Batch, synthetic_batch
+from m3i_scale.engine.deepspeed.effective import check_effective
+from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
+from m3i_scale.engine.engine import build_engine
+from m3i_scale.engine.partition import initialize_sharded
+from m3i_scale.host.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.build import build_objective, initialize_module
-from m3i_scale.scale.deepspeed.effective import check_effective
-from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
-from m3i_scale.scale.engine import build_engine
-from m3i_scale.scale.partition import initialize_sharded
-from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
 CONTEXT, VOCABULARY = 77, 49408
 CLIP = {"image": 224, "patch": 32, "width": 384, "depth": 12, "heads": 6, "batch": 32}

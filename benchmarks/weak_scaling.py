@@ -35,12 +35,12 @@ from _links import Hosts, check_links, has_netem, hosts
 from _weak_rank import CLASSES
 
 from m3i_scale.config import RunConfig, load_run
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import UserError
-from m3i_scale.run.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
+from m3i_scale.host.process_group import free_port
+from m3i_scale.plan.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.scale.process_group import free_port
 
 ENGINES = ("zero1_cpu_fp32", "zero3_cpu_fp32")
 RATES = {"1 Gbit/s": {"gbit_s": 1.0}, "10 Gbit/s": {"gbit_s": 10.0}}

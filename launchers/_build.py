@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepspeed.accelerator import get_accelerator
 
-from m3i_scale.scale.extensions import find_ninja, keep_to_environment, sweep_stale_locks
+from m3i_scale.engine.extensions import find_ninja, keep_to_environment, sweep_stale_locks
 
 
 def main() -> None:

@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from m3i_scale.config import RunConfig, load_run
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import EXIT_USER_ERROR, DataError, UserError
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 RUN_FILE = "launchers/quickstart.yaml"
 EMOJI = "examples/emoji.py"
 CONSOLE = Console(width=None if sys.stdout.isatty() else 140)
 COMMAND = [sys.executable, "-m", "m3i_scale"]
 TRAINING_CODE = tuple(f"m3i_scale/{name}" for name in ("config", "data", "backbones", "objective", "scale", "run"))
-EXPORT_CODE = ("m3i_scale/hub", "launchers/_quickstart.py")
+EXPORT_CODE = ("m3i_scale/export", "launchers/_quickstart.py")
 EVALUATION_CODE = ("m3i_scale/evaluate", "launchers/_quickstart.py")
 REPORT_CODE = ("m3i_scale/report", "launchers/_quickstart.py")
 LIBRARIES = ("torch", "deepspeed", "transformers", "scikit-learn")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from m3i_scale.launch.commands import read_job, render
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.plan import ENDS, LaunchPlan
 from m3i_scale.launch.shell import quoted, wrapped
+from m3i_scale.launch_command import read_job, render
 
 HERE = Path(__file__).resolve().parent
 FOLDER = "/data/m3i-scale/launchers"

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
+from m3i_scale.checkpoint.layout import MANIFEST, read_meta
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import UserError
-from m3i_scale.scale.checkpoint.layout import MANIFEST, read_meta
-from m3i_scale.scale.process_group import free_port
+from m3i_scale.host.process_group import free_port
 
 POLL_S = 0.05
 

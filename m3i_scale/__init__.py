@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from m3i_scale.data.batch import Batch
     from m3i_scale.data.loader import TrainStream
     from m3i_scale.data.state import merge_states
+    from m3i_scale.engine.parameter_groups import parameter_groups
     from m3i_scale.errors import ConfigError, DataError, ExportError, FaultsError, UserError
     from m3i_scale.evaluate.loaded import LoadedBackbone
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
     from m3i_scale.run.schedule import learning_rate
-    from m3i_scale.scale.parameter_groups import parameter_groups
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ import os
 import sys
 
 from m3i_scale.cores import limit_threads
-from m3i_scale.launch.processes import end_with_parent
+from m3i_scale.host.processes import end_with_parent
 from m3i_scale.rank_variables import ranks_on_host
 
 _STARTERS = ["launch"], ["doctor"]

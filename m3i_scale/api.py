@@ -11,6 +11,7 @@ import torch.distributed as dist
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.evaluate.features import Pool, load_vision
 from m3i_scale.evaluate.loaded import LoadedBackbone
@@ -21,7 +22,6 @@ from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.start_weights import move_averages, start_weights
 from m3i_scale.run import with_data
 from m3i_scale.run.schedule import ema_decay_at
-from m3i_scale.scale.collectives import ProcessGroupRanks
 
 
 def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> RunConfig:

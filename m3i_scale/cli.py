@@ -13,16 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale import __version__
+from m3i_scale.checkpoint.commands import checkpoint_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, Faults, UserError
+from m3i_scale.evaluate.compare_command import compare
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
-from m3i_scale.launch.commands import launch, takes_cluster
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
+from m3i_scale.launch_command import launch, takes_cluster
 from m3i_scale.options import Imports, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch
-from m3i_scale.run.checkpoints.commands import checkpoint_app
-from m3i_scale.run.compare_command import compare
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.tasks.finetune_command import finetune_app
 
@@ -136,8 +136,8 @@ def train(
         ranks = int(world) if world.isdecimal() else 0
         check_run(run, overrides, ranks or None)  # which also reports all other errors
         raise
+    from m3i_scale.evaluate.pictures.hook import make_pictures
     from m3i_scale.run.config_warnings import repeated_overrides
-    from m3i_scale.run.hooks.pictures import make_pictures
     from m3i_scale.run.train import start
 
     if start(config, repeated_overrides(overrides or []), [make_pictures]) == "preempted":
@@ -252,8 +252,8 @@ def plan(
     from m3i_scale.objective.recipe import load_run_and_recipe
 
     config, _ = load_run_and_recipe(run, overrides)
-    from m3i_scale.run.plan_search import check_feasible, plan_run, write_deepspeed
-    from m3i_scale.run.planning import machine_of
+    from m3i_scale.plan.planning import machine_of
+    from m3i_scale.plan.search import check_feasible, plan_run, write_deepspeed
 
     where = machine_of(
         device,
@@ -295,8 +295,8 @@ def doctor(
     Exit code 2 if one is not.
     """
     leave_out_accelerator_warning()
-    from m3i_scale.launch.doctor.findings import errors_in
-    from m3i_scale.run.doctor import examine
+    from m3i_scale.elastic.doctor.command import examine
+    from m3i_scale.host.findings import errors_in
 
     findings = examine(run, overrides or [], cluster, connect_s=connect_s, log=_ERRORS.print)
     if as_json:
@@ -414,9 +414,9 @@ def export(
     """Write a Hugging Face folder for standard classes, verified in a fresh process."""
     leave_out_accelerator_warning()
     from m3i_scale.config.kinds import import_given
-    from m3i_scale.hub.export import export_and_push
-    from m3i_scale.hub.push import push_summary
-    from m3i_scale.hub.write import ExportContents
+    from m3i_scale.export.export import export_and_push
+    from m3i_scale.export.push import push_summary
+    from m3i_scale.export.write import ExportContents
 
     import_given(imports)
     result = export_and_push(

@@ -13,13 +13,13 @@ from detectors import FOUR_SCENES, batch_of, shake, small_backbone, small_spec
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from m3i_scale.engine.activations import apply_activation_checkpointing
+from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
+from m3i_scale.engine.engine import build_engine
+from m3i_scale.engine.partition import initialize_sharded
+from m3i_scale.host.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.deepspeed.resolve import load_ds_config, resolve
-from m3i_scale.scale.engine import build_engine
-from m3i_scale.scale.partition import initialize_sharded
-from m3i_scale.scale.process_group import start_ranks, stop_ranks
 from m3i_scale.tasks.detection.detection_heads import RfDetr
 from m3i_scale.tasks.detection.detection_losses import Objects
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector

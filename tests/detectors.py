@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.config import BackboneConfig
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.ranks import Ranks, SingleProcess
-from m3i_scale.scale.partition import initialize_sharded
 from m3i_scale.tasks.detection.detection_heads import MaskRcnn
 from m3i_scale.tasks.detection.detection_losses import Objects
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector

@@ -58,7 +58,7 @@ def preload() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  it imports torch's compiler
 
     import m3i_scale.evaluate.measures
-    import m3i_scale.hub.verify
+    import m3i_scale.export.verify
     import m3i_scale.run.train  # noqa: F401
 
     gc.collect()

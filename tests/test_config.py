@@ -20,7 +20,7 @@ from m3i_scale.config import (
 )
 from m3i_scale.config.explain import HINTS
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
-from m3i_scale.hub.source import describe_data
+from m3i_scale.export.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 
 

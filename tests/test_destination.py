@@ -15,9 +15,9 @@ from m3i_scale.cli import app
 from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.destination import check_destination
 from m3i_scale.errors import ConfigError
+from m3i_scale.host.output_dir import check_output_dir
+from m3i_scale.host.rank_record import recorded
 from m3i_scale.run.check import faults_of
-from m3i_scale.run.rank_record import recorded
-from m3i_scale.scale.output_dir import check_output_dir
 
 WRITERS = {
     "recipes show m3i --output": "recipe.md",

@@ -28,16 +28,21 @@ LEVELS = {
     "shards": 4,
     "backbones": 4,
     "objective": 5,
-    "scale": 6,
-    "evaluate": 7,
-    "hub": 7,
-    "launch": 7,
-    "report": 7,
-    "run": 8,
-    "tasks": 9,
-    "api": 10,
-    "cli": 10,
-    "__main__": 11,
+    "engine": 6,
+    "host": 7,
+    "checkpoint": 8,
+    "launch": 8,
+    "run": 9,
+    "plan": 10,
+    "report": 10,
+    "elastic": 11,
+    "evaluate": 11,
+    "export": 11,
+    "tasks": 12,
+    "api": 13,
+    "launch_command": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 CARRIED = {*internimage.SOURCE_FILES, *export_mask_rcnn.SOURCE_FILES}
 """By exports, for a reader whose `transformers` has no such model."""
@@ -79,7 +84,7 @@ def faults_of(room: str, source: str, *, standalone: bool = False) -> list[str]:
             faults.append(f"line {line}: relative import {name}")
         elif top in ("tests", "benchmarks", "launchers"):
             faults.append(f"line {line}: the package imports {top}")
-        elif top == "deepspeed" and LEVELS[room] < LEVELS["scale"]:
+        elif top == "deepspeed" and LEVELS[room] < LEVELS["engine"]:
             faults.append(f"line {line}: {room} imports deepspeed")
         elif top == "m3i_scale" and standalone:
             faults.append(f"line {line}: an export would not find {name}")
@@ -128,13 +133,13 @@ def test_no_files_import_each_other_in_a_circle():
     [
         ("data", "from m3i_scale.objective.build import build_objective"),
         ("objective", "def f():\n    import deepspeed"),
-        ("objective", "from m3i_scale.scale import engine"),
-        ("hub", "from m3i_scale.evaluate.commands import evaluate"),
-        ("evaluate", "import m3i_scale.run.trainer"),
-        ("report", "from m3i_scale.hub.card import cell"),
+        ("objective", "from m3i_scale.engine import engine"),
+        ("export", "from m3i_scale.evaluate.commands import evaluate"),
+        ("run", "import m3i_scale.evaluate.commands"),
+        ("report", "from m3i_scale.export.card import cell"),
         ("errors", "from m3i_scale.config import RunConfig"),
         ("run", "from .trainer import Trainer"),
-        ("scale", "from m3i_scale.misc import f"),
+        ("engine", "from m3i_scale.misc import f"),
         ("run", "from m3i_scale import cli"),
     ],
 )
@@ -147,9 +152,9 @@ def test_an_upward_import_is_found(room, source):
     [
         (
             "run",
-            "from m3i_scale.scale.engine import build_engine\nfrom m3i_scale.run.meter import Meter\nimport deepspeed",
+            "from m3i_scale.engine.engine import build_engine\nfrom m3i_scale.run.meter import Meter\nimport deepspeed",
         ),
-        ("hub", "from m3i_scale import __version__"),
+        ("export", "from m3i_scale import __version__"),
         ("data", "import torch\nfrom m3i_scale.errors import DataError"),
     ],
 )
@@ -166,7 +171,7 @@ def internals_in(path: Path) -> set[str]:
 
 def test_one_file_touches_the_internals_of_the_partition():
     users = {path.relative_to(PACKAGE).as_posix() for path in FILES if internals_in(path)}
-    assert users == {"scale/partition.py"}
+    assert users == {"engine/partition.py"}
 
 
 def test_files_stay_short():
@@ -205,7 +210,7 @@ def test_a_wall_between_packages(importer: str, imported: str, allowed: bool) ->
 
 LOADS = ("from_pretrained", "from_config")
 ROOT = PACKAGE.parent
-OWN_CODE = {"hub/fresh.py", "hub/fresh_onnx.py"}
+OWN_CODE = {"export/fresh.py", "export/fresh_onnx.py"}
 """Load a folder that this very package has just written, with code of its own where it put that there."""
 
 

@@ -24,12 +24,12 @@ from transformers import (
 
 from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch, no_masks, no_objects
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.encoders import FrozenStart
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.partition import initialize_sharded
 
 SMALL_BUCKETS = {
     "reduce_bucket_size": 4_096,

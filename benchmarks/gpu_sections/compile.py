@@ -10,9 +10,9 @@ from _rows import Rows
 from deepspeed.accelerator import get_accelerator
 from tiny import random_batch, tiny_objective
 
+from m3i_scale.engine.arithmetic import allow_tf32
+from m3i_scale.engine.compilation import check_compile, compile_layers
 from m3i_scale.objective.information import Objective
-from m3i_scale.scale.arithmetic import allow_tf32
-from m3i_scale.scale.compilation import check_compile, compile_layers
 
 RECIPES = ("m3i", "clip")
 BATCH, STEPS, LR = 8, 5, 0.05

@@ -9,9 +9,9 @@ import torch
 from _rows import Rows
 from rank_parts import RankParts
 
+from m3i_scale.engine.partition import gather_stream, local_values
+from m3i_scale.host.process_group import stop_ranks
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.partition import gather_stream, local_values
-from m3i_scale.scale.process_group import stop_ranks
 
 SPIN_CYCLES = 400_000_000
 """A fifth of a second or more, in which whatever does not wait reads the old values."""

@@ -12,9 +12,9 @@ from deepspeed.accelerator import get_accelerator
 from tiny import DINOV2, MAPS, RECIPES, first_weights, random_batch, tiny_objective
 from torch import Tensor
 
+from m3i_scale.engine.arithmetic import allow_tf32
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.masks import BlockMask, RandomMask
-from m3i_scale.scale.arithmetic import allow_tf32
 
 BATCH = 8
 LOSS, GRADIENT, LOW_PRECISION = 1e-5, 1e-4, 2e-2

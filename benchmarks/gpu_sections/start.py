@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from rank_parts import RankParts
 
 from m3i_scale.config import resource_folder
+from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator
 from m3i_scale.errors import ConfigError
+from m3i_scale.host.process_group import stop_ranks
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator
-from m3i_scale.scale.process_group import stop_ranks
 
 
 def measure(mode: str, rows: Rows) -> None:

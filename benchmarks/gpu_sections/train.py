@@ -14,7 +14,7 @@ from _gpu_runs import Runs
 from _rows import Rows
 from _shards import TINY, make_shards
 
-from m3i_scale.scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.layout import step_name
 
 STEPS, KILLED_AT, MORE_STEPS = 40, 25, 5
 RUN = f"""

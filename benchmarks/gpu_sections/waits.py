@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.cpp_extension import library_paths
 from traffic_cases import Sizes
 
-from m3i_scale.scale.collectives import ProcessGroupRanks
+from m3i_scale.engine.collectives import ProcessGroupRanks
 
 BOUND = 2
 """Under ZeRO-1: the vote of all ranks, and DeepSpeed's look at the norm of the gradients."""
@@ -87,10 +87,10 @@ def _collectives(rows: Rows) -> None:
 
 def _train(rows: Rows) -> None:
     from m3i_scale.config import load_run
+    from m3i_scale.host.process_group import start_ranks, stop_ranks
     from m3i_scale.run.check import resolve_run
     from m3i_scale.run.hooks.base import Hook
     from m3i_scale.run.trainer import Trainer
-    from m3i_scale.scale.process_group import start_ranks, stop_ranks
 
     class Watch(Hook):
         """Has torch warn of every wait, after the fourth step and until the seventh is over."""

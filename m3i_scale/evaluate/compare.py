@@ -25,7 +25,7 @@ from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_sh
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
-from m3i_scale.scale.picture_files import Picture, jpeg
+from m3i_scale.host.picture_files import Picture, jpeg
 
 COMPARED = (*PROBES, *WITH_TEXT)
 BEFORE, AFTER = "before", "after"

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from m3i_scale.errors import EXIT_USER_ERROR
+from m3i_scale.host.processes import PARENT, TIED
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import is_here
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import Command, Executable
-from m3i_scale.launch.processes import PARENT, TIED
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 SRUN = Executable("srun", "apt-get install slurm-client")

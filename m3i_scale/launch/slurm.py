@@ -7,13 +7,13 @@ import re
 import shlex
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
+from m3i_scale.host.failures import RECORD_FILES
+from m3i_scale.host.output_dir import RANK_RECORDS
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import SLURM_EXPORTS
-from m3i_scale.launch.failures import RECORD_FILES
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
-from m3i_scale.scale.output_dir import RANK_RECORDS
 
 HONOURS = frozenset(
     {

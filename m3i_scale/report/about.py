@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.host.output_dir import UnknownHolderError, holder_of
 from m3i_scale.report.marks import utc
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.scale.output_dir import UnknownHolderError, holder_of
 from m3i_scale.text import differences, duration_text, listed, redact, redact_text, short
 
 _STOPPED = "stopped without saying how, or training where its lock is not seen from here"

@@ -14,8 +14,8 @@ from PIL import Image
 from m3i_scale.data.images import DECODE_FAULTS
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
+from m3i_scale.host.output_dir import PICTURE_LIST, PICTURES
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.scale.output_dir import PICTURE_LIST, PICTURES
 
 _MOST_BYTES = 50_000_000
 """Maximum file size of a picture."""

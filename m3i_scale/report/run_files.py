@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from m3i_scale.config import read_yaml
 from m3i_scale.errors import ConfigError
+from m3i_scale.host.output_dir import METRICS, RUN_FILE, is_run_folder
 from m3i_scale.report.metrics_file import MetricsFile, unix_s
-from m3i_scale.scale.output_dir import METRICS, RUN_FILE, is_run_folder
 from m3i_scale.upgrade import upgrade_config
 
 Record = dict[str, Any]

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from m3i_scale.checkpoint.listing import list_checkpoints
 from m3i_scale.config.explain import reason_of
 from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.host.output_dir import ATTEMPTS, FAILURE, QUARANTINE, RANK_RECORDS
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.scale.checkpoint.listing import list_checkpoints
-from m3i_scale.scale.output_dir import ATTEMPTS, FAILURE, QUARANTINE, RANK_RECORDS
 
 _LONGEST_LINE = 1 << 20
 _LOG = re.compile(r"(.+)-rank(\d+)\.log")

@@ -18,10 +18,10 @@ from rich.console import Console, ConsoleDimensions, Group
 from rich.text import Text
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.host.output_dir import QUARANTINE, holder_of
 from m3i_scale.report.run_files import RunReader
 from m3i_scale.report.run_folder import Quarantined, attempts_of, failure_of, quarantine_of, ranks_of
 from m3i_scale.report.watch_view import RunSnapshot, is_shown, render_lines
-from m3i_scale.scale.output_dir import QUARANTINE, holder_of
 
 _LOOK_S = 0.2
 """Interval for detecting a resized terminal."""

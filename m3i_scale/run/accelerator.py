@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from m3i_scale.engine.agree import gather_objects
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.launch.doctor.machine import interfaces
-from m3i_scale.scale.agree import gather_objects
-from m3i_scale.scale.deepspeed.rules import precision
+from m3i_scale.host.machine import interfaces
 from m3i_scale.text import size_text
 
 _TAKEN = 0.2

@@ -13,9 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.engine.activation_budget import fit_activations
+from m3i_scale.engine.activations import read_policy, recomputing, summarize_layers
 from m3i_scale.run.data_supply import Fetcher
-from m3i_scale.scale.activation_budget import fit_activations
-from m3i_scale.scale.activations import read_policy, recomputing, summarize_layers
 
 
 def set_activations(run: RunConfig, engine: Any, stream: TrainStream) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.files import write_json
-from m3i_scale.scale.agree import from_rank_0, gather_objects
 from m3i_scale.text import listed
 
 FOLDER = "bad_steps"

@@ -12,11 +12,18 @@ import torch
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
+from m3i_scale.checkpoint.retention_checks import check_retention
 from m3i_scale.config import RunConfig, Stage, find_run_file, run_values
 from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
+from m3i_scale.engine.activations import check_policy, read_policy
+from m3i_scale.engine.arithmetic import check_deterministic
+from m3i_scale.engine.compilation import check_compile
+from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
+from m3i_scale.engine.peak import compute_dtype, named_peak
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
+from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
@@ -28,17 +35,10 @@ from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
-from m3i_scale.run.retention import check_retention
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import scored_targets
 from m3i_scale.run.source_warnings import source_warnings
 from m3i_scale.run.start_table import other_images
-from m3i_scale.scale.activations import check_policy, read_policy
-from m3i_scale.scale.arithmetic import check_deterministic
-from m3i_scale.scale.compilation import check_compile
-from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
-from m3i_scale.scale.output_dir import check_output_dir
-from m3i_scale.scale.peak import compute_dtype, named_peak
 
 _ANY_WIDTH = 768
 """Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""

@@ -11,9 +11,9 @@ from itertools import islice
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.agree import agree, mean_over_ranks, raise_together, summed_counts
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.run.callbacks.base import SourceFigures
-from m3i_scale.scale.agree import agree, mean_over_ranks, raise_together, summed_counts
 
 
 class Fetcher(Iterator[Batch]):

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_scale.backbones.flops import counter as flop_counter
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
+from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches, read_policy
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches, read_policy
 
 
 def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:

@@ -11,12 +11,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from m3i_scale.engine.agree import max_over_ranks, mean_over_ranks
+from m3i_scale.engine.peak import Peak
+from m3i_scale.host.hardware import PRESETS
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
 from m3i_scale.run.step_times import StepTimes
-from m3i_scale.scale.agree import max_over_ranks, mean_over_ranks
-from m3i_scale.scale.peak import Peak
-from m3i_scale.scale.plan.hardware import PRESETS
 from m3i_scale.text import GIB
 
 

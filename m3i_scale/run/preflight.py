@@ -11,23 +11,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.backbones.build import backbone_config
+from m3i_scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.saver import expected_bytes
 from m3i_scale.config import CheckpointConfig, RunConfig
 from m3i_scale.config.views import view_sizes
 from m3i_scale.data.parts import PREFETCH_PARTS
 from m3i_scale.data.reader import OPEN_SHARDS
-from m3i_scale.launch.doctor import software
-from m3i_scale.launch.doctor.findings import Finding, compare_hosts, errors_in, not_ready
-from m3i_scale.launch.doctor.machine import Needs, disk_finding, machine_findings, read_machine
+from m3i_scale.engine.agree import gather_objects, together
+from m3i_scale.engine.deepspeed.rules import offloads_optimizer
+from m3i_scale.host.findings import Finding, compare_hosts, errors_in, not_ready
+from m3i_scale.host.machine import Needs, disk_finding, machine_findings, read_machine
+from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.rank_variables import ranks_on_host
+from m3i_scale.run import software
 from m3i_scale.run.accelerator import check_card, check_memory
-from m3i_scale.run.planning import Model, Vocabulary, on_host, read_vocabulary
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
-from m3i_scale.scale.agree import gather_objects, together
-from m3i_scale.scale.checkpoint.layout import step_name
-from m3i_scale.scale.plan.settings import settings_of
 
 _FILES_OF_A_RANK = 128
 """Open files of a rank for libraries, logs and pipes."""
@@ -37,26 +39,32 @@ _GROUPS = 4
 
 
 def needs_of(
-    run: RunConfig, *, world_size: int, ranks_here: int, vocabulary: Vocabulary | None = None, config: Any = None
+    run: RunConfig,
+    label_sets: dict[str, list[str]],
+    vocab_size: int,
+    *,
+    world_size: int,
+    ranks_here: int,
+    config: dict[str, Any] | None = None,
 ) -> Needs:
     """Return the minimum resources that a run needs on a node. The model is built on `meta`, without memory.
 
     Args:
+        label_sets: class lists of the datasets.
+        vocab_size: tokens of the text tower, if any.
         world_size: ranks on all nodes.
         ranks_here: ranks on this node.
-        vocabulary: label spaces and tokens. Default: from local shards, or the assumptions of plans.
         config: resolved DeepSpeed config, if known.
     """
     recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
     if config is None:
         config = resolve_engine(run, world_size, model.hidden_size).config
-    known = vocabulary or read_vocabulary(run, recipe, None, None)
-    settings = settings_of(config, world=world_size, on_host=on_host())
     with torch.random.fork_rng(devices=[]):  # building the model must not change the random state of the run
-        checkpoint = Model(run, known, world_size, settings.precision).checkpoint_bytes(settings)
+        objective = build_on_meta(run, label_sets, vocab_size if recipe.uses_text else None)
+    checkpoint, offloads = expected_bytes(objective, config), offloads_optimizer(config)
     of_this_host = ranks_here / world_size
     copies = checkpoint * of_this_host if run.checkpoint.background else 0
-    far = checkpoint * of_this_host if settings.optimizer_on_host else 0
+    far = checkpoint * of_this_host if offloads else 0
     pixels = max(
         3
         * sum(side**2 for side in view_sizes(recipe.drawn_views, stage.image_size(model.image_size)))
@@ -72,7 +80,7 @@ def needs_of(
         kept_checkpoints=count,
         kept_bytes=_retained_bytes(run.checkpoint, checkpoint, count),
         memory_bytes=int(copies + far),
-        state_bytes=0 if settings.optimizer_on_host else int(checkpoint * of_this_host),
+        state_bytes=0 if offloads else int(checkpoint * of_this_host),
         shm_bytes=loaders * ranks_here * PREFETCH_PARTS * pixels if run.data.num_workers else 0,
         open_files=_FILES_OF_A_RANK
         + OPEN_SHARDS
@@ -146,10 +154,11 @@ def _findings_here(resolved: ResolvedRun) -> tuple[list[Finding], int]:
     """Return the results for this node, and the state bytes per rank. One rank per node calls it."""
     host, run, world = socket.gethostname(), resolved.run, dist.get_world_size()
     config = resolved.deepspeed.config
-    vocabulary = Vocabulary(resolved.label_sets, resolved.vocab_size or 0, ())
     ranks_here = min(world, ranks_on_host(os.environ) or 1)
-    needs = needs_of(run, world_size=world, ranks_here=ranks_here, vocabulary=vocabulary, config=config)
-    findings = machine_findings(host, read_machine(), needs, on_host=on_host())
+    needs = needs_of(
+        run, resolved.label_sets, resolved.vocab_size or 0, world_size=world, ranks_here=ranks_here, config=config
+    )
+    findings = machine_findings(host, read_machine(), needs, on_host=get_accelerator().device_name() == "cpu")
     if not (run.output_dir / "checkpoints" / step_name(run.optim.steps)).exists():  # otherwise there is nothing to save
         one_checkpoint = Needs(checkpoint_bytes=needs.checkpoint_bytes)  # retention is checked by `doctor`
         findings.append(disk_finding(host, run.output_dir, one_checkpoint))

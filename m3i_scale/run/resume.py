@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.build import backbone_config
+from m3i_scale.checkpoint.layout import DATA_FILES, read_meta, read_object, unreadable
+from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.config import OptimConfig, RunConfig, Stage, parse_section, read_yaml
 from m3i_scale.data.state import merge_states
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.source_checks import check_label_order
-from m3i_scale.scale.checkpoint.layout import DATA_FILES, read_meta, read_object, unreadable
-from m3i_scale.scale.checkpoint.manifest import newest_good, verify
-from m3i_scale.scale.deepspeed.rules import precision
 from m3i_scale.text import format_differences, known_part, listed
 
 _SHOWN_CHANGES = 5

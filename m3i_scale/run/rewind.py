@@ -13,15 +13,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from m3i_scale.checkpoint.commit import explain, withdraw
+from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_of
+from m3i_scale.checkpoint.manifest import verify
 from m3i_scale.config.explain import reason_of
+from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import write_json
 from m3i_scale.run.callbacks.base import Rewind
 from m3i_scale.run.spike import Spike
-from m3i_scale.scale.agree import from_rank_0, gather_objects
-from m3i_scale.scale.checkpoint.commit import explain, withdraw
-from m3i_scale.scale.checkpoint.layout import checkpoints, read_meta, step_of
-from m3i_scale.scale.checkpoint.manifest import verify
 
 REWINDS = "rewinds.json"
 

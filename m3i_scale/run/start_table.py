@@ -10,10 +10,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from m3i_scale.checkpoint.commit import explain
 from m3i_scale.config import RunConfig
 from m3i_scale.files import write_json
 from m3i_scale.output import wide_console
-from m3i_scale.scale.checkpoint.commit import explain
 
 FILE = "start.json"
 

@@ -13,8 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.launch.heartbeat import PHASES, Heartbeat
-from m3i_scale.scale.process_group import set_timeout
+from m3i_scale.host.heartbeat import PHASES, Heartbeat
+from m3i_scale.host.process_group import set_timeout
 
 __all__ = ["PHASES", "StepTimes", "Timeouts"]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.checkpoint.layout import checkpoints, step_of, stopped_words
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.scale.checkpoint.layout import checkpoints, step_of, stopped_words
-from m3i_scale.scale.output_dir import METRICS, Holder, holder_of, is_run_folder, launch_of, request_stop
+from m3i_scale.host.output_dir import METRICS, Holder, holder_of, is_run_folder, launch_of, request_stop
 
 _LOOK_S = 0.5
 _TELL_S = 60.0

@@ -11,12 +11,25 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from m3i_scale.checkpoint.commit import explain, sweep
+from m3i_scale.checkpoint.layout import step_of, stopped_words
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
+from m3i_scale.engine.agree import from_rank_0, together
+from m3i_scale.engine.arithmetic import compute_deterministically, nondeterminism_explained
+from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.compilation import explain_auto
+from m3i_scale.engine.deepspeed.resolve import explain_table
+from m3i_scale.engine.deepspeed.rules import precision
+from m3i_scale.engine.engine import awaited_optimizer
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, write_json
-from m3i_scale.launch.failures import record_collectives
-from m3i_scale.launch.heartbeat import Heartbeat
+from m3i_scale.host.failures import record_collectives
+from m3i_scale.host.heartbeat import Heartbeat
+from m3i_scale.host.output_dir import RANK_RECORDS, launch_of, lock_directory
+from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.host.rank_record import recorded
+from m3i_scale.host.shared_dir import check_shared
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
@@ -26,23 +39,10 @@ from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.check import resolve_run, run_warnings, stage_lines
 from m3i_scale.run.hooks.base import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
-from m3i_scale.run.rank_record import recorded
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
-from m3i_scale.scale.agree import from_rank_0, together
-from m3i_scale.scale.arithmetic import compute_deterministically, nondeterminism_explained
-from m3i_scale.scale.checkpoint.commit import explain, sweep
-from m3i_scale.scale.checkpoint.layout import step_of, stopped_words
-from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.compilation import explain_auto
-from m3i_scale.scale.deepspeed.resolve import explain_table
-from m3i_scale.scale.deepspeed.rules import precision
-from m3i_scale.scale.engine import awaited_optimizer
-from m3i_scale.scale.output_dir import RANK_RECORDS, launch_of, lock_directory
-from m3i_scale.scale.process_group import start_ranks, stop_ranks
-from m3i_scale.scale.shared_dir import check_shared
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 

@@ -12,11 +12,17 @@ from typing import Literal
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from m3i_scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.agree import agree_and_average
+from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.engine import set_micro_batch_size
+from m3i_scale.engine.loss_scale import spread_nonfinite, take_step, undone_if_skipped
+from m3i_scale.engine.peak import compute_dtype, device_name, measured_peak, named_peak
 from m3i_scale.errors import UserError
-from m3i_scale.launch.heartbeat import Heartbeat
+from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StageInfo
@@ -38,12 +44,6 @@ from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
 from m3i_scale.run.start_table import print_start
 from m3i_scale.run.step_times import Timeouts
-from m3i_scale.scale.agree import agree_and_average
-from m3i_scale.scale.checkpoint.saver import checkpoint_bytes
-from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.engine import set_micro_batch_size
-from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
-from m3i_scale.scale.peak import compute_dtype, device_name, measured_peak, named_peak
 
 Status = Literal["finished", "preempted"]
 

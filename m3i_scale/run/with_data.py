@@ -13,11 +13,11 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
 from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_output_dir
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
-from m3i_scale.scale.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_output_dir
 
 
 @dataclass

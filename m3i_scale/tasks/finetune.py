@@ -14,21 +14,21 @@ from safetensors.torch import save_file
 
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.first_values import draw_first_values
+from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run, read_yaml
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.export.export import export
+from m3i_scale.export.push import PROVENANCE
+from m3i_scale.export.source import Source, find_source
+from m3i_scale.export.write import ExportContents, plan_parts
+from m3i_scale.export.write import Task as ExportTask
 from m3i_scale.files import atomic_dir, read_json, sha256_of, sha256_of_json
-from m3i_scale.hub.export import export
-from m3i_scale.hub.push import PROVENANCE
-from m3i_scale.hub.source import Source, find_source
-from m3i_scale.hub.write import ExportContents, plan_parts
-from m3i_scale.hub.write import Task as ExportTask
+from m3i_scale.host.output_dir import check_output_dir, is_run_folder
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.resume import check_resume, find_resume
-from m3i_scale.scale.checkpoint.layout import MANIFEST
-from m3i_scale.scale.output_dir import check_output_dir, is_run_folder
 from m3i_scale.tasks.base import Task, steps_of
 from m3i_scale.tasks.classification.classification_task import Classification
 from m3i_scale.tasks.detection.detection_task import Detection

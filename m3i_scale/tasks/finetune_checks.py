@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from m3i_scale.config import RunConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import Faults
+from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.run.check import Checks
 from m3i_scale.run.data_checks import DataFacts
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun
-from m3i_scale.scale.output_dir import lock_directory
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.unpacked import TRAIN
 

@@ -11,19 +11,19 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.config import OptimConfig, RunConfig, load_run
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
+from m3i_scale.engine.peak import compute_dtype, named_peak
 from m3i_scale.evaluate.commands import evaluate
+from m3i_scale.export.card import render_card
+from m3i_scale.export.export import export
+from m3i_scale.export.push import PROVENANCE
+from m3i_scale.export.source import find_source
+from m3i_scale.export.write import ExportContents
+from m3i_scale.export.write import Task as ExportTask
 from m3i_scale.files import read_json, sha256_of, write_json
-from m3i_scale.hub.card import render_card
-from m3i_scale.hub.export import export
-from m3i_scale.hub.push import PROVENANCE
-from m3i_scale.hub.source import find_source
-from m3i_scale.hub.write import ExportContents
-from m3i_scale.hub.write import Task as ExportTask
 from m3i_scale.options import reading_bar
-from m3i_scale.run.plan_search import plan_run
-from m3i_scale.run.planning import machine_of
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.peak import compute_dtype, named_peak
+from m3i_scale.plan.planning import machine_of
+from m3i_scale.plan.search import plan_run
 from m3i_scale.shards.make import annotation_line
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.subset import Subset

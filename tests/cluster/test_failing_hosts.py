@@ -16,7 +16,7 @@ from hosts import WAIT_S, Hosts, Process
 from launch import TESTS, environment
 
 from m3i_scale.config import run_values
-from m3i_scale.launch.processes import MARK, process_tag
+from m3i_scale.host.processes import MARK, process_tag
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ class Supervised:
         }
         file = self.folder / "elastic.json"
         file.write_text(json.dumps(values | given))
-        script = [sys.executable, "-m", "m3i_scale.launch.elastic", str(file)]
+        script = [sys.executable, "-m", "m3i_scale.elastic.launch", str(file)]
         return self.hosts.start("node0", script, log=self.folder / "log", env=environment(), cwd=self.folder)
 
     def run(self, *parts: str, **given: Any) -> tuple[int, str]:

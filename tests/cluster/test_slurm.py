@@ -19,9 +19,9 @@ from launch import environment, free_port
 from shapes import make_shapes, metrics, train, write_run
 from slurm import Slurm, missing, slurm, sweep
 
-from m3i_scale.launch.commands import read_job, render
 from m3i_scale.launch.description import read_cluster
 from m3i_scale.launch.execute import write_files
+from m3i_scale.launch_command import read_job, render
 
 STEPS = 16
 WAIT_S = 300

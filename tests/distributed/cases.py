@@ -36,27 +36,27 @@ from transformers import ViTModel
 from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
-from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
-from m3i_scale.run.planning import Model
-from m3i_scale.run.planning import Vocabulary as LearntFrom
-from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.activation_budget import count_saved, fit_activations, peak_bytes
-from m3i_scale.scale.agree import agree, max_over_ranks, mean_over_ranks
-from m3i_scale.scale.checkpoint.saver import Saver, buffers_of
-from m3i_scale.scale.loading import stream_into
-from m3i_scale.scale.parameter_groups import parameter_groups
-from m3i_scale.scale.partition import (
+from m3i_scale.checkpoint.saver import Saver, buffers_of
+from m3i_scale.engine.activation_budget import count_saved, fit_activations, peak_bytes
+from m3i_scale.engine.agree import agree, max_over_ranks, mean_over_ranks
+from m3i_scale.engine.loading import stream_into
+from m3i_scale.engine.parameter_groups import parameter_groups
+from m3i_scale.engine.partition import (
     construct,
     full_numel,
     full_shape,
     initialize_sharded,
     is_partitioned,
 )
-from m3i_scale.scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
-from m3i_scale.scale.plan.settings import settings_of
-from m3i_scale.scale.process_group import stop_ranks
+from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.host.process_group import stop_ranks
+from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
+from m3i_scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
+from m3i_scale.plan.planning import Model
+from m3i_scale.plan.planning import Vocabulary as LearntFrom
+from m3i_scale.plan.settings import settings_of
+from m3i_scale.run.setup import start_engine
 from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
 from m3i_scale.tasks.detection.detection_scores import DetectionScores
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from m3i_scale.config import GuardConfig
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.loss_scale import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.errors import UserError
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.data_supply import Fetcher
@@ -22,7 +23,6 @@ from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.setup import start_engine
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale.loss_scale import spread_nonfinite, take_step, undone_if_skipped
 
 QUEUE, BALANCE = ("densecl",), ("m3i", "recipe.balance={kind: gradient_norm, momentum: 0.5}")
 NONFINITE = {

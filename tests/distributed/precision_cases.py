@@ -11,12 +11,12 @@ from rank_parts import GLOBAL_BATCH, RankParts
 from tiny import LABEL_SETS, first_weights
 from torch import Tensor
 
+from m3i_scale.checkpoint.load import load_checkpoint
+from m3i_scale.checkpoint.saver import Saver
+from m3i_scale.engine.loss_scale import loss_scale, take_step, undone_if_skipped
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.checkpoint.load import load_checkpoint
-from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.loss_scale import loss_scale, take_step, undone_if_skipped
 
 MICRO_BATCHES = 16
 """A power of two: the engine divides every loss by it, which must be exact in bf16."""

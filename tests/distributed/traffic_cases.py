@@ -12,10 +12,10 @@ from tiny import LABEL_SETS, VOCABULARY, first_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.objective.build import build_objective
-from m3i_scale.run.planning import Model, Vocabulary
+from m3i_scale.plan.planning import Model, Vocabulary
+from m3i_scale.plan.settings import settings_of
+from m3i_scale.plan.traffic import collectives_of
 from m3i_scale.run.setup import start_engine
-from m3i_scale.scale.plan.settings import settings_of
-from m3i_scale.scale.plan.traffic import collectives_of
 
 COMPARED = ("m3i", "clip", "supervised", "mae", "moco")
 COUNTED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32", "zero3_cpu by all-reduce")

@@ -16,15 +16,15 @@ import pytest
 import yaml
 from launch import ROOT, environment, free_port
 
+from m3i_scale.elastic import link
+from m3i_scale.elastic.doctor.agents import Agents
+from m3i_scale.elastic.doctor.command import Examination
+from m3i_scale.elastic.doctor.command import examine as doctor
+from m3i_scale.elastic.doctor.group import Group, open_store, reach, read_notes, remove, write_note
+from m3i_scale.elastic.link import RemoteShell
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch import link
+from m3i_scale.host.findings import Finding
 from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.doctor.agents import Agents
-from m3i_scale.launch.doctor.findings import Finding
-from m3i_scale.launch.doctor.group import Group, open_store, reach, read_notes, remove, write_note
-from m3i_scale.launch.link import RemoteShell
-from m3i_scale.run.doctor import Examination
-from m3i_scale.run.doctor import examine as doctor
 
 SSH = r"""#!/bin/bash
 host="${@: -2:1}" line="${@: -1}"
@@ -35,7 +35,7 @@ case "$host" in
   silent) exec sleep 300 ;;
   old) exec bash -c "${line/exec env /exec env /nowhere/python }" ;;
   poor) exec bash -c "${line/ -u / -S -u }" ;;
-  bare) exec bash -c "${line/m3i_scale.launch.agent/m3i_scale.launch.no_agent}" ;;
+  bare) exec bash -c "${line/m3i_scale.elastic.agent/m3i_scale.launch.no_agent}" ;;
   lost) export PYTHONPATH="$LOST:$PYTHONPATH" ;;
 esac
 exec bash -c "$line"

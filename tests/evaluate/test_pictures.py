@@ -25,7 +25,7 @@ from m3i_scale.evaluate.pictures.confusion import chosen_classes, confusion, row
 from m3i_scale.evaluate.pictures.dense import brightness, cosines, dense_pca, pca_colours, similarity
 from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over
 from m3i_scale.evaluate.pictures.ranked import best_of
-from m3i_scale.scale.picture_files import Picture, write_pictures
+from m3i_scale.host.picture_files import Picture, write_pictures
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 

@@ -26,9 +26,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m3i_scale.backbones.internimage import modeling_internimage
 from m3i_scale.config import load_run
+from m3i_scale.engine import compilation
+from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.objective.build import build_objective
-from m3i_scale.scale import compilation
-from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
 
 _TWO = "{num_hidden_layers: 2}"
 _M3I = ("m3i", f"backbone.config={_TWO}", f"text.config={_TWO}")

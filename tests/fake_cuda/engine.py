@@ -25,15 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from tracer import Tracer
 
+from m3i_scale.checkpoint import load, probe, stream, tensors
+from m3i_scale.checkpoint.index import Index
+from m3i_scale.checkpoint.saver import BackgroundCall
 from m3i_scale.data.batch import Batch
-from m3i_scale.run import probe, setup
+from m3i_scale.engine import agree
+from m3i_scale.engine.peak import compute_dtype
+from m3i_scale.run import setup
 from m3i_scale.run.hooks import checkpointing, metrics
 from m3i_scale.run.setup import ResolvedRun
-from m3i_scale.scale import agree
-from m3i_scale.scale.checkpoint import load, stream, tensors
-from m3i_scale.scale.checkpoint.index import Index
-from m3i_scale.scale.checkpoint.saver import BackgroundCall
-from m3i_scale.scale.peak import compute_dtype
 
 _build = setup._build
 

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from m3i_scale.engine.partition import construct, initialize_sharded
 from m3i_scale.objective.build import build_objective, initialize_module
-from m3i_scale.scale.partition import construct, initialize_sharded
 
 
 class Draws(TorchDispatchMode):

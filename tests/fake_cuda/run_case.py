@@ -18,14 +18,14 @@ from m3i_scale.backbones.build import backbone_config
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.deepspeed.resolve import resolve
+from m3i_scale.engine.host_memory import pinning
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import trainer as trainer_module
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.spike import Spike
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale.collectives import ProcessGroupRanks
-from m3i_scale.scale.deepspeed.resolve import resolve
-from m3i_scale.scale.host_memory import pinning
 
 MICRO_BATCH = 4
 SPIKE_AT, SHORT, LONG = 3, 2, 4

@@ -13,14 +13,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from run_case import Case
 from simulated_cases import CARRIER
 
+from m3i_scale.checkpoint.host_copies import HostCopies
+from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.data.batch import Batch
+from m3i_scale.engine import averages, engine_state, partition
+from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.engine import keep_gradients_until_reduced
 from m3i_scale.run.device_copies import DeviceCopies
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale import averages, engine_state, partition
-from m3i_scale.scale.averages import ShardedEma
-from m3i_scale.scale.checkpoint.host_copies import HostCopies
-from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.engine import keep_gradients_until_reduced
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from saved_tensors import write_as_ranks
 
+from m3i_scale.checkpoint.commit import begin, commit
+from m3i_scale.checkpoint.saver import buffers_of
+from m3i_scale.checkpoint.tensors import Range
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
-from m3i_scale.hub import fresh
+from m3i_scale.export import fresh
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.saver import buffers_of
-from m3i_scale.scale.checkpoint.tensors import Range
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
@@ -220,7 +220,7 @@ def run_dir(make_run, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(run_dir, tmp_path_factory):
     """An export of the trained weights, and what `export` returned."""
-    from m3i_scale.hub.export import export
+    from m3i_scale.export.export import export
 
     target = tmp_path_factory.mktemp("exports") / "tiny"
     return target, export(run_dir[0], target)
@@ -234,4 +234,4 @@ def same_process(monkeypatch):
         fresh.main(folder, work)
         return json.loads((work / "report.json").read_text()) | {"needed": []}
 
-    monkeypatch.setattr("m3i_scale.hub.verify._run", run)
+    monkeypatch.setattr("m3i_scale.export.verify._run", run)

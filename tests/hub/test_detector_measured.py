@@ -27,8 +27,8 @@ from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.hub.export import export
-from m3i_scale.hub.write import ExportContents
+from m3i_scale.export.export import export
+from m3i_scale.export.write import ExportContents
 from m3i_scale.tasks.detection.detection_overlays import SUMMARY
 from m3i_scale.tasks.detection.detector import head_of_features
 from m3i_scale.tasks.detection.measure_detector import CURVES

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.errors import ExportError
-from m3i_scale.hub.source import find_source, source_tokenizer
-from m3i_scale.hub.verify import make_reference, verify
-from m3i_scale.hub.write import ExportContents, plan_parts, write_folder
-from m3i_scale.scale.checkpoint.weights import load_weights
+from m3i_scale.export.source import find_source, source_tokenizer
+from m3i_scale.export.verify import make_reference, verify
+from m3i_scale.export.write import ExportContents, plan_parts, write_folder
 
 pytestmark = pytest.mark.slow
 

@@ -9,16 +9,16 @@ import pytest
 from launch import free_port
 
 from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
-from m3i_scale.launch.agent import Agent
-from m3i_scale.launch.attempts import Launch
-from m3i_scale.launch.failures import Failure
+from m3i_scale.elastic.agent import Agent
+from m3i_scale.elastic.attempts import Launch
+from m3i_scale.elastic.link import HostError, Inbox, Link, RemoteShell
+from m3i_scale.elastic.progress import Progress
+from m3i_scale.elastic.rendezvous import HostHistory, Policy, Work
+from m3i_scale.elastic.supervise import Attempt, AttemptResult, Logs
+from m3i_scale.elastic.wire import decode
+from m3i_scale.elastic.worlds import World, largest_world, micro_batch_for
+from m3i_scale.host.failures import Failure
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import HostError, Inbox, Link, RemoteShell
-from m3i_scale.launch.progress import Progress
-from m3i_scale.launch.rendezvous import HostHistory, Policy, Work
-from m3i_scale.launch.supervise import Attempt, AttemptResult, Logs
-from m3i_scale.launch.wire import decode
-from m3i_scale.launch.worlds import World, largest_world, micro_batch_for
 
 
 def a_run(*overrides: str) -> RunConfig:
@@ -105,7 +105,7 @@ def test_a_host_fails_twice_running_by_its_ranks_and_not_by_being_lost():
 
 
 def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listener_is_not(monkeypatch):
-    monkeypatch.setattr("m3i_scale.launch.wire._CLOSE_S", 300.0)
+    monkeypatch.setattr("m3i_scale.elastic.wire._CLOSE_S", 300.0)
 
     def asked(port: int) -> dict[str, Any]:
         agent = Agent(output := io.BytesIO())

@@ -1,9 +1,9 @@
 """A larger micro-batch on fewer ranks, until it runs out of memory."""
 
 from m3i_scale.config import load_run
-from m3i_scale.launch.failures import Failure
+from m3i_scale.elastic.worlds import ComparedSamples, World
+from m3i_scale.host.failures import Failure
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.worlds import ComparedSamples, World
 
 HOSTS = tuple(Host(f"node{number}", 2) for number in range(4))
 SIZES = ["data.streams=24", "optim.batch_size=192", "optim.micro_batch_size=24"]

@@ -8,8 +8,8 @@ import pytest
 from launch_case import FIELDS, OUTPUT, a_job, a_script, path_with
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.commands import LAUNCHERS, READY_FILES, find_launcher, read_job, render
 from m3i_scale.launch.description import Cluster, read_cluster
+from m3i_scale.launch_command import LAUNCHERS, READY_FILES, find_launcher, read_job, render
 
 OTHER_VALUES = {
     "nodes": 3,

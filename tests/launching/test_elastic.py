@@ -14,14 +14,14 @@ import pytest
 from launch import ROOT, environment
 
 from m3i_scale.config import load_run
+from m3i_scale.elastic import link
+from m3i_scale.elastic.attempts import Launch
+from m3i_scale.elastic.link import Inbox, RemoteShell, connect
+from m3i_scale.elastic.rendezvous import Policy, Work
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.launch import link
-from m3i_scale.launch.attempts import Launch
+from m3i_scale.host.output_dir import ATTEMPTS
+from m3i_scale.host.processes import MARK
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import Inbox, RemoteShell, connect
-from m3i_scale.launch.processes import MARK
-from m3i_scale.launch.rendezvous import Policy, Work
-from m3i_scale.scale.output_dir import ATTEMPTS
 
 WAIT_S = 300.0
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
@@ -70,7 +70,7 @@ def a_launch(
 
 
 def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
-    """What `python -m m3i_scale.launch.elastic` reads, of two ranks on this machine."""
+    """What `python -m m3i_scale.elastic.launch` reads, of two ranks on this machine."""
     given = {
         "run": load_run("m3i", [*OVERRIDES, f"output_dir={folder / 'out'}", *overrides]).model_dump(mode="json"),
         "python": sys.executable,
@@ -204,13 +204,13 @@ def test_nobody_asks_on_when_nobody_waits_for_the_answer(tmp_path, monkeypatch):
 
 
 def test_a_launch_file_may_name_classes_of_ones_own(tmp_path):
-    """`python -m m3i_scale.launch.elastic FILE` has read no run file."""
+    """`python -m m3i_scale.elastic.launch FILE` has read no run file."""
     (tmp_path / "own_quiet.py").write_text(OWN)
     (tmp_path / "out").mkdir()
     file = a_file(tmp_path, [sys.executable, "-c", "pass"], "recipe.targets.0.regularizer=own_quiet.Quiet")
     variables = environment()
     variables["PYTHONPATH"] += f":{tmp_path}"
-    command = [sys.executable, "-m", "m3i_scale.launch.elastic", str(file)]
+    command = [sys.executable, "-m", "m3i_scale.elastic.launch", str(file)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert (tmp_path / "out" / ATTEMPTS).exists(), done.stderr
     assert "own_quiet" not in done.stderr
@@ -223,7 +223,7 @@ def test_a_terminal_that_is_lost_lets_the_ranks_save(tmp_path):
     file = a_file(tmp_path, [sys.executable, str(PLAYS), str(out), "100000"])
     own, others = pty.openpty()
     command = ["env", "--default-signal=HUP", sys.executable, "-c", AT_TERMINAL]
-    command += [sys.executable, "-m", "m3i_scale.launch.elastic"]
+    command += [sys.executable, "-m", "m3i_scale.elastic.launch"]
     launched = subprocess.Popen(
         [*command, str(file)],
         env=environment(),

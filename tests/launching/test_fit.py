@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
+from m3i_scale.elastic.worlds import check_fit
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
-from m3i_scale.launch.commands import LAUNCHERS
 from m3i_scale.launch.job import devices_here
-from m3i_scale.launch.worlds import check_fit
+from m3i_scale.launch_command import LAUNCHERS
 
 DATA = "data.datasets.main.path=/data/train"
 

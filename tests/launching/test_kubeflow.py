@@ -10,7 +10,7 @@ from launch_case import FIELDS, a_job
 
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.commands import render
+from m3i_scale.launch_command import render
 
 FULL = {
     **FIELDS["kubeflow"],

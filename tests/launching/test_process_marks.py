@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from m3i_scale.launch.processes import MARK, marked, process_tag
+from m3i_scale.host.processes import MARK, marked, process_tag
 
 
 @pytest.mark.parametrize("foreign", ["", "yes", "one|two", "|", "a|b|c|d"])

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from launch import environment, free_port
 
-from m3i_scale.launch.commands import LAUNCHERS, READY_FILES
+from m3i_scale.launch_command import LAUNCHERS, READY_FILES
 from m3i_scale.rank_variables import adopt_rank_variables
 
 LAUNCHERS_FOLDER = Path(__file__).resolve().parents[2] / "launchers"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m3i_scale.errors import UserError
-from m3i_scale.launch.failures import (
+from m3i_scale.host.failures import (
     RANK_RECORDS,
     Failure,
     failure_text,
@@ -20,11 +20,11 @@ from m3i_scale.launch.failures import (
     root_cause,
     write_failure,
 )
-from m3i_scale.launch.failures import write_record as leave
-from m3i_scale.launch.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
-from m3i_scale.run.rank_record import recorded
-from m3i_scale.scale.output_dir import launch_lock, lock_directory
-from m3i_scale.scale.store import MissingRanksError
+from m3i_scale.host.failures import write_record as leave
+from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
+from m3i_scale.host.output_dir import launch_lock, lock_directory
+from m3i_scale.host.rank_record import recorded
+from m3i_scale.host.store import MissingRanksError
 
 
 def failure(time: float, message: str, kind: str = "exception", **more: object) -> Failure:
@@ -195,7 +195,7 @@ def test_who_looks_at_a_lock_in_that_instant_does_not_keep_it(tmp_path, monkeypa
     looks = [path.open("rb") for path in tmp_path.glob(".*lock")]
     for file in looks:
         fcntl.flock(file, fcntl.LOCK_SH)
-    monkeypatch.setattr("m3i_scale.scale.output_dir.ACQUIRE_S", 300.0)
+    monkeypatch.setattr("m3i_scale.host.output_dir.ACQUIRE_S", 300.0)
     monkeypatch.setattr("time.sleep", lambda seconds: [file.close() for file in looks])
     with hold(tmp_path):
         assert all(file.closed for file in looks)

@@ -3,8 +3,8 @@
 import pytest
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch.commands import read_job, render
 from m3i_scale.launch.description import Cluster
+from m3i_scale.launch_command import read_job, render
 
 
 def script(**fields: object) -> str:

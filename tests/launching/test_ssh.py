@@ -9,10 +9,10 @@ from launch_case import TWO_HOSTS, a_job, a_script, path_with
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.elastic.link import HostError, Inbox, RemoteShell, connect, explain_end
 from m3i_scale.errors import UserError
-from m3i_scale.launch.commands import render
 from m3i_scale.launch.hosts import Host
-from m3i_scale.launch.link import HostError, Inbox, RemoteShell, connect, explain_end
+from m3i_scale.launch_command import render
 
 
 def test_a_host_that_does_not_see_the_script_says_so(tmp_path):
@@ -57,7 +57,7 @@ def test_an_end_is_told_of_what_reached_the_host(transport):
     site = RemoteShell(python="python3", workdir="/", output_dir="/out", launch="one", transport=transport)
     assert explain_end(255, ["it broke"], site) == HostError(f"{transport}: it broke", "connect")
     assert explain_end(127, ["bash: python3: command not found"], site).kind == "start"
-    assert explain_end(1, ["python3: No module named m3i_scale.launch.agent"], site).kind == "start"
+    assert explain_end(1, ["python3: No module named m3i_scale.elastic.agent"], site).kind == "start"
     missing = explain_end(1, ["ModuleNotFoundError: No module named 'pydantic'", f"{transport}: error: exited"], site)
     assert missing.kind == "package"
     assert "pydantic" in missing.what

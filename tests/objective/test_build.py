@@ -9,11 +9,11 @@ import torch
 from tiny import GRID, LABEL_SETS, RECIPES, VOCABULARY, random_batch, tiny_objective, tiny_run
 from torch import nn
 
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.positions import grid_position
-from m3i_scale.scale.partition import initialize_sharded
 
 
 def build(recipe: str, *overrides: str, labels: bool = True, vocabulary: int | None = VOCABULARY) -> nn.Module:

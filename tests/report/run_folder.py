@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
+from m3i_scale.checkpoint.commit import begin, commit
+from m3i_scale.checkpoint.layout import step_name
 from m3i_scale.config import load_run
 from m3i_scale.files import json_line, write_json
-from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.layout import step_name
 
 GROUPS = {"intra": (1.3, 0.5), "inter": (1.4, 0.6), "text": (4.2, 2.1), "category": (2.2, 0.7)}
 """Loss at the start and at the end."""

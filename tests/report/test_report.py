@@ -22,6 +22,7 @@ from m3i_scale import files
 from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import json_line, write_json
+from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.report import albums, curves, page, results
 from m3i_scale.report.about import differing_settings
 from m3i_scale.report.bad_samples import sample_rows
@@ -31,7 +32,6 @@ from m3i_scale.report.page import open_in_browser, script_safe, write_report
 from m3i_scale.report.run_files import read_run
 from m3i_scale.report.watch_view import RunSnapshot
 from m3i_scale.report.watch_view import render_lines as watch_lines
-from m3i_scale.scale.output_dir import lock_directory
 
 
 class Page(HTMLParser):

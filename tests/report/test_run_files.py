@@ -14,10 +14,10 @@ import pytest
 from run_folder import write_run
 
 from m3i_scale.errors import CheckpointError, ConfigError, UserError
+from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.report.downsample import downsample
 from m3i_scale.report.run_files import RunReader, read_run
 from m3i_scale.report.run_folder import attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
-from m3i_scale.scale.output_dir import lock_directory
 
 END = {"kind": "end", "step": 100, "time": "2030-01-01T13:00:00.000+00:00", "status": "preempted"}
 START = {"kind": "run", "step": 100, "time": "2030-01-01T14:00:00.000+00:00", "name": "b", "total_steps": 200}

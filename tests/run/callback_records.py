@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from m3i_scale.host.picture_files import Picture
 from m3i_scale.run.callbacks.base import Rewind, RunInfo, StepRecord
-from m3i_scale.scale.picture_files import Picture
 
 CONFIG = {"name": "demo", "data": {"datasets": {"a": {"path": "https://me:hunter2@host/x.tar?signature=abc"}}}}
 

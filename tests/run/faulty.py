@@ -21,14 +21,14 @@ from forked import preload
 from launch import free_port
 
 from m3i_scale.__main__ import run
+from m3i_scale.checkpoint import saver, stream
+from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.hooks.preemption import Preemption
 from m3i_scale.run.trainer import Trainer
-from m3i_scale.scale.checkpoint import saver, stream
-from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
 WORLD, AT_A_TIME = 2, 2
 HEARD: list[int] = []

@@ -15,9 +15,9 @@ import torch
 from launch import TESTS, environment
 from shapes import write_run
 
-from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS
-from m3i_scale.scale.checkpoint.manifest import digest_files, list_files, read_manifest, verify, write_manifest
-from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, make_index, write_ranges
+from m3i_scale.checkpoint.layout import INDEX, TENSORS
+from m3i_scale.checkpoint.manifest import digest_files, list_files, read_manifest, verify, write_manifest
+from m3i_scale.checkpoint.tensors import Range, SavedTensors, make_index, write_ranges
 
 STEPS = 6
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import ConfigError, FaultsError
 from m3i_scale.objective import meta
 from m3i_scale.run.check import faults_of, resolve_run, warnings_of
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 
 def places(*arguments: str, ranks: int | None = None) -> list[str]:

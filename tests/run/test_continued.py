@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from shapes import metrics, write_run
 from tiny import tiny_start
 
+from m3i_scale.checkpoint.manifest import verify
+from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.config import load_run
 from m3i_scale.run.schedule import learning_rate
-from m3i_scale.scale.checkpoint.manifest import verify
-from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m3i_scale.engine import host_memory
+from m3i_scale.engine.host_memory import pinning
 from m3i_scale.run import device_copies
 from m3i_scale.run.device_copies import DeviceCopies
-from m3i_scale.scale import host_memory
-from m3i_scale.scale.host_memory import pinning
 
 
 class Accelerator:

@@ -20,12 +20,12 @@ from disks import small_disk
 from saved_runs import Done, call, make_calls, make_run, rewrite, vouch_for
 from shapes import metrics
 
+from m3i_scale.checkpoint.layout import INDEX, TENSORS, step_name
+from m3i_scale.checkpoint.manifest import list_files
+from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError
 from m3i_scale.run.resume import find_resume
-from m3i_scale.scale.checkpoint.layout import INDEX, TENSORS, step_name
-from m3i_scale.scale.checkpoint.manifest import list_files
-from m3i_scale.scale.checkpoint.tensors import SavedTensors
 
 pytestmark = pytest.mark.slow
 

@@ -19,8 +19,8 @@ import yaml
 from launch import TESTS, Job, environment, free_port
 from shapes import metrics, write_run
 
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.data.order import shard_order
-from m3i_scale.scale.checkpoint.weights import load_weights
 
 LONE_RANK = {"RANK": "0"}
 FIRST_OF_TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

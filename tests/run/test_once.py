@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from tiny import LABEL_SETS, tiny_objective, tiny_run
 
+from m3i_scale.engine.activations import apply_activation_checkpointing
+from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import setup
 from m3i_scale.run.activations import set_activations
 from m3i_scale.run.resume import check_resume, checkpoint_meta
 from m3i_scale.run.setup import ResolvedRun, run_yaml
-from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.deepspeed.resolve import ResolvedConfig
 
 CONFIG = {
     "zero_optimization": {"stage": 3},

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from m3i_scale.backbones.flops import count_flop
 from m3i_scale.data.batch import synthetic_batch
+from m3i_scale.engine.activations import apply_activation_checkpointing
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import build_objective, initialize_module
-from m3i_scale.run.planning import Model, Vocabulary
-from m3i_scale.scale.activations import apply_activation_checkpointing
-from m3i_scale.scale.partition import initialize_sharded
-from m3i_scale.scale.plan.trace import scaled
+from m3i_scale.plan.planning import Model, Vocabulary
+from m3i_scale.plan.trace import scaled
 
 DEEP_VIT = (
     "backbone.config={hidden_size: 64, num_hidden_layers: 8, num_attention_heads: 2, intermediate_size: 128, "

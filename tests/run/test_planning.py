@@ -14,18 +14,19 @@ from rich.console import Console
 from tiny import LABEL_SETS, VOCABULARY, tiny_objective, tiny_overrides, tiny_run
 from typer.testing import CliRunner
 
+from m3i_scale.checkpoint.saver import buffers_of
 from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, known_runs, load_run
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import ConfigError
+from m3i_scale.host.hardware import hardware
+from m3i_scale.plan import planning
+from m3i_scale.plan import search as plan_search
+from m3i_scale.plan.memory import HOLES
+from m3i_scale.plan.planning import Choice, Model, Vocabulary, estimate, machine_of
+from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run, write_deepspeed
+from m3i_scale.plan.settings import numel_of
 from m3i_scale.report.plan_table import plan_table
-from m3i_scale.run import plan_search, planning
-from m3i_scale.run.plan_search import RunPlan, check_feasible, nodes_that_fit, plan_run, write_deepspeed
-from m3i_scale.run.planning import Choice, Model, Vocabulary, estimate, machine_of
-from m3i_scale.scale.checkpoint.saver import buffers_of
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
-from m3i_scale.scale.plan.hardware import hardware
-from m3i_scale.scale.plan.memory import HOLES
-from m3i_scale.scale.plan.settings import numel_of
 
 pytestmark = pytest.mark.slow
 

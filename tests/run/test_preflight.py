@@ -13,7 +13,6 @@ from tiny import tiny_overrides
 
 from m3i_scale.config import CheckpointConfig, DatasetConfig, KeepBestConfig, load_run
 from m3i_scale.objective.build import build_objective
-from m3i_scale.run.planning import Vocabulary, _PlannedRanks
 from m3i_scale.run.preflight import needs_of, retained_checkpoints
 
 LIMITED = """
@@ -36,9 +35,9 @@ runpy.run_module("m3i_scale", run_name="__main__", alter_sys=True)
 @pytest.mark.parametrize("recipe", ["m3i", "mae"])
 def test_the_size_of_a_checkpoint_is_that_of_the_modules(recipe: str):
     run = load_run(recipe, [*tiny_overrides(recipe), "optim.batch_size=16", "optim.micro_batch_size=4"])
-    vocabulary = Vocabulary({"shapes": ["a", "b"]}, 64, ())
-    needs = needs_of(run, world_size=2, ranks_here=1, vocabulary=vocabulary)
-    objective = build_objective(run, vocabulary.label_sets, 64, _PlannedRanks(2))
+    labels = {"shapes": ["a", "b"]}
+    needs = needs_of(run, labels, 64, world_size=2, ranks_here=1)
+    objective = build_objective(run, labels, 64)
     averaged = sum(value.numel() for name, value in objective.named_parameters() if name.startswith("momentum."))
     trained = sum(value.numel() for value in objective.parameters() if value.requires_grad)
     kept = objective.state_dict().keys()
@@ -52,8 +51,11 @@ def test_the_size_of_a_checkpoint_is_that_of_the_modules(recipe: str):
 
 def test_loader_processes_and_ranks_ask_for_shared_memory_and_files():
     run = load_run("mae", [*tiny_overrides("mae"), "optim.batch_size=16", "optim.micro_batch_size=4"])
-    with_workers = run.model_copy(update={"data": run.data.model_copy(update={"workers": 2})})
-    few, many = needs_of(run, world_size=2, ranks_here=2), needs_of(with_workers, world_size=4, ranks_here=4)
+    with_workers = run.model_copy(update={"data": run.data.model_copy(update={"num_workers": 2})})
+    few, many = (
+        needs_of(run, {}, 0, world_size=2, ranks_here=2),
+        needs_of(with_workers, {}, 0, world_size=4, ranks_here=4),
+    )
     pixels = 3 * 32 * 32 * 4
     assert many.shm_bytes == 4 * 2 * pixels
     assert many.open_files > few.open_files > 100
@@ -61,7 +63,7 @@ def test_loader_processes_and_ranks_ask_for_shared_memory_and_files():
     validates = with_workers.model_copy(
         update={"data": with_workers.data.model_copy(update={"validation": validation})}
     )
-    both = needs_of(validates, world_size=4, ranks_here=4)  # two sets of workers stand at the same time
+    both = needs_of(validates, {}, 0, world_size=4, ranks_here=4)  # two sets of workers stand at the same time
     assert both.shm_bytes == 2 * many.shm_bytes
     assert both.open_files > many.open_files
 
@@ -82,7 +84,7 @@ def test_how_many_checkpoints_lie_there_at_a_time(config: CheckpointConfig, kept
 def test_a_limit_in_gib_bounds_what_is_kept():
     run = load_run("mae", [*tiny_overrides("mae"), "optim.batch_size=16", "optim.micro_batch_size=4"])
     limited = run.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, keep_latest=1, max_gib=1e-6)})
-    needs = needs_of(limited, world_size=1, ranks_here=1)
+    needs = needs_of(limited, {}, 0, world_size=1, ranks_here=1)
     assert needs.kept_bytes == 2 * needs.checkpoint_bytes  # the last good one, and the one being written
 
 

@@ -22,11 +22,11 @@ from launch import Job
 from saved_runs import call, make_calls
 from shapes import metrics, train, write_run
 
+from m3i_scale.checkpoint.manifest import verify
+from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.host.output_dir import launch_lock
 from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.stop import stop
-from m3i_scale.scale.checkpoint.manifest import verify
-from m3i_scale.scale.checkpoint.weights import load_weights
-from m3i_scale.scale.output_dir import launch_lock
 
 STEPS = 8
 WAIT_S = 300

@@ -12,14 +12,14 @@ import pytest
 import torch
 from tiny import RECIPES, random_batch, tiny_objective
 
+from m3i_scale.checkpoint.commit import begin, commit
+from m3i_scale.checkpoint.layout import checkpoints, step_name, temporary_for
+from m3i_scale.checkpoint.retention_checks import check_retention, evaluated_figures, evaluations
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.targets.text import Text
 from m3i_scale.run.hooks.checkpointing import Checkpointing
-from m3i_scale.run.retention import check_retention, evaluated_figures, evaluations
-from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, temporary_for
 
 EVALUATES = ("optim.steps=3000", "optim.warmup_steps=10", "evaluation.every_steps=1000")
 BEST = "checkpoint.keep_best={metric: evaluation/text/loss}"

@@ -13,12 +13,12 @@ from m3i_scale.backbones.build import backbone_config, backbone_source, build_ba
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
 from m3i_scale.config.schedules import Poly
+from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.run.start_table import print_start
-from m3i_scale.scale.deepspeed.resolve import load_ds_config
 
 
 @pytest.mark.parametrize(

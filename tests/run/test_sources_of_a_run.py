@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 from m3i_scale.config import load_run
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, DataError
 from m3i_scale.run import data_supply
 from m3i_scale.run.check import resolve_run
 from m3i_scale.run.resume import check_resume
-from m3i_scale.scale.deepspeed.rules import precision
 
 pytestmark = pytest.mark.slow
 

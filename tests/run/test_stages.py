@@ -15,14 +15,14 @@ from shapes import metrics, write_run
 from transformers import AutoImageProcessor, AutoModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError
-from m3i_scale.hub.export import export
+from m3i_scale.export.export import export
+from m3i_scale.plan.planning import machine_of
+from m3i_scale.plan.search import plan_run
 from m3i_scale.run.check import faults_of, resolve_run
-from m3i_scale.run.plan_search import plan_run
-from m3i_scale.run.planning import machine_of
 from m3i_scale.run.resume import check_resume
-from m3i_scale.scale.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.launch.heartbeat import Heartbeat
+from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run import step_times as module
 from m3i_scale.run.step_times import PHASES, StepTimes, Timeouts
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import tiny_objective
 
+from m3i_scale.engine.peak import Peak
 from m3i_scale.run.meter import Meter, Work, long_run_note
-from m3i_scale.scale.peak import Peak
 
 FLOP = {"model": 10e9, "text": 4e9}
 

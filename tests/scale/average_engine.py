@@ -16,9 +16,9 @@ import torch.distributed as dist
 from plain_engine import Small, config_of, take_step
 from torch import Tensor, nn
 
-from m3i_scale.scale.averages import ShardedEma
-from m3i_scale.scale.checkpoint.load import load_checkpoint
-from m3i_scale.scale.checkpoint.saver import Saver
+from m3i_scale.checkpoint.load import load_checkpoint
+from m3i_scale.checkpoint.saver import Saver
+from m3i_scale.engine.averages import ShardedEma
 
 STEP = "step-00000003"
 

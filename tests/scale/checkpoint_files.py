@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.commit import begin, commit
+from m3i_scale.checkpoint.layout import step_name
 
 FILES = {
     "meta.json": b"{}",

@@ -78,7 +78,7 @@ def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     deepspeed.init_distributed("gloo")
     if mode == "save":
-        from m3i_scale.scale.checkpoint.saver import Saver
+        from m3i_scale.checkpoint.saver import Saver
 
         engine = engine_of(3, seed=1)
         for number in range(STEPS):

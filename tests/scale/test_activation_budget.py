@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import MAPS, random_batch, tiny_objective
 from torch.autograd.graph import saved_tensors_hooks
 
+from m3i_scale.engine.activation_budget import LayerBytes, choose_layers, count_saved, fit_activations, peak_bytes
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.activation_budget import LayerBytes, choose_layers, count_saved, fit_activations, peak_bytes
 
 GIB = 2**30
 

@@ -13,9 +13,8 @@ from tiny import DINOV2, DINOV3, MAPS, SIGLIP, random_batch, tiny_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_scale.backbones.internimage import modeling_internimage
-from m3i_scale.errors import ConfigError
-from m3i_scale.scale import activations
-from m3i_scale.scale.activations import (
+from m3i_scale.engine import activations
+from m3i_scale.engine.activations import (
     Policy,
     apply_activation_checkpointing,
     check_policy,
@@ -23,6 +22,7 @@ from m3i_scale.scale.activations import (
     recomputing,
     summarize_layers,
 )
+from m3i_scale.errors import ConfigError
 
 BACKBONES = {
     "vit": (),

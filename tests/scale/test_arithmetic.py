@@ -10,13 +10,13 @@ import torch
 import torch._inductor.config
 import torch.utils.deterministic
 
-from m3i_scale.errors import ConfigError
-from m3i_scale.scale.arithmetic import (
+from m3i_scale.engine.arithmetic import (
     allow_tf32,
     check_deterministic,
     compute_deterministically,
     nondeterminism_explained,
 )
+from m3i_scale.errors import ConfigError
 
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_NVLS_ENABLE")
 

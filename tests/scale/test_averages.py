@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.engine_state import publish
+from m3i_scale.engine.loss_scale import take_step
+from m3i_scale.engine.partition import order_gathers
+from m3i_scale.engine.split_float import join
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.averages import ShardedEma
-from m3i_scale.scale.engine_state import publish
-from m3i_scale.scale.loss_scale import take_step
-from m3i_scale.scale.partition import order_gathers
-from m3i_scale.scale.split_float import join
 
 PAIRS = [("online.weight", "target.weight"), ("online.bias", "target.bias")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,7 +63,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> object:
     """The stream that work is queued on."""
     stream = object()
     accelerator = SimpleNamespace(current_stream=lambda: stream)
-    monkeypatch.setattr("m3i_scale.scale.partition.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr("m3i_scale.engine.partition.get_accelerator", lambda: accelerator)
     return stream
 
 

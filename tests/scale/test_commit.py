@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from checkpoint_files import FILES, fill, flip, save
 
+from m3i_scale.checkpoint.commit import begin, commit, discard, sweep
+from m3i_scale.checkpoint.layout import checkpoints, step_name, step_of, temporary_for
+from m3i_scale.checkpoint.manifest import digest_files, newest_good, read_manifest, verify
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of
-from m3i_scale.scale.checkpoint.commit import begin, commit, discard, sweep
-from m3i_scale.scale.checkpoint.layout import checkpoints, step_name, step_of, temporary_for
-from m3i_scale.scale.checkpoint.manifest import digest_files, newest_good, read_manifest, verify
-from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.host.output_dir import lock_directory
 
 # ------------------------------------------------------------------ commit
 
@@ -79,7 +79,7 @@ def test_ranks_hash_their_own_files_and_rank_0_reads_none_again(
     parts = [digest_files(temporary, names[:2]), digest_files(temporary, names[2:3])]
     read: list[str] = []
     monkeypatch.setattr(
-        "m3i_scale.scale.checkpoint.manifest.sha256_of", lambda path: read.append(path.name) or sha256_of(path)
+        "m3i_scale.checkpoint.manifest.sha256_of", lambda path: read.append(path.name) or sha256_of(path)
     )
     commit(final, temporary, {}, digests={**parts[0], **parts[1]})
     assert read == [Path(names[3]).name]
@@ -210,11 +210,11 @@ def test_step_names() -> None:
 KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
-from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.commit import begin, commit
+from m3i_scale.checkpoint.layout import step_name
 from m3i_scale.config import RetentionConfig
-from m3i_scale.scale.checkpoint.retention import prune
-from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.checkpoint.retention import prune
+from m3i_scale.host.output_dir import lock_directory
 
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
 count = 0

@@ -20,12 +20,12 @@ from torch._dynamo.utils import counters
 
 from m3i_scale.config import BackboneConfig
 from m3i_scale.data.batch import Batch
+from m3i_scale.engine import compilation
+from m3i_scale.engine.activation_budget import count_saved
+from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches
+from m3i_scale.engine.compilation import check_compile, compile_layers, explain_auto
 from m3i_scale.errors import ConfigError
-from m3i_scale.run.planning import Model, Vocabulary
-from m3i_scale.scale import compilation
-from m3i_scale.scale.activation_budget import count_saved
-from m3i_scale.scale.activations import apply_activation_checkpointing, policy_of_switches
-from m3i_scale.scale.compilation import check_compile, compile_layers, explain_auto
+from m3i_scale.plan.planning import Model, Vocabulary
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from saved_tensors import write_as_ranks
 from typer.testing import CliRunner
 
+from m3i_scale.checkpoint import weights as saved_weights
+from m3i_scale.checkpoint.commit import begin, commit
+from m3i_scale.checkpoint.consolidate import consolidate
+from m3i_scale.checkpoint.tensors import Range
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint import weights as saved_weights
-from m3i_scale.scale.checkpoint.commit import begin, commit
-from m3i_scale.scale.checkpoint.consolidate import consolidate
-from m3i_scale.scale.checkpoint.tensors import Range
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def test_a_run_stands_for_its_newest_good_checkpoint(tmp_path, tensors) -> None:
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from m3i_scale.scale.checkpoint.consolidate import consolidate
+from m3i_scale.checkpoint.consolidate import consolidate
 told = consolidate(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_size=sys.argv[3], layout=sys.argv[4])
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(int(peak.split()[1]) * 1024, max(told["files"].values()))

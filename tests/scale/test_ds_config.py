@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3i_scale.config import RunConfig, resource_folder
+from m3i_scale.engine.deepspeed.hints import FOREIGN, INSTEAD, REFUSED
+from m3i_scale.engine.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
+from m3i_scale.engine.deepspeed.schema import known_paths
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.deepspeed.hints import FOREIGN, INSTEAD, REFUSED
-from m3i_scale.scale.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
-from m3i_scale.scale.deepspeed.schema import known_paths
 
 KNOWN = dict.fromkeys(known_paths())
 

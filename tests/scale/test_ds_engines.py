@@ -15,10 +15,10 @@ import pytest
 from ds_files import RUN, changed
 from launch import environment, free_port
 
+from m3i_scale.engine.deepspeed.effective import check_effective
+from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
+from m3i_scale.engine.deepspeed.rules import accumulation, communication, precision
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.deepspeed.effective import check_effective
-from m3i_scale.scale.deepspeed.resolve import ResolvedConfig, known_ds_configs, load_ds_config, resolve
-from m3i_scale.scale.deepspeed.rules import accumulation, communication, precision
 
 pytestmark = pytest.mark.slow
 

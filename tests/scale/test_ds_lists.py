@@ -11,10 +11,10 @@ from typing import get_args
 from deepspeed.runtime import config
 from ds_files import RUN
 
-from m3i_scale.scale.deepspeed.hints import REFUSED
-from m3i_scale.scale.deepspeed.resolve import known_ds_configs, load_ds_config, resolve
-from m3i_scale.scale.deepspeed.rules import READ_BY
-from m3i_scale.scale.deepspeed.schema import fields_at
+from m3i_scale.engine.deepspeed.hints import REFUSED
+from m3i_scale.engine.deepspeed.resolve import known_ds_configs, load_ds_config, resolve
+from m3i_scale.engine.deepspeed.rules import READ_BY
+from m3i_scale.engine.deepspeed.schema import fields_at
 
 
 def test_documentation_is_true():

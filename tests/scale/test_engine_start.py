@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import cuda_accelerator
 from torch import nn
 
-from m3i_scale.scale import engine as under_test
+from m3i_scale.engine import engine as under_test
 
 FREE, TOTAL = 70 << 30, 80 << 30
 CONFIG: dict[str, Any] = {

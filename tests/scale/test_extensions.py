@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from m3i_scale.scale import extensions
-from m3i_scale.scale.engine import awaited_optimizer
-from m3i_scale.scale.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
+from m3i_scale.engine import extensions
+from m3i_scale.engine.engine import awaited_optimizer
+from m3i_scale.engine.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 
 BUILDER = """
 import sys, time

@@ -6,7 +6,7 @@ from deepspeed.utils import z3_leaf_module
 from tiny import MAPS, tiny_objective
 
 from m3i_scale.backbones.internimage.modeling_internimage import InternImageLayer
-from m3i_scale.scale.engine import set_leaves
+from m3i_scale.engine.engine import set_leaves
 
 
 def leaves_of(recipe: str, *overrides: str) -> list[str]:

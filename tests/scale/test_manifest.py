@@ -12,7 +12,7 @@ from checkpoint_files import FILES, flip, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3i_scale.scale.checkpoint.manifest import find_faults, read_manifest, verify, write_manifest
+from m3i_scale.checkpoint.manifest import find_faults, read_manifest, verify, write_manifest
 
 
 def test_verify_names_each_fault(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_scale.scale.engine_state import make_moments, optimizer_steps
+from m3i_scale.engine.engine_state import make_moments, optimizer_steps
 
 STAGES = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
 

@@ -7,9 +7,8 @@ import torch
 from tiny import tiny_objective
 from torch import nn
 
-from m3i_scale.objective.build import initialize_module, momentum_pairs
-from m3i_scale.scale.parameter_groups import parameter_groups
-from m3i_scale.scale.partition import (
+from m3i_scale.engine.parameter_groups import parameter_groups
+from m3i_scale.engine.partition import (
     construct,
     full_numel,
     full_shape,
@@ -17,6 +16,7 @@ from m3i_scale.scale.partition import (
     initialize_sharded,
     is_partitioned,
 )
+from m3i_scale.objective.build import initialize_module, momentum_pairs
 
 
 def test_whole_parameters_are_themselves() -> None:

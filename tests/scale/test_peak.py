@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from m3i_scale.engine.peak import PEAK_TFLOPS, Peak, compute_dtype, data_sheet_tflops, measured_peak, named_peak
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.peak import PEAK_TFLOPS, Peak, compute_dtype, data_sheet_tflops, measured_peak, named_peak
 
 
 def test_named_and_given():

@@ -9,7 +9,7 @@ import torch
 from average_engine import STEP
 from launch import TESTS, start_ranks
 
-from m3i_scale.scale.checkpoint.tensors import SavedTensors
+from m3i_scale.checkpoint.tensors import SavedTensors
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from m3i_scale.config import KeepBestConfig, RetentionConfig
-from m3i_scale.scale.checkpoint import manifest
-from m3i_scale.scale.checkpoint.manifest import newest_good
-from m3i_scale.scale.checkpoint.retention import (
+from m3i_scale.checkpoint import manifest
+from m3i_scale.checkpoint.manifest import newest_good
+from m3i_scale.checkpoint.retention import (
     LAST_GOOD,
     Entry,
     entries_of,
@@ -25,6 +24,7 @@ from m3i_scale.scale.checkpoint.retention import (
     ranked,
     which_to_keep,
 )
+from m3i_scale.config import KeepBestConfig, RetentionConfig
 
 
 def test_newest_good_says_what_it_passed_over(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ import pytest
 import torch
 from checkpoint_files import fill, save
 
+from m3i_scale.checkpoint.commit import begin, commit, write_guard
+from m3i_scale.checkpoint.deepspeed_layouts import _save
+from m3i_scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.manifest import newest_good
+from m3i_scale.checkpoint.stream import write_tensors
 from m3i_scale.errors import CheckpointError
-from m3i_scale.scale.checkpoint.commit import begin, commit, write_guard
-from m3i_scale.scale.checkpoint.deepspeed_layouts import _save
-from m3i_scale.scale.checkpoint.layout import step_name
-from m3i_scale.scale.checkpoint.manifest import newest_good
-from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.output_dir import Holder, holder_of, lock_directory
+from m3i_scale.host.output_dir import Holder, holder_of, lock_directory
 
 
 def test_a_disk_that_fills_up_during_a_save(small_disk: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_read_only_disk_is_explained_and_can_still_be_read(small_disk: Path) -
 HOLDER = """
 import sys, time
 from pathlib import Path
-from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.host.output_dir import lock_directory
 with lock_directory(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

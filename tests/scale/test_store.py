@@ -12,7 +12,7 @@ from launch import environment, free_port
 # A rank that waits only once all that come have imported what they need, which may take longer than the others wait.
 RANK = """
 import os, pathlib, sys, time
-from m3i_scale.scale.process_group import start_ranks
+from m3i_scale.host.process_group import start_ranks
 folder, ranks = pathlib.Path(sys.argv[1]), sys.argv[2:]
 (folder / os.environ["RANK"]).touch()
 while not all((folder / rank).exists() for rank in ranks):
@@ -48,7 +48,7 @@ def test_gloo_takes_the_interface_of_the_route_where_nccl_only_excludes_some(mon
 
     from torch.distributed import HashStore
 
-    from m3i_scale.scale import store
+    from m3i_scale.host import store
 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is restored
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")

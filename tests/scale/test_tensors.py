@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from saved_tensors import write_as_ranks
 
+from m3i_scale.checkpoint import tensors as module
+from m3i_scale.checkpoint.contents import compare_tensors, tensors_of
+from m3i_scale.checkpoint.layout import read_meta
+from m3i_scale.checkpoint.load import _restore_random_states
+from m3i_scale.checkpoint.stream import write_tensors
+from m3i_scale.checkpoint.tensors import Range, SavedTensors, WrittenTensors, write_ranges
+from m3i_scale.engine.split_float import split
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of
-from m3i_scale.scale.checkpoint import tensors as module
-from m3i_scale.scale.checkpoint.contents import compare_tensors, tensors_of
-from m3i_scale.scale.checkpoint.layout import read_meta
-from m3i_scale.scale.checkpoint.load import _restore_random_states
-from m3i_scale.scale.checkpoint.stream import write_tensors
-from m3i_scale.scale.checkpoint.tensors import Range, SavedTensors, WrittenTensors, write_ranges
-from m3i_scale.scale.split_float import split
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES_OF_BUFFERS = [torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_scale.scale.agree import agree_and_average
+from m3i_scale.engine.agree import agree_and_average
 
 
 def test_what_the_host_knows_goes_to_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,7 +16,7 @@ def test_what_the_host_knows_goes_to_the_device_in_one_copy(monkeypatch: pytest.
         copied.append(values)
         return values
 
-    monkeypatch.setattr("m3i_scale.scale.agree.pinning", lambda: pin_memory)
+    monkeypatch.setattr("m3i_scale.engine.agree.pinning", lambda: pin_memory)
     flags, mean, counts = agree_and_average(
         torch.tensor(True), False, True, value=torch.tensor(2.5, dtype=torch.bfloat16), counts=(7, 0, 9)
     )

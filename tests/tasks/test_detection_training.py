@@ -17,6 +17,8 @@ from saved_runs import call, make_calls
 from shapes import metrics
 from tiny import in_parts
 
+from m3i_scale.checkpoint.retention_checks import evaluations
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, scales_of
@@ -24,8 +26,6 @@ from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.check import check_run, resolve_run
 from m3i_scale.run.check import faults_of as find_faults
 from m3i_scale.run.flops import step_flop
-from m3i_scale.run.retention import evaluations
-from m3i_scale.scale.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.layer_decay import lr_scales
 from m3i_scale.config import BackboneConfig
+from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.tasks.detection.detection_heads import Windows
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
 from m3i_scale.tasks.detection.modeling_mask_rcnn import WindowedLayers

@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTModel
 
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.scale.output_dir import lock_directory
+from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.tasks.contents import check_contents
 from m3i_scale.tasks.finetune import prepare
 from m3i_scale.tasks.labelled import find_labelled

@@ -17,15 +17,14 @@ from shapes import make_shapes, metrics
 from tiny import DINOV2, in_parts, tiny_run
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
+from m3i_scale.checkpoint.consolidate import consolidate
+from m3i_scale.checkpoint.contents import tensors_of
+from m3i_scale.checkpoint.tensors import SavedTensors
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.build import build_objective
-from m3i_scale.run.planning import Vocabulary
 from m3i_scale.run.preflight import needs_of
-from m3i_scale.scale.checkpoint.consolidate import consolidate
-from m3i_scale.scale.checkpoint.contents import tensors_of
-from m3i_scale.scale.checkpoint.tensors import SavedTensors
-from m3i_scale.scale.checkpoint.weights import load_weights
 
 pytestmark = pytest.mark.slow
 
@@ -127,10 +126,10 @@ def test_a_checkpoint_has_moments_of_the_head_alone(frozen: Frozen, name: str) -
 @pytest.mark.parametrize("name", ["whole", "stage 1", "bf16"])
 def test_the_size_of_a_checkpoint_is_known_before(frozen: Frozen, name: str) -> None:
     run = load_run(str(frozen.folders[name] / "run.yaml"))
-    vocabulary = Vocabulary({"shapes": ["bar", "disc", "square"]}, 0, ())
+    labels = {"shapes": ["bar", "disc", "square"]}
     stored = tensors_of(frozen.checkpoint(name))
     written = sum(tensor.bytes for key, tensor in stored.items() if key.startswith(("tensors/", "buffers/")))
-    assert needs_of(run, world_size=2, ranks_here=2, vocabulary=vocabulary).checkpoint_bytes == written
+    assert needs_of(run, labels, 0, world_size=2, ranks_here=2).checkpoint_bytes == written
 
 
 def test_a_run_that_was_stopped_is_the_whole_one(frozen: Frozen) -> None:

@@ -23,17 +23,17 @@ from tiny import first_weights, in_parts, random_batch
 from torch import Tensor
 from transformers import EomtForUniversalSegmentation, pipeline
 
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, ExportError
-from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import value_of
+from m3i_scale.export.source import Source
+from m3i_scale.export.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.flops import step_flop
-from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.tasks.segmentation.mask_queries import mask_share
 from m3i_scale.tasks.segmentation.pixel_heads import segment
 

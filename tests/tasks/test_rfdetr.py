@@ -15,10 +15,10 @@ from transformers import RfDetrDinov2Backbone, RfDetrDinov2Config, RfDetrImagePr
 
 from m3i_scale.backbones.base import Backbone
 from m3i_scale.backbones.tokens import TokenBackbone
+from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.scale.partition import initialize_sharded
 from m3i_scale.tasks.detection.detection_heads import RfDetr
 from m3i_scale.tasks.detection.modeling_mask_rcnn import paste_masks
 from m3i_scale.tasks.detection.rfdetr import RfDetrDetector, masks_in_boxes

@@ -19,14 +19,14 @@ from m3i_scale.backbones.base import Backbone
 from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
+from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.errors import ConfigError
-from m3i_scale.hub.source import Source
-from m3i_scale.hub.tensors import value_of
+from m3i_scale.export.source import Source
+from m3i_scale.export.tensors import value_of
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.scale.activations import apply_activation_checkpointing
 from m3i_scale.tasks.segmentation.pixel_heads import MapBatchNorm, PixelHead, mean_iou, overlaps
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 from m3i_scale.tasks.segmentation.segmentation_task import Segmentation

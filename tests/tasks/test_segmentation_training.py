@@ -22,16 +22,16 @@ from shapes import metrics
 from tiny import first_weights, in_parts
 from transformers import pipeline
 
+from m3i_scale.checkpoint.consolidate import consolidate
+from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import DataConfig, DatasetConfig, RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.plan.planning import read_vocabulary
 from m3i_scale.run.check import check_run
 from m3i_scale.run.check import faults_of as find_faults
-from m3i_scale.run.planning import read_vocabulary
-from m3i_scale.scale.checkpoint.consolidate import consolidate
-from m3i_scale.scale.checkpoint.weights import load_weights
 from m3i_scale.tasks.segmentation.pixel_heads import mean_iou
 
 pytestmark = pytest.mark.slow

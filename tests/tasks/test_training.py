@@ -21,11 +21,11 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import plan_load
+from m3i_scale.checkpoint.weights import Which, load_weights
 from m3i_scale.config import BackboneConfig, load_run
 from m3i_scale.objective.build import build_objective, scales_of
-from m3i_scale.run.planning import Model, Vocabulary
-from m3i_scale.scale.checkpoint.weights import Which, load_weights
-from m3i_scale.scale.plan.settings import groups_of
+from m3i_scale.plan.planning import Model, Vocabulary
+from m3i_scale.plan.settings import groups_of
 
 pytestmark = pytest.mark.slow
 

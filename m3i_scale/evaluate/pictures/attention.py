@@ -18,7 +18,7 @@ from m3i_scale.evaluate.features import patch_tokens
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.dense import check_finite, cosines, side_of
 from m3i_scale.evaluate.pictures.draw import Cell, grid, heat_over
-from m3i_scale.scale.picture_files import Picture
+from m3i_scale.host.picture_files import Picture
 
 CLASS_TOKEN = "Attention of the class token to the patches, last layer"
 

@@ -27,7 +27,7 @@ from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_T
 from m3i_scale.evaluate.retrieval import distinct_captions
 from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
 from m3i_scale.evaluate.towers import Towers
-from m3i_scale.scale.picture_files import Picture, write_pictures
+from m3i_scale.host.picture_files import Picture, write_pictures
 
 SAMPLES = 8
 """Default and maximum number of samples: more would make the picture too large for a page."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.evaluate.pictures.draw import INK, drawable
-from m3i_scale.scale.picture_files import Picture
+from m3i_scale.host.picture_files import Picture
 
 MOST_CLASSES = 20
 """Maximum number of classes; if there are more, the most confused ones are drawn."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.draw import Cell, framed, grid, heat_over
-from m3i_scale.scale.picture_files import Picture
+from m3i_scale.host.picture_files import Picture
 
 _COLUMNS = 8
 _SHARP = 8

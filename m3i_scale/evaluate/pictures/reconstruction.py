@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from m3i_scale.data.batch import Batch
 from m3i_scale.evaluate.pictures.draw import Cell, grid, image_of
 from m3i_scale.evaluate.pictures.views import visible_part
+from m3i_scale.host.picture_files import Picture
 from m3i_scale.objective.inputs import EncodedInput
-from m3i_scale.scale.picture_files import Picture
 
 
 @dataclass(frozen=True)

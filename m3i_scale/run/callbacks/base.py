@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.scale.picture_files import Picture
+from m3i_scale.host.picture_files import Picture
 
 _OF_GROUPS = {"nats": "mi", "weight": "loss_weight", "count": "loss_samples"}
 """Prefixes of metrics per group of targets. Others are as in `StepRecord.groups`."""

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, json_line
-from m3i_scale.launch.doctor.machine import processor
-from m3i_scale.launch.doctor.software import commit, software_versions
+from m3i_scale.host.machine import processor
+from m3i_scale.host.output_dir import METRICS
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten
-from m3i_scale.scale.output_dir import METRICS
+from m3i_scale.run.software import commit, software_versions
 
 REPLACED = "metrics.replaced.jsonl"
 """File for lines of a killed run that a resumed run repeats, so that plots do not include them."""

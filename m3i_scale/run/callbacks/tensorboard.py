@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from m3i_scale.host.picture_files import Picture
 from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten, require
-from m3i_scale.scale.picture_files import Picture
 from m3i_scale.text import redact
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import atomic_write
+from m3i_scale.host.picture_files import Picture
 from m3i_scale.run.callbacks.base import Callback, RunInfo, StepRecord, flatten, require
-from m3i_scale.scale.picture_files import Picture
 from m3i_scale.text import redact
 
 FOLDER = "wandb"

@@ -10,12 +10,12 @@ import torch
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.step_times import Timeouts
-from m3i_scale.scale.averages import ShardedEma
-from m3i_scale.scale.collectives import ProcessGroupRanks
 
 
 @dataclass

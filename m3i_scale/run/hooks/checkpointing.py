@@ -6,22 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
+from m3i_scale.checkpoint.layout import read_meta, step_name
+from m3i_scale.checkpoint.load import load_checkpoint
+from m3i_scale.checkpoint.probe import check_probe, first_samples, probe_loss, write_probe
+from m3i_scale.checkpoint.retention import prune
+from m3i_scale.checkpoint.retention_checks import evaluations
+from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
+from m3i_scale.engine.agree import together
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.probe import check_probe, first_samples, probe_loss, write_probe
 from m3i_scale.run.resume import checkpoint_meta, saved_steps
-from m3i_scale.run.retention import evaluations
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.scale.agree import together
-from m3i_scale.scale.checkpoint.layout import read_meta, step_name
-from m3i_scale.scale.checkpoint.load import load_checkpoint
-from m3i_scale.scale.checkpoint.retention import prune
-from m3i_scale.scale.checkpoint.saver import Saver
-from m3i_scale.scale.deepspeed.rules import precision
 
 
 class Checkpointing(Hook):

@@ -8,12 +8,12 @@ import math
 
 import torch
 
+from m3i_scale.checkpoint.probe import evaluating
 from m3i_scale.data.loader import TrainStream
+from m3i_scale.engine.agree import mean_over_ranks
 from m3i_scale.objective.targets.base import Scores
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
 from m3i_scale.run.hooks.base import Hook, TrainState
-from m3i_scale.run.probe import evaluating
-from m3i_scale.scale.agree import mean_over_ranks
 
 
 class Evaluation(Hook):

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from m3i_scale.data.batch import Batch
+from m3i_scale.engine.loss_scale import loss_scale
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import StepRecord
 from m3i_scale.run.data_supply import Shares
@@ -18,7 +19,6 @@ from m3i_scale.run.diagnosis import Diagnosis
 from m3i_scale.run.hooks.base import Hook, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.meter import Meter
-from m3i_scale.scale.loss_scale import loss_scale
 
 
 class Metrics(Hook):

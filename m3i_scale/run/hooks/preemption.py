@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
+from m3i_scale.host.output_dir import stop_requested
 from m3i_scale.run.hooks.base import Hook, TrainState
-from m3i_scale.scale.output_dir import stop_requested
 
 
 class Preemption(Hook):

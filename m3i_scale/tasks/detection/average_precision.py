@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
-from m3i_scale.scale.agree import from_rank_0, gather_objects
 from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,

@@ -7,9 +7,9 @@ from typing import Any
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.order import seed_of
+from m3i_scale.engine.agree import gather_objects
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.targets.base import Scores
-from m3i_scale.scale.agree import gather_objects
 from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
 from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Kind, Prediction
 from m3i_scale.tasks.detection.detector import compressed, prediction_of

@@ -26,8 +26,8 @@ from m3i_scale.tasks.detection.object_detector import image_sizes
 from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
 
 if TYPE_CHECKING:
-    from m3i_scale.hub.source import Source
-    from m3i_scale.hub.tensors import ExportedModule
+    from m3i_scale.export.source import Source
+    from m3i_scale.export.tensors import ExportedModule
 
 
 class Detection(Target):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from m3i_scale.scale.plan.settings import Parameter, Settings
-from m3i_scale.scale.plan.trace import Trace
+from m3i_scale.plan.settings import Parameter, Settings
+from m3i_scale.plan.trace import Trace
 
 GPU = Settings(
     world=8,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_trace import GPU, trace_of
 
-from m3i_scale.scale.checkpoint.host_copies import plan_pools
-from m3i_scale.scale.plan.memory import BUCKETS, Memory, Parts, fresh_engine, memory_of, snapshot_sizes
-from m3i_scale.scale.plan.settings import Parameter, Settings, buckets, momentum_state_bytes, settings_of, share
-from m3i_scale.scale.plan.trace import Trace
+from m3i_scale.checkpoint.host_copies import plan_pools
+from m3i_scale.plan.memory import BUCKETS, Memory, Parts, fresh_engine, memory_of, snapshot_sizes
+from m3i_scale.plan.settings import Parameter, Settings, buckets, momentum_state_bytes, settings_of, share
+from m3i_scale.plan.trace import Trace
 
 
 def peak(parameters: tuple[Parameter, ...], engine: Settings, activation: int = 500) -> int:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from tiny import LABEL_SETS, VOCABULARY, tiny_run
 
-from m3i_scale.run.plan_search import choose
-from m3i_scale.run.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
-from m3i_scale.scale.plan.timing import Links, step_time, step_traffic
-from m3i_scale.scale.plan.traffic import AVERAGED, Traffic
+from m3i_scale.plan.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
+from m3i_scale.plan.search import choose
+from m3i_scale.plan.timing import Links, step_time, step_traffic
+from m3i_scale.plan.traffic import AVERAGED, Traffic
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from small_trace import GPU, trace_of
 
-from m3i_scale.scale.plan.settings import Parameter, Settings
-from m3i_scale.scale.plan.timing import Links, StepTraffic, step_traffic
-from m3i_scale.scale.plan.traffic import AVERAGED, IN_GROUP, Traffic, collectives_of
+from m3i_scale.plan.settings import Parameter, Settings
+from m3i_scale.plan.timing import Links, StepTraffic, step_traffic
+from m3i_scale.plan.traffic import AVERAGED, IN_GROUP, Traffic, collectives_of
 
 
 def counted(parameters: tuple[Parameter, ...], engine: Settings) -> Traffic:

@@ -1,0 +1,141 @@
+"""Load a checkpoint into an engine, independent of the number of ranks, ZeRO stage and precision that wrote it."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from m3i_scale.checkpoint.layout import BUFFERS, DATA_FILES, read_meta, read_object, unreadable
+from m3i_scale.checkpoint.saver import buffers_of, ranges_of, shapes_of
+from m3i_scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
+from m3i_scale.engine.agree import from_rank_0, together
+from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
+from m3i_scale.engine.kept import saved_frozen
+from m3i_scale.engine.partition import load_frozen
+from m3i_scale.errors import CheckpointError
+
+NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3
+"""Relative tolerances: terms are added in another order; 16-bit master weights are rounded."""
+_OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
+
+
+def load_checkpoint(folder: Path, engine: Any, ema: ShardedEma | None) -> list[dict[str, Any]]:
+    """Load engine, EMA target, buffers and random states from a verified checkpoint. Collective: every rank reads only
+    its part. Return the data states of all ranks that wrote the checkpoint."""
+    # A read error on one rank fails all ranks: the others would wait for it in `publish`.
+    saved: SavedTensors = together(lambda: _read_own_part(folder, engine, ema))
+    # Every rank needs these files of all ranks: one rank reads them.
+    states: list[dict[str, Any]] = from_rank_0(
+        lambda: [read_object(folder, file) for file in _files_of_ranks(folder, DATA_FILES)]
+    )
+    publish(engine)
+    if ema is not None:
+        ema.publish()
+    check_norms(saved, engine, ema)
+    return states
+
+
+def check_norms(saved: SavedTensors, engine: Any, ema: ShardedEma | None) -> None:
+    """Raise CheckpointError if the norm of a loaded tensor differs from the saved norm. Collective."""
+    squares = dict.fromkeys(saved.norms, 0.0)
+    rounded = dict.fromkeys(saved.norms, 0.0)
+    for piece in ranges_of(engine, ema):
+        if piece.key in squares:  # no moments are saved before the first optimizer step
+            squares[piece.key] += sum_of_squares(piece.read().view(-1))
+            rounded[piece.key] += piece.dtype != torch.float32
+    # The index gives all ranks the same keys in the same order.
+    sums = torch.tensor([list(squares.values()), list(rounded.values())], dtype=torch.float64)
+    sums = sums.to(get_accelerator().current_device_name())
+    dist.all_reduce(sums)
+    for (key, saved_norm), square, in_16_bits in zip(saved.norms.items(), *sums.tolist(), strict=True):
+        tolerance = ROUNDED_NORM_TOLERANCE if in_16_bits else NORM_TOLERANCE
+        if not math.isclose(math.sqrt(square), saved_norm, rel_tol=tolerance, abs_tol=1e-30):
+            raise CheckpointError(
+                f"what was loaded is not what was saved: the norm of '{key}' was {saved_norm:.9g}, and is "
+                f"{math.sqrt(square):.9g}",
+                where=str(saved.folder.parent),
+                fix="resume from an earlier checkpoint: checkpoint.resume=…",
+            )
+
+
+def _read_own_part(folder: Path, engine: Any, ema: ShardedEma | None) -> SavedTensors:
+    """Read this rank's part; return the opened tensors. No collective."""
+    try:
+        saved, meta = SavedTensors(folder), read_meta(folder)
+        _check_names(saved, engine, ema, folder)
+        _read_pieces(saved, meta, engine)
+        if ema is not None:
+            ema.load(lambda name, start, out: saved.read_into(f"{AVERAGE}/{name}", start, out))
+        _load_buffers(folder, engine.module)
+        restore_counters(engine, meta["engine"])
+        _restore_random_states(folder)
+    except (OSError, SafetensorError) as error:
+        name = Path(getattr(error, "filename", None) or folder)
+        raise unreadable(folder, str(name.relative_to(folder) if name.is_relative_to(folder) else ""), error) from None
+    return saved
+
+
+def _check_names(saved: SavedTensors, engine: Any, ema: ShardedEma | None, folder: Path) -> None:
+    """Raise CheckpointError unless the tensors and shapes match the model's trained, saved frozen and EMA
+    parameters."""
+    shapes = {key: shape for key, shape in shapes_of(engine, ema).items() if not key.startswith(_OF_MOMENTS)}
+    keys = [f"{kind}/{name}" for kind in (MASTER, AVERAGE) for name in saved.names(kind)]
+    _compare_shapes(shapes, {key: saved.shape(key) for key in keys}, folder)
+
+
+def _read_pieces(saved: SavedTensors, meta: dict[str, Any], engine: Any) -> None:
+    make_moments(engine, int(meta["engine"]["optimizer_steps"]))
+    kinds = saved.kinds()
+    for piece in pieces(engine):
+        for kind, view in piece.tensors.items():
+            if kind in kinds:  # no moments are saved before the first optimizer step
+                saved.read_into(f"{kind}/{piece.name}", piece.start, view)
+    for name, parameter in saved_frozen(engine.module).items():
+        load_frozen(parameter, partial(saved.read_into, f"{MASTER}/{name}"))
+
+
+def _load_buffers(folder: Path, module: nn.Module) -> None:
+    buffers, saved = buffers_of(module), load_file(folder / BUFFERS)
+    shapes, saved_shapes = ({name: tuple(buffer.shape) for name, buffer in of.items()} for of in (buffers, saved))
+    _compare_shapes(shapes, saved_shapes, folder)
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+
+
+def _restore_random_states(folder: Path) -> None:
+    """Restore this rank's random states. Additional ranks use the states of an existing rank: only the choice of
+    dropped branches depends on them."""
+    files = _files_of_ranks(folder, "random/rank-*.safetensors")
+    states = load_file(folder / files[dist.get_rank() % len(files)])
+    torch.set_rng_state(states["host"])
+    if "accelerator" in states and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(states["accelerator"])
+
+
+def _files_of_ranks(folder: Path, pattern: str) -> list[str]:
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
+    if not names:
+        raise unreadable(folder, pattern, "no such file")
+    return names
+
+
+def _compare_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], folder: Path) -> None:
+    wrong = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors do not belong together with this model, e.g. {wrong[0]}",
+            where=str(folder),
+            why="the checkpoint is of another version of this package or of `transformers`",
+            fix="resume with the version that wrote it, or start a new run from its export: backbone.from_pretrained=…",
+        )

@@ -1,0 +1,273 @@
+"""Write and read manifests, which list the files of a directory with sizes and digests, and verify directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from m3i_scale.checkpoint.layout import LATEST, MANIFEST, checkpoints, step_of
+from m3i_scale.errors import CheckpointError
+from m3i_scale.files import sha256_of, sha256_of_json, sync
+
+FORMAT = 1
+_THREADS = 4  # hashing releases the interpreter lock; more threads than this only make a disk seek
+
+
+@dataclass(frozen=True)
+class Digest:
+    """Size and SHA-256 of one file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """A verification error of a committed folder."""
+
+    file: str
+    """Path relative to the folder, with `/`; `.` for the folder itself."""
+    what: str
+    line: str
+    """Both, in one line."""
+
+
+class Manifest(BaseModel):
+    """The contents of `manifest.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    """Version of this layout."""
+    extra: dict[str, Any]
+    """Metadata from the writer: step, world size, configuration hash, …"""
+    files: dict[str, Digest]
+    """Digests, by path relative to the folder, with `/`; without the manifest itself."""
+
+
+def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
+    """Sync files of `folder` to disk and hash them.
+
+    Args:
+        folder: the folder that will be committed.
+        names: paths relative to it, with `/`.
+
+    Raises:
+        OSError: a file cannot be read or synced.
+    """
+
+    def digest(name: str) -> tuple[str, Digest]:
+        path = folder / name
+        sync(path)
+        return name, Digest(path.stat().st_size, sha256_of(path))
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
+        return dict(pool.map(digest, sorted(names)))
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return every file in the tree of `folder` as a path with `/`, sorted, without the manifest of the folder itself.
+
+    Raises:
+        OSError: a directory cannot be read.
+        CheckpointError: a link or a special file, because a manifest cannot cover its contents.
+    """
+    names = []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"'{name}' is neither a file nor a directory", where=str(path), fix="remove it")
+        if name != MANIFEST:
+            names.append(name)
+    return sorted(names)
+
+
+def list_directories(folder: Path) -> list[Path]:
+    """Return `folder` and all its subdirectories, the deepest first."""
+    return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
+
+
+def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str, Any]) -> None:
+    """Write `manifest.json` and sync it to disk.
+
+    Raises:
+        OSError: it cannot be written.
+        TypeError, ValueError: `extra` is not JSON (NaN is not).
+    """
+    text = _render(Manifest(format=FORMAT, extra=dict(extra), files=dict(files)))
+    path = folder / MANIFEST
+    try:
+        path.write_bytes(text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    sync(path)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a committed folder, without checking the listed files."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError("no manifest: the folder was never committed", where=str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"the manifest cannot be read: {error.strerror}", where=str(path)) from None
+    torn = CheckpointError("the manifest is torn or changed", where=str(path))
+    try:
+        values = json.loads(raw)
+        values.pop("sha256")
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"the manifest has format {values['format']}, this version reads {FORMAT}", where=str(path)
+            )
+        manifest = Manifest.model_validate(values)
+        rendered = _render(manifest)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, ValidationError):
+        raise torn from None
+    if raw != rendered:  # rendering is deterministic, so any changed byte shows
+        raise torn
+    for name in manifest.files:
+        if not _lies_below(name):
+            raise CheckpointError(f"the manifest names a file outside its folder: '{name}'", where=str(path))
+    return manifest
+
+
+def _render(manifest: Manifest) -> bytes:
+    body = manifest.model_dump()
+    body["sha256"] = sha256_of_json(body)
+    return (json.dumps(body, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+
+
+def verify(path: Path, *, contents: bool = True) -> list[str]:
+    """Return the verification errors of a committed folder, one line each; [] if it is valid.
+
+    Args:
+        path: the folder.
+        contents: read and hash every file. False compares names and sizes only, which misses a flipped bit.
+    """
+    return [fault.line for fault in find_faults(path, contents=contents)]
+
+
+def find_faults(
+    path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
+) -> list[FileFault]:
+    """Return the verification errors of a committed folder, file by file; [] if it is valid.
+
+    Args:
+        path: the folder.
+        contents: read and hash every file. False compares names and sizes only, which misses a flipped bit.
+        threads: number of files that are read in parallel.
+        advance: called with the size in bytes of every checked file, from any thread.
+    """
+    try:
+        manifest = read_manifest(path)
+        present = set(list_files(path))
+    except CheckpointError as error:
+        file = Path(error.where or path).relative_to(path).as_posix()
+        return [FileFault(file, error.what, error.what)]
+    except OSError as error:
+        what = f"the folder cannot be read: {error.strerror}"
+        return [FileFault(".", what, what)]
+    faults = list(_name_faults(path, manifest))
+    faults += [_fault_of(name, "missing") for name in sorted(manifest.files.keys() - present)]
+    faults += [_fault_of(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
+
+    def verify_file(name: str) -> FileFault | None:
+        what = _file_fault(path / name, manifest.files[name], contents)
+        advance(manifest.files[name].size)
+        return None if what is None else _fault_of(name, what)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        results = pool.map(verify_file, sorted(present & manifest.files.keys()))
+        return faults + [fault for fault in results if fault is not None]
+
+
+def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest valid checkpoint, and the newer ones that were skipped, each with the reason.
+
+    Args:
+        root: the folder of checkpoints.
+        contents: read every byte of the returned checkpoint, so call it on one rank only. False: see `verify`.
+    """
+    passed_over: list[tuple[Path, str]] = []
+    for path in checkpoints(root):
+        faults = verify(path, contents=contents)
+        if not faults:
+            return path, passed_over
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        passed_over.append((path, faults[0] + more))
+    return None, passed_over
+
+
+def latest_fault(root: Path, good: Container[Path]) -> str | None:
+    """Return the error in `latest`, which must name the newest checkpoint; None if it is correct.
+
+    Args:
+        root: folder of the checkpoints.
+        good: the valid ones. After a run has fallen back, the newest valid one is correct too.
+    """
+    folders = checkpoints(root)
+    newest = next((path for path in folders if path in good), None)
+    names = [path.name for path in (*folders[:1], newest) if path is not None]
+    try:
+        content = (root / LATEST).read_bytes()
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if content in [f"{name}\n".encode() for name in names]:
+        return None
+    return f"names {content.decode(errors='replace').strip()!r}, and the newest checkpoint is {names[0]}"
+
+
+def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
+    """Yield an error if a folder was copied or renamed to another step: a run would resume at the contained step and
+    find the name in use when it saves."""
+    named, held = step_of(path), manifest.extra.get("step")
+    if named is not None and held is not None and named != held:
+        what = f"the folder is named as step {named}, and holds step {held}"
+        yield FileFault(".", what, what)
+
+
+def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != wanted.size:
+            return f"{size:,} bytes, the manifest says {wanted.size:,}"
+        if contents and sha256_of(path) != wanted.sha256:
+            return "the contents have changed (SHA-256 differs)"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def _fault_of(name: str, what: str) -> FileFault:
+    return FileFault(name, what, f"{name}: {what}")
+
+
+def _lies_below(name: str) -> bool:
+    """Return whether a manifest's path is valid: inside the folder and normalized, as returned by `list_files`."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for here, folders, files in os.walk(folder, onerror=_raise):
+        for name in files:
+            yield Path(here, name)
+        # os.walk does not follow links to directories, but lists them as directories
+        yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
+
+
+def _raise(error: OSError) -> None:
+    raise error

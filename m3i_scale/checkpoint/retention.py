@@ -1,0 +1,170 @@
+"""Apply retention rules: choose the checkpoints of a folder to keep and remove the others.
+
+One process, no collectives: any thread may call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from m3i_scale.checkpoint.commit import discard, point_latest
+from m3i_scale.checkpoint.layout import checkpoints, named_latest, step_of
+from m3i_scale.checkpoint.manifest import verify
+from m3i_scale.config import KeepBestConfig, RetentionConfig
+
+Metrics = Mapping[int, Mapping[str, float]]
+"""Evaluation metrics, by step."""
+LAST_GOOD = "the last good one, though larger than the limit"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Properties of one checkpoint that retention depends on."""
+
+    path: Path
+    step: int
+    size: int
+    """Size on disk in bytes."""
+    good: bool
+    """Whether it is valid, as far as known; invalid ones do not count for any rule."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Evaluation metrics at its step."""
+
+
+@dataclass
+class Pruned:
+    """The result of applying the retention rules."""
+
+    kept: dict[Path, list[str]]
+    """Kept checkpoints, with all reasons."""
+    removed: list[Entry]
+    """Newest first; checkpoints to remove, if nothing is removed yet."""
+
+    @property
+    def over_limit(self) -> bool:
+        """Return whether one checkpoint alone exceeds the limit for all checkpoints."""
+        return any(LAST_GOOD in reasons for reasons in self.kept.values())
+
+
+def which_to_keep(entries: Iterable[Entry], rules: RetentionConfig) -> dict[Path, list[str]]:
+    """Return the checkpoints to keep, each with every reason; the others are removed.
+
+    The newest valid one always stays. If all together exceed `max_gib`, the last in this order are removed first: the
+    newest; the best; other recent ones; multiples of `keep_every_steps`, newest first; invalid ones. A checkpoint kept
+    by several rules counts once. An invalid one stays while it is newer than those kept by `keep_latest`, because a run
+    that fell back replaces it. Without a valid checkpoint, everything stays.
+
+    Applying the rules to the kept checkpoints keeps all of them, and a larger limit never keeps fewer.
+    """
+    newest_first = sorted(entries, key=lambda entry: (entry.step, entry.path.name), reverse=True)
+    good = [entry for entry in newest_first if entry.good]
+    if not good:
+        return {entry.path: ["there is no good one"] for entry in newest_first}
+    reasons: dict[Path, list[str]] = {}
+    for entry, reason in _by_weight(newest_first, good, rules):
+        reasons.setdefault(entry.path, []).append(reason)
+    if rules.max_bytes is None:
+        return reasons
+    sizes = {entry.path: entry.size for entry in newest_first}
+    kept: dict[Path, list[str]] = {}
+    total = 0
+    for path, of_path in reasons.items():
+        total += sizes[path]
+        if total > rules.max_bytes:
+            return kept or {path: [*of_path, LAST_GOOD]}
+        kept[path] = of_path
+    return kept
+
+
+def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
+    """Return the checkpoints with a finite value of the metric: the best first, of equal ones the newest first."""
+    sign = 1 if best.mode == "min" else -1
+    known = [entry for entry in entries if math.isfinite(entry.metrics.get(best.metric, math.nan))]
+    return sorted(known, key=lambda entry: (sign * entry.metrics[best.metric], -entry.step))
+
+
+def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[Entry]:
+    """Return the checkpoints of a folder, the newest first.
+
+    Args:
+        root: the folder of checkpoints; may be missing.
+        metrics: evaluation metrics of the run.
+        contents: verify every byte; otherwise names and sizes determine validity.
+    """
+    steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
+    return [
+        Entry(path, step, folder_bytes(path), not verify(path, contents=contents), metrics.get(step, {}))
+        for path, step in steps
+    ]
+
+
+def plan_prune(root: Path, rules: RetentionConfig, metrics: Metrics, *, committed: Path | None = None) -> Pruned:
+    """Return the checkpoints to keep and to remove. If any would be removed, the newest presumably valid one is
+    verified byte by byte first; if it is corrupt, it counts for no rule and the next one is verified.
+
+    Args:
+        root: the folder of checkpoints.
+        rules: retention rules.
+        metrics: evaluation metrics of the run.
+        committed: a checkpoint that this process has just committed, and so need not verify again.
+    """
+    entries = entries_of(root, metrics)
+    while True:
+        kept = which_to_keep(entries, rules)
+        removed = [entry for entry in entries if entry.path not in kept]
+        newest = next((entry for entry in entries if entry.good), None)
+        if not removed or newest is None or newest.path == committed or not verify(newest.path):
+            return Pruned(kept, removed)
+        entries = [replace(entry, good=False) if entry is newest else entry for entry in entries]
+
+
+def prune(
+    root: Path, rules: RetentionConfig, metrics: Metrics | None = None, *, committed: Path | None = None
+) -> Pruned:
+    """Remove the checkpoints that no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
+
+    The newest is removed first, so that a kill during pruning leaves the older ones for the next time.
+    """
+    pruned = plan_prune(root, rules, metrics or {}, committed=committed)
+    for entry in pruned.removed:
+        discard(entry.path)
+    remaining = checkpoints(root)
+    if remaining and named_latest(root) in {entry.path.name for entry in pruned.removed}:
+        point_latest(remaining[0])  # the newest one was corrupt and was removed
+    return pruned
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder tree; links count as themselves, files removed meanwhile as 0."""
+    total = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(here, name).lstat().st_size
+    return total
+
+
+def _by_weight(
+    newest_first: Sequence[Entry], good: Sequence[Entry], rules: RetentionConfig
+) -> Iterator[tuple[Entry, str]]:
+    """Yield (checkpoint, reason), the most important first."""
+    yield good[0], f"latest 1 of {rules.keep_latest}"
+    if rules.keep_best is not None:
+        for rank, entry in enumerate(ranked(good, rules.keep_best)[: rules.keep_best.count], start=1):
+            value = entry.metrics[rules.keep_best.metric]
+            yield entry, f"best {rank} of {rules.keep_best.count}: {rules.keep_best.metric} {value:.6g}"
+    for number, entry in enumerate(good[1 : rules.keep_latest], start=2):
+        yield entry, f"latest {number} of {rules.keep_latest}"
+    if rules.keep_every_steps is not None:
+        for entry in good:
+            if entry.step % rules.keep_every_steps == 0:
+                yield entry, f"every {rules.keep_every_steps} steps"
+    full = len(good) >= rules.keep_latest
+    for entry in newest_first:
+        if not entry.good and not (full and entry.step < good[rules.keep_latest - 1].step):
+            yield entry, "not good, and as new as what is kept"

@@ -1,0 +1,232 @@
+"""Turn the answers of all hosts into findings: comparisons with the master node, and measurements of the group."""
+
+from __future__ import annotations
+
+import ipaddress
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from m3i_scale.host.findings import Answers, Check, Finding, HostReport, Results, finding
+from m3i_scale.run import software
+from m3i_scale.text import listed, size_text
+
+_MAX_SKEW_S, _WARNING_SKEW_S = 30.0, 1.0
+_SLOW = 2.0
+"""A straggler has less than the median bandwidth divided by this factor."""
+_MAX_LISTED = 4
+
+
+def local_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> list[str]:
+    """Return the IPv4 addresses of an interface, or of all but the loopback."""
+    chosen = [name] if name is not None else [known for known in interfaces if known != "lo"]
+    return [address for known in chosen for address in interfaces.get(known, []) if ":" not in address]
+
+
+def _accelerator(host: HostReport) -> Results:
+    own, head, slots = host.own["devices"], host.head["devices"], host.own["slots"]
+    memory = f", {size_text(min(own['memory']))} each" if own["memory"] else ""
+    driver = f", driver {own['driver']}" if own["driver"] else ""
+    models = ", ".join(dict.fromkeys(own["names"])) or own["kind"]
+    result: dict[str, str | None] = {}
+    if own["kind"] != head["kind"]:
+        result["error"] = f"the head has {head['kind']}, this one {own['kind']}"
+        result["fix"] = "the driver, or CUDA_VISIBLE_DEVICES, of this host"
+    elif own["kind"] != "cpu" and own["count"] < slots:
+        result["error"] = f"{slots} ranks are to run here, one on each"
+        result["fix"] = f"slots={own['count']}, or mend the others"
+    elif own["driver"] != head["driver"]:
+        result["warning"] = f"the head has driver {head['driver']}"
+        result["fix"] = "the same driver on all hosts"
+    elif own["count"] < slots:
+        result["warning"] = f"{slots} ranks share {own['count']} cores"
+        result["fix"] = f"slots={own['count']} or fewer"
+    elif set(own["names"]) != set(head["names"]):
+        result["warning"] = f"the head has {', '.join(dict.fromkeys(head['names']))}; all wait for the slowest"
+        result["fix"] = "hosts of one kind"
+    yield f"{own['count']} × {models}{memory}{driver}", result
+
+
+def _interface(host: HostReport) -> Results:
+    """Check that the communication interface is up and has an address."""
+    interfaces, chosen = host.own["interfaces"], host.own["interface"]
+    known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
+    addresses = local_addresses(interfaces, chosen)
+    if chosen is not None and chosen not in interfaces:
+        why = f"Gloo and NCCL listen on '{chosen}' alone (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); up here: {known}"
+        fix = "another --interface, or bring it up there; it must have one name on all hosts"
+        yield f"'{chosen}' is not up", {"error": why, "fix": fix}
+    elif not addresses:
+        why = "without an IPv4 address no rank of another host can reach it"
+        yield chosen or known, {"error": why, "fix": "an address, or another --interface"}
+    elif chosen is not None:
+        yield f"{chosen} {' '.join(addresses)}", {}
+    else:
+        why = "several addresses: gloo takes the one on the route to the head, NCCL the first that it finds"
+        yield known, {"warning": why if len(addresses) > 1 else None, "fix": "choose with --interface"}
+
+
+def _names(host: HostReport) -> Results:
+    """Check that the host resolves every host name to the right address. Its name may resolve to the loopback: ranks on
+    several hosts use the route to the master node."""
+    errors, notes = [], []
+    for name, answer in host.own["names"].items():
+        is_local = name == host.name or name not in host.answers
+        if is_local and "error" not in answer and _loopback(answer["addresses"]):  # Debian and Ubuntu: 127.0.1.1
+            notes.append(f"its own name {name} means {', '.join(answer['addresses'])}")
+        elif (wrong := _wrong_address(name, answer, host.answers)) is not None:
+            errors.append(wrong)
+    value = "; ".join(errors or notes) or f"{len(host.own['names'])} names are known, with the right addresses"
+    if errors:
+        fix = "/etc/hosts or the name server of this host"
+        yield value, {"error": "ranks there look for others in the wrong place, and wait", "fix": fix}
+    else:
+        yield value, {}
+
+
+def _loopback(addresses: list[str]) -> bool:
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def _wrong_address(name: str, answer: Mapping[str, Any], answers: Answers) -> str | None:
+    if "error" in answer:
+        return f"{name} is unknown: {answer['error']}" if name in answers or len(answers) > 1 else None
+    if name not in answers:
+        return None  # the host is down, so its addresses are unknown
+    right = {address for addresses in answers[name]["interfaces"].values() for address in addresses}
+    wrong = [address for address in answer["addresses"] if address.partition("%")[0] not in right]
+    return f"{name} means {', '.join(wrong)}, which is no address of that host" if wrong else None
+
+
+def _environment(host: HostReport) -> Results:
+    """Check that the environment variables that affect a run are the same as on the master node."""
+    own, head = host.own["variables"], host.head["variables"]
+    names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
+    others = [f"{name}={own.get(name, '(not set)')}" for name in names]
+    why = f"other than on {next(iter(host.answers))}: {listed(others, _MAX_LISTED)}" if others else None
+    yield f"{len(own)} variables that change a run", {"warning": why, "fix": "send them from here: --env NAME=value"}
+
+
+def _shards(host: HostReport) -> Results:
+    """Check that the first shard of every source can be read."""
+    for source, answer in host.own.get("shards", {}).items():
+        name = f"{source}: {answer['shard']}"
+        if "error" in answer:
+            why = "a rank there would end the run, or wait for ever"
+            fix = "mount or copy the shards there; credentials travel with --env NAME"
+            yield f"{name}: {answer['error']}", {"error": why, "fix": fix}
+        else:
+            took = f"{answer['read']:,} bytes of {name} in {answer['seconds'] * 1e3:.1f} ms"
+            yield f"{took}, 1 of {answer['shards']} shards", {}
+
+
+CHECKS: Mapping[str, Check] = {
+    **software.CHECKS,
+    "accelerator": _accelerator,
+    "interface": _interface,
+    "names": _names,
+    "environment": _environment,
+    "shards": _shards,
+}
+"""The checks against the master node, in the order of the report."""
+
+
+def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    """Compare every host's clock with the master node's clock.
+
+    Args:
+        offsets: seconds by which a host is ahead of the requesting machine, and their uncertainty.
+    """
+    zero, head_uncertainty = next(iter(offsets.values()))
+    for host, (offset, uncertainty) in offsets.items():
+        skew, within = offset - zero, uncertainty + head_uncertainty
+        error = warning = None
+        if abs(skew) - within > _MAX_SKEW_S:
+            error = "locks and files of other hosts are judged by their age, and signed requests for shards are refused"
+        elif abs(skew) - within > _WARNING_SKEW_S:
+            warning = "logs of the hosts do not line up"
+        fix = "a time service on all hosts (chrony, systemd-timesyncd)"
+        yield finding("clock", host, f"{skew:+.3f} s ± {within:.3f} s", error=error, warning=warning, fix=fix)
+
+
+def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:
+    """Check that every host can connect to rank 0's port."""
+    if "error" in answers[head]["port"]:
+        why = "rank 0 waits for the others at that address and port"
+        fix = "another --master-port, or what --interface and --master-address say of the head"
+        yield finding("port", head, f"{address}: {answers[head]['port']['error']}", error=why, fix=fix)
+        return
+    why = "rank 0 waits there for the others; they would wait for it until the time is over"
+    for host, answer in answers.items():
+        fix = f"open the port on {head} for {host} (firewall), or choose another: --master-port, --interface"
+        if "error" in answer["port"]:
+            yield finding("port", host, f"{address} on {head}: {answer['port']['error']}", error=why, fix=fix)
+        else:
+            took = "is open" if host == head else f"on {head} in {answer['port']['ms']:.1f} ms"
+            yield finding("port", host, f"{address} {took}")
+
+
+def shared_findings(answers: Answers) -> Iterator[Finding]:
+    """Check that the run's folder is shared by all hosts: each has written a note, and read the others' notes."""
+    notes = {host: answer["shared"] for host, answer in answers.items() if "shared" in answer}
+    if not notes:
+        return
+    head = next(iter(notes))
+    why = "every rank writes its part of a checkpoint there, and waits for files of rank 0"
+    fix = "a file system that all hosts mount at the same path; output_dir there"
+    for host, note in notes.items():
+        if "error" in note:
+            value = f"{note['path']}: {note['error']}"
+            yield finding("shared", host, value, error=why, fix=f"make it writable, or {fix}")
+            continue
+        others = [other for other in note["visible"] if other != host]
+        apart = host != head and (head not in note["visible"] or host not in notes[head].get("visible", []))
+        value = f"{note['path']}: reads what {len(others)} other hosts write"
+        if apart:
+            value = f"{note['path']} is not the head's: what {head} writes is not visible here"
+        elif len(notes) == 1:
+            value = f"{note['path']}: can be written"
+        yield finding("shared", host, value, error=why if apart else None, fix=fix)
+
+
+def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
+    """Evaluate the measurements of the group: the all-reduce, and hosts that are slower than the others.
+
+    Args:
+        answers: by host; a host that has ended is missing.
+        count: number of hosts that joined.
+    """
+    errors = [f"{host}: {answer['group_error']}" for host, answer in answers.items() if "group_error" in answer]
+    measured = {host: answer["network"] for host, answer in answers.items() if "network" in answer}
+    if not errors and len(measured) < count:
+        errors = ["a host has stopped answering"]
+    if errors:
+        why = "ranks use ports of their own besides the port of rank 0, in both directions"
+        value = f"{count} hosts: {listed(errors, _MAX_LISTED, '; ')}"
+        fix = "open all ports between the hosts, or --interface; first fix the errors above"
+        yield finding("group", "all", value, error=why, fix=fix)
+        return
+    rate = min(network["all_reduce_gb_s"] for network in measured.values())
+    latency = max(network["latency_us"] for network in measured.values())
+    backend = next(iter(measured.values()))["backend"]
+    yield finding("group", "all", f"{count} hosts: all-reduce {_rate_text(rate)}, {latency:.0f} µs ({backend})")
+    if count > 2:
+        yield from straggler_findings({host: network["host_gb_s"] for host, network in measured.items()})
+
+
+def straggler_findings(rates: Mapping[str, float]) -> Iterator[Finding]:
+    """Compare the bandwidth of each host with the median.
+
+    Args:
+        rates: GB/s by host, with its best partner.
+    """
+    median = statistics.median(rates.values())
+    for host, rate in rates.items():
+        why = f"the median host has {_rate_text(median)}, and all ranks wait for the slowest"
+        fix = f"cable, switch port, speed and driver of the interface of {host} (ethtool); or leave it out"
+        slow = rate * _SLOW < median
+        yield finding("straggler", host, f"{_rate_text(rate)} in each direction", error=why if slow else None, fix=fix)
+
+
+def _rate_text(gb_s: float) -> str:
+    return f"{gb_s:.2f} GB/s" if gb_s >= 0.1 else f"{gb_s * 1e3:.2f} MB/s"

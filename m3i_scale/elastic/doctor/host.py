@@ -1,0 +1,169 @@
+"""Answer requests for one host, `python -m m3i_scale.elastic.doctor.host VERB`: an agent starts and ends it.
+
+The request is in the environment, which may contain secrets; the answer is a marked line of its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import RunConfig, load_run
+from m3i_scale.errors import UserError
+from m3i_scale.host import machine
+from m3i_scale.run import software
+from m3i_scale.text import is_secret, without_secrets
+
+MODULE = "m3i_scale.elastic.doctor.host"
+REQUEST = "M3I_SCALE_DOCTOR"
+"""Variable with the request, as JSON."""
+MARK = "m3i-scale doctor: "
+"""Start of the line with the answer, because libraries print too."""
+_RELEVANT = re.compile(r"(NCCL|GLOO|TORCH|DS|OMP|CUDA|UCX|HF|XDG)_\w+|LD_LIBRARY_PATH|PYTHONPATH|TZ|LANG|LC_ALL")
+_READ_BYTES = 1 << 16
+"""Bytes to read of the first shard of every source."""
+
+
+def report(request: dict[str, Any]) -> dict[str, Any]:
+    """Return facts of this host, and findings that need no other host.
+
+    Args:
+        request: name of the host, its needs, the interface, config file and overrides or None, names of all hosts.
+    """
+    host, needs = request["host"], machine.Needs(**request["needs"])
+    devices = _devices()
+    findings = machine.machine_findings(host, machine.read_machine(), needs, on_host=devices["kind"] == "cpu")
+    answer: dict[str, Any] = {
+        "python": software.software_versions(),
+        "code": software.code(),
+        "interface": request["interface"],
+        "interfaces": machine.interfaces(),
+        "names": _names(request["hosts"]),
+        "variables": _variables(),
+        "slots": needs.ranks,
+        "devices": devices,
+    }
+    if request["run"] is not None:
+        run, answer["config"] = _run_file(request["run"], request["overrides"])
+        if run is not None:
+            output_dir = run.output_dir.absolute()
+            answer |= {"output_dir": str(output_dir), "shards": _first_shards(run)}
+            findings.append(machine.disk_finding(host, output_dir, needs))
+    return {**answer, "findings": [item.to_json() for item in findings]}
+
+
+def _devices() -> dict[str, Any]:
+    """Return the accelerators found by DeepSpeed."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    kind = accelerator.device_name()
+    if kind == "cpu":
+        return {"kind": "cpu", "count": os.cpu_count(), "names": [machine.processor()], "driver": None, "memory": None}
+    count = accelerator.device_count()
+    names: list[str] = []
+    if kind == "cuda":
+        import torch
+
+        names = [torch.cuda.get_device_name(number) for number in range(count)]
+    memory = [accelerator.total_memory(number) for number in range(count)]
+    return {"kind": kind, "count": count, "names": names, "driver": _driver(), "memory": memory}
+
+
+def _driver() -> str | None:
+    """Return the version of NVIDIA's kernel module, or AMD's."""
+    for path in (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version")):
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
+    return None
+
+
+def _names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the addresses to which this host resolves every name, or the error."""
+    addresses: dict[str, dict[str, Any]] = {}
+    for host in dict.fromkeys([*hosts, socket.gethostname()]):
+        try:
+            known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            addresses[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
+        except OSError as error:
+            addresses[host] = {"error": error.strerror or str(error)}
+    return addresses
+
+
+def _variables() -> dict[str, str]:
+    """Return the environment variables that affect computation or communication of a run, without secrets."""
+    return {key: value for key, value in os.environ.items() if _RELEVANT.fullmatch(key) and not is_secret(key)}
+
+
+def _run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, dict[str, Any]]:
+    """Return the run as resolved on this host (see `software.run_values`), or the error."""
+    try:
+        run = load_run(name, list(overrides))
+        return run, software.run_values(run)
+    except UserError as error:
+        return None, {"error": error.what, "where": error.where, "fix": error.fix}
+
+
+def _first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the first shard of every source, and the number of bytes read here, or the error."""
+    return {name: _first_shard(run, name, source.path) for name, source in _sources(run).items()}
+
+
+def _sources(run: RunConfig) -> dict[str, Any]:
+    validation = {f"validation {name}": source for name, source in run.data.validation.items()}
+    return {**run.data.datasets, **validation}
+
+
+def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
+    from m3i_scale.data.remote.access import Access
+    from m3i_scale.data.remote.address import Url
+    from m3i_scale.data.remote.faults import FaultError
+    from m3i_scale.data.remote.fetch import facts, read_range
+    from m3i_scale.data.shards import expand_shards
+
+    began = time.perf_counter()
+    first: Any = without_secrets(shards)
+    try:
+        first, *rest = expand_shards(shards, f"dataset '{name}'")
+        if not isinstance(first, Url):
+            with first.open("rb") as file:
+                read = len(file.read(_READ_BYTES))
+        else:
+            access = Access(attempts=2, timeout_s=min(run.data.read_timeout_s, 10.0))
+            size = facts(first, access).size
+            read = len(read_range(first, 0, min(size, _READ_BYTES), access))
+    except (UserError, FaultError) as error:
+        where = error.where if isinstance(error, UserError) else without_secrets(shards)
+        return {"shard": where or without_secrets(shards), "error": without_secrets(str(error).splitlines()[0])}
+    except OSError as error:
+        return {"shard": str(first), "error": error.strerror or str(error)}
+    more = {"shards": 1 + len(rest), "seconds": time.perf_counter() - began}
+    return {"shard": str(first), "read": read, **more} | ({} if read else {"error": "the shard is empty"})
+
+
+def main() -> None:
+    """Answer the request in the environment."""
+    request = json.loads(os.environ.pop(REQUEST))
+    try:
+        if sys.argv[1] == "report":
+            answer = report(request)
+        else:
+            from m3i_scale.elastic.doctor.group import measure
+
+            answer = measure(request)
+    except Exception as error:  # reported by the caller, with the host
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")  # after all other output
+    sys.stdout.flush()
+    os._exit(0)  # do not wait for threads of libraries
+
+
+if __name__ == "__main__":
+    main()

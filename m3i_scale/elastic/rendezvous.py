@@ -1,0 +1,262 @@
+"""Prepare an attempt: find responding hosts, the largest world and the address of rank 0; track the reliability of
+hosts over attempts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m3i_scale.config import RunConfig
+from m3i_scale.elastic.link import Inbox, Link, RemoteShell, connect, receive
+from m3i_scale.elastic.supervise import AttemptResult, Log
+from m3i_scale.elastic.wire import Message
+from m3i_scale.elastic.worlds import ComparedSamples, World, largest_world
+from m3i_scale.errors import UserError
+from m3i_scale.launch.hosts import Host, is_here
+from m3i_scale.text import listed
+
+FAILS = "its ranks were the first to fail, twice running"
+SPARE = "it answers, but with its ranks the run cannot be shared out (data.streams, optim.batch_size)"
+
+
+class CannotStartError(UserError):
+    """Too few hosts respond, or rank 0 has no port. At the start it ends the launch; later it may be temporary."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Conditions for another attempt."""
+
+    max_restarts: int = 0
+    """Maximum number of restarts after failed attempts. Attempts that end because a host recovered do not count."""
+    min_hosts: int | None = None
+    """Minimum number of hosts to continue with; None: all."""
+    pause_s: float = 5.0
+    """Before the first restart; doubled for each further one, up to 300 s."""
+    probe_s: float = 30.0
+    """Interval for probing lost hosts."""
+    min_compared: int | None = None
+    """Minimum global contrastive batch to continue with; None: any, and a smaller one is logged."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The run to launch, and its hosts."""
+
+    run: RunConfig
+    command: tuple[str, ...]
+    """Command of every rank: interpreter, module, `train`, config file, overrides."""
+    hosts: tuple[Host, ...]
+    site: RemoteShell
+    master_address: str | None = None
+    """Address of the first host; None: the address of `interface`, or its name."""
+    interface: str | None = None
+    """Network interface of the ranks on all hosts."""
+    master_port: int | None = None
+    """None: a free port on that host."""
+
+
+class HostHistory:
+    """Reliability of the hosts over attempts: their order, and which are optional or left out.
+
+    Args:
+        hosts: the hosts, in the order in which they were named.
+    """
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self._named = tuple(hosts)
+        self.order = self._named
+        """Hosts that have just worked first, unreliable ones last."""
+        self.without_answer: set[str] = set()
+        """Names of hosts that were lost, or did not respond last time."""
+        self.failing: set[str] = set()
+        """Names of hosts that were the root cause of two consecutive failures although they respond."""
+        self._blamed: str | None = None
+
+    def unresponsive(self, fewest: int) -> frozenset[str]:
+        """Return the names of hosts that need not be waited for, if the others are enough."""
+        return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
+
+    def answered(self, reasons: dict[str, str]) -> None:
+        """Record which hosts responded, after all were contacted.
+
+        Args:
+            reasons: why a host cannot be used, by name.
+        """
+        self.without_answer = set(reasons)
+
+    def ended(self, world: World, outcome: AttemptResult) -> None:
+        """Record the result of an attempt."""
+        self.without_answer |= set(outcome.lost)
+        cause = outcome.cause if outcome.status == "failed" else None
+        # A lost host is not blamed, because it may recover permanently.
+        blamed = cause.host if cause is not None and cause.kind != "host" and not cause.is_consequence else None
+        if blamed is not None and blamed == self._blamed:
+            self.failing.add(blamed)
+        self._blamed = blamed
+        last = [host for host in self._named if host.name in self.failing or host.name in outcome.lost]
+        rest = [host for host in self._named if host not in last]
+        worked = [host for host in rest if host in world.hosts]
+        self.order = (*worked, *[host for host in rest if host not in worked], *last)
+
+
+class Rendezvous:
+    """Rendezvous of a launch's hosts, for one attempt after the other.
+
+    Args:
+        work: the run and its hosts.
+        policy: required number of hosts.
+        inbox: inbox of all links.
+        log: prints a line for the user.
+    """
+
+    def __init__(self, work: Work, policy: Policy, inbox: Inbox, log: Log) -> None:
+        self.work, self.policy, self.log, self._inbox = work, policy, log, inbox
+        self._fewest = policy.min_hosts or len(work.hosts)
+        self.history = HostHistory(work.hosts)
+        self.compared = ComparedSamples(work.run, work.hosts, self._fewest)
+
+    def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
+        """Return links to the hosts of the next attempt, the reasons why others are out, and the resulting world.
+
+        Raises:
+            CannotStartError: too few hosts respond or fit the run, or the global contrastive batch would be too small.
+            UserError: processes of a former launch are left (`first`).
+        """
+        run, fewest, history = self.work.run, self._fewest, self.history
+        hosts = history.order
+        links, errors = connect(hosts, self.work.site, self._inbox, unresponsive=history.unresponsive(fewest))
+        reasons = {name: error.what for name, error in errors.items()}
+        history.answered(reasons)
+        try:
+            if len(links) < fewest:
+                raise CannotStartError(
+                    f"{len(reasons)} of {len(hosts)} hosts cannot be used",
+                    where=_format_reasons(reasons),
+                    why=f"the run is to have {fewest} hosts or more" if self.policy.min_hosts else None,
+                    fix="fix them or take them out of the hostfile",
+                )
+            if first:
+                _check_left(links)
+            world = self._without_failing(links, reasons) or largest_world(run, [link.host for link in links], fewest)
+            if world is None:
+                raise CannotStartError(
+                    f"no number of these hosts from {fewest} to {len(links)} fits the run",
+                    where=", ".join(f"{link.host.name} slots={link.host.slots}" for link in links),
+                    why="ranks must divide data.streams and optim.batch_size, and workers a rank's streams",
+                    fix=f"data.streams is {run.data.streams}, optim.batch_size {run.optim.batch_size}",
+                )
+            spare = [link.host.name for link in links if link.host not in world.hosts and link.host.name not in reasons]
+            reasons |= dict.fromkeys(spare, SPARE)
+            if reasons:
+                self.log(f"without {_format_reasons(reasons)}")
+            world = self._keep_compared(world)
+        except UserError:
+            for link in links:
+                link.close()
+            raise
+        for link in links:
+            if link.host not in world.hosts:
+                link.close()
+        chosen = {link.host: link for link in links if link.host in world.hosts}
+        return [chosen[host] for host in world.hosts], reasons, world
+
+    def learn(self, world: World, outcome: AttemptResult) -> bool:
+        """Record the result of an attempt for the next one; return whether it failed, and is not to be repeated with
+        a smaller micro-batch."""
+        self.history.ended(world, outcome)
+        return outcome.status == "failed" and not self.compared.note(outcome.cause)
+
+    def _without_failing(self, links: list[Link], reasons: dict[str, str]) -> World | None:
+        """Return the world without the failing hosts, if there are any and the others are enough."""
+        failing = [link.host.name for link in links if link.host.name in self.history.failing]
+        others = [link.host for link in links if link.host.name not in failing]
+        if not failing or not others:
+            return None
+        world = largest_world(self.work.run, others, self._fewest)
+        if world is not None:
+            reasons |= dict.fromkeys(failing, FAILS)
+        else:
+            few = f"no number of the others from {self._fewest} (min_nodes) to {len(others)} fits the run"
+            few = few if len(others) >= self._fewest else f"the run is to have {self._fewest} hosts (min_nodes)"
+            self.log(f"host {', '.join(failing)}: {FAILS}; it stays, because {few}")
+        return world
+
+    def _keep_compared(self, world: World) -> World:
+        """Choose the micro-batch that preserves the global contrastive batch.
+
+        Raises:
+            CannotStartError: the global contrastive batch would be below the minimum.
+        """
+        world, fewer = self.compared.keep(world)
+        least = self.policy.min_compared
+        if least is not None and world.compared < least:
+            raise CannotStartError(
+                fewer or f"losses compare {world.compared} samples at a time",
+                where=f"min_compared: {least}, {world.ranks} ranks on {', '.join(world.names)}",
+                why="their values would be others",
+                fix="fix the hosts that are out, or lower min_compared",
+            )
+        if fewer is not None:
+            self.log(fewer)
+        return world
+
+    def _await_port(self, head: Link, links: Sequence[Link]) -> Message | None:
+        """Wait for the port of rank 0; None if its agent is gone or does not answer.
+
+        Other messages are put back, because the next reader needs them.
+        """
+        answer, put_back = None, []
+        deadline = time.monotonic() + self.work.site.connect_s
+        for link, message in receive(links, self._inbox, lambda: deadline - time.monotonic()):
+            if link is head and message["kind"] == "port":
+                answer = message
+                break
+            put_back.append((link, message))
+            if link is head and message["kind"] == "gone":
+                break
+        for item in put_back:
+            self._inbox.put(item)
+        return answer
+
+    def address(self, links: list[Link]) -> tuple[str, int]:
+        """Return the address of rank 0, as reported by its host: only that host knows its free ports.
+
+        Raises:
+            CannotStartError: it has no port.
+        """
+        head = links[0]
+        head.send("port", port=self.work.master_port, interface=self.work.interface)
+        answer = self._await_port(head, links)
+        error = "its agent does not answer" if answer is None else answer["error"]
+        if answer is None or error is not None:
+            for link in links:
+                link.close()
+            raise CannotStartError(
+                f"rank 0 cannot wait for the others: {error}",
+                where=f"host {head.host.name}",
+                fix="choose another master_port, or leave it out" if self.work.master_port else None,
+            )
+        address = self.work.master_address if head.host == self.work.hosts[0] else None
+        name = "127.0.0.1" if len(links) == 1 and is_here(head.host.name) else head.host.name
+        return address or answer["address"] or name, int(answer["port"])
+
+
+def _format_reasons(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def _check_left(links: Sequence[Link]) -> None:
+    processes = [
+        f"host {link.host.name}: pid {process['pid']} ({process['command'][:80]})"
+        for link in links
+        for process in (link.hello or {}).get("left", [])
+    ]
+    if processes:
+        raise UserError(
+            "processes of a former launch of this run are still there",
+            where=listed(processes, 8, "; "),
+            why="they and the new ones would write into the same output folder",
+            fix="end the former launch, or these processes by `kill -9`",
+        )

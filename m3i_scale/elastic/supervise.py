@@ -1,0 +1,305 @@
+"""Monitor one attempt: ranks on all hosts, until every one of them has ended, for any reason."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Literal
+
+from m3i_scale.config import TimeoutsConfig
+from m3i_scale.elastic.link import Inbox, Link, RemoteShell
+from m3i_scale.elastic.progress import Progress
+from m3i_scale.elastic.wire import BEAT_S, Message
+from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.host.failures import Failure, root_cause
+from m3i_scale.output import write_stderr
+
+Log = Callable[[str], None]
+Request = Literal["none", "stop", "stop once begun", "end"]
+"""`stop` makes the ranks of an attempt save and exit, or ends them if training has not begun. `stop once begun` waits
+until training has begun, so that the start is not wasted. `end` ends them."""
+_TICK_S = 0.2
+_LOST_GRACE_S = 2.0
+_BYE_S = 20.0
+_LEAVE_S = 300.0
+"""Limit between the first rank that ends normally and the last."""
+
+
+@dataclass
+class AttemptResult:
+    """The result of an attempt."""
+
+    status: Literal["finished", "preempted", "failed"]
+    cause: Failure | None = None
+    others: list[Failure] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """Hosts that were disconnected or went down."""
+    first_step: int | None = None
+    last_step: int | None = None
+    left: dict[str, list[int]] = field(default_factory=dict)
+    """By host, processes that could not be ended."""
+
+
+class Logs:
+    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log.
+
+    Args:
+        output_dir: output directory of the run.
+        screen_rank: the rank with lines that are also written to standard error.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+
+    def __init__(self, output_dir: Path, screen_rank: int = 0) -> None:
+        root = output_dir / "logs"
+        root.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name) for path in root.iterdir() if path.name.isdigit()]
+        self.folder = root / f"{max(taken, default=0) + 1:03d}"
+        self.folder.mkdir()
+        self.error: str | None = None
+        """The reason for lost lines, if there are any."""
+        self._screen_rank = screen_rank
+        self._files: dict[int, IO[str]] = {}
+
+    def add(self, host: str, rank: int, text: str) -> None:
+        """Append lines, or parts of them, of a rank."""
+        if rank == self._screen_rank:
+            write_stderr(text)
+        try:
+            if rank not in self._files:
+                self._files[rank] = (self.folder / f"{host}-rank{rank}.log").open("a", encoding="utf-8")
+            self._files[rank].write(text)
+            self._files[rank].flush()
+        except OSError as error:
+            self.error = f"logs are incomplete: {error}"
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError as error:
+                self.error = f"logs are incomplete: {error}"
+
+
+class Attempt:
+    """The ranks of one world, started and monitored.
+
+    Args:
+        links: links to the agents of all hosts, in order of ranks.
+        inbox: inbox of the links.
+        command: command of every rank.
+        site: hosts, environment.
+        timeouts: timeouts of the run; the process group's timeouts fire first.
+        address: address of rank 0's host, and the port there.
+        logs: log files of the ranks.
+        log: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Link],
+        inbox: Inbox,
+        command: Sequence[str],
+        site: RemoteShell,
+        timeouts: TimeoutsConfig,
+        address: tuple[str, int],
+        logs: Logs,
+        log: Log,
+    ) -> None:
+        self._links, self._inbox, self._site, self._timeouts = list(links), inbox, site, timeouts
+        self._command, self._address, self._logs, self._log = list(command), address, logs, log
+        self._running: dict[int, Link] = {}
+        self._failures: list[Failure] = []
+        self._codes: dict[int, int] = {}
+        self._gone: set[str] = set()
+        self._over = False
+        self._outcome = AttemptResult("failed")
+        self._world = sum(link.host.slots for link in links)
+        self._progress = Progress(timeouts)
+        self._deadline: float | None = None
+        self._stop_requested: float | None = None
+        self._beat = 0.0
+
+    def run(self, requested: Callable[[], Request]) -> AttemptResult:
+        """Start the ranks, and monitor them until they have ended on every host.
+
+        Args:
+            requested: polled repeatedly.
+        """
+        self._start()
+        while self._running:
+            self._receive()
+            self._beat_hosts()
+            self._poll()
+            request = requested()
+            if request == "end":
+                break
+            if request != "none" and not self._request_stop() and request == "stop":
+                break
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._report_hang()
+                break
+        self._clean()
+        return self._conclude()
+
+    def _start(self) -> None:
+        first = 0
+        for link in self._links:
+            slots = link.host.slots
+            ranks = [self._variables(first + local, local, slots) for local in range(slots)]
+            environment = dict(self._site.environment)
+            link.last_message = time.monotonic()
+            link.send("start", ranks=ranks, command=self._command, cwd=self._site.workdir, environment=environment)
+            self._running |= {first + local: link for local in range(slots)}
+            first += slots
+
+    def _variables(self, rank: int, local: int, slots: int) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(self._world),
+            "LOCAL_WORLD_SIZE": str(slots),
+            "MASTER_ADDR": self._address[0],
+            "MASTER_PORT": str(self._address[1]),
+        }
+
+    def _receive(self, timeout_s: float = _TICK_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                link, message = self._inbox.get(timeout=left)
+            except queue.Empty:
+                return
+            if link in self._links:
+                self._handle(link, message)
+
+    def _handle(self, link: Link, message: Message) -> None:
+        name, kind = link.host.name, message["kind"]
+        if kind == "log":
+            self._logs.add(name, message["rank"], message["text"])
+        elif kind == "beat":
+            self._progress.beat(name, message, self._running)
+        elif kind == "exit":
+            self._handle_exit(name, message)
+        elif kind == "bye":
+            if message["left"]:
+                self._outcome.left[name] = message["left"]
+            self._gone.add(name)
+        elif kind == "gone":
+            # An agent that sent `bye` without a request has failed, or has received nothing from here for too long.
+            expected = self._over and name in self._gone
+            self._gone.add(name)
+            if not expected and any(other is link for other in self._running.values()):
+                self._lose(link, f"the connection to the host ended: {link.error()}")
+
+    def _handle_exit(self, name: str, message: Message) -> None:
+        rank, code = message["rank"], message["code"]
+        self._running.pop(rank, None)
+        self._codes[rank] = code
+        if message["beat"] is not None:
+            self._progress.count(message["beat"])
+        if message["failure"] is not None:
+            failure = Failure(**message["failure"])
+            self._fail(replace(failure, time=failure.time + self._progress.ahead_s(name)), self._site.grace_s)
+        elif self._deadline is None:
+            self._deadline = time.monotonic() + _LEAVE_S
+
+    def _fail(self, failure: Failure, grace_s: float) -> None:
+        first = not self._failures
+        self._failures.append(failure)
+        if first:
+            self._log(f"{failure.where()}: {failure.message.splitlines()[0] if failure.message else failure.kind}")
+        until = time.monotonic() + grace_s
+        self._deadline = until if first or self._deadline is None else min(self._deadline, until)
+
+    def _lose(self, link: Link, why: str) -> None:
+        name = link.host.name
+        ranks = [rank for rank, other in self._running.items() if other is link]
+        beat = self._progress.last_seen(ranks)
+        for rank in ranks:
+            del self._running[rank]
+        self._gone.add(name)
+        self._outcome.lost.append(name)
+        last_message = time.time() - (time.monotonic() - link.last_message)
+        failure = Failure(last_message, name, None, beat.get("step"), beat.get("phase"), "host", why)
+        self._fail(failure, _LOST_GRACE_S)
+
+    def _beat_hosts(self) -> None:
+        now = time.monotonic()
+        if now - self._beat > BEAT_S:
+            self._beat = now
+            for link in self._links:
+                link.send("beat")
+
+    def _poll(self) -> None:
+        """Find hosts without heartbeats, and ranks that hang."""
+        now = time.monotonic()
+        for link in self._links:
+            running = any(other is link for other in self._running.values())
+            if running and now - link.last_message > self._site.silence_s:
+                self._lose(link, f"no message from the host for {self._site.silence_s:g} s: it is down or disconnected")
+        # All ranks must hang: while one saves alone, the others only wait for it.
+        if self._running and not self._failures and all(map(self._progress.hangs, self._running)):
+            self._report_hang()
+        if (
+            self._stop_requested is not None
+            and now - self._stop_requested > self._timeouts.startup_s
+            and not self._failures
+        ):
+            self._report_hang()
+
+    def _report_hang(self) -> None:
+        """If no other cause is known, blame the running rank with the fewest steps, because it neither progresses nor
+        ends."""
+        cause = root_cause(self._failures)
+        if not self._running or (cause is not None and not cause.is_consequence):
+            return
+        rank = self._progress.furthest_behind(self._running)
+        beat, link = self._progress.beat_of(rank), self._running[rank]
+        message = f"the rank neither goes on nor ends: it has not moved for {beat['age_s']:.0f} s"
+        at = beat["changed"] + self._progress.ahead_s(link.host.name)
+        self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
+
+    def _request_stop(self) -> bool:
+        """Ask all ranks to save and exit, once. Return False if the loop has not begun: there is nothing to save, and
+        the signal would only kill them."""
+        begun = [self._progress.beat_of(rank)["step"] >= 0 for rank in self._running]
+        if self._stop_requested is None and all(begun):
+            self._stop_requested = time.monotonic()
+            for link in self._links:
+                link.send("signal", number=int(signal.SIGUSR2))
+        return any(begun) or self._stop_requested is not None
+
+    def _clean(self) -> None:
+        """Clean up all processes: agents end their ranks and report it; unreachable agents end their ranks without a
+        request."""
+        self._over = True
+        for link in self._links:
+            link.send("end")
+        deadline = time.monotonic() + _BYE_S
+        while time.monotonic() < deadline and any(link.host.name not in self._gone for link in self._links):
+            self._receive()
+        for link in self._links:
+            link.drop() if link.host.name in self._outcome.lost else link.close()
+        self._logs.close()
+
+    def _conclude(self) -> AttemptResult:
+        outcome, progress = self._outcome, self._progress
+        outcome.first_step, outcome.last_step = progress.first_step, progress.last_step
+        cause = root_cause(self._failures)
+        if cause is not None:
+            outcome.status, outcome.cause = "failed", cause
+            outcome.others = [other for other in self._failures if other is not cause]
+        elif self._codes and all(code == 0 for code in self._codes.values()) and len(self._codes) == self._world:
+            outcome.status = "finished"
+        elif len(self._codes) == self._world and all(code in (0, EXIT_PREEMPTED) for code in self._codes.values()):
+            outcome.status = "preempted"  # all exited by themselves, after saving
+        if self._logs.error is not None:
+            self._log(self._logs.error)
+        return outcome

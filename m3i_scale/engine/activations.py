@@ -1,0 +1,165 @@
+"""Configure activation checkpointing: which layers recompute in the backward pass, and which tensors they keep.
+
+The layers are `transformers` layers (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage. All
+policies use torch's non-reentrant checkpoint through the layers' switch, so gradients are the same as with `none`. The
+target branch runs without gradient and stores no activations under any policy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from m3i_scale.engine.selective import selective_contexts
+from m3i_scale.errors import ConfigError
+
+_WHERE = "backbone.activation_checkpointing"
+_WORDS = "none, full, selective, offload, every_N with N ≥ 2, or budget_GIB, e.g. budget_2.5"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An activation checkpointing policy from the config file."""
+
+    kind: str
+    """none | full | every | selective | offload | budget."""
+    every: int = 1
+    """Recompute the first of every N layers of a stack."""
+    budget_gib: float = 0.0
+    """Activation memory limit per rank."""
+
+    def picks(self, depth: int) -> list[int]:
+        """Return the indices of a stack's layers that recompute. With a budget these are all layers, until memory is
+        counted."""
+        return [] if self.kind == "none" else list(range(0, depth, self.every))
+
+
+def read_policy(text: str) -> Policy:
+    """Parse `backbone.activation_checkpointing`."""
+    if text in ("none", "full", "selective", "offload"):
+        return Policy(text)
+    if match := re.fullmatch(r"every_([2-9]|[1-9]\d+)", text):
+        return Policy("every", every=int(match.group(1)))
+    if (match := re.fullmatch(r"budget_(\d+(?:\.\d+)?)", text)) and float(match.group(1)) > 0:
+        return Policy("budget", budget_gib=float(match.group(1)))
+    raise ConfigError(f"no activation checkpointing policy '{text}'", where=_WHERE, fix=_WORDS)
+
+
+def check_policy(text: str) -> Policy:
+    """Parse a policy, and raise ConfigError if it would have no effect on this machine's accelerator."""
+    policy = read_policy(text)
+    if policy.kind == "offload" and in_host_memory():
+        raise ConfigError(
+            "activation checkpointing 'offload' has no effect here",
+            where=_WHERE,
+            why=f"the accelerator '{get_accelerator().device_name()}' computes in host memory, where offload moves to",
+            fix="take full, which recomputes the same layers",
+        )
+    return policy
+
+
+def policy_of_switches(text: str, compiled: bool) -> str:
+    """Return the policy for the layers' switches. For compiled layers the compiler implements `selective`."""
+    return "none" if compiled and read_policy(text).kind == "selective" else text
+
+
+def in_host_memory() -> bool:
+    """Return whether the accelerator computes in host memory."""
+    return bool(get_accelerator().on_accelerator(torch.empty(0)))
+
+
+def stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Yield every stack of layers that run their full forward, as (name, layer).
+
+    Layers with `called_in_parts` compute only a part of the output. They are not called through their switch and are
+    excluded.
+    """
+    for prefix, stack in module.named_modules():
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        layers = [
+            (f"{prefix}.{name}", layer)
+            for name, layer in stack.named_children()
+            if isinstance(layer, GradientCheckpointingLayer) and not getattr(layer, "called_in_parts", False)
+        ]
+        if layers:
+            yield layers
+
+
+def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
+    """Yield the stacks with trained parameters."""
+    for layers in stacks(module):
+        if any(parameter.requires_grad for _, layer in layers for parameter in layer.parameters()):
+            yield layers
+
+
+def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
+    """Set the policy on every stack of layers inside `module`; return the names of the layers that recompute."""
+    policy = read_policy(text)
+    chosen = []
+    for layers in trained_stacks(module):
+        picked = set(policy.picks(len(layers)))
+        for index, (name, layer) in enumerate(layers):
+            layer.gradient_checkpointing = index in picked
+            layer._gradient_checkpointing_func = _FUNCTIONS.get(policy.kind, _recompute)
+            chosen += [name] if index in picked else []
+    return chosen
+
+
+def recomputing(module: nn.Module) -> list[str]:
+    """Return the names of the layers that are set to recompute."""
+    return [name for layers in trained_stacks(module) for name, layer in layers if layer.gradient_checkpointing]
+
+
+def recompute_only(module: nn.Module, names: set[str]) -> None:
+    """Make exactly the named layers recompute."""
+    for layers in trained_stacks(module):
+        for name, layer in layers:
+            layer.gradient_checkpointing = name in names
+            layer._gradient_checkpointing_func = _recompute
+
+
+def summarize_layers(names: list[str]) -> str:
+    """Format layer names by stack: `student.model.layers 0-3, text.model.encoder.layer 0`."""
+    stacks: dict[str, list[int]] = {}
+    for name in names:
+        prefix, _, number = name.rpartition(".")
+        stacks.setdefault(prefix, []).append(int(number))
+    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items()) or "none"
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+_recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+
+
+def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=selective_contexts)
+
+
+def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a layer and offload its input to host memory: a checkpoint saves only the input, before its hooks begin."""
+    device_type = get_accelerator().device_name().split(":")[0]
+    with save_on_cpu(pin_memory=not in_host_memory(), device_type=device_type):
+        return checkpoint(run, *inputs, use_reentrant=False)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"selective": _recompute_selectively, "offload": _recompute_from_host}

@@ -1,0 +1,215 @@
+"""Exchange values between ranks outside the model: flags, means, objects, and failures of a rank.
+
+Objects and host values use a gloo group. With NCCL, every rank would need device memory for the values of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from m3i_scale.data.watchdog import InThread, NotYetError
+from m3i_scale.engine.host_memory import pinning
+from m3i_scale.errors import UserError
+
+VOTE_EVERY_S = 1.0
+Result = TypeVar("Result")
+
+_HOST_GROUP: list[dist.ProcessGroup] = []
+"""At most one group; empty if the default group is gloo."""
+
+
+def join_host_group(timeout: timedelta) -> None:
+    """Create the gloo group for host memory. Every rank calls it after joining the default group.
+
+    Args:
+        timeout: collective timeout.
+    """
+    _HOST_GROUP.clear()
+    if dist.get_backend() != "gloo":
+        _HOST_GROUP.append(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    return _HOST_GROUP[0] if _HOST_GROUP else None
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
+    """Return for every flag whether any rank sets it. All ranks get the same result, in one collective.
+
+    Args:
+        flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
+    """
+    return tuple(bool(votes) for votes in _sums(*flags))
+
+
+def agree_and_average(
+    *flags: bool | Tensor, value: Tensor, counts: Sequence[int] = ()
+) -> tuple[tuple[bool, ...], float, list[int]]:
+    """Return the result of `agree`, the mean of `value` and the sums of `counts` over the ranks, in fp32. This needs
+    one collective and one transfer.
+
+    Args:
+        flags: the flags, as for `agree`.
+        value: scalar tensor on this rank's device; may be NaN, which does not affect the flags.
+        counts: counts of this rank; sums are exact below 2²⁴, and to seven digits above.
+    """
+    sums = _sums(*flags, value, *counts)
+    votes, total = sums[: len(flags)], sums[len(flags)]
+    return (
+        tuple(bool(vote) for vote in votes),
+        total / _world_size(),
+        [round(count) for count in sums[len(flags) + 1 :]],
+    )
+
+
+def _sums(*values: bool | int | Tensor) -> list[float]:
+    """Return the sums over the ranks, in fp32. The CPU waits once, for the result."""
+    of_host = torch.tensor([0.0 if isinstance(value, Tensor) else float(value) for value in values])
+    if (pin := pinning()) is not None:
+        of_host = pin(of_host)  # pinned, so the copy is asynchronous
+    sums = of_host.to(get_accelerator().current_device_name(), non_blocking=True)
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            sums[place] = value
+    if _world_size() > 1:
+        dist.all_reduce(sums)
+    read: list[float] = sums.tolist()
+    return read
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all ranks, by rank. Collective."""
+    values = [value]
+    if _world_size() > 1:
+        values *= _world_size()
+        dist.all_gather_object(values, value, group=_host_group())
+    return values
+
+
+def gather_on_rank_0(value: Any) -> list[Any]:
+    """Return the values of all ranks, by rank, on rank 0 and [] on the others. Collective."""
+    if _world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_host_group())
+    return values or []
+
+
+def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return counts by name, summed over the ranks. The ranks may have different names. Collective."""
+    return dict(sum((Counter(one) for one in gather_objects(dict(counts))), Counter[str]()))
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Return the sum of every value over the ranks, in fp64. All ranks must pass the same number of values."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Return the mean of every value over the ranks. All ranks must pass the same keys."""
+    sums = sum_over_ranks([values[key] for key in sorted(values)])
+    return {key: total / _world_size() for key, total in zip(sorted(values), sums, strict=True)}
+
+
+def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Return the maximum of every value over the ranks. All ranks must pass the same keys."""
+    largest = _reduced([values[key] for key in sorted(values)], dist.ReduceOp.MAX)
+    return dict(zip(sorted(values), largest, strict=True))
+
+
+def _reduced(values: Sequence[float], operation: Any) -> list[float]:
+    vector = torch.tensor(values, dtype=torch.float64)
+    if values and _world_size() > 1:
+        dist.all_reduce(vector, op=operation, group=_host_group())
+    return vector.tolist()
+
+
+def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
+    """Raise the error of the lowest failing rank on all ranks; do nothing if no rank failed. Collective.
+
+    Args:
+        fault: this rank's error; None if there is none.
+        names_rank: whether the message includes the rank.
+
+    Raises:
+        UserError: the same on every rank.
+        Exception: this rank's error, if it is not a UserError. The others raise a UserError about it that is not marked
+            as raised on all ranks (`everywhere`).
+    """
+    if not _reduced([fault is not None], dist.ReduceOp.MAX)[0]:
+        return  # only one number: gathering objects would take a message per rank
+    crashed = fault is not None and not isinstance(fault, UserError)
+    shared = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
+    faults = gather_objects((shared, crashed))
+    if crashed and fault is not None:
+        raise fault  # with its traceback
+    for rank, (other_fault, _) in enumerate(faults):
+        if other_fault is not None:
+            first = other_fault.on_rank(rank) if names_rank and len(faults) > 1 else other_fault
+            raise first if any(crashes for _, crashes in faults) else first.raised_everywhere()
+
+
+def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
+    """Run `work` on every rank; if it fails on one, it fails on all (see `raise_together`)."""
+    fault: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # raised below, on all ranks
+        fault = error
+    raise_together(fault, names_rank=names_rank)
+    return result
+
+
+def from_rank_0(work: Callable[[], Any]) -> Any:
+    """Run `work` on rank 0 only and return its result on all ranks; its errors are raised on all ranks."""
+    return from_rank(0, work)
+
+
+def from_rank(rank: int, work: Callable[[], Any]) -> Any:
+    """Run `work` on one rank only and return its result on all ranks; its errors are raised on all ranks."""
+    box = [together(lambda: work() if dist.get_rank() == rank else None)]
+    dist.broadcast_object_list(box, src=rank, group=_host_group())
+    return box[0]
+
+
+def open_together(make: Callable[[], Result]) -> Result:
+    """Run `make` on every rank and return this rank's result. Collective.
+
+    Ranks wait for files of rank 0 while they open their data, some for an hour. So each rank opens in a thread, and all
+    vote every second whether one has failed. No vote waits longer, however long the work takes.
+
+    Args:
+        make: opens the resources of this rank.
+    """
+    work, over, fault = InThread(_once(make)), False, None
+    results: list[Result] = []
+    while True:
+        if not over:
+            try:
+                results, over = [work.next(VOTE_EVERY_S)], True
+            except NotYetError:
+                pass
+            except Exception as error:  # raised below, on all ranks
+                fault, over = error, True
+        unfinished, failed = agree(not over, fault is not None)
+        if unfinished and not failed:
+            continue
+        work.close()  # may still wait for files; the daemon thread ends with the process
+        raise_together(fault)
+        return results[0]
+
+
+def _once(make: Callable[[], Result]) -> Generator[Result]:
+    yield make()

@@ -1,0 +1,130 @@
+"""Apply `torch.compile` layer by layer: layers of one class share their kernels, and the code between them stays eager.
+
+Only the arithmetic of a layer is compiled. Recomputation of a full layer is decided outside it; under `selective` the
+compiler chooses the saved tensors. ZeRO-3 gathers and releases also stay outside: a compiled layer is a leaf module,
+gathered and released as a unit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from m3i_scale.engine.activations import read_policy, stacks
+from m3i_scale.errors import ConfigError
+
+_WHERE = "backbone.compile"
+_VARIANTS = 64
+"""Limit of compiled variants per class: widths, numbers of visible tokens, with and without gradient, training and
+validation. torch's default limit is 8. Beyond it, a layer with `fullgraph` raises an error."""
+_KEPT_SHARE = 0.5
+
+
+def check_compile() -> None:
+    """Raise ConfigError if this machine lacks a tool that the compiler needs. Call it before any start."""
+    missing = _missing_tools()
+    if missing:
+        raise ConfigError(
+            f"`compile` needs {' and '.join(missing)}, which this machine does not have",
+            where=_WHERE,
+            fix=f"{' && '.join(dict.fromkeys(missing.values()))}, or backbone.compile=false",
+        )
+
+
+def explain_auto() -> str | None:
+    """Return the log line for `backbone.compile: auto`; None on CPUs, for which compiling is not recommended."""
+    if get_accelerator().device_name() == "cpu":
+        return None
+    missing = _missing_tools()
+    needs = f" (first install {' and '.join(missing)})" if missing else ""
+    return (
+        f"{_WHERE}: auto does not compile layers, because no GPU has shown equal losses yet. Compiled layers are "
+        f"expected to be faster: {_WHERE}=true{needs}"
+    )
+
+
+def _missing_tools() -> dict[str, str]:
+    """Return the missing runtime requirements of the compiler on this process's device: name and install command.
+
+    torch builds CPU kernels with `CXX` or g++. Triton builds its launchers with `CC`, gcc or clang. Both include
+    Python.h.
+    """
+    cuda = get_accelerator().device_name() == "cuda"
+    variable, defaults = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
+    compilers = [os.environ[variable]] if os.environ.get(variable) else defaults
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    missing = {}
+    if not any(map(shutil.which, compilers)):
+        missing[f"a C{'' if cuda else '++'} compiler ({' or '.join(compilers)})"] = "apt-get install g++"
+    if not headers.is_file():
+        missing[f"the headers of Python ({headers})"] = "apt-get install python3-dev"
+    if cuda and importlib.util.find_spec("triton") is None:
+        missing["Triton"] = "pip install triton"
+    return missing
+
+
+def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
+    """Compile every layer that runs its full forward, trained or not, and return the names. Call it before the engine
+    is started.
+
+    Args:
+        module: contains the layers.
+        policy: `backbone.activation_checkpointing`. Under `selective` the compiler keeps half of the activations that
+            it would keep otherwise, chosen to minimize recomputation.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    torch._functorch.config.activation_memory_budget = _KEPT_SHARE if read_policy(policy).kind == "selective" else 1.0
+    compiled: dict[type, Callable[..., Any]] = {}
+    names = []
+    for layers in stacks(module):
+        for name, layer in layers:
+            kind = type(layer)
+            if kind not in compiled:
+                compiled[kind] = torch.compile(_arithmetic(kind), fullgraph=True)
+            layer.forward = partial(_run, layer, compiled[kind])
+            names.append(name)
+    if not names:
+        raise ConfigError(
+            "`compile` has no effect: this model has no layers of `transformers`' kind",
+            where=_WHERE,
+            fix="backbone.compile=false",
+        )
+    return names
+
+
+def _arithmetic(kind: type) -> Callable[..., Any]:
+    """Return `forward` without the `transformers` wrapper for activation checkpointing."""
+    forward: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
+    return getattr(forward, "__wrapped__", forward)
+
+
+def _run(layer: Any, compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """Replace the wrapped `forward`, using the compiled arithmetic."""
+    if getattr(layer, "varies_in_length", False):
+        _mark_lengths([*inputs, *named.values()])
+    run = partial(compiled, layer, **named)
+    if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
+        return layer._gradient_checkpointing_func(run, *inputs)
+    return run(*inputs)
+
+
+def _mark_lengths(inputs: list[Any]) -> None:
+    """Mark the lengths of states (B, L, D) and of their mask (B, 1, L or 1, L) as dynamic, so that one graph serves
+    all. Caption lengths differ between ranks; a rank that recompiles during a run makes all others wait."""
+    for value in inputs:
+        if isinstance(value, Tensor):
+            for dim in (1,) if value.dim() == 3 else (2, 3):
+                if value.shape[dim] > 1:
+                    torch._dynamo.mark_dynamic(value, dim)

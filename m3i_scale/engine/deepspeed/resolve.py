@@ -1,0 +1,297 @@
+"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings.
+
+raw = load_ds_config("zero3_bf16")
+resolved = resolve(raw, world_size=8, batch_size=4096, …, where="zero3_bf16")
+rich.print(explain_table(resolved))
+check_accelerator(resolved)                  # before deepspeed.initialize(config=resolved.config)
+check_effective(engine, resolved)            # after it
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.table import Table
+
+from m3i_scale.config import resource_folder
+from m3i_scale.engine.deepspeed.hints import check_auto, schema_error
+from m3i_scale.engine.deepspeed.rules import check_rules, optimizer_class, precision, quantized
+from m3i_scale.engine.deepspeed.schema import AUTO, DeepSpeedFile
+from m3i_scale.engine.extensions import is_usable
+from m3i_scale.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A DeepSpeed configuration without "auto", except for accumulation if the number of ranks is unknown."""
+
+    config: dict[str, Any]
+    """Argument for `deepspeed.initialize(config=…)`."""
+    filled_in: list[tuple[str, Any, str]]
+    """(key, value, reason) of every value that was not in the file."""
+    where: str
+    """The file, for messages."""
+
+
+@dataclass(frozen=True)
+class _RunSettings:
+    """A value implied by the config file, and its origin."""
+
+    value: Any
+    why: str
+    binding: bool = True
+    """An explicit value in the JSON must equal it; if False, the JSON may use another value."""
+
+
+def known_ds_configs() -> dict[str, Path]:
+    """Return the built-in DeepSpeed files by name."""
+    return {path.stem: path for path in sorted(resource_folder("ds_configs").glob("*.json"))}
+
+
+def load_ds_config(name_or_path: str) -> dict[str, Any]:
+    """Read the JSON of a built-in name (`zero3_bf16`) or of a path, unchanged."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        built_in = known_ds_configs()
+        if name_or_path not in built_in:
+            raise ConfigError(
+                f"no DeepSpeed file '{name_or_path}'",
+                where=str(path.absolute()),
+                fix=f"give a path, or a built-in name: {did_you_mean(name_or_path, built_in)}",
+            )
+        path = built_in[name_or_path]
+    try:
+        raw = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=lambda pairs: _without_duplicates(pairs, path),
+            parse_constant=lambda name: _check_constant(name, path),
+        )
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"cannot read the DeepSpeed file: {error}", where=str(path)) from None
+    if not isinstance(raw, dict):
+        raise ConfigError("a DeepSpeed file is a JSON object", where=str(path), fix="see ds_configs/zero3_bf16.json")
+    return raw
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    section: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in section:
+            raise ConfigError(f"'{key}' occurs twice in one section", where=str(path), fix="remove one of the two")
+        section[key] = value
+    return section
+
+
+def _check_constant(name: str, path: Path) -> None:
+    raise ConfigError(f"{name} is not a number", where=str(path))
+
+
+def resolve(
+    raw: dict[str, Any],
+    *,
+    world_size: int | None,
+    batch_size: int,
+    micro_batch_size: int,
+    clip_grad_norm: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    hidden_size: int,
+    where: str,
+) -> ResolvedConfig:
+    """Validate `raw` and fill in the values that follow from the config file.
+
+    Args:
+        raw: the result of `load_ds_config`; left unchanged.
+        world_size: number of ranks; None if unknown: values that depend on it are not checked.
+        batch_size: samples per optimizer step over all ranks.
+        micro_batch_size: samples per rank and forward pass.
+        hidden_size: width of the widest Transformer of the model; bucket sizes follow from it.
+        where: the file, for messages.
+    """
+    wanted = _batch(world_size, batch_size, micro_batch_size) | _sizes(hidden_size)
+    wanted["gradient_clipping"] = _RunSettings(clip_grad_norm, "optim.clip_grad_norm")
+    wanted["optimizer.params.lr"] = _RunSettings(lr, "optim.lr; the trainer sets the learning rate at every step")
+    wanted["optimizer.params.betas"] = _RunSettings(list(betas), "optim.betas")
+    wanted["optimizer.params.eps"] = _RunSettings(eps, "optim.eps")
+    wanted["optimizer.params.weight_decay"] = _RunSettings(weight_decay, "optim.weight_decay; vectors have none")
+    config = copy.deepcopy(raw)
+    filled = [(path, want.value, want.why) for path, want in wanted.items() if _fill(config, path, want.value)]
+    if "timers" not in config:
+        config["timers"] = {"throughput": {"enabled": False}}
+        why = "left out in the file: for a line of DeepSpeed's log, it waits for the device twice a micro-batch"
+        filled.append(("timers.throughput.enabled", False, why))
+    _check(config, world_size, where)
+    return ResolvedConfig(config, filled + _complete(config, wanted, where), where)
+
+
+def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
+    """Raise ConfigError for keys, values and combinations that have no effect or an unexpected one here."""
+    known = dict(config)
+    if world_size is None and known.get("gradient_accumulation_steps") == AUTO:
+        del known["gradient_accumulation_steps"]
+    try:
+        DeepSpeedFile.model_validate(known)
+    except ValidationError as error:
+        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+        raise schema_error(faults[0], config, where) from None
+    check_auto(known, where)
+    check_rules(known, world_size=world_size, where=where)
+
+
+def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> int:
+    """Return the gradient accumulation steps per optimizer step; if the number of ranks is unknown, for one rank."""
+    ranks = world_size or 1
+    accumulation, rest = divmod(batch_size, micro_batch_size * ranks)
+    if rest or not accumulation:
+        raise ConfigError(
+            f"optim.batch_size {batch_size} is not micro_batch_size {micro_batch_size} × accumulation"
+            + (f" × {world_size} ranks" if world_size else ""),
+            where=f"optim.batch_size: {batch_size}" + (f", on {world_size} ranks" if world_size else ""),
+            why="every rank runs the same number of micro-batches of the same size",
+            fix=_batch_advice(ranks, batch_size, micro_batch_size),
+        )
+    return accumulation
+
+
+def _batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> dict[str, _RunSettings]:
+    accumulation = check_batch(world_size, batch_size, micro_batch_size)  # if one rank cannot, no number of ranks can
+    why = f"optim.batch_size {batch_size} = micro_batch_size {micro_batch_size} × {accumulation} × {world_size} ranks"
+    unknown = _RunSettings(AUTO, "the number of ranks is not known", binding=False)
+    return {
+        "train_batch_size": _RunSettings(batch_size, "optim.batch_size"),
+        "train_micro_batch_size_per_gpu": _RunSettings(micro_batch_size, "optim.micro_batch_size"),
+        "gradient_accumulation_steps": unknown if world_size is None else _RunSettings(accumulation, why),
+    }
+
+
+def _batch_advice(world_size: int, batch_size: int, micro_batch_size: int) -> str:
+    unit = micro_batch_size * world_size
+    below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+    advice = "set optim.batch_size to " + (f"{below} or {above}" if below else f"{above}")
+    if batch_size % world_size:
+        return advice
+    per_rank = batch_size // world_size
+    divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    near = [max((size for size in divisors if size < micro_batch_size), default=0)]
+    near.append(min((size for size in divisors if size > micro_batch_size), default=0))
+    return advice + ", or optim.micro_batch_size to " + " or ".join(str(size) for size in near if size)
+
+
+MEBI = 2**20
+
+
+def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
+    """Return sizes in elements. A Transformer layer has about 12 · hidden² weights.
+
+    The floors are for small models: with a bucket of one small matrix the calls cost more than the transfer, and
+    gathering a few MiB costs nothing (docs/performance.md).
+    """
+    square = hidden_size * hidden_size
+    formulas: dict[str, tuple[int, int, str]] = {
+        "reduce_bucket_size": (square, 4 * MEBI, "hidden²"),
+        "stage3_prefetch_bucket_size": (int(0.9 * square), 4 * MEBI, "0.9 · hidden²"),
+        "stage3_param_persistence_threshold": (10 * hidden_size, 0, "10 · hidden"),
+        "stage3_max_live_parameters": (16 * square, 8 * MEBI, "16 · hidden²: one layer and a part of the next"),
+        "stage3_max_reuse_distance": (16 * square, 8 * MEBI, "16 · hidden²: one layer and a part of the next"),
+        "sub_group_size": (24 * square, 16 * MEBI, "24 · hidden²: two layers are updated at a time"),
+    }
+    values = {
+        key: (
+            max(value, floor),
+            f"{why}, hidden = {hidden_size}" + (f"; at least {floor // MEBI} Mi elements" if floor > value else ""),
+        )
+        for key, (value, floor, why) in formulas.items()
+    }
+    return {f"zero_optimization.{key}": _RunSettings(value, why, binding=False) for key, (value, why) in values.items()}
+
+
+def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
+    """Replace an "auto" by a value; return whether there was one."""
+    *parents, key = path.split(".")
+    section: Any = config
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or section.get(key) != AUTO:
+        return False
+    section[key] = value
+    return True
+
+
+def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: str) -> list[tuple[str, Any, str]]:
+    """Add values that are missing in the file and given in the config file; return (key, value, reason) of each."""
+    added = []
+    for path, want in wanted.items():
+        *parents, key = path.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        if not want.binding:
+            continue
+        if key not in section:
+            section[key] = want.value
+            added.append((path, want.value, f"left out in the file: {want.why}"))
+        elif not _same(section[key], want.value):
+            raise ConfigError(
+                f"'{path}' is {section[key]!r}, but the run file says {want.value!r}",
+                where=where,
+                why=want.why,
+                fix='write "auto", or change the run file',
+            )
+    return added
+
+
+def _same(given: Any, wanted: Any) -> bool:
+    if isinstance(wanted, list):
+        return len(given) == len(wanted) and all(map(_same, given, wanted))
+    return math.isclose(given, wanted, rel_tol=1e-12)
+
+
+def explain_table(resolved: ResolvedConfig) -> Table:
+    """Return a terminal table of every value that was filled in."""
+    table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
+    for heading in ("key", "value", "why"):
+        table.add_column(heading, overflow="fold")
+    for key, value, why in resolved.filled_in:
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value), why)
+    return table
+
+
+def check_accelerator(resolved: ResolvedConfig) -> None:
+    """Raise ConfigError for features that this machine's accelerator lacks; call it before DeepSpeed is initialized."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    name, kind = accelerator.device_name(), precision(resolved.config)
+    supported = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported(), "fp32": True}
+    if not supported[kind]:
+        others = " or ".join(other for other, there in supported.items() if there)
+        raise ConfigError(
+            f"'{kind}.enabled' is true, but the accelerator '{name}' has no {kind}",
+            where=resolved.where,
+            fix=f"take {others}; on a CPU: deepspeed=zero3_cpu or deepspeed=zero3_cpu_fp32",
+        )
+    if name == "cuda" and optimizer_class(resolved.config) == "FusedAdam" and not is_usable("fused_adam"):
+        raise ConfigError(
+            "DeepSpeed's own Adam is compiled by nvcc, which is not on this machine",
+            where=f"{resolved.where}: optimizer.params",
+            fix='torch\'s takes its place with "torch_adam": true, "fused": true; or install the CUDA toolkit and set'
+            " CUDA_HOME",
+        )
+    builder = accelerator.get_op_builder("QuantizerBuilder")
+    kernels = builder is not None and builder.__name__ != "NotImplementedBuilder" and builder().is_compatible()
+    kernels = kernels and (name != "cuda" or is_usable("quantizer"))
+    for key in [] if kernels else quantized(resolved.config):
+        raise ConfigError(
+            f"'zero_optimization.{key}' is set, but the accelerator '{name}' cannot quantise",
+            where=resolved.where,
+            why="DeepSpeed has the kernels for CUDA devices, and compiles them by nvcc",
+            fix=f"remove '{key}'; or with an NVIDIA GPU install the CUDA toolkit and set CUDA_HOME",
+        )

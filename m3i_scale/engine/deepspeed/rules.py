@@ -1,0 +1,221 @@
+"""Validate rules between the sections of a DeepSpeed JSON.
+
+Known settings that have no effect, or an unexpected one, raise an error.
+
+Every rule states the reason and was checked against DeepSpeed's source: a setting called ineffective is not read on any
+code path of this trainer with the given stage, precision and optimizer. The functions take the file as a mapping with
+validated keys and types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from m3i_scale.engine.deepspeed.schema import AdamW, Switched
+from m3i_scale.errors import ConfigError, did_you_mean
+
+_BF16_OPTIMIZER_KEYS = {"stage", "allgather_bucket_size", "offload_optimizer"}
+"""Keys that are still read by DeepSpeed's BF16 optimizer."""
+_DYNAMIC_SCALE = {
+    "initial_scale_power",
+    "loss_scale_window",
+    "hysteresis",
+    "consecutive_hysteresis",
+    "min_loss_scale",
+}
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+_SWITCHED = ("bf16", "fp16", "flops_profiler", "csv_monitor", *_PACKAGES)
+READ_BY = {
+    "AdamW": {"amsgrad", "fused", "foreach", "maximize", "capturable", "differentiable"},
+    "FusedAdam": {"amsgrad", "bias_correction", "set_grad_none"},
+    "DeepSpeedCPUAdam": {"amsgrad", "bias_correction", "fp32_optimizer_states"},
+}
+"""By the class that DeepSpeed builds: keys of `optimizer.params` that only some classes read."""
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes per element by dtype."""
+
+
+def precision(config: dict[str, Any]) -> str:
+    """Return the compute dtype of parameters: `bf16`, `fp16` or `fp32`."""
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled") is True:
+            return name
+    return "fp32"
+
+
+def accumulation(config: dict[str, Any]) -> str:
+    """Return the dtype of gradient accumulation: `bf16`, `fp16` or `fp32`."""
+    return config.get("data_types", {}).get("grad_accum_dtype") or precision(config)
+
+
+def communication(config: dict[str, Any]) -> str:
+    """Return the dtype of the gradient reduction over ranks: `bf16`, `fp16` or `fp32`."""
+    return config.get("communication_data_type") or precision(config)
+
+
+def state_bytes(config: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes per element of the master weights, and of each of AdamW's two moments."""
+    kind, bf16 = precision(config), config.get("bf16", {})
+    lean = bool(bf16.get("bf16_master_weights_and_grads")) or bool(
+        config.get("fp16", {}).get("fp16_master_weights_and_grads")
+    )
+    moments = bf16.get("bf16_optimizer_states") or (lean and not offloads_optimizer(config) and kind != "fp32")
+    return BYTES[kind] if lean else 4, 2 if moments else 4
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Return whether the optimizer step and its states are on the CPU."""
+    return bool(config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu")
+
+
+def takes_bf16_optimizer(config: dict[str, Any]) -> bool:
+    """Return whether DeepSpeed uses its BF16 optimizer instead of the ZeRO one."""
+    mixed = precision(config) == "bf16" and accumulation(config) == "fp32"
+    return mixed and config["zero_optimization"].get("stage") == 1 and not offloads_optimizer(config)
+
+
+def quantized(config: dict[str, Any]) -> list[str]:
+    """Return the ZeRO++ settings that need quantization kernels."""
+    return [name for name in _QUANTIZED if config["zero_optimization"].get(name)]
+
+
+def optimizer_class(config: dict[str, Any]) -> Literal["AdamW", "DeepSpeedCPUAdam", "FusedAdam"]:
+    """Return the optimizer class that DeepSpeed uses: torch's, or one of its compiled ones."""
+    if config["optimizer"]["params"].get("torch_adam"):
+        return "AdamW"
+    return "DeepSpeedCPUAdam" if offloads_optimizer(config) else "FusedAdam"
+
+
+def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -> None:
+    """Raise ConfigError for ineffective or contradictory values.
+
+    Args:
+        config: validated as a `DeepSpeedFile`.
+        world_size: number of ranks; None if unknown.
+        where: the file, for messages.
+    """
+    _check_switches(config, where)
+    _check_precision(config, where)
+    _check_zero(config, where)
+    _check_groups(config["zero_optimization"].get("zero_hpz_partition_size", 1), world_size, where)
+    _check_optimizer(config, where)
+
+
+def no_effect(path: str, why: str, where: str, fix: str | None = None) -> ConfigError:
+    """Return the error for a setting without effect."""
+    return ConfigError(f"'{path}' has no effect here", where=where, why=why, fix=fix or f"remove '{path}'")
+
+
+def _first(keys: Iterable[str]) -> str | None:
+    return min(keys, default=None)
+
+
+def _check_switches(config: dict[str, Any], where: str) -> None:
+    for name in _SWITCHED:
+        section = config.get(name, {"enabled": False})
+        idle = _first(section.keys() - Switched.model_fields)
+        if idle and not section["enabled"]:
+            raise no_effect(f"{name}.{idle}", f"{name}.enabled is false", where, f"remove it, or enable {name}")
+        if section["enabled"] and find_spec(_PACKAGES.get(name, "deepspeed")) is None:
+            fix = f"pip install {_PACKAGES[name]}, or remove the section"
+            raise ConfigError(f"'{name}' needs a package that is not installed", where=where, fix=fix)
+    if not config.get("comms_logger", {}).get("enabled", True):
+        why = "DeepSpeed logs communication as soon as the section is there, whatever 'enabled' says"
+        raise no_effect("comms_logger.enabled", why, where, "remove the whole section 'comms_logger'")
+
+
+def _check_precision(config: dict[str, Any], where: str) -> None:
+    bf16, fp16, stage = config.get("bf16", {}), config.get("fp16", {}), config["zero_optimization"]["stage"]
+    if bf16.get("enabled") and fp16.get("enabled"):
+        raise ConfigError("bf16 and fp16 are both enabled", where=where, fix="keep one of the two sections")
+    bf16_optimizer = takes_bf16_optimizer(config)
+    if "immediate_grad_update" in bf16 and not bf16_optimizer:
+        why = "only the BF16 optimizer reads it (stage 1 with data_types.grad_accum_dtype fp32)"
+        raise no_effect("bf16.immediate_grad_update", why, where)
+    if "check_grad_overflow" in bf16 and (stage == 3 or bf16_optimizer):
+        why = "only the ZeRO optimizer of stages 1 and 2 reads it; stage 3 checks fp16 alone"
+        raise no_effect("bf16.check_grad_overflow", why, where)
+    lean = bf16.get("bf16_master_weights_and_grads")
+    if bf16_optimizer and lean:
+        why = "DeepSpeed's BF16 optimizer (stage 1 with fp32 accumulation) keeps fp32 master weights"
+        raise no_effect("bf16.bf16_master_weights_and_grads", why, where, "remove data_types.grad_accum_dtype")
+    if bf16.get("bf16_optimizer_states") and not lean:
+        what = "'bf16.bf16_optimizer_states' needs 'bf16.bf16_master_weights_and_grads'"
+        raise ConfigError(what, where=where, fix="set both, or neither")
+    if fp16.get("fp16_master_weights_and_grads") and not offloads_optimizer(config):
+        fix = "add zero_optimization.offload_optimizer with device cpu, or remove it"
+        raise ConfigError("'fp16.fp16_master_weights_and_grads' needs the CPU optimizer", where=where, fix=fix)
+    idle = _first(_DYNAMIC_SCALE & fp16.keys())
+    if idle and fp16.get("loss_scale", 0) != 0:
+        why = "fp16.loss_scale is fixed; this belongs to dynamic scaling (loss_scale 0)"
+        raise no_effect(f"fp16.{idle}", why, where)
+    kind, wanted = precision(config), config.get("data_types", {}).get("param_dtype")
+    if wanted not in (None, kind):
+        raise ConfigError(
+            f"'data_types.param_dtype' is {wanted}",
+            where=where,
+            why=f"parameters are {kind}: the sections bf16 and fp16 decide",
+            fix=f"remove it, to compute in {kind}; or "
+            + ("disable both sections" if wanted == "fp32" else f'write "{wanted}": {{"enabled": true}}'),
+        )
+
+
+def _check_zero(config: dict[str, Any], where: str) -> None:
+    zero = config["zero_optimization"]
+    idle = _first(zero.keys() - _BF16_OPTIMIZER_KEYS)
+    if idle and takes_bf16_optimizer(config):
+        why = "stage 1 with bf16 and fp32 accumulation is served by DeepSpeed's BF16 optimizer, which ignores it"
+        raise no_effect(f"zero_optimization.{idle}", why, where)
+    for name in ("offload_optimizer", "offload_param"):
+        block, path = zero.get(name, {"device": "cpu"}), f"zero_optimization.{name}"
+        idle = _first(block.keys() - {"device"})
+        if idle and block["device"] == "none":
+            fix = f"set '{path}.device' to cpu, or remove '{path}'"
+            raise no_effect(f"{path}.{idle}", "the device is none", where, fix)
+    for key, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if zero["stage"] > 1 and zero.get("reduce_scatter", True) and config.get(key, neutral) != neutral:
+            raise ConfigError(
+                f"'{key}' cannot be {config[key]!r} here",
+                where=where,
+                why=f"DeepSpeed does not scale gradients beforehand with stage {zero['stage']} and reduce_scatter",
+                fix="remove it, or set zero_optimization.reduce_scatter to false",
+            )
+
+
+def _check_groups(size: int, world_size: int | None, where: str) -> None:
+    """Raise ConfigError if the number of ranks is not a multiple of the size of groups with second parameter copies."""
+    if world_size is not None and world_size % size:
+        raise ConfigError(
+            f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",
+            where=where,
+            why="every group of this many ranks, as a rule those of one machine, holds a second copy of the parameters",
+            fix="a divisor of the number of ranks, e.g. the GPUs of a machine",
+        )
+
+
+def _check_optimizer(config: dict[str, Any], where: str) -> None:
+    params = config["optimizer"]["params"]
+    kind = optimizer_class(config)
+    if not params.get("adam_w_mode", True):
+        why = "type AdamW always decouples the weight decay"
+        raise no_effect("optimizer.params.adam_w_mode", why, where)
+    if "fp32_optimizer_states" in params and config.get("bf16", {}).get("bf16_optimizer_states"):
+        fix = "remove bf16.bf16_optimizer_states" if params["fp32_optimizer_states"] else None
+        raise no_effect("optimizer.params.fp32_optimizer_states", "bf16.bf16_optimizer_states decides", where, fix)
+    if params.get("amsgrad") and kind != "AdamW":
+        fix = "remove 'optimizer.params.amsgrad', or set torch_adam to true"
+        raise ConfigError("DeepSpeed's own Adam has no amsgrad", where=where, fix=fix)
+    if params.get("foreach") and params.get("fused"):
+        raise ConfigError("torch's AdamW is either fused or foreach", where=where, fix="remove one of the two")
+    not_read = set().union(*READ_BY.values()) - READ_BY[kind]
+    idle = _first(params.keys() & not_read)
+    if idle:
+        raise ConfigError(
+            f"unknown key 'optimizer.params.{idle}' for {kind}",
+            where=where,
+            why="DeepSpeed drops it without a word, or stops while building the optimizer",
+            fix=did_you_mean(idle, AdamW.model_fields.keys() - not_read),
+        )

@@ -1,0 +1,124 @@
+"""Build the DeepSpeed engine: construct the (partitioned) module, initialize its weights and start the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.utils import set_z3_leaf_module
+from torch import nn
+
+from m3i_scale.engine.activations import stacks
+from m3i_scale.engine.deepspeed.rules import optimizer_class
+from m3i_scale.engine.engine_state import count_micro_batches
+from m3i_scale.engine.extensions import awaited_build
+from m3i_scale.engine.parameter_groups import parameter_groups
+from m3i_scale.engine.partition import construct, full_shape, gradients_by_parameter
+
+
+def quiet_deepspeed() -> None:
+    """Limit DeepSpeed's logging to warnings and errors; the toolkit prints its summary of the configuration."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch versions rename. A user cannot fix that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def set_leaves(module: nn.Module) -> None:
+    """Mark layers as ZeRO-3 leaf modules, so that the parameters of a layer are gathered and released together.
+
+    Call it before the engine is started. A ViT layer has eight modules with parameters. Their hooks, fetches and
+    releases, forward and backward, are most of the CPU time of a step (docs/gpu.md). A layer with parts that are called
+    one by one is not marked, because the parts of a leaf have no hooks.
+    """
+    for layers in stacks(module):
+        for _, layer in layers:
+            set_z3_leaf_module(layer, True)
+
+
+def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
+    """Return a message if starting the engine has to wait for the build of its optimizer's extension.
+
+    Args:
+        ds_config: resolved DeepSpeed configuration.
+
+    Returns:
+        None if the extension is built, or if the optimizer is torch's.
+    """
+    kind = optimizer_class(ds_config)
+    if kind == "AdamW":
+        return None
+    builder = get_accelerator().create_op_builder("FusedAdamBuilder" if kind == "FusedAdam" else "CPUAdamBuilder")
+    return None if builder is None else awaited_build(builder.name)
+
+
+def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
+    """Change the micro-batch size of the engine, and with it the number of accumulation steps. Call it between two
+    steps. The global batch size, the weights and the optimizer states do not change."""
+    batch_size = engine.train_batch_size()
+    engine.set_train_micro_batch_size(micro_batch_size)
+    engine.set_train_batch_size(batch_size)
+    count_micro_batches(engine)
+
+
+@contextlib.contextmanager
+def free_memory_of_torch() -> Iterator[None]:
+    """Make DeepSpeed ask torch for the free GPU memory when it starts an engine.
+
+    If pynvml is installed, DeepSpeed asks the driver instead. That fails on the names of GPUs and MIG slices that
+    `CUDA_VISIBLE_DEVICES` may contain instead of numbers (`_get_nvml_gpu_id` of its CUDA accelerator).
+    """
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cuda":
+        yield
+        return
+    with mock.patch.object(accelerator, "available_memory", lambda device=None: torch.cuda.mem_get_info(device)[0]):
+        yield
+
+
+def build_engine(
+    build: Callable[[], nn.Module],
+    initialize: Callable[[nn.Module], None],
+    ds_config: dict[str, Any],
+    *,
+    weight_decay: float,
+    lr_scales: Callable[[nn.Module], Mapping[str, float]] = lambda module: {},
+) -> Any:
+    """Construct the module (partitioned under ZeRO-3), initialize its weights and start the engine.
+
+    Args:
+        build: makes the module; called once, on every rank.
+        initialize: fills the weights of the built module, before the optimizer copies them.
+        ds_config: resolved DeepSpeed configuration.
+        weight_decay: applied to matrices only.
+        lr_scales: returns learning rate multipliers by parameter name; the default is 1.
+    """
+    quiet_deepspeed()
+    module = construct(build, ds_config)
+    initialize(module)
+    set_leaves(module)
+    groups = parameter_groups(module, weight_decay, lr_scales(module), full_shape)
+    # The BF16 optimizer prints its memory twice for every parameter group: 100 lines with layer-wise LR decay.
+    quiet = mock.patch.object(bf16_optimizer, "see_memory_usage")
+    with gradients_by_parameter(), free_memory_of_torch(), quiet:
+        engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=groups, config=ds_config)
+    keep_gradients_until_reduced(engine.optimizer)
+    return engine
+
+
+def keep_gradients_until_reduced(optimizer: Any) -> None:
+    """Make ZeRO-1 and ZeRO-2 keep the memory of every gradient until their reduction stream has read it.
+
+    DeepSpeed reduces a gradient larger than `reduce_bucket_size` in place, on a separate stream. If gradients are sent
+    in another dtype (`communication_data_type`), it records that stream for the copy only. The allocator would then
+    reuse the memory of the gradient too early in the backward pass.
+    """
+    if hasattr(optimizer, "_record_gradient_stream") and not get_accelerator().resolves_data_dependency():
+        optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)

@@ -1,0 +1,84 @@
+"""Stream weights from files into (partitioned) parameters, one at a time; no rank ever materializes the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from m3i_scale.engine.agree import from_rank_0
+from m3i_scale.engine.partition import gathered
+
+
+class WeightStream(Protocol):
+    """A stream of named values in an order that is known before they are read."""
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the parameters, in order."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the full values, reading each lazily."""
+
+
+def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], WeightStream]) -> None:
+    """Write a stream into the parameters `prefix + name`. Every rank calls it; only rank 0 opens and reads the stream.
+
+    Each parameter is gathered, written and partitioned again before the next value is read. In addition to its shards,
+    each rank holds one parameter, and rank 0 the open files of the stream.
+
+    Args:
+        module: the model.
+        prefix: parameter prefix of the streamed names.
+        open_stream: called on rank 0; an error while opening or reading is raised on all ranks.
+
+    Raises:
+        UserError: raised by `open_stream` or its stream.
+        Exception: on rank 0, an error of another kind; on the other ranks it is a UserError that names it.
+    """
+    opened: list[WeightStream] = []
+
+    def order() -> list[str]:
+        opened.append(open_stream())
+        return opened[0].names
+
+    names: list[str] = from_rank_0(order)
+    parameters = dict(module.named_parameters())
+    tensors = opened[0].tensors() if opened else None
+    fault: Exception | None = None
+    for name in names:
+        # The other ranks take part in the same gathers, so an error is raised only after all of them.
+        fault = _write(parameters[prefix + name], tensors if fault is None else None) or fault
+    from_rank_0(lambda: _raise(fault))
+
+
+@torch.no_grad()
+def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Exception | None:
+    """Write the next value, if this rank reads the stream; return the error of reading it.
+
+    The value is read before the parameter is gathered, so a slow file does not block the other ranks in the collective.
+    """
+    value: Tensor | None = None
+    fault: Exception | None = None
+    if tensors is not None:
+        value, fault = _attempt(lambda: next(tensors))
+    with gathered([parameter], write=True):
+        if value is not None:
+            _, fault = _attempt(lambda: parameter.copy_(value))
+    return fault
+
+
+def _attempt(act: Callable[[], Tensor]) -> tuple[Tensor | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
+
+
+def _raise(fault: Exception | None) -> None:
+    if isinstance(fault, StopIteration):
+        raise RuntimeError("a stream of weights has fewer values than names") from fault
+    if fault is not None:
+        raise fault

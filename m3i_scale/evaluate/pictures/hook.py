@@ -1,0 +1,127 @@
+"""Hook that writes visualizations of the same samples every N steps."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from m3i_scale.checkpoint.layout import checkpoints, step_name, step_of
+from m3i_scale.checkpoint.probe import evaluating, first_samples
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.engine.agree import from_rank_0, together
+from m3i_scale.engine.partition import end_recorded_step
+from m3i_scale.errors import UserError
+from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.files import atomic_dir
+from m3i_scale.host.output_dir import PICTURES
+from m3i_scale.host.picture_files import write_pictures
+from m3i_scale.run.hooks.base import Hook, TrainState
+
+if TYPE_CHECKING:
+    from m3i_scale.evaluate.pictures.training import EncodedSamples
+
+
+def make_pictures(state: TrainState, validation: TrainStream | None, device: torch.device) -> Hook | None:
+    """Return the hook of a run with `log.pictures_every_steps`."""
+    return Pictures(state, validation, device) if state.resolved.run.log.pictures_every_steps else None
+
+
+class Pictures(Hook):
+    """Hook that writes visualizations to `output_dir/pictures`, one folder per step. It does not affect the run.
+
+    Create it before resuming from a checkpoint: the streams are then at their start, so that the samples are the same
+    after every resume.
+
+    Args:
+        validation: stream of the validation datasets with the samples to visualize; None: use training samples.
+        device: device of this rank.
+
+    Raises:
+        DataError: some rank has no samples. Raised on all ranks.
+    """
+
+    def __init__(self, state: TrainState, validation: TrainStream | None, device: torch.device) -> None:
+        from m3i_scale.evaluate.pictures.training import TrainingPictures  # plotting modules take seconds to import
+
+        self._state, self._device = state, device
+        self._folder = state.resolved.run.output_dir / PICTURES
+        seen = self._first_of(state.stream)
+        samples = seen if validation is None else self._first_of(validation)
+        self._pictures = TrainingPictures(state.resolved, state.engine.module, samples, seen)
+
+    def _first_of(self, stream: TrainStream) -> Batch:
+        """Return the first samples of a stream, the same on every rank, without consuming them."""
+        run = self._state.stage.run
+        count = run.log.picture_samples
+        batches = math.ceil(count / (run.optim.micro_batch_size * self._state.ranks.world_size))
+        return first_samples(together(lambda: stream.peek(batches), names_rank=True), count)
+
+    def on_start(self) -> None:
+        """Delete the pictures of steps that are repeated. A new run writes pictures of its initial weights."""
+        self.on_rewind()
+        if self._state.step == 0:
+            self._write()
+
+    def post_step(self) -> bool:
+        """Write pictures if due, and after the last step."""
+        step, run = self._state.step, self._state.resolved.run
+        if step % run.log.pictures_every_steps == 0 or step == run.optim.steps:
+            self._write()
+        return False
+
+    def on_finish(self) -> None:
+        """Write pictures of the last step if the run ended early because the data is exhausted."""
+        step, run = self._state.step, self._state.resolved.run
+        if not self._state.stopping and step < run.optim.steps and step % run.log.pictures_every_steps:
+            self._write()
+
+    def on_rewind(self) -> None:
+        """Delete the pictures of undone steps."""
+        from_rank_0(lambda: _remove_after(self._folder, self._state.step))
+
+    def _write(self) -> None:
+        module = self._state.engine.module
+        with self._state.timeouts.outside_of_steps("pictures"):
+            end_recorded_step(self._state.engine)
+            with evaluating(module):
+                encoded = self._pictures.encode(self._device)
+            from_rank_0(lambda: self._draw(encoded))
+
+    def _draw(self, encoded: EncodedSamples) -> None:
+        step = self._state.step
+        try:
+            pictures = self._pictures.draw(encoded)
+        except NotMeasuredError as reason:
+            self._state.tell(f"no pictures of step {step:,}: {reason}")
+            return
+        folder = self._folder / step_name(step)
+        try:
+            with atomic_dir(folder, replace=True, durable=False) as begun:
+                write_pictures(begun, pictures, step)
+        except OSError as error:
+            raise _write_error(folder, error) from None
+        self._state.callbacks.on_pictures(step, pictures)
+
+
+def _remove_after(folder: Path, step: int) -> None:
+    try:
+        for path in checkpoints(folder):
+            if (step_of(path) or 0) > step:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise _write_error(folder, error) from None
+
+
+def _write_error(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the pictures: {error.strerror}",
+        where=str(folder),
+        why="the run would go on without them",
+        fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint. "
+        "Or log.pictures_every_steps=0",
+    )

@@ -1,0 +1,154 @@
+"""Model card: description, training data, training procedure and usage of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from m3i_scale import __version__
+from m3i_scale.backbones.build import backbone_config, model_files
+from m3i_scale.backbones.families import family_of
+from m3i_scale.export.source import Source
+from m3i_scale.objective.describe import describe
+from m3i_scale.text import estimates
+
+_TAKEN_OVER = (
+    "data",
+    "files",
+    "weights",
+    "step",
+    "samples",
+    "dtype",
+    "parameters",
+    "compute",
+    "versions",
+    "label_set",
+    "stages",
+)
+_PIPELINES = {
+    "features": "image-feature-extraction",
+    "segmentation": "image-segmentation",
+    "detection": "object-detection",
+    "backbone": "image-feature-extraction",
+    "classification": "image-classification",
+    "zero_shot": "zero-shot-image-classification",
+}
+_KINDS = {
+    "category": "class labels",
+    "mask": "masks",
+    "text": "captions",
+    "caption": "captions, token by token",
+    "boxes": "boxes and masks of objects",
+    "pixels": "the image itself",
+    "image": "the image itself",
+}
+
+OLDEST_TRANSFORMERS = "4.57"
+"""Oldest version that loads every export except detectors, as tested in tests/hub/test_oldest_transformers.py."""
+OLDEST_OF_DETECTOR = "5.24"
+"""Oldest version with RF-DETR and support for the source files of a Mask R-CNN. In version 4, ViT layers pass no
+arguments on to their attention."""
+
+
+def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
+    """Render the README.md of an export.
+
+    Args:
+        source: the checkpoint.
+        provenance: contents of export.json.
+        config: config.json of the vision model.
+    """
+    # No HTML escaping, because this is Markdown; untrusted text goes through `cell`.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters["cell"] = cell
+    evaluation, heads = provenance["evaluation"], provenance["heads"]
+    shape = backbone_config(source.run.backbone)
+    return environment.get_template("card.md.j2").render(
+        name=source.run.name,
+        version=__version__,
+        oldest_transformers=OLDEST_OF_DETECTOR if provenance["task"] == "detection" else OLDEST_TRANSFORMERS,
+        license=provenance["license"],
+        architecture=config["architectures"][0],
+        model_type=config["model_type"],
+        task=provenance["task"],
+        timm=config["model_type"] == "timm_wrapper",
+        pipeline=_PIPELINES[provenance["task"]],
+        tuned=source.run.task is not None and not source.run.task.freeze,
+        image_size=shape.image_size,
+        patches=(shape.image_size // shape.patch_size) ** 2,
+        pooling=provenance["task"] == "features" and config["model_type"] == "vit",
+        remote_code=bool(model_files(shape)[0]),
+        tokens=shape.model_type != "internimage",
+        class_token=family_of(shape).has_class_token,
+        registers=int(getattr(shape, "num_register_tokens", 0)),
+        width=shape.hidden_size,
+        patch=shape.patch_size,
+        side=shape.image_size // shape.patch_size,
+        classes={name: len(names) for name, names in source.label_sets.items()}
+        if source.recipe.uses_categories
+        else {},
+        segments=source.recipe.reads_masks,
+        detects=source.recipe.reads in ("boxes", "boxes_and_masks"),
+        masks=source.recipe.reads == "boxes_and_masks",
+        queries=config["model_type"] == "eomt",
+        queried=config["model_type"] == "rf_detr",
+        text=source.recipe.uses_text_tower and provenance["task"] == "features" and provenance["format"] != "timm",
+        max_tokens=source.run.text.max_tokens,
+        vocab_size=source.vocab_size,
+        recipe=describe(source.recipe),
+        optim=source.run.optim.model_dump(mode="json"),
+        supervision=list(_supervision(source, provenance)),
+        curve=_table(provenance["curve"]),
+        evaluation=evaluation,
+        heads=heads,
+        evaluation_rows=list(evaluation_rows(evaluation["measures"])) if evaluation else [],
+        difference=max(provenance["verified"]["largest_output_difference"].values()),
+        **{key: provenance[key] for key in _TAKEN_OVER},
+    )
+
+
+def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield targets, their supervision, the number of samples with it, and the fraction of all samples."""
+    seen = provenance["samples"]
+    for target in source.recipe.targets:
+        samples = provenance["supervision"].get(target.name)
+        if samples is not None and seen:
+            yield target.name, _KINDS.get(target.modality, target.modality), f"{samples:,.0f}", f"{samples / seen:.1%}"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a table of metrics with the union of all names as header; missing values are empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    body = [[_figure(row[name]) if name in row else "" for name in names] for row in rows]
+    return [names, *body] if rows else []
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else cell(value)
+
+
+def evaluation_rows(measures: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Yield metric, value, interval and chance level for every estimate in an evaluation's `measures`."""
+    forms = {"chance": "{:.3g}", "majority": "majority {:.3g}"}
+    for name, estimate, guesses in estimates(measures):
+        guess = ", ".join(forms[key].format(figure) for key, figure in guesses.items())
+        yield name, f"{estimate['value']:.3f}", f"{estimate['low']:.3f} … {estimate['high']:.3f}", guess
+
+
+def cell(value: Any) -> str:
+    """Return a value as the text of one table cell, escaped so that it cannot end the cell, row or table."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{cell(key)}: {cell(item)}" for key, item in value.items())
+    return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())

@@ -1,0 +1,277 @@
+"""`m3i-scale export`: convert a checkpoint to a Hub folder, which is verified and then renamed to its target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from m3i_scale import __version__
+from m3i_scale.checkpoint.layout import MANIFEST
+from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
+from m3i_scale.export.as_onnx import check_onnx, write_onnx
+from m3i_scale.export.card import render_card
+from m3i_scale.export.files import check_shard_size
+from m3i_scale.export.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
+from m3i_scale.export.push import PROVENANCE, push
+from m3i_scale.export.source import (
+    Source,
+    describe_data,
+    evaluation_of,
+    exported_weights,
+    find_source,
+    hash_folder,
+    source_tokenizer,
+)
+from m3i_scale.export.tensors import DTYPES
+from m3i_scale.export.verify import make_reference, verify
+from m3i_scale.export.write import FORMATS, TASKS, ExportContents, plan_parts, write_folder
+from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
+from m3i_scale.objective.targets.category import Category
+from m3i_scale.text import redact
+
+Weights = Literal["student", "ema"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def export(
+    run_dir_or_checkpoint: Path | str,
+    output: Path | str,
+    weights: Weights = "student",
+    dtype: Dtype = "float32",
+    *,
+    wanted: ExportContents | None = None,
+    overwrite: bool = False,
+    license_id: str = "other",
+    evaluation_file: Path | None = None,
+) -> dict[str, Any]:
+    """Export a checkpoint and verify it in a fresh process. The folder appears only after verification.
+
+    Args:
+        run_dir_or_checkpoint: one checkpoint, or a run's output folder (uses its latest valid checkpoint).
+        output: folder to write.
+        weights: the trained weights or the EMA weights.
+        dtype: data type of the exported tensors.
+        wanted: model and format of the export; default: features, for `AutoModel`.
+        overwrite: replace an earlier export. Any other non-empty folder is an error.
+        license_id: license of the weights for the model card, as a Hub license id.
+        evaluation_file: output of `m3i-scale evaluate --json`; default: evaluation.json of the run, if any.
+
+    Returns:
+        Provenance: checkpoint, step, files with hashes, verification results, skipped checkpoints.
+    """
+    target, wanted = Path(output).absolute(), wanted or ExportContents()
+    _check(weights, dtype, target, overwrite)
+    check_contents(wanted)
+    source, heads = with_best_head(find_source(Path(run_dir_or_checkpoint)))
+    reads_text = wanted.task == "zero_shot" or (wanted.task == "features" and wanted.format != "timm")
+    tokenizer = source_tokenizer(source) if source.recipe.uses_text_tower and reads_text else None
+    parts = plan_parts(source, wanted, tokenizer)
+    _check_rounding(source, wanted, dtype)
+    evaluation, other_evaluation = evaluation_of(source, weights, evaluation_file)
+    tensors = exported_weights(source, weights)
+    origin = _origin(source)
+    with _takes_name(target) as folder, _without_progress_bars():
+        fingerprints = write_folder(folder, source, parts, tensors, DTYPES[dtype], tokenizer, wanted)
+        reference = make_reference(source, parts, fingerprints, tensors, DTYPES[dtype], tokenizer)
+        proven = verify(folder, reference)
+        if wanted.format == "onnx":
+            proven["programs"] = {"onnx": write_onnx(folder, reference)}
+        facts = (
+            _provenance(source, folder, weights, dtype)
+            | origin
+            | {
+                "task": wanted.task,
+                "format": wanted.format,
+                "label_set": wanted.label_set,
+                "request": asdict(wanted),
+                "license": license_id,
+                "verified": proven,
+                "evaluation": evaluation,
+                "heads": heads,
+            }
+        )
+        facts = redact(facts)
+        config = read_json(folder / "config.json")
+        (folder / "README.md").write_text(render_card(source, facts, config), encoding="utf-8")
+        facts["files"] = hash_folder(folder)
+        write_json(folder / PROVENANCE, facts)
+        _follow_umask(folder)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return {"output": str(target), "bytes": size, "warning": _joined(_skip_reason(source), other_evaluation), **facts}
+
+
+def export_and_push(
+    run_dir_or_checkpoint: Path | str,
+    output: Path | str,
+    *,
+    push_to: str | None = None,
+    public: bool = False,
+    dry_run: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run `export`, and with `push_to` also `push`."""
+    if push_to is None:
+        if public or dry_run:
+            raise ExportError(f"{'--public' if public else '--dry-run'} has no effect", fix="--push USER/NAME")
+        return export(run_dir_or_checkpoint, output, **options)
+    facts = export(run_dir_or_checkpoint, output, **options)
+    return facts | {"push": push(Path(output).absolute(), push_to, public=public, dry_run=dry_run)}
+
+
+def _joined(*warnings: str | None) -> str | None:
+    return "; ".join(text for text in warnings if text) or None
+
+
+def _skip_reason(source: Source) -> str | None:
+    if not source.passed_over:
+        return None
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in source.passed_over)
+    return (
+        f"{len(source.passed_over)} newer checkpoints do not verify, so {source.checkpoint.name} was taken ({reasons})"
+    )
+
+
+def _origin(source: Source) -> dict[str, str]:
+    """Return the hashes that identify the checkpoint. They are read before the tensors, because a run may remove it."""
+    try:
+        return {
+            "checkpoint_manifest_sha256": sha256_of(source.checkpoint / MANIFEST),
+            "config_sha256": sha256_of(source.checkpoint / "run.yaml"),
+        }
+    except FileNotFoundError:
+        raise CheckpointError(
+            "the checkpoint is gone: a run or `checkpoint prune` has removed it meanwhile",
+            where=str(source.checkpoint),
+            fix="export again: the newest good one is taken",
+        ) from None
+
+
+def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) -> dict[str, Any]:
+    return {
+        "name": source.run.name,
+        "m3i_scale": __version__,
+        "checkpoint": source.checkpoint.name,
+        "passed_over": [{"checkpoint": path.name, "reason": reason} for path, reason in source.passed_over],
+        "step": source.step,
+        "samples": source.step * source.run.optim.batch_size,
+        "stages": source.meta.get("stages", source.meta.get("phases", [])),
+        "weights": weights,
+        "dtype": dtype,
+        "parameters": _parameters(folder),
+        "data": describe_data(source),
+        "figures": last_figures(source),
+        "compute": compute_of(source),
+        "supervision": supervision_of(source),
+        "curve": curve_of(source),
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
+        "files": hash_folder(folder),
+    }
+
+
+def _parameters(folder: Path) -> int:
+    """Return the number of elements in the vision model's files, from the file headers."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            for name in names:
+                count += torch.Size(file.get_slice(name).get_shape()).numel()
+    return count
+
+
+def _check_rounding(source: Source, wanted: ExportContents, dtype: Dtype) -> None:
+    normalised = any(isinstance(target, Category) and target.batch_norm for target in source.recipe.targets)
+    if dtype == "bfloat16" and wanted.task == "classification" and normalised:
+        raise ExportError(
+            "a classifier with batch norm in its rows is not what was trained in bfloat16",
+            where="--dtype bfloat16",
+            why="the products of weights and statistics would be rounded once more",
+            fix="--dtype float32, or --task features",
+        )
+
+
+def check_contents(wanted: ExportContents) -> None:
+    """Raise an error for an unknown task, format or shard size."""
+    if wanted.task not in TASKS:
+        raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
+    if str(wanted.format) == "open_clip":
+        raise ExportError(
+            "no open_clip folder holds what was trained",
+            where="--format open_clip",
+            why="its image towers normalise either the tokens or their mean, where the recipes here normalise both;"
+            " and its BERT towers read their configuration from the Hub by a name, never from the folder",
+            fix="--task zero_shot: the same joint space for transformers",
+        )
+    if wanted.format not in FORMATS:
+        raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
+    if wanted.format == "timm" and find_spec("timm") is None:
+        raise ExportError("timm is not installed", where="--format timm", fix="pip install 'm3i-scale[timm]'")
+    if wanted.format == "onnx":
+        check_onnx()
+    check_shard_size(wanted.max_shard_size)
+
+
+def _check(weights: str, dtype: str, target: Path, overwrite: bool) -> None:
+    if weights not in ("student", "ema"):
+        raise ExportError(f"no weights '{weights}'", fix=did_you_mean(weights, ("student", "ema")))
+    if dtype not in DTYPES:
+        raise ExportError(f"no dtype '{dtype}' for an export", fix=did_you_mean(dtype, DTYPES))
+    if target.exists() and not target.is_dir():
+        raise ExportError("the target is a file", where=str(target), fix="give a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ExportError("the target has something in it", where=str(target), fix="another folder, or --overwrite")
+    if not (target / PROVENANCE).is_file():
+        raise ExportError(
+            f"the target has something in it, and is no export: it has no {PROVENANCE}",
+            where=str(target),
+            why="--overwrite would remove what something else wrote",
+            fix="remove it yourself, or give another folder",
+        )
+
+
+def _follow_umask(folder: Path) -> None:
+    """Set the mode of all files by the umask: files that libraries create as temporary files are readable by their
+    owner only."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of `transformers`, one for each of a few files."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _takes_name(target: Path) -> Iterator[Path]:
+    """Wrap `atomic_dir` for the export folder, and convert write errors to `ExportError`."""
+    try:
+        with atomic_dir(target, replace=True) as folder:
+            yield folder
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"cannot write the export: {error}",
+            where=str(target),
+            fix="check the disk's free space, or give another folder",
+        ) from None

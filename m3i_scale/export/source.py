@@ -1,0 +1,264 @@
+"""Source of an export: a valid checkpoint and its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from m3i_scale.backbones.build import backbone_config, stored_section
+from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
+from m3i_scale.backbones.load_plan import fit_positions
+from m3i_scale.checkpoint.layout import MANIFEST, step_of
+from m3i_scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.checkpoint.weights import Which, saved_weights
+from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.data.remote.fetch import read_file
+from m3i_scale.data.shards import shard_folder
+from m3i_scale.data.tokenizer import find_tokenizer
+from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError
+from m3i_scale.export.tensors import VISION
+from m3i_scale.files import read_json, sha256_of
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """Valid checkpoint and its metadata."""
+
+    checkpoint: Path
+    run: RunConfig
+    """As in the stage of the checkpoint's step; its backbone has the image size of that stage."""
+    recipe: Recipe
+    step: int
+    meta: dict[str, Any]
+    passed_over: list[tuple[Path, str]]
+    """Newer checkpoints that failed verification, with the reason."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Return the run's output folder, two levels above its checkpoints."""
+        return self.checkpoint.parent.parent
+
+    @property
+    def label_sets(self) -> dict[str, list[str]]:
+        """Return class names by label set, in the order of the heads; empty if no target predicts classes."""
+        sets: dict[str, list[str]] = self.meta.get("label_sets") or {}
+        return sets if self.recipe.labels_file is not None else {}
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Return the vocabulary size of captions; None if no target uses them."""
+        return self.meta.get("vocab_size") if self.recipe.uses_text else None
+
+
+def find_source(path: Path) -> Source:
+    """Return the latest valid checkpoint of a run folder, or the given checkpoint."""
+    checkpoint, passed_over = _resolve(path)
+    try:
+        file = checkpoint / "run.yaml"
+        run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
+        meta = read_json(checkpoint / "meta.json")
+        step = int(meta["step"])
+        run = run.model_copy(update={"backbone": _without_source(run.backbone, meta)})
+        run = _at_last_size(run.in_stage(run.stage_at(step - 1)))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the checkpoint's run file does not hold together: {error.what}", where=error.where
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint's facts: {error}", where=str(checkpoint)) from None
+    return Source(checkpoint, run, parse_recipe(run.recipe), step, meta, passed_over)
+
+
+def _without_source(backbone: BackboneConfig, meta: dict[str, Any]) -> BackboneConfig:
+    """Return a self-contained backbone section: an export must not depend on the pretrained weights, which may have
+    moved since."""
+    values = meta.get("identity", {}).get("backbone")
+    if backbone.from_pretrained is None or values is None:
+        return backbone
+    return backbone.model_copy(update={"from_pretrained": None, **stored_section(values)})
+
+
+def _at_last_size(run: RunConfig) -> RunConfig:
+    """Return the run with its backbone set to the image size of the current stage, which is the size to export."""
+    size, own = run.stages[0].image_size if run.stages else None, run.backbone
+    if size is None:
+        return run
+    return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
+
+
+class ResizedWeights(Mapping[str, Tensor]):
+    """Weights of a checkpoint with position embeddings resized to another grid, as the standard model interpolates them
+    in every forward pass.
+
+    Args:
+        weights: of the checkpoint by full name.
+        config: of the backbone, with the new image size.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
+        family = family_of(config)
+        self._weights, self._name = weights, None if family.positions is None else VISION + family.positions
+        self._antialias = isinstance(family, TokenFamily) and family.antialias
+        self._class_row = family.has_class_token
+        self._places = self._class_row + (config.image_size // config.patch_size) ** 2
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._weights[name]
+        if name != self._name or value.shape[-2] == self._places:
+            return value
+        shape = (*value.shape[:-2], self._places, value.shape[-1])
+        return fit_positions(value, shape, antialias=self._antialias, class_row=self._class_row)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def exported_weights(source: Source, which: Which) -> ResizedWeights:
+    """Return the weights of a checkpoint for the image size of its stage.
+
+    Args:
+        source: the checkpoint.
+        which: the trained weights or the EMA weights.
+    """
+    return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
+
+
+def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    if step_of(path) is not None or (path / MANIFEST).is_file():
+        faults = verify(path) if path.is_dir() else ["there is no such folder"]
+        if faults:
+            raise CheckpointError(
+                f"the checkpoint does not verify: {faults[0]}",
+                where=str(path),
+                why=f"{len(faults)} faults; an export would hold damaged weights",
+                fix="export the run folder instead: its newest good checkpoint is taken",
+            )
+        return path, []
+    root = path if path.name == "checkpoints" else path / "checkpoints"
+    checkpoint, passed_over = newest_good(root)
+    if checkpoint is None:
+        reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in passed_over)
+        raise CheckpointError(
+            "no checkpoint that verifies", where=str(root), why=reasons or None, fix="give a run's output_dir"
+        )
+    return checkpoint, passed_over
+
+
+def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the text tower was trained with."""
+    kept = source.checkpoint.parent.parent / "tokenizer"  # the run's copy outlives the shards
+    configured = str(kept) if kept.is_dir() else source.run.text.tokenizer or source.meta.get("tokenizer")
+    try:
+        tokenizer = find_tokenizer(source.run.data.datasets, configured)
+    except ConfigError as error:
+        raise ExportError(
+            f"the tokenizer of the run is gone: {error.what}",
+            where=error.where,
+            why="without it nobody can use the text tower",
+            fix="bring the tokenizer folder back to its place",
+        ) from None
+    if len(tokenizer) != source.vocab_size:
+        raise ExportError(
+            f"the tokenizer has {len(tokenizer)} tokens, the text tower was trained with {source.vocab_size}",
+            where=str(tokenizer.name_or_path),
+            fix="bring back the tokenizer that the run used",
+        )
+    return tokenizer
+
+
+_KINDS = ("with_label", "with_caption")
+
+
+def _is_counted(key: str, shards: dict[str, Any]) -> bool:
+    """Return whether a manifest counts this kind; manifests from other tools may not."""
+    return key == "samples" or all(key in shard for shard in shards.values())
+
+
+def describe_data(source: Source) -> list[dict[str, Any]]:
+    """Return the manifest metadata of every training dataset, with a hash that identifies the dataset exactly.
+
+    Paths are omitted, because they are useless elsewhere. A dataset with an unreadable manifest gets a note.
+    """
+    described = []
+    for name, config in source.run.data.datasets.items():
+        facts: dict[str, Any] = {"name": name, "weight": config.weight, "manifest_sha256": None, "samples": None}
+        try:
+            raw = read_file(shard_folder(config.path) / MANIFEST)
+            manifest = json.loads(raw)
+            shards = manifest["shards"]
+            facts |= {
+                "manifest_sha256": hashlib.sha256(raw).hexdigest(),
+                "shards": len(shards),
+                **{
+                    key: sum(shard[key] for shard in shards.values())
+                    for key in ("samples", *_KINDS)
+                    if _is_counted(key, shards)
+                },
+                **{key: manifest[key] for key in ("split", "source", "licenses") if key in manifest},
+                "dataset": manifest.get("name", name),
+            }
+        except FileNotFoundError:
+            facts["note"] = "no manifest beside the shards at the time of export"
+        except DataError:  # a kind of address that an earlier version read
+            facts["note"] = "the shards are at an address that this version does not read"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            facts["note"] = f"the manifest cannot be read: {type(error).__name__}"
+        described.append(facts)
+    return described
+
+
+def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tuple[dict[str, Any] | None, str | None]:
+    """Read the output of `m3i-scale evaluate --json`: the given file, or evaluation.json of the run if it exists.
+
+    Args:
+        source: the checkpoint.
+        weights: weights of the checkpoint: `student` or `ema`.
+        given: the file.
+
+    Returns:
+        The document, or None if it is missing or for other weights. In the latter case, also a warning.
+    """
+    path = given or source.run_dir / "evaluation.json"
+    if given is None and not path.is_file():
+        return None, None
+    try:
+        values: Any = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"cannot read the evaluation: {error}", where=str(path), fix="write it anew, or remove it"
+        ) from None
+    data = values.get("data") if isinstance(values, dict) else None
+    named = isinstance(data, dict) and {"samples", "cluster_unit"} <= data.keys()
+    if not isinstance(values, dict) or not named or not isinstance(values.get("measures"), dict):
+        raise ExportError("not an evaluation", where=str(path), fix="m3i-scale evaluate … --json > evaluation.json")
+    model = values.get("model")
+    if not isinstance(model, dict) or "export" not in model:  # from a version that did not record it
+        return values, None
+    of = model["export"] if isinstance(model["export"], dict) else {}
+    if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (sha256_of(source.checkpoint / MANIFEST), weights):
+        return values, None
+    theirs = f"the {of.get('weights')} weights of {of.get('checkpoint')}" if of else "another model"
+    if given is not None:
+        raise ExportError(
+            f"the evaluation is of {theirs}, and this export has the {weights} weights of {source.checkpoint.name}",
+            where=str(path),
+            fix="evaluate this export, then export again with that file and --overwrite",
+        )
+    return None, f"{path.name} is of {theirs}: the model card has no evaluation"
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by path with `/`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}

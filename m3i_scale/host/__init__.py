@@ -1,0 +1,1 @@
+"""One machine: processes, heartbeats, failure records, resources, the process group and the run folder."""

@@ -1,0 +1,283 @@
+"""Record failures of ranks, and determine the root cause."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from m3i_scale.errors import EXIT_USER_ERROR, UserError
+from m3i_scale.files import json_line, read_json, read_json_lines, write_json
+from m3i_scale.host.output_dir import FAILURE, RANK_RECORDS
+from m3i_scale.text import redact
+
+Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended", "missing"]
+"""`silent`: no error report, so it was ended from outside, unobserved; `ended`: by its launch, after another rank
+failed; `missing`: it waited for ranks that did not join."""
+LAST_LINES = 20
+_COLLECTIVES = "collectives-rank-"
+"""PyTorch appends the rank."""
+RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{_COLLECTIVES}*")
+"""Files in that folder: errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
+_SILENT = "the rank ended without an error report: killed (for want of memory, most often), or its host is gone"
+
+# Error messages of a rank that only noticed the loss of another one: of gloo, of NCCL's watchdog and communicator, of
+# the store, and of the sockets below them.
+_CONSEQUENCES = re.compile(
+    r"connection (was )?(closed|reset)( by peer)?|connection refused|socket (timeout|closed)|broken pipe"
+    r"|timed out waiting|wait timeout|timed? ?out after|watchdog caught collective|remote process exited"
+    r"|ncclRemoteError|NCCL communicator was aborted|failed to recv|recvValue failed|sendBytes failed"
+    r"|Transport endpoint is not connected|no route to host|network is unreachable|DistNetworkError"
+    r"|DistStoreError|gloo.*(timeout|error)|read error|process group.*(abort|timeout)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The failure of one rank, or one host."""
+
+    time: float
+    """Unix seconds, on the supervisor's clock if known."""
+    host: str
+    rank: int | None
+    """None: the complete host."""
+    step: int | None
+    """Completed optimizer steps."""
+    phase: str | None
+    kind: Kind
+    message: str
+    exit_code: int | None = None
+    """As reported by a shell; negative: the signal that ended it."""
+    lines: list[str] = field(default_factory=list)
+    """The last lines of its log."""
+    trace: list[str] = field(default_factory=list)
+    """Traceback of an exception that is not a user error."""
+
+    def __post_init__(self) -> None:
+        """Redact logins and tokens, because these texts are saved and printed."""
+        for name in ("message", "lines", "trace"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
+
+    @property
+    def is_consequence(self) -> bool:
+        """Return whether this failure is only a consequence of another rank's failure."""
+        # A user error describes something that users can fix, even if a shard server closed its connection.
+        if self.kind in ("host", "hang", "signal", "silent", "user_error"):
+            return False
+        if self.kind in ("ended", "missing"):
+            return True
+        text = self.message if self.kind == "exception" else "\n".join(self.lines[-5:])
+        return _CONSEQUENCES.search(text) is not None
+
+    @property
+    def user_error(self) -> bool:
+        """Return whether a restart would fail in the same way."""
+        return self.kind == "user_error" or self.exit_code == EXIT_USER_ERROR
+
+    def where(self) -> str:
+        """Return the known ones of host, rank, step and phase."""
+        parts = [f"host {self.host}"]
+        if self.rank is not None:
+            parts.append(f"rank {self.rank}")
+        if self.step is not None and self.step >= 0:
+            parts.append(f"after step {self.step}")
+        if self.phase:
+            parts.append(f"in {self.phase}")
+        return ", ".join(parts)
+
+
+def explain_exit_code(code: int) -> tuple[Kind, str]:
+    """Return the kind and the message of a failure by the exit code of a process; a negative one is a signal."""
+    if code >= 0:
+        return "exit", f"the rank ended with exit code {code}"
+    names = {int(number): f" ({number.name})" for number in signal.Signals}
+    return "signal", f"the rank was ended by signal {-code}{names.get(-code, '')}"
+
+
+def root_cause(failures: Iterable[Failure]) -> Failure | None:
+    """Return the earliest known cause. Otherwise return the earliest rank with an unknown reason, because launchers end
+    the others after a failure; otherwise the earliest consequence."""
+    ordered = sorted(failures, key=lambda failure: (failure.is_consequence, failure.kind == "silent", failure.time))
+    return ordered[0] if ordered else None
+
+
+def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) -> str:
+    """Return the final failure message for the user: one message, independent of the number of ranks.
+
+    Args:
+        cause: the root cause.
+        others: subsequent failures.
+        output_dir: output directory of the run.
+    """
+    lines = [f"root cause: {cause.message}", f"  where: {cause.where()}"]
+    if cause.lines:
+        lines.append("  its last lines:")
+        lines += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
+    if others:
+        lines.append(f"  after it: {_counted(others)}")
+    if (collectives := recorded_text(output_dir / RANK_RECORDS)) is not None:
+        lines.append(f"  {collectives}")
+    return "\n".join(lines)
+
+
+def _counted(others: Sequence[Failure]) -> str:
+    """Return one line for all subsequent failures."""
+    words: dict[str, int] = {}
+    for other in others:
+        message = other.message.splitlines()[0][:100] if other.message else other.kind
+        words[message] = words.get(message, 0) + 1
+    texts = [f"{count} × {message}" for message, count in list(words.items())[:3]]
+    return "; ".join(texts) + (" …" if len(words) > 3 else "")
+
+
+def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], **more: Any) -> Path:
+    """Write OUTPUT/failure.json atomically.
+
+    Args:
+        output_dir: output directory of the run.
+        cause: the root cause.
+        others: subsequent failures.
+        more: further fields, such as the attempt.
+
+    Raises:
+        OSError: the write failed.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / FAILURE
+    content = {"cause": asdict(cause), "others": [asdict(other) for other in others], **more}
+    write_json(path, content)
+    return path
+
+
+def record_file(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's error file."""
+    return folder / f"rank-{rank:05d}.json"
+
+
+def write_record(folder: Path, failure: Failure) -> None:
+    """Write a rank's error file.
+
+    Raises:
+        OSError: the write failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record_file(folder, failure.rank or 0), asdict(failure))
+
+
+def begin_rank(folder: Path, rank: int) -> None:
+    """Record that a rank of this host has started, in one file per host: one per rank would be a thousand files at
+    every start.
+
+    Raises:
+        OSError: the write failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _note(folder, {"rank": rank, "began": time.time()})
+
+
+def end_rank(folder: Path, rank: int) -> None:
+    """Record that a rank of this host has ended normally; the last one removes the host's file.
+
+    Raises:
+        OSError: the write failed, or other hosts still have running ranks.
+    """
+    _note(folder, {"rank": rank, "ended": time.time()})
+    if not _unended(_notes_of(folder, socket.gethostname())):
+        _notes_of(folder, socket.gethostname()).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _note(folder: Path, value: dict[str, Any]) -> None:
+    with _notes_of(folder, socket.gethostname()).open("a", encoding="utf-8") as file:
+        file.write(json_line(value))  # one appending write: lines of several ranks do not mix
+
+
+def _notes_of(folder: Path, host: str) -> Path:
+    return folder / f"host-{host}.jsonl"
+
+
+def _unended(notes: Path) -> dict[int, float]:
+    """Return the start time by rank of the ranks that have not ended normally."""
+    began: dict[int, float] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for note in read_json_lines(notes):
+            if "began" in note:
+                began[int(note["rank"])] = float(note["began"])
+            else:
+                began.pop(int(note["rank"]), None)
+    return began
+
+
+def read_record(path: Path) -> Failure | None:
+    """Return a rank's error record; None if it is missing or unreadable."""
+    try:
+        return Failure(**read_json(path))
+    except (OSError, ValueError, TypeError):  # TypeError: from another version of this package
+        return None
+
+
+def read_records(output_dir: Path) -> list[Failure]:
+    """Return the error records in OUTPUT/failure of ranks without an agent. A rank that started and left no record
+    counts as a silent failure."""
+    folder = output_dir / RANK_RECORDS
+    records = [record for path in sorted(folder.glob("rank-*.json")) if (record := read_record(path)) is not None]
+    reported = {record.rank for record in records}
+    for notes in sorted(folder.glob("host-*.jsonl")):
+        host = notes.stem.removeprefix("host-")
+        records += [
+            Failure(began, host, rank, None, None, "silent", _SILENT)
+            for rank, began in _unended(notes).items()
+            if rank not in reported
+        ]
+    return records
+
+
+def forget_records(output_dir: Path) -> None:
+    """Remove the error files of an earlier launch before a new one."""
+    try:
+        for pattern in RECORD_FILES:
+            for path in (output_dir / RANK_RECORDS).glob(pattern):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"what ranks of an earlier launch have left cannot be removed: {error.strerror}",
+            where=str(error.filename),
+            fix="remove it, or take another output_dir",
+        ) from None
+
+
+@contextlib.contextmanager
+def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Make an accelerator rank write its last collectives into the output folder when a collective times out.
+
+    PyTorch's flight recorder keeps them, but by default writes them to a local file, which is lost with a container. A
+    path that is already set, under either name, is kept.
+
+    Args:
+        folder: folder of the files; created now, and removed after a normal end.
+        environment: environment of this process.
+    """
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:  # the name in earlier versions of torch
+        environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _COLLECTIVES))
+    with contextlib.suppress(OSError):  # errors of the output folder are reported when the run opens it
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{_COLLECTIVES}{environment['RANK']}").unlink(missing_ok=True)  # from an earlier attempt
+    yield
+    with contextlib.suppress(OSError):  # not after an error, because other ranks may still write
+        folder.rmdir()
+
+
+def recorded_text(folder: Path) -> str | None:
+    """Return a line about the recorded collectives; None if there are none."""
+    count = len(list(folder.glob(f"{_COLLECTIVES}*")))
+    if not count:
+        return None
+    who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
+    return f"{who} last collectives: torchfrtrace {folder} -p {_COLLECTIVES}"

@@ -1,0 +1,111 @@
+"""Join the process group of a run, set its collective timeout, and leave it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from m3i_scale.engine.agree import join_host_group
+from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
+from m3i_scale.engine.host_memory import keep_host_memory
+from m3i_scale.errors import UserError
+from m3i_scale.host.store import await_ranks, choose_interface
+from m3i_scale.rank_variables import adopt_rank_variables
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FORK_SAFE = ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE")
+"""Without these, network cards that write to memory may write to a data loader process's memory (verbs, EFA)."""
+
+
+def start_ranks(
+    timeout_s: float = 1800.0, join_s: float = 300.0, tell: Callable[[str], None] = lambda text: None
+) -> ProcessGroupRanks:
+    """Join the process group that the launcher (or MPI) describes in RANK, WORLD_SIZE, …; without a launcher, use one
+    rank.
+
+    Args:
+        timeout_s: collective timeout.
+        join_s: rendezvous timeout.
+        tell: called on one rank per host if an extension must be built, or is being built by another process.
+
+    Raises:
+        MissingRanksError: some ranks did not join; the message names them.
+        UserError: only some of the launcher's variables are set (the run would silently be smaller than intended).
+    """
+    adopt_rank_variables(os.environ)
+    missing = [name for name in _RANK_VARIABLES if name not in os.environ]
+    if missing and ("RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError(
+            f"the launcher did not set {', '.join(missing)}",
+            why="this process would train alone instead of in a world of ranks",
+            fix="start with `deepspeed`, `torchrun` or another launcher that sets all of them",
+        )
+    if missing:
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
+    keep_host_memory()
+    keep_to_environment()
+    find_ninja()
+    sweep_stale_locks()  # joining builds an extension, and would wait forever for a killed builder
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        for name in _FORK_SAFE:
+            os.environ.setdefault(name, "1")
+    timeout = timedelta(seconds=timeout_s)
+    await_ranks(join_s)
+    choose_interface(join_s)
+    # With this variable, set by its launcher, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU and never removes
+    # them. It crashes if there is less (64 MB in a container), and its reduction order differs from other launchers.
+    local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME):  # same test as in DeepSpeed's init
+        awaited = awaited_build(builder.name)
+        if awaited is not None and os.environ["LOCAL_RANK"] == "0":
+            tell(awaited)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    join_host_group(timeout)
+    if local is not None:
+        os.environ["LOCAL_SIZE"] = local  # else the CPU accelerator would call `lscpu` for every gradient bucket
+    return ProcessGroupRanks()
+
+
+def set_timeout(timeout_s: float) -> None:
+    """Set the timeout of later collectives in all groups. Collectives in progress keep their timeout."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from groups with backends that have no timeout
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def stop_ranks(*, wait: bool) -> None:
+    """Leave the process group.
+
+    Args:
+        wait: leave only when all ranks do.
+    """
+    if dist.is_initialized():
+        if wait:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """Return a port that is currently free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,172 @@
+"""Run `m3i-scale launch`: one description for any launcher.
+
+To add a launcher, create a module with `HONOURS` and `render`, and add its name to `LAUNCHERS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
+
+import typer
+
+from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
+from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
+from m3i_scale.options import Command, Parts, expanded, field_options
+from m3i_scale.output import print_json, print_line, release_stdout, write_stderr
+
+if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
+    from m3i_scale.config import RunConfig
+    from m3i_scale.launch.job import Job
+    from m3i_scale.launch.plan import LaunchPlan
+
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
+]
+_NAME_THEM = "name the machines: --hostfile FILE, with a line `name slots=N` for every one"
+_ALLOCATED = "leave it out: the machines are those of the allocation, of which --include takes some"
+LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
+READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
+"""Launchers that users start themselves, with a file from a checkout."""
+_ANY_IMAGE = "registry.example.org/m3i-scale:latest"
+
+
+def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
+    """Add `--cluster FILE` and an option for each of these fields to a command, replacing its parameter `cluster`."""
+    parts: Parts = {"cluster_file": (ClusterFile, None), **field_options(Cluster, fields, OPTION_NAMES)}
+    return lambda command: expanded(command, "cluster", parts, _read_cluster)
+
+
+def _read_cluster(cluster_file: Path | None, **options: Any) -> Cluster:
+    return read_cluster(cluster_file, options)
+
+
+class Launcher(Protocol):
+    """Interface of a launcher's module."""
+
+    HONOURS: frozenset[str]
+    """The fields of `Cluster` that it supports."""
+
+    def render(self, job: Job) -> LaunchPlan:
+        """Return files and commands."""
+
+
+def find_launcher(name: str) -> Launcher:
+    """Return the module of a launcher."""
+    if name in READY_FILES:
+        raise ConfigError(
+            f"`launch` does not start {name}",
+            where="--with",
+            fix=f"edit and start {READY_FILES[name]} (docs/launching.md), or launch with deepspeed or torchrun",
+        )
+    if name not in LAUNCHERS:
+        raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
+    return cast(Launcher, import_module(f"m3i_scale.launch.{name}"))
+
+
+def render(name: str, job: Job) -> LaunchPlan:
+    """Return the files and commands of one launcher."""
+    launcher = find_launcher(name)
+    for field in sorted(job.cluster.model_fields_set - launcher.HONOURS):
+        others = [other for other in LAUNCHERS if field in find_launcher(other).HONOURS]
+        fix = f"leave it out, or launch with {' or '.join(others)}"
+        if field == "nodes":
+            fix = _ALLOCATED if job.cluster.transport == "srun" else _NAME_THEM
+        raise ConfigError(
+            f"`{field}` has no effect with {name}", where=f"{field}: {getattr(job.cluster, field)}", fix=fix
+        )
+    return launcher.render(job)
+
+
+@takes_cluster(Cluster.model_fields)
+def launch(
+    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
+    launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
+    cluster: Cluster,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what would be written and run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as one JSON document.")] = False,
+) -> None:
+    """Start a run with any launcher: write launch files to `output_dir/launch`, run it, and exit with its exit code."""
+    from m3i_scale.elastic.worlds import check_fit
+
+    config, job = read_job(run, overrides or [], cluster)
+    if dry_run:
+        job = _with_image(job, launcher)
+        plan = render(launcher, job.without_secrets())
+        print_json(plan.document()) if as_json else typer.echo(plan.text())
+        try:
+            check_fit(config, job, launcher)
+        except UserError as error:
+            print_line(f"the ranks would refuse this: {error}", stderr=True)
+            raise typer.Exit(error.exit_code) from None
+        return
+    if as_json:
+        raise ConfigError(
+            "--json has no effect without --dry-run", where="--json", fix="add --dry-run, or leave it out"
+        )
+    release_stdout()
+    plan = render(launcher, job)
+    check_fit(config, job, launcher)
+    raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
+
+
+def _with_image(job: Job, launcher: str) -> Job:
+    """Return the job with a placeholder image, so that a dry run can print a manifest without an image."""
+    if launcher != "kubeflow" or job.cluster.container_image is not None:
+        return job
+    typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
+    return replace(job, cluster=job.cluster.model_copy(update={"container_image": _ANY_IMAGE}))
+
+
+def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
+    """Run a plan; if the run failed, print the cause at the end."""
+    from m3i_scale.checkpoint.layout import stopped_words
+    from m3i_scale.host.failures import forget_records
+    from m3i_scale.host.output_dir import launch_lock
+    from m3i_scale.launch.environment import without_secret_variables
+    from m3i_scale.launch.execute import check_needs, execute, write_files
+    from m3i_scale.launch.exit_reason import conclude
+    from m3i_scale.text import printable
+
+    environment = without_secret_variables(os.environ, job.variables)
+    if not plan.waits:
+        with launch_lock(job.output_dir):
+            check_needs(plan)
+            write_files(plan)
+        return execute(plan, redacted, environment).code
+    with launch_lock(job.output_dir):  # first: files of a live run must not change
+        if plan.launcher == "elastic":  # in this process: every agent notices its end
+            from m3i_scale.elastic.launch import FILE, read_launch
+
+            write_files(plan)
+            return read_launch(plan.folder / FILE).run()
+        check_needs(plan)
+        if job.hosts:
+            from m3i_scale.elastic.link import check_hosts
+
+            check_hosts(job)
+        write_files(plan)
+        forget_records(job.output_dir)
+        result = execute(plan, redacted, environment)
+        conclusion = conclude(job.output_dir, result, redacted, job.world_size)
+    if conclusion is not None:
+        write_stderr(f"{printable(conclusion, lines=True)}\n")
+    if result.code == EXIT_PREEMPTED:
+        write_stderr(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
+    return result.code
+
+
+def read_job(run: str, overrides: list[str], cluster: Cluster) -> tuple[RunConfig, Job]:
+    """Read a run and a description, validated as far as possible without data."""
+    from m3i_scale.config import run_values
+    from m3i_scale.launch.job import make_job
+    from m3i_scale.objective.recipe import load_run_and_recipe
+
+    config, _ = load_run_and_recipe(run, overrides)
+
+    return config, make_job(config, run, tuple(overrides), cluster, run_values(run, overrides), os.environ)

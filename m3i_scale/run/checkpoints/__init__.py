@@ -1,1 +1,0 @@
-"""Commands `m3i-scale checkpoint`: inspect, verify, compare and prune checkpoints."""

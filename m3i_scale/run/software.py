@@ -1,0 +1,146 @@
+"""Identify the software of this host (Python, packages, code, config), and compare it between hosts.
+
+A fact is plain JSON, because hosts send it to each other.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from m3i_scale.config import RunConfig, resource_folder
+from m3i_scale.files import sha256_of, sha256_of_json
+from m3i_scale.host.findings import Check, HostReport, Results
+from m3i_scale.text import listed, redact_text, short_differences
+
+PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
+_PACKAGE = Path(__file__).resolve().parents[2]
+_GIT_S = 5
+_MAX_LISTED = 4
+
+
+def software_versions() -> dict[str, Any]:
+    """Return the versions of Python and of the packages that a run depends on; None for a missing package."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    if versions["m3i-scale"] is None:  # a checkout on PYTHONPATH
+        from m3i_scale import __version__
+
+        versions["m3i-scale"] = __version__
+    return {"version": platform.python_version(), "path": sys.executable, "packages": versions}
+
+
+_IN_WHEEL = ("_recipes", "_protocols", "_ds_configs")
+
+
+def code() -> dict[str, Any]:
+    """Hash the package's files, recipes, protocols and DeepSpeed files, one hash over all, and include the commit of a
+    checkout."""
+    files: dict[str, str] = {}
+    folders = [resource_folder("recipes"), resource_folder("protocols"), resource_folder("ds_configs")]
+    for folder in (_PACKAGE, *folders):
+        for path in sorted(folder.rglob("*")):
+            again = path.relative_to(folder).parts[0] in _IN_WHEEL  # read below
+            if path.suffix in (".py", ".yaml", ".json") and not again:
+                name = f"{folder.name.removeprefix('_')}/{path.relative_to(folder).as_posix()}"
+                files[name] = sha256_of(path)[:16]
+    return {"sha256": sha256_of_json(files), "commit": commit(), "path": str(_PACKAGE), "files": files}
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that contains this package; None without one."""
+    if not (_PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(_PACKAGE.parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git here; the hash is sufficient
+        return None
+    return done.stdout.strip() or None
+
+
+def run_values(run: RunConfig) -> dict[str, Any]:
+    """Return all values of a run and of its DeepSpeed config, and their hash."""
+    from m3i_scale.engine.deepspeed.resolve import load_ds_config
+
+    values = {"run": run.model_dump(mode="json"), "deepspeed": load_ds_config(run.deepspeed)}
+    return {"sha256": sha256_of_json(values), "values": values}
+
+
+def digest(answer: Mapping[str, Any]) -> str:
+    """Hash Python, packages, code and config. If the hashes are equal, the checks of these find no error."""
+    python = answer["python"]
+    same = [python["version"], python["packages"], answer["code"]["sha256"], answer["config"]["sha256"]]
+    return sha256_of_json(same)
+
+
+def _python(host: HostReport) -> Results:
+    version, head = host.own["python"]["version"], host.head["python"]["version"]
+    why = f"the head has {head}: pickled messages between ranks, and compiled extensions, may not fit"
+    fix = f"install Python {head}, or give --python"
+    yield f"{version} at {host.own['python']['path']}", {"error": why if version != head else None, "fix": fix}
+
+
+def _packages(host: HostReport) -> Results:
+    own, head = host.own["python"]["packages"], host.head["python"]["packages"]
+    errors = [f"{name} missing" for name in own if own[name] is None]
+    errors += [f"{name} {own[name]}, the head has {head[name]}" for name in own if own[name] != head[name]]
+    value = ", ".join(f"{name} {own[name] or 'missing'}" for name in own)
+    yield value, {"error": "; ".join(errors), "fix": "the same environment on all hosts"}
+
+
+def _commit(host: HostReport) -> Results:
+    """Compare the code by its bytes; the commit is only a label."""
+    own, head = host.own["code"], host.head["code"]
+    value = f"{own['commit'] or 'no commit'}, files {own['sha256'][:12]} in {own['path']}"
+    commit = head["commit"] or "no commit"
+    if own["sha256"] != head["sha256"]:
+        why = f"ranks would differ: {other_files(own, head)}; the head has {commit}"
+        yield value, {"error": why, "fix": "check out or install the same on all hosts"}
+    else:
+        why = f"the head says {commit}; the files are the same"
+        yield value, {"warning": why if own["commit"] != head["commit"] else None, "fix": "nothing, if that is meant"}
+
+
+def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """List the first code files that differ between two answers."""
+    mine, theirs = own["files"], other["files"]
+    return listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), _MAX_LISTED)
+
+
+def _config(host: HostReport) -> Results:
+    if "config" not in host.own:
+        return
+    own = host.own["config"]
+    head = next(answer["config"] for answer in host.answers.values() if "config" in answer)
+    if "error" in own:
+        where = f" ({own['where']})" if own["where"] else ""
+        fix = own["fix"] or "the same run file at the same path on all hosts"
+        yield f"{own['error']}{where}", {"error": "ranks there would not start", "fix": fix}
+    elif "error" in head or own["sha256"] == head["sha256"]:
+        yield f"sha256 {own['sha256'][:12]}", {}
+    else:
+        apart = [
+            f"{key}: {redact_text(mine)}, not {redact_text(theirs)}"
+            for key, theirs, mine in short_differences("", head["values"], own["values"])
+        ]
+        yield (
+            f"sha256 {own['sha256'][:12]}, the head has {head['sha256'][:12]}",
+            {
+                "error": f"it differs in {listed(apart, _MAX_LISTED, '; ')}",
+                "fix": "the same run file, and the same files that it extends, on all hosts",
+            },
+        )
+
+
+CHECKS: Mapping[str, Check] = {"commit": _commit, "python": _python, "packages": _packages, "config": _config}
+"""Comparisons with the master node."""
