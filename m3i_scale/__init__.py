@@ -58,7 +58,7 @@ _ELSEWHERE = {
     "UserError": "errors",
     "learning_rate": "run.schedule",
     "merge_states": "data.state",
-    "parameter_groups": "scale.parameter_groups",
+    "parameter_groups": "engine.parameter_groups",
 }
 """Module of each public name that is not in `api`."""
 

@@ -65,7 +65,8 @@ def find_launcher(name: str) -> Launcher:
         )
     if name not in LAUNCHERS:
         raise ConfigError(f"no launcher '{name}'", where="--with", fix=did_you_mean(name, LAUNCHERS))
-    return cast(Launcher, import_module(f"m3i_scale.launch.{name}"))
+    module = "elastic.launch" if name == "elastic" else f"launch.{name}"
+    return cast(Launcher, import_module(f"m3i_scale.{module}"))
 
 
 def render(name: str, job: Job) -> LaunchPlan:

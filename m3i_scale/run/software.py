@@ -19,7 +19,7 @@ from m3i_scale.host.findings import Check, HostReport, Results
 from m3i_scale.text import listed, redact_text, short_differences
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "m3i-scale")
-_PACKAGE = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
 _GIT_S = 5
 _MAX_LISTED = 4
 
