@@ -25,7 +25,7 @@ NODES = ("n1", "n2")
 KILL_WAIT_S = 120
 """Between SIGTERM and SIGKILL; long, because a save on a busy machine may take more than the 30 that are usual."""
 _DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-_START_S = 60
+_START_S = 300
 _PREFIX = "m3i-slurm-"
 
 CONF = """\
@@ -34,7 +34,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
 # How long a requeued job waits before it starts again: as long as credentials are valid.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 SlurmctldPort={port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -89,7 +89,7 @@ class Slurm:
 
     def command(self, *words: str, fails: bool = False) -> str:
         """Output of sbatch, scontrol, … as root; `fails`: it may."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
         assert fails or done.returncode == 0, f"{words}: {done.stderr}\n{self.logs()}"
         return done.stdout
 
@@ -102,7 +102,7 @@ class Slurm:
         fields = self.command("scontrol", "--oneliner", "show", "job", number).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, until: Callable[[], bool], told: Callable[[], str], timeout_s: float = 120) -> None:
+    def wait(self, until: Callable[[], bool], told: Callable[[], str], timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while not until():
             assert time.monotonic() < deadline, f"{told()}\n{self.logs()}"
@@ -181,4 +181,4 @@ def _end(unshare: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         for first in psutil.Process(unshare.pid).children():
             first.kill()  # returns to its parent only when the whole namespace is gone
-    unshare.wait(30)
+    unshare.wait(300)

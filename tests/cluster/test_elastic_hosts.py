@@ -19,7 +19,7 @@ from test_failing_hosts import until
 
 pytestmark = pytest.mark.slow
 
-STEPS = 70  # so many are left when a host comes back that the run is not over first, on an idle machine too
+STEPS = 70
 EXTENSIONS = "/dev/shm/torch_extensions"
 TRAVELS = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
 
@@ -100,7 +100,7 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     """The same run on one rank, undisturbed."""
     run_file = elastic_run(tmp_path_factory.mktemp("reference"), shards)
     alone = train(run_file, "optim.micro_batch_size=12")
-    assert alone.wait(300) == [0], alone.text()[-4000:]
+    assert alone.wait() == [0], alone.text()[-4000:]
     return metrics(run_file)
 
 
@@ -110,7 +110,7 @@ def test_a_run_loses_a_rank_and_a_host_takes_it_back_and_is_the_same_run(
     run_file = elastic_run(tmp_path, shards)
     for host in four.names:
         own_extensions(four, host)
-    launched = launch(four, run_file, "--max-restarts=2", "--min-nodes=2", "--silence-s=8", "--probe-s=1")
+    launched = launch(four, run_file, "--max-restarts=2", "--min-nodes=2", "--silence-s=60", "--probe-s=1")
     until(lambda: step_of(run_file) >= 6, launched)
     rank_on(four, "node1").kill()
     until(lambda: len(attempts(run_file)) == 1, launched)
@@ -120,9 +120,15 @@ def test_a_run_loses_a_rank_and_a_host_takes_it_back_and_is_the_same_run(
     until(lambda: len(attempts(run_file)) == 2, launched)
     lost_at = step_of(run_file)
     until(lambda: step_of(run_file) > lost_at, launched)
+    training = [rank_on(four, host) for host in ("node0", "node1", "node2")]
+    for rank in training:  # it would be done before a host of a busy machine is back
+        rank.suspend()
     four.restart("node3")
     own_extensions(four, "node3")
-    assert four.wait(launched, 600) == 0, launched.text()[-6000:]
+    until(lambda: "node3 answers again" in launched.text(), launched)
+    for rank in training:
+        rank.resume()
+    assert four.wait(launched) == 0, launched.text()[-6000:]
     assert four.left() == {}
 
     killed, cut, small, whole = attempts(run_file)

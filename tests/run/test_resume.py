@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.stop import stop
 
 STEPS = 8
-WAIT_S = 300
+WAIT_S = 900
 
 
 def steps_done(run_file: Path) -> int:
@@ -38,22 +39,29 @@ def steps_done(run_file: Path) -> int:
 
 
 def wait_for_step(job: Job, run_file: Path, step: int) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while steps_done(run_file) < step:
-        assert job.processes[0].poll() is None, job.text()[-4000:]
+    wait_until(job, lambda: steps_done(run_file) >= step)
+
+
+def wait_until(job: Job, holds: Callable[[], bool]) -> None:
+    deadline, ended = time.monotonic() + WAIT_S, False
+    while not holds():
+        assert not ended, job.text()[-4000:]
         assert time.monotonic() < deadline, job.text()[-4000:]
         time.sleep(0.01)
+        ended = job.processes[0].poll() is not None  # before it is looked at once more
 
 
-def ranks_of(job: Job) -> list[psutil.Process]:
-    """The processes that train, below the launcher."""
-    below = psutil.Process(job.processes[0].pid).children(recursive=True)
-    found = []
-    for process in below:
+def ranks_of(job: Job, workers: int) -> list[psutil.Process]:
+    """The processes that train, below the launcher, once they have started their workers."""
+    found = {}
+    for process in psutil.Process(job.processes[0].pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "RANK" in process.environ() and "m3i_scale" in process.cmdline() and "train" in process.cmdline():
-                found.append(process)
-    return [process for process in found if "deepspeed.launcher.launch" not in process.cmdline()]
+            words = process.cmdline()
+            trains = {"m3i_scale", "train"} <= {*words} and "deepspeed.launcher.launch" not in words
+            if trains and "RANK" in process.environ() and len(process.children()) >= workers:
+                found[process] = process.ppid()
+    numbers = {process.pid for process in found}
+    return [process for process, parent in found.items() if parent not in numbers]
 
 
 def checkpoints(run_file: Path) -> list[Path]:
@@ -134,9 +142,8 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
     run_file = copy_of_run(reference, folder)
     job = train(run_file, world=2, launcher=True)
     wait_for_step(job, run_file, random.SystemRandom().randint(5, STEPS - 1))  # after the second checkpoint
-    while len(checkpoints(run_file)) < 2:  # what is written in the background is committed a step or more later
-        assert job.processes[0].poll() is None, job.text()[-4000:]
-        time.sleep(0.01)
+    # What is written in the background is committed a step or more later.
+    wait_until(job, lambda: len(checkpoints(run_file)) >= 2)
     job.end()  # kill -9 of the launcher and of all ranks
     assert 2 <= len(checkpoints(run_file)) <= 3
 
@@ -171,19 +178,23 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
     out, told = run_file.parent / "out", []
     launched = number is None  # then the launch has the last words
     with launch_lock(out) if launched else contextlib.nullcontext():
-        job = train(run_file, f"data.num_workers={2 if hearers == 'all, workers too' else 0}", world=2, launcher=True)
+        workers = 2 if hearers == "all, workers too" else 0
+        job = train(run_file, f"data.num_workers={workers}", world=2, launcher=True)
+        wait_until(job, (out / "run.yaml").exists)  # the ranks have met
+        wait_until(job, lambda: len(ranks_of(job, workers)) == 2)
+        ranks = ranks_of(job, workers)
+        members = [child for rank in ranks for child in (*rank.children(), rank)]
         wait_for_step(job, run_file, 1)  # early: the rest of the run takes a second or two
         if number is None:
             result = stop(str(out), [], wait=True, tell=told.append)
             assert (result["status"], len(told)) == ("stopped", 1)
             assert Path(result["checkpoint"]) == checkpoints(run_file)[-1]
         elif hearers == "one rank":
-            ranks_of(job)[-1].send_signal(number)
+            ranks[-1].send_signal(number)
         else:
-            members = [child for rank in ranks_of(job) for child in (*rank.children(), rank)]
-            assert len(members) >= 6  # two ranks with two workers each
             for process in members:
-                process.send_signal(number)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
         assert job.wait(WAIT_S) == [75], job.text()[-4000:]
     newest = checkpoints(run_file)[-1]
     step = int(newest.name.removeprefix("step-"))
