@@ -31,7 +31,6 @@ from m3i_scale.run.planning import (
     estimate,
     machine_of,
     read_vocabulary,
-    with_links,
 )
 from m3i_scale.scale.deepspeed.resolve import load_ds_config
 from m3i_scale.scale.plan.hardware import hardware
@@ -159,7 +158,7 @@ class Planned:
 
     def over(self, engine: str, gpus: int, fabric: Fabric, batch: int | None = None) -> Estimate:
         """A step over a fabric."""
-        return with_links(self.step(engine, gpus, batch or MICRO_BATCH * gpus), machine(gpus, fabric).links)
+        return replace(self.step(engine, gpus, batch or MICRO_BATCH * gpus), links=machine(gpus, fabric).links)
 
 
 def compressed(traffic: Traffic) -> Traffic:
