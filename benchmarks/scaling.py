@@ -32,7 +32,6 @@ from m3i_scale.plan.planning import (
     estimate,
     machine_of,
     read_vocabulary,
-    with_links,
 )
 from m3i_scale.plan.search import EQUAL, choose
 from m3i_scale.plan.timing import step_traffic
@@ -159,7 +158,7 @@ class Planned:
 
     def over(self, engine: str, gpus: int, fabric: Fabric, batch: int | None = None) -> Estimate:
         """A step over a fabric."""
-        return with_links(self.step(engine, gpus, batch or MICRO_BATCH * gpus), machine(gpus, fabric).links)
+        return replace(self.step(engine, gpus, batch or MICRO_BATCH * gpus), links=machine(gpus, fabric).links)
 
 
 def compressed(traffic: Traffic) -> Traffic:

@@ -288,11 +288,28 @@ class Estimate:
     """Operations per micro-batch that create a tensor."""
     parameter_count: int
     """Number of parameter tensors of the complete model."""
-    traffic: StepTraffic
+    links: Links
     compute_s: float
-    host_s: float
-    """CPU time to queue a step, in seconds."""
-    step_s: float
+
+    @cached_property
+    def traffic(self) -> StepTraffic:
+        """Return bytes and time of the collectives over the links."""
+        return step_traffic(self.collectives, self.links, group=self.settings.hpz)
+
+    @cached_property
+    def host_s(self) -> float:
+        """Return the CPU time to queue a step, in seconds."""
+        return host_time(
+            stage=self.settings.stage,
+            operations=self.operations * self.settings.accumulation_steps,
+            parameters=self.parameter_count,
+            pieces=self.collectives.pieces,
+        )
+
+    @cached_property
+    def step_s(self) -> float:
+        """Return the time of a step in seconds."""
+        return step_time(self.traffic, compute_s=self.compute_s, host_s=self.host_s, overlap=self.settings.overlap)
 
     @property
     def host_bytes(self) -> int:
@@ -324,46 +341,21 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
     if machine.on_host and keeps_host_memory():
         parts["fragmentation"] = round(HOLES * live)
     flop = trace.flop * settings.accumulation_steps
-    compute_s = flop / (machine.tflops[settings.precision] * 1e12 * machine.mfu)
-    estimated = Estimate(
-        choice,
-        resolved,
-        settings,
-        parts.total(),
-        dict(parts),
-        memory.activation_bytes,
-        {} if machine.on_host else host_parts(model, choice, memory.host),
-        flop,
-        collectives_of(model.parameters, trace, settings),
-        trace.operations,
-        len(model.parameters),
-        StepTraffic({}, 0.0, 0.0, 0.0, 0.0, 0.0),
-        compute_s,
-        0.0,
-        compute_s,
+    return Estimate(
+        choice=choice,
+        resolved=resolved,
+        settings=settings,
+        peak_bytes=parts.total(),
+        parts=dict(parts),
+        activation_bytes=memory.activation_bytes,
+        host_parts={} if machine.on_host else host_parts(model, choice, memory.host),
+        flop=flop,
+        collectives=collectives_of(model.parameters, trace, settings),
+        operations=trace.operations,
+        parameter_count=len(model.parameters),
+        links=machine.links,
+        compute_s=flop / (machine.tflops[settings.precision] * 1e12 * machine.mfu),
     )
-    return with_links(estimated, machine.links)
-
-
-def with_links(estimated: Estimate, links: Links) -> Estimate:
-    """Return the estimate with other links between the same ranks, or with changed `collectives`."""
-    settings = estimated.settings
-    sent = step_traffic(estimated.collectives, links, group=settings.hpz)
-    host_s = host_time(
-        stage=settings.stage,
-        operations=estimated.operations * settings.accumulation_steps,
-        parameters=estimated.parameter_count,
-        pieces=estimated.collectives.pieces,
-    )
-    seconds = step_time(
-        compute_s=estimated.compute_s,
-        communication_s=sent.time_s,
-        once_s=sent.once_s,
-        averaged_s=sent.averaged_s,
-        host_s=host_s,
-        overlap=settings.overlap,
-    )
-    return replace(estimated, traffic=sent, host_s=host_s, step_s=seconds)
 
 
 def host_parts(model: Model, choice: Choice, host: Parts) -> dict[str, int]:

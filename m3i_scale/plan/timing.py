@@ -176,19 +176,8 @@ def host_time(*, stage: int, operations: int, parameters: int, pieces: int) -> f
     return 1e-6 * (OPERATION_US[stage] * operations + UPDATE_US[stage] * parameters + PIECE_US * pieces)
 
 
-def step_time(
-    *, compute_s: float, communication_s: float, once_s: float, averaged_s: float, host_s: float, overlap: bool
-) -> float:
+def step_time(traffic: StepTraffic, *, compute_s: float, host_s: float, overlap: bool) -> float:
     """Return the step time in seconds: the longer of arithmetic and overlapping communication, plus the rest, and at
-    least the CPU time.
-
-    Args:
-        compute_s: time of the arithmetic.
-        communication_s: time of all collectives.
-        once_s: part of `communication_s` after the backward pass, which overlaps nothing.
-        averaged_s: part of `communication_s` that overlaps the forward pass, even without `overlap`.
-        host_s: CPU time.
-        overlap: whether the other collectives overlap the arithmetic.
-    """
-    hidden_s = communication_s - once_s if overlap else averaged_s
-    return max(host_s, max(compute_s, hidden_s) + communication_s - hidden_s)
+    least the CPU time. Without `overlap` only gathers of the EMA target overlap."""
+    hidden_s = traffic.time_s - traffic.once_s if overlap else traffic.averaged_s
+    return max(host_s, max(compute_s, hidden_s) + traffic.time_s - hidden_s)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tiny import LABEL_SETS, VOCABULARY, tiny_run
 
 from m3i_scale.plan.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
 from m3i_scale.plan.search import choose
-from m3i_scale.plan.timing import Links, step_time, step_traffic
+from m3i_scale.plan.timing import Links, StepTraffic, step_time, step_traffic
 from m3i_scale.plan.traffic import AVERAGED, Traffic
 
 
@@ -82,17 +82,21 @@ def test_of_the_time_of_collectives_the_gather_of_averages_is_told_apart():
     assert both.time_s == pytest.approx(2 * sent.time_s)
 
 
+def seconds(compute_s: float, *, overlap: bool, averaged_s: float = 0.0) -> float:
+    """A step with 2 s of collectives, half a second of them after the backward pass."""
+    traffic = StepTraffic({}, 0.0, 0.0, time_s=2.0, once_s=0.5, averaged_s=averaged_s)
+    return step_time(traffic, compute_s=compute_s, host_s=0.1, overlap=overlap)
+
+
 def test_nothing_hides_what_waits_for_the_end_of_the_backward_pass():
-    seconds = {"compute_s": 3.0, "communication_s": 2.0, "once_s": 0.5, "averaged_s": 0.0, "host_s": 0.1}
-    assert step_time(**seconds, overlap=True) == 3.5
-    assert step_time(**seconds, overlap=False) == 5.0
+    assert seconds(3.0, overlap=True) == 3.5
+    assert seconds(3.0, overlap=False) == 5.0
 
 
 def test_the_gather_of_averages_runs_beside_the_arithmetic_with_and_without_overlap():
-    seconds = {"communication_s": 2.0, "once_s": 0.5, "averaged_s": 1.0, "host_s": 0.1}
-    assert step_time(**seconds, compute_s=3.0, overlap=True) == 3.5
-    assert step_time(**seconds, compute_s=3.0, overlap=False) == 4.0
-    assert step_time(**seconds, compute_s=0.5, overlap=False) == 2.0  # and takes no less than itself
+    assert seconds(3.0, overlap=True, averaged_s=1.0) == 3.5
+    assert seconds(3.0, overlap=False, averaged_s=1.0) == 4.0
+    assert seconds(0.5, overlap=False, averaged_s=1.0) == 2.0  # and takes no less than itself
 
 
 BATCH = 1024
@@ -130,8 +134,9 @@ def test_a_step_takes_no_less_than_its_host() -> None:
 
 
 def test_of_choices_that_are_equally_fast_the_one_is_proposed_that_takes_least_of_the_host() -> None:
-    found = estimated("zero1_bf16", 8)
-    equal, slower = replace(found, step_s=1.0, host_s=0.5), replace(found, step_s=1.005, host_s=0.1)
-    assert choose([equal, slower]) is slower
-    assert choose([equal, replace(slower, step_s=1.02)]) is equal
+    equal, within, beyond = (
+        SimpleNamespace(step_s=step_s, host_s=host_s) for step_s, host_s in ((1.0, 0.5), (1.005, 0.1), (1.02, 0.1))
+    )
+    assert choose([equal, within]) is within
+    assert choose([equal, beyond]) is equal
     assert choose([]) is None
