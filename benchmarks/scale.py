@@ -307,7 +307,7 @@ def _phases(plans: dict[str, ResolvedRun], ranks: ProcessGroupRanks, rounds: int
         trainer.state.engine.destroy()
         del step, trainer
         gc.collect()
-    return {"momentum_share": {name: found["momentum"] for name, found in shares.items()}, "phases": shares}
+    return {"momentum_share": {name: found["ema"] for name, found in shares.items()}, "phases": shares}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 KEYS: dict[str, str] = {
     "recipe.momentum": "ema",
     "data.sources": "datasets",
@@ -38,6 +40,8 @@ _METRICS: dict[str, str] = {
     r"group/(.+)/weight": r"loss_weight/\1",
     r"group/(.+)/grad_norm": r"grad_norm/\1",
     r"group/(.+)/count": r"loss_samples/\1",
+    r"group/(.+)/top_1": r"top_1/\1",
+    r"group/(.+)": r"loss/\1",
     r"source/(.+)": r"dataset/\1",
     "momentum": "ema_decay",
     "phases/fetch": "time/data",
@@ -88,17 +92,23 @@ def upgrade_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     Old files have the sections of a step (`phases/…`) as fractions of its time, current files in seconds (`time/…`).
     """
     step_s = values.get("speed/step_s")
-
-    def upgraded(name: str, value: Any) -> Any:
-        in_seconds = not name.startswith("phases/") or isinstance(step_s, str | None) or isinstance(value, str)
-        return value if in_seconds else value * step_s
-
-    return {upgrade_metric(name): upgraded(name, value) for name, value in values.items()}
+    upgraded: dict[str, Any] = {}
+    for name, value in values.items():
+        new, current = upgrade_metric(name), value
+        if name.startswith("phases/"):
+            if any(number is None or isinstance(number, str) for number in (step_s, value)):
+                continue  # not a number of seconds
+            current = value * step_s
+        earlier = upgraded.get(new)
+        if isinstance(earlier, np.ndarray):  # lines of both formats: the run was resumed after the upgrade
+            current = np.where(np.isnan(earlier), current, earlier)
+        upgraded[new] = current
+    return upgraded
 
 
 def upgrade_line(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl with its current kind and names."""
-    return upgrade_metrics(line) | {"kind": upgrade_kind(line.get("kind"))}
+    return upgrade_metrics(line) | ({"kind": upgrade_kind(line["kind"])} if "kind" in line else {})
 
 
 def upgrade_kind(kind: Any) -> Any:

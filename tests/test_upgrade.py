@@ -109,6 +109,8 @@ LINE = {
     "group/text/weight": 1.0,
     "group/text/grad_norm": 0.5,
     "group/text/count": 8.0,
+    "group/class/top_1": 0.5,
+    "group/boxes/giou": 0.25,
     "source/photos/share": 0.5,
     "phases/fetch": 0.25,
     "phases/step": 0.75,
@@ -127,6 +129,8 @@ CURRENT = {
     "loss_weight/text": 1.0,
     "grad_norm/text": 0.5,
     "loss_samples/text": 8.0,
+    "top_1/class": 0.5,
+    "loss/boxes/giou": 0.25,
     "dataset/photos/share": 0.5,
     "time/data": 0.5,
     "time/optimizer": 1.5,
@@ -137,6 +141,11 @@ CURRENT = {
     "perf/mfu": 0.5,
     "memory_gib": 1.0,
 }
+
+
+def test_sections_of_a_step_need_its_time() -> None:
+    assert upgrade_line({"kind": "train", "phases/fetch": 0.5}) == {"kind": "train"}
+    assert upgrade_line({"speed/step_s": 2.0, "phases/fetch": None}) == {"time/step": 2.0}
 
 
 def test_metrics_are_read_under_their_current_names(tmp_path: Path) -> None:
@@ -151,6 +160,13 @@ def test_metrics_are_read_under_their_current_names(tmp_path: Path) -> None:
     file.read_new_lines()
     with path.open("a") as appended:  # read by columns, as the names are known now
         appended.write("".join(f"{json.dumps(LINE | {'step': step})}\n" for step in (40, 50)))
+    file.read_new_lines()
+    assert {name: list(np.unique(values)) for name, values in file.steps().figures.items()} == {
+        name: [value] for name, value in CURRENT.items()
+    }
+    with path.open("a") as appended:  # a run that was resumed after the upgrade
+        appended.write("".join(f"{json.dumps(facts | CURRENT | {'step': step})}\n" for step in (60, 70)))
+    file = MetricsFile(path)
     file.read_new_lines()
     assert {name: list(np.unique(values)) for name, values in file.steps().figures.items()} == {
         name: [value] for name, value in CURRENT.items()

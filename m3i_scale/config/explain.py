@@ -99,7 +99,7 @@ HINTS = {
 HINTS |= {
     path.rpartition(".")[2]: f"{path.rpartition('.')[0]}.{name}".lstrip(".")
     for path, name in KEYS.items()
-    if "*" not in path
+    if "*" not in path and not path.startswith("recipe.")
 }
 
 

@@ -69,8 +69,7 @@ def evaluate(
     """
     check_options(measures, (*MEASURES, *MODELS), pool, batch_size)
     _check_known(baseline, get_args(Baseline), "baseline")
-    if pictures is None and (picture_samples is not None or picture_count is not None):
-        raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
+    _check_pictures(pictures, picture_count, picture_samples)
     where, folder = device_of(device), Path(model_dir)
     given = {
         "--train-data": train_data is not None,
@@ -80,7 +79,7 @@ def evaluate(
         "--picture-samples": picture_samples is not None,
     }
     idle = [name for name, is_given in given.items() if is_given]
-    drawing = None if pictures is None else (pictures, picture_count or OVERLAY_COUNT)
+    drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
     if (measured := load_trained_model(folder, measures, idle)) is not None:
         return measured(folder, data, where, batch_size, exclude_groups, drawing, progress)
     if picture_count is not None:
@@ -182,6 +181,13 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
         raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(known)}")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is below 1")
+
+
+def _check_pictures(folder: Path | None, count: int | None, samples: Sequence[str] | None) -> None:
+    if folder is None and (samples is not None or count is not None):
+        raise ConfigError("pictures have no folder", where="--pictures", fix="--pictures /data/pictures")
+    if count is not None and count < 1:
+        raise ConfigError(f"the number of pictures must be 1 or more, got {count}", where="--picture-count")
 
 
 def _check_known(value: str, known: tuple[str, ...], what: str) -> None:

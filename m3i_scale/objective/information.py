@@ -93,8 +93,8 @@ class Objective(nn.Module):
         self.squared_grad_norms: dict[str, list[Tensor]] = {target.name: [] for target in recipe.targets}
         """Squared gradient norms at the encoder output per loss term. The backward pass fills the lists."""
         self.span: Callable[[str], AbstractContextManager[Any]] = nullcontext
-        """Context manager around each part of a forward pass, for profilers: `forward` (inputs), `target` (f_φ of
-        images and texts), `decoder` (decoders, heads, losses)."""
+        """Context manager around each part of a forward pass, for profilers: `forward` (inputs), `teacher` (f_φ of
+        images and texts), `heads` (decoders, heads, losses)."""
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode. A frozen backbone stays in evaluation mode."""

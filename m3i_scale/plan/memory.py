@@ -43,6 +43,8 @@ _NORM_BYTES = 8
 """Gradient norms are computed in fp64."""
 _SENT_AT_ONCE = 500_000_000
 """`elements_per_buffer` of `buffered_allreduce_fallback`: groups are sent together until they exceed this size."""
+_FIRST = "first step"
+"""A moment before AdamW's moments and copies of saves exist."""
 
 Parts = Counter[str]
 """Bytes by part."""
@@ -69,8 +71,9 @@ class Memory:
 
 
 def memory_of(parameters: tuple[Parameter, ...], trace: Trace, settings: Settings) -> Memory:
-    """Estimate the memory of a step, from the second one on, and of the engine's start."""
+    """Estimate the memory of the engine's start and of steps."""
     device, host = fresh_engine(parameters, settings)
+    fresh = device + host if settings.on_host else +device
     states = host if settings.optimizer_on_host else device
     states[OPTIMIZER] += 2 * settings.state_bytes * sum(_shards(parameters, settings))
     if settings.bf16_optimizer:  # 16-bit gradients are zeroed, not freed
@@ -85,7 +88,7 @@ def memory_of(parameters: tuple[Parameter, ...], trace: Trace, settings: Setting
         added = _partitioned(parameters, trace, settings)
     else:
         added = _unpartitioned(parameters, trace, settings)
-    moments = {moment: device + parts for moment, parts in added.items()}
+    moments = {moment: (fresh if moment == _FIRST else device) + parts for moment, parts in added.items()}
     if settings.stage < 3:
         moments["start"] = _start(parameters, settings)
     return Memory(moments, host)
@@ -155,11 +158,9 @@ def _partitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Sett
         Another gather is in progress, whose flat buffer exists besides its parameters."""
         parts = Parts({ACTIVATIONS: trace.live[moment]})
         if several:
-            held = every * size
-            kept = trace.kept[moment] if keeps else 0
-            if once:  # views hold no other storage
-                kept = min(kept, held)
-                held -= kept
+            kept = min(trace.kept[moment] if keeps else 0, every * size)
+            # If every parameter is gathered once, views hold no other storage.
+            held = every * size - (kept if once else 0)
             flight = 0 if settings.fetch_by_all_reduce else max(layer, settings.prefetch_bucket)
             parts[KEPT] = kept
             parts[GATHERED] = min(held, (max(settings.max_live, layer) + flight) * size)
@@ -167,6 +168,8 @@ def _partitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Sett
 
     most = max(range(len(trace.live)), key=lambda moment: trace.live[moment] + keeps * trace.kept[moment])
     moments = {"forward": passing(most)}
+    if keeps:  # DeepSpeed records the order of modules first: every use gathers
+        moments[_FIRST] = Parts({ACTIVATIONS: trace.live[most], KEPT: trace.kept[most], GATHERED: layer * size})
     sent = settings.communication_bytes
     for bucket, moment in _reduced(parameters, trace, settings):
         numel = sum(parameters[place].numel for place in bucket)

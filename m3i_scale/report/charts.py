@@ -31,7 +31,7 @@ CHARTS = (
     Chart("loss", "overview", "Loss", "nats", "Weighted sum of the groups' losses.", "loss"),
     Chart(
         "group_loss", "objective", "Loss by group", "nats",
-        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/(.+)",
+        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/([^/]+)",
     ),
     Chart(
         "nats", "objective", "Information by group", "nats",
@@ -66,7 +66,7 @@ CHARTS = (
     ),
     Chart(
         "step_times", "speed", "Time per section of a step", "s",
-        "Per step, mean over the ranks.", "time/(?!step|data_wait)(.+)", stacked=True,
+        "Mean fraction over the ranks, times the time of a step.", "time/(?!step|data_wait)(.+)", stacked=True,
     ),
     Chart(
         "step_s", "speed", "Time of a step", "s",

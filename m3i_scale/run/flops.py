@@ -33,7 +33,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
         vocab_size: vocabulary size of the tokenizer; None without a text target.
 
     Returns:
-        `forward` (student), `target` (EMA, teacher and text encoder), `decoder` (decoders, heads, losses), `backward`.
+        `forward` (student), `teacher` (EMA, teachers and text encoder), `heads` (decoders, heads, losses), `backward`.
         `model`: the sum of these four, used for MFU. `text`: the part of `model` that scales with caption tokens.
         `recompute`: recomputation by activation checkpointing, not part of `model`. For a budget, and for `selective`
         with compiled layers, it is the larger value of `full`.
@@ -55,7 +55,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
         recompute = 0.0
         if apply_activation_checkpointing(objective, _counted_policy(run)):
             recompute = _count_parts(objective, batch)["backward"] - parts["backward"]
-    parts["model"] = sum(parts[name] for name in ("forward", "target", "decoder", "backward"))
+    parts["model"] = sum(parts[name] for name in ("forward", "teacher", "heads", "backward"))
     return {name: value * scale for name, value in (parts | {"recompute": recompute}).items()}
 
 
@@ -68,7 +68,7 @@ def _counted_policy(run: RunConfig) -> str:
 
 
 def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
-    parts = dict.fromkeys(("forward", "target", "decoder", "backward", "text"), 0.0)
+    parts = dict.fromkeys(("forward", "teacher", "heads", "backward", "text"), 0.0)
     counter = flop_counter()
 
     @contextlib.contextmanager

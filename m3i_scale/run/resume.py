@@ -20,6 +20,7 @@ from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.text import format_differences, known_part, listed
+from m3i_scale.upgrade import upgrade_config
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
@@ -222,6 +223,7 @@ def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[st
 
 def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
+    saved["attention"] = upgrade_config({"backbone": {"attention": saved.get("attention")}})["backbone"]["attention"]
     for identity in (saved, now):  # equivalent recipes can be written differently
         identity["recipe"] = meaning(identity.get("recipe"))
     if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):

@@ -32,7 +32,7 @@ class Picture:
     def __init__(self, label, seed):
         self.label, self.seed = label, seed
 
-    def read(self):
+    def __call__(self):
         noise = np.random.default_rng(self.seed).integers(-40, 40, (40, 56, 3))
         pixels = np.clip(np.array(_COLOURS[self.label]) + noise, 0, 255).astype(np.uint8)
         buffer = io.BytesIO()

@@ -42,15 +42,15 @@ def test_counting_without_values_gives_what_a_real_step_computes(name):
 
 def test_parts_of_a_step():
     parts = counted("m3i")
-    assert parts["model"] == sum(parts[name] for name in ("forward", "target", "decoder", "backward"))
-    assert min(parts[name] for name in ("forward", "target", "decoder", "backward", "text")) > 0
+    assert parts["model"] == sum(parts[name] for name in ("forward", "teacher", "heads", "backward"))
+    assert min(parts[name] for name in ("forward", "teacher", "heads", "backward", "text")) > 0
     assert parts["recompute"] == 0
 
 
 def test_a_frozen_target_has_no_backward_pass():
     without, parts = counted("supervised"), counted("byol")
-    assert without["target"] == 0
-    trained = parts["forward"] + parts["decoder"]
+    assert without["teacher"] == 0
+    trained = parts["forward"] + parts["heads"]
     assert 1.8 * trained < parts["backward"] < 2.01 * trained
 
 

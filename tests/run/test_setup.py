@@ -140,6 +140,8 @@ def test_only_what_fits_is_resumed(tmp_path, changed, told):
         ({"tokenizer": {"parts": [{"a": 1}]}}, {"tokenizer": {"parts": [{"a": 2, "newer": None}]}}, False),
         ({"tokenizer": {"a": 1, "older": 2}}, {"tokenizer": {"a": 1}}, False),
         ({"tokenizer": None}, {"tokenizer": {"a": 1}}, False),
+        ({"attention": "own"}, {"attention": "within_image"}, True),
+        ({"attention": "mixed"}, {"attention": "within_image"}, False),
     ],
 )
 def test_what_earlier_checkpoints_do_not_tell_is_not_compared(tmp_path, saved, now, fits):

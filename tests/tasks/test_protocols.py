@@ -43,7 +43,7 @@ def test_a_protocol_holds_together_but_for_data(name: str) -> None:
     run = load_run(name)
     frozen = ["task.freeze"] if run.task is not None and run.task.freeze else []  # the export is given later, too
     (place, *others) = sorted(str(fault.where) for fault in faults_of(name, ranks=1))
-    assert (place.split(":")[0], others) == ("data.datasets" + ".train.shards" * (TRAIN in run.data.datasets), frozen)
+    assert (place.split(":")[0], others) == ("data.datasets" + ".train.path" * (TRAIN in run.data.datasets), frozen)
     assert without_source(known_protocols()[name]) == []
     assert run.name == name
     assert run.protocol is not None

@@ -139,5 +139,5 @@ def test_what_it_reads_and_its_work() -> None:
         run = RunConfig.model_validate({"task": task, "backbone": BACKBONE, "data": {"streams": 2}, "optim": optim})
         assert parse_recipe(run.recipe).reads == reads
         counted = step_flop(run, {"set": ["a", "b"]}, None)
-        assert counted["decoder"] > 0
+        assert counted["heads"] > 0
         assert counted["backward"] > counted["forward"] > 0

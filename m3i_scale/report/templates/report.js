@@ -54,7 +54,7 @@
       };
       const trace = { x: one.x, y: one.y, name, mode: points, line, type: "scatter", hovertemplate: chart.percent ? "%{y:.4~p}" : "%{y:.5~g}" };
       if (stacked) {
-        Object.assign(trace, { stackgroup: "all", mode: "none", fillcolor: line.color, hovertemplate: "%{y:.1%}" });
+        Object.assign(trace, { stackgroup: "all", mode: "none", fillcolor: line.color, hovertemplate: chart.percent ? "%{y:.1%}" : "%{y:.4~g}" });
       } else if (state.smoothing > 0) {
         traces.push({ ...trace, line: { ...line, width: 1 }, opacity: 0.28, hoverinfo: "skip", hovertemplate: null });
         trace.y = smoothed(one.x, one.y);
@@ -101,7 +101,7 @@
       yaxis: {
         ...axis, title: { text: chart.unit, font: { color: text } },
         type: state.log && !chart.stacked ? "log" : "linear", exponentformat: "power", minexponent: 5, separatethousands: true,
-        ...(chart.percent ? { tickformat: ".3~p" } : {}), ...(chart.stacked && !several ? { range: [0, 1] } : rangeOfConstant(chart)),
+        ...(chart.percent ? { tickformat: ".3~p" } : {}), ...(!chart.stacked || several ? rangeOfConstant(chart) : chart.percent ? { range: [0, 1] } : { rangemode: "tozero" }),
       },
       yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
     };

@@ -13,8 +13,15 @@ from typing import Any
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.picture_files import Picture
 
-_OF_GROUPS = {"nats": "mi", "weight": "loss_weight", "count": "loss_samples"}
-"""Prefixes of metrics per group of targets. Others are as in `StepRecord.groups`."""
+_OF_GROUPS = {
+    "loss": "loss",
+    "nats": "mi",
+    "weight": "loss_weight",
+    "grad_norm": "grad_norm",
+    "count": "loss_samples",
+    "top_1": "top_1",
+}
+"""Prefixes of the metrics of a target. Terms of its loss are `loss/<target>/<term>`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class StepRecord:
     skipped_nonfinite: int = 0
     """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
     times_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step per profiler section (m3i_scale.run.step_times.PHASES), mean over the ranks."""
+    """Seconds of a step per profiler section (`step_times.PHASES`): mean fraction over the ranks × `step_s`."""
     flop_per_s: float | None = None
     """Model FLOPs per second over all ranks, without recomputation."""
     mfu: float | None = None
@@ -158,7 +165,8 @@ class StepRecord:
         values |= flatten(self.times_s, "time")
         values |= flatten({name: asdict(figures) for name, figures in self.sources.items()}, "dataset")
         for name, figures in self.groups.items():
-            values |= {f"{_OF_GROUPS.get(kind, kind)}/{name}": value for kind, value in figures.items()}
+            for kind, value in figures.items():
+                values[f"{_OF_GROUPS[kind]}/{name}" if kind in _OF_GROUPS else f"loss/{name}/{kind}"] = value
         values |= {f"health/{name.removeprefix('health/')}": value for name, value in self.health.items()}
         return values
 

@@ -63,7 +63,7 @@ class Checkpointing(Hook):
         position = merge_states(later_states or data_states)
         changed = state.stream.load_state_dict(position, state.resolved.run.data.changed_datasets)
         for name, text in changed.items():
-            state.tell(f"source {name}: {text}")
+            state.tell(f"dataset {name}: {text}")
         self._take_over(meta)
 
     def go_back(self, checkpoint: Path) -> None:

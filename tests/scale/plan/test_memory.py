@@ -117,6 +117,18 @@ def test_views_keep_gathered_weights_alive_without_deepspeeds_linear_function():
     assert at(kept, efficient=False) == at(plain, efficient=False) + 6 * 2_000
 
 
+def test_in_the_first_step_every_use_of_a_parameter_keeps_a_storage_of_its_own():
+    """There are no moments of AdamW and no copies of saves yet; later views share what is gathered once."""
+    parameters = tuple(Parameter(1_000, "trained") for _ in range(6))
+    plain = trace_of(parameters, 0)
+    kept = replace(plain, kept=(5 * 2 * 6_000,) * len(plain.kept))  # five crops
+    found = memory_of(parameters, kept, replace(GPU, efficient_linear=False, snapshot=10))
+    first, forward = found.moments["first step"], found.moments["forward"]
+    name = "gathered parameters kept for the backward pass"
+    assert (first[name], forward[name]) == (5 * 2 * 6_000, 2 * 6_000)
+    assert (first["optimizer"], first["snapshot"]) == (forward["optimizer"] / 3, 0)
+
+
 def test_gathered_parameters_are_bounded_by_the_limits_and_by_the_model():
     parameters = tuple(Parameter(1_000, "trained") for _ in range(6))
     limits = replace(GPU, max_reuse=0, max_live=2_000, prefetch_bucket=500)
