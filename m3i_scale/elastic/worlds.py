@@ -114,7 +114,7 @@ class ComparedSamples:
         if rest:
             why = f"{world.ranks} ranks do not divide that"
         elif size > world.micro_batch_size and self._ran_out:
-            why = f"ranks ran out of memory with a micro-batch of {size}"
+            why = f"ranks were killed or ran out of memory with a micro-batch of {size}"
         else:
             self._raised = size > world.micro_batch_size
             return replace(world, micro_batch_size=size), None
