@@ -6,7 +6,7 @@ with AdamW, without clipping, on the same batches made beforehand; only what run
 loss and its phases. All engines live in one process group and take rounds of a few steps in rotating order, so a
 machine that drifts hits all alike; a ratio is the median over the rounds of the ratios within a round.
 
-`momentum_share` and `phases` are those of the trainer's step with the `m3i` recipe on the same ViT-S.
+`ema_share` and `phases` are those of the trainer's step with the `m3i` recipe on the same ViT-S.
 
 The precision is that of the DeepSpeed files: in bf16, DDP runs under autocast and FSDP2 under its mixed precision.
 
@@ -98,7 +98,7 @@ def main(
     zero1: str = "zero1_cpu_fp32",
     zero3: str = "zero3_cpu_fp32",
 ) -> None:
-    """Print {ddp, …, ours_zero3: images/s, ratio_zero1, ratio_zero3, momentum_share, phases, machine}."""
+    """Print {ddp, …, ours_zero3: images/s, ratio_zero1, ratio_zero3, ema_share, phases, machine}."""
     if "RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [sys.executable, *launcher, __file__, *sys.argv[1:]]
@@ -307,7 +307,7 @@ def _phases(plans: dict[str, ResolvedRun], ranks: ProcessGroupRanks, rounds: int
         trainer.state.engine.destroy()
         del step, trainer
         gc.collect()
-    return {"momentum_share": {name: found["ema"] for name, found in shares.items()}, "phases": shares}
+    return {"ema_share": {name: found["ema"] for name, found in shares.items()}, "phases": shares}
 
 
 if __name__ == "__main__":

@@ -100,14 +100,14 @@ def test_engines_are_compared_on_two_ranks():
     )
     told = json.loads(done.stdout)
     engines = {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero3", "ours_zero1", "ours_zero3"}
-    assert engines | {"ratio_zero1", "ratio_zero3", "momentum_share", "phases", "machine"} <= set(told)
+    assert engines | {"ratio_zero1", "ratio_zero3", "ema_share", "phases", "machine"} <= set(told)
     assert all(told[name] > 0 for name in engines)
     # One round, so the ratio of the medians is the median of the ratios.
     assert told["ratio_zero3"] == pytest.approx(told["ours_zero3"] / told["deepspeed_zero3"])
     for stage in ("zero1", "zero3"):
         assert sum(told["phases"][stage].values()) == pytest.approx(1.0)
         assert min(told["phases"][stage].values()) > 0
-        assert told["momentum_share"][stage] == told["phases"][stage]["momentum"]
+        assert told["ema_share"][stage] == told["phases"][stage]["ema"]
 
 
 def test_the_figure_of_a_shuffle(monkeypatch):

@@ -102,7 +102,7 @@ def test_every_command_refuses_the_same_places(command: str, tmp_path: Path, mon
 
 
 def test_the_home_of_the_user_is_meant_by_a_tilde_in_options_too(tmp_path: Path, monkeypatch) -> None:
-    """A shell leaves it alone in --mermaid=~/recipe.md."""
+    """A shell leaves it alone in --output=~/recipe.md."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()

@@ -295,7 +295,7 @@ def test_a_detector_is_measured_alone_and_only_where_there_is_one(scenes, traine
     for folder, options in (
         (trained[2], {"measures": ("detector", "knn")}),
         (trained[2], given | {"train_data": scenes[0]}),
-        (trained[2], {"overlays": tmp_path / "pictures"}),
+        (trained[2], {"pictures": tmp_path / "pictures", "picture_count": 2}),
         (without, given),
     ):
         with pytest.raises(ConfigError):

@@ -225,7 +225,7 @@ def test_a_full_disk_ends_the_run_and_not_its_last_checkpoint(shards: Path, tmp_
         left = checkpoints(run_file)
         assert left
         assert all(verify(path) == [] for path in left)
-        assert load_weights(left[-1], "momentum")
+        assert load_weights(left[-1], "ema")
 
 
 # ---------------------------------------------------------------- helpers

@@ -178,12 +178,12 @@ def test_a_stock_segmenter_is_measured_as_it_predicts(stock: Path, shards: str, 
         ({"baseline": "pixels"}, "--baseline"),
         ({"pool": "cls"}, "--pool"),
         ({"templates": ("a drawing of {}",)}, "--template"),
-        ({"pictures": Path("new")}, "--pictures"),
+        ({"pictures": Path("new"), "picture_samples": ["a.tar/a"]}, "--picture-samples"),
         ({"measures": ("knn",)}, "--measure segmenter"),
         ({"measures": MEASURES}, "--measure segmenter"),
         ({"measures": ("segmenter", "knn")}, "--measure segmenter"),
         ({"picture_count": 3}, "--pictures"),
-        ({"overlays": "STOCK"}, "not empty"),
+        ({"pictures": "STOCK"}, "not empty"),
     ],
 )
 def test_an_option_without_effect_on_a_segmenter_is_refused(
@@ -235,7 +235,7 @@ def test_an_error_without_words_is_told_by_its_name(stock: Path, monkeypatch: py
 
 @pytest.mark.parametrize("config", [{"architectures": ["Dinov2Model"]}, {"architectures": 5}, []])
 @pytest.mark.parametrize(
-    "options", [{"measures": ("segmenter",)}, {"measures": (*MEASURES, "segmenter")}, {"overlays": Path("overlays")}]
+    "options", [{"measures": ("segmenter",)}, {"measures": (*MEASURES, "segmenter")}, {"pictures": Path("new"), "picture_count": 3}]
 )
 def test_a_folder_without_a_segmenter_is_told_before_anything_is_read(
     tmp_path: Path, config: Any, options: dict[str, Any]
