@@ -99,7 +99,7 @@ def test_figures_of_evaluations_and_the_rules_that_ask_for_them(tmp_path: Path) 
 def test_a_limit_below_one_checkpoint_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
     run = load_run("m3i", [f"output_dir={tmp_path}", "checkpoint.max_gib=1e-9"])
-    state = SimpleNamespace(resolved=SimpleNamespace(run=run), engine=None, momentum=None, tell=told.append)
+    state = SimpleNamespace(resolved=SimpleNamespace(run=run), engine=None, ema=None, tell=told.append)
     checkpointing = Checkpointing(state, None, None, None)
     for step in (1, 2):
         final = tmp_path / "checkpoints" / step_name(step)

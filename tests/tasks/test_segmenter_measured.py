@@ -235,7 +235,12 @@ def test_an_error_without_words_is_told_by_its_name(stock: Path, monkeypatch: py
 
 @pytest.mark.parametrize("config", [{"architectures": ["Dinov2Model"]}, {"architectures": 5}, []])
 @pytest.mark.parametrize(
-    "options", [{"measures": ("segmenter",)}, {"measures": (*MEASURES, "segmenter")}, {"pictures": Path("new"), "picture_count": 3}]
+    "options",
+    [
+        {"measures": ("segmenter",)},
+        {"measures": (*MEASURES, "segmenter")},
+        {"pictures": Path("new"), "picture_count": 3},
+    ],
 )
 def test_a_folder_without_a_segmenter_is_told_before_anything_is_read(
     tmp_path: Path, config: Any, options: dict[str, Any]
