@@ -8,7 +8,6 @@ import zlib
 import foreign
 import numpy as np
 import pytest
-from m3i_scale.shards.preview import read_cards
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.preview import read_cards
 
 LEVELS = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
 """From black to white in sixteen bits."""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from m3i_scale.shards.preview import Card, page, peek, read_cards
 from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.errors import DataError
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.preview import Card, page, peek, read_cards
 from m3i_scale.shards.stats import quantiles, rounded, stats_of
 
 EVIL = "</div><script>alert(1)</script> & \"quotes\" 'n' \x1b[31m 猫"
