@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 KEYS: dict[str, str] = {
     "recipe.momentum": "ema",
     "data.sources": "datasets",
@@ -99,9 +97,6 @@ def upgrade_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
             if any(number is None or isinstance(number, str) for number in (step_s, value)):
                 continue  # not a number of seconds
             current = value * step_s
-        earlier = upgraded.get(new)
-        if isinstance(earlier, np.ndarray):  # lines of both formats: the run was resumed after the upgrade
-            current = np.where(np.isnan(earlier), current, earlier)
         upgraded[new] = current
     return upgraded
 

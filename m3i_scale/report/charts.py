@@ -31,7 +31,7 @@ CHARTS = (
     Chart("loss", "overview", "Loss", "nats", "Weighted sum of the groups' losses.", "loss"),
     Chart(
         "group_loss", "objective", "Loss by group", "nats",
-        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/([^/]+)",
+        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/(.+)",
     ),
     Chart(
         "nats", "objective", "Information by group", "nats",

@@ -129,7 +129,7 @@ class MetricsFile:
 
     def _add(self, new: Steps) -> None:
         """Append the steps that are later than all previous ones, because a run writes no others."""
-        new = replace(new, figures=upgrade_metrics(new.figures))
+        new = replace(new, figures=_upgraded(new.figures))
         highest = np.maximum.accumulate(np.concatenate([[self._last_step], new.steps]))
         later = new.steps > highest[:-1]
         self._last_step = int(highest[-1])
@@ -178,6 +178,15 @@ class MetricsFile:
                     figures[name][row] = value
         steps = np.fromiter((record["step"] for record in records), np.int64, count)
         return Steps(steps, np.fromiter((unix_s(record) for record in records), np.float64, count), figures)
+
+
+def _upgraded(figures: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    """Return metrics under their current names. A run that was resumed after the upgrade has lines of both formats."""
+    old = {name: values for name, values in figures.items() if upgrade_metric(name) != name}
+    current = {name: values for name, values in figures.items() if name not in old}
+    for name, values in upgrade_metrics(old).items():
+        current[name] = np.where(np.isnan(current[name]), values, current[name]) if name in current else values
+    return current
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:

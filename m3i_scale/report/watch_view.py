@@ -111,7 +111,9 @@ def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
 
 def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     """Yield the nats of every group, or its loss if nats are not computed."""
-    for group in [name.removeprefix("loss/") for name in run.figures if re.fullmatch("loss/[^/]+", name)]:
+    for group in [name.removeprefix("loss/") for name in run.figures if name.startswith("loss/")]:
+        if f"loss/{group.rpartition('/')[0]}" in run.figures:
+            continue  # a term of a loss
         for name, unit in ((f"mi/{group}", "nats"), (f"loss/{group}", "loss")):
             known = run.figures.get(name, np.empty(0))
             known = known[np.isfinite(known)]

@@ -25,13 +25,9 @@ def test_every_recipe_builds_what_it_needs_and_nothing_else(recipe: str) -> None
     objective = build(recipe)
     spec = objective.recipe
     assert (objective.text is not None) == spec.uses_text_tower
-    assert (objective.momentum is not None) == (spec.momentum is not None)
-    residual = spec.projects_dense_targets and spec.momentum.projector_depth > 0
-    assert (
-        (objective.projector is not None)
-        == residual
-        == bool(spec.momentum and len(objective.momentum.projector.blocks))
-    )
+    assert (objective.momentum is not None) == (spec.ema is not None)
+    residual = spec.projects_dense_targets and spec.ema.projector_depth > 0
+    assert (objective.projector is not None) == residual == bool(spec.ema and len(objective.momentum.projector.blocks))
     assert set(objective.teachers) == set(spec.teachers)
     assert set(objective.heads) == {target.name for target in spec.targets if target not in spec.head_targets}
     assert set(objective.image_heads) == set(spec.heads)

@@ -88,7 +88,7 @@ def test_no_masked_pixel_and_no_other_pair_of_a_mix_reaches_a_prediction() -> No
 def test_keeping_the_images_of_a_mix_apart_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         tiny_objective("m3i", *MAPS)
-    assert caught.value.where == "backbone.attention: own"
+    assert caught.value.where == "backbone.attention: within_image"
 
 
 def test_a_single_square_cannot_be_dealt_to_two_images() -> None:

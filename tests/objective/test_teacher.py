@@ -39,7 +39,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 def teacher_of(folder: Path | str, *overrides: str) -> FrozenTeacher:
     """The module of a student of 4 × 4 patches of 8 pixels, filled where the folder can fill it."""
-    run = tiny_run("dense_distillation", f"recipe.teacher.from_pretrained={folder}", *overrides)
+    run = tiny_run("dense_distillation", f"recipe.teachers.teacher.from_pretrained={folder}", *overrides)
     return build_teacher(run, parse_recipe(run.recipe), "teacher", backbone_config(run.backbone))
 
 

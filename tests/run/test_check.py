@@ -170,8 +170,8 @@ def test_images_that_are_not_those_of_the_weights_are_a_warning(shards: Path, tm
     (size,) = warnings_of(run_file, ["backbone.config.image_size=48"])
     assert "32" in size
     assert "48" in size
-    phases = "phases=[{steps: 3}, {steps: 3, image_size: 64}]"
-    (last,) = warnings_of(run_file, ["optim.steps=6", phases])
+    stages = "stages=[{steps: 3}, {steps: 3, image_size: 64}]"
+    (last,) = warnings_of(run_file, ["optim.steps=6", stages])
     assert "64" in last
     both = ["backbone.config.image_size=48", "data.augment.std=[0.1,0.1,0.1]"]
     assert len(warnings_of(run_file, both)) == 2

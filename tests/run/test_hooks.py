@@ -90,10 +90,10 @@ def test_health_is_measured_in_the_last_micro_batch_of_a_step_that_is_logged() -
         was_step_applied=lambda: True,
         zero_optimization_stage=lambda: 1,
     )
-    phase, timeouts = SimpleNamespace(accumulation=3), SimpleNamespace(end_step=lambda: None)
+    stage, timeouts = SimpleNamespace(accumulation=3), SimpleNamespace(end_step=lambda: None)
     trainer: Any = SimpleNamespace(
         run=RunConfig(optim=OptimConfig(steps=3, warmup_steps=0), log=LogConfig(every_steps=2)),
-        state=SimpleNamespace(step=0, engine=engine, phase=phase, timeouts=timeouts),
+        state=SimpleNamespace(step=0, engine=engine, stage=stage, timeouts=timeouts),
         hooks=[],
         step_times=SimpleNamespace(span=lambda name: nullcontext()),
         heartbeat=SimpleNamespace(at=lambda phase, step: None),

@@ -60,7 +60,7 @@ class Loop:
             stream=stream,
             ranks=SimpleNamespace(rank=rank, world_size=1),
             callbacks=CallbackList([self.noting]),
-            phase=SimpleNamespace(accumulation=1),
+            stage=SimpleNamespace(accumulation=1),
             step=0,
             lr=1.0,
             ema_decay=None,

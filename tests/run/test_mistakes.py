@@ -230,7 +230,7 @@ MISTAKES = {
     ),
     "no teacher": Mistake(
         r"cannot read a teacher from '/nowhere/teacher'[\s\S]*recipe\.teachers\.teacher\.from_pretrained",
-        ["recipe.teacher.from_pretrained=/nowhere/teacher"],
+        ["recipe.teachers.teacher.from_pretrained=/nowhere/teacher"],
         recipe="dense_distillation",
     ),
     "one sample and batch norm": Mistake(

@@ -23,7 +23,7 @@ RUNS = {
     "unigrad": ("unigrad",),
     "sim_global": ("sim_global",),
     "siglip": ("siglip",),
-    "dense_distillation": ("dense_distillation", "recipe.teacher.from_pretrained=TEACHER"),
+    "dense_distillation": ("dense_distillation", "recipe.teachers.teacher.from_pretrained=TEACHER"),
     "learned": ("m3i", "recipe.balance={kind: learned}"),
     "maps": ("m3i", *MAPS, "backbone.attention=across_images", "backbone.activation_checkpointing=full"),
     "followed": ("m3i", "recipe.balance={kind: gradient_norm}"),

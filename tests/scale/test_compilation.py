@@ -218,6 +218,6 @@ def test_by_default_no_layer_is_compiled_and_a_gpu_says_how(machine: Machine) ->
 def test_the_plan_counts_the_same() -> None:
     def traced(value: str) -> Any:
         run = tiny_run("sim", f"backbone.compile={value}")
-        return Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, "fp32").trace("full", 4).events
+        return Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, "fp32").trace("full", 4)
 
     assert traced("true") == traced("false")
