@@ -43,7 +43,7 @@ def cause(folder):
 
 
 def test_a_killed_rank_is_told_with_its_signal_and_the_step_that_others_know(tmp_path):
-    ending, told = ranks(tmp_path, "kill@1@3", "patient@0")
+    ending, told = ranks(tmp_path, "kill@1@3", "patient@0@3")
     assert ending.code == 137
     found = cause(tmp_path)
     assert (found["rank"], found["kind"], found["exit_code"], found["step"]) == (1, "signal", -9, 2)
@@ -54,7 +54,7 @@ def test_a_killed_rank_is_told_with_its_signal_and_the_step_that_others_know(tmp
 
 
 def test_where_nobody_sees_the_ranks_the_one_that_said_nothing_is_told(tmp_path):
-    _, told = ranks(tmp_path, "kill@1@3", "patient@0", ranks=False)
+    _, told = ranks(tmp_path, "kill@1@3", "patient@0@3", ranks=False)
     found = cause(tmp_path)
     assert (found["rank"], found["kind"], found["step"]) == (1, "silent", 2)
     assert "the rank ended without an error report" in told
@@ -168,7 +168,7 @@ def test_a_folder_that_takes_no_file_hides_nothing(tmp_path):
 
 
 def test_a_job_script_says_the_same_at_its_end(tmp_path, monkeypatch, capsys):
-    ranks(tmp_path, "exception@0@2", "patient@1", ranks=False)
+    ranks(tmp_path, "exception@0@2", "patient@1@2", ranks=False)
     (tmp_path / FAILURE).unlink()
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["verdict", str(tmp_path), "1", "2"])
