@@ -105,7 +105,7 @@ def test_statistics_of_heads_are_those_of_the_trained_weights(tmp_path, tensors)
     for weights in ("student", "ema"):
         consolidate(source, tmp_path / weights, weights=weights)
         found[weights] = read(tmp_path / weights)
-    assert found["student"].keys() - found["momentum"].keys() == {"heads.x.running_mean"}
+    assert found["student"].keys() - found["ema"].keys() == {"heads.x.running_mean"}
     assert torch.equal(found["student"]["heads.x.running_mean"], statistics["heads.x.running_mean"])
 
 
