@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -59,8 +60,8 @@ _METRICS: dict[str, str] = {
 
 
 def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a config file, or part of them, with current keys."""
-    upgraded = dict(values)
+    """Return a deep copy of the values of a config file, or part of them, with current keys."""
+    upgraded = copy.deepcopy(dict(values))
     for path, name in KEYS.items():
         *parents, last = path.split(".")
         upgraded = _change(upgraded, parents, partial(_rename, old=last, new=name))
@@ -71,7 +72,7 @@ def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a config file, checkpoint or export with current keys."""
+    """Return a deep copy of the recipe of a config file, checkpoint or export, with current keys."""
     recipe: dict[str, Any] = upgrade_config({"recipe": values})["recipe"]
     return recipe
 

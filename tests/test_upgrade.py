@@ -13,7 +13,7 @@ from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.report.metrics_file import MetricsFile
-from m3i_scale.upgrade import upgrade_config, upgrade_line
+from m3i_scale.upgrade import upgrade_config, upgrade_line, upgrade_recipe
 
 OLD = """
 extends: siglip2
@@ -68,6 +68,12 @@ def test_a_config_in_a_checkpoint_or_an_export_is_read(old: Path) -> None:
     del values["extends"], values["recipe"]
     assert parse_section(RunConfig, values, where="run.yaml", stored=True).data.num_workers == 3
     assert upgrade_config(upgrade_config(values)) == upgrade_config(values)
+
+
+def test_the_values_that_are_upgraded_stay_as_they_are() -> None:
+    recipe = {"teachers": {"teacher": {"from_pretrained": "/data/teacher"}}}
+    upgrade_recipe(recipe)["teachers"]["teacher"]["from_pretrained"] = ""
+    assert recipe == {"teachers": {"teacher": {"from_pretrained": "/data/teacher"}}}
 
 
 def test_an_encoder_of_a_target_is_renamed() -> None:

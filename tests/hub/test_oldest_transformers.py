@@ -107,7 +107,7 @@ def proven_there(oldest, tmp_path, monkeypatch):
 
 def test_every_kind_of_export(proven_there, make_run, tmp_path):
     assert {wanted.task for *_, wanted in CASES} == set(TASKS) - {"detection"}  # whose card asks for a later one
-    assert {wanted.format for *_, wanted in CASES} == set(FORMATS)
+    assert {wanted.format for *_, wanted in CASES} == set(FORMATS) - {"onnx"}  # the files of transformers, and one more
     runs = {}
     for number, (kind, pool, wanted) in enumerate(CASES):
         if (kind, pool) not in runs:

@@ -46,11 +46,11 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
     lines = metrics(run_file)
     assert sorted(lines) == list(range(1, end + 1))
     first = lines[1]
-    assert first["source/shapes/share"] + first["source/val/share"] == pytest.approx(1)
-    assert first["source/shapes/recent_asked"] == pytest.approx(2 / 3)
+    assert first["dataset/shapes/share"] + first["dataset/val/share"] == pytest.approx(1)
+    assert first["dataset/shapes/recent_asked"] == pytest.approx(2 / 3)
     for line in lines.values():
-        assert line["source/shapes/share"] == pytest.approx(line["source/shapes/asked"], abs=0.5)
-    assert lines[end]["source/val/epoch"] == pytest.approx(1, abs=0.2)
+        assert line["dataset/shapes/share"] == pytest.approx(line["dataset/shapes/asked"], abs=0.5)
+    assert lines[end]["dataset/val/epoch"] == pytest.approx(1, abs=0.2)
     drawn = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
     assert drawn == ["step-00000000", f"step-{end:08d}"]
     newest = tmp_path / "out" / "checkpoints" / f"step-{end:08d}"
