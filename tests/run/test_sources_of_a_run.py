@@ -60,8 +60,8 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
     on = [f"data.datasets={{shapes: {{path: {shards / 'train'}}}}}", f"optim.steps={end + 2}"]
     job = train(run_file, *on, "data.changed_datasets=[shapes, val]", world=2, logs="on")
     assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
-    assert re.search(r"source val: removed \(\d+ shards, \d+ samples\)", job.text())
-    assert re.search(r"source shapes: .*epochs.*weight", job.text())
+    assert re.search(r"dataset val: removed \(\d+ shards, \d+ samples\)", job.text())
+    assert re.search(r"dataset shapes: .*epochs.*weight", job.text())
     assert sorted(metrics(run_file)) == list(range(1, end + 3))
 
 
