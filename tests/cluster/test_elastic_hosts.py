@@ -149,4 +149,4 @@ def test_a_run_loses_a_rank_and_a_host_takes_it_back_and_is_the_same_run(
     for step, figures in reference.items():
         assert ours[step]["loss"] == pytest.approx(figures["loss"], rel=1e-5)
         assert ours[step]["samples"] == figures["samples"] == 12 * step
-        assert ours[step]["source/shapes/epoch"] == pytest.approx(figures["source/shapes/epoch"])
+        assert ours[step]["dataset/shapes/epoch"] == pytest.approx(figures["dataset/shapes/epoch"])

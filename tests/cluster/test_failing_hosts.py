@@ -228,7 +228,7 @@ def test_nothing_is_left_when_the_supervisor_is_killed(launch: Supervised):
 def test_nothing_is_left_when_an_agent_is_killed(launch: Supervised):
     process = launch.start()
     until(lambda: (launch.out / "logs").exists() and launch.logged("at step 3"), process)
-    agents = [pid for pid, line in launch.hosts.processes("node1").items() if "launch.agent" in line]
+    agents = [pid for pid, line in launch.hosts.processes("node1").items() if "elastic.agent" in line]
     psutil.Process(agents[-1]).kill()
     assert launch.hosts.wait(process) == 1
     assert launch.hosts.left() == {}

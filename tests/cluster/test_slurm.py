@@ -243,7 +243,7 @@ def test_elastic_and_the_doctor_reach_the_hosts_of_their_allocation_with_srun(
     assert metrics(run_file) == metrics(reference)
     findings = json.loads((script.parent / "doctor.json").read_text())
     assert [item["host"] for item in findings if item["check"] == "ssh" and item["ok"]] == ["n1", "n2"]
-    assert [item["ok"] for item in findings if item["check"] == "bandwidth"] == [True]
+    assert [item["ok"] for item in findings if item["check"] == "group"] == [True]
 
 
 # ---------------------------------------------------------------- ranks that are no ranks, for the script alone
