@@ -41,7 +41,7 @@ def memory_mib(name: str) -> float:
 
 
 def plan_of(settings: dict[str, Any], world: int) -> ResolvedRun:
-    """The `sim` recipe, whose dense target is an EMA, on small images."""
+    """Return the `sim` recipe, whose dense target comes from the EMA teacher, with small images."""
     run = load_run(
         "sim",
         [

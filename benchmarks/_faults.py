@@ -281,7 +281,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def weights(output: Path) -> str:
-    """A hash over all final weights, those of the EMA teacher included."""
+    """Return a hash of all final weights, including the EMA teacher's."""
     folder = output / "checkpoints" / step_name(STEPS)
     if read_meta(folder)["step"] != STEPS:
         raise RuntimeError(f"{folder} is of another step")

@@ -1,7 +1,7 @@
 """Whole training steps on one device, for gpu.py: ours under its engine, open_clip's, and a loop as DINOv3's is.
 
-A step trains on one synthetic batch that lies on the device already; ours includes the EMA update. All are bf16 on
-an accelerator, so that each peer runs as its own trainer runs it (autocast, fused AdamW).
+A step trains on one synthetic batch on the device; ours includes the EMA update. On an accelerator all use bf16, and
+each peer runs as in its own trainer (autocast, fused AdamW).
 """
 
 from __future__ import annotations

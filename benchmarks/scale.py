@@ -6,7 +6,7 @@ with AdamW, without clipping, on the same batches made beforehand; only what run
 loss and its phases. All engines live in one process group and take rounds of a few steps in rotating order, so a
 machine that drifts hits all alike; a ratio is the median over the rounds of the ratios within a round.
 
-`ema_share` and `phases` are those of the trainer's step with the `m3i` recipe on the same ViT-S.
+`ema_share` and `phases` come from the trainer's step with the `m3i` recipe and the same ViT-S.
 
 The precision is that of the DeepSpeed files: in bf16, DDP runs under autocast and FSDP2 under its mixed precision.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 KEYS: dict[str, str] = {
@@ -77,6 +77,7 @@ def upgrade_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     return recipe
 
 
+@lru_cache(maxsize=10_000)
 def upgrade_metric(name: str) -> str:
     """Return the current name of a metric."""
     for old, new in _METRICS.items():

@@ -39,7 +39,7 @@ class Kind(Section):
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     """Classes of the family by name."""
     modules: ClassVar[dict[str, str]] = {}
-    """Of a family: modules that define kinds, by the kind's name. They are imported when a config names it."""
+    """Modules that define the kinds of a family, by kind. A module is imported when a config names its kind."""
     kind: ClassVar[str] = ""
     """Name of the class in config files. Default: its import path."""
 

@@ -45,7 +45,7 @@ class StreamSource:
     """Number of classes; None if labels are not read."""
     views: ViewMaker
     captions: str = "one"
-    """See `DatasetConfig.captions`."""
+    """How to read `.txt` fields: `one`, `lines` or `none` (`DatasetConfig.captions`)."""
     end: int | None = None
     """Position at which the dataset is exhausted; None: never."""
     mask_classes: int | None = None

@@ -69,7 +69,7 @@ class RemoteShell:
     transport: Literal["ssh", "srun"] = "ssh"
     """Connection to a host: ssh, or srun within a Slurm allocation."""
     ssh_to_all: bool = False
-    """Whether to use ssh for this machine too, if it is one of the hosts."""
+    """Use ssh for this machine, too, instead of a child process."""
     grace_s: float = 10.0
     """Time for other ranks to end by themselves once one has ended."""
 

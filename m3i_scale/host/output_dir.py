@@ -120,7 +120,7 @@ def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
 
 @contextmanager
 def launch_lock(output_dir: Path) -> Iterator[None]:
-    """Hold the lock of the output folder for this launch."""
+    """Lock the output folder while a launch runs; another launch into it is an error."""
     with lock_directory(output_dir, lock=_LAUNCH):
         with lock_directory(output_dir):  # rank 0's lock: free unless a rank of an earlier launch still runs
             pass

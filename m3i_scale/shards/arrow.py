@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from typing_extensions import override
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.files import read_json
@@ -196,15 +197,15 @@ class TableInput(Input):
         self.files, self.columns = files, columns
         self._left_out: set[str] = set()  # columns that JSON cannot represent
 
+    @override
     def outlines(self) -> Iterator[Record]:
-        """See `Input`."""
         columns = [name for name in (self.columns.group, self.columns.key) if name is not None]
         for row in self._rows(columns):
             group = None if self.columns.group is None else str(row.values[self.columns.group])
             yield Record(row.key, group=group, size=row.size, split=row.file.split, where=row.where)
 
+    @override
     def records(self) -> Iterator[Record]:
-        """See `Input`."""
         for row in self._rows(None):
             image, label, fault = b"", None, None
             try:
@@ -217,8 +218,8 @@ class TableInput(Input):
             meta = self._meta(row.values)
             yield Record(row.key, image, caption, label, meta, split, size=size, where=row.where, fault=fault)
 
+    @override
     def info(self) -> dict[str, Any]:
-        """See `Input`."""
         return {"source": "huggingface", **({"columns_left_out": sorted(self._left_out)} if self._left_out else {})}
 
     def labels_of(self, split: str | None) -> Iterator[tuple[str, int | None]]:

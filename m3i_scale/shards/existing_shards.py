@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from typing_extensions import override
+
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import FILE_EXTENSIONS, MASK
 from m3i_scale.data.instances import INSTANCES
@@ -65,12 +67,12 @@ class ShardInput(Input):
         self._origins, self._label_names, self._caption_field = origins, labels, caption_field
         self._workers = workers
 
+    @override
     def outlines(self) -> Iterator[Record]:
-        """See `Input`."""
         return outlines(self._origins, self._workers)
 
+    @override
     def records(self) -> Iterator[Record]:
-        """See `Input`."""
         for origin, key, members in contents(self._origins):
             yield record_of(key, members, origin.where(key), self._label_names, self._caption_field, self.categories)
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typing_extensions import override
 
 from m3i_scale.data.categories import Categories
 from m3i_scale.data.deep_images import ValueRange
@@ -77,7 +79,7 @@ class Record:
         return files
 
 
-class Input:
+class Input(ABC):
     """Samples in a fixed order, read once as outlines and once as records.
 
     Args:
@@ -102,9 +104,9 @@ class Input:
         """Yield all samples, at least with key, size, group and split, for the layout of the shards."""
         return self.records()
 
+    @abstractmethod
     def records(self) -> Iterator[Record]:
         """Yield the same samples in the same order, with contents."""
-        raise NotImplementedError
 
     def info(self) -> dict[str, Any]:
         """Return facts about the input for manifest.json; called after all samples are read."""
@@ -118,16 +120,16 @@ class InputWrapper(Input):
         super().__init__(source.labels, mask_labels=source.mask_labels, categories=source.categories)
         self._source = source
 
+    @override
     def outlines(self) -> Iterator[Record]:
-        """See `Input`."""
         return self._source.outlines()
 
+    @override
     def records(self) -> Iterator[Record]:
-        """See `Input`."""
         return self._source.records()
 
+    @override
     def info(self) -> dict[str, Any]:
-        """See `Input`."""
         return self._source.info()
 
 
@@ -148,8 +150,8 @@ class ListedInput(Input):
                 raise DataError(what, where=record.key)
         self._records = sorted(records, key=lambda record: hash_of("order", record.key))
 
+    @override
     def records(self) -> Iterator[Record]:
-        """See `Input`."""
         return iter(self._records)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.index import load_index
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, check_mask_classes, expand_shards, read_labels
@@ -332,6 +334,6 @@ class _Marked(InputWrapper):
         super().__init__(source)
         self._digest = digest
 
+    @override
     def info(self) -> dict[str, Any]:
-        """See `Input`."""
         return super().info() | {_DIGEST: self._digest}

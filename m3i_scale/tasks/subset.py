@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
@@ -88,12 +90,12 @@ class _Subset(InputWrapper):
         super().__init__(source)
         self._keys = keys
 
+    @override
     def outlines(self) -> Iterator[Record]:
-        """See `Input`."""
         return (outline for outline in super().outlines() if self._takes(outline))
 
+    @override
     def records(self) -> Iterator[Record]:
-        """See `Input`."""
         return (record for record in super().records() if self._takes(record))
 
     def _takes(self, sample: Record) -> bool:
@@ -147,12 +149,12 @@ class _ShardSubset(ShardInput):
         super().__init__(origins, labels, **about)
         self._keys = keys
 
+    @override
     def outlines(self) -> Iterator[Record]:
-        """See `Input`."""
         return (outline for outline in super().outlines() if outline.key in self._keys)
 
+    @override
     def records(self) -> Iterator[Record]:
-        """See `Input`."""
         for origin, key, members in contents(self._origins, keys=self._keys):
             unread = {name for name, has in ((INSTANCES, self.categories), ("cls", self.labels)) if not has}
             read = {name: data for name, data in members.items() if name not in unread}

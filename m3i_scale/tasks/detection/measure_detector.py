@@ -29,43 +29,34 @@ CURVES = "precision_recall.png"
 def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
     """Return the function that evaluates the detector; arguments as for `detector_of`."""
     load = detector_of(folder, measures)
-    return None if load is None else partial(_load_and_evaluate, load)
+    return None if load is None else partial(evaluate_detector, load)
 
 
-def _load_and_evaluate(
+def evaluate_detector(
     load: Callable[[Path, torch.device, int], Detector],
     folder: Path,
     data: str,
-    where: torch.device,
+    device: torch.device,
     batch_size: int | None,
     exclude_groups: tuple[str, ...],
     pictures: tuple[Path, int] | None,
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, Any]:
-    detector = load(folder, where, batch_size or DETECTED)
-    return evaluate_detector(detector, folder, data, exclude_groups, pictures, progress)
-
-
-def evaluate_detector(
-    detector: Detector,
-    folder: Path,
-    data: str,
-    exclude_groups: tuple[str, ...],
-    overlays: tuple[Path, int] | None,
-    progress: Callable[[str, int], None] | None,
-) -> dict[str, Any]:
     """Return the document of `evaluate` for a detector.
 
     Args:
-        detector: the model.
-        folder: source folder of the model.
+        load: loads the model for a batch size.
+        folder: folder of the model.
         data: test shards.
+        device: device of the model.
+        batch_size: images per forward pass; None: `DETECTED`.
         exclude_groups: skip samples with one of these values as `group`.
-        overlays: new folder for pictures of the worst images and precision-recall curves, and the number of pictures.
+        pictures: new folder for pictures of the worst images and precision-recall curves, and the number of pictures.
         progress: callback for the number of samples read.
     """
+    detector = load(folder, device, batch_size or DETECTED)
     categories = check_categories(detector, data)
-    drawing = None if overlays is None else DetectionOverlays(*overlays, categories)
+    drawing = None if pictures is None else DetectionOverlays(*pictures, categories)
     table = open_table(data, "--data")
     tell = None if progress is None else partial(progress, "data")
     truths, predictions = find_objects(detector, table, categories, exclude_groups, tell, drawing)
@@ -74,9 +65,9 @@ def evaluate_detector(
         raise DataError("no usable sample in the test data", where=data, why=str(dict(table.left_out)))
     clusters = clusters_of(table)
     figures = measure_detector(truths, predictions, categories, clusters)
-    if drawing is not None and overlays is not None:
+    if drawing is not None and pictures is not None:
         drawing.write()
-        draw_curves(figures, overlays[0] / CURVES)
+        draw_curves(figures, pictures[0] / CURVES)
     warnings = [clusters.warning] if clusters.warning else []
     if table.left_out:
         warnings.append(

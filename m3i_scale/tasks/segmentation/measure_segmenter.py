@@ -31,42 +31,33 @@ MAX_ASPECT = 20
 def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
     """Return the function that evaluates the segmenter; arguments as for `segmenter_of`."""
     load = segmenter_of(folder, measures)
-    return None if load is None else partial(_load_and_evaluate, load)
+    return None if load is None else partial(evaluate_segmenter, load)
 
 
-def _load_and_evaluate(
+def evaluate_segmenter(
     load: Callable[[Path, torch.device, int], Segmenter],
     folder: Path,
     data: str,
-    where: torch.device,
+    device: torch.device,
     batch_size: int | None,
     exclude_groups: tuple[str, ...],
     pictures: tuple[Path, int] | None,
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, Any]:
-    segmenter = load(folder, where, batch_size or WINDOWS)
-    drawing = None if pictures is None else Overlays(*pictures, segmenter.classes)
-    return evaluate_segmenter(segmenter, folder, data, exclude_groups, drawing, progress)
-
-
-def evaluate_segmenter(
-    segmenter: Segmenter,
-    folder: Path,
-    data: str,
-    exclude_groups: tuple[str, ...],
-    overlays: Overlays | None,
-    progress: Callable[[str, int], None] | None,
-) -> dict[str, Any]:
     """Return the document of `evaluate` for a segmenter.
 
     Args:
-        segmenter: the model.
-        folder: source folder of the model.
+        load: loads the model for a batch size.
+        folder: folder of the model.
         data: test shards.
+        device: device of the model.
+        batch_size: windows per forward pass; None: `WINDOWS`.
         exclude_groups: skip samples with one of these values as `group`.
-        overlays: writer of prediction overlays.
+        pictures: new folder for prediction overlays, and their number.
         progress: callback for the number of samples read.
     """
+    segmenter = load(folder, device, batch_size or WINDOWS)
+    overlays = None if pictures is None else Overlays(*pictures, segmenter.classes)
     check_classes(segmenter, data)
     table = open_table(data, "--data")
     tell = None if progress is None else partial(progress, "data")
