@@ -41,7 +41,7 @@ def memory_mib(name: str) -> float:
 
 
 def plan_of(settings: dict[str, Any], world: int) -> ResolvedRun:
-    """Return the `sim` recipe, whose dense target comes from the EMA teacher, with small images."""
+    """Return the `sim` recipe with small images. Its dense target needs the EMA teacher."""
     run = load_run(
         "sim",
         [

@@ -373,7 +373,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _phases_fill_the_run(self) -> Self:
+    def _stages_fill_the_run(self) -> Self:
         if not self.stages:
             return self
         if self.task is not None:

@@ -45,7 +45,7 @@ class StreamSource:
     """Number of classes; None if labels are not read."""
     views: ViewMaker
     captions: str = "one"
-    """How to read `.txt` fields: `one`, `lines` or `none` (`DatasetConfig.captions`)."""
+    """Format of `.txt` fields, as in `DatasetConfig.captions`: `one` caption, `lines` of captions, or `none`."""
     end: int | None = None
     """Position at which the dataset is exhausted; None: never."""
     mask_classes: int | None = None

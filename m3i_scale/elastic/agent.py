@@ -39,6 +39,7 @@ _CHUNK = 1 << 16
 _HEARTBEAT_TIMEOUT_S = 60.0
 """Heartbeat timeout until the supervisor sets one."""
 _LINE_BYTES = 2000
+_KILL_S = 5.0
 
 
 class Rank:
@@ -77,7 +78,7 @@ class Rank:
         self.output = self._process.stdout
 
     def remember(self, data: bytes) -> None:
-        """Keep the last lines; for a line that is overwritten repeatedly (a progress bar), its last text."""
+        """Append output to the last lines. Of a progress bar, which overwrites its line, keep the last state."""
         *complete, self._part = (self._part + data.decode(errors="replace")).split("\n")
         lines = [line.rstrip("\r").rpartition("\r")[2][:_LINE_BYTES] for line in complete]
         self._lines.extend(line for line in lines if line.strip())
@@ -101,7 +102,8 @@ class Rank:
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # in a system call that does not return: `end_marked`
+                self._process.wait(_KILL_S)
 
     def state(self) -> RankState | None:
         """Return the last known state of the rank; None before its first heartbeat."""
@@ -115,7 +117,7 @@ class Rank:
         record = read_record(record_file(self._records, self.number))
         if record is not None:
             return asdict(replace(record, host=host, exit_code=self.code, lines=lines))
-        state = self.state() or RankState(-1, -1, "start", 0.0)
+        state = self.state() or RankState(-1, -1, "start", 0.0, 0.0)
         kind, message = explain_exit_code(self.code)
         error_line = next((line.strip() for line in reversed(lines) if "error" in line.lower()), "")
         if self.code == -signal.SIGKILL:
@@ -196,8 +198,9 @@ class Agent:
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
-        end_marked(self.launch, self.host, self.output_dir)  # from an earlier attempt with a killed agent
         error = None
+        if pids := end_marked(self.launch, self.host, self.output_dir):  # from an earlier attempt
+            error = f"processes of an earlier attempt cannot be killed: {', '.join(map(str, pids))}"
         try:
             self.records = _create_record_folder()
         except OSError as cause:

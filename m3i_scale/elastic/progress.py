@@ -60,14 +60,19 @@ class Progress:
 
     def beat_of(self, rank: int) -> Message:
         """Return the last beat of a rank, or a starting state if there is none yet."""
-        unseen = {"step": -1, "phase": "start", "changed": self._began, "age_s": time.time() - self._began}
+        unseen = {
+            "step": -1,
+            "phase": "start",
+            "changed": self._began,
+            "timeout_s": 0.0,
+            "age_s": time.time() - self._began,
+        }
         return self._beats.get(rank, unseen)
 
     def hangs(self, rank: int) -> bool:
-        """Return whether a rank has not changed for longer than the run's timeouts allow."""
+        """Return whether a rank has not changed for longer than the collective timeout of its phase."""
         beat = self.beat_of(rank)
-        inside = beat["phase"] in PHASES and beat["step"] > 0
-        return bool(beat["age_s"] > (self._timeouts.collective_s if inside else self._timeouts.startup_s) + _SLACK_S)
+        return bool(beat["age_s"] > (beat["timeout_s"] or self._timeouts.startup_s) + _SLACK_S)
 
     def furthest_behind(self, ranks: Iterable[int]) -> int:
         """Return the rank with the fewest completed steps among these."""

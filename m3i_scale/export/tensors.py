@@ -16,6 +16,8 @@ from m3i_scale.export import fresh
 from m3i_scale.objective.information import Objective
 
 Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
+"""Image processors: center crop, full image resized to a square (whole, stretched) or padded, square windows along the
+longer side."""
 VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,8 +65,7 @@ class ExportedModule:
     files: tuple[Path, ...] = ()
     """Source files to include."""
     resize: Resize = "centre"
-    """How the image processor resizes: center crop, full image resized to a square (whole, stretched) or padded, square
-    windows along the longer side."""
+    """Resizing of the exported image processor."""
     trained: Callable[[Objective, Tensor], Mapping[str, Tensor]] | None = None
     """Outputs of the training modules by name, on normalized images. None: see `trained.trained_output`."""
 

@@ -38,7 +38,7 @@ Format = Literal["transformers", "timm", "onnx"]
 TASKS = ("features", "classification", "segmentation", "detection", "zero_shot", "backbone")
 FORMATS = ("transformers", "timm", "onnx")
 _MODALITIES = {"segmentation": "mask", "detection": "boxes"}
-"""Modality of the target whose head is exported with the backbone."""
+"""Modality of the target that is exported with the backbone, by task."""
 
 
 @dataclass(frozen=True)

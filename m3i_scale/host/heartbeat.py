@@ -18,7 +18,7 @@ PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimize
 RECORDS = "M3I_SCALE_RECORDS"
 """Environment variable: the folder on this host for heartbeats and error files of its ranks."""
 
-_LAYOUT = struct.Struct("<qqd16s")
+_LAYOUT = struct.Struct("<qqdd16s")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class RankState:
     """A phase of the step, or the activity outside of steps (start, open, resume, save, evaluate …)."""
     changed: float
     """Unix time of the last change."""
+    timeout_s: float
+    """Collective timeout of this phase; 0 before the training loop sets one."""
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
@@ -52,6 +54,8 @@ class Heartbeat:
 
     def __init__(self, path: Path | None) -> None:
         self.step, self.phase = -1, "start"
+        self.timeout_s = 0.0
+        """Written with the next beat."""
         self._began = -1
         self._map: mmap.mmap | None = None
         if path is not None:
@@ -76,7 +80,7 @@ class Heartbeat:
     def _write(self) -> None:
         if self._map is not None:
             name = self.phase.encode()[:16]
-            self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), name)
+            self._map[:] = _LAYOUT.pack(self.step, self._began, time.time(), self.timeout_s, name)
 
 
 def read_heartbeat(path: Path) -> RankState | None:
@@ -87,10 +91,10 @@ def read_heartbeat(path: Path) -> RankState | None:
         return None
     if len(raw) != _LAYOUT.size:
         return None
-    step, began, changed, name = _LAYOUT.unpack(raw)
+    step, began, changed, timeout_s, name = _LAYOUT.unpack(raw)
     if not changed:
         return None
-    return RankState(step, began, name.rstrip(b"\0").decode(errors="replace"), changed)
+    return RankState(step, began, name.rstrip(b"\0").decode(errors="replace"), changed, timeout_s)
 
 
 def local_heartbeat(rank: int) -> Heartbeat:

@@ -31,8 +31,9 @@ CHARTS = (
     Chart("loss", "overview", "Loss", "nats", "Weighted sum of the groups' losses.", "loss"),
     Chart(
         "group_loss", "objective", "Loss by group", "nats",
-        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/(.+)",
+        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/([^/]+)",
     ),
+    Chart("loss_term", "objective", "Loss by term", "", "Terms of a group's loss, as a detector's.", "loss/(.+/.+)"),
     Chart(
         "nats", "objective", "Information by group", "nats",
         'What the representation tells about each target: a bound or an estimate. "information" is their sum.',

@@ -95,8 +95,6 @@ class AttemptNote(BaseModel):
     lost: list[str]
     """Hosts that became unreachable or went down."""
     came_back: list[str]
-    slow: list[str]
-    """A sentence for each straggler."""
     cause: FailureNote | None
 
 

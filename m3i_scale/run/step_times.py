@@ -107,6 +107,7 @@ class Timeouts:
     Args:
         timeouts: timeouts of the config.
         step_times: its section changes update the heartbeat.
+        heartbeat: receives the timeouts, by which the elastic launcher detects a hang.
     """
 
     def __init__(self, timeouts: TimeoutsConfig, step_times: StepTimes, heartbeat: Heartbeat) -> None:
@@ -117,12 +118,16 @@ class Timeouts:
         """Count a completed step."""
         self._steps += 1
         if self._steps == _LONG_STEPS:
-            set_timeout(self._timeouts.collective_s)
+            self._set(self._timeouts.collective_s)
 
-    def begin_phase(self) -> None:
+    def begin_stage(self) -> None:
         """Apply the startup timeout to the next steps."""
         self._steps = 0
-        set_timeout(self._timeouts.startup_s)
+        self._set(self._timeouts.startup_s)
+
+    def _set(self, timeout_s: float) -> None:
+        set_timeout(timeout_s)
+        self._heartbeat.timeout_s = timeout_s
 
     @contextlib.contextmanager
     def outside_of_steps(self, name: str) -> Iterator[None]:
@@ -133,13 +138,13 @@ class Timeouts:
         """
         around = self._heartbeat.phase
         on_change, self._step_times.on_change = self._step_times.on_change, lambda phase: None
-        self._heartbeat.at(name)
         if self._steps >= _LONG_STEPS:
-            set_timeout(self._timeouts.startup_s)
+            self._set(self._timeouts.startup_s)
+        self._heartbeat.at(name)
         try:
             yield
         finally:
             if self._steps >= _LONG_STEPS:
-                set_timeout(self._timeouts.collective_s)
+                self._set(self._timeouts.collective_s)
             self._step_times.on_change = on_change
         self._heartbeat.at(around)

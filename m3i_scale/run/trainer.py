@@ -209,7 +209,7 @@ class Trainer:
             state.stage = stage
             set_micro_batch_size(state.engine, size)
             self.meter.work = self.work = replace(self.work, flop=flop_of(stage))
-        state.timeouts.begin_phase()
+        state.timeouts.begin_stage()
         self.meter.reset()
 
     def _tell_stage(self) -> None:

@@ -36,9 +36,9 @@ class Task(Kind):
     kinds: ClassVar[dict[str, type[Kind]]] = {}
     modules: ClassVar[dict[str, str]] = TASKS
     dense: ClassVar[bool] = False
-    """Whether the task predicts locations instead of image labels. InternImage then uses other learning rates."""
+    """Whether the task predicts pixels or boxes, not image labels. InternImage then uses other learning rates."""
     reads_masks: ClassVar[bool] = False
-    """Whether the task reads the class of every pixel."""
+    """Whether the data loader has to read segmentation masks."""
 
     freeze: bool = False
     """Freeze the backbone in evaluation mode and train only the heads."""

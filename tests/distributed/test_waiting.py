@@ -1,4 +1,4 @@
-"""How long ranks wait for each other: as long as they were told last."""
+"""The timeout of collectives can be changed while a process group exists."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def a_launch(
 
 
 def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
-    """What `python -m m3i_scale.elastic.launch` reads, of two ranks on this machine."""
+    """Write the input of `python -m m3i_scale.elastic.launch` for two ranks on this machine."""
     given = {
         "run": load_run("m3i", [*OVERRIDES, f"output_dir={folder / 'out'}", *overrides]).model_dump(mode="json"),
         "python": sys.executable,

@@ -1,4 +1,4 @@
-"""Targets: loss terms k of equation (5), one class per kind. Those of tasks are in `tasks`."""
+"""Targets, the loss terms k of equation (5): one class per kind. Targets of fine-tuning are in `tasks`."""
 
 from m3i_scale.objective.targets.anchors import Anchor, Gram
 from m3i_scale.objective.targets.caption import Caption

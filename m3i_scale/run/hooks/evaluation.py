@@ -7,6 +7,7 @@ import itertools
 import math
 
 import torch
+from torch import Tensor
 
 from m3i_scale.checkpoint.probe import evaluating
 from m3i_scale.data.loader import TrainStream
@@ -66,16 +67,15 @@ class Evaluation(Hook):
         # The same samples in every stage, as far as its micro-batch size allows.
         of_stage = self._state.stage.run.optim.micro_batch_size
         count = math.ceil(run.evaluation.batches * run.optim.micro_batch_size / of_stage)
-        totals: dict[str, float] = {}
+        values: dict[str, list[Tensor]] = {}
         scores = self._scores()
         with evaluating(engine.module), contextlib.closing(iter(self._stream)) as stream:
             batches = Fetcher(stream)
             for batch in itertools.islice(batches, count):
-                loss, figures = engine(batch.to(self._device))
-                for name, value in {"loss": loss, **figures}.items():
-                    if name.endswith("/weight"):  # training records have the loss weights
-                        continue
-                    totals[name] = totals.get(name, 0.0) + float(value) / count
+                loss, metrics = engine(batch.to(self._device))
+                for name, value in {"loss": loss, **metrics}.items():
+                    if not name.endswith("/weight"):  # training records have the loss weights
+                        values.setdefault(name, []).append(value.detach())
                 for name, of_target in scores.items():
                     of_target.add(batch, engine.module.outputs[name])
         batches.raise_together()
@@ -85,6 +85,7 @@ class Evaluation(Hook):
             for name, of_target in scores.items()
             for score, value in of_target.compute(engine.module.ranks).items()
         }
+        totals = {name: sum(torch.stack(of_batches).tolist()) / count for name, of_batches in values.items()}
         return mean_over_ranks(totals) | computed
 
     def _scores(self) -> dict[str, Scores]:

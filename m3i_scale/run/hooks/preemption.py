@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.host.output_dir import stop_requested
 from m3i_scale.run.hooks.base import Hook, TrainState
+
+_CHECK_S = 1.0
+"""Interval between reads of the output folder, a shared file system that all ranks would wait for in every step."""
 
 
 class Preemption(Hook):
@@ -26,10 +30,15 @@ class Preemption(Hook):
         self._state, self._output_dir = state, output_dir
         self._signalled = False
         self._interrupted = False
+        self._checked = -_CHECK_S
 
     def vote(self) -> bool:
         """Return whether this rank has been asked to stop."""
-        return self._signalled or (self._output_dir is not None and stop_requested(self._output_dir))
+        now = time.monotonic()
+        if self._output_dir is not None and now - self._checked >= _CHECK_S:
+            self._checked = now
+            self._signalled = self._signalled or stop_requested(self._output_dir)
+        return self._signalled
 
     def pre_optimizer_step(self, voted: bool) -> None:
         """Stop after this step if any rank has been asked to."""

@@ -31,7 +31,7 @@ class Sweep(Section):
     blocks: tuple[int, ...] = (1, 4)
     """Numbers of last layers whose class tokens are concatenated, each normalized by the backbone's final norm."""
     mean: tuple[bool, ...] = (False, True)
-    """Whether to append the mean patch token of the last layer."""
+    """Inputs without (false) and with (true) the mean patch token of the last layer appended."""
     lr_scales: tuple[float, ...] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
     """Learning rates as fractions of optim.lr."""
 

@@ -182,7 +182,7 @@ class _Panel:
 
 
 _SIDE, _EDGE, _GAP = 240, 30, 20
-"""Of one plot, in pixels: size, margin for labels, and gap to the next plot."""
+"""Size of a plot, margin for its labels, and gap between plots, in pixels."""
 _STEP = _SIDE + 2 * _EDGE + _GAP
 _GRID = (225, 225, 225)
 COLOURS = {"0.50": (31, 119, 180), "0.75": (230, 120, 20), "0.50:0.95": (44, 140, 60)}

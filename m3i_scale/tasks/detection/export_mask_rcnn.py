@@ -74,8 +74,8 @@ def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> Exported
 
 
 def _trained(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
-    whole_B2 = torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW))
-    return joined(detect(objective, pixels_BCHW, whole_B2, whole_B2))
+    sizes_B2 = torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW), device=pixels_BCHW.device)
+    return joined(detect(objective, pixels_BCHW, sizes_B2, sizes_B2))
 
 
 def _no_class(why: str) -> ExportError:

@@ -159,8 +159,8 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
             return chosen
         if self.drawn_by is None:
             raise ValueError("a federated loss draws classes by their numbers of images")
-        weights_K = self.drawn_by.to(proposals_R4.device)
-        return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, weights_K, generator))
+        self.drawn_by = self.drawn_by.to(proposals_R4.device)  # copies once; a buffer would become bf16
+        return replace(chosen, drawn_C=federated_classes(chosen.labels_R, count, self.drawn_by, generator))
 
     def _class_loss(self, logits_RK: Tensor, chosen: Sequence[RegionSamples]) -> Tensor:
         """Return the sum over regions. Federated losses sample classes per image (published runs: one image per
