@@ -77,6 +77,23 @@ def upgrade_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     return recipe
 
 
+def upgrade_meta(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a deep copy of the meta.json of a checkpoint with current keys: its stages and the identity of its run."""
+    meta = upgrade_config(values)
+    identity = meta.get("identity")
+    if isinstance(identity, dict):
+        meta["identity"] = upgrade_config(identity)  # its `recipe`
+        if "attention" in identity:
+            backbone = {"attention": identity["attention"]}
+            meta["identity"]["attention"] = upgrade_config({"backbone": backbone})["backbone"]["attention"]
+    return meta
+
+
+def upgrade_weights(name: Any) -> Any:
+    """Return the current name of the weights of an export."""
+    return "ema" if name == "momentum" else name
+
+
 @lru_cache(maxsize=10_000)
 def upgrade_metric(name: str) -> str:
     """Return the current name of a metric."""

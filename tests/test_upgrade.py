@@ -13,7 +13,7 @@ from m3i_scale.config import RunConfig, load_run, parse_section
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.report.metrics_file import MetricsFile
-from m3i_scale.upgrade import upgrade_config, upgrade_line, upgrade_recipe
+from m3i_scale.upgrade import upgrade_config, upgrade_line, upgrade_meta, upgrade_recipe
 
 OLD = """
 extends: siglip2
@@ -74,6 +74,14 @@ def test_the_values_that_are_upgraded_stay_as_they_are() -> None:
     recipe = {"teachers": {"teacher": {"from_pretrained": "/data/teacher"}}}
     upgrade_recipe(recipe)["teachers"]["teacher"]["from_pretrained"] = ""
     assert recipe == {"teachers": {"teacher": {"from_pretrained": "/data/teacher"}}}
+
+
+def test_the_identity_and_the_stages_of_a_checkpoint_are_renamed() -> None:
+    old = {"step": 3, "phases": [{"steps": 4}], "identity": {"attention": "own", "recipe": {"momentum": {"end": 1}}}}
+    new = {"step": 3, "stages": [{"steps": 4}]}
+    new |= {"identity": {"attention": "within_image", "recipe": {"ema": {"end": 1}}}}
+    assert upgrade_meta(old) == upgrade_meta(new) == new
+    assert "phases" in old
 
 
 def test_an_encoder_of_a_target_is_renamed() -> None:

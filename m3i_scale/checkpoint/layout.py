@@ -20,6 +20,7 @@ from typing import Any
 
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import read_json
+from m3i_scale.upgrade import upgrade_meta
 
 MANIFEST = "manifest.json"
 """A folder without it is not a checkpoint."""
@@ -79,8 +80,8 @@ def stopped_words(root: Path) -> str:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return meta.json of a committed checkpoint."""
-    return read_object(folder, "meta.json")
+    """Return meta.json of a committed checkpoint, with current keys."""
+    return upgrade_meta(read_object(folder, "meta.json"))
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:

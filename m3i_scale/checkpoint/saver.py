@@ -267,9 +267,7 @@ def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
         else:
             size = master + 2 * moment if parameter.requires_grad else compute
         total += size * parameter.numel()
-    for buffer in buffers_of(objective).values():
-        total += buffer.numel() * (compute if buffer.is_floating_point() else buffer.itemsize)
-    return total
+    return total + sum(buffer.nbytes for buffer in buffers_of(objective).values())
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:

@@ -45,13 +45,9 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agree(*flags: bool | Tensor) -> tuple[bool, ...]:
-    """Return for every flag whether any rank sets it. All ranks get the same result, in one collective.
-
-    Args:
-        flags: booleans, or scalar tensors on this rank's device; all are read back in one transfer.
-    """
-    return tuple(bool(votes) for votes in _sums(*flags))
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """Return for every flag whether any rank sets it. Collective of hosts: it does not wait for the device."""
+    return tuple(map(bool, _reduced(flags, dist.ReduceOp.MAX)))
 
 
 def agree_and_average(

@@ -163,7 +163,7 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "passed_over": [{"checkpoint": path.name, "reason": reason} for path, reason in source.passed_over],
         "step": source.step,
         "samples": source.step * source.run.optim.batch_size,
-        "stages": source.meta.get("stages", source.meta.get("phases", [])),
+        "stages": source.meta.get("stages", []),
         "weights": weights,
         "dtype": dtype,
         "parameters": _parameters(folder),

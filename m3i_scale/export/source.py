@@ -26,6 +26,7 @@ from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportErro
 from m3i_scale.export.tensors import VISION
 from m3i_scale.files import read_json, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.upgrade import upgrade_weights
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,10 @@ def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tu
     if not isinstance(model, dict) or "export" not in model:  # from a version that did not record it
         return values, None
     of = model["export"] if isinstance(model["export"], dict) else {}
-    if (of.get("checkpoint_manifest_sha256"), of.get("weights")) == (sha256_of(source.checkpoint / MANIFEST), weights):
+    measured = upgrade_weights(of.get("weights"))
+    if (of.get("checkpoint_manifest_sha256"), measured) == (sha256_of(source.checkpoint / MANIFEST), weights):
         return values, None
-    theirs = f"the {of.get('weights')} weights of {of.get('checkpoint')}" if of else "another model"
+    theirs = f"the {measured} weights of {of.get('checkpoint')}" if of else "another model"
     if given is not None:
         raise ExportError(
             f"the evaluation is of {theirs}, and this export has the {weights} weights of {source.checkpoint.name}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
+from m3i_scale.run.software import software_versions
 from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.text import format_differences, known_part, listed
-from m3i_scale.upgrade import upgrade_config
 
 _SHOWN_CHANGES = 5
 _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
 """Identity fields that checkpoints of earlier versions lack. They are not compared for such checkpoints."""
-_TOLD_VERSIONS = ("m3i-scale", "torch", "deepspeed", "transformers", "safetensors")
 
 
 def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
@@ -145,9 +143,7 @@ def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int
 
 def _saved_stages(meta: dict[str, Any], checkpoint: Path) -> list[Stage]:
     where = f"stages of {checkpoint / 'meta.json'}"
-    return [
-        parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", meta.get("phases", []))
-    ]
+    return [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
 
 
 def _changed_stages(run: RunConfig, saved: list[Stage]) -> list[str]:
@@ -223,7 +219,6 @@ def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[st
 
 def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any]) -> None:
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
-    saved["attention"] = upgrade_config({"backbone": {"attention": saved.get("attention")}})["backbone"]["attention"]
     for identity in (saved, now):  # equivalent recipes can be written differently
         identity["recipe"] = meaning(identity.get("recipe"))
     if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
@@ -273,5 +268,5 @@ def checkpoint_meta(resolved: ResolvedRun, *, step: int, world_size: int) -> dic
         "stages": [stage.model_dump() for stage in resolved.run.stages],
         "vocab_size": resolved.vocab_size,
         "tokenizer": getattr(resolved.tokenizer, "name_or_path", None),
-        "versions": {name: version(name) for name in _TOLD_VERSIONS},
+        "versions": software_versions()["packages"],
     }

@@ -312,6 +312,9 @@ def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path
     with pytest.raises(ExportError) as caught:
         export(folder, tmp_path / "given", weights="ema", evaluation_file=file)
     assert caught.value.where == str(file)
+    file.write_text(json.dumps({"model": {"export": of | {"weights": "momentum"}}, "measures": figures, "data": data}))
+    old = export(folder, tmp_path / "of the previous format", weights="ema", evaluation_file=file)
+    assert old["evaluation"]["measures"] == figures
 
 
 def test_steps_between_the_last_record_and_a_stop_count_with_the_next_one(make_run, tmp_path):

@@ -1,7 +1,10 @@
 """Which hosts make a world."""
 
 import io
+import os
 import socket
+import subprocess
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +14,7 @@ from launch import free_port
 from m3i_scale.config import RunConfig, TimeoutsConfig, load_run
 from m3i_scale.elastic.agent import Agent
 from m3i_scale.elastic.attempts import Launch
-from m3i_scale.elastic.link import HostError, Inbox, Link, RemoteShell
+from m3i_scale.elastic.link import HostError, Inbox, Link, RemoteShell, receive
 from m3i_scale.elastic.progress import Progress
 from m3i_scale.elastic.rendezvous import HostHistory, Policy, Work
 from m3i_scale.elastic.supervise import Attempt, AttemptResult, Logs
@@ -68,14 +71,15 @@ def test_workers_share_out_the_streams_of_a_rank():
 
 def test_a_rank_hangs_beyond_its_time_out_and_the_one_that_has_done_least_is_furthest_behind():
     progress = Progress(TimeoutsConfig(startup_s=3600.0, collective_s=1.0))
+    states = [("backward", 1.0), ("forward", 1.0), ("save", 3600.0), ("forward", 3600.0), ("resume", 0.0)]
     beats = {
-        str(rank): {"step": 4, "began": 2, "phase": phase, "changed": 0.0}
-        for rank, phase in enumerate(("backward", "forward", "save"))
+        str(rank): {"step": 4, "began": 2, "phase": phase, "changed": 0.0, "timeout_s": timeout_s}
+        for rank, (phase, timeout_s) in enumerate(states)
     }
-    progress.beat("node0", {"time": 100.0, "beats": beats}, {0, 1, 2})
-    assert [progress.hangs(rank) for rank in range(4)] == [True, True, False, False]
+    progress.beat("node0", {"time": 100.0, "beats": beats}, {*range(5)})
+    assert [progress.hangs(rank) for rank in range(6)] == [True, True, False, False, False, False]
     assert progress.furthest_behind([0, 1, 2]) == 1
-    assert progress.furthest_behind([0, 1, 2, 3]) == 3  # of which nothing has been seen
+    assert progress.furthest_behind([0, 1, 2, 5]) == 5  # of which nothing has been seen
     assert (progress.first_step, progress.last_step) == (2, 4)
 
 
@@ -121,6 +125,46 @@ def test_a_port_whose_connections_have_just_ended_is_free_and_one_with_a_listene
             assert guest.recv(1) == b""
         assert "Address already in use" in asked(port)["error"]
     assert asked(port) == {"kind": "port", "port": port, "address": None, "error": None}
+
+
+def test_processes_that_cannot_be_killed_are_reported_and_keep_their_host_out(tmp_path, monkeypatch):
+    def hello(agent: Agent) -> None:
+        agent._send_hello({"host": "node0", "launch": "one", "output_dir": str(tmp_path), "silence_s": 30.0})
+
+    def messages(output: io.BytesIO) -> list[dict[str, Any]]:
+        return [cast(dict[str, Any], decode(line)) for line in output.getvalue().splitlines()]
+
+    def never_ends(timeout: float) -> int:
+        raise subprocess.TimeoutExpired("rank", timeout)
+
+    agent = Agent(output := io.BytesIO())
+    hello(agent)
+    ranks, environment = [{"RANK": "0"}], {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    agent._start({"ranks": ranks, "command": ["sleep", "600"], "cwd": str(tmp_path), "environment": environment})
+    monkeypatch.setattr(agent.ranks[0]._process, "wait", never_ends)
+    monkeypatch.setattr("m3i_scale.elastic.agent.end_marked", lambda *launch: [42])
+    agent._end()
+    assert messages(output)[-1] == {"kind": "bye", "left": [42]}
+    after = Agent(output := io.BytesIO())
+    hello(after)
+    after.writer.close()
+    assert "42" in messages(output)[0]["error"]
+
+
+def test_links_get_a_beat_a_second_however_many_messages_arrive():
+    class Counted:
+        beats = 0
+
+        def send(self, kind: str, **fields: object) -> None:
+            self.beats += kind == "beat"
+
+    links, inbox = [cast(Link, Counted()) for _ in range(3)], Inbox()
+    for _ in range(1000):
+        inbox.put((links[0], {"kind": "beat"}))
+    started = time.monotonic()
+    received = sum(1 for _ in receive(links, inbox, lambda: 1.0 - inbox.empty()))
+    assert received == 1000
+    assert all(1 <= cast(Any, one).beats <= 2 + time.monotonic() - started for one in links)
 
 
 class Failed:

@@ -342,6 +342,19 @@ def test_diff_of_one_with_itself_is_none(run_dir: Path) -> None:
     assert "no difference" in call("diff", run_dir, run_dir).output
 
 
+def test_diff_with_a_checkpoint_of_the_previous_format_is_none(run_dir: Path) -> None:
+    old = changed_copy(run_dir)
+    meta = json.loads((old / "meta.json").read_text())
+    meta["phases"] = meta.pop("stages")
+    meta["identity"]["attention"] = {"within_image": "own"}[meta["identity"]["attention"]]
+    recipe = meta["identity"]["recipe"]
+    if "ema" in recipe:
+        recipe["momentum"] = recipe.pop("ema")
+    (old / "meta.json").write_text(json.dumps(meta))
+    found = document("diff", run_dir, old)
+    assert (found["model"], found["facts"]) == ([], [])
+
+
 def changed_copy(run_dir: Path, change: Any = lambda tensors: None) -> Path:
     """The newest checkpoint as one rank would have written it."""
     copy = run_dir.parent / "copy" / step_name(6)

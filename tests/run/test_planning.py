@@ -268,8 +268,9 @@ def test_a_host_without_the_memory_is_refused_with_what_would_do(monkeypatch):
     assert "checkpoint.background" not in fault.value.fix
 
 
-def test_a_checkpoint_has_weights_moments_averages_and_buffers():
-    found = plan_of_sim()
+@pytest.mark.parametrize("recipe", ["sim", "moco"])
+def test_a_checkpoint_has_weights_moments_averages_and_buffers(recipe):
+    found = plan_run(tiny_run(recipe, *SMALL, "deepspeed=zero1_bf16"), machine(), samples=None)
     numel, averaged = (numel_of(found.model.parameters, role) for role in ("trained", "momentum"))
     size = 12 * numel + 4 * averaged + found.model.remembered_bytes
     assert found.document()["checkpoint_gib"] == size / 2**30

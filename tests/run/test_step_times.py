@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.host.heartbeat import Heartbeat
+from m3i_scale.host.heartbeat import Heartbeat, read_heartbeat
 from m3i_scale.run import step_times as module
 from m3i_scale.run.step_times import PHASES, StepTimes, Timeouts
 
@@ -127,6 +128,30 @@ def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
     assert heartbeat.phase == "save"
     with phases.span("data"):
         assert heartbeat.phase == "data"
+
+
+def test_a_heartbeat_has_the_timeout_of_its_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3i_scale.run.step_times.set_timeout", lambda seconds: None)
+
+    def timeout() -> float:
+        state = read_heartbeat(tmp_path / "beat")
+        assert state is not None
+        return state.timeout_s
+
+    times, heartbeat = StepTimes(), Heartbeat(tmp_path / "beat")
+    times.on_change = heartbeat.at
+    timeouts = Timeouts(TimeoutsConfig(startup_s=600.0, collective_s=60.0), times, heartbeat)
+    seen = []
+    for begins in (False, False, False, True, False, False):
+        if begins:
+            timeouts.begin_stage()
+        with times.span("forward"):
+            seen.append(timeout())
+        timeouts.end_step()
+    assert seen == [0.0, 0.0, 60.0, 600.0, 600.0, 60.0]  # 0: the timeout of the start
+    with timeouts.outside_of_steps("save"):
+        assert timeout() == 600.0
+    assert timeout() == 60.0
 
 
 def test_on_the_host_time_is_that_of_the_host() -> None:
