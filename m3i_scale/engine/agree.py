@@ -57,7 +57,7 @@ def agree_and_average(
     one collective and one transfer.
 
     Args:
-        flags: the flags, as for `agree`.
+        flags: booleans, or scalar tensors on this rank's device.
         value: scalar tensor on this rank's device; may be NaN, which does not affect the flags.
         counts: counts of this rank; sums are exact below 2²⁴, and to seven digits above.
     """

@@ -38,7 +38,7 @@ from weights import timm_model
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.saver import Saver, buffers_of
 from m3i_scale.engine.activation_budget import count_saved, fit_activations, peak_bytes
-from m3i_scale.engine.agree import agree, max_over_ranks, mean_over_ranks
+from m3i_scale.engine.agree import agree, agree_and_average, max_over_ranks, mean_over_ranks
 from m3i_scale.engine.loading import stream_into
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import (
@@ -203,7 +203,12 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             "largest": self.ranks.max(torch.tensor([1.0 - self.rank, self.rank], requires_grad=True)),
             "sum_gradient": self.sum_gradient(),
             "agree": agree(self.rank == self.world - 1, False, self.rank == 0),
-            "agree_tensors": agree(torch.tensor(self.rank == self.world - 1), False, torch.tensor(False)),
+            "agree_and_average": agree_and_average(
+                torch.tensor(self.rank == self.world - 1),
+                False,
+                torch.tensor(False),
+                value=torch.tensor(2.0 * self.rank),
+            ),
             "votes": [self.vote(*case) for case in ((False, False), (False, True), (True, True))],
             "mean": mean_over_ranks({"b": 1.0 + self.rank, "a": float(10**9 + self.rank)}),
             "max": max_over_ranks({"b": 1.0 - self.rank, "a": float(self.rank)}),

@@ -269,7 +269,7 @@ def test_agreement_means_and_maxima(worlds, world: int) -> None:
     for rank in range(world):
         told = worlds.result("collectives", world, rank)
         assert told["agree"] == (True, False, True)
-        assert told["agree_tensors"] == (True, False, False)
+        assert told["agree_and_average"] == ((True, False, False), float(world - 1), [])
         assert told["mean"] == {"a": 10**9 + (world - 1) / 2, "b": 1 + (world - 1) / 2}
         assert told["max"] == {"a": float(world - 1), "b": 1.0}
         assert told["nothing"] == ({}, {})
