@@ -374,6 +374,7 @@ def test_more_streams_than_shards_share_them_and_fewer_samples_than_streams_are_
     with pytest.raises(DataError) as caught:
         tools.make_loader({"s": folder}, cache, streams=64, micro=64)
     assert caught.value.where == "dataset 's'"
+    assert "64 streams" in caught.value.what
     with pytest.raises(ConfigError) as caught:
         tools.make_loader({}, cache)
     assert caught.value.where == "data.datasets"
