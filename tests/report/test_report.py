@@ -472,6 +472,7 @@ def test_a_disk_without_room_leaves_the_earlier_report(run, tmp_path, monkeypatc
     with pytest.raises(ConfigError) as caught:
         write_report([run], to)
     assert str(caught.value.where).endswith("/report.html")
+    assert "No space left" in caught.value.what
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
