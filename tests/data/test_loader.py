@@ -411,6 +411,7 @@ def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_p
     with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"
+    assert caught.value.what.endswith("code of its own")
     assert not ran.exists()
 
 
