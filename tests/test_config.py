@@ -146,6 +146,7 @@ def test_a_missing_field_of_a_recipe_shows_its_values_under_its_whole_key():
     with pytest.raises(ConfigError) as caught:
         parse_recipe(run.recipe, where="run.yaml")
     assert caught.value.where == "run.yaml"
+    assert "recipe.targets.0.regularizer" in caught.value.what
     assert "stop_gradient, unigrad" in caught.value.fix
 
 
@@ -166,6 +167,7 @@ def test_heads_that_do_not_divide_a_width_are_refused_with_the_recipe():
     with pytest.raises(ConfigError) as caught:
         parse_recipe(run.recipe)
     assert caught.value.where == "recipe"
+    assert "recipe.decoders.dense" in caught.value.what
 
 
 def test_a_name_like_no_other_is_told_all_built_in_names():

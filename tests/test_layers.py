@@ -1,4 +1,4 @@
-"""Imports run down: api, cli > tasks > run > {evaluate, hub, launch, report} > scale > objective > backbones > …."""
+"""Imports run down: a package imports those of a lower level; `LEVELS` is the order."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -50,12 +50,12 @@ PARTITION_INTERNALS = {"ds_tensor", "ds_status", "ds_persist", "ds_param_type", 
 PARTITION_INTERNALS |= {"ds_secondary_tensor"}
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """`data/loader.py` → data, `config.py` → config."""
-    return room_in(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    return package_in(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
-def room_in(module: str) -> str:
+def package_in(module: str) -> str:
     """`data.loader` → data. `tasks.base` belongs to config: the core knows no more of tasks."""
     return "config" if module.startswith("tasks.base") else module.partition(".")[0]
 
@@ -71,8 +71,8 @@ def imports_of(tree: ast.AST) -> list[tuple[int, str]]:
     return found
 
 
-def faults_of(room: str, source: str, *, standalone: bool = False) -> list[str]:
-    """What a file of `room` imports and must not.
+def faults_of(package: str, source: str, *, standalone: bool = False) -> list[str]:
+    """What a file of `package` imports and must not.
 
     Files that exports carry (`standalone`) find each other by relative imports, as `transformers` wants it, and import
     nothing else of the package.
@@ -84,29 +84,30 @@ def faults_of(room: str, source: str, *, standalone: bool = False) -> list[str]:
             faults.append(f"line {line}: relative import {name}")
         elif top in ("tests", "benchmarks", "launchers"):
             faults.append(f"line {line}: the package imports {top}")
-        elif top == "deepspeed" and LEVELS[room] < LEVELS["engine"]:
-            faults.append(f"line {line}: {room} imports deepspeed")
+        elif top == "deepspeed" and LEVELS[package] < LEVELS["engine"]:
+            faults.append(f"line {line}: {package} imports deepspeed")
         elif top == "m3i_scale" and standalone:
             faults.append(f"line {line}: an export would not find {name}")
         elif top == "m3i_scale":
-            other = room_in(rest)
-            if other in LEVELS and other != room and LEVELS[other] >= LEVELS[room]:
-                faults.append(f"line {line}: {room} imports {other}")
+            other = package_in(rest)
+            if other in LEVELS and other != package and LEVELS[other] >= LEVELS[package]:
+                faults.append(f"line {line}: {package} imports {other}")
             elif other not in LEVELS and other != "__version__":
-                faults.append(f"line {line}: {name} is in no known room")
+                faults.append(f"line {line}: {name} is in no known package")
     return faults
 
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def test_every_room_has_a_level():
-    assert {room_of(path) for path in FILES} <= set(LEVELS)
+def test_every_package_has_a_level():
+    assert {package_of(path) for path in FILES} <= set(LEVELS)
 
 
 def test_imports_run_downwards():
     faults = {
-        path: faults_of(room_of(path), path.read_text(encoding="utf-8"), standalone=path in CARRIED) for path in FILES
+        path: faults_of(package_of(path), path.read_text(encoding="utf-8"), standalone=path in CARRIED)
+        for path in FILES
     }
     assert {path: found for path, found in faults.items() if found} == {}
 
@@ -129,7 +130,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("data", "from m3i_scale.objective.build import build_objective"),
         ("objective", "def f():\n    import deepspeed"),
@@ -143,12 +144,12 @@ def test_no_files_import_each_other_in_a_circle():
         ("run", "from m3i_scale import cli"),
     ],
 )
-def test_an_upward_import_is_found(room, source):
-    assert len(faults_of(room, source)) == 1
+def test_an_upward_import_is_found(package, source):
+    assert len(faults_of(package, source)) == 1
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         (
             "run",
@@ -158,8 +159,8 @@ def test_an_upward_import_is_found(room, source):
         ("data", "import torch\nfrom m3i_scale.errors import DataError"),
     ],
 )
-def test_a_downward_import_is_fine(room, source):
-    assert faults_of(room, source) == []
+def test_a_downward_import_is_fine(package, source):
+    assert faults_of(package, source) == []
 
 
 def internals_in(path: Path) -> set[str]:
@@ -233,8 +234,8 @@ def trusting_loads(source: str, *, own_code: bool = False) -> list[int]:
 
 LOADING = [
     path
-    for room in (PACKAGE, ROOT / "benchmarks", ROOT / "launchers", ROOT / "examples")
-    for path in room.rglob("*.py")
+    for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "launchers", ROOT / "examples")
+    for path in folder.rglob("*.py")
 ]
 
 

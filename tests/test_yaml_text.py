@@ -95,6 +95,7 @@ def test_merged_keys_cannot_multiply_either(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_yaml(path)
     assert str(caught.value.where).endswith("/run.yaml")
+    assert "aliases" in caught.value.what
 
 
 def test_a_large_file_without_aliases_is_read(tmp_path: Path) -> None:

@@ -296,6 +296,7 @@ def test_a_misspelt_field_gets_a_hint() -> None:
     with pytest.raises(ConfigError) as caught:
         backbone_config(small(hiden_size=8))
     assert caught.value.where == "backbone.config"
+    assert "'hidden_size'" in caught.value.fix
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
@@ -303,6 +304,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         backbone_config(BackboneConfig(from_pretrained=str(tmp_path)))
     assert caught.value.where == "backbone.from_pretrained"
+    assert "bert" in caught.value.what
 
 
 def test_a_pretrained_folder_gives_its_own_shape(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_a_weight_that_is_missing_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(tmp_path)
     assert caught.value.where == "backbone.from_pretrained"
+    assert "post_layernorm.bias" in caught.value.what
 
 
 def test_images_that_patches_do_not_fill_get_a_size_with_the_same_grid(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_a_bare_file(tmp_path: Path, wrapped: str | None) -> None:
     with pytest.raises(ConfigError) as caught:
         started(path)
     assert caught.value.where == "backbone.from_pretrained"
+    assert "num_attention_heads" in caught.value.fix
     backbone = started(path, num_attention_heads=4)
     torch.testing.assert_close(backbone.last_hidden_state(IMAGES), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
     assert planned(path, num_attention_heads=4).report["assumed"].keys() == {
@@ -93,10 +94,12 @@ def test_a_bare_file_is_judged_by_its_shapes_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         started(tmp_path / "scaled.safetensors")
     assert caught.value.where == "backbone.from_pretrained"
+    assert "160 wide" in caught.value.what
     save_file(timm_model(pre_norm=True, init_values=1.0).state_dict(), tmp_path / "normed.safetensors")
     with pytest.raises(ConfigError) as caught:
         started(tmp_path / "normed.safetensors")
     assert caught.value.where == "backbone.from_pretrained"
+    assert "LayerScale" in caught.value.what
 
 
 def test_a_bare_file_of_a_published_size_knows_its_heads(tmp_path: Path) -> None:
@@ -115,16 +118,19 @@ def test_a_bare_file_whose_positions_may_be_those_of_another_grid_is_refused(tmp
         with pytest.raises(ConfigError) as caught:
             planned(tmp_path / f"{name}.safetensors", num_attention_heads=4)
         assert caught.value.where == "backbone.from_pretrained"
+        assert "25 rows" in caught.value.what
         assert "config.json" in caught.value.fix
     assert planned(timm_folder(tmp_path / "square", square), image_size=64).report["resized"]
     with pytest.raises(ConfigError) as caught:
         planned(timm_folder(tmp_path / "wide", wide))
     assert caught.value.where == "backbone.from_pretrained"
+    assert "3 × 8" in caught.value.what
     clip, _ = open_clip_model(image_size=(24, 64))
     save_file(clip.state_dict(), tmp_path / "clip.safetensors")
     with pytest.raises(ConfigError) as caught:
         planned(tmp_path / "clip.safetensors", num_attention_heads=4, hidden_act="gelu")
     assert caught.value.where == "backbone.from_pretrained"
+    assert "24 places" in caught.value.what
 
 
 def test_a_bare_file_of_as_many_places_as_a_square_names_the_grid_it_is_taken_for(tmp_path: Path) -> None:
@@ -142,6 +148,7 @@ def test_positions_of_another_grid_than_the_configuration_says(tmp_path: Path) -
     with pytest.raises(ConfigError) as caught:
         planned(folder)
     assert caught.value.where == "backbone.from_pretrained"
+    assert "24 places" in caught.value.what
 
 
 def test_a_bare_file_says_that_its_norms_are_assumed_to_come_first(tmp_path: Path) -> None:
@@ -161,6 +168,7 @@ def test_a_bare_file_of_a_size_whose_norms_stand_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(tmp_path / "eva.safetensors", num_attention_heads=16)
     assert caught.value.where == "backbone.from_pretrained"
+    assert "EVA-02-E" in caught.value.what
 
 
 OPEN_CLIP = {
@@ -199,6 +207,7 @@ def test_a_bare_open_clip_file_has_to_be_told_its_activation(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         started(tmp_path / "e.pt", num_attention_heads=4)
     assert caught.value.where == "backbone.from_pretrained"
+    assert "hidden_act=quick_gelu" in caught.value.fix
     backbone = started(tmp_path / "e.pt", num_attention_heads=4, hidden_act="quick_gelu")
     torch.testing.assert_close(backbone.encode_whole(IMAGES)[1], model.visual(IMAGES)[1], rtol=1e-5, atol=1e-5)
 
@@ -223,7 +232,7 @@ def test_a_bare_file_does_not_say_how_positions_are_rotated(tmp_path: Path) -> N
     with pytest.raises(ConfigError) as caught:
         planned(tmp_path / "dinov3.safetensors", num_attention_heads=4)
     assert caught.value.where == "backbone.from_pretrained"
-    assert "config.json" in caught.value.fix
+    assert "vit_small_patch16_dinov3" in caught.value.fix
 
 
 @torch.no_grad()
@@ -396,6 +405,7 @@ def test_a_quantised_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         started(tmp_path)
     assert str(caught.value.where).endswith("/model.safetensors")
+    assert "torch.int8" in caught.value.what
 
 
 def test_shards_that_are_not_there(tmp_path: Path) -> None:
@@ -404,8 +414,10 @@ def test_shards_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(folder)
     assert caught.value.where == "backbone.from_pretrained"
+    assert "pytorch_model.bin" in caught.value.fix
     for name in ("part-2.safetensors", "../part.safetensors"):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.bias": name}}))
         with pytest.raises(ConfigError) as caught:
             planned(folder)
         assert str(caught.value.where).endswith("/model.safetensors.index.json")
+        assert f"'{name}'" in caught.value.what

@@ -233,6 +233,7 @@ def test_shards_that_are_not_there(folder, tmp_path):
     with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000..011}}.tar")
     assert str(caught.value.where).endswith("/s-010.tar")
+    assert "2 of 12" in caught.value.what
     with pytest.raises(DataError, match="twice"):
         expand_shards(f"{folder}/s-{{000,000}}.tar")
     with pytest.raises(DataError) as caught:
@@ -259,6 +260,7 @@ def test_label_sets(folder, tools, tmp_path):
     with pytest.raises(DataError) as caught:
         read_label_sets(clash)
     assert str(caught.value.where).endswith("/other/labels.json")
+    assert "'same'" in caught.value.what
     for broken in ("{}", "[" * 100_000):
         (other / "labels.json").write_text(broken)
         with pytest.raises(DataError) as caught:

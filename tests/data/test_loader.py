@@ -374,6 +374,7 @@ def test_more_streams_than_shards_share_them_and_fewer_samples_than_streams_are_
     with pytest.raises(DataError) as caught:
         tools.make_loader({"s": folder}, cache, streams=64, micro=64)
     assert caught.value.where == "dataset 's'"
+    assert "64 streams" in caught.value.what
     with pytest.raises(ConfigError) as caught:
         tools.make_loader({}, cache)
     assert caught.value.where == "data.datasets"
@@ -410,6 +411,7 @@ def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_p
     with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"
+    assert caught.value.what.endswith("code of its own")
     assert not ran.exists()
 
 

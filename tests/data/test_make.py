@@ -121,6 +121,7 @@ def test_a_place_where_nobody_can_write_is_told_as_such(photos):
     with pytest.raises(DataError) as caught:
         make_shards(imagefolder_input(photos), Path("/proc/shards"))
     assert caught.value.where == "/proc"
+    assert "--output" in caught.value.fix
 
 
 def test_an_input_that_cannot_be_read_is_not_told_as_an_output_that_cannot_be_written(tmp_path):
@@ -151,6 +152,7 @@ def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
     with pytest.raises(DataError) as caught:
         manifest_input(manifest(photos / "n.csv", "path\ncats/p0.jpg\n"), columns=TableColumns(mask="classes"))
     assert str(caught.value.where).endswith("/photos/n.csv")
+    assert "'classes'" in caught.value.what
 
 
 @pytest.mark.parametrize(
@@ -213,9 +215,11 @@ def test_a_split_column_that_leaves_the_output_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
         manifest_input(manifest(tmp_path / "m.csv", "path,split\na.jpg,../evil\n"))
     assert str(caught.value.where).endswith("/m.csv, row 1")
+    assert "../evil" in caught.value.what
     with pytest.raises(DataError) as caught:
         manifest_input(manifest(tmp_path / "m.csv", "path,split\n,/evil\n"))
     assert str(caught.value.where).endswith("/m.csv, row 1")
+    assert "/evil" in caught.value.what
 
 
 def test_splits_by_hash_keep_captions_of_an_image_together(photos, tmp_path):

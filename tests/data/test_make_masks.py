@@ -208,6 +208,7 @@ def test_a_mask_that_is_upright_where_its_image_lies_is_told_as_such(tmp_path):
     with pytest.raises(DataError) as caught:
         make_shards(masks_input(images, masks, NAMES), tmp_path / "refused", options=FLAT)
     assert str(caught.value.where).endswith("/annotations/x.png")
+    assert "EXIF" in caught.value.what
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_fewer_samples_than_streams_are_an_error():
     with pytest.raises(DataError) as caught:
         ends_of([1, 1, 1], 4, "here")
     assert caught.value.where == "here"
+    assert "4 streams" in caught.value.what
 
 
 def test_neighbouring_shards_are_of_different_streams(tools, tmp_path, cache):

@@ -157,6 +157,7 @@ def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(DataError) as caught:
         huggingface_input(tmp_path / "hf", Columns())
     assert str(caught.value.where).endswith("/hf")
+    assert "../secret.arrow" in caught.value.what
 
 
 def test_existing_shards_are_verified_and_made_anew(tmp_path):
@@ -194,6 +195,7 @@ def test_existing_shards_are_verified_and_made_anew(tmp_path):
     with pytest.raises(DataError) as caught:
         make("none", OPTIONS, labels=None)
     assert str(caught.value.where).endswith("/in/0.tar: key 'a'")
+    assert "labels.json" in caught.value.what
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):

@@ -108,6 +108,7 @@ def test_a_fault_that_is_there_when_the_shard_is_needed_does_cost_it(served, ope
     with pytest.raises(BadShardError) as caught:
         reader.read(bad, 0, 700)
     assert str(caught.value.where).endswith("/s-001.tar")
+    assert "not found" in caught.value.what
 
 
 def test_a_cache_that_fails_stops_the_run_wherever_it_shows(served, opened, tmp_path):

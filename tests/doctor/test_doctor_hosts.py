@@ -149,10 +149,19 @@ def test_a_host_that_cannot_reach_the_head_does_not_hold_up_the_others(tmp_path:
         }
         for host in ("one", "two", "three")
     }
-    with Agents(list(requests), a_site(), WAIT_S) as agents:
-        assert agents.hosts == list(requests)
-        answers = agents.request("measure", requests, WAIT_S)
-    assert agents.errors == {}
+    others = {host: requests.pop(host) for host in ("two", "three")}
+    with (
+        Agents(["one"], a_site(), WAIT_S) as head,
+        Agents(list(others), a_site(), WAIT_S) as agents,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert head.hosts + agents.hosts == ["one", "two", "three"]
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            listener.settimeout(WAIT_S)
+            joining = pool.submit(agents.request, "measure", others, WAIT_S)
+            listener.accept()[0].close()  # the second is ready, however long its imports took
+        answers = head.request("measure", requests, WAIT_S) | joining.result()
+    assert head.errors == agents.errors == {}
     assert "error" in answers["three"]["port"]
     for host in ("one", "two"):
         assert answers[host]["members"] == ["one", "two"]

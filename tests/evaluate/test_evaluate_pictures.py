@@ -93,6 +93,7 @@ def test_a_sample_that_is_left_out_cannot_be_shown(vit_folder, shards, tmp_path,
             exclude_groups=(group,),
         )
     assert caught.value.where == "--picture-samples"
+    assert group in str(caught.value.why)
 
 
 def test_folders_that_take_no_pictures(vit_folder, shards, tmp_path):
@@ -113,6 +114,7 @@ def test_a_disk_that_refuses_is_told(vit_folder, shards, tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         evaluate(vit_folder, str(shards / "val"), pictures=tmp_path / "new")
     assert str(caught.value.where).endswith("/new")
+    assert "No space left" in caught.value.what
 
 
 def test_more_samples_than_a_picture_shows(vit_folder, shards, tmp_path):

@@ -1,5 +1,6 @@
 """The emoji set of the examples, on a handful of packages made here."""
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -125,10 +126,12 @@ def test_a_font_without_bitmaps_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
         noto_art(tmp_path / "font.ttf", [])
     assert str(caught.value.where).endswith("/font.ttf")
+    assert "CBDT" in caught.value.fix
     (tmp_path / "font.ttf").write_bytes(b"junk")
     with pytest.raises(DataError) as caught:
         noto_art(tmp_path / "font.ttf", [])
     assert str(caught.value.where).endswith("/font.ttf")
+    assert caught.value.fix is None
 
 
 def test_without_npm_the_message_says_the_command(tmp_path, monkeypatch):
@@ -150,6 +153,7 @@ def test_a_failing_command_is_quoted(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         emoji.fetch_npm(emoji.TWEMOJI, tmp_path)
     assert caught.value.where == "npm pack @twemoji/svg@15.0.0 --silent"
+    assert "network is down" in caught.value.what
 
 
 def test_another_archive_is_refused(tmp_path):
@@ -157,6 +161,7 @@ def test_another_archive_is_refused(tmp_path):
     with pytest.raises(DataError) as caught:
         emoji.fetch_npm(emoji.FLUENT, tmp_path)
     assert str(caught.value.where).endswith("/lobehub-fluent-emoji-3d-1.1.0.tgz")
+    assert hashlib.sha256(b"something else").hexdigest() in caught.value.what
 
 
 def test_archives_are_read_without_unpacking(tmp_path):
@@ -169,6 +174,7 @@ def test_archives_are_read_without_unpacking(tmp_path):
     with pytest.raises(DataError) as caught:
         emoji.read_archive(tmp_path / "a.tgz", "package", ".png")
     assert str(caught.value.where).endswith("/a.tgz")
+    assert ".png" in caught.value.what
 
 
 def test_a_relative_cache_serves_the_font(tmp_path, monkeypatch):

@@ -205,9 +205,11 @@ def test_taken_target(run_dir, exported, tmp_path, same_process):
     with pytest.raises(ExportError) as caught:
         export(run_dir[0], tmp_path / "mine")
     assert str(caught.value.where).endswith("/mine")
+    assert "--overwrite" in caught.value.fix
     with pytest.raises(ExportError) as caught:
         export(run_dir[0], tmp_path / "mine", overwrite=True)
     assert str(caught.value.where).endswith("/mine")
+    assert "export.json" in caught.value.what
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
     shutil.copytree(exported[0], tmp_path / "old")
     (tmp_path / "old" / "stale.txt").write_text("x")
@@ -294,6 +296,7 @@ def test_evaluation_goes_into_the_card(make_run, tmp_path, same_process):
         with pytest.raises(ExportError) as caught:
             export(folder, tmp_path / "other")
         assert str(caught.value.where).endswith("/run/evaluation.json")
+        assert "m3i-scale evaluate" in caught.value.fix
 
 
 def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path, same_process):
@@ -312,6 +315,7 @@ def test_an_evaluation_of_other_weights_stays_out_of_the_card(make_run, tmp_path
     with pytest.raises(ExportError) as caught:
         export(folder, tmp_path / "given", weights="ema", evaluation_file=file)
     assert caught.value.where == str(file)
+    assert "student" in caught.value.what
     file.write_text(json.dumps({"model": {"export": of | {"weights": "momentum"}}, "measures": figures, "data": data}))
     old = export(folder, tmp_path / "of the previous format", weights="ema", evaluation_file=file)
     assert old["evaluation"]["measures"] == figures

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, folder):
     with pytest.raises(ExportError) as caught:
         push(folder, "user/model")
     assert caught.value.where == "--push user/model"
+    assert "--public" in caught.value.fix
     assert hub.objects == {}
     assert hub.commits == []
 
@@ -71,6 +73,7 @@ def test_a_second_call_goes_on(hub, folder):
     with pytest.raises(ExportError) as caught:
         push(folder, "user/model")
     assert caught.value.where == "--push user/model"
+    assert "--overwrite" in caught.value.fix
     assert TOKEN not in str(caught.value)
     assert hub.commits == []  # nobody saw half of a model
     assert len(hub.received) == 1
@@ -125,6 +128,7 @@ def test_a_repository_that_changes_meanwhile_loses_nothing(hub, folder, monkeypa
     with pytest.raises(ExportError) as caught:
         push(folder, "user/model")
     assert caught.value.where == "--push user/model"
+    assert re.search(r"\b412\b", caught.value.what)
     assert "--overwrite" in caught.value.fix
     assert gone in hub.files
 
@@ -141,7 +145,7 @@ def test_no_token(hub, folder, tmp_path, monkeypatch):
     with pytest.raises(ExportError) as caught:
         push(folder, "user/model")
     assert caught.value.where == "--push user/model"
-    assert "hf auth login" in caught.value.fix
+    assert caught.value.fix.startswith("hf auth login")
     assert hub.requests == []
 
 
@@ -151,6 +155,7 @@ def test_what_to_do_about_a_refusal(hub, folder, status, fix):
     with pytest.raises(ExportError) as caught:
         push(folder, "user/model")
     assert caught.value.where == "--push user/model"
+    assert re.search(rf"\b{status}\b", caught.value.what)
     assert fix in caught.value.fix
 
 

@@ -76,6 +76,7 @@ def test_lost_steps_are_compared_to_the_bit(tmp_path):
     with pytest.raises(UserError) as caught:
         training._repeated(200)
     assert str(caught.value.where).endswith("/metrics.replaced.jsonl")
+    assert "step 220" in caught.value.what
 
 
 def test_a_torn_line_is_left_alone(tmp_path):

@@ -100,6 +100,7 @@ def test_text_targets_share_one_width() -> None:
     with pytest.raises(ConfigError) as caught:
         build("clip", second)
     assert caught.value.where == "recipe"
+    assert "[16, 32]" in caught.value.what
 
 
 def test_the_text_tower_is_bert_base_unless_told_otherwise() -> None:

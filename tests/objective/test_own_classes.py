@@ -197,6 +197,7 @@ def test_what_others_wrote_is_read_without_running_its_code(tmp_path: Path, pack
     with pytest.raises(ConfigError) as caught:  # which the module's own code would make
         parse_recipe(run.recipe)
     assert caught.value.where == "recipe"
+    assert "PooledRegularizer" in caught.value.what
 
 
 def test_what_needs_no_recipe_runs_no_code(tmp_path: Path, package: str) -> None:
@@ -266,6 +267,7 @@ def test_targets_that_share_a_head_need_regularizers_that_remember_alike(tmp_pat
     with pytest.raises(ConfigError) as caught:
         parse_recipe(values)
     assert caught.value.where == "recipe"
+    assert "'global'" in caught.value.what
 
 
 def test_a_target_that_declares_no_families_is_refused_at_its_keys(tmp_path: Path, package: str) -> None:
@@ -310,6 +312,7 @@ def test_faults_are_told_at_their_key(tmp_path: Path, package: str, fault: str) 
     with pytest.raises(ConfigError) as caught:
         parse_recipe(recipe)
     assert caught.value.where == "recipe"
+    assert "recipe.targets.0.regularizer" in caught.value.what
 
 
 def test_a_module_that_is_not_there_is_told_with_the_run_file(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_a_weight_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         teacher_plan(teacher)
     assert caught.value.where == "recipe.teachers.teacher.from_pretrained"
+    assert "layernorm.bias" in caught.value.what
 
 
 def test_each_teacher_has_a_hash_of_its_own() -> None:

@@ -266,6 +266,7 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             attempt()
         assert str(caught.value.where).endswith("/metrics.jsonl")
+        assert "No space left" in caught.value.what
     (tmp_path / "sub").write_text("a file")
     with pytest.raises(UserError) as caught:
         MetricsWriter().on_start(info(tmp_path / "sub"))

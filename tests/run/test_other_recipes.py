@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from launch import TESTS, Job, environment, free_port
 from safetensors import safe_open
 from shapes import write_run
 from tiny import MAPS, tiny_teacher
+
+from m3i_scale.config import load_run
 
 pytestmark = pytest.mark.slow
 
@@ -69,14 +72,19 @@ def test_it_ends_well(done: dict[str, Any], stage: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_records_have_every_group_and_finite_figures(done: dict[str, Any], name: str) -> None:
+def test_records_have_every_target_and_finite_metrics(done: dict[str, Any], name: str) -> None:
     lines = [json.loads(line) for line in (done["root"] / name / "out" / "metrics.jsonl").read_text().splitlines()]
     records = [line for line in lines if line["kind"] == "train"]
     assert [record["step"] for record in records] == [2, 4]
+    targets = load_run(str(done["root"] / name / "run.yaml")).recipe["targets"]
+    names = {target["name"] for target in targets}
+    assert names
     for record in records:
-        groups = {key.split("/")[1] for key in record if key.startswith("group/")}
-        for group in groups:
-            assert {f"group/{group}/{figure}" for figure in ("loss", "weight", "grad_norm")} <= record.keys()
+        for prefix in ("loss", "loss_weight", "grad_norm"):
+            assert {key.split("/")[1] for key in record if key.startswith(f"{prefix}/")} == names
+        for target in names:
+            values = [record[f"{prefix}/{target}"] for prefix in ("loss", "loss_weight", "grad_norm")]
+            assert all(isinstance(value, float) and math.isfinite(value) for value in values), (target, values)
         assert not [key for key, value in record.items() if value in ("nan", "inf", "-inf")]
 
 

@@ -206,6 +206,7 @@ def test_a_head_that_its_own_configuration_promises_must_be_there(tmp_path):
     with pytest.raises(ConfigError) as caught:
         plan_load(backbone_source(section), backbone_config(section))
     assert caught.value.where == "backbone.from_pretrained"
+    assert "4 weights" in caught.value.what
 
 
 def test_the_start_is_told_and_kept(tmp_path, capsys):

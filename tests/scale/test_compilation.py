@@ -167,10 +167,12 @@ def test_a_cpu_needs_a_compiler_and_headers(machine: Machine) -> None:
     with pytest.raises(ConfigError) as caught:
         check_compile()
     assert caught.value.where == "backbone.compile"
+    assert caught.value.fix.startswith("apt-get install g++ && apt-get install python3-dev, ")
     machine.has("g++")
     with pytest.raises(ConfigError) as caught:
         check_compile()
     assert caught.value.where == "backbone.compile"
+    assert caught.value.fix.startswith("apt-get install python3-dev, ")
     machine.has(headers=True)
     check_compile()
 
@@ -197,6 +199,7 @@ def test_the_compiler_of_the_environment_is_the_one_that_is_looked_for(
     with pytest.raises(ConfigError) as caught:
         check_compile()
     assert caught.value.where == "backbone.compile"
+    assert "(other)" in caught.value.what
     machine.has("other")
     check_compile()
 

@@ -102,6 +102,7 @@ def test_a_save_that_has_no_room_does_not_begin(small_disk: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         begin(root / step_name(1), 5_000_000)
     assert str(caught.value.where).endswith("/disk/run/checkpoints")
+    assert "4.77 MiB" in caught.value.what
     assert list(root.iterdir()) == []
     begin(root / step_name(1), 900_000)  # what a failed save left makes room
 

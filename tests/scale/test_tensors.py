@@ -163,9 +163,11 @@ def test_files_that_are_not_as_the_index_says(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).read_into("weight/a", 2, torch.empty(3))
     assert str(caught.value.where).endswith("/tensors/index.json")
+    assert "2 to 5" in caught.value.what
     with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).whole("weight/c")
     assert str(caught.value.where).endswith("/tensors/index.json")
+    assert "'weight/c'" in caught.value.what
     file.write_bytes(whole[:-3])
     with pytest.raises(CheckpointError, match="shorter than its index says"):
         SavedTensors(tmp_path).whole("weight/b")
@@ -233,6 +235,7 @@ def test_an_index_without_norms_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path)
     assert str(caught.value.where).endswith("/tensors/index.json")
+    assert "'weight/a'" in caught.value.what
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import torch
 import yaml
 from boxed import write_boxes
 from launch import start_ranks
+from run_files import write_run_file
 from saved_runs import call, make_calls
 from shapes import metrics
-from tiny import in_parts
 
 from m3i_scale.checkpoint.retention_checks import evaluations
 from m3i_scale.checkpoint.weights import load_weights
@@ -75,14 +75,6 @@ def values(folder: Path, shards: Path, ds_config: str = "zero2_bf16", **task: An
     }
 
 
-def run_file(folder: Path, shards: Path, ds_config: str, **task: Any) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "in_parts.json").write_text(json.dumps(in_parts(ds_config)))
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values(folder, shards, str(folder / "in_parts.json"), **task)))
-    return path
-
-
 def student(path: Path) -> dict[str, torch.Tensor]:
     return load_weights(path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}", "student")
 
@@ -98,7 +90,9 @@ def ran(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     root = tmp_path_factory.mktemp("runs")
     stages = {"bf16": "zero2_bf16"}
     paths = {
-        name: run_file(root / name, shards, stages.get(name, "zero1_cpu_fp32"), layer_decay=0.9)
+        name: write_run_file(
+            root / name, stages.get(name, "zero1_cpu_fp32"), values(root / name, shards, layer_decay=0.9)
+        )
         for name in ("one", "two", "stopped", "bf16")
     }
     folders = {name: path.parent for name, path in paths.items()}

@@ -308,7 +308,7 @@ def test_folders_of_classes_that_are_links_are_told_as_such(tmp_path: Path) -> N
     with pytest.raises(ConfigError) as caught:
         find_labelled(root, tmp_path / "shards", tmp_path)
     assert str(caught.value.where).endswith("/images/train")
-    assert str(caught.value.where).endswith("train")
+    assert "links" in caught.value.what
 
 
 def test_an_image_that_is_missing_is_named_before_anything_is_packed(tmp_path: Path) -> None:

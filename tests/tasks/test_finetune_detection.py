@@ -293,6 +293,7 @@ def test_categories_of_shards_are_the_same_in_both_splits(start: Path, root: Pat
     with pytest.raises(ConfigError) as caught:
         prepared(start, tmp_path / "shards", tmp_path)
     assert str(caught.value.where).endswith("/shards/val")
+    assert "categories.json" in str(caught.value)
 
 
 def test_masks_are_not_learnt_where_some_objects_have_none(start: Path, root: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from forked import Forks
 from launch import start_ranks
 from PIL import Image
 from pydantic import ValidationError
+from run_files import write_run_file
 from shapes import metrics
-from tiny import in_parts
 
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import ConfigError
@@ -66,9 +66,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_trains_on_two_ranks_and_becomes_a_stock_detector(shards: Path, forks: Forks, tmp_path: Path) -> None:
-    (tmp_path / "in_parts.json").write_text(json.dumps(in_parts("zero2_bf16")))
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(values(tmp_path, shards, str(tmp_path / "in_parts.json"))))
+    path = write_run_file(tmp_path, "zero2_bf16", values(tmp_path, shards, "zero2_bf16"))
     job = start_ranks(["-m", "m3i_scale", "train", str(path)], 2, tmp_path / "logs")
     assert job.wait() == [0, 0], job.text()[-4000:]
     whole = metrics(path)

@@ -16,10 +16,11 @@ from forked import Forks
 from launch import start_ranks
 from masked import SCENE_CLASSES, scene, write_shards
 from PIL import Image
+from run_files import write_run_file
 from safetensors.torch import load_file
 from saved_runs import call, make_calls
 from shapes import metrics
-from tiny import first_weights, in_parts
+from tiny import first_weights
 from transformers import pipeline
 
 from m3i_scale.checkpoint.consolidate import consolidate
@@ -71,14 +72,6 @@ def values(folder: Path, shards: Path, ds_config: str = "zero3_cpu_fp32", **task
     }
 
 
-def run_file(folder: Path, shards: Path, ds_config: str = "zero3_cpu_fp32", **task: Any) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "in_parts.json").write_text(json.dumps(in_parts(ds_config)))
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values(folder, shards, str(folder / "in_parts.json"), **task)))
-    return path
-
-
 def evaluations(path: Path) -> dict[int, dict[str, float]]:
     lines = [json.loads(line) for line in (path.parent / "out" / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line for line in lines if line["kind"] == "evaluation"}
@@ -99,7 +92,11 @@ def ran(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     random = {"head": UPERNET | {"dropout": 0.1}, "drop_path": 0.1}  # which another number of ranks draws otherwise
     tasks = {"random": random, "stopped": random, "linear": {"head": {"kind": "linear", "dropout": 0.0}}}
     paths = {
-        name: run_file(root / name, shards, stages.get(name, "zero3_cpu_fp32"), layer_decay=0.9, **tasks.get(name, {}))
+        name: write_run_file(
+            root / name,
+            stages.get(name, "zero3_cpu_fp32"),
+            values(root / name, shards, layer_decay=0.9, **tasks.get(name, {})),
+        )
         for name in NAMES
     }
     folders = {name: path.parent for name, path in paths.items()}
