@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -74,21 +74,8 @@ class Segmentation(Target):
             raise ConfigError(
                 f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.datasets"
             )
-        fault = None
-        try:
-            kind = resolve_name(self.head.module)
-        except (AttributeError, ImportError, ValueError) as error:  # of a user-defined class
-            fault = str(error)
-        else:
-            if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
-                fault = f"{self.head.module} is no class below PixelHead"
-        if fault is not None:
-            raise ConfigError(
-                f"the head '{self.head.kind}' does not name the module that is built of it: {fault}",
-                where="task.head",
-                fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
-            )
-        return cast(nn.Module, kind(self.head, sizes.backbone, sizes.classes[0], sizes.ranks))
+        build = _module_class(self.head)
+        return build(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have a labeled pixel: bool (B)."""
@@ -116,6 +103,40 @@ class Segmentation(Target):
             yield f"a segmentation target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
         if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
             yield "a segmentation target is predicted from one input, which shows all of view 1"
+
+
+def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
+    """Return the class of a head's module, which may be user-defined."""
+    fault = None
+    try:
+        kind = resolve_name(head.module)
+    except (AttributeError, ImportError, ValueError) as error:
+        fault = str(error)
+    else:
+        if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
+            fault = f"{head.module} is no class below PixelHead"
+    if fault is not None:
+        raise ConfigError(
+            f"the head '{head.kind}' does not name the module that is built of it: {fault}",
+            where="task.head",
+            fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
+        )
+    if kind.__abstractmethods__:
+        raise ConfigError(
+            f"{head.module} must define {', '.join(sorted(kind.__abstractmethods__))}",
+            where="task.head",
+            fix="define it in the class",
+        )
+    # The more derived definition counts: a class may define both for older versions, which called `encode`.
+    definer = next(base for base in kind.__mro__ if {"encode", "encode_view"} & vars(base).keys())
+    if "encode_view" not in vars(definer):
+        raise ConfigError(
+            f"{head.module} must define `encode_view`, not `encode`, which is never called",
+            where="task.head",
+            why="the head would be trained on the tokens of the default `encode_view`",
+            fix="rename the method to `encode_view`",
+        )
+    return cast(Callable[..., PixelHead], kind)
 
 
 class _MeanIou(Scores):
