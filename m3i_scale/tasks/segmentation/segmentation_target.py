@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -15,9 +15,8 @@ from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
-from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.objective.targets.base import Context, Encoded, Scores, Sizes, TargetModules
+from m3i_scale.tasks.full_image_target import FullImageTarget
 from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, mean_iou, overlaps
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, SegmentationHead, UperNetSegmentation
 
@@ -26,18 +25,14 @@ if TYPE_CHECKING:
     from m3i_scale.export.tensors import ExportedModule
 
 
-class Segmentation(Target):
-    """Semantic segmentation. It must be the only target of its recipe, with one full image as input, since its head may
-    read the backbone's layers."""
+class Segmentation(FullImageTarget):
+    """Semantic segmentation."""
 
     kind: ClassVar[str] = "segmentation"
     modality: ClassVar[str] = "mask"
     representation: ClassVar[str] = "class of every pixel"
-    dense: ClassVar[bool] = True
     labels_file: ClassVar[str | None] = MASK_LABELS
-    encoder: Literal["embedding"] = "embedding"
-    distribution: BoltzmannClasses = BoltzmannClasses()
-    regularizer: OtherCandidates = OtherCandidates()
+
     head: SegmentationHead
 
     @property
@@ -96,13 +91,6 @@ class Segmentation(Target):
             predicted_BHW = logits_BKHW.argmax(dim=1)
             outputs["overlaps_3K"] = overlaps(predicted_BHW, truth_BHW, valid_BHW, logits_BKHW.shape[1])
         return Loss(value, nats, outputs=outputs)
-
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
-        if parts.decoders[self.decoder].kind != "pointwise":
-            yield f"a segmentation target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
-        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
-            yield "a segmentation target is predicted from one input, which shows all of view 1"
 
 
 def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
