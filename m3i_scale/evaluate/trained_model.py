@@ -22,21 +22,18 @@ MODELS = {
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Model, data and options of one evaluation."""
+    """Model, data and options of one evaluation; see `evaluate`."""
 
     folder: Path
     """Folder of the model."""
     data: str
-    """Test shards."""
     device: torch.device
     batch_size: int | None
     """Images or windows per forward pass; None: the model's default."""
     exclude_groups: tuple[str, ...]
-    """Skip samples with one of these values as `group`."""
     pictures: tuple[Path, int] | None
     """New folder for pictures of predictions, and their number."""
     progress: Progress | None
-    """Callback for the number of samples read."""
 
 
 Evaluation = Callable[[EvaluationOptions], dict[str, Any]]

@@ -69,8 +69,7 @@ class Segmentation(FullImageTarget):
             raise ConfigError(
                 f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.datasets"
             )
-        build = _module_class(self.head)
-        return build(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
+        return _module_class(self.head)(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have a labeled pixel: bool (B)."""
@@ -95,14 +94,12 @@ class Segmentation(FullImageTarget):
 
 def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
     """Return the class of a head's module, which may be user-defined."""
-    fault = None
     try:
         kind = resolve_name(head.module)
+        below = isinstance(kind, type) and issubclass(kind, PixelHead)
+        fault = None if below else f"{head.module} is no class below PixelHead"
     except (AttributeError, ImportError, ValueError) as error:
         fault = str(error)
-    else:
-        if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
-            fault = f"{head.module} is no class below PixelHead"
     if fault is not None:
         raise ConfigError(
             f"the head '{head.kind}' does not name the module that is built of it: {fault}",
