@@ -19,7 +19,7 @@ from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
 from m3i_scale.evaluate.towers import Towers, why_no_towers
-from m3i_scale.evaluate.trained_model import MODELS, load_trained_model
+from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
 Baseline = Literal["none", "pixels"]
@@ -81,7 +81,7 @@ def evaluate(
     idle = [name for name, is_given in given.items() if is_given]
     drawing = None if pictures is None else (pictures, OVERLAY_COUNT if picture_count is None else picture_count)
     if (measured := load_trained_model(folder, measures, idle)) is not None:
-        return measured(folder, data, where, batch_size, exclude_groups, drawing, progress)
+        return measured(EvaluationOptions(folder, data, where, batch_size, exclude_groups, drawing, progress))
     if picture_count is not None:
         raise ConfigError(
             "--picture-count has no effect: no predictions of a segmenter or detector are drawn",

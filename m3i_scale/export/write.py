@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, Resize, copie
 from m3i_scale.files import read_json, write_json
 from m3i_scale.objective.build import inference_names
 from m3i_scale.objective.encoders import text_config
+from m3i_scale.objective.targets.base import Target
+from m3i_scale.tasks.base import TARGETS
 from m3i_scale.text import redact
 from m3i_scale.upgrade import upgrade_recipe
 
@@ -37,8 +39,6 @@ Task = Literal["features", "classification", "segmentation", "detection", "zero_
 Format = Literal["transformers", "timm", "onnx"]
 TASKS = ("features", "classification", "segmentation", "detection", "zero_shot", "backbone")
 FORMATS = ("transformers", "timm", "onnx")
-_MODALITIES = {"segmentation": "mask", "detection": "boxes"}
-"""Modality of the target that is exported with the backbone, by task."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def plan_parts(
         return [_in_timm(source, wanted)]
     if wanted.task == "classification":
         return [classifier_part(source, choose_label_set(source, wanted.label_set))]
-    if wanted.task in _MODALITIES:
-        return [target_of(source, _MODALITIES[wanted.task]).export(source)]
+    if wanted.task in TARGETS:
+        kind = cast(type[Target], Target.class_of(wanted.task))
+        return [target_of(source, kind.modality).export(source)]
     if wanted.task == "backbone":
         return [backbone_part(source)]
     if wanted.task == "zero_shot":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -56,9 +57,10 @@ class HeadSpec(Section):
         return self
 
 
-class BackboneReader(nn.Module):
+class BackboneReader(nn.Module, ABC):
     """Base class of heads that read layers of the backbone. Their recipe has one input, which shows the full image."""
 
+    @abstractmethod
     def encode_view(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
         """Return the tokens of normalized images, and the maps that the head needs.
 
@@ -67,7 +69,6 @@ class BackboneReader(nn.Module):
             images_BCHW: normalized images.
             progress: fraction of the training that is done.
         """
-        raise NotImplementedError
 
 
 class BatchNorm(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3i_scale.config import RunConfig
 from m3i_scale.config.kinds import Kind
@@ -97,6 +97,29 @@ def _check_family(run: RunConfig, config: VisionConfig) -> None:
             why="learning rates by layer and their decay are those of another model",
             fix="take a protocol for it, or the default one of `finetune`, which is for any",
         )
+
+
+def full_image_recipe(kind: str, head: Kind) -> dict[str, Any]:
+    """Return the recipe of a task with one target that a head predicts from the uncropped image.
+
+    Args:
+        kind: kind of the target, which is also its name.
+        head: the head's config.
+    """
+    target = {
+        "name": kind,
+        "kind": kind,
+        "inputs": ["image"],
+        "decoder": "patches",
+        "head": head.model_dump(mode="json"),
+    }
+    return {
+        "name": kind,
+        "family": "supervised",
+        "inputs": [{"name": "image", "view": 1}],
+        "decoders": {"patches": {"kind": "pointwise"}},
+        "targets": [target],
+    }
 
 
 def check_last_layer(out_layers: tuple[int, ...] | None, model: VisionConfig) -> None:

@@ -78,6 +78,11 @@ class Task(Kind):
         """Return whether several heads are trained, of which the best one by the last evaluation is exported."""
         return False
 
+    def alternatives(self) -> list[tuple[str, Task]]:
+        """Return variants of the task, each with the field that differs, to suggest if no standard model can represent
+        the result."""
+        return []
+
     def check(self, run: Any, model: Any) -> None:
         """Validate the task, independent of its data.
 
@@ -130,7 +135,7 @@ class Published(Section):
     @model_validator(mode="after")
     def _masks_have_boxes(self) -> Self:
         if self.mask_ap is not None and self.metric != "box AP":
-            raise ValueError("mask_ap stands beside the box AP of a detector")
+            raise ValueError("`mask_ap` must have `metric: box AP`")
         return self
 
 
@@ -154,7 +159,7 @@ class Protocol(Section):
     @model_validator(mode="after")
     def _is_of_one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("a protocol is of so many epochs, or of so many steps: one of both")
+            raise ValueError("set either `epochs` or `steps`, not both")
         return self
 
     def lr_for(self, lr: float, width: int) -> float:

@@ -30,8 +30,6 @@ from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.tasks.base import Task, steps_of
-from m3i_scale.tasks.classification.classification_task import Classification
-from m3i_scale.tasks.detection.detection_task import Detection
 from m3i_scale.tasks.finetune_checks import resolve_finetuning
 from m3i_scale.tasks.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
 from m3i_scale.tasks.labelled import Labelled, find_labelled
@@ -127,15 +125,13 @@ def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str])
     refusal = _refusal(run, task, name, classes)
     if refusal is None:
         return name
-    if not isinstance(task, Classification):
-        return "features"
-    for pool in ("class_token", "mean_pool"):
-        if _refusal(run, task.model_copy(update={"pool": pool}), name, classes) is None:
+    for field, other in task.alternatives():
+        if _refusal(run, other, name, classes) is None:
             install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
             raise ConfigError(
                 f"the result could not be exported as a {OUTCOMES[name].model}: {refusal.what}",
-                where=f"task.pool: {task.pool}",
-                fix=f"{install}task.pool={pool}",
+                where=f"task.{field}: {getattr(task, field)}",
+                fix=f"{install}task.{field}={getattr(other, field)}",
             )
     return "features"
 
@@ -168,8 +164,7 @@ def _check_boxes(task: Task, data: Labelled) -> None:
         return
     counts = [category.image_count for category in data.categories.categories]
     task.check_image_counts(None if None in counts else [count or 0 for count in counts])
-    masks = isinstance(task, Detection) and task.head.masks
-    if masks and data.masked != "all":
+    if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.masked != "all":
         without = "no object has" if data.masked == "none" else "some objects do not have"
         raise ConfigError(
             f"the head learns masks, and {without} one",

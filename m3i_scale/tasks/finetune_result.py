@@ -130,9 +130,9 @@ class FineTuning:
         if self.random_weights is not None:
             differences.append(f"starts from random weights of the architecture of {self.random_weights}")
         differences += [
-            told
+            line
             for part, fields in _FOLLOWED.items()
-            for told in format_differences(
+            for line in format_differences(
                 part, *(getattr(run, part).model_dump(mode="json", include=fields) for run in (followed, self.run))
             )
         ]

@@ -117,7 +117,7 @@ def test_a_default_protocol_is_for_any_family(name: str, preset: str) -> None:
 
 @pytest.mark.parametrize("length", [{}, {"epochs": 1, "steps": 10}])
 def test_a_protocol_has_one_length(length: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match="one of both"):
+    with pytest.raises(ValidationError, match="either `epochs` or `steps`"):
         RunConfig.model_validate({"task": {"kind": "classification"}, "protocol": length})
 
 

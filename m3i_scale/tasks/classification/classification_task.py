@@ -13,6 +13,7 @@ from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.config.sections import Section
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask, check_timm
+from m3i_scale.tasks.base import Task
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import Family, VisionConfig
@@ -135,6 +136,10 @@ class Classification(BackboneTask):
     def chooses_head(self) -> bool:
         """Return whether there is a sweep."""
         return self.sweep is not None
+
+    def alternatives(self) -> list[tuple[str, Task]]:
+        """Return the task with the pools that most backbones can be exported with."""
+        return [("pool", self.model_copy(update={"pool": pool})) for pool in ("class_token", "mean_pool")]
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Yield warnings about mixing weights that look like percentages."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +15,27 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
-from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.objective.targets.base import Context, Encoded, Scores, Sizes, TargetModules
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.tasks.detection.detection_losses import Objects
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
 from m3i_scale.tasks.detection.object_detector import image_sizes
 from m3i_scale.tasks.detection.rfdetr import RfDetrDetector
+from m3i_scale.tasks.full_image_target import FullImageTarget
 
 if TYPE_CHECKING:
     from m3i_scale.export.source import Source
     from m3i_scale.export.tensors import ExportedModule
 
 
-class Detection(Target):
-    """Object detection. It must be the only target of its recipe, with one full image as input, since its head reads
-    the backbone's layers."""
+class Detection(FullImageTarget):
+    """Object detection."""
 
     kind: ClassVar[str] = "detection"
     modality: ClassVar[str] = "boxes"
     representation: ClassVar[str] = "boxes, classes and masks of objects"
-    dense: ClassVar[bool] = True
     labels_file: ClassVar[str | None] = CATEGORIES
-    encoder: Literal["embedding"] = "embedding"
-    distribution: BoltzmannClasses = BoltzmannClasses()
-    regularizer: OtherCandidates = OtherCandidates()
+
     head: DetectionHead
 
     @property
@@ -121,10 +115,3 @@ class Detection(Target):
         terms = head.losses(encoded.maps, objects)
         outputs = {} if head.training else {"detections": head.detect(encoded.maps, sizes_B2, sizes_B2)}
         return Loss(torch.stack(list(terms.values())).sum(), terms=terms, outputs=outputs)
-
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
-        if parts.decoders[self.decoder].kind != "pointwise":
-            yield f"a detection target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
-        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
-            yield "a detection target is predicted from one input, which shows all of view 1"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from m3i_scale.config import RunConfig
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError
-from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer
+from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, Regions, RfDetr
 
 if TYPE_CHECKING:
@@ -28,20 +28,7 @@ class Detection(BackboneTask):
 
     def recipe(self) -> dict[str, Any]:
         """Return a recipe that predicts boxes, classes and masks from the uncropped image."""
-        target = {
-            "name": "detection",
-            "kind": "detection",
-            "inputs": ["image"],
-            "decoder": "patches",
-            "head": self.head.model_dump(mode="json"),
-        }
-        return {
-            "name": "detection",
-            "family": "supervised",
-            "inputs": [{"name": "image", "view": 1}],
-            "decoders": {"patches": {"kind": "pointwise"}},
-            "targets": [target],
-        }
+        return full_image_recipe("detection", self.head)
 
     @property
     def stretches(self) -> bool:

@@ -17,6 +17,7 @@ from m3i_scale.errors import DataError
 from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
+from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions
 from m3i_scale.tasks.detection.average_precision import measure_detector
 from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays, draw_curves
 from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Prediction, sorted_by_score
@@ -26,55 +27,42 @@ CURVES = "precision_recall.png"
 """File next to the pictures of the worst images."""
 
 
-def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
+def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | None:
     """Return the function that evaluates the detector; arguments as for `detector_of`."""
     load = detector_of(folder, measures)
     return None if load is None else partial(evaluate_detector, load)
 
 
 def evaluate_detector(
-    load: Callable[[Path, torch.device, int], Detector],
-    folder: Path,
-    data: str,
-    device: torch.device,
-    batch_size: int | None,
-    exclude_groups: tuple[str, ...],
-    pictures: tuple[Path, int] | None,
-    progress: Callable[[str, int], None] | None,
+    load: Callable[[Path, torch.device, int], Detector], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a detector.
+    """Return the document of `evaluate` for a detector. Its pictures are the worst images and precision-recall curves.
 
     Args:
-        load: loads the model for a batch size.
-        folder: folder of the model.
-        data: test shards.
-        device: device of the model.
-        batch_size: images per forward pass; None: `DETECTED`.
-        exclude_groups: skip samples with one of these values as `group`.
-        pictures: new folder for pictures of the worst images and precision-recall curves, and the number of pictures.
-        progress: callback for the number of samples read.
+        load: loads the model for a batch size, by default `DETECTED`.
+        options: model, data and options.
     """
-    detector = load(folder, device, batch_size or DETECTED)
-    categories = check_categories(detector, data)
-    drawing = None if pictures is None else DetectionOverlays(*pictures, categories)
-    table = open_table(data, "--data")
-    tell = None if progress is None else partial(progress, "data")
-    truths, predictions = find_objects(detector, table, categories, exclude_groups, tell, drawing)
-    check_groups(exclude_groups, [table])
+    detector = load(options.folder, options.device, options.batch_size or DETECTED)
+    categories = check_categories(detector, options.data)
+    drawing = None if options.pictures is None else DetectionOverlays(*options.pictures, categories)
+    table = open_table(options.data, "--data")
+    progress = None if options.progress is None else partial(options.progress, "data")
+    truths, predictions = find_objects(detector, table, categories, options.exclude_groups, progress, drawing)
+    check_groups(options.exclude_groups, [table])
     if not truths:
-        raise DataError("no usable sample in the test data", where=data, why=str(dict(table.left_out)))
+        raise DataError("no usable sample in the test data", where=options.data, why=str(dict(table.left_out)))
     clusters = clusters_of(table)
     figures = measure_detector(truths, predictions, categories, clusters)
-    if drawing is not None and pictures is not None:
+    if drawing is not None and options.pictures is not None:
         drawing.write()
-        draw_curves(figures, pictures[0] / CURVES)
+        draw_curves(figures, options.pictures[0] / CURVES)
     warnings = [clusters.warning] if clusters.warning else []
     if table.left_out:
         warnings.append(
             f"{table.left_out.total()} images of the test data are left out: the figures are not those of the whole set"
         )
     model = {"type": detector.model_type, "image_size": detector.size}
-    return document_of(folder, model, describe(table, data), clusters) | {
+    return document_of(options.folder, model, describe(table, options.data), clusters) | {
         "measures": {DETECTOR: figures},
         "not_measured": {},
         "warnings": warnings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +16,7 @@ from m3i_scale.tasks.detection.detection_losses import Objects
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 
-class ObjectDetector(BackboneReader, ABC):
+class ObjectDetector(BackboneReader):
     """A detection head for square images, padded at the right and at the bottom."""
 
     def backbone_layers(self) -> dict[str, int]:

@@ -21,6 +21,7 @@ from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import Clusters, clusters_of
 from m3i_scale.evaluate.overlays import Overlays
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
+from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions
 from m3i_scale.tasks.segmentation.pixel_heads import overlaps
 from m3i_scale.tasks.segmentation.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of, stride_of
 
@@ -28,50 +29,37 @@ MAX_ASPECT = 20
 """Images with a larger aspect ratio are skipped: memory must hold logits of every class for that many windows."""
 
 
-def find_model(folder: Path, measures: tuple[str, ...] | None) -> Callable[..., dict[str, Any]] | None:
+def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | None:
     """Return the function that evaluates the segmenter; arguments as for `segmenter_of`."""
     load = segmenter_of(folder, measures)
     return None if load is None else partial(evaluate_segmenter, load)
 
 
 def evaluate_segmenter(
-    load: Callable[[Path, torch.device, int], Segmenter],
-    folder: Path,
-    data: str,
-    device: torch.device,
-    batch_size: int | None,
-    exclude_groups: tuple[str, ...],
-    pictures: tuple[Path, int] | None,
-    progress: Callable[[str, int], None] | None,
+    load: Callable[[Path, torch.device, int], Segmenter], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a segmenter.
+    """Return the document of `evaluate` for a segmenter. Its pictures are prediction overlays.
 
     Args:
-        load: loads the model for a batch size.
-        folder: folder of the model.
-        data: test shards.
-        device: device of the model.
-        batch_size: windows per forward pass; None: `WINDOWS`.
-        exclude_groups: skip samples with one of these values as `group`.
-        pictures: new folder for prediction overlays, and their number.
-        progress: callback for the number of samples read.
+        load: loads the model for a batch size in windows, by default `WINDOWS`.
+        options: model, data and options.
     """
-    segmenter = load(folder, device, batch_size or WINDOWS)
-    overlays = None if pictures is None else Overlays(*pictures, segmenter.classes)
-    check_classes(segmenter, data)
-    table = open_table(data, "--data")
-    tell = None if progress is None else partial(progress, "data")
-    counts_M3K, masked = count_overlaps(segmenter, table, exclude_groups, tell, overlays)
-    check_groups(exclude_groups, [table])
+    segmenter = load(options.folder, options.device, options.batch_size or WINDOWS)
+    overlays = None if options.pictures is None else Overlays(*options.pictures, segmenter.classes)
+    check_classes(segmenter, options.data)
+    table = open_table(options.data, "--data")
+    progress = None if options.progress is None else partial(options.progress, "data")
+    counts_M3K, masked = count_overlaps(segmenter, table, options.exclude_groups, progress, overlays)
+    check_groups(options.exclude_groups, [table])
     if not len(masked):
-        raise DataError("no pixel of the test data has a class", where=data, why=str(dict(table.bad_masks)))
+        raise DataError("no pixel of the test data has a class", where=options.data, why=str(dict(table.bad_masks)))
     clusters = clusters_of(table).take(masked)
     warnings = [clusters.warning] if clusters.warning else []
     warnings += [f"{count} masks of the test data cannot be used: {why}" for why, count in table.bad_masks.items()]
     if without := len(table) - len(masked) - table.bad_masks.total():
         warnings.append(f"{without} images of the test data have no mask, and count for nothing")
     model = {"type": segmenter.model_type, "image_size": segmenter.size}
-    return document_of(folder, model, describe(table, data), clusters) | {
+    return document_of(options.folder, model, describe(table, options.data), clusters) | {
         "measures": {SEGMENTER: measure_segmenter(counts_M3K, clusters, segmenter.classes, segmenter.size)},
         "not_measured": {},
         "warnings": warnings,

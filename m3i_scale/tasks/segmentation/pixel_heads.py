@@ -3,6 +3,7 @@ the global batch on every type of process group, so results do not depend on the
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -82,6 +83,7 @@ class PixelHead(BackboneReader):
         """Return the tokens of normalized images, and the maps of `layers` or of the stages."""
         return backbone.encode_maps(images_BCHW, self.layers)
 
+    @abstractmethod
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return logits (B, K, H, W) at any resolution: the prediction, then auxiliary ones for training.
 
@@ -89,7 +91,6 @@ class PixelHead(BackboneReader):
             map_BDHW: tokens of the last layer.
             maps: maps returned by `encode_view`.
         """
-        raise NotImplementedError
 
     def predict(
         self, tokens_BND: Tensor, maps: Sequence[Tensor], grid: tuple[int, int], size: tuple[int, int]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -15,9 +15,8 @@ from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.base import OtherCandidates
-from m3i_scale.objective.targets.base import Context, Encoded, Parts, Scores, Sizes, Target, TargetModules
-from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.objective.targets.base import Context, Encoded, Scores, Sizes, TargetModules
+from m3i_scale.tasks.full_image_target import FullImageTarget
 from m3i_scale.tasks.segmentation.pixel_heads import PixelHead, mean_iou, overlaps
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation, SegmentationHead, UperNetSegmentation
 
@@ -26,18 +25,14 @@ if TYPE_CHECKING:
     from m3i_scale.export.tensors import ExportedModule
 
 
-class Segmentation(Target):
-    """Semantic segmentation. It must be the only target of its recipe, with one full image as input, since its head may
-    read the backbone's layers."""
+class Segmentation(FullImageTarget):
+    """Semantic segmentation."""
 
     kind: ClassVar[str] = "segmentation"
     modality: ClassVar[str] = "mask"
     representation: ClassVar[str] = "class of every pixel"
-    dense: ClassVar[bool] = True
     labels_file: ClassVar[str | None] = MASK_LABELS
-    encoder: Literal["embedding"] = "embedding"
-    distribution: BoltzmannClasses = BoltzmannClasses()
-    regularizer: OtherCandidates = OtherCandidates()
+
     head: SegmentationHead
 
     @property
@@ -74,21 +69,7 @@ class Segmentation(Target):
             raise ConfigError(
                 f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.datasets"
             )
-        fault = None
-        try:
-            kind = resolve_name(self.head.module)
-        except (AttributeError, ImportError, ValueError) as error:  # of a user-defined class
-            fault = str(error)
-        else:
-            if not (isinstance(kind, type) and issubclass(kind, PixelHead)):
-                fault = f"{self.head.module} is no class below PixelHead"
-        if fault is not None:
-            raise ConfigError(
-                f"the head '{self.head.kind}' does not name the module that is built of it: {fault}",
-                where="task.head",
-                fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
-            )
-        return cast(nn.Module, kind(self.head, sizes.backbone, sizes.classes[0], sizes.ranks))
+        return _module_class(self.head)(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
 
     def present(self, batch: Batch) -> Tensor:
         """Return which samples have a labeled pixel: bool (B)."""
@@ -110,12 +91,37 @@ class Segmentation(Target):
             outputs["overlaps_3K"] = overlaps(predicted_BHW, truth_BHW, valid_BHW, logits_BKHW.shape[1])
         return Loss(value, nats, outputs=outputs)
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
-        if parts.decoders[self.decoder].kind != "pointwise":
-            yield f"a segmentation target is decoded by pointwise, not {parts.decoders[self.decoder].kind}"
-        if len(parts.inputs) != 1 or parts.mix is not None or parts.inputs[0].mask or [*parts.inputs[0].seen] != [1]:
-            yield "a segmentation target is predicted from one input, which shows all of view 1"
+
+def _module_class(head: SegmentationHead) -> Callable[..., PixelHead]:
+    """Return the class of a head's module, which may be user-defined."""
+    try:
+        kind = resolve_name(head.module)
+        below = isinstance(kind, type) and issubclass(kind, PixelHead)
+        fault = None if below else f"{head.module} is no class below PixelHead"
+    except (AttributeError, ImportError, ValueError) as error:
+        fault = str(error)
+    if fault is not None:
+        raise ConfigError(
+            f"the head '{head.kind}' does not name the module that is built of it: {fault}",
+            where="task.head",
+            fix='module: ClassVar[str] = "my_package.my_module.MyPixelHead", in its class',
+        )
+    if kind.__abstractmethods__:
+        raise ConfigError(
+            f"{head.module} must define {', '.join(sorted(kind.__abstractmethods__))}",
+            where="task.head",
+            fix="define it in the class",
+        )
+    # The more derived definition counts: a class may define both for older versions, which called `encode`.
+    definer = next(base for base in kind.__mro__ if {"encode", "encode_view"} & vars(base).keys())
+    if "encode_view" not in vars(definer):
+        raise ConfigError(
+            f"{head.module} must define `encode_view`, not `encode`, which is never called",
+            where="task.head",
+            why="the head would be trained on the tokens of the default `encode_view`",
+            fix="rename the method to `encode_view`",
+        )
+    return cast(Callable[..., PixelHead], kind)
 
 
 class _MeanIou(Scores):

@@ -10,7 +10,7 @@ from typing_extensions import Self
 from m3i_scale.config import RunConfig
 from m3i_scale.data.shards import MASK_LABELS, check_mask_classes
 from m3i_scale.errors import ConfigError
-from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer
+from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
 
 if TYPE_CHECKING:
@@ -37,20 +37,7 @@ class Segmentation(BackboneTask):
 
     def recipe(self) -> dict[str, Any]:
         """Return a recipe that predicts the class of every pixel from the uncropped image."""
-        target = {
-            "name": "segmentation",
-            "kind": "segmentation",
-            "inputs": ["image"],
-            "decoder": "patches",
-            "head": self.head.model_dump(mode="json"),
-        }
-        return {
-            "name": "segmentation",
-            "family": "supervised",
-            "inputs": [{"name": "image", "view": 1}],
-            "decoders": {"patches": {"kind": "pointwise"}},
-            "targets": [target],
-        }
+        return full_image_recipe("segmentation", self.head)
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         """Also check the layers that UPerNet reads."""
