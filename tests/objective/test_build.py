@@ -72,7 +72,7 @@ FAULTS = {
         {},
         "has no effect: the recipe mixes no images",
     ),
-    "no labels": (("supervised",), {"labels": False}, "no source has labels"),
+    "no labels": (("supervised",), {"labels": False}, "no dataset has labels"),
     "no tokenizer": (("clip",), {"vocabulary": None}, "there is no tokenizer"),
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "1 patches cannot be dealt to 2 images"),

@@ -108,7 +108,7 @@ def _environment(host: HostReport) -> Results:
 
 
 def _shards(host: HostReport) -> Results:
-    """Check that the first shard of every source can be read."""
+    """Check that the first shard of every dataset can be read."""
     for source, answer in host.own.get("shards", {}).items():
         name = f"{source}: {answer['shard']}"
         if "error" in answer:
