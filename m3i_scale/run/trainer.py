@@ -326,7 +326,7 @@ def ema_decay(step: int, resolved: ResolvedRun) -> float:
     if task is not None and task.ema is not None:
         return warmed_up_decay(step, task.ema)
     if schedule is None:
-        raise ValueError("an average is there, and nothing says how it moves")
+        raise ValueError("the run has EMA weights, but neither the task nor the recipe sets an EMA decay")
     return ema_decay_at(step, schedule, resolved.run.optim.steps)
 
 

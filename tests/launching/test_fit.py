@@ -38,7 +38,7 @@ def test_it_is_refused_and_a_dry_run_says_so(words, told, tmp_path):
     assert not (tmp_path / "run").exists()
     dry = launch(*words, out, "--dry-run")
     assert dry.exit_code == EXIT_USER_ERROR
-    assert f"the ranks would refuse this: {str(done.exception).splitlines()[0]}" in dry.stderr
+    assert f"the run would not start: {str(done.exception).splitlines()[0]}" in dry.stderr
     assert "sbatch" in dry.stdout
     assert "plutonium" not in dry.output + str(done.exception)
 

@@ -34,7 +34,7 @@ def _accelerator(host: HostReport) -> Results:
         result["fix"] = "the driver, or CUDA_VISIBLE_DEVICES, of this host"
     elif own["kind"] != "cpu" and own["count"] < slots:
         result["error"] = f"{slots} ranks are to run here, one on each"
-        result["fix"] = f"slots={own['count']}, or mend the others"
+        result["fix"] = f"slots={own['count']}, or fix the missing devices"
     elif own["driver"] != head["driver"]:
         result["warning"] = f"the head has driver {head['driver']}"
         result["fix"] = "the same driver on all hosts"
