@@ -267,7 +267,7 @@ class Trainer:
                 with self.step_times.span("optimizer"):
                     take_step(state.engine)
         state.applied = state.engine.was_step_applied()  # a skipped step does not update the EMA either
-        self._update_average()
+        self._update_ema()
         state.step += 1
         self.heartbeat.at("other", state.step)
         state.timeouts.end_step()
@@ -310,7 +310,7 @@ class Trainer:
         for hook, any_rank in zip(self.hooks, voted, strict=True):
             hook.pre_optimizer_step(any_rank)
 
-    def _update_average(self) -> None:
+    def _update_ema(self) -> None:
         state = self.state
         if state.ema is None:
             return
