@@ -232,24 +232,16 @@ def plan(
     inter_gb_s: Annotated[
         float | None, typer.Option(min=1e-3, help="Inter-node bandwidth per GPU in GB/s, one direction.")
     ] = None,
-    latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Latency of a collective step between nodes.")
-    ] = None,
-    intra_latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Latency of a collective step within a node.")
-    ] = None,
+    latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step between nodes.")] = None,
+    intra_latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step within a node.")] = None,
     workspace_gib: Annotated[
         float | None, typer.Option(min=0.0, help="Non-tensor memory per rank in GiB (CUDA context, workspaces).")
     ] = None,
     host_memory_gib: Annotated[
         float | None, typer.Option(min=0.1, help="Host memory per node in GiB; checked only if given.")
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Training samples in total; default: steps × batch size.")
-    ] = None,
-    classes: Annotated[
-        int | None, typer.Option(min=1, help="Number of classes; default: read from the shards.")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Training samples; default: steps × batch size.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes; default: the shards'.")] = None,
     vocabulary: Annotated[
         int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
     ] = None,

@@ -93,9 +93,8 @@ def _python(host: HostReport) -> Results:
 def _packages(host: HostReport) -> Results:
     answer, master = host.answer["python"]["packages"], host.master["python"]["packages"]
     errors = [f"{name} missing" for name in answer if answer[name] is None]
-    errors += [
-        f"{name} {answer[name]}, the master node has {master[name]}" for name in answer if answer[name] != master[name]
-    ]
+    differing = [name for name in answer if answer[name] != master[name]]
+    errors += [f"{name} {answer[name]}, the master node has {master[name]}" for name in differing]
     value = ", ".join(f"{name} {answer[name] or 'missing'}" for name in answer)
     yield value, {"error": "; ".join(errors), "fix": "the same environment on all hosts"}
 
