@@ -143,7 +143,7 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
         raise ConfigError(
             f"the global contrastive batch is {usual} on all hosts",
             where=f"min_compared: {least}",
-            fix="lower it, or raise optim.micro_batch_size (that × ranks is the global contrastive batch)",
+            fix="lower it, or raise optim.micro_batch_size (that × ranks are compared)",
         )
 
 
