@@ -80,7 +80,7 @@ class Bench:
         self.settings, self.folder = settings, Path(settings["folder"])
         self.group = start_ranks()
         plan = plan_of(settings, self.group.world_size)
-        self.engine, self.momentum = start_engine(plan, self.group)
+        self.engine, self.ema = start_engine(plan, self.group)
         assert self.ema is not None
         torch.manual_seed(self.group.rank)
         sizes = {"image": plan.image_size, "tokens": 8, "classes": 10, "vocabulary": 100}
@@ -107,7 +107,7 @@ class Bench:
             loss, _ = self.engine(self.batch)
             self.engine.backward(loss)
             take_step(self.engine)
-            self.momentum.update(0.99)
+            self.ema.update(0.99)
 
         dist.barrier()
         started = time.perf_counter()
@@ -133,7 +133,7 @@ class Bench:
     def blocking(self) -> dict[str, Any]:
         """Our save, waited for: files on the disk, hashed, committed."""
         folder = self.next_folder()
-        return self.timed(lambda: Saver(self.engine, self.momentum).save(folder, **self.facts()))
+        return self.timed(lambda: Saver(self.engine, self.ema).save(folder, **self.facts()))
 
     def background(self, saver: Saver) -> dict[str, Any]:
         """Our save beside the training: `seconds` is how long the training stands still."""
@@ -165,7 +165,7 @@ def save(settings: dict[str, Any]) -> dict[str, Any]:
     steps = [bench.step() for _ in range(5)][2:]
     probe = first_samples(bench.batch)
     found: dict[str, Any] = {"step_s": steps, "probe": bench.timed(lambda: probe_loss(bench.engine, probe))}
-    saver = Saver(bench.engine, bench.momentum, background=True)
+    saver = Saver(bench.engine, bench.ema, background=True)
     ways: dict[str, Callable[[], dict[str, Any]]] = {"blocking": bench.blocking, "deepspeed": bench.deepspeed}
     if settings["background"]:
         ways["background"] = lambda: bench.background(saver)
@@ -179,14 +179,14 @@ def save(settings: dict[str, Any]) -> dict[str, Any]:
                 print(name, found[name][-1], file=sys.stderr, flush=True)
     saver._copies.clear()  # a run that loads has just begun
     found["last"] = [bench.blocking(), bench.deepspeed()] and str(bench.folder / "checkpoints")
-    found["load"] = bench.timed(lambda: load_checkpoint(newest(bench.folder), bench.engine, bench.momentum))
+    found["load"] = bench.timed(lambda: load_checkpoint(newest(bench.folder), bench.engine, bench.ema))
     return found
 
 
 def load(settings: dict[str, Any]) -> dict[str, Any]:
     """Of the checkpoint that is there, on these ranks."""
     bench = Bench(settings)
-    return bench.timed(lambda: load_checkpoint(newest(bench.folder), bench.engine, bench.momentum))
+    return bench.timed(lambda: load_checkpoint(newest(bench.folder), bench.engine, bench.ema))
 
 
 def newest(folder: Path) -> Path:

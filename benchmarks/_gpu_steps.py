@@ -67,7 +67,7 @@ def our_step(recipe: str, deepspeed: str, micro_batch: int, *overrides: str) -> 
         resolve_engine(run, 1, config.hidden_size),
         1,
     )
-    engine, momentum = start_engine(resolved, ProcessGroupRanks())
+    engine, ema = start_engine(resolved, ProcessGroupRanks())
     batch = batch_of(run, micro_batch, config.image_size)
 
     def step() -> None:
@@ -75,8 +75,8 @@ def our_step(recipe: str, deepspeed: str, micro_batch: int, *overrides: str) -> 
         engine.backward(loss)
         engine.module.after_backward()
         engine.step()
-        if momentum is not None:
-            momentum.update(0.999)
+        if ema is not None:
+            ema.update(0.999)
 
     tflop = step_flop(run, LABEL_SETS, resolved.vocab_size)["model"] / 1e12
     return Step(step, micro_batch, tflop, engine.destroy)

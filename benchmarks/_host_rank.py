@@ -74,7 +74,7 @@ def measure(file: Path, ranks: int, steps: int) -> dict[str, float]:
     resolved.config["zero_optimization"] = scaled(resolved.config["zero_optimization"])
     recipe = parse_recipe(run.recipe)
     image_size = 32
-    engine, momentum = start_engine(
+    engine, ema = start_engine(
         ResolvedRun(run, recipe, LABEL_SETS, range(VOCABULARY), image_size, resolved, 1),  # type: ignore[arg-type]
         ProcessGroupRanks(),
     )
@@ -96,7 +96,7 @@ def measure(file: Path, ranks: int, steps: int) -> dict[str, float]:
         times.append(time.process_time())
         engine.step()
         times.append(time.process_time())
-        momentum.update(1.0)
+        ema.update(1.0)
         times.append(time.process_time())
         if step >= WARM_UP:
             for phase, begun, ended in zip(phases, times, times[1:], strict=False):

@@ -19,7 +19,7 @@ from m3i_scale.objective import build
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
-from m3i_scale.objective.start_weights import move_averages, start_weights
+from m3i_scale.objective.start_weights import start_weights, update_ema_teacher
 from m3i_scale.run import with_data
 from m3i_scale.run.schedule import ema_decay_at
 
@@ -101,7 +101,7 @@ def update_ema(objective: Objective, step: int, steps: int) -> None:
         steps: total number of training steps.
     """
     if objective.recipe.ema is not None:
-        move_averages(objective, ema_decay_at(step, objective.recipe.ema, steps))
+        update_ema_teacher(objective, ema_decay_at(step, objective.recipe.ema, steps))
 
 
 def load_backbone(source: str | Path, pool: Pool = "mean") -> LoadedBackbone:

@@ -215,9 +215,9 @@ def stop(
 def plan(
     run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each of them.")] = 8,
-    memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a rank's device.")] = 80.0,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks per node.")] = 8,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory per device in GiB.")] = 80.0,
     device: Annotated[str, typer.Option("--hardware", help="h100, a100, or cpu: ranks compute on hosts.")] = "h100",
     tflops_per_gpu: Annotated[
         float | None, typer.Option(min=1e-3, help="Peak rate, 10¹² FLOP/s; default: the device's.")
@@ -227,23 +227,23 @@ def plan(
         typer.Option(min=0.01, max=1.0, help="Share of the peak rate that is reached; default: h100 0.21, a100 0.39."),
     ] = None,
     intra_gb_s: Annotated[
-        float | None, typer.Option(min=1e-3, help="Of a rank within its node, one direction.")
+        float | None, typer.Option(min=1e-3, help="Intra-node bandwidth per GPU in GB/s, one direction.")
     ] = None,
-    inter_gb_s: Annotated[float | None, typer.Option(min=1e-3, help="Of a rank to other nodes, one direction.")] = None,
-    latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Of a step of a collective to another node.")
+    inter_gb_s: Annotated[
+        float | None, typer.Option(min=1e-3, help="Inter-node bandwidth per GPU in GB/s, one direction.")
     ] = None,
-    intra_latency_us: Annotated[
-        float | None, typer.Option(min=0.0, help="Of a step of a collective within a node.")
+    latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step between nodes.")] = None,
+    intra_latency_us: Annotated[float | None, typer.Option(min=0.0, help="Latency of a step within a node.")] = None,
+    workspace_gib: Annotated[
+        float | None, typer.Option(min=0.0, help="Non-tensor memory per rank in GiB (CUDA context, workspaces).")
     ] = None,
-    workspace_gib: Annotated[float | None, typer.Option(min=0.0, help="What a rank holds beside tensors.")] = None,
     host_memory_gib: Annotated[
-        float | None, typer.Option(min=0.1, help="Host memory of a node; not checked where it is not given.")
+        float | None, typer.Option(min=0.1, help="Host memory per node in GiB; checked only if given.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="To be seen; default: steps × batch size.")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Of labels or masks; default: the shards'.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Training samples; default: steps × batch size.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes; default: the shards'.")] = None,
     vocabulary: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of the text tower; default: the shards'.")
+        int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
     ] = None,
     output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: Json = False,
@@ -396,8 +396,8 @@ def export(
     file_format: Annotated[
         str, typer.Option("--format", help="transformers, timm, or onnx: a file for ONNX Runtime, too.")
     ] = "transformers",
-    label_set: Annotated[str | None, typer.Option(help="Whose classes a classifier has.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of one file of weights.")] = "5GB",
+    label_set: Annotated[str | None, typer.Option(help="Label set of the exported classifier.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="Replace an existing folder.")] = False,
     license_id: Annotated[
         str, typer.Option("--license", help="Licence of the weights, as the Hub spells it, for the model card.")

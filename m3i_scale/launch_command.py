@@ -103,7 +103,7 @@ def launch(
         try:
             check_fit(config, job, launcher)
         except UserError as error:
-            print_line(f"the ranks would refuse this: {error}", stderr=True)
+            print_line(f"the run would not start: {error}", stderr=True)
             raise typer.Exit(error.exit_code) from None
         return
     if as_json:

@@ -26,7 +26,7 @@ from m3i_scale.config import RunConfig, known_recipes, load_run
 from m3i_scale.data.batch import Batch, no_masks, no_objects
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.partition import initialize_sharded
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.encoders import FrozenStart
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
@@ -183,7 +183,7 @@ def first_weights(objective: Objective, seed: int) -> None:
             model.load_state_dict(values, strict=False)
     named = dict(objective.named_parameters())
     with torch.no_grad():
-        for online, target in momentum_pairs(objective):
+        for online, target in ema_pairs(objective):
             named[target].copy_(named[online])
 
 

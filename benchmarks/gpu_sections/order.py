@@ -21,14 +21,14 @@ def measure(mode: str, rows: Rows) -> None:
     """Row: copies that are made in the stream of gathers, as a gather makes them on more than one rank."""
     with tempfile.TemporaryDirectory() as folder:
         parts = RankParts(Path(folder))
-        engine, momentum = start_engine(parts.plan("zero3_bf16", "m3i"), parts.ranks)
+        engine, ema = start_engine(parts.plan("zero3_bf16", "m3i"), parts.ranks)
         parts._train_step(engine, 0)
         named = dict(engine.module.named_parameters())
-        targets = {name: local_values(named[name]) for name in momentum.online_names()}
+        targets = {name: local_values(named[name]) for name in ema.online_names()}
         torch.cuda.synchronize()
         before = {name: values.clone() for name, values in targets.items()}
         torch.cuda._sleep(SPIN_CYCLES)
-        momentum.update(0.0)  # the average becomes the online weights
+        ema.update(0.0)  # the average becomes the online weights
         with torch.cuda.stream(gather_stream(engine)):
             gathered = {name: values.clone() for name, values in targets.items()}
         with torch.cuda.stream(torch.cuda.Stream()):

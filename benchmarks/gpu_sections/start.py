@@ -32,9 +32,9 @@ def measure(mode: str, rows: Rows) -> None:
         for name, plan in resolved.items():
             check_accelerator(plan.deepspeed)
             if mode != "fake":
-                engine, momentum = start_engine(plan, parts.ranks)
+                engine, ema = start_engine(plan, parts.ranks)
                 parts._train_step(engine, 0)
-                momentum.update(0.9)
+                ema.update(0.9)
                 engine.destroy()
             rows.must(name, "starts", "starts", ok=True)
         if mode != "cpu":

@@ -226,7 +226,7 @@ class TrainStream:
             self.load_state_dict(before)
         if len(peeked) < count:
             which = "the first batch" if count == 1 else f"the first {count} batches"
-            raise DataError(f"the sources end before {which}", fix="raise epochs or leave it out")
+            raise DataError(f"the datasets end before {which}", fix="raise epochs or leave it out")
         return Batch.cat(peeked)
 
     @property

@@ -42,7 +42,7 @@ def check_weights(sources: Mapping[str, DatasetConfig], where: str = "data.datas
     for samples in points:
         if not any(weight_at(weight, samples) > 0 for weight in weights):
             raise ConfigError(
-                f"no source has a weight after {samples} samples",
+                f"no dataset has a weight after {samples} samples",
                 where=", ".join(f"{where}.{name}.weight" for name in sources),
                 fix="give one of them a weight above 0",
             )

@@ -145,7 +145,7 @@ def read_label_sets(
             raise DataError(
                 f"two different label lists for the label set '{label_set}'",
                 where=str(path),
-                fix=f"give the sources different label_set names, or make their {file} equal",
+                fix=f"give the datasets different label_set names, or make their {file} equal",
             )
     return {name: labels for name, labels in sets.items() if labels}
 

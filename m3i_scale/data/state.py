@@ -130,7 +130,7 @@ def check_format(state: Mapping[str, Any]) -> None:
         raise DataError(
             f"unknown format of the data state: {state.get('format')}, this version reads {STATE_FORMAT}",
             where="data/rank-*.json of the checkpoint",
-            why="sources took turns by another rule, so samples would be skipped or repeated without a word",
+            why="datasets took turns by another rule, so samples would be skipped or repeated without a word",
             fix="resume with the version that saved it, or start a new run from its weights",
         )
 
@@ -173,7 +173,7 @@ def accept_changes(
     if not differences:
         before = f"; those of the last change were {', '.join(past[-1]['sources'])}" if past else ""
         raise DataError(
-            f"data.changed_datasets names {', '.join(sorted(named))}, and no source differs from the checkpoint",
+            f"data.changed_datasets names {', '.join(sorted(named))}, and no dataset differs from the checkpoint",
             where="data.changed_datasets",
             fix=f"take the names out{before}",
         )
@@ -181,7 +181,7 @@ def accept_changes(
     raise DataError(
         f"the data changed since the checkpoint: {', '.join(differences)}"
         + (f"; data.changed_datasets also names {', '.join(idle)}, unchanged" if idle else ""),
-        where="data state, sources",
+        where="data state, datasets",
         why="; ".join(f"{name}: {text}" for name, text in differences.items()),
         fix=f"restore the shards and settings of the run; or, where all of that is meant, set {wanted}",
     )

@@ -100,7 +100,7 @@ def find_tokenizer(
             places.append(str(place))
     raise ConfigError(
         "the recipe has a text target, but there is no tokenizer",
-        where="text.tokenizer; looked in " + ", ".join(places or ["no source"]),
+        where="text.tokenizer; looked in " + ", ".join(places or ["no dataset"]),
         fix="make the shards with `m3i-scale shards make`, which trains one, or set text.tokenizer",
     )
 

@@ -55,7 +55,7 @@ class RemoteShell:
     workdir: str
     """The working directory, on all hosts."""
     output_dir: str
-    """Folder of the run, which identifies processes of a former launch."""
+    """Folder of the run, which identifies processes of a previous launch."""
     launch: str = field(default_factory=lambda: secrets.token_hex(8))
     """A unique name for this launch."""
     ssh: tuple[str, ...] = ()

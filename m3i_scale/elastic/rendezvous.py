@@ -122,7 +122,7 @@ class Rendezvous:
 
         Raises:
             CannotStartError: too few hosts respond or fit the run, or the global contrastive batch would be too small.
-            UserError: processes of a former launch are left (`first`).
+            UserError: processes of a previous launch are left (`first`).
         """
         run, fewest, history = self.work.run, self._fewest, self.history
         hosts = history.order
@@ -193,7 +193,7 @@ class Rendezvous:
         least = self.policy.min_compared
         if least is not None and world.compared < least:
             raise CannotStartError(
-                fewer or f"losses compare {world.compared} samples at a time",
+                fewer or f"the global contrastive batch is {world.compared}",
                 where=f"min_compared: {least}, {world.ranks} ranks on {', '.join(world.names)}",
                 why="their values would be others",
                 fix="fix the hosts that are out, or lower min_compared",
@@ -255,8 +255,8 @@ def _check_left(links: Sequence[Link]) -> None:
     ]
     if processes:
         raise UserError(
-            "processes of a former launch of this run are still there",
+            "processes of a previous launch of this run are still running",
             where=listed(processes, 8, "; "),
             why="they and the new ones would write into the same output folder",
-            fix="end the former launch, or these processes by `kill -9`",
+            fix="end the previous launch, or these processes by `kill -9`",
         )

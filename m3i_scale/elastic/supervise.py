@@ -262,7 +262,7 @@ class Attempt:
             return
         rank = self._progress.furthest_behind(self._running)
         beat, link = self._progress.beat_of(rank), self._running[rank]
-        message = f"the rank neither goes on nor ends: it has not moved for {beat['age_s']:.0f} s"
+        message = f"the rank made no progress for {beat['age_s']:.0f} s"
         at = beat["changed"] + self._progress.ahead_s(link.host.name)
         self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
 

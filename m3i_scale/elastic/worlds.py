@@ -118,7 +118,7 @@ class ComparedSamples:
         else:
             self._raised = size > world.micro_batch_size
             return replace(world, micro_batch_size=size), None
-        return world, f"losses compare {world.compared} samples at a time, were {self.usual}: {why}"
+        return world, f"the global contrastive batch is {world.compared}, was {self.usual}: {why}"
 
     def note(self, cause: Failure | None) -> bool:
         """Record a failed attempt; return whether it ran out of memory with an increased micro-batch, which is then
@@ -141,7 +141,7 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
         )
     if usual is not None and usual < least:
         raise ConfigError(
-            f"losses compare {usual} samples at a time on all hosts",
+            f"the global contrastive batch is {usual} on all hosts",
             where=f"min_compared: {least}",
             fix="lower it, or raise optim.micro_batch_size (that × ranks are compared)",
         )

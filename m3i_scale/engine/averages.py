@@ -70,8 +70,8 @@ class _Place:
 class ShardedEma:
     """Sharded EMA of the online parameters: each rank averages the master weights that it has.
 
-    The EMA is fp32, a higher precision than the target's compute dtype. In bf16 the update would be lost, because 1 − m
-    is below half a unit in the last place. Storage in addition to the target's compute copy: nothing in fp32 (the copy
+    The EMA is fp32, a higher precision than the target's compute dtype. In bf16 the update would be lost: 1 − decay is
+    below half a unit in the last place. Storage in addition to the target's compute copy: nothing in fp32 (the copy
     is the EMA), the lower 16 bits in bf16 (the copy has the upper ones), the full EMA in fp16.
 
     Under ZeRO-3 the target's shards are the copies. Under stages 1 and 2 all ranks gather the copies, one group at a
@@ -135,14 +135,14 @@ class ShardedEma:
         return flat
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """Update the EMA, m · EMA + (1 − m) · online, and its compute copy."""
+    def update(self, decay: float) -> None:
+        """Update the EMA, decay · EMA + (1 − decay) · online, and its compute copy."""
         self.wait()
         for flat in self._flats:
             for copy, beside, master in flat.blocks():
-                average = join(copy, beside) if copy.dtype == torch.bfloat16 else beside
-                average.lerp_(master.to(average.device, torch.float32), 1.0 - momentum)
-                _write(average, copy, beside)
+                ema = join(copy, beside) if copy.dtype == torch.bfloat16 else beside
+                ema.lerp_(master.to(ema.device, torch.float32), 1.0 - decay)
+                _write(ema, copy, beside)
         self.publish()
 
     def publish(self) -> None:
@@ -224,12 +224,12 @@ def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
         yield MasterGroup(parameter.detach().view(-1), 0, parameter.numel(), {target: 0})
 
 
-def _write(average: Tensor, copy: Tensor, beside: Tensor) -> None:
-    """Write EMA weights to `copy` and `beside`; `average` may be `beside` itself."""
+def _write(ema: Tensor, copy: Tensor, beside: Tensor) -> None:
+    """Write EMA weights to `copy` and `beside`; `ema` may be `beside` itself."""
     if copy.dtype == torch.bfloat16:
-        split(average, copy, beside)
+        split(ema, copy, beside)
         return
-    if average is not beside:
-        beside.copy_(average)
+    if ema is not beside:
+        beside.copy_(ema)
     if copy is not beside:
         copy.copy_(beside)

@@ -60,8 +60,8 @@ class HostReport:
     """The answer of a host, with the answers of the master node and of all hosts."""
 
     name: str
-    own: Mapping[str, Any]
-    head: Mapping[str, Any]
+    answer: Mapping[str, Any]
+    master: Mapping[str, Any]
     answers: Answers
 
 
@@ -72,10 +72,10 @@ Check = Callable[[HostReport], Results]
 
 def compare_hosts(answers: Answers, checks: Mapping[str, Check]) -> Iterator[Finding]:
     """Run checks by name for all hosts; yield their findings."""
-    head = next(iter(answers.values()))
+    master = next(iter(answers.values()))
     for name, check in checks.items():
-        for host, own in answers.items():
-            for value, arguments in check(HostReport(host, own, head, answers)):
+        for host, answer in answers.items():
+            for value, arguments in check(HostReport(host, answer, master, answers)):
                 yield finding(name, host, value, **arguments)
 
 

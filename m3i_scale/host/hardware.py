@@ -22,7 +22,7 @@ class Hardware:
     source: str
     latency_us: float | None = None
     """Latency of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
-    (`PROTOCOLS` in communication.py)."""
+    (`PROTOCOLS` in plan/timing.py)."""
     intra_latency_us: float | None = None
 
 

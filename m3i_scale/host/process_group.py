@@ -26,14 +26,14 @@ _FORK_SAFE = ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE")
 
 
 def start_ranks(
-    timeout_s: float = 1800.0, join_s: float = 300.0, tell: Callable[[str], None] = lambda text: None
+    timeout_s: float = 1800.0, rendezvous_s: float = 300.0, tell: Callable[[str], None] = lambda text: None
 ) -> ProcessGroupRanks:
     """Join the process group that the launcher (or MPI) describes in RANK, WORLD_SIZE, …; without a launcher, use one
     rank.
 
     Args:
         timeout_s: collective timeout.
-        join_s: rendezvous timeout.
+        rendezvous_s: rendezvous timeout.
         tell: called on one rank per host if an extension must be built, or is being built by another process.
 
     Raises:
@@ -67,8 +67,8 @@ def start_ranks(
         for name in _FORK_SAFE:
             os.environ.setdefault(name, "1")
     timeout = timedelta(seconds=timeout_s)
-    await_ranks(join_s)
-    choose_interface(join_s)
+    await_ranks(rendezvous_s)
+    choose_interface(rendezvous_s)
     # With this variable, set by its launcher, DeepSpeed maps 69 MB of /dev/shm per rank on a CPU and never removes
     # them. It crashes if there is less (64 MB in a container), and its reduction order differs from other launchers.
     local = os.environ.pop("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))

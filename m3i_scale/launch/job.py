@@ -161,7 +161,7 @@ def _check_names(hosts: tuple[Host, ...]) -> None:
 def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
     if hosts and not is_here(hosts[0].name):
         raise ConfigError(
-            f"the head, {hosts[0].name}, is not this machine: the address of its '{interface}' is not known here",
+            f"the master node {hosts[0].name} is not this machine: the address of its '{interface}' is unknown",
             where=f"interface: {interface}",
             fix=f"--master-address with what `ssh {hosts[0].name} ip -4 address show {interface}` says",
         )

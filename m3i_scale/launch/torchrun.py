@@ -47,7 +47,7 @@ def _script(job: Job) -> str:
     words = ["exec", shlex.quote(job.python), "-m", AGENT, *options, "--module", *shell.quoted(job.train)]
     lines = [
         "#!/bin/bash",
-        f"# On every host: bash {SCRIPT} PLACE, which counts the hosts from 0, the head.",
+        f"# On every host: bash {SCRIPT} PLACE, which counts the hosts from 0, the master node.",
         "set -eu",
         f"cd {shlex.quote(str(job.workdir))}",
         *shell.export_lines(job.variables),

@@ -62,15 +62,15 @@ def build_objective(
     teachers = nn.ModuleDict({name: build_teacher(run, recipe, name, config) for name in taught_by})
     heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers, image_counts)
     weights = [target.weight for target in recipe.targets]
-    momentum = text = None
+    ema_teacher = text = None
     depth = recipe.ema.projector_depth if recipe.ema is not None and recipe.projects_dense_targets else 0
     if recipe.ema is not None and target_encoders:
-        copies = _averaged(recipe, decoders, config, ranks)
-        momentum = EmaTeacher(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
+        copies = _ema_copies(recipe, decoders, config, ranks)
+        ema_teacher = EmaTeacher(build_backbone(config), depth, *copies, layers=recipe.averaged_layers)
     if run.task is not None and run.task.ema is not None and target_encoders:
         pools = nn.ModuleDict({name: _decoder(recipe, name, config) for name in recipe.decoders})
-        averaged = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers)
-        momentum = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), averaged)
+        target_heads = _target_heads(recipe, decoders, student, classes, tokens, ranks, teachers)
+        ema_teacher = EmaTeacher(build_backbone(config), 0, pools, nn.ModuleDict(), target_heads)
     projector = Projector(config.hidden_size, depth) if depth else None
     if recipe.uses_text_tower and vocab_size is not None:
         kernel = run.backbone.attention_kernel
@@ -89,7 +89,7 @@ def build_objective(
         image_heads=_image_heads(recipe, decoders, ranks),
         states=_memories(recipe) if target_encoders else None,
         projector=projector,
-        momentum=momentum,
+        ema_teacher=ema_teacher,
         teachers=teachers,
         text=text,
         mask_token=MaskToken(config.hidden_size) if recipe.uses_mask_tokens and target_encoders else None,
@@ -158,7 +158,7 @@ def _memories(recipe: Recipe) -> nn.ModuleDict:
     return nn.ModuleDict({name: by_name[name].build_memory(recipe.heads[by_name[name].head]) for name in by_name})
 
 
-def _averaged(
+def _ema_copies(
     recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, ranks: Ranks
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Return EMA copies of the pools and heads of targets with the EMA teacher."""
@@ -219,7 +219,7 @@ _ONLINE = {
 """Maps parts of the EMA teacher to the parts of the objective that they follow."""
 
 
-def momentum_pairs(objective: Objective) -> list[tuple[str, str]]:
+def ema_pairs(objective: Objective) -> list[tuple[str, str]]:
     """Return the (student, EMA) names of all trainable parameters that the EMA teacher follows."""
     if objective.momentum is None:
         return []

@@ -23,7 +23,7 @@ def check_fit(
         )
     if recipe.labels_file is not None and not label_sets:
         raise ConfigError(
-            f"the recipe predicts classes, and no source has {recipe.labels_file}",
+            f"the recipe predicts classes, and no dataset has {recipe.labels_file}",
             fix="put it, a list of class names, beside the shards of masks"
             if recipe.reads_masks
             else "give labels to `shards make`, or take a recipe without a category target",

@@ -51,7 +51,7 @@ class Objective(nn.Module):
         image_heads: nn.ModuleDict | None = None,
         states: nn.ModuleDict | None = None,
         projector: Projector | None = None,
-        momentum: EmaTeacher | None = None,
+        ema_teacher: EmaTeacher | None = None,
         teachers: nn.ModuleDict | None = None,
         text: TextTower | None = None,
         mask_token: MaskToken | None = None,
@@ -60,7 +60,8 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.student = student
         self.projector = projector
-        self.momentum = momentum
+        self.momentum = ema_teacher
+        """EMA teacher. Its name is part of the file format: checkpoints have its parameters as `average/momentum.…`."""
         self.teachers = teachers or nn.ModuleDict()
         """Frozen teachers by name."""
         self.text = text

@@ -269,7 +269,7 @@ def meaning(values: Any) -> Any:
 
 
 def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imports: bool = False) -> Recipe:
-    """Validate a recipe in the current format or in the older one without kinds of targets.
+    """Validate a recipe. Older names of its keys are upgraded.
 
     Args:
         values: the recipe as read from a file.

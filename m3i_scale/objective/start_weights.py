@@ -13,7 +13,7 @@ from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
-from m3i_scale.objective.build import initialize_module, momentum_pairs
+from m3i_scale.objective.build import ema_pairs, initialize_module
 from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.teacher import teacher_plan
@@ -30,16 +30,16 @@ def start_weights(objective: Objective, run: RunConfig) -> None:
         _read(objective, f"teachers.{name}.{frozen.prefix}", teacher_plan(frozen))
     named = dict(objective.named_parameters())
     with torch.no_grad():
-        for online, average in momentum_pairs(objective):
-            named[average].copy_(named[online])
+        for online, ema in ema_pairs(objective):
+            named[ema].copy_(named[online])
 
 
 @torch.no_grad()
-def move_averages(objective: Objective, momentum: float) -> None:
-    """Update every parameter of the EMA teacher: ema ← m · ema + (1 − m) · online."""
+def update_ema_teacher(objective: Objective, decay: float) -> None:
+    """Update every parameter of the EMA teacher: ema ← decay · ema + (1 − decay) · online."""
     named = dict(objective.named_parameters())
-    for online, average in momentum_pairs(objective):
-        named[average].lerp_(named[online], 1.0 - momentum)
+    for online, ema in ema_pairs(objective):
+        named[ema].lerp_(named[online], 1.0 - decay)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from m3i_scale.engine.host_memory import keeps_host_memory
 from m3i_scale.engine.parameter_groups import is_matrix
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.hardware import hardware
-from m3i_scale.objective.build import momentum_pairs, scales_of
+from m3i_scale.objective.build import ema_pairs, scales_of
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -199,7 +199,7 @@ class Model:
         parameters, scales = [], scales_of(self.objective, self.run)
         named = dict(self.objective.named_parameters())
         places = {name: place for place, name in enumerate(named) if named[name].requires_grad}
-        follows = {target: places.get(online) for online, target in momentum_pairs(self.objective)}
+        follows = {target: places.get(online) for online, target in ema_pairs(self.objective)}
         for name, parameter in named.items():
             role = name.partition(".")[0]
             others: Role = "trained" if parameter.requires_grad else "frozen"

@@ -140,7 +140,7 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
     read = {name: source for name, source in run.data.datasets.items() if source.captions != "none"}
     if read and all(read_sample_count(source.path, "with_caption", access) == 0 for source in read.values()):
         raise ConfigError(
-            "the recipe has a text target, and no source has captions",
+            "the recipe has a text target, and no dataset has captions",
             where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
             why="manifest.json beside the shards counts none",
             fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text, e.g. continue_images",
@@ -165,7 +165,7 @@ def _with_validation_labels(run: RunConfig, label_sets: dict[str, list[str]], fi
         same = [key for key in label_sets if label_sets[key] == names]
         if label_set is not None and not same:
             raise ConfigError(
-                f"the labels of validation dataset '{name}' are those of no training source",
+                f"the labels of validation dataset '{name}' are those of no training dataset",
                 where=f"data.validation.{name}: {source.path}",
                 fix=f"make both from one folder or manifest (`shards make … --split`), so that {file} is the same",
             )

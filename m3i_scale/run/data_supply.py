@@ -140,11 +140,11 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
         return None
     if most < batch_size:
         raise ConfigError(
-            f"the sources end after {most} samples, and a batch has {batch_size}",
+            f"the datasets end after {most} samples, and a batch has {batch_size}",
             where="data.datasets.*.epochs",
             fix="raise epochs or leave it out, or lower optim.batch_size",
         )
-    return f"the sources end after step {most // batch_size} of {steps}, or earlier if samples are bad (epochs)"
+    return f"the datasets end after step {most // batch_size} of {steps}, or earlier if samples are bad (epochs)"
 
 
 def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
@@ -153,7 +153,7 @@ def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, 
     per_source = ", ".join(f"{name} {round(count * world_size)}" for name, count in unused.items())
     bad_text = f", {bad} were bad on the way" if bad else ""
     unused_text = f"samples that fill no batch: {per_source}"
-    return f"the sources are exhausted after step {step} of {steps} (epochs); {unused_text}{bad_text}"
+    return f"the datasets are exhausted after step {step} of {steps} (epochs); {unused_text}{bad_text}"
 
 
 class Shares:

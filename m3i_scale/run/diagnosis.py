@@ -120,7 +120,7 @@ def _target_faults(name: str, health: dict[str, float], young: set[str], nats: f
         where = "upper" if scale > MOST_SCALE else "lower"
         yield RunWarning(
             name,
-            "its temperature has run away",
+            "its temperature has diverged",
             f"1/τ = {scale:.3g}, its {where} limit",
             "a lower optim.lr, a longer warm-up; look for captions that do not belong to their images",
         )
@@ -135,7 +135,7 @@ def _share_faults(record: StepRecord) -> Iterator[RunWarning]:
         ratio = norms[first] / max(norms[second], 1e-30)
         yield RunWarning(
             first,
-            "it swallows the gradient",
+            "it dominates the gradient",
             f"{ratio:.0f} times that of the next group, {second}, at the encoder output",
             f"a smaller weight of {first}, or recipe.balance={{kind: gradient_norm}}",
         )

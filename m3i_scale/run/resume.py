@@ -173,7 +173,7 @@ def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int)
     ]
     if resolved.recipe.compares_samples and meta.get("compared") != now["compared"]:
         notes.append(
-            f"losses compare {now['compared']} samples at a time, and did {meta.get('compared')} before: their values "
+            f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: the values of its losses "
             "jump here (optim.micro_batch_size × ranks)"
         )
     return notes

@@ -32,7 +32,7 @@ from m3i_scale.engine.partition import check_writable, initialize_sharded, order
 from m3i_scale.engine.peak import compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs, scales_of
+from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import without_folders
@@ -180,7 +180,7 @@ def start_engine(
     check_writable(engine, saved_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)  # with a memory budget: all layers, until memory is measured
-    pairs = momentum_pairs(engine.module)
+    pairs = ema_pairs(engine.module)
     computes = resolved.recipe.ema is not None  # the EMA of a task is only exported, not a target
     return engine, ShardedEma(engine, pairs, computes=computes) if pairs else None
 

@@ -84,57 +84,59 @@ def digest(answer: Mapping[str, Any]) -> str:
 
 
 def _python(host: HostReport) -> Results:
-    version, head = host.own["python"]["version"], host.head["python"]["version"]
-    why = f"the head has {head}: pickled messages between ranks, and compiled extensions, may not fit"
-    fix = f"install Python {head}, or give --python"
-    yield f"{version} at {host.own['python']['path']}", {"error": why if version != head else None, "fix": fix}
+    version, expected = host.answer["python"]["version"], host.master["python"]["version"]
+    why = f"the master node has {expected}: pickled messages between ranks, and compiled extensions, may not fit"
+    fix = f"install Python {expected}, or give --python"
+    yield f"{version} at {host.answer['python']['path']}", {"error": why if version != expected else None, "fix": fix}
 
 
 def _packages(host: HostReport) -> Results:
-    own, head = host.own["python"]["packages"], host.head["python"]["packages"]
-    errors = [f"{name} missing" for name in own if own[name] is None]
-    errors += [f"{name} {own[name]}, the head has {head[name]}" for name in own if own[name] != head[name]]
-    value = ", ".join(f"{name} {own[name] or 'missing'}" for name in own)
+    answer, master = host.answer["python"]["packages"], host.master["python"]["packages"]
+    errors = [f"{name} missing" for name in answer if answer[name] is None]
+    differing = [name for name in answer if answer[name] != master[name]]
+    errors += [f"{name} {answer[name]}, the master node has {master[name]}" for name in differing]
+    value = ", ".join(f"{name} {answer[name] or 'missing'}" for name in answer)
     yield value, {"error": "; ".join(errors), "fix": "the same environment on all hosts"}
 
 
 def _commit(host: HostReport) -> Results:
     """Compare the code by its bytes; the commit is only a label."""
-    own, head = host.own["code"], host.head["code"]
-    value = f"{own['commit'] or 'no commit'}, files {own['sha256'][:12]} in {own['path']}"
-    commit = head["commit"] or "no commit"
-    if own["sha256"] != head["sha256"]:
-        why = f"ranks would differ: {other_files(own, head)}; the head has {commit}"
+    answer, master = host.answer["code"], host.master["code"]
+    value = f"{answer['commit'] or 'no commit'}, files {answer['sha256'][:12]} in {answer['path']}"
+    commit = master["commit"] or "no commit"
+    if answer["sha256"] != master["sha256"]:
+        why = f"ranks would differ: {other_files(answer, master)}; the master node has {commit}"
         yield value, {"error": why, "fix": "check out or install the same on all hosts"}
     else:
-        why = f"the head says {commit}; the files are the same"
-        yield value, {"warning": why if own["commit"] != head["commit"] else None, "fix": "nothing, if that is meant"}
+        why = f"the master node has {commit}; the files are the same"
+        differs = answer["commit"] != master["commit"]
+        yield value, {"warning": why if differs else None, "fix": "nothing, if that is meant"}
 
 
-def other_files(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def other_files(answer: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """List the first code files that differ between two answers."""
-    mine, theirs = own["files"], other["files"]
+    mine, theirs = answer["files"], other["files"]
     return listed(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)), _MAX_LISTED)
 
 
 def _config(host: HostReport) -> Results:
-    if "config" not in host.own:
+    if "config" not in host.answer:
         return
-    own = host.own["config"]
-    head = next(answer["config"] for answer in host.answers.values() if "config" in answer)
-    if "error" in own:
-        where = f" ({own['where']})" if own["where"] else ""
-        fix = own["fix"] or "the same run file at the same path on all hosts"
-        yield f"{own['error']}{where}", {"error": "ranks there would not start", "fix": fix}
-    elif "error" in head or own["sha256"] == head["sha256"]:
-        yield f"sha256 {own['sha256'][:12]}", {}
+    answer = host.answer["config"]
+    master = next(other["config"] for other in host.answers.values() if "config" in other)
+    if "error" in answer:
+        where = f" ({answer['where']})" if answer["where"] else ""
+        fix = answer["fix"] or "the same run file at the same path on all hosts"
+        yield f"{answer['error']}{where}", {"error": "ranks there would not start", "fix": fix}
+    elif "error" in master or answer["sha256"] == master["sha256"]:
+        yield f"sha256 {answer['sha256'][:12]}", {}
     else:
         apart = [
             f"{key}: {redact_text(mine)}, not {redact_text(theirs)}"
-            for key, theirs, mine in short_differences("", head["values"], own["values"])
+            for key, theirs, mine in short_differences("", master["values"], answer["values"])
         ]
         yield (
-            f"sha256 {own['sha256'][:12]}, the head has {head['sha256'][:12]}",
+            f"sha256 {answer['sha256'][:12]}, the master node has {master['sha256'][:12]}",
             {
                 "error": f"it differs in {listed(apart, _MAX_LISTED, '; ')}",
                 "fix": "the same run file, and the same files that it extends, on all hosts",

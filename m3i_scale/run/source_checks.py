@@ -37,7 +37,7 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
         read = {name: source.model_copy(update={"labels": True})}
         if setting and there and not read_label_sets(read, access, file or LABELS):
             raise ConfigError(
-                f"{setting} has no effect: the source has no {file}",
+                f"{setting} has no effect: the dataset has no {file}",
                 where=f"{where}: {without_secrets(source.path)}",
                 fix=f"leave it out, or put {file}, a list of class names, beside the shards",
             )
@@ -47,9 +47,9 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
                 _check_class_names(source, f"data.{kind}.{name}", access, file, there=there)
     if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
         raise ConfigError(
-            "the recipe has a text target, and every source has `captions: none`",
+            "the recipe has a text target, and every dataset has `captions: none`",
             where="data.datasets",
-            fix="read captions of some source, or take a recipe without a text target",
+            fix="read captions of at least one dataset, or take a recipe without a text target",
         )
     for name, source in run.data.validation.items():
         idle = [key for key in ("epochs", "augment") if getattr(source, key) is not None]
@@ -85,7 +85,7 @@ def _check_class_names(source: DatasetConfig, where: str, access: Access | None,
         raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
     if there and not read_label_sets({"source": source}, access, file):
         raise ConfigError(
-            f"the source has no {file}, which names the classes of its {what}",
+            f"the dataset has no {file}, which names the classes of its {what}",
             where=f"{where}: {without_secrets(source.path)}",
             fix=fix,
         )

@@ -267,7 +267,7 @@ class Trainer:
                 with self.step_times.span("optimizer"):
                     take_step(state.engine)
         state.applied = state.engine.was_step_applied()  # a skipped step does not update the EMA either
-        self._update_average()
+        self._update_ema()
         state.step += 1
         self.heartbeat.at("other", state.step)
         state.timeouts.end_step()
@@ -310,7 +310,7 @@ class Trainer:
         for hook, any_rank in zip(self.hooks, voted, strict=True):
             hook.pre_optimizer_step(any_rank)
 
-    def _update_average(self) -> None:
+    def _update_ema(self) -> None:
         state = self.state
         if state.ema is None:
             return
@@ -326,7 +326,7 @@ def ema_decay(step: int, resolved: ResolvedRun) -> float:
     if task is not None and task.ema is not None:
         return warmed_up_decay(step, task.ema)
     if schedule is None:
-        raise ValueError("an average is there, and nothing says how it moves")
+        raise ValueError("the run has EMA weights, but neither the task nor the recipe sets an EMA decay")
     return ema_decay_at(step, schedule, resolved.run.optim.steps)
 
 

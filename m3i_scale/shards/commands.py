@@ -103,15 +103,13 @@ def _making(
     return MakeOptions(output, name, split, ShardOptions(**options, value_range=values), as_json)
 
 
-shards_app = typer.Typer(
-    no_args_is_help=True, help="Make WebDataset shards; look at, mend and rearrange those you have."
-)
+shards_app = typer.Typer(no_args_is_help=True, help="Create, inspect, repair and reshard WebDataset datasets.")
 make_app = typer.Typer(no_args_is_help=True, help="Make shards out of images.")
 shards_app.add_typer(make_app, name="make")
 shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
 shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
 shards_app.command("preview", epilog="Example: m3i-scale shards preview /data/shards/train --output /data/sheet")(
-    tools.peek_samples
+    tools.preview_samples
 )
 shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
     tools.split

@@ -112,7 +112,7 @@ def training_splits(splits: Iterable[str]) -> set[str]:
 
 
 def _unique(outlines: Callable[[], Iterator[Record]]) -> Iterator[Record]:
-    """Yield the outlines; raise an error at the end if a key occurs repeat."""
+    """Yield the outlines; raise an error at the end if a key occurs twice."""
     with Digests() as keys:
         remaining = outlines()
         total = 0
@@ -123,10 +123,10 @@ def _unique(outlines: Callable[[], Iterator[Record]]) -> Iterator[Record]:
         repeated = [group[1][1] for group in keys.repeated()]
     if not repeated:
         return
-    repeat = next(islice(outlines(), min(repeated), None))
+    duplicate = next(islice(outlines(), min(repeated), None))
     raise DataError(
         f"{len(repeated)} keys stand for several samples",
-        where=f"{repeat.location(repeat.image)}: key '{printable(repeat.key)}'",
+        where=f"{duplicate.location(duplicate.image)}: key '{printable(duplicate.key)}'",
         why="a key must be unique in the output",
         fix="rename the files; of shards, `shards check --repair` leaves out the later ones, `shards merge --keys "
         "prefix` renames all",

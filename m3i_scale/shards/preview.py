@@ -44,7 +44,7 @@ class Card:
     """A small PNG, re-encoded so that no bytes of the shard get into the page."""
 
 
-def peek(
+def preview(
     source: str,
     output: Path,
     *,

@@ -62,7 +62,7 @@ def split_shards(
         output: output folder, with a folder per split, or the shards themselves without `shares`.
         options: size and order of the new shards.
         group: JSON field whose value keeps samples in the same split.
-        advance: called with bytes read; every shard is read repeated.
+        advance: called with bytes read; every shard is read twice.
     """
     if group is not None and not shares:
         raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
@@ -85,7 +85,7 @@ def merge_shards(
     Args:
         sources: folders, brace patterns or single tars.
         options: size and order of the new shards.
-        advance: called with bytes read; every shard is read repeated.
+        advance: called with bytes read; every shard is read twice.
     """
     if len(sources) < 2:
         raise ConfigError("there is nothing to merge: one source", fix="name several, or use `m3i-scale shards split`")

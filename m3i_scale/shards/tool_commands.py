@@ -120,7 +120,7 @@ def stats(
     print_summary(counts, as_json, _stats_lines(counts))
 
 
-def peek_samples(
+def preview_samples(
     shards: Shards,
     output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for index.html.")],
     count: Annotated[int, typer.Option(min=1, max=2_000, help="Samples to draw.")] = 24,
@@ -131,10 +131,10 @@ def peek_samples(
     as_json: AsJson = False,
 ) -> None:
     """Draw random samples on an HTML page, with captions, labels and keys."""
-    from m3i_scale.shards.preview import peek
+    from m3i_scale.shards.preview import preview
 
     with progress_bar([shards], quiet=as_json) as advance:
-        summary = peek(
+        summary = preview(
             shards,
             output,
             count=count,

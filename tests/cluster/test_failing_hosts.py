@@ -138,7 +138,7 @@ def test_processes_of_a_former_launch_are_named(launch: Supervised):
     until(lambda: "sleep 303" in launch.hosts.processes("node1").values())
     process = launch.start()
     assert launch.hosts.wait(process) == 2
-    assert "processes of a former launch of this run are still there" in process.text()
+    assert "processes of a previous launch of this run are still running" in process.text()
     assert "host node1: pid " in process.text()
     assert "sleep 303" in process.text()
     assert stale.poll() is None
@@ -201,7 +201,7 @@ def test_a_rank_that_stands_still_is_found_when_others_have_waited_for_it(launch
     assert code == 1
     cause = launch.cause
     assert (cause["kind"], cause["host"], cause["rank"], cause["phase"]) == ("hang", "node1", 2, "forward"), said
-    assert "neither goes on nor ends" in cause["message"]
+    assert "made no progress for" in cause["message"]
 
 
 def test_a_host_that_is_cut_off_is_lost_and_ends_its_ranks_by_itself(launch: Supervised):

@@ -215,7 +215,7 @@ def test_unchanged_sources_go_on_exactly_where_others_come_go_and_change(tools, 
         again = tools.make_loader(now, cache, streams=STREAMS, weights={"a": 3.0})
         assert again.load_state_dict(state, named) == {}
         assert again.state_dict()["changes"] == state["changes"]
-    with pytest.raises(DataError, match="names a, and no source differs") as caught:
+    with pytest.raises(DataError, match="names a, and no dataset differs") as caught:
         again.load_state_dict(state, ["a"])
     assert "those of the last change were a, b, c" in caught.value.fix
     assert keys_of(again, 3) == keys_of(second, 3)

@@ -195,7 +195,7 @@ def test_a_fourth_channel_that_is_alpha_has_a_meaning():
     assert pixels_of(encoded_image(tiff(FOUR, extra=2), "x")[0]).min() == 255  # transparent
 
 
-def test_training_check_and_peek_show_the_same(tmp_path):
+def test_training_check_and_preview_show_the_same(tmp_path):
     path = foreign.write_tar(tmp_path / "0.tar", foreign.sample("a", 1, jpg=None, png=GREY["PNG"], cls=None))
     with open_image({"png": GREY["PNG"]}, 10**6) as image:
         view = ViewMaker(AugmentConfig(), views=1, image_size=32, augment=False)(image, 0)

@@ -75,8 +75,8 @@ def test_a_schedule_is_linear_between_its_points():
     ("sources", "says"),
     [
         ({}, "the run has no data"),
-        ({"a": 0.0, "b": 0.0}, "no source has a weight after 0 samples"),
-        ({"a": [(0, 1), (10, 0)], "b": [(0, 0), (10, 0), (20, 1)]}, "no source has a weight after 10 samples"),
+        ({"a": 0.0, "b": 0.0}, "no dataset has a weight after 0 samples"),
+        ({"a": [(0, 1), (10, 0)], "b": [(0, 0), (10, 0), (20, 1)]}, "no dataset has a weight after 10 samples"),
     ],
 )
 def test_some_source_has_a_weight_at_all_times(sources, says):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.errors import DataError
 from m3i_scale.shards.commands import shards_app
-from m3i_scale.shards.preview import Card, page, peek, read_cards
+from m3i_scale.shards.preview import Card, page, preview, read_cards
 from m3i_scale.shards.stats import quantiles, rounded, stats_of
 
 EVIL = "</div><script>alert(1)</script> & \"quotes\" 'n' \x1b[31m 猫"
@@ -114,7 +114,7 @@ def test_a_sheet_of_hostile_samples(tmp_path):
         *foreign.sample("label", 1, cls=b"<u>"),
     ]
     path = foreign.write_tar(tmp_path / "s" / "0.tar", members)
-    summary = peek(str(path), tmp_path / "out", max_pixels=10**6)
+    summary = preview(str(path), tmp_path / "out", max_pixels=10**6)
     assert len(summary["shown"]) == 4
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     for tag in ("<script", "<b>k", "<i>", "<u>", "\x1b", "http:", "https:", 'src="/'):
@@ -160,7 +160,7 @@ def test_samples_are_drawn_evenly_and_by_the_seed(tmp_path):
         foreign.write_tar(root / f"{shard}.tar", members)
 
     def drawn(name, **options):
-        summary = peek(str(root), tmp_path / name, max_pixels=10**6, **options)
+        summary = preview(str(root), tmp_path / name, max_pixels=10**6, **options)
         return [item["key"] for item in summary["shown"]]
 
     everything = [f"s{shard}-{n}" for shard, size in enumerate((1, 7, 2)) for n in range(size)]

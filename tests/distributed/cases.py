@@ -50,7 +50,7 @@ from m3i_scale.engine.partition import (
 )
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.host.process_group import stop_ranks
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
 from m3i_scale.plan.planning import Model
@@ -309,7 +309,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         assert momentum is not None
         named = dict(engine.module.named_parameters())
         values = {name: self._master(p) for name, p in named.items() if p.requires_grad}
-        for online, target in momentum_pairs(engine.module):
+        for online, target in ema_pairs(engine.module):
             values[target] = self._average(momentum, target, values[online])
         engine.destroy()
         return values

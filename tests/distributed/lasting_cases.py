@@ -17,7 +17,7 @@ from m3i_scale.checkpoint.load import load_checkpoint
 from m3i_scale.checkpoint.probe import first_samples
 from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.checkpoint.weights import load_weights
-from m3i_scale.objective.build import build_objective, momentum_pairs
+from m3i_scale.objective.build import build_objective, ema_pairs
 from m3i_scale.run.setup import start_engine
 
 STEPS = 8
@@ -82,7 +82,7 @@ class LastingCases(RankParts):
         engine, momentum = start_engine(plan, self.ranks)
         assert momentum is not None
         named = dict(engine.module.named_parameters())
-        pairs = momentum_pairs(engine.module)
+        pairs = ema_pairs(engine.module)
         used: dict[str, Tensor] = {}
         self._watch_forward(engine.module, used)
         reference = {target: self._master(named[online]) for online, target in pairs}
@@ -196,7 +196,7 @@ class LastingCases(RankParts):
             if parameter.requires_grad and not torch.equal(trained[name], self._master(parameter))
         ]
         wrong += [name for name in trained if name not in parameters]
-        for online, target in momentum_pairs(engine.module):
+        for online, target in ema_pairs(engine.module):
             average = self._average(momentum, target, trained[online])
             wrong += [] if torch.equal(averaged[online], average) else [online]
         straight = train(3, 4)

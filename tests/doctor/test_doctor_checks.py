@@ -56,12 +56,12 @@ def test_equal_hosts_have_no_fault(check: str, answers: dict[str, dict[str, Any]
 
 PLANTED: dict[str, tuple[str, tuple[str, ...], Any, str]] = {
     "another Python": ("python", ("python", "version"), "3.12.1", "3.11.7"),
-    "another package": ("packages", ("python", "packages", "torch"), "2.8", "torch 2.8, the head has 2.9"),
+    "another package": ("packages", ("python", "packages", "torch"), "2.8", "torch 2.8, the master node has 2.9"),
     "no package": ("packages", ("python", "packages", "deepspeed"), None, "deepspeed"),
-    "other files": ("commit", ("code",), OTHER_CODE, "ranks would differ: a.py, b.py; the head has abc"),
+    "other files": ("commit", ("code",), OTHER_CODE, "ranks would differ: a.py, b.py; the master node has abc"),
     "another run file": ("config", ("config",), {"sha256": "0", "values": {"run": {"seed": 7}}}, "run.seed: 7, not 0"),
     "no run file": ("config", ("config",), {"error": "no run file 'x'", "where": "/x", "fix": None}, "no run file"),
-    "no devices": ("accelerator", ("devices", "kind"), "cpu", "the head has cuda"),
+    "no devices": ("accelerator", ("devices", "kind"), "cpu", "the master node has cuda"),
     "a device gone": ("accelerator", ("devices", "count"), 7, "8 ranks"),
     "no shards": ("shards", ("shards", "photos"), {"shard": "/s/a.tar", "error": "No such file"}, "No such file"),
     "no interface": ("interface", ("interfaces",), {"lo": ["127.0.0.1"]}, "'eth0' is not up"),

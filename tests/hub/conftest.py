@@ -16,7 +16,7 @@ from m3i_scale.checkpoint.saver import buffers_of
 from m3i_scale.checkpoint.tensors import Range
 from m3i_scale.config import RunConfig, parse_section, read_yaml, resource_folder
 from m3i_scale.export import fresh
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
@@ -175,7 +175,7 @@ def write_checkpoint(final, run, objective, step, vocab_size, tokenizer, label_s
     tensors = {key_of(name): tensor for name, tensor in objective.named_parameters()}
     write_as_ranks(folder, tensors, [halves_of(objective, rank) for rank in (0, 1)])
     save_file(buffers_of(objective), folder / "buffers.safetensors")
-    meta["averages"] = {target: name for name, target in momentum_pairs(objective)}
+    meta["averages"] = {target: name for name, target in ema_pairs(objective)}
     (folder / "run.yaml").write_text(run_yaml(run))
     (folder / "meta.json").write_text(json.dumps(meta))
     commit(final, folder, meta)

@@ -19,5 +19,5 @@ def test_a_larger_micro_batch_that_ran_out_of_memory_is_not_tried_again():
     assert losses.note(Failure(1.0, "node1", 2, 1, "forward", "exception", "OutOfMemoryError: CUDA out of memory"))
     world, fewer = losses.keep(half)
     assert world == half
-    assert "losses compare 96 samples at a time, were 192" in str(fewer)
+    assert "the global contrastive batch is 96, was 192" in str(fewer)
     assert losses.keep(World(HOSTS, 24))[1] is None

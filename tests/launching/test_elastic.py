@@ -138,7 +138,7 @@ def test_fewer_ranks_get_a_larger_micro_batch_and_so_compare_as_many_samples(tmp
     assert compared(tmp_path, monkeypatch, Policy(min_hosts=2)).run() == 0
     (item,) = attempts(tmp_path)
     assert (item["ranks"], item["micro_batch_size"]) == (2, 48)
-    assert "losses compare" not in capsys.readouterr().out
+    assert "contrastive batch" not in capsys.readouterr().out
 
 
 def test_a_larger_micro_batch_that_runs_out_of_memory_becomes_the_usual_one_without_a_restart(
@@ -146,7 +146,7 @@ def test_a_larger_micro_batch_that_runs_out_of_memory_becomes_the_usual_one_with
 ):
     assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), OUT_OF_MEMORY).run() == 0
     assert [item["micro_batch_size"] for item in attempts(tmp_path)] == [48, 24]
-    assert "losses compare 48 samples at a time, were 96" in capsys.readouterr().out
+    assert "the global contrastive batch is 48, was 96" in capsys.readouterr().out
 
 
 def test_fewer_compared_samples_than_wanted_end_the_launch(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_fewer_compared_samples_than_wanted_end_the_launch(tmp_path, monkeypatch
 def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
     assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), recipe="mae").run() == 0
     assert attempts(tmp_path)[0]["micro_batch_size"] == 24
-    assert "losses compare" not in capsys.readouterr().out
+    assert "contrastive batch" not in capsys.readouterr().out
 
 
 def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited_for(tmp_path, monkeypatch):

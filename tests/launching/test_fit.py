@@ -38,7 +38,7 @@ def test_it_is_refused_and_a_dry_run_says_so(words, told, tmp_path):
     assert not (tmp_path / "run").exists()
     dry = launch(*words, out, "--dry-run")
     assert dry.exit_code == EXIT_USER_ERROR
-    assert f"the ranks would refuse this: {str(done.exception).splitlines()[0]}" in dry.stderr
+    assert f"the run would not start: {str(done.exception).splitlines()[0]}" in dry.stderr
     assert "sbatch" in dry.stdout
     assert "plutonium" not in dry.output + str(done.exception)
 
@@ -106,7 +106,7 @@ def check_elastic(*overrides, **fields):
 def test_a_number_of_compared_samples_that_is_never_reached_or_never_compared_is_refused():
     sizes = ("optim.batch_size=192", "optim.micro_batch_size=24")
     check_elastic(*sizes, min_compared=96)
-    with pytest.raises(ConfigError, match="compare 96 samples") as caught:
+    with pytest.raises(ConfigError, match="contrastive batch is 96 on") as caught:
         check_elastic(*sizes, min_compared=97)
     assert caught.value.where == "min_compared: 97"
     alone = load_run("mae", ["data.datasets.main.path=/data/train"])

@@ -11,7 +11,7 @@ from torch import nn
 
 from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective, initialize_module, momentum_pairs
+from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.positions import grid_position
 
@@ -48,21 +48,21 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other(recipe: str) -> No
             assert parameter.grad is not None, name
 
 
-def test_momentum_pairs_name_equal_shapes() -> None:
+def test_ema_pairs_name_equal_shapes() -> None:
     objective = build("m3i")
     named = dict(objective.named_parameters())
-    pairs = momentum_pairs(objective)
+    pairs = ema_pairs(objective)
     assert {target for _, target in pairs} == {name for name in named if name.startswith("momentum.")}
     assert all(named[online].shape == named[target].shape for online, target in pairs)
     assert ("student.model.embeddings.cls_token", "momentum.backbone.model.embeddings.cls_token") in pairs
     assert any(online.startswith("projector.") for online, _ in pairs)
-    assert momentum_pairs(build("mae")) == []
+    assert ema_pairs(build("mae")) == []
 
 
 def test_projector_depth_zero_means_none() -> None:
     objective = tiny_objective("sim", "recipe.ema.projector_depth=0")
     assert objective.projector is None
-    assert not any(online.startswith("projector.") for online, _ in momentum_pairs(objective))
+    assert not any(online.startswith("projector.") for online, _ in ema_pairs(objective))
     assert torch.isfinite(objective(random_batch(4))[0])
 
 
@@ -72,7 +72,7 @@ FAULTS = {
         {},
         "has no effect: the recipe mixes no images",
     ),
-    "no labels": (("supervised",), {"labels": False}, "no source has labels"),
+    "no labels": (("supervised",), {"labels": False}, "no dataset has labels"),
     "no tokenizer": (("clip",), {"vocabulary": None}, "there is no tokenizer"),
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "1 patches cannot be dealt to 2 images"),

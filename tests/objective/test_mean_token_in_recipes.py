@@ -11,7 +11,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import build_objective, momentum_pairs
+from m3i_scale.objective.build import build_objective, ema_pairs
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.tasks.detection.detection_heads import MaskRcnn, RfDetr
@@ -27,7 +27,7 @@ def test_everything_learns_and_is_averaged(mixed: tuple[str, ...]) -> None:
     objective(random_batch(8))[0].backward()
     names = {name for name, _ in objective.student.named_parameters(prefix="student")}
     assert {name for name, one in objective.student.named_parameters(prefix="student") if one.grad is None} == set()
-    assert names <= {online for online, _ in momentum_pairs(objective)}
+    assert names <= {online for online, _ in ema_pairs(objective)}
     assert not any("head" in name for name in names)
 
 

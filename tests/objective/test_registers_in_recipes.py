@@ -7,7 +7,7 @@ import torch
 from tiny import DINOV2, DINOV3, REGISTERS, random_batch, tiny_objective
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.build import momentum_pairs
+from m3i_scale.objective.build import ema_pairs
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.tasks.detection.detection_heads import MaskRcnn, RfDetr
 from m3i_scale.tasks.detection.mask_rcnn import MaskRcnnDetector
@@ -27,7 +27,7 @@ def test_everything_learns_but_the_mask_token_that_no_input_reads(recipe: str, n
     }
     missing = {key for key, parameter in objective.student.named_parameters(prefix="student") if parameter.grad is None}
     assert frozen == missing == {MASK_TOKEN}
-    online = {key for key, _ in momentum_pairs(objective)}
+    online = {key for key, _ in ema_pairs(objective)}
     assert MASK_TOKEN not in online
     assert "student.model.embeddings.register_tokens" in online
 

@@ -5,8 +5,8 @@ import torch
 from tiny import LABEL_SETS, VOCABULARY, tiny_objective, tiny_run
 from transformers import ViTConfig, ViTModel
 
-from m3i_scale.objective.build import build_objective, momentum_pairs
-from m3i_scale.objective.start_weights import move_averages, start_weights
+from m3i_scale.objective.build import build_objective, ema_pairs
+from m3i_scale.objective.start_weights import start_weights, update_ema_teacher
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
@@ -37,9 +37,9 @@ def test_averages_move_towards_what_they_follow() -> None:
     objective = tiny_objective("m3i")
     before = {name: value.clone() for name, value in objective.named_parameters()}
     with torch.no_grad():
-        for online, _ in momentum_pairs(objective):
+        for online, _ in ema_pairs(objective):
             objective.get_parameter(online).add_(1.0)
-    move_averages(objective, 0.9)
-    for online, average in momentum_pairs(objective):
+    update_ema_teacher(objective, 0.9)
+    for online, average in ema_pairs(objective):
         wanted = 0.9 * before[average] + 0.1 * (before[online] + 1.0)
         torch.testing.assert_close(objective.get_parameter(average).detach(), wanted)

@@ -92,7 +92,7 @@ def _metrics(name: str, steps: int, lr: float, draw: random.Random) -> list[dict
             limits = {"spike_since": step + 30, "loss": "inf", "limit": 12.5, "number": 1, "most": 3}
             lines.append(line("rewind", step, rewound_from=step + 40, rewound_to=step, skipped_samples=20480, **limits))
         if step == warned:
-            words = {"what": "a group swallows the gradient", "why": "grad_norm of text is 120 times that of inter"}
+            words = {"what": "a group dominates the gradient", "why": "grad_norm of text is 120 times that of inter"}
             lines.append(line("warning", step, group="text", fix="lower its weight", **words))
         if step % (steps // 10) == 0:
             losses = {f"evaluation/{group}/loss": _falling(group, step / steps) + 0.1 for group in GROUPS}

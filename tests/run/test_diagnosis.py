@@ -31,14 +31,14 @@ def named(records: list[StepRecord]) -> list[list[RunWarning]]:
 FAULTS = {
     "target": ({"health": {"text_spread": 1e-6}}, "text", "its target has collapsed"),
     "prototypes": ({"health": {"text_evenness": 1e-4}}, "text", "its prototypes have collapsed"),
-    "hot": ({"health": {"text_scale": 100.0}}, "text", "its temperature has run away"),
-    "cold": ({"health": {"text_scale": 0.4}}, "text", "its temperature has run away"),
+    "hot": ({"health": {"text_scale": 100.0}}, "text", "its temperature has diverged"),
+    "cold": ({"health": {"text_scale": 0.4}}, "text", "its temperature has diverged"),
     "features": ({"health": {"dense_std": 1e-7}}, "backbone", "its dense features are constant"),
     "nan": ({"health": {"pooled_std": float("nan")}}, "backbone", "its pooled features are not finite"),
     "share": (
         {"groups": {"text": {"grad_norm": 5.0}, "intra": {"grad_norm": 0.01}, "inter": {"grad_norm": 0.001}}},
         "text",
-        "it swallows the gradient",
+        "it dominates the gradient",
     ),
     "absent": ({"groups": {"text": {"count": 0.0}, "intra": {"count": 64.0}}}, "text", "no sample has its target"),
     "peak": ({"flop_per_s": 1e12, "mfu": None}, "speed", "the peak that MFU is a share of is wrong"),
@@ -108,12 +108,12 @@ def test_a_temperature_that_is_pushed_up_is_named_within_50_steps() -> None:
     objective = tiny_objective("clip")
     objective.heads["text"].log_scale.register_hook(lambda gradient: gradient - 100.0)  # as mislabelled pairs would
     found = run(objective, 50, 0.2)
-    assert ("text", "its temperature has run away") in [(fault.group, fault.what) for _, fault in found]
+    assert ("text", "its temperature has diverged") in [(fault.group, fault.what) for _, fault in found]
 
 
 def test_a_group_of_far_too_large_weight_is_named_within_50_steps() -> None:
     found = run(tiny_objective("m3i", "recipe.targets.3.weight=1.0e+6"), 50, 1e-4)
-    assert [(fault.group, fault.what) for _, fault in found] == [("category", "it swallows the gradient")]
+    assert [(fault.group, fault.what) for _, fault in found] == [("category", "it dominates the gradient")]
 
 
 def test_a_target_that_collapses_is_named_within_50_steps() -> None:

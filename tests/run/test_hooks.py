@@ -99,7 +99,7 @@ def test_health_is_measured_in_the_last_micro_batch_of_a_step_that_is_logged() -
         heartbeat=SimpleNamespace(at=lambda phase, step: None),
         _micro_batch=lambda: measured.append(module.measure_health),
         _vote=lambda: None,
-        _update_average=lambda: None,
+        _update_ema=lambda: None,
     )
     for _ in range(3):
         Trainer._optimizer_step(trainer)

@@ -159,19 +159,19 @@ MISTAKES = {
         make=lambda folder, shards: [f"data.validation.val.path={shards / 'val'}"],
     ),
     "rule that keeps nothing": Mistake(r"checkpoint.keep_every_steps has no effect", ["checkpoint.keep_every_steps=5"]),
-    "no weight": Mistake(r"no source has a weight after 0 samples", ["data.datasets.shapes.weight=0"]),
+    "no weight": Mistake(r"no dataset has a weight after 0 samples", ["data.datasets.shapes.weight=0"]),
     "schedule that does not begin": Mistake(
         r"'data.datasets.shapes.weight': a schedule is two or more", ["data.datasets.shapes.weight=[[5, 1], [9, 2]]"]
     ),
     "less data than a batch": Mistake(
-        r"the sources end after \d+ samples, and a batch has 96",
+        r"the datasets end after \d+ samples, and a batch has 96",
         ["data.datasets.shapes.epochs=1", "optim.batch_size=96", "optim.micro_batch_size=8"],
     ),
     "captions without a text target": Mistake(
         r"`captions: none` has no effect: the recipe has no text target", ["data.datasets.shapes.captions=none"], "mae"
     ),
     "no captions for a text target": Mistake(
-        r"a text target, and every source has `captions: none`", ["data.datasets.shapes.captions=none"]
+        r"a text target, and every dataset has `captions: none`", ["data.datasets.shapes.captions=none"]
     ),
     "labels without a category target": Mistake(
         r"`labels: false` has no effect: the recipe has no category target",
@@ -182,7 +182,7 @@ MISTAKES = {
         r"`label_set` has no effect: the recipe predicts no classes", ["data.datasets.shapes.label_set=a"], "mae"
     ),
     "label set without labels": Mistake(
-        r"`label_set` has no effect: the source has no labels.json",
+        r"`label_set` has no effect: the dataset has no labels.json",
         ["data.datasets.bare.label_set=a"],
         make=lambda folder, shards: [f"data.datasets.bare.path={bare(folder, shards)}"],
     ),
@@ -244,7 +244,7 @@ MISTAKES = {
         recipe="byol",
     ),
     "validation labels": Mistake(
-        r"the labels of validation dataset 'val' are those of no training source",
+        r"the labels of validation dataset 'val' are those of no training dataset",
         make=copied_shards(other_labels, "val"),
     ),
     "no validation shards": Mistake(

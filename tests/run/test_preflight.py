@@ -114,7 +114,7 @@ def test_ranks_with_other_code_or_another_run_file_are_refused_with_what_differs
     assert job.wait() == [2, 2], job.text()[-4000:]
     told = job.log(0).read_text()
     assert f"{socket.gethostname()}, rank 1" in told
-    assert "ranks would differ: m3i_scale/objective/targets.py; the head has" in told
+    assert "ranks would differ: m3i_scale/objective/targets.py; the master node has" in told
     assert "run.seed: 7, not 0" in told
     assert "Traceback" not in job.text()
     assert not (run_file.parent / "out" / "checkpoints").exists()

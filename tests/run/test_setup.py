@@ -60,7 +60,7 @@ def plan_of(compares):
         ({"zero_stage": 2}, None, ["resharded: zero_stage was 2, is 3"]),
         ({"precision": "fp16"}, None, ["resharded: precision was fp16, is bf16"]),
         ({"compared": 8}, None, []),
-        ({"compared": 8}, "contrasts", ["losses compare 4 samples at a time, and did 8 before"]),
+        ({"compared": 8}, "contrasts", ["the global contrastive batch is 4, was 8"]),
     ],
 )
 def test_another_shape_is_told(tmp_path, changed, compares, told):

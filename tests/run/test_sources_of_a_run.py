@@ -38,11 +38,11 @@ def test_a_run_ends_with_its_sources_and_goes_on_with_others(shards: Path, tmp_p
     )
     job = train(run_file, world=2)
     assert job.wait(WAIT_S) == [0, 0], job.text()[-4000:]
-    told = re.search(r"the sources are exhausted after step (\d+) of 30", job.text())
+    told = re.search(r"the datasets are exhausted after step (\d+) of 30", job.text())
     assert told, job.text()[-4000:]
     end = int(told[1])
     assert 8 <= end <= 12  # 96 samples in batches of 8, of streams that are not quite equal
-    assert re.search(rf"the sources end after step {end} of 30", job.text())  # said before step 1: no sample is bad
+    assert re.search(rf"the datasets end after step {end} of 30", job.text())  # said before step 1: no sample is bad
     lines = metrics(run_file)
     assert sorted(lines) == list(range(1, end + 1))
     first = lines[1]
@@ -118,7 +118,7 @@ def test_sources_that_end_before_the_first_step_are_no_finished_run(monkeypatch)
 
 
 def test_data_that_fail_before_a_step_end_all_ranks(monkeypatch) -> None:
-    """Also the ranks that have all they need, and before anybody is told that the sources are exhausted."""
+    """Also the ranks that have all they need, and before anybody is told that the datasets are exhausted."""
 
     def fails():
         yield 1

@@ -16,7 +16,7 @@ from m3i_scale.engine.partition import (
     initialize_sharded,
     is_partitioned,
 )
-from m3i_scale.objective.build import initialize_module, momentum_pairs
+from m3i_scale.objective.build import ema_pairs, initialize_module
 
 
 def test_whole_parameters_are_themselves() -> None:
@@ -115,4 +115,4 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert "student.model.embeddings.patch_embeddings.projection.weight" in matrix_names
     assert not any(name.startswith("momentum.") for name in matrix_names | vector_names)
     assert len(matrix_names) + len(vector_names) == sum(p.requires_grad for p in objective.parameters())
-    assert len(momentum_pairs(objective)) == sum(not p.requires_grad for p in objective.parameters())
+    assert len(ema_pairs(objective)) == sum(not p.requires_grad for p in objective.parameters())

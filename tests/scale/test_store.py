@@ -17,7 +17,7 @@ folder, ranks = pathlib.Path(sys.argv[1]), sys.argv[2:]
 (folder / os.environ["RANK"]).touch()
 while not all((folder / rank).exists() for rank in ranks):
     time.sleep(0.01)
-start_ranks(join_s=8)
+start_ranks(rendezvous_s=8)
 """
 # In place of DeepSpeed's launcher, which names all hosts on its command line, and starts those of its own.
 LAUNCHER = """

@@ -24,32 +24,32 @@ def local_addresses(interfaces: Mapping[str, list[str]], name: str | None) -> li
 
 
 def _accelerator(host: HostReport) -> Results:
-    own, head, slots = host.own["devices"], host.head["devices"], host.own["slots"]
-    memory = f", {size_text(min(own['memory']))} each" if own["memory"] else ""
-    driver = f", driver {own['driver']}" if own["driver"] else ""
-    models = ", ".join(dict.fromkeys(own["names"])) or own["kind"]
+    answer, master, slots = host.answer["devices"], host.master["devices"], host.answer["slots"]
+    memory = f", {size_text(min(answer['memory']))} each" if answer["memory"] else ""
+    driver = f", driver {answer['driver']}" if answer["driver"] else ""
+    models = ", ".join(dict.fromkeys(answer["names"])) or answer["kind"]
     result: dict[str, str | None] = {}
-    if own["kind"] != head["kind"]:
-        result["error"] = f"the head has {head['kind']}, this one {own['kind']}"
+    if answer["kind"] != master["kind"]:
+        result["error"] = f"the master node has {master['kind']}, this one {answer['kind']}"
         result["fix"] = "the driver, or CUDA_VISIBLE_DEVICES, of this host"
-    elif own["kind"] != "cpu" and own["count"] < slots:
+    elif answer["kind"] != "cpu" and answer["count"] < slots:
         result["error"] = f"{slots} ranks are to run here, one on each"
-        result["fix"] = f"slots={own['count']}, or mend the others"
-    elif own["driver"] != head["driver"]:
-        result["warning"] = f"the head has driver {head['driver']}"
+        result["fix"] = f"slots={answer['count']}, or fix the missing devices"
+    elif answer["driver"] != master["driver"]:
+        result["warning"] = f"the master node has driver {master['driver']}"
         result["fix"] = "the same driver on all hosts"
-    elif own["count"] < slots:
-        result["warning"] = f"{slots} ranks share {own['count']} cores"
-        result["fix"] = f"slots={own['count']} or fewer"
-    elif set(own["names"]) != set(head["names"]):
-        result["warning"] = f"the head has {', '.join(dict.fromkeys(head['names']))}; all wait for the slowest"
+    elif answer["count"] < slots:
+        result["warning"] = f"{slots} ranks share {answer['count']} cores"
+        result["fix"] = f"slots={answer['count']} or fewer"
+    elif set(answer["names"]) != set(master["names"]):
+        result["warning"] = f"the master node has {', '.join(dict.fromkeys(master['names']))}; all wait for the slowest"
         result["fix"] = "hosts of one kind"
-    yield f"{own['count']} × {models}{memory}{driver}", result
+    yield f"{answer['count']} × {models}{memory}{driver}", result
 
 
 def _interface(host: HostReport) -> Results:
     """Check that the communication interface is up and has an address."""
-    interfaces, chosen = host.own["interfaces"], host.own["interface"]
+    interfaces, chosen = host.answer["interfaces"], host.answer["interface"]
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
     addresses = local_addresses(interfaces, chosen)
     if chosen is not None and chosen not in interfaces:
@@ -62,7 +62,7 @@ def _interface(host: HostReport) -> Results:
     elif chosen is not None:
         yield f"{chosen} {' '.join(addresses)}", {}
     else:
-        why = "several addresses: gloo takes the one on the route to the head, NCCL the first that it finds"
+        why = "several addresses: gloo takes the one on the route to the master node, NCCL the first that it finds"
         yield known, {"warning": why if len(addresses) > 1 else None, "fix": "choose with --interface"}
 
 
@@ -70,13 +70,13 @@ def _names(host: HostReport) -> Results:
     """Check that the host resolves every host name to the right address. Its name may resolve to the loopback: ranks on
     several hosts use the route to the master node."""
     errors, notes = [], []
-    for name, answer in host.own["names"].items():
+    for name, answer in host.answer["names"].items():
         is_local = name == host.name or name not in host.answers
         if is_local and "error" not in answer and _loopback(answer["addresses"]):  # Debian and Ubuntu: 127.0.1.1
             notes.append(f"its own name {name} means {', '.join(answer['addresses'])}")
         elif (wrong := _wrong_address(name, answer, host.answers)) is not None:
             errors.append(wrong)
-    value = "; ".join(errors or notes) or f"{len(host.own['names'])} names are known, with the right addresses"
+    value = "; ".join(errors or notes) or f"{len(host.answer['names'])} names are known, with the right addresses"
     if errors:
         fix = "/etc/hosts or the name server of this host"
         yield value, {"error": "ranks there look for others in the wrong place, and wait", "fix": fix}
@@ -100,16 +100,16 @@ def _wrong_address(name: str, answer: Mapping[str, Any], answers: Answers) -> st
 
 def _environment(host: HostReport) -> Results:
     """Check that the environment variables that affect a run are the same as on the master node."""
-    own, head = host.own["variables"], host.head["variables"]
-    names = sorted(name for name in {*own, *head} if own.get(name) != head.get(name))
-    others = [f"{name}={own.get(name, '(not set)')}" for name in names]
+    answer, master = host.answer["variables"], host.master["variables"]
+    names = sorted(name for name in {*answer, *master} if answer.get(name) != master.get(name))
+    others = [f"{name}={answer.get(name, '(not set)')}" for name in names]
     why = f"other than on {next(iter(host.answers))}: {listed(others, _MAX_LISTED)}" if others else None
-    yield f"{len(own)} variables that change a run", {"warning": why, "fix": "send them from here: --env NAME=value"}
+    yield f"{len(answer)} variables that change a run", {"warning": why, "fix": "send them from here: --env NAME=value"}
 
 
 def _shards(host: HostReport) -> Results:
-    """Check that the first shard of every source can be read."""
-    for source, answer in host.own.get("shards", {}).items():
+    """Check that the first shard of every dataset can be read."""
+    for source, answer in host.answer.get("shards", {}).items():
         name = f"{source}: {answer['shard']}"
         if "error" in answer:
             why = "a rank there would end the run, or wait for ever"
@@ -153,7 +153,7 @@ def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding
     """Check that every host can connect to rank 0's port."""
     if "error" in answers[head]["port"]:
         why = "rank 0 waits for the others at that address and port"
-        fix = "another --master-port, or what --interface and --master-address say of the head"
+        fix = "another --master-port, or what --interface and --master-address say of the master node"
         yield finding("port", head, f"{address}: {answers[head]['port']['error']}", error=why, fix=fix)
         return
     why = "rank 0 waits there for the others; they would wait for it until the time is over"
@@ -183,7 +183,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
         apart = host != head and (head not in note["visible"] or host not in notes[head].get("visible", []))
         value = f"{note['path']}: reads what {len(others)} other hosts write"
         if apart:
-            value = f"{note['path']} is not the head's: what {head} writes is not visible here"
+            value = f"{note['path']} is not that of the master node: what {head} writes is not visible here"
         elif len(notes) == 1:
             value = f"{note['path']}: can be written"
         yield finding("shared", host, value, error=why if apart else None, fix=fix)

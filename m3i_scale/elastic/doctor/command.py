@@ -214,7 +214,7 @@ class Examination:
         if members > 1 or any("group_error" in answer for answer in answers.values()):
             yield from checks.group_findings(answers, members or len(answers))
         elif len(self.slots) > 1:
-            why = "fewer than two hosts reach the port of the head"
+            why = "fewer than two hosts reach the port of the master node"
             yield finding("group", "all", "not measured", warning=why, fix="fix the errors above first")
 
     def _head_address(self, reports: Answers) -> str:

@@ -28,7 +28,7 @@ MARK = "m3i-scale doctor: "
 """Start of the line with the answer, because libraries print too."""
 _RELEVANT = re.compile(r"(NCCL|GLOO|TORCH|DS|OMP|CUDA|UCX|HF|XDG)_\w+|LD_LIBRARY_PATH|PYTHONPATH|TZ|LANG|LC_ALL")
 _READ_BYTES = 1 << 16
-"""Bytes to read of the first shard of every source."""
+"""Bytes to read of the first shard of every dataset."""
 
 
 def report(request: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _run_file(name: str, overrides: Sequence[str]) -> tuple[RunConfig | None, di
 
 
 def _first_shards(run: RunConfig) -> dict[str, dict[str, Any]]:
-    """Return the first shard of every source, and the number of bytes read here, or the error."""
+    """Return the first shard of every dataset, and the number of bytes read here, or the error."""
     return {name: _first_shard(run, name, source.path) for name, source in _sources(run).items()}
 
 

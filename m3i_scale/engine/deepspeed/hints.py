@@ -122,7 +122,7 @@ FOREIGN: dict[str, str] = {
     "max_grad_norm": "write gradient_clipping",
     "per_device_train_batch_size": "write train_micro_batch_size_per_gpu",
     "gradient_checkpointing": "set backbone.activation_checkpointing in the run file",
-    "num_train_epochs": "set optim.steps in the run file, or the epochs of a source in data.datasets",
+    "num_train_epochs": "set optim.steps in the run file, or the epochs of a dataset in data.datasets",
     "max_steps": "set optim.steps in the run file",
     "warmup_steps": "set optim.warmup_steps in the run file",
     "warmup_ratio": "set optim.warmup_steps in the run file",
