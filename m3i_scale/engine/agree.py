@@ -61,28 +61,19 @@ def agree_and_average(
         value: scalar tensor on this rank's device; may be NaN, which does not affect the flags.
         counts: counts of this rank; sums are exact below 2²⁴, and to seven digits above.
     """
-    sums = _sums(*flags, value, *counts)
-    votes, total = sums[: len(flags)], sums[len(flags)]
-    return (
-        tuple(bool(vote) for vote in votes),
-        total / _world_size(),
-        [round(count) for count in sums[len(flags) + 1 :]],
-    )
-
-
-def _sums(*values: bool | int | Tensor) -> list[float]:
-    """Return the sums over the ranks, in fp32. The CPU waits once, for the result."""
-    of_host = torch.tensor([0.0 if isinstance(value, Tensor) else float(value) for value in values])
+    values = [*flags, value, *counts]
+    of_host = torch.tensor([0.0 if isinstance(item, Tensor) else float(item) for item in values])
     if (pin := pinning()) is not None:
         of_host = pin(of_host)  # pinned, so the copy is asynchronous
     sums = of_host.to(get_accelerator().current_device_name(), non_blocking=True)
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            sums[place] = value
+    for index, item in enumerate(values):
+        if isinstance(item, Tensor):
+            sums[index] = item
     if _world_size() > 1:
         dist.all_reduce(sums)
-    read: list[float] = sums.tolist()
-    return read
+    read = sums.tolist()  # the only wait for the device
+    votes, total, totals = read[: len(flags)], read[len(flags)], read[len(flags) + 1 :]
+    return tuple(map(bool, votes)), total / _world_size(), [round(count) for count in totals]
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -178,7 +178,7 @@ class Classification(BackboneTask):
             return
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
         raise ConfigError(
-            f"a classifier has one list of classes, and the sources have {several or 'no labels'}",
+            f"a classifier has one list of classes, and the datasets have {several or 'no labels'}",
             where="data.datasets",
             why=None if several else "no source has labels.json beside its shards",
             fix="leave all but one label set out: data.datasets.NAME.labels=false; equal lists become one by"

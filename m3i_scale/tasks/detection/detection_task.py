@@ -68,7 +68,7 @@ class Detection(BackboneTask):
         """Check that there is at most one list of categories."""
         if len(label_sets) > 1:
             raise ConfigError(
-                f"objects have one list of categories, and the sources have {', '.join(label_sets)}",
+                f"objects have one list of categories, and the datasets have {', '.join(label_sets)}",
                 where="data.datasets",
                 fix=f"equal {CATEGORIES} become one by data.datasets.NAME.label_set",
             )

@@ -67,7 +67,7 @@ class Segmentation(FullImageTarget):
         """Return a `PixelHead`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
-                f"pixels have one list of classes, and the sources have {len(sizes.classes)}", where="data.datasets"
+                f"pixels have one list of classes, and the datasets have {len(sizes.classes)}", where="data.datasets"
             )
         return _module_class(self.head)(self.head, sizes.backbone, sizes.classes[0], sizes.ranks)
 

@@ -52,7 +52,7 @@ class Segmentation(BackboneTask):
         if len(label_sets) != 1:
             several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
             raise ConfigError(
-                f"pixels have one list of classes, and the sources have {several}",
+                f"pixels have one list of classes, and the datasets have {several}",
                 where="data.datasets",
                 fix=f"equal {MASK_LABELS} become one by data.datasets.NAME.label_set",
             )
