@@ -1,5 +1,5 @@
 #!/bin/bash
-# On every host: bash torchrun.sh PLACE, which counts the hosts from 0, the head.
+# On every host: bash torchrun.sh PLACE, which counts the hosts from 0, the master node.
 set -eu
 cd /data/m3i-scale
 export GLOO_SOCKET_IFNAME=eth0

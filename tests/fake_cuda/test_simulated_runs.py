@@ -33,7 +33,7 @@ SHORT = {
     "classification": (2, 6, 544),
     "segmentation": (21, 169, 1864),
     "detection": (69, 74, 2604),
-    "stages": (11, 263, 2215),
+    "stages": (10, 262, 2215),
     "activations on the host": (2, 40, 1262),
     "a host far ahead": (107, 91, 738),
 }
