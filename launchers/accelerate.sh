@@ -1,5 +1,5 @@
 #!/bin/bash
-# On every host: bash accelerate.sh PLACE, which counts the hosts from 0, the head. All have as many ranks.
+# On every host: bash accelerate.sh PLACE, which counts the hosts from 0, the master node. All have as many ranks.
 set -eu
 cd /data/m3i-scale
 export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
