@@ -62,6 +62,7 @@ class Job:
         self.logs = logs
         self.left_in_shared_memory: list[str] = []
         """Files that the job itself had not removed when all its processes had ended."""
+        self._before = self._shared_memory()  # of killed jobs of earlier test runs, when the port was given last
         logs.mkdir(parents=True, exist_ok=True)
         self.processes = []
         for number, (command, variables) in enumerate(zip(commands, environments, strict=True)):
@@ -89,7 +90,7 @@ class Job:
         """Exit codes, once all have ended and everything is swept up. The limit only ends a hang."""
         try:
             codes = [process.wait(timeout_s) for process in self.processes]
-            self.left_in_shared_memory = [path.name for path in self._shared_memory()]
+            self.left_in_shared_memory = sorted(path.name for path in self._shared_memory() - self._before)
             return codes
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s} s:\n{self.text()[-4000:]}") from None
@@ -103,8 +104,8 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what the process left behind
 
-    def _shared_memory(self) -> list[Path]:
-        return list(Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"))
+    def _shared_memory(self) -> set[Path]:
+        return set(Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"))
 
 
 def start_ranks(arguments: list[str], world_size: int, logs: Path, **variables: str) -> Job:

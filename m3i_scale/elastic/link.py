@@ -205,7 +205,7 @@ class Link:
             code: int | None = self._process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
             code = None
-        self._errors.join(1.0)
+        self._errors.join(_CLOSE_S)
         return explain_end(code, list(self._stderr_lines), self.site)
 
     def _read(self, output: IO[bytes]) -> None:

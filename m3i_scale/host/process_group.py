@@ -17,7 +17,7 @@ from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.extensions import awaited_build, find_ninja, keep_to_environment, sweep_stale_locks
 from m3i_scale.engine.host_memory import keep_host_memory
 from m3i_scale.errors import UserError
-from m3i_scale.host.store import await_ranks, choose_interface
+from m3i_scale.host.store import await_ranks, choose_interface, open_alone
 from m3i_scale.rank_variables import adopt_rank_variables
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -55,7 +55,7 @@ def start_ranks(
             WORLD_SIZE="1",
             LOCAL_WORLD_SIZE="1",
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(free_port()),
+            MASTER_PORT=str(open_alone()),  # listens already: a port that is only free may be taken by then
         )
     keep_host_memory()
     keep_to_environment()

@@ -85,17 +85,17 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
     Returns:
         The pids of processes that could not be killed (in a system call that does not return).
     """
+    pids: list[int] = []
+    empty_scans = 0
     deadline = time.monotonic() + _END_S
-    while True:
+    while empty_scans < 2 and time.monotonic() < deadline:  # a process in the middle of an exec shows no variables
         pids = [process.pid for process in marked(host, output_dir) if process.launch == launch]
-        if not pids or time.monotonic() > deadline:
-            return pids
+        empty_scans = 0 if pids else empty_scans + 1
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.05)
+    return pids
 
 
 def oom_kills() -> int | None:

@@ -105,7 +105,7 @@ def write_files(folder: Path, names: Sequence[str], machine: Mapping[str, str]) 
     (folder / "known_hosts").write_text("".join(known))
     (folder / "hosts").write_text("\n".join(lines) + "\n")
     (folder / "ssh_config").write_text(
-        f"Host *\n  IdentityFile {folder}/id\n  IdentitiesOnly yes\n  BatchMode yes\n  ConnectTimeout 5\n"
+        f"Host *\n  IdentityFile {folder}/id\n  IdentitiesOnly yes\n  BatchMode yes\n  ConnectTimeout 60\n"
         f"  GlobalKnownHostsFile {folder}/known_hosts\n  UserKnownHostsFile /dev/null\n  StrictHostKeyChecking yes\n"
     )
 

@@ -221,6 +221,15 @@ class Hosts:
         line = next(line for line in found.splitlines() if line.strip().startswith(f"{interface}:"))
         return int(line.split(":")[1].split()[8])
 
+    def end_sshd(self, host: str) -> None:
+        """From when this returns, connections to the host are refused."""
+        done = self.run(host, ["pkill", "-x", "sshd"])
+        assert done.returncode == 0, done.stdout
+        end = time.monotonic() + WAIT_S
+        while self._listens(self._hosts[host]):
+            assert time.monotonic() < end, f"sshd does not end on {host}"
+            time.sleep(0.05)
+
     def private(self, host: str, folder: Path) -> None:
         """From now on `folder` on this host is one of its own, empty and in memory: no shared file system there."""
         self._hosts[host].private.append(folder)
@@ -249,8 +258,7 @@ class Hosts:
         """All hosts up and reachable, with nothing running, no private folders, whole links."""
         self.sweep()
         for host, place in self._hosts.items():
-            listens = any((parent, name) == place.sshd for parent, name, _ in self._table(place).values())
-            if place.private or not listens:
+            if place.private or not self._listens(place):
                 self.restart(host)
             for interface in INTERFACES:
                 self.link(host, up=True, interface=interface)
@@ -321,6 +329,9 @@ class Hosts:
                 log = (self.folder / place.name / "sshd.log").read_text()
                 raise RuntimeError(f"no sshd on {place.name}:\n{log}")
             time.sleep(0.05)
+
+    def _listens(self, place: Host) -> bool:
+        return any((parent, name) == place.sshd for parent, name, _ in self._table(place).values())
 
     def _table(self, place: Host) -> dict[int, tuple[int, str, str]]:
         """Parent, name and command line of everything that runs on a host, process 1 included."""

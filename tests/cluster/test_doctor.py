@@ -118,7 +118,7 @@ def test_ports_sshd_and_hosts_that_are_gone_are_found_and_the_healthy_are_not(ca
     hosts = case.hosts
     block = ["ip", "rule", "add", "to", hosts.address("node0"), "ipproto", "tcp", "dport", "29500", "prohibit"]
     assert hosts.run("node1", block).returncode == 0
-    assert hosts.run("node2", ["pkill", "-x", "sshd"]).returncode == 0
+    hosts.end_sshd("node2")
     hosts.kill("node3")
     try:
         code, found = case.examine()

@@ -69,7 +69,10 @@ def launch(hosts: Hosts, run_file: Path, *options: str) -> Process:
 
 
 def step_of(run_file: Path) -> int:
-    return max(metrics(run_file), default=0) if (run_file.parent / "out" / "metrics.jsonl").exists() else 0
+    path = run_file.parent / "out" / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]  # it is being written
+    return max((line["step"] for line in lines if line["kind"] == "train"), default=0)
 
 
 def attempts(run_file: Path) -> list[dict[str, Any]]:

@@ -102,9 +102,11 @@ def test_a_refused_connection_is_told(launch: Supervised):
     (sshd,) = [
         process
         for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "sshd" and f"{launch.hosts.folder}/node1/sshd_config" in process.info["cmdline"]
+        if process.info["name"] == "sshd"
+        and f"{launch.hosts.folder}/node1/sshd_config" in (process.info["cmdline"] or [])
     ][:1]
     sshd.kill()
+    assert not psutil.wait_procs([sshd], timeout=WAIT_S)[1]
     code, said = launch.run()
     launch.hosts.restart("node1")
     assert code == 2

@@ -35,9 +35,10 @@ def test_pdsh_reaches_all(hosts: Hosts):
 
 def test_signals_and_exit_codes_pass_and_what_is_left_is_seen(hosts: Hosts, tmp_path: Path):
     assert hosts.run("node1", ["sh", "-c", "exit 7"]).returncode == 7
-    asked = hosts.start("node1", ["sh", "-c", "trap 'exit 9' TERM; echo up; sleep 300 & wait"], log=tmp_path / "asked")
-    while "up" not in asked.text():
+    asked = hosts.start("node1", ["sh", "-c", "trap 'exit 9' TERM; sleep 300 & wait"], log=tmp_path / "asked")
+    while "sleep 300" not in hosts.processes("node1").values():
         assert asked.poll() is None
+        time.sleep(0.02)
     asked.send_signal(signal.SIGTERM)
     assert hosts.wait(asked) == 9
     assert list(hosts.left(0).get("node1", {}).values()) == ["sleep 300"]
@@ -63,7 +64,7 @@ def test_a_folder_can_be_private_a_link_cut_a_host_lost_and_back(hosts: Hosts, t
 
 
 def test_a_reset_brings_sshd_back(hosts: Hosts):
-    assert hosts.run("node1", ["pkill", "-x", "sshd"]).returncode == 0
+    hosts.end_sshd("node1")
     assert hosts.run("node0", ["ssh", "node1", "true"]).returncode == 255
     hosts.reset()
     assert hosts.run("node0", ["ssh", "node1", "true"]).returncode == 0

@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from host_files import SYSTEM_PATH
-from hosts import Hosts
+from hosts import WAIT_S, Hosts
 from launch import environment, free_port
 
 PROGRAM = """
@@ -64,8 +65,13 @@ def test_doctor_finds_no_fault_in_such_names(debian: Hosts, tmp_path: Path) -> N
     for name in debian.names:  # as on any machine, it listens at the loopback, too
         listens = [sshd, "-f", debian.folder / name / "sshd_config", "-o", "ListenAddress=127.0.1.1"]
         assert debian.run(name, listens).returncode == 0
+        deadline = time.monotonic() + WAIT_S
+        while (tried := debian.run(name, ["ssh", name, "true"])).returncode != 0:  # a daemon may listen only later
+            assert time.monotonic() < deadline, tried.stdout
+            time.sleep(0.05)
     hostfile = debian.hostfile(tmp_path / "hostfile")
     command = [sys.executable, "-m", "m3i_scale", "doctor", "--json", "--hostfile", hostfile, "--env", "PYTHONPATH"]
+    command += ["--connect-timeout", "60"]
     done = debian.run("node0", command, cwd=tmp_path)
     found, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("[\n {") :])
     by_check = {item["check"]: item for item in found if item["check"] in ("names", "port", "group")}

@@ -81,7 +81,8 @@ class Submitted:
     def steps(self) -> list[int]:
         """Those that were taken, in order."""
         path = self.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [line["step"] for line in lines if line["kind"] == "train"]
 
     def ranks(self) -> list[psutil.Process]:
@@ -226,8 +227,11 @@ def test_elastic_and_the_doctor_reach_the_hosts_of_their_allocation_with_srun(
         return cluster.job(number)["JobState"]
 
     def ranks() -> dict[str, psutil.Process]:
-        found = cluster.processes("m3i_scale", "train", str(run_file))
-        return {process.environ()["RANK"]: process for process in found if "RANK" in process.environ()}
+        found = {}
+        for process in cluster.processes("m3i_scale", "train", str(run_file)):
+            with contextlib.suppress(psutil.Error, KeyError):  # it has ended meanwhile, or is no rank
+                found[process.environ()["RANK"]] = process
+        return found
 
     def trains() -> bool:
         assert state() not in ("COMPLETED", "FAILED"), log.read_text()[-6000:]
@@ -294,8 +298,12 @@ def test_a_killed_test_leaves_no_process_and_its_folder_goes_with_the_next() -> 
     holder = subprocess.Popen([sys.executable, "-c", HOLD], env=variables, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     folder = Path(holder.stdout.readline().strip())
-    inside = [process for process in psutil.Process(holder.pid).children(recursive=True) if "slurmd" in process.name()]
-    assert len(inside) == 2
+    names: dict[psutil.Process, str] = {}
+    for process in psutil.Process(holder.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            names[process] = process.name()
+    assert list(names.values()).count("slurmd") == 2
+    inside = [process for process, name in names.items() if name in ("munged", "slurmctld", "slurmd")]
     holder.kill()
     holder.communicate()
     _, alive = psutil.wait_procs(inside, timeout=300)

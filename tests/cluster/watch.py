@@ -38,10 +38,14 @@ def watch(hosts: Hosts, process: Process, timeout_s: float = WAIT_S) -> tuple[in
 
 def ranks(hosts: Hosts, name: str) -> list[psutil.Process]:
     """Training processes on a host, without what has started them or what they have started."""
-    found = [psutil.Process(pid) for pid, command in hosts.processes(name).items() if "m3i_scale train" in command]
-    ranked = [process for process in found if "RANK" in process.environ()]
-    numbers = {process.pid for process in ranked}
-    return [process for process in ranked if process.ppid() not in numbers]
+    parents: dict[psutil.Process, int] = {}
+    for pid, command in hosts.processes(name).items():
+        if "m3i_scale train" in command and "RANK" in _environment(pid):
+            with contextlib.suppress(psutil.NoSuchProcess):  # what a rank has started may have ended meanwhile
+                process = psutil.Process(pid)
+                parents[process] = process.ppid()
+    numbers = {process.pid for process in parents}
+    return [process for process, parent in parents.items() if parent not in numbers]
 
 
 def _environment(pid: int) -> dict[str, str]:

@@ -115,9 +115,14 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Seconds that are waited between attempts, without waiting."""
-    found = []
-    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=found.append))
+    """Seconds that this thread waits between attempts, without waiting; threads of earlier tests may still try."""
+    found, own = [], threading.get_ident()
+
+    def sleep(pause_s):
+        if threading.get_ident() == own:
+            found.append(pause_s)
+
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=sleep))
     return found
 
 

@@ -54,7 +54,9 @@ def test_a_range_is_read_exactly(shards, served):
 
 
 def test_a_folder_is_listed_and_what_is_missing_is_told(tools, served, tmp_path):
-    assert [place.name for place in expand_shards("gs://bucket/photos")] == [f"s-00{n}.tar" for n in range(4)]
+    assert [place.name for place in expand_shards("gs://bucket/photos", "", Access())] == [
+        f"s-00{n}.tar" for n in range(4)
+    ]
     with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
         tools.make_loader({"s": "gs://bucket/photos/s-{000..004}.tar"}, tmp_path, **options(tmp_path, 0))
     assert "s-004.tar" in caught.value.where

@@ -89,7 +89,7 @@ def test_a_killed_worker_is_told_where_its_stream_is_read_and_not_elsewhere(tool
         with pytest.raises(LostWorkerError):
             take(validation, 1)
         batches.close()
-    for worker in mine.watch.workers:
+    for worker in (*mine.watch.workers, victim):
         worker.join(300)
     assert [worker.exitcode for worker in (*mine.watch.workers, victim)] == [0, -signal.SIGKILL]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from m3i_scale.cli import app
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.index import build_index, load_index
-from m3i_scale.data.remote.access import check_access
+from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import Url, to_address
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.scan import save_index
@@ -116,24 +117,29 @@ def test_what_nginx_does_badly_is_named(tools, nginx, tmp_path, impatient, below
 
 @pytest.mark.parametrize(("cache_gib", "workers"), [(0, 0), (0.01, 2)])
 def test_s3(tools, s3, tmp_path, expected, cache_gib, workers):
-    source = "s3://bucket/photos/s-{000..007}.tar"
+    source, others = "s3://bucket/photos/s-{000..007}.tar", multiprocessing.active_children()
     loader = tools.make_loader({"s": source}, tmp_path, workers=workers, **options(tmp_path, cache_gib))
     same(take(loader, 8), expected)
+    for child in multiprocessing.active_children():  # those of the loader remove files until they have ended
+        if child not in others:
+            child.join(servers.WAIT_S)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRETKEY" in path.read_bytes()]
 
 
 def test_of_a_file_beside_s3_shards_no_more_is_read_than_such_files_hold(s3, monkeypatch):
     labels = Url("s3://bucket/photos/labels.json")
-    size = len(read_file(labels))
+    size = len(read_file(labels, Access()))
     monkeypatch.setattr("m3i_scale.data.remote.fetch.SMALL_FILE_BYTES", size)
-    assert len(read_file(labels)) == size
+    assert len(read_file(labels, Access())) == size
     monkeypatch.setattr("m3i_scale.data.remote.fetch.SMALL_FILE_BYTES", size - 1)
     with pytest.raises(OSError, match="answer too long"):
-        read_file(labels)
+        read_file(labels, Access())
 
 
 def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path):
-    assert [place.name for place in expand_shards("s3://bucket/photos")] == [f"s-00{n}.tar" for n in range(8)]
+    assert [place.name for place in expand_shards("s3://bucket/photos", "", Access())] == [
+        f"s-00{n}.tar" for n in range(8)
+    ]
     with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
         tools.make_loader({"s": "s3://bucket/photos/s-{000..008}.tar"}, tmp_path, **options(tmp_path))
     assert "s-008.tar" in str(caught.value)
@@ -195,8 +201,8 @@ def test_what_lies_beside_is_found(nginx, shards):
     train_tokenizer(["one", "two"], shards / "tokenizer", 60)
     try:
         source = {"s": DatasetConfig(path=f"{nginx}/s-{{000..007}}.tar")}
-        assert read_label_sets(source) == {"s": ["a", "b", "c"]}
-        found = find_tokenizer(source, None)
+        assert read_label_sets(source, Access()) == {"s": ["a", "b", "c"]}
+        found = find_tokenizer(source, None, Access())
         assert found.get_vocab() == find_tokenizer({}, str(shards / "tokenizer")).get_vocab()
         assert found.name_or_path == f"{nginx}/tokenizer"
     finally:
@@ -281,6 +287,7 @@ def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):
     """It would be waited for twice."""
     server = servers.FaultyServer(tmp_path)
     words = ["check", "mae", f"data.datasets.main.path={server.address}/a-{{000..009}}.tar", "optim.lr=2"]
+    words += ["data.cache_gib=0.01", f"data.cache_dir={tmp_path / 'cache'}"]  # the default is more than some disks have
     done = CliRunner().invoke(app, [*words, "--json"])
     told = json.loads(done.stdout)
     assert [fault["where"].partition(":")[0] for fault in told["faults"]] == ["data.datasets.main.path"]

@@ -61,9 +61,17 @@ def test_who_gets_on_is_waited_for(monkeypatch):
     with pytest.raises(StopIteration):
         await_item(items, activity, 1.0)
     items.close()
-    items = InThread(slow(1, 1.1))
+    given_up = threading.Event()
+
+    def too_slow():
+        clock.now += 1.1
+        assert given_up.wait(300)
+        yield "made"
+
+    items = InThread(too_slow())
     with pytest.raises(NotYetError):
         await_item(items, activity, 1.0)
+    given_up.set()
     items.close()
 
 

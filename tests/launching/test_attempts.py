@@ -137,6 +137,7 @@ def test_processes_that_cannot_be_killed_are_reported_and_keep_their_host_out(tm
     def never_ends(timeout: float) -> int:
         raise subprocess.TimeoutExpired("rank", timeout)
 
+    monkeypatch.setattr("m3i_scale.elastic.wire._CLOSE_S", 300.0)
     agent = Agent(output := io.BytesIO())
     hello(agent)
     ranks, environment = [{"RANK": "0"}], {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
 import time
@@ -244,8 +243,7 @@ def test_a_terminal_that_is_lost_lets_the_ranks_save(tmp_path):
         os.close(own)
         assert launched.wait(WAIT_S) == EXIT_PREEMPTED
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(launched.pid, signal.SIGKILL)
+        launched.kill()
         launched.wait()
     (item,) = attempts(tmp_path)
     assert item["status"] == "preempted"

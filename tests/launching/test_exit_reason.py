@@ -23,7 +23,7 @@ PORT = "29500"
 @pytest.fixture(autouse=True)
 def found(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 20.0)
+    monkeypatch.setattr("m3i_scale.launch.execute._GRACE_S", 120.0)
 
 
 def ranks(folder, *parts, ranks=True, steps=4):

@@ -63,7 +63,11 @@ class Launched:
             time.sleep(0.1)
 
     def gone(self) -> bool:
-        return not [process for process in self.below if process.is_running() and process.status() != "zombie"]
+        for process in self.below:
+            with contextlib.suppress(psutil.NoSuchProcess):  # between the two questions
+                if process.is_running() and process.status() != "zombie":
+                    return False
+        return True
 
     def end(self) -> None:
         self.below = self.below or psutil.Process(self.process.pid).children(recursive=True)

@@ -9,6 +9,7 @@ from launch_case import TWO_HOSTS, a_job, a_script, path_with
 from typer.testing import CliRunner
 
 from m3i_scale.cli import app
+from m3i_scale.elastic import link
 from m3i_scale.elastic.link import HostError, Inbox, RemoteShell, connect, explain_end
 from m3i_scale.errors import UserError
 from m3i_scale.launch.hosts import Host
@@ -88,6 +89,7 @@ def programs(tmp_path, monkeypatch):
         file.write("# another commit\n")
     monkeypatch.setenv("OTHER", str(tmp_path / "other"))
     monkeypatch.setenv("PATH", path_with(folder))
+    monkeypatch.setattr(link, "_CLOSE_S", 300.0)  # a busy machine may need longer until it tells how a process ended
     return folder
 
 

@@ -48,7 +48,8 @@ def install(faults: list[dict[str, Any]], rank: int) -> None:
 
 
 def meets(fault: dict[str, Any]) -> None:
-    """Something happens in the thread, before it writes its tensors; the next step does not begin before."""
+    """Something happens in the thread, before it writes its tensors; the next step does not begin before, nor, with
+    `awaited`, before the thread has ended."""
     real, next_batch, met = saver.write_ranges, Trainer._next_batch, threading.Event()
 
     def faulty(folder: Path, *given: Any) -> Any:
@@ -59,6 +60,8 @@ def meets(fault: dict[str, Any]) -> None:
     def fetched(trainer: Trainer) -> Any:
         if trainer.state.step >= fault["step"] > 0:
             met.wait()
+            while fault.get("awaited") and trainer.checkpointing._saver.writing:
+                time.sleep(0.01)
         return next_batch(trainer)
 
     saver.write_ranges, Trainer._next_batch = faulty, fetched
@@ -88,6 +91,10 @@ def fill(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
             return
 
 
+def nothing(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
+    met.set()
+
+
 def sleep(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
     met.set()
     time.sleep(fault["seconds"])
@@ -107,6 +114,7 @@ def signals(fault: dict[str, Any], folder: Path, met: threading.Event) -> None:
 HAPPENS: dict[str, Callable[[dict[str, Any], Path, threading.Event], None]] = {
     "refuse": refuse,
     "fill": fill,
+    "nothing": nothing,
     "sleep": sleep,
     "signals": signals,
 }

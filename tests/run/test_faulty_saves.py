@@ -138,8 +138,9 @@ def test_a_rank_without_memory_for_its_copy_ends_all(done: dict[str, Done]) -> N
 def test_a_disk_that_fills_up_while_a_rank_writes(shards: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 24) as disk:
         folder = make_run(disk / "run", shards)
-        fault = {"rank": 1, "at": "write", "what": "fill", "step": 4}
-        calls = {"full": call(folder, faults=[fault])}
+        # Both have written or failed when step 5 begins: in step 6 the metrics would have no room, either.
+        at = {"at": "write", "step": 4, "awaited": True}
+        calls = {"full": call(folder, faults=[at | {"rank": 0, "what": "nothing"}, at | {"rank": 1, "what": "fill"}])}
         told = make_calls(calls, {"full": folder}, tmp_path / "results")["full"]
         assert told.codes == [2, 2], told.texts
         assert all("the disk is full" in text and "Traceback" not in text for text in told.texts)

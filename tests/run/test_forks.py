@@ -24,4 +24,5 @@ def test_nothing_is_forked_once_an_accelerator_is_touched(shards: Path, tmp_path
     job = start_ranks([str(Path(__file__).with_name("forking.py")), str(run_file)], 1, tmp_path / "logs")
     assert job.wait() == [0], job.text()[-4000:]
     assert (tmp_path / "out" / "metrics.jsonl").read_text().count('"kind": "evaluation"') == 2
-    assert job.text().splitlines()[-1] == "moments: fork fork check_first start_ranks"
+    told = [line for line in job.text().splitlines() if line.startswith("moments:")]  # libraries may say a last word
+    assert told == ["moments: fork fork check_first start_ranks"]

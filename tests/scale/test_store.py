@@ -9,15 +9,33 @@ import sys
 import pytest
 from launch import environment, free_port
 
-# A rank that waits only once all that come have imported what they need, which may take longer than the others wait.
+# Rank 0 begins to count its seconds when those that come are in its store, and lingers until they have heard of it:
+# each of them may take longer than that on a busy machine.
 RANK = """
-import os, pathlib, sys, time
+import os, pathlib, sys, time, types
+from m3i_scale.host import store
 from m3i_scale.host.process_group import start_ranks
-folder, ranks = pathlib.Path(sys.argv[1]), sys.argv[2:]
-(folder / os.environ["RANK"]).touch()
-while not all((folder / rank).exists() for rank in ranks):
-    time.sleep(0.01)
-start_ranks(rendezvous_s=8)
+
+folder, rank, ranks = pathlib.Path(sys.argv[1]), os.environ["RANK"], sys.argv[2:]
+others, limit_s = [other for other in ranks if other != "0"], 300
+lingers_s = store._HEARD_S
+
+def sleep(seconds):
+    ends = time.monotonic() + (limit_s if seconds == lingers_s else seconds)
+    while time.monotonic() < ends:
+        if seconds == lingers_s and all((folder / f"heard-{other}").exists() for other in others):
+            break
+        time.sleep(0.05)
+
+if rank == "0":
+    store.time = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    kept, ends = store._store(0, limit_s), time.monotonic() + limit_s
+    while not all(kept.check([f"{store._HERE}/{other}"]) for other in others) and time.monotonic() < ends:
+        time.sleep(0.01)
+try:
+    start_ranks(rendezvous_s=limit_s if rank != "0" and "0" in ranks else 8)
+finally:
+    (folder / f"heard-{rank}").touch()
 """
 # In place of DeepSpeed's launcher, which names all hosts on its command line, and starts those of its own.
 LAUNCHER = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -155,11 +156,24 @@ def test_what_another_thread_draws_meanwhile_is_its_own_and_changes_nothing() ->
     seed_all(5)
     wanted = [drawn() for _ in range(200)]
     seed_all(5)
+    enough = threading.Event()  # however long this thread is not given a core
+
+    def augmented() -> list[np.ndarray]:
+        images: list[np.ndarray] = []
+        while len(images) < 400 or not enough.is_set():
+            images += [np.asarray(augment(COLOURS, seed)) for seed in range(10)]
+        return images
+
     with ThreadPoolExecutor(1) as pool:
-        made = pool.submit(lambda: [np.asarray(augment(COLOURS, seed)) for seed in [*range(10)] * 40])
+        made = pool.submit(augmented)
         found = []
-        while not made.done():
-            found.append(drawn())
+        try:
+            while not made.done():
+                found.append(drawn())
+                if len(found) > 10:
+                    enough.set()
+        finally:
+            enough.set()
     assert len(found) > 10
     assert found[:200] == wanted[: len(found)]
     assert all(np.array_equal(image, alone[number % 10]) for number, image in enumerate(made.result()))
