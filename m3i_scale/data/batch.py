@@ -80,7 +80,6 @@ class Batch:
         return {name: _by_value(value) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the batch and convert its arrays back to tensors."""
         arrived = {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()
         }
@@ -151,13 +150,9 @@ class Sample:
 
 
 class Collator:
-    """Collator of samples into a batch. Captions are truncated to `max_tokens` and padded to the longest caption,
-    rounded up to a multiple of `CAPTION_MULTIPLE`, so that compiled layers see few different lengths.
-
-    Args:
-        tokenizer: None drops captions.
-        max_tokens: maximum caption length, special tokens included.
-    """
+    """Collator of samples into a batch. Captions are truncated to `max_tokens` (special tokens included) and padded to
+    the longest caption, rounded up to a multiple of `CAPTION_MULTIPLE`, so that compiled layers see few different
+    lengths. Without a tokenizer, captions are dropped."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int) -> None:
         self._tokenizer = tokenizer
@@ -214,17 +209,17 @@ class Collator:
 
 
 def no_small_views(count: int) -> Tensor:
-    """Return an empty tensor of small views, for recipes without small views."""
+    """Return an empty tensor of small views."""
     return torch.empty(0, count, 3, 0, 0, dtype=torch.uint8)
 
 
 def no_masks(count: int) -> Tensor:
-    """Return empty masks, for recipes whose targets use none."""
+    """Return empty masks."""
     return torch.empty(count, 0, 0, dtype=torch.uint8)
 
 
 def no_objects(count: int) -> dict[str, Tensor]:
-    """Return empty object tensors, for recipes whose targets use none."""
+    """Return empty object tensors."""
     return {
         "boxes_BN4": torch.empty(count, 0, 4),
         "box_labels_BN": torch.empty(count, 0, dtype=torch.int64),

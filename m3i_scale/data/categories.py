@@ -26,7 +26,7 @@ class Category:
     frequency: str | None = None
     """One of `FREQUENCIES`; None if the dataset is not LVIS."""
     image_count: int | None = None
-    """Number of training images with the category; None if the dataset is not LVIS."""
+    """Number of training images with the category (LVIS only)."""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON types, without missing fields."""
@@ -54,13 +54,8 @@ class Categories:
 
 
 def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
-    """Parse the categories of an annotation file or of `categories.json`, sorted by id.
-
-    Args:
-        rows: parsed JSON.
-        where: names the file in errors.
-        lvis: require a frequency and an image count for every category.
-    """
+    """Parse the categories of an annotation file or of `categories.json`, sorted by id. With `lvis`, every category
+    must have a frequency and an image count. `where` names the file in errors."""
     if not isinstance(rows, list) or not rows:
         raise DataError("there are no categories", where=where, fix="`categories` is a list of {id, name}")
     found: dict[int, Category] = {}
@@ -90,13 +85,7 @@ def is_index(value: Any) -> bool:
 
 
 def shard_categories(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
-    """Read the categories from the folder of the shards; None if there is no such file.
-
-    Args:
-        folder: folder of the shards.
-        whose: names the dataset in errors.
-        access: access settings for servers.
-    """
+    """Read the categories from the folder of the shards, or return None; `whose` names the dataset in errors."""
     path = folder / CATEGORIES
     value = read_sidecar(path, whose, access)
     if value is None:

@@ -78,13 +78,8 @@ def largest_share(mask_HW: NDArray[np.uint8]) -> float:
 
 
 def box_of(crop: Crop, source: tuple[int, int], image: Image.Image) -> tuple[float, float, float, float]:
-    """Return the box of a crop in an image that is not flipped and possibly decoded at reduced size.
-
-    Args:
-        crop: in pixels of the source.
-        source: height and width of the source.
-        image: the decoded image.
-    """
+    """Return the box of a crop in a decoded image that is not flipped and may be decoded at reduced size; `source` is
+    the original height and width."""
     height, width = source
     left = width - crop.left - crop.width if crop.flip else crop.left
     x, y = image.width / width, image.height / height

@@ -81,15 +81,9 @@ def check_values(image: Image.Image, where: str) -> None:
 def eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
     """Convert an image in one of `DEEP_MODES` to 8-bit gray.
 
-    16-bit images keep their upper 8 bits, as Pillow does for 16-bit color. A plain conversion would turn all but the
-    darkest 1/256 of the values white.
-
-    Args:
-        image: opened image.
-        value_range: values up to the first become 0, values from the second on 255, linear in between.
-
-    Raises:
-        ValueError: not a 16-bit image, and no range.
+    With `value_range`, values up to the first become 0, values from the second on 255, linear in between. Without it,
+    16-bit images keep their upper 8 bits, as Pillow does for 16-bit color: a plain conversion would turn all but the
+    darkest 1/256 of the values white. Other images raise a ValueError.
     """
     if value_range is None and not _is_sixteen(image):
         raise ValueError(f"values of mode {image.mode} have no range")

@@ -37,8 +37,7 @@ def rows_of(digests: Sequence[bytes], shard: int, offsets: Sequence[int]) -> NDA
 class Digests:
     """On-disk store of digests with their places; a context manager that removes its files at the end.
 
-    Args:
-        folder: parent of the temporary folder; None: the system default.
+    `folder` is the parent of the temporary folder; None: the system default.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -73,14 +73,9 @@ def changes(
     listings: Mapping[str, Any],
     here: Mapping[str, Sequence[Shard]],
 ) -> dict[str, str]:
-    """Describe the change of every dataset that differs.
-
-    Args:
-        saved: fingerprints of the data state, by dataset.
-        present: fingerprints of the current run.
-        listings: shard lists of the data state, by dataset; may be incomplete.
-        here: current shards.
-    """
+    """Describe the change of every dataset that differs between the fingerprints `saved` in the data state and the
+    `present` ones. `listings` are the shard lists of the data state, and may be incomplete; `here` are the current
+    shards."""
     differences = {}
     for name in sorted({*saved, *present}):
         before, now = saved.get(name), present.get(name)
@@ -191,7 +186,6 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 
 def _names(patterns: Iterable[str]) -> list[str]:
-    """Expand the result of `_patterns`."""
     names: list[str] = []
     for pattern in patterns:
         names += [pattern[1:]] if pattern.startswith("=") else braceexpand(pattern)

@@ -16,7 +16,7 @@ from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import DataError
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Image formats that shards store unchanged, with the file extension of each."""
+"""Formats that shards store unchanged, with their file extensions."""
 
 READ_FORMATS = (*KEPT_FORMATS, "BMP", "GIF", "TIFF", "PPM")
 """Formats that Pillow may try: some of its other readers start external programs."""
@@ -60,11 +60,8 @@ def fault_text(error: Exception) -> str:
 
 
 def open_any_size(file: Path | io.BytesIO) -> Image.Image:
-    """Open an image of any size; read its header but no pixels.
-
-    Raises:
-        UnidentifiedImageError, OSError: it is not an image, or cannot be read.
-    """
+    """Open an image of any size; read its header but no pixels. Raise Pillow's `UnidentifiedImageError` or an OSError
+    if it is not an image or cannot be read."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -77,10 +74,8 @@ def open_any_size(file: Path | io.BytesIO) -> Image.Image:
 def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None) -> tuple[bytes, str]:
     """Return image bytes for a shard, unchanged or converted to PNG, and their file extension.
 
-    Args:
-        data: content of a file in one of `READ_FORMATS`.
-        where: names the file in errors.
-        value_range: intensity window for images with more than 8 bits; other images are an error.
+    `value_range` is the intensity window for images with more than 8 bits; other images are then an error. `where`
+    names the file in errors.
     """
     try:
         with open_any_size(io.BytesIO(data)) as image:
@@ -112,10 +107,9 @@ def to_png(image: Image.Image, value_range: ValueRange | None = None) -> bytes:
 
 
 def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
-    """Check that bytes are the mask of an encoded image: a valid PNG of the same size with one byte per pixel.
+    """Check that bytes are the mask of an encoded image: a valid PNG of its size with one byte per pixel.
 
-    Returns:
-        Number of pixels by value.
+    Return the number of pixels by value.
     """
     fault, counts = mask_fault(data), Counter[int]()
     try:
@@ -181,14 +175,9 @@ def upright_size(size: tuple[int, int], lies: int) -> tuple[int, int]:
 
 
 def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
-    """Convert to RGB on white, as exported image processors do; a plain conversion would drop transparency.
+    """Convert an opened image to RGB on white, as exported image processors do: a plain conversion drops transparency.
 
-    Args:
-        image: opened image of any mode.
-        value_range: see `eight_bits`.
-
-    Raises:
-        ValueError: a gray image has more than 8 bits and needs a range (`eight_bits`).
+    A gray image with more than 8 bits may need a `value_range`; see `eight_bits`.
     """
     if image.mode in DEEP_MODES:
         return eight_bits(image, value_range).convert("RGB")

@@ -46,14 +46,8 @@ def load_index(
     """Return the indices of the shards: from `index/` next to them, from the cache, or built into the cache by rank 0.
 
     Only rank 0 queries remote shards, so that starting a thousand ranks does not overload the server. It stores their
-    version; a different version later is an error.
-
-    Args:
-        shards: tar files.
-        cache_dir: shared by all ranks of the node or job; other ranks wait until rank 0 has filled it.
-        rank: rank of this process.
-        wait_timeout_s: timeout in seconds for ranks that wait.
-        access: access settings for remote shards.
+    version; a different version later is an error. The other ranks wait up to `wait_timeout_s` seconds until rank 0 has
+    filled `cache_dir`, which all ranks of the node or job share.
     """
     indices: dict[Address, ShardIndex] = {}
     remote = [path for path in shards if isinstance(path, Url)]

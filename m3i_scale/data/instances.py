@@ -110,15 +110,13 @@ class Instances:
 
 
 def read_instances(members: Mapping[str, bytes], categories: int | None, size: tuple[int, int]) -> Instances:
-    """Read the instances of a sample, which are required.
+    """Read the instances of a sample, which are required. Raise `BadSampleError` if they are missing, malformed, or for
+    another image size.
 
     Args:
         members: files of the sample, by extension.
         categories: number of categories; None: indices are not checked.
         size: width and height of the stored image.
-
-    Raises:
-        BadSampleError: instances are missing, malformed, or for another image size.
     """
     data = members.get(INSTANCES)
     if data is None:
@@ -135,28 +133,13 @@ def read_instances(members: Mapping[str, bytes], categories: int | None, size: t
 
 
 def check_turned(orientation: int) -> None:
-    """Check that EXIF does not rotate an image with instances: the annotated orientation would be ambiguous.
-
-    Args:
-        orientation: EXIF orientation of the image.
-
-    Raises:
-        BadSampleError: EXIF rotates or flips the image.
-    """
+    """Check that EXIF does not rotate an image with instances: the annotated orientation would be ambiguous."""
     if orientation != 1:
         raise BadSampleError("image with instances is turned by EXIF", f"orientation {orientation}")
 
 
 def parse_instances(value: Any, categories: int | None) -> Instances:
-    """Parse and validate instances, without comparing them with their image.
-
-    Args:
-        value: parsed JSON.
-        categories: see `read_instances`.
-
-    Raises:
-        BadSampleError: it is malformed.
-    """
+    """Parse and validate instances, without comparing them with their image; `categories` as in `read_instances`."""
     if not isinstance(value, dict) or not isinstance(rows := value.get("annotations"), list):
         raise BadSampleError(MALFORMED, "no list of annotations")
     of_image: list[Any] = [value.get(name) for name in ("image_id", "width", "height")]
@@ -184,8 +167,6 @@ def parse_instances(value: Any, categories: int | None) -> Instances:
 
 @dataclass(frozen=True)
 class _Annotation:
-    """One valid annotation."""
-
     id: int
     category: int
     box: NDArray[np.float64]
@@ -195,17 +176,7 @@ class _Annotation:
 
     @staticmethod
     def of(row: Any, number: int, categories: int | None, size: tuple[int, int]) -> _Annotation:
-        """Parse and validate one annotation.
-
-        Args:
-            row: parsed JSON.
-            number: index in the list.
-            categories: see `read_instances`.
-            size: width and height of the image.
-
-        Raises:
-            BadSampleError: it is malformed.
-        """
+        """Parse and validate annotation `number` of the list; `size` is the width and height of the image."""
         if not isinstance(row, dict) or not is_index(row.get("id")):
             raise BadSampleError(MALFORMED, f"annotation {number} in the list has no id")
         place = f"annotation {row['id']}"

@@ -150,12 +150,8 @@ class TrainStream:
             workers.configure(self._recipe)
 
     def resize(self, image_size: int, micro_batch_size: int) -> None:
-        """Set another view size and micro-batch size for the next iterator, which continues with the next sample.
-
-        Args:
-            image_size: view size in pixels.
-            micro_batch_size: samples per batch of this rank.
-        """
+        """Set another view size in pixels and micro-batch size of this rank for the next iterator, which continues with
+        the next sample."""
         plans = {
             stream: {
                 name: replace(source, views=source.views.resized(image_size=image_size))

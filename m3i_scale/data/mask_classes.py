@@ -72,9 +72,7 @@ def check_class_pixels(
 def pixel_report(counts: Mapping[int, int], names: Sequence[str] | None) -> dict[str, Any]:
     """Return pixels by class, ignored pixels, and pixels with a value without a class name, as JSON types.
 
-    Args:
-        counts: number of pixels by value.
-        names: class names; None: use the values as names.
+    `counts` has the number of pixels by value. If `names` is None, values are used as names.
     """
     known = sorted(value for value in counts if value != NO_CLASS) if names is None else range(len(names))
     unnamed = sum(count for value, count in counts.items() if value not in known and value != NO_CLASS)
@@ -86,12 +84,7 @@ def pixel_report(counts: Mapping[int, int], names: Sequence[str] | None) -> dict
 
 
 def pixel_lines(report: Mapping[str, Any], where: str) -> list[str]:
-    """Format a `pixel_report` as lines of text.
-
-    Args:
-        report: report of the masks of one split.
-        where: name of the split.
-    """
+    """Format a `pixel_report` of the split `where` as lines of text."""
     total = max(1, report["ignored"] + report["unnamed"] + sum(report["classes"].values()))
     largest = sorted(report["classes"].items(), key=lambda item: -item[1])
     shares = [f"{name} {count / total:.1%}" for name, count in largest if count]

@@ -1,9 +1,8 @@
 """Mixing of datasets within a stream, and distribution of streams over ranks and workers.
 
-The next dataset of a stream is a pure function of the samples taken so far, for fixed and for scheduled weights.
-
-Shares are integer multiples of 1/`UNIT`. Their sums are exact over billions of samples, and ties do not depend on
-the version of Python or of a library.
+The next dataset of a stream is a pure function of the samples taken so far, also for scheduled weights. Shares are
+integer multiples of 1/`UNIT`. Their sums are exact over billions of samples, and ties do not depend on the version of
+Python or of a library.
 """
 
 from __future__ import annotations
@@ -81,11 +80,9 @@ def share_of(streams: Sequence[int], number: int, count: int) -> Sequence[int]:
 
 
 class Mix:
-    """Mixing weights of datasets. At any time, each dataset's sample count matches its share as closely as possible.
+    """Mixing weights of datasets, by name. At any time, each sample count matches its share as closely as possible.
 
-    Args:
-        weights: weights of the datasets, by name.
-        streams: number of streams. All advance equally, so sample n of a stream is about sample n · streams of the run.
+    All `streams` advance equally, so sample n of a stream is about sample n · streams of the run.
     """
 
     def __init__(self, weights: Mapping[str, Weight], streams: int) -> None:
@@ -120,9 +117,7 @@ class Mix:
 def furthest_behind(credits: Mapping[str, int], shares: Mapping[str, int]) -> str:
     """Return the dataset that is furthest behind its share, never one without a share. Ties go to the first by name.
 
-    Args:
-        credits: target count minus actual count of every dataset so far, in `UNIT`.
-        shares: shares of the next sample.
+    `credits` are target count minus actual count of every dataset so far, in `UNIT`; `shares` are for the next sample.
     """
     return max(sorted(name for name in shares if shares[name]), key=lambda name: credits[name] + shares[name])
 
@@ -142,8 +137,7 @@ def has_epochs(sources: Mapping[str, DatasetConfig]) -> bool:
 def samples_at_most(ends: Sequence[Sequence[int | None]]) -> int | None:
     """Count the samples that all streams can yield evenly if none is corrupt; None if some dataset never ends.
 
-    Args:
-        ends: for every stream, the end position of each dataset; None: never.
+    `ends` has the end position of each dataset for every stream; None: never.
     """
     if any(end is None for stream in ends for end in stream):
         return None

@@ -28,19 +28,10 @@ class Objects:
 
 
 def objects_in(instances: Instances, crop: Crop, size: int, *, masks: bool) -> Objects:
-    """Return the objects of a view, without crowds.
+    """Return the objects of a view, without crowds. `crop` is in pixels of the flipped image, `size` is the view size.
 
-    A box that the crop cuts is recomputed from the remaining mask if there is one, as in detectron2
-    (`recompute_boxes`). Otherwise the box is clipped.
-
-    Args:
-        instances: objects of the image.
-        crop: crop of the view, in pixels of the flipped image.
-        size: view size in pixels.
-        masks: read masks; False clips boxes only.
-
-    Raises:
-        BadSampleError: masks are read and an object has only a box.
+    A box that the crop cuts is recomputed from the remaining mask, as in detectron2 (`recompute_boxes`). Without
+    `masks`, the box is clipped. With `masks`, an object without a mask raises `BadSampleError`.
     """
     numbers = instances.to_train()
     corners_N4, width = instances.corners()[numbers], instances.width

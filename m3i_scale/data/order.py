@@ -40,10 +40,7 @@ def shard_order(shards: int, seed: int, source: str) -> NDArray[np.int64]:
 def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) -> NDArray[np.int64]:
     """Return the end offset of each shard in the list of all samples of a dataset.
 
-    Args:
-        sizes: samples per shard, in the order of `shard_order`.
-        streams: number of streams to distribute the samples to.
-        where: dataset name for the error.
+    `sizes` are the samples per shard, in the order of `shard_order`; `where` names the dataset in the error.
     """
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     if ends[-1] < streams:
@@ -93,7 +90,6 @@ class SampleRef:
     shard: int
     """Index of the shard within the dataset, in the order of `shard_order`."""
     sample: int
-    """Index of the sample within the shard."""
     copy: int = 0
     """Number of earlier reads of the sample in this epoch."""
 
@@ -102,11 +98,9 @@ class _Pass(NamedTuple):
     """Shard parts that a stream reads in one epoch, in reading order."""
 
     shards: NDArray[np.int64]
-    """Indices of the shards within the dataset."""
     firsts: NDArray[np.int64]
     """Index of the stream's first sample in each shard."""
     counts: NDArray[np.int64]
-    """Number of the stream's samples in each shard."""
 
 
 class StreamOrder:

@@ -77,12 +77,10 @@ class PartialBatch:
 
 
 class PartMaker(Dataset[PartialBatch]):
-    """Dataset in a worker that returns parts; the index of a part is its work item.
+    """Dataset in a worker that returns parts; the index of a part is its work item. The end of the data is a part too,
+    and is repeated for every further work item.
 
-    The end of the data is a part too, and is repeated for every further work item.
-
-    Args:
-        activities: activities of all workers, by index.
+    `activities` are those of all workers, by index.
     """
 
     def __init__(self, activities: list[Activity]) -> None:
@@ -92,7 +90,6 @@ class PartMaker(Dataset[PartialBatch]):
         self._streams: dict[int, Stream] = {}
 
     def __getitem__(self, order: WorkItem) -> PartialBatch:
-        """Return the part for a work item; the last part has no batch."""
         if order.states is not None:
             self._begin(order, order.states)
         part = self._part(replace(order, states=None, recipe=None))  # the part need not return these
@@ -169,11 +166,7 @@ class _WorkSampler(Sampler[WorkItem]):
 
 
 class PartWorkers:
-    """Workers that prepare parts in `data.num_workers` processes, or in a thread if there are none; `close` stops them.
-
-    Args:
-        data: number of workers, and the timeout for waiting.
-    """
+    """Workers that prepare parts in `data.num_workers` processes, or in a thread if that is 0; `close` stops them."""
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
@@ -209,11 +202,8 @@ class PartWorkers:
     def iterate(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[PartialBatch]]:
         """Yield one part of every worker, in stream order; after an error, only the parts up to it.
 
-        Parts of earlier iterations are dropped. Blocks while an earlier iteration is not closed.
-
-        Args:
-            states: states of all streams.
-            rank: names the rank in timeout errors.
+        Parts of earlier iterations are dropped. Blocks while an earlier iteration is not closed. `states` are those of
+        all streams; `rank` is named in timeout errors.
         """
         with self._held(rank):
             iteration = self._orders.begin(states)

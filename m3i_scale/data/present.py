@@ -48,17 +48,8 @@ def join(shards: Sequence[AvailableFields]) -> AvailableFields:
 
 
 def save_present(shard: Path, digest: str, path: Path) -> None:
-    """Write the categories of the samples of a local shard.
-
-    Args:
-        shard: shard with a categories file in its folder.
-        digest: digest of its index.
-        path: output file, see `file_of`.
-
-    Raises:
-        DataError: the categories file or the shard is corrupt.
-        OSError: the folder is not writable.
-    """
+    """Write the categories of the samples of a local shard to `path` (see `file_of`); `digest` is the digest of its
+    index. The folder of the shard must have a categories file."""
     categories = len(shard_categories(shard.parent) or ())
     found = []
     with shard.open("rb") as stream:
@@ -81,12 +72,7 @@ def file_of(name: str) -> str:
 
 
 def load_present(index: ShardIndex, access: Access | None = None) -> AvailableFields:
-    """Read the categories of the samples of a shard, from `index/` next to it.
-
-    Args:
-        index: index of the shard.
-        access: access settings for servers.
-    """
+    """Read the categories of the samples of a shard, from `index/` next to it."""
     path = index.path.parent / "index" / file_of(index.path.name)
     try:
         arrays = stored_arrays(read_file(path, access))

@@ -30,9 +30,6 @@ class Quarantine:
         path: JSON lines file to append to; None writes none.
         sizes: number of samples of every shard of this rank, by address.
         counted: addresses of the shards whose earlier entries this rank counts; each shard belongs to one rank.
-
-    Raises:
-        DataError: the file cannot be read.
     """
 
     def __init__(self, path: Path | None, sizes: Mapping[str, int], counted: Collection[str] = ()) -> None:
@@ -77,10 +74,8 @@ class Quarantine:
             raise DataError(f"cannot read the quarantine file: {error}", where=str(self.path)) from None
 
     def _read_on(self, stream: BinaryIO, counted: Collection[str] = ()) -> bool:
-        """Read new entries; return whether the file ends with an incomplete line.
-
-        An incomplete line of a killed process is ignored; the next entry starts on a new line.
-        """
+        """Read new entries; return whether the file ends with an incomplete line. Such a line of a killed process is
+        ignored, and the next entry starts on a new line."""
         begin = stream.seek(max(0, self._read_bytes - 1))  # one known byte, to detect an incomplete line
         content = stream.read()
         self._read_bytes = begin + content.rfind(b"\n") + 1  # another rank may still be writing the rest
@@ -91,7 +86,6 @@ class Quarantine:
         return bool(content) and not content.endswith(b"\n")
 
     def _count(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Count and return the new entries."""
         new = []
         for entry in entries:
             digest = _digest(entry)

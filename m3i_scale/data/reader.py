@@ -45,25 +45,13 @@ class BadSampleError(Exception):
 
 
 def check_sample_size(size: int, limit: int) -> None:
-    """Check the size of a sample before reading it.
-
-    Args:
-        size: size in bytes in the shard.
-        limit: data.max_sample_bytes.
-
-    Raises:
-        BadSampleError: the sample is larger.
-    """
+    """Check the size of a sample in bytes, before reading it, against `limit` (data.max_sample_bytes)."""
     if size > limit:
         raise BadSampleError("sample too large", f"{size} bytes, data.max_sample_bytes is {limit}")
 
 
 def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dict[str, bytes]:
-    """Read the files of a sample by extension.
-
-    Raises:
-        BadSampleError: they are too large or cannot be read.
-    """
+    """Read the files of a sample by extension. Raise `BadSampleError` if they are too large or cannot be read."""
     check_sample_size(sample.size, max_bytes)
     try:
         return read_members(stream, sample)
@@ -74,9 +62,8 @@ def readable_members(stream: BinaryIO, sample: RawSample, max_bytes: int) -> dic
 class ShardReader:
     """Reader of samples by (shard, index) that keeps the last few shards open.
 
-    Args:
-        access: access settings for remote shards, and the number of attempts for local ones.
-        activity: records the shard that is being read.
+    `access` has the settings for remote shards, and the number of attempts for local ones; `activity` records the shard
+    that is being read.
     """
 
     def __init__(self, access: Access | None = None, activity: Activity | None = None) -> None:
@@ -148,14 +135,9 @@ class ShardReader:
 
 
 def parse_members(data: bytes, url: str) -> dict[str, bytes]:
-    """Return the single sample in a part of a tar, grouped as in webdataset.
+    """Return the single sample in a part of a tar, grouped as in webdataset; anything else is a `BadSampleError`.
 
-    Args:
-        data: complete tar members whose headers match the index.
-        url: address of the shard.
-
-    Raises:
-        BadSampleError: no sample, several samples, or a duplicate file.
+    `data` are complete tar members whose headers match the index; `url` is the address of the shard.
     """
     if _COMPRESSED.match(data):
         raise BadSampleError(NOT_A_MEMBER, "compressed")
@@ -184,9 +166,8 @@ def plain_members(data: bytes) -> list[dict[str, Any]] | None:
     image. Plain members are regular files, optionally with a pax header of timestamps only, as written by webdataset.
     Others (long names, other pax headers, links, sparse files, binary sizes) need `tarfile`.
 
-    Args:
-        data: complete members, with or without the last padding and the end of the archive. Header checksums are not
-            verified again: the headers match the index, which was built from verified ones.
+    `data` may lack the last padding and the end of the archive. Header checksums are not verified again: the headers
+    match the index, which was built from verified ones.
     """
     files: list[dict[str, Any]] = []
     offset, times_before = 0, False

@@ -29,13 +29,9 @@ _ORDER = "2"
 
 def repeat_factors(present: AvailableFields, threshold: float) -> NDArray[np.float64]:
     """Return the mean number of reads per epoch of every sample: r(I) = max over the categories c of I of max(1,
-    √(threshold / f(c))), where f(c) is the fraction of images with c.
+    √(threshold / f(c))), where f(c) is the fraction of images with c. LVIS uses the threshold 0.001.
 
     Images without a category have factor 0 and do not count in f(c), because detectron2 also drops them beforehand.
-
-    Args:
-        present: categories of all samples of a dataset.
-        threshold: frequency below which a category is rare; 0.001 for LVIS.
     """
     has = present.counts_N > 0
     factors_N = np.zeros(len(present))
@@ -52,15 +48,8 @@ def repeat_factors(present: AvailableFields, threshold: float) -> NDArray[np.flo
 def repeats_of(
     indices: Sequence[ShardIndex], threshold: float | None, seed: int, where: str, access: Access
 ) -> Repeats | None:
-    """Return the repeats of a dataset; None if every sample is read once.
-
-    Args:
-        indices: indices of its shards, in the order of the list of all samples.
-        threshold: see `DatasetConfig.repeat_threshold`.
-        seed: seed of this (run, dataset).
-        where: names the dataset in errors.
-        access: access settings for servers.
-    """
+    """Return the repeats of a dataset; None if every sample is read once. `indices` are in the order of the list of all
+    samples; `threshold` is `DatasetConfig.repeat_threshold`; `seed` is that of this (run, dataset)."""
     if threshold is None:
         return None
     with error_prefix(where):
@@ -70,16 +59,13 @@ def repeats_of(
 
 
 class Repeats:
-    """Repeated reads of an epoch; see `order.Reads`.
+    """Repeated reads of an epoch; see `order.Reads`. It is an error if no sample is read.
 
     Args:
         factors: repeat factors by shard, in the order of the list of all samples.
         seed: seed of this (run, dataset).
         where: names the dataset in errors.
         digest: digest of the data that determines the factors.
-
-    Raises:
-        DataError: no sample is read.
     """
 
     def __init__(self, factors: Sequence[NDArray[np.float64]], seed: int, where: str, digest: str = "") -> None:

@@ -19,14 +19,7 @@ _GROUPS = 7
 
 
 def packed(runs: Sequence[int]) -> str:
-    """Encode run lengths as text.
-
-    Args:
-        runs: integers from 0 to 2³³ - 1.
-
-    Raises:
-        ValueError: a run is out of range.
-    """
+    """Encode run lengths, integers from 0 to 2³³ - 1, as text. Other values raise a ValueError."""
     if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
         raise ValueError("a length of the mask is no whole number from 0 on")
     letters = bytearray()
@@ -42,15 +35,7 @@ def packed(runs: Sequence[int]) -> str:
 
 
 def unpacked(text: str, pixels: int) -> NDArray[np.int64]:
-    """Decode run lengths from text.
-
-    Args:
-        text: in the format of `packed`.
-        pixels: number of pixels of the mask, which the runs must fill.
-
-    Raises:
-        ValueError: the text is invalid or has another number of pixels.
-    """
+    """Decode run lengths from text. Raise a ValueError if the text is invalid or the runs do not fill `pixels`."""
     if len(text) > _LETTERS * (pixels + 2):
         raise ValueError(f"the text of the mask is too long for its {pixels} pixels")
     try:

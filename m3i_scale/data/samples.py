@@ -38,11 +38,8 @@ class Annotations:
 
 
 def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
-    """Open the image of a sample: read its header and check its size, without decoding.
-
-    Raises:
-        BadSampleError: the image is missing, too large, or not an image.
-    """
+    """Open the image of a sample: read its header and check its size, without decoding. Raise `BadSampleError` if it is
+    missing, too large, or not an image."""
     data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
     if data is None:
         raise BadSampleError("no image", _instead(sorted(set(members) - {"__key__", "__url__"})))
@@ -59,13 +56,7 @@ def _instead(extensions: list[str]) -> str:
 def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int]) -> Image.Image | None:
     """Open the mask of a sample (the class of every pixel) without decoding; None if there is no mask.
 
-    Args:
-        members: files of the sample, by extension.
-        max_pixels: see `open_image`.
-        size: width and height of the sample's image.
-
-    Raises:
-        BadSampleError: the mask is not an 8-bit PNG, or not of that size.
+    It must be an 8-bit PNG of `size`, the width and height of the sample's image; otherwise raise `BadSampleError`.
     """
     data = members.get(MASK)
     if data is None:
@@ -82,14 +73,8 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
 def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, int], classes: int) -> Image.Image:
     """Decode the required mask of a sample: the stored class of every pixel, or its palette index.
 
-    Args:
-        members: files of the sample, by extension.
-        max_pixels: see `open_image`.
-        size: width and height of the sample's image.
-        classes: exclusive upper limit of pixel values, except `NO_CLASS`.
-
-    Raises:
-        BadSampleError: the mask is missing, invalid (see `open_mask`), undecodable, or has a class out of range.
+    Raise `BadSampleError` if it is missing, invalid (see `open_mask`), undecodable, or if a pixel other than `NO_CLASS`
+    is `classes` or more.
     """
     mask = open_mask(members, max_pixels, size)
     if mask is None:
@@ -165,7 +150,8 @@ def read_annotations(
     captions: bool = True,
     max_caption_bytes: int = MAX_CAPTION_BYTES,
 ) -> Annotations:
-    """Return the label (`cls`) and the caption (`txt`) of a sample, if present.
+    """Return the label (`cls`) and the caption (`txt`) of a sample, if present. Raise `BadSampleError` if the label is
+    not an integer or out of range, or the caption is too large or not UTF-8.
 
     Args:
         members: files of the sample, by extension.
@@ -173,9 +159,6 @@ def read_annotations(
         draw: random number that selects one of several captions (one per line); None: all lines are one caption.
         captions: False does not read the caption.
         max_caption_bytes: maximum size of the file, with one or several captions.
-
-    Raises:
-        BadSampleError: the label is not an integer or out of range, or the caption is too large or not UTF-8.
     """
     return Annotations(_label(members, classes), _caption(members, draw, max_caption_bytes) if captions else None)
 
@@ -194,15 +177,7 @@ def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
 
 
 def check_caption_size(data: bytes, limit: int) -> None:
-    """Check the size of a caption before decoding it.
-
-    Args:
-        data: content of the `txt` file.
-        limit: data.max_caption_bytes.
-
-    Raises:
-        BadSampleError: the caption is larger.
-    """
+    """Check the size of a `txt` file, before decoding it, against `limit` (data.max_caption_bytes)."""
     if len(data) > limit:
         raise BadSampleError("caption too large", f"{len(data)} bytes, data.max_caption_bytes is {limit}")
 

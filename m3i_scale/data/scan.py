@@ -80,12 +80,7 @@ def scan_shard(path: Path) -> ShardIndex:
 
 
 def scan_stream(stream: BinaryIO, size: int, path: Address) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Build `ranges_N2` and `heads_N` of an index from the headers of a tar.
-
-    Raises:
-        DataError: see `read_strictly`.
-        OSError: the stream cannot be read.
-    """
+    """Build `ranges_N2` and `heads_N` of an index from the headers of a tar; errors as in `read_strictly`."""
     samples = read_strictly(stream, size, str(path)).samples
     ranges = np.asarray([[sample.start, sample.end] for sample in samples], dtype=np.int64)
     return ranges, np.asarray([sample.head for sample in samples], dtype=np.uint32)
@@ -135,11 +130,7 @@ def cached(path: Address, cache_dir: Path) -> Path:
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
-    """Write an index atomically.
-
-    Raises:
-        OSError: the folder is not writable.
-    """
+    """Write an index atomically. Raise an OSError if the folder is not writable."""
     with replacing(path, durable=False) as stream:
         np.savez(
             stream,
@@ -174,13 +165,9 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
 
 
 def parse_index(path: Address, data: bytes) -> ShardIndex | None:
-    """Parse an index file, which may be damaged or malicious.
+    """Parse an index file, which may be damaged or malicious; raise a ValueError if it is not a valid index.
 
-    Returns:
-        None if the format differs, or if an old scan did not look beyond the end of a tar with more than padding there.
-
-    Raises:
-        ValueError: not a valid index.
+    Return None if the format differs, or if an old scan ignored more than padding after the end of a tar.
     """
     arrays = stored_arrays(data)
     try:
@@ -205,15 +192,7 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
 
 def lists_all(index: ShardIndex, open_shard: Callable[[], BinaryIO]) -> bool:
     """Return whether the index lists all samples of a shard. The tar is only read at gaps larger than padding, such as
-    folders, because the index exists for speed.
-
-    Args:
-        index: index of the shard.
-        open_shard: opens the tar.
-
-    Raises:
-        OSError: the tar cannot be read.
-    """
+    folders, because the index exists for speed. An OSError of the tar is passed on."""
     stops_N = -(-index.ranges_N2[:, 1] // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     begins, ends = np.append(0, stops_N), np.append(index.ranges_N2[:, 0], index.size)
     if ends[-1] - begins[-1] <= TAIL_BYTES:
@@ -235,8 +214,7 @@ def _lists_all(path: Path, index: ShardIndex) -> bool:
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
     """Read an `np.savez` file without `np.load`, which trusts the size in a header before verifying its checksum.
 
-    Raises:
-        ValueError: the file is damaged or compressed (and could expand).
+    Raise a ValueError if the file is damaged, or compressed and could expand.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -29,14 +29,9 @@ def shard_folder(shards: str) -> Address:
 
 
 def expand_shards(shards: str, where: str = "shards", access: Access | None = None) -> list[Address]:
-    """List the shards of a folder, a brace pattern, a path or an address, sorted by name.
+    """List the shards of a folder, brace pattern, path or address, sorted by name; `where` names the value in errors.
 
     Remote shards are not checked for existence before they are indexed.
-
-    Args:
-        shards: `shards` value of a dataset.
-        where: names the value in errors.
-        access: access settings for servers.
     """
     if is_remote(shards):
         return _expand_remote(shards, where, access)
@@ -125,13 +120,8 @@ def _by_name(named: Sequence[Address], where: str) -> list[Address]:
 def read_label_sets(
     sources: dict[str, DatasetConfig], access: Access | None = None, file: str = LABELS
 ) -> dict[str, list[str]]:
-    """Read the class names of every class list from the shards' sidecar files; a dataset without a file has no classes.
-
-    Args:
-        sources: datasets with the class lists.
-        access: access settings for servers.
-        file: LABELS, MASK_LABELS or CATEGORIES.
-    """
+    """Read the class names of every class list from the shards' sidecar files: LABELS, MASK_LABELS or CATEGORIES. A
+    dataset without a file has no classes."""
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
         path = shard_folder(source.path) / file
@@ -153,10 +143,7 @@ def read_label_sets(
 def read_sample_count(shards: str, count: str, access: Access | None = None) -> int | None:
     """Return the number of samples from the shards' manifest; None without a manifest that lists all shards.
 
-    Args:
-        shards: `shards` value of a dataset.
-        count: `samples` or `with_caption`.
-        access: access settings for servers.
+    `count` is `samples` or `with_caption`.
     """
     try:
         manifest = json.loads(read_file(shard_folder(shards) / "manifest.json", access))
@@ -167,23 +154,12 @@ def read_sample_count(shards: str, count: str, access: Access | None = None) -> 
 
 
 def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
-    """Read the class names from a sidecar file of shards; None if there is no such file.
-
-    Args:
-        folder: folder of the shards.
-        file: LABELS, MASK_LABELS or CATEGORIES.
-    """
+    """Read the class names from a sidecar file (LABELS, MASK_LABELS or CATEGORIES); None if there is no such file."""
     return _read_labels(folder / file)
 
 
 def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
-    """Check that a list of names is valid as mask classes.
-
-    Args:
-        names: class names, in index order.
-        where: names their file in errors.
-        most: maximum number of classes.
-    """
+    """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
     if not 2 <= len(names) <= most:
         raise ConfigError(f"there are {len(names)} classes, and a pixel is one of 2 to {most}", where=where)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -207,13 +183,7 @@ def _read_labels(path: Address, whose: str = "", access: Access | None = None) -
 
 
 def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -> Any:
-    """Read a JSON sidecar file of shards; None if there is no such file.
-
-    Args:
-        path: path of the file.
-        whose: names the dataset in errors.
-        access: access settings for servers.
-    """
+    """Read a JSON sidecar file of shards; None if there is no such file. `whose` names the dataset in errors."""
     try:
         value = json.loads(read_file(path, access).decode("utf-8"))
     except FileNotFoundError:

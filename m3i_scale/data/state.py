@@ -154,16 +154,11 @@ def accept_changes(
     here: Mapping[str, Sequence[Shard]],
     named: Collection[str],
 ) -> dict[str, str]:
-    """Describe the datasets that differ from the data state; raise an error unless exactly these are named.
+    """Describe the datasets that differ from the data state; raise an error unless exactly these are `named`
+    (data.changed_datasets).
 
     If nothing differs any more, the names of the last change are accepted: a run restarted after its change still has
-    them in its config.
-
-    Args:
-        state: merged state.
-        present: current fingerprints.
-        here: current shards, by dataset.
-        named: data.changed_datasets.
+    them in its config. `present` and `here` are the current fingerprints and shards.
     """
     differences = changes(state["sources"], present, state["listings"], here)
     past = state["changes"]

@@ -94,9 +94,8 @@ class Stream:
     def take(self, quarantine: list[dict[str, Any]]) -> Sample:
         """Return the next valid sample; record corrupt ones in `quarantine` and skip them within the same dataset.
 
-        Raises:
-            ExhaustedError: every dataset with a weight is exhausted.
-            DataError: a shard cannot be read, or too many samples of the dataset are corrupt.
+        Raise `ExhaustedError` if every dataset with a weight is exhausted, and DataError if a shard cannot be read or
+        too many samples of the dataset are corrupt.
         """
         while True:
             shares = self._mix.shares(self.state.taken, remaining_sources(self._sources, self.state))

@@ -78,7 +78,6 @@ class Member:
     data: int
     """Offset of the content."""
     size: int
-    """Size of the content in bytes."""
 
     @property
     def stop(self) -> int:
@@ -142,17 +141,10 @@ def read_shard(path: Path) -> RawShard:
 
 
 def read_strictly(stream: BinaryIO, size: int, where: str) -> RawShard:
-    """Group the files of a tar into samples. Errors in file contents appear only when a sample is read.
+    """Group the files of a tar of `size` bytes into samples. Errors in file contents appear only when a sample is read.
 
-    Args:
-        stream: the tar.
-        size: size of the tar in bytes.
-        where: names the tar in the error.
-
-    Raises:
-        DataError: the first error of the tar: not a tar, truncated, no samples, a duplicate key, data after the end, or
-            files that a shard must not have (absolute paths, `..`, links, devices).
-        OSError: the stream cannot be read.
+    Raise a DataError for the first error of the tar: not a tar, truncated, no samples, a duplicate key, data after the
+    end, or files that a shard must not have (absolute paths, `..`, links, devices). OSErrors are passed on.
     """
     shard = RawShard(size)
     _Headers(stream, shard, where).read()
@@ -171,11 +163,7 @@ def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
 
 
 def read_members(stream: BinaryIO, sample: RawSample) -> dict[str, bytes]:
-    """Read the files of a sample, by extension.
-
-    Raises:
-        OSError: the tar is shorter than before.
-    """
+    """Read the files of a sample, by extension. Raise an OSError if the tar is shorter than before."""
     contents = {}
     for member in sample.members:
         stream.seek(member.data)
@@ -199,11 +187,7 @@ def key_at(path: Path, offset: int) -> str:
 
 def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
     """Return the sample whose first header starts at `offset`, without reading the rest of the shard; None if there is
-    none.
-
-    Raises:
-        OSError: the stream cannot be read.
-    """
+    none."""
     sample = None
     while sample is None or len(sample.members) < _MOST_MEMBERS:
         member = _member_at(stream, offset)
@@ -217,11 +201,7 @@ def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
 
 
 def has_sample(stream: BinaryIO, start: int, end: int) -> bool:
-    """Return whether a file of a sample starts in a section of a tar; the section starts with a header or padding.
-
-    Raises:
-        OSError: the stream cannot be read.
-    """
+    """Return whether a file of a sample starts in a section of a tar; the section starts with a header or padding."""
     while start < end and (member := _member_at(stream, start)) is not None:
         if not _hostile(member) and _split(member)[0] is not None:
             return True
@@ -257,12 +237,9 @@ class _HeaderFile:
 
 
 class _Headers:
-    """Parser that groups the files of a tar into the samples of a shard.
+    """Parser that groups the files of a tar into the samples of `shard`, whose size is set.
 
-    Args:
-        stream: the tar.
-        shard: receives samples and errors; its size is set.
-        strict: raise the first error, with this name for the tar; None: collect errors.
+    With `strict`, which names the tar, the first error is raised; with None, errors are collected.
     """
 
     def __init__(self, stream: BinaryIO, shard: RawShard, strict: str | None) -> None:

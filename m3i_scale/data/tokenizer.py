@@ -34,12 +34,9 @@ _ADDED = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "spe
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
-    """Train a lowercase WordPiece tokenizer and save it in the layout of `AutoTokenizer`.
+    """Train a lowercase WordPiece tokenizer and save it in `folder` in the layout of `AutoTokenizer`.
 
-    Args:
-        captions: training texts.
-        folder: output folder.
-        vocabulary: maximum number of tokens, special tokens included.
+    `vocabulary` is the maximum number of tokens, special tokens included.
     """
     captions = sorted(captions)
     learner = _pieces(models.WordPiece(unk_token="[UNK]"))
@@ -81,13 +78,8 @@ def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
 def find_tokenizer(
     sources: dict[str, DatasetConfig], configured: str | None, access: Access | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the configured tokenizer, or the one next to the shards of the first dataset that has one.
-
-    Args:
-        sources: training datasets; `tokenizer/` is searched in the folder of the shards and in its parent.
-        configured: a folder or a Hub id (`text.tokenizer`), or None.
-        access: access settings for servers.
-    """
+    """Load the `configured` tokenizer (`text.tokenizer`: a folder or a Hub id), or the one next to the shards of the
+    first dataset that has one: `tokenizer/` in the folder of the shards or in its parent."""
     if configured is not None:
         return _load(configured, "text.tokenizer")
     places = []
@@ -153,7 +145,6 @@ def _sha256(value: Any) -> str | None:
 
 
 def _load_sidecar(place: Address, source: str, access: Access | None) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer in a local or remote folder; None if there is none."""
     where = f"data.datasets.{source}"
     if isinstance(place, Path):
         return _load(str(place), where) if place.is_dir() else None

@@ -110,16 +110,12 @@ class ViewMaker:
     def __call__(
         self, image: Image.Image, seed: int, mask: Image.Image | None = None, instances: Instances | None = None
     ) -> Views:
-        """Return the views of an opened image; the same seed gives the same views.
+        """Return the views of an opened, not yet decoded image; the same seed gives the same views.
 
-        Args:
-            image: opened but not yet decoded.
-            seed: seed of crops and colors.
-            mask: class of every pixel of the stored image; rotated by EXIF and cropped like the first view.
-            instances: boxes and masks of the stored image; cropped like the first view.
+        `mask` (the class of every pixel) and `instances` are those of the stored image. They are cropped like the first
+        view; EXIF data also rotates the mask.
 
-        Raises:
-            BadSampleError: the image does not decode, or it has instances and its EXIF data rotates it.
+        Raise `BadSampleError` if the image does not decode, or if it has instances and its EXIF data rotates it.
         """
         lies = orientation(image)
         if instances is not None:

@@ -67,12 +67,7 @@ def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: flo
 
 
 class InThread(Generic[Item]):
-    """Iterator that runs in a background thread, so that waiting for an item can time out.
-
-    Args:
-        items: iterator to run.
-        ahead: number of items to prefetch.
-    """
+    """Iterator in a background thread, so that waiting for an item can time out; it prefetches `ahead` items."""
 
     def __init__(self, items: Generator[Item], ahead: int = 0) -> None:
         self._items = items
@@ -85,11 +80,7 @@ class InThread(Generic[Item]):
         threading.Thread(target=self._make, daemon=True, name="load").start()
 
     def next(self, timeout_s: float) -> Item:
-        """Return the next item.
-
-        Raises:
-            NotYetError: not available within the timeout; call again.
-        """
+        """Return the next item. Raise `NotYetError` if it is not available within the timeout; call again."""
         if not self._waiting:
             self._asked.put(True)
             self._waiting = True
@@ -123,11 +114,7 @@ class FromWorkers(Generic[Item]):
         self._items = items
 
     def next(self, timeout_s: float) -> Item:
-        """Return the next item; the DataLoader's timeout applies.
-
-        Raises:
-            NotYetError: not available within the timeout; call again.
-        """
+        """Return the next item. Raise `NotYetError` after the DataLoader's timeout; call again."""
         try:
             return next(self._items)
         except RuntimeError as error:
@@ -140,11 +127,8 @@ class FromWorkers(Generic[Item]):
 
 
 def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
-    """Wait for the next item as long as its reader makes progress, and return it.
-
-    Raises:
-        NotYetError: the reader has made no progress for `limit_s`.
-    """
+    """Wait for the next item as long as its reader makes progress, and return it. Raise `NotYetError` once the reader
+    has made no progress for `limit_s`."""
     activity.reset()
     while True:
         try:

@@ -94,13 +94,8 @@ def check_access(data: DataConfig, sources: dict[str, DatasetConfig]) -> Access:
 def retried(attempt: Callable[[], Result], access: Access, lasting: tuple[type[Exception], ...] = ()) -> Result:
     """Call `attempt` until it succeeds, with exponential backoff and full jitter between attempts.
 
-    Args:
-        attempt: repeated after every `FaultError` and every error that maps to one.
-        access: number of attempts and time limits.
-        lasting: errors that are not retried.
-
-    Raises:
-        FaultError: the error of the last attempt.
+    It is repeated after every `FaultError` and every error that maps to one, except `lasting` errors. The `FaultError`
+    of the last attempt is raised.
     """
 
     def once() -> Result:

@@ -31,12 +31,7 @@ Fill = Callable[[BinaryIO], object]
 
 
 class ShardCache:
-    """LRU cache of shards in a folder, limited to `limit` bytes.
-
-    Args:
-        folder: created if it does not exist.
-        limit: in bytes, including downloads in progress.
-    """
+    """LRU cache of shards in a folder, limited to `limit` bytes, which include downloads in progress."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._root, self._folder, self._limit = folder, folder / "shards", limit
@@ -77,25 +72,18 @@ class ShardCache:
         return descriptor
 
     def open_or_add(self, key: str, size: int, fill: Fill) -> int | None:
-        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`.
-
-        Returns None if the shards in use leave no room for it.
-        """
+        """Return a descriptor as `open` does, and download the shard first if it is missing; see `add`. Return None if
+        the shards in use leave no room for it."""
         descriptor = self.open(key)
         if descriptor is None and self.add(key, size, fill):
             descriptor = self.open(key)
         return descriptor
 
     def add(self, key: str, size: int, fill: Fill) -> bool:
-        """Make sure that a shard is in the cache. One process downloads it while the others wait.
+        """Make sure that a shard of `size` bytes is in the cache; return False if the shards in use leave no room.
 
-        Args:
-            key: see `cache_key`.
-            size: in bytes.
-            fill: writes the shard from the start of a file and verifies it; its exceptions are passed on.
-
-        Returns:
-            False if the shards in use leave no room for it.
+        One process downloads it while the others wait. `fill` writes the shard from the start of a file and verifies
+        it; its exceptions are passed on.
         """
         path, partial = self._path(key), self._path(key, ".partial")
         try:

@@ -72,12 +72,9 @@ class BadShardError(DataError):
 
 
 def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> BadShardError:
-    """Return the error for a shard that is given up.
+    """Return the error for a shard that is given up because of `fault`.
 
-    Args:
-        place: address of the shard.
-        fault: cause.
-        at_start: before the first step, when every shard must be readable regardless of data.bad_shards.
+    `at_start`: before the first step, when every shard must be readable regardless of data.bad_shards.
     """
     mended = _FIXES_OF_A_RUN.get(fault.reason, "mend it, or go on without it: data.bad_shards=quarantine")
     error = BadShardError(

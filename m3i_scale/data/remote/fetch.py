@@ -1,6 +1,7 @@
 """Reading of remote files through fsspec, with a time limit per attempt and retries.
 
-The length of every read is checked, so truncated responses and ignored ranges are detected.
+The length of every read is checked, so truncated responses and ignored ranges are detected. Functions other than
+`read_file` raise `FaultError` after all attempts.
 """
 
 from __future__ import annotations
@@ -52,11 +53,7 @@ class Output(Protocol):
 
 
 def facts(url: Url, access: Access) -> Facts:
-    """Query size and version of a file.
-
-    Raises:
-        FaultError: all attempts failed.
-    """
+    """Query size and version of a file."""
 
     def once() -> Facts:
         info = _call(url, "info", access, **_FRESH.get(url.scheme, {}))
@@ -71,18 +68,7 @@ def facts(url: Url, access: Access) -> Facts:
 
 
 def read_range(url: Url, start: int, end: int, access: Access, version: str = "") -> bytes:
-    """Read bytes [start, end) of a file.
-
-    Args:
-        url: address of the file.
-        start: first byte.
-        end: byte after the last.
-        access: attempts and time limit.
-        version: expected version; another one is an error if the server sends it with every response (HTTP).
-
-    Raises:
-        FaultError: all attempts failed.
-    """
+    """Read bytes [start, end) of a file. Over HTTP, a response without `version` (if it is given) is an error."""
 
     def once() -> bytes:
         if url.scheme in _HTTP:
@@ -97,12 +83,7 @@ def read_range(url: Url, start: int, end: int, access: Access, version: str = ""
 
 
 def read_file(place: Address, access: Access | None = None) -> bytes:
-    """Read a small file next to shards.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        OSError: it cannot be read.
-    """
+    """Read a small file next to shards. Raise FileNotFoundError if it is missing, OSError if it cannot be read."""
     if not isinstance(place, Url):
         return place.read_bytes()
     limits = access or Access().at_start()
@@ -129,39 +110,22 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
 
 
 def fetch(url: Url, out: Output, access: Access, size: int, version: str = "") -> None:
-    """Download a complete file to `out` by range requests.
-
-    Args:
-        url: address of the file.
-        out: rewound to the start, then written in order.
-        access: attempts and time limit.
-        size: in bytes.
-        version: expected version; see `read_range`.
-
-    Raises:
-        FaultError: all attempts failed.
-    """
+    """Download a complete file of `size` bytes to `out` by range requests; `version` as in `read_range`."""
     out.seek(0)
     for start in range(0, size, PART_BYTES):
         out.write(read_range(url, start, min(size, start + PART_BYTES), access, version))
 
 
 def list_folder(url: Url, access: Access | None = None) -> list[Url]:
-    """List the files directly in a folder.
-
-    Raises:
-        FaultError: all attempts failed.
-    """
+    """List the files directly in a folder."""
     access = access or Access().at_start()
     names = retried(lambda: _call(url, "ls", access, detail=False), access)
     return sorted({url / str(name).rstrip("/").rpartition("/")[2] for name in names})
 
 
 def filesystem(url: Url, access: Access) -> Any:
-    """Return fsspec's file system for the scheme, one per process and thread because none survives a fork.
-
-    Each file system finds credentials in the usual places of its service.
-    """
+    """Return fsspec's file system for the scheme, one per process and thread because none survives a fork. It finds
+    credentials in the usual places of its service."""
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.scheme in _HTTP:
         options["client_kwargs"] = {"trust_env": True}  # proxies, ~/.netrc
@@ -194,12 +158,8 @@ def _call(url: Url, method: str, access: Access, **options: Any) -> Any:
 
 
 def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str = "") -> bytes:
-    """Send one HTTP request and return the body.
-
-    Raises:
-        FaultError: the body exceeds `limit` or does not match the request.
-        FileNotFoundError: the file does not exist.
-    """
+    """Send one HTTP request and return the body. Raise `FaultError` if it exceeds `limit` or does not match the
+    request, FileNotFoundError if the file does not exist."""
     files = filesystem(url, access)
     answer = functools.partial(_answer, files, url.address, limit, version, ranged)
     data: bytes = sync(files.loop, answer, timeout=access.timeout_s)

@@ -34,7 +34,6 @@ def index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict
 
 
 def _check_server(url: Url, access: Access) -> None:
-    """Check that a server has a shard and answers range requests."""
     try:
         if facts(url, access.at_start()).size:
             read_range(url, 0, 1, access.at_start())

@@ -37,11 +37,7 @@ Fetch = Future[int | None]
 
 
 class RemoteShards:
-    """Prefetcher of remote shards for one process; its threads start with the first expected shard.
-
-    Args:
-        access: time limits, attempts, cache.
-    """
+    """Prefetcher of remote shards for one process; its threads start with the first expected shard."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
@@ -83,12 +79,8 @@ class RemoteShards:
                 fetcher.start()
 
     def read(self, index: ShardIndex, start: int, end: int) -> bytes:
-        """Read bytes [start, end) of a shard.
-
-        Raises:
-            BadShardError: it cannot be read after all attempts.
-            DataError: the cache fails.
-        """
+        """Read bytes [start, end) of a shard. Raise `BadShardError` if it cannot be read after all attempts, DataError
+        if the cache fails."""
         try:
             return self._read(index, start, end)
         except FaultError as fault:
@@ -218,11 +210,7 @@ class _Hashed:
 
 
 def check_version(index: ShardIndex, access: Access) -> None:
-    """Check that the server still has the indexed version.
-
-    Raises:
-        FaultError: the version changed, or the server does not respond.
-    """
+    """Check that the server still has the indexed version; otherwise raise `FaultError`."""
     now = facts(_url(index), access)
     if now.size != index.size:
         raise FaultError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
