@@ -70,7 +70,7 @@ class Batch:
     box_masks_BNMM: Tensor
     """uint8 (B, N, M, M): each object's mask, cropped to its box and resized; M = 0 if no target uses it."""
     keys: list[str]
-    """`source/shard/key` of every sample, for error messages."""
+    """`dataset/shard/key` of every sample, for error messages."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -76,6 +76,8 @@ class TrainStream:
         quarantine_path: JSON lines file of corrupt samples; None writes none.
         reads: annotation that every sample must have, in the class list. `labels` reads `.cls` files, which are
             optional; the other values do not read them.
+        workers: running workers to use; None starts new ones for each iterator.
+        pin: applied to every tensor of a batch, for example pinning its memory.
 
     Raises:
         ConfigError: ranks, streams, workers, weights and batch size are incompatible.
@@ -396,7 +398,7 @@ class TrainStream:
         return plans
 
     def _stop_if_surely_bad(self) -> None:
-        """Stop if this rank's corrupt samples alone exceed the limit, as all ranks yield equally many valid ones."""
+        """Stop if this rank's corrupt samples alone exceed the limit: all ranks yield the same number of valid ones."""
         account = self.account
         self.stop_if_bad(account._replace(read=account.bad + (account.read - account.bad) * self._world_size))
 

@@ -74,7 +74,7 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
 
 
 def share_of(streams: Sequence[int], number: int, count: int) -> Sequence[int]:
-    """Return the contiguous streams of one of `count` ranks, or of one of `count` workers; all have equally many."""
+    """Return the contiguous streams of one of `count` ranks, or of one of `count` workers; all get the same number."""
     each = len(streams) // count
     return streams[number * each : (number + 1) * each]
 

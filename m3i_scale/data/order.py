@@ -90,6 +90,7 @@ class SampleRef:
     shard: int
     """Index of the shard within the dataset, in the order of `shard_order`."""
     sample: int
+    """Index of the sample within the shard."""
     copy: int = 0
     """Number of earlier reads of the sample in this epoch."""
 

@@ -1,4 +1,4 @@
-"""Reader of tar headers of damaged and malicious files: readable samples are returned, the rest becomes faults.
+"""Reader of tar headers of damaged and malicious files: returns readable samples and reports the rest as errors.
 
 Training is strict: the first error of a tar is raised. Tools continue and read the rest. Python's tarfile parses the
 headers, within limits: it may read only headers of limited size, and must move forward, because some versions follow a

@@ -63,10 +63,9 @@ def find_columns(schema: Any, columns: Columns, where: str) -> tuple[Columns, li
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file as dicts by column name, with few rows in memory.
+    """Yield the rows of a .parquet file, a folder of such files, or else an Arrow stream, as dicts by column name.
 
-    Args:
-        path: a .parquet file, or an Arrow stream otherwise.
+    Only few rows are in memory at a time.
     """
     with _reading(path):
         if path.is_dir():  # Spark and dask write a table as a folder
@@ -115,11 +114,7 @@ def _reading(path: Path) -> AbstractContextManager[None]:
 
 
 def python_value(value: Any) -> Any:
-    """Convert a cell to JSON types.
-
-    Raises:
-        TypeError: the value has no JSON type.
-    """
+    """Convert a cell to JSON types. Raise a TypeError if its value has none."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -146,7 +141,6 @@ def _one(role: str, chosen: str | None, candidates: list[str], where: str) -> st
 
 
 def _features(schema: Any, where: str) -> Mapping[str, Any]:
-    """Return the column features from the metadata of `datasets`."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return {}
@@ -281,9 +275,6 @@ def huggingface_input(source: Path, columns: Columns) -> TableInput:
     """Open a `datasets.save_to_disk` folder (also of several splits), a Parquet file, or a folder of Parquet files.
 
     The split of a Parquet file is the start of its name, as on the Hub: `train-00000-of-00004`.
-
-    Args:
-        columns: names of the columns by role; see `find_columns`.
     """
     files = find_files(source)
     schema = schema_of(files[0].path)

@@ -52,7 +52,6 @@ class Rules:
     decode: bool = True
     """Decode images and masks fully, not only their headers."""
     max_caption_bytes: int = MAX_CAPTION_BYTES
-    """Larger captions are errors."""
     max_sample_bytes: int = MAX_SAMPLE_BYTES
     """Larger samples are errors and not read."""
     categories: int | None = None
@@ -157,10 +156,9 @@ def check_shards(
     quarantine: Path | None = None,
     advance: Advance | None = None,
 ) -> CheckReport:
-    """Check all shards of a dataset; count errors without stopping.
+    """Check all shards of `source` (a folder, a brace pattern or one tar); count errors without stopping.
 
     Args:
-        source: a folder, a brace pattern or one tar.
         rules: requirements for samples; if `classes` is None, labels.json of the shards defines it.
         keys_per_shard: allow the same key in several shards.
         quarantine: JSON lines file of errors (source, url, key, offset, reason, detail); replaced when complete.
@@ -315,7 +313,6 @@ def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:
 
 
 def _check_contents(folder: Path, report: CheckReport) -> None:
-    """Check the masks and boxes of all shards of a folder."""
     contents, names = Contents(), read_labels(folder, MASK_LABELS)
     for shard in report.shards:
         if shard.path.parent == folder:

@@ -227,7 +227,6 @@ class Counts:
     polygons_left_out: int = 0
     """Polygons with fewer than three corners or an odd number of coordinates: they have no area."""
     of_unknown_images: int = 0
-    """Annotations of unknown images, which are skipped."""
 
     def count(self, instances: Instances) -> None:
         """Add the annotations of an image."""
@@ -251,7 +250,6 @@ class AnnotationFile:
     path: Path
     categories: Categories
     rows: list[dict[str, Any]]
-    """Entries of the images."""
     annotations: dict[int, list[dict[str, Any]]]
     """Annotations by image id."""
     repeated: set[int]
@@ -267,8 +265,7 @@ class AnnotationFile:
     def instances(self, row: dict[str, Any]) -> bytes:
         """Return the annotations of an image in the format of shards, and count them.
 
-        Raises:
-            BadSampleError: an unknown category, a duplicate id, or an invalid box or mask.
+        Raise `BadSampleError` for an unknown category, a duplicate id, or an invalid box or mask.
         """
         value: dict[str, Any] = {"image_id": row["id"], "width": row.get("width"), "height": row.get("height")}
         value["annotations"] = [self._annotation(annotation) for annotation in self.annotations.get(row["id"], [])]
@@ -320,8 +317,7 @@ class AnnotationFile:
 def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
     """Read an annotation file and group its annotations by image.
 
-    Args:
-        skip_bad: skip and count annotations of unknown images instead of raising an error.
+    With `skip_bad`, annotations of unknown images are skipped and counted instead of raising an error.
     """
     with reading(path, ValueError, RecursionError, fix="give an annotation file of COCO or LVIS"):
         document = json.loads(path.read_bytes())

@@ -47,12 +47,12 @@ class Origin:
 
 
 class ShardInput(Input):
-    """Samples of existing tars as records.
+    """Samples of existing tars as records. Without categories, a sample with instances is an error.
 
     Args:
         labels: class names; None: a sample with a label is an error.
         caption_field: JSON field of the caption; None: the txt file.
-        about: see `Input`. Without categories, a sample with instances is an error.
+        about: see `Input`.
     """
 
     def __init__(
@@ -80,10 +80,9 @@ class ShardInput(Input):
 def webdataset_input(
     source: str, *, labels: Sequence[str] | None, caption_field: str | None, group: str | None, workers: int
 ) -> ShardInput:
-    """Open existing shards.
+    """Open existing shards: a folder, a brace pattern or one tar.
 
     Args:
-        source: a folder, a brace pattern or one tar.
         labels: class names; None: labels.json in the folder of the shards.
         caption_field: JSON field of the caption; None: the txt files.
         group: JSON field whose value keeps samples in the same split.
@@ -161,11 +160,7 @@ def _label(members: Mapping[str, bytes], where: str, labels: Sequence[str] | Non
 def read_shards(
     read: Callable[[TaskT], tuple[int, ResultT]], tasks: Iterable[TaskT], workers: int, advance: Advance | None
 ) -> Iterator[ResultT]:
-    """Read shards in order in worker processes, and report progress.
-
-    Args:
-        read: returns the size of a shard in bytes, and a result to yield.
-    """
+    """Read shards in order in processes; report progress. `read` returns the shard size in bytes and a result."""
     for size, result in map_in_processes(read, tasks, workers):
         yield result
         if advance is not None:
@@ -203,11 +198,7 @@ def outline_shard(origin: Origin) -> tuple[int, list[Record]]:
 def contents(
     origins: Sequence[Origin], advance: Advance | None = None, *, keys: Container[str] | None = None
 ) -> Iterator[tuple[Origin, str, dict[str, bytes]]]:
-    """Yield origin, key and files of all samples, in the order of `outlines`.
-
-    Args:
-        keys: keys of the samples to read; None: all.
-    """
+    """Yield origin, key and files of all samples (or of those in `keys`), in the order of `outlines`."""
     for origin in origins:
         shard = valid_shard(origin.path)
         try:
@@ -237,11 +228,7 @@ def valid_shard(path: Path) -> RawShard:
 
 
 def common_labels(source: str, file: str = LABELS) -> list[str] | None:
-    """Read the class names from the folders of a dataset; a pattern may match several folders.
-
-    Args:
-        source: a folder, a brace pattern or one tar.
-    """
+    """Read the class names from the folders of a dataset; a pattern may match several folders."""
     return _common(source, file, lambda folder: read_labels(folder, file))
 
 
@@ -264,7 +251,6 @@ def tokenizer_folder(source: str) -> Path | None:
 
 
 def _json_object(data: bytes | None, where: str) -> dict[str, Any]:
-    """Parse the JSON file of a sample; empty if there is none."""
     try:
         value = json.loads(data) if data is not None else {}
     except (ValueError, RecursionError) as error:

@@ -81,7 +81,6 @@ class HashedImages:
     left_out: Counter[str]
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.hash_N)
 
     def location(self, number: int) -> dict[str, str]:
@@ -98,7 +97,7 @@ class HashedImages:
 
     def pairs(self, distance: int, groups: Groups) -> Pairs:
         """Yield pairs of similar images. The first of several equal hashes represents the others and is paired with
-        each. Mirror images are all compared, as their hashes may differ even then."""
+        each. All mirror images are compared, because images with equal hashes may have different mirror hashes."""
         values, first, which = np.unique(self.hash_N, return_index=True, return_inverse=True)
         repeated = np.flatnonzero(first[which] != np.arange(len(self)))
         yield first[which[repeated]], repeated
@@ -144,12 +143,7 @@ class HashedImages:
 def read_hashes(
     sources: Sequence[str], *, max_pixels: int, workers: int = 1, advance: Advance | None = None
 ) -> HashedImages:
-    """Hash the images of all shards of some datasets.
-
-    Args:
-        sources: folders, brace patterns or single tars.
-        advance: called with the number of bytes of every completed shard.
-    """
+    """Hash the images of all shards of some datasets (folders, brace patterns or single tars)."""
     paths = [path for source in sources for path in local_shards(source)]
     left_out: Counter[str] = Counter()
     shards: list[NDArray[np.uint32]] = []
@@ -164,12 +158,8 @@ def read_hashes(
 
 
 def hash_shard(task: HashTask) -> tuple[int, tuple[list[tuple[int, int, int]], Counter[str]]]:
-    """Hash the images of one shard.
-
-    Returns:
-        Its size in bytes; for every image the offset of its sample, its hash and the hash of its mirror image; and the
-        number of images without a hash, by reason.
-    """
+    """Hash the images of one shard. Return its size in bytes; for every image the offset of its sample, its hash and
+    the hash of its mirror image; and the number of images without a hash, by reason."""
     raw = read_shard(task.path)
     rows, left_out = list[tuple[int, int, int]](), Counter(fault.reason for fault in raw.faults)
     for sample, members in readable_samples(task.path, raw):

@@ -25,9 +25,7 @@ SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "tes
 def imagefolder_input(folder: Path, captions: Captions = "auto", layout: FolderLayout = "auto") -> ListedInput:
     """List images below `folder`: CLASS/… or SPLIT/CLASS/…, with `NAME.txt` next to an image as its caption.
 
-    Args:
-        folder: root folder. Images directly in it or in a split folder have no label; hidden (dot) files are skipped.
-        layout: meaning of the top-level folders; see `FolderLayout`.
+    Images directly in it or in a split folder have no label. Hidden (dot) files are skipped.
     """
     images = list_images(folder)
     parents = [path.relative_to(folder).parts[:-1] for path in images]
@@ -60,18 +58,15 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def _is_shown_image(path: Path, folder: Path) -> bool:
-    """Return whether a file has an image extension and no hidden part in its path, such as notebooks'
-    `.ipynb_checkpoints` or macOS's `._NAME.jpg`."""
+    """Return whether a file has an image extension and no hidden part in its path, such as `.ipynb_checkpoints` of
+    notebooks or `._NAME.jpg` of macOS."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and path.suffix.lower()[1:] in FILE_EXTENSIONS and not path.is_dir()
 
 
 def _has_splits(parents: Sequence[tuple[str, ...]], folder: Path) -> bool:
-    """Return whether the top-level folders are splits, not classes.
-
-    Args:
-        parents: path components of the folders of every image.
-    """
+    """Return whether the top-level folders are splits, not classes. `parents` are the path components of the folders of
+    every image."""
     first = {parts[0] for parts in parents if parts}
     splits = sorted(name for name in first if name.lower() in SPLIT_NAMES)
     others = sorted(first.difference(splits))

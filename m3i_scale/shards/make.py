@@ -38,11 +38,10 @@ def make_shards(
     """Write `output/<split>/<name>-000000.tar …` with labels, sizes, manifest and index files, and a tokenizer.
 
     A hash of its key determines the split and shard of a sample; within a shard, samples keep the input order. No
-    samples stay in memory. With `skip_bad`, skipped samples are listed in `skipped.jsonl`.
+    samples stay in memory. With `skip_bad`, skipped samples are listed in `skipped.jsonl`. The output folder must not
+    exist.
 
     Args:
-        output: output folder; it must not exist.
-        name: prefix of the shards' file names.
         shares: fractions by split, for records without a split; None: these go to `train`.
         every_class: whether the training split must have pixels of every mask class.
 
@@ -118,8 +117,6 @@ class CaptionSample:
 
 
 class _SampleEncoder:
-    """Converter from records to files of samples that counts skipped records."""
-
     def __init__(
         self, layout: Layout, options: ShardOptions, skipped_list: Path, progress: ProgressCallback | None
     ) -> None:

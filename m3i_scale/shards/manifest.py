@@ -34,10 +34,9 @@ def manifest_input(
     root: Path | None = None,
     labels: Sequence[str] | None = None,
 ) -> ListedInput:
-    """Open a CSV, TSV, Parquet or JSON-lines file that lists images.
+    """Open a CSV, TSV, Parquet or JSON-lines file that lists images; its suffix selects the format.
 
     Args:
-        manifest: the file; its suffix selects the format.
         root: root of relative paths; default: the manifest's folder.
         labels: class names. Default: the sorted names in the table; for numbers, 0 … the largest.
     """

@@ -135,7 +135,6 @@ def read_mask_labels(path: Path, *, reduce_zero_label: bool) -> list[str]:
 
 
 def _by_name(folder: Path) -> dict[Path, Path]:
-    """Return the images below a folder by relative path without suffix."""
     paths: dict[Path, Path] = {}
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("")

@@ -1,7 +1,7 @@
 """Groups of near-duplicate images and train/test contamination; the search for hashes that differ in a few bits.
 
-Matches of an image are counted, and the nearest few are kept.
-All matches would not fit in memory: a placeholder for missing images may occur many thousand times.
+Only the count and the nearest few matches of an image are kept. All would not fit in memory: a placeholder for missing
+images may occur many thousand times.
 """
 
 from __future__ import annotations
@@ -44,11 +44,9 @@ class Nearest:
         self._far_K = np.zeros(0, dtype=np.float64)
 
     def add(self, query_P: Numbers, value_P: Numbers, far_P: NDArray[Any], weight_P: Numbers | None = None) -> None:
-        """Add new pairs of a query and a value.
+        """Add new pairs of a query and a value. Of equally near values, the lower index is kept.
 
-        Args:
-            value_P: indices of values; of equally near values, the lower index is kept.
-            weight_P: number of images that the value represents; None: one.
+        `weight_P` is the number of images that the value represents; None: one.
         """
         if not len(query_P):
             return
@@ -109,9 +107,8 @@ def pairs_within(
     Hashes have four bands of 16 bits. If two hashes differ in d bits, at least one band differs in at most d // 4 bits.
     So only values with such a band are compared with a query.
 
-    Args:
-        groups_of: skips pairs within one group. Groups grow while pairs are yielded, which avoids quadratic time for
-            many similar images.
+    With `groups_of`, pairs within one group are skipped. Groups grow while pairs are yielded, which avoids quadratic
+    time for many similar images.
     """
     radius = distance // BANDS
     masks = np.flatnonzero(radius >= _ONES)
@@ -216,11 +213,8 @@ class Images(Protocol):
 
 
 def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
-    """Return groups of images connected by similar pairs, the largest first.
-
-    Returns:
-        For each group its `size` and its `images`: location, and likeness to the first image.
-    """
+    """Return groups of images connected by similar pairs, the largest first: for each its `size` and its `images`
+    (location, and likeness to the first image)."""
     connected = Groups(len(images))
     for left, right in images.pairs(threshold, connected):
         connected.join(left, right)
@@ -241,8 +235,7 @@ def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
 def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str, Any]]:
     """Return evaluation images that resemble training images, those with the most matches first.
 
-    Returns:
-        For each image its location; `alike`: number of matches; `training`: the nearest matches, with likeness.
+    Each has its location; `alike`: number of matches; `training`: the nearest matches, with likeness.
     """
     found = sorted(evaluation.alike(training, threshold), key=lambda leak: (-leak[1], leak[0]))
     return [
@@ -260,12 +253,8 @@ def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str
 def report_of(
     training: Images, evaluation: Images | None, measure: str, threshold: float, sources: Sequence[str]
 ) -> dict[str, Any]:
-    """Return near-duplicates within a dataset, or its overlap with an evaluation set, as JSON types.
-
-    Args:
-        evaluation: evaluation set; None finds near-duplicates within `training`.
-        measure: quantity of `threshold`: "distance" or "similarity".
-    """
+    """Return near-duplicates within `training`, or its overlap with an evaluation set, as JSON types. `measure` is the
+    quantity of `threshold`: "distance" or "similarity"."""
     report: dict[str, Any] = {
         "source": list(sources),
         "threshold": {measure: threshold},

@@ -55,14 +55,8 @@ def preview(
     workers: int = 1,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Write `index.html` with uniformly drawn samples.
-
-    Args:
-        source: a folder, a brace pattern or one tar.
-        count: number of samples; fewer if the dataset is smaller.
-        seed: the same seed draws the same samples.
-        advance: called with the number of bytes of every counted shard.
-    """
+    """Write `index.html` with uniformly drawn samples of a folder, a brace pattern or one tar. The same seed draws the
+    same samples; there are fewer than `count` if the dataset is smaller."""
     paths = local_shards(source)
     counts = list(read_shards(count_samples, paths, workers, advance))
     ends = list(accumulate(counts))

@@ -42,7 +42,7 @@ class Labels:
     names: list[str] | None
     """None: no dataset has labels.json."""
     numbers: list[list[int] | None]
-    """By dataset: new index of every old label; None: labels are ignored."""
+    """By dataset: new index of every old label; None: labels stay unchanged."""
 
 
 def split_shards(
@@ -57,12 +57,8 @@ def split_shards(
 ) -> dict[str, Any]:
     """Split the samples of shards by fractions, or only reshard them.
 
-    Args:
-        source: a folder, a brace pattern or one tar.
-        output: output folder, with a folder per split, or the shards themselves without `shares`.
-        options: size and order of the new shards.
-        group: JSON field whose value keeps samples in the same split.
-        advance: called with bytes read; every shard is read twice.
+    `output` gets a folder per split, or the shards themselves without `shares`. `group` is a JSON field whose value
+    keeps samples in the same split. `advance` is called with bytes read; every shard is read twice.
     """
     if group is not None and not shares:
         raise ConfigError("--group keeps samples together in a split, and there are no splits", fix="add --shares")
@@ -82,10 +78,7 @@ def merge_shards(
 ) -> dict[str, Any]:
     """Merge the samples of several datasets. Class lists are merged by name, and labels are renumbered.
 
-    Args:
-        sources: folders, brace patterns or single tars.
-        options: size and order of the new shards.
-        advance: called with bytes read; every shard is read twice.
+    `advance` is called with bytes read; every shard is read twice.
     """
     if len(sources) < 2:
         raise ConfigError("there is nothing to merge: one source", fix="name several, or use `m3i-scale shards split`")

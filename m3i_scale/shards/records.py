@@ -136,10 +136,8 @@ class InputWrapper(Input):
 class ListedInput(Input):
     """Input of records that are listed in advance, mostly files; images are read later.
 
-    Records are sorted by a hash of the key, so neighbors in the input are not neighbors in a shard.
-
-    Raises:
-        DataError: a label has no class name.
+    Records are sorted by a hash of the key, so neighbors in the input are not neighbors in a shard. A label without a
+    class name is an error.
     """
 
     def __init__(self, records: Sequence[Record], labels: Sequence[str], **about: Any) -> None:
@@ -161,11 +159,10 @@ Encoded = tuple[dict[str, bytes], Counter[int]] | DataError
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Records for a worker to encode."""
+    """Records for a worker to encode; `value_range` as in `encoded_image`."""
 
     records: Sequence[Record]
     value_range: ValueRange | None
-    """See `encoded_image`."""
 
 
 def encode_all(task: EncodeTask) -> list[Encoded]:
@@ -214,11 +211,7 @@ def _read(contents: Contents) -> bytes:
 
 @contextmanager
 def reading(path: Path, *kinds: type[Exception], fix: str | None = None) -> Iterator[None]:
-    """Convert errors of reading a file or folder into a DataError that names it.
-
-    Args:
-        kinds: further exception types to convert, besides OSError.
-    """
+    """Convert errors of reading a file or folder, OSError and `kinds`, into a DataError that names it."""
     expected: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         yield

@@ -28,14 +28,11 @@ class RepairTask:
 
 
 def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[str, Any]:
-    """Write repaired copies of corrupt shards to `folder`; valid shards are not copied.
+    """Write repaired copies of corrupt shards to `folder`. Valid shards are not copied; with `link`, symbolic links to
+    them are created, so that the folder contains all valid samples.
 
-    Args:
-        link: also create symbolic links to the valid shards, so that the folder contains all valid samples.
-
-    Returns:
-        Content of `shards.json`: valid shards, repaired shards (samples kept and skipped), and shards without a valid
-        sample.
+    Return the content of `shards.json`: valid shards, repaired shards (samples kept and skipped), and shards without a
+    valid sample.
     """
     bad = [shard for shard in report.shards if not shard.clean]
     tasks = [

@@ -39,11 +39,8 @@ class FolderClaims:
 
 
 def read_claims(folder: Path, shards: list[Path], complete: bool) -> FolderClaims:
-    """Read sizes.json and manifest.json.
-
-    Args:
-        complete: `shards` are all shards of the folder; then a listed shard that is not among them is missing.
-    """
+    """Read sizes.json and manifest.json. With `complete`, `shards` are all shards of the folder, and a listed shard
+    that is not among them is missing."""
     result, names = FolderClaims(), {path.name for path in shards}
     sizes, manifest = _read(folder / "sizes.json", result), _read(folder / "manifest.json", result)
     listed = manifest.get("shards") if isinstance(manifest, dict) else None

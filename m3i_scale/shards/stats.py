@@ -1,4 +1,4 @@
-"""`shards stats`: statistics of shards, and what a tokenizer loses of their captions. Decodes masks, but no images."""
+"""`shards stats`: statistics of shards and of their tokenized captions. Decodes masks, but no images."""
 
 from __future__ import annotations
 
@@ -59,7 +59,6 @@ class StatsTask:
     path: Path
     max_pixels: int
     tokenization: Tokenization | None
-    """None: captions are not tokenized."""
 
 
 @dataclass
@@ -172,10 +171,9 @@ def stats_of(
     workers: int = 1,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Compute counts, quantiles, class balance and duplicates of shards.
+    """Compute counts, quantiles, class balance and duplicates of the shards of a folder, a brace pattern or one tar.
 
     Args:
-        source: a folder, a brace pattern or one tar.
         tokenizer: a folder or Hub id; None: the tokenizer in the folder of the shards, if any.
         max_tokens: captions are truncated to this length; None: `MAX_TOKENS`.
     """
@@ -274,7 +272,6 @@ def rounded(value: float, digits: int) -> float:
 
 
 def _token_report(counts: Counter[str], tokenization: Tokenization) -> dict[str, Any]:
-    """Return fractions of tokens and captions, and warnings, as JSON types."""
     unknown = _share(counts["unknown_tokens"], counts["tokens"])
     with_unknown, cut, stripped = (
         _share(counts[f"captions_{name}"], counts["captions"]) for name in ("with_unknown", "cut", "stripped")

@@ -103,8 +103,6 @@ def write_samples(
 
     Args:
         folder: parent folder of splits, or of shards without splits.
-        name: prefix of the shards' file names.
-        layout: split and shard of every sample.
         samples: key and files of each sample, in layout order; None for a skipped sample.
         info: returns the head of the manifest (source, license, …) after all samples are read.
     """
@@ -152,7 +150,6 @@ class _Appender:
             self._open.popitem()[1].close()
 
     def append(self, path: Path, blocks: Iterable[bytes]) -> None:
-        """Append blocks to a file."""
         if path not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
@@ -175,11 +172,8 @@ def close_tar(stream: BinaryIO) -> None:
 
 
 def shard_facts(path: Path, members: Mapping[str, int]) -> dict[str, Any]:
-    """Return the manifest entry of a shard.
-
-    Args:
-        members: number of files by extension; under `samples`, the number of samples.
-    """
+    """Return the manifest entry of a shard. `members` counts its files by extension, and its samples under
+    `samples`."""
     counts = [members.get(name, 0) for name in ("samples", "cls", "txt", MASK)]
     facts: dict[str, Any] = dict(zip(FACTS, [*counts, path.stat().st_size], strict=True))
     if members.get(INSTANCES):
@@ -195,9 +189,8 @@ def finish_folder(
 ) -> dict[str, Any]:
     """Write class names, sizes.json, manifest.json and index/ next to shards, and return the sums of their counts.
 
-    Args:
-        shards: manifest entries from `shard_facts`, by file name.
-        facts: head of the manifest: name, split, source, license, …
+    `shards` has manifest entries from `shard_facts` by file name; `facts` is the head of the manifest: name, split,
+    source, license, …
     """
     for file, of_file in names.items():
         if of_file is not None:

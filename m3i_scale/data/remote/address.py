@@ -59,7 +59,7 @@ Address = Path | Url
 
 
 def is_remote(shards: str) -> bool:
-    """Return whether a `shards` value is a remote address, not a local path."""
+    """Return whether the `path` of a dataset is a remote address, not a local path."""
     scheme = _SCHEME.match(shards)
     return scheme is not None and scheme[1].lower() != "file"
 
