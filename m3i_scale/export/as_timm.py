@@ -39,12 +39,9 @@ def timm_part(
     """Return the export part of a folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
 
     Args:
-        config: of the backbone.
         kind: pooling before the classifier; None for features only.
         norm: prefix of the mean pool's norm in the checkpoint.
         head: prefix of the classifier in the checkpoint; None for features only.
-        labels: class names in the order of the classifier.
-        augment: mean and standard deviation of the pixels.
     """
     architecture, arguments, tensors = _model(config, kind, norm)
     if head is not None:
@@ -69,14 +66,8 @@ def timm_part(
 def timm_vision(
     config: VisionConfig, norm: str, augment: AugmentConfig, prefix: str
 ) -> tuple[dict[str, Any], dict[str, TensorSource]]:
-    """Return configuration and tensors of a vision model with the normalized mean patch token as `pooler_output`.
-
-    Args:
-        config: of the backbone.
-        norm: prefix of the mean pool's norm in the checkpoint.
-        augment: mean and standard deviation of the pixels.
-        prefix: prefix of the tensor names in the export.
-    """
+    """Return configuration and tensors of a vision model with the normalized mean patch token as `pooler_output`. Name
+    prefixes are `norm` for the mean pool's norm in the checkpoint, and `prefix` for all tensors in the export."""
     architecture, arguments, tensors = _model(config, "mean_pool", norm)
     values = {
         "model_type": TimmWrapperConfig.model_type,

@@ -54,13 +54,7 @@ arguments on to their attention."""
 
 
 def render_card(source: Source, provenance: dict[str, Any], config: dict[str, Any]) -> str:
-    """Render the README.md of an export.
-
-    Args:
-        source: the checkpoint.
-        provenance: contents of export.json.
-        config: config.json of the vision model.
-    """
+    """Render the README.md of an export from the contents of export.json and config.json of the vision model."""
     # No HTML escaping, because this is Markdown; untrusted text goes through `cell`.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

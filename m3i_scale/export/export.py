@@ -253,7 +253,6 @@ def _follow_umask(folder: Path) -> None:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `transformers`, one for each of a few files."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

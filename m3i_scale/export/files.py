@@ -40,18 +40,9 @@ def check_shard_size(size: str) -> None:
 def write_part(
     folder: Path, part: ExportedModule, weights: Mapping[str, Tensor], dtype: torch.dtype, max_shard_size: str
 ) -> dict[str, str]:
-    """Write config.json, safetensors (with an index if there are several files) and source files of one model.
-
-    Args:
-        folder: of the export; the part's subfolder is created in it.
-        part: the model to write.
-        weights: of the checkpoint, read tensor by tensor.
-        dtype: data type of the written tensors.
-        max_shard_size: maximum size per file, such as `5GB`.
-
-    Returns:
-        Fingerprint of every tensor by its name in the model, for comparison after loading.
-    """
+    """Write config.json, safetensors (with an index if there are several files) and source files of one model into its
+    subfolder of `folder`. Weights are read tensor by tensor. Return the fingerprint of every tensor by its name in the
+    model, for comparison after loading."""
     place = folder / part.folder
     place.mkdir(exist_ok=True)
     check_complete(part)

@@ -17,10 +17,8 @@ CURVE_ROWS = 10
 
 
 def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
-    """Return a checkpoint of a sweep with its best head only, and the accuracy of all heads. Others remain unchanged.
-
-    The last evaluation at or before the checkpoint's step decides. In a tie, the first head wins.
-    """
+    """Reduce a checkpoint of a sweep to its best head, and return it with the accuracy of all heads. Other checkpoints
+    remain unchanged. The last evaluation at or before the checkpoint's step decides. In a tie, the first head wins."""
     task = source.run.task
     if task is None or not task.chooses_head:
         return source, None

@@ -76,7 +76,7 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
 
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:
-    """Return backbone and trained head as an image classifier; arguments and errors as for `_plain_classifier`."""
+    """Return backbone and trained head as an image classifier; arguments as for `_plain_classifier`."""
     target = target_of(source, "category")
     part = _plain_classifier(source, label_set, timm=timm)
     if not isinstance(target, Category) or not target.batch_norm:
@@ -111,12 +111,8 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
 
     A class token maps to `ViTForImageClassification` or `Dinov2ForImageClassification`. With the mean patch
     concatenated it maps to the latter, and a ViT is converted to DINOv2. Neither supports normalized mean pooling.
-    timm's EVA does, and `transformers` loads it as `TimmWrapperForImageClassification`.
-
-    Args:
-        source: the checkpoint.
-        label_set: classes of the classifier.
-        timm: make a folder that timm can load as well.
+    timm's EVA does, and `transformers` loads it as `TimmWrapperForImageClassification`. With `timm`, timm can load the
+    folder as well.
     """
     target, task = target_of(source, "category"), source.run.task
     if task is not None and task.chooses_head and len(source.recipe.targets) > 1:

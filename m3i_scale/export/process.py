@@ -17,13 +17,8 @@ _NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "HF_TOKEN", "HUGGING_FACE_HUB_TOKE
 
 
 def run_fresh(arguments: list[str], folder: Path, work: Path) -> None:
-    """Run a Python file in an isolated process.
-
-    Args:
-        arguments: the file and its arguments.
-        folder: the export, for messages.
-        work: working directory. Modeling files are copied here before they run, never into the user's cache.
-    """
+    """Run a Python file with its arguments in an isolated process in `work`. Modeling files are copied there before
+    they run, never into the user's cache. Messages name `folder`, the export."""
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_PASSED_ON}
     environment = inherited | _OFFLINE | {"HF_MODULES_CACHE": str(work / "modules")}
     # The same thread count as here: another summation order may swap objects with nearly equal scores.

@@ -127,7 +127,6 @@ def _of_earlier_export(api: HfApi, repo: str, there: ModelInfo) -> set[str]:
 
 
 def _listed(text: str) -> list[tuple[str, str]]:
-    """Return names and hashes of the files in an export.json."""
     return [(str(name), str(digest)) for name, digest in json.loads(text)["files"].items()]
 
 

@@ -96,13 +96,8 @@ def _at_last_size(run: RunConfig) -> RunConfig:
 
 
 class ResizedWeights(Mapping[str, Tensor]):
-    """Weights of a checkpoint with position embeddings resized to another grid, as the standard model interpolates them
-    in every forward pass.
-
-    Args:
-        weights: of the checkpoint by full name.
-        config: of the backbone, with the new image size.
-    """
+    """Weights of a checkpoint with position embeddings resized to the image size of `config`, as the standard model
+    interpolates them in every forward pass."""
 
     def __init__(self, weights: Mapping[str, Tensor], config: VisionConfig) -> None:
         family = family_of(config)
@@ -126,12 +121,7 @@ class ResizedWeights(Mapping[str, Tensor]):
 
 
 def exported_weights(source: Source, which: Which) -> ResizedWeights:
-    """Return the weights of a checkpoint for the image size of its stage.
-
-    Args:
-        source: the checkpoint.
-        which: the trained weights or the EMA weights.
-    """
+    """Return the trained or the EMA weights of a checkpoint, for the image size of its stage."""
     return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
 
 
@@ -187,10 +177,8 @@ def _is_counted(key: str, shards: dict[str, Any]) -> bool:
 
 
 def describe_data(source: Source) -> list[dict[str, Any]]:
-    """Return the manifest metadata of every training dataset, with a hash that identifies the dataset exactly.
-
-    Paths are omitted, because they are useless elsewhere. A dataset with an unreadable manifest gets a note.
-    """
+    """Return the manifest metadata of every training dataset, with a hash that identifies the dataset exactly. Paths
+    are omitted, because they are useless elsewhere. A dataset with an unreadable manifest gets a note."""
     described = []
     for name, config in source.run.data.datasets.items():
         facts: dict[str, Any] = {"name": name, "weight": config.weight, "manifest_sha256": None, "samples": None}
@@ -222,13 +210,8 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
 def evaluation_of(source: Source, weights: str, given: Path | None = None) -> tuple[dict[str, Any] | None, str | None]:
     """Read the output of `m3i-scale evaluate --json`: the given file, or evaluation.json of the run if it exists.
 
-    Args:
-        source: the checkpoint.
-        weights: weights of the checkpoint: `student` or `ema`.
-        given: the file.
-
-    Returns:
-        The document, or None if it is missing or for other weights. In the latter case, also a warning.
+    Return the document, or None if it is missing. If the run's file is for another model or other weights (`student` or
+    `ema`), return None and a warning. For a given file, this is an error.
     """
     path = given or source.run_dir / "evaluation.json"
     if given is None and not path.is_file():

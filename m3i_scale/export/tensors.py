@@ -65,31 +65,18 @@ class ExportedModule:
     files: tuple[Path, ...] = ()
     """Source files to include."""
     resize: Resize = "centre"
-    """Resizing of the exported image processor."""
     trained: Callable[[Objective, Tensor], Mapping[str, Tensor]] | None = None
     """Outputs of the training modules by name, on normalized images. None: see `trained.trained_output`."""
 
 
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:
-    """Return tensors that are copied unchanged.
-
-    Args:
-        names: names in the trained model.
-        source_prefix: prefix in the checkpoint.
-        target_prefix: prefix in the exported model.
-    """
+    """Return tensors that are copied unchanged from names with one prefix to names with another."""
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
 
 
 def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Create one tensor of an export, with separate storage.
-
-    Args:
-        name: name in the export, for messages.
-        made: source of the tensor.
-        weights: of the checkpoint; only the required ones are read.
-        dtype: data type of the result. Sources are rounded to it before any computation.
-    """
+    """Create one tensor of an export, with separate storage. Only the required weights are read; they are rounded to
+    `dtype` before any computation."""
     sources = [_checked(source, weights).to(dtype) for source in made.sources]
     if made.make is None:
         return _without_view(sources[0])

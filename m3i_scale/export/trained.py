@@ -16,7 +16,7 @@ from m3i_scale.objective.information import Objective
 def trained_outputs(
     objective: Objective, part: ExportedModule, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the outputs of a part by name, and additional outputs by name after a dot; arguments and errors as for
+    """Yield the outputs of a part by name; names of additional outputs follow a dot. Arguments as for
     `trained_output`."""
     if part.trained is None:
         yield part.name, trained_output(objective, part, pixels_BCHW, tokens)
@@ -32,14 +32,8 @@ def trained_outputs(
 def trained_output(
     objective: Objective, part: ExportedModule, pixels_BCHW: Tensor, tokens: Mapping[str, Tensor] | None
 ) -> Tensor:
-    """Return the output of a part as training computes it.
-
-    Args:
-        objective: the training modules, with loaded weights.
-        part: the exported model.
-        pixels_BCHW: normalized images.
-        tokens: `input_ids` and `attention_mask` (T, L), for parts that read text.
-    """
+    """Return the output of a part for normalized images, as training computes it. Parts that read text need `tokens`:
+    `input_ids` and `attention_mask` (T, L)."""
     if part.name == "vision":
         return objective.student.last_hidden_state(pixels_BCHW)
     if part.name == "tokens":

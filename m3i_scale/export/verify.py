@@ -69,16 +69,8 @@ def make_reference(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Reference:
-    """Run the training modules on fixed inputs. Until it returns, one fp32 copy of the model is in memory.
-
-    Args:
-        source: the checkpoint.
-        parts: the models of the folder.
-        fingerprints: of their tensors.
-        weights: of the checkpoint by full name.
-        dtype: of the export; the reference computes in fp32 with weights rounded to it.
-        tokenizer: of the text tower; None for folders without one.
-    """
+    """Run the training modules on fixed inputs, in fp32 with weights rounded to `dtype`. Until it returns, one fp32
+    copy of the model is in memory. Without a text tower, `tokenizer` is None."""
     objective = _objective(source, weights, dtype)
     side, augment = objective.student.image_size, source.run.data.augment
     pictures = real_pictures(side, parts[0].resize)
@@ -106,11 +98,8 @@ def make_reference(
 
 
 def verify(folder: Path, reference: Reference) -> dict[str, Any]:
-    """Load `folder` in a fresh process and compare everything with the reference.
-
-    Returns:
-        Verification results: largest differences of outputs and pixels, numbers of tensors, the loaded classes.
-    """
+    """Load `folder` in a fresh process, compare everything with the reference, and return the largest differences of
+    outputs and pixels, the numbers of tensors, and the loaded classes."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save_file({"pixel_values": reference.pixels.contiguous()}, work / "inputs.safetensors")
@@ -261,7 +250,6 @@ def _objective(source: Source, weights: Mapping[str, Tensor], dtype: torch.dtype
 
 
 def _captions(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a short, a long and an unusual caption of words in the vocabulary."""
     words = [word for word in sorted(tokenizer.get_vocab()) if word.isalpha()]
     return [words[0] if words else "a", " ".join(words[:: max(len(words) // 100, 1)]), "ÿ 1 !"]
 

@@ -82,19 +82,9 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: ExportContents | None = None,
 ) -> dict[str, dict[str, str]]:
-    """Write models, image processor and tokenizer; for plain features also the heads.
+    """Write models, image processor and tokenizer into an empty folder; for plain features also the heads.
 
-    Args:
-        folder: an existing empty folder.
-        source: the checkpoint.
-        parts: result of `plan_parts`.
-        weights: of the checkpoint by full name, read one at a time.
-        dtype: data type of the written tensors.
-        tokenizer: of the text tower; None for folders without one.
-        wanted: requested contents of the folder.
-
-    Returns:
-        Fingerprint of every tensor, by part (and `heads`) and name.
+    Weights are read one at a time. Return the fingerprint of every tensor, by part (and `heads`) and name.
     """
     wanted = wanted or ExportContents()
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}

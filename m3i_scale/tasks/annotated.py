@@ -21,12 +21,8 @@ _EVALUATED = (*EVALUATED, "minival")
 
 
 def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
-    """List images and their annotations, by split.
-
-    Args:
-        given: a folder of annotation files, or the training file; the evaluation file is detected next to it.
-        skip_bad: skip unusable images when shards are created.
-    """
+    """List images and their annotations, by split. `given` is a folder of annotation files, or the training file with
+    the evaluation file next to it. With `skip_bad`, unusable images are skipped when shards are created."""
     train, evaluated = _find_annotations(given) if given.is_file() else _in_folder(given)
     files = {TRAIN: train} | ({} if evaluated is None else {split_of(evaluated) or "": evaluated})
     found = coco_input([*files.values()], skip_bad=skip_bad)
@@ -60,11 +56,7 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
 
 
 def masked_of(counts: Mapping[str, Any]) -> Masked:
-    """Return whether all, some or no objects have masks.
-
-    Args:
-        counts: of annotation files, by file, as in `shards make coco`.
-    """
+    """Return whether all, some or no objects have masks, from the counts of `shards make coco` by annotation file."""
     objects, bare = (sum(int(one[name]) for one in counts.values()) for name in ("annotations", "without_mask"))
     return "some" if 0 < bare < objects else "none" if bare else "all"
 

@@ -59,8 +59,7 @@ class BackboneTask(Task):
             objective.mix_labelled = lambda batch: reduce(lambda changed, change: change(changed), changes, batch)
 
     def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
-        """Return the changes of labeled batches in training. They need timm, an optional dependency that `check`
-        checks."""
+        """Return the changes of labeled batches in training. They need timm, whose presence `check` validates."""
         if not erasing:
             return []
         from m3i_scale.tasks.timm_augmentation import Erasing
@@ -83,7 +82,6 @@ def _is_internimage(model: VisionConfig) -> bool:
 
 
 def _check_family(run: RunConfig, config: VisionConfig) -> None:
-    """Check that the run's backbone belongs to the model family of its fine-tuning recipe."""
     from m3i_scale.backbones.presets import DEFAULT_PRESET
 
     backbone, protocol = run.backbone, run.protocol
@@ -100,12 +98,8 @@ def _check_family(run: RunConfig, config: VisionConfig) -> None:
 
 
 def full_image_recipe(kind: str, head: Kind) -> dict[str, Any]:
-    """Return the recipe of a task with one target that a head predicts from the uncropped image.
-
-    Args:
-        kind: kind of the target, which is also its name.
-        head: the head's config.
-    """
+    """Return the recipe of a task with one target, named after its `kind`, that a head predicts from the uncropped
+    image."""
     target = {
         "name": kind,
         "kind": kind,

@@ -1,7 +1,7 @@
-"""Config sections `task` and `protocol`: the only part of the tasks that the core knows.
+"""Config sections `task` and `protocol`, the only part of the tasks that the core imports.
 
-A task is a labelled task that replaces `recipe`: it defines how a backbone is fine-tuned or probed. It generates a
-recipe for its predictions, so that all pre-training features also work for tasks.
+A task replaces `recipe`: it defines how a backbone is fine-tuned or probed. It generates a recipe for its predictions,
+so that all pre-training features also work for tasks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ TASKS = {
     "segmentation": "m3i_scale.tasks.segmentation.segmentation_task",
     "detection": "m3i_scale.tasks.detection.detection_task",
 }
-"""Modules of the tasks by kind."""
 TARGETS = {
     "segmentation": "m3i_scale.tasks.segmentation.segmentation_target",
     "detection": "m3i_scale.tasks.detection.detection_target",
 }
-"""Modules of the targets of tasks by kind."""
 
 
 class Task(Kind):
@@ -84,12 +82,7 @@ class Task(Kind):
         return []
 
     def check(self, run: Any, model: Any) -> None:
-        """Validate the task, independent of its data.
-
-        Args:
-            run: the `RunConfig`.
-            model: the configuration of its backbone.
-        """
+        """Validate the task for a `RunConfig` and the configuration of its backbone, independent of its data."""
 
     def check_engine(self, run: Any, engine: dict[str, Any]) -> None:
         """Validate the resolved DeepSpeed config of a run, a `RunConfig`."""
@@ -101,13 +94,7 @@ class Task(Kind):
         """Validate the number of training images by category; None if the datasets do not have it."""
 
     def prepare(self, objective: Any, classes: int, erasing: float = 0.0) -> None:
-        """Set up the modules for training.
-
-        Args:
-            objective: the new `Objective` of the recipe.
-            classes: number of classes.
-            erasing: see `AugmentConfig`.
-        """
+        """Set up the modules of a new `Objective` for training; `erasing` as in `AugmentConfig`."""
 
     def lr_scales(self, objective: Any) -> dict[str, float]:
         """Return learning-rate multipliers by parameter name; missing names have 1."""

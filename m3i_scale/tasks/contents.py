@@ -68,11 +68,7 @@ class Contents:
         self.images += other.images
 
     def add(self, members: Mapping[str, bytes], task: ContentTask) -> None:
-        """Add a sample.
-
-        Raises:
-            BadSampleError, ValueError, RecursionError: its annotation is invalid; training skips it.
-        """
+        """Add a sample; raise BadSampleError, ValueError or RecursionError for an invalid annotation."""
         data = members.get(MEMBERS[task.file])
         if data is None:
             return
@@ -108,13 +104,8 @@ def read_contents(task: ContentTask) -> tuple[Contents, NDArray[Any]]:
 
 
 def check_contents(data: Labelled, file: str, tell: Callable[[str], None]) -> None:
-    """Read the shards of both splits once, and run the checks that need the full dataset.
-
-    Args:
-        data: in shards.
-        file: file with the class names next to the shards: LABELS, MASK_LABELS or CATEGORIES.
-        tell: prints a line for people.
-    """
+    """Read the shards of both splits once, and run the checks that need all samples. `file` is LABELS, MASK_LABELS or
+    CATEGORIES."""
     train = local_shards(str(data.train), "--data")
     evaluated = [] if data.validation is None else local_shards(str(data.validation), "--data")
     paths = [*train, *evaluated]
@@ -166,16 +157,8 @@ def _check_masks(train: Counter[int], evaluated: Counter[int], data: Labelled, t
 def _check_overlap(
     digests: Digests, paths: list[Path], train: int, evaluated: int, data: Labelled, tell: Callable[[str], None]
 ) -> None:
-    """Count evaluation images that are also training images, and raise an error if there are too many.
-
-    Args:
-        digests: of all images.
-        paths: of all shards.
-        train: number of training shards, which come first.
-        evaluated: number of evaluation images.
-        data: in shards.
-        tell: prints a line for people.
-    """
+    """Count evaluation images that are also training images, and raise an error if there are too many. The first
+    `train` paths are training shards; `evaluated` is the number of evaluation images."""
     shared, examples = 0, list[str]()
     for places in digests.repeated():
         trained = [place for place in places if place[0] < train]

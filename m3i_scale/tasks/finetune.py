@@ -1,4 +1,4 @@
-"""Config of `m3i-scale finetune`, assembled from a protocol, an export and labelled images."""
+"""Config of `m3i-scale finetune`, assembled from a protocol, an export and labeled images."""
 
 from __future__ import annotations
 
@@ -68,16 +68,13 @@ def prepare(
     """Assemble the config and validate as much as possible before images are read.
 
     Args:
-        task_name: task to train.
         start: an export, or any value of `backbone.from_pretrained`. A run or checkpoint is exported first.
-        folder: labelled images.
+        folder: labeled images.
         protocol: config file with a task, or the name of a built-in one.
         overrides: `section.key=value`, applied last.
-        epochs: number of epochs. Default: the protocol's length.
+        epochs: default: the protocol's length.
         shards: folder for packed images. Default: `shards` in the output directory.
         here: whether to train on this machine.
-        subset: subset of the training images; None: all of them.
-        skip_bad: skip images that cannot be used.
         random_weights: initialize the architecture of `start` randomly.
     """
     _check_one_rank(protocol)
@@ -159,7 +156,6 @@ def _check_image_count(run: RunConfig, data: Labelled) -> None:
 
 
 def _check_boxes(task: Task, data: Labelled) -> None:
-    """Validate that a detection head can be trained on the boxes."""
     if data.categories is None:
         return
     counts = [category.image_count for category in data.categories.categories]
@@ -228,15 +224,8 @@ def _length(
     run: RunConfig, published: OptimConfig, data: Labelled, epochs: int | None, overrides: list[str]
 ) -> list[str]:
     """Return overrides of settings that depend on the number of images. Warm-up and milestones keep their fraction of
-    the steps, and every evaluation reads all evaluation images once. The learning rate follows the backbone width.
-
-    Args:
-        run: config whose number of steps is still unknown.
-        published: optimizer settings of the protocol.
-        data: labelled images.
-        epochs: epochs from the command line.
-        overrides: overrides from the command line.
-    """
+    the steps, and every evaluation reads all evaluation images once. The learning rate follows the backbone width. The
+    number of steps in `run` is still unknown; `published` has the protocol's settings."""
     given = dict(override.partition("=")[::2] for override in overrides)
     optim, steps = run.optim, published.steps
     with contextlib.suppress(ValueError):  # invalid numbers are reported with the complete config
@@ -293,14 +282,9 @@ _PROCESSOR = "preprocessor_config.json"
 
 
 def random_start(start: str, folder: Path, seed: int) -> Path:
-    """Return a model folder with the architecture of `start` and random weights, initialized as for pre-training from
-    scratch. The weights depend only on architecture and seed; an existing folder is reused.
-
-    Args:
-        start: an export, or any other value of `backbone.from_pretrained`.
-        folder: parent of the new folder.
-        seed: of the weights.
-    """
+    """Return a model folder below `folder` with random weights, initialized as for pre-training from scratch, and the
+    architecture of `start`, any value of `backbone.from_pretrained`. The weights depend only on architecture and seed;
+    an existing folder is reused."""
     section = BackboneConfig(from_pretrained=start)
     config, source = backbone_config(section), backbone_source(section)
     shape = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}

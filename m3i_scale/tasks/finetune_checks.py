@@ -19,12 +19,7 @@ from m3i_scale.tasks.unpacked import TRAIN
 
 
 class _ChecksBeforePacking(Checks):
-    """Checks of a run whose classes are known but whose shards do not exist yet.
-
-    Args:
-        data: labelled images.
-        here: see `Checks`.
-    """
+    """Checks of a run whose classes are known but whose shards do not exist yet."""
 
     def __init__(self, run: RunConfig, data: Labelled, *, here: bool) -> None:
         super().__init__(run, 1, here=here)

@@ -133,11 +133,7 @@ class FineTuneOptions:
         return Subset(self.per_class, self.share, self.subset_seed or 0)
 
     def run(self, task: TaskName, protocol: str) -> None:
-        """Train and evaluate, or with `--dry-run` only estimate the cost.
-
-        Args:
-            protocol: default protocol of the task.
-        """
+        """Train and evaluate, or with `--dry-run` only estimate the cost. `protocol` is the default of the task."""
         if self.dry_run:
             leave_out_accelerator_warning()
         elif self.hardware is not None:

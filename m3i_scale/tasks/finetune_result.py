@@ -51,8 +51,7 @@ class TaskMetric:
     names: str
     """File next to the shards with the class names."""
     figures: dict[str, str]
-    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all have the
-    others."""
+    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all the others."""
 
 
 OUTCOMES: dict[TaskName, TaskMetric] = {
@@ -71,7 +70,6 @@ class FineTuning:
     run: RunConfig
     data: Labelled
     export_task: ExportTask
-    """Export type of the result."""
     subset: Subset | None = None
     """Subset of the training images; None: all of them."""
     random_weights: str | None = None
@@ -148,15 +146,13 @@ class FineTuning:
 
 
 def start_lines(prepared: FineTuning) -> list[str]:
-    """Return lines about the data before training: classes, annotations, and a warning if there is nothing to
-    evaluate."""
+    """Return lines about the data before training, with a warning if there are no images for evaluation."""
     facts = prepared.facts()
     keys = ("classes", "class_names", "class_images", "annotations", "evaluated")
     return _data_lines({key: facts[key] for key in keys})
 
 
 def _data_lines(facts: dict[str, Any]) -> list[str]:
-    """Return lines about the data for the facts that are present."""
     lines, images = [], facts.get("class_images")
     if "class_names" in facts:
         names = facts["class_names"] if images is None else [f"{name} {count}" for name, count in images.items()]
@@ -183,11 +179,7 @@ def repeat_threshold(run: RunConfig) -> float | None:
 
 
 def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
-    """Estimate the cost of the run on one device without starting it.
-
-    Args:
-        device: h100, a100 or cpu. `hardware.peak_tflops` overrides its peak.
-    """
+    """Estimate the cost of the run on one device (h100, a100 or cpu). `hardware.peak_tflops` overrides its peak."""
     run = prepared.run
     peak = run.hardware.peak_tflops
     rate = None if peak is None else named_peak(peak, compute_dtype(load_ds_config(run.deepspeed))).tflops

@@ -1,8 +1,5 @@
-"""Labeled images in a folder, which are packed into shards if necessary.
-
-Shards are packed once. They are reused as long as the original splits have the same files, by name and size; file
-contents are not compared.
-"""
+"""Labeled images in a folder, packed once into shards if necessary. Shards are reused as long as the original splits
+have the same files, by name and size; file contents are not compared."""
 
 from __future__ import annotations
 
@@ -59,8 +56,8 @@ class Labelled:
     validation: Path | None
     classes: list[str]
     samples: int
-    """Training samples with a label, a mask or a list of boxes (which may be empty). If `unlabelled` is None, samples
-    without labels are included."""
+    """Training samples with a label, a mask or a (possibly empty) list of boxes; all samples if `unlabelled` is
+    None."""
     unlabelled: int | None = 0
     """Number of additional training samples without labels; None: not counted."""
     source: Input | None = None
@@ -68,7 +65,6 @@ class Labelled:
     evaluated: int = 0
     """Number of evaluation images, with or without a class."""
     categories: Categories | None = None
-    """Categories of boxes."""
     masked: Masked = "all"
     """Whether all, some or no objects with boxes have masks."""
     class_images: dict[str, int] | None = None
@@ -90,12 +86,7 @@ class Labelled:
         return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
     def pack(self, tell: Callable[[str], None], *, skip_bad: bool = False) -> None:
-        """Create the shards if they do not exist yet.
-
-        Args:
-            tell: prints a line for people.
-            skip_bad: skip and list unusable images.
-        """
+        """Create the shards if they do not exist yet. With `skip_bad`, unusable images are skipped and listed."""
         if self.source is None:
             return
         folder = self.train.parent
@@ -129,7 +120,6 @@ def find_labelled(
         packed: folder of shards created from other data or a subset.
         cache: folder for indices of shards that have none.
         file: file with the class names next to shards, which implies the task: classes of images, pixels or boxes.
-        subset: of the training images; None: all of them.
         skip_bad: allow images without masks, masks without images, and unusable images in annotation files.
     """
     found = _find(folder, packed, cache, file, subset=subset, skip_bad=skip_bad)
@@ -201,7 +191,6 @@ def _mask_places(folder: Path, train: Path | None, evaluated: Path | None) -> di
 
 
 def _mask_names(folder: Path) -> Path:
-    """Return the file with the class names of masks in folders."""
     for name in (ADE_NAMES, MASK_LABELS):
         if (folder / name).is_file():
             return folder / name
@@ -214,7 +203,6 @@ def _mask_names(folder: Path) -> Path:
 
 
 def _split(folder: Path, names: Sequence[str]) -> Path | None:
-    """Return the folder of the first existing split."""
     folders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     return next((folders[name] for name in names if name in folders), None)
 
@@ -243,7 +231,6 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
 
 
 def _find_classes(folder: Path, file: str) -> list[str]:
-    """Return the class names from a file next to shards."""
     classes = read_labels(folder, file)
     if not classes:
         makes = {
@@ -260,8 +247,7 @@ def _find_classes(folder: Path, file: str) -> list[str]:
 
 
 def _labelled(train: Path, shards: set[str], file: str) -> int | None:
-    """Return the number of samples with a label, a mask or boxes from the manifest; None if it is missing or covers
-    other shards."""
+    """Return the number of labeled samples from the manifest; None if it is missing or covers other shards."""
     try:
         counts = read_json(train / "manifest.json")["shards"]
         if {*counts} != shards:
@@ -272,7 +258,6 @@ def _labelled(train: Path, shards: set[str], file: str) -> int | None:
 
 
 def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
-    """Return the annotation counts in the manifest, by annotation file."""
     try:
         counts = read_json(train / "manifest.json")["annotations"]
         return {str(file): {str(name): int(count) for name, count in of.items()} for file, of in counts.items()}
@@ -281,7 +266,6 @@ def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
 
 
 def _find_masks(train: Path) -> Masked:
-    """Return whether all, some or no objects have masks, from the manifest."""
     try:
         return masked_of(_annotations(train) or {})
     except KeyError:
@@ -323,12 +307,7 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
 
 
 class _Marked(InputWrapper):
-    """Input that records a digest of its files in the manifest.
-
-    Args:
-        source: the input.
-        digest: of its files.
-    """
+    """Input that records a digest of its files in the manifest."""
 
     def __init__(self, source: Input, digest: str) -> None:
         super().__init__(source)

@@ -43,11 +43,7 @@ class Subset:
         return f"{amount}, drawn with seed {self.seed}"
 
     def choose(self, classes: Mapping[str, str]) -> set[str]:
-        """Return the keys of the selected images, which have the smallest hashes.
-
-        Args:
-            classes: by key.
-        """
+        """Return the keys of the images with the smallest hashes of each class; `classes` maps keys to classes."""
         keys: dict[str, list[str]] = defaultdict(list)
         for key, name in classes.items():
             keys[name].append(key)
@@ -67,7 +63,6 @@ class Subset:
         }
 
     def _count(self, images: int) -> int:
-        """Return the number of images to select from a class with `images` images."""
         return self.per_class or max(1, round((self.share or 0.0) * images))
 
     def of(self, found: Unpacked) -> Unpacked:
@@ -79,12 +74,7 @@ class Subset:
 
 
 class _Subset(InputWrapper):
-    """Input restricted to a subset of the training samples.
-
-    Args:
-        source: the input.
-        keys: of the selected training samples.
-    """
+    """Input restricted to a subset of the training samples."""
 
     def __init__(self, source: Input, keys: Container[str]) -> None:
         super().__init__(source)
@@ -105,11 +95,7 @@ class _Subset(InputWrapper):
 def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
     """Return the selected samples of shards for packing. Only samples with a label, a mask or boxes are eligible.
 
-    Args:
-        subset: selection of the samples.
-        train: a folder of shards.
-        classes: class names of labels, pixels or boxes.
-        file: file with the class names, a key of `MEMBERS`. With labels, each class is sampled separately.
+    `file` has the class names, and is a key of `MEMBERS`. With labels, each class is sampled separately.
     """
     labels = classes if file == LABELS else []
     origins = [Origin(path) for path in local_shards(str(train), "--data")]
@@ -136,14 +122,8 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
 
 
 class _ShardSubset(ShardInput):
-    """Input of selected samples from existing shards; others are not read.
-
-    Args:
-        origins: input shards.
-        keys: keys of the selected samples.
-        labels: class names; if empty, labels are not read.
-        about: see `ShardInput`. Without categories, boxes are not read.
-    """
+    """Input of selected samples from existing shards; others are not read. Labels and boxes are only read if there are
+    class names and categories."""
 
     def __init__(self, origins: Sequence[Origin], keys: Container[str], labels: list[str], **about: Any) -> None:
         super().__init__(origins, labels, **about)

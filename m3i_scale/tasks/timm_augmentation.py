@@ -17,12 +17,7 @@ from m3i_scale.objective.inputs import PixelNorm
 
 
 class Erasing:
-    """Random erasing (timm) of rectangles in labeled images: normalized pixels are replaced by standard normal noise.
-
-    Args:
-        probability: of erasing a rectangle in an image.
-        pixel_norm: of the objective.
-    """
+    """Random erasing (timm): with `probability`, a rectangle of a normalized image becomes standard normal noise."""
 
     def __init__(self, probability: float, pixel_norm: PixelNorm) -> None:
         # The noise is drawn on the CPU, so that it is the same on every device.
@@ -59,13 +54,8 @@ def _generators_kept() -> Iterator[None]:
 
 
 class LabelMixing:
-    """Mixup and cutmix: every image is blended with another one of its micro-batch, or gets a rectangle of it.
-
-    Random draws depend only on the first sample's seed, so a resumed run repeats them.
-
-    Args:
-        mixup: draws the mixes.
-    """
+    """Mixup and cutmix: every image is blended with another one of its micro-batch, or gets a rectangle of it. Random
+    draws depend only on the first sample's seed, so a resumed run repeats them."""
 
     def __init__(self, mixup: Mixup) -> None:
         self._mixup = mixup

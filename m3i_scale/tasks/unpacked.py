@@ -1,4 +1,4 @@
-"""Labeled images that are not in shards yet: image folders by class, or a saved dataset."""
+"""Labeled images that are not in shards yet: folders of classes or of masks, or a saved dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
 _ANNOTATIONS = {"masks", "mask", "annotations", "annotation", "labels", "label", "gt", "boxes", "bboxes"}
 _ANNOTATIONS |= {"segmentationclass", "segmentationobject", "imagesets", "metadata"}
 _NUMBERED_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval|minival)[-_ ]?\d{0,4}")
-"""Names of folders in data for other tasks, in lower case."""
+"""Names of folders in data for other tasks, and of splits, in lower case."""
 FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
 
 
@@ -50,11 +50,7 @@ class Unpacked:
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:
-    """List images by split and class.
-
-    Args:
-        places: folders of classes by split, training first.
-    """
+    """List images by split and class, from a folder of classes per split, training first."""
     records: list[Record] = []
     classes: dict[str, list[str]] = {}
     for split, place in places.items():

@@ -40,15 +40,8 @@ def measure_detector(
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
-    """Return `average_precision`, and AP of boxes and masks with a bootstrap interval over image clusters.
-
-    Args:
-        truths: ground truth of all images of the dataset.
-        predictions: for images of the dataset.
-        categories: of the dataset.
-        clusters: of the images, in the order of `truths`.
-        resamples: number of bootstrap resamples.
-    """
+    """Return `average_precision`, and AP of boxes and masks with a bootstrap interval over `clusters` of images, which
+    are in the order of `truths`."""
     detections = pair_by_image(truths, predictions, categories)
     drawn, intervals = clusters.take(detections.order), {}
     for kind in detections.kinds:
@@ -64,13 +57,11 @@ def measure_detector(
 def average_precision(
     truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> dict[str, Any]:
-    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter.
+    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter, and images without
+    predictions have no detections.
 
-    Args:
-        truths: ground truth of all images of the dataset.
-        predictions: for images of the dataset; other images have no detections.
-        categories: of the dataset. Their format selects the rules. COCO: 100 predictions per image and class. LVIS: the
-            300 best per image, in categories that are annotated in the image or listed as absent.
+    The format of the categories selects the rules. COCO: 100 predictions per image and class. LVIS: the 300 best per
+    image, in categories that are annotated in the image or listed as absent.
 
     Returns:
         The number of images and objects, and for `box` and `mask`: AP, AP50, AP75, APs, APm, APl (by area), AP per
@@ -85,14 +76,8 @@ def average_precision_of_ranks(
     truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> dict[str, Any]:
     """Compute `average_precision` over the images of all ranks and return it on all ranks; every rank must call it.
-
-    Data of each rank are gathered on all ranks, and evaluated on rank 0.
-
-    Args:
-        truths: ground truth of this rank's images; ranks must not share images.
-        predictions: for this rank's images.
-        categories: of the dataset, the same on all ranks.
-    """
+    Ranks must not share images, and must have the same categories. Data of each rank are gathered on all ranks, and
+    evaluated on rank 0."""
     parts = gather_objects((list(truths), list(predictions)))
 
     def figures() -> dict[str, Any]:
@@ -229,15 +214,8 @@ def ap_interval(
     """Return AP and its percentile interval, by resampling clusters of images with replacement.
 
     Resamples weight images and need no new matching. Classes without objects in a resample are excluded from its mean.
-
-    Args:
-        detections: all images.
-        kind: boxes or masks.
-        clusters: of the same images.
-        thresholds: IoU thresholds; AP is the mean over them.
-        recalls: recall values at which precision is sampled, ascending.
-        by_class: compute AP per class; otherwise ignore classes.
-        resamples: number of bootstrap resamples.
+    AP is the mean over IoU `thresholds`, with precision sampled at ascending `recalls`. Without `by_class`, classes are
+    ignored.
     """
     weighted = WeightedPrecision(detections, kind, thresholds, recalls, by_class=by_class)
     numbers_I = np.unique(clusters.of, return_inverse=True)[1]
@@ -250,17 +228,10 @@ def ap_interval(
 
 
 class WeightedPrecision:
-    """AP of a dataset in which every image is repeated according to its weight.
+    """AP of a dataset in which every image is repeated according to its weight; arguments as for `ap_interval`.
 
     Precision has its local maxima at true positives, so it is computed only at these hits H, in order of threshold,
     class and score. The other of the N predictions enter through cumulative sums.
-
-    Args:
-        detections: all images.
-        kind: boxes or masks.
-        thresholds: IoU thresholds; AP is the mean over them.
-        recalls: recall values at which precision is sampled, ascending.
-        by_class: see `ap_interval`.
     """
 
     def __init__(

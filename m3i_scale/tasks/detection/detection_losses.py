@@ -60,7 +60,6 @@ class RegionSamples:
     truth_P4: Tensor
     """Boxes of these objects."""
     masks_PMM: Tensor | None = None
-    """Masks of these objects."""
     drawn_C: Tensor | None = None
     """Classes included in a federated loss."""
 
@@ -102,16 +101,8 @@ def region_losses(
     boxes: Sequence[Tensor],
     generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """Return the RPN's objectness and box losses, normalized by the number of sampled anchors.
-
-    Args:
-        spec: numbers of anchors and box loss settings.
-        logits_BN: objectness of the anchors.
-        deltas_BN4: box deltas of the anchors.
-        anchors_N4: anchors of all levels.
-        boxes: boxes of the objects by image (M, 4).
-        generators: random generator by image.
-    """
+    """Return the RPN's objectness and box losses, divided by `anchors_per_image` times the number of images.
+    `anchors_N4` are the anchors of all levels; `boxes` (M, 4) and `generators` are by image."""
     regions, coder = spec.regions, BoxCoder((1.0, 1.0, 1.0, 1.0))
     objectness, moves = logits_BN.sum() * 0, deltas_BN4.sum() * 0
     for image, generator in enumerate(generators):
@@ -136,15 +127,8 @@ def choose_regions(
     classes: int,
     generator: torch.Generator,
 ) -> RegionSamples:
-    """Select the regions of an image for training.
-
-    Args:
-        regions: number of regions and IoU thresholds.
-        proposals_R4: proposals; the ground-truth boxes are appended.
-        objects: result of `Objects.on`.
-        classes: K, the class of the background.
-        generator: random generator.
-    """
+    """Select the regions of an image for training, from proposals and ground-truth boxes. `objects` is a result of
+    `Objects.on`, and `classes` (K) the class of the background."""
     boxes_O4, labels_O, masks_OMM = objects
     boxes_R4 = torch.cat([proposals_R4, boxes_O4])
     found_R = torch.full((len(boxes_R4),), -1, device=boxes_R4.device)
@@ -168,14 +152,8 @@ def counted_regions(regions: Regions, objects: Objects) -> RegionSamples:
 
 @torch.no_grad()
 def masks_in(masks_RMM: Tensor, own_R4: Tensor, boxes_R4: Tensor, side: int) -> Tensor:
-    """Return target masks of regions, cropped from the masks of their objects: 0 or 1, fp32 (R, side, side).
-
-    Args:
-        masks_RMM: masks of the objects, within their boxes.
-        own_R4: boxes of the objects.
-        boxes_R4: the regions.
-        side: resolution of the result.
-    """
+    """Return target masks of the regions `boxes_R4`: 0 or 1, fp32 (R, side, side). They are cropped from the masks of
+    their objects, which are relative to the objects' boxes `own_R4`."""
     corner_R2, extent_R2 = own_R4[:, :2], (own_R4[:, 2:] - own_R4[:, :2]).clamp(min=1e-3)
     in_mask_R22 = (boxes_R4.unflatten(1, (2, 2)) - corner_R2[:, None]) / extent_R2[:, None] * masks_RMM.shape[-1]
     number_R1 = torch.arange(len(masks_RMM), device=masks_RMM.device)[:, None]
@@ -191,14 +169,7 @@ def class_weights(image_counts: Sequence[int], power: float) -> Tensor:
 
 def federated_classes(labels_R: Tensor, count: int, weights_K: Tensor, generator: torch.Generator) -> Tensor:
     """Return the classes trained by the regions of one image: their classes, and sampled ones up to `count`, without
-    repeats. The background counts as a class if a region belongs to it, as in detectron2.
-
-    Args:
-        labels_R: classes of the regions, K for the background.
-        count: number of classes.
-        weights_K: sampling weights.
-        generator: random generator.
-    """
+    repeats. The background (K) counts as a class if a region belongs to it, as in detectron2."""
     own: Tensor = labels_R.unique()
     missing = count - len(own)
     if missing <= 0:
@@ -209,13 +180,8 @@ def federated_classes(labels_R: Tensor, count: int, weights_K: Tensor, generator
 
 
 def sigmoid_loss(logits_RK: Tensor, labels_R: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Return the binary cross-entropy, summed over regions and classes.
-
-    Args:
-        logits_RK: (R, K + 1); the last one, of the background, is unused.
-        labels_R: classes, K for the background.
-        classes: classes to include; None: all.
-    """
+    """Return the binary cross-entropy, summed over regions and `classes` (None: all). The last of K + 1 logits, for the
+    background (label K), is unused."""
     count = logits_RK.shape[1]
     truth_RK = F.one_hot(labels_R, count)[:, :-1].to(logits_RK.dtype)
     loss_RK = F.binary_cross_entropy_with_logits(logits_RK[:, :-1], truth_RK, reduction="none")

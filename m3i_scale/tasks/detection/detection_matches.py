@@ -66,16 +66,8 @@ def match(
     by_class: bool = True,
 ) -> Matches:
     """Return the matches of an image as COCO defines them. In order of score, each prediction matches the remaining
-    object with the highest IoU.
-
-    Args:
-        truth: of the image.
-        prediction: in order of the scores.
-        ious_DG: result of `overlaps`.
-        thresholds: IoU thresholds.
-        form: COCO or LVIS rules.
-        by_class: match objects only with predictions of the same class.
-    """
+    object with the highest IoU, with `by_class` only of its class. `prediction` is in order of the scores, and
+    `ious_DG` a result of `overlaps`."""
     objects, labels_D = truth["annotations"], np.asarray(prediction["labels"], dtype=np.int64)
     classes_G = np.asarray([one["category"] for one in objects], dtype=np.int64)
     crowd_G = np.asarray([one["iscrowd"] for one in objects], dtype=bool)

@@ -42,14 +42,8 @@ class ImageScore:
 
 
 def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
-    """Return the numbers of correct and wrong detections, with predictions ignored as in COCO and LVIS.
-
-    Args:
-        truth: of the image.
-        prediction: in order of the scores.
-        categories: of the dataset.
-        least: score threshold.
-    """
+    """Count correct and wrong detections with a score of at least `least`. Predictions are in order of score; some are
+    ignored as in COCO and LVIS."""
     matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories["format"])
     counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
     found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
@@ -70,16 +64,9 @@ class _Overlay:
 class DetectionOverlays:
     """Collector of the worst images, which are drawn at the end, worst first.
 
-    The worst image has the lowest F1 score. Ties are broken by the number of errors, then by the order of images.
-
-    Args:
-        folder: created if missing; must be empty.
-        count: number of images to draw.
-        categories: of the dataset.
-        least: score threshold for predictions to be drawn and counted.
-
-    Raises:
-        ConfigError: the folder cannot be created, or is not empty.
+    The worst image has the lowest F1 score. Ties are broken by the number of errors, then by the order of images. The
+    folder is created if missing, and must be empty. Predictions with a score below `least` are neither drawn nor
+    counted.
     """
 
     def __init__(self, folder: Path, count: int, categories: Categories, *, least: float = DRAWN_SCORE) -> None:
@@ -88,14 +75,7 @@ class DetectionOverlays:
         make_folder(folder)
 
     def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
-        """Add an image.
-
-        Args:
-            key: used in the file name of its picture.
-            pixels_CHW: of the full image.
-            truth: ground truth.
-            prediction: detections.
-        """
+        """Add an image. Its picture has `key` in the file name."""
         ordered = sorted_by_score(prediction, truth, self._categories)
         score = score_image(truth, ordered, self._categories, self._least)
         if len(self._kept) == self._count and _badness(score) >= _badness(self._kept[-1].score):
@@ -141,7 +121,6 @@ class DetectionOverlays:
         return panel.picture
 
     def _name(self, label: int) -> str:
-        """Return the name of a class on one line, in letters of the built-in font."""
         return drawable(self._categories["categories"][label]["name"], _LETTERS)
 
 
@@ -150,12 +129,7 @@ def _badness(score: ImageScore) -> tuple[float, int]:
 
 
 class _Panel:
-    """Image with objects drawn on it.
-
-    Args:
-        image: in the size of the drawing.
-        truth: has the image size that boxes and masks refer to.
-    """
+    """Image with objects drawn on it. Boxes and masks refer to the image size in `truth`."""
 
     def __init__(self, image: Image.Image, truth: GroundTruth) -> None:
         self.picture = image.copy()
@@ -190,12 +164,7 @@ COLOURS = {"0.50": (31, 119, 180), "0.75": (230, 120, 20), "0.50:0.95": (44, 140
 
 
 def draw_curves(figures: dict[str, Any], path: Path) -> None:
-    """Write a plot for boxes and, if available, one for masks: recall to the right, precision upward.
-
-    Args:
-        figures: from `average_precision` or `measure_detector`.
-        path: of the PNG.
-    """
+    """Write a plot for boxes and, if available, one for masks: recall to the right, precision upward."""
     kinds = [kind for kind in ("box", "mask") if kind in figures]
     picture = Image.new("RGB", (len(kinds) * _STEP - _GAP, _SIDE + 2 * _EDGE), "white")
     for number, kind in enumerate(kinds):

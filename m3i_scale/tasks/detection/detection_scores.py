@@ -17,14 +17,11 @@ from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 
 class DetectionScores(Scores):
-    """Average precision over the unique images from the batches of all ranks.
+    """Average precision over the unique images from the batches of all ranks, for exhaustively annotated classes
+    (COCO).
 
     Batches may repeat an image, and ranks may share images, so images are identified by key. Without augmentation each
     repetition is identical.
-
-    Args:
-        classes: of the dataset, which must be annotated exhaustively, like COCO.
-        masks: whether ground truth and predictions have masks.
     """
 
     def __init__(self, classes: Sequence[str], *, masks: bool) -> None:

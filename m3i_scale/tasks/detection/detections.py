@@ -110,11 +110,7 @@ class Detections:
 
 
 def check_library(where: str = "detection") -> None:
-    """Check that the library for detection metrics is installed.
-
-    Args:
-        where: caller to name in the error.
-    """
+    """Check that the library for detection metrics is installed; an error names the caller, `where`."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ConfigError(
             "average precision and masks of objects are faster-coco-eval's, which is not installed",
@@ -126,13 +122,8 @@ def check_library(where: str = "detection") -> None:
 def pair_by_image(
     truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
 ) -> Detections:
-    """Pair predictions with ground truth by image. Images without predictions count too.
-
-    Args:
-        truths: ground truth of all images of the dataset, in any order.
-        predictions: for images of the dataset, in any order; predictions of several ranks may be concatenated.
-        categories: of the dataset.
-    """
+    """Pair predictions with the ground truth of all images of a dataset, both in any order. Images without predictions
+    count too. Predictions of several ranks may be concatenated."""
     check_library()
     truth_of: dict[int, GroundTruth] = {}
     place_of: dict[int, int] = {}

@@ -38,8 +38,7 @@ from m3i_scale.tasks.detection.rfdetr import decode_queries
 DETECTOR = "detector"
 """Metric of a detector; excludes other metrics. The folder has a detector, or features with one in `heads/`."""
 DETECTED = 4
-"""Default number of images per forward pass: layers with global attention need about 800 MB per image of 1,024 pixels.
-"""
+"""Default images per forward pass: layers with global attention need about 800 MB per image of 1,024 pixels."""
 _KINDS: dict[str, tuple[Any, Any]] = {
     "MaskRcnnForObjectDetection": (MaskRcnnForObjectDetection, SamImageProcessor),
     "RfDetrForObjectDetection": (RfDetrForObjectDetection, DeformableDetrImageProcessor),
@@ -65,12 +64,8 @@ class Detector:
     """Images per forward pass."""
 
     def __call__(self, images: Sequence[NDArray[np.uint8]], numbers: Sequence[int]) -> list[Prediction]:
-        """Return detections on images (3, H, W) of any size, in original coordinates and in the same order.
-
-        Args:
-            images: at most one forward pass of images.
-            numbers: ids of the images.
-        """
+        """Return detections on at most `batch_size` images (3, H, W) of any size, in original coordinates and in the
+        same order. `numbers` are the ids of the images."""
         augment, shown = self.augment, []
         view = ViewMaker(
             augment,
@@ -94,13 +89,7 @@ class Detector:
 
 
 def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Prediction:
-    """Return the detections of an image in the format of the metrics.
-
-    Args:
-        found: output of the head.
-        number: id of the image.
-        size: H and W of the image.
-    """
+    """Return the detections of an image of `size` (height, width) in the format of the metrics."""
     boxes_N4 = found.boxes_N4.cpu()
     return {
         "image_id": number,
@@ -112,15 +101,8 @@ def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Pred
 
 
 def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> list[Rle]:
-    """Paste masks in box coordinates, soft or binary, into the full image and compress them.
-
-    Each is pasted only within its box plus one pixel, because outside it never reaches 0.5.
-
-    Args:
-        masks_NMM: from `detect`, or from a batch.
-        boxes_N4: x1, y1, x2, y2 in the image.
-        size: H and W of the image.
-    """
+    """Paste masks in box coordinates, soft or binary, into full images of `size` (H, W) and compress them. Each is
+    pasted only within its box plus one pixel, because outside it never reaches 0.5."""
     from faster_coco_eval.core import mask as library
 
     found: list[Rle] = []
@@ -137,12 +119,7 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
 
 
 def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Path, torch.device, int], Detector] | None:
-    """Return the function that loads the detector; None if another metric is requested.
-
-    Args:
-        folder: of the model.
-        measures: requested metrics; None: all.
-    """
+    """Return the function that loads the detector; None if another metric is requested. `measures=None` means all."""
     own = not _KINDS.keys().isdisjoint(architectures(folder))
     if own and measures not in (None, (DETECTOR,)):
         raise ConfigError("the folder holds a detector", where=str(folder), fix=f"--measure {DETECTOR}")

@@ -31,13 +31,8 @@ AUTO_MAP = {
 
 
 def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> ExportedModule:
-    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder includes its source files.
-
-    Args:
-        source: the checkpoint.
-        spec: the head.
-        target: name of the head's target.
-    """
+    """Return backbone and Mask R-CNN as `MaskRcnnForObjectDetection`; the folder includes its source files. `target` is
+    the name of the head's target."""
     config = backbone_config(source.run.backbone)
     if not isinstance(spec, MaskRcnn):
         raise _no_class(f"none has a head of kind {spec.kind}")

@@ -25,15 +25,8 @@ _SHAPE = (
 
 
 def rfdetr_part(source: Source, spec: RfDetr, target: str) -> ExportedModule:
-    """Return backbone and queries as `RfDetrForInstanceSegmentation`, or `RfDetrForObjectDetection` without masks.
-
-    A ViT is converted to a DINOv2 with layer scales of 1.
-
-    Args:
-        source: the checkpoint.
-        spec: the head.
-        target: name of the head's target.
-    """
+    """Return backbone and queries as `RfDetrForInstanceSegmentation`, or `RfDetrForObjectDetection` without masks. A
+    ViT is converted to a DINOv2 with layer scales of 1. `target` is the name of the head's target."""
     if not source.run.data.augment.stretch:
         raise ExportError(
             "no stock image processor of RF-DETR shows images as they were shown",

@@ -50,17 +50,9 @@ from m3i_scale.tasks.detection.windows import default_windows, windowed_layers
 class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
     """Trainable Mask R-CNN for square images, padded at the right and at the bottom.
 
-    Modules compute in the engine's dtype; predictions, anchors, boxes, RoIAlign and losses are fp32.
-
-    Args:
-        spec: head section of the config.
-        backbone: f_θ; if it is a plain Transformer, this head replaces its attention function.
-        classes: K.
-        ranks: ranks over which losses are normalized.
-        image_counts: number of training images per class. Only read by a federated loss.
-
-    Raises:
-        ConfigError: the head and the backbone are incompatible.
+    Modules compute in the engine's dtype; predictions, anchors, boxes, RoIAlign and losses are fp32. Losses are
+    normalized over `ranks`. The head replaces the attention function of a plain Transformer. Only a federated loss
+    reads `image_counts`, the number of training images per class.
     """
 
     def __init__(
@@ -110,14 +102,7 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return levels
 
     def losses(self, levels: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
-        """Return this rank's share of every loss, fp32; the mean over ranks is the loss of the global batch.
-
-        Every parameter has a gradient, which is zero if a batch has no object. The loss of the model is their sum.
-
-        Args:
-            levels: result of `encode`.
-            objects: ground truth.
-        """
+        """Return this rank's share of every loss, as defined by `ObjectDetector.losses`."""
         spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
         logits, deltas, places = self.predict_regions(levels)
         if maps[0].is_meta:
@@ -174,7 +159,6 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return torch.stack(parts).sum()
 
     def _box_loss(self, deltas_RK4: Tensor, chosen: Sequence[RegionSamples]) -> Tensor:
-        """Return the sum over object regions."""
         parts = []
         for deltas_SK4, one in zip(deltas_RK4.split([len(one.labels_R) for one in chosen]), chosen, strict=True):
             place_P = torch.arange(len(one.objects_P), device=deltas_SK4.device)
@@ -217,7 +201,6 @@ class _FpnConv(nn.Conv2d):
     """A convolution with the initialization of torchvision's FPN."""
 
     def reset_parameters(self) -> None:
-        """Initialize weights (Kaiming uniform) and biases (0)."""
         nn.init.kaiming_uniform_(self.weight, a=1)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

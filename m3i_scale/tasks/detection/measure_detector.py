@@ -37,11 +37,7 @@ def evaluate_detector(
     load: Callable[[Path, torch.device, int], Detector], options: EvaluationOptions
 ) -> dict[str, Any]:
     """Return the document of `evaluate` for a detector. Its pictures are the worst images and precision-recall curves.
-
-    Args:
-        load: loads the model for a batch size, by default `DETECTED`.
-        options: model, data and options.
-    """
+    `load` gets the batch size, by default `DETECTED`."""
     detector = load(options.folder, options.device, options.batch_size or DETECTED)
     categories = check_categories(detector, options.data)
     drawing = None if options.pictures is None else DetectionOverlays(*options.pictures, categories)
@@ -91,19 +87,8 @@ def find_objects(
     progress: Callable[[int], None] | None,
     draw: Callable[[str, Any, GroundTruth, Prediction], None] | None = None,
 ) -> tuple[list[GroundTruth], list[Prediction]]:
-    """Run the detector on all samples once and fill the table.
-
-    Args:
-        detector: the model.
-        table: of the samples, still empty.
-        categories: of the dataset.
-        exclude_groups: skip samples with one of these values as `group`.
-        progress: called with the number of samples read.
-        draw: called with key, pixels, ground truth and prediction of every sample.
-
-    Returns:
-        Ground truth and prediction of every sample in the table.
-    """
+    """Run the detector on all samples once and fill the empty table. Return ground truth and prediction of every sample
+    in it. `draw` gets key, pixels, ground truth and prediction of every sample."""
     truths: list[GroundTruth] = []
     predictions: list[Prediction] = []
     samples = read_samples(table, None, exclude_groups=exclude_groups, categories=len(detector.classes))

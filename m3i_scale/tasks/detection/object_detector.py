@@ -65,11 +65,7 @@ class ObjectDetector(BackboneReader):
 
 
 def detector_of(objective: Objective) -> ObjectDetector:
-    """Return the detection head.
-
-    Raises:
-        ValueError: the recipe has no detection target.
-    """
+    """Return the detection head; raise ValueError if the recipe has no detection target."""
     if not isinstance(objective.reader, ObjectDetector):
         raise ValueError("the recipe has no detection target")
     return objective.reader
@@ -77,11 +73,7 @@ def detector_of(objective: Objective) -> ObjectDetector:
 
 @torch.no_grad()
 def detect(objective: Objective, pixels_BCHW: Tensor, sizes_B2: Tensor, own_B2: Tensor) -> list[Detections]:
-    """Return the objects detected in normalized, padded images; arguments as for `ObjectDetector.detect`.
-
-    Raises:
-        ValueError: the recipe has no detection target.
-    """
+    """Return the objects detected in normalized, padded images; arguments as for `ObjectDetector.detect`."""
     detector = detector_of(objective)
     return detector.detect(detector.encode(objective.student, pixels_BCHW), sizes_B2, own_B2)
 

@@ -48,18 +48,10 @@ _MASK_POINT_RATIO = 16
 
 
 class RfDetrDetector(ObjectDetector):
-    """RF-DETR detection head.
+    """RF-DETR detection head. The backbone must be one that a stock RF-DETR supports.
 
-    Backbone and projector compute in the engine's dtype; queries, decoder, heads, boxes and losses in fp32.
-
-    Args:
-        spec: head section of the config.
-        backbone: f_θ.
-        classes: K.
-        ranks: ranks over which losses are normalized.
-
-    Raises:
-        ConfigError: head and backbone are incompatible, or no stock RF-DETR supports the backbone.
+    Backbone and projector compute in the engine's dtype; queries, decoder, heads, boxes and losses in fp32. Losses are
+    normalized over `ranks`.
     """
 
     def __init__(self, spec: RfDetr, backbone: Backbone, classes: int, ranks: Ranks) -> None:
@@ -127,14 +119,7 @@ class RfDetrDetector(ObjectDetector):
         return target
 
     def _compare(self, one: Prediction, target: Prediction, groups: int, count: Tensor) -> dict[str, Tensor]:
-        """Return the losses of one prediction of an image.
-
-        Args:
-            one: prediction of this image.
-            target: objects of this image.
-            groups: number of query groups.
-            count: divisor of the losses.
-        """
+        """Return the losses of one prediction of an image, divided by `count`."""
         spec = self.spec
         weights = {"class": spec.class_weight, "box": spec.box_weight, "giou": spec.giou_weight}
         weights |= {"mask": spec.mask_weight, "dice": spec.dice_weight} if spec.masks else {}
@@ -175,8 +160,6 @@ def decode_queries(
         sizes_B2: height and width of the images in the square, in pixels.
         own_B2: height and width of the original images, to which boxes are scaled.
         side: size of the square.
-        score_above: minimum score.
-        most: maximum number of detections per image.
     """
     found = []
     sizes, owns = (cast(list[tuple[float, float]], lengths_B2.tolist()) for lengths_B2 in (sizes_B2, own_B2))
@@ -228,12 +211,7 @@ def read_layers(spec: RfDetr, depth: int) -> tuple[int, ...]:
 
 
 def masks_in_boxes(logits_NHW: Tensor, boxes_N4: Tensor) -> Tensor:
-    """Crop masks to their boxes: probabilities (N, M, M).
-
-    Args:
-        logits_NHW: mask logits of the square.
-        boxes_N4: x1, y1, x2, y2 relative to the square.
-    """
+    """Crop mask logits of the square to boxes (x1, y1, x2, y2 relative to the square): probabilities (N, M, M)."""
     steps_M = (torch.arange(MASK_SIDE, device=boxes_N4.device) + 0.5) / MASK_SIDE
     start_N12, extent_N12 = boxes_N4[:, None, :2], boxes_N4[:, None, 2:] - boxes_N4[:, None, :2]
     places_NM2 = (start_N12 + extent_N12 * steps_M[:, None]) * 2 - 1
@@ -244,7 +222,6 @@ def masks_in_boxes(logits_NHW: Tensor, boxes_N4: Tensor) -> Tensor:
 
 
 def _check(spec: RfDetr, backbone: Backbone) -> None:
-    """Reject backbones that no stock RF-DETR supports, or that do not match the head."""
     refused = None
     if not isinstance(backbone, TokenBackbone):
         refused = "it reads layers of one grid, and this backbone has maps of several"

@@ -28,14 +28,7 @@ _FIRST_PROBABILITY = 0.01
 
 
 class StockQueries(nn.Module):
-    """Object queries over backbone layers.
-
-    Args:
-        spec: head section of the config.
-        width: width of the backbone.
-        layers: number of backbone layers that the head uses.
-        classes: K.
-    """
+    """Projector, queries, decoder and heads of the stock RF-DETR, for `layers` layers of a backbone of this width."""
 
     def __init__(self, spec: RfDetr, width: int, layers: int, classes: int) -> None:
         super().__init__()
@@ -70,11 +63,8 @@ class StockQueries(nn.Module):
     def forward(self, map_BCHW: Tensor, side: int) -> list[Prediction]:
         """Return the predictions of the last decoder layer, of its other layers, and of the encoder's proposals.
 
-        In training, the queries of all groups are concatenated.
-
-        Args:
-            map_BCHW: result of `project`.
-            side: image size in pixels.
+        In training, the queries of all groups are concatenated. `map_BCHW` is a result of `project`, and `side` the
+        image size in pixels.
         """
         detection, size = self.detection, (side, side)
         output = detection.model(map_BCHW)
@@ -130,7 +120,6 @@ class _ProjectedMap(nn.Module):
         self.projector = projector
 
     def forward(self, map_BCHW: Tensor, mask_BHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the map and its mask: queries can attend to all of it."""
         return map_BCHW, mask_BHW.bool()
 
 

@@ -10,14 +10,11 @@ from m3i_scale.tasks.detection.modeling_mask_rcnn import KERNEL, WindowedLayers
 
 
 def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
-    """Return windowed layers for a plain Transformer as in ViTDet; most layers use windows.
+    """Return windowed layers for a plain Transformer as in ViTDet; most layers use windows. The backbone's attention
+    function is replaced.
 
     Export, layer decay, drop path and activation checkpointing work as without windows, since the layers are those of
     the stock model.
-
-    Args:
-        spec: window settings.
-        backbone: the Transformer; its attention function is replaced.
     """
     if not isinstance(backbone, TokenBackbone):
         raise ConfigError("windows are for a plain Transformer", where="task.head.windows", fix="leave it out")
@@ -58,7 +55,7 @@ def windowed_layers(spec: Windows, backbone: Backbone) -> WindowedLayers:
 
 def default_windows(side: int) -> Windows:
     """Return ViTDet's windows for a grid of `side` tokens. Grids smaller than two windows get neither windows nor
-    relative positions, as the backbone."""
+    relative positions, like the backbone."""
     usual = Windows()
     return usual if side >= 2 * usual.size else Windows(size=0, relative_positions=False)
 

@@ -35,13 +35,7 @@ _HEAD = ("query.", "upscale_block.", "mask_head.", "class_predictor.")
 
 
 def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedModule:
-    """Return backbone and queries as `EomtForUniversalSegmentation`.
-
-    Args:
-        source: the checkpoint.
-        spec: the head.
-        target: name of the head's target.
-    """
+    """Return backbone and queries as `EomtForUniversalSegmentation`; `target` is the name of the head's target."""
     config, (names,) = backbone_config(source.run.backbone), source.label_sets.values()
     shape = query_config(spec, config, len(names))
     shape.mlp_ratio = _mlp_ratio(config)

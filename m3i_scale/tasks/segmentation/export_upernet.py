@@ -30,13 +30,7 @@ _COUNT = "num_batches_tracked"
 
 
 def upernet_part(source: Source, spec: SegmentationHead, target: str) -> ExportedModule:
-    """Return backbone and head as `UperNetForSemanticSegmentation`.
-
-    Args:
-        source: the checkpoint.
-        spec: the head.
-        target: name of the head's target.
-    """
+    """Return backbone and head as `UperNetForSemanticSegmentation`; `target` is the name of the head's target."""
     config = backbone_config(source.run.backbone)
     if not isinstance(spec, UperNetSegmentation):
         raise no_class(f"none has a head of kind {spec.kind}")
@@ -73,7 +67,6 @@ def upernet_part(source: Source, spec: SegmentationHead, target: str) -> Exporte
 
 
 def _as_beit(config: VisionConfig, spec: UperNetSegmentation) -> BeitConfig:
-    """Return the BEiT config equivalent to a ViT or DINOv2."""
     if not isinstance(config, ViTConfig | Dinov2Config):
         raise no_class(f"a {config.model_type} is no BEiT")
     gated = isinstance(config, Dinov2Config) and config.use_swiglu_ffn

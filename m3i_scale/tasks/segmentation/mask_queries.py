@@ -1,7 +1,5 @@
-"""Mask classification with queries that run through the backbone's last layers (EoMT).
-
-Modules and losses come from `transformers`, but means over a batch are means over all ranks.
-"""
+"""Mask classification with queries that run through the backbone's last layers (EoMT). Modules and losses come from
+`transformers`, but means over a batch are means over all ranks."""
 
 from __future__ import annotations
 
@@ -188,7 +186,6 @@ class _Matcher(EomtHungarianMatcher):  # type: ignore[misc]
     def forward(
         self, masks_queries_logits: Tensor, class_queries_logits: Tensor, mask_labels: Any, class_labels: Any
     ) -> Any:
-        """Return the indices of queries and masks per image."""
         if masks_queries_logits.is_meta:
             count = masks_queries_logits.shape[1]
             return [(torch.arange(min(count, len(one)), device="meta"),) * 2 for one in class_labels]
@@ -212,11 +209,9 @@ class _GlobalLoss(EomtLoss):  # type: ignore[misc]
         self.labelled_B = labelled.to(device, non_blocking=True)
 
     def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
-        """Return the mean number of masks per rank."""
         return self.masks
 
     def loss_labels(self, class_queries_logits: Tensor, class_labels: Any, indices: Any) -> dict[str, Tensor]:
-        """Return the cross-entropy of all queries. Queries without a mask have the weighted class "no object"."""
         wanted_BQ = torch.full(class_queries_logits.shape[:2], self.num_labels, device=class_queries_logits.device)
         place = self._get_predictions_permutation_indices(indices)
         wanted_BQ[place] = torch.cat([classes[j] for classes, (_, j) in zip(class_labels, indices, strict=True)])

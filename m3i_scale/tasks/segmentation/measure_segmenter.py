@@ -38,12 +38,8 @@ def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | N
 def evaluate_segmenter(
     load: Callable[[Path, torch.device, int], Segmenter], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a segmenter. Its pictures are prediction overlays.
-
-    Args:
-        load: loads the model for a batch size in windows, by default `WINDOWS`.
-        options: model, data and options.
-    """
+    """Return the document of `evaluate` for a segmenter. Its pictures are prediction overlays. `load` gets the batch
+    size in windows, by default `WINDOWS`."""
     segmenter = load(options.folder, options.device, options.batch_size or WINDOWS)
     overlays = None if options.pictures is None else Overlays(*options.pictures, segmenter.classes)
     check_classes(segmenter, options.data)
@@ -93,14 +89,8 @@ def count_overlaps(
     progress: Callable[[int], None] | None,
     draw: Callable[[Sample, NDArray[np.uint8]], None] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Run the segmenter on all samples once, and fill the table.
-
-    Args:
-        segmenter: the model.
-        table: of the samples, still empty.
-        exclude_groups: skip samples with one of these values as `group`.
-        progress: called with the number of samples read.
-        draw: called with every counted sample and the predicted class of its pixels.
+    """Run the segmenter on all samples once, and fill the empty table. `draw` gets every counted sample and its
+    predicted classes.
 
     Returns:
         Pixel counts per class of intersection, ground truth and prediction: (M, 3, K) for samples with a mask; and
@@ -139,14 +129,7 @@ def measure_segmenter(
     counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
 ) -> dict[str, Any]:
     """Return mIoU over the classes in ground truth or prediction, with its interval over clusters of images, and IoU
-    per class.
-
-    Args:
-        counts_M3K: from `count_overlaps`.
-        clusters: of the same images.
-        classes: of the segmenter.
-        size: window size.
-    """
+    per class. `counts_M3K` are from `count_overlaps`, `clusters` of the same images, and `size` is the window size."""
     drawn = np.unique(clusters.of, return_inverse=True)[1]
     by_cluster = np.zeros((int(drawn.max()) + 1, *counts_M3K.shape[1:]))
     np.add.at(by_cluster, drawn, counts_M3K)

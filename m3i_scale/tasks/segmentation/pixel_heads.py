@@ -61,13 +61,11 @@ class _PixelClassifier(nn.Conv2d):
         self.dropout = dropout
 
     def reset_parameters(self) -> None:
-        """Initialize weights with a std of 0.01 and biases with 0."""
         nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return logits (B, K, H, W) from (B, C, H, W)."""
         return super().forward(F.dropout2d(input, self.dropout, self.training) if self.dropout else input)
 
 
@@ -221,11 +219,7 @@ def _replace_parts(module: nn.Module, dropout: float, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def segment(objective: Objective, pixels_BCHW: Tensor) -> Tensor:
-    """Return per-pixel class logits (B, K, H, W) of normalized images.
-
-    Raises:
-        ValueError: the recipe has no segmentation target.
-    """
+    """Return per-pixel class logits (B, K, H, W) of normalized images."""
     head = objective.reader
     if not isinstance(head, PixelHead):
         raise ValueError("the recipe has no segmentation target")
@@ -240,14 +234,8 @@ def resized(logits_BKHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def overlaps(predicted_BHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor, count: int) -> Tensor:
-    """Count pixels per class in the intersection, the ground truth and the prediction: int64 (3, K).
-
-    Args:
-        predicted_BHW: predicted classes, int64.
-        classes_BHW: ground-truth classes, int64.
-        valid_BHW: bool, whether a pixel has a class.
-        count: number of classes.
-    """
+    """Count pixels per class in the intersection, the ground truth and the prediction: int64 (3, K). `valid_BHW` (bool)
+    selects pixels with a class."""
     counted = (
         (classes_BHW, valid_BHW & (predicted_BHW == classes_BHW)),
         (classes_BHW, valid_BHW),
@@ -258,10 +246,8 @@ def overlaps(predicted_BHW: Tensor, classes_BHW: Tensor, valid_BHW: Tensor, coun
 
 
 def mean_iou(overlaps_3K: Tensor) -> float:
-    """Return the mean intersection over union of classes in ground truth or prediction; 0 if there are none.
-
-    As in mmsegmentation, a class that is only predicted counts as 0.
-    """
+    """Return the mean intersection over union of classes in ground truth or prediction; 0 if there are none. As in
+    mmsegmentation, a class that is only predicted counts as 0."""
     both_K, truth_K, predicted_K = overlaps_3K.double()
     either_K = truth_K + predicted_K - both_K
     iou_K = both_K[either_K > 0] / either_K[either_K > 0]

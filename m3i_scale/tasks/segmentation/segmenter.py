@@ -101,12 +101,7 @@ def starts(length: int, size: int) -> list[int]:
 def segmenter_of(
     folder: Path, measures: tuple[str, ...] | None
 ) -> Callable[[Path, torch.device, int], Segmenter] | None:
-    """Return the function that loads the segmenter; None if another metric is requested.
-
-    Args:
-        folder: of the model.
-        measures: requested metrics; None: all.
-    """
+    """Return the function that loads the segmenter; None if another metric is requested. `measures=None` means all."""
     if is_segmenter(folder):
         if measures not in (None, (SEGMENTER,)):
             raise ConfigError("the folder holds a segmenter", where=str(folder), fix=f"--measure {SEGMENTER}")
