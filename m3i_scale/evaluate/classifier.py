@@ -43,11 +43,7 @@ def has_classifier(folder: Path) -> bool:
 
 
 def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
-    """Load the head of a standard image classifier.
-
-    Raises:
-        NotMeasuredError: weights are missing or its classes have no names. The features are valid nevertheless.
-    """
+    """Load the head of a standard image classifier. Raise NotMeasuredError if weights or class names are missing."""
     try:
         with quiet_loading(folder):
             model, info = AutoModelForImageClassification.from_pretrained(
@@ -74,13 +70,8 @@ def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
 
 
 def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], classes: list[str]) -> Classifier:
-    """Return the head of a class-label target, stored with the features of an export.
-
-    Args:
-        objective: built from `heads/`.
-        label_sets: class names by label set, in the order of the head.
-        classes: of the test data. Of several label sets, the first that contains all of them is used.
-    """
+    """Return the head of an export's class-label target, restricted to one label set: the first with all `classes` of
+    the test data, else the first. `label_sets` must be in the order of the head's outputs."""
     target = next(item.name for item in objective.recipe.targets if item.modality == "category")
     chosen = next((name for name, own in label_sets.items() if set(classes) <= set(own)), next(iter(label_sets)))
     before = list(label_sets)[: list(label_sets).index(chosen)]
@@ -97,17 +88,7 @@ def head_of_targets(objective: Objective, label_sets: dict[str, list[str]], clas
 def measure_classifier(
     classifier: Classifier, ranked_NK: NDArray[np.float32], test: Side, clusters: Clusters
 ) -> dict[str, Any]:
-    """Compute top-1 and, with more than five classes, top-5 accuracy among all classes of the head.
-
-    Args:
-        classifier: the head.
-        ranked_NK: its predictions for the test samples.
-        test: the test samples.
-        clusters: cluster of each test sample.
-
-    Raises:
-        NotMeasuredError: there are no labels, or the head lacks some of the class names.
-    """
+    """Compute top-1 and, with more than five classes, top-5 accuracy among all classes of the head."""
     asked = test.labelled()
     if not len(asked):
         raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
@@ -124,16 +105,7 @@ def measure_classifier(
 
 
 def class_indices(classes: list[str], labels_M: NDArray[np.int64], head: list[str]) -> NDArray[np.int64]:
-    """Return the indices of labels in the head: (M).
-
-    Args:
-        classes: class names of the data.
-        labels_M: indices into `classes`.
-        head: class names of the head.
-
-    Raises:
-        NotMeasuredError: the head lacks some of the class names.
-    """
+    """Convert indices into `classes`, the class names of the data, to indices into the classes of the head: (M)."""
     if classes == head:
         return labels_M
     number_of = {name: number for number, name in enumerate(head)}
@@ -152,15 +124,8 @@ def class_indices(classes: list[str], labels_M: NDArray[np.int64], head: list[st
 def trained_heads(
     folder: Path, vision: VisionModel, classes: list[str], *, wants_text: bool, wants_classifier: bool
 ) -> tuple[Classifier | None, str | None, Towers | None]:
-    """Return the trained classifier or, if requested but missing, the reason; and both towers of a text target.
-
-    Args:
-        folder: of the model.
-        vision: the same model as a feature extractor.
-        classes: of the test data.
-        wants_text: whether to load the towers.
-        wants_classifier: whether to load the classifier.
-    """
+    """Return the trained classifier, or the reason why it cannot be used, and both towers of a text target. Each is
+    None if it is missing or not requested. `classes` are the classes of the test data."""
     classifier: Classifier | None = None
     no_classifier: str | None = None
     towers: Towers | None = None

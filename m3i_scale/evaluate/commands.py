@@ -166,14 +166,7 @@ def _encoders(
 
 
 def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
-    """Validate the options for evaluating a model's features.
-
-    Args:
-        measures: requested metrics; None: all.
-        known: available metrics.
-        pool: pooling of the image features.
-        batch_size: images per forward pass; None: the default.
-    """
+    """Validate the options for evaluating a model's features."""
     for name in measures or ():
         _check_known(name, known, "measure")
     _check_known(pool, get_args(Pool), "pool")

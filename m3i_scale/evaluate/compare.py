@@ -136,7 +136,6 @@ def _folder(source: Path | str, role: str) -> Path:
 
 
 def _open(folder: str, name: str) -> _Set:
-    """Return the tables of a folder with `train` and `val`."""
     option = f"--{name}"
     if any(Path(folder).glob("*.tar")):
         raise DataError("this is one split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}")
@@ -146,7 +145,6 @@ def _open(folder: str, name: str) -> _Set:
 
 
 def _check_other(data: _Set, general: _Set) -> None:
-    """Check that the domain data and the general data share no shards."""
     shared = shared_shards([data.train, data.test], [general.train, general.test])
     if shared:
         raise ConfigError(
@@ -210,7 +208,6 @@ def _describe(model: _Model, job: Job, one: _Set) -> dict[str, Any]:
 def _measure(
     asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job], progress: Progress | None
 ) -> dict[str, Any]:
-    """Return metrics, reasons for missing metrics, and warnings."""
     names = tuple(name for name in asked if name in PROBES or not no_text)
     reasons: dict[str, dict[str, str]] = {name: dict(no_text) for name in asked if name not in names}
     statistics: dict[str, dict[str, Statistics]] = {}
@@ -242,11 +239,7 @@ def _in_words(reasons: dict[str, str]) -> str:
 
 
 def compared(before: Statistic, after: Statistic) -> dict[str, Any]:
-    """Return two metrics on the same clusters, their difference with its paired interval, and the direction of change.
-
-    Raises:
-        ValueError: they are on different clusters.
-    """
+    """Return two metrics on the same clusters, their difference with its paired interval, and its direction."""
     difference = after.minus(before).estimate
     return {
         "before": before.estimate.as_dict(),
@@ -263,11 +256,6 @@ def _change(difference: Estimate) -> str:
 
 
 def _draw(jobs: dict[str, Job]) -> Picture:
-    """Return the patch features of both models side by side.
-
-    Raises:
-        NotMeasuredError: a model has no square grid of patches, or its features contain NaN.
-    """
     shown = {role: EvaluationPictures(job, None) for role, job in jobs.items()}
     features = {role: (drawing.images, drawing.patch_features) for role, drawing in shown.items()}
     return dense_pca_side_by_side(shown[BEFORE].names, features)

@@ -47,11 +47,7 @@ class Patches:
 
 
 class PatchCollector:
-    """Collector of patches from images in the order of the table.
-
-    Args:
-        limit: maximum number of patches, sampled from all; None for all.
-    """
+    """Collector of patches from images in the order of the table. Above `limit`, it keeps a uniform sample of them."""
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
@@ -65,14 +61,9 @@ class PatchCollector:
     def add(
         self, first: int, masks: list[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
     ) -> None:
-        """Sample patches of a batch. Tokens that do not form a square grid are ignored.
-
-        Args:
-            first: index of the batch's first image in the table.
-            masks: (S, S) for every image, None without a mask.
-            tokens_BLD: the model's features of all patches.
-            images_BCHW: raw pixels; None unless the pixel baseline is requested.
-        """
+        """Sample patches of a batch whose first image has index `first` in the table. `masks` are (S, S), None for
+        images without a mask. `images_BCHW` is only needed for the pixel baseline. Tokens that do not form a square
+        grid are ignored."""
         side = math.isqrt(tokens_BLD.shape[1])
         if side * side != tokens_BLD.shape[1]:
             self.fault = f"the model has {tokens_BLD.shape[1]} patches, which are no square grid"
@@ -120,12 +111,8 @@ class PatchCollector:
 
 
 def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
-    """Return the most common class of every patch, `NO_CLASS` if most of its pixels have none: (side²).
-
-    Args:
-        mask_SS: class of every pixel.
-        side: patches along a side; the mask is split as evenly as possible.
-    """
+    """Return the most common value of each of side² patches, which can be `NO_CLASS`. The mask is split as evenly as
+    possible."""
     rows = np.arange(mask_SS.shape[0]) * side // mask_SS.shape[0]
     columns = np.arange(mask_SS.shape[1]) * side // mask_SS.shape[1]
     patch = rows[:, None] * side + columns
@@ -141,13 +128,7 @@ def pixel_patches(images_BCHW: Tensor, side: int) -> Tensor:
 
 
 def mean_iou(predicted_P: NDArray[np.int64], truth_P: NDArray[np.int64], clusters: Clusters) -> Statistic:
-    """Return the mean IoU over the classes in `truth_P`, as a function of resampled clusters.
-
-    Args:
-        predicted_P: predicted class of every patch.
-        truth_P: ground truth.
-        clusters: of the same patches.
-    """
+    """Return the mean IoU over the classes in `truth_P`, as a function of resampled clusters."""
     classes, truth = np.unique(truth_P, return_inverse=True)
     count, drawn = len(classes), np.unique(clusters.of, return_inverse=True)[1]
     # a prediction of an absent class is wrong, and only counts in the union of the true class
@@ -178,8 +159,6 @@ def iou_of_clusters(
         both_CK: intersection per class, by cluster in the order of `np.unique`.
         counted_CK: a class counts if this is positive in a resampled cluster.
         either_CK: union per class.
-        clusters: of the counted units.
-        samples: number of counted units, for the record.
     """
 
     def mean(chosen: NDArray[np.int64]) -> float:

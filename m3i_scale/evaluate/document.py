@@ -20,15 +20,7 @@ def document_of(
     clusters: Clusters,
     train_data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the document of `evaluate`, still without metrics.
-
-    Args:
-        folder: of the model.
-        model: description of the model except its name and origin.
-        data: result of `describe` for the test data.
-        clusters: of the test data.
-        train_data: result of `describe` for the training data, if any.
-    """
+    """Return the document of `evaluate`, still without metrics. `data` and `train_data` are results of `describe`."""
     return {
         "model": {"name": folder.resolve().name, "path": str(folder), **model, "export": _exported_from(folder)},
         "data": data | {"cluster_unit": clusters.unit, "clusters": len(np.unique(clusters.of))},
@@ -39,12 +31,7 @@ def document_of(
 
 
 def describe(table: Table, shards: str) -> dict[str, Any]:
-    """Return the numbers of samples in a dataset by kind.
-
-    Args:
-        table: of the dataset, already filled.
-        shards: path of the dataset.
-    """
+    """Return the numbers of samples by kind in a dataset whose table is already filled."""
     return {
         "shards": shards,
         "samples": len(table),
@@ -64,14 +51,7 @@ def _exported_from(folder: Path) -> dict[str, Any] | None:
 
 
 def warnings_of(document: dict[str, Any], clusters: Clusters, test: Side, train: Side | None) -> list[str]:
-    """Return warnings for readers of the metrics. Moves the notes of probes out of the document.
-
-    Args:
-        document: with its metrics.
-        clusters: of the test data.
-        test: the test data.
-        train: the training data, if any.
-    """
+    """Return warnings for readers of the metrics. Moves the notes of probes out of the document."""
     warnings = [clusters.warning] if clusters.warning else []
     for block in (document["measures"], document.get("baseline", {}).get("measures", {})):
         warnings += [note for figures in block.values() for note in figures.pop("notes", [])]

@@ -99,7 +99,6 @@ def pool_tokens(hidden: Tensor, patches: int | None, pool: Pool) -> Tensor:
         hidden: (B, L, D) tokens, or a map (B, D, H, W). The last `patches` tokens are patch tokens. The first of the
             other tokens, if any, is the class token.
         patches: number of patch tokens; None if the model has no plain grid (then all tokens count as patches).
-        pool: mean of the patch tokens, class token, or both concatenated.
     """
     patches_BLD = patch_tokens(hidden, patches)
     mean_BD = patches_BLD.mean(dim=1)
@@ -216,18 +215,11 @@ def extract(
 ) -> dict[str, NDArray[np.float32]]:
     """Read all samples once, encode their center crops, and fill the table.
 
+    Return features by encoder, (N, D) in the order of the table; (0, 0) without usable samples.
+
     Args:
-        table: filled with the usable samples.
-        encoders: by name.
-        size: image size in pixels.
-        batch_size: images per forward pass.
         dense: replaces the encoder `model` and also returns patch features; `pixels` then gets patches too.
         collector: filled with patches of the samples with a mask; used with `dense`.
-        exclude_groups: see `read_samples`.
-        progress: callback for the number of samples read.
-
-    Returns:
-        By encoder, (N, D) in the order of the table; (0, 0) without usable samples.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
     done = 0

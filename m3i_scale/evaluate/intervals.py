@@ -34,7 +34,7 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean with its bootstrap interval."""
+    """Metric with its bootstrap confidence interval."""
 
     value: float
     low: float
@@ -58,7 +58,6 @@ class Statistic:
     """The metric of clusters by number, in the order of `np.unique(clusters.of)`; numbers may repeat."""
     clusters: Clusters
     samples: int
-    """Number of samples."""
 
     @property
     def value(self) -> float:
@@ -71,13 +70,10 @@ class Statistic:
         return bootstrap(self.of, self.clusters, samples=self.samples)
 
     def minus(self, other: Statistic) -> Statistic:
-        """Return the difference to another metric on the same clusters.
+        """Return the difference to another metric on the same clusters, over the same resamples (paired bootstrap).
 
-        Both use the same resamples (paired bootstrap). Samples that both get right (or wrong) carry no information
-        about which is better. So the interval is usually narrower than two separate intervals suggest.
-
-        Raises:
-            ValueError: the other metric is on other clusters.
+        Samples that both get right (or wrong) carry no information about which is better. So the interval is usually
+        narrower than two separate intervals suggest.
         """
         if not np.array_equal(np.unique(self.clusters.of), np.unique(other.clusters.of)):
             raise ValueError("the two figures are of different clusters")
@@ -98,15 +94,7 @@ def clusters_of(table: Table, *, preferred: tuple[str, ...] = ("concept", "famil
 
 
 def mean_of(values_N: NDArray[np.floating[Any]] | NDArray[np.bool_], clusters: Clusters) -> Statistic:
-    """Return the mean of `values_N` as a function of resampled clusters.
-
-    Args:
-        values_N: one value per sample, for example whether the prediction is correct.
-        clusters: of the same samples.
-
-    Raises:
-        ValueError: there are no values, or the clusters are of other samples.
-    """
+    """Return the mean of one value per sample, e.g. whether it is correct, as a function of resampled clusters."""
     if len(values_N) != len(clusters.of) or not len(values_N):
         raise ValueError(f"{len(values_N)} values for {len(clusters.of)} clustered samples")
     numbers = np.unique(clusters.of, return_inverse=True)[1]
@@ -128,16 +116,8 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Estimate:
-    """Return a statistic on all clusters, and its percentile interval.
-
-    Args:
-        statistic: function of clusters by number, in the order of `np.unique(clusters.of)`; numbers may repeat.
-        clusters: units to resample.
-        samples: number of samples, for the record.
-        level: confidence level.
-        resamples: number of bootstrap resamples.
-        seed: of the resampling, which is deterministic.
-    """
+    """Return a statistic on all clusters and its percentile interval; deterministic for a seed. `statistic` gets
+    clusters by number, in the order of `np.unique(clusters.of)`; numbers may repeat."""
     count = len(np.unique(clusters.of))
     generator = np.random.default_rng(seed)
     values = np.empty(resamples)

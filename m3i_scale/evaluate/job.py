@@ -38,13 +38,8 @@ class Reader:
     progress: Progress | None
 
     def __call__(self, table: Table, encoders: dict[str, Encoder], what: str) -> Side:
-        """Return the features of all samples by encoder, and fill the table.
-
-        Args:
-            table: of the samples, still empty.
-            encoders: by name.
-            what: `train data` for the training data of the probes.
-        """
+        """Return the features of all samples by encoder, and fill the table. `what` is `train data` for the training
+        data of the probes."""
         tell = self.progress
         # the probe is fitted on a sample of the training patches and evaluated on all test patches
         collector = PatchCollector(FIT_PATCHES if what == "train data" else None)
@@ -79,14 +74,8 @@ class Job:
 def measure_all(
     names: tuple[str, ...], encoder: str, job: Job, progress: Progress | None = None
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, Statistics]]:
-    """Return metrics, reasons for missing metrics, and comparable statistics, each by metric name.
-
-    Args:
-        names: of the metrics.
-        encoder: features to train the probes on.
-        job: encoded samples.
-        progress: callback for the current metric.
-    """
+    """Return metrics, reasons for missing metrics, and comparable statistics, each by metric name. Probes are trained
+    on the features of `encoder`."""
     figures: dict[str, Any] = {}
     absent: dict[str, str] = {}
     statistics: dict[str, Statistics] = {}

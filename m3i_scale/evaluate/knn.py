@@ -21,22 +21,8 @@ def knn_predict(
     classes: int,
     temperature: float = TEMPERATURE,
 ) -> dict[int, NDArray[np.int64]]:
-    """Predict classes for several values of k; each neighbor votes with exp(cosine / temperature).
-
-    Args:
-        train_ND: features of the labeled samples.
-        train_labels_N: their classes.
-        test_MD: features of the samples to classify.
-        neighbours: values of k.
-        classes: number of classes.
-        temperature: lower values weight close neighbors more.
-
-    Returns:
-        By k, (M) classes.
-
-    Raises:
-        ValueError: there are fewer training samples than neighbors.
-    """
+    """Predict classes (M) by k. Each neighbor votes with exp(cosine / temperature), so lower temperatures weight close
+    neighbors more."""
     if len(train_ND) < max(neighbours):
         raise ValueError(f"{len(train_ND)} training samples for {max(neighbours)} neighbours")
     train = torch.from_numpy(unit_rows(train_ND))

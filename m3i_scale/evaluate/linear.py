@@ -46,16 +46,8 @@ def linear_probe(
 ) -> LinearProbe:
     """Select C on a quarter of the training groups, fit on all training samples, and predict the test samples.
 
-    Features are standardized with mean and std of the fitted samples.
-
-    Args:
-        train_ND: features of the training samples.
-        train_labels_N: their classes.
-        groups_N: samples of one group (family) are never on both sides of the selection split.
-        test_MD: features of the test samples.
-
-    Raises:
-        ValueError: the training data have fewer than two classes or groups.
+    Features are standardized with mean and std of the fitted samples. Samples of one group (family) are never on both
+    sides of the selection split. Raise ValueError if there is no such split with two classes to fit.
     """
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
@@ -81,11 +73,7 @@ def _declines(accuracies: list[float]) -> bool:
 def selection_split(
     labels_N: NDArray[np.int64], groups_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return indices to fit on and to select C on. Groups are not split, and the fitted part has at least two classes.
-
-    Raises:
-        ValueError: none of the splits tried meets these conditions.
-    """
+    """Return indices to fit on, with at least two classes, and indices to select C on. Groups are not split."""
     if len(np.unique(labels_N)) < 2:
         raise ValueError("the training data have fewer than two classes")
     if len(np.unique(groups_N)) < 2:

@@ -46,11 +46,7 @@ class Side:
 
 
 def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
-    """Return the indices of the labeled training and test samples, and the training side.
-
-    Raises:
-        NotMeasuredError: there are none, or the sides have different classes.
-    """
+    """Return the indices of the labeled training and test samples, and the training side."""
     if train is None:
         raise NotMeasuredError("no training data (--train-data)")
     fit, asked = train.labelled(), test.labelled()
@@ -64,11 +60,7 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
 
 
 def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Statistics]:
-    """Compute k-nearest-neighbor accuracy for every k.
-
-    Raises:
-        NotMeasuredError: see `probe_sides`, or there are fewer training samples than neighbors.
-    """
+    """Compute k-nearest-neighbor accuracy for every k."""
     fit, asked, side = probe_sides(train, test)
     if len(fit) < max(NEIGHBOURS):
         raise NotMeasuredError(f"{len(fit)} labelled training samples for {max(NEIGHBOURS)} neighbours")
@@ -88,11 +80,7 @@ def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters
 def measure_linear(
     encoder: str, train: Side | None, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Compute linear-probe accuracy, and report the selection of C.
-
-    Raises:
-        NotMeasuredError: see `probe_sides`, or there are too few classes or families to select C.
-    """
+    """Compute linear-probe accuracy, and report the selection of C."""
     fit, asked, side = probe_sides(train, test)
     families = clusters_of(side.table, preferred=("family", "concept"))
     try:
@@ -117,11 +105,7 @@ def measure_linear(
 def measure_dense(
     encoder: str, train: Side | None, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Compute accuracy and mean IoU of a linear probe on patches.
-
-    Raises:
-        NotMeasuredError: no training data, no masks, or too few classes or families to select C.
-    """
+    """Compute accuracy and mean IoU of a linear probe on patches."""
     if train is None:
         raise NotMeasuredError("no training data (--train-data)")
     fitted, asked = _patches(train, "training"), _patches(test, "test")
@@ -178,11 +162,7 @@ def measure_advantage(model: Statistics, baseline: Statistics) -> dict[str, Any]
 def measure_zero_shot(
     images_NE: NDArray[np.float32], encode: TextEncoder, templates: tuple[str, ...], test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Compute zero-shot accuracy among the classes in the test data.
-
-    Raises:
-        NotMeasuredError: no labels, or a single class.
-    """
+    """Compute zero-shot accuracy among the classes in the test data."""
     asked = test.labelled()
     if not len(asked):
         raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
@@ -205,13 +185,8 @@ def measure_zero_shot(
 def measure_retrieval(
     images_NE: NDArray[np.float32], encode: TextEncoder, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
-    """Compute recall at 1, 5 and 10, if below the number of candidates, in both directions.
-
-    Intervals of text → image resample the clusters of captions.
-
-    Raises:
-        NotMeasuredError: fewer than two distinct captions.
-    """
+    """Compute recall at 1, 5 and 10, if below the number of candidates, in both directions. Intervals of text → image
+    resample the clusters of captions."""
     asked = np.asarray([n for n, caption in enumerate(test.table.captions) if caption], dtype=np.int64)
     captions, caption_of_N = distinct_captions([test.table.captions[n] or "" for n in asked])
     if len(captions) < 2:

@@ -47,7 +47,6 @@ class EncodedImages:
     left_out: Counter[str]
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.features_ND)
 
     def location(self, number: int) -> dict[str, str]:
@@ -96,11 +95,10 @@ def find_near_duplicates(
     device: str | None = None,
     advance: Advance | None = None,
 ) -> dict[str, Any]:
-    """Return groups of similar images; with `against`, evaluation images that are also in the sources.
+    """Return groups of similar images; with `against`, images of these evaluation shards that are also in the sources.
 
     Args:
         sources: folders of shards, brace patterns or single tars.
-        against: shards of an evaluation.
         features: model folder for comparison by features; None: by hashes.
         distance: maximum number of different hash bits; None: `DISTANCE`.
         similarity: minimum cosine of features; None: `SIMILARITY`.
@@ -157,7 +155,6 @@ def _check_options(by_features: bool, options: Mapping[str, object]) -> None:
 
 
 def _check_apart(sources: Sequence[str], against: Sequence[str]) -> None:
-    """Check that no shard is listed twice."""
     seen: set[Path] = set()
     for path in (path.resolve() for source in (*sources, *against) for path in local_shards(source)):
         if path in seen:

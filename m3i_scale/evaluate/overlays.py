@@ -67,23 +67,15 @@ def side_by_side(panels: list[Image.Image]) -> Image.Image:
 
 
 class Overlays:
-    """Writer of pictures of the first samples (image | ground truth | prediction) and of the class colors.
-
-    Args:
-        folder: created if missing; must be empty.
-        count: number of samples to draw.
-        classes: their names, by number.
-
-    Raises:
-        ConfigError: the folder cannot be created, or is not empty.
-    """
+    """Writer of pictures (image | ground truth | prediction) of the first `count` samples with a mask, and of the class
+    colors. `folder` is created if missing; it must be empty."""
 
     def __init__(self, folder: Path, count: int, classes: list[str]) -> None:
         self._folder, self._count, self._classes, self._drawn = folder, count, classes, 0
         make_folder(folder)
 
     def __call__(self, sample: Sample, predicted_HW: NDArray[np.uint8]) -> None:
-        """Draw a sample with the predicted class of every pixel, unless `count` samples are drawn."""
+        """Draw a sample with the predicted class of every pixel, unless it has no mask or `count` samples are drawn."""
         if sample.mask is None or self._drawn == self._count:
             return
         self._drawn += 1

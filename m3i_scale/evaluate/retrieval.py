@@ -47,13 +47,7 @@ def rank(
     images_NE: NDArray[np.float32], texts_UE: NDArray[np.float32], captions: list[str], caption_of_N: NDArray[np.int64]
 ) -> Retrieval:
     """Return ranks in both directions. Ties count against the model, so collapsed features get the worst rank.
-
-    Args:
-        images_NE: image embeddings.
-        texts_UE: embeddings of the distinct captions.
-        captions: the distinct captions.
-        caption_of_N: index of every image's caption.
-    """
+    `texts_UE` has the embeddings of the distinct `captions`."""
     image_to_text = [
         _ranks(block @ texts_UE.T, own[:, None] == np.arange(len(captions)))
         for block, own in zip(_chunks(images_NE), _chunks(caption_of_N), strict=True)

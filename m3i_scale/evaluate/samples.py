@@ -45,7 +45,6 @@ class Sample:
     mask: NDArray[np.uint8] | None = None
     """Class of every pixel (S, S), if masks are requested and the sample has one."""
     instances: Instances | None = None
-    """Its objects, if requested."""
 
 
 @dataclass
@@ -69,7 +68,6 @@ class Table:
     """Unusable masks, by reason; their samples still count."""
 
     def __len__(self) -> int:
-        """Return the number of samples added so far."""
         return len(self.keys)
 
     @property
@@ -107,15 +105,12 @@ def read_samples(
     categories: int | None = None,
     places: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Sample]:
-    """Yield samples of the table's shards in order, and add them to the table.
-
-    Unusable samples are counted in `table.left_out` by reason.
+    """Yield samples of the table's shards in order, and add them to the table, which must be empty. Unusable samples
+    are counted in `table.left_out` by reason.
 
     Args:
-        table: of the samples, still empty.
         image_size: None for full images and masks at their original size.
         exclude_groups: skip samples with one of these values as `group`.
-        masks: also read masks.
         categories: also read objects, with this number of categories; samples without objects are skipped.
         places: read the samples at these positions, in this order; None: all.
     """
@@ -145,11 +140,7 @@ def read_samples(
 
 
 def full_extent_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Return all pixels of an opened image, upright: (3, H, W).
-
-    Raises:
-        BadSampleError: the image cannot be decoded.
-    """
+    """Return all pixels of an opened image, upright: (3, H, W)."""
     lies = orientation(image)
     with decoding():
         return np.asarray(upright(on_white(image), lies), dtype=np.uint8).transpose(2, 0, 1)
@@ -167,16 +158,8 @@ def _mask(
 
 
 def centre_mask(mask: Image.Image | None, size: int | None, lies: int = 1) -> NDArray[np.uint8] | None:
-    """Crop the mask to the center square of the image, without mixing classes.
-
-    Args:
-        mask: in the stored orientation.
-        size: size of the square in pixels; None for the full mask.
-        lies: orientation of the image.
-
-    Raises:
-        BadSampleError: the mask cannot be decoded.
-    """
+    """Crop the mask, in the stored orientation, to the center square of the image, without mixing classes; size None:
+    the full mask. `lies` is the orientation of the image."""
     if mask is None:
         return None
     with decoding("mask"):

@@ -62,12 +62,8 @@ def why_no_towers(folder: Path) -> str | None:
 
 
 def has_head(folder: Path, kind: str) -> bool:
-    """Return whether a model folder is a feature export that includes the head of a target.
-
-    Args:
-        folder: of the model.
-        kind: of the target: category, segmentation.
-    """
+    """Return whether a folder is a feature export with the head of a target of this kind (`category`,
+    `segmentation`)."""
     path = folder / "heads" / "objective.json"
     if not path.is_file():
         return False
@@ -80,11 +76,8 @@ def has_head(folder: Path, kind: str) -> bool:
 
 
 def load_objective(folder: Path, device: torch.device) -> tuple[Objective, RunConfig, dict[str, list[str]]]:
-    """Load the training modules of a feature export, with their weights.
-
-    Returns:
-        The modules, their config, and the class names by label set.
-    """
+    """Load the training modules of a feature export, with their weights. Return the modules, their config, and the
+    class names by label set."""
     values = _read(folder / "heads" / "objective.json")
     run = parse_section(RunConfig, values.get("run"), where=str(folder / "heads" / "objective.json"), stored=True)
     try:

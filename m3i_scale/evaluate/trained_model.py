@@ -25,7 +25,6 @@ class EvaluationOptions:
     """Model, data and options of one evaluation; see `evaluate`."""
 
     folder: Path
-    """Folder of the model."""
     data: str
     device: torch.device
     batch_size: int | None
@@ -41,13 +40,8 @@ Evaluation = Callable[[EvaluationOptions], dict[str, Any]]
 
 
 def load_trained_model(folder: Path, measures: tuple[str, ...] | None, idle: list[str]) -> Evaluation | None:
-    """Return the function that evaluates a trained model; None for metrics of features.
-
-    Args:
-        folder: of the model.
-        measures: requested metrics; None: all.
-        idle: given options that only affect feature metrics.
-    """
+    """Return the function that evaluates a trained model; None for metrics of features. `idle` are the given options
+    that only affect feature metrics."""
     for name, module in MODELS.items():
         evaluate: Evaluation | None = importlib.import_module(module).find_model(folder, measures)
         if evaluate is not None and idle:

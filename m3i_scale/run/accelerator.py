@@ -1,5 +1,4 @@
-"""GPU checks before training, so that unusable GPUs are reported clearly instead of as hangs or CUDA and NCCL
-errors."""
+"""GPU checks before training: unusable GPUs are reported clearly, not as hangs or as CUDA and NCCL errors."""
 
 from __future__ import annotations
 
@@ -45,11 +44,7 @@ def extend_segments() -> None:
 
 def check_before_joining(devices: Path = Path("/dev")) -> None:
     """Check the GPU of this rank before the rendezvous, including silent fallback to the CPU. Let gloo use the network
-    interface of NCCL, unless one is set for gloo.
-
-    Args:
-        devices: folder with the device files of GPUs.
-    """
+    interface of NCCL, unless one is set for gloo. `devices` is the folder with the device files of GPUs."""
     name = get_accelerator().device_name()
     if name == "cpu":
         _check_driver(devices)
@@ -88,11 +83,7 @@ def check_distinct_cards() -> None:
 
 
 def check_card(config: dict[str, Any]) -> None:
-    """Check that this rank's GPU supports the precision of the run.
-
-    Args:
-        config: resolved DeepSpeed config.
-    """
+    """Check that this rank's GPU supports the precision of the run, given its resolved DeepSpeed config."""
     if get_accelerator().device_name() != "cuda":
         return
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
@@ -106,12 +97,8 @@ def check_card(config: dict[str, Any]) -> None:
 
 
 def check_memory(needed: int, tell: Callable[[str], None]) -> None:
-    """Check that this rank's device has enough memory for its known states.
-
-    Args:
-        needed: bytes of weights, optimizer states and EMA per rank.
-        tell: called if other processes use much of the memory but leave enough.
-    """
+    """Check that this rank's device has enough memory for its known states: `needed` bytes of weights, optimizer states
+    and EMA. `tell` is called if other processes use much of the memory but leave enough."""
     if get_accelerator().device_name() == "cpu":
         return
     total = get_accelerator().total_memory()
@@ -161,13 +148,8 @@ def _check_driver(devices: Path) -> None:
 
 
 def _interface_of_nccl(there: Mapping[str, list[str]]) -> str | None:
-    """Return the first network interface selected for NCCL, or None if none is selected or some are only excluded.
-
-    NCCL accepts prefixes, `=` for exact names, and `^` for exclusion.
-
-    Args:
-        there: addresses by interface.
-    """
+    """Return the first interface with an address that is selected for NCCL; None if none is selected or some are only
+    excluded. NCCL accepts prefixes, `=` for exact names, and `^` for exclusion."""
     choice = os.environ.get("NCCL_SOCKET_IFNAME", "")
     names = [name for name in choice.removeprefix("^").removeprefix("=").split(",") if name]
     if not names or choice.startswith("^"):

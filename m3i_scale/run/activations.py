@@ -1,5 +1,4 @@
-"""Activation checkpointing after the engine is initialized: measure memory budgets and report the checkpointed
-layers."""
+"""Activation checkpointing of an initialized engine: measure memory budgets and report the checkpointed layers."""
 
 from __future__ import annotations
 

@@ -34,7 +34,6 @@ class RankReport:
 
     rank: int
     losses: list[float]
-    """Losses of the micro-batches."""
     groups: list[str]
     """Names of metrics, and of gradients at the encoder output, that are not finite on this rank."""
     keys: list[str]
@@ -47,12 +46,8 @@ class RankReport:
 
 
 def report_of(rank: int, seen: Sequence[MicroBatchResult], gradients: Iterable[tuple[str, Tensor]]) -> RankReport:
-    """Return the report of this rank. Synchronizes with the device.
-
-    Args:
-        seen: micro-batches of the step.
-        gradients: names and norms at the encoder output.
-    """
+    """Return the report of this rank on the micro-batches of a step. `gradients` are names and norms at the encoder
+    output. Synchronizes with the device."""
     losses = torch.stack([micro.loss for micro in seen]).tolist()
     bad = [micro for micro, loss in zip(seen, losses, strict=True) if not math.isfinite(loss)]
     figures = [pair for micro in seen for pair in micro.figures.items()]
@@ -92,17 +87,8 @@ class BadStep:
 
 
 def write_bad_steps(output_dir: Path, step: int, why: str, steps: Iterable[BadStep], records: Iterable[Any]) -> str:
-    """Write `output_dir/bad_steps/step-00000100.json` on rank 0. Every rank must call it.
-
-    Args:
-        step: last step of the run.
-        why: reason in one sentence.
-        steps: last non-finite steps.
-        records: last records of metrics.jsonl.
-
-    Returns:
-        The path, or a message that writing failed, which must not hide why the run ends.
-    """
+    """Write `output_dir/bad_steps/step-00000100.json` on rank 0, with the last records of metrics.jsonl. Every rank
+    must call it. Return the path, or a message that writing failed, which must not hide why the run ends."""
     path = output_dir / FOLDER / f"step-{step:08d}.json"
     content = {"step": step, "why": why, "steps": [asdict(bad) for bad in steps], "records": list(records)}
     message: str = from_rank_0(lambda: _write(path, content))

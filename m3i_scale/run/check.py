@@ -46,13 +46,7 @@ _ANY_WIDTH = 768
 
 def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> list[UserError]:
     """Return all errors that `train` would raise at startup, except errors that only the machines of the run can
-    detect.
-
-    Args:
-        name_or_path: config file, or the name of a built-in one.
-        overrides: `section.key=value`.
-        ranks: number of ranks. None: skip checks that depend on it.
-    """
+    detect. If `ranks` is None, checks that depend on the number of ranks are skipped."""
     faults = Faults()
     values = faults.note(run_values, name_or_path, overrides)
     if values is None:
@@ -115,14 +109,8 @@ def stage_lines(run: RunConfig) -> list[str]:
 def warnings_of(
     name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
 ) -> list[str]:
-    """Return warnings about a config file. If it has errors, only warn about the valid values.
-
-    Args:
-        name_or_path: config file, or the name of a built-in one.
-        overrides: `section.key=value`.
-        ranks: number of ranks, or None if unknown.
-        ask_servers: read the manifests of remote shards. False if the run has errors, e.g. an unreachable server.
-    """
+    """Return warnings about a config file. If it has errors, only warn about the valid values. `ask_servers` reads the
+    manifests of remote shards. Pass False if the run has errors, e.g. an unreachable server."""
     try:
         values = run_values(name_or_path, overrides)
     except UserError:  # reported by `faults_of`
@@ -135,14 +123,8 @@ def warnings_of(
 def run_warnings(
     run: RunConfig, ranks: int | None, faulty: Collection[str] = (), *, ask_servers: bool = True
 ) -> list[str]:
-    """Return warnings about a run.
-
-    Args:
-        run: config with default values in place of values with errors.
-        ranks: number of ranks, or None if unknown.
-        faulty: dotted keys with errors.
-        ask_servers: see `warnings_of`.
-    """
+    """Return warnings about a run, which has default values in place of values with errors. `faulty` has their dotted
+    keys. See `warnings_of` for `ask_servers`."""
     errors = Faults()
     recipe = errors.note(parse_recipe, run.recipe)
     access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
@@ -171,13 +153,8 @@ def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
 
 
 class Checks(DataChecks):
-    """All checks of one run, except checks that depend on an invalid section.
-
-    Args:
-        ranks: number of ranks, or None if unknown.
-        at_fault: names of invalid sections, which hold default values instead.
-        here: whether this machine takes part in the run.
-    """
+    """All checks of one run, except checks that depend on an invalid section. `at_fault` names these sections, which
+    have default values instead. `here`: whether this machine takes part in the run."""
 
     def __init__(
         self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset(), *, here: bool = True
@@ -186,14 +163,7 @@ class Checks(DataChecks):
         self.here = here
 
     def resolve(self, faults: Faults) -> ResolvedRun | None:
-        """Run all checks and return the resolved run.
-
-        Args:
-            faults: receives the errors.
-
-        Returns:
-            The resolved run, or None if there are errors.
-        """
+        """Run all checks, add errors to `faults`, and return the resolved run, or None if there are errors."""
         run, before = self.run, len(faults.found)
         recipe = faults.note(parse_recipe, run.recipe) if self.has_no_errors("recipe") else None
         access, there = self.access(faults) if self.has_no_errors("data") else (None, False)
@@ -249,12 +219,8 @@ class Checks(DataChecks):
         return resolved if len(faults.found) == before else None
 
     def _check_stage(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
-        """Check one stage as if the run consisted of it alone.
-
-        Args:
-            number: index of the stage, from 0.
-            built: modules of the run on the `meta` device.
-        """
+        """Check one stage as if the run consisted of it alone. `built` has the modules of the run on the `meta`
+        device."""
         run = resolved.run.in_stage(number)
         size = run.image_size(built.student.image_size)
         with _of_stage(number, run.stages[0]):
@@ -309,11 +275,8 @@ def _of_stage(number: int, stage: Stage) -> Iterator[None]:
 
 
 def _check_borders(run: RunConfig, image_size: int) -> None:
-    """Check that consecutive stages differ, and that a single stage changes a setting.
-
-    Args:
-        image_size: image size of the backbone, in pixels.
-    """
+    """Check that consecutive stages differ, that a single stage changes a setting, and that several stages have no
+    memory budget for activations."""
     own = run.optim.micro_batch_size
     sizes = [(stage.image_size or image_size, stage.micro_batch_size or own) for stage in run.stages]
     if sizes == [(image_size, own)]:

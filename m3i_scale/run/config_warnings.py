@@ -1,7 +1,5 @@
-"""Warnings about valid settings that are probably mistakes: they have no effect, or an unintended one (wrong unit).
-
-`check` prints these warnings, and so does `train` at startup. A setting that cannot work is an error instead.
-"""
+"""Warnings about valid settings that are probably mistakes: they have no effect, or an unintended one (wrong unit). A
+setting that cannot work is an error instead."""
 
 from __future__ import annotations
 
@@ -37,13 +35,8 @@ class ConfigWarning:
 
 
 def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[str] = ()) -> list[str]:
-    """Return warnings about the values of a config.
-
-    Args:
-        run: config with default values in place of values with errors.
-        recipe: parsed recipe, or None if it has errors.
-        faulty: dotted keys with errors.
-    """
+    """Return warnings about a config, which has default values in place of values with errors. `faulty` has their
+    dotted keys. `recipe` is None if it has errors."""
     warnings = [*_optim(run), *_timeouts(run), *_task(run)]
     if recipe is not None:
         warnings += [*_targets(recipe), *_biases(recipe), *_augmentation(run, recipe)]

@@ -55,12 +55,8 @@ class DataFacts:
 
 
 class DataChecks:
-    """Data-related checks of a run, except checks that depend on an invalid section.
-
-    Args:
-        ranks: number of ranks, or None if unknown.
-        at_fault: names of invalid sections, which hold default values instead.
-    """
+    """Data-related checks of a run, except checks that depend on an invalid section. `at_fault` names these sections,
+    which have default values instead. `ranks` is None if unknown."""
 
     def __init__(self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset()) -> None:
         self.run, self.ranks, self.at_fault = run, ranks, at_fault
@@ -70,13 +66,8 @@ class DataChecks:
         return not self.at_fault.intersection(sections)
 
     def read(self, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool) -> DataFacts:
-        """Check the datasets against the recipe and read their properties.
-
-        Args:
-            access: access to remote servers; None if the section `data` is invalid.
-            faults: receives the errors.
-            there: whether the shards exist.
-        """
+        """Check the datasets against the recipe and read their properties. Errors are added to `faults`. `access` is
+        None if the section `data` is invalid; `there`: whether the shards exist."""
         facts = DataFacts(self.run)
         if self.has_no_errors("data"):
             faults.note(check_sources, self.run, recipe, access, there=there)

@@ -1,5 +1,4 @@
-"""Supply of micro-batches that keeps ranks in step: all ranks get a batch or none, and all end at the same global
-batch."""
+"""Supply of micro-batches that keeps ranks in step: all get a batch or none, and all end at the same global batch."""
 
 from __future__ import annotations
 
@@ -58,12 +57,7 @@ class Fetcher(Iterator[Batch]):
 
 
 class StepBatches(Iterator[Batch]):
-    """Iterator over the micro-batches of a stream that detects the end of the data before a step.
-
-    Args:
-        batches: iterator of the stream.
-        accumulation: micro-batches per step.
-    """
+    """Iterator over the micro-batches of a stream that detects the end of the data before a step."""
 
     def __init__(self, stream: TrainStream, batches: Iterator[Batch], accumulation: int) -> None:
         self._stream, self._batches, self._accumulation = stream, batches, accumulation
@@ -74,7 +68,6 @@ class StepBatches(Iterator[Batch]):
         """Number of corrupt samples over all ranks, set when the datasets are exhausted."""
 
     def __next__(self) -> Batch:
-        """Return the next micro-batch."""
         return self._held.popleft() if self._held else next(self._batches)
 
     def ended(self) -> bool:
@@ -116,13 +109,9 @@ def account_of_all(stream: TrainStream) -> Account:
 def stop_if_bad(
     stream: TrainStream, account: Account, reasons: dict[str, int] | None = None, *, begun: bool = True
 ) -> None:
-    """End the run if too much data is corrupt. All ranks have the same counts, so all of them end or none.
-
-    Args:
-        account: counts over all ranks.
-        reasons: counts by reason over all ranks. Default: gathered if needed.
-        begun: False if the datasets ended before the first step.
-    """
+    """End the run if too much data is corrupt. All ranks have the same counts, so all of them end or none. `account`
+    and `reasons` are counts over all ranks; without `reasons`, they are gathered if needed. `begun` is False if the
+    datasets ended before the first step."""
 
     def of_all() -> dict[str, int]:
         return summed_counts(stream.quarantined) if reasons is None else reasons

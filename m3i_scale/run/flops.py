@@ -25,11 +25,9 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
 
     Counts matrix products, convolutions and attention, on a batch in which every sample has every target and every
     caption has `text.max_tokens` tokens. Similarities with samples of other ranks are not included: they are only
-    counted within a micro-batch.
+    counted within a micro-batch. If the run has several stages (`RunConfig.in_stage`), the first one counts.
 
     Args:
-        run: config; if it has several stages (`RunConfig.in_stage`), the first one counts.
-        label_sets: class names by label space.
         vocab_size: vocabulary size of the tokenizer; None without a text target.
 
     Returns:

@@ -37,14 +37,7 @@ class Work:
 
 
 def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Return an estimate of the run time, or None if it is below one day. It assumes the MFU of plans.
-
-    Args:
-        work: FLOPs per step and peak.
-        steps: remaining steps.
-        batch_size: samples per step.
-        ranks: number of ranks.
-    """
+    """Return an estimate of the run time at the MFU of plans, or None if it is below one day. `steps` are remaining."""
     device = work.peak.source.partition("-")[0]
     mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
     seconds = steps * work.flop["model"] / (mfu * work.peak.tflops * 1e12 * ranks)

@@ -1,5 +1,4 @@
-"""Resource requirements of a run, and cheap checks before the engine starts. `m3i-scale doctor` runs the full
-checks."""
+"""Resource requirements of a run, and cheap checks before the engine starts. `m3i-scale doctor` runs all checks."""
 
 from __future__ import annotations
 
@@ -47,15 +46,8 @@ def needs_of(
     ranks_here: int,
     config: dict[str, Any] | None = None,
 ) -> Needs:
-    """Return the minimum resources that a run needs on a node. The model is built on `meta`, without memory.
-
-    Args:
-        label_sets: class lists of the datasets.
-        vocab_size: tokens of the text tower, if any.
-        world_size: ranks on all nodes.
-        ranks_here: ranks on this node.
-        config: resolved DeepSpeed config, if known.
-    """
+    """Return the minimum resources that a run needs on a node with `ranks_here` of all ranks. The model is built on
+    `meta`, without memory. `config` is the resolved DeepSpeed config, if known."""
     recipe, model = parse_recipe(run.recipe), backbone_config(run.backbone)
     if config is None:
         config = resolve_engine(run, world_size, model.hidden_size).config
@@ -106,12 +98,8 @@ def _retained_bytes(config: CheckpointConfig, checkpoint: int, count: int) -> in
 
 
 def check_software(run: RunConfig) -> None:
-    """Check that all ranks have the same code, Python, packages and config. Every rank must call it, before any other
-    collective operation.
-
-    Raises:
-        HostsNotReadyError: nodes that differ from rank 0's, with the differences.
-    """
+    """Check that all ranks have the same code, Python, packages and config. If not, all ranks raise an error with the
+    differences to the node of rank 0. Every rank must call it, before any other collective operation."""
     if dist.get_world_size() == 1:
         return
     own = together(
@@ -130,15 +118,8 @@ def check_software(run: RunConfig) -> None:
 
 def check_machines(resolved: ResolvedRun, tell: Callable[[str], None]) -> None:
     """Run the cheap `doctor` checks on every node before a run starts: memory, /dev/shm, file limits, disk space for a
-    checkpoint, and every rank's GPU. Every rank must call it.
-
-    Args:
-        tell: called on a rank whose GPU is also used by other processes that leave enough memory.
-
-    Raises:
-        HostsNotReadyError: all failed checks, on all ranks.
-        UserError: a GPU is too old, too small, or has too little free memory.
-    """
+    checkpoint, and every rank's GPU. Every rank must call it, and all ranks raise together. `tell` is called on a rank
+    whose GPU is also used by other processes that leave enough memory."""
     together(lambda: check_card(resolved.deepspeed.config), names_rank=True)
     looks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank per node
     nothing: tuple[list[Finding], int] = [], 0

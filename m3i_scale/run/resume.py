@@ -27,11 +27,8 @@ _NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
 
 
 def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to resume from, and notes on checkpoints that were skipped as invalid.
-
-    Args:
-        contents: verify every byte of the checkpoint; only use it on one rank. False: see `verify`.
-    """
+    """Return the checkpoint to resume from, and notes on checkpoints that were skipped as invalid. `contents` verifies
+    every byte of the checkpoint, so only use it on one rank; for False, see `verify`."""
     checkpoint, notes = _find_resume(run, contents)
     if checkpoint is None and run.data.changed_datasets:
         raise ConfigError(
@@ -98,8 +95,9 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
 
 
 def check_counts(checkpoint: Path, batch_size: int) -> None:
-    """Validate that the step counts of a checkpoint are consistent. Skipped steps and steps undone by a rollback, also
-    in a parent run, count for the data only. Call it on one rank: it reads a file of every rank."""
+    """Validate that the step counts of a checkpoint are consistent. Steps that the engine skipped are steps, but not
+    optimizer steps. Steps undone by a rollback, also in a parent run, only count in the data position. Call it on one
+    rank: it reads a file of every rank."""
     meta = read_meta(checkpoint)
     files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
     try:
@@ -147,7 +145,6 @@ def _saved_stages(meta: dict[str, Any], checkpoint: Path) -> list[Stage]:
 
 
 def _changed_stages(run: RunConfig, saved: list[Stage]) -> list[str]:
-    """Return a note if the stages changed."""
     changes = format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages)))
     return [f"stages changed: {', '.join(changes)}"] if changes else []
 
@@ -164,7 +161,6 @@ def _sizes_until(run: RunConfig, step: int) -> str:
 
 
 def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
-    """Return notes on changes of the number of ranks, ZeRO stage or precision."""
     now = computed_shape(resolved, int(meta["step"]), world_size)
     notes = [
         f"resharded: {key} was {meta.get(key)}, is {value}"

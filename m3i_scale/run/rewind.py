@@ -43,11 +43,8 @@ class Rewinds:
     """Rollbacks of one run so far, including before restarts. Identical on every rank."""
 
     def __init__(self, output_dir: Path, *, anew: bool) -> None:
-        """Read the file. Every rank must call it.
-
-        Args:
-            anew: the run starts at step 0, so rollbacks of an earlier run in this folder do not count.
-        """
+        """Read the file. Every rank must call it. A run that starts `anew`, at step 0, deletes the rollbacks of an
+        earlier run in this folder."""
         self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
         self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(anew))
 
@@ -70,19 +67,11 @@ class Rewinds:
     def begin(
         self, spike: Spike, data_state: dict[str, Any], *, batch_size: int, most: int
     ) -> tuple[Path, Rewind] | None:
-        """Select the checkpoint to roll back to, record the rollback, and delete later checkpoints. Every rank must
-        call it.
+        """Select the checkpoint to roll back to, record the rollback, and delete later checkpoints. Return None if
+        there is no valid checkpoint before the spike. Every rank must call it.
 
         A checkpoint of step s is acceptable if the loss of step s + 1, computed with its weights, was within the limit.
-
-        Args:
-            spike: confirmed loss spike.
-            data_state: current data position of this rank, where training continues.
-            batch_size: samples per step.
-            most: maximum number of rollbacks.
-
-        Returns:
-            None if there is no valid checkpoint before the spike.
+        `data_state` is the current data position of this rank, where training continues.
         """
         checkpoint: Path | None = from_rank_0(lambda: newest_before(self._root, spike.since - 1))
         if checkpoint is None:

@@ -68,9 +68,7 @@ class ResolvedRun(RunWithData):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return the properties that a run must share with a checkpoint to resume from it: model shape and objective.
-
-        The first access reads all teacher files completely, so only use it on one rank.
-        """
+        The first access reads all teacher files completely, so only use it on one rank."""
         run = self.run
         model = backbone_config(run.backbone).to_diff_dict()
         for key in ("transformers_version", "_name_or_path"):  # irrelevant for the weights
@@ -91,7 +89,6 @@ class ResolvedRun(RunWithData):
         } | self._task_identity()
 
     def _task_identity(self) -> dict[str, Any]:
-        """Return the settings that identify the result of a task."""
         run = self.run
         if run.task is None:
             return {}
@@ -138,11 +135,8 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
 def open_data(
     resolved: ResolvedRun, ranks: ProcessGroupRanks, workers: Sequence[PartWorkers] = ()
 ) -> tuple[TrainStream, TrainStream | None]:
-    """Open the training and validation streams of this rank. Every rank must call it.
-
-    Args:
-        workers: result of `started_workers`. Without it, each iterator starts its worker processes.
-    """
+    """Open the training and validation streams of this rank. Every rank must call it. `workers` is the result of
+    `started_workers`; without it, each iterator starts its worker processes."""
     of_training, of_validation = (*workers, None, None)[:2]
     stream = open_together(lambda: open_stream(resolved, ranks, of_training, pin=pinning()))
     if not resolved.run.data.validation:
@@ -160,12 +154,9 @@ def start_engine(
     *,
     reads_source: bool = True,
 ) -> tuple[Any, ShardedEma | None]:
-    """Build the partitioned modules, initialize the weights, and start DeepSpeed and the EMA.
-
-    Args:
-        report_start: called on rank 0 with a report on every tensor of `backbone.from_pretrained`.
-        reads_source: load the pretrained weights. False if a checkpoint is loaded right after.
-    """
+    """Build the partitioned modules, initialize the weights, and start DeepSpeed and the EMA. `report_start` is called
+    on rank 0 with a report on every tensor of `backbone.from_pretrained`. `reads_source` is False if a checkpoint is
+    loaded right after."""
     run = resolved.run
     allow_tf32(compute_dtype(resolved.deepspeed.config))
     engine = build_engine(

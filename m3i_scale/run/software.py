@@ -1,7 +1,5 @@
-"""Identify the software of this host (Python, packages, code, config), and compare it between hosts.
-
-A fact is plain JSON, because hosts send it to each other.
-"""
+"""Identify the software of this host (Python, packages, code, config), and compare it between hosts. A fact is plain
+JSON, because hosts send it to each other."""
 
 from __future__ import annotations
 
@@ -43,8 +41,7 @@ _IN_WHEEL = ("_recipes", "_protocols", "_ds_configs")
 
 
 def code() -> dict[str, Any]:
-    """Hash the package's files, recipes, protocols and DeepSpeed files, one hash over all, and include the commit of a
-    checkout."""
+    """Hash the package's files, recipes, protocols and DeepSpeed files, with the commit of a checkout."""
     files: dict[str, str] = {}
     folders = [resource_folder("recipes"), resource_folder("protocols"), resource_folder("ds_configs")]
     for folder in (_PACKAGE, *folders):

@@ -16,12 +16,8 @@ from m3i_scale.text import without_secrets
 
 
 def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, *, there: bool = True) -> None:
-    """Validate that dataset settings have an effect, and that every target has a dataset.
-
-    Args:
-        access: access to remote servers.
-        there: whether the shards exist. If not, files next to them are not checked.
-    """
+    """Validate that dataset settings have an effect, and that every target has a dataset. If the shards do not exist
+    (`there`), files next to them are not checked."""
     sources, file = run.data.datasets, recipe.labels_file
     for name, source in sources.items():
         where = f"data.datasets.{name}"
@@ -62,11 +58,7 @@ def check_sources(run: RunConfig, recipe: Recipe, access: Access | None = None, 
 
 
 def scored_targets(run: RunConfig, recipe: Recipe, access: Access | None = None) -> list[str]:
-    """Return the names of the targets whose scores evaluations compute.
-
-    Args:
-        access: access to remote servers.
-    """
+    """Return the names of the targets whose scores evaluations compute."""
     targets = recipe.targets if run.data.validation else []
     return [target.name for target in targets if target.check_scores(run, access)]
 

@@ -18,11 +18,7 @@ MOST_EPOCHS = 1600
 
 def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = None) -> Iterator[str]:
     """Yield warnings about the datasets of a run. Datasets that cannot be listed are reported as errors elsewhere.
-
-    Args:
-        ranks: number of ranks, or None if unknown.
-        access: access to remote servers; None: do not contact them.
-    """
+    Without `access`, remote servers are not contacted."""
     shards_of = {f"data.datasets.{name}": _listed(source, access) for name, source in run.data.datasets.items()}
     held_out = {f"data.validation.{name}": _listed(source, access) for name, source in run.data.validation.items()}
     pairs = [*combinations(shards_of.items(), 2)]

@@ -62,11 +62,7 @@ class SpikeWatch:
         return middle, middle + self.config.z * max(deviation, LEAST_DEVIATION * abs(middle))
 
     def add(self, step: int, loss: float) -> Spike | None:
-        """Add the loss of a step; a non-finite loss exceeds every limit.
-
-        Returns:
-            The spike, only at its `patience`-th step.
-        """
+        """Add a loss; a non-finite loss exceeds every limit. Return the spike, only at its `patience`-th step."""
         bounds = self.limit()
         if bounds is None or loss <= bounds[1]:
             self._above = 0

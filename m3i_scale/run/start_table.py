@@ -29,13 +29,9 @@ def print_start(report: dict[str, Any], run: RunConfig) -> None:
 
 
 def other_images(normalisation: Mapping[str, list[float]], image_size: int | None, run: RunConfig) -> list[str]:
-    """Return warnings about image settings that differ from the pretrained weights, which is often a mistake.
-
-    Args:
-        normalisation: of the weights, as in `Source`; empty if unknown.
-        image_size: of the weights, in pixels; None if their position embeddings fit any size.
-        run: the config.
-    """
+    """Return warnings about image settings that differ from the pretrained weights, which is often a mistake. The
+    `normalisation` of the weights is empty if unknown; `image_size` is None if their position embeddings fit any
+    size."""
     told = []
     seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
     if normalisation and normalisation != seen:

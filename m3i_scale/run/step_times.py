@@ -1,5 +1,4 @@
-"""Step timing by profiler section without device synchronization between logged steps, and collective timeouts: long
-at startup and around checkpoints, short within steps."""
+"""Step timing by profiler section without device synchronization between logged steps, and collective timeouts."""
 
 from __future__ import annotations
 
@@ -102,13 +101,8 @@ _LONG_STEPS = 2
 
 
 class Timeouts:
-    """Collective timeouts, adjusted during the training loop. Every rank must make the same calls.
-
-    Args:
-        timeouts: timeouts of the config.
-        step_times: its section changes update the heartbeat.
-        heartbeat: receives the timeouts, by which the elastic launcher detects a hang.
-    """
+    """Collective timeouts: long at startup and around checkpoints, short within steps. Every rank must make the same
+    calls. `heartbeat` receives the timeouts, by which the elastic launcher detects a hang."""
 
     def __init__(self, timeouts: TimeoutsConfig, step_times: StepTimes, heartbeat: Heartbeat) -> None:
         self._timeouts, self._step_times, self._heartbeat = timeouts, step_times, heartbeat
@@ -131,11 +125,8 @@ class Timeouts:
 
     @contextlib.contextmanager
     def outside_of_steps(self, name: str) -> Iterator[None]:
-        """Apply the startup timeout to work that one rank may do alone while the others wait, such as saving.
-
-        Args:
-            name: phase of this rank in the meantime. It remains after an error, for the error report.
-        """
+        """Apply the startup timeout to work that one rank may do alone while the others wait, such as saving. Meanwhile
+        `name` is the phase of this rank. It remains after an error, for the error report."""
         around = self._heartbeat.phase
         on_change, self._step_times.on_change = self._step_times.on_change, lambda phase: None
         if self._steps >= _LONG_STEPS:

@@ -19,14 +19,11 @@ _TELL_S = 60.0
 
 
 def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Request a run to stop, through a file in its output directory that rank 0 checks after every step. It works
-    across nodes, containers and launchers.
+    """Request a run to stop, through a file in its output directory that rank 0 reads at most once per second, before
+    an optimizer step. It works across nodes, containers and launchers.
 
     Args:
         run: output directory of the run, its config file, or the name of a built-in config file.
-        overrides: overrides of the config file.
-        wait: wait until the run has stopped.
-        tell: called with progress messages.
 
     Returns:
         `status` (`idle`, `asked`, `stopped`, `finished`, or `ended` for any other reason), `output_dir`, `step` and

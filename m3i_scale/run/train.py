@@ -58,12 +58,8 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
 
 
 def start(run: RunConfig, warnings: Sequence[str] = (), make_hooks: Sequence[MakeHook] = ()) -> Status:
-    """Connect to the other ranks and train.
-
-    Args:
-        warnings: warnings about the command line. Rank 0 prints them with the warnings about the run.
-        make_hooks: additional hooks, of extensions.
-    """
+    """Connect to the other ranks and train. `warnings` are about the command line; rank 0 prints them with the warnings
+    about the run. `make_hooks` creates additional hooks, of extensions."""
     extend_segments()
     torch.manual_seed(run.seed)
     with contextlib.ExitStack() as stack:
@@ -93,12 +89,9 @@ def start(run: RunConfig, warnings: Sequence[str] = (), make_hooks: Sequence[Mak
 
 
 def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
-    """Validate the run before the rendezvous and before anything is built.
-
-    Returns:
-        A function that returns the resolved run or raises its error. Call it after the rendezvous, because a node that
-        fails earlier would leave the others waiting.
-    """
+    """Validate the run before the rendezvous and before anything is built. Return a function that returns the resolved
+    run or raises its error. Call it after the rendezvous, because a node that fails earlier would leave the others
+    waiting. If all ranks are on this host, a UserError is raised at once."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         resolved = resolve_run(run, world)
@@ -147,17 +140,8 @@ def train(
     warnings: Sequence[str] = (),
     make_hooks: Sequence[MakeHook] = (),
 ) -> Status:
-    """Validate, lock, resume and train. Every rank must call it.
-
-    Args:
-        ranks: connected process group.
-        callbacks: used on rank 0 only.
-        heartbeat: reports the current phase of this rank.
-        resolve: returns the run that was resolved before the rendezvous, or raises its error.
-        workers: result of `started_workers`.
-        warnings: warnings about the command line.
-        make_hooks: additional hooks, of extensions.
-    """
+    """Validate, lock, resume and train. Every rank must call it. `callbacks` are used on rank 0 only; `resolve` returns
+    the run that was resolved before the rendezvous, or raises its error."""
     heartbeat = heartbeat or Heartbeat(None)
     heartbeat.at("open")
     check_distinct_cards()

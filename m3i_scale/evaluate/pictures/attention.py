@@ -30,23 +30,13 @@ class Attention:
     maps_NHL: NDArray[np.float64]
     """By head; a single map for models without attention."""
     title: str
-    """Description of the maps."""
 
 
 @torch.no_grad()
 def attention_of(model: Any, pixels_BCHW: Tensor, hidden: Tensor, patches: int | None) -> Attention:
     """Return the last attention of the class token, or of a pooling head (SigLIP). For other models, return the cosine
-    of every patch to the mean of all patches.
-
-    Args:
-        model: of `transformers`, in evaluation mode.
-        pixels_BCHW: its normalized input.
-        hidden: its last hidden state, see `pool_tokens`.
-        patches: number of patch tokens; None if the model has no plain grid.
-
-    Raises:
-        NotMeasuredError: the model has a class token but does not return its attention.
-    """
+    of every patch to the mean of all patches. The model must be in evaluation mode; `pixels_BCHW` is its normalized
+    input. See `pool_tokens` for `hidden` and `patches`."""
     tokens_BLD = patch_tokens(hidden, patches)
     head: Any = getattr(model, "head", None)
     if hidden.ndim == 3 and hidden.shape[1] > tokens_BLD.shape[1]:
@@ -91,11 +81,7 @@ def _eager(model: Any) -> Iterator[None]:
 
 
 def attention(images: Sequence[Image.Image], names: Sequence[str], shown: Attention) -> Picture:
-    """Return the picture `attention`: images, the mean over heads, and every head, each map scaled to its range.
-
-    Raises:
-        NotMeasuredError: the patches do not form a square grid, or the maps contain NaN.
-    """
+    """Return the picture `attention`: images, the mean over heads, and every head, each map scaled to its range."""
     check_finite(shown.maps_NHL)
     side, heads = side_of(shown.maps_NHL.shape[2]), shown.maps_NHL.shape[1]
     rows = []

@@ -71,13 +71,8 @@ def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sam
 
 
 def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
-    """Return a second view of an image (mirrored and cropped), and the index of the image's center patch. Also return
-    the index of the patch at the same location in the second view.
-
-    Args:
-        image: a square image.
-        side: patches along a side.
-    """
+    """Return a second view of a square image (mirrored and cropped), the index of the image's center patch, and the
+    index of the patch at the same location in the second view. `side` is in patches."""
     start, end = _START * image.width, (_START + _SHARE) * image.width
     view = image.resize(image.size, Image.Resampling.BICUBIC, box=(start, start, end, end))
     middle = side // 2
@@ -87,13 +82,8 @@ def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
 
 
 def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[str, Any]:
-    """Write the pictures of an evaluation, and return their entry for its document.
-
-    Args:
-        job: encoded samples.
-        folder: an existing folder.
-        keys: keys of the samples; None: a fixed selection.
-    """
+    """Write the pictures of an evaluation to an existing folder, and return their entry for its document. For `keys`,
+    see `EvaluationPictures`."""
     drawing = EvaluationPictures(job, keys)
     pictures, absent = drawing()
     try:
@@ -105,21 +95,12 @@ def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[st
 
 
 class EvaluationPictures:
-    """Pictures of an evaluation.
-
-    Args:
-        job: encoded samples.
-        keys: keys of the samples; None: a fixed selection.
-
-    Raises:
-        DataError: see `choose`.
-    """
+    """Pictures of an evaluation, for the samples with the given keys; None: a fixed selection."""
 
     def __init__(self, job: Job, keys: Sequence[str] | None) -> None:
         self._job, self._table = job, job.test.table
         self._numbers = choose(self._table, keys)
         self.keys = [self._table.keys[number] for number in self._numbers]
-        """Keys of the selected samples."""
         samples = read_again(self._table, self._numbers, job.vision.size)
         self.images = [image_of(samples[number].pixels) for number in self._numbers]
         """At the input size of the model."""
@@ -155,7 +136,6 @@ class EvaluationPictures:
 
     @cached_property
     def _hidden(self) -> Tensor:
-        """Return the hidden states of the selected samples."""
         return self._encode(self.images)
 
     @property
@@ -197,7 +177,6 @@ class EvaluationPictures:
         return [Cell(image, name) for image, name in zip(self.images, self.names, strict=True)]
 
     def _cells(self, candidates: Sequence[Sequence[Candidate]]) -> dict[int, Cell]:
-        """Read the images of candidates, and return their cells by index."""
         samples = read_again(self._table, (one.number for row in candidates for one in row), self._job.vision.size)
         return {number: Cell(image_of(sample.pixels), self._name(number)) for number, sample in samples.items()}
 

@@ -31,16 +31,8 @@ def chosen_classes(truth: Sequence[str], predicted: Sequence[str], most: int = M
 def row_shares(
     truth: Sequence[str], predicted: Sequence[str], classes: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the row-normalized confusion matrix, and the number of samples per class.
-
-    Args:
-        truth: class of every sample.
-        predicted: predictions for the same samples.
-        classes: of rows and columns; each must have samples.
-
-    Returns:
-        (K, K + 1), the last column for all other classes, and (K).
-    """
+    """Return the row-normalized confusion matrix (K, K + 1), the last column for all other classes, and the number of
+    samples per class (K). Each of the `classes` must have samples."""
     number = {name: place for place, name in enumerate(classes)}
     counts_KP = np.zeros((len(classes), len(classes) + 1), dtype=np.int64)
     for true, guess in zip(truth, predicted, strict=True):
@@ -51,13 +43,8 @@ def row_shares(
 
 
 def confusion(truth: Sequence[str], predicted: Sequence[str], by: str) -> Picture:
-    """Return the picture `confusion`: rows are true classes, columns predicted ones, values percent of the row.
-
-    Args:
-        truth: class names of the samples.
-        predicted: predicted class names.
-        by: name of the classifier.
-    """
+    """Return the picture `confusion`: rows are true classes, columns predicted ones, values percent of the row. `by` is
+    the name of the classifier."""
     classes = chosen_classes(truth, predicted)
     shares_KP, counts_K = row_shares(truth, predicted, classes)
     has_others = bool(shares_KP[:, -1].any())

@@ -23,11 +23,7 @@ _TAILS = (1.0, 99.0)
 
 
 def side_of(patches: int) -> int:
-    """Return the number of patches along a side.
-
-    Raises:
-        NotMeasuredError: they do not form a square grid.
-    """
+    """Return the number of patches along a side."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise NotMeasuredError(f"the model has {patches} patches, which are no square grid")
@@ -35,29 +31,18 @@ def side_of(patches: int) -> int:
 
 
 def check_finite(values: NDArray[np.float64]) -> None:
-    """Check that all values are finite.
-
-    Raises:
-        NotMeasuredError: there are NaN or infinite values.
-    """
+    """Raise NotMeasuredError if there are NaN or infinite values."""
     if not np.isfinite(values).all():
         raise NotMeasuredError("the features hold NaN or infinities")
 
 
 def pca_colours(tokens_NLD: NDArray[np.float64], brightness_NL: NDArray[np.float64]) -> tuple[NDArray[np.uint8], float]:
-    """Return the first three principal components of all patches as red, green and blue, and their fraction of the
-    variance.
+    """Return the first three principal components of all patches as red, green and blue (N, L, 3), and their fraction
+    of the variance, 0 to 1. Constant features are black, with fraction 0. At least three channels are required.
 
     All images share one basis and one range per component, so a color means the same feature in all of them. The sign
     of a component is chosen so that brighter patches get larger values. This depends on the images, not on the model's
     channels, so pictures are comparable across steps and models.
-
-    Args:
-        tokens_NLD: features of the patches, with at least three channels.
-        brightness_NL: of the same patches.
-
-    Returns:
-        (N, L, 3), and a fraction from 0 to 1; for constant features black, and 0.
     """
     tokens_PD = tokens_NLD.reshape(-1, tokens_NLD.shape[-1]).astype(np.float64)
     centred_PD = tokens_PD - tokens_PD.mean(axis=0)
@@ -79,11 +64,7 @@ def brightness(images: Sequence[Image.Image], side: int) -> NDArray[np.float64]:
 
 
 def dense_pca(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: NDArray[np.float64]) -> Picture:
-    """Return the picture `dense_pca`: images, and below them the components of their patches as colors.
-
-    Raises:
-        NotMeasuredError: the patches do not form a square grid, or their features contain NaN.
-    """
+    """Return the picture `dense_pca`: images, and below them the components of their patches as colors."""
     maps, share = _pca_maps(images, tokens_NLD)
     rows: list[list[Cell | None]] = []
     for start in range(0, len(images), _COLUMNS):
@@ -104,14 +85,8 @@ def dense_pca_side_by_side(
 ) -> Picture:
     """Return the picture `dense_pca` of several models: images, followed by the components of each model's patches.
 
-    Every model has a separate basis and range, see `pca_colours`.
-
-    Args:
-        names: of the images.
-        shown: by model, the images at its input size and the features of their patches.
-
-    Raises:
-        NotMeasuredError: the patches of a model do not form a square grid, or their features contain NaN.
+    `shown` has the images at the input size of each model, and the features of their patches. Every model has a
+    separate basis and range, see `pca_colours`.
     """
     maps_by_model = {model: _pca_maps(*of_model) for model, of_model in shown.items()}
     images = next(iter(shown.values()))[0]
@@ -156,17 +131,8 @@ def similarity(
 ) -> Picture:
     """Return the picture `similarity`: a marked patch, and its cosine to all patches of the image and of another view.
 
-    Args:
-        images: of any size.
-        names: of the images.
-        tokens_NLD: features of their patches.
-        others: another view of each image.
-        other_tokens_NLD: features of their patches.
-        patches_N: index of the marked patch in each image.
-        same_N: index of the patch at the same location in the other view.
-
-    Raises:
-        NotMeasuredError: the patches do not form a square grid, or their features contain NaN.
+    `patches_N` has the index of the marked patch in each image, `same_N` the index of the patch at the same location in
+    the other view.
     """
     check_finite(np.stack([tokens_NLD, other_tokens_NLD]))
     side = side_of(tokens_NLD.shape[1])

@@ -50,13 +50,8 @@ def image_of(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
 def grid(
     rows: Sequence[Sequence[Cell | None]], columns: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Return a picture of rows of cells of equal size.
-
-    Args:
-        rows: rows of cells; None leaves a cell empty, and rows may have different lengths.
-        columns: column headings.
-        captions: row headings.
-    """
+    """Return a picture of rows of cells of equal size, with headings of columns and of rows (`captions`). None leaves a
+    cell empty, and rows may have different lengths."""
     count = max([len(columns), *(len(row) for row in rows)])
     left = _MARGIN + (_CAPTION_WIDTH if any(captions) else 0)
     side = min(max((_WIDEST - left - _MARGIN) // count - _GAP, _LEAST), _MOST)
@@ -82,14 +77,8 @@ def grid(
 
 
 def heat_over(image: Image.Image, values_HW: NDArray[np.float64], low: float, high: float) -> Image.Image:
-    """Return the image in gray with values as colors over it, from black (`low`) to violet, red, orange and yellow.
-
-    Args:
-        image: of any size.
-        values_HW: grid that covers the image.
-        low: value of black.
-        high: value of yellow; if it equals `low`, everything is black.
-    """
+    """Return the image in gray with a grid of values as colors over it, from black (`low`) to violet, red, orange and
+    yellow (`high`). If all values and both limits are equal, everything is black."""
     share_HW = np.clip((values_HW - low) / max(high - low, np.finfo(np.float64).tiny), 0, 1)
     small = Image.fromarray((255 * share_HW).round().astype(np.uint8))
     shade_HW = np.asarray(small.resize(image.size, Image.Resampling.BILINEAR))
@@ -100,13 +89,8 @@ def heat_over(image: Image.Image, values_HW: NDArray[np.float64], low: float, hi
 
 
 def framed(image: Image.Image, box: tuple[float, float, float, float], colour: Colour = (255, 255, 255)) -> Image.Image:
-    """Return a copy with a framed region. The frame has a black outline, so it is visible on any background.
-
-    Args:
-        image: of any size.
-        box: left, top, right and bottom, as fractions of width and height.
-        colour: of the frame.
-    """
+    """Return a copy with a framed region: left, top, right and bottom, as fractions of width and height. The frame has
+    a black outline, so it is visible on any background."""
     copy, width = image.copy(), max(round(image.width / 96), 1)
     left, top, right, bottom = (
         round(share * side) for share, side in zip(box, (image.width, image.height) * 2, strict=True)
@@ -126,12 +110,7 @@ def text_cell(text: str) -> Image.Image:
 
 
 def drawable(text: str, letters: int | None = None) -> str:
-    """Return a text on one line, in letters of the built-in font: accents are dropped, other scripts become `?`.
-
-    Args:
-        text: any text.
-        letters: maximum length.
-    """
+    """Return a text on one line, in letters of the built-in font: accents are dropped, other scripts become `?`."""
     typed = text.translate(_TYPED)
     plain = "".join(one for one in unicodedata.normalize("NFKD", typed) if not unicodedata.combining(one))
     line = "".join(one if " " <= one <= "~" or one == "·" else "?" for one in " ".join(plain.split()))
@@ -139,7 +118,6 @@ def drawable(text: str, letters: int | None = None) -> str:
 
 
 def _fitted(cell: Cell, side: int) -> Image.Image:
-    """Return the image of a cell at the cell size."""
     image = ImageOps.pad(cell.image.convert("RGB"), (side, side), method=Image.Resampling.LANCZOS, color=_SOFT)
     if cell.frame is not None:
         ImageDraw.Draw(image).rectangle((0, 0, side - 1, side - 1), outline=cell.frame, width=max(side // 28, 2))

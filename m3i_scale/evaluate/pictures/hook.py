@@ -35,14 +35,8 @@ class Pictures(Hook):
     """Hook that writes visualizations to `output_dir/pictures`, one folder per step. It does not affect the run.
 
     Create it before resuming from a checkpoint: the streams are then at their start, so that the samples are the same
-    after every resume.
-
-    Args:
-        validation: stream of the validation datasets with the samples to visualize; None: use training samples.
-        device: device of this rank.
-
-    Raises:
-        DataError: some rank has no samples. Raised on all ranks.
+    after every resume. Without a validation stream, it uses training samples. If some rank has no samples, all ranks
+    raise DataError.
     """
 
     def __init__(self, state: TrainState, validation: TrainStream | None, device: torch.device) -> None:

@@ -26,11 +26,7 @@ class Predictions:
 
 
 def predictions_of(job: Job) -> Predictions:
-    """Predict classes with the trained classifier, else with kNN, else with zero-shot prompts.
-
-    Raises:
-        NotMeasuredError: none of them is available, or there are no labels.
-    """
+    """Predict classes with the trained classifier, else with kNN, else with zero-shot prompts."""
     if not len(job.test.labelled()):
         raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
     reasons = []

@@ -31,12 +31,8 @@ def best_of(
     scores_QC: NDArray[np.floating], right_of: Sequence[NDArray[np.bool_] | None], count: int = SHOWN
 ) -> list[list[Candidate]]:
     """Return the best candidates of every query, best first. If none of them is correct, append the best correct one.
-
-    Args:
-        scores_QC: −inf for non-candidates, such as the query itself.
-        right_of: by query, which candidates are correct; None if unknown.
-        count: number of best candidates.
-    """
+    Non-candidates, such as the query itself, have score −inf. `right_of` is None for queries whose correct candidates
+    are unknown."""
     candidates = []
     for scores_C, right_C in zip(scores_QC, right_of, strict=True):
         order = np.argsort(-scores_C, kind="stable")
@@ -80,15 +76,8 @@ def ranked(
     candidates_by_query: Sequence[Sequence[Candidate]],
     cell_of: Callable[[int], Cell],
 ) -> Picture:
-    """Return a picture of queries and their candidates, with correct ones in a green frame.
-
-    Args:
-        kind: of the picture.
-        queries: one per row.
-        names: of the queries, for the alternative text.
-        candidates_by_query: best first.
-        cell_of: returns the cell for a candidate's number.
-    """
+    """Return a picture of queries and their candidates, best first, with correct ones in a green frame. The alternative
+    text contains the `names` of the queries."""
     rows = []
     for query, candidates in zip(queries, candidates_by_query, strict=True):
         row = [query]

@@ -34,15 +34,8 @@ def draw_reconstruction(
     standardized: bool,
     names: Sequence[str],
 ) -> Picture:
-    """Return the picture `reconstruction`.
-
-    Args:
-        batch: on the CPU.
-        predicted: by target and input.
-        patches: rows and columns of patches in a view.
-        standardized: whether targets were normalized per patch; then true mean and contrast were restored.
-        names: of the samples to draw, which are the first of the batch.
-    """
+    """Return the picture `reconstruction` of the first samples of a batch on the CPU. `patches` are rows and columns
+    per view. With `standardized` targets (normalized per patch), the predictions have the true mean and contrast."""
     columns = [
         text
         for one in predicted

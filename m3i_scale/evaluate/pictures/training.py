@@ -38,13 +38,8 @@ class EncodedSamples:
 
 
 class TrainingPictures:
-    """Visualizations of a fixed set of samples during training.
-
-    Args:
-        objective: modules in training.
-        samples: samples on the CPU; their first crop is drawn.
-        seen: training samples on the CPU, for the picture of the input crops.
-    """
+    """Visualizations of a fixed set of samples (their first crop) during training. The picture of the input crops shows
+    `seen`, a batch of training samples. Both batches are on the CPU."""
 
     def __init__(self, resolved: ResolvedRun, objective: Objective, samples: Batch, seen: Batch) -> None:
         self._objective, self._samples, self._seen = objective, samples, seen
@@ -58,11 +53,7 @@ class TrainingPictures:
 
     @torch.no_grad()
     def encode(self, device: torch.device) -> EncodedSamples:
-        """Encode the samples. Under ZeRO-3, every rank must call it.
-
-        Args:
-            device: device of this rank.
-        """
+        """Encode the samples. Under ZeRO-3, every rank must call it."""
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]
         others_BCHW = torch.from_numpy(np.stack([np.asarray(other).transpose(2, 0, 1) for other in self._others]))
@@ -73,11 +64,7 @@ class TrainingPictures:
         return EncodedSamples(_host(tokens_BND), shown, _host(other_BND), reconstructed)
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
-        """Return all pictures that apply to the recipe and the samples.
-
-        Raises:
-            NotMeasuredError: features are not finite.
-        """
+        """Return all pictures that apply to the recipe and the samples."""
         return [
             self._views(),
             *self._reconstruction(encoded),
@@ -118,7 +105,6 @@ class TrainingPictures:
 
 
 def _classes(resolved: ResolvedRun, samples: Batch) -> list[str | None]:
-    """Return the class name of every sample, or None without a label."""
     sets = list(resolved.label_sets.values())
     numbers = zip(samples.label_sets_B.tolist(), samples.labels_B.tolist(), strict=True)
     return [sets[number][label] if number >= 0 and label >= 0 else None for number, label in numbers]

@@ -28,16 +28,9 @@ _TINT = 0.4
 def draw_views(
     batch: Batch, inputs: Sequence[EncodedInput], patches: tuple[int, int], *, mixed: bool, names: Sequence[str]
 ) -> Picture:
-    """Return the picture `views`. A batch contains only views, not source images. Each view is drawn at its location in
-    the source, and the rest is gray.
-
-    Args:
-        batch: on the CPU.
-        inputs: of the model, for this batch.
-        patches: rows and columns of patches in a view.
-        mixed: whether the inputs share a grid.
-        names: of the samples to draw, which are the first of the batch.
-    """
+    """Return the picture `views` of the first samples of a batch on the CPU. A batch contains only views, not source
+    images. Each view is drawn at its location in the source, and the rest is gray. `patches` are rows and columns per
+    view. If `mixed`, the inputs share a grid."""
     images_VB = [[image_of(pixels) for pixels in view.numpy()] for view in (*batch.images_VBCHW, *batch.small_VBCHW)]
     several = len(images_VB) > 1
     hiding = [(place, one) for place, one in enumerate(inputs) if one.hidden_BM.shape[1]]

@@ -74,8 +74,7 @@ class StepRecord:
     """Number of completed optimizer steps."""
     total_steps: int
     samples: int
-    """Samples that the weights were trained on since the first start of the run, over all ranks, without undone steps.
-    """
+    """Samples trained on since the first start of the run, over all ranks, without undone steps."""
     loss: float
     """Weighted sum over the groups of targets, in nats."""
     lr: float
@@ -87,11 +86,11 @@ class StepRecord:
     information: float
     """Mutual information in nats, summed over groups: a bound for Boltzmann groups, an estimate for Gaussian groups."""
     health: dict[str, float]
-    """Standard deviation and effective rank of features, by name, with or without the prefix `health/`."""
+    """Feature statistics such as standard deviation and effective rank; names may have the prefix `health/`."""
     ema_decay: float | None
     """EMA decay in this step; None without an EMA."""
     step_s: float
-    """Wall-clock seconds per optimizer step, including data loading."""
+    """Wall-clock seconds per optimizer step on the slowest rank, including data loading."""
     data_wait_s: float
     """Seconds of `step_s` that the slowest rank waited for data."""
     samples_per_s: float
@@ -306,11 +305,7 @@ class CallbackList(Callback):
 
 
 def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """Flatten nested numbers to names joined with `/`.
-
-    Raises:
-        TypeError: a value is not a number.
-    """
+    """Flatten nested numbers to names joined with `/`. Raise TypeError for any other value."""
     flat: dict[str, float] = {}
     for name, value in values.items():
         key = f"{prefix}/{name}"
@@ -324,12 +319,7 @@ def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def require(package: str, *, extra: str, setting: str) -> ModuleType:
-    """Import an optional package, with an installation hint if it is missing.
-
-    Args:
-        extra: extra of this package that installs it.
-        setting: config key that requires it.
-    """
+    """Import an optional package, or raise an error that names its `extra` and the config key that requires it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

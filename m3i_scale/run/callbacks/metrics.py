@@ -123,9 +123,6 @@ def cut_back(path: Path, step: int) -> None:
 
     From step 0 the run starts from scratch, so all lines move. The file is replaced atomically. If killed in between,
     the moved lines occur twice in the file of replaced lines, but none is lost.
-
-    Raises:
-        OSError: a file cannot be read or written.
     """
     if not path.exists():
         return

@@ -36,7 +36,6 @@ class _Bar(Progress):
     figures = _Figures()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, then the metrics."""
         yield self.make_tasks_table(self.tasks)
         yield self.figures
 
@@ -145,11 +144,8 @@ def smooth(mean_s: float | None, newest_s: float) -> float:
 
 
 def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
-    """Return the metrics of a step as text, the most important ones first.
-
-    Args:
-        moving: whether loss weights change. If so, show every group, because the total loss is not comparable.
-    """
+    """Return the metrics of a step as text, the most important ones first. If loss weights change (`moving`), show
+    every group, because the total loss is not comparable."""
     groups = [(name, figures) for name, figures in record.groups.items() if "loss" in figures]
     losses = ", ".join(
         f"{name} {figures['loss']:.4g}" + (f" × {figures['weight']:.3g}" if moving else "") for name, figures in groups

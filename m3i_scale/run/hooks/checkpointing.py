@@ -25,12 +25,8 @@ from m3i_scale.run.setup import run_yaml
 
 
 class Checkpointing(Hook):
-    """Hook that saves and commits checkpoints, and deletes checkpoints that no retention rule keeps.
-
-    Args:
-        resume_from: checkpoint to resume from; None to start at step 0.
-        guard: its state is saved in checkpoints.
-    """
+    """Hook that saves and commits checkpoints, with the state of `guard`, and deletes checkpoints that no retention
+    rule keeps. `resume_from` is None to start at step 0."""
 
     def __init__(self, state: TrainState, resume_from: Path | None, guard: Guard, rewinds: Rewinds) -> None:
         self._state, self._config, self._guard, self._rewinds = state, state.resolved.run.checkpoint, guard, rewinds
@@ -96,10 +92,8 @@ class Checkpointing(Hook):
         self._others_write = voted
 
     def post_step(self) -> bool:
-        """Save if due, otherwise commit a pending save that all ranks have written.
-
-        Asynchronous saves are committed some steps later; only then does `latest` point to them.
-        """
+        """Save if due, otherwise commit a pending save that all ranks have written. Asynchronous saves are committed
+        some steps later; only then does `latest` point to them."""
         state = self._state
         last = state.step == state.resolved.run.optim.steps
         due = state.stopping or last or state.step % self._config.every_steps == 0

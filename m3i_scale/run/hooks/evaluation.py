@@ -18,12 +18,7 @@ from m3i_scale.run.hooks.base import Hook, TrainState
 
 
 class Evaluation(Hook):
-    """Validation of the current student weights during training.
-
-    Args:
-        stream: stream of the validation datasets.
-        device: device of this rank.
-    """
+    """Validation of the current student weights during training, on the stream of the validation datasets."""
 
     def __init__(self, state: TrainState, stream: TrainStream, device: torch.device) -> None:
         self._state, self._stream, self._device = state, stream, device
@@ -45,7 +40,7 @@ class Evaluation(Hook):
         return False
 
     def on_finish(self) -> None:
-        """Evaluate the last step if the run ended early because the data is exhausted."""
+        """Evaluate the last step of a head sweep if the run ended early because the data is exhausted."""
         if self._chooses and self._is_behind and not self._state.stopping:
             self._evaluate()
 
@@ -56,11 +51,10 @@ class Evaluation(Hook):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return losses, nats, top-1 accuracies, mIoU and average precision. Every call uses the same micro-batches
-        without augmentation. Every rank must call it.
+        """Return losses, nats, top-1 accuracies, mIoU and average precision. Every rank must call it.
 
-        mIoU is computed over all pixels, and average precision over all images, each image once. Neither is a mean over
-        micro-batches.
+        Every call uses the same micro-batches without augmentation. mIoU is computed over all pixels, and average
+        precision over all images, each image once. Neither is a mean over micro-batches.
         """
         self._stream.load_state_dict(self._start)
         engine, run = self._state.engine, self._state.resolved.run
@@ -89,7 +83,6 @@ class Evaluation(Hook):
         return mean_over_ranks(totals) | computed
 
     def _scores(self) -> dict[str, Scores]:
-        """Return the scores of an evaluation by target."""
         resolved = self._state.resolved
         scores = {
             target.name: target.scores(resolved.label_sets)

@@ -34,10 +34,7 @@ class RunEndedError(UserError):
 
 class Guard(Hook):
     """Hook that detects non-finite steps and loss spikes after every step. Ranks only communicate about bad steps.
-
-    Args:
-        gradients: returns names and norms of this step's gradients at the encoder output, on this rank.
-    """
+    `gradients` returns names and norms of this step's gradients at the encoder output, on this rank."""
 
     def __init__(self, state: TrainState, gradients: Callable[[], list[tuple[str, Tensor]]]) -> None:
         run = state.resolved.run
@@ -151,11 +148,8 @@ class Guard(Hook):
 
 
 def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Validate the guard settings: reject settings without effect.
-
-    Args:
-        deepspeed: resolved DeepSpeed config.
-    """
+    """Reject guard settings that cannot work with the resolved DeepSpeed config, the steps or the checkpoint
+    settings."""
     if deepspeed.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(
             "'bf16.check_grad_overflow' is false: a gradient that is not finite would reach the weights",
@@ -189,11 +183,7 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
 
 def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
     """Validate that `checkpoint.max_gib` keeps the checkpoints that a rollback needs. This completes `check_guard` once
-    the engine exists and the size of a checkpoint is known.
-
-    Args:
-        checkpoint_bytes: size of one checkpoint.
-    """
+    the engine exists and the size of a checkpoint is known."""
     spike, saves = run.guard.spike, run.checkpoint
     if spike is None or saves.max_gib is None:
         return

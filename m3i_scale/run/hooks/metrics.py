@@ -2,7 +2,7 @@
 
 Effective ranks and the information of Gaussian targets need eigenvalues, which take one second of a core for wide
 models. Rank 0 computes them on a thread while training continues. Callbacks get the record once it is complete, by the
-next logged step at the latest. They get it before any other event.
+next logged step at the latest, and before any other event except progress.
 """
 
 from __future__ import annotations
@@ -22,12 +22,8 @@ from m3i_scale.run.meter import Meter
 
 
 class Metrics(Hook):
-    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0.
-
-    Args:
-        meter: meter of this rank.
-        guard: stores the last records for its failure report.
-    """
+    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0. `guard`
+    stores the last records for its failure report."""
 
     def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
         self._state, self._meter, self._guard = state, meter, guard

@@ -20,11 +20,8 @@ _CHECK_S = 1.0
 
 
 class Preemption(Hook):
-    """Graceful stop after a signal. All ranks vote, so that they stop after the same step.
-
-    Args:
-        output_dir: folder to check for stop requests; None on ranks that do not check.
-    """
+    """Graceful stop after a signal or a stop request. All ranks vote, so that they stop after the same step.
+    `output_dir` is checked for stop requests; None on ranks that do not check."""
 
     def __init__(self, state: TrainState, output_dir: Path | None = None) -> None:
         self._state, self._output_dir = state, output_dir

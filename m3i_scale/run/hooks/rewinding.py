@@ -10,12 +10,7 @@ from m3i_scale.run.spike import Spike
 
 
 class Rewinding(Hook):
-    """Rollback to a checkpoint after a confirmed loss spike.
-
-    Args:
-        guard: must judge the step before this hook runs.
-        checkpointing: loads the checkpoint.
-    """
+    """Rollback to a checkpoint after a confirmed loss spike. The guard must judge the step before this hook runs."""
 
     def __init__(self, state: TrainState, guard: Guard, checkpointing: Checkpointing, rewinds: Rewinds) -> None:
         self._state, self._guard, self._checkpointing, self._rewinds = state, guard, checkpointing, rewinds
