@@ -43,8 +43,8 @@ class Stored:
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
-    """Return tensors by folder and name (`tensors/weight/student.model.…`), independent of their sharding. Random
-    states include the file name: those of several ranks have the same name, but are separate tensors."""
+    """Return tensors by folder and name (`tensors/weight/student.model.…`), independent of their sharding. Names of
+    random states include the file name, because several ranks have states of the same name."""
     saved = SavedTensors(folder)
     tensors = {}
     for kind in saved.kinds():

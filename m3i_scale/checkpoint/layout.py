@@ -5,6 +5,7 @@ checkpoints/
   step-00000100/        committed
     tensors/            master weights, moments and EMA weights, in pieces of every rank, and their index (tensors.py)
     buffers.safetensors persistent buffers of heads and loss weighting
+    probe.safetensors   samples of the load-time sanity check (probe.py)
     random/             rank-00000.safetensors …  random states of the CPU and of the accelerator
     data/               rank-00000.json …  position in the data stream
     run.yaml meta.json

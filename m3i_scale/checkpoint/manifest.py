@@ -31,7 +31,7 @@ class Digest:
 
 @dataclass(frozen=True)
 class FileFault:
-    """A verification error of a committed folder; `line` is file and error in one line."""
+    """A verification error of a committed folder; `line` is the text for one line of output."""
 
     file: str
     """Path relative to the folder, with `/`; `.` for the folder itself."""

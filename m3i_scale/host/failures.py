@@ -47,14 +47,14 @@ class Failure:
     """Unix seconds, on the supervisor's clock if known."""
     host: str
     rank: int | None
-    """None for the complete host."""
+    """None for the complete host, or if the rank is unknown."""
     step: int | None
     """Completed optimizer steps."""
     phase: str | None
     kind: Kind
     message: str
     exit_code: int | None = None
-    """As a shell reports it; negative: the signal that ended it."""
+    """As `subprocess` returns it; negative: the signal that ended the process."""
     lines: list[str] = field(default_factory=list)
     """The last lines of its log."""
     trace: list[str] = field(default_factory=list)
