@@ -15,11 +15,11 @@ _INTERRUPTED = 130
 
 
 def run() -> None:
-    """Run the command line and end the process.
+    """Run the command line and end the process without interpreter shutdown.
 
-    The process exits without interpreter shutdown. DeepSpeed's hooks keep an engine alive, with threads of the process
-    group. After an error, a thread may still be writing a checkpoint. Normal shutdown sometimes aborts on these threads
-    or waits for them. All open files are closed before.
+    DeepSpeed's hooks keep an engine alive, with threads of the process group, and after an error a thread may still
+    write a checkpoint. Normal shutdown sometimes aborts on these threads or waits for them. Open files are closed
+    before.
     """
     end_with_parent()  # before the imports, which take seconds in which the parent may end
     if sys.argv[1:2] not in _STARTERS:

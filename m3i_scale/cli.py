@@ -456,12 +456,12 @@ app.add_typer(finetune_app, name="finetune")
 
 
 def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Drop --local_rank=N, which the `deepspeed` launcher adds first; LOCAL_RANK has the same value."""
+    """Drop --local_rank=N, which the `deepspeed` launcher adds; LOCAL_RANK has the same value."""
     return [item for item in arguments if not item.startswith("--local_rank=")]
 
 
 def _check_dotted_options(arguments: list[str]) -> None:
-    """Raise an error for options with a dot, such as `--optim.lr 1e-3`: settings have no leading dashes here."""
+    """Reject options with a dot, such as `--optim.lr 1e-3`: settings have no leading dashes here."""
     for item in arguments:
         match = re.fullmatch(r"--?([A-Za-z_]\w*(?:\.\w+)+)(=.*)?", item, re.DOTALL)
         if match:
@@ -484,10 +484,8 @@ def main() -> None:
 
 
 def _format_error(error: UserError, rank: str | None) -> Text:
-    """Return a message that rank 0 prints in full and others on one line. One call prints it, so lines do not mix.
-
-    If not all ranks are known to have the error, each prints all of it, on one line.
-    """
+    """Return a message that rank 0 prints in full and others on one line. One call prints it, so lines do not mix. If
+    not all ranks are known to have the error, each prints all of it, on one line."""
     head = Text("error: " if rank is None else f"[rank {rank}] error: ", style="bold red")
     if rank in (None, "0"):
         text = str(error)

@@ -10,7 +10,7 @@ CGROUP = Path("/sys/fs/cgroup")
 DEVICES = Path("/dev")
 THREADS = "OMP_NUM_THREADS"
 _MAX_THREADS = 8
-"""Limit for ranks with a GPU: their CPU work (launching kernels, collating batches) is too small for more threads."""
+"""For ranks with a GPU: their CPU work (launching kernels, collating batches) is too small for more threads."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -25,12 +25,8 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
 
 def container_limit(name: str, cgroup: Path = CGROUP) -> tuple[Path, str] | None:
-    """Return a limit of this process's cgroup, and the folder that sets it; None without a limit.
-
-    Args:
-        name: the file with the limit, for example `memory.max`.
-        cgroup: the cgroup root, version 2.
-    """
+    """Return a limit of this process's cgroup (version 2), e.g. `memory.max`, and the folder that sets it; None without
+    a limit."""
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
         for folder in (cgroup / group, cgroup):  # in a container, the root is the container's cgroup
@@ -43,27 +39,23 @@ def container_limit(name: str, cgroup: Path = CGROUP) -> tuple[Path, str] | None
 
 
 def default_threads(ranks: int, cores: int) -> int:
-    """Return the default number of threads per rank, for when OMP_NUM_THREADS is not set."""
+    """Return the cores per rank, at most 8 with a GPU, as the number of threads if OMP_NUM_THREADS is not set."""
     threads = max(1, cores // ranks)
     has_gpu = any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "kfd").exists()  # torch is not imported yet
     return min(_MAX_THREADS, threads) if has_gpu else threads
 
 
 def threads_of(environment: Mapping[str, str]) -> int | None:
-    """Return OMP_NUM_THREADS; None if it is not set or not a number. For nested levels, return the outer one."""
+    """Return OMP_NUM_THREADS, of nested levels the outer one; None if it is not set or not a number."""
     first = environment.get(THREADS, "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else None
 
 
 def limit_threads(environment: MutableMapping[str, str], ranks: int) -> None:
-    """Set OMP_NUM_THREADS to the cores of this host divided by its ranks, if it is not set.
+    """Set OMP_NUM_THREADS in `environment` to `default_threads`, if it is not set.
 
     Call this before torch is imported, because OpenMP reads its variables then. Waiting threads sleep instead of
     spinning: on two cores with other processes, a training step with spinning threads is 20 times slower.
-
-    Args:
-        environment: of this process; modified in place.
-        ranks: number of ranks on this host.
     """
     environment.setdefault(THREADS, str(default_threads(ranks, usable_cores())))
     if not any(name in environment for name in _WAITING):

@@ -15,12 +15,7 @@ _SHARD = ".tar"
 
 
 def local_path(place: str | Path, where: str | None = None) -> Path:
-    """Return a path on this machine, with `~` expanded.
-
-    Args:
-        place: path as the user wrote it.
-        where: setting or option to name in errors.
-    """
+    """Return a path on this machine, with `~` expanded; errors name the setting or option `where`."""
     text = os.fspath(place)
     if (scheme := _ADDRESS.match(text)) is not None:
         address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
@@ -48,7 +43,7 @@ def local_path(place: str | Path, where: str | None = None) -> Path:
 
 
 def check_destination(place: str | Path, where: str | None = None) -> Path:
-    """Return `local_path`. Raise an error for a shard or a folder that contains shards."""
+    """Return `local_path`; raise ConfigError for a shard or a folder that contains shards."""
     path = local_path(place, where)
     shard = _shard_at(path)
     if shard is not None:

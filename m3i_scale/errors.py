@@ -119,7 +119,7 @@ class Faults:
         self.found: list[UserError] = []
 
     def note(self, look: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | None:
-        """Call `look` and return its result. If it raises a `UserError`, store the error and return None."""
+        """Call `look` and return its result. If it raises a `UserError`, store it and return None."""
         try:
             return look(*given, **named)
         except FaultsError as error:

@@ -20,11 +20,8 @@ _BLOCK_BYTES = 1 << 20
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a directory, are on disk.
-
-    Raises:
-        OSError: the disk is full or broken (some file systems report it only here).
-    """
+    """Wait until a file, or the entries of a directory, are on disk. Raise OSError if the disk is full or broken; some
+    file systems report it only here."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,16 +36,12 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` at the end. After a kill or an error, the old file remains.
-
-    Concurrent writers are safe: the last one wins.
+    Concurrent writers are safe: the last one wins. Errors name `path`.
 
     Args:
         path: target, in an existing folder.
         mode: file mode from the first byte on. None: 0666 minus the umask.
         durable: sync the file and its name to disk. False: for files that are recreated if a power cut corrupts them.
-
-    Raises:
-        OSError: the write failed; the error names `path`.
     """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
@@ -74,11 +67,7 @@ def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> I
 
 
 def atomic_write(path: Path, text: str, *, mode: int | None = None, durable: bool = True) -> None:
-    """Write a text file atomically: after a kill there is either the old or the new file (see `replacing`).
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Write a text file atomically: after a kill there is either the old or the new file (see `replacing`)."""
     with replacing(path, mode=mode, durable=durable) as file:
         file.write(text.encode())
 
@@ -93,9 +82,6 @@ def atomic_dir(target: Path, *, replace: bool = False, alone: bool = False, dura
         replace: replace a non-empty `target` when the new folder is complete.
         alone: no other process on any host writes this target, so all partial folders are removed.
         durable: see `replacing`.
-
-    Raises:
-        OSError: the write failed.
     """
     begun = f".{target.name}@{socket.gethostname()}.{os.getpid()}"
     folder, old = target.with_name(f"{begun}.partial"), target.with_name(f"{begun}.old")
@@ -153,11 +139,7 @@ def _sync_below(folder: Path) -> None:
 
 
 def sha256_of(*paths: Path) -> str:
-    """Return the SHA-256 in hexadecimal of one file, or of several files concatenated.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
+    """Return the SHA-256 in hexadecimal of one file, or of several files concatenated."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(_BLOCK_BYTES))
     for path in paths:
@@ -173,10 +155,8 @@ def sha256_of_json(value: Any) -> str:
 
 
 def json_ready(value: Any) -> Any:
-    """Return a value that JSON can represent: NaN and the infinities become "nan", "inf" and "-inf".
-
-    `float()` parses all three.
-    """
+    """Return a value that JSON can represent: NaN and the infinities become "nan", "inf" and "-inf", which `float()`
+    parses."""
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -192,7 +172,7 @@ def json_text(value: Any) -> str:
 
 
 def json_line(value: Any) -> str:
-    """Return a JSON value as one line of a JSON Lines file."""
+    """Return one line of a JSON Lines file."""
     return _json(value, indent=None)
 
 
@@ -202,34 +182,17 @@ def _json(value: Any, indent: int | None) -> str:
 
 
 def write_json(path: Path, value: Any, *, mode: int | None = None, durable: bool = True) -> None:
-    """Write a JSON document atomically: after a kill there is either the old or the new file (see `replacing`).
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Write a JSON document atomically; see `replacing`."""
     atomic_write(path, json_text(value), mode=mode, durable=durable)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, or not UTF-8.
-    """
+    """Read a JSON document; raise ValueError if it is not JSON, or not UTF-8."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file (see `json_line`). Skip truncated lines.
-
-    Args:
-        path: the file.
-        containing: parse only lines with this text.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Yield the objects of a JSON Lines file, only of lines with the text `containing`. Skip truncated lines."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if containing not in line:

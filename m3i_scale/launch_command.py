@@ -49,7 +49,7 @@ class Launcher(Protocol):
     """Interface of a launcher's module."""
 
     HONOURS: frozenset[str]
-    """The fields of `Cluster` that it supports."""
+    """Supported fields of `Cluster`."""
 
     def render(self, job: Job) -> LaunchPlan:
         """Return files and commands."""
@@ -117,7 +117,7 @@ def launch(
 
 
 def _with_image(job: Job, launcher: str) -> Job:
-    """Return the job with a placeholder image, so that a dry run can print a manifest without an image."""
+    """Return the job with a placeholder image, so that a dry run can print a manifest."""
     if launcher != "kubeflow" or job.cluster.container_image is not None:
         return job
     typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
@@ -125,7 +125,7 @@ def _with_image(job: Job, launcher: str) -> Job:
 
 
 def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
-    """Run a plan; if the run failed, print the cause at the end."""
+    """Run a plan; print the cause of a failure at the end."""
     from m3i_scale.checkpoint.layout import stopped_words
     from m3i_scale.host.failures import forget_records
     from m3i_scale.host.output_dir import launch_lock

@@ -39,14 +39,7 @@ def writes_to(parameter: typer.CallbackParam, place: Path | None) -> Path | None
 
 
 def expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:
-    """Return the command with one parameter replaced by options.
-
-    Args:
-        command: function for typer to call.
-        parameter: name of the replaced parameter.
-        parts: options that replace it.
-        build: function from the options to the parameter's value.
-    """
+    """Return the command with `parameter` replaced by the options `parts`, from which `build` makes its value."""
     signature = inspect.signature(command, eval_str=True)
     named: list[inspect.Parameter] = []
     for known in signature.parameters.values():
@@ -71,13 +64,8 @@ def expanded(command: Command, parameter: str, parts: Parts, build: Callable[...
 
 
 def field_options(model: type[BaseModel], fields: Iterable[str], names: Mapping[str, str]) -> Parts:
-    """Return an option for each field of a model, with its docstring as help. The default is None.
-
-    Args:
-        model: has descriptions from docstrings (`use_attribute_docstrings`).
-        fields: field names, in the order of the options.
-        names: option names that differ from the field names.
-    """
+    """Return an option for each of these fields of a model, with its docstring (`use_attribute_docstrings`) as help.
+    The default is None. `names` are option names that differ from the field names."""
     parts = {}
     for name in fields:
         field = model.model_fields[name]
@@ -99,7 +87,7 @@ def _option_type(annotation: Any) -> Any:
 
 @contextmanager
 def reading_bar() -> Iterator[Callable[[str, int], None]]:
-    """Show the current activity and number of samples read of an evaluation, on terminals only."""
+    """Show the activity and number of samples read of an evaluation, on terminals only."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     console = Console(stderr=True)
     # Standard output is not redirected to the bar's console.

@@ -1,4 +1,4 @@
-"""Standard output reserved for the JSON document of `--json`, and filters for irrelevant library messages."""
+"""Standard output reserved for the document of `--json`, and filters for irrelevant library messages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PrintableConsole(Console):
     """Console for untrusted text: file names, keys and messages cannot control the terminal. Styles still work."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Yield the segments of a renderable, with escape sequences in their text made printable."""
+        """Yield segments with escape sequences in their text made printable."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
 

@@ -13,12 +13,9 @@ _OF_MPI = (
 
 
 def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
-    """Set the variables of `NAMES` from the variables of an MPI launcher, if RANK is not set.
+    """Set the variables of `NAMES` in `environment` from the variables of an MPI launcher, if RANK is not set.
 
     Slurm variables are not read: a batch script has them outside `srun` too, and its single process would wait forever.
-
-    Args:
-        environment: of this process; modified in place unless RANK is set.
     """
     if "RANK" in environment:
         return
@@ -29,7 +26,7 @@ def adopt_rank_variables(environment: MutableMapping[str, str]) -> None:
 
 
 def ranks_on_host(environment: Mapping[str, str]) -> int | None:
-    """Return the number of ranks on this host, from the variables of any launcher; None if no launcher sets them."""
+    """Return the number of ranks on this host, from the variables of any launcher; None if unknown."""
     variables = dict(environment)
     adopt_rank_variables(variables)
     count = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE", "")  # torchrun, deepspeed

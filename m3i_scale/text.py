@@ -19,19 +19,19 @@ _AUTHORIZATION = re.compile(r"(\bAuthorization['\"]?:\s*['\"]?)[^'\"\n]+", re.IG
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{8,}|ya29\.[\w-]+|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
 )
-"""Tokens that are recognized by their prefix: Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
+"""Tokens with a known prefix: Hugging Face Hub, Google, AWS, GitHub and OpenAI."""
 HIDDEN = "(hidden)"
-"""Placeholder for a value with a secret name, in all human-readable output."""
+"""Placeholder for a value with a secret name."""
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)AUTH(?!_SOCK)(?:_|$)|^AWS_", re.IGNORECASE
 )
 _COUNTED = {"tokens", "max_tokens"}
-"""Settings of a recipe and of the text tower that are not secret despite their names."""
+"""Settings that are not secret despite their names."""
 
 
 def is_secret(name: str) -> bool:
-    """Return whether the name of a variable or setting marks it as secret: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_*
-    and similar."""
+    """Return whether a variable or setting has a secret name: *TOKEN*, *SECRET*, *KEY*, *PASSWORD*, AWS_* and
+    similar."""
     return name not in _COUNTED and _SECRET_NAME.search(name) is not None
 
 
@@ -51,12 +51,8 @@ def redact_text(text: str) -> str:
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """Return untrusted text with terminal control characters and invalid Unicode escaped.
-
-    Args:
-        text: a file name, a key or an error message.
-        lines: preserve line breaks and tabs.
-    """
+    """Return untrusted text with terminal control characters and invalid Unicode escaped; `lines` keeps line breaks and
+    tabs."""
     safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if safe.isprintable():
         return safe
@@ -68,13 +64,8 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def redact(value: Any, *, names: bool = False) -> Any:
-    """Return a JSON value with every login, query and access token in its strings and keys replaced by `…`.
-
-    Args:
-        value: JSON types.
-        names: also redact values with a secret name, except sections. For logs, because it may redact more than
-            secrets.
-    """
+    """Return a JSON value with every login, query and access token in its strings and keys replaced by `…`. `names`
+    also redacts values with a secret name, except sections; for logs, because it may redact more than secrets."""
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
@@ -90,13 +81,13 @@ def redact(value: Any, *, names: bool = False) -> Any:
 
 
 def listed(items: Sequence[object], most: int, between: str = ", ") -> str:
-    """Return the first `most` items, joined, and the number of remaining items."""
+    """Join the first `most` items, and the number of remaining items."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return between.join([*map(str, items[:most]), *more])
 
 
 def filled(parts: Iterable[str], width: int) -> list[str]:
-    """Pack parts into lines of at most `width` characters. A part is never split, even if it is longer."""
+    """Pack parts into lines of at most `width` characters; a longer part is not split."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:
@@ -107,7 +98,7 @@ def filled(parts: Iterable[str], width: int) -> list[str]:
 
 
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Format a table as lines of text with aligned columns, the first line with their names."""
+    """Format a table as lines of text with aligned columns, names first."""
     cells = [[str(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
@@ -144,13 +135,8 @@ def _json_text(value: Any) -> str:
 
 
 def differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) for every difference, recursively for dicts and lists of equal length.
-
-    Args:
-        key: prefix of the keys; "" for none.
-        before: JSON values.
-        now: JSON values.
-    """
+    """Yield (key, old value, new value) for every difference of JSON values, recursively for dicts and lists of equal
+    length. `key` is the prefix of the keys."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
@@ -176,7 +162,7 @@ def format_differences(key: str, before: Any, now: Any) -> list[str]:
 
 
 def known_part(before: Any, now: Any) -> Any:
-    """Drop the fields that the older description lacks. A newer version of a package may describe the same thing with
+    """Drop the fields that the older description lacks: a newer version of a package may describe the same thing with
     additional fields."""
     if isinstance(before, dict) and isinstance(now, dict):
         return {key: known_part(before[key], value) for key, value in now.items() if key in before}
@@ -187,7 +173,7 @@ def known_part(before: Any, now: Any) -> Any:
 
 def estimates(measures: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Yield (name, estimate, baselines) for every estimate in an evaluation's `measures`, at any depth. An estimate has
-    `value`, `low` and `high`. The baselines are `chance` and `majority`, if known."""
+    `value`, `low` and `high`; the baselines are `chance` and `majority`, if known."""
     for key, value in measures.items() if isinstance(measures, dict) else ():
         if not isinstance(value, dict):
             continue

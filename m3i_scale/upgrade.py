@@ -1,4 +1,4 @@
-"""Names of the previous format of config files, checkpoints and metrics files, so that these can still be read."""
+"""Names of the previous format of config files, checkpoints and metrics files, so that they can still be read."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a deep copy of the recipe of a config file, checkpoint or export, with current keys."""
+    """Return a deep copy of a recipe with current keys."""
     recipe: dict[str, Any] = upgrade_config({"recipe": values})["recipe"]
     return recipe
 
 
 def upgrade_meta(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a deep copy of the meta.json of a checkpoint with current keys: its stages and the identity of its run."""
+    """Return a deep copy of a checkpoint's meta.json with current keys: its stages and the identity of its run."""
     meta = upgrade_config(values)
     identity = meta.get("identity")
     if isinstance(identity, dict):
@@ -90,7 +90,7 @@ def upgrade_meta(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_weights(name: Any) -> Any:
-    """Return the current name of the weights of an export."""
+    """Return the current name of an export's weights."""
     return "ema" if name == "momentum" else name
 
 
@@ -104,10 +104,8 @@ def upgrade_metric(name: str) -> str:
 
 
 def upgrade_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics under their current names: of one line, or as arrays over many lines.
-
-    Old files have the sections of a step (`phases/…`) as fractions of its time, current files in seconds (`time/…`).
-    """
+    """Return metrics under their current names: of one line, or as arrays over many lines. Old files have the sections
+    of a step (`phases/…`) as fractions of its time, current files in seconds (`time/…`)."""
     step_s = values.get("speed/step_s")
     upgraded: dict[str, Any] = {}
     for name, value in values.items():
@@ -126,12 +124,11 @@ def upgrade_line(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_kind(kind: Any) -> Any:
-    """Return the current name for the kind of a line in metrics.jsonl."""
+    """Return the current kind of a line in metrics.jsonl."""
     return "stage" if kind == "phase" else kind
 
 
 def _change(node: Any, parents: list[str], change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Return a copy of `node` with the sections at a path changed."""
     if not parents:
         return change(node) if isinstance(node, dict) else node
     first, *others = parents

@@ -143,7 +143,7 @@ def _show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, An
 
 @contextmanager
 def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over bytes on stderr, unless `quiet` because stdout is a JSON document."""
+    """Show a progress bar over bytes on stderr, unless `quiet`."""
     if quiet:
         yield lambda size: None
         return

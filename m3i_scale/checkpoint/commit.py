@@ -42,14 +42,8 @@ _REFUSED = {
 
 
 def begin(final: Path, bytes_wanted: int = 0) -> Path:
-    """Create an empty temporary folder for `final`, and remove leftovers of a failed save there. Rank 0 calls it.
-
-    A quota is only detected once it is used up: file systems report the free space of the full volume.
-
-    Args:
-        final: `…/checkpoints/step-00000100`.
-        bytes_wanted: the size of the checkpoint.
-    """
+    """Create an empty temporary folder for `final`, and remove leftovers of a failed save there. Rank 0 calls it. A
+    quota is only detected once it is used up: file systems report the free space of the full volume."""
     root, temporary = final.parent, temporary_for(final)
     _check_not_valid(final)
     with write_guard(root, temporary, bytes_wanted):
@@ -73,18 +67,14 @@ def commit(
     """Commit `temporary` as the checkpoint `final`, durably and atomically. Rank 0 calls it after every rank has
     written.
 
-    The order is files → directories → manifest, all synced to disk, then the rename, then `latest`.
+    The order is files → directories → manifest, all synced to disk, then the rename, then `latest`. A CheckpointError
+    is raised if `final` is already a valid checkpoint, or if a file does not match its digest.
 
     Args:
         final: `…/checkpoints/step-00000100`. A corrupt folder of that name is replaced.
         temporary: the folder in the same directory that holds the files; removed after a disk error.
         extra: metadata for the manifest (step, world size, configuration hash, …); JSON.
         digests: digests of the files that the ranks hashed while writing. Other files are hashed here.
-
-    Raises:
-        CheckpointError: the disk is full or read-only, `final` is already a valid checkpoint, or a file does not match
-            its digest.
-        TypeError, ValueError: `extra` is not JSON.
     """
     if temporary.parent != final.parent or step_of(final) is None or not temporary.name.startswith(TEMPORARY_PREFIX):
         raise ValueError(f"'{temporary}' and '{final}' are not .tmp-… and step-… in one folder")
@@ -113,7 +103,7 @@ def withdraw(undone: Sequence[Path], latest: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint such that a kill during removal leaves no partial checkpoint under its name."""
+    """Remove a checkpoint; a kill during removal leaves no partial checkpoint under its name."""
     renamed = path.with_name(f"{REMOVED_PREFIX}{path.name}-{secrets.token_hex(4)}")
     with write_guard(path.parent, renamed):
         path.rename(renamed)
@@ -124,11 +114,8 @@ def discard(path: Path) -> None:
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove partial checkpoints of killed jobs and leftovers of removed checkpoints; return the removed paths.
-
-    Args:
-        root: the folder of checkpoints; may be missing. The caller holds the lock of the output directory.
-    """
+    """Remove partial checkpoints of killed jobs and leftovers of removed checkpoints from `root`, which may be missing;
+    return the removed paths. The caller holds the lock of the output directory."""
     if (root / LATEST).is_dir() and not (root / LATEST).is_symlink():
         raise CheckpointError(
             "'latest' is a folder",
@@ -152,11 +139,7 @@ def write_guard(
 ) -> Iterator[None]:
     """Convert a failed write into `temporary` to a CheckpointError, and remove that folder.
 
-    Args:
-        root: the folder of checkpoints.
-        temporary: the folder being written.
-        bytes_wanted: size of the complete checkpoint, if known; for the message.
-        remove_folder: False if other ranks write to the folder too.
+    `remove_folder` is False if other ranks write to the folder too; `bytes_wanted` is for the message.
     """
     try:
         yield
@@ -172,7 +155,7 @@ def write_guard(
 def explain(
     error: OSError, root: Path, *, temporary: Path | None = None, bytes_wanted: int | None = None
 ) -> CheckpointError:
-    """Return the error of a failed write: the file, the required and free space, and the last valid checkpoint."""
+    """Return the error of a failed write, with the file, required and free space, and the last valid checkpoint."""
     where = str(error.filename or _last_written(temporary) or temporary or root)
     fix = "make the folder writable, or set output_dir to another one; then start the run again"
     if error.errno in _FULL:
@@ -182,7 +165,7 @@ def explain(
 
 
 def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> str:
-    """Return the cause of a failed write, with the required and free space if that is relevant."""
+    """Return the cause of a failed write, with required and free space if relevant."""
     cause = (_FULL | _REFUSED).get(error.errno or 0) or error.strerror or str(error)
     if error.errno in _REFUSED:
         return cause
@@ -192,11 +175,7 @@ def cause_of(error: OSError, folder: Path, bytes_wanted: int | None = None) -> s
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a complete folder; do nothing if it does not exist.
-
-    Raises:
-        OSError: the removal failed.
-    """
+    """Remove a file, a link or a folder tree, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -232,7 +211,7 @@ def _check_not_valid(final: Path) -> None:
 
 
 def _last_written(folder: Path | None) -> Path | None:
-    """Return the file that was being written, because errors of write(2) do not name it."""
+    """Return the newest file, the one being written: errors of write(2) do not name it."""
     if folder is None or not folder.is_dir():
         return None
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_mtime_ns, default=None)

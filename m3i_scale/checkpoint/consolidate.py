@@ -32,7 +32,7 @@ SHARD_SIZE = "5GB"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _FILES_BYTES = 1 << 20
-"""Extra free space required for headers, indices and small files."""
+"""Extra free space for headers, indices and small files."""
 
 
 def consolidate(
@@ -112,19 +112,8 @@ def consolidate(
 def write_shards(
     folder: Path, weights: SavedWeights, dtype: torch.dtype, shard_bytes: int, facts: dict[str, str]
 ) -> None:
-    """Write the `safetensors` layout.
-
-    Args:
-        folder: output folder.
-        weights: the weights to write.
-        dtype: dtype of the files.
-        shard_bytes: maximum size of one file; a larger tensor gets a separate file.
-        facts: written into every file's header.
-
-    Raises:
-        OSError: a write failed.
-        CheckpointError: a tensor is not finite.
-    """
+    """Write the `safetensors` layout, with `facts` in every header. A tensor above `shard_bytes` gets a separate
+    file."""
     planned = {name: torch.empty(weights.shape(name), dtype=dtype, device="meta") for name in weights}
     split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
@@ -161,7 +150,7 @@ def _bytes_of(size: str) -> int:
 
 
 def _good_checkpoint(path: Path) -> Path:
-    """Return the given checkpoint, or a run's newest, after verifying it byte by byte."""
+    """Return the checkpoint, or a run's newest, verified byte by byte."""
     if step_of(path) is None and not (path / MANIFEST).is_file():
         root = path if path.name == "checkpoints" else path / "checkpoints"
         newest, passed_over = newest_good(root)
@@ -192,7 +181,7 @@ def _count_parameters(weights: SavedWeights, source: Path) -> int:
 
 
 def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]) -> None:
-    """Fill a folder under a temporary name with `write`, and rename it when all data is on disk."""
+    """Fill a folder under a temporary name; rename it when all data is on disk."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free

@@ -1,7 +1,4 @@
-"""List a checkpoint's tensors from the headers of its files, and compare the values of two checkpoints.
-
-Nothing is unpickled.
-"""
+"""A checkpoint's tensors from the headers of its files, and differences of two checkpoints. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -36,21 +33,18 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: Callable[[], list[Piece]]
-    """Returns its pieces. Not cached: ranks × tensors may be millions."""
+    """Not cached: ranks × tensors may be millions."""
     read: Callable[[], Tensor]
-    """Returns the full tensor, or raises CheckpointError."""
 
     @property
     def bytes(self) -> int:
-        """Return the size of its elements in bytes."""
+        """Return the size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
-    """Return tensors by folder and name (`tensors/weight/student.model.…`), independent of their sharding.
-
-    Random states of several ranks have the same name, but are separate tensors: their names include the file name.
-    """
+    """Return tensors by folder and name (`tensors/weight/student.model.…`), independent of their sharding. Names of
+    random states include the file name, because several ranks have states of the same name."""
     saved = SavedTensors(folder)
     tensors = {}
     for kind in saved.kinds():
@@ -94,8 +88,6 @@ def compare_tensors(
     """Compare the tensors in safetensors files, by folder and name.
 
     Args:
-        one: a checkpoint.
-        other: another one.
         values: also read and compare values; memory holds one tensor of both.
         advance: called with the bytes of `one` that have been compared.
 

@@ -27,18 +27,14 @@ _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 def write_universal(
     folder: Path, kinds: Mapping[str, SavedWeights], counters: Mapping[str, Any], world_size: int
 ) -> None:
-    """Write the `universal` layout. Settings of the engine that reads it (learning rate, weight decay, loss scale) are
-    omitted, so that its configuration applies.
+    """Write the `universal` layout. Learning rate, weight decay and loss scale are omitted, so that the configuration
+    of the engine that reads it applies.
 
     Args:
         folder: output folder.
         kinds: master weights and both moments, by their kind.
         counters: counters of the engine that saved.
         world_size: number of ranks of the run; recorded, and not used by DeepSpeed.
-
-    Raises:
-        OSError: a write failed.
-        CheckpointError: a tensor is not finite.
     """
     root, steps = folder / TAG, float(counters["optimizer_steps"])
     for name in kinds[MASTER]:
@@ -60,12 +56,7 @@ def write_universal(
 
 
 def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
-    """Write the `deepspeed` layout: fp32 weights without moments, in files of about `shard_bytes`.
-
-    Raises:
-        OSError: a write failed.
-        CheckpointError: a tensor is not finite.
-    """
+    """Write the `deepspeed` layout: fp32 weights without moments, in files of about `shard_bytes`."""
     root, shapes = folder / TAG, {name: torch.Size(weights.shape(name)) for name in weights}
     root.mkdir()
     ranks = max(math.ceil(4 * sum(shape.numel() for shape in shapes.values()) / shard_bytes), 1)
@@ -86,7 +77,7 @@ def _whole(weights: SavedWeights, name: str) -> Tensor:
 
 
 def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, ranks: int) -> Tensor:
-    """Return the shard of a rank under ZeRO-3: an even share of every tensor, the last ones padded with zeros."""
+    """Return a rank's ZeRO-3 shard: an even share of every tensor, the last ones padded with zeros."""
     flat = torch.zeros(sum(math.ceil(shape.numel() / ranks) for shape in shapes.values()))
     at = 0
     for name, shape in shapes.items():

@@ -25,7 +25,7 @@ from m3i_scale.text import differences
 from m3i_scale.upgrade import upgrade_config
 
 SETTLE_S = 2.0
-"""Seconds to wait for a running job to update `latest` after renaming a folder."""
+"""Time for a running job to update `latest` after renaming a folder."""
 _INSPECTED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "config_sha256")
 _COMPARED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "label_sets", "versions")
 _BACKBONE = ("hidden_size", "num_hidden_layers", "channels", "depths", "image_size", "patch_size")
@@ -72,13 +72,9 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 
 def verify_checkpoints(path: Path, threads: int, advance: Advance) -> dict[str, Any]:
-    """Return the document of `checkpoint verify`: a check of every byte, and of the target of `latest`.
-
-    Args:
-        path: one checkpoint, or a run.
-        threads: files to read in parallel.
-        advance: called with the number of bytes read, from any thread.
-    """
+    """Return the document of `checkpoint verify` of a checkpoint or run: a check of every byte, and of the target of
+    `latest`. `threads` files are read in parallel; `advance` is called with the number of bytes read, from any
+    thread."""
     rows, good = [], []
     for checkpoint in named_checkpoints(path):
         faults = find_faults(checkpoint, threads=threads, advance=advance)
@@ -103,7 +99,7 @@ def verify_checkpoints(path: Path, threads: int, advance: Advance) -> dict[str, 
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the document of `checkpoint inspect`. Reads headers and small files only."""
+    """Return the document of `checkpoint inspect`; reads headers and small files only."""
     meta, run = read_meta(folder), run_of(folder)
     sources = positions(folder)
     return {
@@ -166,7 +162,6 @@ def _in_words(name: str, at: Mapping[str, Any]) -> str:
 
 
 def _backbone(meta: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """Describe the backbone: `vit, preset vit-b/16, hidden_size 768 …`."""
     config = _at(meta, "identity", "backbone") or {}
     chosen = _at(run, "backbone", "preset") or _at(run, "backbone", "from_pretrained")
     words = [str(config.get("model_type", "unknown"))] + ([str(chosen)] if chosen else [])
@@ -185,12 +180,7 @@ def _at(values: Any, *keys: str) -> Any:
 def diff_checkpoints(
     one: Path, other: Path, *, values: bool = False, advance: Advance = lambda size: None
 ) -> dict[str, Any]:
-    """Return the document of `checkpoint diff`.
-
-    Args:
-        values: compare the values of tensors in safetensors files.
-        advance: called with the number of compared bytes of `one`.
-    """
+    """Return the document of `checkpoint diff`; `advance` is called with the number of compared bytes of `one`."""
     metas = [read_meta(folder) for folder in (one, other)]
     facts = [{name: meta[name] for name in _COMPARED if name in meta} for meta in metas]
     changes = {

@@ -1,4 +1,4 @@
-"""Copy tensors into a host staging buffer, which is reused from one save to the next.
+"""Host staging buffer, which is reused from one save to the next.
 
 An accelerator copies into pinned memory asynchronously. Torch rounds every pinned allocation up to a power of two: a
 separate allocation for a 33 MiB piece would take 64 MiB. So pieces share pools with power-of-two sizes.
@@ -21,17 +21,13 @@ _ALIGNED = 64
 
 @dataclass
 class HostCopies:
-    """A reusable host staging buffer for the same tensors at every save."""
+    """Host staging buffer for the same tensors at every save."""
 
     places: list[Tensor] = field(default_factory=list)
     """Tensors of the last copies."""
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return flat copies of flat tensors, in their order; complete once the accelerator is synchronized.
-
-        Raises:
-            RuntimeError: there is not enough memory.
-        """
+        """Return flat copies of flat tensors, in their order; complete once the accelerator is synchronized."""
         wanted = [(tensor.numel(), tensor.dtype) for tensor in tensors]
         if [(place.numel(), place.dtype) for place in self.places] != wanted:
             self.clear()  # so that old and new buffers never coexist
@@ -45,7 +41,7 @@ class HostCopies:
 
 
 def make_places(wanted: Sequence[tuple[int, torch.dtype]], pin: Pin | None) -> list[Tensor]:
-    """Allocate flat tensors of these sizes and dtypes: one allocation each, or shared pools if they are pinned."""
+    """Allocate flat tensors: one allocation each, or shared pools if they are pinned."""
     if pin is None:
         return [torch.empty(numel, dtype=dtype) for numel, dtype in wanted]
     sizes = [numel * dtype.itemsize for numel, dtype in wanted]
@@ -63,13 +59,10 @@ def _pinned(size: int) -> Tensor:
 
 
 def plan_pools(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the pool sizes, each a power of two, and the (pool, offset) of every piece.
+    """Return the pool sizes, each a power of two, and the (pool, offset) of every piece, for piece sizes in bytes.
 
     The largest unplaced piece opens a pool. Its size is the largest power of two that the unplaced pieces would fill,
     or the smallest that the piece fits into, whichever is larger. Other pieces that fit are added, larger ones first.
-
-    Args:
-        sizes: sizes of the pieces, in bytes.
     """
     pools: list[int] = []
     places = [(0, 0)] * len(sizes)

@@ -1,8 +1,8 @@
-"""Index the pieces of a checkpoint's tensors.
+"""Index of the pieces of a checkpoint's tensors.
 
 If every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of ranks.
-They are not listed: a list would have tensors × ranks entries, hundreds of megabytes at a thousand ranks. Stages 1 and
-2 cut concatenated tensors into only a few pieces per rank; those are listed.
+They are not listed: tensors × ranks entries would be hundreds of megabytes at a thousand ranks. Stages 1 and 2 cut
+concatenated tensors into a few pieces per rank, which are listed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Piece = tuple[int, int, str]
 
 
 def file_name(rank: int, number: int) -> str:
-    """Return the name of a rank's file with this number."""
+    """Return the name of a rank's file."""
     return f"rank-{rank:05d}-{number:05d}.safetensors"
 
 
@@ -34,19 +34,18 @@ def even_piece(numel: int, rank: int, ranks: int) -> Piece:
 
 @dataclass(frozen=True)
 class Index:
-    """The contents of `index.json`."""
+    """The contents of `index.json`; the mappings are by key."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Shapes of full tensors, by key."""
+    """Shapes of full tensors."""
     norms: Mapping[str, float]
-    """Norms, by key."""
     ranks: int
     """Number of ranks that wrote the checkpoint; 0 if unknown, as in an index that lists every piece."""
     listed: Mapping[str, Sequence[Piece]]
-    """Sorted pieces of the tensors that are not divided evenly, by key."""
+    """Sorted pieces of the tensors that are not divided evenly."""
 
     def pieces(self, key: str, start: int = 0, end: int | None = None) -> Iterator[Piece]:
-        """Yield the pieces of a tensor that overlap the range from `start` to `end`, in order."""
+        """Yield the pieces of a tensor that overlap [start, end), in order."""
         numel = math.prod(self.shapes[key])
         end = numel if end is None else end
         if key in self.listed:
@@ -78,12 +77,7 @@ class Index:
         return None
 
     def write(self, path: Path) -> None:
-        """Write the index.
-
-        Raises:
-            ValueError: pieces overlap, or do not cover a tensor.
-            OSError: a write failed.
-        """
+        """Write the index; raise ValueError if pieces overlap, or do not cover a tensor."""
         if fault := self.fault():
             raise ValueError(fault)
         values = {"ranks": self.ranks, "shapes": self.shapes, "norms": self.norms, "pieces": self.listed}
@@ -91,12 +85,8 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> Index:
-        """Read an index written by this version or by one that listed every piece.
-
-        Raises:
-            OSError: it cannot be read.
-            ValueError, KeyError, TypeError, AttributeError: its contents are invalid.
-        """
+        """Read an index written by this version or by one that listed every piece. Invalid contents raise ValueError,
+        KeyError, TypeError or AttributeError."""
         values = read_json(path)
         return cls(
             {str(key): tuple(int(size) for size in shape) for key, shape in values["shapes"].items()},
@@ -110,7 +100,7 @@ class Index:
 
 
 def _gap(pieces: Sequence[Piece], numel: int) -> str | None:
-    """Return the error in sorted pieces of a tensor of `numel` elements; None if they cover it."""
+    """Return the error in sorted pieces; None if they cover the tensor."""
     at = 0
     for start, count, _ in pieces:
         if start != at:

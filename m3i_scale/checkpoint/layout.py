@@ -5,6 +5,7 @@ checkpoints/
   step-00000100/        committed
     tensors/            master weights, moments and EMA weights, in pieces of every rank, and their index (tensors.py)
     buffers.safetensors persistent buffers of heads and loss weighting
+    probe.safetensors   samples of the load-time sanity check (probe.py)
     random/             rank-00000.safetensors …  random states of the CPU and of the accelerator
     data/               rank-00000.json …  position in the data stream
     run.yaml meta.json
@@ -27,7 +28,7 @@ MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 REMOVED_PREFIX = f"{TEMPORARY_PREFIX}removed-"
 LATEST = "latest"
-"""A text file with the name of the folder that was committed last. For people; resuming scans the folders."""
+"""Text file with the name of the folder that was committed last. For people; resuming scans the folders."""
 DATA_FILES = "data/rank-*.json"
 """Positions in the data, one file per rank that wrote the checkpoint."""
 TENSORS, INDEX, BUFFERS = "tensors", "index.json", "buffers.safetensors"
@@ -52,7 +53,7 @@ def temporary_for(final: Path) -> Path:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Return all folders with a step name, the newest first, unverified. Return [] if `root` does not exist."""
+    """Return all folders with a step name, the newest first, unverified; [] if `root` does not exist."""
     if not root.is_dir():
         return []
     steps = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
@@ -68,11 +69,7 @@ def named_latest(root: Path) -> str | None:
 
 
 def stopped_words(root: Path) -> str:
-    """Return the message of a run that was stopped on request and has saved.
-
-    Args:
-        root: folder of its checkpoints.
-    """
+    """Return the message of a run that was stopped on request and has saved into `root`."""
     newest = next(iter(checkpoints(root)), None)
     if newest is None:
         return f"stopped; there is no checkpoint in {root}"
@@ -96,7 +93,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def unreadable(folder: Path, name: str, error: Exception | str) -> CheckpointError:
-    """Return the error for an unreadable checkpoint file, with a hint if the complete folder was removed."""
+    """Return the error for an unreadable checkpoint file, with a hint if the folder was removed."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     gone = None if folder.exists() else "a run or `checkpoint prune` has removed the checkpoint meanwhile"
     return CheckpointError(

@@ -1,4 +1,4 @@
-"""List the checkpoints of a run: size, validity, and the reasons to keep each."""
+"""List of a run's checkpoints: size, validity, and the reasons to keep each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ from m3i_scale.host.output_dir import RUN_FILE
 
 
 def rules_of_run(root: Path) -> RetentionConfig | None:
-    """Return the retention rules of the config file that a run saved next to its checkpoints; None without one.
-
-    Args:
-        root: folder of the checkpoints.
-    """
+    """Return the retention rules of the config file next to the folder of checkpoints; None without one."""
     path = root.absolute().parent / RUN_FILE
     if not path.is_file():
         return None
@@ -35,13 +31,8 @@ def rules_of_run(root: Path) -> RetentionConfig | None:
 
 
 def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) -> dict[str, Any]:
-    """Return the document of `checkpoint list`.
-
-    Args:
-        root: folder of the checkpoints; may be missing.
-        metrics: evaluation metrics of the run.
-        contents: verify every byte; otherwise names and sizes determine validity.
-    """
+    """Return the document of `checkpoint list`. `contents` verifies every byte; otherwise names and sizes determine
+    validity."""
     entries = entries_of(root, metrics, contents=contents)
     rules = rules_of_run(root)
     kept = {} if rules is None else which_to_keep(entries, rules)
@@ -77,7 +68,7 @@ def _row(entry: Entry, latest: str | None, reasons: list[str]) -> dict[str, Any]
 
 
 def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yield partial and partially removed checkpoints, except those that a job commits or removes meanwhile."""
+    """Yield partial and partially removed checkpoints, except those committed or removed meanwhile."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             size = folder_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size

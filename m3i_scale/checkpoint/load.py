@@ -30,8 +30,8 @@ _OF_MOMENTS = tuple(f"{kind}/" for kind in MOMENTS)
 
 
 def load_checkpoint(folder: Path, engine: Any, ema: ShardedEma | None) -> list[dict[str, Any]]:
-    """Load engine, EMA target, buffers and random states from a verified checkpoint. Collective: every rank reads only
-    its part. Return the data states of all ranks that wrote the checkpoint."""
+    """Load engine, EMA target, buffers and random states from a verified checkpoint; return the data states of all
+    ranks that wrote it. Collective: every rank reads only its part."""
     # A read error on one rank fails all ranks: the others would wait for it in `publish`.
     saved: SavedTensors = together(lambda: _read_own_part(folder, engine, ema))
     # Every rank needs these files of all ranks: one rank reads them.
@@ -69,7 +69,7 @@ def check_norms(saved: SavedTensors, engine: Any, ema: ShardedEma | None) -> Non
 
 
 def _read_own_part(folder: Path, engine: Any, ema: ShardedEma | None) -> SavedTensors:
-    """Read this rank's part; return the opened tensors. No collective."""
+    """Read this rank's part. No collective."""
     try:
         saved, meta = SavedTensors(folder), read_meta(folder)
         _check_names(saved, engine, ema, folder)
@@ -86,8 +86,6 @@ def _read_own_part(folder: Path, engine: Any, ema: ShardedEma | None) -> SavedTe
 
 
 def _check_names(saved: SavedTensors, engine: Any, ema: ShardedEma | None, folder: Path) -> None:
-    """Raise CheckpointError unless the tensors and shapes match the model's trained, saved frozen and EMA
-    parameters."""
     shapes = {key: shape for key, shape in shapes_of(engine, ema).items() if not key.startswith(_OF_MOMENTS)}
     keys = [f"{kind}/{name}" for kind in (MASTER, AVERAGE) for name in saved.names(kind)]
     _compare_shapes(shapes, {key: saved.shape(key) for key in keys}, folder)
@@ -114,8 +112,8 @@ def _load_buffers(folder: Path, module: nn.Module) -> None:
 
 
 def _restore_random_states(folder: Path) -> None:
-    """Restore this rank's random states. Additional ranks use the states of an existing rank: only the choice of
-    dropped branches depends on them."""
+    """Restore this rank's random states. Additional ranks use the states of an existing rank: only dropped branches
+    depend on them."""
     files = _files_of_ranks(folder, "random/rank-*.safetensors")
     states = load_file(folder / files[dist.get_rank() % len(files)])
     torch.set_rng_state(states["host"])

@@ -1,4 +1,4 @@
-"""Write and read manifests, which list the files of a directory with sizes and digests, and verify directories."""
+"""Manifests, which list the files of a directory with sizes and digests, and verification of directories."""
 
 from __future__ import annotations
 
@@ -23,23 +23,20 @@ _THREADS = 4  # hashing releases the interpreter lock; more threads than this on
 
 @dataclass(frozen=True)
 class Digest:
-    """Size and SHA-256 of one file."""
+    """Size in bytes and hexadecimal SHA-256 of one file."""
 
     size: int
-    """Bytes."""
     sha256: str
-    """Hexadecimal."""
 
 
 @dataclass(frozen=True)
 class FileFault:
-    """A verification error of a committed folder."""
+    """A verification error of a committed folder; `line` is the text for one line of output."""
 
     file: str
     """Path relative to the folder, with `/`; `.` for the folder itself."""
     what: str
     line: str
-    """Both, in one line."""
 
 
 class Manifest(BaseModel):
@@ -56,15 +53,7 @@ class Manifest(BaseModel):
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
-    """Sync files of `folder` to disk and hash them.
-
-    Args:
-        folder: the folder that will be committed.
-        names: paths relative to it, with `/`.
-
-    Raises:
-        OSError: a file cannot be read or synced.
-    """
+    """Sync files of `folder` to disk and hash them; `names` are relative paths with `/`."""
 
     def digest(name: str) -> tuple[str, Digest]:
         path = folder / name
@@ -77,11 +66,7 @@ def digest_files(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
 
 def list_files(folder: Path) -> list[str]:
     """Return every file in the tree of `folder` as a path with `/`, sorted, without the manifest of the folder itself.
-
-    Raises:
-        OSError: a directory cannot be read.
-        CheckpointError: a link or a special file, because a manifest cannot cover its contents.
-    """
+    Raise CheckpointError for a link or a special file, because a manifest cannot cover its contents."""
     names = []
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
@@ -93,17 +78,12 @@ def list_files(folder: Path) -> list[str]:
 
 
 def list_directories(folder: Path) -> list[Path]:
-    """Return `folder` and all its subdirectories, the deepest first."""
+    """Return `folder` and all subdirectories, the deepest first."""
     return [Path(here) for here, _, _ in os.walk(folder, topdown=False, onerror=_raise)]
 
 
 def write_manifest(folder: Path, files: Mapping[str, Digest], extra: Mapping[str, Any]) -> None:
-    """Write `manifest.json` and sync it to disk.
-
-    Raises:
-        OSError: it cannot be written.
-        TypeError, ValueError: `extra` is not JSON (NaN is not).
-    """
+    """Write `manifest.json` and sync it to disk; raise TypeError or ValueError if `extra` is not JSON (NaN is not)."""
     text = _render(Manifest(format=FORMAT, extra=dict(extra), files=dict(files)))
     path = folder / MANIFEST
     try:
@@ -149,25 +129,17 @@ def _render(manifest: Manifest) -> bytes:
 
 
 def verify(path: Path, *, contents: bool = True) -> list[str]:
-    """Return the verification errors of a committed folder, one line each; [] if it is valid.
-
-    Args:
-        path: the folder.
-        contents: read and hash every file. False compares names and sizes only, which misses a flipped bit.
-    """
+    """Return the verification errors of a committed folder, one line each; [] if it is valid. `contents=False` compares
+    names and sizes only, which misses a flipped bit."""
     return [fault.line for fault in find_faults(path, contents=contents)]
 
 
 def find_faults(
     path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
 ) -> list[FileFault]:
-    """Return the verification errors of a committed folder, file by file; [] if it is valid.
+    """Return the verification errors of a committed folder, file by file; [] if it is valid. See `verify`.
 
-    Args:
-        path: the folder.
-        contents: read and hash every file. False compares names and sizes only, which misses a flipped bit.
-        threads: number of files that are read in parallel.
-        advance: called with the size in bytes of every checked file, from any thread.
+    `threads` files are read in parallel; `advance` is called with the bytes of every checked file, from any thread.
     """
     try:
         manifest = read_manifest(path)
@@ -193,12 +165,8 @@ def find_faults(
 
 
 def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest valid checkpoint, and the newer ones that were skipped, each with the reason.
-
-    Args:
-        root: the folder of checkpoints.
-        contents: read every byte of the returned checkpoint, so call it on one rank only. False: see `verify`.
-    """
+    """Return the newest valid checkpoint, and the newer ones that were skipped, each with the reason. `contents` reads
+    every byte of the returned checkpoint, so call it on one rank only; for False see `verify`."""
     passed_over: list[tuple[Path, str]] = []
     for path in checkpoints(root):
         faults = verify(path, contents=contents)
@@ -210,12 +178,8 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
 
 
 def latest_fault(root: Path, good: Container[Path]) -> str | None:
-    """Return the error in `latest`, which must name the newest checkpoint; None if it is correct.
-
-    Args:
-        root: folder of the checkpoints.
-        good: the valid ones. After a run has fallen back, the newest valid one is correct too.
-    """
+    """Return the error in `latest`; None if it is correct. It must name the newest checkpoint or, after a run has
+    fallen back, the newest of `good`, the valid ones."""
     folders = checkpoints(root)
     newest = next((path for path in folders if path in good), None)
     names = [path.name for path in (*folders[:1], newest) if path is not None]
@@ -256,7 +220,7 @@ def _fault_of(name: str, what: str) -> FileFault:
 
 
 def _lies_below(name: str) -> bool:
-    """Return whether a manifest's path is valid: inside the folder and normalized, as returned by `list_files`."""
+    """Return whether a path is inside the folder and normalized, as returned by `list_files`."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 

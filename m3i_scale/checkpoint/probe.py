@@ -43,7 +43,7 @@ def first_samples(batch: Batch, count: int = SAMPLES) -> Batch:
 
 @torch.no_grad()
 def probe_loss(engine: Any, batch: Batch) -> float:
-    """Return the loss of these samples alone, without changing buffers. Every rank must call it with the same batch."""
+    """Return the loss of these samples alone, without changing buffers. Every rank calls it with the same batch."""
     with evaluating(engine.module), _alone(engine.module):
         loss, _ = engine(batch.to(get_accelerator().current_device_name()))
     return float(loss)
@@ -87,17 +87,8 @@ def read_probe(folder: Path) -> Batch:
 
 
 def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> Batch | None:
-    """Check that the stored samples have the same loss as when they were saved. Collective.
-
-    Args:
-        folder: loaded checkpoint.
-        meta: content of its meta.json.
-        engine: engine with the loaded weights.
-        precision: precision of the run, which may differ from the checkpoint's.
-
-    Returns:
-        The samples, or None if the checkpoint has none.
-    """
+    """Check that the stored samples have the same loss as when they were saved; return them, or None if there are none.
+    Collective. `precision` is the run's, which may differ from the checkpoint's."""
     wanted = meta.get("probe_loss")
     if wanted is None:
         return None
@@ -117,7 +108,7 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
 
 @contextlib.contextmanager
 def _alone(module: nn.Module) -> Iterator[None]:
-    """Disable gathering of samples from other ranks in all losses."""
+    """Compute losses without samples of other ranks."""
     looking: list[Any] = [child for child in module.modules() if hasattr(child, "ranks")]
     ranks = [child.ranks for child in looking]
     for child in looking:

@@ -20,8 +20,7 @@ _BEST = re.compile(r"(?P<metric>[^:]+)(?::(?P<mode>min|max))?(?::(?P<count>[1-9]
 def rules_given(
     root: Path, latest: int | None, every: int | None, best: str | None, max_gib: float | None
 ) -> tuple[RetentionConfig, str]:
-    """Return the rules of the options, or the rules of the config if there are none, and a description of their
-    origin."""
+    """Return the rules of the options, or of the config if there are none, and a description of their origin."""
     if latest is None and every is None and best is None:
         if max_gib is not None:
             raise ConfigError(
@@ -64,7 +63,7 @@ def prune_run(root: Path, rules: RetentionConfig, *, dry_run: bool) -> dict[str,
 
 
 def _parse_best(text: str) -> KeepBestConfig:
-    """Parse `evaluation/loss`, `evaluation/loss:max` or `evaluation/loss:min:3`."""
+    """Parse `evaluation/loss:min:3`; mode and count are optional."""
     match = _BEST.fullmatch(text)
     if match is None:
         raise ConfigError(

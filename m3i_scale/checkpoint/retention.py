@@ -1,7 +1,4 @@
-"""Apply retention rules: choose the checkpoints of a folder to keep and remove the others.
-
-One process, no collectives: any thread may call it.
-"""
+"""Retention rules: which checkpoints of a folder to keep. One process, no collectives: any thread may call it."""
 
 from __future__ import annotations
 
@@ -24,30 +21,30 @@ LAST_GOOD = "the last good one, though larger than the limit"
 
 @dataclass(frozen=True)
 class Entry:
-    """Properties of one checkpoint that retention depends on."""
+    """A checkpoint's properties that retention depends on."""
 
     path: Path
     step: int
     size: int
-    """Size on disk in bytes."""
+    """Bytes on disk."""
     good: bool
-    """Whether it is valid, as far as known; invalid ones do not count for any rule."""
+    """Valid, as far as known; invalid ones do not count for any rule."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Evaluation metrics at its step."""
 
 
 @dataclass
 class Pruned:
-    """The result of applying the retention rules."""
+    """Result of the retention rules."""
 
     kept: dict[Path, list[str]]
-    """Kept checkpoints, with all reasons."""
+    """Reasons of the kept checkpoints."""
     removed: list[Entry]
-    """Newest first; checkpoints to remove, if nothing is removed yet."""
+    """Removed or, in a plan, to be removed; the newest first."""
 
     @property
     def over_limit(self) -> bool:
-        """Return whether one checkpoint alone exceeds the limit for all checkpoints."""
+        """Return whether one checkpoint alone exceeds the limit of all."""
         return any(LAST_GOOD in reasons for reasons in self.kept.values())
 
 
@@ -89,13 +86,8 @@ def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
 
 
 def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[Entry]:
-    """Return the checkpoints of a folder, the newest first.
-
-    Args:
-        root: the folder of checkpoints; may be missing.
-        metrics: evaluation metrics of the run.
-        contents: verify every byte; otherwise names and sizes determine validity.
-    """
+    """Return the checkpoints of a folder, which may be missing, the newest first. `contents` verifies every byte;
+    otherwise names and sizes determine validity."""
     steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
     return [
         Entry(path, step, folder_bytes(path), not verify(path, contents=contents), metrics.get(step, {}))
@@ -105,14 +97,8 @@ def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[
 
 def plan_prune(root: Path, rules: RetentionConfig, metrics: Metrics, *, committed: Path | None = None) -> Pruned:
     """Return the checkpoints to keep and to remove. If any would be removed, the newest presumably valid one is
-    verified byte by byte first; if it is corrupt, it counts for no rule and the next one is verified.
-
-    Args:
-        root: the folder of checkpoints.
-        rules: retention rules.
-        metrics: evaluation metrics of the run.
-        committed: a checkpoint that this process has just committed, and so need not verify again.
-    """
+    verified byte by byte first; if it is corrupt, it counts for no rule and the next one is verified. `committed` was
+    just committed by this process and is not verified again."""
     entries = entries_of(root, metrics)
     while True:
         kept = which_to_keep(entries, rules)
@@ -127,9 +113,7 @@ def prune(
     root: Path, rules: RetentionConfig, metrics: Metrics | None = None, *, committed: Path | None = None
 ) -> Pruned:
     """Remove the checkpoints that no rule keeps; see `plan_prune`. The caller holds the lock of the output directory.
-
-    The newest is removed first, so that a kill during pruning leaves the older ones for the next time.
-    """
+    The newest is removed first, so that a kill during pruning leaves the older ones for the next time."""
     pruned = plan_prune(root, rules, metrics or {}, committed=committed)
     for entry in pruned.removed:
         discard(entry.path)
@@ -140,7 +124,7 @@ def prune(
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder tree; links count as themselves, files removed meanwhile as 0."""
+    """Return the size of a folder tree; links count as themselves, files removed meanwhile as 0."""
     total = 0
     for here, _, files in os.walk(folder):
         for name in files:

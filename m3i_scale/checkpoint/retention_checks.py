@@ -1,4 +1,4 @@
-"""Validation of the checkpoint retention rules before step 1, and the metrics that they use."""
+"""Validation of the retention rules before step 1, and the metrics that they use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from m3i_scale.objective.recipe import Recipe
 
 PREFIX = "evaluation/"
 _BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"}
-"""Whether lower or higher values of a metric are better. Metrics of user-defined targets are not listed."""
+"""Whether lower or higher values are better. Metrics of user-defined targets are not listed."""
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
-    """Return the metrics of the last evaluation at each step, from the run's metrics.jsonl.
-
-    The file no longer has lines of steps that a resumed run repeats, so all metrics belong to current weights.
-    """
+    """Return the metrics of the last evaluation at each step, from the run's metrics.jsonl. The file no longer has
+    lines of steps that a resumed run repeats, so all metrics belong to current weights."""
     by_step: dict[int, dict[str, float]] = {}
     path = output_dir / METRICS
     try:
@@ -42,8 +40,8 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
 
 
 def evaluated_figures(recipe: Recipe) -> set[str]:
-    """Return the names of all metrics that an evaluation of this recipe writes. Mutual information of densities is
-    only estimated on logged training steps."""
+    """Return the names of all metrics that an evaluation of this recipe writes. Mutual information of densities is only
+    estimated on logged training steps."""
     names = {f"{PREFIX}loss"}
     for target in recipe.targets:
         figures = ["loss", "count"] + (["nats"] if target.distribution.bounds_information else [])

@@ -1,8 +1,8 @@
-"""Save checkpoints asynchronously: copy to a host staging buffer and write the copy in a thread.
+"""Asynchronous checkpoints: copy to a host staging buffer, and write the copy in a thread.
 
-A save has three parts. `save` opens the folder and, for background saves, copies this rank's state into a host staging
-buffer that is reused by the next save; training blocks only for that copy. A thread writes, hashes and syncs. `finish`
-commits, on all ranks together, as soon as every rank has written, and raises errors of the thread.
+`save` opens the folder and, for background saves, copies this rank's state into a host staging buffer that is reused by
+the next save; training blocks only for that copy. A thread writes, hashes and syncs. `finish` commits, on all ranks
+together, as soon as every rank has written, and raises errors of the thread.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ Result = TypeVar("Result")
 
 
 class BackgroundCall(threading.Thread, Generic[Result]):
-    """Work in a daemon thread, so that it does not block process exit. `take` returns its result or raises its
-    error."""
+    """Work in a daemon thread, so that it does not block process exit."""
 
     def __init__(self, name: str, work: Callable[[], Result]) -> None:
         super().__init__(name=name, daemon=True)
@@ -50,7 +49,7 @@ class BackgroundCall(threading.Thread, Generic[Result]):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Do the work."""
+        """Do the work; `take` raises its errors."""
         try:
             self._results = [self._work()]
         except BaseException as error:  # any error is raised by `take`
@@ -62,7 +61,7 @@ class BackgroundCall(threading.Thread, Generic[Result]):
             self.join()
 
     def take(self) -> Result:
-        """Return the result of the work, or raise its error."""
+        """Wait, and return the result of the work or raise its error."""
         self.wait()
         if self._error is not None:
             raise self._error
@@ -86,8 +85,6 @@ class Saver:
     """Checkpoint writer for an engine and its EMA target. Every rank has one and makes the same calls.
 
     Args:
-        engine: the DeepSpeed engine.
-        ema: its EMA weights.
         background: whether `save` returns before anything is written.
         committed: called on rank 0 after every commit, in a separate thread, so it may be slow.
     """
@@ -102,7 +99,7 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """Return whether a save has begun and is not committed; the same on all ranks."""
+        """Return whether a save is not committed yet; the same on all ranks."""
         return self._current is not None
 
     @property
@@ -164,8 +161,7 @@ class Saver:
         from_rank_0(self._wait_after_commit)
 
     def _work(self, temporary: Path, data_state: str, more: Callable[[Path], object]) -> Callable[[], WrittenTensors]:
-        """Return the function that writes this rank's files; for a background save it writes copies of the current
-        values."""
+        """Return the function that writes this rank's files, for a background save from copies."""
         rank = dist.get_rank()
         random = random_states()
         ranges = ranges_of(self.engine, self.ema)
@@ -192,7 +188,7 @@ class Saver:
         return work
 
     def _copied(self, ranges: list[Range]) -> list[Range]:
-        """Return the pieces as copies of their current values; the thread joins the two halves of EMA weights."""
+        """Return copies of the pieces; the thread joins the two halves of EMA weights."""
         copies = iter(self._copies.copy([part.view(-1) for piece in ranges for part in piece.parts]))
         return [replace(piece, parts=tuple(next(copies) for _ in piece.parts)) for piece in ranges]
 
@@ -208,8 +204,7 @@ class Saver:
 
 
 def ranges_of(engine: Any, ema: ShardedEma | None) -> list[Range]:
-    """Return the pieces that this rank writes, as live views: master weights and moments, frozen weights, EMA
-    weights."""
+    """Return the pieces that this rank writes, as live views: master weights, moments, frozen weights, EMA weights."""
     ranges = [
         Range(f"{kind}/{piece.name}", piece.start, (view,))
         for piece in pieces(engine)
@@ -251,12 +246,8 @@ def checkpoint_bytes(engine: Any, ema: ShardedEma | None) -> int:
 
 
 def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
-    """Return `checkpoint_bytes` of a run without its engine.
-
-    Args:
-        objective: the complete model, e.g. on `meta`.
-        config: resolved DeepSpeed config.
-    """
+    """Return `checkpoint_bytes` from the complete model, e.g. on `meta`, and the resolved DeepSpeed config, without an
+    engine."""
     (master, moment), compute = state_bytes(config), BYTES[precision(config)]
     total = 0
     for name, parameter in objective.named_parameters():
@@ -271,13 +262,13 @@ def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return the live persistent buffers, by name. All ranks have the same."""
+    """Return the live persistent buffers by name, the same on all ranks."""
     kept = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
 def random_states() -> dict[str, Tensor]:
-    """Return the current random states of this rank."""
+    """Return the random states of this rank."""
     states = {"host": torch.get_rng_state()}
     if get_accelerator().device_name() != "cpu":
         states["accelerator"] = get_accelerator().get_rng_state()
@@ -285,8 +276,8 @@ def random_states() -> dict[str, Tensor]:
 
 
 def _gathered(written: WrittenTensors, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Digest], Index]:
-    """Return the digests of all files and their index, on rank 0. Pieces that follow from the shapes are not sent.
-    Collective."""
+    """Return the digests of all files and their index, on rank 0. Collective. Pieces that follow from the shapes are
+    not sent."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     uneven = [not written.is_even(key, shape, rank, ranks) for key, shape in shapes.items()]
     sums = sum_over_ranks([*(written.squares.get(key, 0.0) for key in shapes), *uneven])

@@ -1,4 +1,4 @@
-"""Write and hash a safetensors file as a stream.
+"""Streaming writer of safetensors files, with hash.
 
 The library's writer needs all tensors of a file in memory, holds the GIL while writing, and would require a second read
 for the hash.
@@ -48,7 +48,7 @@ class Streamed:
     dtype: torch.dtype
     shape: tuple[int, ...]
     blocks: Callable[[], Iterable[Tensor]]
-    """Its elements in order, as flat tensors, in as many parts as suits the memory; called when it is written."""
+    """Its elements in order, as flat tensors; called when it is written."""
 
     @property
     def numel(self) -> int:
@@ -57,11 +57,7 @@ class Streamed:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
-    """Write one file of tensors that are in memory.
-
-    Raises:
-        OSError: a write failed.
-    """
+    """Write one file of tensors that are in memory."""
     widest_first = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that all are aligned
     streamed = [
         Streamed(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: (tensor.flatten(),))  # type: ignore[misc]
@@ -71,12 +67,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_safetensors(path: Path, tensors: Sequence[Streamed], metadata: Mapping[str, str]) -> Digest:
-    """Write one file, hash it while writing and sync it to disk. Memory holds one block at a time.
-
-    Raises:
-        OSError: a write failed.
-        ValueError: the blocks of a tensor do not match its declared dtype or size.
-    """
+    """Write one file, hash it while writing and sync it to disk. Memory holds one block at a time. Raise ValueError if
+    the blocks of a tensor do not match its declared dtype or size."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
         for data in _bytes_of(tensors, metadata):

@@ -41,7 +41,7 @@ def listing(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _figures(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
-    """Return the loss, and the metric that selects the best checkpoint. The JSON document has all metrics."""
+    """Return the loss and the metric that selects the best checkpoint."""
     best = (document["rules"] or {}).get("keep_best") or {}
     wanted = {"evaluation/loss", best.get("metric")}
     return [name for name in row["metrics"] if name in wanted]
@@ -159,7 +159,6 @@ def consolidation(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _rules(rules: Mapping[str, Any]) -> str:
-    """Return the retention rules on one line; the latest valid checkpoint is always retained."""
     best = rules["keep_best"]
     told = {**rules, "keep_best": None if best is None else f"{best['metric']}:{best['mode']}:{best['count']}"}
     return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)

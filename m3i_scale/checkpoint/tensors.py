@@ -1,4 +1,4 @@
-"""Write and read a checkpoint's tensors: shards of flattened tensors in safetensors files, and an index of all shards.
+"""A checkpoint's tensors: shards of flattened tensors in safetensors files, and an index of all shards.
 
 tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
@@ -6,9 +6,8 @@ tensors/
 
 A key is a kind and the parameter's name: `weight/…` (fp32 or bf16 master weights, and frozen weights in the compute
 dtype), `exp_avg/…`, `exp_avg_sq/…` (moments) or `average/…` (EMA target). A piece is a range of the flattened tensor,
-so a checkpoint does not depend on the number of ranks that read it. Files are written and read piece by piece: memory
-never holds a complete file. The safetensors reader is not used because it maps files; if a disk fails under a map, the
-process ends silently.
+so a checkpoint does not depend on the number of ranks that read it. Memory never holds a complete file. The safetensors
+reader is not used because it maps files; if a disk fails under a map, the process ends silently.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from m3i_scale.engine.split_float import join
 from m3i_scale.errors import CheckpointError
 
 AVERAGE = "average"
-"""The kind of the EMA target's tensors."""
+"""Kind of the EMA target's tensors."""
 FILE_BYTES = 2 * 2**30
 """Approximate size of one file: verification hashes several files in parallel."""
 _SUMMED_ELEMENTS = 1 << 18
@@ -49,7 +48,7 @@ class Range:
     start: int
     """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
-    """The flat piece, or its two halves as made by `split_float`. Live tensors, or copies of them."""
+    """The flat piece, or its two halves as made by `split_float`; live tensors or copies."""
 
     @property
     def numel(self) -> int:
@@ -58,7 +57,7 @@ class Range:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype in which the piece is written."""
+        """Return the dtype in the file."""
         return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
 
     def read(self) -> Tensor:
@@ -68,14 +67,13 @@ class Range:
 
 @dataclass
 class WrittenTensors:
-    """The files, pieces and norms that a rank has written."""
+    """Files, pieces and norms that a rank has written; pieces and squares by key."""
 
     digests: dict[str, Digest] = field(default_factory=dict)
-    """Digests, by path relative to the checkpoint's folder."""
+    """By path relative to the checkpoint's folder."""
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    """Pieces, by key."""
     squares: dict[str, float] = field(default_factory=dict)
-    """Sums of squares over this rank's pieces, by key."""
+    """Sums of squares over this rank's pieces."""
 
     def is_even(self, key: str, shape: Sequence[int], rank: int, ranks: int) -> bool:
         """Return whether `rank`, which wrote this, wrote exactly its even share of a tensor."""
@@ -94,11 +92,7 @@ def sum_of_squares(flat: Tensor) -> float:
 
 
 def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> WrittenTensors:
-    """Write this rank's pieces into the checkpoint `folder`, sync them to disk and hash them while writing.
-
-    Raises:
-        OSError: a write failed.
-    """
+    """Write this rank's pieces into the checkpoint `folder`, sync them to disk and hash them while writing."""
     (folder / TENSORS).mkdir(exist_ok=True)
     written = WrittenTensors()
     for number, part in enumerate(_files_of(ranges)):
@@ -148,7 +142,7 @@ def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
 
 
 def _counted(piece: Range, written: WrittenTensors) -> Callable[[], tuple[Tensor]]:
-    """Return the function that reads a piece and adds its sum of squares to `written`."""
+    """Return a reader of the piece that also adds its sum of squares to `written`."""
 
     def blocks() -> tuple[Tensor]:
         tensor = piece.read()
@@ -159,14 +153,7 @@ def _counted(piece: Range, written: WrittenTensors) -> Callable[[], tuple[Tensor
 
 
 class SavedTensors:
-    """The tensors of a checkpoint, read lazily, in full or by range.
-
-    Args:
-        checkpoint: a folder that passes `verify`.
-
-    Raises:
-        CheckpointError: there are no tensors, or this version cannot read the index.
-    """
+    """Tensors of a checkpoint that passes `verify`, read lazily, in full or by range."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.folder = checkpoint / TENSORS
@@ -189,7 +176,7 @@ class SavedTensors:
         return [key.removeprefix(f"{kind}/") for key in self._shapes if key.startswith(f"{kind}/")]
 
     def kinds(self) -> list[str]:
-        """Return the kinds of tensors that the checkpoint has."""
+        """Return the kinds of tensors in the checkpoint."""
         return sorted({key.partition("/")[0] for key in self._shapes})
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -211,7 +198,7 @@ class SavedTensors:
         return dtypes.pop()
 
     def whole(self, key: str) -> Tensor:
-        """Return a tensor in its full shape, on the CPU."""
+        """Return a full tensor on the CPU."""
         shape = self.shape(key)
         flat = torch.empty(math.prod(shape), dtype=self.dtype(key))
         self.read_into(key, 0, flat)
@@ -229,7 +216,7 @@ class SavedTensors:
             at = stop
 
     def _locate(self, key: str, file: str, numel: int) -> tuple[torch.dtype, int]:
-        """Return the dtype of a piece and the position of its bytes in the file."""
+        """Return the dtype of a piece and its position in the file."""
         if file not in self._headers:
             self._headers[file] = self._read_header(file)
         begin, places = self._headers[file]
@@ -261,8 +248,8 @@ class SavedTensors:
 
     def _read_header(self, file: str) -> tuple[int, array[int]]:
         """Return the position of the first piece in a file, and three numbers for every key of the index: its dtype,
-        and the first and last byte of its piece, or -1 if the file has no piece of it. Reading all tensors needs the
-        headers of all files, and as parsed JSON they would take forty times the memory."""
+        and the first and last byte of its piece, or -1 if there is none. Parsed JSON of the headers of all files would
+        take forty times the memory."""
         try:
             with (self.folder / file).open("rb") as opened:
                 size = int.from_bytes(opened.read(8), "little")

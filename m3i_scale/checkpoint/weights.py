@@ -1,4 +1,4 @@
-"""Read full weights of a sharded checkpoint, one by one or block by block."""
+"""Full weights of a sharded checkpoint, read one by one or block by block."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 class SavedWeights(Mapping[str, Tensor]):
-    """Tensors of a checkpoint by parameter name (`student.model.layers.0.…`).
-
-    A tensor is read on access and not cached.
+    """Tensors of a checkpoint by parameter name (`student.model.layers.0.…`), read on access and not cached.
 
     Args:
         saved: the tensors of the checkpoint.
@@ -93,13 +91,8 @@ class SavedWeights(Mapping[str, Tensor]):
 
 
 def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.float32) -> SavedWeights:
-    """Return the trained weights of a committed checkpoint.
-
-    Args:
-        checkpoint: a folder that passes `verify`.
-        which: values for `student.…`: the trained weights, or their EMA.
-        dtype: dtype of the returned tensors.
-    """
+    """Return the weights of a committed checkpoint that passes `verify`. `which` selects the values for `student.…`:
+    the trained weights, or their EMA."""
     saved = SavedTensors(checkpoint)
     keys = {name: f"{MASTER}/{name}" for name in saved.names(MASTER)}
     # Loss-weighting state serves only a resumed run.

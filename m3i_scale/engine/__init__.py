@@ -1,1 +1,1 @@
-"""DeepSpeed: engine, configuration, partitioned parameters, checkpoints. Serves any `nn.Module`."""
+"""DeepSpeed: engine, configuration, partitioned parameters, collectives. Serves any `nn.Module`."""

@@ -1,4 +1,4 @@
-"""Choose the layers that recompute, so that the activations saved for the backward pass fit into a budget.
+"""Choice of the layers that recompute, so that the activations saved for the backward pass fit into a budget.
 
 One forward pass without backward is recorded. Tensors that autograd would save inside a layer are counted and freed at
 the end of the layer. So counting needs no more memory than `full` does.
@@ -24,7 +24,7 @@ from m3i_scale.text import GIB
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes that one layer holds between its forward and its backward pass."""
+    """Bytes that one layer holds between forward and backward pass."""
 
     name: str
     saved: float
@@ -45,7 +45,6 @@ class Choice:
     outside_gib: float
     """Saved outside layers, included in all of the above."""
     layers: int
-    """Number of layers that could recompute."""
 
     def __str__(self) -> str:
         return (
@@ -79,11 +78,9 @@ def _never(packed: Any) -> Tensor:
 
 
 def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[LayerBytes], int]:
-    """Return the bytes of every trained layer in the order of the forward pass, and the bytes saved outside layers.
+    """Return the bytes of every trained layer in forward order, and the bytes saved outside layers.
 
-    Args:
-        module: contains the layers, in training mode.
-        forward: runs the module once, with gradient. Buffers and random states are restored afterwards.
+    `forward` runs `module`, which is in training mode, once with gradient. Buffers and random states are restored.
     """
     bytes_of: dict[str, list[int]] = {}
 
@@ -111,8 +108,7 @@ def count_saved(module: nn.Module, forward: Callable[[], Any]) -> tuple[list[Lay
 
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Restore the state that a forward pass in training mode changes: buffers (queues, statistics) and random
-    states."""
+    """Restore what a forward pass in training mode changes: buffers (queues, statistics) and random states."""
     accelerator = get_accelerator()
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     host, device = torch.get_rng_state(), accelerator.get_rng_state()
@@ -127,10 +123,8 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 def peak_bytes(layers: list[LayerBytes], outside: float, recomputed: set[str]) -> float:
-    """Return the peak of the saved bytes: after the forward pass, or just after a layer was recomputed.
-
-    The backward pass frees layers from the last to the first, so few bytes are left when an early layer is recomputed.
-    """
+    """Return the peak of the saved bytes: after the forward pass, or just after a layer was recomputed. The backward
+    pass frees layers from the last to the first, so few bytes are left when an early layer is recomputed."""
     held, peak = 0.0, 0.0
     for layer in layers:
         again = layer.name in recomputed
@@ -160,8 +154,7 @@ def choose_layers(layers: list[LayerBytes], outside: float, budget_gib: float) -
 
 
 def fit_activations(module: nn.Module, forward: Callable[[], Any], budget_gib: float) -> Choice:
-    """Choose the layers that recompute and apply the choice. Collective: all ranks use the bytes of the rank that saves
-    most."""
+    """Choose the layers that recompute and apply the choice. Collective: the rank that saves most decides."""
     layers, outside = count_saved(module, forward)
     values = {"outside": float(outside)}
     for number, layer in enumerate(layers):

@@ -1,8 +1,8 @@
-"""Configure activation checkpointing: which layers recompute in the backward pass, and which tensors they keep.
+"""Activation checkpointing: which layers recompute in the backward pass, and which tensors they keep.
 
 The layers are `transformers` layers (`GradientCheckpointingLayer`): ViT, DINOv2, BERT, decoders and InternImage. All
 policies use torch's non-reentrant checkpoint through the layers' switch, so gradients are the same as with `none`. The
-target branch runs without gradient and stores no activations under any policy.
+target branch runs without gradient and stores no activations.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ class Policy:
     """Activation memory limit per rank."""
 
     def picks(self, depth: int) -> list[int]:
-        """Return the indices of a stack's layers that recompute. With a budget these are all layers, until memory is
-        counted."""
+        """Return the indices of a stack's layers that recompute; with a budget all, until memory is counted."""
         return [] if self.kind == "none" else list(range(0, depth, self.every))
 
 
@@ -74,16 +73,13 @@ def policy_of_switches(text: str, compiled: bool) -> str:
 
 
 def in_host_memory() -> bool:
-    """Return whether the accelerator computes in host memory."""
+    """Return whether the accelerator computes in host memory, as a CPU does."""
     return bool(get_accelerator().on_accelerator(torch.empty(0)))
 
 
 def stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
-    """Yield every stack of layers that run their full forward, as (name, layer).
-
-    Layers with `called_in_parts` compute only a part of the output. They are not called through their switch and are
-    excluded.
-    """
+    """Yield every stack of layers that run their full forward, as (name, layer). Layers with `called_in_parts` are
+    excluded: they compute a part of the output and are not called through their switch."""
     for prefix, stack in module.named_modules():
         if not isinstance(stack, nn.ModuleList):
             continue
@@ -104,7 +100,7 @@ def trained_stacks(module: nn.Module) -> Iterator[list[tuple[str, Any]]]:
 
 
 def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
-    """Set the policy on every stack of layers inside `module`; return the names of the layers that recompute."""
+    """Set the policy on every trained stack inside `module`; return the names of the layers that recompute."""
     policy = read_policy(text)
     chosen = []
     for layers in trained_stacks(module):
@@ -156,7 +152,7 @@ def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:
-    """Run a layer and offload its input to host memory: a checkpoint saves only the input, before its hooks begin."""
+    """Offload the layer's input to host memory: a checkpoint saves only the input, before its hooks begin."""
     device_type = get_accelerator().device_name().split(":")[0]
     with save_on_cpu(pin_memory=not in_host_memory(), device_type=device_type):
         return checkpoint(run, *inputs, use_reentrant=False)

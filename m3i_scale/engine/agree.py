@@ -1,4 +1,4 @@
-"""Exchange values between ranks outside the model: flags, means, objects, and failures of a rank.
+"""Exchange of values between ranks outside the model: flags, means, objects, and failures of a rank.
 
 Objects and host values use a gloo group. With NCCL, every rank would need device memory for the values of all ranks.
 """
@@ -27,11 +27,7 @@ _HOST_GROUP: list[dist.ProcessGroup] = []
 
 
 def join_host_group(timeout: timedelta) -> None:
-    """Create the gloo group for host memory. Every rank calls it after joining the default group.
-
-    Args:
-        timeout: collective timeout.
-    """
+    """Create the gloo group for host memory. Every rank calls it after joining the default group."""
     _HOST_GROUP.clear()
     if dist.get_backend() != "gloo":
         _HOST_GROUP.append(dist.new_group(backend="gloo", timeout=timeout))
@@ -46,20 +42,20 @@ def _world_size() -> int:
 
 
 def agree(*flags: bool) -> tuple[bool, ...]:
-    """Return for every flag whether any rank sets it. Collective of hosts: it does not wait for the device."""
+    """Return for every flag whether any rank sets it. Collective on the host: it does not wait for the device."""
     return tuple(map(bool, _reduced(flags, dist.ReduceOp.MAX)))
 
 
 def agree_and_average(
     *flags: bool | Tensor, value: Tensor, counts: Sequence[int] = ()
 ) -> tuple[tuple[bool, ...], float, list[int]]:
-    """Return the result of `agree`, the mean of `value` and the sums of `counts` over the ranks, in fp32. This needs
-    one collective and one transfer.
+    """Return the result of `agree`, the mean of `value` and the sums of `counts` over the ranks. One collective and
+    transfer.
 
     Args:
         flags: booleans, or scalar tensors on this rank's device.
         value: scalar tensor on this rank's device; may be NaN, which does not affect the flags.
-        counts: counts of this rank; sums are exact below 2²⁴, and to seven digits above.
+        counts: counts of this rank, summed in fp32: exact below 2²⁴, and to seven digits above.
     """
     values = [*flags, value, *counts]
     of_host = torch.tensor([0.0 if isinstance(item, Tensor) else float(item) for item in values])
@@ -126,14 +122,9 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
 def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
     """Raise the error of the lowest failing rank on all ranks; do nothing if no rank failed. Collective.
 
-    Args:
-        fault: this rank's error; None if there is none.
-        names_rank: whether the message includes the rank.
-
-    Raises:
-        UserError: the same on every rank.
-        Exception: this rank's error, if it is not a UserError. The others raise a UserError about it that is not marked
-            as raised on all ranks (`everywhere`).
+    A UserError is the same on every rank. Any other error is raised on its rank with its traceback; the other ranks
+    raise a UserError about it that is not marked as raised on all ranks (`everywhere`). `names_rank` adds the rank to
+    the message.
     """
     if not _reduced([fault is not None], dist.ReduceOp.MAX)[0]:
         return  # only one number: gathering objects would take a message per rank
@@ -160,12 +151,12 @@ def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
 
 
 def from_rank_0(work: Callable[[], Any]) -> Any:
-    """Run `work` on rank 0 only and return its result on all ranks; its errors are raised on all ranks."""
+    """Run `work` on rank 0 only and return its result on all ranks; errors are raised on all ranks."""
     return from_rank(0, work)
 
 
 def from_rank(rank: int, work: Callable[[], Any]) -> Any:
-    """Run `work` on one rank only and return its result on all ranks; its errors are raised on all ranks."""
+    """Run `work` on one rank only and return its result on all ranks; errors are raised on all ranks."""
     box = [together(lambda: work() if dist.get_rank() == rank else None)]
     dist.broadcast_object_list(box, src=rank, group=_host_group())
     return box[0]
@@ -176,9 +167,6 @@ def open_together(make: Callable[[], Result]) -> Result:
 
     Ranks wait for files of rank 0 while they open their data, some for an hour. So each rank opens in a thread, and all
     vote every second whether one has failed. No vote waits longer, however long the work takes.
-
-    Args:
-        make: opens the resources of this rank.
     """
     work, over, fault = InThread(_once(make)), False, None
     results: list[Result] = []

@@ -14,17 +14,13 @@ from m3i_scale.errors import ConfigError
 
 _WHERE = "hardware.deterministic"
 _VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_NVLS_ENABLE": "0"}
-"""Variables required by `torch.use_deterministic_algorithms`, and NCCL sums over ranks without in-switch reduction. The
-list is torchtitan's (`distributed/utils.py`)."""
+"""The first is required by `torch.use_deterministic_algorithms`; with the others NCCL sums over ranks without in-switch
+reduction. The list is torchtitan's (`distributed/utils.py`)."""
 
 
 def allow_tf32(dtype: torch.dtype) -> None:
-    """Allow TF32 for fp32 products and convolutions on GPUs if the run computes in bf16 or fp16, which have fewer
-    digits anyway. Runs in fp32 compute in fp32, which cuDNN's convolutions do not do by default. CPUs are not affected.
-
-    Args:
-        dtype: compute dtype of the run.
-    """
+    """Allow TF32 for fp32 products and convolutions on GPUs if the compute dtype is bf16 or fp16, which have fewer
+    digits anyway. Runs in fp32 compute in fp32, which cuDNN's convolutions do not do by default."""
     # Not `fp32_precision`, which torch has from 2.9 on: torch raises errors if both interfaces are in use, and its
     # compiler reads this one.
     torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
@@ -43,8 +39,8 @@ def check_deterministic() -> None:
 
 
 def compute_deterministically() -> None:
-    """Make every operation bit-exact from run to run, also on GPUs, or raise an error. Call it before rendezvous:
-    cuBLAS and NCCL read their variables once."""
+    """Make every operation bit-exact from run to run, or raise an error. Call it before rendezvous: cuBLAS and NCCL
+    read their variables once."""
     os.environ.update(_VARIABLES)
     torch.use_deterministic_algorithms(True)
     # A debugging aid that costs one kernel per tensor.

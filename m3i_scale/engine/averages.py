@@ -1,7 +1,7 @@
-"""Maintain the exponential moving average (EMA) of trained weights on the optimizer's partition, without gathering it.
+"""Exponential moving average (EMA) of trained weights on the optimizer's partition, updated without gathering.
 
-The optimizer stores its master weights in flat groups, with a part of each group on every rank. The EMA weights use the
-same layout, so each group is updated as one tensor, however many parameters it contains.
+Master weights and EMA weights share one layout: flat groups, with a part of each group on every rank. So each group is
+updated as one tensor, however many parameters it contains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from m3i_scale.engine.split_float import join, split
 
 _AT_ONCE = 1 << 18
 """Elements updated at a time: 1 MiB, which stays in the cache of a core. An accelerator uses 16 times that size, so
-that kernel launches do not matter. Memory beyond the EMA weights is a few blocks of this size."""
+that kernel launches do not matter."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,13 @@ class _Flat:
     master: Tensor
     """Master weights that are averaged."""
     copy: Tensor
-    """Compute copy of the EMA target."""
     beside: Tensor
     """The lower halves if the copy is bf16, the EMA weights if it is fp16, the copy itself if it is fp32."""
     gathered: Tensor | None
     """The copies of all ranks, of which `copy` is one; None if this rank has only its part."""
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (copy, beside, master weights) block by block."""
+        """Yield (copy, beside, master weights) in cache-sized blocks."""
         size = _AT_ONCE if self.copy.device.type == "cpu" else 16 * _AT_ONCE
         copies = self.copy.split(size)
         besides = copies if self.beside is self.copy else self.beside.split(size)
@@ -64,15 +63,14 @@ class _Place:
     start: int
     """First element in the flattened parameter."""
     numel: int
-    """Elements without padding."""
 
 
 class ShardedEma:
-    """Sharded EMA of the online parameters: each rank averages the master weights that it has.
+    """Sharded EMA of the online parameters: each rank averages its part of the master weights.
 
-    The EMA is fp32, a higher precision than the target's compute dtype. In bf16 the update would be lost: 1 − decay is
-    below half a unit in the last place. Storage in addition to the target's compute copy: nothing in fp32 (the copy
-    is the EMA), the lower 16 bits in bf16 (the copy has the upper ones), the full EMA in fp16.
+    The EMA is fp32. In bf16 the update would be lost: 1 − decay is below half a unit in the last place. Storage in
+    addition to the target's compute copy: nothing in fp32 (the copy is the EMA), the lower 16 bits in bf16 (the copy
+    has the upper ones), the full EMA in fp16.
 
     Under ZeRO-3 the target's shards are the copies. Under stages 1 and 2 all ranks gather the copies, one group at a
     time, during training. The next call of the target waits for them.
@@ -83,10 +81,6 @@ class ShardedEma:
             once it has been called itself.
         computes: whether training computes with the targets. If not, the copies of other ranks are not gathered. Under
             stages 1 and 2 the targets are then unusable, and the EMA exists only to be saved.
-
-    Raises:
-        ConfigError: the engine configuration prevents writing the target's shards in place.
-        RuntimeError: DeepSpeed holds no master copy of an online parameter.
     """
 
     def __init__(self, engine: Any, pairs: list[tuple[str, str]], *, computes: bool = True) -> None:
@@ -146,7 +140,7 @@ class ShardedEma:
         self.publish()
 
     def publish(self) -> None:
-        """Make subsequent computation use the current EMA weights. Collective under stages 1 and 2."""
+        """Make later computation use the current EMA weights. Collective under stages 1 and 2."""
         for target in self._second_copies:
             forget_copy(target)
         self._gathers = [
@@ -189,11 +183,8 @@ class ShardedEma:
 
     @torch.no_grad()
     def load(self, read: Callable[[str, int, Tensor], None]) -> None:
-        """Load saved EMA weights. Call `publish` afterwards, on all ranks.
-
-        Args:
-            read: `(first element, out)` fills a flat fp32 tensor with that range of the EMA weights.
-        """
+        """Load saved EMA weights: `read(EMA parameter, first element, out)` fills a flat fp32 tensor. Call `publish`
+        afterwards, on all ranks."""
         self.wait()
         for name, place in self._places.items():
             if not place.numel:
@@ -206,12 +197,7 @@ class ShardedEma:
 
 
 def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
-    """Yield the groups that have EMA parameters, keyed by the names of the targets.
-
-    Args:
-        engine: the DeepSpeed engine.
-        targets: target names by online parameter name.
-    """
+    """Yield the groups that have EMA parameters, keyed by target names; `targets` maps online names to target names."""
     missing = dict(targets)
     for group in master_groups(engine):
         offsets = {missing.pop(name): offset for name, offset in group.offsets.items() if name in missing}
@@ -225,7 +211,7 @@ def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
 
 
 def _write(ema: Tensor, copy: Tensor, beside: Tensor) -> None:
-    """Write EMA weights to `copy` and `beside`; `ema` may be `beside` itself."""
+    """Write EMA weights to `copy` and `beside`; `ema` may be `beside`."""
     if copy.dtype == torch.bfloat16:
         split(ema, copy, beside)
         return

@@ -1,8 +1,8 @@
 """Clip gradients by their global norm without a host-device synchronization.
 
-Two helpers of DeepSpeed (`deepspeed/runtime/utils.py`) synchronize in every step. One copies a constant from pageable
-memory to the device. The other reads back whether the norm is above the bound. The replacements here compute
-bit-identical values and leave the decision on the device.
+Two helpers of DeepSpeed (`deepspeed/runtime/utils.py`) synchronize in every step: one copies a constant from pageable
+memory, the other reads back whether the norm is above the bound. The replacements compute bit-identical values on the
+device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def mark_invalid_norm(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Replace a NaN or infinite norm by `val`, in place: `mask_nan_or_inf_with_val_inplace` of DeepSpeed."""
+    """Replace a NaN or infinite norm by `val` in place, as DeepSpeed's `mask_nan_or_inf_with_val_inplace`."""
     norm.masked_fill_(~norm.isfinite(), val)
 
 
@@ -30,13 +30,9 @@ def clip_by_norm(
     mpu: Any = None,
     eps: float = 1e-6,
 ) -> Any:
-    """Scale tensors in place to a global norm of at most `max_norm`: `clip_tensors_by_global_norm` of DeepSpeed.
-
-    DeepSpeed skips the multiplication if the norm is below the bound. This multiplies by 1, which changes no bit.
-
-    Returns:
-        The global norm before clipping.
-    """
+    """Scale tensors in place to a global norm of at most `max_norm`, as DeepSpeed's `clip_tensors_by_global_norm`;
+    return the norm before clipping. Below the bound DeepSpeed skips the multiplication; this multiplies by 1, which
+    changes no bit."""
     tensors = [tensor.detach() for tensor in input_tensors]
     if global_norm is None:
         global_norm = utils.get_global_norm_of_tensors(tensors, mpu=mpu)
@@ -50,10 +46,8 @@ _REPLACEMENTS = {"mask_nan_or_inf_with_val_inplace": mark_invalid_norm, "clip_te
 
 @contextlib.contextmanager
 def clipping_on_device() -> Iterator[None]:
-    """Make DeepSpeed optimizers that step inside use the replacements.
-
-    If a DeepSpeed version lacks one of these helpers, its implementation stays and at worst synchronizes.
-    """
+    """Make DeepSpeed optimizers that step inside use the replacements. A helper that the DeepSpeed version lacks is not
+    replaced."""
     with contextlib.ExitStack() as stack:
         for module in (utils, bf16_optimizer, stage_1_and_2, stage3):
             for name, replacement in _REPLACEMENTS.items():

@@ -10,8 +10,7 @@ from torch import Tensor
 
 
 class _GatherRows(torch.autograd.Function):
-    """Differentiable gather of the rows of all ranks. The gradient of a row is summed over all ranks and returned to
-    the row's rank."""
+    """Differentiable gather of the rows of all ranks; the gradient of a row is summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x_B: Tensor) -> Tensor:

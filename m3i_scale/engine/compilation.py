@@ -1,8 +1,7 @@
 """Apply `torch.compile` layer by layer: layers of one class share their kernels, and the code between them stays eager.
 
-Only the arithmetic of a layer is compiled. Recomputation of a full layer is decided outside it; under `selective` the
-compiler chooses the saved tensors. ZeRO-3 gathers and releases also stay outside: a compiled layer is a leaf module,
-gathered and released as a unit.
+Full recomputation is decided outside the compiled layer; under `selective` the compiler chooses the saved tensors.
+ZeRO-3 gathers and releases also stay outside: a compiled layer is a leaf module, gathered and released as a unit.
 """
 
 from __future__ import annotations
@@ -56,11 +55,8 @@ def explain_auto() -> str | None:
 
 
 def _missing_tools() -> dict[str, str]:
-    """Return the missing runtime requirements of the compiler on this process's device: name and install command.
-
-    torch builds CPU kernels with `CXX` or g++. Triton builds its launchers with `CC`, gcc or clang. Both include
-    Python.h.
-    """
+    """Return name and install command of each missing tool. torch builds CPU kernels with `CXX` or g++; Triton builds
+    its launchers with `CC`, gcc or clang. Both include Python.h."""
     cuda = get_accelerator().device_name() == "cuda"
     variable, defaults = ("CC", ["gcc", "clang"]) if cuda else ("CXX", ["g++"])
     compilers = [os.environ[variable]] if os.environ.get(variable) else defaults
@@ -76,13 +72,11 @@ def _missing_tools() -> dict[str, str]:
 
 
 def compile_layers(module: nn.Module, policy: str = "none") -> list[str]:
-    """Compile every layer that runs its full forward, trained or not, and return the names. Call it before the engine
-    is started.
+    """Compile every layer that runs its full forward, trained or not; return the names. Call it before the engine
+    starts.
 
-    Args:
-        module: contains the layers.
-        policy: `backbone.activation_checkpointing`. Under `selective` the compiler keeps half of the activations that
-            it would keep otherwise, chosen to minimize recomputation.
+    Under the `selective` policy (`backbone.activation_checkpointing`) the compiler keeps half of the activations that
+    it would keep otherwise, chosen to minimize recomputation.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     torch._functorch.config.activation_memory_budget = _KEPT_SHARE if read_policy(policy).kind == "selective" else 1.0
@@ -111,7 +105,6 @@ def _arithmetic(kind: type) -> Callable[..., Any]:
 
 
 def _run(layer: Any, compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-    """Replace the wrapped `forward`, using the compiled arithmetic."""
     if getattr(layer, "varies_in_length", False):
         _mark_lengths([*inputs, *named.values()])
     run = partial(compiled, layer, **named)

@@ -1,4 +1,4 @@
-"""Build the DeepSpeed engine: construct the (partitioned) module, initialize its weights and start the engine."""
+"""Start the DeepSpeed engine on a (partitioned) module with initialized weights."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def quiet_deepspeed() -> None:
 
 
 def set_leaves(module: nn.Module) -> None:
-    """Mark layers as ZeRO-3 leaf modules, so that the parameters of a layer are gathered and released together.
+    """Mark layers as ZeRO-3 leaf modules: the parameters of a layer are gathered and released together. Call it before
+    start.
 
-    Call it before the engine is started. A ViT layer has eight modules with parameters. Their hooks, fetches and
-    releases, forward and backward, are most of the CPU time of a step (docs/gpu.md). A layer with parts that are called
-    one by one is not marked, because the parts of a leaf have no hooks.
+    Hooks, fetches and releases of a ViT layer's eight modules with parameters are most of the CPU time of a step
+    (docs/gpu.md). A layer with parts that are called one by one is not marked, because the parts of a leaf have no
+    hooks.
     """
     for layers in stacks(module):
         for _, layer in layers:
@@ -44,14 +45,8 @@ def set_leaves(module: nn.Module) -> None:
 
 
 def awaited_optimizer(ds_config: dict[str, Any]) -> str | None:
-    """Return a message if starting the engine has to wait for the build of its optimizer's extension.
-
-    Args:
-        ds_config: resolved DeepSpeed configuration.
-
-    Returns:
-        None if the extension is built, or if the optimizer is torch's.
-    """
+    """Return a message if starting the engine has to wait for the build of its optimizer's extension; None if it is
+    built, or if the optimizer is torch's."""
     kind = optimizer_class(ds_config)
     if kind == "AdamW":
         return None
@@ -72,8 +67,8 @@ def set_micro_batch_size(engine: Any, micro_batch_size: int) -> None:
 def free_memory_of_torch() -> Iterator[None]:
     """Make DeepSpeed ask torch for the free GPU memory when it starts an engine.
 
-    If pynvml is installed, DeepSpeed asks the driver instead. That fails on the names of GPUs and MIG slices that
-    `CUDA_VISIBLE_DEVICES` may contain instead of numbers (`_get_nvml_gpu_id` of its CUDA accelerator).
+    If pynvml is installed, DeepSpeed asks the driver. That fails on names of GPUs and MIG slices in
+    `CUDA_VISIBLE_DEVICES` (`_get_nvml_gpu_id` of its CUDA accelerator).
     """
     accelerator = get_accelerator()
     if accelerator.device_name() != "cuda":
@@ -98,7 +93,7 @@ def build_engine(
         initialize: fills the weights of the built module, before the optimizer copies them.
         ds_config: resolved DeepSpeed configuration.
         weight_decay: applied to matrices only.
-        lr_scales: returns learning rate multipliers by parameter name; the default is 1.
+        lr_scales: learning rate multipliers by parameter name; the default is 1.
     """
     quiet_deepspeed()
     module = construct(build, ds_config)
@@ -117,8 +112,8 @@ def keep_gradients_until_reduced(optimizer: Any) -> None:
     """Make ZeRO-1 and ZeRO-2 keep the memory of every gradient until their reduction stream has read it.
 
     DeepSpeed reduces a gradient larger than `reduce_bucket_size` in place, on a separate stream. If gradients are sent
-    in another dtype (`communication_data_type`), it records that stream for the copy only. The allocator would then
-    reuse the memory of the gradient too early in the backward pass.
+    in another dtype (`communication_data_type`), it records that stream for the copy only, and the allocator reuses the
+    gradient's memory too early.
     """
     if hasattr(optimizer, "_record_gradient_stream") and not get_accelerator().resolves_data_dependency():
         optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)

@@ -1,8 +1,8 @@
-"""Read and write this rank's shards of an engine's master weights and moments, at any ZeRO stage.
+"""This rank's shards of an engine's master weights and moments, at any ZeRO stage.
 
 A piece is a range of a flattened parameter. Stage 3 partitions every parameter over the ranks; stages 1 and 2 partition
-the concatenated parameters. Both give ranges, so each stage can read the checkpoints of the others. This file and
-`partition.py` are the only ones that use internals of DeepSpeed's optimizers.
+the concatenated parameters. Both give ranges, so each stage can read the checkpoints of the others. Only this file and
+`partition.py` use internals of DeepSpeed's optimizers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ class Piece:
     """This rank's shard of a flattened parameter."""
 
     name: str
-    """Name of the parameter."""
     start: int
     """First element of the range."""
     numel: int
@@ -59,15 +58,14 @@ def pieces(engine: Any) -> Iterator[Piece]:
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the name and the parameter of every trained parameter."""
+    """Yield (name, parameter) of every trained parameter."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             yield name, parameter
 
 
 def moment_kinds(engine: Any) -> list[str]:
-    """Return the kinds of moments in the optimizer; empty before its first step. The result is the same on all
-    ranks."""
+    """Return the kinds of moments in the optimizer, the same on all ranks; empty before its first step."""
     states = engine.optimizer.optimizer.state
     flats = _flat_tensors(engine.optimizer)
     return [kind for kind in MOMENTS if any(kind in states.get(flat, {}) for flat in flats)]
@@ -84,7 +82,7 @@ class MasterGroup:
     numel: int
     """Elements of the group, padding included."""
     offsets: dict[str, int]
-    """Offsets of the parameters in the group, by name. Under ZeRO-3 the group contains this rank's shards."""
+    """By parameter name. Under ZeRO-3 the group contains this rank's shards."""
 
 
 def master_groups(engine: Any) -> list[MasterGroup]:
@@ -121,12 +119,7 @@ def optimizer_steps(engine: Any) -> int:
 
 @torch.no_grad()
 def make_moments(engine: Any, steps: int) -> None:
-    """Create the optimizer's missing moments and set its step count.
-
-    Args:
-        engine: the engine.
-        steps: steps taken so far. 0 means an optimizer without moments: existing moments are set to zero.
-    """
+    """Create the optimizer's missing moments and set its step count. With 0 steps existing moments are set to zero."""
     optimizer = engine.optimizer.optimizer
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
     # As in torch's `Optimizer.load_state_dict`: kernels that count on the device need the count there. All others would
@@ -164,7 +157,7 @@ def publish(engine: Any) -> None:
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """Return the step counts and the loss scale as JSON: the engine state that a resume needs besides tensors."""
+    """Return step counts and loss scale as JSON: the non-tensor engine state that a resume needs."""
     counts: dict[str, Any] = {name: int(getattr(engine, name)) for name in _COUNTERS}
     counts["optimizer_steps"] = optimizer_steps(engine)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
@@ -175,13 +168,13 @@ def counters(engine: Any) -> dict[str, Any]:
 
 def count_micro_batches(engine: Any) -> None:
     """Reset the engine's micro-batch counter to the start of a step, as if all steps had the current accumulation
-    steps. DeepSpeed uses the counter to detect the last micro-batch of a step."""
+    steps. DeepSpeed uses it to detect the last micro-batch of a step."""
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
 
 def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
-    """Restore the result of `counters`. The loss scale comes from the checkpoint, its settings from the config file. A
-    run that resumes in fp16 from another precision starts with the initial scale of its settings."""
+    """Restore the result of `counters`. A run that resumes in fp16 from another precision starts with the initial scale
+    of its settings."""
     for name in _COUNTERS:
         setattr(engine, name, saved[name])
     count_micro_batches(engine)
@@ -214,7 +207,6 @@ def _flat_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def _place(optimizer: Any, parameter: nn.Parameter) -> _Slice | None:
-    """Return the position of this rank's shard of a parameter; None without a shard."""
     if is_partitioned(parameter):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = numel * optimizer._get_param_partition_rank(parameter)

@@ -1,9 +1,8 @@
-"""Manage DeepSpeed's extensions, which are built at first use in a per-user folder, under a lock file.
+"""DeepSpeed's extensions, which are built at first use in a per-user folder, under a lock file.
 
 The lock file survives a killed builder. PyTorch waits for its removal silently and without a timeout: after one `kill
 -9` during a build, every later run on the machine hangs before its first step. If two environments share a build
-folder, each rebuilds, for a minute or more, after the other: their paths differ, so each considers the other's build
-out of date.
+folder, each considers the other's build out of date, because paths differ, and rebuilds for a minute or more.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ respected."""
 
 def keep_to_environment() -> None:
     """Build extensions inside the virtual environment if TORCH_EXTENSIONS_DIR is unset and the environment is writable.
-
-    Call it before the first extension is loaded.
-    """
+    Call it before the first extension is loaded."""
     inside = sys.prefix != sys.base_prefix
     if "TORCH_EXTENSIONS_DIR" not in os.environ and inside and os.access(sys.prefix, os.W_OK):
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
@@ -38,8 +35,8 @@ def keep_to_environment() -> None:
 def find_ninja() -> None:
     """Use the interpreter's `ninja` for builds, even if the environment is not activated.
 
-    Hosts that a launcher connects to over ssh have another PATH, with no `ninja` or with another version. Each version
-    considers the other's log out of date and rebuilds everything.
+    Over ssh, PATH may have no `ninja` or another version. Each version considers the other's log out of date and
+    rebuilds everything.
     """
     folder = os.path.dirname(sys.executable)
     ninja = shutil.which("ninja", path=folder)
@@ -48,11 +45,7 @@ def find_ninja() -> None:
 
 
 def is_usable(name: str) -> bool:
-    """Return whether a CUDA extension can be loaded: it was compiled with DeepSpeed, or `nvcc` is installed.
-
-    Args:
-        name: name of the extension, e.g. "fused_adam".
-    """
+    """Return whether a CUDA extension ("fused_adam") was compiled with DeepSpeed or can be compiled with `nvcc`."""
     from deepspeed.git_version_info import installed_ops
 
     home = cpp_extension.CUDA_HOME  # some images have the folder without the compiler
@@ -60,15 +53,10 @@ def is_usable(name: str) -> bool:
 
 
 def awaited_build(name: str) -> str | None:
-    """Return a message if loading a DeepSpeed extension will wait for a build, silently and for up to some minutes.
+    """Return a message if loading an extension ("fused_adam") will wait for a build, for up to some minutes; None if
+    built.
 
     Call it after `sweep_stale_locks`: a remaining lock belongs to a running builder.
-
-    Args:
-        name: name of the extension, e.g. "fused_adam".
-
-    Returns:
-        None if the extension is built.
     """
     root = _build_root()
     for folder in (root / name, *root.glob(f"*/{name}")):
@@ -84,12 +72,9 @@ def _build_root() -> Path:
 
 
 def sweep_stale_locks(root: Path | None = None) -> list[Path]:
-    """Remove lock files of builders that no longer exist; return the removed files.
+    """Remove lock files of dead builders from `root` (default: PyTorch's build folder); return the removed files.
 
     A builder keeps its lock file open. On a shared file system it may run on another host, so a young lock stays.
-
-    Args:
-        root: the folder of extensions; default: PyTorch's build folder.
     """
     root = root or _build_root()
     removed = []
@@ -104,8 +89,7 @@ def sweep_stale_locks(root: Path | None = None) -> list[Path]:
 
 
 def _status(lock: Path) -> tuple[int, int, float] | None:
-    """Return (device, inode, mtime), which distinguish a lock file from a later one of the same name; None if it is
-    missing."""
+    """Return (device, inode, mtime), which identify a lock file; None if it is missing."""
     try:
         status = lock.stat()
     except FileNotFoundError:
@@ -118,14 +102,13 @@ def _is_believed(lock: Path, status: tuple[int, int, float]) -> bool:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system that contains `path`: the mount with the longest matching path."""
+    """Return the file system type of the mount with the longest matching path."""
     path = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
 
 
 def _is_open(status: tuple[int, int, float]) -> bool:
-    """Return whether a process visible to this user has the file open on this host."""
     for name in glob.iglob("/proc/[0-9]*/fd/*"):
         with suppress(OSError):  # closed in the meantime
             opened = os.stat(name)

@@ -24,8 +24,8 @@ def keep_host_memory() -> None:
     """Stop glibc from returning every large tensor to the kernel as soon as it is freed.
 
     A training step frees and allocates the same memory again and again, and the kernel zeroes it each time
-    (docs/performance.md). This is only a speed setting. It is not applied on accelerators, which have other allocators.
-    It is also skipped if the environment configures an allocator, or the C library has no `mallopt` (musl, macOS).
+    (docs/performance.md). Has no effect on accelerators, if the environment configures an allocator, or if the C
+    library has no `mallopt` (musl, macOS).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if keeps_host_memory() and mallopt is not None:
@@ -36,8 +36,7 @@ def keep_host_memory() -> None:
 def pinning() -> Callable[[Tensor], Tensor] | None:
     """Return the function that pins a tensor; None if the accelerator computes in host memory.
 
-    It is torch's, which caches pinned memory and reuses it only after the copies out of it are done. So batches that
-    are ready, in use and being made share a ring, whatever their sizes. DeepSpeed's function would count every call as
-    new memory.
+    torch's function caches pinned memory and reuses it only after the copies out of it are done. So all batches share a
+    ring, whatever their sizes. DeepSpeed's function would count every call as new memory.
     """
     return None if get_accelerator().Stream is None else Tensor.pin_memory

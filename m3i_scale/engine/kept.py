@@ -8,7 +8,7 @@ _KEPT = "kept_in_checkpoints"
 
 
 def keep_in_checkpoints(module: nn.Module) -> None:
-    """Save the frozen parameters of a module in checkpoints, in their compute dtype."""
+    """Mark the frozen parameters of a module to be saved in checkpoints, in their compute dtype."""
     for parameter in module.parameters():
         setattr(parameter, _KEPT, True)
 

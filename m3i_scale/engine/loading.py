@@ -13,7 +13,7 @@ from m3i_scale.engine.partition import gathered
 
 
 class WeightStream(Protocol):
-    """A stream of named values in an order that is known before they are read."""
+    """A stream of named values; the order is known before they are read."""
 
     @property
     def names(self) -> list[str]:
@@ -27,16 +27,8 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], Weight
     """Write a stream into the parameters `prefix + name`. Every rank calls it; only rank 0 opens and reads the stream.
 
     Each parameter is gathered, written and partitioned again before the next value is read. In addition to its shards,
-    each rank holds one parameter, and rank 0 the open files of the stream.
-
-    Args:
-        module: the model.
-        prefix: parameter prefix of the streamed names.
-        open_stream: called on rank 0; an error while opening or reading is raised on all ranks.
-
-    Raises:
-        UserError: raised by `open_stream` or its stream.
-        Exception: on rank 0, an error of another kind; on the other ranks it is a UserError that names it.
+    each rank holds one parameter, and rank 0 the open files of the stream. An error of rank 0 is raised on all ranks: a
+    UserError as it is, any other as a UserError that names it on the other ranks.
     """
     opened: list[WeightStream] = []
 
@@ -56,10 +48,8 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], Weight
 
 @torch.no_grad()
 def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Exception | None:
-    """Write the next value, if this rank reads the stream; return the error of reading it.
-
-    The value is read before the parameter is gathered, so a slow file does not block the other ranks in the collective.
-    """
+    """Write the next value, if this rank reads the stream; return the error. The value is read before the parameter is
+    gathered, so a slow file does not block the other ranks in the collective."""
     value: Tensor | None = None
     fault: Exception | None = None
     if tensors is not None:

@@ -1,4 +1,4 @@
-"""Take or skip an optimizer step; adjust fp16's dynamic loss scale."""
+"""Optimizer steps that may be skipped, and fp16's dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -41,11 +41,8 @@ def take_step(engine: Any) -> None:
 
 @contextmanager
 def undone_if_skipped(engine: Any, module: nn.Module) -> Iterator[None]:
-    """Restore the buffers of `module` if the step taken inside is skipped, so that they do not keep statistics of a bad
-    batch.
-
-    The gradient may be non-finite far below the encoder output even if the monitored values are finite.
-    """
+    """Restore the buffers of `module` if the step taken inside is skipped, so that they keep no statistics of a bad
+    batch. The gradient may be non-finite far below the encoder output even if the monitored values are finite."""
     before = [buffer.clone() for buffer in module.buffers()]
     yield
     if not engine.was_step_applied():
@@ -57,7 +54,7 @@ def undone_if_skipped(engine: Any, module: nn.Module) -> Iterator[None]:
 def spread_nonfinite(loss: Tensor) -> Tensor:
     """Return the bit-identical loss with the same gradient; if the loss is not finite, its full gradient becomes NaN.
 
-    A loss may be NaN although its gradients are finite. This makes the engine skip every such step on all ranks,
-    because each ZeRO stage skips a step with a non-finite global gradient norm. It needs no device synchronization.
+    A loss may be NaN although its gradients are finite. Each ZeRO stage skips a step with a non-finite global gradient
+    norm, so all ranks skip such steps. This needs no device synchronization.
     """
     return loss * (1 + 0 * loss.detach())  # 0 times inf or NaN is NaN

@@ -1,4 +1,4 @@
-"""Access DeepSpeed's partitioned parameters (`ds_tensor`, persistence, gathering); no other file does.
+"""Access to DeepSpeed's partitioned parameters (`ds_tensor`, persistence, gathering), only from this file.
 
 Under ZeRO-3 a parameter is an empty tensor with a shard (`ds_tensor`) on every rank. All code that reads or writes
 weights outside a forward pass uses this module.
@@ -38,7 +38,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def full_numel(module: nn.Module, *, trainable_only: bool = False) -> int:
-    """Return the number of elements of all parameters of the module, counting partitioned ones at their full size."""
+    """Return the number of elements of the module's parameters, counting partitioned ones at their full size."""
     wanted = [p for p in module.parameters() if p.requires_grad or not trainable_only]
     return sum(full_shape(parameter).numel() for parameter in wanted)
 
@@ -52,9 +52,8 @@ def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Iterator
 
 
 def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.Module:
-    """Call `build` and create its parameters on this rank's device in the dtype of the run. Under ZeRO-3 each is
-    partitioned on creation; under other stages all are complete. The model is never in host memory (9 GB in fp32 for
-    `m3i_vit_g14`), and never on the device in fp32."""
+    """Call `build` and create its parameters on this rank's device in the dtype of the run, partitioned under ZeRO-3.
+    The model is never in host memory (9 GB in fp32 for `m3i_vit_g14`), and never on the device in fp32."""
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         dtype = compute_dtype(ds_config)
@@ -75,22 +74,16 @@ def construct(build: Callable[[], nn.Module], ds_config: dict[str, Any]) -> nn.M
 
 
 def initialize_sharded(module: nn.Module, initialize: Initialize, *, seed: int, skip: tuple[str, ...] = ()) -> None:
-    """Initialize all parameters, gathering one module at a time under ZeRO-3.
+    """Initialize all parameters except submodules with a prefix in `skip`, gathering one module at a time under ZeRO-3.
 
     The values come from `draw_first_values`. They do not depend on the device, the number of ranks or the ZeRO stage.
-
-    Args:
-        module: the model, partitioned or not.
-        initialize: fills the parameters of one module.
-        seed: random seed of the run.
-        skip: prefixes of submodules that are initialized elsewhere.
     """
     draw_first_values(module, initialize, seed=seed, skip=skip, whole=partial(gathered, write=True))
 
 
 def local_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return (first element, elements) of the shard that this rank saves of a parameter without optimizer state. Under
-    ZeRO-3 this is its shard without padding, otherwise an even share of the replicated values."""
+    """Return (first element, elements) of the shard that this rank saves of a parameter without optimizer state: under
+    ZeRO-3 its shard without padding, otherwise an even share of the replicated values."""
     numel = full_shape(parameter).numel()
     if is_partitioned(parameter):
         share = local_values(parameter).numel()
@@ -116,13 +109,8 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
 
 
 def load_frozen(parameter: nn.Parameter, read: Callable[[int, Tensor], None]) -> None:
-    """Fill a parameter that has no optimizer state. Under ZeRO-3 gathered copies are stale until all are partitioned
-    again.
-
-    Args:
-        parameter: the parameter to fill.
-        read: `(first element, out)` fills a flat tensor with that range of the values.
-    """
+    """Fill a parameter that has no optimizer state: `read(first element, out)` fills a flat tensor. Under ZeRO-3
+    gathered copies are stale until all are partitioned again."""
     forget_copy(parameter)
     values = local_values(parameter).view(-1)
     start, numel = local_range(parameter) if is_partitioned(parameter) else (0, values.numel())
@@ -136,13 +124,8 @@ def forget_copy(parameter: Any) -> None:
 
 
 def check_writable(engine: Any, parameters: dict[str, nn.Parameter], what: str) -> None:
-    """Raise ConfigError if the engine configuration prevents writing the shards of frozen parameters in place.
-
-    Args:
-        engine: the DeepSpeed engine.
-        parameters: the parameters to write, by name.
-        what: description of the parameters for the message.
-    """
+    """Raise ConfigError if the engine configuration prevents writing the shards of frozen parameters in place. `what`
+    describes the parameters in the message."""
     if engine._config.zero_config.zero_quantized_nontrainable_weights and parameters:
         raise ConfigError(
             f"'zero_optimization.zero_quantized_nontrainable_weights' cannot hold {what}",
@@ -157,10 +140,7 @@ def check_writable(engine: Any, parameters: dict[str, nn.Parameter], what: str) 
 
 
 def lay_values(parameter: Any, flat: Tensor) -> None:
-    """Store the live local values of a parameter in `flat`, a tensor of the same length, from now on.
-
-    The previous values are not copied.
-    """
+    """Make `flat` the storage of a parameter's local values, without copying the previous values."""
     if is_partitioned(parameter):
         parameter.ds_tensor.data = flat
     else:
@@ -168,8 +148,8 @@ def lay_values(parameter: Any, flat: Tensor) -> None:
 
 
 def keep_partitioned(engine: Any, parameters: Iterable[Any]) -> None:
-    """Remove parameters from ZeRO-3's persistent set. DeepSpeed keeps small parameters gathered, so a write to the
-    shard would silently leave the gathered copy stale."""
+    """Remove parameters from ZeRO-3's persistent set, which keeps small parameters gathered: a write to the shard would
+    silently leave the gathered copy stale."""
     partitioned = {id(parameter): parameter for parameter in parameters if is_partitioned(parameter)}
     if not partitioned:
         return
@@ -183,8 +163,7 @@ def keep_partitioned(engine: Any, parameters: Iterable[Any]) -> None:
 
 @contextlib.contextmanager
 def gradients_by_parameter() -> Iterator[None]:
-    """Make an engine that is started inside reduce every gradient when it is complete, including gradients of leaf
-    modules.
+    """Make an engine that is started inside reduce every gradient when it is complete, also in leaf modules.
 
     DeepSpeed reduces the gradients of a leaf at the end of a call's backward pass (`stage3.py`,
     `reduce_leaf_module_grads`). If the layer is called twice, as a decoder is by two targets, they are not complete
@@ -198,7 +177,7 @@ _GATHER_STREAM = "_PartitionedParameterCoordinator__allgather_stream"
 
 
 def gather_stream(engine: Any) -> Any:
-    """Return the stream on which ZeRO-3 gathers shards; None under other stages and on devices without streams."""
+    """Return the stream of ZeRO-3's gathers; None under other stages and on devices without streams."""
     if engine.zero_optimization_stage() != 3:
         return None
     coordinator = engine.optimizer.parameter_offload.param_coordinator
@@ -215,7 +194,7 @@ def order_gathers(engine: Any) -> None:
     """Make ZeRO-3 gather shards only after all work queued on the current stream, which may write them.
 
     DeepSpeed copies shards on a separate stream that waits for no other, neither for our writes nor for its optimizer.
-    Other stages gather on the current stream and need no ordering. The CPU does not wait here.
+    Other stages gather on the current stream. The CPU does not wait here.
     """
     stream = gather_stream(engine)
     if stream is not None:

@@ -41,7 +41,7 @@ class Peak:
     tflops: float
     """10¹² FLOPs per second."""
     source: str
-    """`given`, the name of a preset, or `measured`."""
+    """`given`, a preset name, or `measured`."""
     data_sheet_tflops: float | None = None
     """If the rate is measured: the data sheet rate of a known device."""
 
@@ -95,9 +95,7 @@ def data_sheet_tflops(device: str, dtype: torch.dtype) -> float | None:
 
 def measured_peak(dtype: torch.dtype) -> Peak:
     """Measure the rate of a square matrix product in `dtype`: the best within 0.2 s, averaged over the ranks.
-
-    All ranks measure at once, because ranks on one processor share it. Collective.
-    """
+    Collective: all ranks measure at once, because ranks on one processor share it."""
     size = 256
     square = _random_square(size, dtype)
     while (best_s := _product_s(square)) < _LONG_ENOUGH_S and size < _LARGEST:
@@ -111,8 +109,8 @@ def measured_peak(dtype: torch.dtype) -> Peak:
 
 
 def _random_square(size: int, dtype: torch.dtype) -> Tensor:
-    """Return a random matrix, as in training: with equal numbers a GPU multiplies faster, because it uses less power.
-    The run's random state does not change."""
+    """Return a random matrix. With equal numbers a GPU multiplies faster than in training, because it uses less
+    power."""
     device = get_accelerator().current_device_name()
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(size, size, dtype=dtype, device=device, generator=generator)

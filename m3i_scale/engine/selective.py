@@ -1,8 +1,7 @@
 """Selective activation checkpointing: keep the results of expensive operations and recompute everything else.
 
 The list and the recomputation of every second matrix product come from torchtitan
-(`distributed/activation_checkpoint.py`). Products with a bias and the sampling of deformable convolution are added,
-because its language models do not have them.
+(`distributed/activation_checkpoint.py`). Products with a bias and deformable sampling are added.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Record failures of ranks, and determine the root cause."""
+"""Failures of ranks, their records, and the root cause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAST_LINES = 20
 _COLLECTIVES = "collectives-rank-"
 """PyTorch appends the rank."""
 RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{_COLLECTIVES}*")
-"""Files in that folder: errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
+"""Errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
 _SILENT = "the rank ended without an error report: killed (for want of memory, most often), or its host is gone"
 
 # Error messages of a rank that only noticed the loss of another one: of gloo, of NCCL's watchdog and communicator, of
@@ -47,14 +47,14 @@ class Failure:
     """Unix seconds, on the supervisor's clock if known."""
     host: str
     rank: int | None
-    """None: the complete host."""
+    """None for the complete host, or if the rank is unknown."""
     step: int | None
     """Completed optimizer steps."""
     phase: str | None
     kind: Kind
     message: str
     exit_code: int | None = None
-    """As reported by a shell; negative: the signal that ended it."""
+    """As `subprocess` returns it; negative: the signal that ended the process."""
     lines: list[str] = field(default_factory=list)
     """The last lines of its log."""
     trace: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Failure:
         return self.kind == "user_error" or self.exit_code == EXIT_USER_ERROR
 
     def where(self) -> str:
-        """Return the known ones of host, rank, step and phase."""
+        """Return host, rank, step and phase, as far as known."""
         parts = [f"host {self.host}"]
         if self.rank is not None:
             parts.append(f"rank {self.rank}")
@@ -94,7 +94,7 @@ class Failure:
 
 
 def explain_exit_code(code: int) -> tuple[Kind, str]:
-    """Return the kind and the message of a failure by the exit code of a process; a negative one is a signal."""
+    """Return kind and message of a failure by exit code; a negative code is a signal."""
     if code >= 0:
         return "exit", f"the rank ended with exit code {code}"
     names = {int(number): f" ({number.name})" for number in signal.Signals}
@@ -109,13 +109,7 @@ def root_cause(failures: Iterable[Failure]) -> Failure | None:
 
 
 def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) -> str:
-    """Return the final failure message for the user: one message, independent of the number of ranks.
-
-    Args:
-        cause: the root cause.
-        others: subsequent failures.
-        output_dir: output directory of the run.
-    """
+    """Return the final failure message for the user, independent of the number of ranks."""
     lines = [f"root cause: {cause.message}", f"  where: {cause.where()}"]
     if cause.lines:
         lines.append("  its last lines:")
@@ -128,7 +122,6 @@ def failure_text(cause: Failure, others: Sequence[Failure], output_dir: Path) ->
 
 
 def _counted(others: Sequence[Failure]) -> str:
-    """Return one line for all subsequent failures."""
     words: dict[str, int] = {}
     for other in others:
         message = other.message.splitlines()[0][:100] if other.message else other.kind
@@ -138,17 +131,7 @@ def _counted(others: Sequence[Failure]) -> str:
 
 
 def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], **more: Any) -> Path:
-    """Write OUTPUT/failure.json atomically.
-
-    Args:
-        output_dir: output directory of the run.
-        cause: the root cause.
-        others: subsequent failures.
-        more: further fields, such as the attempt.
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Write OUTPUT/failure.json atomically; `more` are further fields, such as the attempt."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / FAILURE
     content = {"cause": asdict(cause), "others": [asdict(other) for other in others], **more}
@@ -162,32 +145,21 @@ def record_file(folder: Path, rank: int) -> Path:
 
 
 def write_record(folder: Path, failure: Failure) -> None:
-    """Write a rank's error file.
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Write a rank's error file."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record_file(folder, failure.rank or 0), asdict(failure))
 
 
 def begin_rank(folder: Path, rank: int) -> None:
-    """Record that a rank of this host has started, in one file per host: one per rank would be a thousand files at
-    every start.
-
-    Raises:
-        OSError: the write failed.
-    """
+    """Record that a rank of this host has started. One file per rank would be a thousand files at every start, so there
+    is one per host."""
     folder.mkdir(parents=True, exist_ok=True)
     _note(folder, {"rank": rank, "began": time.time()})
 
 
 def end_rank(folder: Path, rank: int) -> None:
-    """Record that a rank of this host has ended normally; the last one removes the host's file.
-
-    Raises:
-        OSError: the write failed, or other hosts still have running ranks.
-    """
+    """Record that a rank of this host has ended normally; the last one removes the host's file. Raise OSError while
+    other hosts have running ranks."""
     _note(folder, {"rank": rank, "ended": time.time()})
     if not _unended(_notes_of(folder, socket.gethostname())):
         _notes_of(folder, socket.gethostname()).unlink(missing_ok=True)
@@ -204,7 +176,7 @@ def _notes_of(folder: Path, host: str) -> Path:
 
 
 def _unended(notes: Path) -> dict[int, float]:
-    """Return the start time by rank of the ranks that have not ended normally."""
+    """Return start times by rank of the ranks that have not ended normally."""
     began: dict[int, float] = {}
     with contextlib.suppress(FileNotFoundError):
         for note in read_json_lines(notes):
@@ -240,7 +212,7 @@ def read_records(output_dir: Path) -> list[Failure]:
 
 
 def forget_records(output_dir: Path) -> None:
-    """Remove the error files of an earlier launch before a new one."""
+    """Remove the error files of an earlier launch."""
     try:
         for pattern in RECORD_FILES:
             for path in (output_dir / RANK_RECORDS).glob(pattern):
@@ -255,14 +227,11 @@ def forget_records(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Make an accelerator rank write its last collectives into the output folder when a collective times out.
+    """Make an accelerator rank write its last collectives into `folder` when a collective times out.
 
     PyTorch's flight recorder keeps them, but by default writes them to a local file, which is lost with a container. A
-    path that is already set, under either name, is kept.
-
-    Args:
-        folder: folder of the files; created now, and removed after a normal end.
-        environment: environment of this process.
+    path that is already set in `environment`, under either name, is kept. The folder is created now, and removed after
+    a normal end.
     """
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:  # the name in earlier versions of torch
         environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _COLLECTIVES))

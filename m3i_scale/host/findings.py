@@ -17,20 +17,19 @@ class Finding:
     """The result of one check on one host, or on all together."""
 
     check: str
-    """Its stable name: docs/doctor.md lists them."""
+    """Stable name; docs/doctor.md lists them."""
     host: str
     """A host, or `all` for the group."""
     ok: bool
     value: str
-    """The observation."""
     why: str | None = None
     """The consequence of a problem."""
     fix: str | None = None
     warning: bool = False
-    """An unusual result that does not prevent the run: `ok` is true."""
+    """Unusual, but does not prevent the run: `ok` is true."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the finding for JSON, with the same keys every time."""
+        """Return the finding for JSON, always with the same keys."""
         return asdict(self)
 
 
@@ -40,7 +39,7 @@ def finding(
     """Return a finding; it is ok if there is no error.
 
     Args:
-        check: its name.
+        check: stable name.
         host: a host, or `all`.
         value: the observation.
         error: why the run would fail, or differ from its configuration.
@@ -52,7 +51,7 @@ def finding(
 
 
 Answers = Mapping[str, Mapping[str, Any]]
-"""Answers by host, the master node first."""
+"""By host, the master node first."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class HostsNotReadyError(UserError):
 
 
 def not_ready(errors: list[Finding]) -> HostsNotReadyError:
-    """Combine all errors into one error: the first is the message, the others are listed with the location."""
+    """Combine errors: the first is the message, the others are listed with the location."""
     first, *rest = errors
     others = [
         f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")

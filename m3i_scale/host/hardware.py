@@ -21,7 +21,7 @@ class Hardware:
     """Assumed fraction of the peak rate."""
     source: str
     latency_us: float | None = None
-    """Latency of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
+    """Of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
     (`PROTOCOLS` in plan/timing.py)."""
     intra_latency_us: float | None = None
 
@@ -56,7 +56,7 @@ PRESETS = {
 
 
 def hardware(name: str) -> Hardware:
-    """Return the preset of that name."""
+    """Return a preset."""
     if name not in PRESETS:
         raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Write and read heartbeats: small files that ranks map into memory and their host's agent reads, even after a kill.
+"""Heartbeats: small files that ranks map into memory and their host's agent reads, even after a kill.
 
 A beat needs no system call and no thread that could starve: the kernel keeps the page of a killed process.
 """
@@ -16,7 +16,7 @@ PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimize
 """In the order of a step; `other` is the remaining time."""
 
 RECORDS = "M3I_SCALE_RECORDS"
-"""Environment variable: the folder on this host for heartbeats and error files of its ranks."""
+"""Environment variable: this host's folder for heartbeats and error files of its ranks."""
 
 _LAYOUT = struct.Struct("<qqdd16s")
 
@@ -28,7 +28,7 @@ class RankState:
     step: int
     """Completed optimizer steps; −1 before the loop."""
     began: int
-    """Step at which the loop began; −1 before the loop."""
+    """Step at which the loop began; −1 before."""
     phase: str
     """A phase of the step, or the activity outside of steps (start, open, resume, save, evaluate …)."""
     changed: float
@@ -43,14 +43,7 @@ def heartbeat_file(folder: Path, rank: int) -> Path:
 
 
 class Heartbeat:
-    """Heartbeat of this rank. If `path` is None, step and phase are tracked for its error record, but not written.
-
-    Args:
-        path: the file.
-
-    Raises:
-        OSError: the disk has no space for it.
-    """
+    """Heartbeat of this rank. If `path` is None, step and phase are tracked for its error record, but not written."""
 
     def __init__(self, path: Path | None) -> None:
         self.step, self.phase = -1, "start"
@@ -65,12 +58,8 @@ class Heartbeat:
         self._write()
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Record that the rank begins `phase`.
-
-        Args:
-            phase: at most 16 letters.
-            step: completed steps, if they have changed too.
-        """
+        """Record that the rank begins `phase` (at most 16 letters); `step`: completed steps, if they have changed
+        too."""
         self.phase = phase
         if step is not None:
             self.step = step
@@ -98,10 +87,7 @@ def read_heartbeat(path: Path) -> RankState | None:
 
 
 def local_heartbeat(rank: int) -> Heartbeat:
-    """Return the heartbeat of this process if an agent started it; otherwise one without a file.
-
-    Raises:
-        OSError: the host's disk has no space for a page.
-    """
+    """Return the heartbeat of this process if an agent started it; otherwise one without a file. Raise OSError if the
+    host's disk has no space for a page."""
     folder = os.environ.get(RECORDS)
     return Heartbeat(heartbeat_file(Path(folder), rank) if folder else None)

@@ -1,4 +1,4 @@
-"""Compare this machine's resources (memory, /dev/shm, file limits, free disk) with a run's needs.
+"""This machine's resources (memory, /dev/shm, file limits, free disk), compared with a run's needs.
 
 It takes milliseconds and imports neither torch nor DeepSpeed.
 """
@@ -30,10 +30,9 @@ class Needs:
     """A run's needs on one host, for all its ranks. Zero: no known need."""
 
     ranks: int = 1
-    """Number of ranks on the host."""
     world_size: int = 1
     checkpoint_bytes: int = 0
-    """Size of one checkpoint, over all ranks."""
+    """Of one checkpoint, over all ranks."""
     kept_checkpoints: int = 0
     """Maximum number on the disk at the same time, including the one being written."""
     kept_bytes: int = 0
@@ -45,12 +44,12 @@ class Needs:
     shm_bytes: int = 0
     """In /dev/shm: prefetched batches of data loader workers."""
     open_files: int = 0
-    """Open files of one rank."""
+    """Of one rank."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The current resources of this machine."""
+    """Current resources of this machine."""
 
     memory_available: int
     """Bytes, within the limit of a container."""
@@ -68,12 +67,7 @@ class Machine:
 
 
 def read_machine(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
-    """Read the resources of this machine.
-
-    Args:
-        shm: the file system of shared memory.
-        cgroup: folder with the limits of a container (version 2).
-    """
+    """Read the resources of this machine; `cgroup` has the limits of a container (version 2)."""
     memory = psutil.virtual_memory()
     total, available = _within_container(cgroup, memory.total, memory.available)
     usage = shutil.disk_usage(shm) if shm.is_dir() else None
@@ -92,7 +86,7 @@ def read_machine(shm: Path = SHM, cgroup: Path = CGROUP) -> Machine:
 
 
 def _within_container(cgroup: Path, total: int, available: int) -> tuple[int, int]:
-    """Return total and available bytes of memory, within the limit of this process's control group."""
+    """Return total and available memory in bytes, within the limit of this process's control group."""
     limit = container_limit("memory.max", cgroup)
     if limit is None:
         return total, available
@@ -134,14 +128,8 @@ def interfaces() -> dict[str, list[str]]:
 
 
 def machine_findings(host: str, machine: Machine, needs: Needs, *, on_host: bool) -> list[Finding]:
-    """Compare memory, /dev/shm, file limits and threads of a host with the run's needs.
-
-    Args:
-        host: its name.
-        machine: its resources.
-        needs: the run's needs on it.
-        on_host: ranks compute on the CPU.
-    """
+    """Compare memory, /dev/shm, file limits and threads of a host with the run's needs; `on_host`: ranks compute on the
+    CPU."""
     return [
         _memory(host, machine, needs, on_host),
         _shm(host, machine, needs, on_host),
@@ -208,7 +196,7 @@ def _threads(host: str, machine: Machine, needs: Needs) -> Finding:
 
 
 def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
-    """Compare the free space for checkpoints with the size of one, and with the total of all kept ones."""
+    """Compare the free space with the size of one checkpoint, and with the total of all kept ones."""
     existing = next((path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), Path("/"))
     fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
     try:

@@ -1,4 +1,4 @@
-"""Name the files of a run's output directory, lock it for one job at a time, identify that job, and request its stop.
+"""Files of a run's output directory, its lock for one job at a time, and stop requests.
 
 The kernel releases a process's lock whenever the process ends, including `kill -9`. Across hosts the lock is as
 reliable as `flock` of the shared file system (NFS v4, Lustre with `-o flock`, BeeGFS, GPFS: yes).
@@ -43,12 +43,12 @@ class LockFile:
 
     name: str
     busy: str
-    """Error message for the second process that requests it."""
+    """Error message for the second process."""
     why: str
 
     @property
     def note(self) -> str:
-        """Return the name of the file that describes the lock's holder."""
+        """Return the name of the holder's note."""
         return f"{self.name}-holder.json"
 
 
@@ -78,13 +78,8 @@ class UnknownHolderError(CheckpointError):
 
 @contextmanager
 def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = False) -> Iterator[None]:
-    """Hold a lock of `output_dir` (created if missing) against other jobs. Call it on one rank only.
-
-    Args:
-        output_dir: output directory of the run.
-        lock: the lock to hold.
-        trains: whether this process regularly calls `stop_requested`.
-    """
+    """Hold a lock of `output_dir` (created if missing) against other jobs. Call it on one rank only. `trains` declares
+    that this process regularly calls `stop_requested`."""
     held = _acquire(output_dir, lock)
     try:
         _remove_notes(output_dir, lock)  # left by a killed process
@@ -96,12 +91,8 @@ def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = Fal
 
 
 def holder_of(output_dir: Path, lock: LockFile = RUN) -> Holder | None:
-    """Return the holder of a lock of `output_dir`; None if it is free.
-
-    Raises:
-        UnknownHolderError: the lock is held, but its note is not written yet.
-        CheckpointError: the lock file cannot be opened.
-    """
+    """Return the holder of a lock of `output_dir`; None if it is free. Raise UnknownHolderError if its note is not
+    written yet, CheckpointError if the lock file cannot be opened."""
     path = output_dir / lock.name
     try:
         with path.open("rb") as file:
@@ -128,7 +119,7 @@ def launch_lock(output_dir: Path) -> Iterator[None]:
 
 
 def launch_of(output_dir: Path) -> str | None:
-    """Return the process that currently launches the run of an output folder, as text; None if no launch is known."""
+    """Return a description of the process that launches the run of an output folder; None if no launch is known."""
     try:
         holder = holder_of(output_dir, _LAUNCH)
     except UnknownHolderError as error:

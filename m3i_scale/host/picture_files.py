@@ -15,7 +15,7 @@ from m3i_scale.host.output_dir import PICTURE_LIST
 
 _MOST_BYTES = 250_000
 _QUALITIES = (90, 75, 55, 35)
-"""JPEG qualities; the first one with a small enough file is used."""
+"""JPEG qualities; the first small enough one is used."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,14 @@ class Picture:
     """dense_pca, attention, …: the same at every step."""
     title: str
     alt: str
-    """Alternative text for readers who cannot see the picture."""
+    """Alternative text."""
     image: Image.Image
 
 
 def write_pictures(folder: Path, pictures: Sequence[Picture], step: int | None = None) -> list[dict[str, Any]]:
-    """Write pictures as JPEG, and `pictures.json` with the step and with name, file, title and alternative text of
-    each. A file has at most 250 kB, if quality 35 is enough for that.
-
-    Args:
-        folder: an existing folder.
-        pictures: in the order of the list.
-        step: of the weights; None if unknown.
-
-    Returns:
-        List entry for each picture: name, file, title, alt.
-
-    Raises:
-        OSError: the pictures cannot be written.
-    """
+    """Write pictures as JPEG into an existing folder, and `pictures.json` with the step of the weights and with name,
+    file, title and alternative text of each; return these entries. A file has at most 250 kB, if quality 35 is enough
+    for that."""
     entries = []
     for picture in pictures:
         file = f"{picture.name}.jpg"

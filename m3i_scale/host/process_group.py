@@ -31,14 +31,13 @@ def start_ranks(
     """Join the process group that the launcher (or MPI) describes in RANK, WORLD_SIZE, …; without a launcher, use one
     rank.
 
+    Raise MissingRanksError if ranks did not join. Raise UserError if only some of the launcher's variables are set,
+    because the run would silently be smaller than intended.
+
     Args:
         timeout_s: collective timeout.
         rendezvous_s: rendezvous timeout.
         tell: called on one rank per host if an extension must be built, or is being built by another process.
-
-    Raises:
-        MissingRanksError: some ranks did not join; the message names them.
-        UserError: only some of the launcher's variables are set (the run would silently be smaller than intended).
     """
     adopt_rank_variables(os.environ)
     missing = [name for name in _RANK_VARIABLES if name not in os.environ]
@@ -93,11 +92,7 @@ def set_timeout(timeout_s: float) -> None:
 
 
 def stop_ranks(*, wait: bool) -> None:
-    """Leave the process group.
-
-    Args:
-        wait: leave only when all ranks do.
-    """
+    """Leave the process group; with `wait`, only when all ranks do."""
     if dist.is_initialized():
         if wait:
             dist.barrier()

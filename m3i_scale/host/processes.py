@@ -1,5 +1,5 @@
-"""Manage processes of a launch on one host: find them by a mark in their environment, independent of their parents; tie
-them to their parent; handle stop signals."""
+"""Processes of a launch on one host: found by a mark in their environment, independent of their parents; tied to their
+parent; stopped by signals."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ MARK = "M3I_SCALE_LAUNCH"
 """Environment variable of every rank and its children: launch, host, output folder (`process_tag`)."""
 TIED = "M3I_SCALE_TIED"
 """Environment variable of ranks, and of their launchers on other hosts: they end with their parent, even if it is
-killed. Its value is the parent's pid, or PARENT."""
+killed. Its value is the parent's pid, or PARENT for any parent."""
 PARENT = "parent"
-"""Any parent."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -35,7 +34,7 @@ def signals_to_note() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Use `note` as the handler of stop signals inside the context."""
+    """Handle stop signals with `note` inside the context."""
     before = {number: signal.signal(number, note) for number in signals_to_note()}
     try:
         yield
@@ -45,8 +44,8 @@ def noted_signals(note: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 def process_tag(launch: str, host: str, output_dir: str) -> str:
-    """Return the value of MARK. Hosts may share a process table (containers, namespaces), so the tag includes the
-    host."""
+    """Return the value of MARK. It includes the host, because hosts may share a process table (containers,
+    namespaces)."""
     return f"{launch}|{host}|{output_dir}"
 
 
@@ -80,11 +79,8 @@ def marked(host: str, output_dir: str) -> list[TaggedProcess]:
 
 
 def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
-    """Kill the remaining processes of a launch on this host.
-
-    Returns:
-        The pids of processes that could not be killed (in a system call that does not return).
-    """
+    """Kill the remaining processes of a launch on this host; return the pids that could not be killed (in a system call
+    that does not return)."""
     pids: list[int] = []
     empty_scans = 0
     deadline = time.monotonic() + _END_S
@@ -99,7 +95,7 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
 
 
 def oom_kills() -> int | None:
-    """Return the number of out-of-memory kills by this host's kernel so far; None if it is not available."""
+    """Return the number of out-of-memory kills by this host's kernel so far; None if not available."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -108,22 +104,15 @@ def oom_kills() -> int | None:
 
 
 def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent ends, from now on. This persists across `exec`.
-
-    Raises:
-        OSError: the system call failed (not on Linux).
-    """
+    """Make the kernel kill this process when its parent ends, also after `exec`. Raise OSError if that fails (not on
+    Linux)."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def end_with_parent() -> None:
-    """End with the parent if it requested that, or immediately if it has already ended.
-
-    Raises:
-        OSError: as `die_with_parent`.
-    """
+    """End with the parent if it requested that (TIED), or immediately if it has already ended."""
     parent = os.environ.get(TIED)
     if not parent:
         return

@@ -32,17 +32,11 @@ _TRACE = 30
 
 @contextlib.contextmanager
 def recorded(output_dir: Path) -> Iterator[Heartbeat]:
-    """Write an error report if the code inside fails. The launch agent determines its folder; other launchers use
-    OUTPUT/failure. A rank without a launcher prints its error instead.
+    """Write an error report if the code inside fails; yield the heartbeat of this rank, which the code updates.
 
-    Agents detect ranks killed by a signal, but other launchers do not. Without an agent, a rank therefore also records
-    its start and its end.
-
-    Args:
-        output_dir: output directory of the run.
-
-    Yields:
-        The heartbeat of this rank, which the running code updates.
+    The launch agent determines the folder of reports; other launchers use OUTPUT/failure. A rank without a launcher
+    prints its error instead. Agents detect ranks killed by a signal, but other launchers do not, so without an agent a
+    rank also records its start and its end.
     """
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))

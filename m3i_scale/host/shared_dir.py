@@ -61,7 +61,7 @@ def _make_mark(output_dir: Path) -> Path:
 
 
 def _fault_here(mark: Path) -> str | None:
-    """Return the error that prevents this rank from writing next to rank 0's files; None if it can."""
+    """Return why this rank cannot write next to rank 0's files; None if it can."""
     deadline = time.monotonic() + VISIBLE_S
     while True:
         try:

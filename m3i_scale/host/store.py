@@ -46,12 +46,8 @@ def await_ranks(timeout_s: float) -> None:
     """Wait at rank 0's store until all ranks have joined; rank 0 reports missing ranks meanwhile. Every rank calls it
     before creating the process group, which would wait silently. Under torchrun the agents have already waited.
 
-    Args:
-        timeout_s: rendezvous timeout.
-
-    Raises:
-        MissingRanksError: on all reachable ranks; names the missing ranks, or rank 0 cannot be reached.
-        UserError: rank 0's port is in use.
+    MissingRanksError is raised on all reachable ranks and names the missing ones, or rank 0 if it cannot be reached.
+    UserError: rank 0's port is in use.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world == 1 or _of_agent():
@@ -88,11 +84,7 @@ def open_alone() -> int:
 
 def choose_interface(timeout_s: float) -> None:
     """Set gloo's network interface on several hosts, if it is not set; see `set_interface`. Every rank calls it, after
-    `await_ranks`.
-
-    Args:
-        timeout_s: how long to wait for other ranks.
-    """
+    `await_ranks`."""
     if not _several_hosts():
         return
     rank, world, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
@@ -104,17 +96,11 @@ def choose_interface(timeout_s: float) -> None:
 
 
 def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -> None:
-    """Set GLOO_SOCKET_IFNAME to the interface of the route to rank 0, if it is not set.
+    """Set GLOO_SOCKET_IFNAME to the interface of the route to rank 0 (`address`), if it is not set.
 
     Without it, gloo listens at the address of the host name. Debian and Ubuntu map that name to 127.0.1.1, where no
     other host can connect. The host of rank 0 may also map MASTER_ADDR to it, so it uses the route to another host.
     NCCL_SOCKET_IFNAME is no replacement: gloo does not read it, and it may only exclude interfaces (`^docker0`).
-
-    Args:
-        store: the store of all ranks.
-        address: address of rank 0.
-        world: number of ranks.
-        timeout_s: how long to wait for other ranks.
     """
     local = local_address(address)
     if not is_loopback(local):
@@ -136,11 +122,8 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
 
 
 def local_address(host: str) -> str:
-    """Return the address of this host on the route to another host. Nothing is sent.
-
-    Raises:
-        OSError: the name is unknown, or there is no route.
-    """
+    """Return the address of this host on the route to another host; nothing is sent. Raise OSError if the name is
+    unknown, or there is no route."""
     fault = OSError(f"{host} has no address")
     for family, kind, _, _, target in socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind) as probe:
@@ -193,7 +176,6 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
 
 
 def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
-    """Wait for all ranks; return the missing ones."""
     began = told_at = time.monotonic()
     missing = list(range(1, world))
     while missing and time.monotonic() - began < timeout_s:
@@ -228,6 +210,6 @@ def _hosts_of_deepspeed() -> dict[int, str]:
 
 
 def _several_hosts() -> bool:
-    """Return whether some ranks run on other hosts; False if the number of local ranks is unknown."""
+    """Return whether ranks run on other hosts; False if the number of local ranks is unknown."""
     world = int(os.environ["WORLD_SIZE"])
     return (ranks_on_host(os.environ) or world) < world

@@ -24,15 +24,10 @@ _STAGE3_SIZES = {
 
 
 def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
-    """Raise ConfigError if the engine differs from the requested configuration. Call it on every rank, before the first
-    step.
+    """Raise ConfigError if the engine differs from its configuration. Call it on every rank, before the first step.
 
     It compares the ZeRO stage, the precision of every trainable parameter, batch arithmetic, gradient accumulation and
     reduction dtypes, clipping, offload, the optimizer and its hyperparameters, and bucket sizes and thresholds.
-
-    Args:
-        engine: the result of `deepspeed.initialize`.
-        resolved: the configuration that was passed to it.
     """
     config = resolved.config
     differences = [
@@ -50,7 +45,6 @@ def check_effective(engine: Any, resolved: ResolvedConfig) -> None:
 
 
 def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (name, wanted, effective) of everything except sizes."""
     zero, params = config["zero_optimization"], config["optimizer"]["params"]
     optimizer, basic = engine.optimizer, engine.basic_optimizer
     offloads_parameters = zero.get("offload_param", {}).get("device") == "cpu"
@@ -72,7 +66,6 @@ def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]
 
 
 def _sizes(engine: Any, zero: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (name, wanted, effective) of the sizes in the file."""
     optimizer = engine.optimizer
     effective = {key: getattr(engine, method)() for key, method in _STAGE3_SIZES.items()}
     effective["reduce_bucket_size"] = getattr(optimizer, "reduce_bucket_size", None)

@@ -110,8 +110,7 @@ INSTEAD: dict[str, str] = {
     "checkpoint.writer": _BACKGROUND,
     "checkpoint.parallel_write": "remove it: all ranks write",
 }
-"""For each unsupported key, its replacement. Without an entry there is none here, and removing the key changes
-nothing."""
+"""Replacements of unsupported keys. A key without an entry has none; removing it changes nothing."""
 
 FOREIGN: dict[str, str] = {
     "learning_rate": "write optimizer.params.lr",
@@ -140,7 +139,7 @@ FOREIGN: dict[str, str] = {
     "deepspeed_hostfile": "give `deepspeed --hostfile`",
     "deepspeed_multinode_launcher": "give `deepspeed --launcher`",
 }
-"""Keys of the Trainer and accelerate convention, which DeepSpeed does not read, and their replacements."""
+"""Replacements of keys of the Trainer and accelerate convention, which DeepSpeed does not read."""
 
 _OPTIMIZER = '"params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}'
 _LEFT_OUT: dict[str, tuple[str, str]] = {
@@ -179,13 +178,7 @@ def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
 
 
 def schema_error(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
-    """Return the ConfigError for a pydantic error.
-
-    Args:
-        fault: one of its details.
-        config: the file.
-        where: its name, for messages.
-    """
+    """Return the ConfigError for `fault`, one of the details of a pydantic error."""
     parts = tuple(part for part in fault["loc"] if isinstance(part, str) and part not in ("str", "list[str]"))
     path, given = ".".join(parts), fault["input"]
     if fault["type"] == "extra_forbidden":

@@ -1,10 +1,6 @@
 """Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings.
 
-raw = load_ds_config("zero3_bf16")
-resolved = resolve(raw, world_size=8, batch_size=4096, …, where="zero3_bf16")
-rich.print(explain_table(resolved))
-check_accelerator(resolved)                  # before deepspeed.initialize(config=resolved.config)
-check_effective(engine, resolved)            # after it
+`load_ds_config`, `resolve`, `check_accelerator`, then `deepspeed.initialize` and `check_effective`.
 """
 
 from __future__ import annotations
@@ -36,12 +32,11 @@ class ResolvedConfig:
     filled_in: list[tuple[str, Any, str]]
     """(key, value, reason) of every value that was not in the file."""
     where: str
-    """The file, for messages."""
 
 
 @dataclass(frozen=True)
 class _RunSettings:
-    """A value implied by the config file, and its origin."""
+    """Value implied by the config file, and its origin."""
 
     value: Any
     why: str
@@ -114,7 +109,7 @@ def resolve(
         batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per rank and forward pass.
         hidden_size: width of the widest Transformer of the model; bucket sizes follow from it.
-        where: the file, for messages.
+        where: name of the file in messages.
     """
     wanted = _batch(world_size, batch_size, micro_batch_size) | _sizes(hidden_size)
     wanted["gradient_clipping"] = _RunSettings(clip_grad_norm, "optim.clip_grad_norm")
@@ -147,7 +142,7 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
 
 
 def check_batch(world_size: int | None, batch_size: int, micro_batch_size: int) -> int:
-    """Return the gradient accumulation steps per optimizer step; if the number of ranks is unknown, for one rank."""
+    """Return the gradient accumulation steps per optimizer step; for one rank if the number of ranks is unknown."""
     ranks = world_size or 1
     accumulation, rest = divmod(batch_size, micro_batch_size * ranks)
     if rest or not accumulation:
@@ -189,11 +184,9 @@ MEBI = 2**20
 
 
 def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
-    """Return sizes in elements. A Transformer layer has about 12 · hidden² weights.
-
-    The floors are for small models: with a bucket of one small matrix the calls cost more than the transfer, and
-    gathering a few MiB costs nothing (docs/performance.md).
-    """
+    """Return sizes in elements. A Transformer layer has about 12 · hidden² weights. The floors are for small models:
+    calls for one small matrix cost more than the transfer, and gathering a few MiB costs nothing
+    (docs/performance.md)."""
     square = hidden_size * hidden_size
     formulas: dict[str, tuple[int, int, str]] = {
         "reduce_bucket_size": (square, 4 * MEBI, "hidden²"),
@@ -214,7 +207,6 @@ def _sizes(hidden_size: int) -> dict[str, _RunSettings]:
 
 
 def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
-    """Replace an "auto" by a value; return whether there was one."""
     *parents, key = path.split(".")
     section: Any = config
     for parent in parents:
@@ -226,7 +218,7 @@ def _fill(config: dict[str, Any], path: str, value: Any) -> bool:
 
 
 def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: str) -> list[tuple[str, Any, str]]:
-    """Add values that are missing in the file and given in the config file; return (key, value, reason) of each."""
+    """Add settings that the file lacks; return (key, value, reason) of each."""
     added = []
     for path, want in wanted.items():
         *parents, key = path.split(".")
@@ -255,7 +247,7 @@ def _same(given: Any, wanted: Any) -> bool:
 
 
 def explain_table(resolved: ResolvedConfig) -> Table:
-    """Return a terminal table of every value that was filled in."""
+    """Return a terminal table of the values that were filled in."""
     table = Table(title=f"DeepSpeed: filled in for {resolved.where}", title_justify="left")
     for heading in ("key", "value", "why"):
         table.add_column(heading, overflow="fold")

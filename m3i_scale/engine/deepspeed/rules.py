@@ -1,10 +1,8 @@
-"""Validate rules between the sections of a DeepSpeed JSON.
+"""Rules between the sections of a DeepSpeed JSON: settings that have no effect, or an unexpected one, raise an error.
 
-Known settings that have no effect, or an unexpected one, raise an error.
-
-Every rule states the reason and was checked against DeepSpeed's source: a setting called ineffective is not read on any
-code path of this trainer with the given stage, precision and optimizer. The functions take the file as a mapping with
-validated keys and types.
+Every rule was checked against DeepSpeed's source: a setting called ineffective is not read on any code path of this
+trainer with the given stage, precision and optimizer. The functions take the file as a mapping with validated keys and
+types.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from m3i_scale.engine.deepspeed.schema import AdamW, Switched
 from m3i_scale.errors import ConfigError, did_you_mean
 
 _BF16_OPTIMIZER_KEYS = {"stage", "allgather_bucket_size", "offload_optimizer"}
-"""Keys that are still read by DeepSpeed's BF16 optimizer."""
+"""Keys that DeepSpeed's BF16 optimizer still reads."""
 _DYNAMIC_SCALE = {
     "initial_scale_power",
     "loss_scale_window",
@@ -90,13 +88,7 @@ def optimizer_class(config: dict[str, Any]) -> Literal["AdamW", "DeepSpeedCPUAda
 
 
 def check_rules(config: dict[str, Any], *, world_size: int | None, where: str) -> None:
-    """Raise ConfigError for ineffective or contradictory values.
-
-    Args:
-        config: validated as a `DeepSpeedFile`.
-        world_size: number of ranks; None if unknown.
-        where: the file, for messages.
-    """
+    """Raise ConfigError for ineffective or contradictory values of a file validated as `DeepSpeedFile`."""
     _check_switches(config, where)
     _check_precision(config, where)
     _check_zero(config, where)
@@ -186,7 +178,7 @@ def _check_zero(config: dict[str, Any], where: str) -> None:
 
 
 def _check_groups(size: int, world_size: int | None, where: str) -> None:
-    """Raise ConfigError if the number of ranks is not a multiple of the size of groups with second parameter copies."""
+    """Raise ConfigError if the size of groups with second parameter copies does not divide the number of ranks."""
     if world_size is not None and world_size % size:
         raise ConfigError(
             f"'zero_optimization.zero_hpz_partition_size' is {size}, with {world_size} ranks",

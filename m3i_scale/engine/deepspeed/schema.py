@@ -1,8 +1,8 @@
-"""The keys of a DeepSpeed JSON that have an effect in this trainer, with their types and ranges.
+"""Keys of a DeepSpeed JSON that have an effect in this trainer, with their types and ranges.
 
-DeepSpeed ignores most unknown keys, and reads many that have no effect here. A key is accepted if it is a field below;
-a test compares the fields with the keys that the installed version reads. Rules between sections are in `rules.py`,
-hints about other keys in `hints.py`.
+DeepSpeed ignores most unknown keys, and reads many that have no effect here. Only the fields below are accepted; a test
+compares them with the keys that the installed version reads. Rules between sections are in `rules.py`, hints about
+other keys in `hints.py`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DataTypes(Section):
 
 
 class Offload(Section):
-    """Offload target of a part of the states. `none` is DeepSpeed's default, and offloads nothing."""
+    """Offload target of a part of the states; `none`, DeepSpeed's default, offloads nothing."""
 
     device: Literal["cpu", "none"]
     pin_memory: bool = True
@@ -285,14 +285,14 @@ class DeepSpeedFile(Section):
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """Return the sections that a value of this type may be: one for each kind of stage, [] for a plain value."""
+    """Return the sections that a value of this type may be: one per kind of stage, [] for a plain value."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, Section) else []
     return [section for item in get_args(annotation) for section in sections_of(item)]
 
 
 def fields_at(path: tuple[str, ...]) -> set[str]:
-    """Return the keys allowed in the section at a path, under any stage; empty if it is no section."""
+    """Return the keys allowed in the section at a path, under any stage; empty if it is not a section."""
     here: list[type[Section]] = [DeepSpeedFile]
     for name in path:
         fields = [section.model_fields[name] for section in here if name in section.model_fields]
