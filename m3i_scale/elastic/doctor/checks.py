@@ -66,8 +66,7 @@ def _interface(host: HostReport) -> Results:
 
 
 def _names(host: HostReport) -> Results:
-    """Check the addresses of host names. A host's name may mean its loopback: ranks use the route to the master
-    node."""
+    """Check that host names resolve correctly. A host's name may mean its loopback: ranks of several hosts avoid it."""
     errors, notes = [], []
     for name, answer in host.answer["names"].items():
         is_local = name == host.name or name not in host.answers
@@ -183,8 +182,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
-    """Evaluate the all-reduce of the `count` hosts that joined, and find slow ones. Hosts that have ended are
-    missing."""
+    """Evaluate the all-reduce of the `count` hosts that joined, and find slow ones. Ended hosts are missing."""
     errors = [f"{host}: {answer['group_error']}" for host, answer in answers.items() if "group_error" in answer]
     measured = {host: answer["network"] for host, answer in answers.items() if "network" in answer}
     if not errors and len(measured) < count:
