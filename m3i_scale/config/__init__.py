@@ -407,11 +407,7 @@ class RunConfig(Section):
         return self.model_copy(update={"optim": optim, "stages": [stage]})
 
     def image_size(self, backbone: int) -> int:
-        """Return the image size of the first stage in pixels.
-
-        Args:
-            backbone: image size in the backbone's configuration, in pixels.
-        """
+        """Return the image size of the first stage in pixels. `backbone` is the one in the backbone's configuration."""
         return (self.stages[0].image_size if self.stages else None) or backbone
 
     @model_validator(mode="after")
@@ -464,7 +460,6 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
 
     Args:
         name_or_path: path of a config file, or the name of a built-in one.
-        overrides: `section.key=value`.
         values: result of `run_values` for the same arguments, if already computed.
     """
     if values is None:

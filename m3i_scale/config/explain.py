@@ -113,13 +113,8 @@ def parse_section(
     imports: bool = False,
 ) -> SectionT:
     """Parse `values` as a `kind`; validation errors become ConfigErrors with the key and its closest known name.
-
-    Args:
-        where: location for error messages, or a function that returns the location of a key of the section.
-        below: key of the section in the config file.
-        stored: the values belong to a finished training (see `is_stored`).
-        imports: allow importing modules of user-defined classes (see `may_import`).
-    """
+    `where` is the location for error messages, or a function that returns the location of a key of the section. `below`
+    is the key of the section in the config file. `stored` and `imports`: see `is_stored` and `may_import`."""
     try:
         return kind.model_validate(values, context={"stored": stored, "imports": imports})
     except ValidationError as error:
@@ -130,13 +125,8 @@ def parse_section(
 def validation_error(
     kind: type[Section], error: ValidationError, where_of: WhereOf, values: Any, below: str = ""
 ) -> ConfigError:
-    """Convert a ValidationError into a ConfigError, with one error per key.
-
-    Args:
-        where_of: returns the location where a key was written.
-        values: input of the validation.
-        below: key of the section in the config file.
-    """
+    """Convert a ValidationError of `values` into a ConfigError, with one error per key. `where_of` returns where a key
+    was written. `below` is the key of the section in the config file."""
     error_of: dict[str, ConfigError] = {}
     details = error.errors()
     for fault in details:
@@ -207,7 +197,6 @@ class _Sections:
         return here
 
     def field_at(self, path: KeyPath) -> FieldInfo | None:
-        """Return the field at `path`."""
         return self.at(path[:-1]).model_fields.get(str(path[-1])) if path else None
 
 

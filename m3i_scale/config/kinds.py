@@ -45,11 +45,8 @@ class Kind(Section):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Register a class that sets `kind`; use the import path as the name of any other class.
-
-        Raises:
-            TypeError: the name is already registered, or a class outside this package sets `kind`.
-        """
+        """Register a class that sets `kind`: in a family, only this package may. Name any other class by its import
+        path."""
         super().__pydantic_init_subclass__(**options)
         path = f"{cls.__module__}.{cls.__qualname__}"
         if "kind" not in cls.__dict__:
@@ -71,14 +68,8 @@ class Kind(Section):
 
     @classmethod
     def class_of(cls, value: Any, *, imports: bool = False) -> type[Kind]:
-        """Return the class that a config value names, either as a string or in its `kind`.
-
-        Args:
-            imports: import the module of a user-defined class, which runs its code.
-
-        Raises:
-            ValueError: the value does not name a subclass of this class.
-        """
+        """Return the class that a config value names, as a string or in its `kind`. Raise ValueError if it is no
+        subclass of this class. With `imports`, import the module of a user-defined class, which runs its code."""
         kind = value.get("kind") if isinstance(value, dict) else value
         if not isinstance(kind, str):
             raise FixableError("there is no `kind`", f"one of {', '.join(cls.choices())}")
@@ -92,7 +83,6 @@ class Kind(Section):
 
     @classmethod
     def _import_class(cls, path: str, *, imports: bool) -> type[Kind]:
-        """Return a user-defined class."""
         module, _, name = path.rpartition(".")
         if imports:
             import_module(module)
@@ -133,11 +123,7 @@ class Kind(Section):
 
 
 def import_module(module: str) -> None:
-    """Import a module with user-defined classes, which runs its code.
-
-    Raises:
-        FixableError: the module cannot be imported.
-    """
+    """Import a module with user-defined classes, which runs its code. Raise FixableError if that fails."""
     try:
         importlib.import_module(module)
     except Exception as error:  # user code can raise anything

@@ -11,11 +11,8 @@ from m3i_scale.config import RunConfig
 
 
 def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
-    """Return a run with the valid sections of an invalid config, and default values for the other sections.
-
-    Returns:
-        The run, or None if the valid sections are inconsistent; and the names of the invalid sections.
-    """
+    """Return a run with the valid sections of an invalid config and default values for the others, or None if the valid
+    sections are inconsistent; and the names of the invalid sections."""
     try:
         return RunConfig.model_validate(values), frozenset()
     except ValidationError as error:
@@ -29,11 +26,8 @@ def sections_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozen
 
 
 def fields_that_hold(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
-    """Return a run with default values in place of the values that have errors.
-
-    Returns:
-        The run, or None if a required value has an error; and the dotted keys of the values with errors.
-    """
+    """Return a run with default values in place of the values that have errors, or None if a required value has an
+    error; and the dotted keys of the values with errors."""
     values, faulty = copy.deepcopy(values), set[str]()
     while True:  # each iteration removes a key
         try:

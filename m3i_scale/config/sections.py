@@ -101,7 +101,6 @@ ModelFields = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 def _types_in(annotation: Any) -> Iterator[Any]:
-    """Yield all types in an annotation."""
     yield annotation
     for part in get_args(annotation):
         yield from _types_in(part)

@@ -52,9 +52,5 @@ def each_view(views: ViewSpecs) -> list[ViewSpec]:
 
 
 def view_sizes(views: ViewSpecs, image_size: int) -> list[int]:
-    """Return the size of every crop in pixels.
-
-    Args:
-        image_size: image size of the backbone, in pixels.
-    """
+    """Return the size of every crop in pixels. `image_size` is the backbone's."""
     return [spec.size or image_size for spec in each_view(views)]

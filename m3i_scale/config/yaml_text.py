@@ -52,12 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse a YAML document.
-
-    Raises:
-        yaml.YAMLError: the document is invalid.
-        ConfigError: a mapping has a duplicate key, or the aliases expand to too many values.
-    """
+    """Parse a YAML document. Raise YAMLError if invalid, ConfigError for duplicate keys or too many alias values."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -78,12 +73,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _check_aliases(root: yaml.Node, where: str) -> None:
-    """Reject documents whose aliases would expand to fill the memory ("billion laughs").
-
-    Raises:
-        yaml.YAMLError: an anchor contains itself.
-        ConfigError: the aliases expand to too many values.
-    """
+    """Reject documents whose aliases would expand to fill the memory ("billion laughs"), or contain themselves."""
     sizes: dict[int, int] = {}
     written = 0
 

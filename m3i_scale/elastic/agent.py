@@ -1,9 +1,8 @@
 """Run the agent of one host: start its ranks, forward their output, report how they end, and leave no process.
 
 `python -m m3i_scale.elastic.agent` runs over ssh and exchanges messages of `wire` on standard input and output. It ends
-its ranks on request, or when its input ends (the supervisor or the connection is gone). It also ends them when it
-receives nothing for too long (the network is down). The kernel kills the ranks if the agent is killed. It imports
-neither torch nor DeepSpeed.
+its ranks on request, when its input ends (the supervisor or the connection is gone), or when it receives nothing for
+too long (the network is down). If it is killed, the kernel kills the ranks. It imports neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
@@ -43,15 +42,7 @@ _KILL_S = 5.0
 
 
 class Rank:
-    """The process of one rank.
-
-    Args:
-        number: its RANK.
-        command: command of every rank.
-        environment: the complete environment.
-        cwd: working directory of the process.
-        records: the folder for its heartbeat and its error file.
-    """
+    """The process of one rank. `environment` is complete; `records` is the folder of its heartbeat and error file."""
 
     def __init__(
         self, number: int, command: Sequence[str], environment: Mapping[str, str], cwd: str, records: Path
@@ -97,8 +88,7 @@ class Rank:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill the rank and its process group, unless the rank has ended: its pid may belong to another group by then.
-        Its remaining processes are found by their mark."""
+        """Kill the rank and its process group. If it has ended, its pid may be reused; `end_marked` finds the rest."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -136,11 +126,7 @@ class Rank:
 
 
 class Agent:
-    """The agent of one attempt on one host.
-
-    Args:
-        output: output stream to the supervisor.
-    """
+    """The agent of one attempt on one host. `output` is the stream to the supervisor."""
 
     def __init__(self, output: IO[bytes]) -> None:
         self.writer = Writer(output)
@@ -194,7 +180,6 @@ class Agent:
             self.over = True
 
     def _send_hello(self, message: Message) -> None:
-        """Report this host's facts, and the processes left by an earlier launch."""
         self.host, self.launch = message["host"], message["launch"]
         self.output_dir, self.silence_s = message["output_dir"], message["silence_s"] * AGENT_SILENCE
         left = [asdict(process) for process in marked(self.host, self.output_dir) if process.launch != self.launch]
@@ -245,7 +230,6 @@ class Agent:
             self.selector.unregister(rank.output)
 
     def _poll(self) -> None:
-        """Report changes since the last poll."""
         for rank in self.ranks:
             if rank.ended():
                 self._drain(rank)

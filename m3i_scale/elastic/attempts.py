@@ -29,13 +29,7 @@ _LONGEST_PAUSE_S = 300.0
 
 
 class Launch:
-    """All attempts of one launch.
-
-    Args:
-        work: the run and its hosts.
-        policy: restart policy.
-        log: prints a line for the user.
-    """
+    """All attempts of one launch."""
 
     def __init__(self, work: Work, policy: Policy, log: Log) -> None:
         self.work, self.policy, self.log = work, policy, log
@@ -45,12 +39,9 @@ class Launch:
         self._rendezvous = Rendezvous(work, policy, self._inbox, log)
 
     def run(self) -> int:
-        """Launch, and restart as long as the policy allows. The caller holds the lock of the output folder.
-
-        Returns:
-            The exit code: 0, 75 (stopped on request, and saved), 130 (interrupted, nothing saved), 2 (a user error that
-                the log explains) or 1.
-        """
+        """Launch, restart as long as the policy allows, and return the exit code: 0, 75 (stopped on request, and
+        saved), 130 (interrupted, nothing saved), 2 (a user error that the log explains) or 1. The caller holds the lock
+        of the output folder."""
         with noted_signals(self._note):
             return self._loop()
 
@@ -180,7 +171,6 @@ class Launch:
         self._last = outcome
 
     def _end(self, code: int) -> int:
-        """Report the result of the launch, with the root cause at the end."""
         if len(self.attempts) > 1:
             for line in summary(self.attempts):
                 self.log(line)
@@ -218,16 +208,7 @@ def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class Watch:
-    """A background check, during an attempt, for lost hosts that respond again. Use as a context manager.
-
-    Args:
-        run: the running run.
-        world: its current hosts.
-        out: hosts that are not in it.
-        site: connection settings.
-        every_s: interval between rounds.
-        log: prints a line for the user.
-    """
+    """A background check, during an attempt, for hosts outside of it (`out`) that respond again; a context manager."""
 
     def __init__(
         self, run: RunConfig, world: World, out: Sequence[Host], site: RemoteShell, every_s: float, log: Log

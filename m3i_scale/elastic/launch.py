@@ -1,5 +1,4 @@
-"""The built-in elastic launcher: an agent on every host over ssh or srun, failures reported with their root cause,
-restarts over the remaining hosts. It needs no other program."""
+"""The built-in elastic launcher over ssh or srun: finds root causes of failures, and restarts on remaining hosts."""
 
 from __future__ import annotations
 
@@ -79,11 +78,7 @@ def render(job: Job) -> LaunchPlan:
 
 
 def read_launch(path: Path) -> Launch:
-    """Read a launch description; the caller that runs it must hold the lock of its output folder.
-
-    Args:
-        path: a file written by `render`.
-    """
+    """Read a launch file that `render` wrote. To run it, the caller must hold the lock of its output folder."""
     try:
         content: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:

@@ -1,5 +1,4 @@
-"""Connect to the agents of hosts over ssh, locally or with srun, exchange messages with them, and explain why one is
-missing or has ended."""
+"""Connect to the agents of hosts over ssh, locally or with srun, and explain why one is missing or has ended."""
 
 from __future__ import annotations
 
@@ -48,12 +47,10 @@ _NO_MODULE = re.compile(r"No module named '?(\w+)")
 
 @dataclass(frozen=True)
 class RemoteShell:
-    """Connection settings of the hosts, and the environment of agents and ranks."""
+    """Connection settings, the same for all hosts, and the environment of agents and ranks."""
 
     python: str
-    """The interpreter, on all hosts."""
     workdir: str
-    """The working directory, on all hosts."""
     output_dir: str
     """Folder of the run, which identifies processes of a previous launch."""
     launch: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -75,19 +72,12 @@ class RemoteShell:
 
 
 def local_environment() -> dict[str, str]:
-    """Return the environment of ssh and srun, without variables of another launch and without secrets. Named secrets
-    are passed in messages."""
+    """Return the environment of ssh and srun, without rank variables and secrets. Messages carry named secrets."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS and not is_secret(name)}
 
 
 def agent_command(name: str, site: RemoteShell, ssh_timeout_s: float | None = None) -> list[str]:
-    """Return the command that starts the agent of a host.
-
-    Args:
-        name: host name.
-        site: connection settings.
-        ssh_timeout_s: ssh's connect timeout. Default: half of `site.connect_s`.
-    """
+    """Return the command that starts the agent of a host. ssh's default connect timeout is half of `site.connect_s`."""
     if site.transport == "srun":
         return ["srun", *_SRUN, f"--nodelist={name}", "bash", "-c", _agent_line(site)]
     if is_here(name) and not site.ssh_to_all:
@@ -121,13 +111,8 @@ class HostError:
 
 
 def explain_end(code: int | None, stderr_lines: Sequence[str], site: RemoteShell) -> HostError:
-    """Return why the agent of a host has ended.
-
-    Args:
-        code: exit code of ssh, srun or the agent; None: it does not end.
-        stderr_lines: the last ones.
-        site: connection settings of the host.
-    """
+    """Return why the agent of a host has ended, given the exit code of ssh, srun or the agent (None: it does not end)
+    and its last lines of standard error."""
     text = [line.strip() for line in stderr_lines if line.strip()]
     last = text[-1][-_MAX_CHARACTERS:] if text else ""
     missing = next((match for line in reversed(text[-3:]) if (match := _NO_MODULE.search(line))), None)
@@ -147,15 +132,8 @@ def explain_end(code: int | None, stderr_lines: Sequence[str], site: RemoteShell
 
 
 class Link:
-    """Connection to one host's agent. Messages arrive in `inbox`; the end of the connection is a message of kind
-    `gone`.
-
-    Args:
-        host: name and slots.
-        site: connection settings.
-        inbox: shared by all links.
-        ssh_timeout_s: ssh's connect timeout. Default: half of `site.connect_s`.
-    """
+    """Connection to one host's agent. Messages arrive in `inbox`, shared by all links; the last one is of kind `gone`.
+    ssh's default connect timeout is half of `site.connect_s`."""
 
     def __init__(self, host: Host, site: RemoteShell, inbox: Inbox, ssh_timeout_s: float | None = None) -> None:
         self.host, self.site, self._inbox = host, site, inbox
@@ -223,13 +201,8 @@ class Link:
 
 
 def receive(links: Iterable[Link], inbox: Inbox, left_s: Callable[[], float]) -> Iterator[tuple[Link, Message]]:
-    """Yield the messages of agents.
-
-    Args:
-        links: each gets a beat every second: an agent without messages considers the launch dead.
-        inbox: the inbox of the links.
-        left_s: returns the remaining seconds to wait; called before every message.
-    """
+    """Yield the messages of agents while `left_s()`, called before every message, is positive. Send every link a beat
+    each second, because an agent without messages considers the launch dead."""
     beat = -BEAT_S
     while (seconds := left_s()) > 0:
         if (now := time.monotonic()) - beat >= BEAT_S:  # a host that hangs at login reads none, and its pipe is finite
@@ -252,19 +225,13 @@ def connect(
     ssh_timeout_s: float | None = None,
     same_code: bool = True,
 ) -> tuple[list[Link], dict[str, HostError]]:
-    """Connect to all hosts in parallel.
+    """Connect to all hosts in parallel; return links to the usable ones and the error of each other one, both in order.
 
     Args:
-        hosts: the hosts, in their order.
-        site: connection settings.
-        inbox: inbox of the links.
         unresponsive: names of hosts that did not respond last time and are optional: their limit is `UNRESPONSIVE_S`.
         over: whether the result is no longer needed.
         ssh_timeout_s: ssh's connect timeout. Default: half of `site.connect_s`.
         same_code: whether a host with other code is unusable.
-
-    Returns:
-        Links to the usable hosts, and the error of each of the others, both in order.
     """
     links: list[Link] = []
     errors: dict[str, HostError] = {}

@@ -14,11 +14,7 @@ _SLACK_S = 30.0
 
 
 class Progress:
-    """The last known states of the ranks.
-
-    Args:
-        timeouts: timeouts of the run.
-    """
+    """The last known states of the ranks."""
 
     def __init__(self, timeouts: TimeoutsConfig) -> None:
         self.first_step: int | None = None
@@ -29,13 +25,7 @@ class Progress:
         self._began = time.time()
 
     def beat(self, host: str, message: Message, running: Collection[int]) -> None:
-        """Process a host's heartbeat: states of its ranks and its clock.
-
-        Args:
-            host: sender.
-            message: its beat.
-            running: ranks that have not ended.
-        """
+        """Process a host's heartbeat: its clock, and the states of those of its ranks that are still running."""
         ahead_s = time.time() - message["time"]
         self._ahead_s[host] = min(ahead_s, self.ahead_s(host, ahead_s))
         for rank, beat in message["beats"].items():

@@ -1,5 +1,4 @@
-"""Prepare an attempt: find responding hosts, the largest world and the address of rank 0; track the reliability of
-hosts over attempts."""
+"""Prepare attempts: find responding hosts, the largest world and rank 0's address; track the reliability of hosts."""
 
 from __future__ import annotations
 
@@ -52,17 +51,12 @@ class Work:
     master_address: str | None = None
     """Address of the first host; None: the address of `interface`, or its name."""
     interface: str | None = None
-    """Network interface of the ranks on all hosts."""
     master_port: int | None = None
     """None: a free port on that host."""
 
 
 class HostHistory:
-    """Reliability of the hosts over attempts: their order, and which are optional or left out.
-
-    Args:
-        hosts: the hosts, in the order in which they were named.
-    """
+    """Reliability of the hosts over attempts: their order, and which are optional or left out."""
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self._named = tuple(hosts)
@@ -79,11 +73,7 @@ class HostHistory:
         return frozenset(self.without_answer) if len(self.order) - len(self.without_answer) >= fewest else frozenset()
 
     def answered(self, reasons: dict[str, str]) -> None:
-        """Record which hosts responded, after all were contacted.
-
-        Args:
-            reasons: why a host cannot be used, by name.
-        """
+        """Record which hosts responded, after all were contacted; `reasons` has the others by name."""
         self.without_answer = set(reasons)
 
     def ended(self, world: World, outcome: AttemptResult) -> None:
@@ -102,14 +92,7 @@ class HostHistory:
 
 
 class Rendezvous:
-    """Rendezvous of a launch's hosts, for one attempt after the other.
-
-    Args:
-        work: the run and its hosts.
-        policy: required number of hosts.
-        inbox: inbox of all links.
-        log: prints a line for the user.
-    """
+    """Rendezvous of a launch's hosts, for one attempt after the other."""
 
     def __init__(self, work: Work, policy: Policy, inbox: Inbox, log: Log) -> None:
         self.work, self.policy, self.log, self._inbox = work, policy, log, inbox
@@ -118,12 +101,8 @@ class Rendezvous:
         self.compared = ComparedSamples(work.run, work.hosts, self._fewest)
 
     def gather(self, *, first: bool) -> tuple[list[Link], dict[str, str], World]:
-        """Return links to the hosts of the next attempt, the reasons why others are out, and the resulting world.
-
-        Raises:
-            CannotStartError: too few hosts respond or fit the run, or the global contrastive batch would be too small.
-            UserError: processes of a previous launch are left (`first`).
-        """
+        """Return links to the hosts of the next attempt, the reasons why others are out, and the resulting world. With
+        `first`, remaining processes of a previous launch are an error."""
         run, fewest, history = self.work.run, self._fewest, self.history
         hosts = history.order
         links, errors = connect(hosts, self.work.site, self._inbox, unresponsive=history.unresponsive(fewest))
@@ -163,8 +142,7 @@ class Rendezvous:
         return [chosen[host] for host in world.hosts], reasons, world
 
     def learn(self, world: World, outcome: AttemptResult) -> bool:
-        """Record the result of an attempt for the next one; return whether it failed, and is not to be repeated with
-        a smaller micro-batch."""
+        """Record an attempt; return whether it failed, except from a lack of memory for an increased micro-batch."""
         self.history.ended(world, outcome)
         return outcome.status == "failed" and not self.compared.note(outcome.cause)
 
@@ -184,11 +162,6 @@ class Rendezvous:
         return world
 
     def _keep_compared(self, world: World) -> World:
-        """Choose the micro-batch that preserves the global contrastive batch.
-
-        Raises:
-            CannotStartError: the global contrastive batch would be below the minimum.
-        """
         world, fewer = self.compared.keep(world)
         least = self.policy.min_compared
         if least is not None and world.compared < least:
@@ -203,10 +176,7 @@ class Rendezvous:
         return world
 
     def _await_port(self, head: Link, links: Sequence[Link]) -> Message | None:
-        """Wait for the port of rank 0; None if its agent is gone or does not answer.
-
-        Other messages are put back, because the next reader needs them.
-        """
+        """Return the answer with rank 0's port; None if its agent is gone or silent. Put other messages back."""
         answer, put_back = None, []
         deadline = time.monotonic() + self.work.site.connect_s
         for link, message in receive(links, self._inbox, lambda: deadline - time.monotonic()):
@@ -221,11 +191,7 @@ class Rendezvous:
         return answer
 
     def address(self, links: list[Link]) -> tuple[str, int]:
-        """Return the address of rank 0, as reported by its host: only that host knows its free ports.
-
-        Raises:
-            CannotStartError: it has no port.
-        """
+        """Return the address of rank 0, as reported by its host: only that host knows its free ports."""
         head = links[0]
         head.send("port", port=self.work.master_port, interface=self.work.interface)
         answer = self._await_port(head, links)

@@ -45,15 +45,7 @@ class AttemptResult:
 
 
 class Logs:
-    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log.
-
-    Args:
-        output_dir: output directory of the run.
-        screen_rank: the rank with lines that are also written to standard error.
-
-    Raises:
-        OSError: the folder cannot be created.
-    """
+    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log. Lines of `screen_rank` are also written to standard error."""
 
     def __init__(self, output_dir: Path, screen_rank: int = 0) -> None:
         root = output_dir / "logs"
@@ -88,18 +80,8 @@ class Logs:
 
 
 class Attempt:
-    """The ranks of one world, started and monitored.
-
-    Args:
-        links: links to the agents of all hosts, in order of ranks.
-        inbox: inbox of the links.
-        command: command of every rank.
-        site: hosts, environment.
-        timeouts: timeouts of the run; the process group's timeouts fire first.
-        address: address of rank 0's host, and the port there.
-        logs: log files of the ranks.
-        log: prints a line for the user.
-    """
+    """The ranks of one world, started and monitored. `links` are in rank order. `address` is the address and port of
+    rank 0. The process group's timeouts fire first."""
 
     def __init__(
         self,
@@ -127,11 +109,7 @@ class Attempt:
         self._beat = 0.0
 
     def run(self, requested: Callable[[], Request]) -> AttemptResult:
-        """Start the ranks, and monitor them until they have ended on every host.
-
-        Args:
-            requested: polled repeatedly.
-        """
+        """Start the ranks, and monitor them until they have ended on every host. `requested` is polled repeatedly."""
         self._start()
         while self._running:
             self._receive()
@@ -255,8 +233,7 @@ class Attempt:
             self._report_hang()
 
     def _report_hang(self) -> None:
-        """If no other cause is known, blame the running rank with the fewest steps, because it neither progresses nor
-        ends."""
+        """If no other cause is known, blame the rank with the fewest steps, because it neither progresses nor ends."""
         cause = root_cause(self._failures)
         if not self._running or (cause is not None and not cause.is_consequence):
             return
@@ -267,8 +244,7 @@ class Attempt:
         self._fail(Failure(at, link.host.name, rank, beat["step"], beat["phase"], "hang", message), 0.0)
 
     def _request_stop(self) -> bool:
-        """Ask all ranks to save and exit, once. Return False if the loop has not begun: there is nothing to save, and
-        the signal would only kill them."""
+        """Ask all ranks once to save and exit. Return False before training begins: the signal would only kill them."""
         begun = [self._progress.beat_of(rank)["step"] >= 0 for rank in self._running]
         if self._stop_requested is None and all(begun):
             self._stop_requested = time.monotonic()
@@ -277,8 +253,7 @@ class Attempt:
         return any(begun) or self._stop_requested is not None
 
     def _clean(self) -> None:
-        """Clean up all processes: agents end their ranks and report it; unreachable agents end their ranks without a
-        request."""
+        """End all processes: agents end their ranks and report it, unreachable agents do so without a request."""
         self._over = True
         for link in self._links:
             link.send("end")

@@ -33,13 +33,8 @@ def decode(line: bytes) -> Message | None:
 
 
 class Writer:
-    """Sender of an agent's messages, on a thread: an agent must notice a dead network, not block on it.
-
-    Output of ranks that cannot be sent in time is dropped and counted.
-
-    Args:
-        output: closed at the end.
-    """
+    """Sender of an agent's messages, on a thread: an agent must notice a dead network, not block on it. Output of ranks
+    that cannot be sent in time is dropped and counted."""
 
     def __init__(self, output: IO[bytes]) -> None:
         self.broken = False

@@ -69,13 +69,7 @@ def _fits(run: RunConfig, ranks: int, micro_batch_size: int) -> bool:
 
 
 def largest_world(run: RunConfig, hosts: Sequence[Host], fewest: int) -> World | None:
-    """Return the world with the most ranks, preferring the first hosts; None if no number of these hosts fits.
-
-    Args:
-        run: the run to distribute.
-        hosts: responding hosts, preferred ones first.
-        fewest: minimum number of hosts.
-    """
+    """Return the world with the most ranks on at least `fewest` hosts, preferring the first ones; None if none fits."""
     return max(_worlds(run, hosts, fewest), key=lambda world: world.ranks, default=None)
 
 
@@ -88,13 +82,7 @@ def _worlds(run: RunConfig, hosts: Sequence[Host], fewest: int) -> Iterator[Worl
 
 
 class ComparedSamples:
-    """The global contrastive batch size, preserved from attempt to attempt.
-
-    Args:
-        run: the launched run.
-        hosts: all of them, as they were named.
-        fewest: minimum number of hosts to start with.
-    """
+    """The global contrastive batch size, preserved across attempts. A launch starts with at least `fewest` hosts."""
 
     def __init__(self, run: RunConfig, hosts: Sequence[Host], fewest: int) -> None:
         largest = largest_world(run, hosts, fewest) if parse_recipe(run.recipe).compares_samples else None
@@ -148,13 +136,7 @@ def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest
 
 
 def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
-    """Validate data and ranks against each other, without reading any data.
-
-    Args:
-        run: overrides applied.
-        job: the launch, with its number of ranks.
-        launcher: `elastic` chooses fitting hosts and micro-batch itself.
-    """
+    """Validate data and ranks against each other, without reading data. `elastic` chooses the hosts and micro-batch."""
     check_output_dir(job.output_dir)
     check_weights(run.data.datasets)
     for name, source in run.data.datasets.items():

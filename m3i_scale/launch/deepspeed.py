@@ -1,10 +1,10 @@
 """Write the inputs of the `deepspeed` launcher: its hostfile, environment file and command line.
 
-Version 0.19.8 (launcher/runner.py, launcher/multinode_runner.py) with pdsh pastes everything into one line for the
-hosts' shells. A value of `.deepspeed_env` with any unusual character is put in double quotes unchanged. An argument
-with a space is too, with its double quotes escaped; others are pasted bare. pdsh then replaces `%h`, `%n` and `%u`.
-Values that cannot survive that, or must not appear on a command line or in a log, go into a file that the hosts read
-(`--venv_script`).
+DeepSpeed 0.19.8 (launcher/runner.py, launcher/multinode_runner.py) with pdsh pastes everything into one line for the
+hosts' shells. It puts a value of `.deepspeed_env` with any unusual character in double quotes, unchanged. It does the
+same with an argument that contains a space, but escapes its double quotes; it pastes other arguments bare. pdsh then
+replaces `%h`, `%n` and `%u`. Values that cannot survive that, or must not appear on a command line or in a log, go into
+a file that the hosts read (`--venv_script`).
 """
 
 from __future__ import annotations
@@ -125,10 +125,7 @@ def environment_value(value: str) -> str:
 
 
 def pasted(word: str) -> str:
-    """Escape an argument for DeepSpeed, so that a rank gets `word`.
-
-    DeepSpeed puts an argument with a space in double quotes, escapes only double quotes inside, and pastes others bare.
-    """
+    """Escape an argument for DeepSpeed and pdsh (see the module docstring), so that a rank gets `word`."""
     text = re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
     return _for_pdsh(text)
 

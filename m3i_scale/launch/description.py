@@ -219,12 +219,8 @@ class Cluster(Section):
 
 
 def read_cluster(path: Path | None, options: dict[str, Any]) -> Cluster:
-    """Read a description from a file; command-line options override its values.
-
-    Args:
-        path: YAML; a relative `hostfile` in it is relative to its folder.
-        options: values by field; None and empty ones were not given.
-    """
+    """Read a description from a YAML file; `options` override its values, except None and empty ones. A relative
+    `hostfile` in it is relative to its folder."""
     values: dict[str, Any] = {}
     if path is not None:
         try:

@@ -1,5 +1,4 @@
-"""Choose the environment variables that are passed to the ranks: only named ones, so secrets are never passed by
-accident."""
+"""Choose the environment variables of the ranks: only named ones, so that secrets are never passed by accident."""
 
 from __future__ import annotations
 
@@ -30,11 +29,8 @@ class Variable:
 
 
 def check_variable(entry: str) -> str:
-    """Return the name in `NAME` or `NAME=value`.
-
-    Raises:
-        ValueError: an invalid name, one that launchers set, or the value of a secret.
-    """
+    """Return the name in `NAME` or `NAME=value`. Raise ValueError for an invalid name, one that launchers set, or the
+    value of a secret."""
     name, equals, value = entry.partition("=")
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of an environment variable")
@@ -50,13 +46,7 @@ def check_variable(entry: str) -> str:
 
 
 def travelling(entries: Sequence[str], here: Mapping[str, str], *, interface: str | None) -> tuple[Variable, ...]:
-    """Return the variables of the ranks, sorted by name.
-
-    Args:
-        entries: `NAME` or `NAME=value`, validated.
-        here: the environment of the launching process.
-        interface: the `interface` of `Cluster`.
-    """
+    """Return the variables of the ranks, sorted by name. An entry `NAME` takes its value from `here`."""
     variables = [Variable(name, interface) for name in INTERFACE] if interface is not None else []
     for entry in entries:
         name, equals, value = entry.partition("=")

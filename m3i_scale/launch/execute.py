@@ -82,15 +82,7 @@ class LaunchResult:
 
 
 def execute(plan: LaunchPlan, redacted: LaunchPlan, environment: Mapping[str, str]) -> LaunchResult:
-    """Run the commands until all have ended.
-
-    Args:
-        plan: its files must have been written.
-        redacted: the same without secrets, for printing.
-        environment: environment of the commands.
-
-    Check the required programs first: see `check_needs`.
-    """
+    """Run the commands until all have ended, after `check_needs` and `write_files`. `redacted` is printed."""
     for command in redacted.commands:
         print(f"+ {command}", file=sys.stderr, flush=True)
     return Running(plan, environment).wait()
@@ -196,7 +188,6 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _below(pid: int) -> list[psutil.Process]:
-    """Return all descendants of a process."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -31,14 +31,7 @@ _STOP_CODES = {128 + number for number in (*SIGNALS, signal.SIGHUP)} | {130}
 def conclude(output_dir: Path, result: LaunchResult, plan: LaunchPlan, world_size: int) -> str | None:
     """Write OUTPUT/failure.json if a run failed; remove the file of an earlier launch if the run finished.
 
-    Args:
-        output_dir: output directory of the run.
-        result: result of the launcher's commands.
-        plan: their plan, without secrets.
-        world_size: total number of ranks.
-
-    Returns:
-        The final message for the user. None: the run did not fail, or was interrupted.
+    Return the final message for the user; None if the run did not fail, or was interrupted. `plan` has no secrets.
     """
     records = read_records(output_dir)
     if plan.ranks:
@@ -66,14 +59,8 @@ def _is_interrupted(record: Failure) -> bool:
 def report_failure(
     output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None
 ) -> str | None:
-    """Write OUTPUT/failure.json from the error files of ranks, or remove an earlier one, like `conclude`.
-
-    Args:
-        output_dir: output directory of the run.
-        code: exit code of the launch.
-        records: error records of ranks that did not end normally.
-        world_size: total number of ranks, if known.
-    """
+    """Write OUTPUT/failure.json from the error records of ranks that did not end normally, or remove an earlier one,
+    like `conclude`. `code` is the exit code of the launch."""
     if code == EXIT_PREEMPTED:  # all have saved, or one failed while saving
         records = [record for record in records if not record.is_consequence and record.kind != "silent"]
         if not records:

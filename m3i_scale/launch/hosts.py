@@ -1,8 +1,5 @@
-"""Read the hosts of a run strictly: lines of `name slots=N`.
-
-If the file is missing, DeepSpeed's parser trains on the local machine only; it also accepts any word as a name. Here
-both are errors that include the line.
-"""
+"""Read the hosts of a run strictly: lines of `name slots=N`. If the file is missing, DeepSpeed's parser trains on the
+local machine only; it also accepts any word as a name. Here both are errors that include the line."""
 
 from __future__ import annotations
 
@@ -27,9 +24,8 @@ class Host:
     """One node, with its number of ranks."""
 
     name: str
-    """As passed to ssh and MPI."""
+    """As passed to ssh or srun."""
     slots: int
-    """Number of ranks on it."""
 
 
 def is_host_name(name: str) -> bool:
@@ -61,12 +57,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def parse_hosts(lines: Iterable[str], *, where: str) -> tuple[Host, ...]:
-    """Parse host lines.
-
-    Args:
-        lines: `name slots=N`.
-        where: source of the lines, for errors.
-    """
+    """Parse lines `name slots=N`. `where` is their source, for errors."""
     hosts: dict[str, tuple[int, Host]] = {}
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].strip()
@@ -104,12 +95,7 @@ def _host(words: str, where_line: str) -> Host:
 
 
 def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) -> tuple[Host, ...]:
-    """Return the hosts of the current Slurm allocation.
-
-    Args:
-        environment: environment of this process.
-        ranks_per_node: number of ranks on each host. Default: the allocation's tasks per node.
-    """
+    """Return the hosts of the current Slurm allocation. `ranks_per_node` defaults to its tasks per node."""
     nodes, tasks = environment.get("SLURM_JOB_NODELIST"), environment.get("SLURM_NTASKS_PER_NODE", "")
     if nodes is None:
         raise ConfigError(
@@ -132,13 +118,7 @@ def allocated_hosts(environment: Mapping[str, str], ranks_per_node: int | None) 
 
 
 def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[str]) -> tuple[Host, ...]:
-    """Return the hosts to run on, in their order.
-
-    Args:
-        hosts: all.
-        include: names of the hosts to run on; empty: all.
-        exclude: names of the hosts to leave out.
-    """
+    """Return the hosts to run on, in their order. An empty `include` means all."""
     if include and exclude:
         raise ConfigError("`include` and `exclude` exclude each other", fix="give one of the two")
     names = [host.name for host in hosts]

@@ -61,10 +61,7 @@ class Job:
 
     @property
     def ranks_per_node(self) -> int:
-        """Return the ranks per node, if no hosts are named.
-
-        The default is the number of accelerators of this machine, or one without accelerators.
-        """
+        """Return the ranks per node, if no hosts are named. Default: the accelerators of this machine, or 1."""
         return devices_here() if self.cluster.ranks_per_node is None else self.cluster.ranks_per_node
 
     @property
@@ -184,16 +181,8 @@ def make_job(
     values: Mapping[str, Any],
     here: Mapping[str, str],
 ) -> Job:
-    """Combine a run and a description.
-
-    Args:
-        config: the run's config, overrides applied.
-        run: its file, or its built-in name.
-        overrides: `section.key=value`, as passed to the ranks.
-        cluster: where it runs.
-        values: values of the config file, with `extends` and overrides applied.
-        here: the environment of the launching process.
-    """
+    """Combine a run (a config file, or the name of a built-in one) and a description. `values` is the config file with
+    `extends` and overrides applied, and `here` the environment of the launching process."""
     path = find_run_file(run)
     hosts = cluster.named_hosts()
     _check_names(hosts)

@@ -1,7 +1,5 @@
 """Write the input of Kubeflow Trainer 2.3 or newer: a TrainJob, the config file, a volume for the output, and secrets.
-
-Everything is built as data and written by a YAML library; no text is pasted together.
-"""
+Everything is built as data and written by a YAML library; no text is pasted together."""
 
 from __future__ import annotations
 

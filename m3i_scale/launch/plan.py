@@ -55,7 +55,6 @@ class LaunchPlan:
 
     launcher: str
     folder: Path
-    """Folder of the files: `launch` in the run's output folder."""
     files: tuple[LaunchFile, ...]
     commands: tuple[Command, ...]
     """Started in parallel, in this order, from `workdir`."""

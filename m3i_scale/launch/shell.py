@@ -80,9 +80,9 @@ def script_on_host(job: Job, host: str, script: Path, place: int) -> Command:
 def stop_commands(job: Job) -> tuple[Command, ...]:
     """Return the commands that ask the ranks of this run on all hosts to save and exit.
 
-    Launchers end their ranks half a minute after a signal, saved or not, and ssh forwards no signals. So the ranks are
-    signaled directly. The command lines of their launchers contain the ranks' command line, but only the ranks' begin
-    with it.
+    Launchers end their ranks half a minute after a signal, saved or not, and ssh forwards no signals, so the ranks are
+    signaled directly. Their launchers' command lines contain the ranks' command line, but only the ranks' begin with
+    it.
     """
     pattern = f"^{as_pattern(' '.join(job.rank_argv))}$"
     argv = ("pkill", "-USR2", "-f", "--", pattern)

@@ -1,5 +1,4 @@
-"""Write a script for `sbatch`: one task per rank; a job with ranks that were stopped on request and saved is
-requeued."""
+"""Write a script for `sbatch`: one task per rank. A job is requeued if its ranks were stopped on request and saved."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ HONOURS = frozenset(
 """Slurm itself chooses the hosts."""
 SCRIPT = "slurm.sbatch"
 EXIT_REASON = "m3i_scale.launch.exit_reason"
-"""Reports the failure reason of a run, once for all ranks."""
+"""Module that reports the failure reason of a run, once for all ranks."""
 NOTICE_S = 120
 """Ranks are signaled this many seconds before the time limit."""
 EARLIER_S = 60

@@ -1,8 +1,6 @@
-"""Run `torchrun` with the exit code of its ranks: `python -m m3i_scale.launch.torchrun_agent …`.
-
-torchrun itself always exits with 1, so a run that was stopped on request and has saved (75) looks like a crash. It ends
-its ranks half a minute after a signal, whether they have saved or not. Its ranks survive if it is killed.
-"""
+"""Run `torchrun` with the exit code of its ranks: `python -m m3i_scale.launch.torchrun_agent …`. torchrun itself always
+exits with 1, so a run that was stopped on request and has saved (75) looks like a crash. It ends its ranks half a
+minute after a signal, whether they have saved or not. Its ranks survive if it is killed."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import determine_local_world_size, parse_args, run
 
     def shutdown(self: StaticTCPRendezvous) -> bool:
-        """Keep the store of the master node open a little longer: agents of other hosts that still use it would print a
-        stack trace."""
+        """Keep the master node's store open a little longer: agents of other hosts would print a stack trace."""
         if self.rank == 0 and self.world_size > 1:
             time.sleep(_STORE_STAYS_S)
         return True

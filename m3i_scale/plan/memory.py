@@ -95,7 +95,7 @@ def memory_of(parameters: tuple[Parameter, ...], trace: Trace, settings: Setting
 
 
 def fresh_engine(parameters: tuple[Parameter, ...], settings: Settings) -> tuple[Parts, Parts]:
-    """Return what an engine holds before its first step, on the device and in CPU memory."""
+    """Return the parts of an engine before its first step, on the device and in CPU memory."""
     device, host = Parts(), Parts()
     states = host if settings.optimizer_on_host else device
     shards, largest = _shards(parameters, settings), _largest(parameters)
@@ -141,12 +141,11 @@ def _shards(parameters: tuple[Parameter, ...], settings: Settings) -> list[int]:
 
 
 def _largest(parameters: tuple[Parameter, ...]) -> int:
-    """Return the elements of the largest trained parameter."""
     return max(p.numel for p in parameters if p.role == "trained")
 
 
 def _partitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Settings) -> dict[str, Parts]:
-    """Return what is added to the states at the moments of a step under stage 3."""
+    """Return the parts that are added to the states at each moment of a step under stage 3."""
     several, size = settings.world > 1, settings.parameter_bytes
     keeps = several and not settings.efficient_linear
     uses = [*trace.forward, *trace.backward]
@@ -155,7 +154,7 @@ def _partitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Sett
 
     def passing(moment: int) -> Parts:
         """Return activations and gathered parameters. DeepSpeed prefetches up to `max_live` elements, or one layer.
-        Another gather is in progress, whose flat buffer exists besides its parameters."""
+        Another gather is in progress, with a flat buffer in addition to its parameters."""
         parts = Parts({ACTIVATIONS: trace.live[moment]})
         if several:
             kept = min(trace.kept[moment] if keeps else 0, every * size)
@@ -213,7 +212,7 @@ def _reduced(parameters: tuple[Parameter, ...], trace: Trace, settings: Settings
 
 
 def _unpartitioned(parameters: tuple[Parameter, ...], trace: Trace, settings: Settings) -> dict[str, Parts]:
-    """Return what is added to the states at the moments of a step under stages 1 and 2."""
+    """Return the parts that are added to the states at each moment of a step under stages 1 and 2."""
     most = Parts({ACTIVATIONS: max(trace.live)})
     if settings.bf16_optimizer:
         copies = [_copies_of_sent(groups, settings) for groups in sent_together(parameters, settings)]
@@ -250,8 +249,7 @@ def _zero_optimizer(
 ) -> dict[str, Parts]:
     """Return the moments of `stage_1_and_2.py`."""
     size, shards = settings.parameter_bytes, _shards(parameters, settings)
-    fp32 = settings.accumulation_bytes == 4 and size != 4
-    """Gradients are accumulated in a separate fp32 partition."""
+    fp32 = settings.accumulation_bytes == 4 and size != 4  # gradients are accumulated in a separate fp32 partition
     partition = sum(shards) * (settings.accumulation_bytes if fp32 else size)
     if settings.optimizer_on_host and not fp32:
         partition = 0

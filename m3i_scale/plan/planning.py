@@ -44,7 +44,6 @@ VOCABULARY = 30522
 ACCELERATOR_WORKSPACE_GIB = 1.0
 """Non-tensor memory: CUDA context, library workspaces, NCCL channels. An assumption, not measured."""
 _ROLES: dict[str, Role] = {"momentum": "momentum", "teachers": "teacher"}
-"""Roles of untrained parts of the objective."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,7 +52,6 @@ class Machine:
     """Devices, nodes and network links of a plan."""
 
     name: str
-    """Name of the hardware preset."""
     links: Links
     memory_gib: float
     """Memory of one rank's device in GiB."""
@@ -140,8 +138,7 @@ def machine_of(
 
 
 def read_vocabulary(run: RunConfig, recipe: Recipe, classes: int | None, tokens: int | None) -> Vocabulary:
-    """Return label spaces and vocabulary size from the arguments, else from local shards, else from stated
-    assumptions."""
+    """Return label spaces and vocabulary size from the arguments, else from local shards, else from assumptions."""
     assumed = []
     folders = [shard_folder(source.path) for source in run.data.datasets.values()]
     # Plans contact no server: remote shards count as missing, and the resulting assumptions are reported.
@@ -359,8 +356,7 @@ def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = Fa
 
 
 def host_parts(model: Model, choice: Choice, host: Parts) -> dict[str, int]:
-    """Return the CPU memory by part of a rank with a device: offloaded states, staging buffers of saves, prefetched
-    batches and the process."""
+    """Return the CPU memory by part of a rank with a device: offloads, staging buffers, prefetched batches, process."""
     parts = dict(host)
     if model.run.data.num_workers:
         sides = view_sizes(model.recipe.drawn_views, model.image_size)
@@ -370,7 +366,6 @@ def host_parts(model: Model, choice: Choice, host: Parts) -> dict[str, int]:
 
 
 def _sized(resolved: ResolvedConfig, sizes: tuple[tuple[str, int], ...]) -> ResolvedConfig:
-    """Return the DeepSpeed config with other sizes."""
     zero = resolved.config["zero_optimization"] | dict(sizes)
     return replace(resolved, config=resolved.config | {"zero_optimization": zero})
 

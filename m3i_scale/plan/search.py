@@ -168,7 +168,6 @@ class RunPlan:
         return f"stages.{numbers[0]}.micro_batch_size" if numbers else "optim.micro_batch_size"
 
     def _described_stage(self) -> dict[str, Any]:
-        """Describe the resources of one stage."""
         (stage,), planned, batch = self.run.stages, self.planned, self.run.optim.batch_size
         return {
             "steps": stage.steps,
@@ -191,15 +190,8 @@ def plan_run(
     tokens: int | None = None,
     samples: int | None,
 ) -> RunPlan:
-    """Estimate the resources of a run.
-
-    Args:
-        run: config; its shards need not exist.
-        machine: planned hardware.
-        classes: number of classes of a class-label target, instead of reading the shards.
-        tokens: vocabulary size, instead of reading the shards.
-        samples: number of training samples. None: the run's steps × batch size.
-    """
+    """Estimate the resources of a run, whose shards need not exist. `classes` and `tokens` are used instead of reading
+    the shards. `samples` is the number of training samples; None: the run's steps × batch size."""
     total = samples if samples is not None else run.optim.steps * run.optim.batch_size
     if not run.stages:
         return _plan(run, machine, classes, tokens, total)
@@ -246,11 +238,9 @@ _ON_DEVICES = {
 
 
 def compare(model: Model, machine: Machine, choice: Choice) -> list[Estimate]:
-    """Find the fastest fitting choice of every DeepSpeed config. Configs that do not fit are omitted.
-
-    Offloading configs are only used if no other fits, because the estimate excludes their copies and CPU arithmetic. On
-    accelerators, a config for CPUs is replaced by its counterpart.
-    """
+    """Find the fastest fitting choice of every DeepSpeed config. Configs that do not fit are omitted. Offloading
+    configs are only used if no other fits, because the estimate excludes their copies and CPU arithmetic. On
+    accelerators, a config for CPUs is replaced by its counterpart."""
     if not machine.on_host and choice.deepspeed in _ON_DEVICES:
         choice = replace(choice, deepspeed=_ON_DEVICES[choice.deepspeed])
         model = Model(model.run, model.vocabulary, model.world, "bf16")
@@ -307,10 +297,8 @@ def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) ->
 
 
 def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estimate | None:
-    """Return the fastest fitting choice of a DeepSpeed config, over policies and micro-batches.
-
-    Among equally fast ones, prefer the largest micro-batch. Large ones are extrapolated first, and exact in the end.
-    """
+    """Return the fastest fitting choice of a DeepSpeed config; of equally fast ones, the largest micro-batch. Large
+    ones are extrapolated first, and exact in the end."""
     settings = product(dict.fromkeys([choice.policy, *POLICIES]), _sizes(model, machine))
     tried = (estimate(model, machine, Choice(file, policy, size), quick=True) for policy, size in settings)
     fitting = [each for each in tried if each.fits(machine)]
@@ -377,7 +365,6 @@ def check_feasible(plan: RunPlan) -> None:
 
 
 def _no_host_memory(plan: RunPlan) -> ConfigError:
-    """Return the error of a run that fits on its devices but not into CPU memory."""
     taken, ranks = plan.planned.host_of_node(plan.machine), plan.machine.links.ranks_per_node
     limit = float(plan.machine.host_memory_gib or 0)
     parts = plan.planned.parts if plan.machine.on_host else plan.planned.host_parts
@@ -394,13 +381,8 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
 
 
 def write_deepspeed(plan: RunPlan, path: Path) -> str:
-    """Write the DeepSpeed JSON of the suggestion, or of the run if there is none, with all sizes as numbers.
-
-    Settings of the config file stay "auto", so that both files cannot contradict each other.
-
-    Returns:
-        The overrides to train with, including the written file.
-    """
+    """Write the DeepSpeed JSON of the suggestion, or else of the run, with all sizes as numbers. Return the overrides
+    to train with it. Settings of the config file stay "auto", so that both files cannot contradict each other."""
     written = plan.suggestion or plan.planned
     config = load_ds_config(written.choice.deepspeed)
     config["zero_optimization"] = written.resolved.config["zero_optimization"]

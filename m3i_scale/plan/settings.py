@@ -1,5 +1,4 @@
-"""Inputs of the memory and traffic estimate: the parameters of a model, and the stage, sizes and bytes per element of
-its DeepSpeed configuration."""
+"""Inputs of the memory and traffic estimate: a model's parameters, and sizes and dtypes of its DeepSpeed config."""
 
 from __future__ import annotations
 
@@ -33,18 +32,12 @@ class Parameter:
     matrix: bool = True
     """Whether it has weight decay."""
     lr_scale: float = 1.0
-    """Learning rate multiplier."""
     follows: int | None = None
     """Index of the trained parameter of which it is the EMA; None if it is no EMA, or the EMA of a frozen parameter."""
 
 
 def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[list[int]]:
-    """Return the optimizer's groups, as `parameter_groups` makes them, as indices of parameters.
-
-    Args:
-        parameters: all parameters of the model.
-        trained: indices of the optimizer's parameters.
-    """
+    """Return the optimizer's groups, as `parameter_groups` makes them, as indices of `parameters`."""
     groups: dict[tuple[float, bool], list[int]] = {}
     for place in trained:
         groups.setdefault((parameters[place].lr_scale, parameters[place].matrix), []).append(place)
@@ -52,10 +45,8 @@ def groups_of(parameters: Sequence[Parameter], trained: Iterable[int]) -> list[l
 
 
 def momentum_state_bytes(precision: str) -> int:
-    """Return the bytes per element that the EMA target stores in addition to its compute copy (see `ShardedEma`).
-
-    The copy is the EMA in fp32, its upper half in bf16, and no part of it in fp16.
-    """
+    """Return the bytes per element that the EMA target stores in addition to its compute copy (see `ShardedEma`). The
+    copy is the EMA in fp32, its upper half in bf16, and no part of it in fp16."""
     return {"fp32": 0, "bf16": 2, "fp16": 4}[precision]
 
 
@@ -184,13 +175,7 @@ def local_elements(parameters: Sequence[Parameter], settings: Settings, rank: in
 
 
 def settings_of(config: dict[str, Any], *, world: int, on_host: bool) -> Settings:
-    """Read a resolved configuration; missing keys have DeepSpeed's default.
-
-    Args:
-        config: without any "auto".
-        world: number of ranks.
-        on_host: see `Settings`.
-    """
+    """Read a resolved configuration, without any "auto"; missing keys have DeepSpeed's default."""
     zero = config["zero_optimization"]
     kind = precision(config)
     parsed = DeepSpeedZeroConfig(**zero)

@@ -1,7 +1,5 @@
-"""Record one micro-batch of a module without computing it: live bytes, gradients, parameter uses and FLOPs.
-
-The module and its input are on the `meta` device, where tensors have sizes and lifetimes but no content.
-"""
+"""Record one micro-batch of a module without computing it: live bytes, gradients, parameter uses and FLOPs. The module
+and its input are on the `meta` device, where tensors have sizes and lifetimes but no content."""
 
 from __future__ import annotations
 
@@ -53,10 +51,8 @@ class Trace:
 
 
 def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | None:
-    """Return the trace of `wanted` samples, extrapolated from traces of `samples` and of twice `samples`.
-
-    Sizes are linear in the number of samples. Return None if the two traces create other tensors or other gradients.
-    """
+    """Return the trace of `wanted` samples, extrapolated from traces of `samples` and of twice `samples`: sizes are
+    affine in the number of samples. Return None if the two traces create other tensors or other gradients."""
     if len(small.live) != len(large.live) or small.gradients != large.gradients:
         return None
 
@@ -71,8 +67,6 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
 
 @dataclass
 class _Recorder:
-    """Recorder of live storages."""
-
     owned: set[int]
     live: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -92,7 +86,6 @@ class _Recorder:
         self.note()
 
     def note(self) -> None:
-        """Record the bytes of this moment."""
         self.live.append(self.live_bytes)
         self.kept.append(self.kept_bytes)
 
@@ -140,10 +133,8 @@ def _fused_attention(
     is_causal: bool = False,
     **_: Any,
 ) -> Tensor:
-    """Model the fused kernels of all devices: they keep q, k, v, the output and one number per row.
-
-    On `meta` torch would use the unfused products and keep their scores. Only one kernel computes gradients of a mask.
-    """
+    """Model the fused kernels of all devices: they keep q, k, v, the output and one number per row. On `meta` torch
+    would use the unfused products and keep their scores. Only one kernel computes gradients of a mask."""
     if attn_mask is not None and attn_mask.requires_grad:
         learnt: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, True, 0.0, is_causal
@@ -164,13 +155,8 @@ class _SavedTensor:
 
 
 def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) -> Trace:
-    """Record `step`, which returns the loss, and its backward pass.
-
-    Args:
-        module: the module, on `meta` and in training mode.
-        step: one forward pass of `module`.
-        inputs: tensors that exist before the step.
-    """
+    """Record `step`, one forward pass of `module` that returns the loss, and its backward pass. The module is on `meta`
+    and in training mode. `inputs` are tensors that exist before the step."""
     parameters = list(module.parameters())
     held = [*parameters, *module.buffers(), *inputs]
     recorder = _Recorder({tensor.untyped_storage()._cdata for tensor in held})
@@ -205,7 +191,7 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
 
 @contextlib.contextmanager
 def _module_hooks(module: nn.Module, parameters: list[nn.Parameter], uses: list[tuple[int, ...]]) -> Iterator[None]:
-    """Record when a module uses its parameters, in the forward pass and (by the gradient of its output) in the backward
+    """Record when a module uses its parameters: in the forward pass, and, by its output's gradient, in the backward
     pass."""
     index = {id(parameter): place for place, parameter in enumerate(parameters)}
     handles = []
@@ -259,10 +245,10 @@ def _gradient_hooks(
 
 @contextlib.contextmanager
 def _kept_views(parameters: list[nn.Parameter], recorder: _Recorder, uses: list[tuple[int, ...]]) -> Iterator[None]:
-    """Record views saved by `F.linear`: they keep the storage alive, even if the parameter is released."""
+    """Record views saved by `F.linear`: they keep the storage alive, even if the parameter is released. Every use of a
+    parameter gathers it again, so its views are counted by use."""
     owners = {parameter.untyped_storage()._cdata: place for place, parameter in enumerate(parameters)}
-    views: Counter[tuple[int, int]] = Counter()
-    """Number of live views by parameter and by its number of uses so far, as each gathers it anew."""
+    views: Counter[tuple[int, int]] = Counter()  # by parameter, and its number of uses so far
 
     def pack(tensor: Tensor) -> Any:
         place = owners.get(tensor.untyped_storage()._cdata)

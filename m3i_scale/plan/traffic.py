@@ -157,8 +157,8 @@ def _gathers(parameters: tuple[Parameter, ...], trace: Trace, settings: Settings
 
 
 def _joined(sizes: list[int], settings: Settings) -> float:
-    """Return the calls per module that gathers, given the elements of each: while there is room for it, a bucket is
-    prefetched at once, and later what a module has released."""
+    """Return the calls per gathering module, given the elements of each: one per prefetch bucket up to the limit of
+    live parameters, then one per module."""
     every = sum(sizes)
     if not every or not settings.prefetch_bucket:
         return 1.0

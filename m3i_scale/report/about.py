@@ -18,8 +18,7 @@ _STOPPED = "stopped without saying how, or training where its lock is not seen f
 
 
 def progress_of(run: RunFiles) -> dict[str, Any]:
-    """Return the progress of a run: `percent`, `left` (a duration in words, or None), `status`, and a summary in
-    `words`."""
+    """Return the progress of a run: `percent`, `left` (in words, or None), `status`, and a summary in `words`."""
     total, status = run.total_steps, run.status or _unended_status(run)
     left = None if run.left_s is None or status == _STOPPED else duration_text(run.left_s)
     words = f"step {run.step:,}" + ("" if total is None else f" of {total:,}") + f", {status}"
@@ -30,7 +29,6 @@ def progress_of(run: RunFiles) -> dict[str, Any]:
 
 
 def _unended_status(run: RunFiles) -> str:
-    """Return the status of a run that has no recorded end."""
     try:
         holder = holder_of(run.folder)
     except UnknownHolderError:
@@ -66,13 +64,7 @@ def figures_of(run: RunFiles, progress: Mapping[str, Any]) -> list[tuple[str, st
 
 
 def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -> dict[str, str]:
-    """Return facts about a run by name. Unknown facts are omitted, and secrets are redacted.
-
-    Args:
-        run: from its files.
-        progress: see `progress_of`.
-        hosts: of its ranks, as far as known.
-    """
+    """Return facts about a run by name. Unknown facts are omitted, and secrets are redacted."""
     last = run.starts[-1] if run.starts else {}
     sources = _at(run.settings, "data", "datasets")
     targets = _at(run.settings, "recipe", "targets")

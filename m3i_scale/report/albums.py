@@ -41,13 +41,9 @@ class _Set:
 def albums_of(runs: list[RunFiles], folders: list[Path], room: int) -> list[dict[str, Any]]:
     """Return `title, steps, pictures, notes` for every folder in `folders` and every run with pictures.
 
-    The newest pictures of a run are unchanged; all others and overlays are scaled down. If there are too many, the
-    newest and the first are included, and the ones in between as far as they fit.
-
-    Args:
-        runs: runs with pictures in their folders.
-        folders: additional folders of pictures.
-        room: maximum bytes of all pictures on disk; base64 in a page adds a third.
+    The newest pictures of a run are unchanged; all others and overlays are scaled down. If they exceed `room`, in bytes
+    on disk, the newest and the first are included, and the ones in between as far as they fit. Base64 in a page adds a
+    third.
     """
     wanted = [(folder.name, [folder], True) for folder in folders]
     wanted += [(run.name, places, False) for run in runs if (places := _places(run.folder / PICTURES))]
@@ -72,7 +68,6 @@ def _places(root: Path) -> list[Path]:
 
 
 def _album(title: str, places: list[Path], room: int, *, is_given: bool) -> tuple[dict[str, Any], int]:
-    """Return an album of picture folders, and its bytes."""
     kept: dict[int, _Set] = {}
     notes: list[str] = []
     for number in _by_weight(len(places)):
@@ -158,12 +153,7 @@ def _overlays(folder: Path) -> list[dict[str, str]]:
 
 
 def _bytes(path: Path, *, smaller: bool) -> bytes:
-    """Return a picture unchanged, or as a smaller JPEG.
-
-    Raises:
-        OSError: it cannot be read, or is larger than any picture that this package writes.
-        Others of `DECODE_FAULTS`: it cannot be decoded, or Pillow treats it as a decompression bomb.
-    """
+    """Return a picture unchanged, or as a smaller JPEG. Raise one of `DECODE_FAULTS` if it is too large or damaged."""
     if path.stat().st_size > _MOST_BYTES:
         raise OSError("too large")
     if not smaller:

@@ -26,12 +26,9 @@ _SAMPLE_BYTES = 1 << 26
 
 
 def sample_rows(entries: Iterable[dict[str, Any]]) -> list[dict[str, str | None]]:
-    """Return `key, shard, reason, picture, fault` of corrupt samples. `picture` is the data URL of a JPEG encoded here.
-    If there is none, `fault` is the reason. Only local files are read.
-
-    Args:
-        entries: untrusted records of corrupt samples: `url`, `key`, `offset`, `reason`.
-    """
+    """Return `key, shard, reason, picture, fault` of corrupt samples, from untrusted records (`url, key, offset,
+    reason`). `picture` is the data URL of a JPEG encoded here, else `fault` is the reason. Only local files are
+    read."""
     return [_sample_row(str(entry["url"]), str(entry["key"]), int(entry["offset"]), entry) for entry in entries]
 
 

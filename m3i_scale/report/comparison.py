@@ -33,13 +33,7 @@ def comparison_table(document: dict[str, Any]) -> RenderableType:
 
 
 def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[str, Any]], page: Path) -> None:
-    """Write a page with the tables of a comparison and its pictures.
-
-    Args:
-        document: result of `compare`.
-        pictures: by dataset, `title`, `alt` and `jpeg` of its picture.
-        page: a path that passes `check_page`.
-    """
+    """Write a page with the tables of a comparison and its pictures: by dataset, `title`, `alt` and `jpeg`."""
     sets = [
         {
             "title": _title(name, of_set),

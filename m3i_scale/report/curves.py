@@ -26,10 +26,8 @@ _IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 
 
 def filled_charts(runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    """Return the charts with data from any run, as JSON values. Curves of one `group` share their color.
-
-    A curve is downsampled to `MOST_POINTS` points, or fewer to stay below `ALL_POINTS` in total (see `downsample`).
-    """
+    """Return the charts with data from any run, as JSON values. Curves of one `group` share their color. A curve is
+    downsampled to `MOST_POINTS` points, or fewer to stay below `ALL_POINTS` in total."""
     curves = [{**_evaluations_of(run), **_steps_of(run)} for run in runs]
     wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
     total = sum(len(found) for _, found in wanted)
@@ -54,10 +52,8 @@ def _evaluations_of(run: RunFiles) -> dict[str, Points]:
 
 
 def _series_of(chart: Chart, curves: Sequence[Mapping[str, Points]]) -> Iterator[tuple[int, str, Points]]:
-    """Yield run, legend entry and points of a chart's curves that have any finite point.
-
-    Groups come before their sums, so that a group has the same color in every chart.
-    """
+    """Yield run, legend entry and points of a chart's curves that have any finite point. Groups come before their sums,
+    so that a group has the same color in every chart."""
     pattern = re.compile(chart.pattern)
     for run, by_name in enumerate(curves):
         matches = [(match, by_name[name]) for name in by_name if (match := pattern.fullmatch(name))]

@@ -10,17 +10,12 @@ from tsdownsample import MinMaxLTTBDownsampler
 
 
 def downsample(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Downsample a curve to at most `count` points with MinMaxLTTB. The extremes of every interval are candidates.
-    Largest-triangle-three-buckets selects those that change the line most. Values are never averaged or moved.
+    """Downsample a curve (x and y of shape N, x increasing) to at most `count` ≥ 3 points with MinMaxLTTB.
 
-    Points with non-finite y are dropped, because a line cannot show them.
+    The extremes of every interval are candidates. Largest-triangle-three-buckets selects those that change the line
+    most. Values are never averaged or moved. Points with non-finite y are dropped, because a line cannot show them.
 
     Source: Van Der Donckt et al., MinMaxLTTB: Leveraging MinMax-Preselection to Scale LTTB, 2023 (arXiv:2305.00332).
-
-    Args:
-        x: of shape N, increasing.
-        y: of shape N.
-        count: at least 3.
     """
     finite = np.isfinite(y)
     x, y = x[finite], y[finite]

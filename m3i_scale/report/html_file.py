@@ -16,12 +16,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def check_page(page: Path, option: str) -> None:
-    """Check that a page can be written to a path.
-
-    Args:
-        page: output path.
-        option: name of the option, for errors.
-    """
+    """Check that a page can be written to a path. `option` is the name of its option, for errors."""
     if not page.parent.is_dir():
         raise ConfigError("the folder of the report is missing", where=str(page.parent), fix=f"mkdir -p {page.parent}")
     if page.suffix != ".html" or page.is_dir():  # a typo must not overwrite a file of a run
@@ -35,13 +30,7 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def write_page(text: str, page: Path, option: str) -> None:
-    """Write a page atomically, replacing an existing one.
-
-    Args:
-        text: of the page.
-        page: output path, see `check_page`.
-        option: name of the option, for errors.
-    """
+    """Write a page atomically, replacing an existing one. Its path has passed `check_page`."""
     try:
         with replacing(page) as file:
             file.write(text.encode("utf-8", "backslashreplace"))

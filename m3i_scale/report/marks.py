@@ -26,13 +26,7 @@ KINDS = {
 
 
 def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNote | None) -> list[dict[str, Any]]:
-    """Return `kind, step, time, text` of a run's events, sorted by time.
-
-    Args:
-        run: from its files.
-        attempts: of the elastic launcher.
-        failure: root cause of the last attempt.
-    """
+    """Return `kind, step, time, text` of a run's events, sorted by time. `failure` is the last attempt's root cause."""
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for mark in (
         *_stages(run),

@@ -49,12 +49,7 @@ class Steps:
 
 
 class MetricsFile:
-    """Incremental reader of a metrics file, which may still be written to.
-
-    Args:
-        path: of the file; need not exist yet.
-        wanted: whether to load the metric with this name.
-    """
+    """Incremental reader of a metrics file, which may be missing or still written to. `wanted` selects metrics."""
 
     def __init__(self, path: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         self._path, self._wanted = path, wanted
@@ -65,7 +60,6 @@ class MetricsFile:
         self._read_bytes = 0
         self._last_step = -1
         self._names: dict[str, None] = {}
-        """Names of all metrics so far, in order."""
         self._parts: list[Steps] = []
         self.records: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         """Lines other than logged steps, by kind."""
@@ -73,11 +67,7 @@ class MetricsFile:
         """Number of lines that are truncated, no JSON, too long, of wrong types, or not in step order."""
 
     def read_new_lines(self) -> None:
-        """Read new lines. If the file was truncated, as by a resumed run, read it from the beginning.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Read new lines. If the file was truncated, as by a resumed run, read it from the beginning."""
         try:
             with self._path.open("rb") as file:
                 status = self._path.stat()
@@ -155,7 +145,6 @@ class MetricsFile:
         return Steps(steps.to_numpy(), times.cast(pa.int64()).to_numpy() / 1e6, figures)
 
     def _table(self, text: bytes) -> pa.Table | None:
-        """Return the columns of lines; None if any of them has an unexpected type or name."""
         facts = [("kind", pa.string()), ("step", pa.int64()), ("time", pa.timestamp("us", "UTC"))]
         schema = pa.schema([*facts, *((name, pa.float64()) for name in self._names)])
         options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
@@ -205,7 +194,6 @@ def unix_s(record: dict[str, Any]) -> float:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line; None if it is invalid."""
     try:
         record = json.loads(line)
         unix_s(record)
@@ -221,7 +209,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_of(kind: type, value: Any) -> bool:
-    """Return whether a value has a type. Integers must be non-negative and fit into 63 bits."""
     if kind is int:
         return type(value) is int and 0 <= value < 1 << 63
     return isinstance(value, kind)

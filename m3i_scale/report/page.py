@@ -49,14 +49,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report of one or several runs, during or after training. The runs' files are only read.
 
-    Args:
-        folders: output_dirs of runs; the others are compared with the first one.
-        output: the page, replaced atomically.
-        evaluations: additional documents of `evaluate` or `finetune`.
-        pictures: additional folders of pictures.
-
-    Returns:
-        `report`, `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
+    `folders` are output_dirs; all runs are compared with the first one. `evaluations` are additional documents of
+    `evaluate` or `finetune`, and `pictures` additional folders. `output` is replaced atomically. Return `report`,
+    `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
     """
     began = time.monotonic()
     check_page(output, "--output")

@@ -45,7 +45,6 @@ def _stage(number: int, stage: dict[str, Any]) -> Text:
 
 
 def _planned(choice: dict[str, Any], ranks: int) -> Text:
-    """Return the planned configuration in words."""
     accumulation = choice["accumulation"]
     batch = f"{choice['micro_batch_size'] * accumulation * ranks:,} samples a step"
     return Text(
@@ -56,13 +55,11 @@ def _planned(choice: dict[str, Any], ranks: int) -> Text:
 
 
 def _rank_hours(document: dict[str, Any], hours: float) -> str:
-    """Return the total hours of all ranks, as GPU hours or CPU-rank hours."""
     shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     return f"{shown} {'CPU-rank' if document['on_host'] else 'GPU'} hours"
 
 
 def _verdict(peak: float, limit: float) -> tuple[str, str]:
-    """Return whether the peak fits the limit, in words, and the color of these words."""
     if peak > limit:
         return "does not fit", "red"
     if peak > (1 - ERROR) * limit:
@@ -119,7 +116,6 @@ def _figures(document: dict[str, Any]) -> Table:
 
 
 def _taken(choice: dict[str, Any]) -> str:
-    """Return memory and time of a configuration in words."""
     times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
     return f"{choice['peak_gib_per_rank']:.2f} GiB, {times}"
 

@@ -111,11 +111,7 @@ def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class RecipeTable:
-    """Table of described recipes that adapts to the console width.
-
-    Args:
-        rows: results of `describe`, grouped by family.
-    """
+    """Table of rows from `describe`, grouped by family, that adapts to the console width."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
@@ -151,12 +147,10 @@ def _rank(row: dict[str, Any]) -> tuple[int, bool, int, str]:
 
 
 def _place(value: str, order: Sequence[str]) -> int:
-    """Return the position of a value; unknown values come last."""
     return order.index(value) if value in order else len(order)
 
 
 def _cells(row: dict[str, Any], target: dict[str, Any], *, first: bool) -> dict[str, Text]:
-    """Return the cells of a target's row, by column heading."""
     name = Text(printable(row["name"]) if first else "", style="bold")
     others = {
         "x": _inputs(row, target),

@@ -113,7 +113,6 @@ def _number(value: Any) -> float | None:
 
 
 def _words(value: Any) -> str:
-    """Format a value for people."""
     if isinstance(value, dict):
         return ", ".join(
             f"{key.replace('_', ' ')}: {_words(item)}" for key, item in value.items() if item not in (None, {})

@@ -96,15 +96,8 @@ class RunFiles:
 
 
 class RunReader:
-    """Incremental reader of a run's folder. Nothing is written.
-
-    Args:
-        folder: the output_dir of a run.
-        wanted: whether to load the metric with this name.
-
-    Raises:
-        ConfigError: the folder has no run, or cannot be read.
-    """
+    """Incremental reader of a run's output_dir; nothing is written. `wanted` selects metrics by name. Raises
+    ConfigError if the folder has no run, or cannot be read."""
 
     def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         try:
@@ -157,9 +150,5 @@ class RunReader:
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Return the contents of a run's folder. An incomplete last line, as during training, is ignored.
-
-    Args:
-        folder: the output_dir of a run.
-    """
+    """Return the contents of a run's output_dir. An incomplete last line, as during training, is ignored."""
     return RunReader(folder).read()

@@ -47,12 +47,7 @@ class Quarantined:
 
 
 def quarantine_of(folder: Path, examples: int = 6) -> dict[str, Quarantined]:
-    """Return the corrupt samples of a run, by reason; {} if there are none.
-
-    Args:
-        folder: of the run.
-        examples: maximum number of examples per reason.
-    """
+    """Return the corrupt samples of a run by reason, with at most `examples` of each; {} if there are none."""
     found: dict[str, Quarantined] = {}
     for entry in _objects(folder / QUARANTINE):
         texts = [entry.get(name) for name in ("source", "url", "key", "reason", "detail")]
@@ -124,8 +119,8 @@ class RankSign:
 
 
 def ranks_of(folder: Path) -> list[RankSign]:
-    """Return the ranks of a run by host and rank. The source is their logs under the elastic launcher, or else the
-    records of ranks that started and have not ended. Other launchers leave no such files."""
+    """Return the ranks of a run by host and rank, from the source with the newest sign: logs of the elastic launcher,
+    or records of ranks that other launchers started and that have not ended."""
     printed, begun = [*_printed(folder)], [*_begun(folder)]
     newest = max(printed, begun, key=lambda signs: max((sign.heard_s for sign in signs), default=0.0))
     return sorted(newest, key=lambda sign: (sign.host, sign.rank))

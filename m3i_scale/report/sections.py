@@ -19,8 +19,7 @@ _MOST_SAMPLES = 24
 
 
 def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
-    """Return all template values of one run except its curves. An unreadable file is listed as an error, and the rest
-    is included."""
+    """Return the template values of one run, except its curves. An unreadable file is only listed as an error."""
     faults = Faults()
     checkpoints = faults.note(checkpoints_of, run) or {"checkpoints": []}
     quarantine = faults.note(quarantine_of, run.folder) or {}

@@ -14,15 +14,8 @@ _LARGEST = 1e300
 
 
 def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int, form: str = "{:.4g}") -> list[str]:
-    """Return the lines of a chart, each of `width` letters.
-
-    Args:
-        x: steps, of shape N, increasing.
-        y: of shape N. Non-finite values are dropped.
-        width: of the chart, in letters.
-        height: in lines.
-        form: format of the minimum and maximum labels.
-    """
+    """Return the lines of a chart, each of `width` letters. x (increasing) and y have shape N; non-finite y are
+    dropped. `form` is the format of the minimum and maximum labels."""
     x, y = downsample(x, y, 4 * width)  # a braille letter is two dots wide; a spike needs its highest and lowest point
     y = y.clip(-_LARGEST, _LARGEST)
     figure = plotext.figure

@@ -30,12 +30,7 @@ _PLAIN_COLUMNS = 80
 
 
 def watch(folder: Path, every_s: float) -> None:
-    """Show a run until `q` or Ctrl-C. Without a terminal, print it once as plain text.
-
-    Args:
-        folder: the output_dir of a run.
-        every_s: polling interval of its files.
-    """
+    """Show a run until `q` or Ctrl-C, polling its files. Without a terminal, print it once as plain text."""
     files = _Files(folder)
     console = Console()
     if not (sys.stdin.isatty() and console.is_terminal) or console.is_dumb_terminal:
@@ -57,8 +52,6 @@ def watch(folder: Path, every_s: float) -> None:
 
 
 class _Files:
-    """Poller of a run's files."""
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._reader = RunReader(folder, is_shown)
@@ -66,7 +59,6 @@ class _Files:
         self._quarantine_bytes = 0
 
     def poll(self) -> RunSnapshot:
-        """Return their current contents."""
         folder, file = self._folder, self._folder / QUARANTINE
         size = file.stat().st_size if file.is_file() else 0
         if size != self._quarantine_bytes:

@@ -53,13 +53,8 @@ class RunSnapshot:
 
 
 def render_lines(watched: RunSnapshot, width: int, height: int | None) -> list[Text]:
-    """Return the lines of the dashboard, none longer than `width`.
-
-    Args:
-        watched: the run.
-        width: of the terminal, in letters.
-        height: in lines; charts use the remaining lines. None: no limit.
-    """
+    """Return the lines of the dashboard, none longer than `width` letters. Charts use the rest of `height` (None: no
+    limit)."""
     head, foot = [*_head(watched, width)], [*_foot(watched, width)]
     room = None if height is None else height - len(head) - len(foot)
     lines = [*head, *_charts(watched.run, width, room), *foot][:height]
@@ -202,7 +197,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _wrapped(text: str, width: int, style: str) -> Iterator[Text]:
-    """Yield the lines of a sentence, at most three."""
     lines = textwrap.wrap(_clean(text), max(width, 10), max_lines=3, placeholder=" …")
     yield from (Text(line, style) for line in lines)
 
@@ -212,7 +206,6 @@ def _title(text: str, width: int) -> Text:
 
 
 def _bar(share: float, width: int) -> str:
-    """Return a progress bar of the given width: `━━━───`."""
     done = round(min(1.0, max(0.0, share)) * width) if math.isfinite(share) else 0
     return "━" * done + "─" * (width - done)
 

@@ -16,13 +16,8 @@ _MAX_CHARACTERS = 300
 
 
 class Agents:
-    """Agents on all hosts: `with Agents(hosts, site, connect_s) as agents`. They leave no process running.
-
-    Args:
-        hosts: their names, the master node first.
-        site: connection settings; its `connect_s` is the startup limit of an agent.
-        connect_s: ssh's connect timeout.
-    """
+    """Agents on all hosts: `with Agents(hosts, site, connect_s) as agents`. They leave no process running. The master
+    node is the first host. `connect_s` is ssh's connect timeout, `site.connect_s` the startup limit of an agent."""
 
     def __init__(self, hosts: Sequence[str], site: RemoteShell, connect_s: float) -> None:
         self._site, self._inbox = site, Inbox()
@@ -69,14 +64,8 @@ class Agents:
         timeout_s: float,
         enough: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda answers: False,
     ) -> dict[str, dict[str, Any]]:
-        """Return the answers of the hosts that respond, in the order of the requests.
-
-        Args:
-            verb: a verb of `host.py`.
-            requests: requests by host.
-            timeout_s: time limit of an answer.
-            enough: whether these answers are enough, so that the others need not be awaited.
-        """
+        """Return the answers of the hosts that respond, in the order of the requests. `verb` is a verb of `host.py`.
+        `enough` returns whether these answers suffice, so that the others need not be awaited."""
         site, texts = self._site, dict.fromkeys(requests, "")
         answers: dict[str, dict[str, Any]] = {}
         waiting = requests.keys() - self.errors.keys()

@@ -48,7 +48,6 @@ def _accelerator(host: HostReport) -> Results:
 
 
 def _interface(host: HostReport) -> Results:
-    """Check that the communication interface is up and has an address."""
     interfaces, chosen = host.answer["interfaces"], host.answer["interface"]
     known = ", ".join(f"{name} {' '.join(addresses)}" for name, addresses in interfaces.items() if addresses)
     addresses = local_addresses(interfaces, chosen)
@@ -67,8 +66,7 @@ def _interface(host: HostReport) -> Results:
 
 
 def _names(host: HostReport) -> Results:
-    """Check that the host resolves every host name to the right address. Its name may resolve to the loopback: ranks on
-    several hosts use the route to the master node."""
+    """Check that host names resolve correctly. A host's name may mean its loopback: ranks of several hosts avoid it."""
     errors, notes = [], []
     for name, answer in host.answer["names"].items():
         is_local = name == host.name or name not in host.answers
@@ -99,7 +97,6 @@ def _wrong_address(name: str, answer: Mapping[str, Any], answers: Answers) -> st
 
 
 def _environment(host: HostReport) -> Results:
-    """Check that the environment variables that affect a run are the same as on the master node."""
     answer, master = host.answer["variables"], host.master["variables"]
     names = sorted(name for name in {*answer, *master} if answer.get(name) != master.get(name))
     others = [f"{name}={answer.get(name, '(not set)')}" for name in names]
@@ -108,7 +105,6 @@ def _environment(host: HostReport) -> Results:
 
 
 def _shards(host: HostReport) -> Results:
-    """Check that the first shard of every dataset can be read."""
     for source, answer in host.answer.get("shards", {}).items():
         name = f"{source}: {answer['shard']}"
         if "error" in answer:
@@ -132,11 +128,7 @@ CHECKS: Mapping[str, Check] = {
 
 
 def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    """Compare every host's clock with the master node's clock.
-
-    Args:
-        offsets: seconds by which a host is ahead of the requesting machine, and their uncertainty.
-    """
+    """Compare each host's clock with the master node's. `offsets`: seconds ahead of this machine, and uncertainty."""
     zero, head_uncertainty = next(iter(offsets.values()))
     for host, (offset, uncertainty) in offsets.items():
         skew, within = offset - zero, uncertainty + head_uncertainty
@@ -190,12 +182,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
-    """Evaluate the measurements of the group: the all-reduce, and hosts that are slower than the others.
-
-    Args:
-        answers: by host; a host that has ended is missing.
-        count: number of hosts that joined.
-    """
+    """Evaluate the all-reduce of the `count` hosts that joined, and find slow ones. Ended hosts are missing."""
     errors = [f"{host}: {answer['group_error']}" for host, answer in answers.items() if "group_error" in answer]
     measured = {host: answer["network"] for host, answer in answers.items() if "network" in answer}
     if not errors and len(measured) < count:
@@ -215,11 +202,7 @@ def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
 
 
 def straggler_findings(rates: Mapping[str, float]) -> Iterator[Finding]:
-    """Compare the bandwidth of each host with the median.
-
-    Args:
-        rates: GB/s by host, with its best partner.
-    """
+    """Compare the bandwidth of each host, in GB/s with its best partner, with the median."""
     median = statistics.median(rates.values())
     for host, rate in rates.items():
         why = f"the median host has {_rate_text(median)}, and all ranks wait for the slowest"

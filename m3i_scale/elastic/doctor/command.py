@@ -39,8 +39,6 @@ def examine(
 
     Args:
         run: config file, or the name of a built-in one. None: check the nodes only.
-        overrides: `section.key=value`.
-        cluster: nodes and how to connect to them.
         connect_s: ssh connection timeout in seconds.
         log: called with progress messages.
     """
@@ -108,7 +106,6 @@ class Examination:
     slots: Mapping[str, int]
     """Ranks by host, the master node first."""
     site: RemoteShell
-    """Connection settings, and the environment of the agents."""
     port: int
     """Port of rank 0 on the master node."""
     interface: str | None = None
@@ -116,7 +113,6 @@ class Examination:
     run: str | None = None
     overrides: tuple[str, ...] = ()
     needs: Mapping[str, Needs] | None = None
-    """Needs by host, if there is a run."""
     connect_s: float = 10.0
     """Time limit for ssh."""
     report_s: float = 120.0

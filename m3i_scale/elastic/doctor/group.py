@@ -36,12 +36,7 @@ PARTNERS = 3
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Run as one rank of the group; return its measurements, as far as the group got.
-
-    Args:
-        request: names of all hosts, the master node first, and the name of this one; address and port of the master
-            node; time limits for the rendezvous and for a measurement; the run's folder and a token for notes, or None.
-    """
+    """Run as one rank of the group; return its measurements, as far as it got. `command.py` makes the request."""
     hosts, host = request["hosts"], request["host"]
     address, port, join_s = request["address"], request["port"], request["join_s"]
     head = host == hosts[0]
@@ -72,11 +67,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def reach(address: str, port: int, seconds: float) -> float:
-    """Connect to the master node's port, which may not be open yet; return the connection time in milliseconds.
-
-    Raises:
-        OSError: the connection fails until the time limit.
-    """
+    """Connect to the master node's port, which may not be open yet; return the connection time in milliseconds."""
     until = time.monotonic() + seconds
     while True:
         began = time.perf_counter()
@@ -91,12 +82,7 @@ def reach(address: str, port: int, seconds: float) -> float:
 
 def open_store(address: str, port: int, *, master: bool, seconds: float, several: bool = False) -> TCPStore:
     """Open the store of rank 0 at that address only, or join it. With several hosts, listen on all addresses if that
-    one is the loopback.
-
-    Raises:
-        RuntimeError: it cannot be joined.
-        OSError: the port is in use, or the address does not belong to this host.
-    """
+    one is the loopback."""
     timeout = timedelta(seconds=seconds)
     if not master:
         return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
@@ -144,12 +130,7 @@ class Group:
         return dict(zip(self._members, (value.decode() for value in self._store.multi_get(keys)), strict=True))
 
     def compare_notes(self, folder: Path, token: str) -> dict[str, Any]:
-        """Write a note into the folder and read the notes of the others; everything is removed afterwards.
-
-        Args:
-            folder: a run's output_dir.
-            token: identifies this examination.
-        """
+        """Write a note into the run's folder and read the notes of the others; everything is removed afterwards."""
         made: list[Path] = []
         error = write_note(folder, f".doctor-{token}-{self._own}", made)
         errors = self._gather("written", error or "")
@@ -172,12 +153,7 @@ class Group:
 
 def write_note(folder: Path, name: str, made: list[Path]) -> str | None:
     """Create the folder if it is missing, as a run would, and write a note there; return the error if that fails.
-
-    Args:
-        folder: a run's output_dir.
-        name: name of the note.
-        made: receives the note and the created folders, in the order in which they are to be removed.
-    """
+    `made` receives the note and the created folders, in the order in which they are to be removed."""
     note = folder / name
     made += [note, *(path for path in (folder, *folder.parents) if not path.exists())]
     try:
@@ -215,19 +191,9 @@ def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> li
 
 
 def measure_network(store: Any, rank: int, world: int, seconds: float) -> dict[str, Any]:
-    """Measure the all-reduce of all hosts and the bandwidth of this one; all hosts call it at the same time.
-
-    The bandwidth of an all-reduce is the 2(n−1)/n of its bytes that pass the link of each host, divided by the time.
-
-    Args:
-        store: a store that all hosts have joined.
-        rank: number of this host.
-        world: number of hosts, at least 2.
-        seconds: timeout of one operation.
-
-    Raises:
-        RuntimeError: the hosts cannot connect, or one is gone.
-    """
+    """Measure the all-reduce of all hosts (at least 2) and the bandwidth of this one; all hosts call it at the same
+    time. The bandwidth of an all-reduce is the 2(n−1)/n of its bytes that pass the link of each host, divided by the
+    time. All hosts have joined `store`; `seconds` is the timeout of one operation."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(0)
@@ -254,11 +220,9 @@ def measure_network(store: Any, rank: int, world: int, seconds: float) -> dict[s
 
 
 def _exchange_seconds(rank: int, world: int, data: Tensor) -> float:
-    """Return the shortest time in which this host sends the data to a partner and receives as much from it.
-
-    All hosts exchange at the same time, in pairs that change from turn to turn. A slow host is slow with every partner,
-    and its partners are fast with others.
-    """
+    """Return the shortest time in which this host sends the data to a partner and receives as much from it. All hosts
+    exchange at the same time, in pairs that change from turn to turn: a slow host is slow with every partner, and its
+    partners are fast with others."""
     received, best_s = torch.empty_like(data), float("inf")
     for turn in range(PARTNERS):
         partner = (turn - rank) % world
@@ -288,7 +252,6 @@ def _max_over_hosts(seconds: float, device: torch.device) -> float:
 
 
 def _min_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of the fastest repeat."""
     accelerator = get_accelerator()
     times = []
     for _ in range(repeats):

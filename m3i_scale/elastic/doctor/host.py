@@ -1,7 +1,5 @@
-"""Answer requests for one host, `python -m m3i_scale.elastic.doctor.host VERB`: an agent starts and ends it.
-
-The request is in the environment, which may contain secrets; the answer is a marked line of its output.
-"""
+"""Answer requests for one host, `python -m m3i_scale.elastic.doctor.host VERB`: an agent starts and ends it. The
+request is in the environment, which may contain secrets; the answer is a marked line of its output."""
 
 from __future__ import annotations
 
@@ -32,11 +30,7 @@ _READ_BYTES = 1 << 16
 
 
 def report(request: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of this host, and findings that need no other host.
-
-    Args:
-        request: name of the host, its needs, the interface, config file and overrides or None, names of all hosts.
-    """
+    """Return facts of this host, and findings that need no other host. `command.py` makes the request."""
     host, needs = request["host"], machine.Needs(**request["needs"])
     devices = _devices()
     findings = machine.machine_findings(host, machine.read_machine(), needs, on_host=devices["kind"] == "cpu")
@@ -60,7 +54,6 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    """Return the accelerators found by DeepSpeed."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -78,7 +71,6 @@ def _devices() -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """Return the version of NVIDIA's kernel module, or AMD's."""
     for path in (Path("/sys/module/nvidia/version"), Path("/sys/module/amdgpu/version")):
         if path.is_file():
             return path.read_text(encoding="utf-8").strip()
