@@ -51,8 +51,8 @@ def _convolution_backward(
     output_mask: Any,
     **_: Any,
 ) -> int:
-    """Count each gradient as the forward pass. torch's formula ignores groups: for a depthwise convolution of 64
-    channels, it counts 64 times too much for the weight gradient."""
+    """Count each gradient as the forward pass, which has the same products. torch's formula ignores groups: for a
+    depthwise convolution of 64 channels, it counts 64 times too much for the weight gradient."""
     places = _shape(image if transposed else gradient)
     forward = 2 * places[0] * torch.Size(places[2:]).numel() * torch.Size(_shape(weight)).numel()
     return forward * sum(map(bool, output_mask[:2]))

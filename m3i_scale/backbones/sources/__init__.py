@@ -17,8 +17,8 @@ __all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
-    """Detect the format of a folder, file or Hub id; reads headers only. `fields` (`backbone.config`) adds settings
-    that a bare file lacks."""
+    """Detect the format of a folder, file or Hub id; reads no weights. `fields` (`backbone.config`) adds settings that
+    a bare file lacks."""
     place = Path(given)
     if place.is_file():
         return _bare(given, place, fields, where)

@@ -37,7 +37,7 @@ _LEFT_OUT = (
     (r"lm_head\.", "head of its pre-training"),
 )
 _POST_NORM = {(1792, 64): "EVA-02-E"}
-"""Published sizes, (width, depth)."""
+"""Published post-norm models by (width, depth)."""
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
 _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
