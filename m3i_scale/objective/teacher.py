@@ -124,9 +124,9 @@ def _start_plan(backbone: BackboneConfig) -> LoadPlan:
 
 @torch.no_grad()
 def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
-    """Check that the model's outputs are [class token?, registers?, patches], are deterministic, depend only on
-    parameters, and support the image size in pixels. All of this depends on the architecture only, so one layer with
-    random weights is enough."""
+    """Check that the model supports the image size in pixels, and that its outputs are [class token?, registers?,
+    patches], are deterministic, and depend only on parameters. All of this depends on the architecture only, so one
+    layer with random weights is enough."""
     config, where = teacher.model.config, f"{teacher.where}: {teacher.source}"
     shallow = copy.deepcopy(config)
     if isinstance(getattr(config, "num_hidden_layers", None), int):
