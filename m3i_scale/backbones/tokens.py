@@ -203,7 +203,7 @@ class TokenBackbone(Backbone):
         return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
     def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as documented in `Backbone`. Attention to the class token itself and to registers is left out."""
+        """Encode as documented in `Backbone`. The rest of 1 is attention to the class token itself and to registers."""
         if not self.has_class_token:
             return self.encode_whole(images_BCHW), None
         attention: list[Tensor] = []
