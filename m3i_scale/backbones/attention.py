@@ -22,13 +22,8 @@ def attend(
     mask_B11L: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Return softmax(QKᵀ/√D)V: (B, H, Q, D).
-
-    Args:
-        kernel: sdpa (fused) or eager (two matrix products and a softmax).
-        mask_B11L: bool; False keys are masked. Every row must have at least one True key.
-        dropout: dropout of the attention weights.
-    """
+    """Return softmax(QKᵀ/√D)V: (B, H, Q, D). `kernel` is sdpa (fused) or eager. Each row of the bool mask needs at
+    least one True key; False keys are masked."""
     if kernel == "sdpa":
         return F.scaled_dot_product_attention(query_BHQD, key_BHLD, value_BHLD, attn_mask=mask_B11L, dropout_p=dropout)
     scores_BHQL = query_BHQD @ key_BHLD.transpose(2, 3) * query_BHQD.shape[-1] ** -0.5

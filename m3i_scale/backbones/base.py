@@ -105,44 +105,33 @@ class Backbone(nn.Module, ABC):
         visible: Sequence[Tensor],
         masked: MaskedPatches | None = None,
     ) -> list[Tokens]:
-        """Encode inputs independently of each other (within-image attention).
+        """Encode inputs independently of each other (within-image attention): tokens by input, ordered as `visible`.
 
         Args:
             views: normalized images (B, 3, H, W) by view.
             view_of: view of each input.
             visible: visible patches of each input: int64 (B, L), ascending.
-            masked: mask tokens, if any.
-
-        Returns:
-            The tokens of the visible patches by input, in the order of `visible`.
         """
 
     @abstractmethod
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Encode mixed images with cross-image attention: one input per row.
+        """Encode mixed images with cross-image attention: one input per row. Return the tokens by slot and row.
 
         Args:
             views: normalized images by view.
             view_of: view of each slot of the mix.
             visible: visible patches of each slot: int64 (B, L), by image.
             rows: image in row i of each slot: int64 (B).
-
-        Returns:
-            The tokens by slot and row.
         """
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
         """Encode normalized images without masking: class or mean token (B, 1, D), and all patch tokens (B, N, D), row
         by row.
 
-        Args:
-            images_BCHW: normalized images.
-            blocks: number of last layers from which to return class tokens, (B, blocks, D), each after the final norm.
-
-        Raises:
-            ValueError: `blocks` is above 1, and the backbone has no class token.
+        Return the class tokens of the last `blocks` layers, (B, blocks, D), each after the final norm. If `blocks` is
+        above 1 and there is no class token, raise a ValueError.
         """
         if blocks > 1:
             raise ValueError("the backbone has no class token")
@@ -156,21 +145,12 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def stage_widths(self) -> list[int]:
-        """Return the channels of the stages' maps of stride 4, 8, 16 and 32. Empty if the backbone has no stages and
-        all layers have the same grid."""
+        """Return the channels of the stages' maps of stride 4, 8, 16 and 32; empty if all layers have the same grid."""
 
     @abstractmethod
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole`, and return intermediate maps.
-
-        Args:
-            images_BCHW: normalized images.
-            layers: layers, from 1, of which to return outputs. A backbone with stages returns the outputs of all
-                stages.
-
-        Returns:
-            The tokens, and the maps (B, C, H, W) of the layers, before the final norm.
-        """
+        """Encode as `encode_whole`. Also return the maps (B, C, H, W) of `layers`, from 1, before the final norm; a
+        backbone with stages returns the maps of all stages."""
 
     @abstractmethod
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:

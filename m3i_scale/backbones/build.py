@@ -50,7 +50,7 @@ def backbone_source(backbone: BackboneConfig, where: str = "backbone") -> Source
 
 
 def _pretrained_config(backbone: BackboneConfig, where: str) -> VisionConfig:
-    """Return the configuration of the source. If a config changes its image size, position embeddings are resized."""
+    """Return the configuration of the source. The image size may differ: position embeddings are resized."""
     source = backbone_source(backbone, where)
     for key in family_of(source.config).shape_fields:
         here, there = backbone.config.get(key), getattr(source.config, key)

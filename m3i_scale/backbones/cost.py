@@ -17,14 +17,8 @@ from m3i_scale.config import BackboneConfig
 def describe_backbone(section: BackboneConfig, name: str) -> dict[str, Any]:
     """Return the size and the cost of one backbone.
 
-    Args:
-        section: the `backbone` section of a config.
-        name: name in the result.
-
-    Returns:
-        `name, model_type, image_size` (pixels), `patch_size` (pixels per token), `tokens, mask_cell` (pixels), `width,
-        layers, parameters` (of the exported model), `gmac` (10⁹ multiply-adds per image, forward; published tables call
-        these FLOPs).
+    `image_size`, `patch_size` and `mask_cell` are in pixels; `parameters` are those of the exported model; `gmac` is in
+    10⁹ multiply-adds per image, forward (published tables call these FLOPs).
     """
     config = backbone_config(section)
     if hasattr(config, "num_attention_heads"):

@@ -25,15 +25,9 @@ def draw_first_values(
 ) -> None:
     """Initialize all parameters from (seed, name of the module). The state of all random generators is restored.
 
-    Random numbers are drawn on the CPU in fp32, then copied to the parameter. They are the same on every device and in
-    every dtype, up to rounding.
-
-    Args:
-        module: the model.
-        initialize: initializes the parameters of one module.
-        seed: seed of the run.
-        skip: prefixes of submodules to skip.
-        whole: context manager that gathers parameters to their full shape; default: they are never partitioned.
+    Random numbers are drawn on the CPU in fp32, so they are the same on every device and in every dtype, up to
+    rounding. Submodules with a prefix in `skip` are skipped. `whole` gathers partitioned parameters to their full
+    shape.
     """
     owners = [(name, child) for name, child in module.named_modules() if isinstance(child, PreTrainedModel)]
     # CPU only: by default, `fork_rng` copies the states of all GPUs of the machine.

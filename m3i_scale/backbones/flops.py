@@ -14,27 +14,24 @@ _Shape = tuple[int, ...]
 
 
 def _bag(weight: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Count a weighted bag: a product and a sum per fetched row."""
+    """Count a weighted bag: a product and a sum per value of the fetched rows."""
     return 2 * torch.Size(_shape(index)).numel() * _shape(weight)[1]
 
 
 def _bag_backward(gradient: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Count the gradient of the rows: a product and a sum per fetched row."""
     return 2 * torch.Size(_shape(index)).numel() * _shape(gradient)[-1]
 
 
 def _bag_weights_backward(gradient: Any, _weight: Any, index: Any, *_: Any, **__: Any) -> int:
-    """Count the gradient of a bag's weights: a product with every fetched row."""
     return _bag_backward(gradient, index)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count the two matrix products of fused attention."""
     return int(sdpa_flop_count(_shape(query), _shape(key), _shape(value)))
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Count the four products of the backward pass, without the scores that the kernel recomputes to save memory."""
+    """Count four products, without the scores that the kernel recomputes to save memory."""
     shapes = _shape(gradient), _shape(query), _shape(key), _shape(value)
     again = torch.Size(shapes[1]).numel() * shapes[2][-2] * 2  # torch counts the recomputed scores
     return int(sdpa_backward_flop_count(*shapes)) - again
@@ -54,11 +51,8 @@ def _convolution_backward(
     output_mask: Any,
     **_: Any,
 ) -> int:
-    """Count each gradient as the forward pass: both have the same products, summed over other dimensions.
-
-    torch's formula ignores groups, as if every output channel used every input channel. For a depthwise convolution of
-    64 channels, it counts 64 times too much for the weight gradient.
-    """
+    """Count each gradient as the forward pass, which has the same products. torch's formula ignores groups: for a
+    depthwise convolution of 64 channels, it counts 64 times too much for the weight gradient."""
     places = _shape(image if transposed else gradient)
     forward = 2 * places[0] * torch.Size(places[2:]).numel() * torch.Size(_shape(weight)).numel()
     return forward * sum(map(bool, output_mask[:2]))
@@ -80,11 +74,8 @@ FORMULAS: dict[Any, Formula] = {
 
 
 class _NoModules(ModuleTracker):
-    """A no-op replacement for torch's module tracker.
-
-    torch's hooks create reference cycles with the graph. Recomputed activations would stay in memory until garbage
-    collection.
-    """
+    """A no-op module tracker. torch's hooks create reference cycles with the graph, which would keep recomputed
+    activations in memory until garbage collection."""
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +85,7 @@ class _NoModules(ModuleTracker):
 
 
 def counter() -> FlopCounterMode:
-    """Return torch's counter with `FORMULAS`. It does not track modules and keeps no references."""
+    """Return torch's counter with `FORMULAS`, without module tracking."""
     counted = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     counted.mod_tracker = _NoModules()
     return counted

@@ -12,12 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class BicubicByMatrix(TorchFunctionMode):
-    """A mode that replaces bicubic `F.interpolate` calls, such as in the embeddings of `transformers` models.
-
-    Example:
-        >>> with BicubicByMatrix():
-        ...     resized_1DHW = F.interpolate(table_1DHW, size=(7, 7), mode="bicubic")
-    """
+    """A mode that replaces bicubic `F.interpolate` calls, such as in the embeddings of `transformers` models."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
@@ -30,10 +25,8 @@ class BicubicByMatrix(TorchFunctionMode):
 def resize_bicubic(
     maps_NCHW: Tensor, size: tuple[int, int], *, antialias: bool = False, align_corners: bool | None = None
 ) -> Tensor:
-    """Compute `F.interpolate(mode="bicubic")`, up to rounding, as two matrix products.
-
-    The products are computed in fp32 or higher precision; the result has the dtype of the input.
-    """
+    """Compute `F.interpolate(mode="bicubic")`, up to rounding, as two matrix products in at least fp32. Return the
+    input's dtype."""
     dtype = torch.promote_types(maps_NCHW.dtype, torch.float32)
     rows_OH, columns_PW = (
         _weights(old, new, dtype, maps_NCHW.device, antialias, align_corners)
@@ -47,7 +40,7 @@ def resize_bicubic(
 def _weights(
     old: int, new: int, dtype: torch.dtype, device: torch.device, antialias: bool, align_corners: bool | None
 ) -> Tensor:
-    """Return the weight of every old row in every new one, (new, old): the forward kernel applied to unit vectors."""
+    """Return the weight of every old row in every new one, (new, old)."""
     units_11HH = torch.eye(old, dtype=dtype, device=device)[None, None]
     # Bicubic weights are separable. A dimension of unchanged size is not resized.
     resized_11OH = F.interpolate(

@@ -1,8 +1,8 @@
 """Layer-wise learning-rate decay: multipliers for every parameter of a backbone by depth.
 
-The multipliers follow published code, with different rules: MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`) for
-plain Transformers; InternImage for classification (`classification/models/intern_image.py`, `optimizer.py`) and for
-detection and segmentation (`mmcv_custom/custom_layer_decay_optimizer_constructor.py`).
+Sources: MAE (`util/lr_decay.py`) and BEiT (`optim_factory.py`) for plain Transformers; InternImage for classification
+(`classification/models/intern_image.py`, `optimizer.py`), and for detection and segmentation
+(`mmcv_custom/custom_layer_decay_optimizer_constructor.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LAYER = re.compile(r"(?:encoder\.|model\.)?layers?\.(\d+)\.")
 _BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.")
 _LEVEL = re.compile(r"levels\.(\d+)\.(\w+)(?:\.(\d+))?")
 _DCN = ("offset", "center_feature_scale_proj")
-"""Substrings in the names of weights that control offsets and scale of a deformable convolution."""
+"""Substrings in the names of weights of a deformable convolution's offsets and scale."""
 
 
 def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float = 1.0) -> dict[str, float]:
@@ -26,9 +26,9 @@ def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float =
     Args:
         model: the backbone.
         decay: factor from one layer to the previous one.
-        dense: InternImage only: use the rule of its detection and segmentation code instead of classification. It
-            assigns `post_norms.K` to block K; for classification they use the full learning rate.
-        dcn: InternImage only: additional factor for the offsets of deformable convolutions (`DCN_LR_MUL`).
+        dense: use InternImage's rule for detection and segmentation, which assigns `post_norms.K` to block K. Its rule
+            for classification gives them the full learning rate.
+        dcn: additional factor for InternImage's offsets of deformable convolutions (`DCN_LR_MUL`).
     """
     config, names = model.config, [name for name, _ in model.named_parameters()]
     if not isinstance(config, InternImageConfig):

@@ -41,7 +41,7 @@ class Take:
 
 @dataclass
 class LoadPlan:
-    """The tensors to read, by file, with a report about every tensor."""
+    """The tensors to read, with a report about every tensor."""
 
     takes: list[Take]
     report: dict[str, Any]
@@ -56,7 +56,7 @@ class LoadPlan:
         return [take.name for take in self.takes]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the values, one parameter at a time. Only one file is open at a time."""
+        """Yield the values, one parameter at a time, with one open file at a time."""
         for path in dict.fromkeys(take.file for take in self.takes):
             here = [take for take in self.takes if take.file == path]
             if path is None:
@@ -149,13 +149,7 @@ def _squeezed(shape: Shape) -> Shape:
 
 
 def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_pretrained") -> LoadPlan:
-    """Match every tensor of the files with every parameter of the model; reads headers only.
-
-    Args:
-        source: the weights.
-        config: configuration of the backbone.
-        where: config key of the source.
-    """
+    """Match every tensor of a source with every parameter of the backbone. Reads headers only."""
     kind, options = vision_class(config)
     with torch.device("meta"):
         model = kind(config, **options)
@@ -174,13 +168,8 @@ def plan_model(
 ) -> LoadPlan:
     """Plan the loading of any model, which may be on the meta device; see `plan_load`.
 
-    Args:
-        source: the weights.
-        model: the model to load.
-        where: config key of the source.
-        positions: parameter with position embeddings, which may be resized.
-        fresh: parameters that may be missing.
-        all_placed: whether an unmatched tensor is an error.
+    The parameter `positions` may be resized, and `fresh` parameters may be missing. Without `all_placed`, unmatched
+    tensors are allowed.
     """
     match = Matching({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, positions)
     match.class_row = source.class_row

@@ -73,7 +73,7 @@ class MapBackbone(Backbone):
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole`, and return the maps of all four stages. `layers` is ignored."""
+        """Encode as `encode_whole`, and return the maps of all four stages."""
         maps = self._stages(images_BCHW)
         tokens_BND = self.model.fuse(maps).flatten(2).transpose(1, 2)
         return (tokens_BND.mean(dim=1, keepdim=True), tokens_BND), [x.permute(0, 3, 1, 2) for x in maps]
@@ -99,7 +99,7 @@ class MapBackbone(Backbone):
         return model.fuse(model.stages(stem_BHWC)).flatten(2).transpose(1, 2)
 
     def _shown(self, visible_BL: Tensor, images_BCHW: Tensor) -> Tensor:
-        """Return which tokens of the images' grid are visible: bool (B, H, W)."""
+        """Return which tokens are visible: bool (B, H, W)."""
         rows, columns = self.grid_of(images_BCHW)
         nothing = torch.zeros(len(visible_BL), rows * columns, dtype=torch.bool, device=visible_BL.device)
         shown_BHW: Tensor = torch.scatter(nothing, 1, visible_BL, True).unflatten(1, (rows, columns))

@@ -29,11 +29,9 @@ class Sequences(NamedTuple):
     """Embedded tokens of one length."""
 
     prefix_BPD: Tensor
-    """Class token and registers, if any."""
     tokens_BLD: Tensor
-    """Patch tokens."""
     angles: Angles | None
-    """Rotary angles of the patches' queries and keys, (B, 1, L, D / heads) each. None for added position embeddings."""
+    """Rotary angles, (B, 1, L, D / heads) each, or None for added position embeddings."""
 
     @property
     def sequence(self) -> Tensor:
@@ -44,11 +42,9 @@ class Sequences(NamedTuple):
 class TokenBackbone(Backbone):
     """Adapter of a plain vision Transformer with the sequence [class token?, registers? | patches].
 
-    `embed` and `encode` are separate, so that tokens can be masked or mixed in between. Registers stay with the patches
-    of their image; they are neither masked nor returned. Without class token, the mean of an image's patches replaces
-    it.
-
-    All parameters are used inside the forward of the stock module that owns them, as ZeRO-3 requires.
+    `embed` and `encode` are separate, so that tokens can be masked or mixed in between. Registers are neither masked
+    nor returned. Without class token, the mean of an image's patches replaces it. All parameters are used inside the
+    forward of the stock module that owns them, as ZeRO-3 requires.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -79,23 +75,18 @@ class TokenBackbone(Backbone):
         return list(self.family.layers(self.model))
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed normalized images as prefix (B, P, D), with the class token first, and patch tokens (B, N, D). Added
-        position embeddings are included, interpolated as in the stock model for other image sizes."""
+        """Embed normalized images as prefix (B, P, D), with the class token first, and patch tokens (B, N, D). For the
+        position embeddings see `TokenFamily.embed`."""
         tokens_BSD = self.family.embed(self.model, images_BCHW.to(self.dtype))
         return tokens_BSD[:, : self.prefix], tokens_BSD[:, self.prefix :]
 
     def angles(self, images_BCHW: Tensor) -> Angles | None:
-        """Return the rotary angles of the patches' queries and keys, (N, D / heads) each. None if position embeddings
-        are added to tokens."""
+        """Return the rotary angles of the patches, (N, D / heads) each, or None for added position embeddings."""
         return self.family.angles(self.model, images_BCHW)
 
     def encode(self, tokens_BSD: Tensor, angles: Angles | None = None) -> Tensor:
-        """Encode embedded tokens [prefix | patches]. Return the last layer's normalized tokens, same shape.
-
-        Args:
-            tokens_BSD: tokens of any subset of patches, or of several images.
-            angles: rotary angles of these patches: (L, D / heads), or (B, 1, L, D / heads).
-        """
+        """Encode embedded tokens [prefix | any patches] as normalized tokens. Angles: (L, D / heads) or (B, 1, L, D /
+        heads)."""
         return self._normed(self._through_layers(tokens_BSD, angles))
 
     def _normed(self, tokens_BLD: Tensor) -> Tensor:
@@ -136,14 +127,8 @@ class TokenBackbone(Backbone):
     def _with_mask_tokens(
         self, masked: MaskedPatches | None, masks: Sequence[Tensor | None], batch: int, side: int
     ) -> Iterator[None]:
-        """Insert mask tokens after the patch embedding, before position embeddings are added.
-
-        Args:
-            masked: provides the mask token.
-            masks: visible patches per group of `batch` images: bool (batch, N); None: all.
-            batch: number of images per mask.
-            side: image size in pixels.
-        """
+        """Insert mask tokens after the patch embedding, before position embeddings are added. `masks` are the visible
+        patches per group of `batch` images: bool (batch, N), or None for all."""
         if masked is None or all(mask is None for mask in masks):
             yield
             return
@@ -200,16 +185,13 @@ class TokenBackbone(Backbone):
         return self._first(tokens_BSD, patches_BLD), patches_BLD
 
     def _first(self, tokens_BSD: Tensor, patches_BLD: Tensor) -> Tensor:
-        """Return the class token of a sequence, or the mean of one image's patches in it."""
         return tokens_BSD[:, :1] if self.has_class_token else patches_BLD.mean(dim=1, keepdim=True)
 
     def _whole(self, images_BCHW: Tensor) -> tuple[Tensor, Angles | None]:
-        """Return the embedded tokens of full images, and their rotary angles."""
         return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
-        """Encode normalized images without masking: class tokens of the last layers, or mean token, and patch tokens.
-        For arguments and errors see `Backbone`."""
+        """Encode as documented in `Backbone`."""
         if blocks > 1 and not self.has_class_token:
             raise ValueError("the backbone has no class token")
         (tokens_BSD, angles), cls = self._whole(images_BCHW), []
@@ -221,8 +203,7 @@ class TokenBackbone(Backbone):
         return torch.cat([*cls, last_B1D], dim=1), patches_BND
 
     def encode_attending(self, images_BCHW: Tensor) -> tuple[Tokens, Tensor | None]:
-        """Encode as `encode_whole`. Also return the class token's attention to patches in the last layer by head: fp32
-        (B, H, N). The rest of 1 is its attention to itself and to registers. None without class token."""
+        """Encode as documented in `Backbone`. The rest of 1 is attention to the class token itself and to registers."""
         if not self.has_class_token:
             return self.encode_whole(images_BCHW), None
         attention: list[Tensor] = []
@@ -247,16 +228,10 @@ class TokenBackbone(Backbone):
         return self.read(self._normed(tokens_BSD)), maps
 
     def encode_in_windows(self, images_BCHW: Tensor, windows: int, layers: Sequence[int]) -> list[Tensor]:
-        """Encode normalized images within windows, each with the prefix, as RF-DETR does. Requires added position
-        embeddings.
+        """Encode images within `windows` × `windows` windows, each with the prefix, as RF-DETR does.
 
-        Args:
-            images_BCHW: normalized images.
-            windows: number of windows per image side; must divide the grid.
-            layers: output layers, from 1. The layer after each of them attends to all windows and their prefixes.
-
-        Returns:
-            The maps (B, D, H, W) of these layers, after the final norm.
+        Requires added position embeddings; `windows` must divide the grid. Return the maps (B, D, H, W) of `layers`,
+        from 1, after the final norm. The layer after each of them attends to all windows and their prefixes.
         """
         prefix_BPD, tokens_BND = self.embed(images_BCHW)
         grid = self.grid_of(images_BCHW)
@@ -282,17 +257,11 @@ class TokenBackbone(Backbone):
         blocks: int,
         attend: Callable[[Tensor, int], Tensor | None] | None = None,
     ) -> Tensor:
-        """Encode normalized images with additional tokens before theirs in the last layers.
+        """Encode normalized images with additional tokens before theirs in the last `blocks` layers.
 
-        Args:
-            images_BCHW: normalized images.
-            others_BQD: the additional tokens.
-            blocks: number of last layers with additional tokens.
-            attend: called before each of these layers with the normalized tokens (B, S, D) and the layer's number from
-                0; returns an additive attention mask.
-
-        Returns:
-            The last layer's normalized tokens [others | class token?, registers? | patches].
+        `attend` is called before each of these layers with the normalized tokens (B, S, D) and the layer's number from
+        0; it returns an additive attention mask. Return the last layer's normalized tokens [others | class token?,
+        registers? | patches].
         """
         tokens_BSD, angles = self._whole(images_BCHW)
         first = len(self.layers) - blocks
@@ -311,7 +280,7 @@ class TokenBackbone(Backbone):
     def _class_attention(
         self, layer: Any, tokens_BSD: Tensor, mask: Tensor | None = None, angles: Angles | None = None
     ) -> Tensor:
-        """Return softmax(QKᵀ/√D) of the first token of a layer's input, for the patches: fp32 (B, H, N)."""
+        """Return softmax(QKᵀ/√D) of the first token for the patches: fp32 (B, H, N)."""
         norm, attention = self.family.attention(layer)
         heads = int(self.model.config.num_attention_heads)
         normed_BSD = norm(tokens_BSD)
@@ -331,12 +300,10 @@ def _call(layer: Any, tokens_BSD: Tensor, angles: Angles | None, mask: Tensor | 
 
 
 def _chosen(angles: Angles | None, index_BL: Tensor) -> Angles | None:
-    """Return the angles (N, D / heads) at the given positions: (B, 1, L, D / heads)."""
     return None if angles is None else (angles[0][index_BL][:, None], angles[1][index_BL][:, None])
 
 
 def _joined(parts: Sequence[Angles | None], dim: int) -> Angles | None:
-    """Concatenate angles (B, 1, L, D / heads) of several inputs, along images or positions."""
     known = [part for part in parts if part is not None]
     if not known:
         return None

@@ -15,11 +15,7 @@ from m3i_scale.objective.state import Fp32State
 
 
 class GroupWeights(Fp32State):
-    """Fixed loss weights w_k of the recipe; subclasses adapt them.
-
-    Args:
-        weights: numbers or schedules: see `schedule.Scheduled`.
-    """
+    """Fixed loss weights w_k of the recipe: numbers or schedules (`schedule.Scheduled`). Subclasses adapt them."""
 
     needs_gradients = False
     given_K: Tensor
@@ -39,12 +35,8 @@ class GroupWeights(Fp32State):
         self.given_K = given_K
 
     def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the loss terms, and the weight factors (K).
-
-        Args:
-            losses_K: loss of every term.
-            present_K: bool, whether any sample of any rank has the target.
-        """
+        """Return the weighted sum of the loss terms, and the weight factors (K). `present_K`: bool, whether any sample
+        of any rank has the target."""
         return (self.given_K * losses_K).sum(), self.given_K
 
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
@@ -76,15 +68,12 @@ class LearnedWeights(GroupWeights):
 
 class GradientNormWeights(GroupWeights):
     """Gradient norm balancing: scales loss terms so that their gradients at the encoder output match the weights.
-
-    Weight 1 corresponds to the geometric mean of the unweighted gradients.
-    """
+    Weight 1 corresponds to the geometric mean of the unweighted gradients."""
 
     needs_gradients = True
     log_norm_K: Tensor
     """Moving average of the log of each term's unweighted gradient norm."""
     seen_K: Tensor
-    """Number of observations of each loss term."""
     factors_K: Tensor
 
     def __init__(self, weights: list[float | list[tuple[float, float]]], momentum: float) -> None:
@@ -101,9 +90,8 @@ class GradientNormWeights(GroupWeights):
 
     @torch.no_grad()
     def observe(self, squared_norms_K: Tensor, ranks: Ranks) -> None:
-        """Update the gradient norms and the factors. A term without samples in the batch has no gradient and does not
-        change. If a gradient has overflowed in fp16, no term changes. The trainer undoes the update of a skipped
-        step."""
+        """Update the gradient norms and the factors. A term without samples in the batch does not change; if a gradient
+        has overflowed in fp16, no term changes. The trainer undoes the update of a skipped step."""
         # A loss term with weight 0 has no gradient and counts as a term without samples.
         norm_K = ranks.sum(squared_norms_K.float()).sqrt() / self.factors_K.clamp(min=torch.finfo(torch.float32).tiny)
         now_K = (norm_K > 0) & norm_K.isfinite().all()

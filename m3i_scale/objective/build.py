@@ -40,7 +40,6 @@ def build_objective(
     """Build all modules of a run's recipe without initializing them (see `initialize_module`).
 
     Args:
-        run: the config of the run.
         label_sets: class names by label set, in the order of `Batch.label_sets_B`.
         vocab_size: size of the tokenizer's vocabulary. Only read if the recipe has a text target.
         ranks: ranks of losses over the global batch; default: a single process.
@@ -161,7 +160,6 @@ def _memories(recipe: Recipe) -> nn.ModuleDict:
 def _ema_copies(
     recipe: Recipe, decoders: nn.ModuleDict, config: VisionConfig, ranks: Ranks
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """Return EMA copies of the pools and heads of targets with the EMA teacher."""
     pools, heads = nn.ModuleDict(), nn.ModuleDict()
     targets = [target for target in recipe.head_targets if target.encoder == "ema"]
     for target in targets:
@@ -174,12 +172,8 @@ def _ema_copies(
 
 
 def initialize_module(owner: nn.Module, module: nn.Module) -> None:
-    """Initialize the direct parameters of `module`.
-
-    Args:
-        owner: the nearest `transformers` model above `module` (which defines its initialization), or `module` itself.
-        module: the module to initialize; its parameters must be gathered (not sharded).
-    """
+    """Initialize the direct parameters of `module`, which must be gathered (not sharded). `owner` is the nearest
+    `transformers` model above it, which defines the initialization, or `module` itself."""
     if isinstance(owner, PreTrainedModel):
         owner._init_weights(module)
         if isinstance(registers := getattr(module, "register_tokens", None), nn.Parameter):

@@ -41,8 +41,8 @@ class ConvolutionDecoder(nn.Module):
         own_position_BNP: None,
         query_position_BNP: None,
     ) -> Tensor:
-        """Predict the patches `query_BQ` of the input's view: (B, Q, width). For the arguments see
-        `TransformerDecoder`. Class token and relative positions are ignored."""
+        """Predict the patches `query_BQ` as `TransformerDecoder`: (B, Q, width). Class token and positions are
+        ignored."""
         masks_BND = self.mask_token.to(tokens_BLD.dtype).expand(len(tokens_BLD), grid[0] * grid[1], -1)
         filled_BND = masks_BND.scatter(1, visible_BL[..., None].expand_as(tokens_BLD), tokens_BLD)
         map_BDHW = filled_BND.transpose(1, 2).unflatten(2, grid)

@@ -21,11 +21,8 @@ from m3i_scale.objective.positions import grid_position
 
 
 class TransformerDecoder(nn.Module):
-    """A Transformer over [class token | visible tokens | mask tokens]; the mask tokens become the prediction.
-
-    Mask tokens carry position embeddings of the target patches: relative to the input view (paper), or on a fixed grid
-    (MAE). Visible tokens carry position embeddings of the same type.
-    """
+    """A Transformer over [class token | visible tokens | mask tokens]; the mask tokens become the prediction. Position
+    embeddings of visible and target patches are relative to the input view (paper), or on a fixed grid (MAE)."""
 
     def __init__(
         self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
@@ -64,14 +61,8 @@ class TransformerDecoder(nn.Module):
     ) -> Tensor:
         """Predict the patches `query_BQ` of the target view: (B, Q, width).
 
-        Args:
-            cls_B1D: class token of the encoded input.
-            tokens_BLD: visible tokens of the encoded input.
-            visible_BL: indices of the visible patches in the input view.
-            query_BQ: indices of the predicted patches in the target view.
-            grid: rows and columns of patches.
-            own_position_BNP: features of the input view's patches relative to itself (relative position only).
-            query_position_BNP: features of the target view's patches relative to the input view.
+        `visible_BL` are the indices of the visible patches in the input view, `query_BQ` of the predicted ones in the
+        target view. A relative decoder needs the position features of both views' patches relative to the input view.
         """
         x_BLD = self.embed(torch.cat([cls_B1D, tokens_BLD], dim=1))
         index_BS = torch.cat([visible_BL, query_BQ], dim=1)
@@ -101,10 +92,8 @@ class TransformerDecoder(nn.Module):
 
 
 class CrossAttentionDecoder(TransformerDecoder):
-    """A decoder with cross-attention of mask tokens to class token and visible tokens in every layer (CAPI).
-
-    Mask tokens do not attend to each other, so the prediction of a patch does not depend on the other queries.
-    """
+    """A decoder with cross-attention of mask tokens to class token and visible tokens in every layer (CAPI). Mask
+    tokens do not attend to each other, so the prediction of a patch does not depend on the other queries."""
 
     def __init__(
         self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
@@ -123,11 +112,8 @@ class CrossAttentionDecoder(TransformerDecoder):
 
 
 def _read_last(layer: Any, sequence_BSD: Tensor, count: int) -> Tensor:
-    """Return the last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`.
-
-    The other tokens of the last layer are unused, so their queries and MLP are not computed. Calling the layer's parts
-    also bypasses activation checkpointing, which would save least memory here.
-    """
+    """Return the last `count` tokens after a ViT layer: exactly `layer(sequence)[:, -count:]`. Queries and MLP of the
+    other tokens are not computed. Activation checkpointing is bypassed; it would save least memory here."""
     normed_BSD: Tensor = layer.layernorm_before(sequence_BSD)
     return _attend_to(layer, sequence_BSD[:, -count:], normed_BSD[:, -count:], normed_BSD)
 
@@ -222,11 +208,8 @@ class DecoderSpec(Kind):
     module: ClassVar[type[nn.Module]]
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return the module, which has a `width`, for a backbone with this configuration.
-
-        Raises:
-            ValueError: the backbone's width does not match the fields.
-        """
+        """Return the module, which has a `width`, for a backbone with this configuration. Raise a ValueError if the
+        backbone's width does not match the fields."""
         return self.module(config.hidden_size)
 
 
@@ -247,11 +230,7 @@ class LayeredSpec(DecoderSpec):
         return self
 
     def shape(self, config: VisionConfig) -> tuple[int, int]:
-        """Return width and number of heads.
-
-        Raises:
-            ValueError: the width is not divisible by the number of heads or by 4.
-        """
+        """Return width and number of heads. Raise a ValueError if 4 or the heads do not divide the width."""
         width = self.width or config.hidden_size
         heads = self.heads or max(width // 64, 1)
         _check_heads(width, heads)
@@ -354,12 +333,6 @@ def blocks_read(decoders: nn.ModuleDict) -> int:
 
 
 def pool(decoder: nn.Module, cls_BND: Tensor, tokens_BLD: Tensor) -> Tensor:
-    """Pool an encoded input into one vector per image: (B, F).
-
-    Args:
-        decoder: f_ψ.
-        cls_BND: class tokens of the last layers; the final layer comes last.
-        tokens_BLD: patch tokens.
-    """
+    """Pool an encoded input into one vector per image: (B, F). The final layer comes last in `cls_BND`."""
     pooled_BF: Tensor = decoder(cls_BND, tokens_BLD) if isinstance(decoder, ClassToken) else decoder(tokens_BLD)
     return pooled_BF

@@ -69,10 +69,8 @@ _TEXT_FIELDS = (
 
 
 def text_config(fields: dict[str, Any], vocab_size: int, max_tokens: int, kernel: str = "sdpa") -> BertConfig:
-    """Return the BERT-Base configuration of the paper with `fields` overridden.
-
-    Dropout is off by default: its random numbers would make the loss depend on the number of ranks.
-    """
+    """Return the BERT-Base configuration of the paper with `fields` overridden. Dropout is off by default: its random
+    numbers would make the loss depend on the number of ranks."""
     config = BertConfig(
         vocab_size=vocab_size, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -121,10 +119,7 @@ class TextTower(nn.Module):
 
 
 def _read_first(layer: Any, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the first token after a BERT layer: exactly `layer(hidden, mask)[:, 0]`.
-
-    The other tokens of the last layer are unused, so their queries and MLP are not computed.
-    """
+    """Return exactly `layer(hidden, mask)[:, 0]` of a BERT layer, without queries and MLP of the other tokens."""
     attention: Any = layer.attention
     own: Any = attention.self
     heads = own.num_attention_heads
@@ -181,9 +176,7 @@ class EmaTeacher(nn.Module):
         """Numbers of the last layers that targets average, from 1."""
         self.projector = Projector(self.backbone.width, projector_depth)
         self.pools = pools
-        """By the name of the student's decoder."""
         self.heads = heads
-        """By the name of the student's head."""
         self.target_heads = target_heads or nn.ModuleDict()
         """By the name of a target with a separate head. A fine-tuning task uses EMA for all trained parameters."""
         self.requires_grad_(False)
@@ -221,7 +214,6 @@ class FrozenStart(Teacher):
     def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
         super().__init__()
         self.spec = spec
-        """Config with the location of its weights."""
         self.backbone, self.pixel_norm = backbone, pixel_norm
         self.requires_grad_(False)
 
@@ -284,8 +276,7 @@ class FrozenTeacher(Teacher):
         it is the class token, or else the mean patch token. A ViT also uses the class token: most published weights
         lack its tanh pooler.
 
-        If the patch size differs from the student's, images are resized first. The model uses the normalization of its
-        training and stays in evaluation mode.
+        Images are resized if the patch size differs from the student's, and normalized as in the model's training.
         """
         self.model.eval()
         keep_frequencies(getattr(self.model, "rope_embeddings", None))

@@ -19,7 +19,6 @@ class Moments:
     """Second moments over the rows of all ranks, identical on every rank."""
 
     covariance_DD: Tensor
-    """Covariance of the target, fp32."""
     error_DD: Tensor
     """Mean of e eᵀ of the errors e = z − ẑ, fp32."""
     components: int
@@ -28,15 +27,8 @@ class Moments:
 
 @torch.no_grad()
 def gaussian_moments(prediction_ND: Tensor, target_ND: Tensor, ranks: Ranks, limit: int = 4096) -> Moments | None:
-    """Return the moments for estimating the information of a Gaussian target, or None with fewer than 20 rows (too few
-    for one component).
-
-    Args:
-        prediction_ND: ẑ, one row per token or sample.
-        target_ND: z, same shape.
-        ranks: ranks that contribute rows.
-        limit: maximum number of rows over all ranks.
-    """
+    """Return the moments for estimating the information of a Gaussian target, over at most `limit` rows (tokens or
+    samples) of all ranks. None with fewer than 20 rows, too few for one component."""
     rows = min(len(target_ND), max(limit // ranks.world_size, 1))
     z_ND, predicted_ND = target_ND.detach().float()[:rows], prediction_ND.detach().float()[:rows]
     count = rows * ranks.world_size
@@ -49,16 +41,12 @@ def gaussian_moments(prediction_ND: Tensor, target_ND: Tensor, ranks: Ranks, lim
 
 
 def gaussian_information(moments: Moments) -> float:
-    """Return Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row. NaN if moments
-    are not finite or the decomposition does not converge.
+    """Return Σ_i ½ ln(λ_i / e_i) over the leading principal components i of the target, in nats per row.
 
     λ_i is the target's variance along component i, e_i the mean squared prediction error along it. For a Gaussian
     target this is a lower bound on the information: components are independent, and correlated errors are treated as
     independent. Omitted components, and those with an error above the variance, count as 0. For other targets it is an
-    estimate.
-
-    Args:
-        moments: moments on the CPU.
+    estimate. NaN if moments are not finite or the decomposition does not converge. `moments` are on the CPU.
     """
     if not (moments.covariance_DD.isfinite().all() and moments.error_DD.isfinite().all()):
         return math.nan
@@ -74,13 +62,8 @@ def gaussian_information(moments: Moments) -> float:
 
 
 def mean_information(name: str, components: list[int], *moments_DD: Tensor) -> dict[str, float]:
-    """Return the mean estimate over several predictions of one target.
-
-    Args:
-        name: name of the metric.
-        components: number of components of every prediction.
-        moments_DD: alternating covariance and error matrices of the predictions, on the CPU.
-    """
+    """Return the mean estimate over several predictions of one target. `moments_DD`: alternating covariance and error
+    matrices of the predictions, on the CPU."""
     found = [
         gaussian_information(Moments(covariance_DD, error_DD, count))
         for covariance_DD, error_DD, count in zip(moments_DD[::2], moments_DD[1::2], components, strict=True)

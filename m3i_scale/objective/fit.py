@@ -15,8 +15,7 @@ from m3i_scale.objective.targets.text import Text
 def check_fit(
     run: RunConfig, recipe: Recipe, student: Backbone, label_sets: dict[str, list[str]], vocab_size: int | None
 ) -> None:
-    """Validate that recipe, backbone and data of a run are compatible, for the image size of the first stage. For the
-    arguments see `build_objective`."""
+    """Validate a run for the image size of its first stage. For the arguments see `build_objective`."""
     if run.backbone.attention == "across_images" and recipe.mix is None:
         raise ConfigError(
             "`attention: across_images` has no effect: the recipe mixes no images", where="backbone.attention"

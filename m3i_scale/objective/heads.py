@@ -62,18 +62,12 @@ class BackboneReader(nn.Module, ABC):
 
     @abstractmethod
     def encode_view(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
-        """Return the tokens of normalized images, and the maps that the head needs.
-
-        Args:
-            backbone: f_θ.
-            images_BCHW: normalized images.
-            progress: fraction of the training that is done.
-        """
+        """Return the tokens of normalized images, and the maps that the head needs. `progress` is the fraction of the
+        training that is done."""
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the global batch, in fp32. It has no running statistics: these layers are only used in
-    training."""
+    """Batch norm over the global batch, in fp32. It is only used in training, so it has no running statistics."""
 
     eps = 1e-5
 

@@ -16,14 +16,8 @@ from m3i_scale.objective.ranks import Ranks
 def health_figures(
     features: dict[str, Tensor], watched: dict[str, dict[str, Tensor]], ranks: Ranks, host_figures: HostFigures
 ) -> dict[str, Tensor]:
-    """Return the `health/…` metrics that are computed on the device, and schedule the others for the CPU.
-
-    Args:
-        features: features by name, (N, D) each.
-        watched: tensors for `target_health`, by target.
-        ranks: ranks of the global batch.
-        host_figures: collects spreads and effective ranks.
-    """
+    """Return the `health/…` metrics that are computed on the device, and schedule the others for the CPU. `features`
+    are (N, D) each; `watched` are tensors for `target_health`, by target."""
     for name, features_ND in features.items():
         if len(features_ND) > 1:  # one sample has no spread
             host_figures.add(partial(feature_health, f"health/{name}"), feature_covariance(features_ND))
@@ -46,12 +40,9 @@ def feature_health(name: str, covariance_DD: Tensor) -> dict[str, float]:
     effective rank.
 
     The effective rank is exp of the entropy of the covariance's normalized eigenvalues. It is 1 if all features are on
-    a line, and D if all directions have the same variance. Both are NaN if the covariance is not finite, and the rank
-    if the decomposition does not converge. An error would stop one rank and hang the others in their next collective.
-
-    Args:
-        name: prefix of the metrics.
-        covariance_DD: result of `feature_covariance`, on the CPU.
+    a line, and D if all directions have the same variance. Both are NaN if the covariance (on the CPU) is not finite,
+    and the rank if the decomposition does not converge. An error would stop one rank and hang the others in their next
+    collective.
     """
     std, rank = math.nan, math.nan
     if covariance_DD.isfinite().all():
@@ -70,15 +61,13 @@ def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figure
     """Measure the collapse of a target over the samples of all ranks.
 
     Args:
-        name: prefix of the metrics.
         parts: `z` (…, E): targets; `valid` (B): which rows of `z` are targets, if not all; `assignment` (B, K):
             distributions over prototypes; `scale` (1): 1/τ.
-        ranks: ranks of the global batch.
-        host_figures: computes the spread, which is omitted for fewer than two targets.
+        host_figures: computes `<name>_spread`, 1 − ‖mean unit target‖²: 0 if all samples have the same target, near 1
+            for uniformly distributed targets. Omitted for fewer than two targets.
 
     Returns:
-        `<name>_evenness`: entropy of the mean assignment over log K; `<name>_scale`. The spread, `<name>_spread`, is 1
-        − ‖mean unit target‖²: 0 if all samples have the same target, near 1 for uniformly distributed targets.
+        `<name>_evenness`: entropy of the mean assignment over log K; `<name>_scale`.
     """
     figures: dict[str, Tensor] = {}
     if "z" in parts:
@@ -97,7 +86,6 @@ def target_health(name: str, parts: dict[str, Tensor], ranks: Ranks, host_figure
 
 
 def _spread(name: str, sums_F: Tensor) -> dict[str, float]:
-    """Return the spread of targets from their sum and number."""
     *_, count = sums_F.tolist()
     if count <= 1:
         return {}

@@ -1,8 +1,5 @@
-"""Compute metrics of a logged step on the CPU, after the step.
-
-GPUs are slow at eigenvalue decompositions, and each matrix would synchronize host and device. The step therefore leaves
-its sums on the device. One copy transfers all of them when the metrics are needed.
-"""
+"""Compute metrics of a logged step on the CPU, after the step. GPUs are slow at eigenvalue decompositions, and each
+matrix would synchronize host and device. One copy transfers all sums when the metrics are needed."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ import torch
 from torch import Tensor
 
 Compute = Callable[..., dict[str, float]]
-"""Computes metrics by name from CPU tensors."""
 
 
 class HostFigures:
@@ -36,11 +32,8 @@ class HostFigures:
         return self.copy()()
 
     def copy(self) -> Callable[[], dict[str, float]]:
-        """Copy the tensors to the CPU and clear the queue. Synchronizes with the device once.
-
-        Returns:
-            A function that computes all metrics from the copies, on any thread.
-        """
+        """Copy the tensors to the CPU and clear the queue. Synchronizes with the device once. Return a function that
+        computes all metrics from the copies, on any thread."""
         asked, self._asked = self._asked, []
         values = [value for _, of_one in asked for value in of_one]
         sizes, shapes = [value.numel() for value in values], [value.shape for value in values]

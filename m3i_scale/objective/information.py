@@ -63,7 +63,6 @@ class Objective(nn.Module):
         self.momentum = ema_teacher
         """EMA teacher. Its name is part of the file format: checkpoints have its parameters as `average/momentum.…`."""
         self.teachers = teachers or nn.ModuleDict()
-        """Frozen teachers by name."""
         self.text = text
         self.mask_token = mask_token
         """Replaces the masked patches of inputs with `masked: mask_token`."""
@@ -81,7 +80,7 @@ class Objective(nn.Module):
         self.measure_health = False
         """Set on logged steps only: effective ranks and Gaussian information cost eigenvalue decompositions."""
         self.host_figures = HostFigures()
-        """Metrics of the last forward pass that measured health: `<group>/nats` of Gaussian loss terms, and `_std`,
+        """Metrics of the last forward pass that measured health: `<target>/nats` of Gaussian loss terms, and `_std`,
         `_rank` and `_spread` of `health/`."""
         self.progress = 0.0
         """Fraction of the training that is done. The trainer sets it before every step."""
@@ -105,7 +104,8 @@ class Objective(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a micro-batch and the metrics `<group>/loss`, `<group>/count`, `<group>/nats`, `health/…`.
+        """Return the loss of a micro-batch and its metrics, such as `<target>/loss`, `<target>/count`, `<target>/nats`
+        and `health/…`.
 
         The mean of the loss and of each metric over ranks equals its value for the global batch. `host_figures` returns
         further metrics; for dense features they cover only the tokens of this rank.
@@ -192,11 +192,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def after_backward(self, scale: float = 1.0) -> None:
-        """Pass the gradient norm of every loss term to the loss weighting. Call it after every backward pass.
-
-        Args:
-            scale: loss scale, by which the computed gradients exceed the true ones.
-        """
+        """Pass the gradient norm of every loss term to the loss weighting. Call it after every backward pass. `scale`
+        is the loss scale, by which the computed gradients exceed the true ones."""
         if not self.weights.needs_gradients:
             return
         device = next(iter(self.parameters())).device
@@ -258,7 +255,6 @@ class Objective(nn.Module):
     def _encode_targets(
         self, batch: Batch, views: dict[int, Tensor]
     ) -> tuple[dict[tuple[str, int], Tokens], dict[tuple[str, int], list[Tensor]]]:
-        """Encode every target view once per frozen encoder. Return tokens and the outputs of the last layers."""
         encoded: dict[tuple[str, int], Tokens] = {}
         layers: dict[tuple[str, int], list[Tensor]] = {}
         wanted = {(target.encoder_key, target.view): target for target in self.recipe.image_targets}
@@ -336,11 +332,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, text_ids_BT: Tensor, text_mask_BT: Tensor) -> Tensor:
-        """Encode captions as unit vectors (B, E).
-
-        Raises:
-            ValueError: the recipe has no text target.
-        """
+        """Encode captions as unit vectors (B, E). Raise a ValueError if the recipe has no text target."""
         if self.text is None:
             raise ValueError("the recipe has no text target")
         embedded_BE: Tensor = self.text(text_ids_BT, text_mask_BT)

@@ -161,16 +161,9 @@ def build_inputs(
 ) -> list[EncodedInput]:
     """Return the inputs of a recipe for one micro-batch, each indexed by image (not by row of the mix).
 
-    Args:
-        specs: the recipe's inputs. Parts of one input are consecutive: by view, and by mask of the view.
-        mix: mixing of the inputs, if any.
-        seeds_B: seed of every sample.
-        grid: rows and columns of patches.
-        cell: size, in patches, of the squares that are masked together. Must divide rows and columns of the grid.
-        small: grids of local crops, by view from 1.
-
-    Raises:
-        ValueError: the mix needs more images than the micro-batch has.
+    Parts of one input are consecutive: by view, and by mask of the view. `cell` is the size, in patches, of the squares
+    that are masked together; it must divide rows and columns of the grid. `small` are the grids of local crops, by view
+    from 1.
     """
     if cell > 1:
         coarse = grid[0] // cell, grid[1] // cell
@@ -232,7 +225,6 @@ def _split(
 
 
 def _refine(spec: EncodedInput, grid: tuple[int, int], cell: int) -> EncodedInput:
-    """Replace every index of a cell by the indices of its cell × cell patches."""
     device = spec.visible_BL.device
     inner = torch.arange(cell, device=device)
     inside_K = (inner[:, None] * (grid[1] * cell) + inner).flatten()

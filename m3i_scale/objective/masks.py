@@ -1,7 +1,5 @@
-"""Masks: the order in which the patches of an image are masked.
-
-A mask is a pure function of the sample's seed. It is the same on any device and for any number of ranks.
-"""
+"""Masks: the order in which the patches of an image are masked. It is a pure function of the sample's seed, the same on
+any device and for any number of ranks."""
 
 from __future__ import annotations
 
@@ -177,15 +175,12 @@ class TargetBlocks(Mask):
 
 
 def _start(u: Tensor, length: Tensor | int, side: int) -> Tensor:
-    """Return the start position of a segment of `length` on an axis, int64, from uniform numbers."""
     return (u * (side - length + 1)).floor().to(torch.int64)
 
 
 def hash_uniform(seeds_B: Tensor, count: int, stream: int) -> Tensor:
-    """Return uniform numbers in [0, 1): float32 (B, count), a pure function of (seed, stream, index).
-
-    Uses the mixing function of SplitMix64 in wrapping int64 arithmetic, which is identical on every device.
-    """
+    """Return uniform numbers in [0, 1), float32 (B, count): a pure function of (seed, stream, index). SplitMix64's
+    mixing function in wrapping int64 arithmetic is identical on every device."""
     index_N = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64)
     offset = (stream * 2685821657736338717 + 2**63) % 2**64 - 2**63  # wrapped here: Python integers do not wrap
     state_BN = seeds_B[:, None] + index_N * -7046029254386353131 + offset

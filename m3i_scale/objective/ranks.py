@@ -64,13 +64,8 @@ def global_mean(values_B: Tensor, valid_B: Tensor, ranks: Ranks, count: Tensor |
     """Return the mean of all ranks' valid values, scaled so that the mean over ranks has its value and gradient.
 
     A global batch without valid values returns 0 (with a zero gradient), because every rank still runs every module. If
-    all values are valid, this is their mean on this rank, since every rank has the same number.
-
-    Args:
-        values_B: values of this rank.
-        valid_B: bool, which values count.
-        ranks: ranks of the global batch.
-        count: result of `global_count`, if known, to save a collective.
+    all values are valid, this is their mean on this rank, since every rank has the same number. `count`, the result of
+    `global_count`, saves a collective.
     """
     count = global_count(valid_B, ranks) if count is None else count
     return (values_B * valid_B).sum() * ranks.world_size / count.clamp(min=1)
@@ -81,11 +76,8 @@ def mean_row(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the mean row over all ranks (K), and the mean over ranks of the sum of `share_N` (None without `share_N`).
 
-    Args:
-        values_NK: rows of this rank.
-        share_N: weight of every row; None: 1/N each. If no row of any rank has a weight, the mean is 0.
-        ranks: ranks of the global batch.
-        total: `ranks.sum` or `ranks.sum_with_gradient`.
+    `share_N` is the weight of every row; None: 1/N each. If no row of any rank has a weight, the mean is 0. `total` is
+    `ranks.sum` or `ranks.sum_with_gradient`.
     """
     total = total or ranks.sum
     if share_N is None:

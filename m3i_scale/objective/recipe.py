@@ -2,8 +2,8 @@
 
 Every approach of the paper's table is one choice of the input x = t_x(s), the target y = t_y(s), its representation z_y
 = f_φ(y), the prediction ẑ_y = f_ψ(z_x), the distribution P̂ and the collapse prevention of z_y. Nothing in this package
-branches on the name of a method. Targets, distributions and regularizers are classes, found by `kind`, with their
-fields, validation rules and losses. User-defined classes may be outside the package.
+branches on the name of a method. Targets, distributions and regularizers are classes, found by `kind`; user-defined
+ones may be outside the package.
 """
 
 from __future__ import annotations
@@ -134,7 +134,6 @@ class Recipe(Parts):
         return self
 
     def _faults(self) -> Iterator[str]:
-        """Yield validation errors as text."""
         names = [spec.name for spec in self.inputs]
         yield from _repeated("input", names)
         yield from _repeated("target", [target.name for target in self.targets])
@@ -253,10 +252,8 @@ def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def meaning(values: Any) -> Any:
-    """Return the canonical form of a recipe: all of its fields, including defaults, as JSON values.
-
-    Paths of teachers are left out. An invalid recipe is returned unchanged.
-    """
+    """Return the canonical form of a recipe: all of its fields, including defaults, as JSON values without paths of
+    teachers. An invalid recipe is returned unchanged."""
     if not isinstance(values, dict):
         return values
     stand_in = {"teachers": {"teacher": {"from_pretrained": ""}}}  # for checkpoints that do not name their teacher
@@ -286,10 +283,8 @@ def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imp
 def load_run_and_recipe(
     name_or_path: str, overrides: list[str] | None = None, values: dict[str, Any] | None = None
 ) -> tuple[RunConfig, Recipe]:
-    """Load a config file and its recipe; for the arguments see `load_run`.
-
-    Imports user-defined classes that the recipe names, which runs their code.
-    """
+    """Load a config file and its recipe; for the arguments see `load_run`. Imports user-defined classes that the recipe
+    names, which runs their code."""
     if values is None:
         values = run_values(name_or_path, overrides)
     faults, recipe = Faults(), None

@@ -65,11 +65,7 @@ def settled(section: AnySection, progress: float) -> AnySection:
 
 
 def number(value: float | list[tuple[float, float]]) -> float:
-    """Return a number of a settled section.
-
-    Raises:
-        TypeError: it is still a schedule.
-    """
+    """Return a number of a settled section. Raise a TypeError if it is still a schedule."""
     if isinstance(value, list):
         raise TypeError("a schedule has no value of its own: compute with `settled(section, progress)`")
     return value

@@ -1,7 +1,5 @@
-"""Initialize the modules of a recipe and update its EMA teacher, in a process with unpartitioned parameters.
-
-Under ZeRO, `scale` does both on the partition, with the same values.
-"""
+"""Initialize the modules of a recipe and update its EMA teacher, with unpartitioned parameters. Under ZeRO, `engine`
+does both on the partition, with the same values."""
 
 from __future__ import annotations
 

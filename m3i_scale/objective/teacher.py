@@ -124,15 +124,9 @@ def _start_plan(backbone: BackboneConfig) -> LoadPlan:
 
 @torch.no_grad()
 def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
-    """Check that the model's outputs are [class token?, registers?, patches], are deterministic, and depend only on
-    parameters. Also check that it supports the image size.
-
-    All of this depends on the architecture only, so one layer with random weights is enough.
-
-    Args:
-        teacher: a teacher, with or without weights.
-        image_size: size of the student's images in pixels.
-    """
+    """Check that the model supports the image size in pixels, and that its outputs are [class token?, registers?,
+    patches], are deterministic, and depend only on parameters. All of this depends on the architecture only, so one
+    layer with random weights is enough."""
     config, where = teacher.model.config, f"{teacher.where}: {teacher.source}"
     shallow = copy.deepcopy(config)
     if isinstance(getattr(config, "num_hidden_layers", None), int):
@@ -169,12 +163,7 @@ def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
 
 
 def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:
-    """Return a hash over the weight files of each teacher, by name.
-
-    Args:
-        recipe: recipe of the run.
-        backbone: backbone section, which names the student's pretrained weights.
-    """
+    """Return a hash over each teacher's weight files, by name. `backbone` names the student's pretrained weights."""
     hashes = {}
     for name, spec in recipe.teachers.items():
         source, kind, where = spec.from_pretrained, "transformers", f"recipe.teachers.{name}.from_pretrained"

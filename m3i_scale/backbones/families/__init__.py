@@ -24,11 +24,7 @@ def find_family(config: Any) -> Family | None:
 
 
 def family_of(config: VisionConfig) -> Family:
-    """Return the family of a backbone's configuration.
-
-    Raises:
-        TypeError: the configuration belongs to no backbone.
-    """
+    """Return the family of a backbone's configuration, or raise a TypeError."""
     family = find_family(config)
     if family is None:
         raise TypeError(f"{type(config).__name__} is no configuration of a backbone")
@@ -36,11 +32,7 @@ def family_of(config: VisionConfig) -> Family:
 
 
 def token_family(config: VisionConfig) -> TokenFamily:
-    """Return the family of a plain vision Transformer's configuration.
-
-    Raises:
-        TypeError: the configuration belongs to no plain vision Transformer.
-    """
+    """Return the family of a plain vision Transformer's configuration, or raise a TypeError."""
     family = family_of(config)
     if not isinstance(family, TokenFamily):
         raise TypeError(f"a {family.name} is no plain vision Transformer")

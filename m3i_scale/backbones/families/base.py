@@ -13,7 +13,6 @@ from m3i_scale.config.limits import MAX_CAPTION_TOKENS, MAX_HEADS, MAX_LAYERS, M
 from m3i_scale.errors import ConfigError
 
 VisionConfig: TypeAlias = PretrainedConfig
-"""Configuration class of a backbone family."""
 Angles: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary angles of the patches' queries and keys."""
 
@@ -23,16 +22,14 @@ class Family(ABC):
 
     config_class: ClassVar[Any]
     name: ClassVar[str]
-    """Name in messages."""
     first_preset: ClassVar[str]
     """Preset of sections without paths."""
     shape_fields: ClassVar[tuple[str, ...]]
-    """Configuration fields that shape the modules."""
     training_fields: ClassVar[tuple[str, ...]]
-    """Fields that change the training but not the modules: dropout, initialization. A config may set these and
-    `shape_fields`. Other fields of `PretrainedConfig` have no effect here or break the export."""
+    """Fields that change the training but not the modules. A config may set these and `shape_fields`; other fields of
+    `PretrainedConfig` have no effect here or break the export."""
     derives: ClassVar[bool] = True
-    """Whether fields are derived from others when a configuration is created."""
+    """Whether the configuration derives fields from others when it is created."""
     has_class_token: ClassVar[bool] = True
     """Whether a class token represents the image. Otherwise, the mean of its patches does."""
 
@@ -63,7 +60,7 @@ class TokenFamily(Family):
     """Name of every part in `transformers`; `{}` is the number of the layer."""
     mlp_field: ClassVar[str] = "intermediate_size"
     untrained: ClassVar[tuple[str, ...]] = ()
-    """Unused parameters that the stock class always creates. They are not trained."""
+    """Unused parameters that the stock class always creates."""
     norm_is_last: ClassVar[bool] = True
     """Whether the stock model's last hidden state is after the final norm."""
     asks_to_interpolate: ClassVar[bool] = False
@@ -117,7 +114,7 @@ class TokenFamily(Family):
         return layer.get_submodule(norm), layer.get_submodule(query.rpartition(".")[0])
 
     def check(self, config: Any, where: str) -> None:
-        """Reject sizes that are invalid for a backbone; see `Family`."""
+        """Reject sizes that are invalid for a backbone."""
         for key in ("image_size", "patch_size"):
             if not isinstance(getattr(config, key), int):
                 raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")
@@ -153,12 +150,7 @@ MAX_COUNTS = {
 
 
 def check_counts(counts: dict[str, Any], where: str) -> None:
-    """Check that sizes in a `transformers` configuration are numbers within valid limits.
-
-    Args:
-        counts: value by field.
-        where: location of the section.
-    """
+    """Check that sizes in a `transformers` configuration are numbers within `MAX_COUNTS`."""
     for key, value in counts.items():
         most = MAX_COUNTS[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:

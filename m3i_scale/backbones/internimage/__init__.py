@@ -1,7 +1,4 @@
-"""InternImage as a `transformers` model: two files that are copied into exports.
-
-They import nothing from this package.
-"""
+"""InternImage as a `transformers` model. Exports contain its two files, which import nothing from this package."""
 
 from pathlib import Path
 

@@ -17,13 +17,8 @@ __all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
 
 
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
-    """Detect the format of a folder, a file or a Hub id. Reads configurations and headers, no weights.
-
-    Args:
-        given: folder, file or Hub id from the config.
-        fields: `backbone.config`, for fields that a bare file does not contain.
-        where: config key of the source.
-    """
+    """Detect the format of a folder, file or Hub id; reads no weights. `fields` (`backbone.config`) adds settings that
+    a bare file lacks."""
     place = Path(given)
     if place.is_file():
         return _bare(given, place, fields, where)

@@ -23,13 +23,11 @@ class Source:
     """Pretrained weights with detected format, not yet read."""
 
     given: str
-    """Value in the config."""
     kind: str
     """transformers, timm or open_clip."""
     folder: Path
-    """Folder or file with the weights."""
     config: VisionConfig
-    """Configuration of the model that matches the weights exactly, with its original image size."""
+    """Configuration that matches the weights exactly, with their original image size."""
     place: Callable[[PreTrainedModel], Placement]
     """Maps a model, possibly on the meta device, to the function that places each tensor of the files."""
     assumed: Mapping[str, str] = field(default_factory=dict)

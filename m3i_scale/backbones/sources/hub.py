@@ -41,7 +41,6 @@ _FIXES = {
     "upernet": "export the run of the segmenter by --task features",
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), _NAFLEX),
 }
-"""Suggested replacements by model type, for models that are not backbones."""
 
 
 def hub_config(source: str, where: str) -> VisionConfig:
@@ -112,7 +111,6 @@ def hub_places(model: PreTrainedModel) -> Placement:
 
 
 def _split(renamed: str, converter: WeightConverter, name: str) -> tuple[str, ...]:
-    """Return the names of the chunks of a tensor along its first dimension."""
     operation = converter.operations[0]
     if len(converter.operations) != 1 or not isinstance(operation, Chunk) or operation.dim:
         raise ConfigError(

@@ -28,7 +28,6 @@ class NameMap:
     prefix: str
     """Prefix of the vision tower; other names are `outside`."""
     outside: str
-    """Description of tensors outside the tower."""
     block: str
     """Prefix of layer numbers."""
     outer: Mapping[str, str]
@@ -39,12 +38,7 @@ class NameMap:
     """(pattern, reason) of tensors that are not part of a backbone; patterns match from the start of the name."""
 
     def place(self, name: str, ours: Mapping[str, str]) -> Renamed | Unused | None:
-        """Return the target of a source tensor, or None if its name is unknown.
-
-        Args:
-            name: name in the file.
-            ours: the parts of a family.
-        """
+        """Return the target of a source tensor in the parts `ours` of a family, or None if its name is unknown."""
         if not name.startswith(self.prefix):
             return Unused(self.outside)
         name = name.removeprefix(self.prefix)

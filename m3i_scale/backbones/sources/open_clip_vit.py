@@ -94,7 +94,6 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields
 
 
 def _shapes(given: str, vision: Mapping[str, Any]) -> Shapes:
-    """Return the tensor shapes of the tower according to `vision_cfg`."""
     try:
         width, layers, patch, side = (int(vision[key]) for key in ("width", "layers", "patch_size", "image_size"))
         hidden = int(width * float(vision.get("mlp_ratio", 4.0)))

@@ -45,7 +45,6 @@ class Facts:
     class_row: bool | None = None
     """Whether the position embeddings have a row for the class token."""
     rope_theta: float | None = None
-    """Base of DINOv3's rotary positions."""
     side: int | None = None
     """Patches per image side, for models without learned position embeddings."""
 
@@ -58,18 +57,11 @@ def plain_config(
     fields: Mapping[str, Any],
     refused: tuple[tuple[str, str], ...] = (),
 ) -> tuple[VisionConfig, dict[str, str], tuple[tuple[str, str], ...]]:
-    """Return the stock configuration that matches the tensors exactly.
+    """Return the stock configuration that matches the tensors exactly, assumed fields with the reason, and zero
+    parameters as in `Source`.
 
-    Args:
-        given: folder, file or Hub id from the config.
-        names: name map of the code base.
-        shapes: shapes by name in the files.
-        facts: settings that are known from other sources.
-        fields: `backbone.config`, for settings that are known from nowhere else.
-        refused: (pattern, reason) of tensors that no configuration here supports.
-
-    Returns:
-        Configuration; assumed fields with the reason; zero parameters, as in `Source`.
+    `facts` are known from other sources; `fields` (`backbone.config`) are for settings that are known from nowhere
+    else. `refused`: (pattern, reason) of tensors that no configuration here supports.
     """
     parts = _parts(given, names, shapes, refused)
     rotary = "registers" in parts and "positions" not in parts
@@ -217,7 +209,6 @@ def _activation(
 
 
 _Own = tuple[type[VisionConfig], dict[str, Any]]
-"""A configuration class, and the fields that are specific to it."""
 
 
 def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..., _Own]:
@@ -233,15 +224,8 @@ def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..
 def _check_parts(
     given: str, parts: Mapping[str, tuple[int, ...]], shape: str, wanted: dict[str, tuple[bool, str]], why: str
 ) -> None:
-    """Reject weights with parts that differ from the stock class of their shape.
-
-    Args:
-        given: folder, file or Hub id from the config.
-        parts: shapes by part.
-        shape: description of the shape.
-        wanted: by part, whether the stock class has it, and a description.
-        why: reason that names the stock class.
-    """
+    """Reject weights with parts that differ from the stock class. `wanted`: by part, whether that class has it, and a
+    description."""
     for part, (there, what) in wanted.items():
         if (part in parts) is not there:
             raise refusal(given, f"it has {shape} and {'no' if there else 'also'} {what}", why)
@@ -275,7 +259,6 @@ def _vit(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
 
 
 def _plain_mlp(given: str, parts: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the width of an MLP without gates."""
     if parts["0.fc1.weight"][0] != parts["0.fc2.weight"][1]:
         raise refusal(given, "its MLP is gated", "a ViT's is not")
     return parts["0.fc1.weight"][0]

@@ -37,11 +37,10 @@ _LEFT_OUT = (
     (r"lm_head\.", "head of its pre-training"),
 )
 _POST_NORM = {(1792, 64): "EVA-02-E"}
-"""Published sizes, (width, depth)."""
+"""Published post-norm models by (width, depth)."""
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
 _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
-"""Activation names in stock configurations, by timm class."""
 
 
 def timm_prefix(shapes: Shapes) -> str | None:
@@ -52,15 +51,8 @@ def timm_prefix(shapes: Shapes) -> str | None:
 def timm_source(
     given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """Return the source for tensors with timm's names.
-
-    Args:
-        given: folder, file or Hub id from the config.
-        place: folder or file.
-        shapes: tensor shapes, from a header or from a model on the meta device.
-        fields: `backbone.config` of the config.
-        facts: settings of the architecture; None for a bare file.
-    """
+    """Return the source for tensors with timm's names. `shapes` are from a header or a model on the meta device;
+    `facts` is None for a bare file."""
     prefix = timm_prefix(shapes)
     if prefix is None:
         raise refusal(given, "it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
@@ -158,7 +150,6 @@ def _by_architecture(
 
 @lru_cache(maxsize=8)
 def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes, Facts]:
-    """Return shapes and settings of an architecture, from the model on the meta device."""
     try:
         import timm
         from timm.models.eva import Eva, EvaBlock

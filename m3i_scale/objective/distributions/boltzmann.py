@@ -1,7 +1,5 @@
-"""The Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets, over samples, a queue or prototypes.
-
-For K candidates, log K − loss is the InfoNCE lower bound on the mutual information in nats.
-"""
+"""The Boltzmann P̂ = exp(ẑ·z/τ) / Σ_z' exp(ẑ·z'/τ) of image targets, over samples, a queue or prototypes. For K
+candidates, log K − loss is the InfoNCE lower bound on the mutual information in nats."""
 
 from __future__ import annotations
 
@@ -54,14 +52,8 @@ class Boltzmann(Distribution):
     def among_samples(
         self, prediction_BE: Tensor, target_BE: Tensor, ranks: Ranks, *, both: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return InfoNCE with the global batch's targets as candidates.
-
-        Args:
-            prediction_BE: ẑ of this rank's samples.
-            target_BE: z of this rank's samples, in the same order.
-            ranks: ranks with additional negatives.
-            both: use the other samples' predictions as negatives too (NT-Xent of SimCLR).
-        """
+        """Return InfoNCE with the global batch's targets as candidates. With `both`, the other samples' predictions are
+        negatives too (NT-Xent of SimCLR)."""
         query_BE, key_BE, temperature = unit(prediction_BE), unit(target_BE), number(self.temperature)
         own_B = torch.arange(len(query_BE), device=query_BE.device) + ranks.rank * len(query_BE)
         logits_BG = query_BE @ ranks.gather(key_BE).T / temperature
@@ -75,14 +67,8 @@ class Boltzmann(Distribution):
     def among_queue(
         self, prediction_BE: Tensor, target_BE: Tensor, queue_QE: Tensor, filled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return InfoNCE with targets of earlier batches as negatives (MoCo).
-
-        Args:
-            prediction_BE: ẑ of this rank's samples.
-            target_BE: z of this rank's samples, in the same order.
-            queue_QE: earlier targets, unit vectors.
-            filled: number of valid rows in the queue.
-        """
+        """Return InfoNCE with targets of earlier batches as negatives (MoCo). The first `filled` rows of the queue are
+        valid unit vectors."""
         temperature = number(self.temperature)
         query_BE, key_BE = unit(prediction_BE) / temperature, unit(target_BE)
         own_B = (query_BE * key_BE).sum(dim=1)
@@ -94,14 +80,10 @@ class Boltzmann(Distribution):
         return _with_bound(torch.logaddexp(own_B, others_B) - own_B, (filled + 1).log())
 
     def over_prototypes(self, logits_NK: Tensor, target: Assigned) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy with the target's distribution over K prototypes.
+        """Return the cross-entropy with the target's distribution over K prototypes. `logits_NK` are cosines over τ.
 
         The mutual information between the input and the target's prototype is at least H(mean target) − loss. This
         equals log K − loss for evenly used prototypes.
-
-        Args:
-            logits_NK: cosines of the prediction over τ.
-            target: the target's distributions.
         """
         loss_N = -(target.probabilities_NK * F.log_softmax(logits_NK.float(), dim=-1)).sum(dim=-1)
         loss = loss_N.mean() if target.share_N is None else (loss_N * target.share_N).sum()
@@ -118,12 +100,11 @@ class _LogSumExp(torch.autograd.Function):
     """log Σ_q exp(ẑ·z_q + mask_q) per row: (B), without ever storing (B, Q).
 
     For a dense loss term, B is all patches of a micro-batch and Q the queue. With 128 images of 196 patches and 65,536
-    targets, the logits take 6.6 GB, and every step of a plain softmax takes the same again. This function computes
-    logits, sum and gradient in blocks of rows. Targets have no gradient, so the gradient is softmax · queue.
+    targets, the logits take 6.6 GB, and every step of a plain softmax takes the same again. Logits, sum and gradient
+    (softmax · queue; targets have none) are therefore computed in blocks of rows.
 
     Cosines over a temperature have a known maximum, `bound`. Subtracting it with the mask saves the row maximum and a
-    pass over all logits. One product computes sum and gradient. The remaining cost is one exponential per logit, which
-    FLOP counts ignore. Without a bound, the maximum of each row is computed.
+    pass over all logits. The remaining cost is one exponential per logit, which FLOP counts ignore.
     """
 
     @staticmethod

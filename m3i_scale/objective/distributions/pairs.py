@@ -34,15 +34,8 @@ class PairTargets:
 
 
 def gather_targets(target_BE: Tensor, item_B: Tensor, valid_B: Tensor, ranks: Ranks) -> PairTargets:
-    """Gather the targets of all ranks, once per micro-batch for any number of inputs.
-
-    Args:
-        target_BE: L2-normalized z of this rank's samples.
-        item_B: int64, not negative: identity of the target. Samples with the same item are not negatives of each other.
-            Only read if valid.
-        valid_B: bool, whether the sample has a target.
-        ranks: ranks with additional negatives.
-    """
+    """Gather the L2-normalized targets of all ranks, once per micro-batch for any number of inputs. Samples with the
+    same `item_B` (int64, not negative, only read if valid) are not negatives of each other."""
     all_items_G = ranks.gather(item_B.masked_fill(~valid_B, -1))
     all_valid_G = all_items_G >= 0
     own_B = torch.arange(len(item_B), device=item_B.device) + ranks.rank * len(item_B)
@@ -75,10 +68,8 @@ class PairDistribution(Kind):
 
         Args:
             prediction_BE: L2-normalized ẑ of this rank's samples.
-            targets: the texts of the global batch.
             scale: 1/τ, one element.
             bias: bias of all logits, one element; None without `first_bias`.
-            ranks: ranks with additional texts.
         """
         raise NotImplementedError
 

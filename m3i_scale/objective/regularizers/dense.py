@@ -27,11 +27,9 @@ class DenseRegularizer(Regularizer):
         """Return −log P̂ and the regularization of the predicted patches.
 
         Args:
-            p: the distribution.
             prediction_BQD: ẑ_y.
             target_BQD: z_y of the same patches.
             statistics: result of `statistics`.
-            ranks: ranks of the global batch.
         """
         return p.maps(prediction_BQD, target_BQD, ranks)
 
@@ -65,10 +63,7 @@ class DenseUniGrad(DenseRegularizer):
         return ranks.sum(flat_ND.T @ flat_ND) / (len(flat_ND) * ranks.world_size)
 
     def loss(self, p: Density, prediction_BQD: Tensor, target_BQD: Tensor, statistics: Any, ranks: Ranks) -> Tensor:
-        """Return −log P̂ + λ (1/N) Σ ẑᵀ C ẑ / D.
-
-        Computed as ((Ẑ C) ⊙ Ẑ): O(N·D²), without the N × N matrix whose diagonal it is.
-        """
+        """Return −log P̂ + λ (1/N) Σ ẑᵀ C ẑ / D, computed as ((Ẑ C) ⊙ Ẑ): O(N·D²), without an N × N matrix."""
         flat_ND = prediction_BQD.flatten(0, 1).float()
         quadratic_N: Tensor = ((flat_ND @ statistics) * flat_ND).sum(dim=-1)
         negative = self.strength * quadratic_N.mean() / flat_ND.shape[1]

@@ -25,7 +25,6 @@ class Memory(Fp32State):
     correlation_EE: Tensor
     queue_QE: Tensor
     filled: Tensor
-    """Number of filled rows of the queue."""
     next_row: Tensor
     updates: Tensor
 

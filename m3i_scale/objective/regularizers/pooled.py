@@ -46,7 +46,6 @@ class PooledRegularizer(Regularizer):
             prediction_BE: ẑ_y of this rank's samples.
             target_BE: z_y, with gradient if the student encodes it and `trains_target` is set.
             memory: result of `memory`, shared by all targets of the head.
-            ranks: ranks of the global batch.
         """
         raise NotImplementedError
 
@@ -83,10 +82,8 @@ class UniGrad(PooledRegularizer):
         return Correlation(width, self.momentum)
 
     def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
-        """Return −log P̂ + λ ẑᵀ F ẑ on the unit sphere, averaged over samples.
-
-        With ‖z − ẑ‖², its gradient is twice the gradient −u₂ + λ F u₁ of UniGrad.
-        """
+        """Return −log P̂ + λ ẑᵀ F ẑ on the unit sphere, averaged over samples. With ‖z − ẑ‖², its gradient is twice the
+        gradient −u₂ + λ F u₁ of UniGrad."""
         value = p.vectors(prediction_BE, target_BE, ranks)
         unit_BE = unit(prediction_BE)
         quadratic_B = ((unit_BE @ memory.correlation_EE.clone()) * unit_BE).sum(dim=-1)

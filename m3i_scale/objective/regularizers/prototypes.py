@@ -51,10 +51,8 @@ class PrototypeRegularizer(Regularizer):
         """Return the target's distributions over prototypes, fp32 (N, K). Called once per target.
 
         Args:
-            p: the target's distribution.
             target_NK: cosines of the target, without gradient.
             memory: result of `memory`, shared by all targets of the head.
-            ranks: ranks of the global batch.
             share_N: weight of every row.
         """
         raise NotImplementedError
@@ -66,14 +64,8 @@ class PrototypeRegularizer(Regularizer):
         return None
 
     def loss(self, p: Boltzmann, logits_NK: Tensor, target: Assigned, ranks: Ranks) -> Loss:
-        """Return the cross-entropy −Σ_k p_k log p̂_k with the target's distribution, plus the regularization.
-
-        Args:
-            p: distribution of which the temperature is already applied to `logits_NK`.
-            logits_NK: logits of the prediction.
-            target: assignment of the target.
-            ranks: ranks of the global batch.
-        """
+        """Return the cross-entropy −Σ_k p_k log p̂_k with the target's distribution, plus the regularization. The
+        temperature of `p` is already applied to `logits_NK`."""
         value, nats = p.over_prototypes(logits_NK, target)
         return Loss(value, nats, watched={"assignment": target.probabilities_NK})
 
@@ -153,13 +145,8 @@ class Sinkhorn(Sharpened):
 
 
 def sinkhorn(shares_XNK: Tensor, iterations: int, ranks: Ranks) -> Tensor:
-    """Normalize columns and rows of positive numbers (…, N, K) alternately. Rows sum to 1 (Sinkhorn-Knopp).
-
-    Args:
-        shares_XNK: this rank's rows. Leading dimensions are normalized separately.
-        iterations: number of iterations.
-        ranks: ranks that contribute rows to the columns.
-    """
+    """Normalize columns (over the rows of all ranks) and rows of positive numbers (…, N, K) alternately
+    (Sinkhorn-Knopp). Rows sum to 1. Leading dimensions are normalized separately."""
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(iterations):
         shares_XNK = shares_XNK / ranks.sum(shares_XNK.sum(dim=-2, keepdim=True)).clamp(min=tiny)

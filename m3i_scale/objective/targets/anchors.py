@@ -1,7 +1,5 @@
-"""Distill features of another encoder patch by patch: the features themselves, or their similarities.
-
-Both targets compare the outputs of two encoders directly, without a trained decoder or head.
-"""
+"""Distill features of another encoder patch by patch, without a trained decoder or head: the features themselves, or
+their similarities."""
 
 from __future__ import annotations
 

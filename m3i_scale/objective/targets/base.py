@@ -1,7 +1,5 @@
-"""Base classes of targets: fields, validation rules, and the arguments of losses.
-
-−log P̂ of one target from one input is loss term k of equation (5). A target is data; it gets its modules as arguments.
-"""
+"""Base classes of targets: fields, validation rules, and the arguments of losses. −log P̂ of one target from one input
+is loss term k of equation (5). A target is data; it gets its modules as arguments."""
 
 from __future__ import annotations
 
@@ -98,7 +96,6 @@ class Context:
     views: dict[int, Tensor]
     """Normalized images by view, from 1."""
     inputs: dict[str, list[Encoded]]
-    """Parts of every input."""
     whole: dict[int, Encoded]
     """Inputs that see all patches of a view, by view."""
     encoded_views: dict[tuple[str, int], Tokens]
@@ -135,7 +132,6 @@ class TargetModules:
     squared_norms: list[Tensor]
     """Squared norms of this target's gradients at the encoder output."""
     memory: Any = None
-    """Memory of the recipe's head."""
     projector: Any = None
     """Runs before the decoder of dense EMA targets."""
     momentum: Any = None
@@ -235,20 +231,11 @@ class Target(Kind):
         return ()
 
     def check_scores(self, run: RunConfig, access: Access | None) -> bool:
-        """Return whether evaluations of a run can compute `scores`.
-
-        Args:
-            run: config with validation data.
-            access: access to remote servers.
-        """
+        """Return whether evaluations of a run can compute `scores`. `access` is for remote servers."""
         return True
 
     def scores(self, label_sets: dict[str, list[str]]) -> Scores | None:
-        """Return the scores that are computed from outputs; None if there are none.
-
-        Args:
-            label_sets: class names by label set.
-        """
+        """Return the scores that are computed from outputs, or None. `label_sets`: class names by label set."""
         return None
 
     def export(self, source: Any) -> Any:

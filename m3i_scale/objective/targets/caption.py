@@ -124,12 +124,7 @@ class CausalTransformer(nn.Module):
             layer.varies_in_length = True
 
     def forward(self, embedded_BTD: Tensor, tokens_BLD: Tensor) -> Tensor:
-        """Predict the next token at each of T positions: (B, T, width).
-
-        Args:
-            embedded_BTD: tokens of captions, padded at the end; causal attention ignores the padding.
-            tokens_BLD: visible tokens of the encoded input.
-        """
+        """Predict the next token at each position: (B, T, width). Causal attention ignores the padding at the end."""
         count = embedded_BTD.shape[1]
         image_BLD = self.embed(tokens_BLD)
         position_TD = token_position(count, self.width, embedded_BTD.device).to(embedded_BTD.dtype)

@@ -38,13 +38,8 @@ class BoltzmannClasses(Kind):
     ) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy, and log K − the cross-entropy without label smoothing and mixing.
 
-        Args:
-            logits_BK: logits of ẑ for every class.
-            labels_B: class of every sample; any number without a label.
-            valid_B: bool, whether the sample has a label.
-            ranks: ranks of the mean over all labeled samples.
-            soft_BK: soft labels, already smoothed, instead of `labels_B`.
-            count: divisor of the sums over all ranks; default: the number of valid samples.
+        `soft_BK` are soft labels, already smoothed, instead of `labels_B`. `count` is the divisor of the sums over all
+        ranks; default: the number of valid samples.
         """
         count = global_count(valid_B, ranks) if count is None else count
         logits_BK = logits_BK.float()
@@ -93,7 +88,7 @@ class Category(Target):
         return (batch.labels_B >= 0) & (batch.label_sets_B >= 0)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return the sum over label sets: a mean over all labeled samples. In evaluation mode also the top-1
+        """Return the mean over all labeled samples, as a sum over label sets; in evaluation mode also top-1
         accuracy."""
         batch, ranks = context.batch, given.ranks
         labelled_B, count = self.present(batch), context.counts[self.name]

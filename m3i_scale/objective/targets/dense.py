@@ -76,7 +76,6 @@ class Dense(ImageTarget):
         return self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers
 
     def _target(self, given: TargetModules, context: Context) -> Tensor:
-        """Return z̄ of all patches of the view: (B, N, D)."""
         key = (self.encoder_key, self.view, self.layers)
         if key not in context.dense:
             if self.layers > 1:
@@ -198,10 +197,8 @@ class DenseHead(nn.Module):
 
 
 def patchify(images_BCHW: Tensor, patch: int, *, standardize: bool) -> Tensor:
-    """Split images into patches: (B, N, patch²·3), row-major patches, channel last (MAE).
-
-    With `standardize`, each patch has mean 0 and (unbiased) variance 1.
-    """
+    """Split images into row-major patches, channel last (MAE): (B, N, patch²·3). With `standardize`, each patch has
+    mean 0 and (unbiased) variance 1."""
     batch, channels, height, width = images_BCHW.shape
     rows, columns = height // patch, width // patch
     blocks = images_BCHW.reshape(batch, channels, rows, patch, columns, patch)
@@ -220,5 +217,4 @@ def unpatchify(pixels_BNP: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 
 def _moments(pixels_BNP: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the (unbiased) standard deviation of every patch: (B, N, 1) each."""
     return pixels_BNP.mean(dim=-1, keepdim=True), (pixels_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt()

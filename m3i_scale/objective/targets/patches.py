@@ -43,13 +43,8 @@ class AsksPatches(Protocol):
 
 
 def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
-    """Yield errors if inputs and decoder cannot locate the predicted patches.
-
-    Args:
-        target: the validated target.
-        parts: parts of its recipe.
-        finds_places: whether the target matches patches by similarity instead of position.
-    """
+    """Yield errors if inputs and decoder cannot locate the predicted patches. `finds_places`: whether the target
+    matches patches by similarity instead of position."""
     pairs, decoder = target.predicted_from(parts), parts.decoders[target.decoder]
     other_view = any(view != target.view for _, view in pairs)
     if target.tokens != "all" and other_view:

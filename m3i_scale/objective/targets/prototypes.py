@@ -49,7 +49,6 @@ class Prototypes(HeadTarget):
     def _assign(
         self, given: TargetModules, context: Context, target_NE: Tensor, share_N: Tensor | None = None
     ) -> tuple[Assigned, Tensor | None]:
-        """Return the target's distributions (N, K), and the values for the head's memory."""
         p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         with torch.no_grad():
             head = given.momentum.heads[self.head] if self.averages_prototypes else given.head
