@@ -33,17 +33,14 @@ class MapBackbone(Backbone):
 
     @property
     def cell(self) -> int:
-        """Return the size, in tokens, of squares of 32 pixels."""
         return _LAST_STRIDE // self.patch_size
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Return the layers of all stages, in order."""
         return [layer for level in self.model.levels for layer in level.blocks]
 
     @property
     def stage_widths(self) -> list[int]:
-        """Return the channels of the four stages."""
         return list(self.model.config.stage_channels)
 
     def encode_own(
@@ -73,7 +70,6 @@ class MapBackbone(Backbone):
         return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
 
     def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
-        """Encode as `encode_whole`, and return the maps of all four stages."""
         maps = self._stages(images_BCHW)
         tokens_BND = self.model.fuse(maps).flatten(2).transpose(1, 2)
         return (tokens_BND.mean(dim=1, keepdim=True), tokens_BND), [x.permute(0, 3, 1, 2) for x in maps]

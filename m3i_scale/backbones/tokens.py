@@ -61,7 +61,6 @@ class TokenBackbone(Backbone):
 
     @property
     def has_class_token(self) -> bool:
-        """Return whether the sequence begins with a class token."""
         return self.family.has_class_token
 
     @property
@@ -71,7 +70,6 @@ class TokenBackbone(Backbone):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Return the Transformer layers, in order."""
         return list(self.family.layers(self.model))
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +166,6 @@ class TokenBackbone(Backbone):
     def encode_mixed(
         self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
     ) -> list[Tokens]:
-        """Encode one sequence per row, with the prefix of its first image."""
         shown = self._visible(views, view_of, visible)
         parts = [part.tokens_BLD[row_B] for row_B, part in zip(rows, shown, strict=True)]
         turned = [
@@ -191,7 +188,6 @@ class TokenBackbone(Backbone):
         return torch.cat(self.embed(images_BCHW), dim=1), self.angles(images_BCHW)
 
     def encode_whole(self, images_BCHW: Tensor, blocks: int = 1) -> Tokens:
-        """Encode as documented in `Backbone`."""
         if blocks > 1 and not self.has_class_token:
             raise ValueError("the backbone has no class token")
         (tokens_BSD, angles), cls = self._whole(images_BCHW), []

@@ -32,7 +32,6 @@ class Cosine(Schedule):
     kind: ClassVar[str] = "cosine"
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the fraction."""
         progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
         return (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
@@ -45,7 +44,6 @@ class Poly(Schedule):
     """Exponent of 1 − step / steps."""
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the fraction."""
         return float((1 - step / steps) ** self.power)
 
 
@@ -66,7 +64,6 @@ class MultiStep(Schedule):
         return milestones
 
     def share(self, step: int, *, steps: int, warmup_steps: int) -> float:
-        """Return the fraction."""
         return self.gamma ** sum(milestone <= step for milestone in self.milestones)
 
     def fitted(self, steps: int, to: int) -> Self:

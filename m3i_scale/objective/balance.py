@@ -84,7 +84,6 @@ class GradientNormWeights(GroupWeights):
         self.register_buffer("factors_K", self.given_K.clone())
 
     def forward(self, losses_K: Tensor, present_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return total and factors as `GroupWeights` does."""
         factors_K = self.factors_K.clone()  # `observe` changes the buffer before the backward pass of the next batch
         return (factors_K * losses_K).sum(), factors_K
 

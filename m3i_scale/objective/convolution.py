@@ -72,7 +72,6 @@ class ConvolutionSpec(DecoderSpec):
         return kernel
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `ConvolutionDecoder`."""
         if config.hidden_size % self.groups:
             raise ValueError(f"the backbone's width {config.hidden_size} is no multiple of its {self.groups} groups")
         return ConvolutionDecoder(config.hidden_size, self.depth, self.kernel, self.groups)

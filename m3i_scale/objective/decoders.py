@@ -249,7 +249,6 @@ class TransformerSpec(LayeredSpec):
     """Position embeddings of queries: relative to the input view (the paper), or on a fixed grid (MAE)."""
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `TransformerDecoder`, or the `module` of a subclass."""
         width, heads = self.shape(config)
         kernel = str(config._attn_implementation or "sdpa")
         return self.module(config.hidden_size, width, self.depth, heads, self.position, kernel)
@@ -280,7 +279,6 @@ class AttentionPoolSpec(DecoderSpec):
     """Attention heads, which divide the backbone's width; default: one per 64 channels."""
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return an `AttentionPool`."""
         heads = self.heads or max(config.hidden_size // 64, 1)
         _check_heads(config.hidden_size, heads)
         return AttentionPool(config.hidden_size, self.width or config.hidden_size, heads)
@@ -308,7 +306,6 @@ class ClassTokenSpec(DecoderSpec):
         return self.blocks == 1 and not self.mean
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `ClassToken`."""
         if self.blocks > getattr(config, "num_hidden_layers", self.blocks):
             raise ValueError(f"it reads {self.blocks} layers, and the backbone has {config.num_hidden_layers}")
         return ClassToken(config.hidden_size, self.blocks, self.mean)

@@ -219,7 +219,6 @@ class FrozenStart(Teacher):
 
     @property
     def width(self) -> int:
-        """Return D, the channels of a token."""
         return self.backbone.width
 
     @torch.no_grad()
@@ -254,7 +253,6 @@ class FrozenTeacher(Teacher):
 
     @property
     def width(self) -> int:
-        """Return D, the channels of a token."""
         return int(self.model.config.hidden_size)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:

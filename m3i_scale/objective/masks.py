@@ -56,7 +56,6 @@ class RandomMask(Mask):
     kind: ClassVar[str] = "random"
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
-        """Return the patches in random order."""
         # Stable: every device orders equal numbers alike.
         return hash_uniform(seeds_B, grid[0] * grid[1], stream).argsort(dim=1, stable=True)
 
@@ -138,7 +137,6 @@ class TargetBlocks(Mask):
 
     @property
     def least_ratio(self) -> float:
-        """Return the fraction of patches in all rectangles if none overlap."""
         return self.blocks * self.scale
 
     def target_blocks(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:

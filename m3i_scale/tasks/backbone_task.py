@@ -47,7 +47,6 @@ class BackboneTask(Task):
             )
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
-        """Add drop path, freeze the backbone, and change the batches of training."""
         if self.drop_path:
             from m3i_scale.tasks.drop_path import apply_drop_path
 
@@ -67,7 +66,6 @@ class BackboneTask(Task):
         return [Erasing(erasing, objective.pixel_norm)]
 
     def lr_scales(self, objective: Objective) -> dict[str, float]:
-        """Return learning-rate multipliers by layer of the backbone."""
         from m3i_scale.objective.build import backbone_scales
 
         if self.freeze or (self.layer_decay == 1 and self.dcn_lr == 1):

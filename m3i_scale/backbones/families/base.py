@@ -70,7 +70,6 @@ class TokenFamily(Family):
 
     @property
     def positions(self) -> str | None:
-        """Return the name of the position embeddings, or None for rotary positions."""
         return self.parts.get("positions")
 
     def prefix(self, config: Any) -> int:
@@ -114,7 +113,6 @@ class TokenFamily(Family):
         return layer.get_submodule(norm), layer.get_submodule(query.rpartition(".")[0])
 
     def check(self, config: Any, where: str) -> None:
-        """Reject sizes that are invalid for a backbone."""
         for key in ("image_size", "patch_size"):
             if not isinstance(getattr(config, key), int):
                 raise ConfigError(f"'{key}' must be one number: images and patches are square", where=f"{where}.config")

@@ -39,7 +39,6 @@ class Clip(TokenFamily):
     }
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return the published sizes."""
         return {
             f"clip-{size}/{patch}": sized(*VIT_SIZES[size], patch) | {"hidden_act": "gelu"}
             for size, patches in _PATCHES.items()

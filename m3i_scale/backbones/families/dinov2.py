@@ -59,7 +59,6 @@ class Dinov2(TokenFamily):
     }
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return the published sizes."""
         return {
             f"dinov2-{size}/14": sized(*numbers) | {"use_mask_token": False} for size, numbers in DINOV2_SIZES.items()
         }

@@ -23,7 +23,6 @@ class Dinov2WithRegisters(TokenFamily):
     parts: ClassVar[dict[str, str]] = Dinov2.parts | {"registers": "embeddings.register_tokens"}
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return the published sizes."""
         return {
             f"dinov2-reg-{size}/14": sized(*numbers) | {"num_register_tokens": 4}
             for size, numbers in DINOV2_SIZES.items()

@@ -84,7 +84,6 @@ class Dinov3(TokenFamily):
         return cos, sin
 
     def rotated(self, key_BHSD: Tensor, angles: Angles) -> Tensor:
-        """Rotate the keys of the patches."""
         rotated_BHSD: Tensor = apply_rotary_pos_emb(key_BHSD, key_BHSD, *angles)[1]
         return rotated_BHSD
 

@@ -43,7 +43,6 @@ class InternImage(Family):
     training_fields = ("drop_path_rate", "drop_path_type", "initializer_range")
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return the published sizes."""
         return {
             f"internimage-{size}": fields | {"fusion_width": fusion_width(InternImageConfig(**fields))}
             for size, fields in _SIZES.items()

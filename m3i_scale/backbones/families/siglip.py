@@ -33,7 +33,6 @@ class Siglip(TokenFamily):
     }
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return the published sizes."""
         return {
             f"siglip-{size}/{patch}": sized(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
             for size, patches in _PATCHES.items()

@@ -60,7 +60,6 @@ class ViT(TokenFamily):
     }
 
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Return ViT with three patch sizes, and EVA."""
         plain = {
             f"vit-{size}/{patch}": sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
         }

@@ -62,7 +62,6 @@ class Pictures(Hook):
             self._write()
 
     def post_step(self) -> bool:
-        """Write pictures if due, and after the last step."""
         step, run = self._state.step, self._state.resolved.run
         if step % run.log.pictures_every_steps == 0 or step == run.optim.steps:
             self._write()
@@ -75,7 +74,6 @@ class Pictures(Hook):
             self._write()
 
     def on_rewind(self) -> None:
-        """Delete the pictures of undone steps."""
         from_rank_0(lambda: _remove_after(self._folder, self._state.step))
 
     def _write(self) -> None:

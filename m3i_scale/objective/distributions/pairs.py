@@ -108,7 +108,6 @@ class BernoulliPairs(PairDistribution):
 
     @property
     def first_bias(self) -> float:
-        """Return `bias`."""
         return self.bias
 
     def loss(

@@ -79,7 +79,6 @@ class Queue(Memory):
 
     @torch.no_grad()
     def update(self, values_BE: Tensor, ranks: Ranks) -> None:
-        """Replace the oldest targets by the targets of all ranks."""
         rows_GE = ranks.gather(values_BE.detach().float())[-len(self.queue_QE) :]
         size, count = len(self.queue_QE), len(rows_GE)
         place_G = (self.next_row + torch.arange(count, device=rows_GE.device)) % size

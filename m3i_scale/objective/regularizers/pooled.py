@@ -78,7 +78,6 @@ class UniGrad(PooledRegularizer):
     """Decay m of the moving average F over batches."""
 
     def memory(self, width: int) -> Memory:
-        """Return a `Correlation`."""
         return Correlation(width, self.momentum)
 
     def loss(self, p: Density, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:
@@ -144,7 +143,6 @@ class VarianceCovariance(PooledRegularizer):
         return self.variance_weight / 2 * hinge + self.covariance_weight * off
 
     def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
-        """Return the vectors unchanged."""
         return x_BE
 
 
@@ -175,7 +173,6 @@ class QueuedNegatives(PooledRegularizer):
     """Capacity of the queue, which starts empty."""
 
     def memory(self, width: int) -> Memory:
-        """Return a `Queue`."""
         return Queue(width, self.size)
 
     def loss(self, p: Boltzmann, prediction_BE: Tensor, target_BE: Tensor, memory: Memory, ranks: Ranks) -> Loss:

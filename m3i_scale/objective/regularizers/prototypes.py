@@ -78,7 +78,6 @@ class Sharpened(PrototypeRegularizer):
     """Temperature of the target's distribution: a number, or a schedule."""
 
     def fault(self, p: Boltzmann) -> str | None:
-        """Return why the target would collapse with this distribution, or None."""
         if not always_below(self.target_temperature, p.temperature):
             return "`target_temperature` must be below `temperature`: a target that is not sharper becomes uniform"
         return None
@@ -93,7 +92,6 @@ class Centering(Sharpened):
     """Decay m of the center's moving average over batches."""
 
     def memory(self, width: int, prototypes: int) -> Memory:
-        """Return a `Center`."""
         return Center(width, prototypes, self.momentum)
 
     def assign(

@@ -69,7 +69,6 @@ class Anchor(ShownPatches):
     encoder: Literal["teacher"] = "teacher"
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a module without weights."""
         if sizes.encoded != sizes.decoded:
             raise ConfigError(
                 f"target '{self.name}' compares {sizes.decoded} channels of the backbone with {sizes.encoded} of "
@@ -98,7 +97,6 @@ class Gram(ShownPatches):
 
     @property
     def collapses_alone(self) -> bool:
-        """Return whether the loss allows both encoders to collapse to identical patches."""
         return self.encoder == "ema"
 
     def compared(self, tokens_BLD: Tensor) -> Tensor:

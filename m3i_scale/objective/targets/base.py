@@ -341,7 +341,6 @@ class ImageTarget(Target):
         return f"teachers.{self.teacher}" if self.encoder == "teacher" else self.encoder
 
     def sources(self, context: Context) -> list[Encoded]:
-        """Return the parts of inputs that predict the target."""
         return [part for part in super().sources(context) if self.takes(part.where.view + 1)]
 
     def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:

@@ -59,7 +59,6 @@ class Caption(Target):
         return False
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `TokenHead`."""
         return TokenHead(sizes.vocabulary, sizes.decoded)
 
     def present(self, batch: Batch) -> Tensor:
@@ -143,7 +142,6 @@ class CausalTransformerSpec(LayeredSpec):
     by_token: ClassVar[bool] = True
 
     def build(self, config: VisionConfig) -> nn.Module:
-        """Return a `CausalTransformer`."""
         width, heads = self.shape(config)
         kernel = str(config._attn_implementation or "sdpa")
         return CausalTransformer(config.hidden_size, width, self.depth, heads, kernel)

@@ -70,7 +70,6 @@ class Category(Target):
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Return the name of the accuracy."""
         return ("top_1",)
 
     @property
@@ -79,7 +78,6 @@ class Category(Target):
         return self.batch_norm
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `CategoryHead`."""
         norm = FeatureNorm(sizes.decoded, sizes.ranks) if self.batch_norm else None
         return CategoryHead(sizes.decoded, sizes.classes, norm)
 

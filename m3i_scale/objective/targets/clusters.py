@@ -44,11 +44,9 @@ class Clusters(ImageTarget):
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Return the names of the two summands of the loss."""
         return ("prediction", "clustering")
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `ClusterHead`."""
         return ClusterHead(sizes.decoded, sizes.encoded, self.clusters)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

@@ -46,7 +46,6 @@ class Dense(ImageTarget):
         return self.encoder == "ema" and self.layers == 1
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `DenseHead`."""
         return DenseHead(sizes.decoded, sizes.encoded)
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
@@ -108,7 +107,6 @@ class Pixels(Dense):
     """Standardize the pixels of each patch (MAE)."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `DenseHead`."""
         return DenseHead(sizes.decoded, sizes.pixels)
 
     def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:

@@ -31,7 +31,6 @@ class Prototypes(HeadTarget):
     regularizer: PrototypeRegularizer
 
     def build_memory(self, spec: HeadSpec) -> Memory:
-        """Return the head's memory of earlier batches."""
         return self.regularizer.memory(spec.width, spec.prototypes)
 
     @property
@@ -95,7 +94,6 @@ class DensePrototypes(Prototypes):
 
     @property
     def memory_name(self) -> str:
-        """Return the name of the head's memory for targets of this kind."""
         return f"{self.head}/patches"
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:

@@ -31,7 +31,6 @@ class Text(Target):
     """Dimension of the shared embedding space."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `TextHead`."""
         return TextHead(sizes.decoded, self.width, self.distribution.temperature, self.distribution.first_bias)
 
     def present(self, batch: Batch) -> Tensor:

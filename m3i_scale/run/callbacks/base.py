@@ -259,36 +259,28 @@ class CallbackList(Callback):
         """Called before every event except progress, because the record of an earlier step may still be incomplete."""
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_start(run_info))
 
     def on_step(self, record: StepRecord) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_step(record))
 
     def on_progress(self, step: int) -> None:
-        """Call every callback."""
         for callback in self.callbacks:
             callback.on_progress(step)
 
     def on_stage(self, stage: StageInfo) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_stage(stage))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_evaluation(step, values))
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_pictures(step, pictures))
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_warning(step, fault))
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Call every callback."""
         self._call(lambda callback: callback.on_rewind(rewind))
 
     def on_end(self, status: str) -> None:

@@ -64,19 +64,15 @@ class MetricsWriter(Callback):
         self._write("run", run_info.start_step, facts)
 
     def on_step(self, record: StepRecord) -> None:
-        """Write a `train` line."""
         self._write("train", record.step, record.scalars())
 
     def on_stage(self, stage: StageInfo) -> None:
-        """Write a `stage` line."""
         self._write("stage", stage.step, asdict(stage))
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Write an `evaluation` line."""
         self._write("evaluation", step, flatten(values, "evaluation"))
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Write a `warning` line."""
         self._write("warning", step, dict(fault))
 
     def on_rewind(self, rewind: Rewind) -> None:
@@ -93,7 +89,6 @@ class MetricsWriter(Callback):
         self._write("rewind", rewind.rewound_to, asdict(rewind))
 
     def on_end(self, status: str) -> None:
-        """Write an `end` line and close the file."""
         if self._file is None:  # the run failed before it began
             return
         try:

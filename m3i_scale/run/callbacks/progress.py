@@ -98,7 +98,6 @@ class ProgressDisplay(Callback):
         self._first = self._first or (step, now)
 
     def on_step(self, record: StepRecord) -> None:
-        """Update the bar, or print a line."""
         self._step_s = smooth(self._step_s, record.step_s)
         left, rate = self._left(record.step, self._step_s), f"{record.samples_per_s:,.1f} samples/s"
         figures = summary(record, moving=self._moving)
@@ -113,12 +112,10 @@ class ProgressDisplay(Callback):
         return f"ETA {timedelta(seconds=round((self._total_steps - step) * step_s))}"
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Print a line above the bar."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in flatten(values, "evaluation").items())
         self._print(f"step {step:,}  {shown}")
 
     def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        """Print the warning above the bar."""
         text = f"step {step:,}  warning: {fault['group']}: {fault['what']} ({fault['why']})\n  fix: {fault['fix']}"
         self.console.print(Text(text, style="yellow"))
 
@@ -128,7 +125,6 @@ class ProgressDisplay(Callback):
             self._bar.update(self._task, completed=rewind.rewound_to)
 
     def on_end(self, status: str) -> None:
-        """Stop the bar and print how the run ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

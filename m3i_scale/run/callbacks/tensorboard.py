@@ -29,22 +29,18 @@ class TensorBoardWriter(Callback):
         self._folder = Path()
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Open an event file and store the config in it."""
         self._folder = run_info.output_dir / FOLDER
         self._writer = self._open(run_info.start_step)
         config = yaml.safe_dump(redact(run_info.config, names=True), sort_keys=False)
         self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
 
     def on_step(self, record: StepRecord) -> None:
-        """Write one point per metric."""
         self._add(record.step, record.scalars())
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Write one point per metric, under `evaluation/`."""
         self._add(step, flatten(values, "evaluation"))
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        """Write one image per picture, under `pictures/`."""
         if self._writer is None:
             raise RuntimeError("on_start has not been called")
         for picture in pictures:
@@ -53,12 +49,10 @@ class TensorBoardWriter(Callback):
         self._writer.flush()
 
     def on_rewind(self, rewind: Rewind) -> None:
-        """Hide the points of the undone steps."""
         self.on_end("rewound")
         self._writer = self._open(rewind.rewound_to)
 
     def on_end(self, status: str) -> None:
-        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

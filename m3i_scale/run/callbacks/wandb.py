@@ -34,7 +34,6 @@ class WandbWriter(Callback):
         self._run: Any = None
 
     def on_start(self, run_info: RunInfo) -> None:
-        """Start the Weights & Biases run."""
         settings = self._wandb.Settings(
             mode=self._mode,
             console="off",
@@ -63,22 +62,18 @@ class WandbWriter(Callback):
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: StepRecord) -> None:
-        """Log one point per metric."""
         self._run.log({"step": record.step, **record.scalars()})
 
     def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Log one point per metric, under `evaluation/`."""
         self._run.log({"step": step, **flatten(values, "evaluation")})
 
     def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        """Log one image per picture, under `pictures/`, with its title."""
         images = {
             f"pictures/{picture.name}": self._wandb.Image(picture.image, caption=picture.title) for picture in pictures
         }
         self._run.log({"step": step, **images})
 
     def on_end(self, status: str) -> None:
-        """Close the run, marked as failed if it has not finished."""
         if self._run is not None:
             self._run.finish(exit_code=0 if status == "finished" else 1)
             self._run = None

@@ -79,16 +79,13 @@ class Checkpointing(Hook):
         self._probe = None
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Store samples of the first batch for the sanity check, if enabled."""
         if self._probe is None and self._config.probe:
             self._probe = first_samples(batch)
 
     def vote(self) -> bool:
-        """Return whether this rank is still writing in the background."""
         return self._saver.writing
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Store whether any rank is still writing."""
         self._others_write = voted
 
     def post_step(self) -> bool:
@@ -106,7 +103,6 @@ class Checkpointing(Hook):
         return False
 
     def on_finish(self) -> None:
-        """Save the last step and wait until all saves are committed."""
         with self._state.timeouts.outside_of_steps("save"):
             if self._step != self._state.step:
                 self.save()

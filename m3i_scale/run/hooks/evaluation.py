@@ -31,7 +31,6 @@ class Evaluation(Hook):
         """Whether steps were taken since the last evaluation."""
 
     def post_step(self) -> bool:
-        """Evaluate if due."""
         step = self._state.step
         self._is_behind = True
         is_last = step == self._state.resolved.run.optim.steps

@@ -50,7 +50,6 @@ class Guard(Hook):
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
     def post_step(self) -> bool:
-        """Check the step."""
         state = self._state
         if self._spikes is not None:
             if self._level_changes(state.step):

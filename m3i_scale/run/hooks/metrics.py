@@ -34,7 +34,6 @@ class Metrics(Hook):
         state.callbacks.flush = self.flush
 
     def on_start(self) -> None:
-        """Count dataset shares from the current data position."""
         self._shares.start()
 
     def on_rewind(self) -> None:
@@ -44,7 +43,6 @@ class Metrics(Hook):
         self._diagnosis = Diagnosis()
 
     def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
-        """Add the metrics of a micro-batch without moving them off the device."""
         if self._pending is not None and self._pending[1].done():
             self.flush()
         module = self._state.engine.module
@@ -54,7 +52,6 @@ class Metrics(Hook):
         self._meter.add_gradients(gradient_scale(self._state))
 
     def post_step(self) -> bool:
-        """Write the record if the step is logged."""
         state = self._state
         self._meter.end_step(applied=state.applied, finite=state.finite)
         if state.logged:

@@ -30,7 +30,6 @@ class Preemption(Hook):
         self._checked = -_CHECK_S
 
     def vote(self) -> bool:
-        """Return whether this rank has been asked to stop."""
         now = time.monotonic()
         if self._output_dir is not None and now - self._checked >= _CHECK_S:
             self._checked = now
@@ -38,7 +37,6 @@ class Preemption(Hook):
         return self._signalled
 
     def pre_optimizer_step(self, voted: bool) -> None:
-        """Stop after this step if any rank has been asked to."""
         self._state.stopping = voted
 
     def install(self) -> None:

@@ -16,7 +16,6 @@ class Rewinding(Hook):
         self._state, self._guard, self._checkpointing, self._rewinds = state, guard, checkpointing, rewinds
 
     def post_step(self) -> bool:
-        """Roll back if a spike is confirmed."""
         spike = self._guard.spike
         if spike is None:
             return False

@@ -134,7 +134,6 @@ class Classification(BackboneTask):
 
     @property
     def chooses_head(self) -> bool:
-        """Return whether there is a sweep."""
         return self.sweep is not None
 
     def alternatives(self) -> list[tuple[str, Task]]:
@@ -142,7 +141,6 @@ class Classification(BackboneTask):
         return [("pool", self.model_copy(update={"pool": pool})) for pool in ("class_token", "mean_pool")]
 
     def warnings(self) -> Iterator[tuple[str, str]]:
-        """Yield warnings about mixing weights that look like percentages."""
         for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
             if alpha > _LARGEST_ALPHA:
                 yield (
@@ -152,7 +150,6 @@ class Classification(BackboneTask):
                 )
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
-        """Also validate pooling, mixing and the sweep."""
         from m3i_scale.backbones.families import family_of
 
         super().check(run, model)
@@ -173,7 +170,6 @@ class Classification(BackboneTask):
             )
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        """Check that there is exactly one list of classes."""
         if len(label_sets) == 1:
             return
         several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
@@ -188,7 +184,6 @@ class Classification(BackboneTask):
         )
 
     def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
-        """Return random erasing, then mixup and cutmix."""
         mixing = [self.label_mixing(classes)] if self.mixup or self.cutmix else []
         return [*super().batch_changes(objective, classes, erasing), *mixing]
 

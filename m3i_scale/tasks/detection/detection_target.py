@@ -40,12 +40,10 @@ class Detection(FullImageTarget):
 
     @property
     def reads(self) -> Reads:
-        """Return boxes, with masks if the head has a mask branch."""
         return "boxes_and_masks" if self.head.masks else "boxes"
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Return the names of the average precisions."""
         return ("box_ap", "mask_ap") if self.reads == "boxes_and_masks" else ("box_ap",)
 
     def check_scores(self, run: RunConfig, access: Access | None) -> bool:
@@ -74,14 +72,12 @@ class Detection(FullImageTarget):
         return True
 
     def scores(self, label_sets: dict[str, list[str]]) -> Scores:
-        """Return the average precisions."""
         from m3i_scale.tasks.detection.detection_scores import DetectionScores
 
         (classes,) = label_sets.values()
         return DetectionScores(classes, masks=self.reads == "boxes_and_masks")
 
     def export(self, source: Source) -> ExportedModule:
-        """Return backbone and head as RF-DETR or Mask R-CNN."""
         from m3i_scale.tasks.detection.export_mask_rcnn import mask_rcnn_part
         from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
 
@@ -90,7 +86,6 @@ class Detection(FullImageTarget):
         return mask_rcnn_part(source, self.head, self.name)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return an `ObjectDetector`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
                 f"objects have one list of categories, and the sources have {len(sizes.classes)}", where="data.datasets"

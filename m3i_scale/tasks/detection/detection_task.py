@@ -32,11 +32,9 @@ class Detection(BackboneTask):
 
     @property
     def stretches(self) -> bool:
-        """Return whether the head is RF-DETR's, which is trained on stretched images."""
         return isinstance(self.head, RfDetr)
 
     def warnings(self) -> Iterator[tuple[str, str]]:
-        """Yield a warning if NMS of Mask R-CNN's proposals removes none."""
         regions = self.head.regions if isinstance(self.head, MaskRcnn) else Regions()
         if any(before < after for before, after in zip(regions.before_nms, regions.after_nms, strict=True)):
             yield (
@@ -46,7 +44,6 @@ class Detection(BackboneTask):
             )
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
-        """Also check the library for masks, and the layers that RF-DETR reads."""
         super().check(run, model)
         if self.head.masks:
             _check_mask_library()
@@ -65,7 +62,6 @@ class Detection(BackboneTask):
             )
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        """Check that there is at most one list of categories."""
         if len(label_sets) > 1:
             raise ConfigError(
                 f"objects have one list of categories, and the datasets have {', '.join(label_sets)}",

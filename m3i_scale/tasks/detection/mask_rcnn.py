@@ -102,7 +102,6 @@ class MaskRcnnDetector(MaskRcnnHead, ObjectDetector):
         return levels
 
     def losses(self, levels: Sequence[Tensor], objects: Objects) -> dict[str, Tensor]:
-        """Return this rank's share of every loss, as defined by `ObjectDetector.losses`."""
         spec, maps = self.spec, [map_BCHW.float() for map_BCHW in levels[:4]]
         logits, deltas, places = self.predict_regions(levels)
         if maps[0].is_meta:

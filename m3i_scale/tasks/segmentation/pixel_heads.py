@@ -140,7 +140,6 @@ class LinearPixelHead(PixelHead):
         self.classifier = _PixelClassifier(backbone.width, classes, spec.dropout)
 
     def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the logits of every patch."""
         return [self.classifier(self.norm(map_BDHW))]
 
 

@@ -37,20 +37,16 @@ class Segmentation(FullImageTarget):
 
     @property
     def reads(self) -> Reads:
-        """Return masks, the classes of pixels."""
         return "masks"
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Return the name of the mean intersection over union."""
         return ("miou",)
 
     def scores(self, label_sets: dict[str, list[str]]) -> Scores:
-        """Return the mean intersection over union."""
         return _MeanIou()
 
     def export(self, source: Source) -> ExportedModule:
-        """Return backbone and head as UPerNet or EoMT."""
         from m3i_scale.tasks.segmentation.export_eomt import eomt_part
         from m3i_scale.tasks.segmentation.export_upernet import upernet_part
 
@@ -64,7 +60,6 @@ class Segmentation(FullImageTarget):
         return isinstance(self.head, UperNetSegmentation)
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        """Return a `PixelHead`."""
         if len(sizes.classes) != 1:
             raise ConfigError(
                 f"pixels have one list of classes, and the datasets have {len(sizes.classes)}", where="data.datasets"

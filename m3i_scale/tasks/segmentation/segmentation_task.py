@@ -40,7 +40,6 @@ class Segmentation(BackboneTask):
         return full_image_recipe("segmentation", self.head)
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
-        """Also check the layers that UPerNet reads."""
         super().check(run, model)
         if isinstance(self.head, UperNetSegmentation):
             check_last_layer(self.head.out_layers, model)
