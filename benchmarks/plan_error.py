@@ -22,6 +22,7 @@ import typer
 from _common import emit, machine, say
 from _plan_rank import measure
 from _shards import make_shards
+from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
@@ -29,7 +30,7 @@ from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.output import release_stdout
-from m3i_scale.plan.planning import GIB, Choice, Machine, Model, estimate, on_host, read_vocabulary
+from m3i_scale.plan.planning import GIB, Choice, Machine, Model, estimate, read_vocabulary
 from m3i_scale.plan.timing import Links
 from m3i_scale.run.setup import run_yaml
 
@@ -156,7 +157,8 @@ def _run_file(folder: Path, shards: Path, case: str, recipe: str, overrides: lis
 def _predict(run_file: Path, base: int) -> tuple[int, dict[str, int]]:
     run: Any = load_run(str(run_file))
     links = Links(1, RANKS, 1.0, 1.0, 1.0)
-    where = Machine("this", links, 1e3, {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0}, 1.0, on_host(), base / GIB)
+    on_host = get_accelerator().device_name() == "cpu"
+    where = Machine("this", links, 1e3, {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0}, 1.0, on_host, base / GIB)
     raw = load_ds_config(run.deepspeed)
     model = Model(run, read_vocabulary(run, parse_recipe(run.recipe), None, None), RANKS, precision(raw))
     choice = Choice(run.deepspeed, run.backbone.activation_checkpointing, run.optim.micro_batch_size)

@@ -1,6 +1,8 @@
 """Imports run down: a package imports those of a lower level; `LEVELS` is the order."""
 
 import ast
+import importlib
+import importlib.util
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -179,6 +181,30 @@ def test_files_stay_short():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     # A model that an export carries is one flat file, as those of `transformers` are.
     assert {path: length for path, length in lines.items() if length > (650 if path in CARRIED else 500)} == {}
+
+
+def missing_imports(path: Path) -> list[str]:
+    """Names that a file imports from the package, and that the package does not have."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("m3i_scale"):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                is_module = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{name}")
+                if not hasattr(module, name) and not is_module:
+                    found.append(f"{path.name}:{node.lineno}: {node.module}.{name}")
+    return found
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "launchers"])
+def test_what_is_imported_outside_the_package_exists(folder: str) -> None:
+    """Some of these files run only on a GPU, or with peers that are not installed."""
+    assert [name for path in sorted((ROOT / folder).rglob("*.py")) for name in missing_imports(path)] == []
+
+
+def test_a_missing_import_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("from m3i_scale.plan import planning\nfrom m3i_scale.plan.planning import nothing")
+    assert missing_imports(tmp_path / "a.py") == ["a.py:2: m3i_scale.plan.planning.nothing"]
 
 
 def test_the_core_and_the_extensions_import_what_they_may() -> None:

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import load_run
 from m3i_scale.host.process_group import start_ranks, stop_ranks
-from m3i_scale.plan.planning import ACCELERATOR_WORKSPACE_GIB, Choice, Machine, Model, Vocabulary, estimate, on_host
+from m3i_scale.plan.planning import ACCELERATOR_WORKSPACE_GIB, Choice, Machine, Model, Vocabulary, estimate
 from m3i_scale.plan.timing import Links
 from m3i_scale.text import GIB
 
@@ -54,7 +54,8 @@ def _planned_gib(deepspeed: str, policy: str, images: int, overrides: list[str],
     sizes = [f"optim.batch_size={images}", f"optim.micro_batch_size={images}", f"text.max_tokens={TOKENS}"]
     run = load_run("m3i_vit_g14", [*overrides, *sizes, f"deepspeed={deepspeed}"])
     rates = {"fp32": 1.0, "bf16": 1.0, "fp16": 1.0}
-    machine = Machine("this", Links(1, 1, 1.0, 1.0, 1.0), room_gib, rates, 1.0, on_host(), ACCELERATOR_WORKSPACE_GIB)
+    on_host = get_accelerator().device_name() == "cpu"
+    machine = Machine("this", Links(1, 1, 1.0, 1.0, 1.0), room_gib, rates, 1.0, on_host, ACCELERATOR_WORKSPACE_GIB)
     precision = "fp32" if deepspeed.endswith("fp32") else "bf16"
     model = Model(run, Vocabulary(LABEL_SETS, VOCABULARY, ()), 1, precision)
     return estimate(model, machine, Choice(deepspeed, policy, images)).peak_bytes / GIB
