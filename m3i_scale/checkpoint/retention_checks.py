@@ -14,7 +14,7 @@ from m3i_scale.objective.recipe import Recipe
 
 PREFIX = "evaluation/"
 _BETTER = {"loss": "min", "nats": "max", "miou": "max", "box_ap": "max", "mask_ap": "max", "top_1": "max"}
-"""Whether lower or higher values are better. Metrics of user-defined targets are not listed."""
+"""Metric name → `min` if lower values are better, `max` if higher. Metrics of user-defined targets are not listed."""
 
 
 def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:

@@ -73,7 +73,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _check_aliases(root: yaml.Node, where: str) -> None:
-    """Reject documents whose aliases would expand to fill the memory ("billion laughs"), or contain themselves."""
+    """Reject documents with aliases that contain themselves or expand to fill the memory ("billion laughs")."""
     sizes: dict[int, int] = {}
     written = 0
 

@@ -85,7 +85,7 @@ def is_index(value: Any) -> bool:
 
 
 def shard_categories(folder: Address, whose: str = "", access: Access | None = None) -> Categories | None:
-    """Read the categories from the folder of the shards, or return None; `whose` names the dataset in errors."""
+    """Read the categories from the folder of the shards, or return None. `whose` is the prefix of errors."""
     path = folder / CATEGORIES
     value = read_sidecar(path, whose, access)
     if value is None:

@@ -49,7 +49,7 @@ def repeats_of(
     indices: Sequence[ShardIndex], threshold: float | None, seed: int, where: str, access: Access
 ) -> Repeats | None:
     """Return the repeats of a dataset; None if every sample is read once. `indices` are in the order of the list of all
-    samples; `threshold` is `DatasetConfig.repeat_threshold`; `seed` is that of this (run, dataset)."""
+    samples; `threshold` is `DatasetConfig.repeat_threshold`; `seed` must depend on the run and the dataset."""
     if threshold is None:
         return None
     with error_prefix(where):

@@ -183,7 +183,7 @@ def _read_labels(path: Address, whose: str = "", access: Access | None = None) -
 
 
 def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -> Any:
-    """Read a JSON sidecar file of shards; None if there is no such file. `whose` names the dataset in errors."""
+    """Read a JSON sidecar file of shards, or return None if it does not exist. `whose` is the prefix of errors."""
     try:
         value = json.loads(read_file(path, access).decode("utf-8"))
     except FileNotFoundError:

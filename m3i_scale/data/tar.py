@@ -237,7 +237,7 @@ class _HeaderFile:
 
 
 class _Headers:
-    """Parser that groups the files of a tar into the samples of `shard`, whose size is set.
+    """Parser that groups the files of a tar into the samples of `shard`, which already has its size.
 
     With `strict`, which names the tar, the first error is raised; with None, errors are collected.
     """

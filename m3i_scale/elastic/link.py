@@ -132,7 +132,7 @@ def explain_end(code: int | None, stderr_lines: Sequence[str], site: RemoteShell
 
 
 class Link:
-    """Connection to one host's agent. Messages arrive in `inbox`, shared by all links; the last one is of kind `gone`.
+    """Connection to one host's agent. Messages arrive in `inbox`, shared by all links; the last kind is `gone`.
     ssh's default connect timeout is half of `site.connect_s`."""
 
     def __init__(self, host: Host, site: RemoteShell, inbox: Inbox, ssh_timeout_s: float | None = None) -> None:

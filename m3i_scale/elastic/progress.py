@@ -25,7 +25,7 @@ class Progress:
         self._began = time.time()
 
     def beat(self, host: str, message: Message, running: Collection[int]) -> None:
-        """Process a host's heartbeat: its clock, and the states of those of its ranks that are still running."""
+        """Process a host's heartbeat: its clock, and the states of its running ranks."""
         ahead_s = time.time() - message["time"]
         self._ahead_s[host] = min(ahead_s, self.ahead_s(host, ahead_s))
         for rank, beat in message["beats"].items():

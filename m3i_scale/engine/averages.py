@@ -46,7 +46,7 @@ class _Flat:
     """The copies of all ranks, of which `copy` is one; None if this rank has only its part."""
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (copy, beside, master weights) in cache-sized blocks."""
+        """Yield `copy`, `beside` and the master weights, in cache-sized blocks."""
         size = _AT_ONCE if self.copy.device.type == "cpu" else 16 * _AT_ONCE
         copies = self.copy.split(size)
         besides = copies if self.beside is self.copy else self.beside.split(size)
@@ -211,7 +211,8 @@ def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
 
 
 def _write(ema: Tensor, copy: Tensor, beside: Tensor) -> None:
-    """Write EMA weights to `copy` and `beside`; `ema` may be `beside`."""
+    """Split EMA weights into the compute copy (`copy`) and the remaining bits (`beside`). `ema` may share memory with
+    `beside`."""
     if copy.dtype == torch.bfloat16:
         split(ema, copy, beside)
         return

@@ -61,7 +61,7 @@ class PatchCollector:
     def add(
         self, first: int, masks: list[NDArray[np.uint8] | None], tokens_BLD: Tensor, images_BCHW: Tensor | None
     ) -> None:
-        """Sample patches of a batch whose first image has index `first` in the table. `masks` are (S, S), None for
+        """Sample patches of a batch. `first` is the index of its first image in the table. `masks` are (S, S), None for
         images without a mask. `images_BCHW` is only needed for the pixel baseline. Tokens that do not form a square
         grid are ignored."""
         side = math.isqrt(tokens_BLD.shape[1])

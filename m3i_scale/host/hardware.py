@@ -21,9 +21,10 @@ class Hardware:
     """Assumed fraction of the peak rate."""
     source: str
     latency_us: float | None = None
-    """Of one ring step between nodes, and within a node; None uses NCCL's tuner values, by protocol and size
-    (`PROTOCOLS` in plan/timing.py)."""
+    """Latency of a ring step between nodes, in µs. None uses NCCL's tuner values, by protocol and size (`PROTOCOLS` in
+    plan/timing.py)."""
     intra_latency_us: float | None = None
+    """The same within a node."""
 
 
 PRESETS = {

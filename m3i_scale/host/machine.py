@@ -32,7 +32,7 @@ class Needs:
     ranks: int = 1
     world_size: int = 1
     checkpoint_bytes: int = 0
-    """Of one checkpoint, over all ranks."""
+    """Size of one checkpoint, over all ranks."""
     kept_checkpoints: int = 0
     """Maximum number on the disk at the same time, including the one being written."""
     kept_bytes: int = 0
@@ -44,7 +44,7 @@ class Needs:
     shm_bytes: int = 0
     """In /dev/shm: prefetched batches of data loader workers."""
     open_files: int = 0
-    """Of one rank."""
+    """Maximum number of files that a rank opens at the same time."""
 
 
 @dataclass(frozen=True)

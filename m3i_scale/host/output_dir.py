@@ -78,8 +78,8 @@ class UnknownHolderError(CheckpointError):
 
 @contextmanager
 def lock_directory(output_dir: Path, *, lock: LockFile = RUN, trains: bool = False) -> Iterator[None]:
-    """Hold a lock of `output_dir` (created if missing) against other jobs. Call it on one rank only. `trains` declares
-    that this process regularly calls `stop_requested`."""
+    """Lock `output_dir` (created if missing) against other jobs. Call it on one rank only. Set `trains` if this process
+    regularly calls `stop_requested`."""
     held = _acquire(output_dir, lock)
     try:
         _remove_notes(output_dir, lock)  # left by a killed process

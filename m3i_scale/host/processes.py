@@ -84,7 +84,7 @@ def end_marked(launch: str, host: str, output_dir: str) -> list[int]:
     pids: list[int] = []
     empty_scans = 0
     deadline = time.monotonic() + _END_S
-    while empty_scans < 2 and time.monotonic() < deadline:  # a process in the middle of an exec shows no variables
+    while empty_scans < 2 and time.monotonic() < deadline:  # a process shows no environment during exec
         pids = [process.pid for process in marked(host, output_dir) if process.launch == launch]
         empty_scans = 0 if pids else empty_scans + 1
         for pid in pids:

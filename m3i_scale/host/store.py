@@ -77,8 +77,7 @@ def await_ranks(timeout_s: float) -> None:
 
 def open_alone() -> int:
     """Open the store of a single rank at a free port, and return the port. PyTorch then finds the store and uses it."""
-    if not _KEPT:
-        _KEPT.append(TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False, multi_tenant=True))
+    _KEPT.append(TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False, multi_tenant=True))
     return int(_KEPT[-1].port)
 
 

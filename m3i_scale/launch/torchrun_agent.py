@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import determine_local_world_size, parse_args, run
 
     def shutdown(self: StaticTCPRendezvous) -> bool:
-        """Keep the master node's store open a little longer: agents of other hosts would print a stack trace."""
+        """Keep the master node's store open a little longer. Otherwise, agents of other hosts print a stack trace."""
         if self.rank == 0 and self.world_size > 1:
             time.sleep(_STORE_STAYS_S)
         return True

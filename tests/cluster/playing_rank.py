@@ -45,8 +45,8 @@ def note(number: int, frame: object) -> None:
 
 
 def ends_unseen(rank: int, step: int) -> bool:
-    """Whether a rank is killed at this step and who has started it, on this host, has not collected it yet: only what
-    ends after that comes second for sure."""
+    """Return whether a rank of this host is killed at this step and not yet reaped by its launcher. Only a rank that
+    ends later is certain to be the second."""
     if f"kill@{rank}@{step}" not in sys.argv:
         return False
     pid = (OUTPUT / f"{os.environ['MASTER_PORT']}-{step - 1}-{rank}").read_text()

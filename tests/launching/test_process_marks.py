@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 
-from m3i_scale.host.processes import MARK, marked, process_tag
+from m3i_scale.host import processes as host_processes
+from m3i_scale.host.processes import MARK, end_marked, marked, process_tag
 
 
 @pytest.mark.parametrize("foreign", ["", "yes", "one|two", "|", "a|b|c|d"])
@@ -23,3 +24,22 @@ def test_a_mark_that_is_none_is_somebody_elses_and_breaks_nothing(foreign):
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_one_scan_without_a_process_is_not_trusted(monkeypatch):
+    """During `exec`, a process shows no environment."""
+    process = subprocess.Popen(["cat"], env={MARK: process_tag("first", "node0", "/out")}, stdin=subprocess.PIPE)
+    found = marked
+    scans = []
+
+    def scan(host, output_dir):
+        scans.append(host)
+        return [] if len(scans) == 1 else found(host, output_dir)
+
+    monkeypatch.setattr(host_processes, "marked", scan)
+    try:
+        assert end_marked("first", "node0", "/out") == []
+        assert process.wait(60) == -9
+    finally:
+        process.kill()
+        process.wait()

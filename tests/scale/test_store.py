@@ -3,11 +3,14 @@
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 from launch import environment, free_port
+
+from m3i_scale.host.store import open_alone
 
 # Rank 0 begins to count its seconds when those that come are in its store, and lingers until they have heard of it:
 # each of them may take longer than that on a busy machine.
@@ -59,6 +62,11 @@ def test_ranks_that_do_not_come_are_named_with_their_hosts_on_those_that_do(rank
     assert done.returncode == 1, done.stderr + said
     told = "ranks 1, 3 (two, three) of 4 did not come" if "0" in ranks else "rank 0 cannot be reached at 127.0.0.1"
     assert said.count(f"MissingRanksError: {told}") == len(ranks), said
+
+
+def test_the_store_of_a_single_rank_listens_at_once():
+    with socket.create_connection(("127.0.0.1", open_alone())):
+        pass
 
 
 def test_gloo_takes_the_interface_of_the_route_where_nccl_only_excludes_some(monkeypatch):

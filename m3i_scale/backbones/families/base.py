@@ -29,7 +29,7 @@ class Family(ABC):
     """Fields that change the training but not the modules. A config may set these and `shape_fields`; other fields of
     `PretrainedConfig` have no effect here or break the export."""
     derives: ClassVar[bool] = True
-    """Whether the configuration derives fields from others when it is created."""
+    """Whether creating the config computes fields from other fields."""
     has_class_token: ClassVar[bool] = True
     """Whether a class token represents the image. Otherwise, the mean of its patches does."""
 

@@ -110,7 +110,7 @@ INSTEAD: dict[str, str] = {
     "checkpoint.writer": _BACKGROUND,
     "checkpoint.parallel_write": "remove it: all ranks write",
 }
-"""Replacements of unsupported keys. A key without an entry has none; removing it changes nothing."""
+"""Replacements of unsupported keys. Keys that can be removed without a change have no entry."""
 
 FOREIGN: dict[str, str] = {
     "learning_rate": "write optimizer.params.lr",
