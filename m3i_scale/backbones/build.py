@@ -10,11 +10,19 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTConfig
 from transformers.activations import ACT2FN
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, token_family
+from m3i_scale.backbones.families import (
+    DEFAULT_PRESET,
+    FAMILIES,
+    PRESETS,
+    TokenFamily,
+    VisionConfig,
+    family_of,
+    preset_config,
+    token_family,
+)
 from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
 from m3i_scale.backbones.maps import MapBackbone
-from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, preset_config
 from m3i_scale.backbones.sources import Source, find_source
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from m3i_scale.backbones.build import starts_fresh, vision_class
 from m3i_scale.backbones.families import VisionConfig, family_of
 from m3i_scale.backbones.sources import Source, source_files
-from m3i_scale.backbones.sources.base import Placement, square_side
+from m3i_scale.backbones.sources.base import Placement, Unused, square_side
 from m3i_scale.backbones.sources.files import open_weights, read_headers
-from m3i_scale.backbones.sources.names import Unused
 from m3i_scale.errors import ConfigError
 
 Shape = tuple[int, ...]

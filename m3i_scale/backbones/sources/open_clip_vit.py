@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.families import token_family
-from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import NameMap
+from m3i_scale.backbones.sources.base import NameMap, Shapes, Source, normalisation, refusal
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 from m3i_scale.backbones.sources.timm_vit import timm_trunk
 

@@ -17,10 +17,8 @@ from transformers import (
     ViTConfig,
 )
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
-from m3i_scale.backbones.presets import published_heads
-from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
-from m3i_scale.backbones.sources.names import NameMap, Renamed
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, published_heads
+from m3i_scale.backbones.sources.base import NameMap, Renamed, Shapes, refusal, square_side
 
 _ROLES = {
     part: f"{{}}.{part}" if "{}" in name else part

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from m3i_scale.backbones.families import token_family
-from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import NameMap
+from m3i_scale.backbones.sources.base import NameMap, Shapes, Source, normalisation, refusal
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 
 _MARK = "patch_embed.proj.weight"
