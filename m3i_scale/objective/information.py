@@ -23,12 +23,11 @@ from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower
 from m3i_scale.objective.estimate import mean_information
 from m3i_scale.objective.heads import BackboneReader
-from m3i_scale.objective.health import health_figures
-from m3i_scale.objective.host_figures import HostFigures
+from m3i_scale.objective.health import HostFigures, health_figures
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
 

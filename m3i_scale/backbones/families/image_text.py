@@ -1,7 +1,7 @@
 """Vision towers of image-text models.
 
-`CLIPVisionModel` is a ViT with a norm before the first layer. `SiglipVisionModel` is a ViT without class token, also for
-SigLIP 2 of a fixed size.
+`CLIPVisionModel` is a ViT with a norm before the first layer. `SiglipVisionModel`, of SigLIP and SigLIP 2 of a fixed
+size, is a ViT without class token.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Loss, unit
-from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.regularizers.dense import DenseStopGradient
 from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, Sizes, TargetModules
 

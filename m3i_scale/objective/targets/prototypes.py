@@ -1,4 +1,4 @@
-"""Distributions over the prototypes of a head, for the image or for every masked patch."""
+"""Distributions over the prototypes of a head, for the image or for every masked patch, or over clusters of patches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.config.limits import MAX_CANDIDATES
 from m3i_scale.objective.decoders import PointwiseSpec
-from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions.base import Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann, assigned
-from m3i_scale.objective.heads import HeadSpec
-from m3i_scale.objective.regularizers.memory import Memory
-from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer
+from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
+from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer, Sinkhorn, sinkhorn
 from m3i_scale.objective.schedule import number, settled
-from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, TargetModules
-from m3i_scale.objective.targets.patches import PredictedPatches, decode, place_faults
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Parts, Sizes, TargetModules
+from m3i_scale.objective.targets.patches import PredictedPatches, count_faults, decode, place_faults
 from m3i_scale.objective.targets.pooled import pooled_target
+
+_LARGEST_EXPONENT = 50.0
+"""fp32 can represent sums of exp(50), and values down to 137 below in the exponent."""
 
 
 class Prototypes(HeadTarget):
@@ -118,7 +124,94 @@ class DensePrototypes(Prototypes):
         yield from place_faults(self, parts)
 
 
+class Clusters(ImageTarget):
+    """Cluster assignments of patches: Sinkhorn assigns the EMA teacher's tokens to clusters (CAPI).
+
+    Sinkhorn runs separately per patch position, over all images of the global micro-batch. Otherwise clusters would
+    encode positions.
+    """
+
+    kind: ClassVar[str] = "clusters"
+    representation: ClassVar[str] = "dense clusters"
+    dense: ClassVar[bool] = True
+    tokens: Literal["masked", "all"]
+    """Predicted patches: those that the input masks, or all."""
+    clusters: int = Field(default=16384, ge=2, le=MAX_CANDIDATES)
+    """Number K of clusters."""
+    encoder: Literal["ema"] = "ema"
+    distribution: Boltzmann = Boltzmann(temperature=0.12)
+    regularizer: Sinkhorn = Sinkhorn(target_temperature=0.06)
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        return ("prediction", "clustering")
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        return ClusterHead(sizes.decoded, sizes.encoded, self.clusters)
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return this rank's share of −log P̂ of the predicted patches' assignments, plus the clustering loss."""
+        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        if self.name not in context.clusters:
+            context.clusters[self.name] = self._assign(given, context)
+        assigned_BNK, clustering = context.clusters[self.name]
+        p = settled(self.distribution, context.progress)
+        logits_NK = given.head.prototypes(decoded_BQD).flatten(0, 1) / number(p.temperature)
+        wanted_NK = gather_tokens(assigned_BNK, query_BQ).flatten(0, 1)
+        value, nats = p.over_prototypes(logits_NK, assigned(wanted_NK, given.ranks))
+        terms = {"prediction": value, "clustering": clustering}
+        return Loss(value + clustering, nats, watched={"assignment": wanted_NK}, terms=terms)
+
+    def _assign(self, given: TargetModules, context: Context) -> tuple[Tensor, Tensor]:
+        """Return the assignments of all patches of the view, (B, N, K), and the clustering loss: the cross-entropy of
+        the clusters' logits with these assignments."""
+        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
+        logits_BNK = given.head.clusters(context.encoded_views[self.encoder_key, self.view][1])
+        with torch.no_grad():
+            scaled_NBK = logits_BNK.transpose(0, 1) / number(regularizer.target_temperature)
+            # Clusters have any norm, so exp would overflow. A common factor per column cancels.
+            scaled_NBK = scaled_NBK - given.ranks.max(scaled_NBK.amax(dim=1, keepdim=True))
+            shares_NBK = (scaled_NBK + _LARGEST_EXPONENT).exp()
+            assigned_BNK = sinkhorn(shares_NBK, regularizer.iterations, given.ranks).transpose(0, 1)
+        log_softmax_BNK = F.log_softmax(logits_BNK / number(p.temperature), dim=-1)
+        return assigned_BNK, -(assigned_BNK * log_softmax_BNK).sum(dim=-1).mean()
+
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        yield from place_faults(self, parts)
+        yield from count_faults(self, parts)
+        if fault := self.regularizer.fault(self.distribution):
+            yield fault
+
+
 def share_of_hidden(masked_BM: Tensor) -> Tensor:
     """Return the weight of every patch in a mean over masked patches per image, then over images: fp32 (B, M)."""
     hidden_B1 = masked_BM.sum(dim=1, keepdim=True, dtype=torch.float32)
     return masked_BM / (hidden_B1.clamp(min=1) * len(masked_BM))
+
+
+class ClusterHead(nn.Module):
+    """Clusters of the EMA teacher's tokens, and prototypes with which the decoder predicts them."""
+
+    def __init__(self, decoded: int, encoded: int, count: int) -> None:
+        super().__init__()
+        self.clusters = OnlineClusters(encoded, count)
+        self.prototypes = PrototypeLayer(decoded, count)
+
+
+class OnlineClusters(nn.Module):
+    """A linear layer from unit vectors to K clusters."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+        self.bias = nn.Parameter(torch.empty(count))
+
+    def reset_parameters(self) -> None:
+        """Initialize weights with a variance of 1 per channel, as CAPI does."""
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        """Return logits in fp32: (B, N, D) → (B, N, K). Tokens get no gradient."""
+        return F.linear(unit(tokens_BND.detach()), self.weight.float(), self.bias.float())
