@@ -20,7 +20,7 @@ from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import ExportError, did_you_mean
-from m3i_scale.objective.decoders import DecoderSpec, pool
+from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Assigned
 from m3i_scale.objective.distributions.pairs import PairTargets
@@ -327,6 +327,9 @@ class Target(Kind):
 class ImageTarget(Target):
     """A target that is a view of the image."""
 
+    compares_tokens: ClassVar[bool] = False
+    """Whether the loss compares backbone tokens, so that the decoder must be pointwise."""
+
     view: int = Field(ge=1, le=MAX_VIEWS)
     """Target view."""
     encoder: Literal["ema", "online", "teacher"]
@@ -365,6 +368,9 @@ class ImageTarget(Target):
             yield f"no teacher '{self.teacher}'; {fix}"
         if self.encoder != "teacher" and "teacher" in self.model_fields_set:
             yield f"`teacher` has no effect beside `encoder: {self.encoder}`"
+        decoder = parts.decoders[self.decoder]
+        if self.compares_tokens and not isinstance(decoder, PointwiseSpec):
+            yield f"{self.title} compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
         pairs, seen = self.predicted_from(parts), sum(parts.input(name).views for name in self.inputs)
         if not pairs:
             yield f"`pairs: {self.pairs}` leaves nothing that predicts it"

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.limits import MAX_CANDIDATES
-from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann, assigned
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
 from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer, Sinkhorn, sinkhorn
 from m3i_scale.objective.schedule import number, settled
-from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Parts, Sizes, TargetModules
-from m3i_scale.objective.targets.patches import PredictedPatches, count_faults, decode, place_faults
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
+from m3i_scale.objective.targets.patches import PatchTarget
 from m3i_scale.objective.targets.pooled import pooled_target
 
 _LARGEST_EXPONENT = 50.0
@@ -86,7 +85,7 @@ class Prototypes(HeadTarget):
             yield fault
 
 
-class DensePrototypes(Prototypes):
+class DensePrototypes(PatchTarget, Prototypes):
     """iBOT loss: the student predicts the EMA teacher's prototype assignment of every masked patch in the same view.
 
     The head has separate memories for patches and for images.
@@ -94,9 +93,12 @@ class DensePrototypes(Prototypes):
 
     kind: ClassVar[str] = "dense_prototypes"
     representation: ClassVar[str] = "dense feature"
-    dense: ClassVar[bool] = True
-    tokens: PredictedPatches
-    """Predicted patches: those that the input masks, or all."""
+    compares_tokens: ClassVar[bool] = True
+    weighs_patches: ClassVar[bool] = True
+    # Declared again, since pydantic prefers the fields of the first base class.
+    encoder: Literal["ema"] = "ema"
+    distribution: Boltzmann = Boltzmann()
+    regularizer: PrototypeRegularizer
 
     @property
     def memory_name(self) -> str:
@@ -105,7 +107,7 @@ class DensePrototypes(Prototypes):
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the patches: mean over patches of an image, then over images. Images
         without masked patches add 0 (as in the code of iBOT and DINOv2)."""
-        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        query_BQ, decoded_BQD = self.decode(given, context, encoded)
         share_N = None
         if self.tokens == "masked" and encoded.where.masked_BM is not None:
             share_N = share_of_hidden(encoded.where.masked_BM).flatten()
@@ -116,15 +118,8 @@ class DensePrototypes(Prototypes):
         prediction_BQE = given.head(decoded_BQD, predict=True)
         return self._loss(given, context, prediction_BQE.flatten(0, 1), target, remember)
 
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
-        decoder = parts.decoders[self.decoder]
-        if not isinstance(decoder, PointwiseSpec):
-            yield f"dense prototypes compare backbone tokens: the decoder must be pointwise, not {decoder.kind}"
-        yield from place_faults(self, parts)
 
-
-class Clusters(ImageTarget):
+class Clusters(PatchTarget):
     """Cluster assignments of patches: Sinkhorn assigns the EMA teacher's tokens to clusters (CAPI).
 
     Sinkhorn runs separately per patch position, over all images of the global micro-batch. Otherwise clusters would
@@ -133,7 +128,6 @@ class Clusters(ImageTarget):
 
     kind: ClassVar[str] = "clusters"
     representation: ClassVar[str] = "dense clusters"
-    dense: ClassVar[bool] = True
     tokens: Literal["masked", "all"]
     """Predicted patches: those that the input masks, or all."""
     clusters: int = Field(default=16384, ge=2, le=MAX_CANDIDATES)
@@ -151,7 +145,7 @@ class Clusters(ImageTarget):
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the predicted patches' assignments, plus the clustering loss."""
-        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        query_BQ, decoded_BQD = self.decode(given, context, encoded)
         if self.name not in context.clusters:
             context.clusters[self.name] = self._assign(given, context)
         assigned_BNK, clustering = context.clusters[self.name]
@@ -178,8 +172,6 @@ class Clusters(ImageTarget):
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
-        yield from place_faults(self, parts)
-        yield from count_faults(self, parts)
         if fault := self.regularizer.fault(self.distribution):
             yield fault
 
