@@ -156,8 +156,3 @@ def stored_section(values: dict[str, Any]) -> dict[str, Any]:
     section = portable_section(family.config_class(**fields))
     training = {key: value for key, value in fields.items() if key in family.training_fields}
     return {"preset": section["preset"], "config": training | section["config"]}
-
-
-def starts_fresh(source: Source, name: str) -> bool:
-    """Return whether a source may lack a weight: those of the fusion head, if its config does not describe one."""
-    return name.startswith("dcnv3_head_") and "fusion_width" in source.assumed

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from m3i_scale.backbones.build import starts_fresh, vision_class
+from m3i_scale.backbones.build import vision_class
 from m3i_scale.backbones.families import VisionConfig, family_of
 from m3i_scale.backbones.sources import Source, source_files
 from m3i_scale.backbones.sources.base import Placement, Unused, square_side
@@ -152,7 +152,9 @@ def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_
     kind, options = vision_class(config)
     with torch.device("meta"):
         model = kind(config, **options)
-    fresh = [name for name, _ in model.named_parameters() if starts_fresh(source, name)]
+    fresh: list[str] = []
+    if "fusion_width" in source.assumed:  # the fusion head, which no config of the source describes
+        fresh = [name for name, _ in model.named_parameters() if name.startswith("dcnv3_head_")]
     return plan_model(source, model, where, positions=family_of(config).positions, fresh=fresh)
 
 

@@ -86,7 +86,7 @@ def build_objective(
         ranks=ranks,
         weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),
         image_heads=_image_heads(recipe, decoders, ranks),
-        states=_memories(recipe) if target_encoders else None,
+        states=_memories(recipe) if target_encoders else nn.ModuleDict(),
         projector=projector,
         ema_teacher=ema_teacher,
         teachers=teachers,

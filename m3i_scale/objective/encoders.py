@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.backbones.base import Backbone, Tokens, patch_grid
 from m3i_scale.backbones.build import set_field
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.families.base import check_counts
@@ -255,11 +255,6 @@ class FrozenTeacher(Teacher):
     def width(self) -> int:
         return int(self.model.config.hidden_size)
 
-    def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Return the rows and columns of the student's patches of these images, (…, H, W)."""
-        height, width = images.shape[-2:]
-        return height // self.student.patch_size, width // self.student.patch_size
-
     def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the image height and width for a grid of this model's patches."""
         patch = int(self.model.config.patch_size)
@@ -279,7 +274,7 @@ class FrozenTeacher(Teacher):
         self.model.eval()
         keep_frequencies(getattr(self.model, "rope_embeddings", None))
         first = next(self.model.parameters())
-        grid = self.grid_of(images_BCHW)
+        grid = patch_grid(images_BCHW, self.student.patch_size)
         if images_BCHW.shape[-2:] != (size := self.size_for(grid)):
             images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bilinear", antialias=True)
         pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 
@@ -94,12 +95,10 @@ def feature_health(name: str, covariance_DD: Tensor) -> dict[str, float]:
     std, rank = math.nan, math.nan
     if covariance_DD.isfinite().all():
         std = float(covariance_DD.diagonal().sqrt().mean())
-        try:
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             eigenvalues_D = torch.linalg.eigvalsh(covariance_DD).clamp(min=0)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            return {f"{name}_std": std, f"{name}_rank": rank}
-        share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
-        rank = math.exp(-float((share_D * share_D.clamp(min=1e-12).log()).sum()))
+            share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
+            rank = math.exp(-float((share_D * share_D.clamp(min=1e-12).log()).sum()))
     return {f"{name}_std": std, f"{name}_rank": rank}
 
 

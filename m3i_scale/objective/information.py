@@ -47,13 +47,13 @@ class Objective(nn.Module):
         mixed_attention: bool,
         ranks: Ranks,
         weights: GroupWeights,
-        image_heads: nn.ModuleDict | None = None,
-        states: nn.ModuleDict | None = None,
-        projector: Projector | None = None,
-        ema_teacher: EmaTeacher | None = None,
-        teachers: nn.ModuleDict | None = None,
-        text: TextTower | None = None,
-        mask_token: MaskToken | None = None,
+        image_heads: nn.ModuleDict,
+        states: nn.ModuleDict,
+        projector: Projector | None,
+        ema_teacher: EmaTeacher | None,
+        teachers: nn.ModuleDict,
+        text: TextTower | None,
+        mask_token: MaskToken | None,
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -61,16 +61,16 @@ class Objective(nn.Module):
         self.projector = projector
         self.momentum = ema_teacher
         """EMA teacher. Its name is part of the file format: checkpoints have its parameters as `average/momentum.…`."""
-        self.teachers = teachers or nn.ModuleDict()
+        self.teachers = teachers
         self.text = text
         self.mask_token = mask_token
         """Replaces the masked patches of inputs with `masked: mask_token`."""
         self.decoders = decoders
         self.heads = heads
         """Heads by target."""
-        self.image_heads = image_heads or nn.ModuleDict()
+        self.image_heads = image_heads
         """Heads by their name in the recipe."""
-        self.states = states or nn.ModuleDict()
+        self.states = states
         """Memories of these heads, by `HeadTarget.memory_name`."""
         self.weights = weights
         self.pixel_norm = PixelNorm(mean, std)

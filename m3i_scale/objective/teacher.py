@@ -137,7 +137,8 @@ def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
         if kept:
             raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
         options = {"interpolate_pos_encoding": True} if teacher.interpolates else {}
-        grid = teacher.grid_of(torch.empty(image_size, image_size, device="meta"))
+        side = image_size // teacher.student.patch_size
+        grid = side, side
         pixels_BCHW = torch.randn(1, 3, *teacher.size_for(grid))
         try:
             one, two = (model(pixel_values=pixels_BCHW, **options).last_hidden_state for _ in range(2))
