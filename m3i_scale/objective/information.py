@@ -28,6 +28,7 @@ from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
 
@@ -124,7 +125,8 @@ class Objective(nn.Module):
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once per view, for all inputs
         losses = []
         grid = self.student.grid_of(context.batch.images_VBCHW)
-        for target in self.recipe.targets:
+        for described in self.recipe.targets:
+            target = settled(described, self.progress)
             given = self.target_modules(target, grid)
             by_input = [
                 target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
@@ -150,7 +152,7 @@ class Objective(nn.Module):
                 matrices = [matrix_DD for one in moments for matrix_DD in (one.covariance_DD, one.error_DD)]
                 self.host_figures.add(information, *matrices)
         present_K = torch.stack([context.counts[target.name] for target in self.recipe.targets]) > 0
-        self.weights.set_progress(context.progress)
+        self.weights.set_progress(self.progress)
         total, factors_K = self.weights(torch.stack(losses), present_K)
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
@@ -237,7 +239,6 @@ class Objective(nn.Module):
                 whole,
                 encoded_views,
                 counts,
-                progress=self.progress,
                 measures=self.measure_health,
                 layers=layers,
             )

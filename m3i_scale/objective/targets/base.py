@@ -102,8 +102,6 @@ class Context:
     """Views encoded by the EMA teacher or a frozen teacher, by (`encoder_key` of the target, view)."""
     counts: dict[str, Tensor]
     """Number of samples over all ranks that have the target, by target: fp32."""
-    progress: float = 0.0
-    """Fraction of the training that is done, for schedules."""
     measures: bool = False
     """Whether this step is logged: estimating the information needs an eigenvalue decomposition."""
     text: PairTargets | None = None
@@ -252,7 +250,7 @@ class Target(Kind):
 
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the target from one input."""
+        """Return this rank's share of −log P̂ of the target from one input. Schedules are numbers by now."""
         raise NotImplementedError
 
     # -------------------------------------------------------------------- validation and description

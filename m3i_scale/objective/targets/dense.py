@@ -20,7 +20,6 @@ from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.estimate import gaussian_moments
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
-from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
 from m3i_scale.objective.targets.patches import PatchTarget, PredictedPatches
 
@@ -148,8 +147,7 @@ class DenseNegatives(PatchTarget, HeadTarget):
             index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if self.finds_places else query_BQ
             matched_BQE = gather_tokens(keys_BNE, index_BQ)
         rows_NE, keys_NE = prediction_BQE.flatten(0, 1), matched_BQE.flatten(0, 1)
-        p = settled(self.distribution, context.progress)
-        loss = self.regularizer.loss(p, rows_NE, keys_NE, given.memory, given.ranks)
+        loss = self.regularizer.loss(self.distribution, rows_NE, keys_NE, given.memory, given.ranks)
         loss.remember, loss.watched = unit(keys_BNE.float().mean(dim=1)), {"z": keys_BNE}
         return loss
 

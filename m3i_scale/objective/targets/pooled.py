@@ -15,7 +15,6 @@ from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.estimate import gaussian_moments
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.pooled import KoLeo, PooledRegularizer
-from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Sizes, Target, TargetModules
 
 
@@ -31,8 +30,7 @@ class Pooled(HeadTarget):
         """Return this rank's share of −log P̂ of the view's vector."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
-        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
-        loss = regularizer.loss(p, prediction_BE, target_BE, given.memory, given.ranks)
+        loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, given.memory, given.ranks)
         if loss.nats is None and context.measures:
             with torch.no_grad():
                 predicted_BE = self.regularizer.compared(prediction_BE, given.ranks)

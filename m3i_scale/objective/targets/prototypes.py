@@ -17,7 +17,7 @@ from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann, ass
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
 from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer, Sinkhorn, sinkhorn
-from m3i_scale.objective.schedule import number, settled
+from m3i_scale.objective.schedule import number
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
 from m3i_scale.objective.targets.patches import PatchTarget
 from m3i_scale.objective.targets.pooled import pooled_target
@@ -46,32 +46,23 @@ class Prototypes(HeadTarget):
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the view's distribution over prototypes."""
         if self.name not in context.assigned:
-            context.assigned[self.name] = self._assign(given, context, pooled_target(self, given, context))
+            context.assigned[self.name] = self._assign(given, pooled_target(self, given, context))
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
-        return self._loss(given, context, prediction_BE, *context.assigned[self.name])
+        return self._loss(given, prediction_BE, *context.assigned[self.name])
 
     def _assign(
-        self, given: TargetModules, context: Context, target_NE: Tensor, share_N: Tensor | None = None
+        self, given: TargetModules, target_NE: Tensor, share_N: Tensor | None = None
     ) -> tuple[Assigned, Tensor | None]:
-        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         with torch.no_grad():
             head = given.momentum.heads[self.head] if self.averages_prototypes else given.head
             target_NK = head.prototypes(target_NE)
-            probabilities_NK = regularizer.assign(p, target_NK, given.memory, given.ranks, share_N)
-            remember = regularizer.remembered(target_NK, given.memory, given.ranks, share_N)
+            probabilities_NK = self.regularizer.assign(self.distribution, target_NK, given.memory, given.ranks, share_N)
+            remember = self.regularizer.remembered(target_NK, given.memory, given.ranks, share_N)
             return assigned(probabilities_NK, given.ranks, share_N), remember
 
-    def _loss(
-        self,
-        given: TargetModules,
-        context: Context,
-        prediction_NE: Tensor,
-        target: Assigned,
-        remember: Tensor | None,
-    ) -> Loss:
-        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
-        logits_NK = given.head.prototypes(prediction_NE) / number(p.temperature)
-        loss = regularizer.loss(p, logits_NK, target, given.ranks)
+    def _loss(self, given: TargetModules, prediction_NE: Tensor, target: Assigned, remember: Tensor | None) -> Loss:
+        logits_NK = given.head.prototypes(prediction_NE) / number(self.distribution.temperature)
+        loss = self.regularizer.loss(self.distribution, logits_NK, target, given.ranks)
         loss.remember = remember
         return loss
 
@@ -114,9 +105,9 @@ class DensePrototypes(PatchTarget, Prototypes):
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
         with torch.no_grad():
             wanted_BQE = given.momentum.heads[self.head](gather_tokens(tokens_BND, query_BQ), predict=False)
-        target, remember = self._assign(given, context, wanted_BQE.flatten(0, 1), share_N)
+        target, remember = self._assign(given, wanted_BQE.flatten(0, 1), share_N)
         prediction_BQE = given.head(decoded_BQD, predict=True)
-        return self._loss(given, context, prediction_BQE.flatten(0, 1), target, remember)
+        return self._loss(given, prediction_BQE.flatten(0, 1), target, remember)
 
 
 class Clusters(PatchTarget):
@@ -149,25 +140,23 @@ class Clusters(PatchTarget):
         if self.name not in context.clusters:
             context.clusters[self.name] = self._assign(given, context)
         assigned_BNK, clustering = context.clusters[self.name]
-        p = settled(self.distribution, context.progress)
-        logits_NK = given.head.prototypes(decoded_BQD).flatten(0, 1) / number(p.temperature)
+        logits_NK = given.head.prototypes(decoded_BQD).flatten(0, 1) / number(self.distribution.temperature)
         wanted_NK = gather_tokens(assigned_BNK, query_BQ).flatten(0, 1)
-        value, nats = p.over_prototypes(logits_NK, assigned(wanted_NK, given.ranks))
+        value, nats = self.distribution.over_prototypes(logits_NK, assigned(wanted_NK, given.ranks))
         terms = {"prediction": value, "clustering": clustering}
         return Loss(value + clustering, nats, watched={"assignment": wanted_NK}, terms=terms)
 
     def _assign(self, given: TargetModules, context: Context) -> tuple[Tensor, Tensor]:
         """Return the assignments of all patches of the view, (B, N, K), and the clustering loss: the cross-entropy of
         the clusters' logits with these assignments."""
-        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
         logits_BNK = given.head.clusters(context.encoded_views[self.encoder_key, self.view][1])
         with torch.no_grad():
-            scaled_NBK = logits_BNK.transpose(0, 1) / number(regularizer.target_temperature)
+            scaled_NBK = logits_BNK.transpose(0, 1) / number(self.regularizer.target_temperature)
             # Clusters have any norm, so exp would overflow. A common factor per column cancels.
             scaled_NBK = scaled_NBK - given.ranks.max(scaled_NBK.amax(dim=1, keepdim=True))
             shares_NBK = (scaled_NBK + _LARGEST_EXPONENT).exp()
-            assigned_BNK = sinkhorn(shares_NBK, regularizer.iterations, given.ranks).transpose(0, 1)
-        log_softmax_BNK = F.log_softmax(logits_BNK / number(p.temperature), dim=-1)
+            assigned_BNK = sinkhorn(shares_NBK, self.regularizer.iterations, given.ranks).transpose(0, 1)
+        log_softmax_BNK = F.log_softmax(logits_BNK / number(self.distribution.temperature), dim=-1)
         return assigned_BNK, -(assigned_BNK * log_softmax_BNK).sum(dim=-1).mean()
 
     def _faults(self, parts: Parts) -> Iterator[str]:
