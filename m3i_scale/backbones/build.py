@@ -18,10 +18,9 @@ from m3i_scale.backbones.families import (
     VisionConfig,
     family_of,
     preset_config,
-    token_family,
 )
 from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
-from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
+from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
 from m3i_scale.backbones.maps import MapBackbone
 from m3i_scale.backbones.sources import Source, find_source
 from m3i_scale.backbones.tokens import TokenBackbone
@@ -130,9 +129,7 @@ def build_backbone(config: VisionConfig) -> Backbone:
 
 def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """Return the class of the exported model, and its constructor's other arguments."""
-    if isinstance(config, InternImageConfig):
-        return InternImageModel, {}
-    family = token_family(config)
+    family = family_of(config)
     return family.model_class, family.options
 
 

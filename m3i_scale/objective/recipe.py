@@ -274,13 +274,10 @@ def meaning(values: Any) -> Any:
     teachers. An invalid recipe is returned unchanged."""
     if not isinstance(values, dict):
         return values
-    stand_in = {"teachers": {"teacher": {"from_pretrained": ""}}}  # for checkpoints that do not name their teacher
-    for teachers in ({}, stand_in):
-        try:
-            return parse_recipe({**values, **teachers}).model_dump(mode="json", exclude={"teachers"})
-        except ConfigError:
-            continue
-    return values
+    try:
+        return parse_recipe(values).model_dump(mode="json", exclude={"teachers"})
+    except ConfigError:
+        return values
 
 
 def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imports: bool = False) -> Recipe:

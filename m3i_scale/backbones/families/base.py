@@ -24,6 +24,10 @@ class Family(ABC):
     """Backbones of one configuration class."""
 
     config_class: ClassVar[Any]
+    model_class: ClassVar[type[PreTrainedModel]]
+    """Class of the exported model."""
+    options: ClassVar[dict[str, Any]] = {}
+    """Constructor arguments that disable the pooling layer, which would not be trained."""
     name: ClassVar[str]
     first_preset: ClassVar[str]
     """Preset of sections without paths."""
@@ -56,9 +60,6 @@ class Family(ABC):
 class TokenFamily(Family):
     """Plain vision Transformers with the sequence [prefix | patches]."""
 
-    model_class: ClassVar[type[PreTrainedModel]]
-    options: ClassVar[dict[str, Any]] = {}
-    """Constructor arguments that disable the pooling layer, which would not be trained."""
     parts: ClassVar[dict[str, str]]
     """Name of every part in `transformers`; `{}` is the number of the layer."""
     mlp_field: ClassVar[str] = "intermediate_size"
