@@ -100,8 +100,9 @@ def test_the_gradients_of_a_convolution_cost_what_it_does_whatever_its_groups(ki
 
 
 def test_a_preset_that_is_none() -> None:
-    with pytest.raises(ConfigError, match="no backbone 'vit-b/61'"):
+    with pytest.raises(ConfigError) as caught:
         describe_presets(["vit-b/61"])
+    assert "'vit-b/61'" in caught.value.what
 
 
 def test_the_command(forks: Forks) -> None:
