@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ class LoadPlan:
     takes: list[Take]
     report: dict[str, Any]
     where: str
-    antialias: bool = True
-    class_row: bool = True
-    """As in `Source`."""
+    source: Source
 
     @property
     def names(self) -> list[str]:
@@ -71,11 +69,10 @@ class LoadPlan:
                             why="a quantised weight means nothing without its scale",
                             fix="start from the weights before they were quantised",
                         )
-                    yield (
-                        fit_positions(value, take.shape, antialias=self.antialias, class_row=self.class_row)
-                        if take.resized
-                        else value.reshape(take.shape)
-                    )
+                    if take.resized:
+                        antialias, class_row = self.source.antialias, self.source.class_row
+                        value = fit_positions(value, take.shape, antialias=antialias, class_row=class_row)
+                    yield value.reshape(take.shape)
 
 
 def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bool) -> Tensor:
@@ -103,8 +100,8 @@ class Matching:
     """Matches between tensors of files and parameters."""
 
     wanted: dict[str, Shape]
-    positions: str | None = None
-    class_row: bool = True
+    positions: str | None
+    class_row: bool
     takes: dict[str, Take] = field(default_factory=dict)
     renamed: dict[str, list[str]] = field(default_factory=dict)
     resized: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,7 +134,7 @@ class Matching:
             self.takes[take.name] = take
         elif take.name == self.positions and shape[-1] == take.shape[-1]:
             square_side(shape[-2] - self.class_row, take.tensor, "its table of positions")
-            self.takes[take.name] = Take(**{**vars(take), "resized": True})
+            self.takes[take.name] = replace(take, resized=True)
             self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
         else:
             self.misshapen.append(f"{take.tensor} {shape}, and the model's {take.name} is {take.shape}")
@@ -172,8 +169,8 @@ def plan_model(
     The parameter `positions` may be resized, and `fresh` parameters may be missing. Without `all_placed`, unmatched
     tensors are allowed.
     """
-    match = Matching({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, positions)
-    match.class_row = source.class_row
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    match = Matching(wanted, positions, source.class_row)
     place = source.place(model)
     files = source_files(source, where)
     for name, (path, shape) in read_headers(files, where).items():
@@ -206,7 +203,7 @@ def plan_model(
         "normalisation": dict(source.normalisation),
         "image_size": None if positions is None else source.config.image_size,
     }
-    return LoadPlan(takes, report, where, source.antialias, source.class_row)
+    return LoadPlan(takes, report, where, source)
 
 
 def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> None:

@@ -189,8 +189,8 @@ class FrozenTeacher(Teacher):
         before = (one.shape[1] if one.ndim == 3 else 0) - patches
         if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
             raise ConfigError(
-                f"the teacher's output for {patches} patches must be one token per patch after a class token, got shape "
-                f"{tuple(one.shape)}",
+                f"the teacher's output for {patches} patches must be one token per patch after a class token, got "
+                f"shape {tuple(one.shape)}",
                 where=where,
                 fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
             )

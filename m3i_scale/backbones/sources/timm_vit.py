@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -35,8 +34,6 @@ _LEFT_OUT = (
     (r"mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
     (r"lm_head\.", "head of its pre-training"),
 )
-_POST_NORM = {(1792, 64): "EVA-02-E"}
-"""Published post-norm models by (width, depth)."""
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
 _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
@@ -58,7 +55,6 @@ def timm_source(
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise refusal(given, "it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
-    _check_pre_norm(given, prefix, shapes)
     config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
     ours = token_family(config).parts
     return Source(
@@ -71,18 +67,6 @@ def timm_source(
         zeros=zeros,
         class_row=token_family(config).has_class_token and (facts is None or facts.class_row is not False),
     )
-
-
-def _check_pre_norm(given: str, prefix: str, shapes: Shapes) -> None:
-    """Reject post-norm models. They have the names and shapes of pre-norm ones, so only the size identifies them."""
-    width = shapes.get(f"{prefix}cls_token", (0,))[-1]
-    depth = sum(re.fullmatch(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)
-    if (width, depth) in _POST_NORM:
-        raise refusal(
-            given,
-            f"{depth} layers of width {width} are {_POST_NORM[width, depth]}: its norms stand behind attention and MLP",
-            "those of the stock models stand in front, and no shape differs",
-        )
 
 
 def _names(prefix: str, shapes: Shapes) -> NameMap:
