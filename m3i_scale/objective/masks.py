@@ -48,7 +48,6 @@ class Mask(Kind):
             stream: stream of random numbers. It differs per input, so that masks are independent. A mask may also use
                 the next 15 streams.
         """
-        raise NotImplementedError
 
 
 class RandomMask(Mask):

@@ -47,7 +47,6 @@ class PooledRegularizer(Regularizer):
             target_BE: z_y, with gradient if the student encodes it and `trains_target` is set.
             memory: result of `memory`, shared by all targets of the head.
         """
-        raise NotImplementedError
 
     def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
         """Return prediction or target as P̂ compares it, for estimating the information of a density."""

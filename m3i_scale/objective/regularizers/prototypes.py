@@ -54,7 +54,6 @@ class PrototypeRegularizer(Regularizer):
             memory: result of `memory`, shared by all targets of the head.
             share_N: weight of every row.
         """
-        raise NotImplementedError
 
     def remembered(
         self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None

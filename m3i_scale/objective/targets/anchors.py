@@ -35,7 +35,6 @@ class ShownPatches(ImageTarget):
     @abstractmethod
     def compared(self, tokens_BLD: Tensor) -> Tensor:
         """Return the compared quantity of the patches: fp32 (B, L, …)."""
-        raise NotImplementedError
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the input's visible patches."""

@@ -251,7 +251,6 @@ class Target(Kind):
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the target from one input. Schedules are numbers by now."""
-        raise NotImplementedError
 
     # -------------------------------------------------------------------- validation and description
 
