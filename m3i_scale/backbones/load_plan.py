@@ -209,18 +209,18 @@ def plan_model(
 def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> None:
     shaped = {line.rpartition("model's ")[2].partition(" is ")[0] for line in match.misshapen}
     missing = [name for name in missing if name not in shaped]
-    faults = {
+    problems = {
         "are missing": [f"{name} {match.wanted[name]}" for name in missing],
         "have another shape": match.misshapen,
         "find no place": match.no_place,
         "want the same place": match.twice,
     }
-    told = [
-        f"{len(found)} weights of '{source.given}' {what}, e.g. {found[0]}" for what, found in faults.items() if found
+    errors = [
+        f"{len(names)} weights of '{source.given}' {what}, e.g. {names[0]}" for what, names in problems.items() if names
     ]
-    if told:
+    if errors:
         raise ConfigError(
-            "; ".join(told),
+            "; ".join(errors),
             where=where,
             why="a backbone that starts with some weights of its own is not the one that was trained",
             fix="give the configuration and the weights of one model; `backbone.config` need not say its depth, widths "
