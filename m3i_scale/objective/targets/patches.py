@@ -17,7 +17,6 @@ from m3i_scale.objective.positions import relative_position
 from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, TargetModules
 
 PredictedPatches = Literal["masked", "blocks", "all"]
-"""Predicted patches: those that the input masks; those of its target blocks, one block at a time; or all."""
 
 
 class PatchTarget(ImageTarget):
@@ -27,6 +26,7 @@ class PatchTarget(ImageTarget):
     weighs_patches: ClassVar[bool] = False
     """Whether the loss supports a number of masked patches that differs between samples."""
     tokens: PredictedPatches
+    """Predicted patches: those that the input masks; those of its target blocks, one block at a time; or all."""
 
     @property
     def finds_places(self) -> bool:

@@ -120,7 +120,6 @@ class Clusters(PatchTarget):
     kind: ClassVar[str] = "clusters"
     representation: ClassVar[str] = "dense clusters"
     tokens: Literal["masked", "all"]
-    """Predicted patches: those that the input masks, or all."""
     clusters: int = Field(default=16384, ge=2, le=MAX_CANDIDATES)
     """Number K of clusters."""
     encoder: Literal["ema"] = "ema"
