@@ -112,12 +112,8 @@ def square_side(count: int, given: str, what: str) -> int:
     return side
 
 
-def numbers(values: Any) -> list[float] | None:
-    """Return three numbers from a configuration, or None if they are missing."""
-    return [float(value) for value in values] if isinstance(values, list | tuple) and len(values) == 3 else None
-
-
 def normalisation(mean: Any, std: Any) -> dict[str, list[float]]:
-    """Return mean and standard deviation as fields, or no fields if either is missing."""
-    pair = numbers(mean), numbers(std)
-    return {"mean": pair[0], "std": pair[1]} if pair[0] and pair[1] else {}
+    """Return mean and standard deviation as fields, or no fields unless both have three numbers."""
+    if not all(isinstance(values, list | tuple) and len(values) == 3 for values in (mean, std)):
+        return {}
+    return {"mean": [float(value) for value in mean], "std": [float(value) for value in std]}
