@@ -133,7 +133,13 @@ class Matching:
         if fits and _squeezed(share) == _squeezed(take.shape):
             self.takes[take.name] = take
         elif take.name == self.positions and shape[-1] == take.shape[-1]:
-            square_side(shape[-2] - self.class_row, take.tensor, "its table of positions")
+            places = shape[-2] - self.class_row
+            if square_side(places) is None:
+                raise ConfigError(
+                    f"the table of positions '{take.tensor}' has {places} places",
+                    where="backbone.from_pretrained",
+                    why="a backbone's grid is square",
+                )
             self.takes[take.name] = replace(take, resized=True)
             self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
         else:

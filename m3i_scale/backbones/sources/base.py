@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -99,17 +98,18 @@ def _spelt(part: str, number: str, ours: Mapping[str, str], suffix: str) -> str 
     return None if stem not in ours else ours[stem].format(number) + dot + rest + suffix
 
 
-def refusal(given: str, what: str, why: str, fix: str | None = None) -> ConfigError:
-    """Return the error for a source that no backbone here matches exactly."""
-    return ConfigError(f"cannot start from '{given}': {what}", where="backbone.from_pretrained", why=why, fix=fix)
+class MismatchError(Exception):
+    """No backbone here matches a source exactly: what differs, and why it matters. `find_source` names the source."""
+
+    def __init__(self, what: str, why: str, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.why, self.fix = what, why, fix
 
 
-def square_side(count: int, given: str, what: str) -> int:
-    """Return the side length of a square grid of `count` positions."""
+def square_side(count: int) -> int | None:
+    """Return the side length of a square grid of `count` positions, or None if there is none."""
     side = math.isqrt(max(count, 0))
-    if side < 1 or side * side != count:
-        raise refusal(given, f"{what} has {count} places", "a backbone's grid is square")
-    return side
+    return side if side >= 1 and side * side == count else None
 
 
 def normalisation(mean: Any, std: Any) -> dict[str, list[float]]:
