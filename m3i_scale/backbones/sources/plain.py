@@ -159,10 +159,10 @@ def _grid_side(parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
             ' timm what it is: {"architecture": "deit3_base_patch16_224"}',
         )
     places = rows - ("class" in parts and facts.class_row is not False)
-    side = square_side(places)
-    if side is None:
+    grid_side = square_side(places)
+    if grid_side is None:
         raise MismatchError(f"its table of positions has {places} places", "a backbone's grid is square")
-    return side
+    return grid_side
 
 
 def _heads(width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> int:
