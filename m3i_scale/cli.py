@@ -83,7 +83,6 @@ def show_recipe(
     as_json: Json = False,
 ) -> None:
     """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
-    from m3i_scale.objective.describe import describe
     from m3i_scale.report.recipe_graph import graph_of, read_recipe
     from m3i_scale.report.recipe_mermaid import write_mermaid
     from m3i_scale.report.recipe_table import RecipeTable
@@ -92,9 +91,9 @@ def show_recipe(
     if output is not None:
         write_mermaid(graph_of(recipe), output)
     if as_json or context.obj:
-        print_json(describe(recipe))
+        print_json(recipe.summary())
     else:
-        wide_console().print(RecipeTable([describe(recipe)]))
+        wide_console().print(RecipeTable([recipe.summary()]))
         if output is not None:
             wide_console().print(f"flowchart: {output}", markup=False, highlight=False)
 

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent / "fake_cuda"))
 from preloaded import run_preloaded
 from triton_library import install
 
-from m3i_scale.backbones.presets import FAMILIES, preset_config
+from m3i_scale.backbones.families import FAMILIES, preset_config
 
 pytestmark = [
     pytest.mark.slow,

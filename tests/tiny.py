@@ -27,9 +27,8 @@ from m3i_scale.data.batch import Batch, no_masks, no_objects
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
-from m3i_scale.objective.encoders import FrozenStart
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.teacher import teacher_plan
+from m3i_scale.objective.teacher import FrozenStart
 
 SMALL_BUCKETS = {
     "reduce_bucket_size": 4_096,
@@ -176,7 +175,7 @@ def first_weights(objective: Objective, seed: int) -> None:
     """Those that a run would start from."""
     initialize_sharded(objective, initialize_module, seed=seed, skip=("momentum.", "teachers."))
     for teacher in objective.teachers.values():
-        plan = teacher_plan(teacher)
+        plan = teacher.plan()
         values = dict(zip(plan.names, plan.tensors(), strict=True))
         filled = [teacher.get_submodule(teacher.prefix.rstrip("."))]
         filled += [objective.student.model] if isinstance(teacher, FrozenStart) else []

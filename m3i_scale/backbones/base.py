@@ -78,8 +78,7 @@ class Backbone(nn.Module, ABC):
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Return the rows and columns of patch tokens of these images, (…, H, W)."""
-        height, width = images.shape[-2:]
-        return height // self.patch_size, width // self.patch_size
+        return patch_grid(images, self.patch_size)
 
     @property
     def cell(self) -> int:
@@ -155,6 +154,12 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
         """Return the last hidden state of `model`, computed as the objective does."""
+
+
+def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """Return the rows and columns of patches of these images, (…, H, W)."""
+    height, width = images.shape[-2:]
+    return height // patch_size, width // patch_size
 
 
 def gather_tokens(tokens_BND: Tensor, index_BL: Tensor) -> Tensor:

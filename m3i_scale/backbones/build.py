@@ -10,11 +10,18 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTConfig
 from transformers.activations import ACT2FN
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, token_family
+from m3i_scale.backbones.families import (
+    DEFAULT_PRESET,
+    FAMILIES,
+    PRESETS,
+    TokenFamily,
+    VisionConfig,
+    family_of,
+    preset_config,
+)
 from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
-from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig, InternImageModel
+from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
 from m3i_scale.backbones.maps import MapBackbone
-from m3i_scale.backbones.presets import DEFAULT_PRESET, PRESETS, preset_config
 from m3i_scale.backbones.sources import Source, find_source
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
@@ -122,9 +129,7 @@ def build_backbone(config: VisionConfig) -> Backbone:
 
 def vision_class(config: VisionConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """Return the class of the exported model, and its constructor's other arguments."""
-    if isinstance(config, InternImageConfig):
-        return InternImageModel, {}
-    family = token_family(config)
+    family = family_of(config)
     return family.model_class, family.options
 
 
@@ -148,8 +153,3 @@ def stored_section(values: dict[str, Any]) -> dict[str, Any]:
     section = portable_section(family.config_class(**fields))
     training = {key: value for key, value in fields.items() if key in family.training_fields}
     return {"preset": section["preset"], "config": training | section["config"]}
-
-
-def starts_fresh(source: Source, name: str) -> bool:
-    """Return whether a source may lack a weight: those of the fusion head, if its config does not describe one."""
-    return name.startswith("dcnv3_head_") and "fusion_width" in source.assumed

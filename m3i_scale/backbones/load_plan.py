@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from m3i_scale.backbones.build import starts_fresh, vision_class
+from m3i_scale.backbones.build import vision_class
 from m3i_scale.backbones.families import VisionConfig, family_of
 from m3i_scale.backbones.sources import Source, source_files
-from m3i_scale.backbones.sources.base import Placement, square_side
+from m3i_scale.backbones.sources.base import Placement, Unused, square_side
 from m3i_scale.backbones.sources.files import open_weights, read_headers
-from m3i_scale.backbones.sources.names import Unused
 from m3i_scale.errors import ConfigError
 
 Shape = tuple[int, ...]
@@ -46,9 +45,7 @@ class LoadPlan:
     takes: list[Take]
     report: dict[str, Any]
     where: str
-    antialias: bool = True
-    class_row: bool = True
-    """As in `Source`."""
+    source: Source
 
     @property
     def names(self) -> list[str]:
@@ -72,11 +69,10 @@ class LoadPlan:
                             why="a quantised weight means nothing without its scale",
                             fix="start from the weights before they were quantised",
                         )
-                    yield (
-                        fit_positions(value, take.shape, antialias=self.antialias, class_row=self.class_row)
-                        if take.resized
-                        else value.reshape(take.shape)
-                    )
+                    if take.resized:
+                        antialias, class_row = self.source.antialias, self.source.class_row
+                        value = fit_positions(value, take.shape, antialias=antialias, class_row=class_row)
+                    yield value.reshape(take.shape)
 
 
 def fit_positions(table: Tensor, shape: Shape, *, antialias: bool, class_row: bool) -> Tensor:
@@ -104,8 +100,8 @@ class Matching:
     """Matches between tensors of files and parameters."""
 
     wanted: dict[str, Shape]
-    positions: str | None = None
-    class_row: bool = True
+    positions: str | None
+    class_row: bool
     takes: dict[str, Take] = field(default_factory=dict)
     renamed: dict[str, list[str]] = field(default_factory=dict)
     resized: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,8 +133,14 @@ class Matching:
         if fits and _squeezed(share) == _squeezed(take.shape):
             self.takes[take.name] = take
         elif take.name == self.positions and shape[-1] == take.shape[-1]:
-            square_side(shape[-2] - self.class_row, take.tensor, "its table of positions")
-            self.takes[take.name] = Take(**{**vars(take), "resized": True})
+            places = shape[-2] - self.class_row
+            if square_side(places) is None:
+                raise ConfigError(
+                    f"the table of positions '{take.tensor}' has {places} places",
+                    where="backbone.from_pretrained",
+                    why="a backbone's grid is square",
+                )
+            self.takes[take.name] = replace(take, resized=True)
             self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
         else:
             self.misshapen.append(f"{take.tensor} {shape}, and the model's {take.name} is {take.shape}")
@@ -153,7 +155,9 @@ def plan_load(source: Source, config: VisionConfig, where: str = "backbone.from_
     kind, options = vision_class(config)
     with torch.device("meta"):
         model = kind(config, **options)
-    fresh = [name for name, _ in model.named_parameters() if starts_fresh(source, name)]
+    fresh: list[str] = []
+    if "fusion_width" in source.assumed:  # the fusion head, which no config of the source describes
+        fresh = [name for name, _ in model.named_parameters() if name.startswith("dcnv3_head_")]
     return plan_model(source, model, where, positions=family_of(config).positions, fresh=fresh)
 
 
@@ -171,8 +175,8 @@ def plan_model(
     The parameter `positions` may be resized, and `fresh` parameters may be missing. Without `all_placed`, unmatched
     tensors are allowed.
     """
-    match = Matching({name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, positions)
-    match.class_row = source.class_row
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    match = Matching(wanted, positions, source.class_row)
     place = source.place(model)
     files = source_files(source, where)
     for name, (path, shape) in read_headers(files, where).items():
@@ -205,24 +209,24 @@ def plan_model(
         "normalisation": dict(source.normalisation),
         "image_size": None if positions is None else source.config.image_size,
     }
-    return LoadPlan(takes, report, where, source.antialias, source.class_row)
+    return LoadPlan(takes, report, where, source)
 
 
 def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> None:
     shaped = {line.rpartition("model's ")[2].partition(" is ")[0] for line in match.misshapen}
     missing = [name for name in missing if name not in shaped]
-    faults = {
+    problems = {
         "are missing": [f"{name} {match.wanted[name]}" for name in missing],
         "have another shape": match.misshapen,
         "find no place": match.no_place,
         "want the same place": match.twice,
     }
-    told = [
-        f"{len(found)} weights of '{source.given}' {what}, e.g. {found[0]}" for what, found in faults.items() if found
+    errors = [
+        f"{len(names)} weights of '{source.given}' {what}, e.g. {names[0]}" for what, names in problems.items() if names
     ]
-    if told:
+    if errors:
         raise ConfigError(
-            "; ".join(told),
+            "; ".join(errors),
             where=where,
             why="a backbone that starts with some weights of its own is not the one that was trained",
             fix="give the configuration and the weights of one model; `backbone.config` need not say its depth, widths "

@@ -12,7 +12,6 @@ from m3i_scale import __version__
 from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.backbones.families import family_of
 from m3i_scale.export.source import Source
-from m3i_scale.objective.describe import describe
 from m3i_scale.text import estimates
 
 _TAKEN_OVER = (
@@ -99,7 +98,7 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         text=source.recipe.uses_text_tower and provenance["task"] == "features" and provenance["format"] != "timm",
         max_tokens=source.run.text.max_tokens,
         vocab_size=source.vocab_size,
-        recipe=describe(source.recipe),
+        recipe=source.recipe.summary(),
         optim=source.run.optim.model_dump(mode="json"),
         supervision=list(_supervision(source, provenance)),
         curve=_table(provenance["curve"]),

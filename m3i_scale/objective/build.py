@@ -17,7 +17,7 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import width_of
-from m3i_scale.objective.encoders import EmaTeacher, Projector, Teacher, TextTower, text_config
+from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
 from m3i_scale.objective.information import Objective
@@ -25,7 +25,7 @@ from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Sizes
-from m3i_scale.objective.teacher import build_teacher
+from m3i_scale.objective.teacher import Teacher, build_teacher
 
 
 def build_objective(
@@ -86,7 +86,7 @@ def build_objective(
         ranks=ranks,
         weights=recipe.balance.module(weights, **dict(recipe.balance)) if target_encoders else GroupWeights(weights),
         image_heads=_image_heads(recipe, decoders, ranks),
-        states=_memories(recipe) if target_encoders else None,
+        states=_memories(recipe) if target_encoders else nn.ModuleDict(),
         projector=projector,
         ema_teacher=ema_teacher,
         teachers=teachers,

@@ -24,6 +24,9 @@ class TransformerDecoder(nn.Module):
     """A Transformer over [class token | visible tokens | mask tokens]; the mask tokens become the prediction. Position
     embeddings of visible and target patches are relative to the input view (paper), or on a fixed grid (MAE)."""
 
+    partial_layers: ClassVar[slice] = slice(-1, None)
+    """Layers of which `_run` calls the parts."""
+
     def __init__(
         self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
     ) -> None:
@@ -40,9 +43,9 @@ class TransformerDecoder(nn.Module):
             attn_implementation=kernel,
         )
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(depth)])
-        last: Any
-        for last in self.layers[-1:]:
-            last.called_in_parts = True  # runs without activation checkpointing
+        layer: Any
+        for layer in self.layers[self.partial_layers]:
+            layer.called_in_parts = True  # runs without activation checkpointing
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def reset_parameters(self) -> None:
@@ -95,13 +98,7 @@ class CrossAttentionDecoder(TransformerDecoder):
     """A decoder with cross-attention of mask tokens to class token and visible tokens in every layer (CAPI). Mask
     tokens do not attend to each other, so the prediction of a patch does not depend on the other queries."""
 
-    def __init__(
-        self, input_width: int, width: int, depth: int, heads: int, position: str, kernel: str = "sdpa"
-    ) -> None:
-        super().__init__(input_width, width, depth, heads, position, kernel)
-        layer: Any
-        for layer in self.layers:
-            layer.called_in_parts = True  # runs without activation checkpointing
+    partial_layers = slice(None)
 
     def _run(self, sequence_BSD: Tensor, count: int) -> Tensor:
         context_BLD, tokens_BQD = sequence_BSD[:, :-count], sequence_BSD[:, -count:]

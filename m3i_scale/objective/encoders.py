@@ -1,29 +1,24 @@
-"""f_φ: target encoders (the text tower, the EMA teacher, a frozen teacher)."""
+"""f_φ: trained target encoders (the text tower, the EMA teacher), and the sections of a recipe for them."""
 
 from __future__ import annotations
 
-import inspect
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 from transformers.initialization import no_init_weights
 from typing_extensions import Self
 
 from m3i_scale.backbones.attention import attend, split_heads
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.backbones.build import set_field
-from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.families.base import check_counts
-from m3i_scale.backbones.families.dinov3 import keep_frequencies
-from m3i_scale.config import BackboneConfig, FixableError, Section
+from m3i_scale.config import FixableError, Section
 from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.objective.inputs import PixelNorm
 
 
 class EmaSpec(Section):
@@ -188,107 +183,3 @@ class EmaTeacher(nn.Module):
         if self.kept:
             return self.backbone.encode_maps(images_BCHW, self.kept)
         return self.backbone.encode_whole(images_BCHW), []
-
-
-class Teacher(nn.Module, ABC):
-    """An encoder of full images with frozen weights."""
-
-    prefix: ClassVar[str]
-    """Name prefix of the parameters that are loaded from its files."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """Return D, the channels of a token."""
-
-    @abstractmethod
-    def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D)."""
-
-
-class FrozenStart(Teacher):
-    """The initial backbone as a frozen teacher; it uses the student's normalization."""
-
-    prefix = "backbone.model."
-
-    def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
-        super().__init__()
-        self.spec = spec
-        self.backbone, self.pixel_norm = backbone, pixel_norm
-        self.requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        return self.backbone.width
-
-    @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as class token (B, 1, D), or mean token if there is none, and patch tokens (B, N, D)."""
-        self.backbone.eval()
-        return self.backbone.encode_whole(self.pixel_norm(images_BCHW))
-
-
-class FrozenTeacher(Teacher):
-    """A frozen `transformers` vision model with patch tokens, run on the student's patch grid."""
-
-    prefix = "model."
-
-    def __init__(
-        self,
-        source: str,
-        where: str,
-        config: Any,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        student: VisionConfig,
-    ) -> None:
-        super().__init__()
-        self.source, self.where = source, where
-        """Folder or Hub id, and the config key that names it."""
-        with no_init_weights():
-            self.model = AutoModel.from_config(config, trust_remote_code=False)
-        self.pixel_norm, self.student = PixelNorm(mean, std), student
-        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
-        self.requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Return the rows and columns of the student's patches of these images, (…, H, W)."""
-        height, width = images.shape[-2:]
-        return height // self.student.patch_size, width // self.student.patch_size
-
-    def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Return the image height and width for a grid of this model's patches."""
-        patch = int(self.model.config.patch_size)
-        return grid[0] * patch, grid[1] * patch
-
-    @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D).
-
-        The image feature is the pooled output of the model: CLIP's class token after `post_layernorm`, or the attention
-        pool of SigLIP and AIMv2. RADIO's adaptors of these teachers predict the same feature. Without a pooled output,
-        it is the class token, or else the mean patch token. A ViT also uses the class token: most published weights
-        lack its tanh pooler.
-
-        Images are resized if the patch size differs from the student's, and normalized as in the model's training.
-        """
-        self.model.eval()
-        keep_frequencies(getattr(self.model, "rope_embeddings", None))
-        first = next(self.model.parameters())
-        grid = self.grid_of(images_BCHW)
-        if images_BCHW.shape[-2:] != (size := self.size_for(grid)):
-            images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bilinear", antialias=True)
-        pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)
-        options = {"interpolate_pos_encoding": True} if self.interpolates else {}
-        output = self.model(pixel_values=pixels_BCHW, **options)
-        hidden_BSD = output.last_hidden_state
-        tokens_BND = hidden_BSD[:, -grid[0] * grid[1] :]
-        pooled_BD = None if hasattr(self.model, "pooler") else getattr(output, "pooler_output", None)
-        if pooled_BD is not None:
-            return pooled_BD[:, None], tokens_BND
-        has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
-        return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND

@@ -119,7 +119,7 @@ class RunningStatistics(Fp32State):
         return centred, var_C
 
 
-class Prototypes(nn.Module):
+class PrototypeLayer(nn.Module):
     """K learned unit vectors, compared by cosine."""
 
     def __init__(self, width: int, count: int) -> None:
@@ -147,7 +147,7 @@ class ImageHead(nn.Module):
         self.predictor: nn.Sequential | None = None
         if online and spec.predictor_depth:
             self.predictor = _mlp(spec.width, spec.predictor_hidden, spec.width, spec.predictor_depth, spec, ranks)
-        self.prototypes = Prototypes(spec.width, spec.prototypes) if prototypes else None
+        self.prototypes = PrototypeLayer(spec.width, spec.prototypes) if prototypes else None
 
     def forward(self, decoded_BD: Tensor, *, predict: bool) -> Tensor:
         """Return ẑ_y (with the predictor) or z_y (without) of decoded vectors: (…, D) → (…, E)."""

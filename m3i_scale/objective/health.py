@@ -1,16 +1,64 @@
-"""Metrics of representation collapse: target std and effective rank of features."""
+"""Metrics of representation collapse (target std, effective rank of features), and their computation on the CPU."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_scale.objective.host_figures import HostFigures
 from m3i_scale.objective.ranks import Ranks
+
+Compute = Callable[..., dict[str, float]]
+
+
+class HostFigures:
+    """A queue of metrics to compute on the CPU, with their device tensors.
+
+    GPUs are slow at eigenvalue decompositions, and each matrix would synchronize host and device. One copy transfers
+    all sums when the metrics are needed, after the step.
+    """
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Compute, tuple[Tensor, ...]]] = []
+
+    def add(self, compute: Compute, *values: Tensor) -> None:
+        """Schedule metrics computed from fp32 tensors."""
+        self._asked.append((compute, values))
+
+    def clear(self) -> None:
+        """Drop all scheduled metrics."""
+        self._asked = []
+
+    def take(self) -> dict[str, float]:
+        """Compute all metrics and clear the queue. Synchronizes with the device once."""
+        return self.copy()()
+
+    def copy(self) -> Callable[[], dict[str, float]]:
+        """Copy the tensors to the CPU and clear the queue. Synchronizes with the device once. Return a function that
+        computes all metrics from the copies, on any thread."""
+        asked, self._asked = self._asked, []
+        values = [value for _, of_one in asked for value in of_one]
+        sizes, shapes = [value.numel() for value in values], [value.shape for value in values]
+        copied = torch.cat([value.flatten() for value in values]).cpu() if values else None
+        computes = [(compute, len(of_one)) for compute, of_one in asked]
+        return partial(_computed, computes, copied, sizes, shapes)
+
+
+def _computed(
+    computes: list[tuple[Compute, int]], copied: Tensor | None, sizes: list[int], shapes: list[torch.Size]
+) -> dict[str, float]:
+    parts = [] if copied is None else copied.split(sizes)
+    tensors = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    figures: dict[str, float] = {}
+    for compute, count in computes:
+        figures |= compute(*islice(tensors, count))
+    return figures
 
 
 def health_figures(
@@ -47,12 +95,10 @@ def feature_health(name: str, covariance_DD: Tensor) -> dict[str, float]:
     std, rank = math.nan, math.nan
     if covariance_DD.isfinite().all():
         std = float(covariance_DD.diagonal().sqrt().mean())
-        try:
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             eigenvalues_D = torch.linalg.eigvalsh(covariance_DD).clamp(min=0)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            return {f"{name}_std": std, f"{name}_rank": rank}
-        share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
-        rank = math.exp(-float((share_D * share_D.clamp(min=1e-12).log()).sum()))
+            share_D = eigenvalues_D / eigenvalues_D.sum().clamp(min=1e-12)
+            rank = math.exp(-float((share_D * share_D.clamp(min=1e-12).log()).sum()))
     return {f"{name}_std": std, f"{name}_rank": rank}
 
 

@@ -23,12 +23,12 @@ from m3i_scale.objective.distributions.pairs import gather_targets
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower
 from m3i_scale.objective.estimate import mean_information
 from m3i_scale.objective.heads import BackboneReader
-from m3i_scale.objective.health import health_figures
-from m3i_scale.objective.host_figures import HostFigures
+from m3i_scale.objective.health import HostFigures, health_figures
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
 
@@ -48,13 +48,13 @@ class Objective(nn.Module):
         mixed_attention: bool,
         ranks: Ranks,
         weights: GroupWeights,
-        image_heads: nn.ModuleDict | None = None,
-        states: nn.ModuleDict | None = None,
-        projector: Projector | None = None,
-        ema_teacher: EmaTeacher | None = None,
-        teachers: nn.ModuleDict | None = None,
-        text: TextTower | None = None,
-        mask_token: MaskToken | None = None,
+        image_heads: nn.ModuleDict,
+        states: nn.ModuleDict,
+        projector: Projector | None,
+        ema_teacher: EmaTeacher | None,
+        teachers: nn.ModuleDict,
+        text: TextTower | None,
+        mask_token: MaskToken | None,
     ) -> None:
         super().__init__()
         self.recipe = recipe
@@ -62,16 +62,16 @@ class Objective(nn.Module):
         self.projector = projector
         self.momentum = ema_teacher
         """EMA teacher. Its name is part of the file format: checkpoints have its parameters as `average/momentum.…`."""
-        self.teachers = teachers or nn.ModuleDict()
+        self.teachers = teachers
         self.text = text
         self.mask_token = mask_token
         """Replaces the masked patches of inputs with `masked: mask_token`."""
         self.decoders = decoders
         self.heads = heads
         """Heads by target."""
-        self.image_heads = image_heads or nn.ModuleDict()
+        self.image_heads = image_heads
         """Heads by their name in the recipe."""
-        self.states = states or nn.ModuleDict()
+        self.states = states
         """Memories of these heads, by `HeadTarget.memory_name`."""
         self.weights = weights
         self.pixel_norm = PixelNorm(mean, std)
@@ -125,7 +125,8 @@ class Objective(nn.Module):
         remember: dict[str, dict[tuple[str, int], Tensor]] = {}  # once per view, for all inputs
         losses = []
         grid = self.student.grid_of(context.batch.images_VBCHW)
-        for target in self.recipe.targets:
+        for described in self.recipe.targets:
+            target = settled(described, self.progress)
             given = self.target_modules(target, grid)
             by_input = [
                 target.loss(given, context, part.tapped(given.squared_norms)) for part in target.sources(context)
@@ -151,7 +152,7 @@ class Objective(nn.Module):
                 matrices = [matrix_DD for one in moments for matrix_DD in (one.covariance_DD, one.error_DD)]
                 self.host_figures.add(information, *matrices)
         present_K = torch.stack([context.counts[target.name] for target in self.recipe.targets]) > 0
-        self.weights.set_progress(context.progress)
+        self.weights.set_progress(self.progress)
         total, factors_K = self.weights(torch.stack(losses), present_K)
         for target, factor in zip(self.recipe.targets, factors_K, strict=True):
             figures[f"{target.name}/weight"] = factor.detach()
@@ -238,7 +239,6 @@ class Objective(nn.Module):
                 whole,
                 encoded_views,
                 counts,
-                progress=self.progress,
                 measures=self.measure_health,
                 layers=layers,
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_ASPECT, MAX_VIEWS
+from m3i_scale.objective.positions import patch_coordinates
 
 _BLOCKS = 24
 """Rectangles per block mask: enough to cover 3/4 of a grid with probability near 1."""
@@ -47,7 +48,6 @@ class Mask(Kind):
             stream: stream of random numbers. It differs per input, so that masks are independent. A mask may also use
                 the next 15 streams.
         """
-        raise NotImplementedError
 
 
 class RandomMask(Mask):
@@ -77,8 +77,7 @@ class BlockMask(Mask):
         width_BK = (area_BK / aspect_BK).sqrt().round().clamp(1, columns)
         top_BK = (u_B4K[:, 2] * (rows - height_BK + 1)).floor()
         left_BK = (u_B4K[:, 3] * (columns - width_BK + 1)).floor()
-        row_N = torch.arange(rows, device=seeds_B.device).repeat_interleave(columns)
-        column_N = torch.arange(columns, device=seeds_B.device).repeat(rows)
+        row_N, column_N = patch_coordinates(grid, seeds_B.device)
         inside_BKN = (
             (row_N >= top_BK[..., None])
             & (row_N < (top_BK + height_BK)[..., None])
@@ -100,8 +99,7 @@ class InverseBlockMask(Mask):
         rows, columns = grid
         u_B3 = hash_uniform(seeds_B, 3, stream)
         stretch_B1 = torch.exp((u_B3[:, :1] - 0.5) * math.log(2))  # √aspect; the aspect is 0.5 to 2
-        row_N = torch.arange(rows, device=seeds_B.device).repeat_interleave(columns)
-        column_N = torch.arange(columns, device=seeds_B.device).repeat(rows)
+        row_N, column_N = patch_coordinates(grid, seeds_B.device)
         down_BN = (row_N - u_B3[:, 1:2] * rows).remainder(rows) - rows / 2
         right_BN = (column_N - u_B3[:, 2:] * columns).remainder(columns) - columns / 2
         size_BN = torch.maximum(down_BN.abs() / stretch_B1, right_BN.abs() * stretch_B1)
@@ -159,12 +157,11 @@ class TargetBlocks(Mask):
 
     def order(self, seeds_B: Tensor, grid: tuple[int, int], stream: int) -> Tensor:
         """Return the patches in random order: patches only in the square first, patches in rectangles last."""
-        (rows, columns), device = grid, seeds_B.device
+        rows, columns = grid
         height, width = (max(round(side * self.context**0.5), 1) for side in grid)
         u_B2 = hash_uniform(seeds_B, 2, stream + 2)
         top_B1, left_B1 = _start(u_B2[:, :1], height, rows), _start(u_B2[:, 1:], width, columns)
-        row_N = torch.arange(rows, device=device).repeat_interleave(columns)
-        column_N = torch.arange(columns, device=device).repeat(rows)
+        row_N, column_N = patch_coordinates(grid, seeds_B.device)
         inside_BN = (row_N >= top_B1) & (row_N < top_B1 + height) & (column_N >= left_B1) & (column_N < left_B1 + width)
         place_BN = hash_uniform(seeds_B, rows * columns, stream) + (~inside_BN).float()  # at most 2
         predicted_BT = self.target_blocks(seeds_B, grid, stream).flatten(1)

@@ -18,6 +18,13 @@ def _waves(x: Tensor, omega_F: Tensor) -> list[Tensor]:
     return [angle.sin(), angle.cos()]
 
 
+def patch_coordinates(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return row and column of every patch: int64 (N) each."""
+    rows, columns = grid
+    row_N = torch.arange(rows, device=device).repeat_interleave(columns)
+    return row_N, torch.arange(columns, device=device).repeat(rows)
+
+
 def relative_position(
     input_crop_B4: Tensor,
     target_crop_B4: Tensor,
@@ -61,10 +68,8 @@ def relative_position(
 def grid_position(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
     """Return MAE's fixed position embeddings, fp32 (N, width): [sin x, cos x, sin y, cos y] at width/4 frequencies. The
     column is x, the row is y."""
-    rows, columns = grid
     omega_F = frequencies(width // 4, device)
-    row_N = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
-    column_N = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
+    row_N, column_N = patch_coordinates(grid, device)
     return torch.cat(_waves(column_N, omega_F) + _waves(row_N, omega_F), dim=-1)
 
 

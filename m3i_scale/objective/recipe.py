@@ -23,6 +23,7 @@ from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.balance import BalanceSpec, FixedSpec
 from m3i_scale.objective.decoders import ClassTokenSpec
 from m3i_scale.objective.encoders import EmaSpec
+from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Parts, Target
 from m3i_scale.objective.targets.dense import Dense
 from m3i_scale.upgrade import upgrade_recipe
@@ -125,6 +126,23 @@ class Recipe(Parts):
             if target.compares_samples:
                 return f"target '{target.name}' compares the samples of a micro-batch"
         return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the recipe as a row of the paper's table: inputs and targets as plain data."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "inputs": [self._input_summary(spec) for spec in self.inputs],
+            "targets": [target.summary() | {"decoder": self.decoders[target.decoder].kind} for target in self.targets],
+            "balance": self.balance.kind,
+        }
+
+    def _input_summary(self, spec: InputSpec) -> dict[str, Any]:
+        mask = f"{spec.mask.form.kind} {spec.mask.amount}" if spec.mask else None
+        if self.mix is not None:
+            mask = f"{self.mix.form.kind}, complementary"
+        summary = {"name": spec.name, "view": spec.view, "mask": mask, "mixed": self.mix is not None}
+        return summary | ({"views": spec.views} if spec.views > 1 else {})
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
@@ -256,13 +274,10 @@ def meaning(values: Any) -> Any:
     teachers. An invalid recipe is returned unchanged."""
     if not isinstance(values, dict):
         return values
-    stand_in = {"teachers": {"teacher": {"from_pretrained": ""}}}  # for checkpoints that do not name their teacher
-    for teachers in ({}, stand_in):
-        try:
-            return parse_recipe({**values, **teachers}).model_dump(mode="json", exclude={"teachers"})
-        except ConfigError:
-            continue
-    return values
+    try:
+        return parse_recipe(values).model_dump(mode="json", exclude={"teachers"})
+    except ConfigError:
+        return values
 
 
 def parse_recipe(values: dict[str, Any], *, where: str | WhereOf = "recipe", imports: bool = False) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -54,14 +54,17 @@ def always_below(lower: float | list[tuple[float, float]], upper: float | list[t
 
 
 def settled(section: AnySection, progress: float) -> AnySection:
-    """Return a copy of the section with schedules replaced by their values at a fraction of the training."""
-    values = {
-        name: getattr(section, name)
-        for name, field in type(section).model_fields.items()
-        if _SCHEDULED in field.metadata
-    }
-    now = {name: value_at(value, progress) for name, value in values.items() if isinstance(value, list)}
-    return section.model_copy(update=now) if now else section
+    """Return the section with the schedules in it and in its sections replaced by their values at a fraction of the
+    training: a copy, or the section itself if it has no schedule."""
+    now: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            now[name] = settled(value, progress)
+        elif _SCHEDULED in field.metadata:
+            now[name] = value_at(value, progress)
+    changed = {name: value for name, value in now.items() if value is not getattr(section, name)}
+    return section.model_copy(update=changed) if changed else section
 
 
 def number(value: float | list[tuple[float, float]]) -> float:

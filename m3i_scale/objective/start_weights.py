@@ -12,9 +12,8 @@ from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.objective.build import ema_pairs, initialize_module
-from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.teacher import teacher_plan
+from m3i_scale.objective.teacher import Teacher
 
 
 def start_weights(objective: Objective, run: RunConfig) -> None:
@@ -25,7 +24,7 @@ def start_weights(objective: Objective, run: RunConfig) -> None:
         _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
     for name, teacher in objective.teachers.items():
         frozen = cast(Teacher, teacher)
-        _read(objective, f"teachers.{name}.{frozen.prefix}", teacher_plan(frozen))
+        _read(objective, f"teachers.{name}.{frozen.prefix}", frozen.plan())
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, ema in ema_pairs(objective):

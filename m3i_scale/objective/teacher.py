@@ -1,17 +1,24 @@
-"""Build frozen teachers: any `transformers` vision model with one token per patch, or the initial backbone."""
+"""Frozen teachers: any `transformers` vision model with one token per patch, or the initial backbone."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 
+from m3i_scale.backbones.base import Backbone, Tokens, patch_grid
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.families import VisionConfig
+from m3i_scale.backbones.families.dinov3 import keep_frequencies
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load, plan_model
 from m3i_scale.backbones.sources import Source, pretrained_folder
 from m3i_scale.backbones.sources.files import weight_files
@@ -19,12 +26,176 @@ from m3i_scale.backbones.sources.hub import hub_places
 from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.objective.encoders import FrozenStart, FrozenTeacher, Teacher
 from m3i_scale.objective.inputs import PixelNorm
 from m3i_scale.objective.recipe import Recipe
 
 _MOST_TEACHERS = 16
 """Size of the caches for configurations and hashes."""
+
+
+class Teacher(nn.Module, ABC):
+    """An encoder of full images with frozen weights."""
+
+    prefix: ClassVar[str]
+    """Name prefix of the parameters that are loaded from its files."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Return D, the channels of a token."""
+
+    @abstractmethod
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D)."""
+
+    @abstractmethod
+    def plan(self) -> LoadPlan:
+        """Return the plan for loading the weights, by names below `prefix`. Reads no weights."""
+
+
+class FrozenStart(Teacher):
+    """The initial backbone as a frozen teacher; it uses the student's normalization."""
+
+    prefix = "backbone.model."
+
+    def __init__(self, spec: BackboneConfig, backbone: Backbone, pixel_norm: PixelNorm) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone, self.pixel_norm = backbone, pixel_norm
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return self.backbone.width
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Encode uint8 images as class token (B, 1, D), or mean token if there is none, and patch tokens (B, N, D)."""
+        self.backbone.eval()
+        return self.backbone.encode_whole(self.pixel_norm(images_BCHW))
+
+    def plan(self) -> LoadPlan:
+        plan = plan_load(backbone_source(self.spec), backbone_config(self.spec))
+        if fresh := plan.report["fresh"]:
+            raise ConfigError(
+                f"{len(fresh)} weights of the backbone are new, e.g. {fresh[0]}: as it starts, it can teach nothing",
+                where=f"backbone.from_pretrained: {self.spec.from_pretrained}",
+                why="the source has no such weights, so that the student's are drawn at random",
+                fix="start from an export of a run, which has all of them",
+            )
+        return plan
+
+
+class FrozenTeacher(Teacher):
+    """A frozen `transformers` vision model with patch tokens, run on the student's patch grid."""
+
+    prefix = "model."
+
+    def __init__(
+        self,
+        source: str,
+        where: str,
+        config: Any,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        student: VisionConfig,
+    ) -> None:
+        super().__init__()
+        self.source, self.where = source, where
+        """Folder or Hub id, and the config key that names it."""
+        with no_init_weights():
+            self.model = AutoModel.from_config(config, trust_remote_code=False)
+        self.pixel_norm, self.student = PixelNorm(mean, std), student
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        self.requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def size_for(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the image height and width for a grid of this model's patches."""
+        patch = int(self.model.config.patch_size)
+        return grid[0] * patch, grid[1] * patch
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Encode uint8 images as image feature (B, 1, D) and patch tokens (B, N, D).
+
+        The image feature is the pooled output of the model: CLIP's class token after `post_layernorm`, or the attention
+        pool of SigLIP and AIMv2. RADIO's adaptors of these teachers predict the same feature. Without a pooled output,
+        it is the class token, or else the mean patch token. A ViT also uses the class token: most published weights
+        lack its tanh pooler.
+
+        Images are resized if the patch size differs from the student's, and normalized as in the model's training.
+        """
+        self.model.eval()
+        keep_frequencies(getattr(self.model, "rope_embeddings", None))
+        first = next(self.model.parameters())
+        grid = patch_grid(images_BCHW, self.student.patch_size)
+        if images_BCHW.shape[-2:] != (size := self.size_for(grid)):
+            images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bilinear", antialias=True)
+        pixels_BCHW = self.pixel_norm(images_BCHW).to(first.dtype)
+        options = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        output = self.model(pixel_values=pixels_BCHW, **options)
+        hidden_BSD = output.last_hidden_state
+        tokens_BND = hidden_BSD[:, -grid[0] * grid[1] :]
+        pooled_BD = None if hasattr(self.model, "pooler") else getattr(output, "pooler_output", None)
+        if pooled_BD is not None:
+            return pooled_BD[:, None], tokens_BND
+        has_cls = hidden_BSD.shape[1] > tokens_BND.shape[1]
+        return (hidden_BSD[:, :1] if has_cls else tokens_BND.mean(dim=1, keepdim=True)), tokens_BND
+
+    def plan(self) -> LoadPlan:
+        config = self.model.config
+        self.check_image_size(self.student.image_size)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+        # The tanh pooler of a ViT is unused (see `forward`), and most published weights lack it.
+        pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
+        folder = pretrained_folder(self.source, self.where)
+        files = Source(self.source, "transformers", folder, config, hub_places)
+        return plan_model(files, model, self.where, fresh=pooler, all_placed=False)
+
+    @torch.no_grad()
+    def check_image_size(self, image_size: int) -> None:
+        """Check that the model supports the student's image size in pixels, and that its outputs are [class token?,
+        registers?, patches], are deterministic, and depend only on parameters. All of this depends on the architecture
+        only, so one layer with random weights is enough."""
+        config, where = self.model.config, f"{self.where}: {self.source}"
+        shallow = copy.deepcopy(config)
+        if isinstance(getattr(config, "num_hidden_layers", None), int):
+            shallow.num_hidden_layers = 1
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModel.from_config(shallow, trust_remote_code=False).eval()
+            kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
+            if kept:
+                raise ConfigError(f"the teacher has buffers that are no weights, e.g. {min(kept)}", where=where)
+            options = {"interpolate_pos_encoding": True} if self.interpolates else {}
+            side = image_size // self.student.patch_size
+            pixels_BCHW = torch.randn(1, 3, *self.size_for((side, side)))
+            try:
+                one, two = (model(pixel_values=pixels_BCHW, **options).last_hidden_state for _ in range(2))
+            except (RuntimeError, ValueError) as error:
+                own = int(getattr(config, "image_size", 224)) // config.patch_size
+                raise ConfigError(
+                    f"the teacher takes no images of {side} × {side} patches, the student's grid: "
+                    f"{str(error).splitlines()[0]}",
+                    where=where,
+                    why=f"its positions are made for {own} × {own} patches",
+                    fix=f"a backbone.config.image_size of {own} × the backbone's patch size",
+                ) from None
+        patches = side**2
+        before = (one.shape[1] if one.ndim == 3 else 0) - patches
+        if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
+            raise ConfigError(
+                f"the teacher's output for {patches} patches must be one token per patch after a class token, got "
+                f"shape {tuple(one.shape)}",
+                where=where,
+                fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
+            )
+        if not torch.equal(one, two):
+            raise ConfigError("the teacher gives other tokens at every call: it hides patches at random", where=where)
 
 
 @lru_cache(maxsize=_MOST_TEACHERS)
@@ -48,7 +219,7 @@ def _read_config(source: str, where: str) -> Any:
 
 
 def build_teacher(run: RunConfig, recipe: Recipe, name: str, student: VisionConfig) -> Teacher:
-    """Return the module of a recipe's teacher, without its weights (see `teacher_plan`)."""
+    """Return the module of a recipe's teacher, without its weights (see `Teacher.plan`)."""
     source, where = recipe.teachers[name].from_pretrained, f"recipe.teachers.{name}.from_pretrained"
     if recipe.teachers[name].is_start:
         _check_widths(recipe, name, student.hidden_size)
@@ -92,74 +263,6 @@ def _normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
             where=str(path),
             why="it would see images that are normalised in another way than it was trained with",
         ) from None
-
-
-def teacher_plan(teacher: Teacher) -> LoadPlan:
-    """Return the plan for loading a teacher's weights, by names below its `prefix`. Reads no weights."""
-    if isinstance(teacher, FrozenStart):
-        return _start_plan(teacher.spec)
-    teacher = cast(FrozenTeacher, teacher)
-    config = teacher.model.config
-    check_outputs(teacher, teacher.student.image_size)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=False)
-    # The tanh pooler of a ViT is unused (see `FrozenTeacher.forward`), and most published weights lack it.
-    pooler = [name for name, _ in model.named_parameters() if "pooler" in name]
-    folder = pretrained_folder(teacher.source, teacher.where)
-    files = Source(teacher.source, "transformers", folder, config, hub_places)
-    return plan_model(files, model, teacher.where, fresh=pooler, all_placed=False)
-
-
-def _start_plan(backbone: BackboneConfig) -> LoadPlan:
-    plan = plan_load(backbone_source(backbone), backbone_config(backbone))
-    if fresh := plan.report["fresh"]:
-        raise ConfigError(
-            f"{len(fresh)} weights of the backbone are new, e.g. {fresh[0]}: as it starts, it can teach nothing",
-            where=f"backbone.from_pretrained: {backbone.from_pretrained}",
-            why="the source has no such weights, so that the student's are drawn at random",
-            fix="start from an export of a run, which has all of them",
-        )
-    return plan
-
-
-@torch.no_grad()
-def check_outputs(teacher: FrozenTeacher, image_size: int) -> None:
-    """Check that the model supports the image size in pixels, and that its outputs are [class token?, registers?,
-    patches], are deterministic, and depend only on parameters. All of this depends on the architecture only, so one
-    layer with random weights is enough."""
-    config, where = teacher.model.config, f"{teacher.where}: {teacher.source}"
-    shallow = copy.deepcopy(config)
-    if isinstance(getattr(config, "num_hidden_layers", None), int):
-        shallow.num_hidden_layers = 1
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModel.from_config(shallow, trust_remote_code=False).eval()
-        kept = set(model.state_dict()) - {name for name, _ in model.named_parameters()}
-        if kept:
-            raise ConfigError(f"the teacher keeps running figures beside its weights, e.g. {min(kept)}", where=where)
-        options = {"interpolate_pos_encoding": True} if teacher.interpolates else {}
-        grid = teacher.grid_of(torch.empty(image_size, image_size, device="meta"))
-        pixels_BCHW = torch.randn(1, 3, *teacher.size_for(grid))
-        try:
-            one, two = (model(pixel_values=pixels_BCHW, **options).last_hidden_state for _ in range(2))
-        except (RuntimeError, ValueError) as error:
-            own = int(getattr(config, "image_size", 224)) // config.patch_size
-            raise ConfigError(
-                f"the teacher takes no images of {grid[0]} × {grid[1]} patches, the student's grid: "
-                f"{str(error).splitlines()[0]}",
-                where=where,
-                why=f"its positions are made for {own} × {own} patches",
-                fix=f"a backbone.config.image_size of {own} × the backbone's patch size",
-            ) from None
-    patches = grid[0] * grid[1]
-    before = (one.shape[1] if one.ndim == 3 else 0) - patches
-    if before not in {0, 1, 1 + int(getattr(config, "num_register_tokens", 0))}:
-        raise ConfigError(
-            f"the teacher gives {tuple(one.shape)} for {patches} patches: not one token a patch after a class token",
-            where=where,
-            fix="take a plain vision Transformer, e.g. a ViT or DINOv2",
-        )
-    if not torch.equal(one, two):
-        raise ConfigError("the teacher gives other tokens at every call: it hides patches at random", where=where)
 
 
 def teachers_sha256(recipe: Recipe, backbone: BackboneConfig) -> dict[str, str]:

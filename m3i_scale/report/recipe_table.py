@@ -89,19 +89,18 @@ def weight_words(weight: float | list[tuple[float, float]]) -> str:
 
 
 def built_in_rows() -> list[dict[str, Any]]:
-    """Return the descriptions of the built-in recipes by `describe`, in the paper's order."""
+    """Return the stored summaries of the built-in recipes, in the paper's order."""
     rows: list[dict[str, Any]] = read_json(ROWS)
     return rows
 
 
 def described_rows() -> list[dict[str, Any]]:
-    """Describe the built-in recipes, in the paper's order."""
-    from m3i_scale.objective.describe import describe
+    """Summarize the built-in recipes, in the paper's order."""
     from m3i_scale.objective.recipe import parse_recipe
 
     recipes = known_recipes().values()
     return paper_order(
-        [describe(parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path))) for path in recipes]
+        [parse_recipe(upgrade_config(read_yaml(path))["recipe"], where=str(path)).summary() for path in recipes]
     )
 
 
@@ -111,7 +110,7 @@ def paper_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class RecipeTable:
-    """Table of rows from `describe`, grouped by family, that adapts to the console width."""
+    """Table of rows from `Recipe.summary`, grouped by family, that adapts to the console width."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows

@@ -24,12 +24,11 @@ from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator
 from m3i_scale.engine.peak import compute_dtype, named_peak
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
-from m3i_scale.objective.encoders import FrozenTeacher
 from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
-from m3i_scale.objective.teacher import check_outputs
+from m3i_scale.objective.teacher import FrozenTeacher
 from m3i_scale.run.callbacks.writers import writers_of
 from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
@@ -231,7 +230,7 @@ class Checks(DataChecks):
             check_fit(run, resolved.recipe, built.student, resolved.label_sets, resolved.vocab_size)
             for teacher in built.teachers.values():
                 if isinstance(teacher, FrozenTeacher):
-                    check_outputs(teacher, size)
+                    teacher.check_image_size(size)
 
     def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
         run = self.run

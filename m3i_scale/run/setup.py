@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -33,10 +33,9 @@ from m3i_scale.engine.peak import compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
-from m3i_scale.objective.encoders import Teacher
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import without_folders
-from m3i_scale.objective.teacher import teacher_plan, teachers_sha256
+from m3i_scale.objective.teacher import Teacher, teachers_sha256
 from m3i_scale.run.with_data import RunWithData, open_stream
 
 
@@ -207,7 +206,7 @@ def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart,
         from_rank_0(lambda: report_start(plans[0].report))
     for name, teacher in module.teachers.items():
         frozen = cast(Teacher, teacher)
-        stream_into(module, f"teachers.{name}.{frozen.prefix}", partial(teacher_plan, frozen))
+        stream_into(module, f"teachers.{name}.{frozen.prefix}", frozen.plan)
 
 
 def run_yaml(run: RunConfig) -> str:

@@ -80,7 +80,7 @@ def _is_internimage(model: VisionConfig) -> bool:
 
 
 def _check_family(run: RunConfig, config: VisionConfig) -> None:
-    from m3i_scale.backbones.presets import DEFAULT_PRESET
+    from m3i_scale.backbones.families import DEFAULT_PRESET
 
     backbone, protocol = run.backbone, run.protocol
     if protocol is None or protocol.family is None:

@@ -21,7 +21,7 @@ from weights import shaken
 
 from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone, vision_class
-from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.config import BackboneConfig

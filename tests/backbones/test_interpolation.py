@@ -11,7 +11,7 @@ from tiny import DINOV2, REGISTERS, tiny_run
 from torch import Tensor
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.interpolation import BicubicByMatrix, resize_bicubic
+from m3i_scale.backbones.families.base import BicubicByMatrix, resize_bicubic
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -13,7 +13,7 @@ from m3i_scale.backbones.base import MaskedPatches, MaskToken
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig
-from m3i_scale.objective.encoders import FrozenTeacher
+from m3i_scale.objective.teacher import FrozenTeacher
 
 SECTIONS = {"registers": REGISTERS, "dinov3": DINOV3}
 IMAGES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.backbones.presets import PRESETS
+from m3i_scale.backbones.families import PRESETS
 from m3i_scale.config import RunConfig, parse_section
 from m3i_scale.errors import ExportError
 from m3i_scale.export.joint import backbone_part, classifier_part, zero_shot_part

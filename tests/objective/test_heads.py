@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from m3i_scale.objective.heads import BatchNorm, HeadSpec, ImageHead, Prototypes
+from m3i_scale.objective.heads import BatchNorm, HeadSpec, ImageHead, PrototypeLayer
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.memory import Center
+from m3i_scale.objective.regularizers.base import Center
 from m3i_scale.objective.state import Fp32State
 
 RANKS = SingleProcess()
@@ -50,7 +50,7 @@ def test_a_head_is_its_layers_in_order() -> None:
 
 
 def test_prototypes_are_directions() -> None:
-    prototypes = Prototypes(4, 6)
+    prototypes = PrototypeLayer(4, 6)
     prototypes.reset_parameters()
     z = torch.randn(3, 4)
     cosines = prototypes(z)

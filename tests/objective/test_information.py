@@ -15,7 +15,7 @@ from m3i_scale.data.batch import synthetic_batch
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.schedule import value_at
+from m3i_scale.objective.schedule import settled, value_at
 from m3i_scale.objective.targets.base import Context
 
 
@@ -218,7 +218,7 @@ def test_group_gradient_norms_are_those_of_autograd(recipe: str, overrides: tupl
     found = {name: torch.stack(values).sum().sqrt() for name, values in objective.squared_grad_norms.items()}
 
     context = real(batch)
-    for target in objective.recipe.targets:
+    for target in (settled(described, objective.progress) for described in objective.recipe.targets):
         given = objective.target_modules(target, objective.student.grid)
         by_input = [target.loss(given, context, part).value for part in target.sources(context)]
         loss = value_at(target.weight, 0.9) * torch.stack(by_input).mean()

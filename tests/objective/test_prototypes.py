@@ -17,11 +17,11 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
-from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.regularizers.base import Memory
+from m3i_scale.objective.regularizers.pooled import KoLeo
 from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, PrototypeRegularizer, Sinkhorn
 from m3i_scale.objective.targets.base import Encoded
 from m3i_scale.objective.targets.prototypes import share_of_hidden
-from m3i_scale.objective.targets.spread import koleo
 
 RANKS, NOTHING, P = SingleProcess(), Memory(1), Boltzmann(temperature=0.1)
 
@@ -51,7 +51,7 @@ def same(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], x
 
 
 def test_koleo() -> None:
-    same(lambda x: koleo(x, RANKS), KoLeoLoss(), noise(9, 6))
+    same(lambda x: KoLeo().loss(x, RANKS), KoLeoLoss(), noise(9, 6))
 
 
 @pytest.mark.parametrize("iterations", [1, 3])

@@ -11,9 +11,9 @@ from tiny import LABEL_SETS, VOCABULARY, tiny_run
 from weights import started, timm_folder, timm_model
 
 from m3i_scale.backbones.build import build_backbone
+from m3i_scale.backbones.families import preset_config
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.backbones.layer_decay import lr_scales
-from m3i_scale.backbones.presets import preset_config
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.objective.build import build_objective, scales_of
 

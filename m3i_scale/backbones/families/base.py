@@ -1,14 +1,17 @@
-"""Base classes of backbone families: configuration, published sizes, and names of modules."""
+"""Base classes of backbone families: configuration, published sizes, names of modules, and resized position
+embeddings."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeAlias, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from m3i_scale.backbones.interpolation import BicubicByMatrix
 from m3i_scale.config.limits import MAX_CAPTION_TOKENS, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH
 from m3i_scale.errors import ConfigError
 
@@ -21,6 +24,10 @@ class Family(ABC):
     """Backbones of one configuration class."""
 
     config_class: ClassVar[Any]
+    model_class: ClassVar[type[PreTrainedModel]]
+    """Class of the exported model."""
+    options: ClassVar[dict[str, Any]] = {}
+    """Constructor arguments that disable the pooling layer, which would not be trained."""
     name: ClassVar[str]
     first_preset: ClassVar[str]
     """Preset of sections without paths."""
@@ -53,9 +60,6 @@ class Family(ABC):
 class TokenFamily(Family):
     """Plain vision Transformers with the sequence [prefix | patches]."""
 
-    model_class: ClassVar[type[PreTrainedModel]]
-    options: ClassVar[dict[str, Any]] = {}
-    """Constructor arguments that disable the pooling layer, which would not be trained."""
     parts: ClassVar[dict[str, str]]
     """Name of every part in `transformers`; `{}` is the number of the layer."""
     mlp_field: ClassVar[str] = "intermediate_size"
@@ -163,3 +167,43 @@ def check_side(side: int, divisor: int, what: str, where: str) -> None:
             where=f"{where}.config",
             fix=f"image_size: {max(round(side / divisor), 1) * divisor}",
         )
+
+
+class BicubicByMatrix(TorchFunctionMode):
+    """A mode that replaces bicubic `F.interpolate` calls, such as in the embeddings of `transformers` models, by
+    products of matrices. On CUDA, the gradient of torch's kernel sums in no fixed order, so
+    `torch.use_deterministic_algorithms` raises an error."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is F.interpolate and options.get("mode") == "bicubic" and isinstance(options["size"], tuple):
+            antialias, corners = options.get("antialias", False), options.get("align_corners")
+            return resize_bicubic(args[0], options["size"], antialias=antialias, align_corners=corners)
+        return func(*args, **options)
+
+
+def resize_bicubic(
+    maps_NCHW: Tensor, size: tuple[int, int], *, antialias: bool = False, align_corners: bool | None = None
+) -> Tensor:
+    """Compute `F.interpolate(mode="bicubic")`, up to rounding, as two matrix products in at least fp32. Return the
+    input's dtype."""
+    dtype = torch.promote_types(maps_NCHW.dtype, torch.float32)
+    rows_OH, columns_PW = (
+        _weights(old, new, dtype, maps_NCHW.device, antialias, align_corners)
+        for old, new in zip(maps_NCHW.shape[2:], size, strict=True)
+    )
+    resized_NCOP = torch.einsum("nchw,oh,pw->ncop", maps_NCHW.to(dtype), rows_OH, columns_PW)
+    return resized_NCOP.to(maps_NCHW.dtype)
+
+
+@torch.no_grad()
+def _weights(
+    old: int, new: int, dtype: torch.dtype, device: torch.device, antialias: bool, align_corners: bool | None
+) -> Tensor:
+    """Return the weight of every old row in every new one, (new, old)."""
+    units_11HH = torch.eye(old, dtype=dtype, device=device)[None, None]
+    # Bicubic weights are separable. A dimension of unchanged size is not resized.
+    resized_11OH = F.interpolate(
+        units_11HH, size=(new, old), mode="bicubic", antialias=antialias, align_corners=align_corners
+    )
+    return resized_11OH[0, 0]

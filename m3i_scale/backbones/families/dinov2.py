@@ -1,10 +1,10 @@
-"""`Dinov2Model`: a ViT with LayerScale."""
+"""`Dinov2Model`, a ViT with LayerScale, and `Dinov2WithRegistersModel`."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from m3i_scale.backbones.families.base import TokenFamily
 
@@ -16,17 +16,17 @@ DINOV2_SIZES = {
 }
 """Width, depth, heads, SwiGLU (Oquab et al.)."""
 
-DINOV2_SHAPE = (
+_SHAPE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn"),
 )
-DINOV2_TRAINING = (
+_TRAINING = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range"),
     "layerscale_value",
 )
 
 
-def sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
+def _sized(width: int, depth: int, heads: int, gated: bool) -> dict[str, Any]:
     """Return the fields of a size in `DINOV2_SIZES`."""
     return {
         "hidden_size": width,
@@ -42,8 +42,8 @@ class Dinov2(TokenFamily):
 
     config_class, model_class = Dinov2Config, Dinov2Model
     name, first_preset = "DINOv2", "dinov2-s/14"
-    shape_fields = (*DINOV2_SHAPE, "use_mask_token")
-    training_fields = DINOV2_TRAINING
+    shape_fields = (*_SHAPE, "use_mask_token")
+    training_fields = _TRAINING
     mlp_field = "mlp_ratio"
     parts: ClassVar[dict[str, str]] = {
         "patch": "embeddings.patch_embeddings.projection",
@@ -60,9 +60,28 @@ class Dinov2(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         return {
-            f"dinov2-{size}/14": sized(*numbers) | {"use_mask_token": False} for size, numbers in DINOV2_SIZES.items()
+            f"dinov2-{size}/14": _sized(*numbers) | {"use_mask_token": False} for size, numbers in DINOV2_SIZES.items()
         }
 
     def adapt(self, config: Any) -> None:
         """Remove the mask token, which would not be trained: the recipe has a separate one."""
         config.use_mask_token = False
+
+
+class Dinov2WithRegisters(TokenFamily):
+    """Vision Transformers of DINOv2 with registers, tokens without position before the patches (Darcet et al.)."""
+
+    config_class, model_class = Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    name, first_preset = "DINOv2 with registers", "dinov2-reg-s/14"
+    shape_fields = (*_SHAPE, "num_register_tokens")
+    training_fields = _TRAINING
+    mlp_field = "mlp_ratio"
+    untrained = ("embeddings.mask_token",)
+    antialias = True
+    parts: ClassVar[dict[str, str]] = Dinov2.parts | {"registers": "embeddings.register_tokens"}
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"dinov2-reg-{size}/14": _sized(*numbers) | {"num_register_tokens": 4}
+            for size, numbers in DINOV2_SIZES.items()
+        }

@@ -10,6 +10,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTRopePositionEmbedding, apply_rotary_pos_emb
 
 from m3i_scale.backbones.families.base import Angles, TokenFamily
+from m3i_scale.backbones.families.vit import VIT_SHAPE
 from m3i_scale.errors import ConfigError
 
 _SIZES = {
@@ -30,11 +31,7 @@ class Dinov3(TokenFamily):
 
     config_class, model_class = DINOv3ViTConfig, DINOv3ViTModel
     name, first_preset = "DINOv3", "dinov3-s/16"
-    shape_fields = (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("layer_norm_eps", "image_size", "patch_size", "num_channels", *_BIASES, "use_gated_mlp"),
-        *("num_register_tokens", "rope_theta"),
-    )
+    shape_fields = (*VIT_SHAPE, *_BIASES, "use_gated_mlp", "num_register_tokens", "rope_theta")
     training_fields = ("attention_dropout", "drop_path_rate", "initializer_range", "layerscale_value", *_AUGMENTED)
     untrained = ("embeddings.mask_token",)
     parts: ClassVar[dict[str, str]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3i_scale.backbones.families.base import Family, check_counts, check_side
-from m3i_scale.backbones.internimage import InternImageConfig
+from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.errors import ConfigError
 
 _POST_NORM = {"layer_scale": 1e-5, "post_norm": True}
@@ -33,7 +33,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 class InternImage(Family):
     """InternImage (Wang et al.) with the fusion head of its largest sizes."""
 
-    config_class = InternImageConfig
+    config_class, model_class = InternImageConfig, InternImageModel
     name, first_preset, has_class_token = "InternImage", "internimage-t", False
     shape_fields = (
         *("channels", "depths", "groups", "dw_kernel_size", "mlp_ratio", "layer_scale", "offset_scale", "post_norm"),

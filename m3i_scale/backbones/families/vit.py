@@ -23,6 +23,11 @@ _SIZES = {"mini": (192, 6, 3, 768), **VIT_SIZES}
 """`mini` is a half-depth ViT-Ti of this project, for first runs."""
 _EVA_STD = 0.015
 """Init std of EVA with one billion parameters (Fang et al.)."""
+VIT_SHAPE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("layer_norm_eps", "image_size", "patch_size", "num_channels"),
+)
+"""`shape_fields` that configurations of plain Transformers share."""
 
 
 def sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
@@ -42,10 +47,7 @@ class ViT(TokenFamily):
     config_class, model_class = ViTConfig, ViTModel
     options: ClassVar[dict[str, Any]] = {"add_pooling_layer": False}
     name, first_preset, derives = "ViT", "vit-b/16", False
-    shape_fields = (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-        *("layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias"),
-    )
+    shape_fields = (*VIT_SHAPE, "qkv_bias")
     training_fields = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
     asks_to_interpolate = True
     parts: ClassVar[dict[str, str]] = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.backbones.sources.base import Source, refusal
+from m3i_scale.backbones.sources.base import MismatchError, Source
 from m3i_scale.backbones.sources.files import NAMES, read_config, read_headers, weight_files
 from m3i_scale.backbones.sources.hub import MODEL_TYPES, hub_source
 from m3i_scale.backbones.sources.open_clip_vit import open_clip_folder, open_clip_prefix, open_clip_source
@@ -19,6 +19,14 @@ __all__ = ["Source", "find_source", "pretrained_folder", "source_files"]
 def find_source(given: str, fields: Mapping[str, Any], where: str = "backbone.from_pretrained") -> Source:
     """Detect the format of a folder, file or Hub id; reads no weights. `fields` (`backbone.config`) adds settings that
     a bare file lacks."""
+    try:
+        return _detect(given, fields, where)
+    except MismatchError as error:
+        what = f"cannot start from '{given}': {error.what}"
+        raise ConfigError(what, where=where, why=error.why, fix=error.fix) from None
+
+
+def _detect(given: str, fields: Mapping[str, Any], where: str) -> Source:
     place = Path(given)
     if place.is_file():
         return _bare(given, place, fields, where)
@@ -37,8 +45,7 @@ def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Sour
         return open_clip_source(given, path, shapes, fields)
     if timm_prefix(shapes) is not None:
         return timm_source(given, path, shapes, fields)
-    raise refusal(
-        given,
+    raise MismatchError(
         f"its {len(shapes)} tensors have names of no known code base, e.g. {next(iter(shapes), 'none')}",
         "a bare file has timm's names (patch_embed, blocks) or open_clip's (visual.transformer.resblocks)",
         fix="give the folder that also holds its configuration",

@@ -1,8 +1,9 @@
-"""Description of pretrained weights before they are read."""
+"""Description of pretrained weights before they are read, and the names of their parts."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,21 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.backbones.sources.names import Renamed, Unused
-from m3i_scale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Target of a tensor: one parameter, or several that get equal parts along its first dimension."""
+
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A tensor that is not part of a backbone."""
+
+    reason: str
+
 
 Shapes = Mapping[str, tuple[int, ...]]
 Placement = Callable[[str], Renamed | Unused | None]
@@ -42,25 +56,64 @@ class Source:
     """`mean` and `std` of its training images, if the source contains them."""
 
 
-def refusal(given: str, what: str, why: str, fix: str | None = None) -> ConfigError:
-    """Return the error for a source that no backbone here matches exactly."""
-    return ConfigError(f"cannot start from '{given}': {what}", where="backbone.from_pretrained", why=why, fix=fix)
+@dataclass(frozen=True)
+class NameMap:
+    """Parameter names of one code base."""
+
+    prefix: str
+    """Prefix of the vision tower; other names are `outside`."""
+    outside: str
+    block: str
+    """Prefix of layer numbers."""
+    outer: Mapping[str, str]
+    """Part (see `TokenFamily.parts`) by name or stem (name without .weight or .bias), outside of layers."""
+    inner: Mapping[str, tuple[str, ...]]
+    """Parts by name within a layer; several parts divide one tensor equally."""
+    left_out: tuple[tuple[str, str], ...]
+    """(pattern, reason) of tensors that are not part of a backbone; patterns match from the start of the name."""
+
+    def place(self, name: str, ours: Mapping[str, str]) -> Renamed | Unused | None:
+        """Return the target of a source tensor in the parts `ours` of a family, or None if its name is unknown."""
+        if not name.startswith(self.prefix):
+            return Unused(self.outside)
+        name = name.removeprefix(self.prefix)
+        for pattern, reason in self.left_out:
+            if re.match(pattern, name):
+                return Unused(reason)
+        number, stem = "", name
+        table: Mapping[str, tuple[str, ...]] = {key: (part,) for key, part in self.outer.items()}
+        if match := re.fullmatch(re.escape(self.block) + r"(\d+)\.(.+)", name):
+            (number, stem), table = match.groups(), self.inner
+        for suffix in ("", ".weight", ".bias"):
+            parts = table.get(stem.removesuffix(suffix)) if stem.endswith(suffix) else None
+            if parts is not None:
+                targets = [_spelt(part, number, ours, suffix) for part in parts]
+                return None if None in targets else Renamed(tuple(target for target in targets if target))
+        return None
 
 
-def square_side(count: int, given: str, what: str) -> int:
-    """Return the side length of a square grid of `count` positions."""
+def _spelt(part: str, number: str, ours: Mapping[str, str], suffix: str) -> str | None:
+    """Return the name of a part in the stock model, or None: `q.bias`, 3 → layers.3.attention.q_proj.bias."""
+    stem, dot, rest = part.partition(".")
+    return None if stem not in ours else ours[stem].format(number) + dot + rest + suffix
+
+
+class MismatchError(Exception):
+    """No backbone here matches a source exactly: what differs, and why it matters. `find_source` names the source."""
+
+    def __init__(self, what: str, why: str, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.why, self.fix = what, why, fix
+
+
+def square_side(count: int) -> int | None:
+    """Return the side length of a square grid of `count` positions, or None if there is none."""
     side = math.isqrt(max(count, 0))
-    if side < 1 or side * side != count:
-        raise refusal(given, f"{what} has {count} places", "a backbone's grid is square")
-    return side
-
-
-def numbers(values: Any) -> list[float] | None:
-    """Return three numbers from a configuration, or None if they are missing."""
-    return [float(value) for value in values] if isinstance(values, list | tuple) and len(values) == 3 else None
+    return side if side >= 1 and side * side == count else None
 
 
 def normalisation(mean: Any, std: Any) -> dict[str, list[float]]:
-    """Return mean and standard deviation as fields, or no fields if either is missing."""
-    pair = numbers(mean), numbers(std)
-    return {"mean": pair[0], "std": pair[1]} if pair[0] and pair[1] else {}
+    """Return mean and standard deviation as fields, or no fields unless both have three numbers."""
+    if not all(isinstance(values, list | tuple) and len(values) == 3 for values in (mean, std)):
+        return {}
+    return {"mean": [float(value) for value in mean], "std": [float(value) for value in std]}

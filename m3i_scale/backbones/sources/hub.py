@@ -13,9 +13,8 @@ from transformers.core_model_loading import Chunk, WeightConverter, rename_sourc
 from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, find_family
 from m3i_scale.backbones.families.internimage import fusion_width
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.backbones.sources.base import Placement, Source, normalisation
+from m3i_scale.backbones.sources.base import Placement, Renamed, Source, Unused, normalisation
 from m3i_scale.backbones.sources.files import read_config
-from m3i_scale.backbones.sources.names import Renamed, Unused
 from m3i_scale.errors import ConfigError
 
 MODEL_TYPES = ("clip", "siglip", *(family.config_class.model_type for family in FAMILIES))

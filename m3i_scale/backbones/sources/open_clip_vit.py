@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.families import token_family
-from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import NameMap
+from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 from m3i_scale.backbones.sources.timm_vit import timm_trunk
 
@@ -59,10 +58,10 @@ def open_clip_source(
     """Return the vision tower of an open_clip file."""
     prefix = open_clip_prefix(shapes)
     if prefix is None:
-        raise refusal(given, "it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
+        raise MismatchError("it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
     names = NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
     facts = replace(facts or Facts(), class_row=True)
-    config, assumed, zeros = plain_config(given, names, shapes, facts, fields, _REFUSED)
+    config, assumed, zeros = plain_config(names, shapes, facts, fields, _REFUSED)
     ours = token_family(config).parts
     return Source(
         given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros
@@ -74,15 +73,15 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields
     model = values.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vision, dict):
-        raise refusal(given, "open_clip_config.json has no model_cfg.vision_cfg", "it says what the tower is")
+        raise MismatchError("open_clip_config.json has no model_cfg.vision_cfg", "it says what the tower is")
     preprocess = values.get("preprocess_cfg") or {}
     images = normalisation(preprocess.get("mean"), preprocess.get("std"))
     if vision.get("timm_model_name"):
         return _trunk(given, folder, vision, fields, images)
     for key, why in _UNLIKE.items():
         if vision.get(key):
-            raise refusal(given, f"vision_cfg.{key} is {vision[key]!r}", why)
-    shapes = _shapes(given, vision)
+            raise MismatchError(f"vision_cfg.{key} is {vision[key]!r}", why)
+    shapes = _shapes(vision)
     quick = bool(model.get("quick_gelu"))
     tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
     facts = Facts(
@@ -93,13 +92,13 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields
     return replace(open_clip_source(given, folder, shapes, fields, facts), normalisation=images)
 
 
-def _shapes(given: str, vision: Mapping[str, Any]) -> Shapes:
+def _shapes(vision: Mapping[str, Any]) -> Shapes:
     try:
         width, layers, patch, side = (int(vision[key]) for key in ("width", "layers", "patch_size", "image_size"))
         hidden = int(width * float(vision.get("mlp_ratio", 4.0)))
     except (KeyError, TypeError, ValueError) as error:
-        raise refusal(
-            given, f"vision_cfg has no plain {error}", "width, layers, patch_size and image_size are one number each"
+        raise MismatchError(
+            f"vision_cfg has no plain {error}", "width, layers, patch_size and image_size are one number each"
         ) from None
     vectors = [f"{norm}.{kind}" for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")]
     shapes: dict[str, tuple[int, ...]] = {

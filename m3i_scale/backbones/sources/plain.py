@@ -17,10 +17,8 @@ from transformers import (
     ViTConfig,
 )
 
-from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of
-from m3i_scale.backbones.presets import published_heads
-from m3i_scale.backbones.sources.base import Shapes, refusal, square_side
-from m3i_scale.backbones.sources.names import NameMap, Renamed
+from m3i_scale.backbones.families import FAMILIES, TokenFamily, VisionConfig, family_of, published_heads
+from m3i_scale.backbones.sources.base import MismatchError, NameMap, Renamed, Shapes, square_side
 
 _ROLES = {
     part: f"{{}}.{part}" if "{}" in name else part
@@ -50,7 +48,6 @@ class Facts:
 
 
 def plain_config(
-    given: str,
     names: NameMap,
     shapes: Shapes,
     facts: Facts,
@@ -63,13 +60,13 @@ def plain_config(
     `facts` are known from other sources; `fields` (`backbone.config`) are for settings that are known from nowhere
     else. `refused`: (pattern, reason) of tensors that no configuration here supports.
     """
-    parts = _parts(given, names, shapes, refused)
+    parts = _parts(names, shapes, refused)
     rotary = "registers" in parts and "positions" not in parts
-    _require(given, parts, rotary, facts)
+    _require(parts, rotary, facts)
     width, depth = parts["norm.weight"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
-    patch = _patch_side(given, parts["patch.weight"])
+    patch = _patch_side(parts["patch.weight"])
     assumed: dict[str, str] = {}
-    side = facts.side if rotary and facts.side else _grid_side(given, parts, facts)
+    side = facts.side if rotary and facts.side else _grid_side(parts, facts)
     common: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": depth,
@@ -84,9 +81,9 @@ def plain_config(
         )
     pre_norm = "pre_norm.weight" in parts
     # Errors about shapes come first: a model that no stock class matches needs no number of heads.
-    kind, specific = _shape_of(parts, rotary)(given, parts, width)
-    common["num_attention_heads"] = _heads(given, width, depth, facts, fields, assumed)
-    common["hidden_act"] = _activation(given, parts, facts, fields, assumed)
+    kind, specific = _shape_of(parts, rotary)(parts, width)
+    common["num_attention_heads"] = _heads(width, depth, facts, fields, assumed)
+    common["hidden_act"] = _activation(parts, facts, fields, assumed)
     common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
     if facts.layer_norm_eps is None:
         assumed["layer_norm_eps"] = (
@@ -105,9 +102,7 @@ def plain_config(
     return kind(**common, **specific), assumed, tuple(zeros)
 
 
-def _parts(
-    given: str, names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]
-) -> dict[str, tuple[int, ...]]:
+def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:
     """Return shapes by part, e.g. `3.q.weight`."""
     shape_of: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -118,21 +113,20 @@ def _parts(
         elif placed is None:
             inner = name.removeprefix(names.prefix)
             reason = next((reason for pattern, reason in refused if re.match(pattern, inner)), None)
-            raise refusal(given, f"no backbone here has its '{name}' {shape}", reason or "it would be lost")
+            raise MismatchError(f"no backbone here has its '{name}' {shape}", reason or "it would be lost")
     return shape_of
 
 
-def _require(given: str, parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -> None:
+def _require(parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -> None:
     if rotary and facts.rope_theta is None:
-        raise refusal(
-            given,
+        raise MismatchError(
             "it has registers and no table of positions, and a bare file does not say how its positions are rotated",
             "no shape tells the frequencies",
             fix="give a folder with this file as model.safetensors and a config.json that tells timm what it is:"
             ' {"architecture": "vit_small_patch16_dinov3"}',
         )
     if "registers" in parts and ("class" not in parts or "0.scale1" not in parts or "pre_norm.weight" in parts):
-        raise refusal(given, "it has registers, and is no DINOv2 or DINOv3", "no other stock model here has them")
+        raise MismatchError("it has registers, and is no DINOv2 or DINOv3", "no other stock model here has them")
     for part, why in (
         ("patch.weight", "it has no patch embedding"),
         ("0.norm1.weight", "it has no layers"),
@@ -140,39 +134,41 @@ def _require(given: str, parts: Mapping[str, tuple[int, ...]], rotary: bool, fac
         ("norm.weight", "its tokens pass no norm after the last layer: it stands behind the pooling, or is not there"),
     ):
         if part not in parts and not (rotary and part == "positions"):
-            raise refusal(given, why, "another model than the one that was trained would start")
+            raise MismatchError(why, "another model than the one that was trained would start")
     for part in _NORMS:
         if f"{part}.weight" in parts and f"{part}.bias" not in parts:
-            raise refusal(given, f"'{part}' has no bias", "it is no LayerNorm")
+            raise MismatchError(f"'{part}' has no bias", "it is no LayerNorm")
     if "0.o.bias" not in parts or not {"0.fc2.bias", "0.down_proj.bias"} & parts.keys():
-        raise refusal(given, "its projections have no bias", "those of the stock models have one")
+        raise MismatchError("its projections have no bias", "those of the stock models have one")
 
 
-def _patch_side(given: str, shape: tuple[int, ...]) -> int:
+def _patch_side(shape: tuple[int, ...]) -> int:
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise refusal(given, f"its patch embedding has shape {shape}", "patches are squares of 3 colours")
+        raise MismatchError(f"its patch embedding has shape {shape}", "patches are squares of 3 colours")
     return shape[3]
 
 
-def _grid_side(given: str, parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
+def _grid_side(parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
     rows = parts["positions"][-2]
     if "class" in parts and facts.class_row is None and math.isqrt(rows) ** 2 == rows:
         side = math.isqrt(rows)
-        raise refusal(
-            given,
+        raise MismatchError(
             f"its table of positions has {rows} rows, and a bare file does not say what they are",
             f"{side} × {side} places, or a class token and {rows - 1} places of images that are not square",
             fix="give a folder with this file as model.safetensors or pytorch_model.bin, and a config.json that tells"
             ' timm what it is: {"architecture": "deit3_base_patch16_224"}',
         )
-    return square_side(rows - ("class" in parts and facts.class_row is not False), given, "its table of positions")
+    places = rows - ("class" in parts and facts.class_row is not False)
+    grid_side = square_side(places)
+    if grid_side is None:
+        raise MismatchError(f"its table of positions has {places} places", "a backbone's grid is square")
+    return grid_side
 
 
-def _heads(given: str, width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> int:
+def _heads(width: int, depth: int, facts: Facts, fields: Mapping[str, Any], assumed: dict[str, str]) -> int:
     heads = facts.heads or fields.get("num_attention_heads") or published_heads(width, depth)
     if not isinstance(heads, int):
-        raise refusal(
-            given,
+        raise MismatchError(
             f"its tensors are those of {depth} layers of width {width}, which is no published size, and nothing tells "
             "its number of heads",
             "queries, keys and values have the same shapes for any number",
@@ -184,7 +180,6 @@ def _heads(given: str, width: int, depth: int, facts: Facts, fields: Mapping[str
 
 
 def _activation(
-    given: str,
     parts: Mapping[str, tuple[int, ...]],
     facts: Facts,
     fields: Mapping[str, Any],
@@ -198,8 +193,7 @@ def _activation(
     elif "pre_norm.weight" in parts:
         name, choices = "CLIP", "quick_gelu (OpenAI, DFN, MetaCLIP 1) or =gelu (LAION, DataComp)"
     if name and "hidden_act" not in fields:
-        raise refusal(
-            given,
+        raise MismatchError(
             f"a bare file of a {name} model does not say which GELU it was trained with",
             "with the other one it is another model, and no shape differs",
             fix=f"backbone.config.hidden_act={choices}",
@@ -222,16 +216,16 @@ def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..
 
 
 def _check_parts(
-    given: str, parts: Mapping[str, tuple[int, ...]], shape: str, wanted: dict[str, tuple[bool, str]], why: str
+    parts: Mapping[str, tuple[int, ...]], shape: str, wanted: dict[str, tuple[bool, str]], why: str
 ) -> None:
     """Reject weights with parts that differ from the stock class. `wanted`: by part, whether that class has it, and a
     description."""
     for part, (there, what) in wanted.items():
         if (part in parts) is not there:
-            raise refusal(given, f"it has {shape} and {'no' if there else 'also'} {what}", why)
+            raise MismatchError(f"it has {shape} and {'no' if there else 'also'} {what}", why)
 
 
-def _clip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+def _clip(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
     wanted = {
         "patch.bias": (False, "a bias of the patch embedding"),
         "0.scale1": (False, "LayerScale"),
@@ -239,32 +233,32 @@ def _clip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
         "0.k.bias": (True, "a bias of keys"),
     }
     why = "the stock class with that norm, CLIPVisionModel, differs there"
-    _check_parts(given, parts, "a norm before the first layer", wanted, why)
+    _check_parts(parts, "a norm before the first layer", wanted, why)
     return CLIPVisionConfig, {"intermediate_size": parts["0.fc1.weight"][0]}
 
 
-def _siglip(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+def _siglip(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
     wanted = {
         "pre_norm.weight": (False, "a norm before the first layer"),
         "0.scale1": (False, "LayerScale"),
         "0.q.bias": (True, "bias of queries"),
     }
     why = "the stock class without class token, SiglipVisionModel, differs there"
-    _check_parts(given, parts, "no class token", wanted, why)
-    return SiglipVisionConfig, {"intermediate_size": _plain_mlp(given, parts), "vision_use_head": False}
+    _check_parts(parts, "no class token", wanted, why)
+    return SiglipVisionConfig, {"intermediate_size": _plain_mlp(parts), "vision_use_head": False}
 
 
-def _vit(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    return ViTConfig, {"intermediate_size": _plain_mlp(given, parts), "qkv_bias": "0.q.bias" in parts}
+def _vit(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+    return ViTConfig, {"intermediate_size": _plain_mlp(parts), "qkv_bias": "0.q.bias" in parts}
 
 
-def _plain_mlp(given: str, parts: Mapping[str, tuple[int, ...]]) -> int:
+def _plain_mlp(parts: Mapping[str, tuple[int, ...]]) -> int:
     if parts["0.fc1.weight"][0] != parts["0.fc2.weight"][1]:
-        raise refusal(given, "its MLP is gated", "a ViT's is not")
+        raise MismatchError("its MLP is gated", "a ViT's is not")
     return parts["0.fc1.weight"][0]
 
 
-def _dinov2(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+def _dinov2(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
     gated = "0.gate_proj.weight" in parts
     hidden = parts["0.gate_proj.weight" if gated else "0.fc1.weight"][0]
     for ratio in range(1, 17):
@@ -274,12 +268,12 @@ def _dinov2(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Ow
             if "registers" in parts:
                 return Dinov2WithRegistersConfig, {**specific, "num_register_tokens": parts["registers"][-2]}
             return Dinov2Config, {**specific, "use_mask_token": False}
-    raise refusal(given, f"its MLP is {hidden} wide at width {width}", "that of Dinov2Model is a whole multiple")
+    raise MismatchError(f"its MLP is {hidden} wide at width {width}", "that of Dinov2Model is a whole multiple")
 
 
-def _dinov3(given: str, parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
+def _dinov3(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
     if "patch.bias" not in parts:
-        raise refusal(given, "its patch embedding has no bias", "that of DINOv3ViTModel has one")
+        raise MismatchError("its patch embedding has no bias", "that of DINOv3ViTModel has one")
     gated = "0.gate_proj.weight" in parts
     return DINOv3ViTConfig, {
         "intermediate_size": parts["0.gate_proj.weight" if gated else "0.fc1.weight"][0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 
 from m3i_scale.backbones.families import token_family
-from m3i_scale.backbones.sources.base import Shapes, Source, normalisation, refusal
-from m3i_scale.backbones.sources.names import NameMap
+from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 
 _MARK = "patch_embed.proj.weight"
@@ -36,8 +34,6 @@ _LEFT_OUT = (
     (r"mask_token$", "mask token: inputs with mask tokens have one of the recipe"),
     (r"lm_head\.", "head of its pre-training"),
 )
-_POST_NORM = {(1792, 64): "EVA-02-E"}
-"""Published post-norm models by (width, depth)."""
 _NO_EVA02 = "transformers has no class with the rotary positions, gates and norms of EVA-02's layers"
 _INSTEAD = "EVA-01 (eva_giant_patch14_224), or with rotary positions DINOv3 (vit_*_dinov3)"
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
@@ -55,12 +51,11 @@ def timm_source(
     `facts` is None for a bare file."""
     prefix = timm_prefix(shapes)
     if prefix is None:
-        raise refusal(given, "it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
+        raise MismatchError("it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
-        raise refusal(given, "it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
-    _check_pre_norm(given, prefix, shapes)
-    config, assumed, zeros = plain_config(given, names, shapes, facts or Facts(), fields, _REFUSED)
+        raise MismatchError("it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
+    config, assumed, zeros = plain_config(names, shapes, facts or Facts(), fields, _REFUSED)
     ours = token_family(config).parts
     return Source(
         given,
@@ -72,18 +67,6 @@ def timm_source(
         zeros=zeros,
         class_row=token_family(config).has_class_token and (facts is None or facts.class_row is not False),
     )
-
-
-def _check_pre_norm(given: str, prefix: str, shapes: Shapes) -> None:
-    """Reject post-norm models. They have the names and shapes of pre-norm ones, so only the size identifies them."""
-    width = shapes.get(f"{prefix}cls_token", (0,))[-1]
-    depth = sum(re.fullmatch(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)
-    if (width, depth) in _POST_NORM:
-        raise refusal(
-            given,
-            f"{depth} layers of width {width} are {_POST_NORM[width, depth]}: its norms stand behind attention and MLP",
-            "those of the stock models stand in front, and no shape differs",
-        )
 
 
 def _names(prefix: str, shapes: Shapes) -> NameMap:
@@ -144,19 +127,18 @@ def timm_trunk(
 def _by_architecture(
     given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> tuple[Source, Shapes]:
-    shapes, facts = _empty_model(given, architecture, json.dumps(arguments, sort_keys=True))
+    shapes, facts = _empty_model(architecture, json.dumps(arguments, sort_keys=True))
     return timm_source(given, folder, shapes, fields, facts), shapes
 
 
 @lru_cache(maxsize=8)
-def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes, Facts]:
+def _empty_model(architecture: str, arguments: str) -> tuple[Shapes, Facts]:
     try:
         import timm
         from timm.models.eva import Eva, EvaBlock
         from timm.models.vision_transformer import Block, VisionTransformer
     except ImportError:
-        raise refusal(
-            given,
+        raise MismatchError(
             f"only timm knows what '{architecture}' is, and it is not installed",
             "heads, activation and norms stand behind the name alone",
             fix="pip install timm, or 'm3i-scale[timm]'",
@@ -165,26 +147,25 @@ def _empty_model(given: str, architecture: str, arguments: str) -> tuple[Shapes,
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, **json.loads(arguments))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise refusal(given, f"timm makes no '{architecture}': {error}", "its config.json names it") from None
+        raise MismatchError(f"timm makes no '{architecture}': {error}", "its config.json names it") from None
     if type(model) not in (VisionTransformer, Eva):
-        raise refusal(given, f"'{architecture}' is a {type(model).__name__}", "a backbone is a plain ViT")
+        raise MismatchError(f"'{architecture}' is a {type(model).__name__}", "a backbone is a plain ViT")
     if type(model.blocks[0]) not in (Block, EvaBlock):
-        raise refusal(given, f"'{architecture}' has a {type(model.blocks[0]).__name__}", "a plain ViT has none")
+        raise MismatchError(f"'{architecture}' has a {type(model.blocks[0]).__name__}", "a plain ViT has none")
     rope = getattr(model, "rope", None)
     if rope is not None and not _turns_as_dinov3(model, rope):
-        raise refusal(
-            given,
+        raise MismatchError(
             f"'{architecture}' rotates queries and keys by position, and not as the stock DINOv3ViTModel does",
             _NO_EVA02 if architecture.startswith("eva02") else "no other stock model here rotates them",
             fix=_INSTEAD,
         )
     rows, columns = model.patch_embed.grid_size
     if rows != columns:
-        raise refusal(given, f"its images have {rows} × {columns} patches", "a backbone's grid is square")
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _facts(given, model)
+        raise MismatchError(f"its images have {rows} × {columns} patches", "a backbone's grid is square")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _facts(model)
 
 
-def _facts(given: str, model: Any) -> Facts:
+def _facts(model: Any) -> Facts:
     from timm.layers import GluMlp
 
     block = model.blocks[0]
@@ -192,10 +173,10 @@ def _facts(given: str, model: Any) -> Facts:
     if act == "GELU" and block.mlp.act.__dict__.get("approximate", "none") == "tanh":
         act = "GELUTanh"
     if act not in _ACTIVATIONS:
-        raise refusal(given, f"its MLP computes {act}", "no stock configuration names it")
+        raise MismatchError(f"its MLP computes {act}", "no stock configuration names it")
     if isinstance(block.mlp, GluMlp) and act != "SiLU":
-        raise refusal(
-            given, f"its MLP is gated by {act}", "a gate of the stock models is SiLU whatever `hidden_act` says"
+        raise MismatchError(
+            f"its MLP is gated by {act}", "a gate of the stock models is SiLU whatever `hidden_act` says"
         )
     return Facts(
         heads=int(block.attn.num_heads),

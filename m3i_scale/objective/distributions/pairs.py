@@ -71,7 +71,6 @@ class PairDistribution(Kind):
             scale: 1/τ, one element.
             bias: bias of all logits, one element; None without `first_bias`.
         """
-        raise NotImplementedError
 
 
 class BoltzmannPairs(PairDistribution):

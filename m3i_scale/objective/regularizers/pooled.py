@@ -1,4 +1,4 @@
-"""Collapse prevention for image-level targets: negatives, stop-gradient or decorrelation.
+"""Collapse prevention for image-level targets: negatives, stop-gradient, decorrelation or entropy.
 
 Gradients in comparison (UniGrad; u₁ online, u₂ target, v other samples): contrastive −u₂ + λ Σ s_v v; asymmetric −u₂ +
 λ Σ ρ_v (u₁·v) v; decorrelation −u₂ + λ Σ (u₂·v₂/N) v₁; UniGrad −u₂ + λ F u₁.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -18,8 +19,7 @@ from m3i_scale.config.limits import MAX_CANDIDATES
 from m3i_scale.objective.distributions.base import Density, Distribution, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.ranks import Ranks, standardize
-from m3i_scale.objective.regularizers.base import Regularizer
-from m3i_scale.objective.regularizers.memory import Correlation, Memory, Queue
+from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue, Regularizer
 
 
 class PooledRegularizer(Regularizer):
@@ -47,7 +47,6 @@ class PooledRegularizer(Regularizer):
             target_BE: z_y, with gradient if the student encodes it and `trains_target` is set.
             memory: result of `memory`, shared by all targets of the head.
         """
-        raise NotImplementedError
 
     def compared(self, x_BE: Tensor, ranks: Ranks) -> Tensor:
         """Return prediction or target as P̂ compares it, for estimating the information of a density."""
@@ -179,6 +178,27 @@ class QueuedNegatives(PooledRegularizer):
         """Return −log P̂ with a clone of the queue, because it changes before the next micro-batch's backward pass."""
         queue_QE, filled = memory.queue_QE.clone(), memory.filled.clone()
         return Loss(*p.among_queue(prediction_BE, target_BE, queue_QE, filled), remember=unit(target_BE))
+
+
+class KoLeo(Regularizer):
+    """The Kozachenko-Leonenko entropy estimate of vectors on the sphere, which uses nearest neighbors. It is a loss
+    term without −log P̂: `kind: spread`."""
+
+    kind: ClassVar[str] = "koleo"
+    encoders: ClassVar[tuple[str, ...]] = ("online",)
+    within_batch: ClassVar[bool] = True
+
+    def loss(self, pooled_BD: Tensor, ranks: Ranks, eps: float = 1e-8) -> Tensor:
+        """Return −mean log distance of a unit vector to its nearest neighbor in the global batch (Sablayrolles et al.,
+        2019, Spreading vectors for similarity search). DINOv2's code only searches the images of one device."""
+        own_BD = unit(pooled_BD)
+        all_GD = ranks.gather(own_BD)
+        with torch.no_grad():
+            cosines_BG = own_BD @ all_GD.T
+            itself_B1 = torch.arange(len(own_BD), device=own_BD.device)[:, None] + ranks.rank * len(own_BD)
+            nearest_B = cosines_BG.scatter(1, itself_B1, -2.0).argmax(dim=1)
+        distance_B = F.pairwise_distance(own_BD, all_GD[nearest_B], eps=eps)
+        return -(distance_B + eps).log().mean()
 
 
 def _product(one_BE: Tensor, other_BE: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,7 @@ from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann
 from m3i_scale.objective.ranks import Ranks, mean_row
-from m3i_scale.objective.regularizers.base import Regularizer
-from m3i_scale.objective.regularizers.memory import Center, Memory
+from m3i_scale.objective.regularizers.base import Center, Memory, Regularizer
 from m3i_scale.objective.schedule import Positive, Scheduled, always_below, number, values_of
 
 _LEAST_TEMPERATURE = 0.025
@@ -55,7 +54,6 @@ class PrototypeRegularizer(Regularizer):
             memory: result of `memory`, shared by all targets of the head.
             share_N: weight of every row.
         """
-        raise NotImplementedError
 
     def remembered(
         self, target_NK: Tensor, memory: Memory, ranks: Ranks, share_N: Tensor | None = None

@@ -3,11 +3,9 @@
 from m3i_scale.objective.targets.anchors import Anchor, Gram
 from m3i_scale.objective.targets.caption import Caption
 from m3i_scale.objective.targets.category import Category
-from m3i_scale.objective.targets.clusters import Clusters
 from m3i_scale.objective.targets.dense import Dense, DenseNegatives, Pixels
-from m3i_scale.objective.targets.pooled import Pooled
-from m3i_scale.objective.targets.prototypes import DensePrototypes, Prototypes
-from m3i_scale.objective.targets.spread import Spread
+from m3i_scale.objective.targets.pooled import Pooled, Spread
+from m3i_scale.objective.targets.prototypes import Clusters, DensePrototypes, Prototypes
 from m3i_scale.objective.targets.text import Text
 
 __all__ = [

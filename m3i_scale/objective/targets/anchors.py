@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Loss, unit
-from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.regularizers.dense import DenseStopGradient
 from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, Sizes, TargetModules
+from m3i_scale.objective.targets.dense import standardize_tokens
 
 
 class ShownPatches(ImageTarget):
     """A target that compares visible patches of an input with the same patches of the full view, encoded by f_φ."""
 
     dense: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = True
     tokens: ClassVar[str] = "shown"
     distribution: Gaussian = Gaussian()
     regularizer: DenseStopGradient = DenseStopGradient()
@@ -35,7 +35,6 @@ class ShownPatches(ImageTarget):
     @abstractmethod
     def compared(self, tokens_BLD: Tensor) -> Tensor:
         """Return the compared quantity of the patches: fp32 (B, L, …)."""
-        raise NotImplementedError
 
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the input's visible patches."""
@@ -47,9 +46,6 @@ class ShownPatches(ImageTarget):
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
-        decoder = parts.decoders[self.decoder]
-        if not isinstance(decoder, PointwiseSpec):
-            yield f"{self.title} compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
         if any(view != self.view for _, view in self.predicted_from(parts)):
             yield (
                 f"{self.title} compares patches of one view: inputs of view {self.view}, or `pairs: own` where they "
@@ -80,8 +76,7 @@ class Anchor(ShownPatches):
         return super().build_head(sizes)
 
     def compared(self, tokens_BLD: Tensor) -> Tensor:
-        """Standardize each token to mean 0 and variance 1 over its channels: fp32 (B, L, D)."""
-        return F.layer_norm(tokens_BLD.float(), (tokens_BLD.shape[-1],), eps=1e-5)
+        return standardize_tokens(tokens_BLD)
 
 
 class Gram(ShownPatches):

@@ -20,7 +20,7 @@ from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import ExportError, did_you_mean
-from m3i_scale.objective.decoders import DecoderSpec, pool
+from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Assigned
 from m3i_scale.objective.distributions.pairs import PairTargets
@@ -28,7 +28,7 @@ from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
 from m3i_scale.objective.ranks import Ranks
-from m3i_scale.objective.regularizers.memory import Memory
+from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.schedule import NotNegative, Scheduled, values_of
 from m3i_scale.tasks.base import TARGETS
 
@@ -102,8 +102,6 @@ class Context:
     """Views encoded by the EMA teacher or a frozen teacher, by (`encoder_key` of the target, view)."""
     counts: dict[str, Tensor]
     """Number of samples over all ranks that have the target, by target: fp32."""
-    progress: float = 0.0
-    """Fraction of the training that is done, for schedules."""
     measures: bool = False
     """Whether this step is logged: estimating the information needs an eigenvalue decomposition."""
     text: PairTargets | None = None
@@ -252,8 +250,7 @@ class Target(Kind):
 
     @abstractmethod
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
-        """Return this rank's share of −log P̂ of the target from one input."""
-        raise NotImplementedError
+        """Return this rank's share of −log P̂ of the target from one input. Schedules are numbers by now."""
 
     # -------------------------------------------------------------------- validation and description
 
@@ -327,6 +324,9 @@ class Target(Kind):
 class ImageTarget(Target):
     """A target that is a view of the image."""
 
+    compares_tokens: ClassVar[bool] = False
+    """Whether the loss compares backbone tokens, so that the decoder must be pointwise."""
+
     view: int = Field(ge=1, le=MAX_VIEWS)
     """Target view."""
     encoder: Literal["ema", "online", "teacher"]
@@ -365,6 +365,9 @@ class ImageTarget(Target):
             yield f"no teacher '{self.teacher}'; {fix}"
         if self.encoder != "teacher" and "teacher" in self.model_fields_set:
             yield f"`teacher` has no effect beside `encoder: {self.encoder}`"
+        decoder = parts.decoders[self.decoder]
+        if self.compares_tokens and not isinstance(decoder, PointwiseSpec):
+            yield f"{self.title} compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
         pairs, seen = self.predicted_from(parts), sum(parts.input(name).views for name in self.inputs)
         if not pairs:
             yield f"`pairs: {self.pairs}` leaves nothing that predicts it"

@@ -14,25 +14,21 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.limits import MAX_LAYERS
-from m3i_scale.objective.decoders import PointwiseSpec
 from m3i_scale.objective.distributions.base import Density, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
-from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.estimate import gaussian_moments
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
-from m3i_scale.objective.schedule import settled
-from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, ImageTarget, Parts, Sizes, TargetModules
-from m3i_scale.objective.targets.patches import PredictedPatches, count_faults, decode, place_faults
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
+from m3i_scale.objective.targets.patches import PatchTarget, PredictedPatches
 
 
-class Dense(ImageTarget):
+class Dense(PatchTarget):
     """Patch-level features, predicted under a density."""
 
     kind: ClassVar[str] = "dense"
     representation: ClassVar[str] = "dense feature"
-    dense: ClassVar[bool] = True
-    tokens: PredictedPatches
     encoder: Literal["ema", "teacher"]
     distribution: Density = Gaussian()
     regularizer: DenseRegularizer
@@ -53,7 +49,7 @@ class Dense(ImageTarget):
         if self.projected and given.projector is not None:
             tokens_BSD = given.projector(torch.cat([encoded.cls_BND, encoded.tokens_BLD], dim=1))
             encoded = replace(encoded, cls_BND=tokens_BSD[:, :1], tokens_BLD=tokens_BSD[:, 1:])
-        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        query_BQ, decoded_BQD = self.decode(given, context, encoded)
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
         wanted_BQD = gather_tokens(target_BND, query_BQ)
@@ -84,15 +80,13 @@ class Dense(ImageTarget):
             if self.projected:
                 with torch.no_grad():
                     tokens_BND = given.momentum.projector(tokens_BND)
-            context.dense[key] = standardize_target(tokens_BND)
+            context.dense[key] = standardize_tokens(tokens_BND.detach())
         return context.dense[key]
 
     def _faults(self, parts: Parts) -> Iterator[str]:
         yield from super()._faults(parts)
-        yield from place_faults(self, parts)
         if self.layers > 1 and self.encoder != "ema":
             yield f"`layers` are those of the averaged backbone: not with `encoder: {self.encoder}`"
-        yield from count_faults(self, parts)
 
 
 class Pixels(Dense):
@@ -112,7 +106,7 @@ class Pixels(Dense):
     def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:
         """Return the target view as predicted from one input: normalized (B, 3, H, W), fp32. Other patches show the
         true pixels. Standardized patches get the mean and std of the true pixels."""
-        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        query_BQ, decoded_BQD = self.decode(given, context, encoded)
         view_BCHW = context.views[self.view]
         true_BNP = patchify(view_BCHW, given.patch_size, standardize=False)
         predicted_BQP = given.head(decoded_BQD).float()
@@ -126,12 +120,12 @@ class Pixels(Dense):
         return patchify(context.views[self.view], given.patch_size, standardize=self.normalize_pixels)
 
 
-class DenseNegatives(HeadTarget):
+class DenseNegatives(PatchTarget, HeadTarget):
     """Dense contrastive learning: every patch against its matching patch and the means of earlier images (DenseCL)."""
 
     kind: ClassVar[str] = "dense_negatives"
     representation: ClassVar[str] = "dense feature"
-    dense: ClassVar[bool] = True
+    compares_tokens: ClassVar[bool] = True
     tokens: PredictedPatches = "all"
     encoder: Literal["ema"] = "ema"
     distribution: Boltzmann = Boltzmann()
@@ -139,29 +133,23 @@ class DenseNegatives(HeadTarget):
     match: Literal["position", "similarity"] = "position"
     """Matching patch in the target view: the one at the same position, or with the most similar backbone feature."""
 
+    @property
+    def finds_places(self) -> bool:
+        return self.match == "similarity"
+
     def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
         """Return this rank's share of −log P̂ of the patches with the queue as negatives."""
-        query_BQ, decoded_BQD = decode(self, given, context, encoded)
+        query_BQ, decoded_BQD = self.decode(given, context, encoded)
         prediction_BQE = given.head(decoded_BQD, predict=True)
         tokens_BND = context.encoded_views[self.encoder_key, self.view][1]
         with torch.no_grad():
             keys_BNE = given.momentum.heads[self.head](tokens_BND, predict=False)
-            similar = self.match == "similarity"
-            index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if similar else query_BQ
+            index_BQ = most_similar(encoded.tokens_BLD, tokens_BND) if self.finds_places else query_BQ
             matched_BQE = gather_tokens(keys_BNE, index_BQ)
         rows_NE, keys_NE = prediction_BQE.flatten(0, 1), matched_BQE.flatten(0, 1)
-        p = settled(self.distribution, context.progress)
-        loss = self.regularizer.loss(p, rows_NE, keys_NE, given.memory, given.ranks)
+        loss = self.regularizer.loss(self.distribution, rows_NE, keys_NE, given.memory, given.ranks)
         loss.remember, loss.watched = unit(keys_BNE.float().mean(dim=1)), {"z": keys_BNE}
         return loss
-
-    def _faults(self, parts: Parts) -> Iterator[str]:
-        yield from super()._faults(parts)
-        decoder = parts.decoders[self.decoder]
-        if not isinstance(decoder, PointwiseSpec):
-            yield f"dense negatives compare backbone tokens: the decoder must be pointwise, not {decoder.kind}"
-        yield from place_faults(self, parts, finds_places=self.match == "similarity")
-        yield from count_faults(self, parts)
 
 
 def most_similar(one_BQD: Tensor, other_BND: Tensor) -> Tensor:
@@ -176,9 +164,10 @@ def average_layers(layers: list[Tensor]) -> Tensor:
     return torch.stack(normed).mean(dim=0).flatten(2).transpose(1, 2)
 
 
-def standardize_target(tokens_BND: Tensor) -> Tensor:
-    """Return z̄: LayerNorm over the channels without affine, fp32, no gradient (SIM)."""
-    return F.layer_norm(tokens_BND.detach().float(), (tokens_BND.shape[-1],), eps=1e-5)
+def standardize_tokens(tokens_BND: Tensor) -> Tensor:
+    """Standardize each token to mean 0 and variance 1 over its channels (LayerNorm without affine), fp32. Of a target,
+    this is z̄ of SIM."""
+    return F.layer_norm(tokens_BND.float(), (tokens_BND.shape[-1],), eps=1e-5)
 
 
 class DenseHead(nn.Module):

@@ -1,9 +1,9 @@
-"""Patch prediction: validation of inputs and decoders, and the decoder call."""
+"""Base class of targets that predict patches: validation of inputs and decoders, and the decoder call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,83 +12,71 @@ from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.convolution import ConvolutionSpec
 from m3i_scale.objective.decoders import Pointwise, PointwiseSpec, TransformerDecoder, TransformerSpec
-from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.masks import TargetBlocks
 from m3i_scale.objective.positions import relative_position
-from m3i_scale.objective.targets.base import Context, Encoded, Parts, TargetModules
+from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, TargetModules
 
 PredictedPatches = Literal["masked", "blocks", "all"]
-"""Predicted patches: those that the input masks; those of its target blocks, one block at a time; or all."""
 
 
-class AsksPatches(Protocol):
+class PatchTarget(ImageTarget):
     """A target that predicts patches of a view."""
 
-    kind: ClassVar[str]
+    dense: ClassVar[bool] = True
+    weighs_patches: ClassVar[bool] = False
+    """Whether the loss supports a number of masked patches that differs between samples."""
+    tokens: PredictedPatches
+    """Predicted patches: those that the input masks; those of its target blocks, one block at a time; or all."""
 
     @property
-    def view(self) -> int:
-        """Return the target view."""
+    def finds_places(self) -> bool:
+        """Return whether patches are matched by similarity instead of position."""
+        return False
 
-    @property
-    def tokens(self) -> PredictedPatches:
-        """Return which patches are predicted."""
+    def decode(self, given: TargetModules, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Return the indices of the predicted patches of the target view (B, Q), and the decoder's outputs (B, Q,
+        D)."""
+        cls_B1D, tokens_BLD, where = encoded.cls_BND, encoded.tokens_BLD, encoded.where
+        if self.tokens == "all":
+            patches = given.grid[0] * given.grid[1]
+            query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
+        else:
+            query_BQ = where.hidden_BM
+        if isinstance(given.decoder, Pointwise):
+            predicted_BQD = gather_tokens(tokens_BLD, query_BQ) if self.tokens == "masked" else tokens_BLD
+            return query_BQ, given.decoder(predicted_BQD)
+        of_input, of_target = _positions(given.decoder, context.batch, where.view, self.view - 1, given.grid)
+        if self.tokens == "blocks" and where.blocks_BKT is not None:
+            return _decode_blocks(given, encoded, where.blocks_BKT, of_input)
+        return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
 
-    @property
-    def decoder(self) -> str:
-        """Return the name of the decoder."""
-
-    def predicted_from(self, parts: Parts) -> list[tuple[InputSpec, int]]:
-        """Return the pairs of input and view that predict the target."""
-
-
-def place_faults(target: AsksPatches, parts: Parts, *, finds_places: bool = False) -> Iterator[str]:
-    """Yield errors if inputs and decoder cannot locate the predicted patches. `finds_places`: whether the target
-    matches patches by similarity instead of position."""
-    pairs, decoder = target.predicted_from(parts), parts.decoders[target.decoder]
-    other_view = any(view != target.view for _, view in pairs)
-    if target.tokens != "all" and other_view:
-        yield f"`tokens: {target.tokens}` counts the hidden patches of the input's own view: use `all` between views"
-    if target.tokens == "masked" and parts.mix is None and any(spec.mask is None for spec, _ in pairs):
-        yield "`tokens: masked`, but the input hides no patch"
-    if target.tokens == "blocks":
-        if any(spec.mask is None or not isinstance(spec.mask.form, TargetBlocks) for spec, _ in pairs):
-            yield "`tokens: blocks`, but the input has no target blocks: `mask: {form: target_blocks, ratio: 0.7}`"
-        if not isinstance(decoder, TransformerSpec):
-            yield f"`tokens: blocks` asks for one block at a time: use a transformer, not {decoder.kind}"
-    if isinstance(decoder, TransformerSpec) and decoder.position == "absolute" and other_view:
-        yield "absolute positions do not say where another view lies: use `position: relative`"
-    if isinstance(decoder, ConvolutionSpec) and other_view:
-        yield "a convolution knows its own view alone: use a transformer"
-    if isinstance(decoder, PointwiseSpec):
-        if parts.mix is not None or any(spec.mask and spec.mask.masked == "drop" for spec, _ in pairs):
-            yield "a pointwise decoder has no answer for masked patches: use a transformer, or `masked: mask_token`"
-        if other_view and not finds_places:
-            yield "a pointwise decoder knows its own view alone: use a transformer, or `match: similarity`"
-        if not other_view and finds_places:
-            yield "`match: similarity` has no effect within one view"
-
-
-def count_faults(target: AsksPatches, parts: Parts) -> Iterator[str]:
-    """Yield an error if the number of masked patches differs between samples, which the loss does not support."""
-    if target.tokens == "masked" and any(spec.mask and spec.mask.varies for spec, _ in target.predicted_from(parts)):
-        yield f"a {target.kind} target counts as many hidden patches of every sample: give the mask one ratio, no share"
-
-
-def decode(target: AsksPatches, given: TargetModules, context: Context, encoded: Encoded) -> tuple[Tensor, Tensor]:
-    """Return the indices of the predicted patches of the target view (B, Q), and the decoder's outputs (B, Q, D)."""
-    cls_B1D, tokens_BLD, where = encoded.cls_BND, encoded.tokens_BLD, encoded.where
-    if target.tokens == "all":
-        patches = given.grid[0] * given.grid[1]
-        query_BQ = torch.arange(patches, device=tokens_BLD.device).expand(len(tokens_BLD), -1)
-    else:
-        query_BQ = where.hidden_BM
-    if isinstance(given.decoder, Pointwise):
-        return query_BQ, given.decoder(gather_tokens(tokens_BLD, query_BQ) if target.tokens == "masked" else tokens_BLD)
-    of_input, of_target = _positions(given.decoder, context.batch, where.view, target.view - 1, given.grid)
-    if target.tokens == "blocks" and where.blocks_BKT is not None:
-        return _decode_blocks(given, encoded, where.blocks_BKT, of_input)
-    return query_BQ, given.decoder(cls_B1D, tokens_BLD, where.visible_BL, query_BQ, given.grid, of_input, of_target)
+    def _faults(self, parts: Parts) -> Iterator[str]:
+        yield from super()._faults(parts)
+        pairs, decoder = self.predicted_from(parts), parts.decoders[self.decoder]
+        other_view = any(view != self.view for _, view in pairs)
+        if self.tokens != "all" and other_view:
+            yield f"`tokens: {self.tokens}` counts the hidden patches of the input's own view: use `all` between views"
+        if self.tokens == "masked" and parts.mix is None and any(spec.mask is None for spec, _ in pairs):
+            yield "`tokens: masked`, but the input hides no patch"
+        if self.tokens == "blocks":
+            if any(spec.mask is None or not isinstance(spec.mask.form, TargetBlocks) for spec, _ in pairs):
+                yield "`tokens: blocks`, but the input has no target blocks: `mask: {form: target_blocks, ratio: 0.7}`"
+            if not isinstance(decoder, TransformerSpec):
+                yield f"`tokens: blocks` asks for one block at a time: use a transformer, not {decoder.kind}"
+        if isinstance(decoder, TransformerSpec) and decoder.position == "absolute" and other_view:
+            yield "absolute positions do not say where another view lies: use `position: relative`"
+        if isinstance(decoder, ConvolutionSpec) and other_view:
+            yield "a convolution knows its own view alone: use a transformer"
+        if isinstance(decoder, PointwiseSpec):
+            if parts.mix is not None or any(spec.mask and spec.mask.masked == "drop" for spec, _ in pairs):
+                yield "a pointwise decoder has no answer for masked patches: use a transformer, or `masked: mask_token`"
+            if other_view and not self.finds_places:
+                yield "a pointwise decoder knows its own view alone: use a transformer, or `match: similarity`"
+            if not other_view and self.finds_places:
+                yield "`match: similarity` has no effect within one view"
+        varies = any(spec.mask and spec.mask.varies for spec, _ in pairs)
+        if self.tokens == "masked" and varies and not self.weighs_patches:
+            yield f"{self.title} counts as many hidden patches of every sample: give the mask one ratio, no share"
 
 
 def _decode_blocks(

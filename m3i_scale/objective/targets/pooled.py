@@ -1,21 +1,21 @@
-"""Image-level (global) features."""
+"""Image-level (global) features: predicted, or only kept apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.decoders import ClassToken, pool
 from m3i_scale.objective.distributions.base import Distribution, Loss
-from m3i_scale.objective.distributions.gaussian import Gaussian
+from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.estimate import gaussian_moments
 from m3i_scale.objective.heads import HeadSpec
-from m3i_scale.objective.regularizers.pooled import PooledRegularizer
-from m3i_scale.objective.schedule import settled
-from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, TargetModules
+from m3i_scale.objective.regularizers.pooled import KoLeo, PooledRegularizer
+from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Sizes, Target, TargetModules
 
 
 class Pooled(HeadTarget):
@@ -30,8 +30,7 @@ class Pooled(HeadTarget):
         """Return this rank's share of −log P̂ of the view's vector."""
         prediction_BE = given.head(encoded.pooled(given.decoder), predict=True)
         target_BE = pooled_target(self, given, context)
-        p, regularizer = settled(self.distribution, context.progress), settled(self.regularizer, context.progress)
-        loss = regularizer.loss(p, prediction_BE, target_BE, given.memory, given.ranks)
+        loss = self.regularizer.loss(self.distribution, prediction_BE, target_BE, given.memory, given.ranks)
         if loss.nats is None and context.measures:
             with torch.no_grad():
                 predicted_BE = self.regularizer.compared(prediction_BE, given.ranks)
@@ -69,3 +68,32 @@ def pooled_target(target: HeadTarget, given: TargetModules, context: Context) ->
         pooled_BD = pool(given.momentum.pools[target.decoder], cls_B1D, tokens_BND)
         averaged_BE: Tensor = given.momentum.heads[target.head](pooled_BD, predict=False)
     return averaged_BE
+
+
+class NoDistribution(Kind):
+    """Placeholder for targets that predict nothing."""
+
+    kind: ClassVar[str] = "none"
+    bounds_information: ClassVar[bool] = False
+
+
+class Spread(Target):
+    """KoLeo loss, the entropy term of equation (2) alone: pushes a decoder's outputs for different images apart, before
+    any head.
+
+    DINOv2 combines it with distributions over prototypes, for the class tokens of its global crops.
+    """
+
+    kind: ClassVar[str] = "spread"
+    representation: ClassVar[str] = "global feature"
+    encoder: Literal["online"] = "online"
+    distribution: NoDistribution = NoDistribution()
+    regularizer: KoLeo = KoLeo()
+
+    def build_head(self, sizes: Sizes) -> nn.Module:
+        """Return a module without weights: the decoder's output is used directly."""
+        return nn.Identity()
+
+    def loss(self, given: TargetModules, context: Context, encoded: Encoded) -> Loss:
+        """Return this rank's share of the negative entropy estimate, without its constant and factor."""
+        return Loss(self.regularizer.loss(encoded.pooled(given.decoder), given.ranks))

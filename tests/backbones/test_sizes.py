@@ -9,10 +9,9 @@ import torch
 from forked import Forks
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.backbones.cost import describe_backbone
+from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.flops import count_flop, counter
-from m3i_scale.backbones.presets import PRESETS
-from m3i_scale.backbones.sizes import describe_presets
+from m3i_scale.backbones.sizes import describe_backbone, describe_presets
 from m3i_scale.config import BackboneConfig
 from m3i_scale.errors import ConfigError
 
@@ -51,7 +50,7 @@ def test_every_preset_has_its_size_stored() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_stored_sizes_are_those_that_are_counted(preset: str) -> None:
-    """Mend it with `python -m m3i_scale.backbones.cost > m3i_scale/backbones/sizes.json`."""
+    """Mend it with `python -m m3i_scale.backbones.sizes > m3i_scale/backbones/sizes.json`."""
     counted = describe_backbone(BackboneConfig(preset=preset), preset)
     assert describe_presets([preset]) == [counted | {"gmac": pytest.approx(counted["gmac"], abs=1e-4)}]
 
@@ -101,8 +100,9 @@ def test_the_gradients_of_a_convolution_cost_what_it_does_whatever_its_groups(ki
 
 
 def test_a_preset_that_is_none() -> None:
-    with pytest.raises(ConfigError, match="no backbone 'vit-b/61'"):
+    with pytest.raises(ConfigError) as caught:
         describe_presets(["vit-b/61"])
+    assert "'vit-b/61'" in caught.value.what
 
 
 def test_the_command(forks: Forks) -> None:
