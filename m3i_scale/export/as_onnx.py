@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from m3i_scale.errors import ExportError
 from m3i_scale.export import fresh_onnx
-from m3i_scale.export.process import run_fresh
-from m3i_scale.export.verify import Reference, close, difference
+from m3i_scale.export.reference import Reference
+from m3i_scale.export.verify import close, difference, run_fresh
 from m3i_scale.files import write_json
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
-    PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
@@ -21,20 +19,26 @@ from transformers import (
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import AugmentConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, Trained, empty
+from m3i_scale.objective.information import Objective
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _POOL_EPS = 1e-6
 """Epsilon of the norm after a mean pool."""
 
 
+def _tokens(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    return {"last_hidden_state": torch.cat(objective.student.encode_whole(pixels_BCHW), dim=1)}
+
+
 def timm_part(
     config: VisionConfig,
-    kind: str | None,
-    norm: str,
-    head: str | None,
-    labels: list[str],
     augment: AugmentConfig,
+    kind: str | None = None,
+    norm: str = "",
+    head: str | None = None,
+    labels: Sequence[str] = (),
+    trained: Trained = _tokens,
 ) -> ExportedModule:
     """Return the export part of a folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
 
@@ -42,6 +46,7 @@ def timm_part(
         kind: pooling before the classifier; None for features only.
         norm: prefix of the mean pool's norm in the checkpoint.
         head: prefix of the classifier in the checkpoint; None for features only.
+        trained: outputs of the classifier.
     """
     architecture, arguments, tensors = _model(config, kind, norm)
     if head is not None:
@@ -50,11 +55,12 @@ def timm_part(
     if labels:
         wrapped.id2label = dict(enumerate(labels))
     classes = TimmWrapperForImageClassification if head is not None else TimmWrapperModel
-    model = _empty(lambda: classes(wrapped))
+    model = empty(lambda: classes(wrapped))
     return ExportedModule(
         "classifier" if head is not None else "tokens",
         model,
         {f"timm_model.{name}": made for name, made in tensors.items()},
+        trained,
         auto="AutoModelForImageClassification" if head is not None else "AutoModel",
         output="logits" if head is not None else "last_hidden_state",
         native="timm",
@@ -229,7 +235,7 @@ def _document(
     config: VisionConfig,
     architecture: str,
     arguments: dict[str, Any],
-    labels: list[str],
+    labels: Sequence[str],
     augment: AugmentConfig,
     wrapper: str,
 ) -> dict[str, Any]:
@@ -243,7 +249,7 @@ def _document(
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": _pretrained_cfg(config, augment) | {"num_classes": len(labels)},
-        "label_names": labels,
+        "label_names": list(labels),
     }
 
 
@@ -260,17 +266,6 @@ def _pretrained_cfg(config: VisionConfig, augment: AugmentConfig) -> dict[str, A
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-
-
-def _empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    try:
-        with init_empty_weights(include_buffers=False):
-            return build()
-    except ImportError:
-        raise ExportError(
-            "timm is not installed, and only it has a model that pools as the recipe does",
-            fix="pip install 'm3i-scale[timm]'",
-        ) from None
 
 
 def _not_supported(reason: str) -> ExportError:

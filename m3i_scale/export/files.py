@@ -22,7 +22,6 @@ from m3i_scale.export.tensors import (
     check_complete,
     check_shape,
     value_of,
-    values_of,
 )
 from m3i_scale.files import write_json
 
@@ -62,7 +61,7 @@ def write_part(
         for key in keys:
             tensors: dict[str, Tensor] = {}
             for name in stored[names[key]][1]:
-                tensors[name] = value_of(name, part.tensors[name], weights, dtype)
+                tensors[name] = value_of(part.tensors[name], weights, dtype)
                 check_shape(part, name, tensors[name])
                 fingerprints[name] = distinct(name, tensors[name])
             shard[key] = _as_stored(part.model, tensors, names[key])
@@ -79,7 +78,7 @@ def write_heads_file(
     path: Path, tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
     """Write the tensors of the heads to one file, and return their fingerprints."""
-    values = dict(values_of(tensors, weights, dtype))
+    values = {name: value_of(made, weights, dtype) for name, made in tensors.items()}
     distinct = Distinct()
     fingerprints = {name: distinct(name, tensor) for name, tensor in values.items()}
     save_file(values, path, metadata={"format": "pt"})

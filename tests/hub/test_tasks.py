@@ -24,7 +24,7 @@ from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.features import load_vision
 from m3i_scale.evaluate.samples import open_table, read_samples
 from m3i_scale.export.export import export
-from m3i_scale.export.verify import real_pictures
+from m3i_scale.export.reference import real_pictures
 from m3i_scale.export.write import ExportContents
 
 RUNS = {"vit": None, **BACKBONES}

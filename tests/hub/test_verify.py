@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.errors import ExportError
+from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import find_source, source_tokenizer
-from m3i_scale.export.verify import make_reference, verify
+from m3i_scale.export.verify import verify
 from m3i_scale.export.write import ExportContents, plan_parts, write_folder
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ def reference(run_dir, tmp_path_factory):
     tokenizer = source_tokenizer(source)
     parts = plan_parts(source, ExportContents(), tokenizer)
     folder = tmp_path_factory.mktemp("reference")
-    fingerprints = write_folder(folder, source, parts, weights, torch.float32, tokenizer)
+    fingerprints = write_folder(folder, source, parts, weights, torch.float32, tokenizer, ExportContents())
     return make_reference(source, parts, fingerprints, weights, torch.float32, tokenizer)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import RfDetrDinov2Config
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import backbone_part, empty
+from m3i_scale.export.joint import backbone_part
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import ExportedModule, TensorSource
+from m3i_scale.export.tensors import ExportedModule, TensorSource, empty
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.detection_heads import RfDetr
 from m3i_scale.tasks.detection.object_detector import detector_of

@@ -12,9 +12,9 @@ from transformers import Dinov2Config, EomtForUniversalSegmentation, ViTConfig
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import empty, part_of, vision_names
+from m3i_scale.export.joint import part_of, vision_names
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.segmentation.mask_queries import MaskQueries, query_config
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation

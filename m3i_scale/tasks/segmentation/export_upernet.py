@@ -7,9 +7,9 @@ from transformers import BeitConfig, Dinov2Config, UperNetConfig, UperNetForSema
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
-from m3i_scale.export.joint import empty, part_of, vision_names
+from m3i_scale.export.joint import part_of, vision_names
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty
 from m3i_scale.tasks.segmentation.export_eomt import no_class
 from m3i_scale.tasks.segmentation.pixel_heads import read_layers, segment
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
