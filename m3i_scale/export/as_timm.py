@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,15 +134,15 @@ def _vit(config: VisionConfig) -> tuple[str, dict[str, Any], dict[str, TensorSou
         architecture = "vit_base_patch16_clip_224"
     if config.hidden_act != "gelu":
         arguments["act_layer"] = _ACTIVATIONS[config.hidden_act]
-    inner = {
-        "norm1.": "norm1",
-        "attn.proj.": "o",
-        "norm2.": "norm2",
-        "ls1.gamma": "scale1",
-        "ls2.gamma": "scale2",
+    layer: dict[str, tuple[str, ...]] = {
+        "norm1.": ("norm1",),
+        "attn.qkv." if arguments["qkv_bias"] else "attn.qkv.weight": ("q", "k", "v"),
+        "attn.proj.": ("o",),
+        "norm2.": ("norm2",),
+        "ls1.gamma": ("scale1",),
+        "ls2.gamma": ("scale2",),
     }
-    packed: dict[str, tuple[str, ...]] = {"attn.qkv." if arguments["qkv_bias"] else "attn.qkv.weight": ("q", "k", "v")}
-    return architecture, arguments, _tensors(config, inner, packed, gated=gated)
+    return architecture, arguments, _tensors(config, layer, gated=gated)
 
 
 def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
@@ -163,25 +163,25 @@ def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str
     }
     if isinstance(config, CLIPVisionConfig):
         arguments["use_pre_transformer_norm"] = True
-    inner = {
-        "norm1.": "norm1",
-        "attn.k_proj.weight": "k",
-        "attn.proj.": "o",
-        "norm2.": "norm2",
-        "gamma_1": "scale1",
-        "gamma_2": "scale2",
-        **({"attn.q_proj.": "q", "attn.v_proj.": "v"} if arguments["qkv_bias"] else {}),
-        **({} if arguments["qkv_bias"] else {"attn.q_proj.weight": "q", "attn.v_proj.weight": "v"}),
+    kinds = "" if arguments["qkv_bias"] else "weight"
+    layer: dict[str, tuple[str, ...]] = {
+        "norm1.": ("norm1",),
+        f"attn.q_proj.{kinds}": ("q",),
+        "attn.k_proj.weight": ("k",),
+        f"attn.v_proj.{kinds}": ("v",),
+        "attn.proj.": ("o",),
+        "norm2.": ("norm2",),
+        "gamma_1": ("scale1",),
+        "gamma_2": ("scale2",),
     }
-    tensors = _tensors(config, inner, {}, gated=gated)
+    tensors = _tensors(config, layer, gated=gated)
     tensors |= {f"fc_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
     return "eva_giant_patch14_224", arguments, tensors
 
 
-def _tensors(
-    config: VisionConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
-) -> dict[str, TensorSource]:
-    """Return tensors by timm's name. A key that ends with a dot means both weight and bias."""
+def _tensors(config: VisionConfig, layer: dict[str, tuple[str, ...]], *, gated: bool) -> dict[str, TensorSource]:
+    """Return tensors by timm's name; `layer` has the parts of a layer by name. A name that ends with a dot means both
+    weight and bias. Parts that the backbone does not have are left out."""
     ours, clip = token_family(config).parts, isinstance(config, CLIPVisionConfig)
     outer: dict[str, tuple[str, ...]] = {
         "patch_embed.proj.weight" if clip else "patch_embed.proj.": ("patch",),
@@ -196,7 +196,7 @@ def _tensors(
     made |= _expand("", outer, ours, "")
     mlp = {"mlp.fc1.": ("gate_proj", "up_proj"), "mlp.fc2.": ("down_proj",)}
     plain = {"mlp.fc1.": ("fc1",), "mlp.fc2.": ("fc2",)}
-    layer = {name: (part,) for name, part in inner.items() if part in ours} | packed | (mlp if gated else plain)
+    layer = {name: parts for name, parts in layer.items() if parts[0] in ours} | (mlp if gated else plain)
     for number in range(config.num_hidden_layers):
         made |= _expand(f"blocks.{number}.", layer, ours, str(number))
     return made
@@ -207,15 +207,13 @@ def _expand(
 ) -> dict[str, TensorSource]:
     made = {}
     for name, parts in table.items():
-        whole = name.endswith(("weight", "bias"))
-        suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
-        if not whole and not name.endswith("."):  # a single parameter, not a module
+        module, _, kind = name.rpartition(".")
+        if kind not in ("", "weight", "bias"):  # a single parameter, not a module
             made[prefix + name] = TensorSource((VISION + ours[parts[0]].format(number),))
             continue
-        stem = name.rpartition(".")[0]
-        for suffix in suffixes:
+        for suffix in [kind] if kind else ["weight", "bias"]:
             sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
-            made[f"{prefix}{stem}.{suffix}"] = TensorSource(sources, _joined if len(parts) > 1 else None)
+            made[f"{prefix}{module}.{suffix}"] = TensorSource(sources, _joined if len(parts) > 1 else None)
     return made
 
 

@@ -26,7 +26,7 @@ from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.export.as_timm import timm_part, timm_vision
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, TensorSource, Trained, copied, empty
+from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, TensorSource, Trained, copied, empty, label_maps
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
 from m3i_scale.objective.encoders import text_config
 from m3i_scale.objective.information import Objective
@@ -136,7 +136,8 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
     tensors = copied(vision_names(config), VISION)
     if decoder.mean and isinstance(config, ViTConfig):
         tensors, config = _as_dinov2(config)
-    labelled = _with_names(config, names)
+    labelled = config
+    labelled.update(label_maps(names))
     dinov2 = isinstance(config, Dinov2Config)
     build = Dinov2ForImageClassification if dinov2 else ViTForImageClassification
     tensors = {f"{'dinov2' if dinov2 else 'vit'}.{name}": made for name, made in tensors.items()}
@@ -314,12 +315,6 @@ def vision_names(config: VisionConfig) -> list[str]:
     return list(empty(lambda: kind(config, **options)).state_dict())
 
 
-def _with_names(config: VisionConfig, names: list[str]) -> VisionConfig:
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
-    return config
-
-
 def _internimage_classifier(
     config: InternImageConfig, target: Target, decoder: DecoderSpec, head: str, names: list[str], trained: Trained
 ) -> ExportedModule:
@@ -332,11 +327,10 @@ def _internimage_classifier(
     tensors |= {f"pool_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
     tensors |= {f"classifier.{suffix}": TensorSource((head + suffix,)) for suffix in ("weight", "bias")}
     auto_map, files = model_files(config)
-    labelled = _with_names(config, names)
-    labelled.auto_map = auto_map
+    config.update({**label_maps(names), "auto_map": auto_map})
     return ExportedModule(
         "classifier",
-        empty(lambda: InternImageForImageClassification(labelled)),
+        empty(lambda: InternImageForImageClassification(config)),
         tensors,
         trained,
         auto="AutoModelForImageClassification",

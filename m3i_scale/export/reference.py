@@ -66,7 +66,8 @@ def make_reference(
         tokens = tokenizer(
             captions, padding=True, truncation=True, max_length=source.run.text.max_tokens, return_tensors="pt"
         )
-    inputs, outputs = {"pixel_values": pixels_BCHW, **(tokens or {})}, {}
+    inputs: dict[str, Tensor] = {"pixel_values": pixels_BCHW, **(tokens or {})}
+    outputs: dict[str, Tensor] = {}
     for part in parts:
         by_name = part.trained(objective, *[inputs[name] for name in part.inputs])
         outputs[part.name] = by_name[part.output]

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export import fresh
 
 Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
 """Image processors: center crop, full image resized to a square (whole, stretched) or padded, square windows along the
@@ -82,6 +81,12 @@ def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         ) from None
 
 
+def label_maps(names: Iterable[str]) -> dict[str, Any]:
+    """Return class names as the fields of a configuration."""
+    by_index = dict(enumerate(names))
+    return {"id2label": by_index, "label2id": {name: index for index, name in by_index.items()}}
+
+
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:
     """Return tensors that are copied unchanged from names with one prefix to names with another."""
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
@@ -116,28 +121,6 @@ def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
             f"the checkpoint does not fill a {type(part.model).__name__}: '{name}' is {list(tensor.shape)} and must be"
             f" {list(wanted)}"
         )
-
-
-class Distinct:
-    """Check for duplicate matrices within one model: trained matrices cannot be equal, so one of them was written under
-    the wrong name."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, str] = {}
-
-    def __call__(self, name: str, tensor: Tensor) -> str:
-        """Return the tensor's fingerprint."""
-        digest = fresh.fingerprint(tensor)
-        if sum(side > 1 for side in tensor.shape) > 1 and not bool((tensor == tensor.reshape(-1)[0]).all()):
-            first = self._seen.setdefault(digest, name)
-            if first != name:
-                raise ExportError(
-                    f"'{first}' and '{name}' hold the same values",
-                    where=name,
-                    why="they share one tensor, and the model has two",
-                    fix="take another checkpoint of the run",
-                )
-        return digest
 
 
 def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:

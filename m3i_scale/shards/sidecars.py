@@ -37,16 +37,17 @@ def read_claims(folder: Path, shards: list[Path], complete: bool) -> tuple[dict[
     lists = {"sizes.json": sizes, "manifest.json": listed}
     lists = {file: known for file, known in lists.items() if isinstance(known, dict)}
     names = {path.name for path in shards}
-    for file, known in lists.items() if complete else ():
-        faults += [(folder / name, Fault(_MISSING, f"{file} lists it")) for name in sorted({*known} - names)]
-        faults += [(folder / name, Fault(_UNLISTED, f"in {file}")) for name in sorted(names - {*known})]
+    if complete:
+        for file, known in lists.items():
+            faults += [(folder / name, Fault(_MISSING, f"{file} lists it")) for name in sorted({*known} - names)]
+            faults += [(folder / name, Fault(_UNLISTED, f"in {file}")) for name in sorted(names - {*known})]
     claims = {}
     for name in names:
         size, facts = (lists.get(file, {}).get(name) for file in ("sizes.json", "manifest.json"))
         facts = facts if isinstance(facts, dict) else {}
         counts = {"sizes.json": size, "manifest.json": facts.get("samples")}
-        known = {file: count for file, count in counts.items() if count is not None}
-        claims[name] = Claims(known, facts.get("bytes"), facts.get("sha256"))
+        samples = {file: count for file, count in counts.items() if count is not None}
+        claims[name] = Claims(samples, facts.get("bytes"), facts.get("sha256"))
     return claims, faults
 
 

@@ -83,22 +83,20 @@ def test_unexpected_tensor(folder, reference, same_process):
     refused(folder, reference, "vision model: 1 unexpected keys, e.g. stray")
 
 
-def test_empty_tensor(folder, reference, same_process):
+def test_empty_tensor(folder, reference):
     def change(tensors):
         tensors[name_of(tensors, "output.dense.weight")] = torch.zeros(0, 32)
 
     change_tensors(folder / "model.safetensors", change)
-    refused(folder, reference, "no elements")
+    refused(folder, reference, "cannot load the export|mismatched")
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "not finite"), (0.0, "all values are 0, never initialised")]
-)
-def test_values_that_no_training_leaves(folder, reference, value, message, same_process):
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_values_that_no_training_leaves(folder, reference, value, same_process):
     change_tensors(
         folder / "model.safetensors", lambda tensors: tensors[name_of(tensors, "output.dense.weight")].fill_(value)
     )
-    refused(folder, reference, message)
+    refused(folder, reference, "after loading, tensor .* is not that of the checkpoint")
 
 
 def test_wrong_dtype_in_the_config(folder, reference, same_process):
