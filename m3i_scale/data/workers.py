@@ -171,7 +171,7 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
     # Not fork: the caller may run threads (progress bar), and the child would inherit their locks. Not spawn: every
     # process would import torch again.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([getattr(function, "func", function).__module__])  # `func` of a partial
     # Ctrl-C also signals these processes. They and their parent start with the signal blocked, so that none prints a
     # traceback from its imports or loses its parent. Starting the tracker would unblock the signal.
     resource_tracker.ensure_running()

@@ -9,9 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export import fresh_onnx
-from m3i_scale.export.process import run_fresh
-from m3i_scale.export.verify import Reference, close, difference
+from m3i_scale.export.reference import Reference
+from m3i_scale.export.verify import close, difference, run_fresh
 from m3i_scale.files import write_json
 
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -50,9 +49,8 @@ def write_onnx(folder: Path, reference: Reference) -> float:
         save_file({"pixel_values": reference.pixels.contiguous()}, work / "inputs.safetensors")
         job = {"auto": part.auto, "options": part.options, "output": part.output}
         write_json(work / "job.json", job)
-        program = str(Path(fresh_onnx.__file__).resolve())
-        for phase in ("trace", "run"):
-            run_fresh([program, phase, str(folder.resolve()), str(work)], folder, work)
+        for program in ("write_onnx", "run_onnx"):
+            run_fresh(program, folder, work)
         outputs = load_file(work / "outputs.safetensors")
     largest = 0.0
     for count, output in ((len(reference.pixels), outputs["all"]), (1, outputs["one"])):

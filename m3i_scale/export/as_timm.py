@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
-    PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
@@ -21,20 +19,26 @@ from transformers import (
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.config import AugmentConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, Trained, empty
+from m3i_scale.objective.information import Objective
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _POOL_EPS = 1e-6
 """Epsilon of the norm after a mean pool."""
 
 
+def _tokens(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    return {"last_hidden_state": torch.cat(objective.student.encode_whole(pixels_BCHW), dim=1)}
+
+
 def timm_part(
     config: VisionConfig,
-    kind: str | None,
-    norm: str,
-    head: str | None,
-    labels: list[str],
     augment: AugmentConfig,
+    kind: str | None = None,
+    norm: str = "",
+    head: str | None = None,
+    labels: Sequence[str] = (),
+    trained: Trained = _tokens,
 ) -> ExportedModule:
     """Return the export part of a folder that `timm.create_model("local-dir:…", pretrained=True)` loads.
 
@@ -42,6 +46,7 @@ def timm_part(
         kind: pooling before the classifier; None for features only.
         norm: prefix of the mean pool's norm in the checkpoint.
         head: prefix of the classifier in the checkpoint; None for features only.
+        trained: outputs of the classifier.
     """
     architecture, arguments, tensors = _model(config, kind, norm)
     if head is not None:
@@ -50,11 +55,12 @@ def timm_part(
     if labels:
         wrapped.id2label = dict(enumerate(labels))
     classes = TimmWrapperForImageClassification if head is not None else TimmWrapperModel
-    model = _empty(lambda: classes(wrapped))
+    model = empty(lambda: classes(wrapped))
     return ExportedModule(
         "classifier" if head is not None else "tokens",
         model,
         {f"timm_model.{name}": made for name, made in tensors.items()},
+        trained,
         auto="AutoModelForImageClassification" if head is not None else "AutoModel",
         output="logits" if head is not None else "last_hidden_state",
         native="timm",
@@ -128,15 +134,15 @@ def _vit(config: VisionConfig) -> tuple[str, dict[str, Any], dict[str, TensorSou
         architecture = "vit_base_patch16_clip_224"
     if config.hidden_act != "gelu":
         arguments["act_layer"] = _ACTIVATIONS[config.hidden_act]
-    inner = {
-        "norm1.": "norm1",
-        "attn.proj.": "o",
-        "norm2.": "norm2",
-        "ls1.gamma": "scale1",
-        "ls2.gamma": "scale2",
+    layer: dict[str, tuple[str, ...]] = {
+        "norm1.": ("norm1",),
+        "attn.qkv." if arguments["qkv_bias"] else "attn.qkv.weight": ("q", "k", "v"),
+        "attn.proj.": ("o",),
+        "norm2.": ("norm2",),
+        "ls1.gamma": ("scale1",),
+        "ls2.gamma": ("scale2",),
     }
-    packed: dict[str, tuple[str, ...]] = {"attn.qkv." if arguments["qkv_bias"] else "attn.qkv.weight": ("q", "k", "v")}
-    return architecture, arguments, _tensors(config, inner, packed, gated=gated)
+    return architecture, arguments, _tensors(config, layer, gated=gated)
 
 
 def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str, TensorSource]]:
@@ -157,25 +163,25 @@ def _eva(config: VisionConfig, norm: str) -> tuple[str, dict[str, Any], dict[str
     }
     if isinstance(config, CLIPVisionConfig):
         arguments["use_pre_transformer_norm"] = True
-    inner = {
-        "norm1.": "norm1",
-        "attn.k_proj.weight": "k",
-        "attn.proj.": "o",
-        "norm2.": "norm2",
-        "gamma_1": "scale1",
-        "gamma_2": "scale2",
-        **({"attn.q_proj.": "q", "attn.v_proj.": "v"} if arguments["qkv_bias"] else {}),
-        **({} if arguments["qkv_bias"] else {"attn.q_proj.weight": "q", "attn.v_proj.weight": "v"}),
+    kinds = "" if arguments["qkv_bias"] else "weight"
+    layer: dict[str, tuple[str, ...]] = {
+        "norm1.": ("norm1",),
+        f"attn.q_proj.{kinds}": ("q",),
+        "attn.k_proj.weight": ("k",),
+        f"attn.v_proj.{kinds}": ("v",),
+        "attn.proj.": ("o",),
+        "norm2.": ("norm2",),
+        "gamma_1": ("scale1",),
+        "gamma_2": ("scale2",),
     }
-    tensors = _tensors(config, inner, {}, gated=gated)
+    tensors = _tensors(config, layer, gated=gated)
     tensors |= {f"fc_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
     return "eva_giant_patch14_224", arguments, tensors
 
 
-def _tensors(
-    config: VisionConfig, inner: dict[str, str], packed: dict[str, tuple[str, ...]], *, gated: bool
-) -> dict[str, TensorSource]:
-    """Return tensors by timm's name. A key that ends with a dot means both weight and bias."""
+def _tensors(config: VisionConfig, layer: dict[str, tuple[str, ...]], *, gated: bool) -> dict[str, TensorSource]:
+    """Return tensors by timm's name; `layer` has the parts of a layer by name. A name that ends with a dot means both
+    weight and bias. Parts that the backbone does not have are left out."""
     ours, clip = token_family(config).parts, isinstance(config, CLIPVisionConfig)
     outer: dict[str, tuple[str, ...]] = {
         "patch_embed.proj.weight" if clip else "patch_embed.proj.": ("patch",),
@@ -190,7 +196,7 @@ def _tensors(
     made |= _expand("", outer, ours, "")
     mlp = {"mlp.fc1.": ("gate_proj", "up_proj"), "mlp.fc2.": ("down_proj",)}
     plain = {"mlp.fc1.": ("fc1",), "mlp.fc2.": ("fc2",)}
-    layer = {name: (part,) for name, part in inner.items() if part in ours} | packed | (mlp if gated else plain)
+    layer = {name: parts for name, parts in layer.items() if parts[0] in ours} | (mlp if gated else plain)
     for number in range(config.num_hidden_layers):
         made |= _expand(f"blocks.{number}.", layer, ours, str(number))
     return made
@@ -201,15 +207,13 @@ def _expand(
 ) -> dict[str, TensorSource]:
     made = {}
     for name, parts in table.items():
-        whole = name.endswith(("weight", "bias"))
-        suffixes: Iterable[str] = (name.rpartition(".")[2],) if whole else ("weight", "bias")
-        if not whole and not name.endswith("."):  # a single parameter, not a module
+        module, _, kind = name.rpartition(".")
+        if kind not in ("", "weight", "bias"):  # a single parameter, not a module
             made[prefix + name] = TensorSource((VISION + ours[parts[0]].format(number),))
             continue
-        stem = name.rpartition(".")[0]
-        for suffix in suffixes:
+        for suffix in [kind] if kind else ["weight", "bias"]:
             sources = tuple(f"{VISION}{ours[part].format(number)}.{suffix}" for part in parts)
-            made[f"{prefix}{stem}.{suffix}"] = TensorSource(sources, _joined if len(parts) > 1 else None)
+            made[f"{prefix}{module}.{suffix}"] = TensorSource(sources, _joined if len(parts) > 1 else None)
     return made
 
 
@@ -229,7 +233,7 @@ def _document(
     config: VisionConfig,
     architecture: str,
     arguments: dict[str, Any],
-    labels: list[str],
+    labels: Sequence[str],
     augment: AugmentConfig,
     wrapper: str,
 ) -> dict[str, Any]:
@@ -243,7 +247,7 @@ def _document(
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": _pretrained_cfg(config, augment) | {"num_classes": len(labels)},
-        "label_names": labels,
+        "label_names": list(labels),
     }
 
 
@@ -260,17 +264,6 @@ def _pretrained_cfg(config: VisionConfig, augment: AugmentConfig) -> dict[str, A
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-
-
-def _empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    try:
-        with init_empty_weights(include_buffers=False):
-            return build()
-    except ImportError:
-        raise ExportError(
-            "timm is not installed, and only it has a model that pools as the recipe does",
-            fix="pip install 'm3i-scale[timm]'",
-        ) from None
 
 
 def _not_supported(reason: str) -> ExportError:

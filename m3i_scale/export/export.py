@@ -22,6 +22,7 @@ from m3i_scale.export.card import render_card
 from m3i_scale.export.files import check_shard_size
 from m3i_scale.export.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
 from m3i_scale.export.push import PROVENANCE, push
+from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
     Source,
     describe_data,
@@ -32,7 +33,7 @@ from m3i_scale.export.source import (
     source_tokenizer,
 )
 from m3i_scale.export.tensors import DTYPES
-from m3i_scale.export.verify import make_reference, verify
+from m3i_scale.export.verify import verify
 from m3i_scale.export.write import FORMATS, TASKS, ExportContents, plan_parts, write_folder
 from m3i_scale.files import atomic_dir, read_json, sha256_of, write_json
 from m3i_scale.objective.targets.category import Category

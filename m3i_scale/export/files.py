@@ -15,14 +15,13 @@ from transformers import CLIPVisionModel, PreTrainedModel, RfDetrPreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from m3i_scale.errors import ExportError
+from m3i_scale.export.fresh import fingerprint
 from m3i_scale.export.tensors import (
-    Distinct,
     ExportedModule,
     TensorSource,
     check_complete,
     check_shape,
     value_of,
-    values_of,
 )
 from m3i_scale.files import write_json
 
@@ -48,7 +47,6 @@ def write_part(
     check_complete(part)
     _write_config(place, part, dtype)
     fingerprints: dict[str, str] = {}
-    distinct = Distinct()
     stored = _stored(part.model)
     names = {_file_name(part, key): key for key in stored}
     shapes = {name: stored[key][0] for name, key in names.items()}
@@ -62,9 +60,9 @@ def write_part(
         for key in keys:
             tensors: dict[str, Tensor] = {}
             for name in stored[names[key]][1]:
-                tensors[name] = value_of(name, part.tensors[name], weights, dtype)
+                tensors[name] = value_of(part.tensors[name], weights, dtype)
                 check_shape(part, name, tensors[name])
-                fingerprints[name] = distinct(name, tensors[name])
+                fingerprints[name] = fingerprint(tensors[name])
             shard[key] = _as_stored(part.model, tensors, names[key])
         save_file(shard, place / file, metadata={"format": "pt"})
     if plan.is_sharded:
@@ -79,11 +77,9 @@ def write_heads_file(
     path: Path, tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, str]:
     """Write the tensors of the heads to one file, and return their fingerprints."""
-    values = dict(values_of(tensors, weights, dtype))
-    distinct = Distinct()
-    fingerprints = {name: distinct(name, tensor) for name, tensor in values.items()}
+    values = {name: value_of(made, weights, dtype) for name, made in tensors.items()}
     save_file(values, path, metadata={"format": "pt"})
-    return fingerprints
+    return {name: fingerprint(value) for name, value in values.items()}
 
 
 def _write_config(place: Path, part: ExportedModule, dtype: torch.dtype) -> None:

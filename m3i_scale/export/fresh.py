@@ -1,9 +1,9 @@
 """Script for a fresh, isolated Python process: load an export with standard classes only, and report the results.
 
-    python -I fresh.py EXPORT WORK
+    python -I fresh.py main|write_onnx|run_onnx EXPORT WORK
 
 Reads: `WORK/job.json` (models and options), `WORK/inputs.safetensors`, `WORK/captions.json`, `WORK/*.png`.
-Writes: `WORK/outputs.safetensors`, `WORK/report.json`.
+Writes: `WORK/outputs.safetensors`, `WORK/report.json`; `write_onnx` only `EXPORT/model.onnx`.
 
 This file is run by path. It imports nothing from this package, and blocks such imports in the libraries it loads.
 """
@@ -18,19 +18,7 @@ from typing import Any
 
 BLOCKED = ("m3i_scale", "deepspeed")
 """Packages of the training side that users of an export need not install."""
-
-ZERO_AT_FIRST = (
-    ".dcn.offset.weight",
-    ".dcn.mask.weight",
-    ".dcn.center_feature_scale_proj_weight",
-    ".rows",
-    ".columns",
-)
-"""Matrices that are initialized to zero on purpose."""
-
-
-EMPTY = ("embeddings.register_tokens",)
-"""Empty tensor that EoMT always has."""
+ONNX_FILE = "model.onnx"
 
 
 def block() -> None:
@@ -49,11 +37,10 @@ def fingerprint(tensor: Any) -> str:
 
 
 def inspect_files(folder: Path) -> dict[str, Any]:
-    """Return dtypes and fingerprints of all tensors in the folder's safetensors, and errors for implausible values."""
-    import torch
+    """Return dtypes and fingerprints of all tensors in the folder's safetensors."""
     from safetensors import safe_open
 
-    report: dict[str, Any] = {"dtypes": set(), "fingerprints": {}, "faults": []}
+    report: dict[str, Any] = {"dtypes": set(), "fingerprints": {}}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -62,24 +49,11 @@ def inspect_files(folder: Path) -> dict[str, Any]:
                 report["fingerprints"][name] = fingerprint(tensor)
                 if tensor.is_floating_point():  # integer tensors are counters
                     report["dtypes"].add(str(tensor.dtype).removeprefix("torch."))
-                if tensor.numel() == 0 and name not in EMPTY:
-                    report["faults"].append(f"{name}: no elements, shape {list(tensor.shape)}")
-                elif not torch.isfinite(tensor).all():
-                    report["faults"].append(f"{name}: values that are not finite")
-                elif _is_one_value(tensor) and not (name.endswith(ZERO_AT_FIRST) and tensor.reshape(-1)[0] == 0):
-                    report["faults"].append(
-                        f"{name}: all values are {tensor.reshape(-1)[0].item():g}, never initialised"
-                    )
     report["dtypes"] = sorted(report["dtypes"])
     return report
 
 
-def _is_one_value(tensor: Any) -> bool:
-    """Return whether all values of a matrix are equal; vectors are allowed to be constant."""
-    return sum(side > 1 for side in tensor.shape) > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
-
-
-def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
+def load(folder: Path, auto: str, *, dtype: Any = "auto", **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
     """Load a model by a class of `transformers`, and return it with the loading report. Code from the folder runs only
     if the export includes code."""
     import transformers
@@ -88,7 +62,7 @@ def load(folder: Path, auto: str, **kwargs: Any) -> tuple[Any, dict[str, list[st
         (folder / "config.json").read_text("utf-8")
     )
     model, info = getattr(transformers, auto).from_pretrained(
-        str(folder), output_loading_info=True, local_files_only=True, dtype="auto", trust_remote_code=has_code, **kwargs
+        str(folder), output_loading_info=True, local_files_only=True, dtype=dtype, trust_remote_code=has_code, **kwargs
     )
     return model.eval(), {key: sorted(map(str, value)) for key, value in info.items()}
 
@@ -97,8 +71,6 @@ def examine(folder: Path, spec: dict[str, Any], inputs: dict[str, Any]) -> tuple
     """Load one model with default options. If these add an untrained layer, also load it without this layer."""
     report = inspect_files(folder)
     report["config_dtype"] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
-    if report["faults"]:
-        return report, {}
     if spec["options"]:
         _, report["plain"] = load(folder, spec["auto"])
     model, report["strict"] = load(folder, spec["auto"], **spec["options"])
@@ -172,6 +144,58 @@ def main(export: Path, work: Path) -> None:
     (work / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
+def write_onnx(export: Path, work: Path) -> None:
+    """Write the ONNX file of the model, with a dynamic batch size."""
+    import torch
+    from safetensors.torch import load_file
+
+    job = json.loads((work / "job.json").read_text(encoding="utf-8"))
+    model, _ = load(export, job["auto"], dtype=torch.float32, **job["options"])
+    name = job["output"]
+
+    class Output(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Any) -> Any:
+            output = getattr(self.model(pixel_values), name)
+            return output[-1] if isinstance(output, tuple) else output
+
+    module = Output().eval()
+    pixels = load_file(work / "inputs.safetensors")["pixel_values"]
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    with torch.no_grad():
+        program = torch.export.export(module, (pixels,), dynamic_shapes=shapes)
+    torch.onnx.export(
+        program,
+        (),
+        export / ONNX_FILE,
+        input_names=["pixel_values"],
+        output_names=[name],
+        external_data=False,
+        dynamo=True,
+        verbose=False,
+    )
+
+
+def run_onnx(export: Path, work: Path) -> None:
+    """Run the ONNX file, without `transformers`, on all images in one batch, and on the first image alone."""
+    sys.modules["transformers"] = None  # type: ignore[assignment]
+    import onnxruntime
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    pixels = load_file(work / "inputs.safetensors")["pixel_values"]
+    session = onnxruntime.InferenceSession(export / ONNX_FILE, providers=["CPUExecutionProvider"])
+    outputs: dict[str, Any] = {}
+    for name, images in (("all", pixels), ("one", pixels[:1])):
+        (output,) = session.run(None, {"pixel_values": images.numpy()})
+        outputs[name] = torch.from_numpy(output).contiguous()
+    save_file(outputs, work / "outputs.safetensors")
+
+
 if __name__ == "__main__":
     block()
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    programs = {program.__name__: program for program in (main, write_onnx, run_onnx)}
+    programs[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

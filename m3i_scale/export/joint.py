@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     BertModel,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2ForImageClassification,
-    PreTrainedModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
@@ -28,9 +26,10 @@ from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError, did_you_mean
 from m3i_scale.export.as_timm import timm_part, timm_vision
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, TensorSource, copied
+from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, TensorSource, Trained, copied, empty, label_maps
 from m3i_scale.objective.decoders import ClassTokenSpec, DecoderSpec
 from m3i_scale.objective.encoders import text_config
+from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.objective.targets.category import Category, FeatureNorm
 from m3i_scale.objective.targets.text import Text, TextHead
@@ -38,12 +37,6 @@ from m3i_scale.objective.targets.text import Text, TextHead
 TANH_SCALE = 2.0**-10
 """BERT's pooling layer ends with tanh, which training here does not have. For arguments scaled down this much, tanh is
 the identity: at 10 the error is 3·10⁻⁵. A power of two is exact in every dtype."""
-
-
-def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Build a model with empty weights."""
-    with init_empty_weights(include_buffers=False):
-        return build()
 
 
 def target_of(source: Source, modality: str) -> Target:
@@ -77,12 +70,12 @@ def choose_label_set(source: Source, wanted: str | None) -> str:
 
 def classifier_part(source: Source, label_set: str, *, timm: bool = False) -> ExportedModule:
     """Return backbone and trained head as an image classifier; arguments as for `_plain_classifier`."""
-    target = target_of(source, "category")
+    target, number = target_of(source, "category"), list(source.label_sets).index(label_set)
     part = _plain_classifier(source, label_set, timm=timm)
     if not isinstance(target, Category) or not target.batch_norm:
         return part
     head = f"heads.{target.name}."
-    return _with_norm(part, f"{head}sets.{part.label_set}.", f"{head}norm.")
+    return _with_norm(part, f"{head}sets.{number}.", f"{head}norm.")
 
 
 def _with_norm(part: ExportedModule, head: str, norm: str) -> ExportedModule:
@@ -123,22 +116,28 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
     config, names = backbone_config(source.run.backbone), source.label_sets[label_set]
     number = list(source.label_sets).index(label_set)
     head = f"heads.{target.name}.sets.{number}."
+
+    def trained(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+        logits = objective.heads[target.name](objective.pooled(target.decoder, pixels_BCHW))
+        return {"logits": logits[number]}
+
     if isinstance(config, InternImageConfig):
         if timm:
             raise _no_class(config, decoder, "timm")
-        return replace(_internimage_classifier(config, target, decoder, head, names), label_set=number)
+        return _internimage_classifier(config, target, decoder, head, names, trained)
     if isinstance(decoder, ClassTokenSpec) and (decoder.blocks > 1 or (timm and decoder.mean)):
         raise _no_class(config, decoder, "timm" if timm else "image classification")
     if timm or decoder.kind == "mean_pool":
         norm = f"decoders.{target.decoder}.norm."
-        part = timm_part(config, decoder.kind, norm, head, names, source.run.data.augment)
-        return replace(part, label_set=number, native="timm" if timm else None)
+        part = timm_part(config, source.run.data.augment, decoder.kind, norm, head, names, trained)
+        return part if timm else replace(part, native=None)
     if not isinstance(decoder, ClassTokenSpec) or not isinstance(config, ViTConfig | Dinov2Config):
         raise _no_class(config, decoder, "image classification")
     tensors = copied(vision_names(config), VISION)
     if decoder.mean and isinstance(config, ViTConfig):
         tensors, config = _as_dinov2(config)
-    labelled = _with_names(config, names)
+    labelled = config
+    labelled.update(label_maps(names))
     dinov2 = isinstance(config, Dinov2Config)
     build = Dinov2ForImageClassification if dinov2 else ViTForImageClassification
     tensors = {f"{'dinov2' if dinov2 else 'vit'}.{name}": made for name, made in tensors.items()}
@@ -153,9 +152,9 @@ def _plain_classifier(source: Source, label_set: str, *, timm: bool) -> Exported
         "classifier",
         empty(lambda: build(labelled)),
         tensors,
+        trained,
         auto="AutoModelForImageClassification",
         output="logits",
-        label_set=number,
     )
 
 
@@ -178,9 +177,13 @@ def backbone_part(source: Source) -> ExportedModule:
         )
     shape = config
     # The class that AutoBackbone selects. AutoBackbone itself loads only Hub names, not folders.
-    return ExportedModule(
-        "backbone", empty(lambda: Dinov2Backbone(shape)), tensors, auto="Dinov2Backbone", output="feature_maps"
-    )
+    model = empty(lambda: Dinov2Backbone(shape))
+    return ExportedModule("backbone", model, tensors, _feature_map, auto="Dinov2Backbone", output="feature_maps")
+
+
+def _feature_map(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    _, tokens_BND = objective.student.encode_whole(pixels_BCHW)
+    return {"feature_maps": tokens_BND.transpose(1, 2).unflatten(2, objective.student.grid)}
 
 
 def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
@@ -210,10 +213,19 @@ def zero_shot_part(source: Source, vocab_size: int) -> ExportedModule:
         "visual_projection.weight": TensorSource((f"heads.{target.name}.projection.weight",)),
         "logit_scale": TensorSource((f"heads.{target.name}.log_scale",), _bounded_scale),
     }
+
+    def trained(
+        objective: Objective, pixels_BCHW: Tensor, input_ids_TL: Tensor, attention_mask_TL: Tensor
+    ) -> Mapping[str, Tensor]:
+        images_BE, scale, _ = objective.heads[target.name](objective.pooled(target.decoder, pixels_BCHW))
+        texts_TE = objective.embed_text(input_ids_TL, attention_mask_TL.bool())
+        return {"logits_per_image": scale * (images_BE @ texts_TE.T)}
+
     return ExportedModule(
         "zero_shot",
         empty(lambda: VisionTextDualEncoderModel(dual)),
         tensors,
+        trained,
         auto="VisionTextDualEncoderModel",
         inputs=("pixel_values", "input_ids", "attention_mask"),
         output="logits_per_image",
@@ -303,14 +315,8 @@ def vision_names(config: VisionConfig) -> list[str]:
     return list(empty(lambda: kind(config, **options)).state_dict())
 
 
-def _with_names(config: VisionConfig, names: list[str]) -> VisionConfig:
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: number for number, name in enumerate(names)}
-    return config
-
-
 def _internimage_classifier(
-    config: InternImageConfig, target: Target, decoder: DecoderSpec, head: str, names: list[str]
+    config: InternImageConfig, target: Target, decoder: DecoderSpec, head: str, names: list[str], trained: Trained
 ) -> ExportedModule:
     from m3i_scale.backbones.internimage.modeling_internimage import InternImageForImageClassification
 
@@ -321,12 +327,12 @@ def _internimage_classifier(
     tensors |= {f"pool_norm.{suffix}": TensorSource((norm + suffix,)) for suffix in ("weight", "bias")}
     tensors |= {f"classifier.{suffix}": TensorSource((head + suffix,)) for suffix in ("weight", "bias")}
     auto_map, files = model_files(config)
-    labelled = _with_names(config, names)
-    labelled.auto_map = auto_map
+    config.update({**label_maps(names), "auto_map": auto_map})
     return ExportedModule(
         "classifier",
-        empty(lambda: InternImageForImageClassification(labelled)),
+        empty(lambda: InternImageForImageClassification(config)),
         tensors,
+        trained,
         auto="AutoModelForImageClassification",
         output="logits",
         files=files,

@@ -168,14 +168,6 @@ def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-_KINDS = ("with_label", "with_caption")
-
-
-def _is_counted(key: str, shards: dict[str, Any]) -> bool:
-    """Return whether a manifest counts this kind; manifests from other tools may not."""
-    return key == "samples" or all(key in shard for shard in shards.values())
-
-
 def describe_data(source: Source) -> list[dict[str, Any]]:
     """Return the manifest metadata of every training dataset, with a hash that identifies the dataset exactly. Paths
     are omitted, because they are useless elsewhere. A dataset with an unreadable manifest gets a note."""
@@ -185,23 +177,19 @@ def describe_data(source: Source) -> list[dict[str, Any]]:
         try:
             raw = read_file(shard_folder(config.path) / MANIFEST)
             manifest = json.loads(raw)
-            shards = manifest["shards"]
+            shards = manifest["shards"].values()
+            # Manifests of other tools may not count labels and captions.
+            counted = [key for key in ("with_label", "with_caption") if all(key in shard for shard in shards)]
             facts |= {
                 "manifest_sha256": hashlib.sha256(raw).hexdigest(),
                 "shards": len(shards),
-                **{
-                    key: sum(shard[key] for shard in shards.values())
-                    for key in ("samples", *_KINDS)
-                    if _is_counted(key, shards)
-                },
+                **{key: sum(shard[key] for shard in shards) for key in ("samples", *counted)},
                 **{key: manifest[key] for key in ("split", "source", "licenses") if key in manifest},
                 "dataset": manifest.get("name", name),
             }
         except FileNotFoundError:
             facts["note"] = "no manifest beside the shards at the time of export"
-        except DataError:  # a kind of address that an earlier version read
-            facts["note"] = "the shards are at an address that this version does not read"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             facts["note"] = f"the manifest cannot be read: {type(error).__name__}"
         described.append(facts)
     return described

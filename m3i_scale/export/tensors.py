@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export import fresh
-from m3i_scale.objective.information import Objective
 
 Resize = Literal["centre", "whole", "windows", "padded", "stretched"]
 """Image processors: center crop, full image resized to a square (whole, stretched) or padded, square windows along the
@@ -21,6 +20,10 @@ longer side."""
 VISION, TEXT = "student.model.", "text.model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Trained = Callable[..., Mapping[str, Tensor]]
+"""Outputs by name, as training computes them, from the objective and the part's `inputs` in their order; pixels are
+normalized."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class ExportedModule:
     """Empty weights: names, shapes and configuration only."""
     tensors: dict[str, TensorSource]
     """By the name in `model`."""
+    trained: Trained
     folder: str = ""
     """Subfolder of the export."""
     auto: str = "AutoModel"
@@ -58,15 +62,29 @@ class ExportedModule:
     """timm or open_clip: library with native support for the folder's format, which is compared as well."""
     strip: str = ""
     """Prefix that is removed from names in the file."""
-    label_set: int = 0
-    """Index of a classifier's label set."""
     config: dict[str, Any] | None = None
     """config.json, if it differs from the model's configuration."""
     files: tuple[Path, ...] = ()
     """Source files to include."""
     resize: Resize = "centre"
-    trained: Callable[[Objective, Tensor], Mapping[str, Tensor]] | None = None
-    """Outputs of the training modules by name, on normalized images. None: see `trained.trained_output`."""
+
+
+def empty(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Build a model with empty weights."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build()
+    except ImportError:
+        raise ExportError(
+            "timm is not installed, and only it has a model that pools as the recipe does",
+            fix="pip install 'm3i-scale[timm]'",
+        ) from None
+
+
+def label_maps(names: Iterable[str]) -> dict[str, Any]:
+    """Return class names as the fields of a configuration."""
+    by_index = dict(enumerate(names))
+    return {"id2label": by_index, "label2id": {name: index for index, name in by_index.items()}}
 
 
 def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") -> dict[str, TensorSource]:
@@ -74,7 +92,7 @@ def copied(names: Iterable[str], source_prefix: str, target_prefix: str = "") ->
     return {target_prefix + name: TensorSource((source_prefix + name,)) for name in names}
 
 
-def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def value_of(made: TensorSource, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Create one tensor of an export, with separate storage. Only the required weights are read; they are rounded to
     `dtype` before any computation."""
     sources = [_checked(source, weights).to(dtype) for source in made.sources]
@@ -82,14 +100,6 @@ def value_of(name: str, made: TensorSource, weights: Mapping[str, Tensor], dtype
         return _without_view(sources[0])
     value = made.make(*[source.float() for source in sources])
     return _without_view(value.to(dtype) if value.is_floating_point() else value)
-
-
-def values_of(
-    tensors: Mapping[str, TensorSource], weights: Mapping[str, Tensor], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors, one at a time."""
-    for name, made in tensors.items():
-        yield name, value_of(name, made, weights, dtype)
 
 
 def check_complete(part: ExportedModule) -> None:
@@ -111,28 +121,6 @@ def check_shape(part: ExportedModule, name: str, tensor: Tensor) -> None:
             f"the checkpoint does not fill a {type(part.model).__name__}: '{name}' is {list(tensor.shape)} and must be"
             f" {list(wanted)}"
         )
-
-
-class Distinct:
-    """Check for duplicate matrices within one model: trained matrices cannot be equal, so one of them was written under
-    the wrong name."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, str] = {}
-
-    def __call__(self, name: str, tensor: Tensor) -> str:
-        """Return the tensor's fingerprint."""
-        digest = fresh.fingerprint(tensor)
-        if sum(side > 1 for side in tensor.shape) > 1 and not bool((tensor == tensor.reshape(-1)[0]).all()):
-            first = self._seen.setdefault(digest, name)
-            if first != name:
-                raise ExportError(
-                    f"'{first}' and '{name}' hold the same values",
-                    where=name,
-                    why="they share one tensor, and the model has two",
-                    fix="take another checkpoint of the run",
-                )
-        return digest
 
 
 def _checked(name: str, weights: Mapping[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ from m3i_scale.config import RunConfig
 from m3i_scale.errors import ExportError
 from m3i_scale.export.as_timm import timm_part
 from m3i_scale.export.files import DEFAULT_SHARD_SIZE, write_heads_file, write_part
-from m3i_scale.export.joint import backbone_part, choose_label_set, classifier_part, empty, target_of, zero_shot_part
+from m3i_scale.export.joint import backbone_part, choose_label_set, classifier_part, target_of, zero_shot_part
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, Resize, copied
+from m3i_scale.export.tensors import TEXT, VISION, ExportedModule, Resize, copied, empty
 from m3i_scale.files import read_json, write_json
 from m3i_scale.objective.build import inference_names
-from m3i_scale.objective.encoders import text_config
+from m3i_scale.objective.encoders import TextTower, text_config
+from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.base import Target
 from m3i_scale.tasks.base import TARGETS
 from m3i_scale.text import redact
@@ -37,8 +38,8 @@ from m3i_scale.upgrade import upgrade_recipe
 
 Task = Literal["features", "classification", "segmentation", "detection", "zero_shot", "backbone"]
 Format = Literal["transformers", "timm", "onnx"]
-TASKS = ("features", "classification", "segmentation", "detection", "zero_shot", "backbone")
-FORMATS = ("transformers", "timm", "onnx")
+TASKS: tuple[Task, ...] = get_args(Task)
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,12 @@ def write_folder(
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
-    wanted: ExportContents | None = None,
+    wanted: ExportContents,
 ) -> dict[str, dict[str, str]]:
     """Write models, image processor and tokenizer into an empty folder; for plain features also the heads.
 
     Weights are read one at a time. Return the fingerprint of every tensor, by part (and `heads`) and name.
     """
-    wanted = wanted or ExportContents()
     fingerprints = {part.name: write_part(folder, part, weights, dtype, wanted.max_shard_size) for part in parts}
     write_processor(folder, source, parts[0].resize)
     if tokenizer is not None:
@@ -107,7 +107,7 @@ def _in_timm(source: Source, wanted: ExportContents) -> ExportedModule:
         raise ExportError(
             f"a timm folder holds features or a classifier, and no {wanted.task}", fix="--format transformers"
         )
-    return timm_part(backbone_config(source.run.backbone), None, "", None, [], source.run.data.augment)
+    return timm_part(backbone_config(source.run.backbone), source.run.data.augment)
 
 
 def _vision_part(source: Source) -> ExportedModule:
@@ -119,7 +119,12 @@ def _vision_part(source: Source) -> ExportedModule:
     auto_map, files = model_files(config)
     if auto_map:
         model.config.auto_map = auto_map
-    return ExportedModule("vision", model, copied(model.state_dict(), VISION), options=options, files=files)
+    tensors = copied(model.state_dict(), VISION)
+    return ExportedModule("vision", model, tensors, _vision_output, options=options, files=files)
+
+
+def _vision_output(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    return {"last_hidden_state": objective.student.last_hidden_state(pixels_BCHW)}
 
 
 def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ExportedModule:
@@ -130,10 +135,16 @@ def _text_part(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ExportedMo
         "text",
         model,
         copied(model.state_dict(), TEXT),
+        _text_output,
         folder="text",
         options=options,
         inputs=("input_ids", "attention_mask"),
     )
+
+
+def _text_output(objective: Objective, input_ids_TL: Tensor, attention_mask_TL: Tensor) -> Mapping[str, Tensor]:
+    output = cast(TextTower, objective.text).model(input_ids=input_ids_TL, attention_mask=attention_mask_TL)
+    return {"last_hidden_state": output.last_hidden_state}
 
 
 def write_processor(folder: Path, source: Source, shown: Resize) -> None:

@@ -139,7 +139,6 @@ class RunPlan:
     def summary(self, estimated: Estimate) -> dict[str, Any]:
         """Describe a choice by config keys."""
         choice = estimated.choice
-        larger = {f"zero_optimization.{key}": size for key, size in choice.sizes}
         return {
             "overrides": [
                 f"deepspeed={choice.deepspeed}",
@@ -155,11 +154,7 @@ class RunPlan:
             "peak_gib_per_rank": estimated.peak_bytes / GIB,
             "step_time_s": estimated.step_s,
             "host_s": estimated.host_s,
-            "knobs": {
-                key: value for key, value, _ in estimated.resolved.filled_in if key.startswith("zero_optimization.")
-            }
-            | larger,
-            "larger": larger,
+            "larger": {f"zero_optimization.{key}": size for key, size in choice.sizes},
         }
 
     @property

@@ -41,8 +41,6 @@ class Trace:
     """The same for the backward pass, recomputation included."""
     flop: int
     """FLOPs of the forward and backward pass, recomputation included."""
-    saved_bytes: int
-    """Bytes saved by the forward pass for the backward pass."""
 
     @property
     def operations(self) -> int:
@@ -59,10 +57,7 @@ def scaled(small: Trace, large: Trace, samples: int, wanted: int) -> Trace | Non
     def at(one: int, two: int) -> int:
         return round(one + (two - one) * (wanted - samples) / samples)
 
-    live = tuple(map(at, small.live, large.live))
-    return replace(
-        large, live=live, flop=at(small.flop, large.flop), saved_bytes=at(small.saved_bytes, large.saved_bytes)
-    )
+    return replace(large, live=tuple(map(at, small.live, large.live)), flop=at(small.flop, large.flop))
 
 
 @dataclass
@@ -173,12 +168,12 @@ def record(module: nn.Module, step: Callable[[], Tensor], inputs: list[Tensor]) 
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _fused_attention))
         with _NoAnswers():
             loss = step()
-        saved, forward = recorder.live_bytes, len(uses)
+        forward = len(uses)
         loss.backward()
         del loss
     flop = int(flops.get_total_flops())
     live, kept = tuple(recorder.live), tuple(recorder.kept)
-    return Trace(live, kept, tuple(gradients), tuple(uses[:forward]), tuple(uses[forward:]), flop, saved)
+    return Trace(live, kept, tuple(gradients), tuple(uses[:forward]), tuple(uses[forward:]), flop)
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:

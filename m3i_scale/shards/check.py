@@ -89,6 +89,8 @@ class ShardReport:
     faults: list[Fault]
     bad: set[int]
     """Offsets of corrupt samples."""
+    lost: set[int]
+    """Offsets of corrupt samples that copying does not repair, as it does scattered files."""
     keys: NDArray[Any]
     """Digests of the keys of samples that are valid or that `--repair` fixes."""
     members: Counter[str]
@@ -180,6 +182,7 @@ def check_shards(
                 fault = Fault(IN_TWO_SHARDS, where, key_at(shard.path, offset), offset)
                 shard.faults.append(fault)
                 shard.bad.add(offset)
+                shard.lost.add(offset)
                 report.add(shard.path, fault)
         for folder in sorted({shard.path.parent for shard in report.shards}):
             _check_contents(folder, report)
@@ -196,9 +199,8 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
     by_path: dict[Path, tuple[Rules, Claims]] = {}
     for folder in sorted({path.parent for path in paths}):
         inside = [path for path in paths if path.parent == folder]
-        sidecars = read_claims(folder, inside, complete=Path(source).is_dir())
-        report.notes += sidecars.notes
-        for path, fault in sidecars.faults:
+        claims, faults = read_claims(folder, inside, complete=Path(source).is_dir())
+        for path, fault in faults:
             report.add(path, fault)
         categories, labels = shard_categories(folder), read_labels(folder) if rules.classes is None else None
         if rules.classes is None and labels is None:
@@ -208,7 +210,7 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
             categories=None if categories is None else len(categories),
             classes=rules.classes if labels is None else len(labels),
         )
-        by_path |= {path: (of_folder, sidecars.claims[path.name]) for path in inside}
+        by_path |= {path: (of_folder, claims[path.name]) for path in inside}
     return [ShardTask(path, number, *by_path[path]) for number, path in enumerate(paths)]
 
 
@@ -233,6 +235,7 @@ def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
         samples=len(raw.samples),
         faults=[*raw.faults, *of_samples, *claim_faults(task.path, raw, task.claims)],
         bad={sample.start for sample in raw.samples if sample.faults},
+        lost={sample.start for sample in raw.samples}.difference(starts),
         keys=rows_of(digests, task.number, starts),
         members=members,
         others=raw.others,

@@ -195,14 +195,9 @@ def _folders(path: Path, images: Path | None, split: str | None) -> list[Path]:
 
 
 def _find(candidates: Sequence[str], folders: list[Path]) -> Path | None:
-    """Return the file of an image. The folder that contains it is searched first for the next image."""
+    paths = (folder / candidate for folder in folders for candidate in candidates)
     with suppress(OSError, ValueError):  # not a valid file name, for example too long
-        for folder in folders:
-            for candidate in candidates:
-                if (folder / candidate).is_file():
-                    folders.remove(folder)
-                    folders.insert(0, folder)
-                    return folder / candidate
+        return next((path for path in paths if path.is_file()), None)
     return None
 
 

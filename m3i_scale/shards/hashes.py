@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,6 @@ def _bits(grey_HW: NDArray[np.float64]) -> int:
     waves: NDArray[np.float64] = np.append(waves_FF[:8, :8].ravel()[1:], waves_FF[8, 0])
     bits = waves > NEAR_ZERO * np.abs(waves).mean()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-@dataclass(frozen=True)
-class HashTask:
-    """A shard for a worker to hash."""
-
-    path: Path
-    max_pixels: int
 
 
 @dataclass
@@ -148,8 +141,8 @@ def read_hashes(
     left_out: Counter[str] = Counter()
     shards: list[NDArray[np.uint32]] = []
     rows: list[NDArray[np.uint64]] = []
-    tasks = [HashTask(path, max_pixels) for path in paths]
-    for number, (of_shard, skipped) in enumerate(read_shards(hash_shard, tasks, workers, advance)):
+    read = partial(hash_shard, max_pixels=max_pixels)
+    for number, (of_shard, skipped) in enumerate(read_shards(read, paths, workers, advance)):
         left_out.update(skipped)
         rows.append(np.array(of_shard, dtype=np.uint64).reshape(-1, 3))
         shards.append(np.full(len(of_shard), number, dtype=np.uint32))
@@ -157,14 +150,14 @@ def read_hashes(
     return HashedImages(paths, np.concatenate(shards), offset_N.astype(np.int64), hash_N, mirrored_N, left_out)
 
 
-def hash_shard(task: HashTask) -> tuple[int, tuple[list[tuple[int, int, int]], Counter[str]]]:
+def hash_shard(path: Path, max_pixels: int) -> tuple[int, tuple[list[tuple[int, int, int]], Counter[str]]]:
     """Hash the images of one shard. Return its size in bytes; for every image the offset of its sample, its hash and
     the hash of its mirror image; and the number of images without a hash, by reason."""
-    raw = read_shard(task.path)
+    raw = read_shard(path)
     rows, left_out = list[tuple[int, int, int]](), Counter(fault.reason for fault in raw.faults)
-    for sample, members in readable_samples(task.path, raw):
+    for sample, members in readable_samples(path, raw):
         try:
-            hashes = _hashes_in(members, task.max_pixels)
+            hashes = _hashes_in(members, max_pixels)
         except BadSampleError as bad:
             left_out[bad.reason] += 1
             continue

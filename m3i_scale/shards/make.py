@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 from m3i_scale.shards.layout import Layout, plan_layout, training_splits
 from m3i_scale.shards.options import ProgressCallback, ShardOptions
-from m3i_scale.shards.records import Encoded, EncodeTask, Input, Record, encode_all, hash_of
+from m3i_scale.shards.records import Encoded, Input, Record, encode_all, hash_of
 from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 CHUNK_BYTES = 16_000_000
@@ -158,12 +159,13 @@ class _SampleEncoder:
     def _encoded(self, records: Iterator[Record]) -> Iterator[tuple[Record, Encoded]]:
         ahead: deque[list[Record]] = deque()  # only the chunks submitted to workers and not yet returned
 
-        def chunks() -> Iterator[EncodeTask]:
+        def chunks() -> Iterator[list[Record]]:
             for chunk in _chunks(records):
                 ahead.append(chunk)
-                yield EncodeTask(chunk, self._options.value_range)
+                yield chunk
 
-        for encoded in map_in_processes(encode_all, chunks(), self._options.workers):
+        encode = partial(encode_all, value_range=self._options.value_range)
+        for encoded in map_in_processes(encode, chunks(), self._options.workers):
             yield from zip(ahead.popleft(), encoded, strict=True)
 
     def _skip(self, record: Record, fault: DataError) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import random
 from bisect import bisect_right
@@ -138,14 +137,9 @@ def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
 
 def page(cards: Sequence[Card], source: str, samples: int, seed: int) -> str:
     """Return a self-contained HTML page without scripts, with all text from the dataset escaped."""
-    template = _environment().get_template("preview.html.j2")
-    return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)
-
-
-@functools.cache
-def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
-    return environment
+    template = environment.get_template("preview.html.j2")
+    return template.render(cards=cards, source=printable(source), samples=samples, seed=seed)

@@ -157,17 +157,10 @@ Encoded = tuple[dict[str, bytes], Counter[int]] | DataError
 """Image, mask and instances by extension, and the pixels of the mask by value; or the error."""
 
 
-@dataclass(frozen=True)
-class EncodeTask:
-    """Records for a worker to encode; `value_range` as in `encoded_image`."""
-
-    records: Sequence[Record]
-    value_range: ValueRange | None
-
-
-def encode_all(task: EncodeTask) -> list[Encoded]:
-    """Read, check and encode records in a worker process; return an error for each record that fails."""
-    return [_encode(record, task.value_range) for record in task.records]
+def encode_all(records: Sequence[Record], value_range: ValueRange | None) -> list[Encoded]:
+    """Read, check and encode records in a worker process; return an error for each record that fails. `value_range` as
+    in `encoded_image`."""
+    return [_encode(record, value_range) for record in records]
 
 
 def _encode(record: Record, value_range: ValueRange | None) -> Encoded:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.data.shards import LABELS, MASK_LABELS
-from m3i_scale.data.tar import SCATTERED, RawSample, read_shard
+from m3i_scale.data.tar import RawSample, read_shard
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.files import write_json
 from m3i_scale.shards.check import CheckReport, ShardReport
 from m3i_scale.shards.existing_shards import common_categories, common_labels
 from m3i_scale.shards.write import class_names, close_tar, finish_folder, shard_facts
-
-
-@dataclass(frozen=True)
-class RepairTask:
-    """A shard for a worker to repair."""
-
-    path: Path
-    output: Path
-    bad: frozenset[int]
-    """Offsets of samples to skip."""
 
 
 def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[str, Any]:
@@ -35,13 +25,10 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     valid sample.
     """
     bad = [shard for shard in report.shards if not shard.clean]
-    tasks = [
-        RepairTask(shard.path, folder / shard.path.name, frozenset(shard.bad - _scattered_only(shard))) for shard in bad
-    ]
     good = [shard.path for shard in report.shards if shard.clean]
     result: dict[str, Any] = {"as_they_are": [str(path) for path in good], "repaired": {}, "without_a_good_sample": []}
     written: dict[str, dict[str, Any]] = {}
-    for shard, facts in zip(bad, map_in_processes(repair_shard, tasks, workers), strict=True):
+    for shard, facts in zip(bad, map_in_processes(partial(_repair, folder=folder), bad, workers), strict=True):
         if facts["samples"]:
             written[shard.path.name] = facts
             counts = {"samples": facts["samples"], "left_out": shard.samples - facts["samples"]}
@@ -60,17 +47,21 @@ def repair(report: CheckReport, folder: Path, workers: int, link: bool) -> dict[
     return result
 
 
-def repair_shard(task: RepairTask) -> dict[str, Any]:
-    """Copy one shard without its corrupt samples, and return its manifest entry."""
-    good = [sample for sample in read_shard(task.path).samples if sample.start not in task.bad]
+def _repair(shard: ShardReport, folder: Path) -> dict[str, Any]:
+    return copy_samples(shard.path, folder / shard.path.name, shard.lost)
+
+
+def copy_samples(path: Path, output: Path, lost: set[int]) -> dict[str, Any]:
+    """Copy a shard without the samples at the offsets `lost`, and return the manifest entry of the copy."""
+    good = [sample for sample in read_shard(path).samples if sample.start not in lost]
     if not good:
         return {"samples": 0}
-    with task.path.open("rb") as source, task.output.open("wb") as target:
+    with path.open("rb") as source, output.open("wb") as target:
         for member in (member for sample in good for member in sample.members):
             source.seek(member.start)
             target.write(source.read(member.stop - member.start).ljust(member.stop - member.start, b"\0"))
         close_tar(target)
-    return _facts(good, task.output)
+    return _facts(good, output)
 
 
 def _facts(samples: Sequence[RawSample], path: Path) -> dict[str, Any]:
@@ -78,12 +69,3 @@ def _facts(samples: Sequence[RawSample], path: Path) -> dict[str, Any]:
     for sample in samples:
         members.update({member.extension for member in sample.members})
     return shard_facts(path, members)
-
-
-def _scattered_only(shard: ShardReport) -> set[int]:
-    """Return the offsets of samples whose only error is scattered files, which copying fixes."""
-    reasons: defaultdict[int, set[str]] = defaultdict(set)
-    for fault in shard.faults:
-        if fault.offset in shard.bad and fault.key != "?":
-            reasons[fault.offset].add(fault.reason)
-    return {offset for offset, names in reasons.items() if names == {SCATTERED}}

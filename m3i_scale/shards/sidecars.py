@@ -20,48 +20,35 @@ OF_SIDECARS = frozenset({_COUNT, _STALE, _MISSING, _UNLISTED})
 
 @dataclass(frozen=True)
 class Claims:
-    """Claims of sidecar files about one shard; None if there are none."""
+    """Claims of sidecar files about one shard, as they are in the files; None if there are none."""
 
-    samples: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
     """Number of samples by sidecar file."""
-    size: int | None = None
-    sha256: str | None = None
+    size: Any = None
+    sha256: Any = None
 
 
-@dataclass
-class FolderClaims:
-    """Claims of a folder's sidecar files about its shards."""
-
-    claims: dict[str, Claims] = field(default_factory=dict)
-    faults: list[tuple[Path, Fault]] = field(default_factory=list)
-    """(file, fault) for errors of the sidecar files themselves."""
-    notes: list[str] = field(default_factory=list)
-
-
-def read_claims(folder: Path, shards: list[Path], complete: bool) -> FolderClaims:
-    """Read sizes.json and manifest.json. With `complete`, `shards` are all shards of the folder, and a listed shard
-    that is not among them is missing."""
-    result, names = FolderClaims(), {path.name for path in shards}
-    sizes, manifest = _read(folder / "sizes.json", result), _read(folder / "manifest.json", result)
+def read_claims(folder: Path, shards: list[Path], complete: bool) -> tuple[dict[str, Claims], list[tuple[Path, Fault]]]:
+    """Read sizes.json and manifest.json: the claims by shard, and errors of the files themselves. With `complete`,
+    `shards` are all shards of the folder, and a listed shard that is not among them is missing."""
+    faults: list[tuple[Path, Fault]] = []
+    sizes, manifest = (_read(folder / name, faults) for name in ("sizes.json", "manifest.json"))
     listed = manifest.get("shards") if isinstance(manifest, dict) else None
-    if manifest is not None and not isinstance(listed, dict):
-        result.notes.append(f"{folder / 'manifest.json'} does not list shards: not used")
     lists = {"sizes.json": sizes, "manifest.json": listed}
-    for file, known in lists.items():
-        if isinstance(known, dict) and complete:
-            gone, new = sorted({*known} - names), sorted(names - {*known})
-            result.faults += [(folder / name, Fault(_MISSING, f"{file} lists it")) for name in gone]
-            result.faults += [(folder / name, Fault(_UNLISTED, f"in {file}")) for name in new]
+    lists = {file: known for file, known in lists.items() if isinstance(known, dict)}
+    names = {path.name for path in shards}
+    if complete:
+        for file, known in lists.items():
+            faults += [(folder / name, Fault(_MISSING, f"{file} lists it")) for name in sorted({*known} - names)]
+            faults += [(folder / name, Fault(_UNLISTED, f"in {file}")) for name in sorted(names - {*known})]
+    claims = {}
     for name in names:
-        size, facts = (known.get(name) if isinstance(known, dict) else None for known in lists.values())
+        size, facts = (lists.get(file, {}).get(name) for file in ("sizes.json", "manifest.json"))
         facts = facts if isinstance(facts, dict) else {}
         counts = {"sizes.json": size, "manifest.json": facts.get("samples")}
-        result.claims[name] = Claims(
-            {file: count for file, count in counts.items() if isinstance(count, int)},
-            _typed(facts.get("bytes"), int),
-            _typed(facts.get("sha256"), str),
-        )
-    return result
+        samples = {file: count for file, count in counts.items() if count is not None}
+        claims[name] = Claims(samples, facts.get("bytes"), facts.get("sha256"))
+    return claims, faults
 
 
 def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
@@ -69,12 +56,12 @@ def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
     if any(fault.reason == UNREADABLE for fault in shard.faults):
         return []
     faults = [
-        Fault(_COUNT, f"{len(shard.samples)} samples, {name} says {count}")
+        Fault(_COUNT, f"{len(shard.samples)} samples, {name} says {count!r:.40}")
         for name, count in claims.samples.items()
         if count != len(shard.samples)
     ]
     if claims.size is not None and claims.size != shard.size:
-        faults.append(Fault("checksum differs", f"{shard.size} bytes, manifest.json says {claims.size}"))
+        faults.append(Fault("checksum differs", f"{shard.size} bytes, manifest.json says {claims.size!r:.40}"))
     elif claims.sha256 is not None:
         try:
             if sha256_of(path) != claims.sha256:
@@ -92,15 +79,11 @@ def claim_faults(path: Path, shard: RawShard, claims: Claims) -> list[Fault]:
     return faults
 
 
-def _read(path: Path, result: FolderClaims) -> Any:
+def _read(path: Path, faults: list[tuple[Path, Fault]]) -> Any:
     try:
         return read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        result.faults.append((path, Fault("json does not parse", str(error)[:200])))
+        faults.append((path, Fault("json does not parse", str(error)[:200])))
         return None
-
-
-def _typed(value: Any, kind: type) -> Any:
-    return value if isinstance(value, kind) else None

@@ -52,19 +52,12 @@ class Tokenization:
     """Longer captions are truncated; includes special tokens."""
 
 
-@dataclass(frozen=True)
-class StatsTask:
-    """A shard for a worker to count."""
-
-    path: Path
-    max_pixels: int
-    tokenization: Tokenization | None
-
-
 @dataclass
 class ShardStats:
     """Statistics of one or several shards."""
 
+    max_pixels: int
+    tokenization: Tokenization | None
     counts: defaultdict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     """For each of `VALUES` and TOKENS, how often each value occurs, rounded to four digits to limit memory; and: total,
     formats, parts (samples that have them), labels, mask pixels by value, tokens, bad (corrupt samples and files by
@@ -77,34 +70,34 @@ class ShardStats:
         for name, counts in other.counts.items():
             self.counts[name].update(counts)
 
-    def count(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
+    def count(self, members: Mapping[str, bytes], start: int) -> None:
         """Count a sample, each of its files separately."""
         optional = {"mask": MASK, "instances": INSTANCES, "json": "json"}
         self.counts["parts"].update(name for name, extension in optional.items() if extension in members)
         for part in (self._image, self._caption, self._label, self._mask):
             try:
-                part(members, start, task)
+                part(members, start)
             except BadSampleError as bad:
                 self.counts["bad"][bad.reason] += 1
 
-    def _image(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
-        with open_image(members, task.max_pixels) as image:
+    def _image(self, members: Mapping[str, bytes], start: int) -> None:
+        with open_image(members, self.max_pixels) as image:
             width, height = upright_size(image.size, orientation(image))
             self.counts["formats"][str(image.format)] += 1
         data = members[image_extensions(members)[0]]
         self.digests["images"].append((digest_of(data), start))
         self._values(VALUES[:5], width, height, width / height, width * height, len(data))
 
-    def _caption(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
+    def _caption(self, members: Mapping[str, bytes], start: int) -> None:
         caption = read_annotations(members, None).caption
         if caption is None:
             return
         self.counts["parts"]["caption"] += 1
         self.digests["captions"].append((digest_of(caption.encode()), start))
         self._values(VALUES[5:], len(caption), len(caption.split()))
-        if task.tokenization is None:
+        if self.tokenization is None:
             return
-        tokenizer = _tokenizer(task.tokenization.tokenizer)
+        tokenizer = _tokenizer(self.tokenization.tokenizer)
         ids = tokenizer(caption, add_special_tokens=False, verbose=False)["input_ids"]
         length = len(ids) + tokenizer.num_special_tokens_to_add()
         unknown = 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
@@ -114,24 +107,24 @@ class ShardStats:
             tokens=len(ids),
             unknown_tokens=unknown,
             captions_with_unknown=unknown > 0,
-            captions_cut=length > task.tokenization.max_tokens,
+            captions_cut=length > self.tokenization.max_tokens,
             captions_stripped=_marks(_normalized(tokenizer, caption)) < _marks(caption),
         )
 
-    def _label(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
+    def _label(self, members: Mapping[str, bytes], start: int) -> None:
         label = read_annotations(members, MAX_LABEL, captions=False).label
         if label is not None:
             self.counts["parts"]["label"] += 1
             self.counts["labels"][label] += 1
 
-    def _mask(self, members: Mapping[str, bytes], start: int, task: StatsTask) -> None:
+    def _mask(self, members: Mapping[str, bytes], start: int) -> None:
         if MASK not in members:
             return
         try:
-            size = open_image(members, task.max_pixels).size
+            size = open_image(members, self.max_pixels).size
         except BadSampleError:
             return  # already counted with the images
-        mask = open_mask(members, task.max_pixels, size)
+        mask = open_mask(members, self.max_pixels, size)
         if mask is not None:
             with decoding("mask"):
                 self.counts["mask_pixels"].update(pixel_counts(mask))
@@ -149,16 +142,16 @@ class ShardStats:
             self.counts["bad"][OUT_OF_RANGE] += count
 
 
-def shard_stats(task: StatsTask) -> tuple[int, ShardStats]:
+def shard_stats(path: Path, max_pixels: int, tokenization: Tokenization | None) -> tuple[int, ShardStats]:
     """Return the size of a shard in bytes and its statistics."""
-    raw, stats = read_shard(task.path), ShardStats()
+    raw, stats = read_shard(path), ShardStats(max_pixels, tokenization)
     stats.counts["total"].update(samples=len(raw.samples), bytes=raw.size)
     stats.counts["bad"].update(fault.reason for fault in raw.faults)
-    for sample, members in readable_samples(task.path, raw):
+    for sample, members in readable_samples(path, raw):
         if isinstance(members, BadSampleError):
             stats.counts["bad"][members.reason] += 1
         else:
-            stats.count(members, sample.start, task)
+            stats.count(members, sample.start)
     return raw.size, stats
 
 
@@ -185,10 +178,10 @@ def stats_of(
         _tokenizer(tokenization.tokenizer)  # raises an error before shards are read
     elif max_tokens is not None:
         raise ConfigError("--max-tokens has no effect: no tokenizer lies beside the shards", fix="add --tokenizer")
-    total = ShardStats()
-    tasks = [StatsTask(path, max_pixels, tokenization) for path in paths]
+    total = ShardStats(max_pixels, tokenization)
+    read = functools.partial(shard_stats, max_pixels=max_pixels, tokenization=tokenization)
     with Digests() as images, Digests() as captions:
-        for number, stats in enumerate(read_shards(shard_stats, tasks, workers, advance)):
+        for number, stats in enumerate(read_shards(read, paths, workers, advance)):
             total.merge(stats)
             for digests, kind in zip((images, captions), EQUAL, strict=True):
                 pairs = stats.digests[kind]

@@ -23,7 +23,7 @@ from m3i_scale.shards.imagefolder import imagefolder_input, key_of
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.manifest import TableColumns, manifest_input
 from m3i_scale.shards.options import ShardOptions, parse_splits
-from m3i_scale.shards.records import EncodeTask, ListedInput, Record, encode_all
+from m3i_scale.shards.records import ListedInput, Record, encode_all
 from m3i_scale.shards.write import atomic_folder
 
 
@@ -411,5 +411,5 @@ def test_the_command_prints_one_json_document(photos, tmp_path):
 def test_images_in_odd_modes_become_pngs(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("1", (9, 9)).save(tmp_path / "in" / "a.tif")
-    ((files, _),) = encode_all(EncodeTask(list(imagefolder_input(tmp_path / "in").records()), None))
+    ((files, _),) = encode_all(list(imagefolder_input(tmp_path / "in").records()), value_range=None)
     assert files["png"][:4] == b"\x89PNG"

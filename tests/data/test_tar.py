@@ -13,7 +13,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from m3i_scale.data.scan import scan_shard
 from m3i_scale.data.tar import MAX_NAME, key_at, read_members, read_shard, sample_at
 from m3i_scale.errors import DataError
-from m3i_scale.shards.repair import RepairTask, repair_shard
+from m3i_scale.shards.repair import copy_samples
 from m3i_scale.text import printable
 
 GOOD = foreign.raw_header("a.jpg", 5) + b"hello".ljust(foreign.BLOCK, b"\0")
@@ -165,8 +165,8 @@ def test_damage_never_raises_and_what_is_sound_is_sound_for_the_loader(tmp_path,
             scan_shard(path).ranges_N2,
             [[item.start, item.members[-1].data + item.members[-1].size] for item in shard.samples],
         )
-    bad = frozenset(sample.start for sample in shard.samples if sample.faults)
-    counts = repair_shard(RepairTask(path, tmp_path / "r.tar", bad))
+    bad = {sample.start for sample in shard.samples if sample.faults}
+    counts = copy_samples(path, tmp_path / "r.tar", bad)
     assert counts["samples"] == len(shard.samples) - len(bad)
     if counts["samples"]:
         assert len(scan_shard(tmp_path / "r.tar")) == counts["samples"]

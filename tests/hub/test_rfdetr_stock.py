@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoImageProcessor
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.partition import initialize_sharded
 from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.export.reference import real_pictures
 from m3i_scale.export.source import Source
 from m3i_scale.export.tensors import check_complete, value_of
-from m3i_scale.export.verify import real_pictures
 from m3i_scale.export.write import write_processor
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.recipe import parse_recipe
@@ -66,7 +66,7 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
     config = AutoConfig.from_pretrained(tmp_path)
     assert list(config.id2label.values()) == NAMES
     model = kind(config).eval()
-    model.load_state_dict({name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()})
+    model.load_state_dict({name: value_of(made, weights, torch.float32) for name, made in part.tensors.items()})
     write_processor(tmp_path, source, part.resize)
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     picture = real_pictures(64)["large"].crop((0, 0, 128, 96))

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.errors import ExportError
+from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import find_source, source_tokenizer
-from m3i_scale.export.verify import make_reference, verify
+from m3i_scale.export.verify import verify
 from m3i_scale.export.write import ExportContents, plan_parts, write_folder
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ def reference(run_dir, tmp_path_factory):
     tokenizer = source_tokenizer(source)
     parts = plan_parts(source, ExportContents(), tokenizer)
     folder = tmp_path_factory.mktemp("reference")
-    fingerprints = write_folder(folder, source, parts, weights, torch.float32, tokenizer)
+    fingerprints = write_folder(folder, source, parts, weights, torch.float32, tokenizer, ExportContents())
     return make_reference(source, parts, fingerprints, weights, torch.float32, tokenizer)
 
 
@@ -82,22 +83,20 @@ def test_unexpected_tensor(folder, reference, same_process):
     refused(folder, reference, "vision model: 1 unexpected keys, e.g. stray")
 
 
-def test_empty_tensor(folder, reference, same_process):
+def test_empty_tensor(folder, reference):
     def change(tensors):
         tensors[name_of(tensors, "output.dense.weight")] = torch.zeros(0, 32)
 
     change_tensors(folder / "model.safetensors", change)
-    refused(folder, reference, "no elements")
+    refused(folder, reference, "cannot load the export|mismatched")
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "not finite"), (0.0, "all values are 0, never initialised")]
-)
-def test_values_that_no_training_leaves(folder, reference, value, message, same_process):
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_values_that_no_training_leaves(folder, reference, value, same_process):
     change_tensors(
         folder / "model.safetensors", lambda tensors: tensors[name_of(tensors, "output.dense.weight")].fill_(value)
     )
-    refused(folder, reference, message)
+    refused(folder, reference, "after loading, tensor .* is not that of the checkpoint")
 
 
 def test_wrong_dtype_in_the_config(folder, reference, same_process):

@@ -97,8 +97,8 @@ def test_a_plan_says_what_was_planned_and_what_activations_take():
             "activation_checkpointing": "full",
         }.items()
     )
-    kept = found.model.trace("full", 4).saved_bytes / 2**30
-    assert document["activations_gib"] >= max(kept, document["parts"].get("activations", 0.0))
+    live = max(found.model.trace("full", 4).live) / 2**30
+    assert document["activations_gib"] == pytest.approx(live)
     shown = text_of(plan_table(document | {"parts": document["parts"] | {"activations": 0.0}}))
     assert "activations, at their most" in shown
     assert "activations, at their most" not in text_of(plan_table(document | {"activations_gib": 0.0}))

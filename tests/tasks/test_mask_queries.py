@@ -78,7 +78,7 @@ def stock(objective: Objective, run: RunConfig) -> EomtForUniversalSegmentation:
     part = source.recipe.targets[0].export(source)
     weights = objective.state_dict()
     model = EomtForUniversalSegmentation(part.model.config)
-    model.load_state_dict({name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()})
+    model.load_state_dict({name: value_of(made, weights, torch.float32) for name, made in part.tensors.items()})
     return model
 
 

@@ -324,7 +324,7 @@ def stock(objective: Objective, backbone: str, head: Any) -> UperNetForSemanticS
     source = Source(Path("no checkpoint"), run, parse_recipe(run.recipe), 0, {"label_sets": {"scenes": CLASSES}}, [])
     part = source.recipe.targets[0].export(source)
     weights = objective.state_dict()
-    values = {name: value_of(name, made, weights, torch.float32) for name, made in part.tensors.items()}
+    values = {name: value_of(made, weights, torch.float32) for name, made in part.tensors.items()}
     model = UperNetForSemanticSegmentation(part.model.config)
     model.load_state_dict(values)
     return model

@@ -12,9 +12,8 @@ from torch import Tensor
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import empty
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, copied
+from m3i_scale.export.tensors import VISION, ExportedModule, copied, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields, MaskRcnnConfig
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn
@@ -48,8 +47,7 @@ def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> Exported
         asdict(HeadFields.of(spec.model_dump(mode="json"))),
         windows.sides,
         windows.relative,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
+        **label_maps(names),
         auto_map=AUTO_MAP,
     )
     model = empty(lambda: MaskRcnnForObjectDetection(shape))

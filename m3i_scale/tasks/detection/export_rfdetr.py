@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import RfDetrDinov2Config
 
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import backbone_part, empty
+from m3i_scale.export.joint import backbone_part
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import ExportedModule, TensorSource
+from m3i_scale.export.tensors import ExportedModule, TensorSource, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.detection_heads import RfDetr
 from m3i_scale.tasks.detection.object_detector import detector_of
@@ -43,9 +43,8 @@ def rfdetr_part(source: Source, spec: RfDetr, target: str) -> ExportedModule:
         out_indices=list(read_layers(spec, config.num_hidden_layers)),
     )
     stock = stock_config(spec, shape, len(names))
-    stock.id2label = dict(enumerate(names))
+    stock.update(label_maps(names))
     stock.score_above, stock.detections = spec.score_above, spec.detections  # read by `evaluate`
-    stock.label2id = {name: number for number, name in enumerate(names)}
     model, before = empty(lambda: stock_class(spec)(stock)), ("model.model." if spec.masks else "model.") + BACKBONE
     tensors = {
         name: backbone.tensors[name.removeprefix(before)]

@@ -12,9 +12,9 @@ from transformers import Dinov2Config, EomtForUniversalSegmentation, ViTConfig
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.errors import ExportError
-from m3i_scale.export.joint import empty, part_of, vision_names
+from m3i_scale.export.joint import part_of, vision_names
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.segmentation.mask_queries import MaskQueries, query_config
 from m3i_scale.tasks.segmentation.segmentation_heads import EomtSegmentation
@@ -39,8 +39,7 @@ def eomt_part(source: Source, spec: EomtSegmentation, target: str) -> ExportedMo
     config, (names,) = backbone_config(source.run.backbone), source.label_sets.values()
     shape = query_config(spec, config, len(names))
     shape.mlp_ratio = _mlp_ratio(config)
-    shape.id2label = dict(enumerate(names))
-    shape.label2id = {name: number for number, name in enumerate(names)}
+    shape.update(label_maps(names))
     model = empty(lambda: EomtForUniversalSegmentation(shape))
     tensors = _backbone_tensors(config)
     for name in model.state_dict():

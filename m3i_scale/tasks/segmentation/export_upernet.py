@@ -7,9 +7,9 @@ from transformers import BeitConfig, Dinov2Config, UperNetConfig, UperNetForSema
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.families import VisionConfig, token_family
-from m3i_scale.export.joint import empty, part_of, vision_names
+from m3i_scale.export.joint import part_of, vision_names
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, empty, label_maps
 from m3i_scale.tasks.segmentation.export_eomt import no_class
 from m3i_scale.tasks.segmentation.pixel_heads import read_layers, segment
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
@@ -42,8 +42,7 @@ def upernet_part(source: Source, spec: SegmentationHead, target: str) -> Exporte
         use_auxiliary_head=spec.auxiliary_weight > 0,
         auxiliary_loss_weight=spec.auxiliary_weight,
         auxiliary_in_channels=None,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
+        **label_maps(names),
     )
     model = empty(lambda: UperNetForSemanticSegmentation(upernet))
     head = f"heads.{target}."

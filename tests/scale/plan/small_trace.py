@@ -44,4 +44,4 @@ def trace_of(parameters: tuple[Parameter, ...], activation: int) -> Trace:
             gradients.append((place, len(live)))
             live.append(held)
     modules = tuple((place,) for place in range(count))
-    return Trace(tuple(live), (0,) * len(live), tuple(gradients), modules, modules[::-1], 0, activation * count)
+    return Trace(tuple(live), (0,) * len(live), tuple(gradients), modules, modules[::-1], 0)
