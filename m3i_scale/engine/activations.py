@@ -8,6 +8,7 @@ target branch runs without gradient and stores no activations.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from m3i_scale.engine.selective import selective_contexts
 from m3i_scale.errors import ConfigError
 
 _WHERE = "backbone.activation_checkpointing"
@@ -144,11 +145,60 @@ def _ranges(numbers: list[int]) -> str:
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+_ATTENTION = (
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+_KEPT = _PRODUCTS | {
+    *(getattr(torch.ops.aten, name).default for name in _ATTENTION if hasattr(torch.ops.aten, name)),
+    torch.ops.aten._embedding_bag.default,
+}
+"""Operations whose results the policy `selective` keeps. The list, and the recomputation of every second matrix
+product, come from torchtitan (`distributed/activation_checkpoint.py`). Products with a bias and deformable sampling are
+added."""
+
+
+class _OnlyKept(TorchDispatchMode):
+    """A dispatch mode that passes only the operations in `_KEPT` to torch's mode.
+
+    During recomputation, torch's mode raises an error for operations that it did not see in the forward pass. Under
+    ZeRO-3 weights are gathered inside the layer, and the number of gathers depends on the parameters still gathered.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inner = inner
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KEPT:
+            return self.inner.__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Return contexts for `torch.utils.checkpoint` that keep attention and every second matrix product of a layer."""
+    products: Counter[bool] = Counter()
+
+    def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if func in _PRODUCTS:
+            products[context.is_recompute] += 1
+            if products[context.is_recompute] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE
+
+    forward, backward = create_selective_checkpoint_contexts(policy)
+    return _OnlyKept(forward), _OnlyKept(backward)
+
+
 _recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
 
 def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=selective_contexts)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=_selective_contexts)
 
 
 def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:

@@ -26,9 +26,14 @@ from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine
 from m3i_scale.engine.host_memory import pinning
-from m3i_scale.engine.kept import keep_in_checkpoints, saved_frozen
 from m3i_scale.engine.loading import stream_into
-from m3i_scale.engine.partition import check_writable, initialize_sharded, order_gathers
+from m3i_scale.engine.partition import (
+    check_writable,
+    initialize_sharded,
+    keep_in_checkpoints,
+    order_gathers,
+    saved_frozen,
+)
 from m3i_scale.engine.peak import compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json

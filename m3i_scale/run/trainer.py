@@ -19,7 +19,7 @@ from m3i_scale.data.stream import Account
 from m3i_scale.engine.agree import agree_and_average
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.engine import set_micro_batch_size
-from m3i_scale.engine.loss_scale import spread_nonfinite, take_step, undone_if_skipped
+from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.engine.peak import compute_dtype, device_name, measured_peak, named_peak
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
