@@ -26,7 +26,7 @@ from m3i_scale.checkpoint.index import Index, Piece, even_piece, file_name
 from m3i_scale.checkpoint.layout import INDEX, TENSORS, unreadable
 from m3i_scale.checkpoint.manifest import Digest
 from m3i_scale.checkpoint.stream import DTYPES, Streamed, write_safetensors
-from m3i_scale.engine.averages import join
+from m3i_scale.engine.split_float import join
 from m3i_scale.errors import CheckpointError
 
 AVERAGE = "average"

@@ -26,6 +26,7 @@ from m3i_scale.engine.partition import (
     local_values,
     order_gathers,
 )
+from m3i_scale.engine.split_float import join, split
 
 _AT_ONCE = 1 << 18
 """Elements updated at a time: 1 MiB, which stays in the cache of a core. An accelerator uses 16 times that size, so
@@ -218,20 +219,3 @@ def _write(ema: Tensor, copy: Tensor, beside: Tensor) -> None:
         beside.copy_(ema)
     if copy is not beside:
         copy.copy_(beside)
-
-
-def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
-    """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16).
-
-    bf16 is the upper half of fp32. So a bf16 compute copy and its lower half are exact in four bytes instead of six.
-    """
-    bits = values.contiguous().view(torch.int32).view_as(upper)
-    lower.copy_(bits)  # the signed lower half: negative where `upper` is rounded up
-    upper.view(torch.int16).copy_((bits + (1 << 15)) >> 16)
-
-
-def join(upper: Tensor, lower: Tensor) -> Tensor:
-    """Return the fp32 numbers that were split, in a new tensor of `upper`'s shape."""
-    values = upper.to(torch.float32)
-    values.view(torch.int32).add_(lower.view_as(upper))
-    return values
