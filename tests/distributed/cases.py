@@ -48,8 +48,8 @@ from m3i_scale.engine.partition import (
     initialize_sharded,
     is_partitioned,
 )
+from m3i_scale.engine.process_group import stop_ranks
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.host.process_group import stop_ranks
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
