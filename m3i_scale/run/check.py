@@ -18,10 +18,10 @@ from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.engine.activations import check_policy, read_policy
-from m3i_scale.engine.arithmetic import check_deterministic
 from m3i_scale.engine.compilation import check_compile
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
-from m3i_scale.engine.peak import compute_dtype, named_peak
+from m3i_scale.engine.peak import named_peak
+from m3i_scale.engine.precision import check_deterministic, compute_dtype
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.encoders import FrozenTeacher

@@ -18,7 +18,6 @@ from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.engine.agree import from_rank_0, open_together
-from m3i_scale.engine.arithmetic import allow_tf32
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import compile_layers
@@ -34,7 +33,7 @@ from m3i_scale.engine.partition import (
     order_gathers,
     saved_frozen,
 )
-from m3i_scale.engine.peak import compute_dtype
+from m3i_scale.engine.precision import allow_tf32, compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of

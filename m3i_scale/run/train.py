@@ -16,12 +16,12 @@ from m3i_scale.checkpoint.layout import step_of, stopped_words
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.engine.agree import from_rank_0, together
-from m3i_scale.engine.arithmetic import compute_deterministically, nondeterminism_explained
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import explain_auto
 from m3i_scale.engine.deepspeed.resolve import explain_table
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.engine import awaited_optimizer
+from m3i_scale.engine.precision import compute_deterministically, nondeterminism_explained
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.engine.shared_dir import check_shared
 from m3i_scale.errors import UserError

@@ -20,7 +20,8 @@ from m3i_scale.engine.agree import agree_and_average
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.engine import set_micro_batch_size
 from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_if_skipped
-from m3i_scale.engine.peak import compute_dtype, device_name, measured_peak, named_peak
+from m3i_scale.engine.peak import device_name, measured_peak, named_peak
+from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run.activations import set_activations
