@@ -146,6 +146,12 @@ class LostWorkerError(DataError):
     exit_code = EXIT_FAILED
 
 
+class MissingRanksError(UserError):
+    """Some ranks did not join the rendezvous. The run can be restarted without a change on this host."""
+
+    exit_code = EXIT_FAILED
+
+
 class CheckpointError(UserError):
     """Checkpoint that is missing, corrupt, modified or from a different run."""
 

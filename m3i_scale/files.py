@@ -199,7 +199,7 @@ def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]
                 continue
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 yield value
