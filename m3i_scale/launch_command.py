@@ -16,7 +16,7 @@ import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
-from m3i_scale.options import Command, Parts, expanded, field_options
+from m3i_scale.options import Command, Parts, RunFile, expanded, field_options
 from m3i_scale.output import print_json, print_line, release_stdout, write_stderr
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
@@ -85,7 +85,7 @@ def render(name: str, job: Job) -> LaunchPlan:
 
 @takes_cluster(Cluster.model_fields)
 def launch(
-    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
+    run: RunFile,
     launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
     cluster: Cluster,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
