@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from m3i_scale.errors import ConfigError
 
 _WHERE = "backbone.activation_checkpointing"
-_WORDS = "none, full, selective, offload, every_N with N ≥ 2, or budget_GIB, e.g. budget_2.5"
+_WORDS = "none, full, selective, offload, or every_N with N ≥ 2"
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,12 @@ class Policy:
     """An activation checkpointing policy from the config file."""
 
     kind: str
-    """none | full | every | selective | offload | budget."""
+    """none | full | every | selective | offload."""
     every: int = 1
     """Recompute the first of every N layers of a stack."""
-    budget_gib: float = 0.0
-    """Activation memory limit per rank."""
 
     def picks(self, depth: int) -> list[int]:
-        """Return the indices of a stack's layers that recompute; with a budget all, until memory is counted."""
+        """Return the indices of a stack's layers that recompute."""
         return [] if self.kind == "none" else list(range(0, depth, self.every))
 
 
@@ -50,8 +48,6 @@ def read_policy(text: str) -> Policy:
         return Policy(text)
     if match := re.fullmatch(r"every_([2-9]|[1-9]\d+)", text):
         return Policy("every", every=int(match.group(1)))
-    if (match := re.fullmatch(r"budget_(\d+(?:\.\d+)?)", text)) and float(match.group(1)) > 0:
-        return Policy("budget", budget_gib=float(match.group(1)))
     raise ConfigError(f"no activation checkpointing policy '{text}'", where=_WHERE, fix=_WORDS)
 
 
@@ -118,12 +114,13 @@ def recomputing(module: nn.Module) -> list[str]:
     return [name for layers in trained_stacks(module) for name, layer in layers if layer.gradient_checkpointing]
 
 
-def recompute_only(module: nn.Module, names: set[str]) -> None:
-    """Make exactly the named layers recompute."""
-    for layers in trained_stacks(module):
-        for name, layer in layers:
-            layer.gradient_checkpointing = name in names
-            layer._gradient_checkpointing_func = _recompute
+def describe_activations(module: nn.Module, text: str, *, compiled: bool) -> str:
+    """Return a log line about the policy `text` that is set on `module`."""
+    if compiled and read_policy(text).kind == "selective":
+        return f"activations ({text}): compiled layers keep about half, and compute the rest again"
+    names = recomputing(module)
+    layers = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
+    return f"activations ({text}): {layers}"
 
 
 def summarize_layers(names: list[str]) -> str:
@@ -132,7 +129,7 @@ def summarize_layers(names: list[str]) -> str:
     for name in names:
         prefix, _, number = name.rpartition(".")
         stacks.setdefault(prefix, []).append(int(number))
-    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items()) or "none"
+    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items())
 
 
 def _ranges(numbers: list[int]) -> str:
