@@ -21,7 +21,7 @@ from m3i_scale.destination import check_destination
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, MissingRanksError, UserError
 from m3i_scale.files import json_line, read_json, read_json_lines, write_json
 from m3i_scale.host.failures import COLLECTIVES, Failure, Kind
-from m3i_scale.host.heartbeat import RECORDS, Heartbeat, local_heartbeat
+from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file
 from m3i_scale.host.output_dir import RANK_RECORDS, is_run_folder
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
@@ -41,8 +41,9 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     """
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
-    heartbeat = local_heartbeat(rank)
-    folder = _folder(output_dir)
+    agent_folder = os.environ.get(RECORDS)
+    heartbeat = Heartbeat(heartbeat_file(Path(agent_folder), rank) if agent_folder else None)
+    folder = Path(agent_folder) if agent_folder else _folder(output_dir)
     if folder is not None:
         with contextlib.suppress(OSError):  # errors of the folder are reported when the run opens it
             _begin(folder, rank)
@@ -69,9 +70,7 @@ def _as_it_should(error: BaseException) -> bool:
 
 
 def _folder(output_dir: Path) -> Path | None:
-    under_agent = os.environ.get(RECORDS)
-    if under_agent:
-        return Path(under_agent)
+    """Return OUTPUT/failure; None if a launcher does not read it, or the folder cannot be used."""
     if "WORLD_SIZE" not in os.environ:
         return None
     try:
