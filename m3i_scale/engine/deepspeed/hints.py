@@ -143,15 +143,6 @@ _ONE_OF = {
 }
 
 
-def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
-    """Raise ConfigError for an unresolved "auto"."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            check_auto(value, where, f"{above}{key}.")
-        elif value == AUTO:
-            raise _unfilled(f"{above}{key}", where)
-
-
 def schema_error(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
     """Return the ConfigError for `fault`, one of the details of a pydantic error."""
     parts = tuple(part for part in fault["loc"] if isinstance(part, str) and part not in ("str", "list[str]"))
