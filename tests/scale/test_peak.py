@@ -25,8 +25,10 @@ def test_named_and_given():
     ],
 )
 def test_what_is_no_peak_of_this_run_is_refused(given, dtype, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError) as caught:
         named_peak(given, dtype)
+    assert caught.value.where == f"hardware.peak_tflops: {given}"
+    assert words in caught.value.what
 
 
 def test_measured():
