@@ -52,7 +52,7 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     try:
         yield heartbeat
     except BaseException as error:
-        if folder is not None and not _as_it_should(error):
+        if folder is not None and not _is_normal_end(error):
             failure = _failure(error, rank, heartbeat)
             try:
                 write_record(folder, failure)
@@ -65,7 +65,7 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
         _end(folder, rank)
 
 
-def _as_it_should(error: BaseException) -> bool:
+def _is_normal_end(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
 
 

@@ -118,15 +118,15 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
 def local_address(host: str) -> str:
     """Return the address of this host on the route to another host; nothing is sent. Raise OSError if the name is
     unknown, or there is no route."""
-    fault = OSError(f"{host} has no address")
+    failure = OSError(f"{host} has no address")
     for family, kind, _, _, target in socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind) as probe:
             try:
                 probe.connect(target)
                 return str(probe.getsockname()[0])
             except OSError as error:  # an IPv6 address, on a host without IPv6
-                fault = error
-    raise fault
+                failure = error
+    raise failure
 
 
 def is_loopback(address: str) -> bool:

@@ -143,28 +143,28 @@ _ONE_OF = {
 }
 
 
-def schema_error(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
-    """Return the ConfigError for `fault`, one of the details of a pydantic error."""
-    parts = tuple(part for part in fault["loc"] if isinstance(part, str) and part not in ("str", "list[str]"))
-    path, given = ".".join(parts), fault["input"]
-    if fault["type"] == "extra_forbidden":
+def schema_error(detail: Any, config: dict[str, Any], where: str) -> ConfigError:
+    """Return the ConfigError for `detail`, one of the details of a pydantic error."""
+    parts = tuple(part for part in detail["loc"] if isinstance(part, str) and part not in ("str", "list[str]"))
+    path, given = ".".join(parts), detail["input"]
+    if detail["type"] == "extra_forbidden":
         return _unknown(parts, config, where)
     if path == "zero_optimization" and isinstance(config.get(path, {}), dict):
         path, given = f"{path}.stage", config.get(path, {}).get("stage")
     if isinstance(given, str) and given == AUTO:
         return _unfilled(path, where)
-    if fault["type"] == "missing" and path not in _ONE_OF:
+    if detail["type"] == "missing" and path not in _ONE_OF:
         default = ("DeepSpeed would take its own default instead of the run file's value", 'write "auto"')
         why, fix = _LEFT_OUT.get(path) or _LEFT_OUT.get(parts[-1]) or default
         return ConfigError(f"'{path}' is left out", where=where, why=why, fix=fix)
-    return _wrong_value(fault, path, given, where)
+    return _wrong_value(detail, path, given, where)
 
 
-def _wrong_value(fault: Any, path: str, given: Any, where: str) -> ConfigError:
+def _wrong_value(detail: Any, path: str, given: Any, where: str) -> ConfigError:
     if path in _ONE_OF:
         one_of, why, fix = _ONE_OF[path]
         return ConfigError(f"'{path}' must be {one_of} (got {given!r})", where=where, why=why, fix=fix)
-    if fault["type"] in ("model_type", "model_attributes_type"):
+    if detail["type"] in ("model_type", "model_attributes_type"):
         switched = isinstance(given, bool) and "enabled" in fields_at(tuple(path.split(".")))
         hint = f'"{path}": {{"enabled": {str(given).lower()}}}' if switched else None
         return ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {given!r})", where=where, fix=hint)
@@ -172,7 +172,7 @@ def _wrong_value(fault: Any, path: str, given: Any, where: str) -> ConfigError:
         why = "checkpoints, exports and the EMA teacher read shards in memory"
         fix = "take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve what has to be held"
         return ConfigError(f"'{path}' is nvme", where=where, why=why, fix=fix)
-    return ConfigError(f"'{path}': {fault['msg']} (got {given!r})", where=where)
+    return ConfigError(f"'{path}': {detail['msg']} (got {given!r})", where=where)
 
 
 def _unfilled(path: str, where: str) -> ConfigError:

@@ -135,8 +135,8 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
     try:
         DeepSpeedFile.model_validate(known)
     except ValidationError as error:
-        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-        raise schema_error(faults[0], config, where) from None
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise schema_error(details[0], config, where) from None
     check_rules(known, world_size=world_size, where=where)
 
 
