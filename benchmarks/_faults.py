@@ -20,7 +20,7 @@ from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_name, step_
 from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import load_run
-from m3i_scale.host.process_group import free_port
+from m3i_scale.engine.process_group import free_port
 
 STEPS, SAVE_EVERY, GLOBAL, RANKS = 12, 2, 8, 2
 TOLERANCE = 1e-5

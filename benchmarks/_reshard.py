@@ -17,7 +17,7 @@ from _shards import TINY
 
 from m3i_scale.checkpoint.layout import checkpoints, read_meta
 from m3i_scale.config import load_run, resource_folder
-from m3i_scale.host.process_group import free_port, start_ranks, stop_ranks
+from m3i_scale.engine.process_group import free_port, start_ranks, stop_ranks
 from m3i_scale.run.callbacks.base import Callback, StepRecord
 
 GLOBAL = 24

@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw
 
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sizes import describe_presets
+from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
-from m3i_scale.host.process_group import free_port
 
 RANKS, MICRO_BATCH, STEPS, RESUMED_STEPS = 2, 2, 5, 6
 LR = 1e-5

@@ -24,8 +24,8 @@ from _common import emit, machine, say
 
 from m3i_scale.backbones.families import PRESETS
 from m3i_scale.backbones.sizes import describe_presets
+from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import EXIT_USER_ERROR, did_you_mean
-from m3i_scale.host.process_group import free_port
 
 RANKS = 2
 LEAN = ("vit-g/14",)

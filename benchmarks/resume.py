@@ -26,7 +26,7 @@ from _shards import TINY, make_shards
 from m3i_scale.checkpoint.layout import step_name
 from m3i_scale.checkpoint.manifest import newest_good
 from m3i_scale.checkpoint.weights import load_weights
-from m3i_scale.host.process_group import free_port
+from m3i_scale.engine.process_group import free_port
 
 STEPS = 24
 RUN = f"""

@@ -47,8 +47,8 @@ from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import construct, full_shape, initialize_sharded
-from m3i_scale.engine.peak import compute_dtype
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.precision import compute_dtype
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe

@@ -30,7 +30,7 @@ from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine
 from m3i_scale.engine.partition import initialize_sharded
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.build import build_objective, initialize_module
 
 CONTEXT, VOCABULARY = 77, 49408

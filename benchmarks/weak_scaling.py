@@ -37,8 +37,8 @@ from _weak_rank import CLASSES
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.deepspeed.rules import precision
+from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import UserError
-from m3i_scale.host.process_group import free_port
 from m3i_scale.plan.planning import Choice, Estimate, Model, Vocabulary, estimate, machine_of
 from m3i_scale.run.setup import run_yaml
 

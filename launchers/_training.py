@@ -19,8 +19,8 @@ import psutil
 
 from m3i_scale.checkpoint.layout import MANIFEST, read_meta
 from m3i_scale.config import RunConfig
+from m3i_scale.engine.process_group import free_port
 from m3i_scale.errors import UserError
-from m3i_scale.host.process_group import free_port
 
 POLL_S = 0.05
 

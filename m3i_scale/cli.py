@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +21,7 @@ from m3i_scale.evaluate.compare_command import compare
 from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.launch_command import launch, takes_cluster
-from m3i_scale.options import Imports, reading_bar, writes_to
+from m3i_scale.options import AsJson, Imports, Overrides, RunFile, reading_bar, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, print_line, reserve_stdout, wide_console
 from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.report.commands import report, watch
@@ -42,9 +44,12 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-RunFile = Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …")]
+def _print_result(as_json: bool, document: Any, table: Callable[[], RenderableType]) -> None:
+    """Print the JSON document, or the table for people."""
+    if as_json:
+        print_json(document)
+    else:
+        wide_console().print(table())
 
 
 @app.callback()
@@ -61,7 +66,7 @@ app.add_typer(recipes_app, name="recipes")
 
 
 @recipes_app.callback(epilog="Example: m3i-scale recipes --json")
-def recipes(context: typer.Context, as_json: Json = False) -> None:
+def recipes(context: typer.Context, as_json: AsJson = False) -> None:
     """Print the paper's table, read from the built-in recipes: what predicts what, and how."""
     from m3i_scale.report.recipe_table import RecipeTable, built_in_rows
 
@@ -69,10 +74,7 @@ def recipes(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     rows = built_in_rows()
-    if as_json:
-        print_json(rows)
-    else:
-        wide_console().print(RecipeTable(rows))
+    _print_result(as_json, rows, lambda: RecipeTable(rows))
 
 
 @recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --output m3i.md")
@@ -80,7 +82,7 @@ def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
     output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write a flowchart: FILE.mmd or .md")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
     from m3i_scale.report.recipe_graph import graph_of, read_recipe
@@ -88,29 +90,24 @@ def show_recipe(
     from m3i_scale.report.recipe_table import RecipeTable
 
     recipe = read_recipe(name)
+    row, as_json = recipe.summary(), as_json or context.obj
     if output is not None:
         write_mermaid(graph_of(recipe), output)
-    if as_json or context.obj:
-        print_json(recipe.summary())
-    else:
-        wide_console().print(RecipeTable([recipe.summary()]))
-        if output is not None:
-            wide_console().print(f"flowchart: {output}", markup=False, highlight=False)
+    _print_result(as_json, row, lambda: RecipeTable([row]))
+    if output is not None and not as_json:
+        print_line(f"flowchart: {output}")
 
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")
 def backbones(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: Json = False
+    names: Annotated[list[str] | None, typer.Argument(help="Only these presets.")] = None, as_json: AsJson = False
 ) -> None:
     """Print the sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
     from m3i_scale.backbones.sizes import describe_presets
     from m3i_scale.report.backbone_table import backbone_table
 
     rows = describe_presets(names or [])
-    if as_json:
-        print_json(rows)
-    else:
-        wide_console().print(backbone_table(rows))
+    _print_result(as_json, rows, lambda: backbone_table(rows))
 
 
 @app.command(
@@ -118,8 +115,8 @@ def backbones(
     "data.datasets.main.path=/data/shards/train output_dir=/data/runs/first"
 )
 def train(
-    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    run: RunFile,
+    overrides: Overrides = None,
 ) -> None:
     """Train, or resume from the latest valid checkpoint. Start it with any launcher; alone it runs on one rank."""
     from m3i_scale.objective.recipe import load_run_and_recipe
@@ -148,7 +145,7 @@ def check(
     run: RunFile,
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="That it will have: batch and streams, too.")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """List all errors that `train` finds before it reads samples. Start nothing. Exit code 2 if there are errors.
 
@@ -176,7 +173,7 @@ def check(
 
 
 @app.command(epilog="Example: m3i-scale config m3i optim.steps=10")
-def config(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def config(run: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the resolved config: `extends` and overrides applied, defaults filled in, secrets redacted.
 
     The recipe is printed as written; `check` validates it.
@@ -197,9 +194,9 @@ def config(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> 
 @app.command(epilog="Example: m3i-scale stop /data/runs/first")
 def stop(
     run: Annotated[str, typer.Argument(help="The output folder of a run, its run file, or a built-in name.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … of the run file")] = None,
+    overrides: Overrides = None,
     wait: Annotated[bool, typer.Option(help="Until the run has ended.")] = True,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Stop a run on all nodes: it finishes its step and saves. Rerun the same command to resume."""
     from m3i_scale.run.stop import stop as stop_run
@@ -212,8 +209,8 @@ def stop(
 
 @app.command(epilog="Example: m3i-scale plan m3i_vit_g14 --nodes 2 --ranks-per-node 8 --memory-gib 80")
 def plan(
-    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    run: RunFile,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks per node.")] = 8,
     memory_gib: Annotated[float, typer.Option(min=0.1, help="Memory per device in GiB.")] = 80.0,
@@ -245,7 +242,7 @@ def plan(
         int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
     ] = None,
     output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
     from m3i_scale.objective.recipe import load_run_and_recipe
@@ -253,6 +250,7 @@ def plan(
     config, _ = load_run_and_recipe(run, overrides)
     from m3i_scale.plan.planning import machine_of
     from m3i_scale.plan.search import check_feasible, plan_run, write_deepspeed
+    from m3i_scale.report.plan_table import plan_table
 
     where = machine_of(
         device,
@@ -269,12 +267,8 @@ def plan(
         host_memory_gib=host_memory_gib,
     )
     planned = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
-    if as_json:
-        print_json(planned.document())
-    else:
-        from m3i_scale.report.plan_table import plan_table
-
-        wide_console().print(plan_table(planned.document()))
+    document = planned.document()
+    _print_result(as_json, document, lambda: plan_table(document))
     if output is not None and (planned.suggestion is not None or not planned.hopeless):
         print_line(f"written; train with {write_deepspeed(planned, output)}", stderr=True)
     check_feasible(planned)
@@ -285,9 +279,9 @@ def plan(
 def doctor(
     cluster: Cluster,
     run: Annotated[str | None, typer.Argument(help="A run file, or the name of a built-in one.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None,
+    overrides: Overrides = None,
     connect_s: Annotated[float, typer.Option("--connect-timeout", min=1, help="Seconds that ssh may take.")] = 10.0,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards.
 
@@ -296,14 +290,11 @@ def doctor(
     leave_out_accelerator_warning()
     from m3i_scale.elastic.doctor.command import examine
     from m3i_scale.host.findings import errors_in
+    from m3i_scale.report.doctor_table import doctor_table
 
     findings = examine(run, overrides or [], cluster, connect_s=connect_s, log=_ERRORS.print)
-    if as_json:
-        print_json([finding.to_json() for finding in findings])
-    else:
-        from m3i_scale.report.doctor_table import doctor_table
-
-        wide_console().print(doctor_table(finding.to_json() for finding in findings))
+    rows = [finding.to_json() for finding in findings]
+    _print_result(as_json, rows, lambda: doctor_table(rows))
     if errors_in(findings):
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -345,7 +336,7 @@ def evaluate(
         str | None, typer.Option(help="Samples whose features are shown, at most eight: shard.tar/key,shard.tar/key …")
     ] = None,
     imports: Imports = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what frozen features are worth (kNN, linear and dense probe, zero-shot, retrieval). Also measure how
     often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
@@ -372,10 +363,7 @@ def evaluate(
             picture_samples=picture_samples.split(",") if picture_samples is not None else None,
             progress=progress,
         )
-    if as_json:
-        print_json(result)
-    else:
-        wide_console().print(render(result))
+    _print_result(as_json, result, lambda: render(result))
 
 
 app.command(epilog="Example: m3i-scale compare /data/before /data/after --data /data/domain --general /data/other")(
@@ -408,7 +396,7 @@ def export(
     public: Annotated[bool, typer.Option(help="Publish for everyone.")] = False,
     dry_run: Annotated[bool, typer.Option(help="With --push: only list files and sizes.")] = False,
     imports: Imports = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face folder for standard classes, verified in a fresh process."""
     leave_out_accelerator_warning()

@@ -118,10 +118,10 @@ class Faults:
     def __init__(self) -> None:
         self.found: list[UserError] = []
 
-    def note(self, look: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | None:
-        """Call `look` and return its result. If it raises a `UserError`, store it and return None."""
+    def note(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Call `check` and return its result. If it raises a `UserError`, store it and return None."""
         try:
-            return look(*given, **named)
+            return check(*args, **kwargs)
         except FaultsError as error:
             self.found += error.faults
         except UserError as error:
@@ -142,6 +142,12 @@ class DataError(UserError):
 
 class LostWorkerError(DataError):
     """Data-loader process that was killed externally. The run can resume without a fix."""
+
+    exit_code = EXIT_FAILED
+
+
+class MissingRanksError(UserError):
+    """Some ranks did not join the rendezvous. The run can be restarted without a change on this host."""
 
     exit_code = EXIT_FAILED
 

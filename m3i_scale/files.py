@@ -138,6 +138,16 @@ def _sync_below(folder: Path) -> None:
         sync(Path(here))
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the size of a folder tree; links count as themselves, files removed meanwhile as 0."""
+    total = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError):
+                total += Path(here, name).lstat().st_size
+    return total
+
+
 def sha256_of(*paths: Path) -> str:
     """Return the SHA-256 in hexadecimal of one file, or of several files concatenated."""
     digest = hashlib.sha256()
@@ -199,7 +209,7 @@ def read_json_lines(path: Path, containing: str = "") -> Iterator[dict[str, Any]
                 continue
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 yield value

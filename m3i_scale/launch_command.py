@@ -16,7 +16,7 @@ import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
-from m3i_scale.options import Command, Parts, expanded, field_options
+from m3i_scale.options import Command, Parts, RunFile, expanded, field_options
 from m3i_scale.output import print_json, print_line, release_stdout, write_stderr
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
@@ -85,7 +85,7 @@ def render(name: str, job: Job) -> LaunchPlan:
 
 @takes_cluster(Cluster.model_fields)
 def launch(
-    run: Annotated[str, typer.Argument(help="A run file, or the name of a built-in one.")],
+    run: RunFile,
     launcher: Annotated[str, typer.Option("--with", help=f"{', '.join(LAUNCHERS)}.")],
     cluster: Cluster,
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value … for `train`.")] = None,
@@ -127,8 +127,8 @@ def _with_image(job: Job, launcher: str) -> Job:
 def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
     """Run a plan; print the cause of a failure at the end."""
     from m3i_scale.checkpoint.layout import stopped_words
-    from m3i_scale.host.failures import forget_records
     from m3i_scale.host.output_dir import launch_lock
+    from m3i_scale.host.rank_record import forget_records
     from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude

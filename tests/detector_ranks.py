@@ -17,7 +17,7 @@ from m3i_scale.engine.activations import apply_activation_checkpointing
 from m3i_scale.engine.deepspeed.resolve import load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine
 from m3i_scale.engine.partition import initialize_sharded
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.tasks.detection.detection_heads import RfDetr

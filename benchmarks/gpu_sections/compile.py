@@ -10,8 +10,8 @@ from _rows import Rows
 from deepspeed.accelerator import get_accelerator
 from tiny import random_batch, tiny_objective
 
-from m3i_scale.engine.arithmetic import allow_tf32
 from m3i_scale.engine.compilation import check_compile, compile_layers
+from m3i_scale.engine.precision import allow_tf32
 from m3i_scale.objective.information import Objective
 
 RECIPES = ("m3i", "clip")

@@ -10,7 +10,7 @@ from _rows import Rows
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import load_run
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.plan.planning import ACCELERATOR_WORKSPACE_GIB, Choice, Machine, Model, Vocabulary, estimate
 from m3i_scale.plan.timing import Links
 from m3i_scale.text import GIB

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from m3i_scale.engine.peak import measured_peak
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 
 GOAL = 0.45
 IMAGES = {"cuda": 64, "cpu": 8}

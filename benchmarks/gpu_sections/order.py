@@ -10,7 +10,7 @@ from _rows import Rows
 from rank_parts import RankParts
 
 from m3i_scale.engine.partition import gather_stream, local_values
-from m3i_scale.host.process_group import stop_ranks
+from m3i_scale.engine.process_group import stop_ranks
 from m3i_scale.run.setup import start_engine
 
 SPIN_CYCLES = 400_000_000

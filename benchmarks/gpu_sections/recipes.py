@@ -9,7 +9,7 @@ from _gpu_steps import SMALL, Step, alone, our_step, seconds_of
 from _rows import Rows
 
 from m3i_scale.engine.peak import measured_peak
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 
 RECIPES = ("clip", "siglip", "mae", "moco", "barlow", "densecl", "supervised")
 IMAGES = {"cuda": 256, "cpu": 8}

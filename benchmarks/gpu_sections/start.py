@@ -16,8 +16,8 @@ from rank_parts import RankParts
 
 from m3i_scale.config import resource_folder
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator
+from m3i_scale.engine.process_group import stop_ranks
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.process_group import stop_ranks
 from m3i_scale.run.setup import start_engine
 
 

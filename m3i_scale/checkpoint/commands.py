@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
 
 from m3i_scale.errors import EXIT_USER_ERROR
-from m3i_scale.options import writes_to
+from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
 One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest whole one is taken.")]
 
@@ -45,8 +44,8 @@ def verify(
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
     from m3i_scale.checkpoint.documents import named_checkpoints, verify_checkpoints
-    from m3i_scale.checkpoint.retention import folder_bytes
     from m3i_scale.checkpoint.tables import verification
+    from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
         document = verify_checkpoints(path, threads, advance)

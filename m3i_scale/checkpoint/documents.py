@@ -17,10 +17,10 @@ from m3i_scale.checkpoint.layout import (
     step_of,
 )
 from m3i_scale.checkpoint.manifest import find_faults, latest_fault, verify
-from m3i_scale.checkpoint.retention import folder_bytes
 from m3i_scale.config import read_yaml
 from m3i_scale.data.state import StreamState, merge_states
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
+from m3i_scale.files import folder_bytes
 from m3i_scale.text import differences
 from m3i_scale.upgrade import upgrade_config
 

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from m3i_scale.checkpoint.layout import MANIFEST, TEMPORARY_PREFIX, named_latest, read_meta
-from m3i_scale.checkpoint.retention import Entry, Metrics, entries_of, folder_bytes, which_to_keep
+from m3i_scale.checkpoint.retention import Entry, Metrics, entries_of, which_to_keep
 from m3i_scale.config import CheckpointConfig, RetentionConfig, parse_section, read_yaml
 from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.files import folder_bytes
 from m3i_scale.host.output_dir import RUN_FILE
 
 

@@ -20,8 +20,7 @@ from m3i_scale.checkpoint.tensors import AVERAGE, SavedTensors, sum_of_squares
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.engine_state import MASTER, MOMENTS, make_moments, pieces, publish, restore_counters
-from m3i_scale.engine.kept import saved_frozen
-from m3i_scale.engine.partition import load_frozen
+from m3i_scale.engine.partition import load_frozen, saved_frozen
 from m3i_scale.errors import CheckpointError
 
 NORM_TOLERANCE, ROUNDED_NORM_TOLERANCE = 1e-6, 4e-3

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from m3i_scale.checkpoint.commit import discard, point_latest
 from m3i_scale.checkpoint.layout import checkpoints, named_latest, step_of
 from m3i_scale.checkpoint.manifest import verify
 from m3i_scale.config import KeepBestConfig, RetentionConfig
+from m3i_scale.files import folder_bytes
 
 Metrics = Mapping[int, Mapping[str, float]]
 """Evaluation metrics, by step."""
@@ -121,16 +120,6 @@ def prune(
     if remaining and named_latest(root) in {entry.path.name for entry in pruned.removed}:
         point_latest(remaining[0])  # the newest one was corrupt and was removed
     return pruned
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the size of a folder tree; links count as themselves, files removed meanwhile as 0."""
-    total = 0
-    for here, _, files in os.walk(folder):
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                total += Path(here, name).lstat().st_size
-    return total
 
 
 def _by_weight(

@@ -32,8 +32,7 @@ from m3i_scale.engine.agree import from_rank_0, gather_on_rank_0, sum_over_ranks
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.deepspeed.rules import BYTES, precision, state_bytes
 from m3i_scale.engine.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
-from m3i_scale.engine.kept import saved_frozen
-from m3i_scale.engine.partition import full_numel, full_shape, local_range, local_shard
+from m3i_scale.engine.partition import full_numel, full_shape, local_range, local_shard, saved_frozen
 from m3i_scale.files import write_json
 
 Result = TypeVar("Result")

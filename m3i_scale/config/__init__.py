@@ -86,8 +86,7 @@ class BackboneConfig(Section):
     with more memory, but faster for short bf16 sequences on CPUs (docs/performance.md)."""
     activation_checkpointing: str = "none"
     """Activation checkpointing (docs/memory.md): none | full | every_N (every N-th layer) | selective (keeps the
-    outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory) | budget_GIB
-    (recomputes as few layers as fit into GIB)."""
+    outputs of matrix products and attention) | offload (like full, with layer inputs in CPU memory)."""
     compile: Literal["auto", True, False] = "auto"
     """Compile each Transformer layer with `torch.compile` (docs/performance.md). auto: off, until equal losses have
     been measured on a GPU (section `compile` of benchmarks/gpu.py)."""

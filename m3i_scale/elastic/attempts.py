@@ -6,9 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
 from m3i_scale.checkpoint.layout import stopped_words
 from m3i_scale.config import RunConfig
@@ -17,9 +15,8 @@ from m3i_scale.elastic.rendezvous import CannotStartError, Policy, Rendezvous, W
 from m3i_scale.elastic.supervise import Attempt, AttemptResult, Log, Logs, Request
 from m3i_scale.elastic.worlds import World, largest_world
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
-from m3i_scale.files import write_json
-from m3i_scale.host.failures import failure_text, write_failure
-from m3i_scale.host.output_dir import ATTEMPTS, FAILURE
+from m3i_scale.host.failures import AttemptRecord, failure_text, write_attempts, write_failure
+from m3i_scale.host.output_dir import FAILURE
 from m3i_scale.host.processes import noted_signals
 from m3i_scale.launch.hosts import Host
 
@@ -33,7 +30,7 @@ class Launch:
 
     def __init__(self, work: Work, policy: Policy, log: Log) -> None:
         self.work, self.policy, self.log = work, policy, log
-        self.attempts: list[dict[str, Any]] = []
+        self.attempts: list[AttemptRecord] = []
         self._signals = 0
         self._inbox: Inbox = Inbox()
         self._rendezvous = Rendezvous(work, policy, self._inbox, log)
@@ -141,31 +138,30 @@ class Launch:
         reasons: dict[str, str],
         back: Sequence[str],
     ) -> None:
-        cause = outcome.cause
         output_dir = self.work.run.output_dir
         self.attempts.append(
-            {
-                "attempt": number,
-                "hosts": list(world.names),
-                "ranks": world.ranks,
-                "micro_batch_size": world.micro_batch_size,
-                "left_out": reasons,
-                "status": outcome.status,
-                "first_step": outcome.first_step,
-                "last_step": outcome.last_step,
-                "started": started,
-                "ended": time.time(),
-                "logs": str(logs.folder),
-                "lost": outcome.lost,
-                "came_back": list(back),
-                "left": outcome.left,
-                "cause": None if cause is None else {**asdict(cause), "where": cause.where()},
-            }
+            AttemptRecord(
+                attempt=number,
+                hosts=list(world.names),
+                ranks=world.ranks,
+                micro_batch_size=world.micro_batch_size,
+                left_out=reasons,
+                status=outcome.status,
+                first_step=outcome.first_step,
+                last_step=outcome.last_step,
+                started=started,
+                ended=time.time(),
+                logs=str(logs.folder),
+                lost=outcome.lost,
+                came_back=list(back),
+                left=outcome.left,
+                cause=outcome.cause,
+            )
         )
         try:
-            write_json(output_dir / ATTEMPTS, self.attempts)
-            if cause is not None:
-                write_failure(output_dir, cause, outcome.others, attempt=number, logs=str(logs.folder))
+            write_attempts(output_dir, self.attempts)
+            if outcome.cause is not None:
+                write_failure(output_dir, outcome.cause, outcome.others, attempt=number, logs=str(logs.folder))
         except OSError as error:
             self.log(f"{output_dir / FAILURE} could not be written: {error.strerror}")
         self._last = outcome
@@ -191,19 +187,18 @@ class Launch:
         self._signals += 1 if number == signal.SIGINT or not self._signals else 0
 
 
-def summary(attempts: Sequence[dict[str, Any]]) -> list[str]:
+def summary(attempts: Sequence[AttemptRecord]) -> list[str]:
     """Return one line per attempt."""
     lines = []
     for item in attempts:
-        first, last = item["first_step"], item["last_step"]
-        steps = "no step" if last is None else f"steps {first} to {last}"
-        end = item["status"]
-        if item["cause"] is not None:
-            reason = item["cause"]["message"].splitlines()[0] if item["cause"]["message"] else item["cause"]["kind"]
-            end += f": {item['cause']['where']}: {reason}"
-        elif end == "preempted" and item["came_back"]:
-            end = f"saved to go on with {', '.join(item['came_back'])}"
-        lines.append(f"attempt {item['attempt']}: {', '.join(item['hosts'])} ({item['ranks']} ranks), {steps}, {end}")
+        steps = "no step" if item.last_step is None else f"steps {item.first_step} to {item.last_step}"
+        end: str = item.status
+        if item.cause is not None:
+            reason = item.cause.message.splitlines()[0] if item.cause.message else item.cause.kind
+            end += f": {item.cause.where()}: {reason}"
+        elif end == "preempted" and item.came_back:
+            end = f"saved to go on with {', '.join(item.came_back)}"
+        lines.append(f"attempt {item.attempt}: {', '.join(item.hosts)} ({item.ranks} ranks), {steps}, {end}")
     return lines
 
 

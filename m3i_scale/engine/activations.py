@@ -8,6 +8,7 @@ target branch runs without gradient and stores no activations.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +18,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from m3i_scale.engine.selective import selective_contexts
 from m3i_scale.errors import ConfigError
 
 _WHERE = "backbone.activation_checkpointing"
-_WORDS = "none, full, selective, offload, every_N with N ≥ 2, or budget_GIB, e.g. budget_2.5"
+_WORDS = "none, full, selective, offload, or every_N with N ≥ 2"
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,12 @@ class Policy:
     """An activation checkpointing policy from the config file."""
 
     kind: str
-    """none | full | every | selective | offload | budget."""
+    """none | full | every | selective | offload."""
     every: int = 1
     """Recompute the first of every N layers of a stack."""
-    budget_gib: float = 0.0
-    """Activation memory limit per rank."""
 
     def picks(self, depth: int) -> list[int]:
-        """Return the indices of a stack's layers that recompute; with a budget all, until memory is counted."""
+        """Return the indices of a stack's layers that recompute."""
         return [] if self.kind == "none" else list(range(0, depth, self.every))
 
 
@@ -49,8 +48,6 @@ def read_policy(text: str) -> Policy:
         return Policy(text)
     if match := re.fullmatch(r"every_([2-9]|[1-9]\d+)", text):
         return Policy("every", every=int(match.group(1)))
-    if (match := re.fullmatch(r"budget_(\d+(?:\.\d+)?)", text)) and float(match.group(1)) > 0:
-        return Policy("budget", budget_gib=float(match.group(1)))
     raise ConfigError(f"no activation checkpointing policy '{text}'", where=_WHERE, fix=_WORDS)
 
 
@@ -117,12 +114,13 @@ def recomputing(module: nn.Module) -> list[str]:
     return [name for layers in trained_stacks(module) for name, layer in layers if layer.gradient_checkpointing]
 
 
-def recompute_only(module: nn.Module, names: set[str]) -> None:
-    """Make exactly the named layers recompute."""
-    for layers in trained_stacks(module):
-        for name, layer in layers:
-            layer.gradient_checkpointing = name in names
-            layer._gradient_checkpointing_func = _recompute
+def describe_activations(module: nn.Module, text: str, *, compiled: bool) -> str:
+    """Return a log line about the policy `text` that is set on `module`."""
+    if compiled and read_policy(text).kind == "selective":
+        return f"activations ({text}): compiled layers keep about half, and compute the rest again"
+    names = recomputing(module)
+    layers = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
+    return f"activations ({text}): {layers}"
 
 
 def summarize_layers(names: list[str]) -> str:
@@ -131,7 +129,7 @@ def summarize_layers(names: list[str]) -> str:
     for name in names:
         prefix, _, number = name.rpartition(".")
         stacks.setdefault(prefix, []).append(int(number))
-    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items()) or "none"
+    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items())
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -144,11 +142,60 @@ def _ranges(numbers: list[int]) -> str:
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+_ATTENTION = (
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+_PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default})
+_KEPT = _PRODUCTS | {
+    *(getattr(torch.ops.aten, name).default for name in _ATTENTION if hasattr(torch.ops.aten, name)),
+    torch.ops.aten._embedding_bag.default,
+}
+"""Operations whose results the policy `selective` keeps. The list, and the recomputation of every second matrix
+product, come from torchtitan (`distributed/activation_checkpoint.py`). Products with a bias and deformable sampling are
+added."""
+
+
+class _OnlyKept(TorchDispatchMode):
+    """A dispatch mode that passes only the operations in `_KEPT` to torch's mode.
+
+    During recomputation, torch's mode raises an error for operations that it did not see in the forward pass. Under
+    ZeRO-3 weights are gathered inside the layer, and the number of gathers depends on the parameters still gathered.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inner = inner
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KEPT:
+            return self.inner.__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Return contexts for `torch.utils.checkpoint` that keep attention and every second matrix product of a layer."""
+    products: Counter[bool] = Counter()
+
+    def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if func in _PRODUCTS:
+            products[context.is_recompute] += 1
+            if products[context.is_recompute] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE
+
+    forward, backward = create_selective_checkpoint_contexts(policy)
+    return _OnlyKept(forward), _OnlyKept(backward)
+
+
 _recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
 
 def _recompute_selectively(run: Callable[..., Any], *inputs: Any) -> Any:
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=selective_contexts)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=_selective_contexts)
 
 
 def _recompute_from_host(run: Callable[..., Any], *inputs: Any) -> Any:

@@ -119,34 +119,34 @@ def _reduced(values: Sequence[float], operation: Any) -> list[float]:
     return vector.tolist()
 
 
-def raise_together(fault: Exception | None, *, names_rank: bool = True) -> None:
+def raise_together(failure: Exception | None, *, names_rank: bool = True) -> None:
     """Raise the error of the lowest failing rank on all ranks; do nothing if no rank failed. Collective.
 
     A UserError is the same on every rank. Any other error is raised on its rank with its traceback; the other ranks
     raise a UserError about it that is not marked as raised on all ranks (`everywhere`). `names_rank` adds the rank to
     the message.
     """
-    if not _reduced([fault is not None], dist.ReduceOp.MAX)[0]:
+    if not _reduced([failure is not None], dist.ReduceOp.MAX)[0]:
         return  # only one number: gathering objects would take a message per rank
-    crashed = fault is not None and not isinstance(fault, UserError)
-    shared = UserError(f"{type(fault).__name__}: {fault}") if crashed else fault
-    faults = gather_objects((shared, crashed))
-    if crashed and fault is not None:
-        raise fault  # with its traceback
-    for rank, (other_fault, _) in enumerate(faults):
-        if other_fault is not None:
-            first = other_fault.on_rank(rank) if names_rank and len(faults) > 1 else other_fault
-            raise first if any(crashes for _, crashes in faults) else first.raised_everywhere()
+    crashed = failure is not None and not isinstance(failure, UserError)
+    shared = UserError(f"{type(failure).__name__}: {failure}") if crashed else failure
+    failures = gather_objects((shared, crashed))
+    if crashed and failure is not None:
+        raise failure  # with its traceback
+    for rank, (other, _) in enumerate(failures):
+        if other is not None:
+            first = other.on_rank(rank) if names_rank and len(failures) > 1 else other
+            raise first if any(crashes for _, crashes in failures) else first.raised_everywhere()
 
 
 def together(work: Callable[[], Result], *, names_rank: bool = False) -> Result:
     """Run `work` on every rank; if it fails on one, it fails on all (see `raise_together`)."""
-    fault: Exception | None = None
+    failure: Exception | None = None
     try:
         result = work()
     except Exception as error:  # raised below, on all ranks
-        fault = error
-    raise_together(fault, names_rank=names_rank)
+        failure = error
+    raise_together(failure, names_rank=names_rank)
     return result
 
 
@@ -168,7 +168,7 @@ def open_together(make: Callable[[], Result]) -> Result:
     Ranks wait for files of rank 0 while they open their data, some for an hour. So each rank opens in a thread, and all
     vote every second whether one has failed. No vote waits longer, however long the work takes.
     """
-    work, over, fault = InThread(_once(make)), False, None
+    work, over, failure = InThread(_once(make)), False, None
     results: list[Result] = []
     while True:
         if not over:
@@ -177,12 +177,12 @@ def open_together(make: Callable[[], Result]) -> Result:
             except NotYetError:
                 pass
             except Exception as error:  # raised below, on all ranks
-                fault, over = error, True
-        unfinished, failed = agree(not over, fault is not None)
+                failure, over = error, True
+        unfinished, failed = agree(not over, failure is not None)
         if unfinished and not failed:
             continue
         work.close()  # may still wait for files; the daemon thread ends with the process
-        raise_together(fault)
+        raise_together(failure)
         return results[0]
 
 

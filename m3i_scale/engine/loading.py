@@ -39,11 +39,11 @@ def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], Weight
     names: list[str] = from_rank_0(order)
     parameters = dict(module.named_parameters())
     tensors = opened[0].tensors() if opened else None
-    fault: Exception | None = None
+    error: Exception | None = None
     for name in names:
         # The other ranks take part in the same gathers, so an error is raised only after all of them.
-        fault = _write(parameters[prefix + name], tensors if fault is None else None) or fault
-    from_rank_0(lambda: _raise(fault))
+        error = _write(parameters[prefix + name], tensors if error is None else None) or error
+    from_rank_0(lambda: _raise(error))
 
 
 @torch.no_grad()
@@ -51,24 +51,22 @@ def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Excepti
     """Write the next value, if this rank reads the stream; return the error. The value is read before the parameter is
     gathered, so a slow file does not block the other ranks in the collective."""
     value: Tensor | None = None
-    fault: Exception | None = None
-    if tensors is not None:
-        value, fault = _attempt(lambda: next(tensors))
-    with gathered([parameter], write=True):
-        if value is not None:
-            _, fault = _attempt(lambda: parameter.copy_(value))
-    return fault
-
-
-def _attempt(act: Callable[[], Tensor]) -> tuple[Tensor | None, Exception | None]:
+    failed: Exception | None = None
     try:
-        return act(), None
+        value = None if tensors is None else next(tensors)
     except Exception as error:
-        return None, error
+        failed = error
+    with gathered([parameter], write=True):
+        try:
+            if value is not None:
+                parameter.copy_(value)
+        except Exception as error:
+            failed = error
+    return failed
 
 
-def _raise(fault: Exception | None) -> None:
-    if isinstance(fault, StopIteration):
-        raise RuntimeError("a stream of weights has fewer values than names") from fault
-    if fault is not None:
-        raise fault
+def _raise(error: Exception | None) -> None:
+    if isinstance(error, StopIteration):
+        raise RuntimeError("a stream of weights has fewer values than names") from error
+    if error is not None:
+        raise error

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from m3i_scale.backbones.first_values import Initialize, draw_first_values
-from m3i_scale.engine.peak import compute_dtype
+from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.errors import ConfigError
 
 
@@ -206,3 +206,21 @@ def end_recorded_step(engine: Any) -> None:
     module order to prefetch, and ends the record only when the root module is called."""
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+
+_KEPT = "kept_in_checkpoints"
+
+
+def keep_in_checkpoints(module: nn.Module) -> None:
+    """Mark the frozen parameters of a module to be saved in checkpoints, in their compute dtype."""
+    for parameter in module.parameters():
+        setattr(parameter, _KEPT, True)
+
+
+def saved_frozen(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the frozen parameters that are saved in checkpoints, by name."""
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if getattr(parameter, _KEPT, False) and not parameter.requires_grad
+    }

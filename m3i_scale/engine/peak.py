@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.engine.agree import mean_over_ranks
+from m3i_scale.engine.precision import dtype_name
 from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.host.hardware import TFLOPS
 
-PEAK_TFLOPS = {
-    "a100-bf16": 312.0,
-    "a100-fp16": 312.0,
-    "h100-bf16": 989.0,
-    "h100-fp16": 989.0,
-    "h200-bf16": 989.0,
-    "h200-fp16": 989.0,
-    "v100-fp16": 125.0,
-}
-"""Dense matrix products, from the vendor's data sheets (SXM modules)."""
+PEAK_TFLOPS = {f"{device}-{kind}": rate for device, rates in TFLOPS.items() for kind, rate in rates.items()}
 _MODULES = {"A100-SXM": "a100", "H100 80GB HBM3": "h100", "H200": "h200", "V100-SXM": "v100"}
 """Preset by a part of the driver's device name."""
 _OTHER_MODULES = ("NVL", "PCIe")
 """Variants with lower data sheet rates under the same names."""
-
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MOST_TFLOPS = 1e6
 """Hundreds of times the fastest device: a larger value was meant in FLOP/s."""
 _LONG_ENOUGH_S, _MEASURED_S, _LARGEST = 5e-3, 0.2, 8192
@@ -52,14 +42,6 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
-def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """Return the compute dtype of a DeepSpeed configuration."""
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if ds_config.get(key, {}).get("enabled"):
-            return dtype
-    return torch.float32
-
-
 def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
     """Return the peak set in the config file."""
     where = f"hardware.peak_tflops: {given}"
@@ -68,7 +50,7 @@ def named_peak(given: float | str, dtype: torch.dtype) -> Peak:
             raise ConfigError(
                 f"no accelerator '{given}'", where=where, fix=f"a number, or {did_you_mean(given, PEAK_TFLOPS)}"
             )
-        short = _SHORT[dtype]
+        short = dtype_name(dtype)
         if not given.endswith(short):
             raise ConfigError(
                 f"'{given}' is not the peak of {short}, in which this run computes",
@@ -90,7 +72,7 @@ def data_sheet_tflops(device: str, dtype: torch.dtype) -> float | None:
     if any(other in device for other in _OTHER_MODULES):
         return None
     presets = [preset for words, preset in _MODULES.items() if words in device]
-    return PEAK_TFLOPS.get(f"{presets[0]}-{_SHORT[dtype]}") if presets else None
+    return PEAK_TFLOPS.get(f"{presets[0]}-{dtype_name(dtype)}") if presets else None
 
 
 def measured_peak(dtype: torch.dtype) -> Peak:

@@ -1,1 +1,1 @@
-"""One machine: processes, heartbeats, failure records, resources, the process group and the run folder."""
+"""One machine: processes, heartbeats, failure records, resources, rendezvous and the run folder. No DeepSpeed."""

@@ -1,31 +1,27 @@
-"""Failures of ranks, their records, and the root cause."""
+"""Failures of ranks and their root cause; what a launch writes about them, and its readers."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import signal
-import socket
-import time
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from m3i_scale.errors import EXIT_USER_ERROR, UserError
-from m3i_scale.files import json_line, read_json, read_json_lines, write_json
-from m3i_scale.host.output_dir import FAILURE, RANK_RECORDS
+from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
+from m3i_scale.files import write_json
+from m3i_scale.host.output_dir import ATTEMPTS, FAILURE, RANK_RECORDS
 from m3i_scale.text import redact
 
 Kind = Literal["exception", "user_error", "signal", "exit", "host", "hang", "silent", "ended", "missing"]
 """`silent`: no error report, so it was ended from outside, unobserved; `ended`: by its launch, after another rank
 failed; `missing`: it waited for ranks that did not join."""
 LAST_LINES = 20
-_COLLECTIVES = "collectives-rank-"
+COLLECTIVES = "collectives-rank-"
 """PyTorch appends the rank."""
-RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{_COLLECTIVES}*")
-"""Errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
-_SILENT = "the rank ended without an error report: killed (for want of memory, most often), or its host is gone"
+Document = TypeVar("Document")
 
 # Error messages of a rank that only noticed the loss of another one: of gloo, of NCCL's watchdog and communicator, of
 # the store, and of the sockets below them.
@@ -139,89 +135,71 @@ def write_failure(output_dir: Path, cause: Failure, others: Sequence[Failure], *
     return path
 
 
-def record_file(folder: Path, rank: int) -> Path:
-    """Return the path of a rank's error file."""
-    return folder / f"rank-{rank:05d}.json"
+@dataclass(frozen=True)
+class _FailureFile:
+    cause: Failure
 
 
-def write_record(folder: Path, failure: Failure) -> None:
-    """Write a rank's error file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(record_file(folder, failure.rank or 0), asdict(failure))
+def read_failure(output_dir: Path) -> Failure | None:
+    """Return the root cause of the last failure; None if the run has not failed, or no launcher recorded it."""
+    document = _read(output_dir / FAILURE, _FailureFile)
+    return None if document is None else document.cause
 
 
-def begin_rank(folder: Path, rank: int) -> None:
-    """Record that a rank of this host has started. One file per rank would be a thousand files at every start, so there
-    is one per host."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _note(folder, {"rank": rank, "began": time.time()})
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One attempt of the elastic launcher."""
+
+    attempt: int
+    hosts: list[str]
+    ranks: int
+    micro_batch_size: int
+    left_out: dict[str, str]
+    """Hosts that did not take part, and why."""
+    status: Literal["finished", "preempted", "failed"]
+    first_step: int | None
+    last_step: int | None
+    started: float
+    ended: float
+    """Unix seconds."""
+    logs: str
+    lost: list[str]
+    """Hosts that became unreachable or went down."""
+    came_back: list[str]
+    left: dict[str, list[int]]
+    """By host, processes that could not be ended."""
+    cause: Failure | None
 
 
-def end_rank(folder: Path, rank: int) -> None:
-    """Record that a rank of this host has ended normally; the last one removes the host's file. Raise OSError while
-    other hosts have running ranks."""
-    _note(folder, {"rank": rank, "ended": time.time()})
-    if not _unended(_notes_of(folder, socket.gethostname())):
-        _notes_of(folder, socket.gethostname()).unlink(missing_ok=True)
-        folder.rmdir()
+def write_attempts(output_dir: Path, attempts: Sequence[AttemptRecord]) -> None:
+    """Write OUTPUT/attempts.json atomically."""
+    documents = [asdict(attempt) for attempt in attempts]
+    for document, attempt in zip(documents, attempts, strict=True):
+        if attempt.cause is not None:
+            document["cause"]["where"] = attempt.cause.where()
+    write_json(output_dir / ATTEMPTS, documents)
 
 
-def _note(folder: Path, value: dict[str, Any]) -> None:
-    with _notes_of(folder, socket.gethostname()).open("a", encoding="utf-8") as file:
-        file.write(json_line(value))  # one appending write: lines of several ranks do not mix
+def read_attempts(output_dir: Path) -> list[AttemptRecord]:
+    """Return the finished attempts of the last launch by `launch --with elastic`, in order."""
+    return _read(output_dir / ATTEMPTS, list[AttemptRecord]) or []
 
 
-def _notes_of(folder: Path, host: str) -> Path:
-    return folder / f"host-{host}.jsonl"
+def _read(path: Path, kind: type[Document]) -> Document | None:
+    """Return a validated document; None if the file does not exist."""
+    from pydantic import TypeAdapter, ValidationError  # not needed to write
 
+    from m3i_scale.config.explain import reason_of
 
-def _unended(notes: Path) -> dict[int, float]:
-    """Return start times by rank of the ranks that have not ended normally."""
-    began: dict[int, float] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for note in read_json_lines(notes):
-            if "began" in note:
-                began[int(note["rank"])] = float(note["began"])
-            else:
-                began.pop(int(note["rank"]), None)
-    return began
-
-
-def read_record(path: Path) -> Failure | None:
-    """Return a rank's error record; None if it is missing or unreadable."""
     try:
-        return Failure(**read_json(path))
-    except (OSError, ValueError, TypeError):  # TypeError: from another version of this package
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError:
         return None
-
-
-def read_records(output_dir: Path) -> list[Failure]:
-    """Return the error records in OUTPUT/failure of ranks without an agent. A rank that started and left no record
-    counts as a silent failure."""
-    folder = output_dir / RANK_RECORDS
-    records = [record for path in sorted(folder.glob("rank-*.json")) if (record := read_record(path)) is not None]
-    reported = {record.rank for record in records}
-    for notes in sorted(folder.glob("host-*.jsonl")):
-        host = notes.stem.removeprefix("host-")
-        records += [
-            Failure(began, host, rank, None, None, "silent", _SILENT)
-            for rank, began in _unended(notes).items()
-            if rank not in reported
-        ]
-    return records
-
-
-def forget_records(output_dir: Path) -> None:
-    """Remove the error files of an earlier launch."""
-    try:
-        for pattern in RECORD_FILES:
-            for path in (output_dir / RANK_RECORDS).glob(pattern):
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"what ranks of an earlier launch have left cannot be removed: {error.strerror}",
-            where=str(error.filename),
-            fix="remove it, or take another output_dir",
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            f"a file of the run is not what a launch writes: {reason_of(error)}",
+            where=str(path),
+            fix="move it away: nothing but this is read from it",
         ) from None
 
 
@@ -234,10 +212,10 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> I
     a normal end.
     """
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:  # the name in earlier versions of torch
-        environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _COLLECTIVES))
+        environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / COLLECTIVES))
     with contextlib.suppress(OSError):  # errors of the output folder are reported when the run opens it
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{_COLLECTIVES}{environment['RANK']}").unlink(missing_ok=True)  # from an earlier attempt
+        (folder / f"{COLLECTIVES}{environment['RANK']}").unlink(missing_ok=True)  # from an earlier attempt
     yield
     with contextlib.suppress(OSError):  # not after an error, because other ranks may still write
         folder.rmdir()
@@ -245,8 +223,8 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str]) -> I
 
 def recorded_text(folder: Path) -> str | None:
     """Return a line about the recorded collectives; None if there are none."""
-    count = len(list(folder.glob(f"{_COLLECTIVES}*")))
+    count = len(list(folder.glob(f"{COLLECTIVES}*")))
     if not count:
         return None
     who = "1 rank wrote down its" if count == 1 else f"{count} ranks wrote down their"
-    return f"{who} last collectives: torchfrtrace {folder} -p {_COLLECTIVES}"
+    return f"{who} last collectives: torchfrtrace {folder} -p {COLLECTIVES}"

@@ -83,18 +83,14 @@ def errors_in(findings: Iterable[Finding]) -> list[Finding]:
     return [item for item in findings if not item.ok]
 
 
-class HostsNotReadyError(UserError):
-    """Some hosts cannot run this; the error has all findings, not only the first."""
-
-
-def not_ready(errors: list[Finding]) -> HostsNotReadyError:
-    """Combine errors: the first is the message, the others are listed with the location."""
+def not_ready(errors: list[Finding]) -> UserError:
+    """Combine errors into one: the first is the message, the others are listed with the location."""
     first, *rest = errors
     others = [
         f"{item.check} on {item.host}: {item.value}" + (f" ({item.why})" if item.why and item.why != first.why else "")
         for item in rest
     ]
-    return HostsNotReadyError(
+    return UserError(
         f"{first.check}: {first.value}",
         where=listed([first.host, *others], 1 + _LISTED, "; "),
         why=first.why,

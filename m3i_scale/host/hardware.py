@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from m3i_scale.errors import ConfigError, did_you_mean
 
+TFLOPS = {
+    "a100": {"bf16": 312.0, "fp16": 312.0},
+    "h100": {"bf16": 989.0, "fp16": 989.0},
+    "h200": {"bf16": 989.0, "fp16": 989.0},
+    "v100": {"fp16": 125.0},
+}
+"""Dense matrix products by device and precision, from the vendor's data sheets (SXM modules)."""
 _REACHED = "MFU of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md)"
 
 
@@ -29,7 +36,7 @@ class Hardware:
 
 PRESETS = {
     "h100": Hardware(
-        {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0},
+        {**TFLOPS["h100"], "fp32": 67.0},
         intra_gb_s=450.0,
         inter_gb_s=50.0,
         mfu=0.21,
@@ -37,7 +44,7 @@ PRESETS = {
         f"400 Gb/s port a GPU); {_REACHED}",
     ),
     "a100": Hardware(
-        {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5},
+        {**TFLOPS["a100"], "fp32": 19.5},
         intra_gb_s=300.0,
         inter_gb_s=25.0,
         mfu=0.39,

@@ -6,7 +6,6 @@ A beat needs no system call and no thread that could starve: the kernel keeps th
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 import time
 from dataclasses import dataclass
@@ -84,10 +83,3 @@ def read_heartbeat(path: Path) -> RankState | None:
     if not changed:
         return None
     return RankState(step, began, name.rstrip(b"\0").decode(errors="replace"), changed, timeout_s)
-
-
-def local_heartbeat(rank: int) -> Heartbeat:
-    """Return the heartbeat of this process if an agent started it; otherwise one without a file. Raise OSError if the
-    host's disk has no space for a page."""
-    folder = os.environ.get(RECORDS)
-    return Heartbeat(heartbeat_file(Path(folder), rank) if folder else None)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from m3i_scale.cores import CGROUP, container_limit, default_threads, threads_of, usable_cores
+from m3i_scale.files import folder_bytes
 from m3i_scale.host.findings import Finding, finding
 from m3i_scale.text import size_text
 
@@ -201,7 +202,7 @@ def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
     fix = "free space, a smaller checkpoint.keep_latest, checkpoint.max_gib, or output_dir on another disk"
     try:
         free = shutil.disk_usage(existing).free
-        kept = _bytes_below(output_dir / "checkpoints")
+        kept = folder_bytes(output_dir / "checkpoints")
     except OSError as cause:
         why = "no checkpoint could be saved"
         return finding("disk", host, f"{existing}: {cause.strerror}", error=why, fix="fix the file system")
@@ -213,14 +214,3 @@ def disk_finding(host: str, output_dir: Path, needs: Needs) -> Finding:
         error = f"the {needs.kept_checkpoints} checkpoints that lie there at the same time take {size}"
         error += "; the run would end when the disk is full"
     return finding("disk", host, f"{size_text(free)} free at {existing}", error=error, fix=fix)
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for above, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(above, name)).st_size
-            except FileNotFoundError:  # a running job removes old checkpoints
-                continue
-    return total

@@ -1,4 +1,8 @@
-"""Error reports: a failing rank records when, where and why it failed, for its launcher."""
+"""Error reports: a failing rank records when, where and why it failed, for its launcher.
+
+Agents detect ranks killed by a signal. Other launchers do not, so without an agent a rank also records its start and
+its end.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,23 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from m3i_scale.destination import check_destination
-from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, UserError
-from m3i_scale.host.failures import (
-    Failure,
-    Kind,
-    begin_rank,
-    end_rank,
-    record_file,
-    write_record,
-)
-from m3i_scale.host.heartbeat import RECORDS, Heartbeat, local_heartbeat
+from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, MissingRanksError, UserError
+from m3i_scale.files import json_line, read_json, read_json_lines, write_json
+from m3i_scale.host.failures import COLLECTIVES, Failure, Kind
+from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file
 from m3i_scale.host.output_dir import RANK_RECORDS, is_run_folder
-from m3i_scale.host.store import MissingRanksError
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
 
+RECORD_FILES = ("rank-*.json", "host-*.jsonl", f"{COLLECTIVES}*")
+"""Errors of failed ranks, starts and ends of a host's ranks, and recorded collectives."""
 _TRACE = 30
+_SILENT = "the rank ended without an error report: killed (for want of memory, most often), or its host is gone"
 
 
 @contextlib.contextmanager
@@ -35,13 +37,13 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     """Write an error report if the code inside fails; yield the heartbeat of this rank, which the code updates.
 
     The launch agent determines the folder of reports; other launchers use OUTPUT/failure. A rank without a launcher
-    prints its error instead. Agents detect ranks killed by a signal, but other launchers do not, so without an agent a
-    rank also records its start and its end.
+    prints its error instead.
     """
     adopt_rank_variables(os.environ)
     rank = int(os.environ.get("RANK", "0"))
-    heartbeat = local_heartbeat(rank)
-    folder = _folder(output_dir)
+    agent_folder = os.environ.get(RECORDS)
+    heartbeat = Heartbeat(heartbeat_file(Path(agent_folder), rank) if agent_folder else None)
+    folder = Path(agent_folder) if agent_folder else _folder(output_dir)
     if folder is not None:
         with contextlib.suppress(OSError):  # errors of the folder are reported when the run opens it
             _begin(folder, rank)
@@ -50,8 +52,12 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     try:
         yield heartbeat
     except BaseException as error:
-        if folder is not None and not _as_it_should(error):
-            _leave(folder, _failure(error, rank, heartbeat))
+        if folder is not None and not _is_normal_end(error):
+            failure = _failure(error, rank, heartbeat)
+            try:
+                write_record(folder, failure)
+            except OSError as cause:  # it must not hide why the rank failed
+                print_line(f"no record of this failure ({cause}): {failure.where()}: {failure.message}", stderr=True)
         elif folder is not None:
             _end(folder, rank)
         raise
@@ -59,26 +65,12 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
         _end(folder, rank)
 
 
-def _as_it_should(error: BaseException) -> bool:
+def _is_normal_end(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
 
 
-def _begin(folder: Path, rank: int) -> None:
-    record_file(folder, rank).unlink(missing_ok=True)  # from an earlier attempt
-    if not os.environ.get(RECORDS):
-        begin_rank(folder, rank)
-
-
-def _end(folder: Path, rank: int) -> None:
-    if not os.environ.get(RECORDS):
-        with contextlib.suppress(OSError):  # a folder lost in the meantime is reported by the code that writes into it
-            end_rank(folder, rank)
-
-
 def _folder(output_dir: Path) -> Path | None:
-    under_agent = os.environ.get(RECORDS)
-    if under_agent:
-        return Path(under_agent)
+    """Return OUTPUT/failure; None if a launcher does not read it, or the folder cannot be used."""
     if "WORLD_SIZE" not in os.environ:
         return None
     try:
@@ -105,8 +97,93 @@ def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:
     )
 
 
-def _leave(folder: Path, failure: Failure) -> None:
+def record_file(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's error file."""
+    return folder / f"rank-{rank:05d}.json"
+
+
+def write_record(folder: Path, failure: Failure) -> None:
+    """Write a rank's error file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record_file(folder, failure.rank or 0), asdict(failure))
+
+
+def _begin(folder: Path, rank: int) -> None:
+    record_file(folder, rank).unlink(missing_ok=True)  # from an earlier attempt
+    if not os.environ.get(RECORDS):
+        folder.mkdir(parents=True, exist_ok=True)
+        _note(folder, {"rank": rank, "began": time.time()})
+
+
+def _end(folder: Path, rank: int) -> None:
+    """Record a normal end; the last rank of the host removes its file, the last host the folder."""
+    if os.environ.get(RECORDS):
+        return
+    with contextlib.suppress(OSError):  # a folder lost in the meantime is reported by the code that writes into it
+        notes = _note(folder, {"rank": rank, "ended": time.time()})
+        if not _running(notes):
+            notes.unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _note(folder: Path, value: dict[str, Any]) -> Path:
+    """Append to this host's file. One file per rank would be a thousand files at every start."""
+    notes = folder / f"host-{socket.gethostname()}.jsonl"
+    with notes.open("a", encoding="utf-8") as file:
+        file.write(json_line(value))  # one appending write: lines of several ranks do not mix
+    return notes
+
+
+def _running(notes: Path) -> dict[int, float]:
+    """Return start times by rank of the ranks that have not ended normally."""
+    began: dict[int, float] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for note in read_json_lines(notes):
+            rank, started = note.get("rank"), note.get("began")
+            if type(rank) is int and isinstance(started, float):
+                began[rank] = started
+            elif type(rank) is int:
+                began.pop(rank, None)
+    return began
+
+
+def running_ranks(output_dir: Path) -> Iterator[tuple[str, int, float]]:
+    """Yield (host, rank, start time) of the ranks without an agent that have started and not ended normally."""
+    for notes in sorted((output_dir / RANK_RECORDS).glob("host-*.jsonl")):
+        for rank, began in _running(notes).items():
+            yield notes.stem.removeprefix("host-"), rank, began
+
+
+def read_record(path: Path) -> Failure | None:
+    """Return a rank's error record; None if it is missing or unreadable."""
     try:
-        write_record(folder, failure)
-    except OSError as fault:  # it must not hide why the rank failed
-        print_line(f"no record of this failure ({fault}): {failure.where()}: {failure.message}", stderr=True)
+        return Failure(**read_json(path))
+    except (OSError, ValueError, TypeError):  # TypeError: from another version of this package
+        return None
+
+
+def read_records(output_dir: Path) -> list[Failure]:
+    """Return the error records in OUTPUT/failure of ranks without an agent. A rank that started and left no record
+    counts as a silent failure."""
+    folder = output_dir / RANK_RECORDS
+    records = [record for path in sorted(folder.glob("rank-*.json")) if (record := read_record(path)) is not None]
+    reported = {record.rank for record in records}
+    return records + [
+        Failure(began, host, rank, None, None, "silent", _SILENT)
+        for host, rank, began in running_ranks(output_dir)
+        if rank not in reported
+    ]
+
+
+def forget_records(output_dir: Path) -> None:
+    """Remove the error files of an earlier launch."""
+    try:
+        for pattern in RECORD_FILES:
+            for path in (output_dir / RANK_RECORDS).glob(pattern):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"what ranks of an earlier launch have left cannot be removed: {error.strerror}",
+            where=str(error.filename),
+            fix="remove it, or take another output_dir",
+        ) from None

@@ -17,7 +17,7 @@ from itertools import groupby
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from m3i_scale.errors import EXIT_FAILED, UserError
+from m3i_scale.errors import MissingRanksError, UserError
 from m3i_scale.rank_variables import ranks_on_host
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -30,12 +30,6 @@ _LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
 _ANSWER_S = 60.0
 """Extra time for the answer of rank 0, which may have begun to wait later or be slow."""
 _ANY_PORT = 9
-
-
-class MissingRanksError(UserError):
-    """Some ranks did not join the rendezvous. The run can be restarted without a change on this host."""
-
-    exit_code = EXIT_FAILED
 
 
 def _of_agent() -> bool:
@@ -123,15 +117,15 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
 def local_address(host: str) -> str:
     """Return the address of this host on the route to another host; nothing is sent. Raise OSError if the name is
     unknown, or there is no route."""
-    fault = OSError(f"{host} has no address")
+    failure = OSError(f"{host} has no address")
     for family, kind, _, _, target in socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind) as probe:
             try:
                 probe.connect(target)
                 return str(probe.getsockname()[0])
             except OSError as error:  # an IPv6 address, on a host without IPv6
-                fault = error
-    raise fault
+                failure = error
+    raise failure
 
 
 def is_loopback(address: str) -> bool:

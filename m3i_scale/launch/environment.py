@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.rank_variables import NAMES as RANK_VARIABLES
 from m3i_scale.text import HIDDEN, is_secret
 
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = (*RANK_VARIABLES, "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by launchers, with a different value on every rank."""
 SLURM_EXPORTS = ("HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER")
 """Variables that Slurm passes from the calling environment, in addition to the named ones."""

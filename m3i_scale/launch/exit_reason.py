@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_scale.errors import EXIT_PREEMPTED
-from m3i_scale.host.failures import Failure, explain_exit_code, failure_text, read_records, root_cause, write_failure
+from m3i_scale.host.failures import Failure, explain_exit_code, failure_text, root_cause, write_failure
 from m3i_scale.host.output_dir import FAILURE
 from m3i_scale.host.processes import SIGNALS
+from m3i_scale.host.rank_record import read_records
 from m3i_scale.launch.execute import LaunchResult
 from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.output import print_line

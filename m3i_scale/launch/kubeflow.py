@@ -12,6 +12,7 @@ import yaml
 from m3i_scale.errors import ConfigError
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.plan import Command, Executable, LaunchFile, LaunchPlan
+from m3i_scale.launch.torchrun import AGENT
 
 HONOURS = frozenset(
     {
@@ -33,7 +34,6 @@ RUN_FOLDER = "/m3i"
 """Folder of the config file in the containers."""
 DATA = "/data"
 """Folder of the shards in the containers."""
-AGENT = "m3i_scale.launch.torchrun_agent"
 _RUNTIME = "torch-distributed"
 """Part of Kubeflow Trainer; it passes nodes and ranks to torchrun in PET_* variables."""
 _PART = "node"

@@ -6,8 +6,8 @@ import re
 import shlex
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.host.failures import RECORD_FILES
 from m3i_scale.host.output_dir import RANK_RECORDS
+from m3i_scale.host.rank_record import RECORD_FILES
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import SLURM_EXPORTS
 from m3i_scale.launch.job import Job

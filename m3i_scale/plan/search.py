@@ -416,7 +416,7 @@ def _check_counted(resolved: ResolvedConfig) -> None:
 
 
 def _check_policy(text: str) -> None:
-    if read_policy(text).kind in ("selective", "offload", "budget"):
+    if read_policy(text).kind in ("selective", "offload"):
         raise ConfigError(
             f"the plan does not count activations under '{text}'",
             where="backbone.activation_checkpointing",

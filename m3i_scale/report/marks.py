@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from m3i_scale.host.failures import AttemptRecord, Failure
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.report.run_folder import AttemptNote, FailureNote
 from m3i_scale.text import short, without_secrets
 
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -25,7 +25,7 @@ KINDS = {
 """Kinds of events, and their labels in the page."""
 
 
-def marks_of(run: RunFiles, attempts: Sequence[AttemptNote], failure: FailureNote | None) -> list[dict[str, Any]]:
+def marks_of(run: RunFiles, attempts: Sequence[AttemptRecord], failure: Failure | None) -> list[dict[str, Any]]:
     """Return `kind, step, time, text` of a run's events, sorted by time. `failure` is the last attempt's root cause."""
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for mark in (
@@ -71,7 +71,7 @@ def _warned(run: RunFiles) -> Iterator[dict[str, Any]]:
         yield _mark("warning", line["step"], utc(unix_s(line)), text)
 
 
-def _lost(attempts: Sequence[AttemptNote]) -> Iterator[dict[str, Any]]:
+def _lost(attempts: Sequence[AttemptRecord]) -> Iterator[dict[str, Any]]:
     for attempt in attempts:
         if attempt.lost:
             hosts = ", ".join(attempt.lost)
@@ -81,7 +81,7 @@ def _lost(attempts: Sequence[AttemptNote]) -> Iterator[dict[str, Any]]:
             yield _mark("lost", attempt.last_step or attempt.first_step or 0, utc(attempt.ended), text)
 
 
-def _failed(run: RunFiles, failure: FailureNote | None) -> Iterator[dict[str, Any]]:
+def _failed(run: RunFiles, failure: Failure | None) -> Iterator[dict[str, Any]]:
     if failure is not None:
         rank = "" if failure.rank is None else f", rank {failure.rank}"
         phase = f", in {failure.phase}" if failure.phase else ""

@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from m3i_scale.errors import Faults
+from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.report.about import facts_of, figures_of, progress_of
 from m3i_scale.report.marks import marks_of
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.report.run_folder import Quarantined, attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
+from m3i_scale.report.run_folder import Quarantined, checkpoints_of, quarantine_of, ranks_of
 from m3i_scale.text import redact, redact_text, size_text
 
 _MOST_SAMPLES = 24
@@ -23,8 +24,8 @@ def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
     faults = Faults()
     checkpoints = faults.note(checkpoints_of, run) or {"checkpoints": []}
     quarantine = faults.note(quarantine_of, run.folder) or {}
-    attempts = faults.note(attempts_of, run.folder) or []
-    failure = faults.note(failure_of, run.folder)
+    attempts = faults.note(read_attempts, run.folder) or []
+    failure = faults.note(read_failure, run.folder)
     progress = progress_of(run)
     fault_texts = [f"{error.what} ({error.where})" for error in faults.found]
     if run.settings_fault is not None:

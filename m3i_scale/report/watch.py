@@ -18,9 +18,10 @@ from rich.console import Console, ConsoleDimensions, Group
 from rich.text import Text
 
 from m3i_scale.errors import CheckpointError
+from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.host.output_dir import QUARANTINE, holder_of
 from m3i_scale.report.run_files import RunReader
-from m3i_scale.report.run_folder import Quarantined, attempts_of, failure_of, quarantine_of, ranks_of
+from m3i_scale.report.run_folder import Quarantined, quarantine_of, ranks_of
 from m3i_scale.report.watch_view import RunSnapshot, is_shown, render_lines
 
 _LOOK_S = 0.2
@@ -67,9 +68,9 @@ class _Files:
             run=self._reader.read(),
             holder=_holder(folder),
             ranks=ranks_of(folder),
-            attempts=attempts_of(folder),
+            attempts=read_attempts(folder),
             quarantine=self._quarantine,
-            failure=failure_of(folder),
+            failure=read_failure(folder),
         )
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from rich.cells import set_cell_size
 from rich.text import Text
 
+from m3i_scale.host.failures import AttemptRecord, Failure
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
-from m3i_scale.report.run_folder import AttemptNote, FailureNote, Quarantined, RankSign
+from m3i_scale.report.run_folder import Quarantined, RankSign
 from m3i_scale.report.terminal_chart import curve
 from m3i_scale.text import duration_text, filled, listed
 
@@ -47,9 +48,9 @@ class RunSnapshot:
     holder: str | None
     """Process that writes into the folder, in words; None if there is none."""
     ranks: Sequence[RankSign]
-    attempts: Sequence[AttemptNote]
+    attempts: Sequence[AttemptRecord]
     quarantine: dict[str, Quarantined]
-    failure: FailureNote | None
+    failure: Failure | None
 
 
 def render_lines(watched: RunSnapshot, width: int, height: int | None) -> list[Text]:

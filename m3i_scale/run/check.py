@@ -17,11 +17,11 @@ from m3i_scale.config import RunConfig, Stage, find_run_file, run_values
 from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
-from m3i_scale.engine.activations import check_policy, read_policy
-from m3i_scale.engine.arithmetic import check_deterministic
+from m3i_scale.engine.activations import check_policy
 from m3i_scale.engine.compilation import check_compile
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
-from m3i_scale.engine.peak import compute_dtype, named_peak
+from m3i_scale.engine.peak import named_peak
+from m3i_scale.engine.precision import check_deterministic, compute_dtype
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
 from m3i_scale.objective.fit import check_fit
@@ -274,8 +274,7 @@ def _of_stage(number: int, stage: Stage) -> Iterator[None]:
 
 
 def _check_borders(run: RunConfig, image_size: int) -> None:
-    """Check that consecutive stages differ, that a single stage changes a setting, and that several stages have no
-    memory budget for activations."""
+    """Check that consecutive stages differ, and that a single stage changes a setting."""
     own = run.optim.micro_batch_size
     sizes = [(stage.image_size or image_size, stage.micro_batch_size or own) for stage in run.stages]
     if sizes == [(image_size, own)]:
@@ -283,13 +282,6 @@ def _check_borders(run: RunConfig, image_size: int) -> None:
             "a single stage that changes nothing has no effect",
             where="stages",
             fix="leave it out, or give the last steps an image_size",
-        )
-    policy = run.backbone.activation_checkpointing
-    if len(sizes) > 1 and read_policy(policy).kind == "budget":
-        raise ConfigError(
-            "a budget of activations is measured before the first step, and stages take different memory",
-            where=f"backbone.activation_checkpointing: {policy}",
-            fix="backbone.activation_checkpointing=full, or what `m3i-scale plan` says for the stage that takes most",
         )
     for number, (one, other) in enumerate(pairwise(sizes)):
         if one == other:

@@ -18,7 +18,6 @@ from m3i_scale.data.parts import PartWorkers
 from m3i_scale.data.tokenizer import tokenizer_identity
 from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches
 from m3i_scale.engine.agree import from_rank_0, open_together
-from m3i_scale.engine.arithmetic import allow_tf32
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import compile_layers
@@ -26,10 +25,15 @@ from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
 from m3i_scale.engine.engine import build_engine
 from m3i_scale.engine.host_memory import pinning
-from m3i_scale.engine.kept import keep_in_checkpoints, saved_frozen
 from m3i_scale.engine.loading import stream_into
-from m3i_scale.engine.partition import check_writable, initialize_sharded, order_gathers
-from m3i_scale.engine.peak import compute_dtype
+from m3i_scale.engine.partition import (
+    check_writable,
+    initialize_sharded,
+    keep_in_checkpoints,
+    order_gathers,
+    saved_frozen,
+)
+from m3i_scale.engine.precision import allow_tf32, compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of

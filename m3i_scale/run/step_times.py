@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.config import TimeoutsConfig
+from m3i_scale.engine.process_group import set_timeout
 from m3i_scale.host.heartbeat import PHASES, Heartbeat
-from m3i_scale.host.process_group import set_timeout
 
 __all__ = ["PHASES", "StepTimes", "Timeouts"]
 

@@ -16,14 +16,15 @@ from m3i_scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
+from m3i_scale.engine.activations import describe_activations
 from m3i_scale.engine.agree import agree_and_average
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.engine import set_micro_batch_size
-from m3i_scale.engine.loss_scale import spread_nonfinite, take_step, undone_if_skipped
-from m3i_scale.engine.peak import compute_dtype, device_name, measured_peak, named_peak
+from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_if_skipped
+from m3i_scale.engine.peak import device_name, measured_peak, named_peak
+from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
-from m3i_scale.run.activations import set_activations
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
@@ -81,7 +82,10 @@ class Trainer:
         )
         check_guard_room(resolved.run, checkpoint_bytes(engine, ema))
         set_micro_batch_size(engine, self.stages[0].run.optim.micro_batch_size)
-        self.activations = set_activations(resolved.run, engine, stream)
+        backbone = resolved.run.backbone
+        self.activations = describe_activations(
+            engine.module, backbone.activation_checkpointing, compiled=backbone.compiles
+        )
         """Description of the activation checkpointing, for the log."""
         self.device = torch.device(get_accelerator().current_device_name())
         self.work = count_work(self.stages[0])

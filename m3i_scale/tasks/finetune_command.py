@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
+from m3i_scale.options import AsJson, Command, Overrides, Parts, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _OPTIONS: Parts = {
         _REQUIRED,
     ),
     "data": (Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")], _REQUIRED),
-    "overrides": (Annotated[list[str] | None, typer.Argument(help="section.key=value …")], None),
+    "overrides": (Overrides, None),
     "protocol": (
         Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")],
         None,

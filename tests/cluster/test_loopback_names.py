@@ -18,7 +18,7 @@ from launch import environment, free_port
 PROGRAM = """
 import os, socket, torch, torch.distributed as dist
 assert socket.gethostbyname(socket.gethostname()) == "127.0.1.1"
-from m3i_scale.host.process_group import start_ranks, stop_ranks
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 start_ranks()
 total = torch.ones(1)
 dist.all_reduce(total)

@@ -37,7 +37,6 @@ from weights import timm_model
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.saver import Saver, buffers_of
-from m3i_scale.engine.activation_budget import count_saved, fit_activations, peak_bytes
 from m3i_scale.engine.agree import agree, agree_and_average, max_over_ranks, mean_over_ranks
 from m3i_scale.engine.loading import stream_into
 from m3i_scale.engine.parameter_groups import parameter_groups
@@ -48,8 +47,8 @@ from m3i_scale.engine.partition import (
     initialize_sharded,
     is_partitioned,
 )
+from m3i_scale.engine.process_group import stop_ranks
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.host.process_group import stop_ranks
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
@@ -152,8 +151,6 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
                 cases[f"recomputed_{name}_{policy}"] = lambda given=given: self.engine_gradients(*given)
         cases["captions_of_one_rank"] = lambda: self.plain_gradients("coca", change=self.captions_of_the_first_half)
         cases["called_twice"] = self.called_twice
-        cases["recomputed_queue_budget"] = lambda: self.budget("densecl")
-        cases["recomputed_m3i_budget"] = lambda: self.budget("m3i")
         for name in ("clip", "siglip"):
             cases[f"published_{name}"] = lambda name=name: self.published(name)
         for name, arguments in REMEMBERED.items():
@@ -483,16 +480,6 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             dist.all_reduce(gradient)
             gradient.div_(self.world)
         return self._told(loss, figures, gradients)
-
-    def budget(self, recipe: str) -> dict[str, Any]:
-        """Gradients with a budget between `none` and `full`, counted by the ranks together."""
-        engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe), self.ranks)
-        batch = self.batch(2)
-        layers, outside = count_saved(engine.module, lambda: engine(batch))
-        every = {layer.name for layer in layers}
-        bounds = [peak_bytes(layers, outside, recomputed) / 2**30 for recomputed in (every, set())]
-        choice = fit_activations(engine.module, lambda: engine(batch), 0.4 * bounds[0] + 0.6 * bounds[1])
-        return self._gradients_of(engine) | {"chosen": choice.names, "layers": choice.layers}
 
     def engine_gradients(self, recipe: str, *overrides: str) -> dict[str, Any]:
         engine, _ = start_engine(self.plan("zero3_cpu_fp32", recipe, *overrides), self.ranks)

@@ -11,7 +11,7 @@ import os, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
-from m3i_scale.host.process_group import set_timeout
+from m3i_scale.engine.process_group import set_timeout
 
 rank, done = int(os.environ["RANK"]), Path(sys.argv[1])
 dist.init_process_group("gloo", timeout=timedelta(hours=1))

@@ -105,15 +105,6 @@ def test_recomputing_activations_changes_no_gradient(worlds, world: int, name: s
     same(worlds.result(plain, world), worlds.result(f"recomputed_{name}_{policy}", world))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("case", "plain"), [("queue", "densecl"), ("m3i", "m3i")])
-def test_counting_activations_changes_no_gradient_and_all_ranks_choose_alike(worlds, world, case, plain) -> None:
-    told = [worlds.result(f"recomputed_{case}_budget", world, rank) for rank in range(world)]
-    assert 0 < len(told[0]["chosen"]) < told[0]["layers"]
-    assert all(other["chosen"] == told[0]["chosen"] for other in told)
-    same(worlds.result(f"zero3_{plain}", world), told[0])
-
-
 def test_forward_is_not_both_directions(worlds) -> None:
     both, forward = worlds.result("plain_m3i", 1), worlds.result("plain_m3i_forward", 1)
     assert both["figures"]["text/loss"] != pytest.approx(forward["figures"]["text/loss"], rel=1e-4)

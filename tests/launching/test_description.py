@@ -127,8 +127,9 @@ def test_a_field_without_effect_is_an_error(launcher):
     for field in set(OTHER_VALUES) - set(find_launcher(launcher).HONOURS):
         fields = {field: OTHER_VALUES[field] or Path("/data/hostfile")}
         strange = Cluster.model_construct(_fields_set=set(fields), **fields)  # whatever it would need beside it
-        with pytest.raises(ConfigError, match=f"`{field}` has no effect with {launcher}"):
+        with pytest.raises(ConfigError) as caught:
             render(launcher, type(job)(**{**vars(job), "cluster": strange}))
+        assert str(caught.value.where).startswith(f"{field}: ")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +178,9 @@ def test_options_take_the_place_of_what_the_file_says(tmp_path):
 def test_a_description_that_has_forgotten_its_hosts_is_never_a_local_run(tmp_path, nobody):
     path = tmp_path / "cluster.yaml"
     path.write_text(f"{nobody}\nranks_per_node: 8\n")
-    with pytest.raises(ConfigError, match="names no host"):
+    with pytest.raises(ConfigError) as caught:
         read_cluster(path, {})
+    assert str(path) in str(caught.value.where)
     path.write_text(f"{nobody}\n")
     assert read_cluster(path, {"hosts": ["a slots=1"]}).hosts == ("a slots=1",)
 
@@ -186,19 +188,21 @@ def test_a_description_that_has_forgotten_its_hosts_is_never_a_local_run(tmp_pat
 def test_a_file_that_is_no_description_is_named(tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text("[1")
-    with pytest.raises(ConfigError, match="cannot read the cluster file"):
+    with pytest.raises(ConfigError) as caught:
         read_cluster(path, {})
+    assert str(path) in str(caught.value.where)
     path.write_text("intrface: eth0\n")
-    with pytest.raises(ConfigError, match="unknown key") as caught:
+    with pytest.raises(ConfigError) as caught:
         read_cluster(path, {})
-    assert "did you mean 'interface'" in str(caught.value)
+    assert "'interface'" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "local"])
 def test_several_machines_must_have_names(launcher):
     fields = {"nodes": 2, "ranks_per_node": 2}
-    with pytest.raises(ConfigError, match="`nodes` has no effect"):
+    with pytest.raises(ConfigError) as caught:
         render(launcher, a_job(**fields))
+    assert caught.value.where == "nodes: 2"
 
 
 @pytest.mark.parametrize("launcher", READY_FILES)
@@ -210,30 +214,34 @@ def test_a_launcher_that_people_start_themselves_has_a_ready_file(launcher):
 
 
 def test_hosts_that_are_one_machine_are_refused():
-    with pytest.raises(ConfigError, match="'localhost' is another machine on every host"):
-        a_job(hosts=("localhost slots=2", "node2 slots=2"))
-    with pytest.raises(ConfigError, match=r"'127\.0\.0\.1' is another machine on every host"):
-        a_job(hosts=("node2 slots=2", "127.0.0.1 slots=2"))
+    for name, other in (("localhost", "node2"), ("127.0.0.1", "node2")):
+        with pytest.raises(ConfigError) as caught:
+            a_job(hosts=(f"{name} slots=2", f"{other} slots=2"))
+        assert caught.value.where == f"hosts: {name}, {other}"
+        assert f"'{name}'" in caught.value.what
     assert len(a_job(hosts=("localhost slots=2",)).hosts) == 1
 
 
 def test_this_machine_by_two_names_is_refused(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "node1.example.org")
-    with pytest.raises(ConfigError, match=r"node1 and node1\.example\.org are one machine"):
+    with pytest.raises(ConfigError) as caught:
         a_job(hosts=("node1 slots=2", "node1.example.org slots=2"))
+    assert caught.value.where == "hosts: node1, node1.example.org"
 
 
 def test_the_address_of_an_interface_of_another_machine_is_not_guessed():
-    with pytest.raises(ConfigError, match="is not this machine") as caught:
+    with pytest.raises(ConfigError) as caught:
         render("torchrun", a_job(hosts=("node1 slots=2", "node2 slots=2"), interface="eth0"))
-    assert "--master-address" in str(caught.value)
+    assert caught.value.where == "interface: eth0"
+    assert "--master-address" in str(caught.value.fix)
 
 
 def test_the_head_waits_at_the_address_of_the_interface():
     (command,) = render("deepspeed", a_job(hosts=("localhost slots=2",), interface="lo")).commands
     assert "--master_addr=127.0.0.1" in command.argv
-    with pytest.raises(ConfigError, match="no interface 'eth77'"):
+    with pytest.raises(ConfigError) as caught:
         render("deepspeed", a_job(hosts=("localhost slots=2",), interface="eth77"))
+    assert caught.value.where == "interface: eth77"
 
 
 def test_paths_are_absolute_on_all_hosts(tmp_path, monkeypatch):

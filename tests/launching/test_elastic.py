@@ -18,10 +18,10 @@ from m3i_scale.elastic.attempts import Launch
 from m3i_scale.elastic.link import Inbox, RemoteShell, connect
 from m3i_scale.elastic.rendezvous import Policy, Work
 from m3i_scale.errors import EXIT_PREEMPTED
+from m3i_scale.host.failures import read_attempts
 from m3i_scale.host.output_dir import ATTEMPTS
 from m3i_scale.host.processes import MARK
 from m3i_scale.launch.hosts import Host
-from m3i_scale.report.run_folder import attempts_of
 
 WAIT_S = 300.0
 PLAYS = ROOT / "tests" / "cluster" / "playing_rank.py"
@@ -115,7 +115,7 @@ def test_a_host_that_fails_first_twice_running_is_left_out_where_the_others_are_
     assert [item["cause"]["host"] for item in found if item["cause"]] == ["node1"] * (3 if exit_code else 2)
     assert list(found[-1]["left_out"]) == ([] if exit_code else ["node1"])
     assert found[-1]["came_back"] == []  # it answers, and nobody stops for it
-    assert [note.status for note in attempts_of(tmp_path / "out")] == [item["status"] for item in found]
+    assert [note.status for note in read_attempts(tmp_path / "out")] == [item["status"] for item in found]
     told = capsys.readouterr().out
     assert (told.count("host node1: "), told.count("without node1: ")) == ((1, 0) if exit_code else (0, 1))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from m3i_scale.host.failures import Failure, read_records, write_failure, write_record
+from m3i_scale.host.failures import Failure, write_failure
 from m3i_scale.host.output_dir import FAILURE, RANK_RECORDS
+from m3i_scale.host.rank_record import read_records, write_record
 from m3i_scale.launch.execute import LaunchResult, execute
 from m3i_scale.launch.exit_reason import conclude, main, report_failure
 from m3i_scale.launch.plan import Command, LaunchPlan

@@ -75,14 +75,15 @@ def test_no_line_makes_anything_but_a_host_or_an_error(line):
 def test_a_file_without_hosts_is_an_error(tmp_path, text):
     path = tmp_path / "hostfile"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="no host"):
+    with pytest.raises(ConfigError) as caught:
         read_hostfile(path)
+    assert caught.value.where == str(path)
 
 
 def test_a_file_that_does_not_exist_is_never_a_local_run(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read the hostfile") as caught:
+    with pytest.raises(ConfigError) as caught:
         read_hostfile(tmp_path / "hostfiel")
-    assert str(tmp_path / "hostfiel") in str(caught.value)
+    assert caught.value.where == str(tmp_path / "hostfiel")
 
 
 THREE = (Host("a", 1), Host("b", 2), Host("c", 3))

@@ -7,24 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from m3i_scale.errors import UserError
-from m3i_scale.host.failures import (
-    RANK_RECORDS,
-    Failure,
-    failure_text,
+from m3i_scale.errors import MissingRanksError, UserError
+from m3i_scale.host.failures import Failure, failure_text, record_collectives, root_cause, write_failure
+from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
+from m3i_scale.host.output_dir import RANK_RECORDS, launch_lock, lock_directory
+from m3i_scale.host.rank_record import (
     forget_records,
     read_record,
     read_records,
-    record_collectives,
     record_file,
-    root_cause,
-    write_failure,
+    recorded,
 )
-from m3i_scale.host.failures import write_record as leave
-from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file, read_heartbeat
-from m3i_scale.host.output_dir import launch_lock, lock_directory
-from m3i_scale.host.rank_record import recorded
-from m3i_scale.host.store import MissingRanksError
+from m3i_scale.host.rank_record import write_record as leave
 
 
 def failure(time: float, message: str, kind: str = "exception", **more: object) -> Failure:

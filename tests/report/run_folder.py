@@ -210,6 +210,7 @@ def _attempts(folder: Path, steps: int) -> None:
     first = {"attempt": 1, "hosts": ["node0", "node1"], "ranks": 8, "status": "failed", "first_step": 1}
     first |= {"last_step": steps // 4 + 3, "started": START.timestamp(), "ended": START.timestamp() + 500}
     first |= {"lost": ["node1"], "left_out": {}, "came_back": [], "left": {}, "cause": cause}
+    first |= {"micro_batch_size": 8, "logs": str(folder / "logs" / "001")}
     second = first | {"attempt": 2, "hosts": ["node0"], "ranks": 4, "status": "finished", "first_step": steps // 4 + 1}
     second |= {"last_step": steps, "started": START.timestamp() + 520, "ended": START.timestamp() + 1.9 * steps}
     write_json(folder / "attempts.json", [first, second | {"lost": [], "cause": None}])

@@ -14,10 +14,11 @@ import pytest
 from run_folder import write_run
 
 from m3i_scale.errors import CheckpointError, ConfigError, UserError
+from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.report.downsample import downsample
 from m3i_scale.report.run_files import RunReader, read_run
-from m3i_scale.report.run_folder import attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
+from m3i_scale.report.run_folder import checkpoints_of, quarantine_of, ranks_of
 
 END = {"kind": "end", "step": 100, "time": "2030-01-01T13:00:00.000+00:00", "status": "preempted"}
 START = {"kind": "run", "step": 100, "time": "2030-01-01T14:00:00.000+00:00", "name": "b", "total_steps": 200}
@@ -149,11 +150,11 @@ def test_quarantine_is_counted_by_reason_and_torn_lines_are_passed_over(tmp_path
 
 
 def test_attempts_name_lost_hosts_and_the_cause(folder: Path) -> None:
-    first, second = attempts_of(folder)
+    first, second = read_attempts(folder)
     assert (first.lost, second.lost) == (["node1"], [])
     assert first.cause is not None
     assert first.cause.host == "node1"
-    assert failure_of(folder) is None
+    assert read_failure(folder) is None
 
 
 @pytest.mark.parametrize("name", ["attempts.json", "failure.json"])
@@ -161,7 +162,7 @@ def test_attempts_name_lost_hosts_and_the_cause(folder: Path) -> None:
 def test_documents_that_are_none_are_refused(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as refused:
-        _ = attempts_of(tmp_path), failure_of(tmp_path)
+        _ = read_attempts(tmp_path), read_failure(tmp_path)
     assert refused.value.where == str(tmp_path / name)
 
 

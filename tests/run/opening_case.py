@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from m3i_scale.engine.agree import open_together, together
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.errors import DataError
-from m3i_scale.host.process_group import start_ranks, stop_ranks
 
 RANK = int(os.environ["RANK"])
 

@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 from m3i_scale.checkpoint import documents, listing
 from m3i_scale.checkpoint.layout import INDEX, TENSORS, step_name
-from m3i_scale.checkpoint.retention import folder_bytes
 from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.cli import app
 from m3i_scale.config import load_run
 from m3i_scale.errors import UserError
+from m3i_scale.files import folder_bytes
 from m3i_scale.host.output_dir import lock_directory
 from m3i_scale.run.check import faults_of
 from m3i_scale.run.setup import run_yaml

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny import LABEL_SETS, tiny_objective, tiny_run
 
-from m3i_scale.engine.activations import apply_activation_checkpointing
+from m3i_scale.engine.activations import apply_activation_checkpointing, describe_activations
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import setup
-from m3i_scale.run.activations import set_activations
 from m3i_scale.run.resume import check_resume, checkpoint_meta
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 
@@ -32,8 +30,7 @@ def test_what_recomputes_is_set_when_the_engine_starts_and_then_only_told() -> N
     kept = object()
     for layer in objective.student.layers:
         layer._gradient_checkpointing_func = kept
-    run = tiny_run("m3i", "backbone.activation_checkpointing=full")
-    told = set_activations(run, SimpleNamespace(module=objective), None)
+    told = describe_activations(objective, "full", compiled=False)
     assert told == "activations (full): 3 layers recompute: student.model.layers 0-1, text.model.encoder.layer 0"
     assert all(layer._gradient_checkpointing_func is kept for layer in objective.student.layers)
 

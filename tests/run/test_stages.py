@@ -156,7 +156,6 @@ def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: 
         (f"stages=[{{steps: {STEPS}}}]", "stages"),
         ("stages.1={steps: 3, image_size: 32}", "stages"),
         ("stages.1={steps: 3, micro_batch_size: 4}", "stages"),
-        ("backbone.activation_checkpointing=budget_4", "backbone.activation_checkpointing"),
     ],
 )
 def test_phases_that_do_not_hold_are_refused_before_anything_starts(

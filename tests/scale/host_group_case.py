@@ -15,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from torch.testing._internal.distributed.fake_pg import _create_fake_pg
 
 from m3i_scale.engine import agree
+from m3i_scale.engine.process_group import set_timeout, start_ranks
 from m3i_scale.errors import DataError, UserError
-from m3i_scale.host.process_group import set_timeout, start_ranks
 from m3i_scale.run.accelerator import check_distinct_cards
 
 RANK = int(os.environ["RANK"])

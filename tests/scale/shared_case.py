@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from m3i_scale.engine import shared_dir
+from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.errors import CheckpointError
-from m3i_scale.host import shared_dir
-from m3i_scale.host.process_group import start_ranks, stop_ranks
 
 
 def main(root: Path) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from m3i_scale.engine.peak import PEAK_TFLOPS, Peak, compute_dtype, data_sheet_tflops, measured_peak, named_peak
+from m3i_scale.engine.peak import PEAK_TFLOPS, Peak, data_sheet_tflops, measured_peak, named_peak
+from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.errors import ConfigError
 
 
@@ -24,8 +25,10 @@ def test_named_and_given():
     ],
 )
 def test_what_is_no_peak_of_this_run_is_refused(given, dtype, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError) as caught:
         named_peak(given, dtype)
+    assert caught.value.where == f"hardware.peak_tflops: {given}"
+    assert words in caught.value.what
 
 
 def test_measured():

@@ -17,7 +17,7 @@ from m3i_scale.host.store import open_alone
 RANK = """
 import os, pathlib, sys, time, types
 from m3i_scale.host import store
-from m3i_scale.host.process_group import start_ranks
+from m3i_scale.engine.process_group import start_ranks
 
 folder, rank, ranks = pathlib.Path(sys.argv[1]), os.environ["RANK"], sys.argv[2:]
 others, limit_s = [other for other in ranks if other != "0"], 300

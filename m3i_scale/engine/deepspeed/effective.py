@@ -12,6 +12,7 @@ from m3i_scale.engine.deepspeed.rules import (
     precision,
     takes_bf16_optimizer,
 )
+from m3i_scale.engine.precision import dtype_name
 from m3i_scale.errors import ConfigError
 
 _STAGE3_SIZES = {
@@ -53,7 +54,7 @@ def _compared(engine: Any, config: dict[str, Any]) -> list[tuple[str, Any, Any]]
         ("zero_optimization.stage", zero["stage"], int(engine.zero_optimization_stage())),
         ("precision", [precision(config)], _precisions(engine)),
         ("gradient accumulation type", accumulation(config), _accumulation(engine, config)),
-        ("communication_data_type", communication(config), _short(engine.communication_data_type)),
+        ("communication_data_type", communication(config), dtype_name(engine.communication_data_type)),
         *((name, config[name], getattr(engine, name)()) for name in batch),
         ("gradient_clipping", config["gradient_clipping"], optimizer.clip_grad),
         ("offload_optimizer", offloads_optimizer(config), _offloads(engine)),
@@ -76,20 +77,15 @@ def _sizes(engine: Any, zero: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [(f"zero_optimization.{key}", zero[key], size) for key, size in effective.items() if key in zero]
 
 
-def _short(dtype: Any) -> str:
-    names = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
-    return names.get(str(dtype), str(dtype))
-
-
 def _precisions(engine: Any) -> list[str]:
     """Return the distinct dtypes of the trainable parameters; a correct engine has one."""
     trainable = (parameter for parameter in engine.module.parameters() if parameter.requires_grad)
-    return sorted({_short(parameter.dtype) for parameter in trainable})
+    return sorted({dtype_name(parameter.dtype) for parameter in trainable})
 
 
 def _accumulation(engine: Any, config: dict[str, Any]) -> str:
     name = "grad_acc_dtype" if takes_bf16_optimizer(config) else "gradient_accumulation_dtype"
-    return _short(getattr(engine.optimizer, name, None))
+    return dtype_name(getattr(engine.optimizer, name, None))
 
 
 def _offloads(engine: Any) -> bool:

@@ -27,6 +27,7 @@ _BECAUSE: dict[str, str] = {
         "pipeline tensor_parallel expert_parallel sequence_parallel_size data_parallel_size "
         "seq_parallel_communication_data_type use_data_before_expert_parallelism"
     ),
+    "it is one of DeepSpeed's loggers; runs have their own": "tensorboard wandb comet csv_monitor",
     "it serves generation while training language models": "hybrid_engine",
     "it quantises linear layers of DeepSpeed's own kind, which no model here uses": "weight_quantization",
     "the autotuner is driven by the deepspeed launcher and its own loop, not by this trainer": "autotuning",
@@ -93,6 +94,9 @@ INSTEAD: dict[str, str] = {
     "elasticity": "remove it: `m3i-scale launch --with elastic` goes on with the hosts that remain",
     "nebula": _BACKGROUND,
     "datastates_ckpt": _BACKGROUND,
+    "tensorboard": "set log.tensorboard in the run file, and remove it",
+    "wandb": "set log.wandb in the run file, and remove it",
+    "csv_monitor": "remove it: the metrics file of the run has every metric",
     "sparse_gradients": "remove it; gradients are reduced whole",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _EXPORT,
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _EXPORT,
@@ -111,35 +115,6 @@ INSTEAD: dict[str, str] = {
     "checkpoint.parallel_write": "remove it: all ranks write",
 }
 """Replacements of unsupported keys. Keys that can be removed without a change have no entry."""
-
-FOREIGN: dict[str, str] = {
-    "learning_rate": "write optimizer.params.lr",
-    "weight_decay": "write optimizer.params.weight_decay",
-    "adam_beta1": "write optimizer.params.betas",
-    "adam_beta2": "write optimizer.params.betas",
-    "adam_epsilon": "write optimizer.params.eps",
-    "max_grad_norm": "write gradient_clipping",
-    "per_device_train_batch_size": "write train_micro_batch_size_per_gpu",
-    "gradient_checkpointing": "set backbone.activation_checkpointing in the run file",
-    "num_train_epochs": "set optim.steps in the run file, or the epochs of a dataset in data.datasets",
-    "max_steps": "set optim.steps in the run file",
-    "warmup_steps": "set optim.warmup_steps in the run file",
-    "warmup_ratio": "set optim.warmup_steps in the run file",
-    "lr_scheduler_type": "set optim.min_lr and optim.warmup_steps in the run file: a cosine",
-    "mixed_precision": "write bf16.enabled or fp16.enabled",
-    "zero_stage": "write zero_optimization.stage",
-    "zero3_init_flag": "remove it: under stage 3 large models are always built partitioned",
-    "zero3_save_16bit_model": _EXPORT,
-    "offload_optimizer_device": "write zero_optimization.offload_optimizer.device",
-    "offload_param_device": "write zero_optimization.offload_param.device",
-    "offload_optimizer_nvme_path": "write zero_optimization.offload_optimizer.device cpu: nothing goes to NVMe",
-    "offload_param_nvme_path": "write zero_optimization.offload_param.device cpu: nothing goes to NVMe",
-    "distributed_type": "remove it: the launcher's rank variables decide",
-    "deepspeed_config_file": "set deepspeed in the run file",
-    "deepspeed_hostfile": "give `deepspeed --hostfile`",
-    "deepspeed_multinode_launcher": "give `deepspeed --launcher`",
-}
-"""Replacements of keys of the Trainer and accelerate convention, which DeepSpeed does not read."""
 
 _OPTIMIZER = '"params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}'
 _LEFT_OUT: dict[str, tuple[str, str]] = {
@@ -168,37 +143,28 @@ _ONE_OF = {
 }
 
 
-def check_auto(section: dict[str, Any], where: str, above: str = "") -> None:
-    """Raise ConfigError for an unresolved "auto"."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            check_auto(value, where, f"{above}{key}.")
-        elif value == AUTO:
-            raise _unfilled(f"{above}{key}", where)
-
-
-def schema_error(fault: Any, config: dict[str, Any], where: str) -> ConfigError:
-    """Return the ConfigError for `fault`, one of the details of a pydantic error."""
-    parts = tuple(part for part in fault["loc"] if isinstance(part, str) and part not in ("str", "list[str]"))
-    path, given = ".".join(parts), fault["input"]
-    if fault["type"] == "extra_forbidden":
+def schema_error(detail: Any, config: dict[str, Any], where: str) -> ConfigError:
+    """Return the ConfigError for `detail`, one of the details of a pydantic error."""
+    parts = tuple(part for part in detail["loc"] if isinstance(part, str) and part not in ("str", "list[str]"))
+    path, given = ".".join(parts), detail["input"]
+    if detail["type"] == "extra_forbidden":
         return _unknown(parts, config, where)
     if path == "zero_optimization" and isinstance(config.get(path, {}), dict):
         path, given = f"{path}.stage", config.get(path, {}).get("stage")
     if isinstance(given, str) and given == AUTO:
         return _unfilled(path, where)
-    if fault["type"] == "missing" and path not in _ONE_OF:
+    if detail["type"] == "missing" and path not in _ONE_OF:
         default = ("DeepSpeed would take its own default instead of the run file's value", 'write "auto"')
         why, fix = _LEFT_OUT.get(path) or _LEFT_OUT.get(parts[-1]) or default
         return ConfigError(f"'{path}' is left out", where=where, why=why, fix=fix)
-    return _wrong_value(fault, path, given, where)
+    return _wrong_value(detail, path, given, where)
 
 
-def _wrong_value(fault: Any, path: str, given: Any, where: str) -> ConfigError:
+def _wrong_value(detail: Any, path: str, given: Any, where: str) -> ConfigError:
     if path in _ONE_OF:
         one_of, why, fix = _ONE_OF[path]
         return ConfigError(f"'{path}' must be {one_of} (got {given!r})", where=where, why=why, fix=fix)
-    if fault["type"] in ("model_type", "model_attributes_type"):
+    if detail["type"] in ("model_type", "model_attributes_type"):
         switched = isinstance(given, bool) and "enabled" in fields_at(tuple(path.split(".")))
         hint = f'"{path}": {{"enabled": {str(given).lower()}}}' if switched else None
         return ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {given!r})", where=where, fix=hint)
@@ -206,7 +172,7 @@ def _wrong_value(fault: Any, path: str, given: Any, where: str) -> ConfigError:
         why = "checkpoints, exports and the EMA teacher read shards in memory"
         fix = "take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve what has to be held"
         return ConfigError(f"'{path}' is nvme", where=where, why=why, fix=fix)
-    return ConfigError(f"'{path}': {fault['msg']} (got {given!r})", where=where)
+    return ConfigError(f"'{path}': {detail['msg']} (got {given!r})", where=where)
 
 
 def _unfilled(path: str, where: str) -> ConfigError:
@@ -233,10 +199,7 @@ def _unknown(parts: tuple[str, ...], config: dict[str, Any], where: str) -> Conf
     if homes:
         fix = f"it belongs at '{homes[0]}'" if len(homes) == 1 else "it belongs at one of: " + ", ".join(homes)
         return ConfigError(f"'{path}' stands at the wrong level", where=where, why=ignored, fix=fix)
-    if key in FOREIGN:
-        why = "it is a key of the Trainer or accelerate convention, which DeepSpeed does not read"
-        return no_effect(path, why, where, FOREIGN[key])
-    beside = fields_at(parts[:-1])
-    if f"stage3_{key}" in beside:
+    siblings = fields_at(parts[:-1])
+    if f"stage3_{key}" in siblings:
         return ConfigError(f"'{path}' is not the documented spelling", where=where, fix=f"write 'stage3_{key}'")
-    return ConfigError(f"unknown key '{path}'", where=where, why=ignored, fix=did_you_mean(key, beside))
+    return ConfigError(f"unknown key '{path}'", where=where, why=ignored, fix=did_you_mean(key, siblings))

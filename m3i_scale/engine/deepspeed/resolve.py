@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from m3i_scale.config import resource_folder
-from m3i_scale.engine.deepspeed.hints import check_auto, schema_error
+from m3i_scale.engine.deepspeed.hints import schema_error
 from m3i_scale.engine.deepspeed.rules import check_rules, optimizer_class, precision, quantized
 from m3i_scale.engine.deepspeed.schema import AUTO, DeepSpeedFile
 from m3i_scale.engine.extensions import is_usable
@@ -135,9 +135,8 @@ def _check(config: dict[str, Any], world_size: int | None, where: str) -> None:
     try:
         DeepSpeedFile.model_validate(known)
     except ValidationError as error:
-        faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-        raise schema_error(faults[0], config, where) from None
-    check_auto(known, where)
+        details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise schema_error(details[0], config, where) from None
     check_rules(known, world_size=world_size, where=where)
 
 

@@ -8,7 +8,6 @@ types.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from m3i_scale.engine.deepspeed.schema import AdamW, Switched
@@ -24,8 +23,7 @@ _DYNAMIC_SCALE = {
     "min_loss_scale",
 }
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-_SWITCHED = ("bf16", "fp16", "flops_profiler", "csv_monitor", *_PACKAGES)
+_SWITCHED = ("bf16", "fp16", "flops_profiler")
 READ_BY = {
     "AdamW": {"amsgrad", "fused", "foreach", "maximize", "capturable", "differentiable"},
     "FusedAdam": {"amsgrad", "bias_correction", "set_grad_none"},
@@ -111,9 +109,6 @@ def _check_switches(config: dict[str, Any], where: str) -> None:
         idle = _first(section.keys() - Switched.model_fields)
         if idle and not section["enabled"]:
             raise no_effect(f"{name}.{idle}", f"{name}.enabled is false", where, f"remove it, or enable {name}")
-        if section["enabled"] and find_spec(_PACKAGES.get(name, "deepspeed")) is None:
-            fix = f"pip install {_PACKAGES[name]}, or remove the section"
-            raise ConfigError(f"'{name}' needs a package that is not installed", where=where, fix=fix)
     if not config.get("comms_logger", {}).get("enabled", True):
         why = "DeepSpeed logs communication as soon as the section is there, whatever 'enabled' says"
         raise no_effect("comms_logger.enabled", why, where, "remove the whole section 'comms_logger'")

@@ -223,34 +223,6 @@ class Timers(Section):
     throughput: ThroughputTimer = ThroughputTimer()
 
 
-class FileMonitor(Switched):
-    """DeepSpeed's logger to files."""
-
-    output_path: str = ""
-    job_name: str = ""
-
-
-class Wandb(Switched):
-    """DeepSpeed's logger to Weights & Biases."""
-
-    group: str | None = None
-    team: str | None = None
-    project: str = ""
-
-
-class Comet(Switched):
-    """DeepSpeed's logger to Comet."""
-
-    samples_log_interval: Whole = 100
-    project: str | None = None
-    workspace: str | None = None
-    api_key: str | None = None
-    experiment_name: str | None = None
-    experiment_key: str | None = None
-    online: bool | None = None
-    mode: str | None = None
-
-
 class DeepSpeedFile(Section):
     """The complete file, without any "auto"."""
 
@@ -278,10 +250,6 @@ class DeepSpeedFile(Section):
     timers: Timers = Timers()
     comms_logger: CommsLogger = CommsLogger()
     flops_profiler: FlopsProfiler = FlopsProfiler(enabled=False)
-    tensorboard: FileMonitor = FileMonitor(enabled=False)
-    csv_monitor: FileMonitor = FileMonitor(enabled=False)
-    wandb: Wandb = Wandb(enabled=False)
-    comet: Comet = Comet(enabled=False)
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:

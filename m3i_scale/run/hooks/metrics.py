@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.engine.loss_scale import loss_scale
+from m3i_scale.engine.optimizer_step import loss_scale
 from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import StepRecord
 from m3i_scale.run.data_supply import Shares

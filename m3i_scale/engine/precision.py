@@ -1,21 +1,34 @@
-"""Configure the device's arithmetic: TF32 rounding of products, and deterministic sums."""
+"""Dtypes of a run, and the device's arithmetic: TF32 rounding of products, and deterministic sums."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch._inductor.config
 import torch.utils.deterministic
 
+from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import ConfigError
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WHERE = "hardware.deterministic"
 _VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_NVLS_ENABLE": "0"}
 """The first is required by `torch.use_deterministic_algorithms`; with the others NCCL sums over ranks without in-switch
 reduction. The list is torchtitan's (`distributed/utils.py`)."""
+
+
+def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """Return the compute dtype of a DeepSpeed configuration."""
+    return _DTYPES[precision(ds_config)]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bf16`, `fp16` or `fp32`; for any other dtype its name in torch."""
+    return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype))
 
 
 def allow_tf32(dtype: torch.dtype) -> None:

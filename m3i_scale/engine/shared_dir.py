@@ -31,14 +31,14 @@ def check_shared(output_dir: Path) -> None:
     mark: Path = from_rank_0(lambda: _make_mark(output_dir))
     try:
         # Each rank checks the directory that it was given, which may differ between ranks.
-        results = gather_objects((socket.gethostname(), _fault_here(output_dir / mark.name)))
+        results = gather_objects((socket.gethostname(), _error_here(output_dir / mark.name)))
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(mark, ignore_errors=True)
-    faults = [f"rank {rank} on {host} {fault}" for rank, (host, fault) in enumerate(results) if fault]
-    if faults:
+    errors = [f"rank {rank} on {host} {error}" for rank, (host, error) in enumerate(results) if error]
+    if errors:
         raise CheckpointError(
-            f"the ranks do not share the output directory: {listed(faults, _NAMED_RANKS, '; ')}",
+            f"the ranks do not share the output directory: {listed(errors, _NAMED_RANKS, '; ')}",
             where=f"{mark.parent}, as rank 0 sees it on {results[0][0]}",
             why="every rank writes its part of a checkpoint there; parts on separate disks cannot be committed or read",
             fix="set output_dir to a folder of a file system that all hosts have mounted, and may write to",
@@ -60,7 +60,7 @@ def _make_mark(output_dir: Path) -> Path:
     return mark
 
 
-def _fault_here(mark: Path) -> str | None:
+def _error_here(mark: Path) -> str | None:
     """Return why this rank cannot write next to rank 0's files; None if it can."""
     deadline = time.monotonic() + VISIBLE_S
     while True:
