@@ -106,8 +106,3 @@ def saved_weights(checkpoint: Path, which: Which, dtype: torch.dtype = torch.flo
     buffers = load_file(checkpoint / BUFFERS)
     statistics = {name: buffer for name, buffer in buffers.items() if name.startswith(HEADS)}
     return SavedWeights(saved, keys, dtype, statistics)
-
-
-def load_weights(checkpoint: Path, which: Which) -> dict[str, Tensor]:
-    """Read all of `saved_weights` into memory, in fp32."""
-    return dict(saved_weights(checkpoint, which))
