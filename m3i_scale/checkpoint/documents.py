@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.checkpoint.contents import compare_tensors, kinds_of
-from m3i_scale.checkpoint.layout import (
-    LATEST,
-    MANIFEST,
-    checkpoints,
-    read_meta,
-    read_object,
-    step_of,
-)
-from m3i_scale.checkpoint.manifest import find_faults, latest_fault, verify
+from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, read_meta, read_object, step_of
+from m3i_scale.checkpoint.manifest import find_faults, verify
 from m3i_scale.checkpoint.retention import folder_bytes
 from m3i_scale.config import read_yaml
 from m3i_scale.data.state import StreamState, merge_states
@@ -24,8 +16,6 @@ from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.text import differences
 from m3i_scale.upgrade import upgrade_config
 
-SETTLE_S = 2.0
-"""Time for a running job to update `latest` after renaming a folder."""
 _INSPECTED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "config_sha256")
 _COMPARED = ("step", "samples", "world_size", "zero_stage", "precision", "vocab_size", "label_sets", "versions")
 _BACKBONE = ("hidden_size", "num_hidden_layers", "channels", "depths", "image_size", "patch_size")
@@ -72,27 +62,16 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 
 def verify_checkpoints(path: Path, threads: int, advance: Advance) -> dict[str, Any]:
-    """Return the document of `checkpoint verify` of a checkpoint or run: a check of every byte, and of the target of
-    `latest`. `threads` files are read in parallel; `advance` is called with the number of bytes read, from any
-    thread."""
-    rows, good = [], []
+    """Return the document of `checkpoint verify` of a checkpoint or run, a check of every byte. `threads` files are
+    read in parallel; `advance` is called with the number of bytes read, from any thread."""
+    rows: list[dict[str, Any]] = []
     for checkpoint in named_checkpoints(path):
         faults = find_faults(checkpoint, threads=threads, advance=advance)
         if not checkpoint.exists() and checkpoint != path:
             continue  # deleted by the run in the meantime
         lines = [{"file": fault.file, "what": fault.what} for fault in faults]
         rows.append({"checkpoint": str(checkpoint), "good": not faults, "faults": lines})
-        good += [] if faults else [checkpoint]
-    latest = None
-    if not is_checkpoint(path):
-        root = root_of(path)
-        fault = latest_fault(root, good)
-        if fault is not None:
-            time.sleep(SETTLE_S)
-            fault = latest_fault(root, good)
-        latest = {"file": str(root / LATEST), "fault": fault}
-    all_good = len(good) == len(rows) and (latest is None or latest["fault"] is None)
-    return {"good": all_good, "checkpoints": rows, "latest": latest}
+    return {"good": all(row["good"] for row in rows), "checkpoints": rows}
 
 
 # ------------------------------------------------------------------ inspect

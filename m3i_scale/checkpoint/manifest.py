@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from m3i_scale.checkpoint.layout import LATEST, MANIFEST, checkpoints, step_of
+from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, step_of
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of, sha256_of_json, sync
 
@@ -116,9 +116,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise torn from None
     if raw != rendered:  # rendering is deterministic, so any changed byte shows
         raise torn
-    for name in manifest.files:
-        if not _lies_below(name):
-            raise CheckpointError(f"the manifest names a file outside its folder: '{name}'", where=str(path))
     return manifest
 
 
@@ -177,23 +174,6 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
     return None, passed_over
 
 
-def latest_fault(root: Path, good: Container[Path]) -> str | None:
-    """Return the error in `latest`; None if it is correct. It must name the newest checkpoint or, after a run has
-    fallen back, the newest of `good`, the valid ones."""
-    folders = checkpoints(root)
-    newest = next((path for path in folders if path in good), None)
-    names = [path.name for path in (*folders[:1], newest) if path is not None]
-    try:
-        content = (root / LATEST).read_bytes()
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if content in [f"{name}\n".encode() for name in names]:
-        return None
-    return f"names {content.decode(errors='replace').strip()!r}, and the newest checkpoint is {names[0]}"
-
-
 def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
     """Yield an error if a folder was copied or renamed to another step: a run would resume at the contained step and
     find the name in use when it saves."""
@@ -217,12 +197,6 @@ def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
 
 def _fault_of(name: str, what: str) -> FileFault:
     return FileFault(name, what, f"{name}: {what}")
-
-
-def _lies_below(name: str) -> bool:
-    """Return whether a path is inside the folder and normalized, as returned by `list_files`."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
 
 
 def _walk(folder: Path) -> Iterator[Path]:

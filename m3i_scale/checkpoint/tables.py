@@ -55,9 +55,6 @@ def verification(document: Mapping[str, Any]) -> RenderableType:
             lines.append(Text(f"{row['checkpoint']}: good", "green"))
         for fault in row["faults"]:
             lines.append(Text(f"{row['checkpoint']}/{fault['file']}: {fault['what']}", "bold red"))
-    latest = document["latest"]
-    if latest is not None and latest["fault"] is not None:
-        lines.append(Text(f"{latest['file']}: {latest['fault']}", "bold red"))
     return Group(*lines)
 
 

@@ -139,18 +139,6 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_its_name
     assert verify(tmp_path / "kept") == []
 
 
-def test_a_folder_in_the_place_of_latest_is_refused_at_the_start(tmp_path: Path) -> None:
-    good = save(tmp_path / "checkpoints", 100)
-    latest = good.parent / "latest"
-    latest.unlink()
-    latest.mkdir()
-    with pytest.raises(CheckpointError) as caught:
-        sweep(good.parent)
-    assert caught.value.where == str(latest)
-    latest.rmdir()
-    assert sweep(good.parent) == []
-
-
 def test_sweep_removes_what_a_killed_job_left(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     final = save(root, 100)
@@ -183,12 +171,6 @@ def test_begin_starts_from_an_empty_folder(tmp_path: Path) -> None:
     left = temporary_for(tmp_path / step_name(100))
     fill(left, {"half": b"written"})
     assert list(begin(tmp_path / step_name(100)).iterdir()) == []
-
-
-def test_commit_wants_a_step_folder_beside_a_temporary_one(tmp_path: Path) -> None:
-    for final, temporary in (("step-1", ".tmp-x"), ("step-00000001", "x"), ("a/step-00000001", ".tmp-x")):
-        with pytest.raises(ValueError, match="in one folder"):
-            commit(tmp_path / final, tmp_path / temporary, {})
 
 
 def test_extra_that_is_not_json_commits_nothing(tmp_path: Path) -> None:
