@@ -1,4 +1,9 @@
-"""Write full weights from a sharded checkpoint; the folder is renamed when it is complete."""
+"""Write full weights from a sharded checkpoint, without loading the full model into memory.
+
+safetensors   files with the Hub's names
+universal     for DeepSpeed's `checkpoint.load_universal`: weights and moments, one file per tensor
+deepspeed     for `zero_to_fp32`: weights, partitioned as by ZeRO-3 with one rank per file
+"""
 
 from __future__ import annotations
 
@@ -6,21 +11,22 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import deepspeed
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
 
 from m3i_scale.checkpoint.commit import cause_of
-from m3i_scale.checkpoint.deepspeed_layouts import write_universal, write_zero3
-from m3i_scale.checkpoint.layout import MANIFEST, read_meta, step_of
-from m3i_scale.checkpoint.manifest import newest_good, verify
+from m3i_scale.checkpoint.layout import read_meta
+from m3i_scale.checkpoint.load import SavedWeights, Which, saved_weights
+from m3i_scale.checkpoint.manifest import resolve_checkpoint
 from m3i_scale.checkpoint.stream import Streamed, write_safetensors
 from m3i_scale.checkpoint.tensors import SavedTensors
-from m3i_scale.checkpoint.weights import SavedWeights, Which, saved_weights
 from m3i_scale.engine.engine_state import MASTER, MOMENTS
 from m3i_scale.errors import CheckpointError, did_you_mean
 from m3i_scale.files import atomic_dir, write_json
@@ -33,6 +39,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _FILES_BYTES = 1 << 20
 """Extra free space for headers, indices and small files."""
+TAG = "consolidated"
+_RANK_FILE = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+_MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""DeepSpeed looks for the first under stages 1 and 2, for the second under stage 3."""
 
 
 def consolidate(
@@ -53,8 +63,7 @@ def consolidate(
         weights: values for `student.…`: the trained weights, or their EMA.
         dtype: dtype of the tensors; the layouts for DeepSpeed are float32.
         max_shard_size: of a file, such as "5GB" or "500MB" (10⁹ and 10⁶ bytes, as the Hub counts); default: 5GB.
-        layout: `safetensors` with the Hub's names (model-00001-of-00003.safetensors …, and an index), or one of
-            `deepspeed_layouts.py`.
+        layout: `safetensors`, `universal` or `deepspeed`, see above.
 
     Returns:
         {output, checkpoint, step, layout, weights, dtype, tensors, parameters, files: {path: bytes}, bytes}.
@@ -63,7 +72,7 @@ def consolidate(
     shard_bytes = _bytes_of(max_shard_size or SHARD_SIZE)
     if os.path.lexists(target):
         raise CheckpointError("the target exists", where=str(target), fix="give a folder that does not, or remove it")
-    source = _good_checkpoint(checkpoint)
+    source, _ = resolve_checkpoint(checkpoint)
     meta, saved = read_meta(source), SavedTensors(source)
     kinds = {
         kind: SavedWeights(saved, {name: f"{kind}/{name}" for name in saved.names(kind)}) for kind in saved.kinds()
@@ -109,21 +118,6 @@ def consolidate(
     }
 
 
-def write_shards(
-    folder: Path, weights: SavedWeights, dtype: torch.dtype, shard_bytes: int, facts: dict[str, str]
-) -> None:
-    """Write the `safetensors` layout, with `facts` in every header. A tensor above `shard_bytes` gets a separate
-    file."""
-    planned = {name: torch.empty(weights.shape(name), dtype=dtype, device="meta") for name in weights}
-    split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        streamed = [Streamed(name, dtype, weights.shape(name), partial(weights.blocks, name, dtype)) for name in names]
-        write_safetensors(folder / file, streamed, {"format": "pt", **facts})
-    if split.is_sharded:
-        index = {"metadata": {**split.metadata, **facts}, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
 def _check_options(layout: str, weights: str, dtype: str, max_shard_size: str | None) -> None:
     known = {"layout": ("safetensors", "universal", "deepspeed"), "weights": ("student", "ema"), "dtype": _DTYPES}
     for option, value in (("layout", layout), ("weights", weights), ("dtype", dtype)):
@@ -147,25 +141,6 @@ def _bytes_of(size: str) -> int:
     if not count:
         raise CheckpointError(f"no size of a file: '{size}'", where="--max-shard-size", fix="such as 5GB or 500MB")
     return count
-
-
-def _good_checkpoint(path: Path) -> Path:
-    """Return the checkpoint, or a run's newest, verified byte by byte."""
-    if step_of(path) is None and not (path / MANIFEST).is_file():
-        root = path if path.name == "checkpoints" else path / "checkpoints"
-        newest, passed_over = newest_good(root)
-        if newest is None:
-            why = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in passed_over)
-            raise CheckpointError("no good checkpoint here", where=str(root), why=why or None)
-        return newest
-    if faults := (verify(path) if path.is_dir() else ["there is no such folder"]):
-        raise CheckpointError(
-            f"the checkpoint does not verify: {faults[0]}",
-            where=str(path),
-            why=f"{len(faults)} faults; what is written would hold damaged weights",
-            fix="give the run's folder instead: its newest good checkpoint is taken",
-        )
-    return path
 
 
 def _count_parameters(weights: SavedWeights, source: Path) -> int:
@@ -200,3 +175,96 @@ def _write_folder(target: Path, bytes_wanted: int, write: Callable[[Path], None]
             why="nothing is lost: the checkpoint is only read, and what was written is removed",
             fix="free space, or give a folder on another disk",
         ) from None
+
+
+# ------------------------------------------------------------------ layouts
+
+
+def write_shards(
+    folder: Path, weights: SavedWeights, dtype: torch.dtype, shard_bytes: int, facts: dict[str, str]
+) -> None:
+    """Write the `safetensors` layout, with `facts` in every header. A tensor above `shard_bytes` gets a separate
+    file."""
+    planned = {name: torch.empty(weights.shape(name), dtype=dtype, device="meta") for name in weights}
+    split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        streamed = [Streamed(name, dtype, weights.shape(name), partial(weights.blocks, name, dtype)) for name in names]
+        write_safetensors(folder / file, streamed, {"format": "pt", **facts})
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **facts}, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_universal(
+    folder: Path, kinds: Mapping[str, SavedWeights], counters: Mapping[str, Any], world_size: int
+) -> None:
+    """Write the `universal` layout. Learning rate, weight decay and loss scale are omitted, so that the configuration
+    of the engine that reads it applies.
+
+    Args:
+        folder: output folder.
+        kinds: master weights and both moments, by their kind.
+        counters: counters of the engine that saved.
+        world_size: number of ranks of the run; recorded, and not used by DeepSpeed.
+    """
+    root, steps = folder / TAG, float(counters["optimizer_steps"])
+    for name in kinds[MASTER]:
+        place = root / "zero" / name
+        place.mkdir(parents=True)
+        for kind in (MASTER, *MOMENTS):
+            _save({"param": _whole(kinds[kind], name)}, place / ("fp32.pt" if kind == MASTER else f"{kind}.pt"))
+        _save(torch.tensor(steps), place / "step.pt")
+    # DeepSpeed iterates over its groups and these in parallel: there can be no more of them than tensors.
+    groups: list[dict[str, Any]] = [{"params": []} for _ in kinds[MASTER]]
+    inner = {"state": {0: {"step": torch.tensor(steps)}}, "param_groups": groups}
+    version = {"ds_version": deepspeed.__version__}
+    _save({"param_groups": groups, "optimizer_state_dict": inner, **version}, root / "zero" / "optimizer_state.pt")
+    counts = {name: counters[name] for name in ("global_steps", "global_samples", "skipped_steps")}
+    sizes = {"dp_world_size": world_size, "mp_world_size": 1}
+    for file in _MODEL_FILES:
+        _save({"module": {}, **counts, **sizes, **version, "lr_scheduler": None}, root / file)
+    (folder / "latest_universal").write_text(TAG, encoding="utf-8")
+
+
+def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
+    """Write the `deepspeed` layout: fp32 weights without moments, in files of about `shard_bytes`."""
+    root, shapes = folder / TAG, {name: torch.Size(weights.shape(name)) for name in weights}
+    root.mkdir()
+    ranks = max(math.ceil(4 * sum(shape.numel() for shape in shapes.values()) / shard_bytes), 1)
+    for rank in range(ranks):
+        states = {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": [_share(weights, shapes, rank, ranks)]}
+        path = root / _RANK_FILE.format(rank)
+        _save({"optimizer_state_dict": states, "ds_version": deepspeed.__version__}, path)
+        del states  # free the memory before the next rank's states are made
+    empty: dict[str, Any] = {"module": {}, "buffer_names": [], "shared_params": {}}
+    _save({**empty, "param_shapes": [shapes], "ds_version": deepspeed.__version__}, root / _MODEL_FILES[1])
+    (folder / "latest").write_text(TAG, encoding="utf-8")
+
+
+def _whole(weights: SavedWeights, name: str) -> Tensor:
+    tensor = torch.empty(weights.shape(name))
+    weights.read_finite(name, 0, tensor.view(-1))
+    return tensor
+
+
+def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, ranks: int) -> Tensor:
+    """Return a rank's ZeRO-3 shard: an even share of every tensor, the last ones padded with zeros."""
+    flat = torch.zeros(sum(math.ceil(shape.numel() / ranks) for shape in shapes.values()))
+    at = 0
+    for name, shape in shapes.items():
+        share = math.ceil(shape.numel() / ranks)
+        start = min(share * rank, shape.numel())
+        weights.read_finite(name, start, flat[at : at + min(share, shape.numel() - start)])
+        at += share
+    return flat
+
+
+def _save(value: object, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        cause = error.__context__  # torch's writer raises a second error when it is closed
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise

@@ -174,6 +174,28 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
     return None, passed_over
 
 
+def resolve_checkpoint(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """Return the checkpoint at `path`, or the newest valid one of a run, after verifying every byte; and the newer ones
+    that were skipped, each with the reason."""
+    if step_of(path) is None and not (path / MANIFEST).is_file():
+        root = path if path.name == "checkpoints" else path / "checkpoints"
+        newest, skipped = newest_good(root)
+        if newest is None:
+            why = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in skipped)
+            raise CheckpointError(
+                "no good checkpoint here", where=str(root), why=why or None, fix="give a run's output_dir"
+            )
+        return newest, skipped
+    if faults := (verify(path) if path.is_dir() else ["there is no such folder"]):
+        raise CheckpointError(
+            f"the checkpoint does not verify: {faults[0]}",
+            where=str(path),
+            why=f"it has {len(faults)} errors, and its weights may be damaged",
+            fix="give the run's folder instead: its newest good checkpoint is taken",
+        )
+    return path, []
+
+
 def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
     """Yield an error if a folder was copied or renamed to another step: a run would resume at the contained step and
     find the name in use when it saves."""

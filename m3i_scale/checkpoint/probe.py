@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from m3i_scale.checkpoint.stream import write_tensors
-from m3i_scale.data.batch import Batch, no_masks, no_objects, no_small_views
+from m3i_scale.data.batch import Batch
 from m3i_scale.engine.agree import from_rank, together
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
@@ -74,10 +74,7 @@ def read_probe(folder: Path) -> Batch:
         with safe_open(folder / FILE, framework="pt") as opened:
             keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
             tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name in saved}
-            # Checkpoints of earlier versions lack these.
-            missing = {"masks_BHW": no_masks(len(keys)), "small_VBCHW": no_small_views(len(keys))}
-            missing |= no_objects(len(keys))
-            return Batch(**(missing | tensors), keys=keys)
+            return Batch(**tensors, keys=keys)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the stored samples cannot be read: {error}",

@@ -12,7 +12,7 @@ import torch
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.checkpoint.retention_checks import check_retention
+from m3i_scale.checkpoint.retention import check_retention
 from m3i_scale.config import RunConfig, Stage, find_run_file, run_values
 from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
 from m3i_scale.data.mixing import check_shares

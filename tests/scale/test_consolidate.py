@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from saved_tensors import write_as_ranks
 from typer.testing import CliRunner
 
-from m3i_scale.checkpoint import weights as saved_weights
+from m3i_scale.checkpoint import load
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.consolidate import consolidate
-from m3i_scale.checkpoint.tensors import Range
+from m3i_scale.checkpoint.stream import Range
 from m3i_scale.cli import app
 from m3i_scale.errors import CheckpointError
 
@@ -82,7 +82,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights", ["student", "ema"])
 def test_values_come_back(tmp_path, tensors, monkeypatch, weights, dtype) -> None:
-    monkeypatch.setattr(saved_weights, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(load, "BLOCK_ELEMENTS", 64)
     source = checkpoint(tmp_path, tensors, NAMES)
     told = consolidate(source, tmp_path / "whole", weights=weights, dtype=dtype)
     assert list(told["files"]) == ["model.safetensors"]  # one file needs no index, as on the Hub

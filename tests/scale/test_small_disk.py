@@ -17,7 +17,7 @@ import torch
 from checkpoint_files import fill, save
 
 from m3i_scale.checkpoint.commit import begin, commit, write_guard
-from m3i_scale.checkpoint.deepspeed_layouts import _save
+from m3i_scale.checkpoint.consolidate import _save
 from m3i_scale.checkpoint.layout import step_name
 from m3i_scale.checkpoint.manifest import newest_good
 from m3i_scale.checkpoint.stream import write_tensors
