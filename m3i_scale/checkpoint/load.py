@@ -1,5 +1,5 @@
-"""Load a checkpoint: into an engine, or as full weights that are read one by one or block by block. Both are independent
-of the number of ranks, ZeRO stage and precision that wrote it."""
+"""Load a checkpoint into an engine, or read its full weights one by one or block by block, independent of the number of
+ranks, ZeRO stage and precision that wrote it."""
 
 from __future__ import annotations
 
