@@ -116,9 +116,7 @@ def consolidate(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file: 5GB, 500MB; KB, MB, GB, TB as the Hub counts. Default: 5GB.")
     ] = None,
-    layout: Annotated[
-        str, typer.Option(help="safetensors; or what DeepSpeed reads: universal, deepspeed (zero_to_fp32).")
-    ] = "safetensors",
+    layout: Annotated[str, typer.Option(help="safetensors; or universal, which DeepSpeed loads.")] = "safetensors",
     as_json: AsJson = False,
 ) -> None:
     """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""

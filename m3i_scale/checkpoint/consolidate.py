@@ -2,7 +2,6 @@
 
 safetensors   files with the Hub's names
 universal     for DeepSpeed's `checkpoint.load_universal`: weights and moments, one file per tensor
-deepspeed     for `zero_to_fp32`: weights, partitioned as by ZeRO-3 with one rank per file
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from m3i_scale.errors import CheckpointError, did_you_mean
 from m3i_scale.files import atomic_dir, write_json
 from m3i_scale.text import size_text
 
-Layout = Literal["safetensors", "universal", "deepspeed"]
+Layout = Literal["safetensors", "universal"]
 Dtype = Literal["float32", "bfloat16"]
 SHARD_SIZE = "5GB"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,7 +39,6 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _FILES_BYTES = 1 << 20
 """Extra free space for headers, indices and small files."""
 TAG = "consolidated"
-_RANK_FILE = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 """DeepSpeed looks for the first under stages 1 and 2, for the second under stage 3."""
 
@@ -54,16 +52,16 @@ def consolidate(
     max_shard_size: str | None = None,
     layout: Layout = "safetensors",
 ) -> dict[str, Any]:
-    """Write full tensors of a checkpoint. Memory holds a block of a tensor (`safetensors`), a tensor (`universal`) or a
-    file (`deepspeed`), independent of the model size.
+    """Write full tensors of a checkpoint. Memory holds a block of a tensor (`safetensors`) or a tensor (`universal`),
+    independent of the model size.
 
     Args:
         checkpoint: one checkpoint, or a run's output folder, which means its newest valid checkpoint.
         target: the folder to create.
         weights: values for `student.…`: the trained weights, or their EMA.
-        dtype: dtype of the tensors; the layouts for DeepSpeed are float32.
+        dtype: dtype of the tensors; `universal` is float32.
         max_shard_size: of a file, such as "5GB" or "500MB" (10⁹ and 10⁶ bytes, as the Hub counts); default: 5GB.
-        layout: `safetensors`, `universal` or `deepspeed`, see above.
+        layout: `safetensors` or `universal`, see above.
 
     Returns:
         {output, checkpoint, step, layout, weights, dtype, tensors, parameters, files: {path: bytes}, bytes}.
@@ -95,8 +93,6 @@ def consolidate(
                     fix="take another layout",
                 )
             write_universal(folder, kinds, meta["engine"], int(meta.get("world_size", 1)))
-        elif layout == "deepspeed":
-            write_zero3(folder, chosen, shard_bytes)
         else:
             facts = {"checkpoint": source.name, "weights": weights}
             write_shards(folder, chosen, _DTYPES[dtype], shard_bytes, facts)
@@ -119,19 +115,21 @@ def consolidate(
 
 
 def _check_options(layout: str, weights: str, dtype: str, max_shard_size: str | None) -> None:
-    known = {"layout": ("safetensors", "universal", "deepspeed"), "weights": ("student", "ema"), "dtype": _DTYPES}
+    known = {"layout": ("safetensors", "universal"), "weights": ("student", "ema"), "dtype": _DTYPES}
     for option, value in (("layout", layout), ("weights", weights), ("dtype", dtype)):
         if value not in known[option]:
             raise CheckpointError(f"no {option} '{value}'", fix=did_you_mean(value, known[option]))
-    if layout != "safetensors" and dtype != "float32":
-        raise CheckpointError(f"'--layout {layout}' is float32 and nothing else", fix="leave --dtype out")
-    if layout == "universal" and weights != "student":
+    if layout != "universal":
+        return
+    if dtype != "float32":
+        raise CheckpointError("'--layout universal' is float32 and nothing else", fix="leave --dtype out")
+    if weights != "student":
         raise CheckpointError(
             "'--layout universal' holds the trained weights",
             why="it is for going on with training, and the optimizer's moments belong to them",
             fix="leave --weights out, or take another layout",
         )
-    if layout == "universal" and max_shard_size is not None:
+    if max_shard_size is not None:
         raise CheckpointError("'--layout universal' has one file a tensor", fix="leave --max-shard-size out")
 
 
@@ -226,37 +224,10 @@ def write_universal(
     (folder / "latest_universal").write_text(TAG, encoding="utf-8")
 
 
-def write_zero3(folder: Path, weights: SavedWeights, shard_bytes: int) -> None:
-    """Write the `deepspeed` layout: fp32 weights without moments, in files of about `shard_bytes`."""
-    root, shapes = folder / TAG, {name: torch.Size(weights.shape(name)) for name in weights}
-    root.mkdir()
-    ranks = max(math.ceil(4 * sum(shape.numel() for shape in shapes.values()) / shard_bytes), 1)
-    for rank in range(ranks):
-        states = {"zero_stage": 3, "partition_count": ranks, "fp32_flat_groups": [_share(weights, shapes, rank, ranks)]}
-        path = root / _RANK_FILE.format(rank)
-        _save({"optimizer_state_dict": states, "ds_version": deepspeed.__version__}, path)
-        del states  # free the memory before the next rank's states are made
-    empty: dict[str, Any] = {"module": {}, "buffer_names": [], "shared_params": {}}
-    _save({**empty, "param_shapes": [shapes], "ds_version": deepspeed.__version__}, root / _MODEL_FILES[1])
-    (folder / "latest").write_text(TAG, encoding="utf-8")
-
-
 def _whole(weights: SavedWeights, name: str) -> Tensor:
     tensor = torch.empty(weights.shape(name))
     weights.read_finite(name, 0, tensor.view(-1))
     return tensor
-
-
-def _share(weights: SavedWeights, shapes: dict[str, torch.Size], rank: int, ranks: int) -> Tensor:
-    """Return a rank's ZeRO-3 shard: an even share of every tensor, the last ones padded with zeros."""
-    flat = torch.zeros(sum(math.ceil(shape.numel() / ranks) for shape in shapes.values()))
-    at = 0
-    for name, shape in shapes.items():
-        share = math.ceil(shape.numel() / ranks)
-        start = min(share * rank, shape.numel())
-        weights.read_finite(name, start, flat[at : at + min(share, shape.numel() - start)])
-        at += share
-    return flat
 
 
 def _save(value: object, path: Path) -> None:
