@@ -37,7 +37,7 @@ def _range(low: float, high: float, what: str) -> AfterValidator:
 
     def check(pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         smallest, largest = pair
-        if not (0 < smallest and low <= smallest <= largest <= high) and not is_stored(info):
+        if not (smallest > 0 and low <= smallest <= largest <= high) and not is_stored(info):
             raise ValueError(f"[{smallest:g}, {largest:g}] is no range of {what}")
         return pair
 
