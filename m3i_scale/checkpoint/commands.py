@@ -24,7 +24,7 @@ _SHOWN, _SHOWN_FILES = 20, 12
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
 Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
-One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest whole one is taken.")]
+One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest complete one is taken.")]
 
 
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")

@@ -136,11 +136,11 @@ def write_guard(
         yield
     except OSError as error:
         # Removed only after the message is made, which names the file and the free space before the removal.
-        fault = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
+        explained = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
         if remove_folder:
             with suppress(OSError):  # if this fails too, `sweep` removes it at the next start
                 remove(temporary)
-        raise fault from None
+        raise explained from None
 
 
 def explain(

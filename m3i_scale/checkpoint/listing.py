@@ -20,7 +20,7 @@ from m3i_scale.checkpoint.layout import (
     read_meta,
     root_of,
 )
-from m3i_scale.checkpoint.manifest import find_faults, verify
+from m3i_scale.checkpoint.manifest import find_errors, verify
 from m3i_scale.checkpoint.retention import (
     Entry,
     Metrics,
@@ -114,11 +114,11 @@ def verify_checkpoints(path: Path, threads: int, advance: Callable[[int], None])
     read in parallel; `advance` is called with the number of bytes read, from any thread."""
     rows: list[dict[str, Any]] = []
     for checkpoint in named_checkpoints(path):
-        faults = find_faults(checkpoint, threads=threads, advance=advance)
+        errors = find_errors(checkpoint, threads=threads, advance=advance)
         if not checkpoint.exists() and checkpoint != path:
             continue  # deleted by the run in the meantime
-        lines = [{"file": fault.file, "what": fault.what} for fault in faults]
-        rows.append({"checkpoint": str(checkpoint), "good": not faults, "faults": lines})
+        lines = [{"file": error.file, "what": error.what} for error in errors]
+        rows.append({"checkpoint": str(checkpoint), "good": not errors, "faults": lines})
     return {"good": all(row["good"] for row in rows), "checkpoints": rows}
 
 

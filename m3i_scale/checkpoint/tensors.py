@@ -95,7 +95,7 @@ class Index:
             for rank in range(start // share, math.ceil(end / share)):
                 yield even_piece(numel, rank, self.ranks)
 
-    def fault(self) -> str | None:
+    def error(self) -> str | None:
         """Return a description of an inconsistency; None if there is none."""
         keys = self.shapes.keys()
         if self.ranks < 1:
@@ -114,8 +114,8 @@ class Index:
 
     def write(self, path: Path) -> None:
         """Write the index; raise ValueError if pieces overlap, or do not cover a tensor."""
-        if fault := self.fault():
-            raise ValueError(fault)
+        if error := self.error():
+            raise ValueError(error)
         values = {"ranks": self.ranks, "shapes": self.shapes, "norms": self.norms, "pieces": self.listed}
         path.write_text(json.dumps(values), encoding="utf-8")
 
@@ -156,12 +156,12 @@ class SavedTensors:
             self._index = Index.read(self.folder / INDEX)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and checkpoint.exists():
-                raise self._fault("the checkpoint has no tensors that this version reads", INDEX) from None
+                raise self._error("the checkpoint has no tensors that this version reads", INDEX) from None
             raise self._unreadable(error, INDEX) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._fault(f"the index of the tensors cannot be read: {error}", INDEX) from None
-        if fault := self._index.fault():
-            raise self._fault(fault, INDEX)
+            raise self._error(f"the index of the tensors cannot be read: {error}", INDEX) from None
+        if error := self._index.error():
+            raise self._error(error, INDEX)
         self._shapes, self.norms = self._index.shapes, self._index.norms
         self._numbers = {key: number for number, key in enumerate(self._shapes)}
         self._headers: dict[str, tuple[int, array[int]]] = {}
@@ -177,7 +177,7 @@ class SavedTensors:
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a full tensor."""
         if key not in self._shapes:
-            raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
+            raise self._error(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
 
     def pieces(self, key: str) -> list[Piece]:
@@ -189,7 +189,7 @@ class SavedTensors:
         """Return the dtype in which a tensor is stored."""
         dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
         if len(dtypes) != 1:
-            raise self._fault(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
+            raise self._error(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
         return dtypes.pop()
 
     def whole(self, key: str) -> Tensor:
@@ -203,7 +203,7 @@ class SavedTensors:
         """Fill a flat tensor with the range that begins at `start`, cast to the dtype of `out`."""
         end, at = start + out.numel(), start
         if end > math.prod(self.shape(key)) or start < 0:
-            raise self._fault(f"'{key}' has no elements {start} to {end}", INDEX)
+            raise self._error(f"'{key}' has no elements {start} to {end}", INDEX)
         for first, numel, file in self._index.pieces(key, start, end):
             stop = min(first + numel, end)
             dtype, position = self._locate(key, file, numel)
@@ -218,10 +218,10 @@ class SavedTensors:
         at = 3 * self._numbers[key]
         number, first, last = places[at : at + 3]
         if number < 0:
-            raise self._fault(f"the file has no piece of '{key}'", file)
+            raise self._error(f"the file has no piece of '{key}'", file)
         dtype = _DTYPES[number]
         if first < 0 or last - first != numel * dtype.itemsize:  # reading would continue into the next piece
-            raise self._fault(f"the piece of '{key}' is not as long as the index says", file)
+            raise self._error(f"the piece of '{key}' is not as long as the index says", file)
         return dtype, begin + first
 
     def _read_file(self, file: str, position: int, dtype: torch.dtype, out: Tensor) -> None:
@@ -234,7 +234,7 @@ class SavedTensors:
                 while view:
                     count = opened.readinto(view)
                     if not count:
-                        raise self._fault("the file is shorter than its index says", file)
+                        raise self._error("the file is shorter than its index says", file)
                     view = view[count:]
         except OSError as error:
             raise self._unreadable(error, file) from None
@@ -256,7 +256,7 @@ class SavedTensors:
         except OSError as error:
             raise self._unreadable(error, file) from None
         except ValueError as error:
-            raise self._fault(f"not a safetensors file: {error}", file) from None
+            raise self._error(f"not a safetensors file: {error}", file) from None
         places = array("q", [-1]) * (3 * len(self._numbers))
         for key in header.keys() & self._numbers.keys():
             try:
@@ -271,5 +271,5 @@ class SavedTensors:
     def _unreadable(self, error: OSError, file: str) -> CheckpointError:
         return unreadable(self.folder.parent, f"{TENSORS}/{file}", error)
 
-    def _fault(self, what: str, file: str) -> CheckpointError:
+    def _error(self, what: str, file: str) -> CheckpointError:
         return CheckpointError(what, where=str(self.folder / file), fix="take another checkpoint of the run")

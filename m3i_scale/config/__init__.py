@@ -289,8 +289,8 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        fault = validation_error(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
-    raise fault
+        config_error = validation_error(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
+    raise config_error
 
 
 def valid_part(values: dict[str, Any], *, sections: bool = False) -> tuple[RunConfig | None, frozenset[str]]:
@@ -302,7 +302,7 @@ def valid_part(values: dict[str, Any], *, sections: bool = False) -> tuple[RunCo
         try:
             return RunConfig.model_validate(values), frozenset(faulty)
         except ValidationError as error:
-            places = [fault["loc"][:1] if sections else fault["loc"] for fault in error.errors()]
+            places = [detail["loc"][:1] if sections else detail["loc"] for detail in error.errors()]
         removed = {key for place in places if (key := _remove(values, place)) is not None}
         if not removed:
             return None, frozenset(faulty)

@@ -83,8 +83,8 @@ def parse_section(
     try:
         return kind.model_validate(values, context={"stored": stored, "imports": imports})
     except ValidationError as error:
-        fault = validation_error(kind, error, where if callable(where) else lambda place: where, values, below)
-    raise fault
+        config_error = validation_error(kind, error, where if callable(where) else lambda place: where, values, below)
+    raise config_error
 
 
 def validation_error(
@@ -94,14 +94,14 @@ def validation_error(
     was written. `below` is the key of the section in the config file."""
     error_of: dict[str, ConfigError] = {}
     details = error.errors()
-    for fault in details:
-        if fault["type"] == "missing" and _is_misspelt(fault["loc"], details):
+    for detail in details:
+        if detail["type"] == "missing" and _is_misspelt(detail["loc"], details):
             continue
-        key = ".".join(map(str, _without_branches(fault["loc"])))
-        error_of.setdefault(key, _explain(_Sections(kind, values), fault, where_of(fault["loc"]), below))
+        key = ".".join(map(str, _without_branches(detail["loc"])))
+        error_of.setdefault(key, _explain(_Sections(kind, values), detail, where_of(detail["loc"]), below))
     # Of the members of a union, the one that was parsed furthest has the most useful error.
-    faults = [fault for key, fault in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
-    return faults[0] if len(faults) == 1 else FaultsError(faults)
+    errors = [found for key, found in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
+    return errors[0] if len(errors) == 1 else FaultsError(errors)
 
 
 def reason_of(error: OSError | ValidationError) -> str:
@@ -113,23 +113,23 @@ def reason_of(error: OSError | ValidationError) -> str:
     return f"'{place}': {first['msg']}" if place else first["msg"]
 
 
-def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
+def _is_misspelt(missing: KeyPath, details: Sequence[Any]) -> bool:
     """Return whether a missing key is present under a misspelled name, which is reported instead."""
-    beside = [
-        str(fault["loc"][-1])
-        for fault in faults
-        if fault["type"] == "extra_forbidden" and fault["loc"][:-1] == missing[:-1]
+    unknown = [
+        str(detail["loc"][-1])
+        for detail in details
+        if detail["type"] == "extra_forbidden" and detail["loc"][:-1] == missing[:-1]
     ]
-    return bool(get_close_matches(str(missing[-1]), beside, n=1, cutoff=0.6))
+    return bool(get_close_matches(str(missing[-1]), unknown, n=1, cutoff=0.6))
 
 
 def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
     """Return where a key was set: the last override of it or of a part of it (secrets redacted), or the config file."""
-    fault = [str(part) for part in place]
+    parts = [str(part) for part in place]
     for override in reversed(overrides):
         key = override.partition("=")[0].split(".")
-        shorter = min(len(key), len(fault))
-        if key[:shorter] == fault[:shorter]:
+        shorter = min(len(key), len(parts))
+        if key[:shorter] == parts[:shorter]:
             return f"override {redact_text(override)}"
     return str(path)
 
@@ -171,25 +171,25 @@ def _part_of(value: Any, part: int | str) -> Any:
     return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
 
 
-def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigError:
-    loc = _without_branches(fault["loc"])
+def _explain(sections: _Sections, detail: Any, where: str, below: str) -> ConfigError:
+    loc = _without_branches(detail["loc"])
     key = ".".join([*([below] if below and loc else []), *map(str, loc)])
-    if fault["type"] == "extra_forbidden":
-        hint = _nearest(sections, fault["loc"])
+    if detail["type"] == "extra_forbidden":
+        hint = _nearest(sections, detail["loc"])
         return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
-    if fault["type"] == "missing":
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(sections.field_at(fault["loc"])))
-    if fault["type"] == "model_type":
-        section = sections.at(fault["loc"])
+    if detail["type"] == "missing":
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(sections.field_at(detail["loc"])))
+    if detail["type"] == "model_type":
+        section = sections.at(detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(fault['input']))}", where=where, fix=keys)
-    default = _default_of(sections.field_at(fault["loc"]))
+        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
+    default = _default_of(sections.field_at(detail["loc"]))
     fix = None if default is None else f"e.g. the default, {key}={default}"
-    if fault["type"] == "value_error":  # one of our rules: its message is complete
-        rule = fault["ctx"]["error"]
+    if detail["type"] == "value_error":  # one of our rules: its message is complete
+        rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {fault['msg']} (got {redact_text(repr(fault['input']))})", where=where, fix=fix)
+    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where, fix=fix)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:

@@ -161,7 +161,7 @@ def simulated() -> Iterator[None]:
         (load, "sum_of_squares", _sum_of_squares),
         (load, "load_file", _load_file),
         (probe, "read_probe", _read_probe),
-        (Index, "fault", lambda index: None),  # the pieces of other ranks are missing
+        (Index, "error", lambda index: None),  # the pieces of other ranks are missing
         (load, "_restore_random_states", lambda folder: None),
         (checkpointing, "merge_states", lambda states: {}),
         (metrics, "ThreadPoolExecutor", _LateFigures),

@@ -200,14 +200,14 @@ def test_verify_of_a_run_reads_all(run_dir: Path) -> None:
 
 
 def test_verify_passes_over_what_the_run_removes_meanwhile(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_faults = listing.find_faults
+    find_errors = listing.find_errors
 
     def removed(path: Path, **given: Any) -> Any:
         if path == at(run_dir, 2):
             shutil.rmtree(path)
-        return find_faults(path, **given)
+        return find_errors(path, **given)
 
-    monkeypatch.setattr(listing, "find_faults", removed)
+    monkeypatch.setattr(listing, "find_errors", removed)
     found = document("verify", run_dir)
     assert found["good"]
     assert [Path(row["checkpoint"]).name for row in found["checkpoints"]] == names(6, 4)
