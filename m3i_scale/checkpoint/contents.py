@@ -99,7 +99,9 @@ def _at(values: Any, *keys: str) -> Any:
     return values
 
 
-def diff_checkpoints(one: Path, other: Path, *, values: bool = False, advance: lambda size: None) -> dict[str, Any]:
+def diff_checkpoints(
+    one: Path, other: Path, *, values: bool = False, advance: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
     """Return the document of `checkpoint diff`; `advance` is called with the number of compared bytes of `one`."""
     metas = [read_meta(folder) for folder in (one, other)]
     facts = [{name: meta[name] for name in _COMPARED if name in meta} for meta in metas]
