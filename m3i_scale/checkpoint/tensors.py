@@ -180,14 +180,9 @@ class SavedTensors:
             raise self._error(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
 
-    def pieces(self, key: str) -> list[Piece]:
-        """Return (start, number of elements, file) of every piece of a tensor."""
-        self.shape(key)
-        return list(self._index.pieces(key))
-
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype in which a tensor is stored."""
-        dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
+        dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self._index.pieces(key)}
         if len(dtypes) != 1:
             raise self._error(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
         return dtypes.pop()
