@@ -17,8 +17,8 @@ from typing import Any
 from _faults_rank import Job, Kill, slay, start, warm_up
 
 from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_name, step_of
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import newest_good, verify
-from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import load_run
 from m3i_scale.engine.process_group import free_port
 
@@ -287,7 +287,7 @@ def weights(output: Path) -> str:
         raise RuntimeError(f"{folder} is of another step")
     digest = hashlib.sha256()
     for which in ("student", "ema"):
-        for name, tensor in sorted(load_weights(folder, which).items()):
+        for name, tensor in sorted(saved_weights(folder, which).items()):
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

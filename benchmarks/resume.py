@@ -24,8 +24,8 @@ from _common import emit, machine, say
 from _shards import TINY, make_shards
 
 from m3i_scale.checkpoint.layout import step_name
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import newest_good
-from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.engine.process_group import free_port
 
 STEPS = 24
@@ -140,7 +140,7 @@ def _weights(output: Path) -> str:
         raise RuntimeError(f"no good last checkpoint in {output}")
     digest = hashlib.sha256()
     for which in ("student", "ema"):
-        for name, tensor in sorted(load_weights(checkpoint, which).items()):
+        for name, tensor in sorted(saved_weights(checkpoint, which).items()):
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from m3i_scale.checkpoint.layout import INDEX, TENSORS
-from m3i_scale.checkpoint.tensors import Range, WrittenTensors, make_index, write_ranges
+from m3i_scale.checkpoint.stream import Range, WrittenTensors, make_index, write_ranges
 
 
 def write_as_ranks(

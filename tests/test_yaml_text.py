@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.config import load_run, read_yaml
-from m3i_scale.config.yaml_text import parse_yaml
+from m3i_scale.config.files import parse_yaml
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.setup import run_yaml
 

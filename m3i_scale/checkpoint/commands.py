@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import DownloadColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
+from m3i_scale.text import duration_text, short, size_text
+
+_SHOWN, _SHOWN_FILES = 20, 12
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
 Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
-One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest whole one is taken.")]
+One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest complete one is taken.")]
 
 
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")
@@ -27,13 +33,12 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List all checkpoints of a run: step, age, size, validity, metrics, and why each is kept."""
-    from m3i_scale.checkpoint.documents import root_of
+    from m3i_scale.checkpoint.layout import root_of
     from m3i_scale.checkpoint.listing import list_checkpoints
-    from m3i_scale.checkpoint.retention_checks import evaluations
-    from m3i_scale.checkpoint.tables import listing
+    from m3i_scale.checkpoint.retention import evaluations
 
     root = root_of(run)
-    _show(list_checkpoints(root, evaluations(root.absolute().parent), contents=verify), as_json, listing)
+    _show(list_checkpoints(root, evaluations(root.absolute().parent), contents=verify), as_json, _list_table)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")
@@ -43,13 +48,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
-    from m3i_scale.checkpoint.documents import named_checkpoints, verify_checkpoints
-    from m3i_scale.checkpoint.tables import verification
+    from m3i_scale.checkpoint.listing import named_checkpoints, verify_checkpoints
     from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
         document = verify_checkpoints(path, threads, advance)
-    _show(document, as_json, verification)
+    _show(document, as_json, _verify_lines)
     if not document["good"]:
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -57,10 +61,10 @@ def verify(
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint inspect /data/runs/first/checkpoints/step-00000100")
 def inspect(path: One, as_json: AsJson = False) -> None:
     """Show the contents of a checkpoint; reads headers and small files only."""
-    from m3i_scale.checkpoint.documents import checkpoint_or_newest, inspect_checkpoint
-    from m3i_scale.checkpoint.tables import inspection
+    from m3i_scale.checkpoint.contents import inspect_checkpoint
+    from m3i_scale.checkpoint.listing import checkpoint_or_newest
 
-    _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, inspection)
+    _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, _inspect_table)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint diff /data/runs/first /data/runs/second --values")
@@ -71,15 +75,14 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show the differences between two checkpoints: settings by field, data position, tensors."""
-    from m3i_scale.checkpoint.contents import tensors_of
-    from m3i_scale.checkpoint.documents import checkpoint_or_newest, diff_checkpoints
-    from m3i_scale.checkpoint.tables import comparison
+    from m3i_scale.checkpoint.contents import diff_checkpoints, tensors_of
+    from m3i_scale.checkpoint.listing import checkpoint_or_newest
 
     one, other = checkpoint_or_newest(a), checkpoint_or_newest(b)
     total = sum(stored.bytes for stored in tensors_of(one).values())
     with _bytes_bar(total, quiet=as_json or not values) as advance:
         document = diff_checkpoints(one, other, values=values, advance=advance)
-    _show(document, as_json, comparison)
+    _show(document, as_json, _diff_tables)
 
 
 @checkpoint_app.command(
@@ -95,13 +98,12 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
-    from m3i_scale.checkpoint.documents import root_of
-    from m3i_scale.checkpoint.pruning import prune_run, rules_given
-    from m3i_scale.checkpoint.tables import pruning
+    from m3i_scale.checkpoint.layout import root_of
+    from m3i_scale.checkpoint.listing import prune_run, rules_given
 
     root = root_of(run)
     rules, given_by = rules_given(root, keep_latest, keep_every, keep_best, max_gib)
-    _show(prune_run(root, rules, dry_run=dry_run) | {"rules_from": given_by}, as_json, pruning)
+    _show(prune_run(root, rules, dry_run=dry_run) | {"rules_from": given_by}, as_json, _prune_table)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint consolidate /data/runs/first --output /data/whole")
@@ -113,14 +115,11 @@ def consolidate(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a file: 5GB, 500MB; KB, MB, GB, TB as the Hub counts. Default: 5GB.")
     ] = None,
-    layout: Annotated[
-        str, typer.Option(help="safetensors; or what DeepSpeed reads: universal, deepspeed (zero_to_fp32).")
-    ] = "safetensors",
+    layout: Annotated[str, typer.Option(help="safetensors; or universal, which DeepSpeed loads.")] = "safetensors",
     as_json: AsJson = False,
 ) -> None:
     """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
     from m3i_scale.checkpoint.consolidate import consolidate as write
-    from m3i_scale.checkpoint.tables import consolidation
 
     document = write(
         path,
@@ -130,7 +129,7 @@ def consolidate(
         max_shard_size=max_shard_size,
         layout=cast(Any, layout),
     )
-    _show(document, as_json, consolidation)
+    _show(document, as_json, _consolidate_table)
 
 
 def _show(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Any]) -> None:
@@ -150,3 +149,158 @@ def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("read", total=total)
         yield lambda size: bar.advance(task, size)
+
+
+# ------------------------------------------------------------------ tables
+
+
+def _list_table(document: Mapping[str, Any]) -> RenderableType:
+    good = "good" if document["checked"] == "contents" else "good by sizes"
+    table = _table("checkpoint", "samples", "age", "size", good, "figures", "kept by")
+    for row in document["checkpoints"]:
+        name = Text(row["name"] + ("  ← latest" if row["latest"] else ""))
+        known = (
+            f"{key.removeprefix('evaluation/')} {float(row['metrics'][key]):.5g}" for key in _figures(document, row)
+        )
+        kept = Text(
+            "\n".join(row["kept_by"]) or ("" if document["rules"] is None else "nothing: goes at the next save")
+        )
+        samples = "?" if row["samples"] is None else f"{row['samples']:,}"
+        mark = Text("yes", "green") if row["good"] else Text("no", "bold red")
+        age = "?" if row["age_s"] is None else duration_text(row["age_s"])
+        table.add_row(name, samples, age, size_text(row["bytes"]), mark, Text("\n".join(known)), kept)
+    notes = [Text(f"{document['root']}: {len(document['checkpoints'])} checkpoints, {size_text(document['bytes'])}")]
+    if document["rules"] is None:
+        notes.append(Text("no run file beside them, so no rules are known", "yellow"))
+    for left in document["temporary"]:
+        text = f"{left['name']} ({size_text(left['bytes'])}): being written or removed, or left by a killed job"
+        notes.append(Text(text, "yellow"))
+    return Group(table, *notes)
+
+
+def _figures(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """Return the loss and the metric that selects the best checkpoint."""
+    best = (document["rules"] or {}).get("keep_best") or {}
+    wanted = {"evaluation/loss", best.get("metric")}
+    return [name for name in row["metrics"] if name in wanted]
+
+
+def _verify_lines(document: Mapping[str, Any]) -> RenderableType:
+    lines = []
+    for row in document["checkpoints"]:
+        if row["good"]:
+            lines.append(Text(f"{row['checkpoint']}: good", "green"))
+        for fault in row["faults"]:
+            lines.append(Text(f"{row['checkpoint']}/{fault['file']}: {fault['what']}", "bold red"))
+    return Group(*lines)
+
+
+def _inspect_table(document: Mapping[str, Any]) -> RenderableType:
+    facts = Table("", "", box=None, show_header=False)
+    shown = ("name", "step", "samples", "recipe", "backbone", "world_size", "zero_stage", "precision", "vocab_size")
+    for key in shown:
+        if document[key] is not None:
+            value = document[key]
+            facts.add_row(key.replace("_", " "), Text(f"{value:,}" if isinstance(value, int) else str(value)))
+    facts.add_row("size", size_text(document["bytes"]))
+    facts.add_row("data", Text("\n".join(_position_text(name, at) for name, at in document["data"].items())))
+    versions = document["versions"] or {}
+    facts.add_row("versions", Text(", ".join(f"{name} {number}" for name, number in versions.items()) or "not known"))
+    for fault in document["faults_by_size"]:
+        facts.add_row(Text("fault", "bold red"), Text(fault))
+    table = _table("kind", "tensors", "size", "types")
+    for kind, row in document["tensors"].items():
+        table.add_row(kind, f"{row['tensors']:,}", size_text(row["bytes"]), " ".join(row["dtypes"]))
+    return Group(Text(document["checkpoint"], "bold"), facts, table)
+
+
+def _position_text(name: str, at: Mapping[str, Any]) -> str:
+    passes = "" if at["passes"] is None else f", {at['passes']:.2f} passes"
+    bad = f", {at['bad']:,} of them bad" if at["bad"] else ""
+    return f"{name}: {at['read']:,} samples read{bad}; it has {at['samples']:,} in {at['shards']:,} shards{passes}"
+
+
+def _diff_tables(document: Mapping[str, Any]) -> RenderableType:
+    parts: list[RenderableType] = [Text(f"a: {document['a']}\nb: {document['b']}")]
+    for title in ("settings", "facts", "model", "data"):
+        if document[title]:
+            table = _table(title, "a", "b")
+            for row in document[title]:
+                table.add_row(Text(row["key"]), Text(short(row["a"], 60)), Text(short(row["b"], 60)))
+            parts.append(table)
+    parts += _tensors(document["tensors"])
+    if document["same"]:
+        compared = "" if "values" in document["tensors"] else " (values not compared: --values)"
+        parts.append(Text("no difference" + compared, "green"))
+    return Group(*parts)
+
+
+def _tensors(tensors: Mapping[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(f"{tensors['both']:,} tensors in both")]
+    for what in ("missing", "added"):
+        if tensors[what]:
+            parts.append(Text(f"{len(tensors[what])} {what} in b: {_some(tensors[what])}"))
+    for what in ("shape", "dtype"):
+        for name, (before, now) in list(tensors[what].items())[:_SHOWN]:
+            parts.append(Text(f"{what} of {name}: {before} → {now}"))
+        if len(tensors[what]) > _SHOWN:
+            parts.append(Text(f"… and {len(tensors[what]) - _SHOWN} more of another {what}"))
+    values = tensors.get("values", {})
+    apart = {name: found for name, found in values.items() if found.get("max_abs") != 0}
+    if values:
+        parts.append(Text(f"{len(values) - len(apart):,} of them with the same values"))
+    if apart:
+        table = _table("tensor", "max |b − a|", "‖b − a‖ / ‖a‖")
+        for name, found in sorted(apart.items(), key=_farthest_first)[:_SHOWN]:
+            if "not_compared" in found:
+                table.add_row(Text(name), found["not_compared"], "")
+            else:
+                table.add_row(Text(name), f"{float(found['max_abs']):.3g}", f"{float(found['relative']):.3g}")
+        parts.append(table)
+    if len(apart) > _SHOWN:
+        parts.append(Text(f"… and {len(apart) - _SHOWN} more, all of them with --json"))
+    return parts
+
+
+def _farthest_first(item: tuple[str, Mapping[str, Any]]) -> float:
+    relative = float(item[1].get("relative", "inf"))
+    return -math.inf if math.isnan(relative) else -relative
+
+
+def _prune_table(document: Mapping[str, Any]) -> RenderableType:
+    table = _table("checkpoint", "", "why")
+    for name, reasons in document["kept"].items():
+        table.add_row(name, Text("stays", "green"), Text("\n".join(reasons)))
+    for name in document["removed"]:
+        table.add_row(name, Text("would go" if document["dry_run"] else "removed", "red"), "no rule keeps it")
+    word = "would be freed" if document["dry_run"] else "freed"
+    rules = Text(f"rules, from {document['rules_from']}: {_rules(document['rules'])}")
+    return Group(rules, table, Text(f"{document['root']}: {size_text(document['bytes_removed'])} {word}"))
+
+
+def _consolidate_table(document: Mapping[str, Any]) -> RenderableType:
+    table = Table("", "")
+    for key, value in document.items():
+        if key != "files":
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    for file, count in list(document["files"].items())[:_SHOWN_FILES]:
+        table.add_row(file, f"{count:,} bytes")
+    if (more := len(document["files"]) - _SHOWN_FILES) > 0:
+        table.add_row(f"… and {more:,} more files", "")
+    return table
+
+
+def _rules(rules: Mapping[str, Any]) -> str:
+    best = rules["keep_best"]
+    values = {**rules, "keep_best": None if best is None else f"{best['metric']}:{best['mode']}:{best['count']}"}
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" … ({len(names)})" if len(names) > 8 else "")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=None, header_style="bold")
+    table.columns[0].no_wrap = True
+    return table

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, step_of, temporary_for
+from m3i_scale.checkpoint.layout import LATEST, REMOVED_PREFIX, TEMPORARY_PREFIX, temporary_for
 from m3i_scale.checkpoint.manifest import (
     Digest,
     digest_files,
@@ -76,8 +76,6 @@ def commit(
         extra: metadata for the manifest (step, world size, configuration hash, …); JSON.
         digests: digests of the files that the ranks hashed while writing. Other files are hashed here.
     """
-    if temporary.parent != final.parent or step_of(final) is None or not temporary.name.startswith(TEMPORARY_PREFIX):
-        raise ValueError(f"'{temporary}' and '{final}' are not .tmp-… and step-… in one folder")
     _check_not_valid(final)
     with write_guard(final.parent, temporary):
         _seal(temporary, extra, digests or {})
@@ -116,13 +114,6 @@ def discard(path: Path) -> None:
 def sweep(root: Path) -> list[Path]:
     """Remove partial checkpoints of killed jobs and leftovers of removed checkpoints from `root`, which may be missing;
     return the removed paths. The caller holds the lock of the output directory."""
-    if (root / LATEST).is_dir() and not (root / LATEST).is_symlink():
-        raise CheckpointError(
-            "'latest' is a folder",
-            where=str(root / LATEST),
-            why="it is the text file that names the newest checkpoint, so no save could be completed",
-            fix="move the folder out of there",
-        )
     leftovers = sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
     for path in leftovers:
         if path.name.startswith(REMOVED_PREFIX):  # may still have readers; see `discard`
@@ -145,18 +136,18 @@ def write_guard(
         yield
     except OSError as error:
         # Removed only after the message is made, which names the file and the free space before the removal.
-        fault = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
+        explained = explain(error, root, temporary=temporary, bytes_wanted=bytes_wanted)
         if remove_folder:
             with suppress(OSError):  # if this fails too, `sweep` removes it at the next start
                 remove(temporary)
-        raise fault from None
+        raise explained from None
 
 
 def explain(
     error: OSError, root: Path, *, temporary: Path | None = None, bytes_wanted: int | None = None
 ) -> CheckpointError:
     """Return the error of a failed write, with the file, required and free space, and the last valid checkpoint."""
-    where = str(error.filename or _last_written(temporary) or temporary or root)
+    where = str(error.filename or temporary or root)
     fix = "make the folder writable, or set output_dir to another one; then start the run again"
     if error.errno in _FULL:
         fix = "free space, lower checkpoint.keep_latest, or set output_dir to another disk; then start the run again"
@@ -208,13 +199,6 @@ def _check_not_valid(final: Path) -> None:
             where=str(final),
             fix="resume from it (checkpoint.resume=auto), or set another output_dir",
         )
-
-
-def _last_written(folder: Path | None) -> Path | None:
-    """Return the newest file, the one being written: errors of write(2) do not name it."""
-    if folder is None or not folder.is_dir():
-        return None
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_mtime_ns, default=None)
 
 
 def _last_good(root: Path) -> str:

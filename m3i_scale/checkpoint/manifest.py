@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from m3i_scale.checkpoint.layout import LATEST, MANIFEST, checkpoints, step_of
+from m3i_scale.checkpoint.layout import MANIFEST, checkpoints, step_of
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of, sha256_of_json, sync
 
@@ -30,7 +30,7 @@ class Digest:
 
 
 @dataclass(frozen=True)
-class FileFault:
+class FileError:
     """A verification error of a committed folder; `line` is the text for one line of output."""
 
     file: str
@@ -116,9 +116,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise torn from None
     if raw != rendered:  # rendering is deterministic, so any changed byte shows
         raise torn
-    for name in manifest.files:
-        if not _lies_below(name):
-            raise CheckpointError(f"the manifest names a file outside its folder: '{name}'", where=str(path))
     return manifest
 
 
@@ -131,12 +128,12 @@ def _render(manifest: Manifest) -> bytes:
 def verify(path: Path, *, contents: bool = True) -> list[str]:
     """Return the verification errors of a committed folder, one line each; [] if it is valid. `contents=False` compares
     names and sizes only, which misses a flipped bit."""
-    return [fault.line for fault in find_faults(path, contents=contents)]
+    return [error.line for error in find_errors(path, contents=contents)]
 
 
-def find_faults(
+def find_errors(
     path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
-) -> list[FileFault]:
+) -> list[FileError]:
     """Return the verification errors of a committed folder, file by file; [] if it is valid. See `verify`.
 
     `threads` files are read in parallel; `advance` is called with the bytes of every checked file, from any thread.
@@ -146,22 +143,22 @@ def find_faults(
         present = set(list_files(path))
     except CheckpointError as error:
         file = Path(error.where or path).relative_to(path).as_posix()
-        return [FileFault(file, error.what, error.what)]
+        return [FileError(file, error.what, error.what)]
     except OSError as error:
         what = f"the folder cannot be read: {error.strerror}"
-        return [FileFault(".", what, what)]
-    faults = list(_name_faults(path, manifest))
-    faults += [_fault_of(name, "missing") for name in sorted(manifest.files.keys() - present)]
-    faults += [_fault_of(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
+        return [FileError(".", what, what)]
+    errors = list(_name_errors(path, manifest))
+    errors += [_error_in(name, "missing") for name in sorted(manifest.files.keys() - present)]
+    errors += [_error_in(name, "not in the manifest") for name in sorted(present - manifest.files.keys())]
 
-    def verify_file(name: str) -> FileFault | None:
-        what = _file_fault(path / name, manifest.files[name], contents)
+    def verify_file(name: str) -> FileError | None:
+        what = _check_file(path / name, manifest.files[name], contents)
         advance(manifest.files[name].size)
-        return None if what is None else _fault_of(name, what)
+        return None if what is None else _error_in(name, what)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         results = pool.map(verify_file, sorted(present & manifest.files.keys()))
-        return faults + [fault for fault in results if fault is not None]
+        return errors + [error for error in results if error is not None]
 
 
 def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -169,41 +166,46 @@ def newest_good(root: Path, *, contents: bool = True) -> tuple[Path | None, list
     every byte of the returned checkpoint, so call it on one rank only; for False see `verify`."""
     passed_over: list[tuple[Path, str]] = []
     for path in checkpoints(root):
-        faults = verify(path, contents=contents)
-        if not faults:
+        errors = verify(path, contents=contents)
+        if not errors:
             return path, passed_over
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        passed_over.append((path, faults[0] + more))
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        passed_over.append((path, errors[0] + more))
     return None, passed_over
 
 
-def latest_fault(root: Path, good: Container[Path]) -> str | None:
-    """Return the error in `latest`; None if it is correct. It must name the newest checkpoint or, after a run has
-    fallen back, the newest of `good`, the valid ones."""
-    folders = checkpoints(root)
-    newest = next((path for path in folders if path in good), None)
-    names = [path.name for path in (*folders[:1], newest) if path is not None]
-    try:
-        content = (root / LATEST).read_bytes()
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if content in [f"{name}\n".encode() for name in names]:
-        return None
-    return f"names {content.decode(errors='replace').strip()!r}, and the newest checkpoint is {names[0]}"
+def resolve_checkpoint(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """Return the checkpoint at `path`, or the newest valid one of a run, after verifying every byte; and the newer ones
+    that were skipped, each with the reason."""
+    if step_of(path) is None and not (path / MANIFEST).is_file():
+        root = path if path.name == "checkpoints" else path / "checkpoints"
+        newest, skipped = newest_good(root)
+        if newest is None:
+            why = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in skipped)
+            raise CheckpointError(
+                "no good checkpoint here", where=str(root), why=why or None, fix="give a run's output_dir"
+            )
+        return newest, skipped
+    if errors := (verify(path) if path.is_dir() else ["there is no such folder"]):
+        raise CheckpointError(
+            f"the checkpoint does not verify: {errors[0]}",
+            where=str(path),
+            why=f"it has {len(errors)} errors, and its weights may be damaged",
+            fix="give the run's folder instead: its newest good checkpoint is taken",
+        )
+    return path, []
 
 
-def _name_faults(path: Path, manifest: Manifest) -> Iterator[FileFault]:
+def _name_errors(path: Path, manifest: Manifest) -> Iterator[FileError]:
     """Yield an error if a folder was copied or renamed to another step: a run would resume at the contained step and
     find the name in use when it saves."""
     named, held = step_of(path), manifest.extra.get("step")
     if named is not None and held is not None and named != held:
         what = f"the folder is named as step {named}, and holds step {held}"
-        yield FileFault(".", what, what)
+        yield FileError(".", what, what)
 
 
-def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
+def _check_file(path: Path, wanted: Digest, contents: bool) -> str | None:
     try:
         size = path.stat().st_size
         if size != wanted.size:
@@ -215,14 +217,8 @@ def _file_fault(path: Path, wanted: Digest, contents: bool) -> str | None:
     return None
 
 
-def _fault_of(name: str, what: str) -> FileFault:
-    return FileFault(name, what, f"{name}: {what}")
-
-
-def _lies_below(name: str) -> bool:
-    """Return whether a path is inside the folder and normalized, as returned by `list_files`."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "."
+def _error_in(name: str, what: str) -> FileError:
+    return FileError(name, what, f"{name}: {what}")
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from m3i_scale.checkpoint.stream import write_tensors
-from m3i_scale.data.batch import Batch, no_masks, no_objects, no_small_views
+from m3i_scale.data.batch import Batch
 from m3i_scale.engine.agree import from_rank, together
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.ranks import SingleProcess
@@ -72,12 +72,8 @@ def read_probe(folder: Path) -> Batch:
     """Read the samples of a checkpoint."""
     try:
         with safe_open(folder / FILE, framework="pt") as opened:
-            keys, saved = json.loads(opened.metadata()["keys"]), set(opened.keys())
-            tensors = {field.name: opened.get_tensor(field.name) for field in fields(Batch) if field.name in saved}
-            # Checkpoints of earlier versions lack these.
-            missing = {"masks_BHW": no_masks(len(keys)), "small_VBCHW": no_small_views(len(keys))}
-            missing |= no_objects(len(keys))
-            return Batch(**(missing | tensors), keys=keys)
+            keys = json.loads(opened.metadata()["keys"])
+            return Batch(**{name: opened.get_tensor(name) for name in opened.keys()}, keys=keys)  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the stored samples cannot be read: {error}",
@@ -89,15 +85,15 @@ def read_probe(folder: Path) -> Batch:
 def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: str) -> Batch | None:
     """Check that the stored samples have the same loss as when they were saved; return them, or None if there are none.
     Collective. `precision` is the run's, which may differ from the checkpoint's."""
-    wanted = meta.get("probe_loss")
-    if wanted is None:
+    saved_loss = meta.get("probe_loss")
+    if saved_loss is None:
         return None
     probe: Batch = together(lambda: read_probe(folder))
     loss = probe_loss(engine, probe)
     tolerance = TOLERANCE[precision] if meta.get("precision") == precision else OTHER_PRECISION_TOLERANCE
-    if not math.isclose(loss, wanted, rel_tol=tolerance, abs_tol=tolerance / 10):
+    if not math.isclose(loss, saved_loss, rel_tol=tolerance, abs_tol=tolerance / 10):
         raise CheckpointError(
-            f"what was loaded is not what was saved: the loss of {SAMPLES} stored samples was {wanted:.9g}, and is "
+            f"what was loaded is not what was saved: the loss of {SAMPLES} stored samples was {saved_loss:.9g}, and is "
             f"{loss:.9g}",
             where=str(folder),
             why="the weights are in other places, or the model computes something else than it did",
@@ -109,15 +105,14 @@ def check_probe(folder: Path, meta: dict[str, Any], engine: Any, *, precision: s
 @contextlib.contextmanager
 def _alone(module: nn.Module) -> Iterator[None]:
     """Compute losses without samples of other ranks."""
-    looking: list[Any] = [child for child in module.modules() if hasattr(child, "ranks")]
-    ranks = [child.ranks for child in looking]
-    for child in looking:
+    ranks_of: dict[Any, Any] = {child: child.ranks for child in module.modules() if hasattr(child, "ranks")}
+    for child in ranks_of:
         child.ranks = SingleProcess()
     try:
         yield
     finally:
-        for child, own in zip(looking, ranks, strict=True):
-            child.ranks = own
+        for child, ranks in ranks_of.items():
+            child.ranks = ranks
 
 
 def _first(batch: Batch, count: int) -> Batch:

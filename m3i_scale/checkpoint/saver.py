@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from m3i_scale.checkpoint.commit import begin, commit, write_guard
 from m3i_scale.checkpoint.host_copies import HostCopies
-from m3i_scale.checkpoint.index import Index
 from m3i_scale.checkpoint.layout import BUFFERS, INDEX, TENSORS
 from m3i_scale.checkpoint.manifest import Digest, digest_files
-from m3i_scale.checkpoint.stream import write_tensors
-from m3i_scale.checkpoint.tensors import AVERAGE, Range, WrittenTensors, make_index, write_ranges
+from m3i_scale.checkpoint.stream import Range, WrittenTensors, make_index, write_ranges, write_tensors
+from m3i_scale.checkpoint.tensors import AVERAGE, Index
 from m3i_scale.engine.agree import from_rank_0, gather_on_rank_0, sum_over_ranks, together
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.deepspeed.rules import BYTES, precision, state_bytes
 from m3i_scale.engine.engine_state import MASTER, bytes_per_parameter, counters, moment_kinds, pieces, trained
 from m3i_scale.engine.partition import full_numel, full_shape, local_range, local_shard, saved_frozen
 from m3i_scale.files import write_json
+from m3i_scale.objective.information import role_of
 
 Result = TypeVar("Result")
 
@@ -247,16 +247,9 @@ def checkpoint_bytes(engine: Any, ema: ShardedEma | None) -> int:
 def expected_bytes(objective: nn.Module, config: dict[str, Any]) -> int:
     """Return `checkpoint_bytes` from the complete model, e.g. on `meta`, and the resolved DeepSpeed config, without an
     engine."""
-    (master, moment), compute = state_bytes(config), BYTES[precision(config)]
-    total = 0
-    for name, parameter in objective.named_parameters():
-        if name.startswith("momentum."):
-            size = 4
-        elif name.startswith("teachers."):
-            size = 0
-        else:
-            size = master + 2 * moment if parameter.requires_grad else compute
-        total += size * parameter.numel()
+    master, moment = state_bytes(config)
+    sizes = {"trained": master + 2 * moment, "momentum": 4, "teacher": 0, "frozen": BYTES[precision(config)]}
+    total = sum(sizes[role_of(name, parameter)] * parameter.numel() for name, parameter in objective.named_parameters())
     return total + sum(buffer.nbytes for buffer in buffers_of(objective).values())
 
 

@@ -1,4 +1,4 @@
-"""Streaming writer of safetensors files, with hash.
+"""Streaming writer of safetensors files, and of the pieces that a rank contributes to a checkpoint.
 
 The library's writer needs all tensors of a file in memory, holds the GIL while writing, and would require a second read
 for the hash.
@@ -11,33 +11,23 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from m3i_scale.checkpoint.layout import TENSORS
 from m3i_scale.checkpoint.manifest import Digest
+from m3i_scale.checkpoint.tensors import NAMES, Index, Piece, even_piece, file_name
+from m3i_scale.engine.split_float import join
 from m3i_scale.files import sync
 
-DTYPES = {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes by their safetensors names, the widest first."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FILE_BYTES = 2 * 2**30
+"""Approximate size of one file: verification hashes several files in parallel."""
+_SUMMED_ELEMENTS = 1 << 18
+"""Elements converted to fp64 at a time: 2 MiB, which stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -116,3 +106,116 @@ def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)  # write(2) may write only a part
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A piece to write."""
+
+    key: str
+    """`kind/name`."""
+    start: int
+    """Start in the flattened tensor."""
+    parts: tuple[Tensor, ...]
+    """The flat piece, or its two halves as made by `split_float`; live tensors or copies."""
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.parts[0].numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype in the file."""
+        return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
+
+    def read(self) -> Tensor:
+        """Return the values of the piece."""
+        return join(*self.parts) if len(self.parts) == 2 else self.parts[0].detach()
+
+
+@dataclass
+class WrittenTensors:
+    """Files, pieces and norms that a rank has written; pieces and squares by key."""
+
+    digests: dict[str, Digest] = field(default_factory=dict)
+    """By path relative to the checkpoint's folder."""
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    """Sums of squares over this rank's pieces."""
+
+    def is_even(self, key: str, shape: Sequence[int], rank: int, ranks: int) -> bool:
+        """Return whether `rank`, which wrote this, wrote exactly its even share of a tensor."""
+        even = even_piece(math.prod(shape), rank, ranks)
+        return self.pieces.get(key, []) == ([even] if even[1] else [])
+
+
+@torch.no_grad()
+def sum_of_squares(flat: Tensor) -> float:
+    """Return Σ x² of a flat tensor, in fp64; the sums of its pieces add up."""
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for block in flat.split(_SUMMED_ELEMENTS if flat.device.type == "cpu" else 16 * _SUMMED_ELEMENTS):
+        wide = block.to(torch.float64)
+        total += torch.dot(wide, wide)
+    return float(total)
+
+
+def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> WrittenTensors:
+    """Write this rank's pieces into the checkpoint `folder`, sync them to disk and hash them while writing."""
+    (folder / TENSORS).mkdir(exist_ok=True)
+    written = WrittenTensors()
+    for number, part in enumerate(_files_of(ranges)):
+        path = folder / TENSORS / file_name(rank, number)
+        # A still running rank of an earlier job may write under this name: one of the two must fail.
+        path.touch(exist_ok=False)
+        streamed = [Streamed(piece.key, piece.dtype, (piece.numel,), _counted(piece, written)) for piece in part]
+        starts = json.dumps({piece.key: piece.start for piece in part})
+        written.digests[f"{TENSORS}/{path.name}"] = write_safetensors(path, streamed, {"starts": starts})
+        for piece in part:
+            written.pieces.setdefault(piece.key, []).append((piece.start, piece.numel, path.name))
+    return written
+
+
+def make_index(
+    shapes: Mapping[str, tuple[int, ...]],
+    squares: Sequence[float],
+    ranks: int,
+    uneven: Sequence[str],
+    pieces: Sequence[Mapping[str, Sequence[Piece]]],
+) -> Index:
+    """Return the index of the pieces of all ranks.
+
+    Args:
+        shapes: shapes of the full tensors, by key.
+        squares: sums of squares over all ranks, in the order of `shapes`.
+        ranks: number of ranks.
+        uneven: keys of the tensors that are not divided evenly over the ranks.
+        pieces: every rank's pieces of these tensors, by key.
+    """
+    norms = {key: math.sqrt(total) for key, total in zip(shapes, squares, strict=True)}
+    listed = {key: sorted(piece for of_rank in pieces for piece in of_rank.get(key, ())) for key in uneven}
+    return Index(shapes, norms, ranks, listed)
+
+
+def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
+    part: list[Range] = []
+    size = 0
+    for piece in ranges:
+        if size >= FILE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(piece)
+        size += piece.numel * piece.dtype.itemsize
+    if part:
+        yield part
+
+
+def _counted(piece: Range, written: WrittenTensors) -> Callable[[], tuple[Tensor]]:
+    """Return a reader of the piece that also adds its sum of squares to `written`."""
+
+    def blocks() -> tuple[Tensor]:
+        tensor = piece.read()
+        written.squares[piece.key] = written.squares.get(piece.key, 0.0) + sum_of_squares(tensor.view(-1))
+        return (tensor,)
+
+    return blocks

@@ -2,12 +2,15 @@
 
 tensors/
   rank-00000-00000.safetensors …   pieces of rank 0, file 0 …; keys are `kind/name`
-  index.json                       shapes, norms, and the positions of the pieces (index.py)
+  index.json                       shapes, norms, and the positions of the pieces
 
 A key is a kind and the parameter's name: `weight/…` (fp32 or bf16 master weights, and frozen weights in the compute
 dtype), `exp_avg/…`, `exp_avg_sq/…` (moments) or `average/…` (EMA target). A piece is a range of the flattened tensor,
-so a checkpoint does not depend on the number of ranks that read it. Memory never holds a complete file. The safetensors
-reader is not used because it maps files; if a disk fails under a map, the process ends silently.
+so a checkpoint does not depend on the number of ranks that read it.
+
+If every rank has an even share of a tensor, as under ZeRO-3, its pieces follow from its size and the number of ranks.
+They are not listed: tensors × ranks entries would be hundreds of megabytes at a thousand ranks. Stages 1 and 2 cut
+concatenated tensors into a few pieces per rank, which are listed.
 """
 
 from __future__ import annotations
@@ -15,145 +18,137 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from m3i_scale.checkpoint.index import Index, Piece, even_piece, file_name
 from m3i_scale.checkpoint.layout import INDEX, TENSORS, unreadable
-from m3i_scale.checkpoint.manifest import Digest
-from m3i_scale.checkpoint.stream import DTYPES, Streamed, write_safetensors
-from m3i_scale.engine.split_float import join
 from m3i_scale.errors import CheckpointError
+from m3i_scale.files import read_json
 
 AVERAGE = "average"
 """Kind of the EMA target's tensors."""
-FILE_BYTES = 2 * 2**30
-"""Approximate size of one file: verification hashes several files in parallel."""
-_SUMMED_ELEMENTS = 1 << 18
-"""Elements converted to fp64 at a time: 2 MiB, which stay in the cache of a core."""
-_MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by their safetensors names, the widest first."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _DTYPES = list(DTYPES.values())
+_MAX_HEADER_BYTES = 100_000_000
+Piece = tuple[int, int, str]
+"""Start in the flattened tensor, number of elements, and file."""
+
+
+def file_name(rank: int, number: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}-{number:05d}.safetensors"
+
+
+def even_piece(numel: int, rank: int, ranks: int) -> Piece:
+    """Return a rank's share of an evenly divided tensor of `numel` elements; the share may be empty."""
+    share = math.ceil(numel / ranks)
+    start = min(share * rank, numel)
+    return start, min(share, numel - start), file_name(rank, 0)
 
 
 @dataclass(frozen=True)
-class Range:
-    """A piece to write."""
+class Index:
+    """The contents of `index.json`; the mappings are by key."""
 
-    key: str
-    """`kind/name`."""
-    start: int
-    """Start in the flattened tensor."""
-    parts: tuple[Tensor, ...]
-    """The flat piece, or its two halves as made by `split_float`; live tensors or copies."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of full tensors."""
+    norms: Mapping[str, float]
+    ranks: int
+    """Number of ranks that wrote the checkpoint."""
+    listed: Mapping[str, Sequence[Piece]]
+    """Sorted pieces of the tensors that are not divided evenly."""
 
-    @property
-    def numel(self) -> int:
-        """Return the number of elements."""
-        return self.parts[0].numel()
+    def pieces(self, key: str, start: int = 0, end: int | None = None) -> Iterator[Piece]:
+        """Yield the pieces of a tensor that overlap [start, end), in order."""
+        numel = math.prod(self.shapes[key])
+        end = numel if end is None else end
+        if key in self.listed:
+            pieces = self.listed[key]
+            for piece in pieces[max(bisect_right(pieces, start, key=lambda piece: piece[0]) - 1, 0) :]:
+                if piece[0] >= end:
+                    return
+                if start < piece[0] + piece[1]:
+                    yield piece
+        elif start < end:
+            share = math.ceil(numel / self.ranks)
+            for rank in range(start // share, math.ceil(end / share)):
+                yield even_piece(numel, rank, self.ranks)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype in the file."""
-        return torch.float32 if len(self.parts) == 2 else self.parts[0].dtype
+    def error(self) -> str | None:
+        """Return a description of an inconsistency; None if there is none."""
+        keys = self.shapes.keys()
+        if self.ranks < 1:
+            return f"the number of ranks must be at least 1, got {self.ranks}"
+        if wrong := (keys ^ self.norms.keys()) | (self.listed.keys() - keys):
+            return f"'{min(wrong)}' has no shape or no norm"
+        for key, shape in self.shapes.items():
+            pieces = self.listed.get(key, ())
+            if min(shape, default=0) < 0 or any(numel < 0 for _, numel, _ in pieces):
+                return f"'{key}' has a size below zero"
+            if key in self.listed and (gap := _gap(pieces, math.prod(shape))):
+                return f"the pieces of '{key}' {gap}"
+            if any(Path(file).name != file for _, _, file in pieces):
+                return f"a piece of '{key}' lies outside the folder"
+        return None
 
-    def read(self) -> Tensor:
-        """Return the values of the piece."""
-        return join(*self.parts) if len(self.parts) == 2 else self.parts[0].detach()
+    def write(self, path: Path) -> None:
+        """Write the index; raise ValueError if pieces overlap, or do not cover a tensor."""
+        if error := self.error():
+            raise ValueError(error)
+        values = {"ranks": self.ranks, "shapes": self.shapes, "norms": self.norms, "pieces": self.listed}
+        path.write_text(json.dumps(values), encoding="utf-8")
 
-
-@dataclass
-class WrittenTensors:
-    """Files, pieces and norms that a rank has written; pieces and squares by key."""
-
-    digests: dict[str, Digest] = field(default_factory=dict)
-    """By path relative to the checkpoint's folder."""
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    squares: dict[str, float] = field(default_factory=dict)
-    """Sums of squares over this rank's pieces."""
-
-    def is_even(self, key: str, shape: Sequence[int], rank: int, ranks: int) -> bool:
-        """Return whether `rank`, which wrote this, wrote exactly its even share of a tensor."""
-        even = even_piece(math.prod(shape), rank, ranks)
-        return self.pieces.get(key, []) == ([even] if even[1] else [])
-
-
-@torch.no_grad()
-def sum_of_squares(flat: Tensor) -> float:
-    """Return Σ x² of a flat tensor, in fp64; the sums of its pieces add up."""
-    total = torch.zeros((), dtype=torch.float64, device=flat.device)
-    for block in flat.split(_SUMMED_ELEMENTS if flat.device.type == "cpu" else 16 * _SUMMED_ELEMENTS):
-        wide = block.to(torch.float64)
-        total += torch.dot(wide, wide)
-    return float(total)
-
-
-def write_ranges(folder: Path, ranges: Sequence[Range], rank: int) -> WrittenTensors:
-    """Write this rank's pieces into the checkpoint `folder`, sync them to disk and hash them while writing."""
-    (folder / TENSORS).mkdir(exist_ok=True)
-    written = WrittenTensors()
-    for number, part in enumerate(_files_of(ranges)):
-        path = folder / TENSORS / file_name(rank, number)
-        # A still running rank of an earlier job may write under this name: one of the two must fail.
-        path.touch(exist_ok=False)
-        streamed = [Streamed(piece.key, piece.dtype, (piece.numel,), _counted(piece, written)) for piece in part]
-        starts = json.dumps({piece.key: piece.start for piece in part})
-        written.digests[f"{TENSORS}/{path.name}"] = write_safetensors(path, streamed, {"starts": starts})
-        for piece in part:
-            written.pieces.setdefault(piece.key, []).append((piece.start, piece.numel, path.name))
-    return written
-
-
-def make_index(
-    shapes: Mapping[str, tuple[int, ...]],
-    squares: Sequence[float],
-    ranks: int,
-    uneven: Sequence[str],
-    pieces: Sequence[Mapping[str, Sequence[Piece]]],
-) -> Index:
-    """Return the index of the pieces of all ranks.
-
-    Args:
-        shapes: shapes of the full tensors, by key.
-        squares: sums of squares over all ranks, in the order of `shapes`.
-        ranks: number of ranks.
-        uneven: keys of the tensors that are not divided evenly over the ranks.
-        pieces: every rank's pieces of these tensors, by key.
-    """
-    norms = {key: math.sqrt(total) for key, total in zip(shapes, squares, strict=True)}
-    listed = {key: sorted(piece for of_rank in pieces for piece in of_rank.get(key, ())) for key in uneven}
-    return Index(shapes, norms, ranks, listed)
+    @classmethod
+    def read(cls, path: Path) -> Index:
+        """Read an index. Invalid contents raise ValueError, KeyError, TypeError or AttributeError."""
+        values = read_json(path)
+        return cls(
+            {str(key): tuple(int(size) for size in shape) for key, shape in values["shapes"].items()},
+            {str(key): float(norm) for key, norm in values["norms"].items()},
+            int(values["ranks"]),
+            {
+                str(key): [(int(start), int(numel), str(file)) for start, numel, file in pieces]
+                for key, pieces in values["pieces"].items()
+            },
+        )
 
 
-def _files_of(ranges: Sequence[Range]) -> Iterator[list[Range]]:
-    part: list[Range] = []
-    size = 0
-    for piece in ranges:
-        if size >= FILE_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(piece)
-        size += piece.numel * piece.dtype.itemsize
-    if part:
-        yield part
-
-
-def _counted(piece: Range, written: WrittenTensors) -> Callable[[], tuple[Tensor]]:
-    """Return a reader of the piece that also adds its sum of squares to `written`."""
-
-    def blocks() -> tuple[Tensor]:
-        tensor = piece.read()
-        written.squares[piece.key] = written.squares.get(piece.key, 0.0) + sum_of_squares(tensor.view(-1))
-        return (tensor,)
-
-    return blocks
+def _gap(pieces: Sequence[Piece], numel: int) -> str | None:
+    """Return the error in sorted pieces; None if they cover the tensor."""
+    at = 0
+    for start, count, _ in pieces:
+        if start != at:
+            return f"do not join at element {at}"
+        at = start + count
+    return None if at == numel else f"make up {at} elements of {numel}"
 
 
 class SavedTensors:
-    """Tensors of a checkpoint that passes `verify`, read lazily, in full or by range."""
+    """Tensors of a checkpoint that passes `verify`, read lazily, in full or by range.
+
+    The safetensors reader is not used because it maps files; if a disk fails under a map, the process ends silently.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         self.folder = checkpoint / TENSORS
@@ -161,12 +156,12 @@ class SavedTensors:
             self._index = Index.read(self.folder / INDEX)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and checkpoint.exists():
-                raise self._fault("the checkpoint has no tensors that this version reads", INDEX) from None
+                raise self._error("the checkpoint has no tensors that this version reads", INDEX) from None
             raise self._unreadable(error, INDEX) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._fault(f"the index of the tensors cannot be read: {error}", INDEX) from None
-        if fault := self._index.fault():
-            raise self._fault(fault, INDEX)
+            raise self._error(f"the index of the tensors cannot be read: {error}", INDEX) from None
+        if error := self._index.error():
+            raise self._error(error, INDEX)
         self._shapes, self.norms = self._index.shapes, self._index.norms
         self._numbers = {key: number for number, key in enumerate(self._shapes)}
         self._headers: dict[str, tuple[int, array[int]]] = {}
@@ -182,19 +177,14 @@ class SavedTensors:
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a full tensor."""
         if key not in self._shapes:
-            raise self._fault(f"the checkpoint has no tensor '{key}'", INDEX)
+            raise self._error(f"the checkpoint has no tensor '{key}'", INDEX)
         return self._shapes[key]
-
-    def pieces(self, key: str) -> list[Piece]:
-        """Return (start, number of elements, file) of every piece of a tensor."""
-        self.shape(key)
-        return list(self._index.pieces(key))
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype in which a tensor is stored."""
-        dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self.pieces(key)}
+        dtypes = {self._locate(key, file, numel)[0] for _, numel, file in self._index.pieces(key)}
         if len(dtypes) != 1:
-            raise self._fault(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
+            raise self._error(f"the pieces of '{key}' have {len(dtypes)} types", INDEX)
         return dtypes.pop()
 
     def whole(self, key: str) -> Tensor:
@@ -208,7 +198,7 @@ class SavedTensors:
         """Fill a flat tensor with the range that begins at `start`, cast to the dtype of `out`."""
         end, at = start + out.numel(), start
         if end > math.prod(self.shape(key)) or start < 0:
-            raise self._fault(f"'{key}' has no elements {start} to {end}", INDEX)
+            raise self._error(f"'{key}' has no elements {start} to {end}", INDEX)
         for first, numel, file in self._index.pieces(key, start, end):
             stop = min(first + numel, end)
             dtype, position = self._locate(key, file, numel)
@@ -223,10 +213,10 @@ class SavedTensors:
         at = 3 * self._numbers[key]
         number, first, last = places[at : at + 3]
         if number < 0:
-            raise self._fault(f"the file has no piece of '{key}'", file)
+            raise self._error(f"the file has no piece of '{key}'", file)
         dtype = _DTYPES[number]
         if first < 0 or last - first != numel * dtype.itemsize:  # reading would continue into the next piece
-            raise self._fault(f"the piece of '{key}' is not as long as the index says", file)
+            raise self._error(f"the piece of '{key}' is not as long as the index says", file)
         return dtype, begin + first
 
     def _read_file(self, file: str, position: int, dtype: torch.dtype, out: Tensor) -> None:
@@ -239,7 +229,7 @@ class SavedTensors:
                 while view:
                     count = opened.readinto(view)
                     if not count:
-                        raise self._fault("the file is shorter than its index says", file)
+                        raise self._error("the file is shorter than its index says", file)
                     view = view[count:]
         except OSError as error:
             raise self._unreadable(error, file) from None
@@ -261,7 +251,7 @@ class SavedTensors:
         except OSError as error:
             raise self._unreadable(error, file) from None
         except ValueError as error:
-            raise self._fault(f"not a safetensors file: {error}", file) from None
+            raise self._error(f"not a safetensors file: {error}", file) from None
         places = array("q", [-1]) * (3 * len(self._numbers))
         for key in header.keys() & self._numbers.keys():
             try:
@@ -276,5 +266,5 @@ class SavedTensors:
     def _unreadable(self, error: OSError, file: str) -> CheckpointError:
         return unreadable(self.folder.parent, f"{TENSORS}/{file}", error)
 
-    def _fault(self, what: str, file: str) -> CheckpointError:
+    def _error(self, what: str, file: str) -> CheckpointError:
         return CheckpointError(what, where=str(self.folder / file), fix="take another checkpoint of the run")

@@ -6,10 +6,11 @@ overridden on the command line as `section.key=value`. Unknown keys are errors.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from typing_extensions import Self
 
 from m3i_scale import defaults
@@ -20,17 +21,25 @@ from m3i_scale.config.files import (
     known_protocols,
     known_recipes,
     known_runs,
+    read_yaml,
     resource_folder,
     run_values,
 )
-from m3i_scale.config.guard import GuardConfig, SpikeConfig
-from m3i_scale.config.limits import MAX_BATCH, MAX_CAPTION_TOKENS, MAX_WAIT_S
-from m3i_scale.config.schedules import Cosine, MultiStep, Schedule
+from m3i_scale.config.limits import MAX_CAPTION_TOKENS
+from m3i_scale.config.optim import OptimConfig, Stage
+from m3i_scale.config.run_control import (
+    CheckpointConfig,
+    EvaluationConfig,
+    GuardConfig,
+    HardwareConfig,
+    KeepBestConfig,
+    LogConfig,
+    RetentionConfig,
+    SpikeConfig,
+    TimeoutsConfig,
+)
 from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, WrittenPath, is_stored
-from m3i_scale.config.stages import Stage
-from m3i_scale.config.yaml_text import read_yaml
 from m3i_scale.tasks.base import Protocol, Task
-from m3i_scale.text import GIB
 from m3i_scale.upgrade import upgrade_config
 
 __all__ = [
@@ -64,9 +73,8 @@ __all__ = [
     "read_yaml",
     "resource_folder",
     "run_values",
+    "valid_part",
 ]
-
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class BackboneConfig(Section):
@@ -112,189 +120,6 @@ class TextConfig(Section):
     """Tokenizer folder or Hub id. Default: the `tokenizer/` folder that `shards make` wrote next to the shards."""
     max_tokens: int = Field(default=defaults.MAX_TOKENS, ge=4, le=MAX_CAPTION_TOKENS)
     """Maximum caption length in tokens. Longer captions are truncated."""
-
-
-class OptimConfig(Section):
-    """Settings of the AdamW optimizer, gradient clipping and the learning-rate schedule."""
-
-    batch_size: int = Field(default=4096, ge=1, le=MAX_BATCH)
-    """Global batch size: samples per optimizer step over all ranks."""
-    micro_batch_size: int = Field(default=32, ge=1, le=MAX_BATCH)
-    """Per-device batch size. batch_size = micro_batch_size × gradient accumulation steps × ranks."""
-    steps: int = Field(default=100_000, ge=1)
-    """Number of optimizer steps of the run."""
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate. It is used unchanged: no scaling rule is applied."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Final learning rate of the schedule."""
-    layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Layer-wise learning-rate decay: each backbone layer's learning rate is this factor times the next layer's.
-    Decoders, heads and text encoder use the full rate. For recipes only; tasks use `task.layer_decay`."""
-    schedule: Schedule = Field(default_factory=Cosine)
-    """Learning-rate schedule: cosine (after the warm-up) | {kind: poly, power: 1.0} (mmcv, over all steps) |
-    {kind: multi_step, milestones: [8000, 9000], gamma: 0.1}."""
-    warmup_steps: int = Field(default=2_500, ge=0)
-    """Steps of linear warm-up. Default: 2,500, or a tenth of `steps` for runs of at most 2,500 steps."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled weight decay of matrices. Biases, norms and other vectors are not decayed."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of AdamW's first and second moment (β₁, β₂)."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's ε, added to the square root of the second moment."""
-    momentum_correction: bool = True
-    """Adam bias correction of the first moment: divide it by 1 − β₁ᵗ in step t. false: multiply the learning rate by
-    that factor, which undoes the correction. Together with an eps far above the second moment, false
-    gives SGD with momentum (docs/downstream.md)."""
-    clip_grad_norm: float = Field(default=1.0, ge=0)
-    """Maximum global gradient norm. 0 disables clipping."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_warmup(cls, values: Any) -> Any:
-        """Default to a shorter warm-up in short runs, so that setting `steps` alone is enough."""
-        if not isinstance(values, dict) or "warmup_steps" in values:
-            return values
-        try:
-            steps = int(values["steps"])
-        except (KeyError, TypeError, ValueError, OverflowError):  # `steps` itself is reported by its field
-            return values
-        if steps > cls.model_fields["warmup_steps"].default:
-            return values
-        return {**values, "warmup_steps": max(steps // 10, 0)}
-
-    # Rules about two fields belong to the later field: a model validator would only run if all fields were valid.
-    @field_validator("warmup_steps")
-    @classmethod
-    def _warms_up_within_the_run(cls, warmup_steps: int, info: ValidationInfo) -> int:
-        steps = info.data.get("steps")
-        if steps is not None and warmup_steps >= steps:
-            raise FixableError(
-                f"warmup_steps ({warmup_steps}) must be less than steps ({steps})",
-                f"optim.warmup_steps={steps // 10}, or leave it out",
-            )
-        return warmup_steps
-
-    @field_validator("schedule")
-    @classmethod
-    def _falls_within_the_run(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
-        steps = info.data.get("steps")
-        if steps is not None and isinstance(schedule, MultiStep) and schedule.milestones[-1] >= steps:
-            raise FixableError(
-                f"the milestone {schedule.milestones[-1]} has no effect: the run has {steps} steps",
-                f"optim.schedule.milestones below {steps}",
-            )
-        return schedule
-
-    @field_validator("min_lr")
-    @classmethod
-    def _rate_falls(cls, min_lr: float, info: ValidationInfo) -> float:
-        lr = info.data.get("lr")
-        if lr is not None and min_lr > lr and not is_stored(info):
-            raise FixableError(
-                f"min_lr ({min_lr:g}) is above lr ({lr:g}): the rate would rise to the end",
-                f"optim.min_lr={lr / 100:g}, or 0, the default",
-            )
-        return min_lr
-
-
-class KeepBestConfig(Section):
-    """Rule that retains the best checkpoints by a metric on data.validation."""
-
-    metric: str
-    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
-    mode: Literal["min", "max"] = "min"
-    """Whether lower (min) or higher (max) values are better."""
-    count: int = Field(default=1, ge=1)
-    """Number of best checkpoints to keep."""
-
-
-class RetentionConfig(Section):
-    """Checkpoint retention rules. A checkpoint is kept if any rule selects it, within `max_gib`."""
-
-    keep_latest: int = Field(default=2, ge=1)
-    """Number of latest checkpoints to keep. A save deletes others, unless another rule keeps them."""
-    keep_every_steps: int | None = Field(default=None, ge=1)
-    """Keep every checkpoint with a step that is a multiple of this. Default: off."""
-    keep_best: KeepBestConfig | None = None
-    """Keep the checkpoints with the best evaluation metric at their step. Default: off."""
-    max_gib: float | None = Field(default=None, gt=0)
-    """Maximum total size of all checkpoints in GiB. It overrides the other rules, but the latest valid checkpoint is
-    always kept. Default: no limit."""
-
-    @property
-    def max_bytes(self) -> int | None:
-        """Return `max_gib` in bytes, or None if there is no limit."""
-        return None if self.max_gib is None else max(1, int(self.max_gib * GIB))
-
-
-class CheckpointConfig(RetentionConfig):
-    """Settings for saving, retaining and resuming from checkpoints."""
-
-    every_steps: int = Field(default=1_000, ge=1)
-    """Save a checkpoint every N optimizer steps, and at the end of the run."""
-    background: bool = True
-    """Save asynchronously from a copy in CPU memory while training continues. false: training waits, without a copy."""
-    probe: bool = True
-    """Save two samples with their loss and recompute the loss on resume to verify the weights. Costs a forward pass."""
-    resume: Annotated[str, InHome] = "auto"
-    """auto: resume from the latest valid checkpoint of output_dir, if any. never: fail if there is one. Or a path."""
-
-
-class LogConfig(Section):
-    """Settings of loggers and pictures. metrics.jsonl is always written."""
-
-    every_steps: int = Field(default=10, ge=1)
-    """Reduce metrics over the ranks and log them every N optimizer steps."""
-    progress: bool = True
-    """Progress bar on rank 0, or plain lines if the output is not a terminal."""
-    tensorboard: bool = False
-    """Write event files to output_dir/tensorboard (requires the `tensorboard` package)."""
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases mode (requires the `wandb` package)."""
-    pictures_every_steps: int = Field(default=0, ge=0)
-    """Draw the same samples every N optimizer steps, and at the first and last step (docs/pictures.md). 0: never."""
-    picture_samples: int = Field(default=8, ge=4, le=8)
-    """Number of samples in the pictures."""
-
-    @model_validator(mode="after")
-    def _pictures_are_made(self) -> Self:
-        if not self.pictures_every_steps and self.picture_samples != LogConfig.model_fields["picture_samples"].default:
-            raise FixableError(
-                "picture_samples has no effect: no pictures are made", "log.pictures_every_steps=1000, or leave it out"
-            )
-        return self
-
-
-class HardwareConfig(Section):
-    """Hardware properties and numerical determinism."""
-
-    peak_tflops: float | str | None = None
-    """Peak compute of one rank's device, the reference for MFU: in TFLOP/s (10¹² FLOP/s), or a name such as h100-bf16.
-    Default: measured at startup with a short matrix product."""
-    deterministic: bool = False
-    """Use deterministic kernels on GPUs, so that an interrupted and resumed run is bit-exact (docs/gpu.md). Slower.
-    CPUs are always deterministic. Can be changed on resume."""
-
-
-class TimeoutsConfig(Section):
-    """Timeouts in seconds after which a rank counts as dead (docs/failures.md). Timeouts after the rendezvous must
-    exceed data.timeout_s, so that missing data is reported as a data error."""
-
-    rendezvous_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
-    """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""
-    startup_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
-    """Timeout until the second step is done, and while saving, evaluating, making pictures or rolling back."""
-    collective_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
-    """Collective timeout within a training step."""
-
-
-class EvaluationConfig(Section):
-    """Settings of the evaluation during training: losses on data.validation."""
-
-    every_steps: int = Field(default=0, ge=0)
-    """Evaluate every N optimizer steps. 0 disables the evaluation."""
-    batches: int = Field(default=8, ge=1)
-    """Number of micro-batches per rank. Every evaluation uses the same ones."""
 
 
 class RunConfig(Section):
@@ -411,34 +236,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _augmentation_acts(self, info: ValidationInfo) -> Self:
-        dense = self.task is not None and self.task.dense
-        stretches = self.task is not None and self.task.stretches
-        if self.data.augment.stretch and not stretches and not is_stored(info):
+        common, task = self.data.augment, self.task
+        augments = [common, *(dataset.augment for dataset in self.data.datasets.values() if dataset.augment)]
+        images_only = task is not None and not task.dense
+        if common.stretch and not (task is not None and task.stretches) and not is_stored(info):
             raise FixableError(
                 "stretch is how RF-DETR is shown images; those of other models keep their shape",
                 "leave it out; it is for task: {kind: detection, head: {kind: rfdetr}}",
             )
-        if self.data.augment.stretch and any(
-            kinds is not None and kinds.scale_jitter is not None
-            for kinds in (self.data.augment, *(source.augment for source in self.data.datasets.values()))
-        ):
+        if common.stretch and any(augment.scale_jitter is not None for augment in augments):
             raise FixableError(
                 "scale_jitter keeps the shape of images in training, and stretch would not in evaluation",
                 "data.augment.scale_jitter=null data.augment.scale_jitter_side=null, or data.augment.stretch=false",
             )
-        for kinds in (self.data.augment, *(source.augment for source in self.data.datasets.values())):
-            reads_masks = self.task is not None and self.task.reads_masks
-            if kinds is not None and kinds.cat_max_ratio is not None and not reads_masks:
-                raise FixableError(
-                    "cat_max_ratio has no effect: it is of the classes of pixels, and no mask is read",
-                    "leave it out; it is for task: {kind: segmentation}",
-                )
-            if kinds is not None and kinds.rand_augment is not None and (self.task is None or dense):
-                raise FixableError(
-                    "rand_augment moves pixels, so that places of the image are no longer known, nor its mask's",
-                    "leave it out; it is for task: {kind: classification}",
-                )
-        if self.data.augment.erasing and (self.task is None or dense):
+        if any(augment.cat_max_ratio is not None for augment in augments) and not (task and task.reads_masks):
+            raise FixableError(
+                "cat_max_ratio has no effect: it is of the classes of pixels, and no mask is read",
+                "leave it out; it is for task: {kind: segmentation}",
+            )
+        if any(augment.rand_augment is not None for augment in augments) and not images_only:
+            raise FixableError(
+                "rand_augment moves pixels, so that places of the image are no longer known, nor its mask's",
+                "leave it out; it is for task: {kind: classification}",
+            )
+        if common.erasing and not images_only:
             raise FixableError(
                 "erasing is for labelled images: other targets would be predicted from noise, and noise from them",
                 "data.augment.erasing=0; it is for task: {kind: classification}",
@@ -467,5 +288,37 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        fault = validation_error(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
-    raise fault
+        config_error = validation_error(RunConfig, error, lambda place: origin(place, overrides or [], path), values)
+    raise config_error
+
+
+def valid_part(values: dict[str, Any], *, sections: bool = False) -> tuple[RunConfig | None, frozenset[str]]:
+    """Return a run with default values in place of the values that have errors, and the dotted keys of these values.
+    The run is None if a required value has an error, or if the others are inconsistent. `sections` replaces complete
+    sections instead of values."""
+    values, faulty = copy.deepcopy(values), set[str]()
+    while True:  # each iteration removes a key
+        try:
+            return RunConfig.model_validate(values), frozenset(faulty)
+        except ValidationError as error:
+            places = [detail["loc"][:1] if sections else detail["loc"] for detail in error.errors()]
+        removed = {key for place in places if (key := _remove(values, place)) is not None}
+        if not removed:
+            return None, frozenset(faulty)
+        faulty |= removed
+        if sections and "optim" in removed:  # the stages divide its steps
+            values.pop("stages", None)
+
+
+def _remove(values: dict[str, Any], place: tuple[int | str, ...]) -> str | None:
+    """Remove the value at a path, or the innermost enclosing value in a mapping; return its dotted key."""
+    above, keys = values, list[str]()
+    for part in place:
+        if not isinstance(above, dict) or part not in above:
+            break
+        keys.append(str(part))
+        parent, above = above, above[part]
+    if not keys:
+        return None
+    del parent[keys[-1]]
+    return ".".join(keys)

@@ -32,32 +32,31 @@ def _is_probability(value: float, info: ValidationInfo) -> float:
 Probability = Annotated[float, AfterValidator(_is_probability)]
 
 
-def _lies_inside(scale: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-    smallest, largest = scale
-    if not 0 < smallest <= largest <= 1 and not is_stored(info):
-        raise ValueError(
-            f"[{smallest:g}, {largest:g}] is no range of shares of an image's area: above 0, the smallest first, "
-            "at most 1, as in [0.08, 1.0]"
-        )
-    return scale
+def _range(low: float, high: float, what: str) -> AfterValidator:
+    """Return a validator of [smallest, largest] with positive numbers from `low` to `high`."""
+
+    def check(pair: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        smallest, largest = pair
+        if not (smallest > 0 and low <= smallest <= largest <= high) and not is_stored(info):
+            raise ValueError(f"[{smallest:g}, {largest:g}] is no range of {what}")
+        return pair
+
+    return AfterValidator(check)
 
 
-CropScale = Annotated[tuple[float, float], AfterValidator(_lies_inside)]
+_ASPECTS = f"the smallest first, from {1 / MAX_ASPECT:g} to {MAX_ASPECT:g}"
+CropScale = Annotated[
+    tuple[float, float],
+    _range(0, 1, "shares of an image's area: above 0, the smallest first, at most 1, as in [0.08, 1.0]"),
+]
 """Minimum and maximum crop area as a fraction of the image."""
-
-
-def _has_a_shape(ratio: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-    narrowest, widest = ratio
-    if not 1 / MAX_ASPECT <= narrowest <= widest <= MAX_ASPECT and not is_stored(info):
-        raise ValueError(
-            f"[{narrowest:g}, {widest:g}] is no range of width : height: the smallest first, from "
-            f"{1 / MAX_ASPECT:g} to {MAX_ASPECT:g}, as in [0.75, 1.3333]"
-        )
-    return ratio
-
-
-CropRatio = Annotated[tuple[float, float], AfterValidator(_has_a_shape)]
+CropRatio = Annotated[
+    tuple[float, float], _range(1 / MAX_ASPECT, MAX_ASPECT, f"width : height: {_ASPECTS}, as in [0.75, 1.3333]")
+]
 """Minimum and maximum aspect ratio (width : height) of a crop."""
+ScaleJitter = Annotated[
+    tuple[float, float], _range(1 / MAX_ASPECT, MAX_ASPECT, f"factors: {_ASPECTS}, as in [0.5, 2.0]")
+]
 
 
 def _leaves_an_image(
@@ -85,7 +84,7 @@ class DistortionConfig(Section):
     """Minimum and maximum area of a random crop as a fraction of the image: above 0, at most 1."""
     crop_ratio: CropRatio = (0.75, 1.3333333333333333)
     """Minimum and maximum aspect ratio (width : height) of a random crop, from 1/20 to 20."""
-    scale_jitter: tuple[float, float] | None = None
+    scale_jitter: ScaleJitter | None = None
     """Scale jitter, instead of crop_scale and crop_ratio: minimum and maximum factor, from 1/20 to 20. The short side
     of the image is resized to the crop size times a random factor, then cropped. Smaller images are padded with `mean`,
     their masks with 255. Default: off."""
@@ -111,16 +110,6 @@ class DistortionConfig(Section):
     """Probability of solarization, per crop. Set by recipes, like `blur`."""
     rand_augment: str | None = Field(default=None, pattern=_RAND_AUGMENT)
     """RandAugment policy for labelled images in timm's notation, e.g. rand-m9-mstd0.5-inc1. Default: off."""
-
-    @field_validator("scale_jitter")
-    @classmethod
-    def _images_keep_a_size(cls, factors: tuple[float, float] | None) -> tuple[float, float] | None:
-        if factors is not None and not 1 / MAX_ASPECT <= factors[0] <= factors[1] <= MAX_ASPECT:
-            raise ValueError(
-                f"[{factors[0]:g}, {factors[1]:g}] is no range of factors: the smallest first, from "
-                f"{1 / MAX_ASPECT:g} to {MAX_ASPECT:g}, as in [0.5, 2.0]"
-            )
-        return factors
 
     @model_validator(mode="after")
     def _crops_are_drawn_one_way(self) -> Self:

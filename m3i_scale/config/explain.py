@@ -22,79 +22,44 @@ WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str", "constrained-float")
 """Path components that pydantic adds for the members of a union, as if they were keys."""
 
-HINTS = {
-    "epochs": "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs",
-    "num_epochs": "optim.steps (samples × epochs / optim.batch_size)",
-    "max_steps": "optim.steps",
-    "total_steps": "optim.steps",
-    "iterations": "optim.steps",
-    "learning_rate": "optim.lr",
-    "base_lr": "optim.lr",
-    "layerwise_decay": "optim.layer_decay (of a task: task.layer_decay)",
-    "max_lr": "optim.lr",
-    "end_lr": "optim.min_lr",
-    "final_lr": "optim.min_lr",
-    "batch": "optim.batch_size (over all ranks)",
-    "global_batch_size": "optim.batch_size",
-    "train_batch_size": "optim.batch_size",
-    "bs": "optim.batch_size (over all ranks)",
-    "micro_batch": "optim.micro_batch_size",
-    "per_device_batch_size": "optim.micro_batch_size",
-    "per_device_train_batch_size": "optim.micro_batch_size",
-    "batch_size_per_gpu": "optim.micro_batch_size",
-    "gradient_accumulation_steps": "optim.batch_size: it is micro_batch_size × accumulation × ranks",
-    "accumulation": "optim.batch_size: it is micro_batch_size × accumulation × ranks",
-    "warmup": "optim.warmup_steps",
-    "warmup_epochs": "optim.warmup_steps",
-    "warmup_ratio": "optim.warmup_steps",
-    "wd": "optim.weight_decay",
-    "beta1": "optim.betas",
-    "beta2": "optim.betas",
-    "adam_epsilon": "optim.eps",
-    "clip_grad": "optim.clip_grad_norm",
-    "grad_clip": "optim.clip_grad_norm",
-    "max_grad_norm": "optim.clip_grad_norm",
-    "model": "backbone.preset",
-    "arch": "backbone.preset",
-    "architecture": "backbone.preset",
-    "pretrained": "backbone.from_pretrained",
-    "img_size": "backbone.config.image_size",
-    "image_size": "backbone.config.image_size",
-    "input_size": "backbone.config.image_size",
-    "resolution": "backbone.config.image_size",
-    "gradient_checkpointing": "backbone.activation_checkpointing",
-    "num_workers": "data.num_workers",
-    "aa": "data.augment.rand_augment",
-    "auto_augment": "data.augment.rand_augment",
-    "reprob": "data.augment.erasing",
-    "re_prob": "data.augment.erasing",
-    "ratio_range": "data.augment.scale_jitter",
-    "cat_max_ratio": "data.augment.cat_max_ratio",
-    "dataset": "data.datasets.NAME.path",
-    "shards": "data.datasets.NAME.path",
-    "data_path": "data.datasets.NAME.path",
-    "train_data": "data.datasets.NAME.path",
-    "val_data": "data.validation.NAME.path",
-    "max_length": "text.max_tokens",
-    "output": "output_dir",
-    "out": "output_dir",
-    "save_dir": "output_dir",
-    "work_dir": "output_dir",
-    "zero_stage": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
-    "precision": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
-    "dtype": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
-    "bf16": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
-    "fp16": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_fp16",
-    "save_steps": "checkpoint.every_steps",
-    "save_every": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep_latest",
-    "resume_from": "checkpoint.resume",
-    "logging_steps": "log.every_steps",
-    "log_every": "log.every_steps",
-    "eval_steps": "evaluation.every_steps",
-    "eval_every": "evaluation.every_steps",
-    "ema_decay": "recipe.ema.start",
+_SYNONYMS = {
+    "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs": "epochs",
+    "optim.steps (samples × epochs / optim.batch_size)": "num_epochs",
+    "optim.steps": "max_steps total_steps iterations",
+    "optim.lr": "learning_rate base_lr max_lr",
+    "optim.layer_decay (of a task: task.layer_decay)": "layerwise_decay",
+    "optim.min_lr": "end_lr final_lr",
+    "optim.batch_size (over all ranks)": "batch bs",
+    "optim.batch_size": "global_batch_size train_batch_size",
+    "optim.micro_batch_size": "micro_batch per_device_batch_size per_device_train_batch_size batch_size_per_gpu",
+    "optim.batch_size: it is micro_batch_size × accumulation × ranks": "gradient_accumulation_steps accumulation",
+    "optim.warmup_steps": "warmup warmup_epochs warmup_ratio",
+    "optim.weight_decay": "wd",
+    "optim.betas": "beta1 beta2",
+    "optim.eps": "adam_epsilon",
+    "optim.clip_grad_norm": "clip_grad grad_clip max_grad_norm",
+    "backbone.preset": "model arch architecture",
+    "backbone.from_pretrained": "pretrained",
+    "backbone.config.image_size": "img_size image_size input_size resolution",
+    "backbone.activation_checkpointing": "gradient_checkpointing",
+    "data.augment.rand_augment": "aa auto_augment",
+    "data.augment.erasing": "reprob re_prob",
+    "data.augment.scale_jitter": "ratio_range",
+    "data.datasets.NAME.path": "dataset shards data_path train_data",
+    "data.validation.NAME.path": "val_data",
+    "text.max_tokens": "max_length",
+    "output_dir": "output out save_dir work_dir",
+    "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16": "zero_stage precision dtype bf16",
+    "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_fp16": "fp16",
+    "checkpoint.every_steps": "save_steps save_every",
+    "checkpoint.keep_latest": "save_total_limit",
+    "checkpoint.resume": "resume_from",
+    "log.every_steps": "logging_steps log_every",
+    "evaluation.every_steps": "eval_steps eval_every",
+    "recipe.ema.start": "ema_decay",
 }
+"""Names in other code bases by our key, with a note for the reader."""
+HINTS = {name: key for key, names in _SYNONYMS.items() for name in names.split()}
 """Config keys of other code bases and of the previous format, mapped to the current keys."""
 HINTS |= {
     path.rpartition(".")[2]: f"{path.rpartition('.')[0]}.{name}".lstrip(".")
@@ -118,8 +83,8 @@ def parse_section(
     try:
         return kind.model_validate(values, context={"stored": stored, "imports": imports})
     except ValidationError as error:
-        fault = validation_error(kind, error, where if callable(where) else lambda place: where, values, below)
-    raise fault
+        config_error = validation_error(kind, error, where if callable(where) else lambda place: where, values, below)
+    raise config_error
 
 
 def validation_error(
@@ -129,14 +94,14 @@ def validation_error(
     was written. `below` is the key of the section in the config file."""
     error_of: dict[str, ConfigError] = {}
     details = error.errors()
-    for fault in details:
-        if fault["type"] == "missing" and _is_misspelt(fault["loc"], details):
+    for detail in details:
+        if detail["type"] == "missing" and _is_misspelt(detail["loc"], details):
             continue
-        key = ".".join(map(str, _without_branches(fault["loc"])))
-        error_of.setdefault(key, _explain(_Sections(kind, values), fault, where_of(fault["loc"]), below))
+        key = ".".join(map(str, _without_branches(detail["loc"])))
+        error_of.setdefault(key, _explain(_Sections(kind, values), detail, where_of(detail["loc"]), below))
     # Of the members of a union, the one that was parsed furthest has the most useful error.
-    faults = [fault for key, fault in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
-    return faults[0] if len(faults) == 1 else FaultsError(faults)
+    errors = [found for key, found in error_of.items() if not any(other.startswith(f"{key}.") for other in error_of)]
+    return errors[0] if len(errors) == 1 else FaultsError(errors)
 
 
 def reason_of(error: OSError | ValidationError) -> str:
@@ -148,23 +113,23 @@ def reason_of(error: OSError | ValidationError) -> str:
     return f"'{place}': {first['msg']}" if place else first["msg"]
 
 
-def _is_misspelt(missing: KeyPath, faults: Sequence[Any]) -> bool:
+def _is_misspelt(missing: KeyPath, details: Sequence[Any]) -> bool:
     """Return whether a missing key is present under a misspelled name, which is reported instead."""
-    beside = [
-        str(fault["loc"][-1])
-        for fault in faults
-        if fault["type"] == "extra_forbidden" and fault["loc"][:-1] == missing[:-1]
+    unknown = [
+        str(detail["loc"][-1])
+        for detail in details
+        if detail["type"] == "extra_forbidden" and detail["loc"][:-1] == missing[:-1]
     ]
-    return bool(get_close_matches(str(missing[-1]), beside, n=1, cutoff=0.6))
+    return bool(get_close_matches(str(missing[-1]), unknown, n=1, cutoff=0.6))
 
 
 def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
     """Return where a key was set: the last override of it or of a part of it (secrets redacted), or the config file."""
-    fault = [str(part) for part in place]
+    parts = [str(part) for part in place]
     for override in reversed(overrides):
         key = override.partition("=")[0].split(".")
-        shorter = min(len(key), len(fault))
-        if key[:shorter] == fault[:shorter]:
+        shorter = min(len(key), len(parts))
+        if key[:shorter] == parts[:shorter]:
             return f"override {redact_text(override)}"
     return str(path)
 
@@ -206,25 +171,25 @@ def _part_of(value: Any, part: int | str) -> Any:
     return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
 
 
-def _explain(sections: _Sections, fault: Any, where: str, below: str) -> ConfigError:
-    loc = _without_branches(fault["loc"])
+def _explain(sections: _Sections, detail: Any, where: str, below: str) -> ConfigError:
+    loc = _without_branches(detail["loc"])
     key = ".".join([*([below] if below and loc else []), *map(str, loc)])
-    if fault["type"] == "extra_forbidden":
-        hint = _nearest(sections, fault["loc"])
+    if detail["type"] == "extra_forbidden":
+        hint = _nearest(sections, detail["loc"])
         return ConfigError(f"unknown key '{key}'", where=where, fix=hint)
-    if fault["type"] == "missing":
-        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(sections.field_at(fault["loc"])))
-    if fault["type"] == "model_type":
-        section = sections.at(fault["loc"])
+    if detail["type"] == "missing":
+        return ConfigError(f"'{key}' is missing", where=where, fix=_choices_of(sections.field_at(detail["loc"])))
+    if detail["type"] == "model_type":
+        section = sections.at(detail["loc"])
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
-        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(fault['input']))}", where=where, fix=keys)
-    default = _default_of(sections.field_at(fault["loc"]))
+        return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
+    default = _default_of(sections.field_at(detail["loc"]))
     fix = None if default is None else f"e.g. the default, {key}={default}"
-    if fault["type"] == "value_error":  # one of our rules: its message is complete
-        rule = fault["ctx"]["error"]
+    if detail["type"] == "value_error":  # one of our rules: its message is complete
+        rule = detail["ctx"]["error"]
         return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {fault['msg']} (got {redact_text(repr(fault['input']))})", where=where, fix=fix)
+    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where, fix=fix)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from m3i_scale.backbones.build import backbone_config, stored_section
 from m3i_scale.backbones.families import TokenFamily, VisionConfig, family_of
 from m3i_scale.backbones.load_plan import fit_positions
-from m3i_scale.checkpoint.layout import MANIFEST, step_of
-from m3i_scale.checkpoint.manifest import newest_good, verify
-from m3i_scale.checkpoint.weights import Which, saved_weights
+from m3i_scale.checkpoint.layout import MANIFEST
+from m3i_scale.checkpoint.load import Which, saved_weights
+from m3i_scale.checkpoint.manifest import resolve_checkpoint
 from m3i_scale.config import BackboneConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
@@ -61,7 +61,7 @@ class Source:
 
 def find_source(path: Path) -> Source:
     """Return the latest valid checkpoint of a run folder, or the given checkpoint."""
-    checkpoint, passed_over = _resolve(path)
+    checkpoint, passed_over = resolve_checkpoint(path)
     try:
         file = checkpoint / "run.yaml"
         run = parse_section(RunConfig, read_yaml(file), where=str(file), stored=True)
@@ -123,27 +123,6 @@ class ResizedWeights(Mapping[str, Tensor]):
 def exported_weights(source: Source, which: Which) -> ResizedWeights:
     """Return the trained or the EMA weights of a checkpoint, for the image size of its stage."""
     return ResizedWeights(saved_weights(source.checkpoint, which), backbone_config(source.run.backbone))
-
-
-def _resolve(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
-    if step_of(path) is not None or (path / MANIFEST).is_file():
-        faults = verify(path) if path.is_dir() else ["there is no such folder"]
-        if faults:
-            raise CheckpointError(
-                f"the checkpoint does not verify: {faults[0]}",
-                where=str(path),
-                why=f"{len(faults)} faults; an export would hold damaged weights",
-                fix="export the run folder instead: its newest good checkpoint is taken",
-            )
-        return path, []
-    root = path if path.name == "checkpoints" else path / "checkpoints"
-    checkpoint, passed_over = newest_good(root)
-    if checkpoint is None:
-        reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in passed_over)
-        raise CheckpointError(
-            "no checkpoint that verifies", where=str(root), why=reasons or None, fix="give a run's output_dir"
-        )
-    return checkpoint, passed_over
 
 
 def source_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -20,7 +20,7 @@ from m3i_scale.objective.decoders import width_of
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_config
 from m3i_scale.objective.fit import check_fit, text_widths
 from m3i_scale.objective.heads import ImageHead
-from m3i_scale.objective.information import Objective
+from m3i_scale.objective.information import EMA_PREFIX, Objective
 from m3i_scale.objective.positions import grid_position
 from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, parse_recipe
@@ -223,7 +223,7 @@ def ema_pairs(objective: Objective) -> list[tuple[str, str]]:
         part, _, rest = name.partition(".")
         online = f"{_ONLINE[part]}.{rest}"
         if online in learnt:
-            pairs.append((online, f"momentum.{name}"))
+            pairs.append((online, f"{EMA_PREFIX}{name}"))
     return pairs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
+
+EMA_PREFIX, TEACHERS_PREFIX = "momentum.", "teachers."
+"""Prefixes of the parameter names of an `Objective`'s EMA teacher and of its frozen teachers."""
+Role = Literal["trained", "momentum", "teacher", "frozen"]
 
 
 class Objective(nn.Module):
@@ -337,3 +341,12 @@ class Objective(nn.Module):
             raise ValueError("the recipe has no text target")
         embedded_BE: Tensor = self.text(text_ids_BT, text_mask_BT)
         return embedded_BE
+
+
+def role_of(name: str, parameter: nn.Parameter) -> Role:
+    """Return the role of a parameter of an `Objective`."""
+    if name.startswith(EMA_PREFIX):
+        return "momentum"
+    if name.startswith(TEACHERS_PREFIX):
+        return "teacher"
+    return "trained" if parameter.requires_grad else "frozen"

@@ -12,19 +12,19 @@ from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.backbones.load_plan import LoadPlan, plan_load
 from m3i_scale.config import RunConfig
 from m3i_scale.objective.build import ema_pairs, initialize_module
-from m3i_scale.objective.information import Objective
+from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
 from m3i_scale.objective.teacher import Teacher
 
 
 def start_weights(objective: Objective, run: RunConfig) -> None:
     """Load the initial weights of a run: random values from `run.seed`, then pretrained weights of backbone and
     teachers. The EMA teacher starts as a copy of the student."""
-    draw_first_values(objective, initialize_module, seed=run.seed, skip=("momentum.", "teachers."))
+    draw_first_values(objective, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
     if run.backbone.from_pretrained is not None:
         _read(objective, "student.model.", plan_load(backbone_source(run.backbone), backbone_config(run.backbone)))
     for name, teacher in objective.teachers.items():
         frozen = cast(Teacher, teacher)
-        _read(objective, f"teachers.{name}.{frozen.prefix}", frozen.plan())
+        _read(objective, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan())
     named = dict(objective.named_parameters())
     with torch.no_grad():
         for online, ema in ema_pairs(objective):

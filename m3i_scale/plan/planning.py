@@ -27,11 +27,11 @@ from m3i_scale.engine.parameter_groups import is_matrix
 from m3i_scale.errors import ConfigError
 from m3i_scale.host.hardware import hardware
 from m3i_scale.objective.build import ema_pairs, scales_of
-from m3i_scale.objective.information import Objective
+from m3i_scale.objective.information import Objective, role_of
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.plan.memory import HOLES, Parts, memory_of
-from m3i_scale.plan.settings import Parameter, Role, Settings, settings_of
+from m3i_scale.plan.settings import Parameter, Settings, settings_of
 from m3i_scale.plan.timing import Links, StepTraffic, host_time, step_time, step_traffic
 from m3i_scale.plan.trace import Trace, record, scaled
 from m3i_scale.plan.traffic import Traffic, collectives_of
@@ -43,7 +43,6 @@ VOCABULARY = 30522
 """Vocabulary of a plan without shards: the classes of ImageNet, ADE20k and COCO, and BERT's tokens."""
 ACCELERATOR_WORKSPACE_GIB = 1.0
 """Non-tensor memory: CUDA context, library workspaces, NCCL channels. An assumption, not measured."""
-_ROLES: dict[str, Role] = {"momentum": "momentum", "teachers": "teacher"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -198,11 +197,9 @@ class Model:
         places = {name: place for place, name in enumerate(named) if named[name].requires_grad}
         follows = {target: places.get(online) for online, target in ema_pairs(self.objective)}
         for name, parameter in named.items():
-            role = name.partition(".")[0]
-            others: Role = "trained" if parameter.requires_grad else "frozen"
-            kind = _ROLES.get(role, others)
+            role = role_of(name, parameter)
             scale = scales.get(name, 1.0)
-            parameters.append(Parameter(parameter.numel(), kind, is_matrix(parameter.shape), scale, follows.get(name)))
+            parameters.append(Parameter(parameter.numel(), role, is_matrix(parameter.shape), scale, follows.get(name)))
         return tuple(parameters)
 
     @property

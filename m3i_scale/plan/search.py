@@ -18,10 +18,11 @@ from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.engine.deepspeed.rules import offloads_optimizer
 from m3i_scale.errors import ConfigError, error_prefix
 from m3i_scale.files import json_text
+from m3i_scale.objective.information import Role
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.plan.memory import SNAPSHOT
 from m3i_scale.plan.planning import Choice, Estimate, Machine, Model, estimate, read_vocabulary
-from m3i_scale.plan.settings import Role, numel_of, settings_of
+from m3i_scale.plan.settings import numel_of, settings_of
 from m3i_scale.run.data_checks import check_batch
 from m3i_scale.run.setup import resolve_engine
 from m3i_scale.text import GIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -17,8 +17,8 @@ from m3i_scale.engine.deepspeed.rules import (
     state_bytes,
     takes_bf16_optimizer,
 )
+from m3i_scale.objective.information import Role
 
-Role = Literal["trained", "momentum", "teacher", "frozen"]
 _ALIGNMENT = 2
 """`nccl_start_alignment_factor`: flat groups are padded to a multiple of it times the number of ranks."""
 

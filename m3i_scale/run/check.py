@@ -12,9 +12,8 @@ import torch
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.checkpoint.retention_checks import check_retention
-from m3i_scale.config import RunConfig, Stage, find_run_file, run_values
-from m3i_scale.config.partial_run import fields_that_hold, sections_that_hold
+from m3i_scale.checkpoint.retention import check_retention
+from m3i_scale.config import RunConfig, Stage, find_run_file, run_values, valid_part
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.data.remote.access import check_access
 from m3i_scale.engine.activations import check_policy
@@ -51,7 +50,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     if values is None:
         return faults.found
     faults.note(load_run_and_recipe, name_or_path, overrides, values)
-    run, broken = sections_that_hold(values)
+    run, broken = valid_part(values, sections=True)
     if run is not None:
         recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
         at_fault = broken if recipe_holds else broken | {"recipe"}
@@ -114,7 +113,7 @@ def warnings_of(
         values = run_values(name_or_path, overrides)
     except UserError:  # reported by `faults_of`
         return []
-    run, faulty = fields_that_hold(values)
+    run, faulty = valid_part(values)
     warnings = repeated_overrides(overrides or [])
     return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
 

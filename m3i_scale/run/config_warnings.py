@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from m3i_scale.config import DistortionConfig, OptimConfig, RunConfig
 from m3i_scale.config.data import AugmentConfig
-from m3i_scale.config.schedules import MultiStep
+from m3i_scale.config.optim import MultiStep
 from m3i_scale.config.views import ViewSpec, each_view
 from m3i_scale.objective.distributions.pairs import BernoulliPairs
 from m3i_scale.objective.recipe import Recipe

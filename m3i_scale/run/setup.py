@@ -37,7 +37,7 @@ from m3i_scale.engine.precision import allow_tf32, compute_dtype
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
-from m3i_scale.objective.information import Objective
+from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
 from m3i_scale.objective.recipe import without_folders
 from m3i_scale.objective.teacher import Teacher, teachers_sha256
 from m3i_scale.run.with_data import RunWithData, open_stream
@@ -198,7 +198,7 @@ def _prepare(module: Objective, run: RunConfig, report_start: ReportStart, reads
 
 
 def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
-    initialize_sharded(module, initialize_module, seed=run.seed, skip=("momentum.", "teachers."))
+    initialize_sharded(module, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
     if run.backbone.from_pretrained is not None and reads_source:
         plans: list[LoadPlan] = []
 
@@ -210,7 +210,7 @@ def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart,
         from_rank_0(lambda: report_start(plans[0].report))
     for name, teacher in module.teachers.items():
         frozen = cast(Teacher, teacher)
-        stream_into(module, f"teachers.{name}.{frozen.prefix}", frozen.plan)
+        stream_into(module, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan)
 
 
 def run_yaml(run: RunConfig) -> str:

@@ -13,10 +13,9 @@ from tiny import LABEL_SETS, first_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_scale.checkpoint.load import load_checkpoint
+from m3i_scale.checkpoint.load import load_checkpoint, saved_weights
 from m3i_scale.checkpoint.probe import first_samples
 from m3i_scale.checkpoint.saver import Saver
-from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.objective.build import build_objective, ema_pairs
 from m3i_scale.run.setup import start_engine
 
@@ -133,7 +132,7 @@ class LastingCases(RankParts):
         clipping, engine.optimizer.clip_grad = engine.optimizer.clip_grad, 123.0
         Saver(engine, momentum).save(folder, data_state={"rank": self.rank}, meta=meta, run_yaml="name: x\n")
         engine.optimizer.clip_grad = clipping
-        trained, averaged = load_weights(folder, "student"), load_weights(folder, "ema")
+        trained, averaged = dict(saved_weights(folder, "student")), dict(saved_weights(folder, "ema"))
         named = dict(engine.module.named_parameters())
         wrong = []
         for key, parameter in named.items():
@@ -189,7 +188,7 @@ class LastingCases(RankParts):
         meta = {"world_size": self.world, "zero_stage": 3, "step": 3}
         Saver(engine, momentum).save(folder, data_state={}, meta=meta, run_yaml="name: x\n")
         parameters = dict(engine.module.named_parameters())
-        trained, averaged = load_weights(folder, "student"), load_weights(folder, "ema")
+        trained, averaged = dict(saved_weights(folder, "student")), dict(saved_weights(folder, "ema"))
         wrong = [
             name
             for name, parameter in parameters.items()

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tracer import Tracer
 
 from m3i_scale.checkpoint import load, probe, stream, tensors
-from m3i_scale.checkpoint.index import Index
 from m3i_scale.checkpoint.saver import BackgroundCall
+from m3i_scale.checkpoint.tensors import Index
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine import agree
 from m3i_scale.engine.precision import compute_dtype
@@ -77,7 +77,7 @@ def _read_probe(folder: Path) -> Batch:
     return replace(probe, **{name: torch.zeros(value.shape, dtype=value.dtype) for name, value in values.items()})
 
 
-_REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, probe.read_probe, tensors.sum_of_squares
+_REAL_LOAD_FILE, _REAL_READ_PROBE, _REAL_SQUARES = load.load_file, probe.read_probe, stream.sum_of_squares
 
 
 def _sum_of_squares(flat: Tensor) -> float:
@@ -157,11 +157,11 @@ def simulated() -> Iterator[None]:
         (agree, "_reduced", lambda values, operation: [float(value) for value in values]),
         (stream, "_bytes_of", _bytes_of),
         (tensors.SavedTensors, "_read_file", _read_file),
-        (tensors, "sum_of_squares", _sum_of_squares),
+        (stream, "sum_of_squares", _sum_of_squares),
         (load, "sum_of_squares", _sum_of_squares),
         (load, "load_file", _load_file),
         (probe, "read_probe", _read_probe),
-        (Index, "fault", lambda index: None),  # the pieces of other ranks are missing
+        (Index, "error", lambda index: None),  # the pieces of other ranks are missing
         (load, "_restore_random_states", lambda folder: None),
         (checkpointing, "merge_states", lambda states: {}),
         (metrics, "ThreadPoolExecutor", _LateFigures),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.errors import ExportError
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import find_source, source_tokenizer
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def reference(run_dir, tmp_path_factory):
     source = find_source(run_dir[0])
-    weights = load_weights(source.checkpoint, "student")
+    weights = dict(saved_weights(source.checkpoint, "student"))
     tokenizer = source_tokenizer(source)
     parts = plan_parts(source, ExportContents(), tokenizer)
     folder = tmp_path_factory.mktemp("reference")

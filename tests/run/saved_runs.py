@@ -17,7 +17,8 @@ from shapes import write_run
 
 from m3i_scale.checkpoint.layout import INDEX, TENSORS
 from m3i_scale.checkpoint.manifest import digest_files, list_files, read_manifest, verify, write_manifest
-from m3i_scale.checkpoint.tensors import Range, SavedTensors, make_index, write_ranges
+from m3i_scale.checkpoint.stream import Range, make_index, write_ranges
+from m3i_scale.checkpoint.tensors import SavedTensors
 
 STEPS = 6
 

@@ -9,8 +9,7 @@ import pytest
 from forked import Forks
 from shapes import write_run
 
-from m3i_scale.config import known_runs, load_run, run_values
-from m3i_scale.config.partial_run import fields_that_hold
+from m3i_scale.config import known_runs, load_run, run_values, valid_part
 from m3i_scale.objective.recipe import load_run_and_recipe
 from m3i_scale.run.check import faults_of, warnings_of
 from m3i_scale.run.config_warnings import config_warnings
@@ -147,11 +146,11 @@ def test_what_has_an_error_is_not_warned_of() -> None:
     assert warnings_of("mae", ["optim.lr"]) == warnings_of("no_such_run") == []
 
 
-def test_fields_that_hold_are_those_without_an_error() -> None:
+def test_valid_values_are_those_without_an_error() -> None:
     values = run_values(
         "mae", [DATA, "optim.lr=-1", "optim.eps=1e-7", "data.datasets.other={weight: 2}", "nosuch.key=1"]
     )
-    run, faulty = fields_that_hold(values)
+    run, faulty = valid_part(values)
     assert run is not None
     assert faulty == {"optim.lr", "data.datasets.other", "nosuch"}
     assert (run.optim.lr, run.optim.eps, set(run.data.datasets)) == (1e-3, 1e-7, {"main"})

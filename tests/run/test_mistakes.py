@@ -19,7 +19,7 @@ import yaml
 from launch import TESTS, Job, environment, free_port
 from shapes import metrics, write_run
 
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.data.order import shard_order
 
 LONE_RANK = {"RANK": "0"}
@@ -413,6 +413,6 @@ def test_two_half_micro_batches_are_one_whole(attempts: Attempts) -> None:
     for step, line in whole.items():
         for key in ("loss", "grad_norm"):
             assert accumulated[step][key] == pytest.approx(line[key], rel=1e-3), (step, key)
-    first, second = (load_weights(run / "out" / "checkpoints" / "step-00000004", "student") for run in runs)
+    first, second = (dict(saved_weights(run / "out" / "checkpoints" / "step-00000004", "student")) for run in runs)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)

@@ -15,8 +15,8 @@ from saved_runs import Done, call, make_calls, make_run
 from shapes import metrics
 from tiny import DINOV2, LABEL_SETS, MAPS, RECIPES, random_batch, tiny_objective
 
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.probe import evaluating
-from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.training import TrainingPictures
 from m3i_scale.files import read_json
@@ -122,7 +122,7 @@ def test_losses_and_weights_are_those_of_a_run_without_pictures_to_the_bit(runs:
     plain, drawn = (metrics(runs[name].folder / "run.yaml") for name in ("plain", "drawn"))
     assert plain == drawn
     for which in ("student", "ema"):
-        weights = [dict(load_weights(runs[name].root / "step-00000006", which)) for name in ("plain", "drawn")]
+        weights = [dict(saved_weights(runs[name].root / "step-00000006", which)) for name in ("plain", "drawn")]
         assert weights[0].keys() == weights[1].keys()
         assert [name for name, value in weights[0].items() if not torch.equal(weights[1][name], value)] == []
 

@@ -23,8 +23,8 @@ from launch import TESTS, Job, start_deepspeed, start_ranks
 from saved_runs import call, make_calls
 from shapes import metrics, train, write_run
 
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import verify
-from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.host.output_dir import launch_lock
 from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.stop import stop
@@ -95,7 +95,7 @@ def fingerprint(run_file: Path) -> dict[str, str]:
     return {
         f"{which}/{name}": hashlib.sha256(value.numpy().tobytes()).hexdigest()
         for which in ("student", "ema")
-        for name, value in load_weights(folder, which).items()
+        for name, value in saved_weights(folder, which).items()
     }
 
 
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_the_run_and_not_its_last_checkpoint(shards: Path, tmp_
         left = checkpoints(run_file)
         assert left
         assert all(verify(path) == [] for path in left)
-        assert load_weights(left[-1], "ema")
+        assert dict(saved_weights(left[-1], "ema"))
 
 
 # ---------------------------------------------------------------- helpers

@@ -14,7 +14,7 @@ from tiny import RECIPES, random_batch, tiny_objective
 
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.layout import checkpoints, step_name, temporary_for
-from m3i_scale.checkpoint.retention_checks import check_retention, evaluated_figures, evaluations
+from m3i_scale.checkpoint.retention import check_retention, evaluated_figures, evaluations
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe

@@ -13,7 +13,7 @@ import pytest
 from launch import TESTS, Job, start_ranks
 from shapes import metrics, write_run
 
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def weights(run_file: Path) -> dict[str, str]:
     return {
         f"{which}/{name}": hashlib.sha256(value.numpy().tobytes()).hexdigest()
         for which in ("student", "ema")
-        for name, value in load_weights(folder, which).items()
+        for name, value in saved_weights(folder, which).items()
     }
 
 

@@ -12,7 +12,7 @@ from published import FULL, model_of, published_folder
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
-from m3i_scale.config.schedules import Poly
+from m3i_scale.config.optim import Poly
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume

@@ -15,7 +15,7 @@ from shapes import metrics, write_run
 from transformers import AutoImageProcessor, AutoModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.export.export import export
@@ -70,7 +70,7 @@ def lines(done: Done, kind: str) -> list[dict[str, Any]]:
 
 
 def weights(done: Done, which: str) -> dict[str, torch.Tensor]:
-    return load_weights(done.root / f"step-{STEPS:08d}", which)
+    return dict(saved_weights(done.root / f"step-{STEPS:08d}", which))
 
 
 def test_the_border_is_told_with_its_sizes(runs: dict[str, Done]) -> None:
@@ -107,7 +107,7 @@ def test_other_ranks_and_micro_batches_are_the_same_run(
     for step in range(3, STEPS + 1):
         assert records[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-4)
     there = weights(runs["whole"], "student")
-    here = load_weights(tmp_path / "out" / "checkpoints" / f"step-{STEPS:08d}", "student")
+    here = dict(saved_weights(tmp_path / "out" / "checkpoints" / f"step-{STEPS:08d}", "student"))
     for name, value in there.items():
         torch.testing.assert_close(here[name], value, atol=1e-4, rtol=1e-3)
 

@@ -93,33 +93,39 @@ def test_a_file_that_is_not_as_its_rank_left_it_stops_the_commit(tmp_path: Path)
     fill(temporary)
     digests = digest_files(temporary, FILES)
     (temporary / "meta.json").write_bytes(b"longer than before")
-    with pytest.raises(CheckpointError, match="18 bytes, the rank that wrote it counted 2"):
+    with pytest.raises(CheckpointError) as caught:
         commit(final, temporary, {}, digests=digests)
+    assert caught.value.where == str(temporary / "meta.json")
     (temporary / "meta.json").unlink()
-    with pytest.raises(CheckpointError, match=r"not there: meta\.json"):
+    with pytest.raises(CheckpointError) as caught:
         commit(final, temporary, {}, digests=digests)
+    assert caught.value.where == str(temporary)
     assert newest_good(tmp_path) == (None, [])
 
 
 def test_a_link_is_refused(tmp_path: Path) -> None:
     temporary = begin(tmp_path / step_name(1))
     (temporary / "secret").symlink_to("/etc/passwd")
-    with pytest.raises(CheckpointError, match="neither a file nor a directory"):
+    with pytest.raises(CheckpointError) as caught:
         commit(tmp_path / step_name(1), temporary, {})
+    assert caught.value.where == str(temporary / "secret")
     (temporary / "secret").unlink()
     (temporary / "folder").symlink_to("/etc")
-    with pytest.raises(CheckpointError, match="neither a file nor a directory"):
+    with pytest.raises(CheckpointError) as caught:
         commit(tmp_path / step_name(1), temporary, {})
+    assert caught.value.where == str(temporary / "folder")
 
 
 def test_a_good_checkpoint_is_never_written_over_and_a_broken_one_is_replaced(tmp_path: Path) -> None:
     final = save(tmp_path, 100)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError) as caught:
         begin(final)
+    assert caught.value.where == str(final)
     leftover = temporary_for(final)
     leftover.mkdir()
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError) as caught:
         commit(final, leftover, {})
+    assert caught.value.where == str(final)
     flip(final / "meta.json")
     save(tmp_path, 100)
     assert newest_good(tmp_path) == (final, [])
@@ -137,18 +143,6 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over_and_its_name
     assert newest_good(tmp_path) == (again, [])
     shutil.copytree(good, tmp_path / "kept")  # a name of one's own says nothing of a step
     assert verify(tmp_path / "kept") == []
-
-
-def test_a_folder_in_the_place_of_latest_is_refused_at_the_start(tmp_path: Path) -> None:
-    good = save(tmp_path / "checkpoints", 100)
-    latest = good.parent / "latest"
-    latest.unlink()
-    latest.mkdir()
-    with pytest.raises(CheckpointError) as caught:
-        sweep(good.parent)
-    assert caught.value.where == str(latest)
-    latest.rmdir()
-    assert sweep(good.parent) == []
 
 
 def test_sweep_removes_what_a_killed_job_left(tmp_path: Path) -> None:
@@ -183,12 +177,6 @@ def test_begin_starts_from_an_empty_folder(tmp_path: Path) -> None:
     left = temporary_for(tmp_path / step_name(100))
     fill(left, {"half": b"written"})
     assert list(begin(tmp_path / step_name(100)).iterdir()) == []
-
-
-def test_commit_wants_a_step_folder_beside_a_temporary_one(tmp_path: Path) -> None:
-    for final, temporary in (("step-1", ".tmp-x"), ("step-00000001", "x"), ("a/step-00000001", ".tmp-x")):
-        with pytest.raises(ValueError, match="in one folder"):
-            commit(tmp_path / final, tmp_path / temporary, {})
 
 
 def test_extra_that_is_not_json_commits_nothing(tmp_path: Path) -> None:

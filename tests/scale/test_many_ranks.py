@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_scale.checkpoint.index import Index, even_piece
 from m3i_scale.checkpoint.layout import INDEX, TENSORS
 from m3i_scale.checkpoint.manifest import Digest, read_manifest, write_manifest
-from m3i_scale.checkpoint.tensors import Range, SavedTensors, write_ranges
+from m3i_scale.checkpoint.stream import Range, write_ranges
+from m3i_scale.checkpoint.tensors import Index, SavedTensors, even_piece
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 MIB = 1 << 20

@@ -17,8 +17,8 @@ from run_files import write_run_file
 from saved_runs import call, make_calls
 from shapes import metrics
 
-from m3i_scale.checkpoint.retention_checks import evaluations
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
+from m3i_scale.checkpoint.retention import evaluations
 from m3i_scale.config import RunConfig
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, scales_of
@@ -76,7 +76,7 @@ def values(folder: Path, shards: Path, ds_config: str = "zero2_bf16", **task: An
 
 
 def student(path: Path) -> dict[str, torch.Tensor]:
-    return load_weights(path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}", "student")
+    return dict(saved_weights(path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}", "student"))
 
 
 def evaluation(path: Path, step: int) -> dict[str, float]:

@@ -19,8 +19,8 @@ from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Mo
 
 from m3i_scale.checkpoint.consolidate import consolidate
 from m3i_scale.checkpoint.contents import tensors_of
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.tensors import SavedTensors
-from m3i_scale.checkpoint.weights import load_weights
 from m3i_scale.config import RunConfig, load_run
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.build import build_objective
@@ -91,7 +91,7 @@ class Frozen:
         return self.folders[name] / "out" / "checkpoints" / f"step-{step:08d}"
 
     def weights(self, name: str, step: int = STEPS) -> dict[str, torch.Tensor]:
-        return load_weights(self.checkpoint(name, step), "student")
+        return dict(saved_weights(self.checkpoint(name, step), "student"))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tiny import first_weights, in_parts, random_batch
 from torch import Tensor
 from transformers import EomtForUniversalSegmentation, pipeline
 
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
@@ -238,12 +238,12 @@ def test_it_trains_on_two_ranks_and_becomes_a_stock_segmenter(
     whole, checkpoints = metrics(path), tmp_path / "out" / "checkpoints"
     assert whole[8]["loss"] < whole[1]["loss"]
     if ds_config == "zero3_cpu_fp32":  # masks of attention and points of the loss are drawn as in the whole run
-        weights = load_weights(checkpoints / "step-00000008", "student")
+        weights = dict(saved_weights(checkpoints / "step-00000008", "student"))
         rmtree(checkpoints / "step-00000008")
         job = start_ranks(["-m", "m3i_scale", "train", str(path)], 2, tmp_path / "again")
         assert job.wait() == [0, 0], job.text()[-4000:]
         assert metrics(path) == whole
-        again = load_weights(checkpoints / "step-00000008", "student")
+        again = dict(saved_weights(checkpoints / "step-00000008", "student"))
         assert [name for name, value in weights.items() if not torch.equal(value, again[name])] == []
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if line["kind"] == "evaluation"][-1]

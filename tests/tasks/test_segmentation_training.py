@@ -24,7 +24,7 @@ from tiny import first_weights
 from transformers import pipeline
 
 from m3i_scale.checkpoint.consolidate import consolidate
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.config import DataConfig, DatasetConfig, RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.errors import ConfigError
@@ -114,7 +114,7 @@ def ran(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 def student(path: Path) -> dict[str, torch.Tensor]:
-    return load_weights(checkpoint(path), "student")
+    return dict(saved_weights(checkpoint(path), "student"))
 
 
 def test_one_rank_and_two_are_one_run(ran: dict[str, Path]) -> None:

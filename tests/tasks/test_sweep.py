@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
-from m3i_scale.checkpoint.weights import load_weights
+from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.config import BackboneConfig, RunConfig, load_run
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.errors import ConfigError
@@ -288,7 +288,7 @@ def evaluations(path: Path) -> dict[int, dict[str, float]]:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    return load_weights(path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}", "student")
+    return dict(saved_weights(path.parent / "out" / "checkpoints" / f"step-{STEPS:08d}", "student"))
 
 
 def test_one_rank_and_two_are_one_run(ran: dict[str, Path]) -> None:

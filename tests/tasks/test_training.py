@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
 from m3i_scale.backbones.load_plan import plan_load
-from m3i_scale.checkpoint.weights import Which, load_weights
+from m3i_scale.checkpoint.load import Which, saved_weights
 from m3i_scale.config import BackboneConfig, load_run
 from m3i_scale.objective.build import build_objective, scales_of
 from m3i_scale.plan.planning import Model, Vocabulary
@@ -70,7 +70,7 @@ def test_it_trains_on_two_ranks(shards: Path, tmp_path: Path) -> None:
 
 
 def weights(path: Path, which: Which = "student", step: int = STEPS) -> dict[str, torch.Tensor]:
-    return load_weights(path.parent / "out" / "checkpoints" / f"step-{step:08d}", which)
+    return dict(saved_weights(path.parent / "out" / "checkpoints" / f"step-{step:08d}", which))
 
 
 def first_averages(path: Path) -> dict[str, torch.Tensor]:

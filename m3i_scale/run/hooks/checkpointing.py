@@ -9,8 +9,7 @@ from typing import Any
 from m3i_scale.checkpoint.layout import read_meta, step_name
 from m3i_scale.checkpoint.load import load_checkpoint
 from m3i_scale.checkpoint.probe import check_probe, first_samples, probe_loss, write_probe
-from m3i_scale.checkpoint.retention import prune
-from m3i_scale.checkpoint.retention_checks import evaluations
+from m3i_scale.checkpoint.retention import evaluations, prune
 from m3i_scale.checkpoint.saver import Saver
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states

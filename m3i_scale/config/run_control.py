@@ -1,0 +1,166 @@
+"""Config sections that control a run: checkpoints, guard, evaluation, logs, hardware and timeouts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from m3i_scale.config.limits import MAX_WAIT_S
+from m3i_scale.config.sections import FixableError, InHome, Section
+from m3i_scale.text import GIB
+
+
+class KeepBestConfig(Section):
+    """Rule that retains the best checkpoints by a metric on data.validation."""
+
+    metric: str
+    """Metric name as in metrics.jsonl: evaluation/loss, evaluation/<group>/loss … (docs/metrics.md)."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower (min) or higher (max) values are better."""
+    count: int = Field(default=1, ge=1)
+    """Number of best checkpoints to keep."""
+
+
+class RetentionConfig(Section):
+    """Checkpoint retention rules. A checkpoint is kept if any rule selects it, within `max_gib`."""
+
+    keep_latest: int = Field(default=2, ge=1)
+    """Number of latest checkpoints to keep. A save deletes others, unless another rule keeps them."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Keep every checkpoint with a step that is a multiple of this. Default: off."""
+    keep_best: KeepBestConfig | None = None
+    """Keep the checkpoints with the best evaluation metric at their step. Default: off."""
+    max_gib: float | None = Field(default=None, gt=0)
+    """Maximum total size of all checkpoints in GiB. It overrides the other rules, but the latest valid checkpoint is
+    always kept. Default: no limit."""
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Return `max_gib` in bytes, or None if there is no limit."""
+        return None if self.max_gib is None else max(1, int(self.max_gib * GIB))
+
+
+class CheckpointConfig(RetentionConfig):
+    """Settings for saving, retaining and resuming from checkpoints."""
+
+    every_steps: int = Field(default=1_000, ge=1)
+    """Save a checkpoint every N optimizer steps, and at the end of the run."""
+    background: bool = True
+    """Save asynchronously from a copy in CPU memory while training continues. false: training waits, without a copy."""
+    probe: bool = True
+    """Save two samples with their loss and recompute the loss on resume to verify the weights. Costs a forward pass."""
+    resume: Annotated[str, InHome] = "auto"
+    """auto: resume from the latest valid checkpoint of output_dir, if any. never: fail if there is one. Or a path."""
+
+
+class LogConfig(Section):
+    """Settings of loggers and pictures. metrics.jsonl is always written."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Reduce metrics over the ranks and log them every N optimizer steps."""
+    progress: bool = True
+    """Progress bar on rank 0, or plain lines if the output is not a terminal."""
+    tensorboard: bool = False
+    """Write event files to output_dir/tensorboard (requires the `tensorboard` package)."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases mode (requires the `wandb` package)."""
+    pictures_every_steps: int = Field(default=0, ge=0)
+    """Draw the same samples every N optimizer steps, and at the first and last step (docs/pictures.md). 0: never."""
+    picture_samples: int = Field(default=8, ge=4, le=8)
+    """Number of samples in the pictures."""
+
+    @model_validator(mode="after")
+    def _pictures_are_made(self) -> Self:
+        if not self.pictures_every_steps and self.picture_samples != LogConfig.model_fields["picture_samples"].default:
+            raise FixableError(
+                "picture_samples has no effect: no pictures are made", "log.pictures_every_steps=1000, or leave it out"
+            )
+        return self
+
+
+class HardwareConfig(Section):
+    """Hardware properties and numerical determinism."""
+
+    peak_tflops: float | str | None = None
+    """Peak compute of one rank's device, the reference for MFU: in TFLOP/s (10¹² FLOP/s), or a name such as h100-bf16.
+    Default: measured at startup with a short matrix product."""
+    deterministic: bool = False
+    """Use deterministic kernels on GPUs, so that an interrupted and resumed run is bit-exact (docs/gpu.md). Slower.
+    CPUs are always deterministic. Can be changed on resume."""
+
+
+class TimeoutsConfig(Section):
+    """Timeouts in seconds after which a rank counts as dead (docs/failures.md). Timeouts after the rendezvous must
+    exceed data.timeout_s, so that missing data is reported as a data error."""
+
+    rendezvous_s: float = Field(default=300.0, gt=0, le=MAX_WAIT_S)
+    """Rendezvous timeout: until all ranks have started and connected to rank 0. torchrun uses a separate timeout."""
+    startup_s: float = Field(default=1800.0, gt=0, le=MAX_WAIT_S)
+    """Timeout until the second step is done, and while saving, evaluating, making pictures or rolling back."""
+    collective_s: float = Field(default=960.0, gt=0, le=MAX_WAIT_S)
+    """Collective timeout within a training step."""
+
+
+class EvaluationConfig(Section):
+    """Settings of the evaluation during training: losses on data.validation."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Evaluate every N optimizer steps. 0 disables the evaluation."""
+    batches: int = Field(default=8, ge=1)
+    """Number of micro-batches per rank. Every evaluation uses the same ones."""
+
+
+class SpikeConfig(Section):
+    """Settings of loss-spike detection and rollback."""
+
+    z: float = Field(default=8.0, gt=0)
+    """Threshold in standard deviations above the median loss of the window. The standard deviation is estimated as
+    1.4826 times the median absolute deviation."""
+    window: int = Field(default=128, ge=4)
+    """Number of previous steps whose losses form the window."""
+    min_history: int = Field(default=64, ge=4)
+    """Minimum number of losses in the window before spikes are detected."""
+    patience: int = Field(default=3, ge=1)
+    """Consecutive steps above the threshold that count as a spike. Fewer are treated as a bad batch."""
+    max_rewinds: int = 3
+    """Maximum number of rollbacks, including across restarts. The next spike ends the run."""
+
+    @field_validator("max_rewinds")
+    @classmethod
+    def _goes_back(cls, most: int) -> int:
+        if most < 1:
+            raise ValueError(
+                f"{most} rewinds: the guard would have no effect; take 1 or more, or leave out guard.spike"
+            )
+        return most
+
+    @model_validator(mode="after")
+    def _history_fits(self) -> Self:
+        if self.window < self.min_history:
+            raise ValueError(
+                f"window ({self.window}) is less than min_history ({self.min_history}): nothing would ever be judged"
+            )
+        return self
+
+
+class GuardConfig(Section):
+    """Settings of NaN/Inf handling and loss-spike rollback."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """Action for a non-finite loss or gradient on any rank. skip: skip the step on all ranks. stop: end the run."""
+    max_skipped_in_a_row: int = Field(default=3, ge=2)
+    """End the run at this many consecutive skipped steps. A single bad batch is tolerated, but diverged weights never
+    recover, and further steps only use up data."""
+    spike: SpikeConfig | None = None
+    """Roll back to a checkpoint on a loss spike and skip the data since then. Default: off."""
+
+    @model_validator(mode="after")
+    def _count_is_read(self) -> Self:
+        if (
+            self.nonfinite == "stop"
+            and self.max_skipped_in_a_row != type(self).model_fields["max_skipped_in_a_row"].default
+        ):
+            raise ValueError("max_skipped_in_a_row has no effect with nonfinite: stop")
+        return self
