@@ -30,7 +30,7 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
-from m3i_scale.run.callbacks.writers import writers_of
+from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
 from m3i_scale.run.hooks.guard import check_guard
@@ -171,7 +171,7 @@ class Checks(DataChecks):
         if self.has_no_errors("output_dir"):
             faults.note(check_output_dir, run.output_dir)
         if self.has_no_errors("log"):
-            faults.note(writers_of, run.log)
+            faults.note(trackers_of, run.log)
         faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compiles:
             faults.note(check_compile)

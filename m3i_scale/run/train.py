@@ -35,7 +35,7 @@ from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.callbacks.writers import writers_of
+from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.check import resolve_run, run_warnings, stage_lines
 from m3i_scale.run.hooks.base import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
@@ -54,7 +54,7 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
         from m3i_scale.run.callbacks.progress import ProgressDisplay
 
         callbacks.append(ProgressDisplay(_CONSOLE))
-    return callbacks + writers_of(run.log)
+    return callbacks + trackers_of(run.log)
 
 
 def start(run: RunConfig, warnings: Sequence[str] = (), make_hooks: Sequence[MakeHook] = ()) -> Status:

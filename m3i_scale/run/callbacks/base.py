@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import UserError
 from m3i_scale.host.picture_files import Picture
+
+P = ParamSpec("P")
 
 _OF_GROUPS = {
     "loss": "loss",
@@ -137,17 +137,14 @@ class StepRecord:
 
     def scalars(self) -> dict[str, float]:
         """Return all metrics under the names that all loggers use (docs/metrics.md), without values that are None."""
-        optional = {
-            "grad_norm": self.grad_norm,
+        fixed: dict[str, float | None] = {
+            "loss": self.loss,
+            "lr": self.lr,
             "lr_lowest": self.lr_lowest,
+            "grad_norm": self.grad_norm,
             "ema_decay": self.ema_decay,
             "loss_scale": self.loss_scale,
             "skipped_steps": self.skipped_steps,
-        }
-        optional |= {"perf/flops_per_s": self.flop_per_s, "perf/mfu": self.mfu}
-        values: dict[str, float] = {
-            "loss": self.loss,
-            "lr": self.lr,
             "samples": self.samples,
             "quarantined": self.quarantined,
             "quarantined_samples": self.quarantined_samples,
@@ -158,9 +155,11 @@ class StepRecord:
             "time/data_wait_share": self.data_wait_share,
             "throughput/samples_per_s": self.samples_per_s,
             "throughput/tokens_per_s": self.tokens_per_s,
+            "perf/flops_per_s": self.flop_per_s,
+            "perf/mfu": self.mfu,
             "memory_gib": self.memory_gib,
         }
-        values |= {name: value for name, value in optional.items() if value is not None}
+        values = {name: value for name, value in fixed.items() if value is not None}
         values |= flatten(self.times_s, "time")
         values |= flatten({name: asdict(figures) for name, figures in self.sources.items()}, "dataset")
         for name, figures in self.groups.items():
@@ -250,6 +249,17 @@ class Callback:
         """Called once, however the run ends, with `finished`, `preempted` or `failed`."""
 
 
+def _to_all(method: Callable[Concatenate[Callback, P], None]) -> Callable[Concatenate[CallbackList, P], None]:
+    """Return a method that flushes, and then calls `method` of every callback in order."""
+
+    def call(self: CallbackList, *args: P.args, **kwargs: P.kwargs) -> None:
+        self.flush()
+        for callback in self.callbacks:
+            getattr(callback, method.__name__)(*args, **kwargs)
+
+    return call
+
+
 class CallbackList(Callback):
     """List of callbacks that behaves as one. They are called in order; `on_end` runs in reverse order."""
 
@@ -258,30 +268,17 @@ class CallbackList(Callback):
         self.flush: Callable[[], None] = lambda: None
         """Called before every event except progress, because the record of an earlier step may still be incomplete."""
 
-    def on_start(self, run_info: RunInfo) -> None:
-        self._call(lambda callback: callback.on_start(run_info))
-
-    def on_step(self, record: StepRecord) -> None:
-        self._call(lambda callback: callback.on_step(record))
+    on_start = _to_all(Callback.on_start)
+    on_step = _to_all(Callback.on_step)
+    on_stage = _to_all(Callback.on_stage)
+    on_evaluation = _to_all(Callback.on_evaluation)
+    on_pictures = _to_all(Callback.on_pictures)
+    on_warning = _to_all(Callback.on_warning)
+    on_rewind = _to_all(Callback.on_rewind)
 
     def on_progress(self, step: int) -> None:
         for callback in self.callbacks:
             callback.on_progress(step)
-
-    def on_stage(self, stage: StageInfo) -> None:
-        self._call(lambda callback: callback.on_stage(stage))
-
-    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        self._call(lambda callback: callback.on_evaluation(step, values))
-
-    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
-        self._call(lambda callback: callback.on_pictures(step, pictures))
-
-    def on_warning(self, step: int, fault: dict[str, str]) -> None:
-        self._call(lambda callback: callback.on_warning(step, fault))
-
-    def on_rewind(self, rewind: Rewind) -> None:
-        self._call(lambda callback: callback.on_rewind(rewind))
 
     def on_end(self, status: str) -> None:
         """Call every callback, even if one raises. The error is raised after the last one."""
@@ -289,11 +286,6 @@ class CallbackList(Callback):
             for callback in self.callbacks:
                 stack.callback(callback.on_end, status)
             self.flush()
-
-    def _call(self, event: Callable[[Callback], None]) -> None:
-        self.flush()
-        for callback in self.callbacks:
-            event(callback)
 
 
 def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -310,13 +302,16 @@ def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return flat
 
 
-def require(package: str, *, extra: str, setting: str) -> ModuleType:
-    """Import an optional package, or raise an error that names its `extra` and the config key that requires it."""
+@contextmanager
+def write_errors(what: str, path: Path, *, why: str, instead: str = "") -> Iterator[None]:
+    """Report a failed write of a file or folder of the run as a UserError. `instead` is another fix."""
     try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the package '{error.name}' is not installed",
-            where=setting,
-            fix=f"pip install 'm3i-scale[{extra}]', or switch {setting} off",
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the {what}: {error.strerror}",
+            where=str(path),
+            why=why,
+            fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint"
+            + instead,
         ) from None
