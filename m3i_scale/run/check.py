@@ -33,11 +33,11 @@ from m3i_scale.objective.teacher import check_outputs
 from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
 from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
-from m3i_scale.run.hooks.guard import check_guard
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.source_checks import scored_targets
 from m3i_scale.run.source_warnings import source_warnings
+from m3i_scale.run.spike import check_guard
 from m3i_scale.run.start_table import other_images
 
 _ANY_WIDTH = 768

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
+from deepspeed.accelerator import get_accelerator
+
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
@@ -98,6 +100,26 @@ class StepBatches(Iterator[Batch]):
             self._held.clear()
             self._stream.load_state_dict(before)
         return ended
+
+
+class DeviceCopies:
+    """Asynchronous copier of pinned batches (`pinning`) to the accelerator, which does not block the CPU."""
+
+    def __init__(self) -> None:
+        accelerator = get_accelerator()
+        self._stream = None if accelerator.Stream is None else accelerator.Stream()
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch on the accelerator, ready for the current stream."""
+        accelerator = get_accelerator()
+        with accelerator.stream(self._stream):
+            copy = batch.to(accelerator.current_device_name())
+        if self._stream is not None:
+            current = accelerator.current_stream()
+            current.wait_stream(self._stream)
+            for tensor in copy.tensors.values():  # otherwise a later batch could overwrite their memory too early
+                tensor.record_stream(current)
+        return copy
 
 
 def account_of_all(stream: TrainStream) -> Account:

@@ -24,24 +24,28 @@ from m3i_scale.engine.peak import compute_dtype, device_name, measured_peak, nam
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run.activations import set_activations
-from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
-from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
-from m3i_scale.run.device_copies import DeviceCopies
+from m3i_scale.run.data_supply import (
+    DeviceCopies,
+    Fetcher,
+    StepBatches,
+    check_sources_last,
+    ending_message,
+    stop_if_bad,
+)
 from m3i_scale.run.flops import step_flop
-from m3i_scale.run.hooks.base import Hook, MakeHook, TrainState
-from m3i_scale.run.hooks.checkpointing import Checkpointing
+from m3i_scale.run.hooks.base import Hook, MakeHook, MicroBatchResult, TrainState
+from m3i_scale.run.hooks.checkpointing import Checkpointing, Rewinding
 from m3i_scale.run.hooks.evaluation import Evaluation
-from m3i_scale.run.hooks.garbage import Garbage, give_back_collector
-from m3i_scale.run.hooks.guard import Guard, check_guard_room
+from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.hooks.metrics import Metrics, gradient_scale
-from m3i_scale.run.hooks.preemption import Preemption
-from m3i_scale.run.hooks.rewinding import Rewinding
+from m3i_scale.run.hooks.process import Garbage, Preemption, give_back_collector
 from m3i_scale.run.meter import Meter, Work, long_run_note
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
+from m3i_scale.run.spike import check_guard_room
 from m3i_scale.run.start_table import print_start
 from m3i_scale.run.step_times import Timeouts
 

@@ -7,15 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
-from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.callbacks.base import CallbackList
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.step_times import Timeouts
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """Result of a forward pass, stored until all ranks agree that the step is valid."""
+
+    loss: Tensor
+    figures: dict[str, Tensor]
+    keys: list[str]
 
 
 @dataclass
