@@ -43,16 +43,6 @@ def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[st
     return [warning.text for warning in warnings if not warning.depends_on(faulty)]
 
 
-def repeated_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return warnings about keys that a command line sets more than once."""
-    keys = [override.partition("=")[0] for override in overrides]
-    return [
-        f"{key} is set {keys.count(key)} times on the command line, and the last value counts. Fix: leave one of them"
-        for key in dict.fromkeys(keys)
-        if keys.count(key) > 1
-    ]
-
-
 def _optim(run: RunConfig) -> Iterator[ConfigWarning]:
     optim = run.optim
     if not _as_sgd(optim):

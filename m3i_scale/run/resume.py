@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.software import software_versions
-from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.text import format_differences, known_part, listed
 
 _SHOWN_CHANGES = 5
@@ -223,7 +223,7 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     if "teacher_sha256" in saved:  # from before recipes could have several teachers
         only = saved.pop("teacher_sha256")
         saved["teachers_sha256"] = {} if only is None else {"teacher": only}
-    check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
+    _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in _NEWER_IDENTITY:
         if key in saved and key in now:
             now[key] = known_part(saved[key], now[key])
@@ -240,6 +240,18 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
             why=_difference(key, saved.get(key), now[key]),
             fix=("restore labels.json as it was" if labels else "take the same run file")
             + ", or another output_dir for the new run",
+        )
+
+
+def _check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    """Validate that the label spaces have the same order. Heads are numbered, so each would otherwise resume with
+    the weights of another one."""
+    if saved and now and set(saved) == set(now) and list(saved) != list(now):
+        raise CheckpointError(
+            f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
+            where=str(checkpoint),
+            why="every label set has a head of its own, by number; each would go on with the weights of another",
+            fix="write data.datasets in the order in which the run began",
         )
 
 

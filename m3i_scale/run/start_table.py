@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -26,29 +25,6 @@ def print_start(report: dict[str, Any], run: RunConfig) -> None:
         write_json(run.output_dir / FILE, report)
     except OSError as error:
         raise explain(error, run.output_dir / "checkpoints") from None
-
-
-def other_images(normalisation: Mapping[str, list[float]], image_size: int | None, run: RunConfig) -> list[str]:
-    """Return warnings about image settings that differ from the pretrained weights, which is often a mistake. The
-    `normalisation` of the weights is empty if unknown; `image_size` is None if their position embeddings fit any
-    size."""
-    told = []
-    seen = {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
-    if normalisation and normalisation != seen:
-        told.append(
-            f"the weights were trained on images with mean {normalisation['mean']} and std {normalisation['std']}, and "
-            f"this run takes {seen['mean']} and {seen['std']}: data.augment.mean, data.augment.std"
-        )
-    if image_size is not None:
-        own = run.backbone.config.get("image_size", image_size)
-        stages = (run.in_stage(number) for number in range(len(run.stage_starts)))
-        others = {stage.image_size(own) for stage in stages} - {image_size}
-        if others:
-            told.append(
-                f"the weights are for images of {image_size} pixels, and this run takes "
-                f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `stages`"
-            )
-    return told
 
 
 def start_table(report: dict[str, Any]) -> Table:

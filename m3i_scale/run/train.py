@@ -36,11 +36,12 @@ from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards
 from m3i_scale.run.callbacks.base import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.trackers import trackers_of
-from m3i_scale.run.check import resolve_run, run_warnings, stage_lines
+from m3i_scale.run.check import resolve_run, stage_lines
 from m3i_scale.run.hooks.base import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
+from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
 from m3i_scale.run.trainer import Status, Trainer
 
