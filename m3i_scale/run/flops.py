@@ -1,9 +1,10 @@
-"""FLOP counter for training steps, based on the modules on `meta`. Allocates no memory."""
+"""FLOPs of training steps, counted with the modules on `meta` without memory, and the peak of the device."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +17,27 @@ from m3i_scale.backbones.flops import counter as flop_counter
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches, read_policy
+from m3i_scale.engine.peak import Peak, compute_dtype, measured_peak, named_peak
+from m3i_scale.host.hardware import PRESETS
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
+from m3i_scale.run.setup import ResolvedRun
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs per step and the peak FLOP/s of the device."""
+
+    flop: dict[str, float]
+    """Result of `step_flop`."""
+    max_tokens: int
+    """Caption length that was counted, in tokens."""
+    peak: Peak
+
+    def step_flop(self, caption_tokens: float) -> float:
+        """Return the FLOPs per step for a mean caption length. The FLOPs of a text encoder or caption decoder are
+        nearly proportional to it."""
+        return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 
 def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:
@@ -55,6 +75,44 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
             recompute = _count_parts(objective, batch)["backward"] - parts["backward"]
     parts["model"] = sum(parts[name] for name in ("forward", "teacher", "heads", "backward"))
     return {name: value * scale for name, value in (parts | {"recompute": recompute}).items()}
+
+
+def count_work(resolved: ResolvedRun) -> Work:
+    """Count the FLOPs per step and determine the peak FLOP/s for MFU, identically on every rank."""
+    given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
+    peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
+    return Work(flop_of(resolved), resolved.run.text.max_tokens, peak)
+
+
+def flop_of(resolved: ResolvedRun) -> dict[str, float]:
+    """Return the FLOPs per step of a stage, as computed by `step_flop`."""
+    return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
+
+
+def mean_work(work: Work, resolved: ResolvedRun, first_step: int) -> Work:
+    """Return `work` with the mean FLOPs of the steps from `first_step` on, over all stages."""
+    run, starts = resolved.run, resolved.run.stage_starts
+    left = run.optim.steps - first_step
+    if not run.stages or left <= 0:
+        return work
+    flop = 0.0
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], run.optim.steps], strict=True)):
+        flop += max(end - max(start, first_step), 0) * flop_of(resolved.in_stage(number))["model"]
+    return replace(work, flop=work.flop | {"model": flop / left})
+
+
+def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
+    """Return an estimate of the run time at the MFU of plans, or None if it is below one day. `steps` are remaining."""
+    device = work.peak.source.partition("-")[0]
+    mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
+    seconds = steps * work.flop["model"] / (mfu * work.peak.tflops * 1e12 * ranks)
+    if seconds < 86400:
+        return None
+    return (
+        f"this run will take about {seconds / 86400:,.0f} days: {steps:,} steps of {batch_size:,} samples "
+        f"({steps * batch_size:,}) at {mfu:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
+        "optim.steps, optim.batch_size or a smaller backbone.preset; `m3i-scale plan` says more"
+    )
 
 
 def _counted_policy(run: RunConfig) -> str:

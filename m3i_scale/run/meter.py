@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,42 +11,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.engine.agree import max_over_ranks, mean_over_ranks
-from m3i_scale.engine.peak import Peak
-from m3i_scale.host.hardware import PRESETS
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
+from m3i_scale.run.flops import Work
 from m3i_scale.run.step_times import StepTimes
 from m3i_scale.text import GIB
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs per step and the peak FLOP/s of the device."""
-
-    flop: dict[str, float]
-    """Result of `m3i_scale.run.flops.step_flop`."""
-    max_tokens: int
-    """Caption length that was counted, in tokens."""
-    peak: Peak
-
-    def step_flop(self, caption_tokens: float) -> float:
-        """Return the FLOPs per step for a mean caption length. The FLOPs of a text encoder or caption decoder are
-        nearly proportional to it."""
-        return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
-
-
-def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Return an estimate of the run time at the MFU of plans, or None if it is below one day. `steps` are remaining."""
-    device = work.peak.source.partition("-")[0]
-    mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
-    seconds = steps * work.flop["model"] / (mfu * work.peak.tflops * 1e12 * ranks)
-    if seconds < 86400:
-        return None
-    return (
-        f"this run will take about {seconds / 86400:,.0f} days: {steps:,} steps of {batch_size:,} samples "
-        f"({steps * batch_size:,}) at {mfu:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
-        "optim.steps, optim.batch_size or a smaller backbone.preset; `m3i-scale plan` says more"
-    )
 
 
 class _Sums:

@@ -12,13 +12,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.checkpoint.commit import explain, sweep
-from m3i_scale.checkpoint.layout import step_of, stopped_words
+from m3i_scale.checkpoint.layout import stopped_words
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.arithmetic import compute_deterministically, nondeterminism_explained
 from m3i_scale.engine.collectives import ProcessGroupRanks
-from m3i_scale.engine.compilation import explain_auto
 from m3i_scale.engine.deepspeed.resolve import explain_table
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.engine import awaited_optimizer
@@ -43,7 +42,8 @@ from m3i_scale.run.resume import check_counts, check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
-from m3i_scale.run.trainer import Status, Trainer
+from m3i_scale.run.start import start_trainer
+from m3i_scale.run.trainer import Status
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
@@ -163,15 +163,9 @@ def train(
             announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 print_rank0(awaited)
-        trainer = Trainer(
+        trainer = start_trainer(
             resolved, ranks, callbacks, resume_from, stream, validation, print_rank0, heartbeat, make_hooks
         )
-        if ranks.rank == 0:
-            print_rank0(trainer.activations)
-            if run.backbone.compile == "auto" and (line := explain_auto()) is not None:
-                print_rank0(line)
-            if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
-                print_rank0(note)
         with nondeterminism_explained():
             return trainer.fit()
 

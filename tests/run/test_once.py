@@ -17,9 +17,9 @@ from m3i_scale.engine.deepspeed.resolve import ResolvedConfig
 from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run import setup
-from m3i_scale.run.activations import set_activations
 from m3i_scale.run.resume import check_resume, checkpoint_meta
 from m3i_scale.run.setup import ResolvedRun, run_yaml
+from m3i_scale.run.start import set_activations
 
 CONFIG = {
     "zero_optimization": {"stage": 3},

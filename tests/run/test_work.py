@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_objective
 
 from m3i_scale.engine.peak import Peak
-from m3i_scale.run.meter import Meter, Work, long_run_note
+from m3i_scale.run.flops import Work, long_run_note
+from m3i_scale.run.meter import Meter
 
 FLOP = {"model": 10e9, "text": 4e9}
 
