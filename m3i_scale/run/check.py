@@ -32,7 +32,7 @@ from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import check_outputs
 from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
-from m3i_scale.run.resume import check_counts, check_resume, find_resume
+from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
 from m3i_scale.run.spike import check_guard
 
@@ -80,7 +80,6 @@ def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) 
     checkpoint, _ = find_resume(run, contents=False)
     if checkpoint is not None and resolved is not None:
         check_resume(resolved, checkpoint, ranks)
-        check_counts(checkpoint, run.optim.batch_size)
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.checkpoint.layout import DATA_FILES, read_meta, read_object, unreadable
+from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.config import OptimConfig, RunConfig, Stage, parse_section, read_yaml
-from m3i_scale.data.state import merge_states
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
@@ -92,35 +91,6 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
         + _changed_schedule(resolved.run, checkpoint, step)
         + _changed_stages(resolved.run, stages)
     )
-
-
-def check_counts(checkpoint: Path, batch_size: int) -> None:
-    """Validate that the step counts of a checkpoint are consistent. Steps that the engine skipped are steps, but not
-    optimizer steps. Steps undone by a rollback, also in a parent run, only count in the data position. Call it on one
-    rank: it reads a file of every rank."""
-    meta = read_meta(checkpoint)
-    files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
-    try:
-        step, counts = int(meta["step"]), meta["engine"]
-        steps, left_out, taken = (int(counts[name]) for name in ("global_steps", "skipped_steps", "optimizer_steps"))
-        streams = merge_states([read_object(checkpoint, file) for file in files])["streams"]
-        samples = sum(int(stream["taken"]) for stream in streams.values())
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise unreadable(checkpoint, "meta.json", f"counts of steps or samples are missing ({error})") from None
-    contradictions = {
-        f"its engine is at step {steps:,}": steps != step,
-        f"its optimizer has taken {taken:,} steps and skipped {left_out:,}": taken + left_out != steps,
-        f"its data are at sample {samples:,}": samples < step * batch_size or bool(samples % batch_size),
-    }
-    wrong = [text for text, is_wrong in contradictions.items() if is_wrong]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint contradicts itself: it is of step {step:,} ({step * batch_size:,} samples), "
-            f"but {', and '.join(wrong)}",
-            where=str(checkpoint),
-            why="weights, optimizer and data would go on from different moments",
-            fix="resume from another checkpoint: checkpoint.resume=…",
-        )
 
 
 def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int) -> None:

@@ -38,7 +38,7 @@ from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.check import resolve_run, stage_lines
 from m3i_scale.run.hooks.base import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
-from m3i_scale.run.resume import check_counts, check_resume, find_resume
+from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
@@ -154,7 +154,6 @@ def train(
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
-            from_rank_0(lambda: check_counts(resume_from, run.optim.batch_size))
         check_machines(resolved, print_rank0)
         from_rank_0(lambda: _write_settings(resolved))
         # Open the data before printing the engine tables, so that data errors are not buried below them.
