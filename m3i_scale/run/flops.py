@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
 from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches, read_policy
 from m3i_scale.engine.peak import Peak, compute_dtype, measured_peak, named_peak
-from m3i_scale.host.hardware import PRESETS
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.setup import ResolvedRun
@@ -87,32 +86,6 @@ def count_work(resolved: ResolvedRun) -> Work:
 def flop_of(resolved: ResolvedRun) -> dict[str, float]:
     """Return the FLOPs per step of a stage, as computed by `step_flop`."""
     return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
-
-
-def mean_work(work: Work, resolved: ResolvedRun, first_step: int) -> Work:
-    """Return `work` with the mean FLOPs of the steps from `first_step` on, over all stages."""
-    run, starts = resolved.run, resolved.run.stage_starts
-    left = run.optim.steps - first_step
-    if not run.stages or left <= 0:
-        return work
-    flop = 0.0
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], run.optim.steps], strict=True)):
-        flop += max(end - max(start, first_step), 0) * flop_of(resolved.in_stage(number))["model"]
-    return replace(work, flop=work.flop | {"model": flop / left})
-
-
-def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Return an estimate of the run time at the MFU of plans, or None if it is below one day. `steps` are remaining."""
-    device = work.peak.source.partition("-")[0]
-    mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
-    seconds = steps * work.flop["model"] / (mfu * work.peak.tflops * 1e12 * ranks)
-    if seconds < 86400:
-        return None
-    return (
-        f"this run will take about {seconds / 86400:,.0f} days: {steps:,} steps of {batch_size:,} samples "
-        f"({steps * batch_size:,}) at {mfu:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
-        "optim.steps, optim.batch_size or a smaller backbone.preset; `m3i-scale plan` says more"
-    )
 
 
 def _counted_policy(run: RunConfig) -> str:

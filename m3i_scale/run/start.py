@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.checkpoint.commit import explain
-from m3i_scale.checkpoint.layout import step_of
 from m3i_scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch
@@ -31,7 +30,7 @@ from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks.base import Callback, CallbackList
 from m3i_scale.run.data_supply import Fetcher, check_sources_last
-from m3i_scale.run.flops import count_work, long_run_note, mean_work
+from m3i_scale.run.flops import count_work
 from m3i_scale.run.hooks.base import Hook, MakeHook, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing, Rewinding
 from m3i_scale.run.hooks.evaluation import Evaluation
@@ -80,11 +79,6 @@ def start_trainer(
     if run.backbone.compile == "auto" and (note := explain_auto()) is not None:
         tell(note)
     work = count_work(stages[0])
-    first_step = 0 if resume_from is None else step_of(resume_from) or 0
-    rest = mean_work(work, resolved, first_step)
-    note = long_run_note(rest, run.optim.steps - first_step, run.optim.batch_size, ranks.world_size)
-    if note is not None:
-        tell(note)
     meter = Meter(engine.module, run.optim.steps, run.optim.batch_size, work)
     engine.module.span = meter.step_times.span
     # The engine calls this name for the gradient reduction that remains after the backward pass.
