@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_scale.backbones.flops import counter as flop_counter
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
-from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches, read_policy
 from m3i_scale.engine.peak import Peak, compute_dtype, measured_peak, named_peak
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
@@ -52,8 +51,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
     Returns:
         `forward` (student), `teacher` (EMA, teachers and text encoder), `heads` (decoders, heads, losses), `backward`.
         `model`: the sum of these four, used for MFU. `text`: the part of `model` that scales with caption tokens.
-        `recompute`: recomputation by activation checkpointing, not part of `model`. For a budget, and for `selective`
-        with compiled layers, it is the larger value of `full`.
+        Recomputation by activation checkpointing is not counted.
     """
     micro = run.optim.micro_batch_size
     scale = run.optim.batch_size / micro
@@ -69,11 +67,8 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
             reads=objective.recipe.reads,
         )
         parts = _count_parts(objective, batch)
-        recompute = 0.0
-        if apply_activation_checkpointing(objective, _counted_policy(run)):
-            recompute = _count_parts(objective, batch)["backward"] - parts["backward"]
     parts["model"] = sum(parts[name] for name in ("forward", "teacher", "heads", "backward"))
-    return {name: value * scale for name, value in (parts | {"recompute": recompute}).items()}
+    return {name: value * scale for name, value in parts.items()}
 
 
 def count_work(resolved: ResolvedRun) -> Work:
@@ -86,14 +81,6 @@ def count_work(resolved: ResolvedRun) -> Work:
 def flop_of(resolved: ResolvedRun) -> dict[str, float]:
     """Return the FLOPs per step of a stage, as computed by `step_flop`."""
     return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
-
-
-def _counted_policy(run: RunConfig) -> str:
-    """Return a policy that recomputes the same operations without a device. The location of stored inputs is
-    irrelevant."""
-    text = run.backbone.activation_checkpointing
-    compilers = policy_of_switches(text, run.backbone.compiles) != text
-    return "full" if compilers or read_policy(text).kind in ("offload", "budget") else text
 
 
 def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:
