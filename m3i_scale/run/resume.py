@@ -190,9 +190,6 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
         stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # free text
         saved["protocol"], now["protocol"] = stated, known_part(stated, now["protocol"])
-    if "teacher_sha256" in saved:  # from before recipes could have several teachers
-        only = saved.pop("teacher_sha256")
-        saved["teachers_sha256"] = {} if only is None else {"teacher": only}
     _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in _NEWER_IDENTITY:
         if key in saved and key in now:
