@@ -14,7 +14,6 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.engine.agree import agree, mean_over_ranks, raise_together, summed_counts
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.run.callbacks.base import SourceFigures
 
 
 class Fetcher(Iterator[Batch]):
@@ -179,19 +178,24 @@ class Shares:
         """Start counting from the current position. Every rank must call it."""
         self._before = self._mean_counts()
 
-    def record(self) -> dict[str, SourceFigures]:
-        """Return the sampling statistics of every dataset by name. Every rank must call it."""
+    def record(self) -> dict[str, dict[str, float]]:
+        """Return the sampling statistics of every dataset by name. Every rank must call it.
+
+        `share`: fraction of all valid samples of the present datasets so far, 0 to 1. `asked`: target value of `share`,
+        given weights, schedules and exhausted datasets. `recent_share`, `recent_asked`: since the last record. `epoch`:
+        number of epochs over the dataset so far.
+        """
         total, names = self._mean_counts(), list(self._stream.source_counts())
         recent = {key: value - self._before[key] for key, value in total.items()}
         self._before = total
         return {
-            name: SourceFigures(
-                share=_share(total, name, names, "served"),
-                asked=_share(total, name, names, "asked"),
-                recent_share=_share(recent, name, names, "served"),
-                recent_asked=_share(recent, name, names, "asked"),
-                epoch=total[f"{name}/read"] / total[f"{name}/pass"],
-            )
+            name: {
+                "share": _share(total, name, names, "served"),
+                "asked": _share(total, name, names, "asked"),
+                "recent_share": _share(recent, name, names, "served"),
+                "recent_asked": _share(recent, name, names, "asked"),
+                "epoch": total[f"{name}/read"] / total[f"{name}/pass"],
+            }
             for name in names
         }
 

@@ -146,7 +146,7 @@ def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
             where=f"checkpoint.max_gib: {saves.max_gib:g}, checkpoint.every_steps: {saves.every_steps}",
             why=f"guard.spike.patience is {spike.patience} steps, so {late} late checkpoints have to stay{beside}, "
             f"and one takes about {size_text(checkpoint_bytes)}",
-            fix=f"checkpoint.max_gib of {_rounded_up(wanted_gib):g} or more, a larger checkpoint.every_steps, or no"
+            fix=f"checkpoint.max_gib of {math.ceil(1.02 * wanted_gib)} or more, a larger checkpoint.every_steps, or no"
             " guard.spike",
         )
 
@@ -154,9 +154,3 @@ def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
 def _checkpoints_needed(patience: int, every_steps: int) -> int:
     """Return how many of the latest checkpoints are needed to reach back before a spike when it is confirmed."""
     return 1 + math.ceil(patience / every_steps)
-
-
-def _rounded_up(gib: float) -> float:
-    """Return GiB with 2% margin for small files, rounded up to three digits."""
-    step = 10.0 ** (math.floor(math.log10(gib)) - 2)
-    return math.ceil(1.02 * gib / step) * step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -48,22 +48,6 @@ class RunInfo:
     """Device of a rank: `cpu`, or the name of rank 0's GPU."""
     micro_batch_size: int | None = None
     """Per-device batch size of a forward pass in the current stage."""
-
-
-@dataclass(frozen=True)
-class SourceFigures:
-    """Sampling statistics of one dataset, over all ranks."""
-
-    share: float
-    """Fraction of all valid samples of the present datasets so far, 0 to 1."""
-    asked: float
-    """Target value of `share`, given weights, schedules and exhausted datasets."""
-    recent_share: float
-    """`share` since the last record."""
-    recent_asked: float
-    """`asked` since the last record."""
-    epoch: float
-    """Number of epochs over the dataset so far."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +101,8 @@ class StepRecord:
     """Model FLOPs per second over all ranks, without recomputation."""
     mfu: float | None = None
     """`flop_per_s` as a fraction of the peak of all devices; None if it exceeds 1, because the peak is wrong."""
-    sources: dict[str, SourceFigures] = field(default_factory=dict)
-    """Sampling statistics by dataset name."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Sampling statistics by dataset name; see `data_supply.Shares`."""
 
     @property
     def data_wait_share(self) -> float:
@@ -161,7 +145,7 @@ class StepRecord:
         }
         values = {name: value for name, value in fixed.items() if value is not None}
         values |= flatten(self.times_s, "time")
-        values |= flatten({name: asdict(figures) for name, figures in self.sources.items()}, "dataset")
+        values |= flatten(self.sources, "dataset")
         for name, figures in self.groups.items():
             for kind, value in figures.items():
                 values[f"{_OF_GROUPS[kind]}/{name}" if kind in _OF_GROUPS else f"loss/{name}/{kind}"] = value

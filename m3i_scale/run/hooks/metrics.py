@@ -66,12 +66,13 @@ class Metrics(Hook):
         compute = host_figures.copy() if state.ranks.rank == 0 else None
         host_figures.clear()
         scale = loss_scale(state.engine)
+        norm = state.engine.get_global_grad_norm() if state.applied else None
         lowest = min(group["lr"] for group in state.engine.optimizer.param_groups)
         record = self._meter.record(
             step=state.step,
             lr=state.lr,
             lr_lowest=lowest if lowest < state.lr else None,
-            grad_norm=state.engine.get_global_grad_norm() if state.applied else None,
+            grad_norm=None if norm is None else float(norm),
             ema_decay=state.ema_decay,
             quarantined=sum(state.stream.quarantined.values()),
             quarantined_samples=sum(state.stream.quarantined_samples.values()),
