@@ -40,9 +40,6 @@ class RunWarning:
     why: str
     fix: str
 
-    def __str__(self) -> str:
-        return f"{self.group}: {self.what} ({self.why}); try: {self.fix}"
-
 
 class Diagnosis:
     """Checks on every logged record of a run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,10 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    step = int(meta["step"])
-    stages = _saved_stages(meta, checkpoint)
-    _check_sizes(resolved.run, stages, checkpoint, step)
-    return (
-        _changed_shape(resolved, meta, world_size)
-        + _changed_schedule(resolved.run, checkpoint, step)
-        + _changed_stages(resolved.run, stages)
-    )
+    where = f"stages of {checkpoint / 'meta.json'}"
+    stages = [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
+    _check_sizes(resolved.run, stages, checkpoint, int(meta["step"]))
+    return [*_changes(resolved, checkpoint, meta, stages, world_size)]
 
 
 def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int) -> None:
@@ -99,7 +95,7 @@ def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int
     if not (saved or run.stages):
         return
     before = run.model_copy(update={"stages": saved})
-    then, now = (_sizes_until(phased, step) for phased in (before, run))
+    then, now = (_sizes_until(staged, step) for staged in (before, run))
     if then != now:
         raise CheckpointError(
             "the checkpoint is of another run: stages that have begun changed",
@@ -107,16 +103,6 @@ def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int
             why=f"images were {then}, and are {now}",
             fix="take the same `stages` up to this step, or another output_dir for the new run",
         )
-
-
-def _saved_stages(meta: dict[str, Any], checkpoint: Path) -> list[Stage]:
-    where = f"stages of {checkpoint / 'meta.json'}"
-    return [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
-
-
-def _changed_stages(run: RunConfig, saved: list[Stage]) -> list[str]:
-    changes = format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages)))
-    return [f"stages changed: {', '.join(changes)}"] if changes else []
 
 
 def _sizes_until(run: RunConfig, step: int) -> str:
@@ -130,45 +116,39 @@ def _sizes_until(run: RunConfig, step: int) -> str:
     return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
 
 
-def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
-    now = computed_shape(resolved, int(meta["step"]), world_size)
-    notes = [
-        f"resharded: {key} was {meta.get(key)}, is {value}"
-        for key, value in now.items()
-        if key != "compared" and meta.get(key) != value
-    ]
+_OF_THE_SCHEDULE = {"steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction"}
+
+
+def _changes(
+    resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], saved: list[Stage], world_size: int
+) -> Iterator[str]:
+    """Yield notes on changes of the parallel layout, the schedule, and the stages (`saved` in the checkpoint)."""
+    run, step, now = resolved.run, int(meta["step"]), computed_shape(resolved, int(meta["step"]), world_size)
+    for key, value in now.items():
+        if key != "compared" and meta.get(key) != value:
+            yield f"resharded: {key} was {meta.get(key)}, is {value}"
     if resolved.recipe.compares_samples and meta.get("compared") != now["compared"]:
-        notes.append(
+        yield (
             f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: the values of its losses "
             "jump here (optim.micro_batch_size × ranks)"
         )
-    return notes
+    if step < run.optim.steps:
+        before = saved_optim(checkpoint)
+        values = [optim.model_dump(mode="json", include=_OF_THE_SCHEDULE) for optim in (before, run.optim)]
+        if changes := format_differences("optim", *values):
+            note = f"the schedule changed: {', '.join(changes)}"
+            rate, then = (learning_rate(step, optim) for optim in (run.optim, before))
+            if rate != then:
+                note += f"; the learning rate of step {step + 1} is {rate:.3g} instead of {then:.3g}"
+            yield note
+    if changes := format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages))):
+        yield f"stages changed: {', '.join(changes)}"
 
 
-_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction")
-
-
-def saved_steps(checkpoint: Path) -> int:
-    """Return `optim.steps` of the run that saved a checkpoint."""
-    place = checkpoint / "run.yaml"
-    return parse_section(OptimConfig, read_yaml(place).get("optim", {}), where=f"optim of {place}", stored=True).steps
-
-
-def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
-    """Return a note if the schedule changed. The learning rate then follows the new schedule."""
-    if step >= run.optim.steps:
-        return []
-    saved = read_yaml(checkpoint / "run.yaml").get("optim")
-    if not isinstance(saved, dict):
-        return []
-    before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
-    values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
-    changes = format_differences("optim", *values)
-    if not changes:
-        return []
-    now, then = (learning_rate(step, optim) for optim in (run.optim, before))
-    rates = "" if now == then else f"; the learning rate of step {step + 1} is {now:.3g} instead of {then:.3g}"
-    return [f"the schedule changed: {', '.join(changes)}{rates}"]
+def saved_optim(checkpoint: Path) -> OptimConfig:
+    """Return the section `optim` of the run that saved a checkpoint."""
+    path = checkpoint / "run.yaml"
+    return parse_section(OptimConfig, read_yaml(path).get("optim", {}), where=f"optim of {path}", stored=True)
 
 
 def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:

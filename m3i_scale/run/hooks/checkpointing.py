@@ -18,7 +18,7 @@ from m3i_scale.engine.agree import together
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.run.hooks.base import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.resume import checkpoint_meta, saved_steps
+from m3i_scale.run.resume import checkpoint_meta, saved_optim
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
 from m3i_scale.run.spike import Spike
@@ -51,7 +51,7 @@ class Checkpointing(Hook):
         data_states = load_checkpoint(checkpoint, state.engine, state.ema)
         meta = together(lambda: read_meta(checkpoint))
         # The stored loss was computed at this position of the recipe's schedules.
-        state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_steps(checkpoint))
+        state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_optim(checkpoint)).steps
         probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.resolved.deepspeed.config))
         if self._config.probe:
             self._probe = probe
