@@ -3,7 +3,7 @@ setting that cannot work is an error instead."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from m3i_scale.config import DistortionConfig, OptimConfig, RunConfig
@@ -39,7 +39,7 @@ def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[st
     dotted keys. `recipe` is None if it has errors."""
     warnings = [*_optim(run), *_timeouts(run), *_task(run)]
     if recipe is not None:
-        warnings += [*_targets(recipe), *_biases(recipe), *_augmentation(run, recipe)]
+        warnings += [*_targets(recipe), *_augmentation(run, recipe)]
     return [warning.text for warning in warnings if not warning.depends_on(faulty)]
 
 
@@ -132,12 +132,8 @@ def _targets(recipe: Recipe) -> Iterator[ConfigWarning]:
                         f"{place}.{section}.{key} is {most:g}: it divides cosines, so that the softmax is nearly "
                         f"uniform. Fix: {1 / most:.2g} if this is a scale, which multiplies them",
                     )
-
-
-def _biases(recipe: Recipe) -> Iterator[ConfigWarning]:
-    for number, target in enumerate(recipe.targets):
         if isinstance(target.distribution, BernoulliPairs) and target.distribution.bias > 0:
-            key = f"recipe.targets.{number}.distribution.bias"
+            key = f"{place}.distribution.bias"
             yield ConfigWarning(
                 (key,),
                 f"{key} is {target.distribution.bias:g}: nearly all pairs are no match, so the first bias is negative. "
@@ -171,7 +167,10 @@ def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[ConfigWarning]:
                 yield _overridden(f"{place}.{name}")
         if augment.scale_jitter is not None and all(view.crop_scale or view.crop_ratio for view in views):
             yield _overridden(f"{place}.scale_jitter")
-        yield from _idle_jitter(place, augment, views)
+        for_views = [view.color_jitter_p for view in views]
+        probabilities = [augment.color_jitter_p if chosen is None else chosen for chosen in for_views]
+        if augment.color_jitter != usual.color_jitter and not any(probabilities):
+            yield _without_probability(place, "recipe.views")
     for number, spec in enumerate(recipe.views or []):
         never = spec.color_jitter_p == 0 or (spec.color_jitter_p is None and run.data.augment.color_jitter_p == 0)
         if spec.color_jitter is not None and never:
@@ -182,13 +181,6 @@ def _overridden(key: str) -> ConfigWarning:
     return ConfigWarning(
         (key, "recipe.views"), f"{key} has no effect: each of recipe.views has its own. Fix: leave one of them out"
     )
-
-
-def _idle_jitter(place: str, augment: DistortionConfig, views: Sequence[ViewSpec]) -> Iterator[ConfigWarning]:
-    probabilities = [augment.color_jitter_p if view.color_jitter_p is None else view.color_jitter_p for view in views]
-    changed = augment.color_jitter != AugmentConfig().color_jitter
-    if changed and not any(probabilities):
-        yield _without_probability(place, "recipe.views")
 
 
 def _without_probability(place: str, also: str) -> ConfigWarning:

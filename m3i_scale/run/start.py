@@ -135,30 +135,26 @@ def _longest(batch: Batch, max_tokens: int) -> Batch:
 
 
 def print_start(report: dict[str, Any], run: RunConfig) -> None:
-    """Print the load result of every tensor of the pretrained weights, and save it in the run's folder."""
-    console = wide_console(stderr=True, soft_wrap=True)
-    console.print(start_table(report))
+    """Print the load result of every tensor of the pretrained weights, and save it in the run's folder. Names that
+    differ only by layer number share a line."""
+    table = Table(box=None, show_header=False)
+    for topic, text in _report_rows(report):
+        table.add_row(Text(topic, style="bold"), Text(text))
+    wide_console(stderr=True, soft_wrap=True).print(table)
     try:
         write_json(run.output_dir / START, report)
     except OSError as error:
         raise explain(error, run.output_dir / "checkpoints") from None
 
 
-def start_table(report: dict[str, Any]) -> Table:
-    """Return the report of `plan_load` as a table; names that differ only by layer number share a line."""
-    table = Table("start", "", box=None, show_header=False)
-    for what, text in lines(report):
-        table.add_row(Text(what, style="bold"), Text(text))
-    return table
-
-
-def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (topic, text) rows of a report."""
     rows = [
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
     ]
-    pairs = Counter(_by_layer(f"{old} → {', '.join(new)}") for old, new in report["renamed"].items())
+    renamed = (f"{old} → {', '.join(new)}" for old, new in report["renamed"].items())
+    pairs = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", pair) for pair in renamed)  # N: any layer number
     rows += [("renamed", f"{pair}{f'  × {count}' if count > 1 else ''}") for pair, count in pairs.items()]
     rows += [
         ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
@@ -168,8 +164,3 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("fresh", name) for name in report["fresh"]]
     rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]
     return rows
-
-
-def _by_layer(pair: str) -> str:
-    """Replace the layer number in a name by N, so that the names of all layers are equal."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", pair)
