@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import load_run
 from m3i_scale.host.process_group import free_port, start_ranks, stop_ranks
 from m3i_scale.run.check import resolve_run
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.start import start_trainer
 
 

@@ -89,7 +89,7 @@ def _train(rows: Rows) -> None:
     from m3i_scale.config import load_run
     from m3i_scale.host.process_group import start_ranks, stop_ranks
     from m3i_scale.run.check import resolve_run
-    from m3i_scale.run.hooks.base import Hook
+    from m3i_scale.run.hooks import Hook
     from m3i_scale.run.start import start_trainer
 
     class Watch(Hook):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from m3i_scale.run.callbacks.base import StepRecord
+from m3i_scale.run.callbacks import StepRecord
 
 PATIENCE = 3
 """Consecutive records after which a problem is reported: 30 steps at log.every_steps = 10."""

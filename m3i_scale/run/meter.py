@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3i_scale.engine.agree import max_over_ranks, mean_over_ranks
 from m3i_scale.objective.information import Objective
-from m3i_scale.run.callbacks.base import StepRecord
+from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.flops import Work
 from m3i_scale.run.step_times import StepTimes
 from m3i_scale.text import GIB

@@ -28,10 +28,10 @@ from m3i_scale.engine.engine import set_micro_batch_size
 from m3i_scale.files import write_json
 from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.output import wide_console
-from m3i_scale.run.callbacks.base import Callback, CallbackList
+from m3i_scale.run.callbacks import Callback, CallbackList
 from m3i_scale.run.data_supply import Fetcher, check_sources_last
 from m3i_scale.run.flops import count_work
-from m3i_scale.run.hooks.base import Hook, MakeHook, TrainState
+from m3i_scale.run.hooks import Hook, MakeHook, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing, Rewinding
 from m3i_scale.run.hooks.evaluation import Evaluation
 from m3i_scale.run.hooks.guard import Guard

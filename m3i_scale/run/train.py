@@ -32,11 +32,11 @@ from m3i_scale.host.shared_dir import check_shared
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
-from m3i_scale.run.callbacks.base import Callback
+from m3i_scale.run.callbacks import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.check import resolve_run, stage_lines
-from m3i_scale.run.hooks.base import MakeHook
+from m3i_scale.run.hooks import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind

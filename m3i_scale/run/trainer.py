@@ -19,11 +19,11 @@ from m3i_scale.engine.loss_scale import spread_nonfinite, take_step, undone_if_s
 from m3i_scale.engine.peak import device_name
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
-from m3i_scale.run.callbacks.base import RunInfo, StageInfo
+from m3i_scale.run.callbacks import RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
 from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, ending_message, stop_if_bad
 from m3i_scale.run.flops import Work, flop_of
-from m3i_scale.run.hooks.base import Hook, MicroBatchResult, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.metrics import gradient_scale
 from m3i_scale.run.hooks.process import Preemption, give_back_collector

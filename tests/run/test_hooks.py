@@ -12,7 +12,7 @@ import torch
 from m3i_scale.config import LogConfig, OptimConfig, RunConfig
 from m3i_scale.data.stream import Account
 from m3i_scale.run.data_supply import Fetcher
-from m3i_scale.run.hooks.base import Hook, MicroBatchResult
+from m3i_scale.run.hooks import Hook, MicroBatchResult
 from m3i_scale.run.trainer import Trainer
 
 

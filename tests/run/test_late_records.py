@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m3i_scale.objective.host_figures import HostFigures
-from m3i_scale.run.callbacks.base import Callback, CallbackList, StepRecord
+from m3i_scale.run.callbacks import Callback, CallbackList, StepRecord
 from m3i_scale.run.hooks.metrics import Metrics
 from m3i_scale.run.meter import Meter
 

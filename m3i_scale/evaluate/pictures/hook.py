@@ -20,8 +20,8 @@ from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.files import atomic_dir
 from m3i_scale.host.output_dir import PICTURES
 from m3i_scale.host.picture_files import write_pictures
-from m3i_scale.run.callbacks.base import write_errors
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.callbacks import write_errors
+from m3i_scale.run.hooks import Hook, TrainState
 
 if TYPE_CHECKING:
     from m3i_scale.evaluate.pictures.training import EncodedSamples

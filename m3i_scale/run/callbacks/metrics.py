@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from m3i_scale.files import atomic_write, json_line
 from m3i_scale.host.machine import processor
 from m3i_scale.host.output_dir import METRICS
-from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten, write_errors
+from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten, write_errors
 from m3i_scale.run.software import commit, software_versions
 
 REPLACED = "metrics.replaced.jsonl"

@@ -16,7 +16,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
 from m3i_scale.engine.agree import together
 from m3i_scale.engine.deepspeed.rules import precision
-from m3i_scale.run.hooks.base import Hook, MicroBatchResult, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.resume import checkpoint_meta, saved_optim
 from m3i_scale.run.rewind import Rewinds

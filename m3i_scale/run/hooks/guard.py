@@ -21,8 +21,8 @@ from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import UserError
 from m3i_scale.files import write_json
 from m3i_scale.objective.schedule import value_at
-from m3i_scale.run.callbacks.base import StepRecord
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.callbacks import StepRecord
+from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
 from m3i_scale.text import listed
 

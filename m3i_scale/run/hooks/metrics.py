@@ -12,10 +12,10 @@ from dataclasses import asdict
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine.loss_scale import loss_scale
-from m3i_scale.run.callbacks.base import StepRecord
+from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.data_supply import Shares
 from m3i_scale.run.diagnosis import Diagnosis
-from m3i_scale.run.hooks.base import Hook, MicroBatchResult, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.meter import Meter
 

@@ -11,7 +11,7 @@ from types import FrameType
 
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.host.output_dir import stop_requested
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks import Hook, TrainState
 
 _CHECK_S = 1.0
 """Interval between reads of the output folder, a shared file system that all ranks would wait for in every step."""
