@@ -73,7 +73,7 @@ class ResolvedRun(RunWithData):
         model = backbone_config(run.backbone).to_diff_dict()
         for key in ("transformers_version", "_name_or_path"):  # irrelevant for the weights
             model.pop(key, None)
-        identity = {
+        identity: dict[str, Any] = {
             "recipe": without_folders(run.recipe),
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),

@@ -60,7 +60,8 @@ def start_trainer(
 ) -> Trainer:
     """Build the engine and the hooks of a run. Opens its data if no stream is passed (see `open_data`). Every rank must
     call it. `callbacks` and `tell` are only used on rank 0."""
-    run, heartbeat = resolved.run, heartbeat or Heartbeat(None)
+    run = resolved.run
+    heartbeat = heartbeat or Heartbeat(None)
     if ranks.rank != 0:
         callbacks, tell = [], lambda text: None
     stages = [resolved.in_stage(number) for number in range(max(len(run.stages), 1))]
