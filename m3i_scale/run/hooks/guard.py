@@ -21,14 +21,11 @@ from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import UserError
 from m3i_scale.files import write_json
 from m3i_scale.objective.schedule import value_at
-from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
 from m3i_scale.text import listed
 
 FOLDER = "bad_steps"
-RECORDS = 20
-"""Number of last records in the failure report."""
 _LISTED = 8
 
 
@@ -95,7 +92,6 @@ class Guard(Hook):
         """Number of skipped steps so far, excluding undone steps."""
         self._in_a_row = 0
         self._bad: deque[BadStep] = deque(maxlen=self._config.max_skipped_in_a_row)
-        self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
     def post_step(self) -> bool:
@@ -157,11 +153,10 @@ class Guard(Hook):
         return RankReport(self._state.ranks.rank, losses, list(groups), keys)
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
-        """Write the failure report, `bad_steps/step-00000100.json` with the last records of metrics.jsonl, and return
-        the error to raise. Every rank must call it."""
-        self._state.callbacks.flush()
+        """Write the failure report, `bad_steps/step-00000100.json`, and return the error to raise. Every rank must call
+        it."""
         path = self._folder / f"step-{step:08d}.json"
-        content = {"step": step, "why": what, "steps": [*map(asdict, self._bad)], "records": list(self._records)}
+        content = {"step": step, "why": what, "steps": [*map(asdict, self._bad)]}
         written = from_rank_0(lambda: _write(path, content))
         return RunEndedError(
             what,
@@ -174,10 +169,6 @@ class Guard(Hook):
     def warn(self, step: int, what: str, why: str, fix: str) -> None:
         """Send a warning of the guard to the callbacks."""
         self._state.callbacks.on_warning(step, {"group": "guard", "what": what, "why": why, "fix": fix})
-
-    def remember(self, record: StepRecord) -> None:
-        """Store a record for the failure report that rank 0 writes."""
-        self._records.append({"step": record.step, **record.scalars()})
 
     def state(self) -> dict[str, Any]:
         """Return the state for meta.json, so that a resumed run behaves as if uninterrupted."""

@@ -21,8 +21,7 @@ from m3i_scale.run.meter import Meter
 
 
 class Metrics(Hook):
-    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0. `guard`
-    stores the last records for its failure report."""
+    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0."""
 
     def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
         self._state, self._meter, self._guard = state, meter, guard
@@ -91,7 +90,6 @@ class Metrics(Hook):
             return
         (record, figures), self._pending = self._pending, None
         record = record.with_figures(figures.result())
-        self._guard.remember(record)
         self._state.callbacks.on_step(record)
         for fault in self._diagnosis.check(record):
             self._state.callbacks.on_warning(record.step, asdict(fault))
