@@ -32,7 +32,7 @@ class Checkpointing(Hook):
         self._state, self._config, self._guard, self._rewinds = state, state.resolved.run.checkpoint, guard, rewinds
         self._root = state.resolved.run.output_dir / "checkpoints"
         self._saver = Saver(state.engine, state.ema, self._config.background, self._drop_older)
-        self._limit_told = False
+        self._limit_reported = False
         self._step = -1
         """Step of the last save, or of the loaded checkpoint."""
         self._loaded = resume_from
@@ -157,8 +157,8 @@ class Checkpointing(Hook):
         output_dir = self._state.resolved.run.output_dir
         metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
         pruned = prune(committed.parent, self._config, metrics, committed=committed)
-        if pruned.over_limit and not self._limit_told:
-            self._limit_told = True
+        if pruned.over_limit and not self._limit_reported:
+            self._limit_reported = True
             self._state.tell("checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept")
 
 
