@@ -29,7 +29,7 @@ from m3i_scale.checkpoint.layout import step_of
 from m3i_scale.cli import main
 from m3i_scale.config import RunConfig
 from m3i_scale.engine.extensions import keep_to_environment
-from m3i_scale.run import train, trainer
+from m3i_scale.run import flops, train
 from m3i_scale.run.check import resolve_run
 from m3i_scale.run.hooks import checkpointing
 
@@ -128,8 +128,8 @@ def warm_up(run: RunConfig) -> None:
     get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # DeepSpeed compiles it at the first engine
     plan = resolve_run(run.model_copy(update={"optim": run.optim.model_copy(update={"micro_batch_size": 8})}), 1)
-    flop = trainer.step_flop(plan.run, plan.label_sets, plan.vocab_size)
-    trainer.step_flop = lambda *given: flop
+    flop = flops.step_flop(plan.run, plan.label_sets, plan.vocab_size)
+    flops.step_flop = lambda *given: flop
 
 
 def start(job: Job) -> int:

@@ -14,8 +14,8 @@ from deepspeed.accelerator import get_accelerator
 from m3i_scale.config import load_run
 from m3i_scale.engine.process_group import free_port, start_ranks, stop_ranks
 from m3i_scale.run.check import resolve_run
-from m3i_scale.run.hooks.base import Hook, TrainState
-from m3i_scale.run.trainer import Trainer
+from m3i_scale.run.hooks import Hook, TrainState
+from m3i_scale.run.start import start_trainer
 
 
 def peak_bytes() -> int:
@@ -45,7 +45,7 @@ def train(rank: int, world: int, port: int, run_file: Path, out: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = load_run(str(run_file))
-    trainer = Trainer(resolve_run(run, world), start_ranks(), [], None)
+    trainer = start_trainer(resolve_run(run, world), start_ranks(), [], None)
     peaks = Peaks(trainer.state)
     trainer.hooks = [*(hook for hook in trainer.hooks if hook is not trainer.checkpointing), peaks]  # nothing is saved
     trainer.fit()

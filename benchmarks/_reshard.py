@@ -18,7 +18,7 @@ from _shards import TINY
 from m3i_scale.checkpoint.layout import checkpoints, read_meta
 from m3i_scale.config import load_run, resource_folder
 from m3i_scale.engine.process_group import free_port, start_ranks, stop_ranks
-from m3i_scale.run.callbacks.base import Callback, StepRecord
+from m3i_scale.run.callbacks import Callback, StepRecord
 
 GLOBAL = 24
 """Samples of a batch, compared all at once: the ranks share them out, and 4, 3, 2 and 1 divide them."""

@@ -54,6 +54,7 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.run.start import start_trainer
 from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.trainer import Trainer
 
@@ -257,7 +258,7 @@ def _bare_deepspeed(plan: ResolvedRun, ranks: ProcessGroupRanks) -> Step:
 
 def _ours(plan: ResolvedRun, ranks: ProcessGroupRanks) -> tuple[Step, Trainer]:
     stream: Any = Premade(_batches(plan, ranks.rank))
-    trainer = Trainer(plan, ranks, [], None, stream)
+    trainer = start_trainer(plan, ranks, [], None, stream)
     trainer.fetcher = Fetcher(iter(stream))
     trainer.hooks.remove(trainer.checkpointing)
     return trainer.train_step, trainer

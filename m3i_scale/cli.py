@@ -133,7 +133,7 @@ def train(
         check_run(run, overrides, ranks or None)  # which also reports all other errors
         raise
     from m3i_scale.evaluate.pictures.hook import make_pictures
-    from m3i_scale.run.config_warnings import repeated_overrides
+    from m3i_scale.run.run_warnings import repeated_overrides
     from m3i_scale.run.train import start
 
     if start(config, repeated_overrides(overrides or []), [make_pictures]) == "preempted":
@@ -154,7 +154,8 @@ def check(
     """
     leave_out_accelerator_warning()
     from m3i_scale.config import load_run
-    from m3i_scale.run.check import faults_of, stage_lines, warnings_of
+    from m3i_scale.run.check import faults_of, stage_lines
+    from m3i_scale.run.run_warnings import warnings_of
 
     faults = Faults()
     faults.found = faults_of(run, overrides, ranks)

@@ -89,8 +89,8 @@ def _train(rows: Rows) -> None:
     from m3i_scale.config import load_run
     from m3i_scale.engine.process_group import start_ranks, stop_ranks
     from m3i_scale.run.check import resolve_run
-    from m3i_scale.run.hooks.base import Hook
-    from m3i_scale.run.trainer import Trainer
+    from m3i_scale.run.hooks import Hook
+    from m3i_scale.run.start import start_trainer
 
     class Watch(Hook):
         """Has torch warn of every wait, after the fourth step and until the seventh is over."""
@@ -105,7 +105,7 @@ def _train(rows: Rows) -> None:
         places = [f"data.datasets.shapes.path={shards}", f"output_dir={name}/run", "deepspeed=zero1_bf16"]
         logs = ["log.every_steps=100", "log.progress=false", "checkpoint.every_steps=100", "data.streams=4"]
         run = load_run("m3i", [*SMALL, *sizes, *places, *logs])
-        trainer = Trainer(resolve_run(run, 1), start_ranks(), [], None)
+        trainer = start_trainer(resolve_run(run, 1), start_ranks(), [], None)
         trainer.hooks = [hook for hook in trainer.hooks if hook is not trainer.checkpointing] + [Watch()]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from m3i_scale.backbones.build import backbone_config, backbone_source
-from m3i_scale.backbones.families import family_of
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.checkpoint.retention import check_retention
 from m3i_scale.config import RunConfig, Stage, find_run_file, run_values, valid_part
 from m3i_scale.data.mixing import check_shares
-from m3i_scale.data.remote.access import check_access
 from m3i_scale.engine.activations import check_policy
 from m3i_scale.engine.compilation import check_compile
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, check_accelerator, load_ds_config
@@ -28,15 +28,14 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import FrozenTeacher
-from m3i_scale.run.callbacks.writers import writers_of
-from m3i_scale.run.config_warnings import config_warnings, repeated_overrides
-from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
-from m3i_scale.run.hooks.guard import check_guard
-from m3i_scale.run.resume import check_counts, check_resume, find_resume
+from m3i_scale.run.callbacks.trackers import trackers_of
+from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
+from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun, resolve_engine
-from m3i_scale.run.source_checks import scored_targets
-from m3i_scale.run.source_warnings import source_warnings
-from m3i_scale.run.start_table import other_images
+from m3i_scale.run.spike import check_guard
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _ANY_WIDTH = 768
 """Backbone width used if the backbone is invalid. It only resolves DeepSpeed bucket sizes, which are then discarded."""
@@ -52,36 +51,33 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     faults.note(load_run_and_recipe, name_or_path, overrides, values)
     run, broken = valid_part(values, sections=True)
     if run is not None:
-        recipe_holds = Faults().note(lambda: parse_recipe(run.recipe)) is not None
-        at_fault = broken if recipe_holds else broken | {"recipe"}
-        resolved = Checks(run, ranks, at_fault, here=False).resolve(faults)
+        if Faults().note(parse_recipe, run.recipe) is None:  # its errors are already recorded
+            broken |= {"recipe"}
+        checks = Checks(run, ranks, broken, here=False, faults=faults)
+        resolved = checks.resolve()
         if Faults().note(check_output_dir, run.output_dir) is not None:
-            if "backbone" not in at_fault:
-                _note_weights(run, faults)
-            if not at_fault & {"checkpoint", "data", "output_dir"}:
-                _note_resume(run, resolved, ranks or 1, faults)
+            checks.note("backbone", _check_weights, run)
+            checks.note("checkpoint data output_dir", _check_checkpoint, run, resolved, ranks or 1)
     for fault in faults.found:
         fault.where = fault.where or str(find_run_file(name_or_path))
     return faults.found
 
 
-def _note_weights(run: RunConfig, faults: Faults) -> None:
+def _check_weights(run: RunConfig) -> None:
     """Match the local pretrained weights with the parameters of the backbone, reading only file headers."""
-    start, goes_on = run.backbone.from_pretrained, (run.output_dir / "checkpoints").exists()
-    if start is None or goes_on or not Path(start).exists():
+    start, resumes = run.backbone.from_pretrained, (run.output_dir / "checkpoints").exists()
+    if start is None or resumes or not Path(start).exists():
         return
     model = Faults().note(backbone_config, run.backbone)  # its errors are already recorded
     if model is not None:
-        faults.note(plan_load, backbone_source(run.backbone), model)
+        plan_load(backbone_source(run.backbone), model)
 
 
-def _note_resume(run: RunConfig, resolved: ResolvedRun | None, ranks: int, faults: Faults) -> None:
+def _check_checkpoint(run: RunConfig, resolved: ResolvedRun | None, ranks: int) -> None:
     """Find the checkpoint to resume from, checking file sizes only, and compare the run with it."""
-    checkpoint, _ = faults.note(find_resume, run, contents=False) or (None, [])
-    if checkpoint is None or resolved is None:
-        return
-    if faults.note(check_resume, resolved, checkpoint, ranks) is not None:
-        faults.note(check_counts, checkpoint, run.optim.batch_size)
+    checkpoint, _ = find_resume(run, contents=False)
+    if checkpoint is not None and resolved is not None:
+        check_resume(resolved, checkpoint, ranks)
 
 
 def check_run(name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None) -> None:
@@ -104,117 +100,129 @@ def stage_lines(run: RunConfig) -> list[str]:
     return lines
 
 
-def warnings_of(
-    name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
-) -> list[str]:
-    """Return warnings about a config file. If it has errors, only warn about the valid values. `ask_servers` reads the
-    manifests of remote shards. Pass False if the run has errors, e.g. an unreachable server."""
-    try:
-        values = run_values(name_or_path, overrides)
-    except UserError:  # reported by `faults_of`
-        return []
-    run, faulty = valid_part(values)
-    warnings = repeated_overrides(overrides or [])
-    return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
-
-
-def run_warnings(
-    run: RunConfig, ranks: int | None, faulty: Collection[str] = (), *, ask_servers: bool = True
-) -> list[str]:
-    """Return warnings about a run, which has default values in place of values with errors. `faulty` has their dotted
-    keys. See `warnings_of` for `ask_servers`."""
-    errors = Faults()
-    recipe = errors.note(parse_recipe, run.recipe)
-    access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
-    warnings = config_warnings(run, recipe, faulty)
-    warnings += errors.note(_other_images, run) or []
-    return warnings + list(source_warnings(run, ranks, access))
-
-
-def _other_images(run: RunConfig) -> list[str]:
-    """Describe how the run's images differ from the images that its pretrained weights expect."""
-    if run.backbone.from_pretrained is None:
-        return []
-    source = backbone_source(run.backbone)
-    positions = family_of(source.config).positions
-    return other_images(source.normalisation, None if positions is None else source.config.image_size, run)
-
-
-def resolve_run(run: RunConfig, world_size: int) -> ResolvedRun:
-    """Validate a config against its data, its DeepSpeed config, the number of ranks and this machine."""
-    faults = Faults()
-    resolved = Checks(run, world_size).resolve(faults)
-    faults.end()
+def resolve_run(
+    run: RunConfig, world_size: int, *, here: bool = True, unpacked: DataFacts | None = None
+) -> ResolvedRun:
+    """Validate a config against its data, its DeepSpeed config, the number of ranks and this machine. For `here` and
+    `unpacked`, see `Checks`."""
+    checks = Checks(run, world_size, here=here, unpacked=unpacked)
+    resolved = checks.resolve()
+    checks.faults.end()
     if resolved is None:
-        raise RuntimeError("nothing is at fault, and nothing is resolved")
+        raise RuntimeError("there is no error, and nothing was resolved")
     return resolved
 
 
-class Checks(DataChecks):
-    """All checks of one run, except checks that depend on an invalid section. `at_fault` names these sections, which
-    have default values instead. `here`: whether this machine takes part in the run."""
+@dataclass
+class Checks:
+    """All checks of one run, which add their errors to `faults`."""
 
-    def __init__(
-        self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset(), *, here: bool = True
-    ) -> None:
-        super().__init__(run, ranks, at_fault)
-        self.here = here
+    run: RunConfig
+    ranks: int | None
+    """None: skip checks that depend on the number of ranks."""
+    broken: frozenset[str] = frozenset()
+    """Sections with errors, which have default values instead. Checks that depend on them are skipped."""
+    here: bool = True
+    """Whether this machine takes part in the run."""
+    unpacked: DataFacts | None = None
+    """Properties of data whose shards do not exist yet."""
+    faults: Faults = field(default_factory=Faults)
 
-    def resolve(self, faults: Faults) -> ResolvedRun | None:
-        """Run all checks, add errors to `faults`, and return the resolved run, or None if there are errors."""
-        run, before = self.run, len(faults.found)
-        recipe = faults.note(parse_recipe, run.recipe) if self.has_no_errors("recipe") else None
-        access, there = self.access(faults) if self.has_no_errors("data") else (None, False)
-        model = faults.note(backbone_config, run.backbone) if self.has_no_errors("backbone") else None
-        if self.has_no_errors("output_dir"):
-            faults.note(check_output_dir, run.output_dir)
-        if self.has_no_errors("log"):
-            faults.note(writers_of, run.log)
-        faults.note(check_policy, run.backbone.activation_checkpointing)
+    def holds(self, sections: str) -> bool:
+        """Return whether none of the sections, separated by spaces, has errors."""
+        return not self.broken.intersection(sections.split())
+
+    def note(self, sections: str, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Run a check that depends on these sections, and return its result; None if it fails or is skipped."""
+        return self.faults.note(check, *args, **kwargs) if self.holds(sections) else None
+
+    def resolve(self) -> ResolvedRun | None:
+        """Run all checks. Return the resolved run, or None if there are errors."""
+        run, before = self.run, len(self.faults.found)
+        recipe = self.note("recipe", parse_recipe, run.recipe)
+        access, there = None, False
+        if self.holds("data") and self.unpacked is None:
+            access, there = find_shards(run, self.faults, self.ranks if self.holds("optim") else None)
+        model = self.note("backbone", backbone_config, run.backbone)
+        self.note("output_dir", check_output_dir, run.output_dir)
+        self.note("log", trackers_of, run.log)
+        self.faults.note(check_policy, run.backbone.activation_checkpointing)
         if run.backbone.compiles:
-            faults.note(check_compile)
-        facts = DataFacts(run)
-        if run.task is not None and model is not None and self.has_no_errors("optim"):
-            faults.note(run.task.check, run, model)
+            self.faults.note(check_compile)
+        if run.task is not None and model is not None:
+            self.note("optim", run.task.check, run, model)
+        facts = self.unpacked or DataFacts(run)
         if recipe is not None:
-            self._check_without_data(recipe, faults)
-            facts = self.read(recipe, access, faults, there=there)
-            run = facts.run
-        deepspeed = None
-        if self.has_no_errors("optim", "deepspeed"):
-            width = _ANY_WIDTH if model is None else model.hidden_size
-            deepspeed = faults.note(resolve_engine, run, self.ranks, width)
-        elif self.has_no_errors("deepspeed"):  # its "auto" values are resolved from `optim`
-            faults.note(load_ds_config, run.deepspeed)
-        if deepspeed is not None and run.task is not None:
-            faults.note(run.task.check_engine, run, deepspeed.config)
-        self._check_engine(deepspeed, faults)
-        if recipe is None or model is None or deepspeed is None or not self.has_no_errors("data", "text"):
+            self._check_without_data(recipe)
+            if self.holds("data"):
+                read = read_facts(run, recipe, access, self.faults, there=there, text=self.holds("text"))
+                facts = read if self.unpacked is None else self.unpacked
+        run = facts.run
+        deepspeed = self._resolve_engine(run, _ANY_WIDTH if model is None else model.hidden_size)
+        if recipe is None or model is None or deepspeed is None or not self.holds("data text"):
             return None
-        if len(faults.found) > before:
+        if len(self.faults.found) > before:
             return None
-        accumulation = run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1))
-        scored = faults.note(scored_targets, run, recipe, access)
-        label_sets, image_counts = facts.label_sets, facts.image_counts
+        targets = recipe.targets if run.data.validation else []
+        scored = self.faults.note(lambda: [target.name for target in targets if target.check_scores(run, access)])
         resolved = ResolvedRun(
             run,
             recipe,
-            label_sets,
+            facts.label_sets,
             facts.tokenizer,
             run.image_size(model.image_size),
             deepspeed,
-            accumulation,
-            image_counts,
-            scored or [],
+            accumulation=run.optim.batch_size // (run.optim.micro_batch_size * (self.ranks or 1)),
+            image_counts=facts.image_counts,
+            scored=scored or [],
         )
-        vocab_size = resolved.vocab_size
-        whole = run.model_copy(update={"stages": []})  # each stage is checked separately
-        built = faults.note(lambda: build_on_meta(whole, label_sets, vocab_size, image_counts=image_counts))
+        self._check_stages(resolved, model.image_size)
+        return resolved if len(self.faults.found) == before else None
+
+    def _check_without_data(self, recipe: Recipe) -> None:
+        run = self.run
+        self.faults.note(check_text, run, recipe)
+        self.note("evaluation data optim", _check_evaluation, run)
+        self.note("evaluation data optim checkpoint", check_retention, run, recipe)
+        if self.ranks is not None:
+            self.note("optim", check_batch, run, recipe, self.ranks)
+
+    def _resolve_engine(self, run: RunConfig, width: int) -> ResolvedConfig | None:
+        """Resolve and check the DeepSpeed config."""
+        peak = run.hardware.peak_tflops
+        deepspeed = self.note("optim deepspeed", resolve_engine, run, self.ranks, width)
+        if not self.holds("optim"):  # its "auto" values are resolved from `optim`
+            self.note("deepspeed", load_ds_config, run.deepspeed)
+        if deepspeed is None:
+            if not isinstance(peak, str | None):  # the name of a preset depends on the precision
+                self.faults.note(named_peak, peak, torch.float32)
+            return None
+        if run.task is not None:
+            self.faults.note(run.task.check_engine, run, deepspeed.config)
+        if self.here:
+            self.faults.note(check_accelerator, deepspeed)
+            if run.hardware.deterministic:
+                self.faults.note(check_deterministic)
+        self.note("guard checkpoint", check_guard, run, deepspeed.config)
+        if peak is not None:
+            self.faults.note(named_peak, peak, compute_dtype(deepspeed.config))
+        return deepspeed
+
+    def _check_stages(self, resolved: ResolvedRun, image_size: int) -> None:
+        """Check that the modules can be built, and each stage as if the run consisted of it alone."""
+        run = resolved.run
+        of_all_stages = run.model_copy(update={"stages": []})
+        built = self.faults.note(
+            build_on_meta,
+            of_all_stages,
+            resolved.label_sets,
+            resolved.vocab_size,
+            image_counts=resolved.image_counts,
+        )
         if built is not None and run.stages:
-            faults.note(_check_borders, run, model.image_size)
+            self.faults.note(_check_borders, run, image_size)
             for number in range(len(run.stages)):
-                faults.note(self._check_stage, resolved, number, built)
-        return resolved if len(faults.found) == before else None
+                self.faults.note(self._check_stage, resolved, number, built)
 
     def _check_stage(self, resolved: ResolvedRun, number: int, built: Objective) -> None:
         """Check one stage as if the run consisted of it alone. `built` has the modules of the run on the `meta`
@@ -230,32 +238,6 @@ class Checks(DataChecks):
             for teacher in built.teachers.values():
                 if isinstance(teacher, FrozenTeacher):
                     teacher.check_image_size(size)
-
-    def _check_without_data(self, recipe: Recipe, faults: Faults) -> None:
-        run = self.run
-        faults.note(check_text, run, recipe)
-        if self.has_no_errors("evaluation", "data", "optim"):
-            faults.note(_check_evaluation, run)
-            if self.has_no_errors("checkpoint"):
-                faults.note(check_retention, run, recipe)
-        if self.ranks is not None and self.has_no_errors("optim"):
-            ranks = self.ranks
-            faults.note(check_batch, run, recipe, ranks)
-
-    def _check_engine(self, deepspeed: ResolvedConfig | None, faults: Faults) -> None:
-        peak = self.run.hardware.peak_tflops
-        if deepspeed is None:
-            if not isinstance(peak, str | None):  # the name of a preset depends on the precision
-                faults.note(named_peak, peak, torch.float32)
-            return
-        if self.here:
-            faults.note(check_accelerator, deepspeed)
-            if self.run.hardware.deterministic:
-                faults.note(check_deterministic)
-        if self.has_no_errors("guard", "checkpoint"):
-            faults.note(check_guard, self.run, deepspeed.config)
-        if peak is not None:
-            faults.note(named_peak, peak, compute_dtype(deepspeed.config))
 
 
 @contextmanager

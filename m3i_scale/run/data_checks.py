@@ -6,16 +6,41 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from m3i_scale.config import RunConfig, TextConfig
+from m3i_scale.config import DatasetConfig, RunConfig, TextConfig
 from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.mixing import check_shares, check_weights
 from m3i_scale.data.remote.access import Access, check_access
-from m3i_scale.data.shards import CATEGORIES, LABELS, read_label_sets, read_sample_count, require_shards, shard_folder
+from m3i_scale.data.shards import (
+    CATEGORIES,
+    LABELS,
+    MASK_LABELS,
+    read_label_sets,
+    read_sample_count,
+    require_shards,
+    shard_folder,
+)
 from m3i_scale.data.tokenizer import check_ends, find_tokenizer
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.objective.recipe import Recipe
-from m3i_scale.run.source_checks import check_sources
-from m3i_scale.text import redact_text
+from m3i_scale.text import redact_text, without_secrets
+
+_NAMED = {
+    MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, beside the shards"),
+    CATEGORIES: ("boxes", "make the shards by `m3i-scale shards make coco`, which writes it"),
+}
+"""Annotations that use the classes in a file, and how to create the file."""
+
+
+@dataclass
+class DataFacts:
+    """Properties of a run that are read from its data."""
+
+    run: RunConfig
+    """Config with validation datasets mapped to the training label spaces."""
+    label_sets: dict[str, list[str]] = field(default_factory=dict)
+    image_counts: list[int] | None = None
+    """Number of images per category, if a dataset provides it."""
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def check_batch(run: RunConfig, recipe: Recipe, world_size: int) -> None:
@@ -42,88 +67,124 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         )
 
 
-@dataclass
-class DataFacts:
-    """Properties of a run that are read from its data."""
+def find_shards(run: RunConfig, faults: Faults, ranks: int | None) -> tuple[Access | None, bool]:
+    """Return the access to remote servers, and whether the shards of all datasets exist. Without `ranks`, the shares of
+    the datasets in a micro-batch are not checked."""
+    data, size = run.data, run.optim.micro_batch_size
+    if ranks is not None:
+        faults.note(check_shares, data, micro_batch_size=size, world_size=ranks)
+    before = len(faults.found)
+    faults.note(check_weights, data.datasets)
+    access = faults.note(lambda: check_access(data, data.datasets).at_start())
+    if access is not None:
+        for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
+            for name, source in sources.items():
+                faults.note(require_shards, source.path, f"data.{kind}.{name}.path", access)
+    return access, len(faults.found) == before
 
-    run: RunConfig
-    """Config with validation datasets mapped to the training label spaces."""
-    label_sets: dict[str, list[str]] = field(default_factory=dict)
-    image_counts: list[int] | None = None
-    """Number of images per category, if a dataset provides it."""
-    tokenizer: PreTrainedTokenizerBase | None = None
 
+def read_facts(
+    run: RunConfig, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool, text: bool = True
+) -> DataFacts:
+    """Check the datasets against the recipe and read their properties.
 
-class DataChecks:
-    """Data-related checks of a run, except checks that depend on an invalid section. `at_fault` names these sections,
-    which have default values instead. `ranks` is None if unknown."""
-
-    def __init__(self, run: RunConfig, ranks: int | None, at_fault: frozenset[str] = frozenset()) -> None:
-        self.run, self.ranks, self.at_fault = run, ranks, at_fault
-
-    def has_no_errors(self, *sections: str) -> bool:
-        """Return whether none of these sections has a known error."""
-        return not self.at_fault.intersection(sections)
-
-    def read(self, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool) -> DataFacts:
-        """Check the datasets against the recipe and read their properties. Errors are added to `faults`. `access` is
-        None if the section `data` is invalid; `there`: whether the shards exist."""
-        facts = DataFacts(self.run)
-        if self.has_no_errors("data"):
-            faults.note(check_sources, self.run, recipe, access, there=there)
-        if access is not None and there:
-            facts.label_sets, facts.image_counts = self._read_classes(recipe, access, faults)
-            if recipe.uses_text and self.has_no_errors("text"):
-                facts.tokenizer = faults.note(_tokenizer, self.run, access)
-                if facts.tokenizer is not None and recipe.predicts_captions:
-                    faults.note(check_ends, facts.tokenizer)
-            file = recipe.labels_file or LABELS
-            facts.run = faults.note(_with_validation_labels, self.run, facts.label_sets, file) or self.run
+    Args:
+        there: whether the shards exist, as returned by `find_shards`.
+        text: whether the `text` section is valid. Otherwise the tokenizer is not read.
+    """
+    facts = DataFacts(run)
+    faults.note(_check_sources, run, recipe, access, there=there)
+    if access is None or not there:
         return facts
+    file = recipe.labels_file
+    if file is not None:
+        facts.label_sets = faults.note(_read_classes, run, access, file) or {}
+    if file == CATEGORIES:
+        facts.image_counts = faults.note(_image_counts, run, access)
+    if recipe.uses_text and text:
+        facts.tokenizer = faults.note(_tokenizer, run, access)
+        if facts.tokenizer is not None and recipe.predicts_captions:
+            faults.note(check_ends, facts.tokenizer)
+    facts.run = faults.note(_with_validation_labels, run, facts.label_sets, file or LABELS) or run
+    return facts
 
-    def access(self, faults: Faults) -> tuple[Access | None, bool]:
-        """Return the access to remote servers, and whether the shards exist."""
-        data = self.run.data
-        if self.ranks is not None and self.has_no_errors("optim"):
-            size = self.run.optim.micro_batch_size
-            faults.note(check_shares, data, micro_batch_size=size, world_size=self.ranks)
-        before = len(faults.found)
-        faults.note(check_weights, data.datasets)
-        access = faults.note(lambda: check_access(data, data.datasets).at_start())
-        if access is not None:
-            for kind, sources in (("datasets", data.datasets), ("validation", data.validation)):
-                for name, source in sources.items():
-                    faults.note(require_shards, source.path, f"data.{kind}.{name}.path", access)
-        return access, len(faults.found) == before
 
-    def _read_classes(
-        self, recipe: Recipe, access: Access, faults: Faults
-    ) -> tuple[dict[str, list[str]], list[int] | None]:
-        """Return class names by label space, and images per class if a dataset provides them."""
-        if recipe.labels_file is None:
-            return {}, None
-        label_sets = faults.note(self._read_labels, access, recipe.labels_file) or {}
-        counts = faults.note(self._image_counts, access) if recipe.labels_file == CATEGORIES else None
-        return label_sets, counts
+def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, there: bool) -> None:
+    """Validate that dataset settings have an effect, and that every target has a dataset. If the shards do not exist
+    (`there`), files next to them are not checked."""
+    sources, file = run.data.datasets, recipe.labels_file
+    for name, source in sources.items():
+        where = f"data.datasets.{name}"
+        if source.captions != "one" and not recipe.uses_text:
+            raise ConfigError(
+                f"`captions: {source.captions}` has no effect: the recipe has no text target", where=where
+            )
+        if not source.labels and not recipe.uses_categories:
+            raise ConfigError("`labels: false` has no effect: the recipe has no category target", where=where)
+        if source.label_set is not None and file is None:
+            raise ConfigError("`label_set` has no effect: the recipe predicts no classes", where=where)
+        setting = "`labels: false`" if not source.labels else None if source.label_set is None else "`label_set`"
+        read = {name: source.model_copy(update={"labels": True})}
+        if setting and there and not read_label_sets(read, access, file or LABELS):
+            raise ConfigError(
+                f"{setting} has no effect: the dataset has no {file}",
+                where=f"{where}: {without_secrets(source.path)}",
+                fix=f"leave it out, or put {file}, a list of class names, beside the shards",
+            )
+    if recipe.reads != "labels" and file is not None:
+        for kind, named in (("datasets", sources), ("validation", run.data.validation)):
+            for name, source in named.items():
+                _check_class_names(source, f"data.{kind}.{name}", access, file, there=there)
+    if recipe.uses_text and sources and all(source.captions == "none" for source in sources.values()):
+        raise ConfigError(
+            "the recipe has a text target, and every dataset has `captions: none`",
+            where="data.datasets",
+            fix="read captions of at least one dataset, or take a recipe without a text target",
+        )
+    for name, source in run.data.validation.items():
+        idle = [key for key in ("epochs", "augment") if getattr(source, key) is not None]
+        idle += ["weight, as a schedule"] if isinstance(source.weight, list) else []
+        if idle:
+            raise ConfigError(
+                f"{idle[0]} has no effect: the same validation batches are read every time, without augmentation",
+                where=f"data.validation.{name}",
+            )
 
-    def _read_labels(self, access: Access, file: str) -> dict[str, list[str]]:
-        label_sets = read_label_sets(self.run.data.datasets, access, file)
-        if self.run.task is not None:
-            self.run.task.check_classes(label_sets)
-        return label_sets
 
-    def _image_counts(self, access: Access) -> list[int] | None:
-        """Return the number of images per category over all datasets, or None if no dataset provides it. Different
-        categories between datasets are reported elsewhere, with their names."""
-        by_source = []
-        for name, source in self.run.data.datasets.items():
-            categories = shard_categories(shard_folder(source.path), f"dataset '{name}': ", access)
-            if categories is not None and categories.format == "lvis":
-                by_source.append([category.image_count or 0 for category in categories.categories])
-        counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
-        if self.run.task is not None:
-            self.run.task.check_image_counts(counts)
-        return counts
+def _check_class_names(source: DatasetConfig, where: str, access: Access | None, file: str, *, there: bool) -> None:
+    """Validate that a file next to the shards names the classes of the masks or boxes."""
+    what, fix = _NAMED[file]
+    if not source.labels:
+        raise ConfigError(f"`labels: false` leaves {file} unread, and {what} need it", where=where)
+    if there and not read_label_sets({"source": source}, access, file):
+        raise ConfigError(
+            f"the dataset has no {file}, which names the classes of its {what}",
+            where=f"{where}: {without_secrets(source.path)}",
+            fix=fix,
+        )
+    if there and file == CATEGORIES:
+        shard_categories(shard_folder(source.path), f"{where}: ", access)
+
+
+def _read_classes(run: RunConfig, access: Access, file: str) -> dict[str, list[str]]:
+    label_sets = read_label_sets(run.data.datasets, access, file)
+    if run.task is not None:
+        run.task.check_classes(label_sets)
+    return label_sets
+
+
+def _image_counts(run: RunConfig, access: Access) -> list[int] | None:
+    """Return the number of images per category over all datasets, or None if no dataset provides it. Different
+    categories between datasets are reported elsewhere, with their names."""
+    by_source = []
+    for name, source in run.data.datasets.items():
+        categories = shard_categories(shard_folder(source.path), f"dataset '{name}': ", access)
+        if categories is not None and categories.format == "lvis":
+            by_source.append([category.image_count or 0 for category in categories.categories])
+    counts = [sum(of_category) for of_category in zip(*by_source, strict=False)] if by_source else None
+    if run.task is not None:
+        run.task.check_image_counts(counts)
+    return counts
 
 
 def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:

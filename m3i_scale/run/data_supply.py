@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
+from deepspeed.accelerator import get_accelerator
+
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
 from m3i_scale.engine.agree import agree, mean_over_ranks, raise_together, summed_counts
 from m3i_scale.errors import ConfigError, DataError, UserError
-from m3i_scale.run.callbacks.base import SourceFigures
 
 
 class Fetcher(Iterator[Batch]):
@@ -100,6 +101,26 @@ class StepBatches(Iterator[Batch]):
         return ended
 
 
+class DeviceCopies:
+    """Asynchronous copier of pinned batches (`pinning`) to the accelerator, which does not block the CPU."""
+
+    def __init__(self) -> None:
+        accelerator = get_accelerator()
+        self._stream = None if accelerator.Stream is None else accelerator.Stream()
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch on the accelerator, ready for the current stream."""
+        accelerator = get_accelerator()
+        with accelerator.stream(self._stream):
+            copy = batch.to(accelerator.current_device_name())
+        if self._stream is not None:
+            current = accelerator.current_stream()
+            current.wait_stream(self._stream)
+            for tensor in copy.tensors.values():  # otherwise a later batch could overwrite their memory too early
+                tensor.record_stream(current)
+        return copy
+
+
 def account_of_all(stream: TrainStream) -> Account:
     """Return the counts of corrupt samples and shards over all ranks. Every rank must call it."""
     sums = summed_counts(stream.account._asdict())
@@ -157,19 +178,24 @@ class Shares:
         """Start counting from the current position. Every rank must call it."""
         self._before = self._mean_counts()
 
-    def record(self) -> dict[str, SourceFigures]:
-        """Return the sampling statistics of every dataset by name. Every rank must call it."""
+    def record(self) -> dict[str, dict[str, float]]:
+        """Return the sampling statistics of every dataset by name. Every rank must call it.
+
+        `share`: fraction of all valid samples of the present datasets so far, 0 to 1. `asked`: target value of `share`,
+        given weights, schedules and exhausted datasets. `recent_share`, `recent_asked`: since the last record. `epoch`:
+        number of epochs over the dataset so far.
+        """
         total, names = self._mean_counts(), list(self._stream.source_counts())
         recent = {key: value - self._before[key] for key, value in total.items()}
         self._before = total
         return {
-            name: SourceFigures(
-                share=_share(total, name, names, "served"),
-                asked=_share(total, name, names, "asked"),
-                recent_share=_share(recent, name, names, "served"),
-                recent_asked=_share(recent, name, names, "asked"),
-                epoch=total[f"{name}/read"] / total[f"{name}/pass"],
-            )
+            name: {
+                "share": _share(total, name, names, "served"),
+                "asked": _share(total, name, names, "asked"),
+                "recent_share": _share(recent, name, names, "served"),
+                "recent_asked": _share(recent, name, names, "asked"),
+                "epoch": total[f"{name}/read"] / total[f"{name}/pass"],
+            }
             for name in names
         }
 

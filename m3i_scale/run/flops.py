@@ -1,9 +1,10 @@
-"""FLOP counter for training steps, based on the modules on `meta`. Allocates no memory."""
+"""FLOPs of training steps, counted with the modules on `meta` without memory, and the peak of the device."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from m3i_scale.backbones.flops import counter as flop_counter
 from m3i_scale.config import RunConfig
 from m3i_scale.data.batch import Batch, synthetic_batch
-from m3i_scale.engine.activations import apply_activation_checkpointing, policy_of_switches, read_policy
+from m3i_scale.engine.peak import Peak, compute_dtype, measured_peak, named_peak
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.information import Objective
+from m3i_scale.run.setup import ResolvedRun
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs per step and the peak FLOP/s of the device."""
+
+    flop: dict[str, float]
+    """Result of `step_flop`."""
+    max_tokens: int
+    """Caption length that was counted, in tokens."""
+    peak: Peak
+
+    def step_flop(self, caption_tokens: float) -> float:
+        """Return the FLOPs per step for a mean caption length. The FLOPs of a text encoder or caption decoder are
+        nearly proportional to it."""
+        return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
 
 
 def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> dict[str, float]:
@@ -33,8 +51,7 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
     Returns:
         `forward` (student), `teacher` (EMA, teachers and text encoder), `heads` (decoders, heads, losses), `backward`.
         `model`: the sum of these four, used for MFU. `text`: the part of `model` that scales with caption tokens.
-        `recompute`: recomputation by activation checkpointing, not part of `model`. For a budget, and for `selective`
-        with compiled layers, it is the larger value of `full`.
+        Recomputation by activation checkpointing is not counted.
     """
     micro = run.optim.micro_batch_size
     scale = run.optim.batch_size / micro
@@ -50,19 +67,20 @@ def step_flop(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int 
             reads=objective.recipe.reads,
         )
         parts = _count_parts(objective, batch)
-        recompute = 0.0
-        if apply_activation_checkpointing(objective, _counted_policy(run)):
-            recompute = _count_parts(objective, batch)["backward"] - parts["backward"]
     parts["model"] = sum(parts[name] for name in ("forward", "teacher", "heads", "backward"))
-    return {name: value * scale for name, value in (parts | {"recompute": recompute}).items()}
+    return {name: value * scale for name, value in parts.items()}
 
 
-def _counted_policy(run: RunConfig) -> str:
-    """Return a policy that recomputes the same operations without a device. The location of stored inputs is
-    irrelevant."""
-    text = run.backbone.activation_checkpointing
-    compilers = policy_of_switches(text, run.backbone.compiles) != text
-    return "full" if compilers or read_policy(text).kind in ("offload", "budget") else text
+def count_work(resolved: ResolvedRun) -> Work:
+    """Count the FLOPs per step and determine the peak FLOP/s for MFU, identically on every rank."""
+    given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
+    peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
+    return Work(flop_of(resolved), resolved.run.text.max_tokens, peak)
+
+
+def flop_of(resolved: ResolvedRun) -> dict[str, float]:
+    """Return the FLOPs per step of a stage, as computed by `step_flop`."""
+    return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)
 
 
 def _count_parts(objective: Objective, batch: Batch) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,42 +11,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.engine.agree import max_over_ranks, mean_over_ranks
-from m3i_scale.engine.peak import Peak
-from m3i_scale.host.hardware import PRESETS
 from m3i_scale.objective.information import Objective
-from m3i_scale.run.callbacks.base import SourceFigures, StepRecord
+from m3i_scale.run.callbacks import StepRecord
+from m3i_scale.run.flops import Work
 from m3i_scale.run.step_times import StepTimes
 from m3i_scale.text import GIB
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs per step and the peak FLOP/s of the device."""
-
-    flop: dict[str, float]
-    """Result of `m3i_scale.run.flops.step_flop`."""
-    max_tokens: int
-    """Caption length that was counted, in tokens."""
-    peak: Peak
-
-    def step_flop(self, caption_tokens: float) -> float:
-        """Return the FLOPs per step for a mean caption length. The FLOPs of a text encoder or caption decoder are
-        nearly proportional to it."""
-        return self.flop["model"] - self.flop["text"] * (1 - caption_tokens / self.max_tokens)
-
-
-def long_run_note(work: Work, steps: int, batch_size: int, ranks: int) -> str | None:
-    """Return an estimate of the run time at the MFU of plans, or None if it is below one day. `steps` are remaining."""
-    device = work.peak.source.partition("-")[0]
-    mfu = (PRESETS[device] if device in PRESETS else PRESETS["cpu"]).mfu
-    seconds = steps * work.flop["model"] / (mfu * work.peak.tflops * 1e12 * ranks)
-    if seconds < 86400:
-        return None
-    return (
-        f"this run will take about {seconds / 86400:,.0f} days: {steps:,} steps of {batch_size:,} samples "
-        f"({steps * batch_size:,}) at {mfu:.0%} of {ranks} × {work.peak.tflops:.3g} TFLOP/s; for less, "
-        "optim.steps, optim.batch_size or a smaller backbone.preset; `m3i-scale plan` says more"
-    )
 
 
 class _Sums:
@@ -126,22 +94,10 @@ class Meter:
         self.step_times.end_step()
 
     def record(
-        self,
-        *,
-        step: int,
-        lr: float,
-        grad_norm: Any,
-        ema_decay: float | None,
-        quarantined: int,
-        world_size: int,
-        quarantined_samples: int = 0,
-        lr_lowest: float | None = None,
-        loss_scale: float | None = None,
-        skipped_steps: int | None = None,
-        skipped_nonfinite: int = 0,
-        sources: dict[str, SourceFigures] | None = None,
+        self, *, step: int, world_size: int, quarantined: int, quarantined_samples: int = 0, **same: Any
     ) -> StepRecord:
-        """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it."""
+        """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it. `same`
+        are fields of the record that are the same on every rank."""
         own = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
@@ -163,12 +119,9 @@ class Meter:
             total_steps=self.total_steps,
             samples=step * self.batch_size,
             loss=means["loss"],
-            lr=lr,
-            grad_norm=None if grad_norm is None else float(grad_norm),
             groups={target.name: {} for target in self.objective.recipe.targets},
             information=0.0,
             health={},
-            ema_decay=ema_decay,
             step_s=peaks["step_s"],
             data_wait_s=peaks["wait"],
             samples_per_s=self.batch_size / peaks["step_s"],
@@ -176,14 +129,10 @@ class Meter:
             quarantined=round(sums["quarantined"] * world_size),
             quarantined_samples=round(sums["quarantined_samples"] * world_size),
             memory_gib=peaks["memory"],
-            lr_lowest=lr_lowest,
-            loss_scale=loss_scale,
-            skipped_steps=skipped_steps,
-            skipped_nonfinite=skipped_nonfinite,
             times_s={name: share * peaks["step_s"] for name, share in shares.items()},
             flop_per_s=flop_per_s,
             mfu=mfu,
-            sources=sources or {},
+            **same,
         )
         self.reset()
         return record.with_figures(means)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from m3i_scale.backbones.build import backbone_config
-from m3i_scale.checkpoint.layout import DATA_FILES, read_meta, read_object, unreadable
+from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.config import OptimConfig, RunConfig, Stage, parse_section, read_yaml
-from m3i_scale.data.state import merge_states
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.software import software_versions
-from m3i_scale.run.source_checks import check_label_order
 from m3i_scale.text import format_differences, known_part, listed
 
 _SHOWN_CHANGES = 5
@@ -84,43 +83,10 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    step = int(meta["step"])
-    stages = _saved_stages(meta, checkpoint)
-    _check_sizes(resolved.run, stages, checkpoint, step)
-    return (
-        _changed_shape(resolved, meta, world_size)
-        + _changed_schedule(resolved.run, checkpoint, step)
-        + _changed_stages(resolved.run, stages)
-    )
-
-
-def check_counts(checkpoint: Path, batch_size: int) -> None:
-    """Validate that the step counts of a checkpoint are consistent. Steps that the engine skipped are steps, but not
-    optimizer steps. Steps undone by a rollback, also in a parent run, only count in the data position. Call it on one
-    rank: it reads a file of every rank."""
-    meta = read_meta(checkpoint)
-    files = sorted(file.relative_to(checkpoint).as_posix() for file in checkpoint.glob(DATA_FILES))
-    try:
-        step, counts = int(meta["step"]), meta["engine"]
-        steps, left_out, taken = (int(counts[name]) for name in ("global_steps", "skipped_steps", "optimizer_steps"))
-        streams = merge_states([read_object(checkpoint, file) for file in files])["streams"]
-        samples = sum(int(stream["taken"]) for stream in streams.values())
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise unreadable(checkpoint, "meta.json", f"counts of steps or samples are missing ({error})") from None
-    contradictions = {
-        f"its engine is at step {steps:,}": steps != step,
-        f"its optimizer has taken {taken:,} steps and skipped {left_out:,}": taken + left_out != steps,
-        f"its data are at sample {samples:,}": samples < step * batch_size or bool(samples % batch_size),
-    }
-    wrong = [text for text, is_wrong in contradictions.items() if is_wrong]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint contradicts itself: it is of step {step:,} ({step * batch_size:,} samples), "
-            f"but {', and '.join(wrong)}",
-            where=str(checkpoint),
-            why="weights, optimizer and data would go on from different moments",
-            fix="resume from another checkpoint: checkpoint.resume=…",
-        )
+    where = f"stages of {checkpoint / 'meta.json'}"
+    stages = [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
+    _check_sizes(resolved.run, stages, checkpoint, int(meta["step"]))
+    return [*_changes(resolved, checkpoint, meta, stages, world_size)]
 
 
 def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int) -> None:
@@ -129,7 +95,7 @@ def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int
     if not (saved or run.stages):
         return
     before = run.model_copy(update={"stages": saved})
-    then, now = (_sizes_until(phased, step) for phased in (before, run))
+    then, now = (_sizes_until(staged, step) for staged in (before, run))
     if then != now:
         raise CheckpointError(
             "the checkpoint is of another run: stages that have begun changed",
@@ -137,16 +103,6 @@ def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int
             why=f"images were {then}, and are {now}",
             fix="take the same `stages` up to this step, or another output_dir for the new run",
         )
-
-
-def _saved_stages(meta: dict[str, Any], checkpoint: Path) -> list[Stage]:
-    where = f"stages of {checkpoint / 'meta.json'}"
-    return [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
-
-
-def _changed_stages(run: RunConfig, saved: list[Stage]) -> list[str]:
-    changes = format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages)))
-    return [f"stages changed: {', '.join(changes)}"] if changes else []
 
 
 def _sizes_until(run: RunConfig, step: int) -> str:
@@ -160,45 +116,39 @@ def _sizes_until(run: RunConfig, step: int) -> str:
     return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
 
 
-def _changed_shape(resolved: ResolvedRun, meta: dict[str, Any], world_size: int) -> list[str]:
-    now = computed_shape(resolved, int(meta["step"]), world_size)
-    notes = [
-        f"resharded: {key} was {meta.get(key)}, is {value}"
-        for key, value in now.items()
-        if key != "compared" and meta.get(key) != value
-    ]
+_OF_THE_SCHEDULE = {"steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction"}
+
+
+def _changes(
+    resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], saved: list[Stage], world_size: int
+) -> Iterator[str]:
+    """Yield notes on changes of the parallel layout, the schedule, and the stages (`saved` in the checkpoint)."""
+    run, step, now = resolved.run, int(meta["step"]), computed_shape(resolved, int(meta["step"]), world_size)
+    for key, value in now.items():
+        if key != "compared" and meta.get(key) != value:
+            yield f"resharded: {key} was {meta.get(key)}, is {value}"
     if resolved.recipe.compares_samples and meta.get("compared") != now["compared"]:
-        notes.append(
+        yield (
             f"the global contrastive batch is {now['compared']}, was {meta.get('compared')}: the values of its losses "
             "jump here (optim.micro_batch_size × ranks)"
         )
-    return notes
+    if step < run.optim.steps:
+        before = saved_optim(checkpoint)
+        values = [optim.model_dump(mode="json", include=_OF_THE_SCHEDULE) for optim in (before, run.optim)]
+        if changes := format_differences("optim", *values):
+            note = f"the schedule changed: {', '.join(changes)}"
+            rate, then = (learning_rate(step, optim) for optim in (run.optim, before))
+            if rate != then:
+                note += f"; the learning rate of step {step + 1} is {rate:.3g} instead of {then:.3g}"
+            yield note
+    if changes := format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages))):
+        yield f"stages changed: {', '.join(changes)}"
 
 
-_OF_THE_SCHEDULE = ("steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction")
-
-
-def saved_steps(checkpoint: Path) -> int:
-    """Return `optim.steps` of the run that saved a checkpoint."""
-    place = checkpoint / "run.yaml"
-    return parse_section(OptimConfig, read_yaml(place).get("optim", {}), where=f"optim of {place}", stored=True).steps
-
-
-def _changed_schedule(run: RunConfig, checkpoint: Path, step: int) -> list[str]:
-    """Return a note if the schedule changed. The learning rate then follows the new schedule."""
-    if step >= run.optim.steps:
-        return []
-    saved = read_yaml(checkpoint / "run.yaml").get("optim")
-    if not isinstance(saved, dict):
-        return []
-    before = parse_section(OptimConfig, saved, where=f"optim of {checkpoint / 'run.yaml'}", stored=True)
-    values = [optim.model_dump(mode="json", include={*_OF_THE_SCHEDULE}) for optim in (before, run.optim)]
-    changes = format_differences("optim", *values)
-    if not changes:
-        return []
-    now, then = (learning_rate(step, optim) for optim in (run.optim, before))
-    rates = "" if now == then else f"; the learning rate of step {step + 1} is {now:.3g} instead of {then:.3g}"
-    return [f"the schedule changed: {', '.join(changes)}{rates}"]
+def saved_optim(checkpoint: Path) -> OptimConfig:
+    """Return the section `optim` of the run that saved a checkpoint."""
+    path = checkpoint / "run.yaml"
+    return parse_section(OptimConfig, read_yaml(path).get("optim", {}), where=f"optim of {path}", stored=True)
 
 
 def computed_shape(resolved: ResolvedRun, step: int, world_size: int) -> dict[str, Any]:
@@ -220,7 +170,7 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
         stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # free text
         saved["protocol"], now["protocol"] = stated, known_part(stated, now["protocol"])
-    check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
+    _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
     for key in _NEWER_IDENTITY:
         if key in saved and key in now:
             now[key] = known_part(saved[key], now[key])
@@ -237,6 +187,18 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
             why=_difference(key, saved.get(key), now[key]),
             fix=("restore labels.json as it was" if labels else "take the same run file")
             + ", or another output_dir for the new run",
+        )
+
+
+def _check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    """Validate that the label spaces have the same order. Heads are numbered, so each would otherwise resume with
+    the weights of another one."""
+    if saved and now and set(saved) == set(now) and list(saved) != list(now):
+        raise CheckpointError(
+            f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
+            where=str(checkpoint),
+            why="every label set has a head of its own, by number; each would go on with the weights of another",
+            fix="write data.datasets in the order in which the run began",
         )
 
 

@@ -20,7 +20,7 @@ from m3i_scale.config.explain import reason_of
 from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import write_json
-from m3i_scale.run.callbacks.base import Rewind
+from m3i_scale.run.callbacks import Rewind
 from m3i_scale.run.spike import Spike
 
 REWINDS = "rewinds.json"

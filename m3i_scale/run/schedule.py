@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from m3i_scale.config import OptimConfig
+from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.objective.encoders import EmaSpec
 
 
@@ -28,3 +28,13 @@ def warmed_up_decay(step: int, decay: float) -> float:
 def ema_decay_at(step: int, spec: EmaSpec, steps: int) -> float:
     """Return the EMA decay, a half cosine from `start` to `end` over the run. `step` counts from 0."""
     return spec.end - (spec.end - spec.start) * (1 + math.cos(math.pi * step / max(steps - 1, 1))) / 2
+
+
+def ema_decay(step: int, run: RunConfig, schedule: EmaSpec | None) -> float:
+    """Return the EMA decay of a run. It warms up for a task and follows the schedule of the recipe for an EMA teacher.
+    `step` counts from 0."""
+    if run.task is not None and run.task.ema is not None:
+        return warmed_up_decay(step, run.task.ema)
+    if schedule is None:
+        raise ValueError("the run has EMA weights, but neither the task nor the recipe sets an EMA decay")
+    return ema_decay_at(step, schedule, run.optim.steps)

@@ -72,11 +72,11 @@ class ResolvedRun(RunWithData):
     def identity(self) -> dict[str, Any]:
         """Return the properties that a run must share with a checkpoint to resume from it: model shape and objective.
         The first access reads all teacher files completely, so only use it on one rank."""
-        run = self.run
+        run, tokenizer = self.run, self.tokenizer
         model = backbone_config(run.backbone).to_diff_dict()
         for key in ("transformers_version", "_name_or_path"):  # irrelevant for the weights
             model.pop(key, None)
-        return {
+        identity: dict[str, Any] = {
             "recipe": without_folders(run.recipe),
             "backbone": model,
             "optim": run.optim.model_dump(include={"batch_size", "weight_decay", "betas", "eps"}, mode="json"),
@@ -85,27 +85,16 @@ class ResolvedRun(RunWithData):
             "label_sets": self.label_sets if self.recipe.labels_file is not None else None,
             "vocab_size": self.vocab_size,
             "teachers_sha256": teachers_sha256(self.recipe, run.backbone),
-            "vocabulary_sha256": self._vocabulary_sha256(),
-            "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
+            "vocabulary_sha256": None if tokenizer is None else sha256_of_json(sorted(tokenizer.get_vocab().items())),
+            "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer),
             "max_tokens": run.text.max_tokens if self.recipe.uses_text else None,
             "pixels": {"mean": list(run.data.augment.mean), "std": list(run.data.augment.std)},
-        } | self._task_identity()
-
-    def _task_identity(self) -> dict[str, Any]:
-        run = self.run
-        if run.task is None:
-            return {}
-        protocol = None if run.protocol is None else run.protocol.model_dump(mode="json")
-        return {
-            "task": run.task.model_dump(mode="json"),
-            "protocol": protocol,
-            "from_pretrained": run.backbone.from_pretrained,
         }
-
-    def _vocabulary_sha256(self) -> str | None:
-        if self.tokenizer is None:
-            return None
-        return sha256_of_json(sorted(self.tokenizer.get_vocab().items()))
+        if run.task is not None:
+            identity["task"] = run.task.model_dump(mode="json")
+            identity["protocol"] = None if run.protocol is None else run.protocol.model_dump(mode="json")
+            identity["from_pretrained"] = run.backbone.from_pretrained
+        return identity
 
 
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
@@ -192,12 +181,6 @@ def _build(resolved: ResolvedRun, ranks: ProcessGroupRanks) -> Objective:
 
 
 def _prepare(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
-    _first_weights(module, run, report_start, reads_source)
-    if run.backbone.compiles:
-        compile_layers(module, run.backbone.activation_checkpointing)
-
-
-def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart, reads_source: bool) -> None:
     initialize_sharded(module, initialize_module, seed=run.seed, skip=(EMA_PREFIX, TEACHERS_PREFIX))
     if run.backbone.from_pretrained is not None and reads_source:
         plans: list[LoadPlan] = []
@@ -211,6 +194,8 @@ def _first_weights(module: Objective, run: RunConfig, report_start: ReportStart,
     for name, teacher in module.teachers.items():
         frozen = cast(Teacher, teacher)
         stream_into(module, f"{TEACHERS_PREFIX}{name}.{frozen.prefix}", frozen.plan)
+    if run.backbone.compiles:
+        compile_layers(module, run.backbone.activation_checkpointing)
 
 
 def run_yaml(run: RunConfig) -> str:

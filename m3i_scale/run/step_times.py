@@ -51,7 +51,7 @@ class StepTimes:
         try:
             yield
         except BaseException:
-            self._mark(around, told=False)
+            self._mark(around, changes=False)
             raise
         self._mark(around)
 
@@ -79,9 +79,9 @@ class StepTimes:
         total = sum(self.seconds.values())
         return {name: value / total if total > 0 else 0.0 for name, value in self.seconds.items()}
 
-    def _mark(self, phase: str, *, told: bool = True) -> None:
+    def _mark(self, phase: str, *, changes: bool = True) -> None:
         self._now = phase
-        if told:
+        if changes:
             self.on_change(phase)
         if self._host:
             mark: Any = time.perf_counter()

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.checkpoint.commit import explain, sweep
-from m3i_scale.checkpoint.layout import step_of, stopped_words
+from m3i_scale.checkpoint.layout import stopped_words
 from m3i_scale.config import RunConfig
 from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.collectives import ProcessGroupRanks
-from m3i_scale.engine.compilation import explain_auto
 from m3i_scale.engine.deepspeed.resolve import explain_table
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.engine import awaited_optimizer
@@ -33,16 +32,18 @@ from m3i_scale.host.rank_record import recorded
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
-from m3i_scale.run.callbacks.base import Callback
+from m3i_scale.run.callbacks import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
-from m3i_scale.run.callbacks.writers import writers_of
-from m3i_scale.run.check import resolve_run, run_warnings, stage_lines
-from m3i_scale.run.hooks.base import MakeHook
+from m3i_scale.run.callbacks.trackers import trackers_of
+from m3i_scale.run.check import resolve_run, stage_lines
+from m3i_scale.run.hooks import MakeHook
 from m3i_scale.run.preflight import check_machines, check_software
-from m3i_scale.run.resume import check_counts, check_resume, find_resume
+from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
+from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
-from m3i_scale.run.trainer import Status, Trainer
+from m3i_scale.run.start import start_trainer
+from m3i_scale.run.trainer import Status
 
 _CONSOLE = wide_console(stderr=True, soft_wrap=True)
 
@@ -54,7 +55,7 @@ def make_callbacks(run: RunConfig) -> list[Callback]:
         from m3i_scale.run.callbacks.progress import ProgressDisplay
 
         callbacks.append(ProgressDisplay(_CONSOLE))
-    return callbacks + writers_of(run.log)
+    return callbacks + trackers_of(run.log)
 
 
 def start(run: RunConfig, warnings: Sequence[str] = (), make_hooks: Sequence[MakeHook] = ()) -> Status:
@@ -153,7 +154,6 @@ def train(
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
-            from_rank_0(lambda: check_counts(resume_from, run.optim.batch_size))
         check_machines(resolved, print_rank0)
         from_rank_0(lambda: _write_settings(resolved))
         # Open the data before printing the engine tables, so that data errors are not buried below them.
@@ -162,15 +162,9 @@ def train(
             announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 print_rank0(awaited)
-        trainer = Trainer(
+        trainer = start_trainer(
             resolved, ranks, callbacks, resume_from, stream, validation, print_rank0, heartbeat, make_hooks
         )
-        if ranks.rank == 0:
-            print_rank0(trainer.activations)
-            if run.backbone.compile == "auto" and (line := explain_auto()) is not None:
-                print_rank0(line)
-            if (note := trainer.long_run_note(0 if resume_from is None else step_of(resume_from) or 0)) is not None:
-                print_rank0(note)
         with nondeterminism_explained():
             return trainer.fit()
 

@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from m3i_scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
-from m3i_scale.engine.activations import describe_activations
 from m3i_scale.engine.agree import agree_and_average
-from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.engine import set_micro_batch_size
 from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_if_skipped
-from m3i_scale.engine.peak import device_name, measured_peak, named_peak
-from m3i_scale.engine.precision import compute_dtype
+from m3i_scale.engine.peak import device_name
 from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
-from m3i_scale.run.bad_steps import MicroBatchResult
-from m3i_scale.run.callbacks.base import Callback, CallbackList, RunInfo, StageInfo
+from m3i_scale.run.callbacks import RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
-from m3i_scale.run.data_supply import Fetcher, StepBatches, check_sources_last, ending_message, stop_if_bad
-from m3i_scale.run.device_copies import DeviceCopies
-from m3i_scale.run.flops import step_flop
-from m3i_scale.run.hooks.base import Hook, MakeHook, TrainState
+from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, ending_message, stop_if_bad
+from m3i_scale.run.flops import Work, flop_of
+from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
-from m3i_scale.run.hooks.evaluation import Evaluation
-from m3i_scale.run.hooks.garbage import Garbage, give_back_collector
-from m3i_scale.run.hooks.guard import Guard, check_guard_room
-from m3i_scale.run.hooks.metrics import Metrics, gradient_scale
-from m3i_scale.run.hooks.preemption import Preemption
-from m3i_scale.run.hooks.rewinding import Rewinding
-from m3i_scale.run.meter import Meter, Work, long_run_note
-from m3i_scale.run.rewind import Rewinds
-from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
-from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
-from m3i_scale.run.start_table import print_start
-from m3i_scale.run.step_times import Timeouts
+from m3i_scale.run.hooks.metrics import gradient_scale
+from m3i_scale.run.hooks.process import Preemption, give_back_collector
+from m3i_scale.run.meter import Meter
+from m3i_scale.run.schedule import ema_decay, learning_rate
+from m3i_scale.run.setup import ResolvedRun
 
 Status = Literal["finished", "preempted"]
 
@@ -54,80 +39,24 @@ class Trainer:
 
     def __init__(
         self,
-        resolved: ResolvedRun,
-        ranks: ProcessGroupRanks,
-        callbacks: list[Callback],
-        resume_from: Path | None,
-        stream: TrainStream | None = None,
-        validation: TrainStream | None = None,
-        tell: Callable[[str], None] = lambda text: None,
-        heartbeat: Heartbeat | None = None,
-        make_hooks: Sequence[MakeHook] = (),
+        state: TrainState,
+        stages: Sequence[ResolvedRun],
+        work: Work,
+        meter: Meter,
+        validation: TrainStream | None,
+        heartbeat: Heartbeat,
+        hooks: list[Hook],
+        preemption: Preemption,
+        checkpointing: Checkpointing,
     ) -> None:
-        """Prepare the run. Opens its data if no stream is passed (see `open_data`). `tell` is only used on rank 0."""
-        self.run, self.heartbeat = resolved.run, heartbeat or Heartbeat(None)
-        if ranks.rank != 0:
-            callbacks, tell = [], lambda text: None
-        self.stages = [resolved.in_stage(number) for number in range(max(len(self.run.stages), 1))]
-        """The run with the settings of each stage; a single entry without stages."""
-        if stream is None:
-            stream, validation = open_data(self.stages[0], ranks)
-        if validation is None and self.run.evaluation.every_steps:
-            raise ValueError("evaluation.every_steps is set, and no validation stream is given")
-        note = check_sources_last(stream, self.run.optim.batch_size, self.run.optim.steps)
-        if note is not None:
-            tell(note)
-        engine, ema = start_engine(
-            resolved, ranks, lambda report: print_start(report, resolved.run), reads_source=resume_from is None
-        )
-        check_guard_room(resolved.run, checkpoint_bytes(engine, ema))
-        set_micro_batch_size(engine, self.stages[0].run.optim.micro_batch_size)
-        backbone = resolved.run.backbone
-        self.activations = describe_activations(
-            engine.module, backbone.activation_checkpointing, compiled=backbone.compiles
-        )
-        """Description of the activation checkpointing, for the log."""
-        self.device = torch.device(get_accelerator().current_device_name())
-        self.work = count_work(self.stages[0])
-        self.meter = Meter(engine.module, self.run.optim.steps, self.run.optim.batch_size, self.work)
-        self.step_times = self.meter.step_times
-        engine.module.span = self.step_times.span
-        # The engine calls this name for the gradient reduction that remains after the backward pass.
-        engine.allreduce_gradients = self.step_times.timed("reduce", engine.allreduce_gradients)
-        timeouts = Timeouts(self.run.timeouts, self.step_times, self.heartbeat)
-        self.state = TrainState(
-            *(resolved, self.stages[0], ranks, engine, ema, stream, CallbackList(callbacks), tell, timeouts)
-        )
-        self.fetcher, self.validation = Fetcher(iter(())), validation
-        self.copy = DeviceCopies()
-        rewinds = Rewinds(self.run.output_dir, anew=resume_from is None)
-        guard = Guard(self.state, lambda: self.meter.gradients)
-        self.preemption = Preemption(self.state, self.run.output_dir if ranks.rank == 0 else None)
-        self.checkpointing = Checkpointing(self.state, resume_from, guard, rewinds)
-        # The guard must judge a step before its record is written, and undone steps must not be evaluated.
-        self.hooks: list[Hook] = [
-            Garbage(),
-            self.preemption,
-            guard,
-            Metrics(self.state, self.meter, guard),
-            Rewinding(self.state, guard, self.checkpointing, rewinds),
-            *([Evaluation(self.state, validation, self.device)] if validation is not None else []),
-            *filter(None, (make(self.state, validation, self.device) for make in make_hooks)),
-            self.checkpointing,
-        ]
-
-    def long_run_note(self, first_step: int) -> str | None:
-        """Return the long-run note (`m3i_scale.run.meter.long_run_note`) for the steps from `first_step` on."""
-        optim, work = self.run.optim, self.work
-        left = optim.steps - first_step
-        if self.run.stages and left > 0:
-            ends = [*self.run.stage_starts[1:], optim.steps]
-            flop = sum(
-                max(end - max(start, first_step), 0) * flop_of(stage)["model"]
-                for start, end, stage in zip(self.run.stage_starts, ends, self.stages, strict=True)
-            )
-            work = replace(work, flop=work.flop | {"model": flop / left})
-        return long_run_note(work, left, optim.batch_size, self.state.ranks.world_size)
+        """Take the parts that `start_trainer` builds. `stages` are the run with the settings of each stage. `hooks`
+        include `preemption` and `checkpointing`."""
+        self.run, self.state, self.stages = state.resolved.run, state, stages
+        self.work, self.meter = work, meter
+        self.validation, self.heartbeat, self.hooks = validation, heartbeat, hooks
+        self.preemption, self.checkpointing = preemption, checkpointing
+        self.step_times = meter.step_times
+        self.fetcher, self.copy = Fetcher(iter(())), DeviceCopies()
 
     def fit(self) -> Status:
         """Train until the end of the run. Return how it ended, or raise a UserError if it must not continue."""
@@ -153,7 +82,7 @@ class Trainer:
         return status
 
     def _run_info(self) -> RunInfo:
-        run, state = self.run, self.state
+        run, state, work = self.run, self.state, self.work
         return RunInfo(
             run.name,
             run.output_dir,
@@ -161,10 +90,10 @@ class Trainer:
             state.step,
             state.ranks.world_size,
             run.model_dump(mode="json"),
-            flop_per_step=self.work.flop["model"],
-            peak_tflops=self.work.peak.tflops,
-            peak_source=self.work.peak.source,
-            data_sheet_tflops=self.work.peak.data_sheet_tflops,
+            flop_per_step=work.flop["model"],
+            peak_tflops=work.peak.tflops,
+            peak_source=work.peak.source,
+            data_sheet_tflops=work.peak.data_sheet_tflops,
             device=device_name(),
             micro_batch_size=state.stage.run.optim.micro_batch_size,
         )
@@ -318,29 +247,7 @@ class Trainer:
         state = self.state
         if state.ema is None:
             return
-        state.ema_decay = ema_decay(state.step, state.resolved)
+        state.ema_decay = ema_decay(state.step, self.run, state.resolved.recipe.ema)
         if state.applied:
             with self.step_times.span("ema"):
                 state.ema.update(state.ema_decay)
-
-
-def ema_decay(step: int, resolved: ResolvedRun) -> float:
-    """Return the EMA decay at a step. It warms up for a task and follows a schedule for an EMA teacher."""
-    task, schedule = resolved.run.task, resolved.recipe.ema
-    if task is not None and task.ema is not None:
-        return warmed_up_decay(step, task.ema)
-    if schedule is None:
-        raise ValueError("the run has EMA weights, but neither the task nor the recipe sets an EMA decay")
-    return ema_decay_at(step, schedule, resolved.run.optim.steps)
-
-
-def count_work(resolved: ResolvedRun) -> Work:
-    """Count the FLOPs per step and determine the peak FLOP/s for MFU, identically on every rank."""
-    given, dtype = resolved.run.hardware.peak_tflops, compute_dtype(resolved.deepspeed.config)
-    peak = measured_peak(dtype) if given is None else named_peak(given, dtype)
-    return Work(flop_of(resolved), resolved.run.text.max_tokens, peak)
-
-
-def flop_of(resolved: ResolvedRun) -> dict[str, float]:
-    """Return the FLOPs per step of a stage, as computed by `step_flop`."""
-    return step_flop(resolved.run, resolved.label_sets, resolved.vocab_size)

@@ -17,7 +17,7 @@ from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_o
 from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.run.data_checks import DataChecks, DataFacts, check_batch, check_text
+from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts
 
 
 @dataclass
@@ -45,20 +45,19 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
             where="stages",
             fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
         )
-    run = run.in_stage(0)
-    faults, checks = Faults(), DataChecks(run, world_size)
+    run, faults = run.in_stage(0), Faults()
     faults.note(check_output_dir, run.output_dir)
     recipe = faults.note(parse_recipe, run.recipe)
-    access, there = checks.access(faults)
+    access, there = find_shards(run, faults, world_size)
     model = faults.note(backbone_config, run.backbone)
     facts = DataFacts(run)
     if recipe is not None:
         faults.note(check_text, run, recipe)
         faults.note(check_batch, run, recipe, world_size)
-        facts = checks.read(recipe, access, faults, there=there)
+        facts = read_facts(run, recipe, access, faults, there=there)
     faults.end()
     if recipe is None or model is None:
-        raise RuntimeError("nothing is at fault, and nothing is there")
+        raise RuntimeError("there is no error, and nothing was read")
     image_size = run.image_size(model.image_size)
     checked = RunWithData(facts.run, recipe, facts.label_sets, facts.tokenizer, image_size)
     build_on_meta(checked.run, checked.label_sets, checked.vocab_size)

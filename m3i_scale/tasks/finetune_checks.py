@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from m3i_scale.config import RunConfig
-from m3i_scale.data.remote.access import Access
-from m3i_scale.errors import Faults
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.objective.recipe import Recipe
-from m3i_scale.run.check import Checks
+from m3i_scale.run.check import resolve_run
 from m3i_scale.run.data_checks import DataFacts
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.setup import ResolvedRun
@@ -18,33 +15,14 @@ from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.unpacked import TRAIN
 
 
-class _ChecksBeforePacking(Checks):
-    """Checks of a run whose classes are known but whose shards do not exist yet."""
-
-    def __init__(self, run: RunConfig, data: Labelled, *, here: bool) -> None:
-        super().__init__(run, 1, here=here)
-        self._data = data
-
-    def access(self, faults: Faults) -> tuple[Access | None, bool]:
-        return None, False
-
-    def read(self, recipe: Recipe, access: Access | None, faults: Faults, *, there: bool) -> DataFacts:
-        facts, categories = super().read(recipe, access, faults, there=there), self._data.categories
-        facts.label_sets = {TRAIN: self._data.classes}
-        if categories is not None and categories.format == "lvis":
-            facts.image_counts = [category.image_count or 0 for category in categories.categories]
-        return facts
-
-
 def resolve_finetuning(run: RunConfig, data: Labelled, *, here: bool) -> ResolvedRun:
     """Validate the complete config, even if the shards do not exist yet."""
-    checks = Checks(run, 1, here=here) if data.source is None else _ChecksBeforePacking(run, data, here=here)
-    faults = Faults()
-    resolved = checks.resolve(faults)
-    faults.end()
-    if resolved is None:
-        raise RuntimeError("no error was found, and nothing is resolved")
-    return resolved
+    if data.source is None:
+        return resolve_run(run, 1, here=here)
+    facts = DataFacts(run, {TRAIN: data.classes})
+    if data.categories is not None and data.categories.format == "lvis":
+        facts.image_counts = [category.image_count or 0 for category in data.categories.categories]
+    return resolve_run(run, 1, here=here, unpacked=facts)
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from m3i_scale.config import GuardConfig
 from m3i_scale.data.stream import Account
 from m3i_scale.engine.optimizer_step import spread_nonfinite, take_step, undone_if_skipped
 from m3i_scale.errors import UserError
-from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.data_supply import Fetcher
+from m3i_scale.run.hooks import MicroBatchResult
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.hooks.preemption import Preemption
+from m3i_scale.run.hooks.process import Preemption
 from m3i_scale.run.setup import start_engine
 from m3i_scale.run.trainer import Trainer
 

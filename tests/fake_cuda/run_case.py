@@ -22,9 +22,10 @@ from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.deepspeed.resolve import resolve
 from m3i_scale.engine.host_memory import pinning
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run import trainer as trainer_module
+from m3i_scale.run import flops
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.spike import Spike
+from m3i_scale.run.start import start_trainer
 from m3i_scale.run.trainer import Trainer
 
 MICRO_BATCH = 4
@@ -123,7 +124,7 @@ class Case:
 def simulate(case: Case, folder: Path) -> dict[str, Any]:
     """Return the faults of a run, and what each of its steps asks of the device."""
     machine.device_is_ahead = case.device_is_ahead
-    trainer_module.flop_of = lambda resolved: {"model": 1.0, "text": 0.0}
+    flops.step_flop = lambda run, label_sets, vocab_size: {"model": 1.0, "text": 0.0}
     steps: list[dict[str, Any]] = []
     with simulated():
         first = _trainer(case.resolved(folder, LONG if case.long else SHORT), None, steps)
@@ -139,7 +140,7 @@ def simulate(case: Case, folder: Path) -> dict[str, Any]:
 def _trainer(resolved: ResolvedRun, resume_from: Path | None, steps: list[dict[str, Any]]) -> Trainer:
     """Return a trainer that notes what its steps ask for."""
     stream: Any = _Stream(resolved.run, resolved.image_size)
-    trainer = Trainer(resolved, ProcessGroupRanks(), [], resume_from, stream, stream)
+    trainer = start_trainer(resolved, ProcessGroupRanks(), [], resume_from, stream, stream)
     take: Callable[[], None] = trainer._optimizer_step
 
     def take_counted() -> None:

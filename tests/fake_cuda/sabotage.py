@@ -19,7 +19,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.engine import averages, engine_state, partition
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.engine import keep_gradients_until_reduced
-from m3i_scale.run.device_copies import DeviceCopies
+from m3i_scale.run.data_supply import DeviceCopies
 from m3i_scale.run.trainer import Trainer
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from m3i_scale.errors import ExportError
 from m3i_scale.export import files as files_module
 from m3i_scale.export.export import export
-from m3i_scale.run.callbacks.base import RunInfo, StepRecord
+from m3i_scale.run.callbacks import RunInfo, StepRecord
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.text import redact
 

@@ -20,7 +20,8 @@ from m3i_scale.config import RunConfig, Section, parse_section, run_values
 from m3i_scale.config.kinds import Kind
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
-from m3i_scale.run.check import faults_of, warnings_of
+from m3i_scale.run.check import faults_of
+from m3i_scale.run.run_warnings import warnings_of
 
 pytestmark = pytest.mark.slow
 

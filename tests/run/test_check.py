@@ -21,7 +21,8 @@ from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import ConfigError, FaultsError
 from m3i_scale.objective import meta
-from m3i_scale.run.check import faults_of, resolve_run, warnings_of
+from m3i_scale.run.check import faults_of, resolve_run
+from m3i_scale.run.run_warnings import warnings_of
 
 
 def places(*arguments: str, ranks: int | None = None) -> list[str]:

@@ -27,7 +27,6 @@ from m3i_scale.config import load_run
 from m3i_scale.errors import UserError
 from m3i_scale.files import folder_bytes
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.run.check import faults_of
 from m3i_scale.run.setup import run_yaml
 
 pytestmark = pytest.mark.slow
@@ -486,27 +485,3 @@ def test_a_hostile_checkpoint_does_not_steer_the_terminal(run_dir: Path) -> None
         assert result.exit_code == 0, result.exception
         assert all(letter.isprintable() or letter == "\n" for letter in result.stdout), words
         assert "\\x1b" in result.stdout or words[0] in ("list", "verify")
-
-
-def test_a_checkpoint_that_contradicts_itself_is_not_resumed(run_dir: Path) -> None:
-    """One that somebody has put together of several, and sealed again."""
-    run_file, newest = str(run_dir / "run.yaml"), at(run_dir, 6)
-    here = [f"output_dir={run_dir}", "evaluation.every_steps=0", "checkpoint.keep_best=null"]
-    assert faults_of(run_file, here, RANKS) == []
-    sound = json.loads((newest / "meta.json").read_text())
-    for change in ({"global_steps": 4}, {"optimizer_steps": 4}, {"skipped_steps": 1}):
-        (newest / "meta.json").write_text(json.dumps(sound | {"engine": sound["engine"] | change}))
-        vouch_for(newest)
-        (fault,) = faults_of(run_file, here, RANKS)
-        assert "contradicts itself" in fault.what
-        assert fault.where == str(newest)
-    (newest / "meta.json").write_text(json.dumps(sound | {"engine": {}}))
-    vouch_for(newest)
-    assert [fault.where for fault in faults_of(run_file, here, RANKS)] == [str(newest / "meta.json")]
-    (newest / "meta.json").write_text(json.dumps(sound))
-    for rank in range(RANKS):
-        name = f"data/rank-{rank:05d}.json"
-        (newest / name).write_text((at(run_dir, 4) / name).read_text())
-    vouch_for(newest)
-    (fault,) = faults_of(run_file, here, RANKS)
-    assert "its data are at sample" in fault.what

@@ -11,8 +11,9 @@ from shapes import write_run
 
 from m3i_scale.config import known_runs, load_run, run_values, valid_part
 from m3i_scale.objective.recipe import load_run_and_recipe
-from m3i_scale.run.check import faults_of, warnings_of
+from m3i_scale.run.check import faults_of
 from m3i_scale.run.config_warnings import config_warnings
+from m3i_scale.run.run_warnings import warnings_of
 
 DATA = "data.datasets.main.path=/data/shards/train"
 START = "backbone.from_pretrained=/data/models/start"

@@ -9,8 +9,8 @@ import torch
 from callback_records import record
 from tiny import random_batch, tiny_objective
 
-from m3i_scale.run.callbacks.base import StepRecord
-from m3i_scale.run.diagnosis import PATIENCE, Diagnosis, RunWarning
+from m3i_scale.run.callbacks import StepRecord
+from m3i_scale.run.hooks.metrics import PATIENCE, Diagnosis, RunWarning
 from m3i_scale.run.meter import Meter
 
 EVERY = 5

@@ -11,9 +11,8 @@ import torch
 
 from m3i_scale.config import LogConfig, OptimConfig, RunConfig
 from m3i_scale.data.stream import Account
-from m3i_scale.run.bad_steps import MicroBatchResult
 from m3i_scale.run.data_supply import Fetcher
-from m3i_scale.run.hooks.base import Hook
+from m3i_scale.run.hooks import Hook, MicroBatchResult
 from m3i_scale.run.trainer import Trainer
 
 

@@ -142,4 +142,4 @@ def test_rewinds_are_counted_across_restarts_and_one_too_many_ends_the_run(runs:
     assert "the loss has spiked, and max_rewinds are used up" in text
     assert str(file) in text
     assert "Traceback" not in text
-    assert [record["step"] for record in json.loads(file.read_text())["records"]] == [5, 6, 7, 8, 9]
+    assert "max_rewinds are used up" in json.loads(file.read_text())["why"]

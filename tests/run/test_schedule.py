@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from m3i_scale.config import OptimConfig
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.encoders import EmaSpec
-from m3i_scale.run.hooks.preemption import Preemption
+from m3i_scale.run.hooks.process import Preemption
 from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
 
 

@@ -18,7 +18,7 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume
 from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import resolve_engine
-from m3i_scale.run.start_table import print_start
+from m3i_scale.run.start import print_start
 
 
 @pytest.mark.parametrize(

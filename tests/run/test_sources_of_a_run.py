@@ -186,4 +186,4 @@ def test_recent_shares_are_those_since_the_last_record() -> None:
     for photos, drawings, share in ((1, 3, 0.25), (3, 5, 0.5)):
         answers["now"] = counts(3e10 + photos, 3e10 + drawings)
         recent = shares.record()["photos"]
-        assert (recent.recent_share, recent.recent_asked) == (share, share)
+        assert (recent["recent_share"], recent["recent_asked"]) == (share, share)

@@ -17,8 +17,8 @@ from tiny import tiny_run
 
 from m3i_scale.config import GuardConfig, SpikeConfig, load_run
 from m3i_scale.errors import ConfigError
-from m3i_scale.run.hooks.guard import Guard, check_guard, check_guard_room
-from m3i_scale.run.spike import Spike, SpikeWatch
+from m3i_scale.run.hooks.guard import Guard
+from m3i_scale.run.spike import Spike, SpikeWatch, check_guard, check_guard_room
 
 CONFIG = SpikeConfig(z=8, window=16, min_history=8, patience=3)
 

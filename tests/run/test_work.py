@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_objective
 
 from m3i_scale.engine.peak import Peak
-from m3i_scale.run.meter import Meter, Work, long_run_note
+from m3i_scale.run.flops import Work
+from m3i_scale.run.meter import Meter
 
 FLOP = {"model": 10e9, "text": 4e9}
 
@@ -14,17 +15,6 @@ def test_the_text_tower_counts_by_the_length_of_captions():
     work = Work(FLOP, 32, Peak(1.0, "given"))
     assert work.step_flop(32) == 10e9
     assert work.step_flop(8) == 7e9
-
-
-def test_only_a_run_of_more_than_a_day_is_told_how_long_it_takes():
-    work = Work({"model": 3e17, "text": 0.0}, 32, Peak(10.0, "given"))  # 75,000 s a step on one rank
-    note = long_run_note(work, steps=100, batch_size=8, ranks=1)
-    assert note is not None
-    assert "87 days" in note
-    assert "800" in note
-    assert long_run_note(work, steps=100, batch_size=8, ranks=200) is None
-    h100 = Work(work.flop, 32, Peak(10.0, "h100-bf16"))  # at the MFU that `plan` takes for it
-    assert "165 days" in (long_run_note(h100, steps=100, batch_size=8, ranks=1) or "")
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,12 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.partition import end_recorded_step
-from m3i_scale.errors import UserError
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.files import atomic_dir
 from m3i_scale.host.output_dir import PICTURES
 from m3i_scale.host.picture_files import write_pictures
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.callbacks import write_errors
+from m3i_scale.run.hooks import Hook, TrainState
 
 if TYPE_CHECKING:
     from m3i_scale.evaluate.pictures.training import EncodedSamples
@@ -92,28 +93,18 @@ class Pictures(Hook):
             self._state.tell(f"no pictures of step {step:,}: {reason}")
             return
         folder = self._folder / step_name(step)
-        try:
-            with atomic_dir(folder, replace=True, durable=False) as begun:
-                write_pictures(begun, pictures, step)
-        except OSError as error:
-            raise _write_error(folder, error) from None
+        with _write_errors(folder), atomic_dir(folder, replace=True, durable=False) as begun:
+            write_pictures(begun, pictures, step)
         self._state.callbacks.on_pictures(step, pictures)
 
 
 def _remove_after(folder: Path, step: int) -> None:
-    try:
+    with _write_errors(folder):
         for path in checkpoints(folder):
             if (step_of(path) or 0) > step:
                 shutil.rmtree(path)
-    except OSError as error:
-        raise _write_error(folder, error) from None
 
 
-def _write_error(folder: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the pictures: {error.strerror}",
-        where=str(folder),
-        why="the run would go on without them",
-        fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint. "
-        "Or log.pictures_every_steps=0",
-    )
+def _write_errors(folder: Path) -> AbstractContextManager[None]:
+    why, instead = "the run would go on without them", ". Or log.pictures_every_steps=0"
+    return write_errors("pictures", folder, why=why, instead=instead)

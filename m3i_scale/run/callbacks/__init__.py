@@ -1,1 +1,302 @@
-"""Callbacks on rank 0 that observe the run: progress, metrics.jsonl, TensorBoard, Weights & Biases. No collectives."""
+"""Callbacks on rank 0 that observe the run, without collectives: their base class, event data, and a list that calls
+several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
+
+from m3i_scale.errors import UserError
+from m3i_scale.host.picture_files import Picture
+
+P = ParamSpec("P")
+
+_OF_GROUPS = {
+    "loss": "loss",
+    "nats": "mi",
+    "weight": "loss_weight",
+    "grad_norm": "grad_norm",
+    "count": "loss_samples",
+    "top_1": "top_1",
+}
+"""Prefixes of the metrics of a target. Terms of its loss are `loss/<target>/<term>`."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Description of the run, sent once before the first step."""
+
+    name: str
+    output_dir: Path
+    total_steps: int
+    start_step: int
+    """Step of the checkpoint to resume from; 0 for a new run."""
+    world_size: int
+    config: dict[str, Any]
+    """Config of the run as plain values."""
+    flop_per_step: float | None = None
+    """FLOPs per step over all ranks, without recomputation."""
+    peak_tflops: float | None = None
+    """Peak compute of one rank's device in TFLOP/s (10¹² FLOP/s), the reference for MFU."""
+    peak_source: str | None = None
+    """`measured`, `given`, or the name of the preset."""
+    data_sheet_tflops: float | None = None
+    """If the peak was measured: the peak in the vendor's data sheet, for known devices."""
+    device: str | None = None
+    """Device of a rank: `cpu`, or the name of rank 0's GPU."""
+    micro_batch_size: int | None = None
+    """Per-device batch size of a forward pass in the current stage."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Metrics of one logged step. Unless stated otherwise, means over ranks and steps since the last record."""
+
+    step: int
+    """Number of completed optimizer steps."""
+    total_steps: int
+    samples: int
+    """Samples trained on since the first start of the run, over all ranks, without undone steps."""
+    loss: float
+    """Weighted sum over the groups of targets, in nats."""
+    lr: float
+    """Learning rate of this step."""
+    grad_norm: float | None
+    """Global gradient norm before clipping; None if the engine does not report it."""
+    groups: dict[str, dict[str, float]]
+    """Metrics per group of targets: loss, weight, grad_norm, nats, count."""
+    information: float
+    """Mutual information in nats, summed over groups: a bound for Boltzmann groups, an estimate for Gaussian groups."""
+    health: dict[str, float]
+    """Feature statistics such as standard deviation and effective rank; names may have the prefix `health/`."""
+    ema_decay: float | None
+    """EMA decay in this step; None without an EMA."""
+    step_s: float
+    """Wall-clock seconds per optimizer step on the slowest rank, including data loading."""
+    data_wait_s: float
+    """Seconds of `step_s` that the slowest rank waited for data."""
+    samples_per_s: float
+    """Samples per second over all ranks."""
+    tokens_per_s: float
+    """Visible patch tokens per second through the backbone, over all ranks."""
+    quarantined: int
+    """Number of skipped corrupt samples so far, over all ranks, counted once per epoch."""
+    memory_gib: float
+    """Peak memory of the rank with the highest usage, in GiB."""
+    quarantined_samples: int = 0
+    """Number of distinct skipped corrupt samples, over all ranks."""
+    lr_lowest: float | None = None
+    """Lowest learning rate of any parameter group in this step; None if all groups share one."""
+    loss_scale: float | None = None
+    """Loss scale of the next step; None except in fp16."""
+    skipped_steps: int | None = None
+    """Number of steps skipped because of gradient overflow so far; None except in fp16."""
+    skipped_nonfinite: int = 0
+    """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
+    times_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step per profiler section (`step_times.PHASES`): mean fraction over the ranks × `step_s`."""
+    flop_per_s: float | None = None
+    """Model FLOPs per second over all ranks, without recomputation."""
+    mfu: float | None = None
+    """`flop_per_s` as a fraction of the peak of all devices; None if it exceeds 1, because the peak is wrong."""
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Sampling statistics by dataset name; see `data_supply.Shares`."""
+
+    @property
+    def data_wait_share(self) -> float:
+        """Return the fraction of the step spent waiting for data, 0 to 1."""
+        return self.data_wait_s / self.step_s if self.step_s > 0 else 0.0
+
+    def with_figures(self, figures: Mapping[str, float]) -> StepRecord:
+        """Return the record with additional metrics: `<group>/…` of its groups, and `health/…`."""
+
+        def below(name: str) -> dict[str, float]:
+            return {key.removeprefix(f"{name}/"): value for key, value in figures.items() if key.startswith(f"{name}/")}
+
+        groups = {name: values | below(name) for name, values in self.groups.items()}
+        information = sum(values.get("nats", 0.0) for values in groups.values())
+        return replace(self, groups=groups, health=self.health | below("health"), information=information)
+
+    def scalars(self) -> dict[str, float]:
+        """Return all metrics under the names that all loggers use (docs/metrics.md), without values that are None."""
+        fixed: dict[str, float | None] = {
+            "loss": self.loss,
+            "lr": self.lr,
+            "lr_lowest": self.lr_lowest,
+            "grad_norm": self.grad_norm,
+            "ema_decay": self.ema_decay,
+            "loss_scale": self.loss_scale,
+            "skipped_steps": self.skipped_steps,
+            "samples": self.samples,
+            "quarantined": self.quarantined,
+            "quarantined_samples": self.quarantined_samples,
+            "skipped_nonfinite": self.skipped_nonfinite,
+            "information": self.information,
+            "time/step": self.step_s,
+            "time/data_wait": self.data_wait_s,
+            "time/data_wait_share": self.data_wait_share,
+            "throughput/samples_per_s": self.samples_per_s,
+            "throughput/tokens_per_s": self.tokens_per_s,
+            "perf/flops_per_s": self.flop_per_s,
+            "perf/mfu": self.mfu,
+            "memory_gib": self.memory_gib,
+        }
+        values = {name: value for name, value in fixed.items() if value is not None}
+        values |= flatten(self.times_s, "time")
+        values |= flatten(self.sources, "dataset")
+        for name, figures in self.groups.items():
+            for kind, value in figures.items():
+                values[f"{_OF_GROUPS[kind]}/{name}" if kind in _OF_GROUPS else f"loss/{name}/{kind}"] = value
+        values |= {f"health/{name.removeprefix('health/')}": value for name, value in self.health.items()}
+        return values
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Rollback to a checkpoint after a loss spike. Training skips the data that was read until then."""
+
+    rewound_from: int
+    """Steps completed when the spike was confirmed. The steps after `rewound_to` are undone."""
+    rewound_to: int
+    """Step of the checkpoint."""
+    skipped_samples: int
+    """Samples of the undone steps, over all ranks. They are not used again."""
+    spike_since: int
+    """First step with a loss above the limit."""
+    loss: float
+    """Loss of the step `rewound_from`; NaN if it was not finite."""
+    limit: float
+    """Upper limit of the loss."""
+    number: int
+    """Number of this rollback within the run, from 1."""
+    most: int
+    """guard.spike.max_rewinds."""
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4g} above {self.limit:.4g} since step {self.spike_since:,}: back from step "
+            f"{self.rewound_from:,} to {self.rewound_to:,}, without the {self.skipped_samples:,} samples in between "
+            f"(rewind {self.number} of {self.most})"
+        )
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """Start of a stage with a different image or micro-batch size."""
+
+    step: int
+    """Steps completed when the stage begins."""
+    image_size: int
+    """Image size in pixels."""
+    micro_batch_size: int
+    """Per-device batch size of a forward pass."""
+    flop_per_step: float
+    """FLOPs per step over all ranks, without recomputation."""
+
+
+class Callback:
+    """Observer of the run on rank 0. Every method is optional.
+
+    A UserError raised by a callback ends the run with its message.
+    """
+
+    def on_start(self, run_info: RunInfo) -> None:
+        """Called before the first step."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Called for every logged step, with values reduced over the ranks. Later steps may have begun, because some
+        metrics take long on the CPU."""
+
+    def on_progress(self, step: int) -> None:
+        """Called for every step that is not logged, without metrics."""
+
+    def on_stage(self, stage: StageInfo) -> None:
+        """Called when a stage with a different image or micro-batch size begins. In a run with stages, the first begins
+        after step 0."""
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Called with the result of an evaluation: numbers by name, possibly nested."""
+
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        """Called with visualizations after a step; step 0 is before training."""
+
+    def on_warning(self, step: int, fault: dict[str, str]) -> None:
+        """Called with a warning about a problem that does not crash the run: `group`, `what`, `why`, `fix`
+        (docs/metrics.md)."""
+
+    def on_rewind(self, rewind: Rewind) -> None:
+        """Called after a rollback to a checkpoint. Steps after `rewind.rewound_to` are repeated."""
+
+    def on_end(self, status: str) -> None:
+        """Called once, however the run ends, with `finished`, `preempted` or `failed`."""
+
+
+def _to_all(method: Callable[Concatenate[Callback, P], None]) -> Callable[Concatenate[CallbackList, P], None]:
+    """Return a method that flushes, and then calls `method` of every callback in order."""
+
+    def call(self: CallbackList, *args: P.args, **kwargs: P.kwargs) -> None:
+        self.flush()
+        for callback in self.callbacks:
+            getattr(callback, method.__name__)(*args, **kwargs)
+
+    return call
+
+
+class CallbackList(Callback):
+    """List of callbacks that behaves as one. They are called in order; `on_end` runs in reverse order."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = list(callbacks)
+        self.flush: Callable[[], None] = lambda: None
+        """Called before every event except progress, because the record of an earlier step may still be incomplete."""
+
+    on_start = _to_all(Callback.on_start)
+    on_step = _to_all(Callback.on_step)
+    on_stage = _to_all(Callback.on_stage)
+    on_evaluation = _to_all(Callback.on_evaluation)
+    on_pictures = _to_all(Callback.on_pictures)
+    on_warning = _to_all(Callback.on_warning)
+    on_rewind = _to_all(Callback.on_rewind)
+
+    def on_progress(self, step: int) -> None:
+        for callback in self.callbacks:
+            callback.on_progress(step)
+
+    def on_end(self, status: str) -> None:
+        """Call every callback, even if one raises. The error is raised after the last one."""
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.callback(callback.on_end, status)
+            self.flush()
+
+
+def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Flatten nested numbers to names joined with `/`. Raise TypeError for any other value."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        key = f"{prefix}/{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, key)
+        elif isinstance(value, (int, float)):
+            flat[key] = value
+        else:
+            raise TypeError(f"'{key}' is no number but {type(value).__name__}")
+    return flat
+
+
+@contextmanager
+def write_errors(what: str, path: Path, *, why: str, instead: str = "") -> Iterator[None]:
+    """Report a failed write of a file or folder of the run as a UserError. `instead` is another fix."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the {what}: {error.strerror}",
+            where=str(path),
+            why=why,
+            fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint"
+            + instead,
+        ) from None

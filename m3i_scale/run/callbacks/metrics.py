@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, json_line
 from m3i_scale.host.machine import processor
 from m3i_scale.host.output_dir import METRICS
-from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten
+from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StageInfo, StepRecord, flatten, write_errors
 from m3i_scale.run.software import commit, software_versions
 
 REPLACED = "metrics.replaced.jsonl"
@@ -36,19 +36,14 @@ class MetricsWriter(Callback):
         """Truncate the file to the step that the run resumes from, and write a `run` line."""
         self._path = run_info.output_dir / METRICS
         self._step = run_info.start_step
-        try:
+        with self._write_errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            cut_back(self._path, run_info.start_step)
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise _write_error(self._path, error) from None
+            self._open_at(run_info.start_step)
+        software = software_versions()
         facts: dict[str, Any] = {
             "name": run_info.name,
             "total_steps": run_info.total_steps,
             "world_size": run_info.world_size,
-        }
-        software = software_versions()
-        computed = {
             "flop_per_step": run_info.flop_per_step,
             "peak_tflops": run_info.peak_tflops,
             "peak_source": run_info.peak_source,
@@ -60,8 +55,7 @@ class MetricsWriter(Callback):
             "versions": {"python": software["version"], **software["packages"]},
             "commit": commit(),
         }
-        facts |= {key: value for key, value in computed.items() if value is not None}
-        self._write("run", run_info.start_step, facts)
+        self._write("run", run_info.start_step, {key: value for key, value in facts.items() if value is not None})
 
     def on_step(self, record: StepRecord) -> None:
         self._write("train", record.step, record.scalars())
@@ -77,14 +71,9 @@ class MetricsWriter(Callback):
 
     def on_rewind(self, rewind: Rewind) -> None:
         """Move the lines of undone steps to the file of replaced lines, and write a `rewind` line."""
-        if self._file is None:
-            raise RuntimeError("on_start has not been called")
-        try:
-            self._file.close()
-            cut_back(self._path, rewind.rewound_to)
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise _write_error(self._path, error) from None
+        with self._write_errors():
+            self._opened().close()
+            self._open_at(rewind.rewound_to)
         self._step = rewind.rewound_to
         self._write("rewind", rewind.rewound_to, asdict(rewind))
 
@@ -95,22 +84,30 @@ class MetricsWriter(Callback):
             self._write("end", self._step, {"status": status})
         finally:
             file, self._file = self._file, None
-            try:
+            with self._write_errors():
                 file.close()  # retries writing the remaining buffer
-            except OSError as error:
-                raise _write_error(self._path, error) from None
 
-    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def _open_at(self, step: int) -> None:
+        """Open the file after the lines of the first `step` steps."""
+        cut_back(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _opened(self) -> TextIO:
         if self._file is None:
             raise RuntimeError("on_start has not been called")
+        return self._file
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        file = self._opened()
         self._step = max(self._step, step)
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = json_line({"kind": kind, "step": step, "time": time, **values})
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            raise _write_error(self._path, error) from None
+        with self._write_errors():
+            file.write(line)
+            file.flush()
+
+    def _write_errors(self) -> AbstractContextManager[None]:
+        return write_errors("metrics", self._path, why="the run would go on unobserved")
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -146,12 +143,3 @@ def _step_of(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return step if type(step) is int and line.endswith("\n") else None
-
-
-def _write_error(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the metrics: {error.strerror}",
-        where=str(path),
-        why="the run would go on unobserved",
-        fix="free space or make the folder writable, then start the run again; it resumes from its last checkpoint",
-    )

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from m3i_scale.output import wide_console
-from m3i_scale.run.callbacks.base import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten
 from m3i_scale.text import filled
 
 _SMOOTHING = 0.3  # weight of the newest step time in the ETA

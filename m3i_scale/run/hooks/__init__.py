@@ -1,1 +1,106 @@
-"""Hooks of the training loop. Every rank runs the same hooks at the same points; each file has one purpose."""
+"""Hooks of the training loop: their base class, and the state that they share with the loop. Every rank runs the same
+hooks at the same points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_scale.data.batch import Batch
+from m3i_scale.data.loader import TrainStream
+from m3i_scale.engine.averages import ShardedEma
+from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.run.callbacks import CallbackList
+from m3i_scale.run.setup import ResolvedRun
+from m3i_scale.run.step_times import Timeouts
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """Result of a forward pass, stored until all ranks agree that the step is valid."""
+
+    loss: Tensor
+    figures: dict[str, Tensor]
+    keys: list[str]
+
+
+@dataclass
+class TrainState:
+    """State shared by the training loop and its hooks. Steps and votes are identical on every rank."""
+
+    resolved: ResolvedRun
+    stage: ResolvedRun
+    """The run with the settings of the current stage: image size, micro-batch size, accumulation."""
+    ranks: ProcessGroupRanks
+    engine: Any
+    """DeepSpeed engine."""
+    ema: ShardedEma | None
+    stream: TrainStream
+    callbacks: CallbackList
+    """Callbacks of rank 0; empty on other ranks."""
+    tell: Callable[[str], None]
+    """Prints a line for the user on rank 0."""
+    timeouts: Timeouts
+    step: int = 0
+    """Number of completed optimizer steps."""
+    logged: bool = False
+    """Whether the current (or last) step is logged."""
+    lr: float = 0.0
+    """Learning rate of that step."""
+    ema_decay: float | None = None
+    """EMA decay in that step; None without an EMA."""
+    micro_batches: list[MicroBatchResult] = field(default_factory=list)
+    """Micro-batches of that step on this rank."""
+    loss: float = 0.0
+    """Loss of that step, averaged over ranks and micro-batches."""
+    finite: bool = True
+    """Whether all losses of that step were finite on every rank."""
+    applied: bool = True
+    """Whether the optimizer applied that step. Non-finite gradients skip it."""
+    stopping: bool = False
+    """Whether any rank was asked to stop after that step."""
+
+
+class Hook:
+    """Extension of the training loop on all ranks. All ranks have the same hooks and call them in the same order, so
+    hooks can use collectives. Every method is optional.
+
+    For observers on rank 0, see `Callback`.
+    """
+
+    def on_start(self) -> None:
+        """Run once, after the checkpoint to resume from is loaded."""
+
+    def on_stage(self) -> None:
+        """Run before the first step of each later stage, which changes the image or micro-batch size."""
+
+    def post_micro_batch(self, batch: Batch, micro_batch: MicroBatchResult) -> None:
+        """Run after a forward and backward pass."""
+
+    def vote(self) -> bool:
+        """Return this rank's vote before the optimizer step. All votes share one collective."""
+        return False
+
+    def pre_optimizer_step(self, voted: bool) -> None:
+        """Run before the optimizer step, with the result: whether the `vote` of any rank was true."""
+
+    def post_step(self) -> bool:
+        """Run after a step. Return True if this hook has undone it, in which case later hooks do not run."""
+        return False
+
+    def on_rewind(self) -> None:
+        """Discard data collected since the step that the run was rolled back to."""
+
+    def on_finish(self) -> None:
+        """Run after the last step of this process."""
+
+    def on_error(self) -> None:
+        """Run before all ranks exit with the same error."""
+
+
+MakeHook = Callable[[TrainState, TrainStream | None, torch.device], Hook | None]
+"""Creates a hook from the state, the stream of the validation datasets and the device; None if the run needs none."""

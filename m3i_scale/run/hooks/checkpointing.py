@@ -1,4 +1,4 @@
-"""Hook that saves checkpoints and loads the checkpoint to resume from."""
+"""Hooks that save checkpoints, resume from one, and roll back to one after a loss spike."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.state import merge_states
 from m3i_scale.engine.agree import together
 from m3i_scale.engine.deepspeed.rules import precision
-from m3i_scale.run.bad_steps import MicroBatchResult
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.resume import checkpoint_meta, saved_steps
+from m3i_scale.run.resume import checkpoint_meta, saved_optim
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
+from m3i_scale.run.spike import Spike
 
 
 class Checkpointing(Hook):
@@ -31,7 +31,7 @@ class Checkpointing(Hook):
         self._state, self._config, self._guard, self._rewinds = state, state.resolved.run.checkpoint, guard, rewinds
         self._root = state.resolved.run.output_dir / "checkpoints"
         self._saver = Saver(state.engine, state.ema, self._config.background, self._drop_older)
-        self._limit_told = False
+        self._limit_reported = False
         self._step = -1
         """Step of the last save, or of the loaded checkpoint."""
         self._loaded = resume_from
@@ -50,7 +50,7 @@ class Checkpointing(Hook):
         data_states = load_checkpoint(checkpoint, state.engine, state.ema)
         meta = together(lambda: read_meta(checkpoint))
         # The stored loss was computed at this position of the recipe's schedules.
-        state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_steps(checkpoint))
+        state.engine.module.progress = max(int(meta["step"]) - 1, 0) / together(lambda: saved_optim(checkpoint)).steps
         probe = check_probe(checkpoint, meta, state.engine, precision=precision(state.resolved.deepspeed.config))
         if self._config.probe:
             self._probe = probe
@@ -156,6 +156,52 @@ class Checkpointing(Hook):
         output_dir = self._state.resolved.run.output_dir
         metrics = evaluations(output_dir) if self._config.keep_best is not None else {}
         pruned = prune(committed.parent, self._config, metrics, committed=committed)
-        if pruned.over_limit and not self._limit_told:
-            self._limit_told = True
+        if pruned.over_limit and not self._limit_reported:
+            self._limit_reported = True
             self._state.tell("checkpoint.max_gib is less than one checkpoint takes: only the last good one is kept")
+
+
+class Rewinding(Hook):
+    """Rollback to a checkpoint after a confirmed loss spike. The guard must judge the step before this hook runs."""
+
+    def __init__(self, state: TrainState, guard: Guard, checkpointing: Checkpointing, rewinds: Rewinds) -> None:
+        self._state, self._guard, self._checkpointing, self._rewinds = state, guard, checkpointing, rewinds
+
+    def post_step(self) -> bool:
+        spike = self._guard.spike
+        if spike is None:
+            return False
+        with self._state.timeouts.outside_of_steps("rewind"):
+            return self._go_back(spike)
+
+    def _go_back(self, spike: Spike) -> bool:
+        """Roll back to the latest valid checkpoint before the spike. If there is none, warn and return False."""
+        state = self._state
+        config = state.resolved.run.guard.spike
+        if config is None or len(self._rewinds) >= config.max_rewinds:
+            raise self._guard.ended(state.step, f"the loss has spiked, and max_rewinds are used up: {spike}")
+        self._checkpointing.close()  # a pending save may be one of the undone checkpoints
+        begun = self._rewinds.begin(
+            spike,
+            state.stream.state_dict(),
+            batch_size=state.resolved.run.optim.batch_size,
+            most=config.max_rewinds,
+        )
+        if begun is None:
+            self._guard.warn(
+                spike.step,
+                "the loss has spiked, and there is no checkpoint to go back to",
+                str(spike),
+                "checkpoint.every_steps smaller, a lower optim.lr",
+            )
+            return False
+        checkpoint, rewind = begun
+        self._checkpointing.go_back(checkpoint)
+        state.callbacks.on_rewind(rewind)
+        self._guard.warn(
+            rewind.rewound_to,
+            "the loss has spiked, and the run has gone back to a checkpoint",
+            str(rewind),
+            f"nothing yet: the run ends at the next spike after {rewind.most} rewinds; a lower optim.lr",
+        )
+        return True

@@ -14,7 +14,7 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import mean_over_ranks
 from m3i_scale.objective.targets.base import Scores
 from m3i_scale.run.data_supply import Fetcher, account_of_all, stop_if_bad
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks import Hook, TrainState
 
 
 class Evaluation(Hook):

@@ -1,4 +1,5 @@
-"""Hook that counts skipped non-finite steps and ends the run after too many in a row.
+"""Hook that counts skipped non-finite steps and ends the run after too many in a row, with a report about the affected
+ranks, samples and values.
 
 The engine skips a step with a non-finite global gradient norm, on every ZeRO stage and on all ranks. `spread_nonfinite`
 turns a non-finite loss into such a step. This hook handles the consequences.
@@ -9,27 +10,72 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from m3i_scale.config import RunConfig
-from m3i_scale.errors import ConfigError, UserError
+from m3i_scale.engine.agree import from_rank_0, gather_objects
+from m3i_scale.errors import UserError
+from m3i_scale.files import write_json
 from m3i_scale.objective.schedule import value_at
-from m3i_scale.run.bad_steps import BadStep, gather_reports, report_of, write_bad_steps
-from m3i_scale.run.callbacks.base import Rewind, StepRecord
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
-from m3i_scale.text import GIB, size_text
+from m3i_scale.text import listed
 
-RECORDS = 20
-"""Number of last records in the failure report."""
+FOLDER = "bad_steps"
+_LISTED = 8
 
 
 class RunEndedError(UserError):
     """Raised on all ranks together if the run must not continue."""
 
     everywhere = True
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """Part of one rank in a step."""
+
+    rank: int
+    losses: list[float]
+    groups: list[str]
+    """Names of metrics, and of gradients at the encoder output, that are not finite on this rank."""
+    keys: list[str]
+    """Sample keys of the micro-batches with a non-finite loss, or of all micro-batches if there are none."""
+
+    @property
+    def bad(self) -> bool:
+        """Return whether any value of this rank is not finite."""
+        return bool(self.groups) or not all(map(math.isfinite, self.losses))
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """Step with a non-finite loss or gradient."""
+
+    step: int
+    what: str
+    """`loss` or `gradient`."""
+    grad_norm: float | None
+    """Global gradient norm over all ranks."""
+    ranks: list[RankReport]
+    """Reports of the ranks with non-finite values, or of all ranks if there are none."""
+
+    @property
+    def where(self) -> str:
+        """Summarize the affected ranks and groups in one line."""
+        if not any(report.bad for report in self.ranks):
+            return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
+        ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
+        return listed(ranks, _LISTED, "; ")
+
+    @property
+    def samples(self) -> str:
+        """Return the first sample keys of the first rank."""
+        return f"samples of rank {self.ranks[0].rank}: {', '.join(self.ranks[0].keys[:_LISTED])} …"
 
 
 class Guard(Hook):
@@ -39,14 +85,13 @@ class Guard(Hook):
     def __init__(self, state: TrainState, gradients: Callable[[], list[tuple[str, Tensor]]]) -> None:
         run = state.resolved.run
         self._state, self._gradients = state, gradients
-        self._config, self._output_dir = run.guard, run.output_dir
+        self._config, self._folder = run.guard, run.output_dir / FOLDER
         self.spike: Spike | None = None
         """Loss spike confirmed in this step."""
         self.skipped = 0
         """Number of skipped steps so far, excluding undone steps."""
         self._in_a_row = 0
         self._bad: deque[BadStep] = deque(maxlen=self._config.max_skipped_in_a_row)
-        self._records: deque[dict[str, Any]] = deque(maxlen=RECORDS)
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
     def post_step(self) -> bool:
@@ -55,13 +100,12 @@ class Guard(Hook):
             if self._level_changes(state.step):
                 self._spikes.forget()
             self.spike = self._spikes.add(state.step, state.loss if state.finite else math.nan)
-        what = None if state.finite else "loss"
-        if what is None and not state.applied and not state.engine.fp16_enabled():
-            what = "gradient"  # in fp16, the dynamic loss scale handles it
-        if what is None:
-            self._in_a_row = 0
+        if not state.finite:
+            self._skip(state.step, "loss")
+        elif not state.applied and not state.engine.fp16_enabled():  # in fp16, the dynamic loss scale handles it
+            self._skip(state.step, "gradient")
         else:
-            self._leave_out(state.step, what)
+            self._in_a_row = 0
         return False
 
     def _level_changes(self, step: int) -> bool:
@@ -74,64 +118,57 @@ class Guard(Hook):
         weights = [target.weight for target in resolved.recipe.targets]
         return any(value_at(weight, now) != value_at(weight, before) for weight in weights)
 
-    def _leave_out(self, step: int, what: str) -> None:
+    def _skip(self, step: int, what: str) -> None:
+        """Count a step with a non-finite loss or gradient (`what`), or end the run."""
         state = self._state  # the following queries of the engine synchronize with the device
-        report = report_of(state.ranks.rank, state.micro_batches, self._gradients())
-        bad = BadStep(step, what, float(state.engine.get_global_grad_norm()), gather_reports(report))
+        reports: list[RankReport] = gather_objects(self._report())
+        affected = [report for report in reports if report.bad] or reports
+        bad = BadStep(step, what, float(state.engine.get_global_grad_norm()), affected)
         self._bad.append(bad)
         self._in_a_row += 1
+        text, most = f"the {what} is not finite at step {step}", self._config.max_skipped_in_a_row
         if state.applied:
-            raise self.ended(step, f"the loss is not finite at step {step}, and the optimizer has taken the step", bad)
+            raise self.ended(step, f"{text}, and the optimizer has taken the step", bad)
         if self._config.nonfinite == "stop":
-            raise self.ended(step, f"the {what} is not finite at step {step}", bad)
-        if self._in_a_row >= self._config.max_skipped_in_a_row and self.spike is None:
-            raise self.ended(
-                step, f"the {what} is not finite at step {step}, as {self._in_a_row} times in a row now", bad
-            )
+            raise self.ended(step, text, bad)
+        if self._in_a_row >= most and self.spike is None:
+            raise self.ended(step, f"{text}, as {self._in_a_row} times in a row now", bad)
         self.skipped += 1
-        fault = {
-            "group": "guard",
-            "what": f"the {what} is not finite, the step is left out",
-            "why": f"{bad.where}; {bad.samples}",
-            "fix": f"nothing yet: the run ends after {self._config.max_skipped_in_a_row} such steps in a row",
-        }
-        state.callbacks.on_warning(step, fault)
+        self.warn(
+            step,
+            f"the {what} is not finite, the step is left out",
+            f"{bad.where}; {bad.samples}",
+            f"nothing yet: the run ends after {most} such steps in a row",
+        )
+
+    def _report(self) -> RankReport:
+        """Return the report of this rank on the current step. Synchronizes with the device."""
+        seen = self._state.micro_batches
+        losses = torch.stack([micro.loss for micro in seen]).tolist()
+        bad = [micro for micro, loss in zip(seen, losses, strict=True) if not math.isfinite(loss)]
+        figures = [pair for micro in seen for pair in micro.figures.items()]
+        values = [*figures, *self._gradients()]
+        groups = dict.fromkeys(name for name, value in values if not math.isfinite(float(value)))
+        keys = [key for micro in bad or seen for key in micro.keys]
+        return RankReport(self._state.ranks.rank, losses, list(groups), keys)
 
     def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
-        """Write the failure report and return the error to raise. Every rank must call it."""
-        self._state.callbacks.flush()
-        path = write_bad_steps(self._output_dir, step, what, self._bad, self._records)
+        """Write the failure report, `bad_steps/step-00000100.json`, and return the error to raise. Every rank must call
+        it."""
+        path = self._folder / f"step-{step:08d}.json"
+        content = {"step": step, "why": what, "steps": [*map(asdict, self._bad)]}
+        written = from_rank_0(lambda: _write(path, content))
         return RunEndedError(
             what,
-            where=f"{bad.where}; {path}" if bad is not None else path,
+            where=f"{bad.where}; {written}" if bad is not None else written,
             why=bad.samples if bad is not None else None,
             fix="start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm; "
             "look at the samples that the file names",
         )
 
-    def warn_no_checkpoint(self, spike: Spike) -> None:
-        """Warn about a spike without an earlier checkpoint."""
-        fault = {
-            "group": "guard",
-            "what": "the loss has spiked, and there is no checkpoint to go back to",
-            "why": str(spike),
-            "fix": "checkpoint.every_steps smaller, a lower optim.lr",
-        }
-        self._state.callbacks.on_warning(spike.step, fault)
-
-    def warn_rewound(self, rewind: Rewind) -> None:
-        """Warn that the run was rolled back to a checkpoint."""
-        fault = {
-            "group": "guard",
-            "what": "the loss has spiked, and the run has gone back to a checkpoint",
-            "why": str(rewind),
-            "fix": f"nothing yet: the run ends at the next spike after {rewind.most} rewinds; a lower optim.lr",
-        }
-        self._state.callbacks.on_warning(rewind.rewound_to, fault)
-
-    def remember(self, record: StepRecord) -> None:
-        """Store a record for the failure report that rank 0 writes."""
-        self._records.append({"step": record.step, **record.scalars()})
+    def warn(self, step: int, what: str, why: str, fix: str) -> None:
+        """Send a warning of the guard to the callbacks."""
+        self._state.callbacks.on_warning(step, {"group": "guard", "what": what, "why": why, "fix": fix})
 
     def state(self) -> dict[str, Any]:
         """Return the state for meta.json, so that a resumed run behaves as if uninterrupted."""
@@ -146,67 +183,11 @@ class Guard(Hook):
             self._spikes.load(state["spikes"])
 
 
-def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Reject guard settings that cannot work with the resolved DeepSpeed config, the steps or the checkpoint
-    settings."""
-    if deepspeed.get("bf16", {}).get("check_grad_overflow") is False:
-        raise ConfigError(
-            "'bf16.check_grad_overflow' is false: a gradient that is not finite would reach the weights",
-            where=run.deepspeed,
-            fix="take it out; guard.nonfinite needs it",
-        )
-    spike, steps, saves = run.guard.spike, run.optim.steps, run.checkpoint
-    if spike is None:
-        return
-    judged = spike.min_history + spike.patience
-    if judged > steps:
-        raise ConfigError(
-            f"guard.spike has no effect in {steps} steps: it judges after {spike.min_history}, for {spike.patience}",
-            where="guard.spike.min_history",
-            fix="a smaller min_history, or no guard.spike",
-        )
-    if saves.every_steps + 1 + spike.patience > steps:
-        raise ConfigError(
-            f"guard.spike has no effect: with {steps} steps no spike comes after the first checkpoint",
-            where=f"checkpoint.every_steps: {saves.every_steps}",
-            fix="save more often, or no guard.spike",
-        )
-    if saves.keep_latest < _checkpoints_needed(spike.patience, saves.every_steps):
-        raise ConfigError(
-            "when a spike is confirmed, the checkpoints from before it may be gone",
-            where=f"checkpoint.keep_latest: {saves.keep_latest}, checkpoint.every_steps: {saves.every_steps}",
-            why=f"guard.spike.patience is {spike.patience} steps, and what is saved in these is no good",
-            fix="checkpoint.keep_latest so that (keep_latest − 1) × every_steps is at least patience",
-        )
-
-
-def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
-    """Validate that `checkpoint.max_gib` keeps the checkpoints that a rollback needs. This completes `check_guard` once
-    the engine exists and the size of a checkpoint is known."""
-    spike, saves = run.guard.spike, run.checkpoint
-    if spike is None or saves.max_gib is None:
-        return
-    late = _checkpoints_needed(spike.patience, saves.every_steps)
-    best = 0 if saves.keep_best is None else saves.keep_best.count  # best checkpoints are deleted after the latest ones
-    wanted_gib = (late + best) * checkpoint_bytes / GIB
-    if wanted_gib > saves.max_gib:
-        beside = f", beside the {best} of keep_best" if best else ""
-        raise ConfigError(
-            "when a spike is confirmed, the checkpoints from before it may be gone: the budget is too small",
-            where=f"checkpoint.max_gib: {saves.max_gib:g}, checkpoint.every_steps: {saves.every_steps}",
-            why=f"guard.spike.patience is {spike.patience} steps, so {late} late checkpoints have to stay{beside}, "
-            f"and one takes about {size_text(checkpoint_bytes)}",
-            fix=f"checkpoint.max_gib of {_rounded_up(wanted_gib):g} or more, a larger checkpoint.every_steps, or no"
-            " guard.spike",
-        )
-
-
-def _checkpoints_needed(patience: int, every_steps: int) -> int:
-    """Return how many of the latest checkpoints are needed to reach back before a spike when it is confirmed."""
-    return 1 + math.ceil(patience / every_steps)
-
-
-def _rounded_up(gib: float) -> float:
-    """Return GiB with 2% margin for small files, rounded up to three digits."""
-    step = 10.0 ** (math.floor(math.log10(gib)) - 2)
-    return math.ceil(1.02 * gib / step) * step
+def _write(path: Path, content: dict[str, Any]) -> str:
+    """Return the path, or a message that writing failed, which must not hide why the run ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        return f"{path} could not be written: {error.strerror}"
+    return str(path)

@@ -1,4 +1,5 @@
-"""Hook that collects metrics in every step and reduces them over the ranks when a step is logged.
+"""Hook that collects metrics in every step, reduces them over the ranks when a step is logged, and warns of silent
+failures that they show.
 
 Effective ranks and the information of Gaussian targets need eigenvalues, which take one second of a core for wide
 models. Rank 0 computes them on a thread while training continues. Callbacks get the record once it is complete, by the
@@ -7,23 +8,39 @@ next logged step at the latest, and before any other event except progress.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.engine.optimizer_step import loss_scale
-from m3i_scale.run.bad_steps import MicroBatchResult
-from m3i_scale.run.callbacks.base import StepRecord
+from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.data_supply import Shares
-from m3i_scale.run.diagnosis import Diagnosis
-from m3i_scale.run.hooks.base import Hook, TrainState
+from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.meter import Meter
 
+PATIENCE = 3
+"""Consecutive records after which a problem is reported: 30 steps at log.every_steps = 10."""
+LEAST_SPREAD = 1e-3
+"""Minimum variation of a target between samples as a fraction of its length; 0 if all samples have the same target."""
+GROWING_UP_STEPS = 200
+"""Steps that a text encoder may need until it first distinguishes captions."""
+LEAST_EVENNESS = 0.02
+"""Minimum entropy of the mean prototype assignment, as a fraction of log K; 0 if all samples share one prototype."""
+LEAST_STD = 1e-3
+"""Minimum standard deviation of the backbone features."""
+MOST_SCALE, LEAST_SCALE = 99.5, 1.0
+"""Range of the logit scale 1/τ, which is limited to 100."""
+LEAST_NATS = 0.5
+"""A group with a higher mutual information may legitimately reach the upper limit of 1/τ, as in CLIP."""
+MOST_RATIO = 100.0
+"""Maximum ratio of the largest group gradient at the encoder output to the next largest."""
+
 
 class Metrics(Hook):
-    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0. `guard`
-    stores the last records for its failure report."""
+    """Hook that sends records of logged steps, and warnings derived from them, to the callbacks of rank 0."""
 
     def __init__(self, state: TrainState, meter: Meter, guard: Guard) -> None:
         self._state, self._meter, self._guard = state, meter, guard
@@ -67,12 +84,13 @@ class Metrics(Hook):
         compute = host_figures.copy() if state.ranks.rank == 0 else None
         host_figures.clear()
         scale = loss_scale(state.engine)
+        norm = state.engine.get_global_grad_norm() if state.applied else None
         lowest = min(group["lr"] for group in state.engine.optimizer.param_groups)
         record = self._meter.record(
             step=state.step,
             lr=state.lr,
             lr_lowest=lowest if lowest < state.lr else None,
-            grad_norm=state.engine.get_global_grad_norm() if state.applied else None,
+            grad_norm=None if norm is None else float(norm),
             ema_decay=state.ema_decay,
             quarantined=sum(state.stream.quarantined.values()),
             quarantined_samples=sum(state.stream.quarantined_samples.values()),
@@ -91,7 +109,6 @@ class Metrics(Hook):
             return
         (record, figures), self._pending = self._pending, None
         record = record.with_figures(figures.result())
-        self._guard.remember(record)
         self._state.callbacks.on_step(record)
         for fault in self._diagnosis.check(record):
             self._state.callbacks.on_warning(record.step, asdict(fault))
@@ -100,3 +117,116 @@ class Metrics(Hook):
 def gradient_scale(state: TrainState) -> float:
     """Return the factor by which the backward pass scales gradients (fp16 loss scale, accumulation)."""
     return (loss_scale(state.engine) or 1.0) / state.stage.accumulation
+
+
+@dataclass(frozen=True)
+class RunWarning:
+    """Warning about a problem of the run."""
+
+    group: str
+    """Group of targets, `backbone`, or `speed`."""
+    what: str
+    why: str
+    fix: str
+
+
+class Diagnosis:
+    """Detection of silent failures: representation collapse, a diverging temperature, a loss that dominates the
+    gradient.
+
+    Every rule only uses logged metrics (docs/metrics.md). It warns after it holds for several consecutive records, and
+    warns again only after it has recovered.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], int] = {}
+        self._spread_once: set[str] = set()
+
+    def check(self, record: StepRecord) -> list[RunWarning]:
+        """Return the warnings that have now held for `PATIENCE` records."""
+        health = {name.removeprefix("health/"): value for name, value in record.health.items()}
+        spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
+        self._spread_once |= spread
+        young = set(record.groups) - self._spread_once if record.step < GROWING_UP_STEPS else set()
+        faults = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
+        self._seen = {key: self._seen.get(key, 0) + 1 for key in faults}
+        return [fault for key, fault in faults.items() if self._seen[key] == PATIENCE]
+
+
+def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[RunWarning]:
+    for name, figures in record.groups.items():
+        yield from _target_faults(name, health, young, figures.get("nats", 0.0))
+        if figures.get("count") == 0:
+            yield RunWarning(
+                name,
+                "no sample has its target",
+                "none in the batches since the last records",
+                "look at weights and epochs of data.datasets; `m3i-scale shards stats` counts labels and captions",
+            )
+        if not math.isfinite(figures.get("grad_norm", 0.0)):
+            yield RunWarning(
+                name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
+            )
+    yield from _share_faults(record)
+    if record.flop_per_s is not None and record.mfu is None:
+        yield RunWarning(
+            "speed",
+            "the peak that MFU is a share of is wrong",
+            f"all ranks compute {record.flop_per_s / 1e12:.3g} TFLOP/s, more than the peak; MFU is left out",
+            "hardware.peak_tflops, in 10¹² FLOP/s of one rank's device; a measured one is too low where other work had "
+            "the machine at the start",
+        )
+    for name in ("dense", "pooled"):
+        value = health.get(f"{name}_std")
+        if value is not None and (value < LEAST_STD or math.isnan(value)):
+            yield RunWarning(
+                "backbone",
+                f"its {name} features are constant" if value < LEAST_STD else f"its {name} features are not finite",
+                f"standard deviation {value:.2g} over the samples",
+                "a lower optim.lr, another regularizer; go back to a checkpoint before it",
+            )
+
+
+def _target_faults(name: str, health: dict[str, float], young: set[str], nats: float) -> Iterator[RunWarning]:
+    spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
+    trained_too = scale is not None  # text encoders: at initialization, all captions have nearly the same vector
+    if spread is not None and spread < LEAST_SPREAD and not (trained_too and name in young):
+        yield RunWarning(
+            name,
+            "its target has collapsed",
+            f"all samples have the same target, up to {spread:.1e} of its length",
+            "a lower optim.lr, or in narrow towers text.config.initializer_range=0.06"
+            if trained_too
+            else "a regularizer that keeps targets apart, a higher ema.start, a lower optim.lr",
+        )
+    if evenness is not None and evenness < LEAST_EVENNESS:
+        yield RunWarning(
+            name,
+            "its prototypes have collapsed",
+            f"all samples fall to one prototype, evenness {evenness:.1e}",
+            "a higher target_temperature, a larger weight of the regularizer mean_entropy, a lower optim.lr",
+        )
+    hot = scale is not None and scale > MOST_SCALE and nats < LEAST_NATS
+    if scale is not None and (hot or scale < LEAST_SCALE):
+        where = "upper" if scale > MOST_SCALE else "lower"
+        yield RunWarning(
+            name,
+            "its temperature has diverged",
+            f"1/τ = {scale:.3g}, its {where} limit",
+            "a lower optim.lr, a longer warm-up; look for captions that do not belong to their images",
+        )
+
+
+def _share_faults(record: StepRecord) -> Iterator[RunWarning]:
+    norms = {name: figures["grad_norm"] for name, figures in record.groups.items() if "grad_norm" in figures}
+    if len(norms) < 2 or not all(math.isfinite(value) for value in norms.values()):
+        return
+    *_, second, first = sorted(norms, key=lambda name: norms[name])
+    if norms[first] > MOST_RATIO * norms[second]:
+        ratio = norms[first] / max(norms[second], 1e-30)
+        yield RunWarning(
+            first,
+            "it dominates the gradient",
+            f"{ratio:.0f} times that of the next group, {second}, at the encoder output",
+            f"a smaller weight of {first}, or recipe.balance={{kind: gradient_norm}}",
+        )

@@ -1,22 +1,89 @@
-"""Warnings about data that is read too often: shards in two datasets, too many validation batches, too many epochs."""
+"""Warnings about a run: about its config file, images unlike those of its pretrained weights, and data that is read too
+often."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from m3i_scale.config import DatasetConfig, RunConfig
-from m3i_scale.data.remote.access import Access
+from m3i_scale.backbones.build import backbone_source
+from m3i_scale.backbones.families import family_of
+from m3i_scale.config import DatasetConfig, RunConfig, run_values
+from m3i_scale.config.partial_run import fields_that_hold
+from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import is_remote
 from m3i_scale.data.shards import expand_shards, read_sample_count
-from m3i_scale.errors import UserError
+from m3i_scale.errors import Faults, UserError
+from m3i_scale.objective.recipe import parse_recipe
+from m3i_scale.run.config_warnings import config_warnings
 
 MOST_EPOCHS = 1600
 """Longest published training of a built-in recipe (MAE, SIM), in epochs."""
 
 
-def source_warnings(run: RunConfig, ranks: int | None, access: Access | None = None) -> Iterator[str]:
+def repeated_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return warnings about keys that a command line sets more than once."""
+    keys = [override.partition("=")[0] for override in overrides]
+    return [
+        f"{key} is set {keys.count(key)} times on the command line, and the last value counts. Fix: leave one of them"
+        for key in dict.fromkeys(keys)
+        if keys.count(key) > 1
+    ]
+
+
+def warnings_of(
+    name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
+) -> list[str]:
+    """Return warnings about a config file. If it has errors, only warn about the valid values. `ask_servers` reads the
+    manifests of remote shards. Pass False if the run has errors, e.g. an unreachable server."""
+    try:
+        values = run_values(name_or_path, overrides)
+    except UserError:  # reported by `faults_of`
+        return []
+    run, faulty = fields_that_hold(values)
+    warnings = repeated_overrides(overrides or [])
+    return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
+
+
+def run_warnings(
+    run: RunConfig, ranks: int | None, faulty: Collection[str] = (), *, ask_servers: bool = True
+) -> list[str]:
+    """Return warnings about a run, which has default values in place of values with errors. `faulty` has their dotted
+    keys. See `warnings_of` for `ask_servers`."""
+    errors = Faults()
+    recipe = errors.note(parse_recipe, run.recipe)
+    access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
+    warnings = config_warnings(run, recipe, faulty)
+    warnings += errors.note(lambda: [*_image_warnings(run)]) or []
+    return [*warnings, *_source_warnings(run, ranks, access)]
+
+
+def _image_warnings(run: RunConfig) -> Iterator[str]:
+    """Yield warnings about image settings that differ from the pretrained weights, which is often a mistake."""
+    if run.backbone.from_pretrained is None:
+        return
+    source = backbone_source(run.backbone)
+    trained, now = source.normalisation, {key: list(getattr(run.data.augment, key)) for key in ("mean", "std")}
+    if trained and trained != now:
+        yield (
+            f"the weights were trained on images with mean {trained['mean']} and std {trained['std']}, and "
+            f"this run takes {now['mean']} and {now['std']}: data.augment.mean, data.augment.std"
+        )
+    if family_of(source.config).positions is None:  # without position embeddings, any size fits
+        return
+    image_size = source.config.image_size
+    size = run.backbone.config.get("image_size", image_size)
+    stages = (run.in_stage(number) for number in range(len(run.stage_starts)))
+    others = {stage.image_size(size) for stage in stages} - {image_size}
+    if others:
+        yield (
+            f"the weights are for images of {image_size} pixels, and this run takes "
+            f"{', '.join(map(str, sorted(others)))}: backbone.config.image_size, or `stages`"
+        )
+
+
+def _source_warnings(run: RunConfig, ranks: int | None, access: Access | None) -> Iterator[str]:
     """Yield warnings about the datasets of a run. Datasets that cannot be listed are reported as errors elsewhere.
     Without `access`, remote servers are not contacted."""
     shards_of = {f"data.datasets.{name}": _listed(source, access) for name, source in run.data.datasets.items()}

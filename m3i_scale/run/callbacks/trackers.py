@@ -1,0 +1,174 @@
+"""Callbacks for experiment trackers, which need an optional package: TensorBoard, and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import yaml
+
+from m3i_scale.config import LogConfig
+from m3i_scale.errors import ConfigError
+from m3i_scale.files import atomic_write
+from m3i_scale.host.picture_files import Picture
+from m3i_scale.run.callbacks import Callback, Rewind, RunInfo, StepRecord, flatten
+from m3i_scale.text import redact
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_WANDB_PROJECT = "m3i-scale"
+_WANDB_RUN_ID = "wandb-run-id"
+
+
+def trackers_of(log: LogConfig) -> list[Callback]:
+    """Return the callbacks of `log.tensorboard` and `log.wandb`."""
+    trackers: list[Callback] = [TensorBoardWriter()] if log.tensorboard else []
+    if log.wandb != "off":
+        trackers.append(WandbWriter(log.wandb))
+    return trackers
+
+
+class TensorBoardWriter(Callback):
+    """Writer of event files in `output_dir/tensorboard`. A resumed run hides the points that it will repeat."""
+
+    def __init__(self) -> None:
+        """Check that the package is installed, long before the first step."""
+        _require("tensorboard", extra="tensorboard", setting="log.tensorboard")
+        self._writer: SummaryWriter | None = None
+        self._folder = Path()
+
+    def on_start(self, run_info: RunInfo) -> None:
+        self._folder = run_info.output_dir / "tensorboard"
+        self._writer = self._open(run_info.start_step)
+        config = yaml.safe_dump(redact(run_info.config, names=True), sort_keys=False)
+        self._writer.add_text("run", f"```yaml\n{config}```", run_info.start_step)
+
+    def on_step(self, record: StepRecord) -> None:
+        self._add(record.step, record.scalars())
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        self._add(step, flatten(values, "evaluation"))
+
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        if self._writer is None:
+            raise RuntimeError("on_start has not been called")
+        for picture in pictures:
+            pixels_HWC = np.asarray(picture.image.convert("RGB"))
+            self._writer.add_image(f"pictures/{picture.name}", pixels_HWC, step, dataformats="HWC")
+        self._writer.flush()
+
+    def on_rewind(self, rewind: Rewind) -> None:
+        self.on_end("rewound")
+        self._writer = self._open(rewind.rewound_to)
+
+    def on_end(self, status: str) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self, step: int) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is None:
+            raise RuntimeError("on_start has not been called")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+class WandbWriter(Callback):
+    """Weights & Biases logger for metrics, pictures and the config. It sends no console output, source code, command
+    line or environment.
+
+    A resumed run keeps its run id, which is stored in `output_dir/wandb-run-id`. Entity, project and server come from
+    the package's variables (`WANDB_ENTITY`, `WANDB_PROJECT`, `WANDB_BASE_URL`), the key from `wandb login`.
+    """
+
+    def __init__(self, mode: Literal["offline", "online"]) -> None:
+        """Check that the package is installed, long before the first step."""
+        self._wandb: Any = _require("wandb", extra="wandb", setting="log.wandb")
+        self._mode = mode
+        self._run: Any = None
+
+    def on_start(self, run_info: RunInfo) -> None:
+        settings = self._wandb.Settings(
+            mode=self._mode,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            x_disable_meta=True,
+            silent=True,
+        )
+        try:
+            # A prompt for the key on a terminal would leave the other ranks waiting.
+            if self._mode == "online" and not self._wandb.login(prompt=False, verify=False):
+                raise self._wandb_error("no API key")
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+                name=run_info.name,
+                id=_run_id(run_info.output_dir),
+                resume="allow" if self._mode == "online" else None,
+                dir=str(run_info.output_dir),
+                config=redact(run_info.config, names=True),
+                settings=settings,
+            )
+        except self._wandb.Error as error:
+            raise self._wandb_error(str(error)) from None
+        # The package's step cannot decrease, but a resumed run's does, so our step is the x axis.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def on_step(self, record: StepRecord) -> None:
+        self._run.log({"step": record.step, **record.scalars()})
+
+    def on_evaluation(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"step": step, **flatten(values, "evaluation")})
+
+    def on_pictures(self, step: int, pictures: Sequence[Picture]) -> None:
+        images = {
+            f"pictures/{picture.name}": self._wandb.Image(picture.image, caption=picture.title) for picture in pictures
+        }
+        self._run.log({"step": step, **images})
+
+    def on_end(self, status: str) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=0 if status == "finished" else 1)
+            self._run = None
+
+    def _wandb_error(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"Weights & Biases cannot be used: {reason}",
+            where="log.wandb",
+            fix="run `wandb login` or set WANDB_API_KEY; or set log.wandb=offline and run `wandb sync` later",
+        )
+
+
+def _run_id(output_dir: Path) -> str:
+    """Return the run id of this output directory; create it on first use."""
+    path = output_dir / _WANDB_RUN_ID
+    if not path.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _require(package: str, *, extra: str, setting: str) -> ModuleType:
+    """Import an optional package, or raise an error that names its `extra` and the config key that requires it."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the package '{error.name}' is not installed",
+            where=setting,
+            fix=f"pip install 'm3i-scale[{extra}]', or switch {setting} off",
+        ) from None
