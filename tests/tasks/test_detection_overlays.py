@@ -13,13 +13,9 @@ from PIL import Image
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.overlays import PALETTE
-from m3i_scale.tasks.detection.average_precision import average_precision
 from m3i_scale.tasks.detection.detection_overlays import (
-    COLOURS,
     SUMMARY,
     DetectionOverlays,
-    draw_curves,
-    point,
     score_image,
 )
 from m3i_scale.tasks.detection.detections import sorted_by_score
@@ -130,18 +126,3 @@ def test_a_broken_prediction_is_refused(tmp_path: Path) -> None:
     draw = DetectionOverlays(tmp_path / "pictures", 2, categories(1))
     with pytest.raises(DataError):
         draw("a", pixels(), truth(1, []), prediction(1, [(BOX, 0.9, 1)]))
-
-
-def test_curves_are_drawn_where_precision_is(tmp_path: Path) -> None:
-    """Half of the objects are found at once, and at more than 0.75 of overlap none."""
-    truths = [truth(1, [instance(BOX, 0), instance(FAR, 0)])]
-    wide = [BOX[0], BOX[1], BOX[2] * 1.5, BOX[3]]
-    figures = average_precision(truths, [prediction(1, [(wide, 0.9, 0)])], categories(1))
-    draw_curves(figures, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.getpixel(point(0.25, 1.0)) == COLOURS["0.50"]
-        assert picture.getpixel(point(0.9, 0.0)) == COLOURS["0.50:0.95"]  # the last one that is drawn
-        assert picture.getpixel(point(0.25, 0.0)) == COLOURS["0.75"]
-        assert picture.getpixel(point(0.25, 1.0, 1)) == COLOURS["0.50"]
-    with pytest.raises(ConfigError):
-        draw_curves(figures, tmp_path / "nowhere" / "curves.png")

@@ -24,13 +24,12 @@ from m3i_scale.config import AugmentConfig
 from m3i_scale.data.batch import Collator
 from m3i_scale.data.batch import Sample as Shown
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.evaluate.features import architectures
-from m3i_scale.evaluate.towers import has_head, load_objective
+from m3i_scale.evaluate.towers import load_objective
+from m3i_scale.evaluate.trained_model import check_filled, loading
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.output import quiet_loading
 from m3i_scale.tasks.detection.detection_heads import RfDetr
-from m3i_scale.tasks.detection.detections import Prediction, Rle, check_library
+from m3i_scale.tasks.detection.detections import Prediction, Rle
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
 from m3i_scale.tasks.detection.object_detector import detect, image_sizes
 from m3i_scale.tasks.detection.rfdetr import decode_queries
@@ -118,40 +117,18 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
     return found
 
 
-def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Path, torch.device, int], Detector] | None:
-    """Return the function that loads the detector; None if another metric is requested. `measures=None` means all."""
-    own = not _KINDS.keys().isdisjoint(architectures(folder))
-    if own and measures not in (None, (DETECTOR,)):
-        raise ConfigError("the folder holds a detector", where=str(folder), fix=f"--measure {DETECTOR}")
-    if not own and (measures is None or DETECTOR not in measures):
-        return None
-    if measures is not None and len(measures) > 1:
-        raise ConfigError("a detector is measured alone", where="--measure", fix=f"--measure {DETECTOR}")
-    if not own and not has_head(folder, "detection"):
-        raise ConfigError(
-            "the folder holds no detector",
-            where=str(folder),
-            fix="m3i-scale export of a run with `task: detection`",
-        )
-    check_library()
-    return load_detector if own else head_of_features
+def is_detector(folder: Path) -> bool:
+    """Return whether the folder contains a stock detector that can be evaluated."""
+    return not _KINDS.keys().isdisjoint(architectures(folder))
 
 
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
     """Load a Mask R-CNN or RF-DETR in fp32. For Mask R-CNN, run the code of this package, not code in the folder."""
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
-    try:
-        with quiet_loading(folder):
-            model, info = kind.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
-            )
-            processor = of_images.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"the detector does not load: {first_line}", where=str(folder)) from None
-    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
-    if faulty:
-        raise ExportError(f"{len(faulty)} tensors do not fill the detector, e.g. {faulty[0]}", where=str(folder))
+    with loading(folder, DETECTOR):
+        model, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
+        processor = of_images.from_pretrained(folder, local_files_only=True)
+    check_filled(info, folder, DETECTOR)
     queried = kind is not MaskRcnnForObjectDetection
     augment = AugmentConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std), stretch=queried)
     shape, names = model.config.backbone_config, model.config.id2label

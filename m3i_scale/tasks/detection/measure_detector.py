@@ -17,26 +17,41 @@ from m3i_scale.errors import DataError
 from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
-from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions
+from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.tasks.detection.average_precision import measure_detector
-from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays, draw_curves
-from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Prediction, sorted_by_score
-from m3i_scale.tasks.detection.detector import DETECTED, DETECTOR, Detector, detector_of
-
-CURVES = "precision_recall.png"
-"""File next to the pictures of the worst images."""
+from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays
+from m3i_scale.tasks.detection.detections import (
+    Categories,
+    GroundTruth,
+    Instance,
+    Prediction,
+    check_library,
+    sorted_by_score,
+)
+from m3i_scale.tasks.detection.detector import (
+    DETECTED,
+    DETECTOR,
+    Detector,
+    head_of_features,
+    is_detector,
+    load_detector,
+)
 
 
 def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | None:
-    """Return the function that evaluates the detector; arguments as for `detector_of`."""
-    load = detector_of(folder, measures)
-    return None if load is None else partial(evaluate_detector, load)
+    """Return the function that evaluates the detector; see `find_loader`."""
+    stock = load_detector if is_detector(folder) else None
+    load = find_loader(folder, measures, DETECTOR, "detection", stock, head_of_features)
+    if load is None:
+        return None
+    check_library()
+    return partial(evaluate_detector, load)
 
 
 def evaluate_detector(
     load: Callable[[Path, torch.device, int], Detector], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a detector. Its pictures are the worst images and precision-recall curves.
+    """Return the document of `evaluate` for a detector. Its pictures are the worst images.
     `load` gets the batch size, by default `DETECTED`."""
     detector = load(options.folder, options.device, options.batch_size or DETECTED)
     categories = check_categories(detector, options.data)
@@ -49,9 +64,8 @@ def evaluate_detector(
         raise DataError("no usable sample in the test data", where=options.data, why=str(dict(table.left_out)))
     clusters = clusters_of(table)
     figures = measure_detector(truths, predictions, categories, clusters)
-    if drawing is not None and options.pictures is not None:
+    if drawing is not None:
         drawing.write()
-        draw_curves(figures, options.pictures[0] / CURVES)
     warnings = [clusters.warning] if clusters.warning else []
     if table.left_out:
         warnings.append(
