@@ -12,6 +12,7 @@ from faster_coco_eval.core import mask as rle
 from tiny import random_batch
 
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.categories import Categories, Category
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 SIDES = (160, 220)
@@ -67,17 +68,24 @@ def exact(one: dict[str, Any]) -> dict[str, Any]:
     return found | {"masks": sized}
 
 
-def categories(count: int, form: str = "coco") -> dict[str, Any]:
+def paired(truths: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every image with its prediction; an empty one where there is none."""
+    of_image, masks = {one["image_id"]: one for one in found}, all(one["masks"] is not None for one in found)
+    return [(one, of_image.get(one["image_id"], prediction(one["image_id"], [], masks=masks))) for one in truths]
+
+
+def categories(count: int, form: str = "coco") -> Categories:
     """Their ids have gaps."""
     binned = {"lvis": lambda number: {"frequency": "rcf"[number % 3], "image_count": 1}}.get(form, lambda number: {})
-    named = [{"id": 3 * number + 7, "name": f"kind {number}", **binned(number)} for number in range(count)]
-    return {"format": form, "categories": named}
+    return Categories(
+        form, tuple(Category(3 * number + 7, f"kind {number}", **binned(number)) for number in range(count))
+    )
 
 
 @cache
 def random_set(
     images: int, kinds: int, per_image: int, *, seed: int = 0, form: str = "coco", digits: int = 12
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Categories]:
     """Truth, predictions and categories: objects of all sizes, some of them found and others missed, crowds, images
     without an object, without a prediction, and without either. The last category is of no object. With few digits many
     scores are equal."""

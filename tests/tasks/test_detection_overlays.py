@@ -11,6 +11,7 @@ import pytest
 from objects_found import SIDES, categories, instance, prediction, truth
 from PIL import Image
 
+from m3i_scale.data.categories import Categories, Category
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.overlays import PALETTE
 from m3i_scale.tasks.detection.detection_overlays import (
@@ -110,8 +111,7 @@ def test_what_does_not_count_in_a_score_is_not_counted_as_wrong(
     ["", "a\nb\tc", "long " * 500, "\u732b \U0001f431 \u202e\u0000", "\u00e9t\u00e9", "\ud800", "/../..", "%s{0}"],
 )
 def test_any_name_key_and_box_can_be_drawn(name: str, tmp_path: Path) -> None:
-    named = categories(1)
-    named["categories"][0]["name"] = name
+    named = Categories("coco", (Category(7, name),))
     draw = DetectionOverlays(tmp_path / "pictures", 2, named)
     far = [(box, 0.9, 0) for box in ([-1e9, -1e9, 2e9, 2e9], [1e6, 1e6, 5, 5], [20.0, 20.0, -5.0, -5.0], [0, 0, 0, 0])]
     wide = {"image_id": 1, "width": 2000, "height": 3, "annotations": [instance(BOX, 0, masks=False)]}
@@ -125,4 +125,4 @@ def test_any_name_key_and_box_can_be_drawn(name: str, tmp_path: Path) -> None:
 def test_a_broken_prediction_is_refused(tmp_path: Path) -> None:
     draw = DetectionOverlays(tmp_path / "pictures", 2, categories(1))
     with pytest.raises(DataError):
-        draw("a", pixels(), truth(1, []), prediction(1, [(BOX, 0.9, 1)]))
+        draw("a", pixels(), truth(1, []), prediction(1, [(BOX, np.nan, 0)]))

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.engine.agree import from_rank_0, gather_objects
+from m3i_scale.data.categories import Categories
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
 from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
-    Categories,
-    Detections,
+    DetectionSet,
     Form,
     GroundTruth,
     Kind,
     Prediction,
-    pair_by_image,
+    sort_images,
 )
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -32,21 +30,20 @@ _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 _TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
 
 
-def measure_detector(
-    truths: Iterable[GroundTruth],
-    predictions: Iterable[Prediction],
+def detector_metrics(
+    images: Iterable[tuple[GroundTruth, Prediction]],
     categories: Categories,
     clusters: Clusters,
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """Return `average_precision`, and AP of boxes and masks with a bootstrap interval over `clusters` of images, which
-    are in the order of `truths`."""
-    detections = pair_by_image(truths, predictions, categories)
+    are in the order of `images`."""
+    detections = sort_images(images, categories)
     drawn, intervals = clusters.take(detections.order), {}
     for kind in detections.kinds:
         for name, by_class in ((f"{kind}_AP", True), (f"class_agnostic_{kind}_AP", False)):
-            if by_class or categories["format"] == "coco":
+            if by_class or categories.format == "coco":
                 estimate = ap_interval(
                     detections, kind, drawn, THRESHOLDS, RECALLS, by_class=by_class, resamples=resamples
                 )
@@ -54,11 +51,8 @@ def measure_detector(
     return intervals | _figures(detections)
 
 
-def average_precision(
-    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
-) -> dict[str, Any]:
-    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter, and images without
-    predictions have no detections.
+def average_precision(images: Iterable[tuple[GroundTruth, Prediction]], categories: Categories) -> dict[str, Any]:
+    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter.
 
     The format of the categories selects the rules. COCO: 100 predictions per image and class. LVIS: the 300 best per
     image, in categories that are annotated in the image or listed as absent.
@@ -69,32 +63,16 @@ def average_precision(
             adds class_agnostic_AP. None: there is no object to detect. LVIS has no class-agnostic AP, because its
             images are not annotated exhaustively.
     """
-    return _figures(pair_by_image(truths, predictions, categories))
+    return _figures(sort_images(images, categories))
 
 
-def average_precision_of_ranks(
-    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
-) -> dict[str, Any]:
-    """Compute `average_precision` over the images of all ranks and return it on all ranks; every rank must call it.
-    Ranks must not share images, and must have the same categories. Data of each rank are gathered on all ranks, and
-    evaluated on rank 0."""
-    parts = gather_objects((list(truths), list(predictions)))
-
-    def figures() -> dict[str, Any]:
-        true_parts, found_parts = zip(*parts, strict=True)
-        return average_precision(chain(*true_parts), chain(*found_parts), categories)
-
-    found: dict[str, Any] = from_rank_0(figures)
-    return found
-
-
-def _figures(detections: Detections) -> dict[str, Any]:
+def _figures(detections: DetectionSet) -> dict[str, Any]:
     images, objects = len(detections.truths), len(detections.objects)
     return {"images": images, "objects": objects} | {kind: _of_kind(detections, kind) for kind in detections.kinds}
 
 
-def _of_kind(detections: Detections, kind: Kind) -> dict[str, Any]:
-    categories, form = detections.categories["categories"], detections.categories["format"]
+def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
+    categories, form = detections.categories.categories, detections.categories.format
     documents = _documents(detections, kind)
     precision_TRKA = _precision(documents, kind, form)
     all_TRK = precision_TRKA[..., 0]
@@ -106,13 +84,13 @@ def _of_kind(detections: Detections, kind: Kind) -> dict[str, Any]:
     figures |= {name: _mean(precision_TRKA[..., number]) for number, name in enumerate(_SIZES, start=1)}
     if form == "lvis":
         for name, frequency in _FREQUENCIES.items():
-            chosen = [number for number, one in enumerate(categories) if one.get("frequency") == frequency]
+            chosen = [number for number, one in enumerate(categories) if one.frequency == frequency]
             figures[name] = _mean(all_TRK[:, :, chosen])
     else:
         figures["class_agnostic_AP"] = _mean(_precision(documents, kind, form, by_class=False)[..., 0])
     counts_K = np.bincount([one["category"] for _, one in detections.objects], minlength=len(categories))
     figures["classes"] = [
-        {"name": one["name"], "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
+        {"name": one.name, "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
         for number, one in enumerate(categories)
     ]
     known_TRK = all_TRK[:, :, counts_K > 0]
@@ -147,14 +125,16 @@ def _precision(
     return precision
 
 
-def _documents(detections: Detections, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
+def _documents(detections: DetectionSet, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return ground truth and predictions in the format of the library.
 
     All ids start at 1: the library treats a match with object id 0 as unmatched. Image ids may be arbitrary.
     """
     from faster_coco_eval.core import mask
 
-    categories = [{**one, "id": number} for number, one in enumerate(detections.categories["categories"], start=1)]
+    categories = [
+        one.to_json() | {"id": number} for number, one in enumerate(detections.categories.categories, start=1)
+    ]
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
@@ -202,7 +182,7 @@ def _mean(precision: NDArray[np.float64]) -> float | None:
 
 
 def ap_interval(
-    detections: Detections,
+    detections: DetectionSet,
     kind: Kind,
     clusters: Clusters,
     thresholds: NDArray[np.float64],
@@ -236,15 +216,15 @@ class WeightedPrecision:
 
     def __init__(
         self,
-        detections: Detections,
+        detections: DetectionSet,
         kind: Kind,
         thresholds: NDArray[np.float64],
         recalls: NDArray[np.float64],
         *,
         by_class: bool = True,
     ) -> None:
-        form, self._recalls, self._thresholds = detections.categories["format"], recalls, len(thresholds)
-        self._classes = len(detections.categories["categories"]) if by_class else 1
+        form, self._recalls, self._thresholds = detections.categories.format, recalls, len(thresholds)
+        self._classes = len(detections.categories) if by_class else 1
         found, ignored, scores, labels, counts = [], [], [], [], []
         for truth, prediction in zip(detections.truths, detections.predictions, strict=True):
             ious_DG = overlaps(truth, prediction, kind)

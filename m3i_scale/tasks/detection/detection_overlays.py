@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
-from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Prediction, Rle, sorted_by_score
+from m3i_scale.tasks.detection.detections import GroundTruth, Prediction, Rle, sorted_by_score
 
 DRAWN_SCORE = 0.5
 """Default score threshold for predictions to be drawn and counted."""
@@ -42,7 +43,7 @@ class ImageScore:
 def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
     """Count correct and wrong detections with a score of at least `least`. Predictions are in order of score; some are
     ignored as in COCO and LVIS."""
-    matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories["format"])
+    matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories.format)
     counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
     found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
     objects = sum(not one["iscrowd"] for one in truth["annotations"])
@@ -94,7 +95,7 @@ class DetectionOverlays:
                 facts = {"file": name, "image_id": one.truth["image_id"], "f_measure": one.score.f_measure}
                 facts |= {"found": one.score.found, "missed": one.score.missed, "false": one.score.false}
                 pictures.append(facts)
-            names = [one["name"] for one in self._categories["categories"]]
+            names = self._categories.names
             classes = [{"name": name, "rgb": PALETTE[number % 256].tolist()} for number, name in enumerate(names)]
             summary = {"score": self._least, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
             write_json(self._folder / SUMMARY, summary)
@@ -119,7 +120,7 @@ class DetectionOverlays:
         return panel.picture
 
     def _name(self, label: int) -> str:
-        return drawable(self._categories["categories"][label]["name"], _LETTERS)
+        return drawable(self._categories.names[label], _LETTERS)
 
 
 def _badness(score: ImageScore) -> tuple[float, int]:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.categories import Categories, Category
 from m3i_scale.data.order import seed_of
-from m3i_scale.engine.agree import gather_objects
+from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.targets.base import Scores
-from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
-from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Kind, Prediction
+from m3i_scale.tasks.detection.average_precision import average_precision
+from m3i_scale.tasks.detection.detections import GroundTruth, Instance, Kind, Prediction
 from m3i_scale.tasks.detection.detector import compressed, prediction_of
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
@@ -25,10 +26,7 @@ class DetectionScores(Scores):
     """
 
     def __init__(self, classes: Sequence[str], *, masks: bool) -> None:
-        self._categories: Categories = {
-            "format": "coco",
-            "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
-        }
+        self._categories = Categories("coco", tuple(Category(number, name) for number, name in enumerate(classes)))
         self._kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
         self._images: dict[int, tuple[GroundTruth, Prediction]] = {}
 
@@ -43,13 +41,12 @@ class DetectionScores(Scores):
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
         """Return `box_ap`, and `mask_ap` if there are masks, from 0 to 1; 0 without objects."""
-        by_rank = gather_objects((set(self._images), any(truth["annotations"] for truth, _ in self._images.values())))
-        if not any(has_objects for _, has_objects in by_rank):
+        images: dict[int, tuple[GroundTruth, Prediction]] = {}
+        for of_rank in gather_objects(self._images):
+            images = of_rank | images  # the first rank counts
+        if not any(truth["annotations"] for truth, _ in images.values()):
             return {f"{kind}_ap": 0.0 for kind in self._kinds}
-        counted: set[int] = set().union(*(images for images, _ in by_rank[: ranks.rank]))
-        mine = [pair for image, pair in self._images.items() if image not in counted]
-        truths, predictions = [truth for truth, _ in mine], [prediction for _, prediction in mine]
-        figures = average_precision_of_ranks(truths, predictions, self._categories)
+        figures = from_rank_0(lambda: average_precision(images.values(), self._categories))
         return {f"{kind}_ap": figures[kind]["AP"] for kind in self._kinds}
 
     def _truth(self, batch: Batch, row: int, image: int) -> GroundTruth:

@@ -1,4 +1,4 @@
-"""Pairs of detections and ground truth by image, with validation of both."""
+"""Detections and ground truth of images, with validation of both."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import NotRequired
 
+from m3i_scale.data.categories import Categories
 from m3i_scale.errors import ConfigError, DataError
 
 Form = Literal["coco", "lvis"]
@@ -68,24 +70,8 @@ class Prediction(TypedDict):
     masks: list[Rle] | None
 
 
-class Category(TypedDict):
-    """One category, at its index."""
-
-    id: int
-    name: str
-    frequency: NotRequired[Literal["r", "c", "f"]]
-    image_count: NotRequired[int]
-
-
-class Categories(TypedDict):
-    """The categories.json of shards."""
-
-    format: Form
-    categories: list[Category]
-
-
 @dataclass(frozen=True)
-class Detections:
+class DetectionSet:
     """Images of a dataset, unique and sorted by id, with their predictions."""
 
     truths: list[GroundTruth]
@@ -93,7 +79,7 @@ class Detections:
     """For the same images, sorted by score; for LVIS only the counted ones."""
     categories: Categories
     order: NDArray[np.int64]
-    """Index of each image in the original ground truth."""
+    """Index of each image in the original order."""
 
     @cached_property
     def kinds(self) -> list[Kind]:
@@ -119,78 +105,28 @@ def check_library(where: str = "detection") -> None:
         )
 
 
-def pair_by_image(
-    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
-) -> Detections:
-    """Pair predictions with the ground truth of all images of a dataset, both in any order. Images without predictions
-    count too. Predictions of several ranks may be concatenated."""
+def sort_images(images: Iterable[tuple[GroundTruth, Prediction]], categories: Categories) -> DetectionSet:
+    """Sort the images of a dataset by id and check that they can be evaluated; `images` may be in any order."""
     check_library()
-    truth_of: dict[int, GroundTruth] = {}
-    place_of: dict[int, int] = {}
-    for place, truth in enumerate(truths):
-        if truth["image_id"] in truth_of:
-            raise _counted_twice(truth["image_id"], "the truth")
-        truth_of[truth["image_id"]], place_of[truth["image_id"]] = truth, place
-    _check_truths(truth_of.values(), categories)
-    prediction_of: dict[int, Prediction] = {}
-    for prediction in predictions:
-        image = int(prediction["image_id"])
-        if image in prediction_of:
-            raise _counted_twice(image, "the predictions")
-        if image not in truth_of:
-            raise DataError("the image of a prediction is not one of the set", where=f"image {image}")
-        prediction_of[image] = sorted_by_score(prediction, truth_of[image], categories)
-    given = [one for one in prediction_of.values() if len(one["scores"])]
-    bare = [one["image_id"] for one in given or prediction_of.values() if one["masks"] is None]
-    if given and 0 < len(bare) < len(given):
-        raise DataError("masks are predicted of some images and not of others", where=f"image {bare[0]}")
-    if not bare:
-        _check_masks(truth_of.values())
-    nothing: Prediction = {
-        "image_id": -1,
-        "boxes": np.zeros((0, 4)),
-        "scores": np.zeros(0),
-        "labels": np.zeros(0, dtype=np.int64),
-        "masks": None if bare else [],
-    }
-    found = {one["image_id"]: one for one in given}
-    images = sorted(truth_of)
-    return Detections(
-        [truth_of[image] for image in images],
-        [found.get(image, nothing) for image in images],
-        categories,
-        np.asarray([place_of[image] for image in images], dtype=np.int64),
-    )
-
-
-def _counted_twice(image: int, what: str) -> DataError:
-    return DataError(
-        f"an image stands twice in {what}",
-        where=f"image {image}",
-        why="it would count twice, and every object that is found again would count as false",
-        fix="give every image to one rank",
-    )
-
-
-def _check_truths(truths: Iterable[GroundTruth], categories: Categories) -> None:
-    count = len(categories["categories"])
-    unbinned = [one["name"] for one in categories["categories"] if one.get("frequency") not in ("r", "c", "f")]
-    if categories["format"] == "lvis" and unbinned:
-        raise DataError(
-            "a category has no frequency, by which LVIS counts", where=unbinned[0], fix="r, c or f in categories.json"
-        )
-    real = 0
-    for truth in truths:
-        for one in truth["annotations"]:
-            if not 0 <= one["category"] < count:
-                raise DataError(
-                    f"an object has category {one['category']}, of {count}", where=f"image {truth['image_id']}"
-                )
-            real += not one["iscrowd"]
-    if not real:
+    given = list(images)
+    order = sorted(range(len(given)), key=lambda place: given[place][0]["image_id"])
+    truths = [given[place][0] for place in order]
+    for truth, following in pairwise(truths):
+        if truth["image_id"] == following["image_id"]:
+            raise DataError(
+                "an image is in the data twice",
+                where=f"image {truth['image_id']}",
+                why="it would count twice, and every object that is found again would count as false",
+            )
+    predictions = [sorted_by_score(given[place][1], given[place][0], categories) for place in order]
+    found = DetectionSet(truths, predictions, categories, np.asarray(order, dtype=np.int64))
+    if not found.objects:
         raise DataError(
             "no image has an object that could be found", where="the truth", why="average precision is not defined then"
         )
+    if any(one["masks"] is not None for one in predictions):
+        _check_masks(truths)
+    return found
 
 
 def _check_masks(truths: Iterable[GroundTruth]) -> None:
@@ -206,25 +142,13 @@ def _check_masks(truths: Iterable[GroundTruth]) -> None:
 
 def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categories) -> Prediction:
     """Sort a prediction by score. For LVIS, select the 300 best, then drop categories that were not annotated."""
-    where = f"image {truth['image_id']}"
     boxes_D4 = np.asarray(given["boxes"], dtype=np.float64).reshape(-1, 4)
     scores_D = np.asarray(given["scores"], dtype=np.float64)
     labels_D = np.asarray(given["labels"], dtype=np.int64)
-    masks = given["masks"]
-    counts = {len(boxes_D4), *scores_D.shape, *labels_D.shape} | (set() if masks is None else {len(masks)})
-    if len(counts) > 1:
-        raise DataError(f"boxes, scores, labels and masks are of different numbers: {sorted(counts)}", where=where)
     if not (np.isfinite(boxes_D4).all() and np.isfinite(scores_D).all()):
-        raise DataError("a predicted box or score is not a finite number", where=where)
-    if len(labels_D) and not 0 <= labels_D.min() <= labels_D.max() < len(categories["categories"]):
-        raise DataError(f"a predicted label is none of the {len(categories['categories'])} categories", where=where)
-    size = [truth["height"], truth["width"]]
-    if any(list(mask["size"]) != size for mask in masks or []):
-        raise DataError(
-            f"a predicted mask has another size than the image, which is {size[0]} × {size[1]}", where=where
-        )
-    best_D = np.argsort(-scores_D, kind="stable")
-    if categories["format"] == "lvis":
+        raise DataError("a predicted box or score is not a finite number", where=f"image {truth['image_id']}")
+    best_D, masks = np.argsort(-scores_D, kind="stable"), given["masks"]
+    if categories.format == "lvis":
         best_D = best_D[: PER_IMAGE["lvis"]]
         looked_for = [*(one["category"] for one in truth["annotations"]), *truth.get("neg_category_ids", [])]
         best_D = best_D[np.isin(labels_D[best_D], np.asarray(looked_for, dtype=np.int64))]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from m3i_scale.data.categories import shard_categories
+from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.instances import Instances
 from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import DataError
@@ -18,10 +18,9 @@ from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
-from m3i_scale.tasks.detection.average_precision import measure_detector
+from m3i_scale.tasks.detection.average_precision import detector_metrics
 from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays
 from m3i_scale.tasks.detection.detections import (
-    Categories,
     GroundTruth,
     Instance,
     Prediction,
@@ -58,12 +57,12 @@ def evaluate_detector(
     drawing = None if options.pictures is None else DetectionOverlays(*options.pictures, categories)
     table = open_table(options.data, "--data")
     progress = None if options.progress is None else partial(options.progress, "data")
-    truths, predictions = find_objects(detector, table, categories, options.exclude_groups, progress, drawing)
+    images = find_objects(detector, table, categories, options.exclude_groups, progress, drawing)
     check_groups(options.exclude_groups, [table])
-    if not truths:
+    if not images:
         raise DataError("no usable sample in the test data", where=options.data, why=str(dict(table.left_out)))
     clusters = clusters_of(table)
-    figures = measure_detector(truths, predictions, categories, clusters)
+    figures = detector_metrics(images, categories, clusters)
     if drawing is not None:
         drawing.write()
     warnings = [clusters.warning] if clusters.warning else []
@@ -90,7 +89,7 @@ def check_categories(detector: Detector, shards: str) -> Categories:
             where=shards,
             fix="shards of the set that it was trained on (`shards make coco`), or of one with the same categories",
         )
-    return cast(Categories, found.to_json())
+    return found
 
 
 def find_objects(
@@ -100,11 +99,10 @@ def find_objects(
     exclude_groups: tuple[str, ...],
     progress: Callable[[int], None] | None,
     draw: Callable[[str, Any, GroundTruth, Prediction], None] | None = None,
-) -> tuple[list[GroundTruth], list[Prediction]]:
+) -> list[tuple[GroundTruth, Prediction]]:
     """Run the detector on all samples once and fill the empty table. Return ground truth and prediction of every sample
     in it. `draw` gets key, pixels, ground truth and prediction of every sample."""
-    truths: list[GroundTruth] = []
-    predictions: list[Prediction] = []
+    images: list[tuple[GroundTruth, Prediction]] = []
     samples = read_samples(table, None, exclude_groups=exclude_groups, categories=len(detector.classes))
     while batch := list(islice(_with_objects(samples), detector.batch_size)):
         new = [truth_of(instances) for _, instances in batch]
@@ -112,12 +110,11 @@ def find_objects(
         if draw is not None:
             for (sample, _), truth, prediction in zip(batch, new, found, strict=True):
                 draw(sample.key, sample.pixels, truth, prediction)
-        truths += new
         # For LVIS most predictions do not count, so they are dropped here.
-        predictions += [sorted_by_score(one, truth, categories) for one, truth in zip(found, new, strict=True)]
+        images += [(truth, sorted_by_score(one, truth, categories)) for one, truth in zip(found, new, strict=True)]
         if progress is not None:
-            progress(len(truths))
-    return truths, predictions
+            progress(len(images))
+    return images
 
 
 def _with_objects(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Instances]]:
