@@ -37,6 +37,12 @@ class Task(Kind):
     """Whether the task predicts pixels or boxes, not image labels. InternImage then uses other learning rates."""
     reads_masks: ClassVar[bool] = False
     """Whether the data loader has to read segmentation masks."""
+    model: ClassVar[str]
+    """Name of the trained model: its export folder, and its metric in `evaluate`."""
+    labels_file: ClassVar[str]
+    """File next to the shards with the class names."""
+    metrics: ClassVar[dict[str, str]]
+    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all the others."""
 
     freeze: bool = False
     """Freeze the backbone in evaluation mode and train only the heads."""

@@ -9,6 +9,7 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from safetensors.torch import save_file
 
@@ -31,7 +32,7 @@ from m3i_scale.rank_variables import adopt_rank_variables
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.tasks.base import Task, steps_of
 from m3i_scale.tasks.finetune_checks import resolve_finetuning
-from m3i_scale.tasks.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
+from m3i_scale.tasks.finetune_result import FineTuning, repeat_threshold
 from m3i_scale.tasks.labelled import Labelled, find_labelled
 from m3i_scale.tasks.subset import Subset
 from m3i_scale.tasks.unpacked import TRAIN
@@ -52,7 +53,7 @@ _REPEATED = f"data.datasets.{TRAIN}.repeat_threshold"
 
 
 def prepare(
-    task_name: TaskName,
+    kind: str,
     start: str,
     folder: Path,
     protocol: str,
@@ -85,14 +86,12 @@ def prepare(
     run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
     check_output_dir(run.output_dir)
     task = run.task
-    if task is None or task.kind != task_name:
+    if task is None or task.kind != kind:
         raise ConfigError(
-            f"the protocol trains no {OUTCOMES[task_name].model}",
-            where=f"--protocol {protocol}",
-            fix=f"one with task: {{kind: {task_name}}}",
+            f"the protocol is not for {kind}", where=f"--protocol {protocol}", fix=f"one with task: {{kind: {kind}}}"
         )
     packed, index = shards or run.output_dir / "shards", run.output_dir / "index"
-    data = find_labelled(folder, packed, index, OUTCOMES[task_name].names, subset=subset, skip_bad=skip_bad)
+    data = find_labelled(folder, packed, index, task.labels_file, subset=subset, skip_bad=skip_bad)
     for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
         if given and not data.train.is_relative_to(packed):
             raise ConfigError(
@@ -106,38 +105,39 @@ def prepare(
     sources = _sources(data, repeat_threshold(run))
     # `start` may be a run, which has no model config.
     run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
-    computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
+    followed = load_run(protocol)
+    computed = [*first, *sources, *_length(run, followed.optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _check_image_count(run, data)
     resolve_finetuning(run, data, here=here)
-    export_task = _export_task(run, task, task_name, data.classes)
-    return FineTuning(task_name, protocol, run, data, export_task, subset, start if random_weights else None)
+    export_task = _export_task(run, task, data.classes)
+    return FineTuning(task, protocol, followed, run, data, export_task, subset, start if random_weights else None)
 
 
-def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
+def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:
     """Return the export type of the result: the task, or features and a head if no standard class computes both. For
     a sweep, the best head and whether a class supports it are unknown yet."""
     if task.chooses_head:
         return "features"
-    refusal = _refusal(run, task, name, classes)
+    refusal = _refusal(run, task, classes)
     if refusal is None:
-        return name
+        return cast(ExportTask, task.kind)
     for field, other in task.alternatives():
-        if _refusal(run, other, name, classes) is None:
+        if _refusal(run, other, classes) is None:
             install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
             raise ConfigError(
-                f"the result could not be exported as a {OUTCOMES[name].model}: {refusal.what}",
+                f"the result could not be exported as a {task.model}: {refusal.what}",
                 where=f"task.{field}: {getattr(task, field)}",
                 fix=f"{install}task.{field}={getattr(other, field)}",
             )
     return "features"
 
 
-def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -> ExportError | None:
+def _refusal(run: RunConfig, task: Task, classes: list[str]) -> ExportError | None:
     """Return why no standard class computes the task, or None if one does."""
     source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
     try:
-        plan_parts(source, ExportContents(name), None)
+        plan_parts(source, ExportContents(cast(ExportTask, task.kind)), None)
     except ExportError as error:
         return error
     return None

@@ -15,7 +15,7 @@ from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
-    from m3i_scale.tasks.finetune_result import FineTuning, TaskName
+    from m3i_scale.tasks.finetune_result import FineTuning
     from m3i_scale.tasks.subset import Subset
 
 finetune_app = typer.Typer(
@@ -132,7 +132,7 @@ class FineTuneOptions:
             )
         return Subset(self.per_class, self.share, self.subset_seed or 0)
 
-    def run(self, task: TaskName, protocol: str) -> None:
+    def run(self, task: str, protocol: str) -> None:
         """Train and evaluate, or with `--dry-run` only estimate the cost. `protocol` is the default of the task."""
         if self.dry_run:
             leave_out_accelerator_warning()
@@ -175,10 +175,10 @@ class FineTuneOptions:
         from m3i_scale.tasks.contents import check_contents
         from m3i_scale.tasks.finetune import check_trained, trained_checkpoint
         from m3i_scale.tasks.finetune_checks import packing
-        from m3i_scale.tasks.finetune_result import measure, start_lines
+        from m3i_scale.tasks.finetune_result import data_lines, measure
 
         data, run = prepared.data, prepared.run
-        for line in start_lines(prepared):
+        for line in data_lines(prepared.facts()):
             print_rank0(line)
         if self.evaluate_only:
             check_trained(run, data, trained_checkpoint(run))
@@ -187,7 +187,7 @@ class FineTuneOptions:
         with packing(run, data):
             data.pack(print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
-            check_contents(data, prepared.outcome.names, print_rank0)
+            check_contents(data, prepared.task.labels_file, print_rank0)
         if not self.evaluate_only and train_run(run, make_hooks=[make_pictures]) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
         return measure(prepared, print_rank0)

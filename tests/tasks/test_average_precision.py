@@ -19,7 +19,6 @@ from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate.intervals import Clusters
 from m3i_scale.tasks.detection.average_precision import (
     RECALLS,
-    THRESHOLDS,
     WeightedPrecision,
     average_precision,
     detector_metrics,
@@ -241,7 +240,7 @@ def test_a_weighted_image_is_that_image_several_times(kind: str, form: str) -> N
     detections = sort_images(paired(truths, found), named)
     draw = np.random.default_rng(1)
     for by_class in (True, False) if form == "coco" else (True,):
-        weighted = WeightedPrecision(detections, kind, THRESHOLDS, RECALLS, by_class=by_class)
+        weighted = WeightedPrecision(detections, kind, by_class=by_class)
         for drawn in (range(25), draw.integers(0, 25, 25)):
             weights = np.bincount(drawn, minlength=25)
             by_image = {one["image_id"]: int(weight) for one, weight in zip(truths, weights, strict=True)}

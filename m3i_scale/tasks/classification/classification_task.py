@@ -11,6 +11,7 @@ from typing_extensions import Self
 from m3i_scale.config import RunConfig
 from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.config.sections import Section
+from m3i_scale.data.shards import LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask, check_timm
 from m3i_scale.tasks.base import Task
@@ -72,6 +73,9 @@ class Classification(BackboneTask):
     """Image classification task."""
 
     kind: ClassVar[str] = "classification"
+    model: ClassVar[str] = "classifier"
+    labels_file: ClassVar[str] = LABELS
+    metrics: ClassVar[dict[str, str]] = {"top_1": "top-1"}
     pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
     """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""

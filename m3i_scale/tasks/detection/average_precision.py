@@ -44,10 +44,8 @@ def detector_metrics(
     for kind in detections.kinds:
         for name, by_class in ((f"{kind}_AP", True), (f"class_agnostic_{kind}_AP", False)):
             if by_class or categories.format == "coco":
-                estimate = ap_interval(
-                    detections, kind, drawn, THRESHOLDS, RECALLS, by_class=by_class, resamples=resamples
-                )
-                intervals[name] = estimate.as_dict()
+                weighted = WeightedPrecision(detections, kind, by_class=by_class)
+                intervals[name] = _interval(weighted, drawn, resamples).as_dict()
     return intervals | _figures(detections)
 
 
@@ -181,54 +179,35 @@ def _mean(precision: NDArray[np.float64]) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-def ap_interval(
-    detections: DetectionSet,
-    kind: Kind,
-    clusters: Clusters,
-    thresholds: NDArray[np.float64],
-    recalls: NDArray[np.float64],
-    *,
-    by_class: bool = True,
-    resamples: int = RESAMPLES,
-) -> Estimate:
+def _interval(weighted: WeightedPrecision, clusters: Clusters, resamples: int) -> Estimate:
     """Return AP and its percentile interval, by resampling clusters of images with replacement.
 
     Resamples weight images and need no new matching. Classes without objects in a resample are excluded from its mean.
-    AP is the mean over IoU `thresholds`, with precision sampled at ascending `recalls`. Without `by_class`, classes are
-    ignored.
     """
-    weighted = WeightedPrecision(detections, kind, thresholds, recalls, by_class=by_class)
     numbers_I = np.unique(clusters.of, return_inverse=True)[1]
     count = int(numbers_I.max()) + 1
 
     def statistic(drawn: NDArray[np.int64]) -> float:
         return weighted(np.bincount(drawn, minlength=count)[numbers_I])
 
-    return bootstrap(statistic, clusters, samples=len(detections.truths), resamples=resamples)
+    return bootstrap(statistic, clusters, samples=len(numbers_I), resamples=resamples)
 
 
 class WeightedPrecision:
-    """AP of a dataset in which every image is repeated according to its weight; arguments as for `ap_interval`.
+    """AP of a dataset in which every image is repeated according to its weight. Without `by_class`, classes are
+    ignored.
 
     Precision has its local maxima at true positives, so it is computed only at these hits H, in order of threshold,
     class and score. The other of the N predictions enter through cumulative sums.
     """
 
-    def __init__(
-        self,
-        detections: DetectionSet,
-        kind: Kind,
-        thresholds: NDArray[np.float64],
-        recalls: NDArray[np.float64],
-        *,
-        by_class: bool = True,
-    ) -> None:
-        form, self._recalls, self._thresholds = detections.categories.format, recalls, len(thresholds)
+    def __init__(self, detections: DetectionSet, kind: Kind, *, by_class: bool = True) -> None:
+        form = detections.categories.format
         self._classes = len(detections.categories) if by_class else 1
         found, ignored, scores, labels, counts = [], [], [], [], []
         for truth, prediction in zip(detections.truths, detections.predictions, strict=True):
             ious_DG = overlaps(truth, prediction, kind)
-            matches = match(truth, prediction, ious_DG, thresholds, form, by_class=by_class)
+            matches = match(truth, prediction, ious_DG, THRESHOLDS, form, by_class=by_class)
             kept_D = ~matches.ignored_TD.all(axis=0)
             found.append(matches.found_TD[:, kept_D] >= 0)
             ignored.append(matches.ignored_TD[:, kept_D])
@@ -250,7 +229,7 @@ class WeightedPrecision:
         series_H = threshold_H * self._classes + self._class_H
         self._is_first_H = np.diff(series_H, prepend=-1) != 0
         self._first_H = np.maximum.accumulate(np.where(self._is_first_H, np.arange(len(series_H)), 0))
-        self._lift_H = 2.0 * (self._thresholds * self._classes - series_H)
+        self._lift_H = 2.0 * (len(THRESHOLDS) * self._classes - series_H)
         start_H = np.searchsorted(labels_N, self._class_H)
         self._start_H = start_H
         threshold_Q, place_Q = np.nonzero(ignored_TN)
@@ -274,10 +253,10 @@ class WeightedPrecision:
         recall_H = true_H / np.maximum(objects_K[self._class_H], 1)
         # Interpolated precision at a recall is the maximum at this or any higher recall, per threshold and class.
         best_H = np.maximum.accumulate((precision_H + self._lift_H)[::-1])[::-1] - self._lift_H
-        reached_H = np.searchsorted(self._recalls, recall_H, side="right")
+        reached_H = np.searchsorted(RECALLS, recall_H, side="right")
         newly_H = np.diff(reached_H, prepend=0)
         newly_H[self._is_first_H] = reached_H[self._is_first_H]
-        return float((best_H * newly_H).sum()) / (len(self._recalls) * self._thresholds * classes)
+        return float((best_H * newly_H).sum()) / (len(RECALLS) * len(THRESHOLDS) * classes)
 
 
 def _sums(weights: NDArray[np.int64]) -> NDArray[np.int64]:
