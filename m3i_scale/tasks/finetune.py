@@ -160,8 +160,8 @@ def _check_boxes(task: Task, data: Labelled) -> None:
         return
     counts = [category.image_count for category in data.categories.categories]
     task.check_image_counts(None if None in counts else [count or 0 for count in counts])
-    if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.masked != "all":
-        without = "no object has" if data.masked == "none" else "some objects do not have"
+    if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.without_mask != "none":
+        without = "no object has" if data.without_mask == "all" else "some objects do not have"
         raise ConfigError(
             f"the head learns masks, and {without} one",
             where="task.head.masks",

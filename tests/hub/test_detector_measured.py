@@ -204,7 +204,7 @@ def test_rounded_weights_are_measured_in_fp32(scenes, trained, measured, tmp_pat
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     detector = head_of_features(tmp_path / "export", torch.device("cpu"), 4)
     pixels = np.asarray(scene(0)[0]).transpose(2, 0, 1)
-    (found,) = detector([pixels], [0])
+    (found,) = detector([pixels])
     assert found["boxes"].dtype == np.float32
     figures = evaluate(tmp_path / "export", scenes[0], measures=("detector",))["measures"]["detector"]
     assert figures["box"]["AP50"] == pytest.approx(measured[0]["measures"]["detector"]["box"]["AP50"], abs=0.2)

@@ -37,7 +37,7 @@ class DetectionScores(Scores):
         for row, (key, detections) in enumerate(zip(batch.keys, found, strict=True)):
             image = seed_of(key)
             if image not in self._images:
-                self._images[image] = self._truth(batch, row, image), prediction_of(detections, image, (side, side))
+                self._images[image] = self._truth(batch, row, image), prediction_of(detections, (side, side))
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
         """Return `box_ap`, and `mask_ap` if there are masks, from 0 to 1; 0 without objects."""

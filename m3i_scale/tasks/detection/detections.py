@@ -61,7 +61,6 @@ class GroundTruth(TypedDict):
 class Prediction(TypedDict):
     """Detections in one image, in any order."""
 
-    image_id: int
     boxes: NDArray[np.floating]
     """x1, y1, x2, y2 in pixels of the image: (n, 4)."""
     scores: NDArray[np.floating]
@@ -153,7 +152,6 @@ def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categorie
         looked_for = [*(one["category"] for one in truth["annotations"]), *truth.get("neg_category_ids", [])]
         best_D = best_D[np.isin(labels_D[best_D], np.asarray(looked_for, dtype=np.int64))]
     return {
-        "image_id": truth["image_id"],
         "boxes": boxes_D4[best_D],
         "scores": scores_D[best_D],
         "labels": labels_D[best_D],

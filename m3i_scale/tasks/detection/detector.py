@@ -62,9 +62,9 @@ class Detector:
     batch_size: int = DETECTED
     """Images per forward pass."""
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]], numbers: Sequence[int]) -> list[Prediction]:
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
         """Return detections on at most `batch_size` images (3, H, W) of any size, in original coordinates and in the
-        same order. `numbers` are the ids of the images."""
+        same order."""
         augment, shown = self.augment, []
         view = ViewMaker(
             augment,
@@ -75,23 +75,22 @@ class Detector:
             mean=augment.mean,
             stretch=augment.stretch,
         )
-        for pixels_CHW, number in zip(images, numbers, strict=True):
+        for pixels_CHW in images:
             views = view(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))), 0)
-            shown.append(Shown(views, None, -1, None, 0, str(number)))
+            shown.append(Shown(views, None, -1, None, 0, ""))
         batch = Collator(None, 0)(shown).to(self.device)
         pixels_BCHW = normalize(batch.images_VBCHW[0], augment.mean, augment.std)
         found = self.detect(pixels_BCHW, image_sizes(batch), batch.sizes_B2)
         return [
-            prediction_of(one, number, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
-            for one, pixels_CHW, number in zip(found, images, numbers, strict=True)
+            prediction_of(one, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
+            for one, pixels_CHW in zip(found, images, strict=True)
         ]
 
 
-def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Prediction:
+def prediction_of(found: Detections, size: tuple[int, int]) -> Prediction:
     """Return the detections of an image of `size` (height, width) in the format of the metrics."""
     boxes_N4 = found.boxes_N4.cpu()
     return {
-        "image_id": number,
         "boxes": boxes_N4.numpy(),
         "scores": found.scores_N.cpu().numpy(),
         "labels": found.labels_N.cpu().numpy(),

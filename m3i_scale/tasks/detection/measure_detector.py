@@ -106,7 +106,7 @@ def find_objects(
     samples = read_samples(table, None, exclude_groups=exclude_groups, categories=len(detector.classes))
     while batch := list(islice(_with_objects(samples), detector.batch_size)):
         new = [truth_of(instances) for _, instances in batch]
-        found = detector([sample.pixels for sample, _ in batch], [truth["image_id"] for truth in new])
+        found = detector([sample.pixels for sample, _ in batch])
         if draw is not None:
             for (sample, _), truth, prediction in zip(batch, new, found, strict=True):
                 draw(sample.key, sample.pixels, truth, prediction)
