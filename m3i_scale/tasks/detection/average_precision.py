@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.categories import Categories
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
-from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
+from m3i_scale.tasks.detection.detection_matches import ious, mask_of, match
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
     DetectionSet,
@@ -206,7 +206,7 @@ class WeightedPrecision:
         self._classes = len(detections.categories) if by_class else 1
         found, ignored, scores, labels, counts = [], [], [], [], []
         for truth, prediction in zip(detections.truths, detections.predictions, strict=True):
-            ious_DG = overlaps(truth, prediction, kind)
+            ious_DG = ious(truth, prediction, kind)
             matches = match(truth, prediction, ious_DG, THRESHOLDS, form, by_class=by_class)
             kept_D = ~matches.ignored_TD.all(axis=0)
             found.append(matches.found_TD[:, kept_D] >= 0)

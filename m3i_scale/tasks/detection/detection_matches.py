@@ -29,7 +29,7 @@ def mask_of(one: Instance, truth: GroundTruth) -> Rle:
     return found
 
 
-def overlaps(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
+def ious(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
     """Return the IoU of every prediction and object: (D, G); for a crowd, the fraction of the prediction inside it."""
     from faster_coco_eval.core import mask
 
@@ -67,7 +67,7 @@ def match(
 ) -> Matches:
     """Return the matches of an image as COCO defines them. In order of score, each prediction matches the remaining
     object with the highest IoU, with `by_class` only of its class. `prediction` is in order of the scores, and
-    `ious_DG` a result of `overlaps`."""
+    `ious_DG` a result of `ious`."""
     objects, labels_D = truth["annotations"], np.asarray(prediction["labels"], dtype=np.int64)
     classes_G = np.asarray([one["category"] for one in objects], dtype=np.int64)
     crowd_G = np.asarray([one["iscrowd"] for one in objects], dtype=bool)

@@ -13,7 +13,7 @@ from m3i_scale.data.categories import Categories
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
-from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
+from m3i_scale.tasks.detection.detection_matches import ious, mask_of, match
 from m3i_scale.tasks.detection.detections import GroundTruth, Prediction, Rle, sorted_by_score
 
 DRAWN_SCORE = 0.5
@@ -43,7 +43,7 @@ class ImageScore:
 def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
     """Count correct and wrong detections with a score of at least `least`. Predictions are in order of score; some are
     ignored as in COCO and LVIS."""
-    matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories.format)
+    matches = match(truth, prediction, ious(truth, prediction, "box"), [_OVERLAP], categories.format)
     counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
     found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
     objects = sum(not one["iscrowd"] for one in truth["annotations"])

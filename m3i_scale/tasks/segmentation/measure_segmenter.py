@@ -65,7 +65,7 @@ def evaluate_segmenter(
         warnings.append(f"{without} images of the test data have no mask, and count for nothing")
     model = {"type": segmenter.model_type, "image_size": segmenter.size}
     return document_of(options.folder, model, describe(table, options.data), clusters) | {
-        "measures": {SEGMENTER: measure_segmenter(counts_M3K, clusters, segmenter.classes, segmenter.size)},
+        "measures": {SEGMENTER: segmenter_metrics(counts_M3K, clusters, segmenter.classes, segmenter.size)},
         "not_measured": {},
         "warnings": warnings,
     }
@@ -134,7 +134,7 @@ def count_overlaps(
     return np.asarray(counts, dtype=np.int64).reshape(shape), np.asarray(masked, dtype=np.int64)
 
 
-def measure_segmenter(
+def segmenter_metrics(
     counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
 ) -> dict[str, Any]:
     """Return mIoU over the classes in ground truth or prediction, with its interval over clusters of images, and IoU
