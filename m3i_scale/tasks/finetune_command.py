@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import AsJson, Command, Parts, expanded, writes_to
+from m3i_scale.options import AsJson, Command, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
@@ -21,94 +21,45 @@ if TYPE_CHECKING:
 finetune_app = typer.Typer(
     no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
 )
-_REQUIRED = inspect.Parameter.empty
-_OPTIONS: Parts = {
-    "start": (
-        Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")],
-        _REQUIRED,
-    ),
-    "data": (Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")], _REQUIRED),
-    "overrides": (Annotated[list[str] | None, typer.Argument(help="section.key=value …")], None),
-    "protocol": (
-        Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")],
-        None,
-    ),
-    "epochs": (
-        Annotated[int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")],
-        None,
-    ),
-    "shards": (
-        Annotated[
-            Path | None,
-            typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
-        ],
-        None,
-    ),
-    "share": (
-        Annotated[
-            float | None,
-            typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
-        ],
-        None,
-    ),
-    "subset_seed": (
-        Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")],
-        None,
-    ),
-    "skip_bad": (
-        Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")],
-        False,
-    ),
-    "random_weights": (
-        Annotated[
-            bool,
-            typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
-        ],
-        False,
-    ),
-    "evaluate_only": (
-        Annotated[bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")],
-        False,
-    ),
-    "dry_run": (
-        Annotated[
-            bool,
-            typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
-        ],
-        False,
-    ),
-    "hardware": (Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")], None),
-    "as_json": (AsJson, False),
-}
-_PER_CLASS: Parts = {
-    "per_class": (Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")], None)
-}
-
-
-@finetune_app.callback()
-def tasks() -> None:
-    """Provide the command group; the options belong to the tasks."""
 
 
 @dataclass(frozen=True)
 class FineTuneOptions:
     """Options of the commands of all tasks."""
 
-    start: str
-    data: Path
-    overrides: list[str] | None
-    protocol: str | None
-    epochs: int | None
-    shards: Path | None
-    share: float | None
-    subset_seed: int | None
-    skip_bad: bool
-    random_weights: bool
-    evaluate_only: bool
-    dry_run: bool
-    hardware: str | None
-    as_json: bool
-    per_class: int | None = None
+    start: Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")]
+    data: Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")]
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value …")] = None
+    protocol: Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")] = None
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")
+    ] = None
+    shards: Annotated[
+        Path | None,
+        typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
+    ] = None
+    per_class: Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")] = None
+    share: Annotated[
+        float | None,
+        typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
+    ] = None
+    subset_seed: Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")] = None
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")
+    ] = False
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
+    ] = False
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
+    ] = False
+    hardware: Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")] = None
+    as_json: AsJson = False
 
     def subset(self) -> Subset | None:
         """Return the subset of the training images; None: all of them."""
@@ -193,15 +144,26 @@ class FineTuneOptions:
         return measure(prepared, print_rank0)
 
 
-def _takes(parts: Parts) -> Callable[[Command], Command]:
-    """Decorate a command so that its parameter `asked` is replaced by these options."""
+@finetune_app.callback()
+def tasks() -> None:
+    """Provide the command group; the options belong to the tasks."""
+
+
+def _with_options(*without: str) -> Callable[[Command], Command]:
+    """Decorate a command so that its parameter `asked` is replaced by the fields of `FineTuneOptions`."""
+    types = get_type_hints(FineTuneOptions, include_extras=True)
+    parts = {
+        field.name: (types[field.name], inspect.Parameter.empty if field.default is MISSING else field.default)
+        for field in fields(FineTuneOptions)
+        if field.name not in without
+    }
     return lambda command: expanded(command, "asked", parts, FineTuneOptions)
 
 
 @finetune_app.command(
     epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
 )
-@_takes({**_PER_CLASS, **_OPTIONS})
+@_with_options()
 def classification(asked: FineTuneOptions) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
 
@@ -217,7 +179,7 @@ def classification(asked: FineTuneOptions) -> None:
 @finetune_app.command(
     epilog="Example: m3i-scale finetune segmentation /data/export --data /data/scenes output_dir=/data/runs/scenes"
 )
-@_takes(_OPTIONS)
+@_with_options("per_class")
 def segmentation(asked: FineTuneOptions) -> None:
     """Train a segmenter on one device, export it to output_dir/segmenter, and evaluate it.
 
@@ -233,7 +195,7 @@ def segmentation(asked: FineTuneOptions) -> None:
 @finetune_app.command(
     epilog="Example: m3i-scale finetune detection /data/export --data /data/coco output_dir=/data/runs/coco"
 )
-@_takes(_OPTIONS)
+@_with_options("per_class")
 def detection(asked: FineTuneOptions) -> None:
     """Train a detector on one device, export it to output_dir/detector, and evaluate it.
 
