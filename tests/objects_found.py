@@ -32,10 +32,11 @@ def compressed(box: Any, sides: tuple[int, int] = SIDES) -> dict[str, Any]:
     return {"size": list(sides), "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
-def polygon(box: Any) -> list[list[float]]:
+def polygon(box: Any) -> dict[str, Any]:
     angles = np.linspace(0, 2 * np.pi, 17)[:-1]
     x, y = box[0] + box[2] / 2 * (1 + np.cos(angles)), box[1] + box[3] / 2 * (1 + np.sin(angles))
-    return [np.stack([x, y], axis=1).round(2).ravel().tolist()]
+    drawn = rle.merge(rle.frPyObjects([np.stack([x, y], axis=1).round(2).ravel().tolist()], *SIDES))
+    return {"size": list(SIDES), "counts": drawn["counts"].decode()}
 
 
 def instance(box: Any, category: int, *, crowd: bool = False, number: int = 0, masks: bool = True) -> dict[str, Any]:
@@ -64,8 +65,7 @@ def exact(one: dict[str, Any]) -> dict[str, Any]:
     """What a detector without fault finds in an image: its objects, as they are."""
     objects = [each for each in one["annotations"] if not each["iscrowd"]]
     found = prediction(one["image_id"], [(each["bbox"], 0.9, each["category"]) for each in objects], masks=False)
-    sized = [rle.segmToRle(each["segmentation"], one["width"], one["height"]) for each in objects]
-    return found | {"masks": sized}
+    return found | {"masks": [each["segmentation"] for each in objects]}
 
 
 def paired(truths: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.categories import Categories
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
-from m3i_scale.tasks.detection.detection_matches import ious, mask_of, match
+from m3i_scale.tasks.detection.detection_matches import ious, match
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
     DetectionSet,
@@ -150,7 +150,6 @@ def _documents(detections: DetectionSet, kind: Kind) -> tuple[dict[str, Any], di
         )
         objects += [
             {**one, "id": number, "image_id": image, "category_id": one["category"] + 1}
-            | ({"segmentation": mask_of(one, truth)} if kind == "mask" else {})
             for number, one in enumerate(truth["annotations"], start=len(objects) + 1)
         ]
         masks = prediction["masks"] or []

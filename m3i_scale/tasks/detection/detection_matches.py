@@ -4,29 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.errors import DataError
-from m3i_scale.tasks.detection.detections import PER_IMAGE, Form, GroundTruth, Instance, Kind, Prediction, Rle
-
-
-def mask_of(one: Instance, truth: GroundTruth) -> Rle:
-    """Return the mask of an object, compressed and at the size of its image."""
-    from faster_coco_eval.core import mask
-
-    size, shape = [truth["height"], truth["width"]], one["segmentation"] or [[]]
-    try:
-        found = cast(Rle, mask.segmToRle(shape, truth["width"], truth["height"]))
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise DataError(f"the mask of an object cannot be read: {error}", where=f"image {truth['image_id']}") from None
-    if list(found["size"]) != size:
-        raise DataError(
-            f"the mask of an object is {found['size']}, and its image {size}", where=f"image {truth['image_id']}"
-        )
-    return found
+from m3i_scale.tasks.detection.detections import PER_IMAGE, Form, GroundTruth, Kind, Prediction
 
 
 def ious(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
@@ -41,7 +23,7 @@ def ious(truth: GroundTruth, prediction: Prediction, kind: Kind) -> NDArray[np.f
         boxes_D4 = prediction["boxes"]
         sized_D4 = np.concatenate([boxes_D4[:, :2], boxes_D4[:, 2:] - boxes_D4[:, :2]], axis=1)
         return np.asarray(mask.iou(sized_D4.tolist(), [one["bbox"] for one in objects], crowds), dtype=np.float64)
-    masks = [mask_of(one, truth) for one in objects]
+    masks = [one["segmentation"] for one in objects]
     return np.asarray(mask.iou(prediction["masks"], masks, crowds), dtype=np.float64)
 
 

@@ -13,7 +13,7 @@ from m3i_scale.data.categories import Categories
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
-from m3i_scale.tasks.detection.detection_matches import ious, mask_of, match
+from m3i_scale.tasks.detection.detection_matches import ious, match
 from m3i_scale.tasks.detection.detections import GroundTruth, Prediction, Rle, sorted_by_score
 
 DRAWN_SCORE = 0.5
@@ -106,9 +106,9 @@ class DetectionOverlays:
         panel = _Panel(kept.image, kept.truth)
         for one in kept.truth["annotations"]:
             x, y, width, height = one["bbox"]
-            mask = mask_of(one, kept.truth) if "segmentation" in one else None
             more = " (crowd)" if one["iscrowd"] else ""
-            panel.add([x, y, x + width, y + height], mask, one["category"], self._name(one["category"]) + more)
+            caption = self._name(one["category"]) + more
+            panel.add([x, y, x + width, y + height], one.get("segmentation"), one["category"], caption)
         return panel.picture
 
     def _prediction_panel(self, kept: _Overlay) -> Image.Image:

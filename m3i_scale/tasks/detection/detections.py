@@ -42,11 +42,11 @@ class Instance(TypedDict):
     """x, y, width and height in pixels."""
     area: float
     iscrowd: int
-    segmentation: NotRequired[list[list[float]] | Rle]
+    segmentation: NotRequired[Rle]
 
 
 class GroundTruth(TypedDict):
-    """Ground-truth objects of one image: the instances.json of a sample."""
+    """Ground-truth objects of one image: the instances.json of a sample, with compressed masks."""
 
     image_id: int
     width: int
