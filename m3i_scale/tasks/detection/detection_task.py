@@ -10,7 +10,6 @@ from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, Regions, RfDetr
-from m3i_scale.tasks.detection.detections import check_library
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import VisionConfig
@@ -49,6 +48,8 @@ class Detection(BackboneTask):
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         super().check(run, model)
         if self.head.masks:
+            from m3i_scale.tasks.detection.detections import check_library
+
             check_library("task.head.masks")
         if isinstance(self.head, RfDetr):
             check_last_layer(self.head.out_layers, model)
