@@ -12,7 +12,7 @@ from objects_found import SIDES, categories, instance, prediction, truth
 from PIL import Image
 
 from m3i_scale.data.categories import Categories, Category
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.overlays import PALETTE
 from m3i_scale.tasks.detection.detection_overlays import (
     SUMMARY,
@@ -101,7 +101,7 @@ def test_what_does_not_count_in_a_score_is_not_counted_as_wrong(
     form: str, objects: list[Any], federated: dict[str, list[int]], false: int
 ) -> None:
     named, one = categories(1, form), truth(1, objects, **federated)
-    score = score_image(one, sorted_by_score(prediction(1, [(BOX, 0.9, 0)]), one, named), named, 0.5)
+    score = score_image(one, sorted_by_score(prediction(1, [(BOX, 0.9, 0)]), one, named), named)
     assert (score.found, score.missed, score.false) == (0, 0, false)
     assert score.f_measure == 1 - false
 
@@ -120,9 +120,3 @@ def test_any_name_key_and_box_can_be_drawn(name: str, tmp_path: Path) -> None:
     draw.write()
     assert len(drawn(tmp_path / "pictures")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
-
-
-def test_a_broken_prediction_is_refused(tmp_path: Path) -> None:
-    draw = DetectionOverlays(tmp_path / "pictures", 2, categories(1))
-    with pytest.raises(DataError):
-        draw("a", pixels(), truth(1, []), prediction(1, [(BOX, np.nan, 0)]))

@@ -14,10 +14,10 @@ from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, s
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 from m3i_scale.tasks.detection.detection_matches import ious, match
-from m3i_scale.tasks.detection.detections import GroundTruth, Prediction, Rle, sorted_by_score
+from m3i_scale.tasks.detection.detections import GroundTruth, Prediction, Rle
 
 DRAWN_SCORE = 0.5
-"""Default score threshold for predictions to be drawn and counted."""
+"""Score threshold for predictions to be drawn and counted."""
 SUMMARY = "worst.json"
 """File next to the pictures: errors in each, and the colors of classes."""
 _OVERLAP = 0.5
@@ -40,11 +40,11 @@ class ImageScore:
         return 2 * self.found / (2 * self.found + wrong) if wrong else 1.0
 
 
-def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
-    """Count correct and wrong detections with a score of at least `least`. Predictions are in order of score; some are
-    ignored as in COCO and LVIS."""
+def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories) -> ImageScore:
+    """Count correct and wrong detections with a score of at least `DRAWN_SCORE`. Predictions are in order of score;
+    some are ignored as in COCO and LVIS."""
     matches = match(truth, prediction, ious(truth, prediction, "box"), [_OVERLAP], categories.format)
-    counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
+    counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= DRAWN_SCORE)
     found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
     objects = sum(not one["iscrowd"] for one in truth["annotations"])
     return ImageScore(found, objects - found, int(counts_D.sum()) - found)
@@ -64,24 +64,23 @@ class DetectionOverlays:
     """Collector of the worst images, which are drawn at the end, worst first.
 
     The worst image has the lowest F1 score. Ties are broken by the number of errors, then by the order of images. The
-    folder is created if missing, and must be empty. Predictions with a score below `least` are neither drawn nor
+    folder is created if missing, and must be empty. Predictions with a score below `DRAWN_SCORE` are neither drawn nor
     counted.
     """
 
-    def __init__(self, folder: Path, count: int, categories: Categories, *, least: float = DRAWN_SCORE) -> None:
-        self._folder, self._count, self._categories, self._least = folder, count, categories, least
+    def __init__(self, folder: Path, count: int, categories: Categories) -> None:
+        self._folder, self._count, self._categories = folder, count, categories
         self._kept: list[_Overlay] = []
         make_folder(folder)
 
     def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
-        """Add an image. Its picture has `key` in the file name."""
-        ordered = sorted_by_score(prediction, truth, self._categories)
-        score = score_image(truth, ordered, self._categories, self._least)
+        """Add an image, with predictions in order of score. Its picture has `key` in the file name."""
+        score = score_image(truth, prediction, self._categories)
         if len(self._kept) == self._count and _badness(score) >= _badness(self._kept[-1].score):
             return
         image = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
         image.thumbnail((SIDE, SIDE))
-        self._kept.append(_Overlay(key, score, image, truth, ordered))
+        self._kept.append(_Overlay(key, score, image, truth, prediction))
         self._kept.sort(key=lambda one: _badness(one.score))
         del self._kept[self._count :]
 
@@ -97,7 +96,7 @@ class DetectionOverlays:
                 pictures.append(facts)
             names = self._categories.names
             classes = [{"name": name, "rgb": PALETTE[number % 256].tolist()} for number, name in enumerate(names)]
-            summary = {"score": self._least, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
+            summary = {"score": DRAWN_SCORE, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
             write_json(self._folder / SUMMARY, summary)
         except OSError as error:
             raise write_error(self._folder, error) from None
@@ -113,7 +112,7 @@ class DetectionOverlays:
 
     def _prediction_panel(self, kept: _Overlay) -> Image.Image:
         panel, found = _Panel(kept.image, kept.truth), kept.prediction
-        for place in np.flatnonzero(found["scores"] >= self._least)[::-1]:  # the highest scores on top
+        for place in np.flatnonzero(found["scores"] >= DRAWN_SCORE)[::-1]:  # the highest scores on top
             mask = None if found["masks"] is None else found["masks"][place]
             label = int(found["labels"][place])
             panel.add(found["boxes"][place].tolist(), mask, label, f"{self._name(label)}: {found['scores'][place]:.2f}")

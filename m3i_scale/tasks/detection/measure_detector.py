@@ -107,11 +107,12 @@ def find_objects(
     while batch := list(islice(_with_objects(samples), detector.batch_size)):
         new = [truth_of(instances) for _, instances in batch]
         found = detector([sample.pixels for sample, _ in batch])
+        # For LVIS most predictions do not count, so they are dropped here.
+        found = [sorted_by_score(one, truth, categories) for one, truth in zip(found, new, strict=True)]
         if draw is not None:
             for (sample, _), truth, prediction in zip(batch, new, found, strict=True):
                 draw(sample.key, sample.pixels, truth, prediction)
-        # For LVIS most predictions do not count, so they are dropped here.
-        images += [(truth, sorted_by_score(one, truth, categories)) for one, truth in zip(found, new, strict=True)]
+        images += zip(new, found, strict=True)
         if progress is not None:
             progress(len(images))
     return images
