@@ -13,6 +13,7 @@ from tiny import random_batch
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.categories import Categories, Category
+from m3i_scale.data.instances import Instances, parse_instances
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 SIDES = (160, 220)
@@ -68,10 +69,18 @@ def exact(one: dict[str, Any]) -> dict[str, Any]:
     return found | {"masks": [each["segmentation"] for each in objects]}
 
 
-def paired(truths: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def paired(truths: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[Instances, dict[str, Any]]]:
     """Every image with its prediction; an empty one where there is none."""
     of_image, masks = {one["image_id"]: one for one in found}, all(one["masks"] is not None for one in found)
-    return [(one, of_image.get(one["image_id"], prediction(one["image_id"], [], masks=masks))) for one in truths]
+    return [
+        (parsed(one), of_image.get(one["image_id"], prediction(one["image_id"], [], masks=masks))) for one in truths
+    ]
+
+
+def parsed(one: dict[str, Any]) -> Instances:
+    """The objects of an image as they are read from shards."""
+    rows = [each | {"id": number} for number, each in enumerate(one["annotations"])]
+    return parse_instances(one | {"annotations": rows}, None)
 
 
 def categories(count: int, form: str = "coco") -> Categories:

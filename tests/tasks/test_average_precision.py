@@ -186,7 +186,7 @@ def test_an_image_that_stands_twice_is_refused() -> None:
 def test_a_prediction_that_is_not_finite_is_refused(broken: dict[str, Any]) -> None:
     found = prediction(7, [(RIGHT, 0.5, 0)]) | broken
     with pytest.raises(DataError) as caught:
-        average_precision([(truth(7, [instance(RIGHT, 0)]), found)], categories(1))
+        average_precision(paired([truth(7, [instance(RIGHT, 0)])], [found]), categories(1))
     assert caught.value.where == "image 7"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from objects_found import SIDES, categories, instance, prediction, truth
+from objects_found import SIDES, categories, instance, parsed, prediction, truth
 from PIL import Image
 
 from m3i_scale.data.categories import Categories, Category
@@ -41,7 +41,7 @@ def drawn(folder: Path) -> list[Path]:
 def test_boxes_and_masks_have_the_colours_of_their_classes(tmp_path: Path) -> None:
     draw = DetectionOverlays(tmp_path / "new" / "pictures", 3, categories(4))
     found = prediction(7, [(FAR, 0.8, 2), (BOX, 0.3, 3)])
-    draw("photo", pixels(), truth(7, [instance(BOX, 1)]), found)
+    draw("photo", pixels(), parsed(truth(7, [instance(BOX, 1)])), found)
     draw.write()
     (path,) = drawn(tmp_path / "new" / "pictures")
     with Image.open(path) as picture:
@@ -78,7 +78,7 @@ def test_the_worst_images_come_first(tmp_path: Path) -> None:
         draw = DetectionOverlays(tmp_path / str(number), 3, categories(2))
         for image in order:
             found, objects = shown[image]
-            draw(f"{image}", pixels(), truth(image, objects), prediction(image, found))
+            draw(f"{image}", pixels(), parsed(truth(image, objects)), prediction(image, found))
         draw.write()
         last = 2 if number == 0 else 6
         summary = json.loads((tmp_path / str(number) / SUMMARY).read_text())
@@ -100,7 +100,7 @@ def test_the_worst_images_come_first(tmp_path: Path) -> None:
 def test_what_does_not_count_in_a_score_is_not_counted_as_wrong(
     form: str, objects: list[Any], federated: dict[str, list[int]], false: int
 ) -> None:
-    named, one = categories(1, form), truth(1, objects, **federated)
+    named, one = categories(1, form), parsed(truth(1, objects, **federated))
     score = score_image(one, sorted_by_score(prediction(1, [(BOX, 0.9, 0)]), one, named), named)
     assert (score.found, score.missed, score.false) == (0, 0, false)
     assert score.f_measure == 1 - false
@@ -115,8 +115,8 @@ def test_any_name_key_and_box_can_be_drawn(name: str, tmp_path: Path) -> None:
     draw = DetectionOverlays(tmp_path / "pictures", 2, named)
     far = [(box, 0.9, 0) for box in ([-1e9, -1e9, 2e9, 2e9], [1e6, 1e6, 5, 5], [20.0, 20.0, -5.0, -5.0], [0, 0, 0, 0])]
     wide = {"image_id": 1, "width": 2000, "height": 3, "annotations": [instance(BOX, 0, masks=False)]}
-    draw(name, pixels((3, 2000)), wide, prediction(1, far, masks=False))
-    draw("../../" + name, pixels(), truth(2, [instance(BOX, 0, crowd=True)]), prediction(2, far, masks=False))
+    draw(name, pixels((3, 2000)), parsed(wide), prediction(1, far, masks=False))
+    draw("../../" + name, pixels(), parsed(truth(2, [instance(BOX, 0, crowd=True)])), prediction(2, far, masks=False))
     draw.write()
     assert len(drawn(tmp_path / "pictures")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]

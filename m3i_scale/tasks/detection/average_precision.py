@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.categories import Categories
+from m3i_scale.data.instances import Instances
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
 from m3i_scale.tasks.detection.detection_matches import ious, match
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
     DetectionSet,
     Form,
-    GroundTruth,
     Kind,
     Prediction,
     sort_images,
@@ -31,7 +31,7 @@ _TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
 
 
 def detector_metrics(
-    images: Iterable[tuple[GroundTruth, Prediction]],
+    images: Iterable[tuple[Instances, Prediction]],
     categories: Categories,
     clusters: Clusters,
     *,
@@ -49,7 +49,7 @@ def detector_metrics(
     return intervals | _figures(detections)
 
 
-def average_precision(images: Iterable[tuple[GroundTruth, Prediction]], categories: Categories) -> dict[str, Any]:
+def average_precision(images: Iterable[tuple[Instances, Prediction]], categories: Categories) -> dict[str, Any]:
     """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter.
 
     The format of the categories selects the rules. COCO: 100 predictions per image and class. LVIS: the 300 best per
@@ -65,7 +65,7 @@ def average_precision(images: Iterable[tuple[GroundTruth, Prediction]], categori
 
 
 def _figures(detections: DetectionSet) -> dict[str, Any]:
-    images, objects = len(detections.truths), len(detections.objects)
+    images, objects = len(detections.truths), len(detections.objects[0])
     return {"images": images, "objects": objects} | {kind: _of_kind(detections, kind) for kind in detections.kinds}
 
 
@@ -86,7 +86,7 @@ def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
             figures[name] = _mean(all_TRK[:, :, chosen])
     else:
         figures["class_agnostic_AP"] = _mean(_precision(documents, kind, form, by_class=False)[..., 0])
-    counts_K = np.bincount([one["category"] for _, one in detections.objects], minlength=len(categories))
+    counts_K = np.bincount(detections.objects[1], minlength=len(categories))
     figures["classes"] = [
         {"name": one.name, "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
         for number, one in enumerate(categories)
@@ -140,17 +140,23 @@ def _documents(detections: DetectionSet, kind: Kind) -> tuple[dict[str, Any], di
         images.append(
             {
                 "id": image,
-                "width": truth["width"],
-                "height": truth["height"],
-                "neg_category_ids": [category + 1 for category in truth.get("neg_category_ids", [])],
-                "not_exhaustive_category_ids": [
-                    category + 1 for category in truth.get("not_exhaustive_category_ids", [])
-                ],
+                "width": truth.width,
+                "height": truth.height,
+                "neg_category_ids": [category + 1 for category in truth.negative or ()],
+                "not_exhaustive_category_ids": [category + 1 for category in truth.not_exhaustive or ()],
             }
         )
         objects += [
-            {**one, "id": number, "image_id": image, "category_id": one["category"] + 1}
-            for number, one in enumerate(truth["annotations"], start=len(objects) + 1)
+            {
+                "id": len(objects) + 1 + number,
+                "image_id": image,
+                "category_id": int(truth.labels_N[number]) + 1,
+                "bbox": truth.boxes_N4[number].tolist(),
+                "area": float(truth.areas_N[number]),
+                "iscrowd": int(truth.crowds_N[number]),
+            }
+            | ({"segmentation": truth.segmentations[number]} if kind == "mask" else {})
+            for number in range(len(truth))
         ]
         masks = prediction["masks"] or []
         areas = mask.area(masks).tolist() if kind == "mask" and masks else []
@@ -219,9 +225,8 @@ class WeightedPrecision:
         self._image_N = np.repeat(np.arange(len(counts)), counts)[order_N]
         ignored_TN = np.concatenate(ignored, axis=1)[:, order_N]
         hit_TN = np.concatenate(found, axis=1)[:, order_N] & ~ignored_TN
-        self._image_G = np.asarray([image for image, _ in detections.objects], dtype=np.int64)
-        classes = [one["category"] if by_class else 0 for _, one in detections.objects]
-        self._class_G = np.asarray(classes, dtype=np.int64)
+        self._image_G, class_G = detections.objects
+        self._class_G = class_G if by_class else 0 * class_G
 
         threshold_H, self._place_H = np.nonzero(hit_TN)
         self._class_H = labels_N[self._place_H]

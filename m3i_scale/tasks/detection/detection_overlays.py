@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.data.categories import Categories
+from m3i_scale.data.instances import Instances
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
 from m3i_scale.tasks.detection.detection_matches import ious, match
-from m3i_scale.tasks.detection.detections import GroundTruth, Prediction, Rle
+from m3i_scale.tasks.detection.detections import Prediction, Rle
 
 DRAWN_SCORE = 0.5
 """Score threshold for predictions to be drawn and counted."""
@@ -40,13 +41,13 @@ class ImageScore:
         return 2 * self.found / (2 * self.found + wrong) if wrong else 1.0
 
 
-def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories) -> ImageScore:
+def score_image(truth: Instances, prediction: Prediction, categories: Categories) -> ImageScore:
     """Count correct and wrong detections with a score of at least `DRAWN_SCORE`. Predictions are in order of score;
     some are ignored as in COCO and LVIS."""
     matches = match(truth, prediction, ious(truth, prediction, "box"), [_OVERLAP], categories.format)
     counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= DRAWN_SCORE)
     found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
-    objects = sum(not one["iscrowd"] for one in truth["annotations"])
+    objects = int((~truth.crowds_N).sum())
     return ImageScore(found, objects - found, int(counts_D.sum()) - found)
 
 
@@ -56,7 +57,7 @@ class _Overlay:
     score: ImageScore
     image: Image.Image
     """As drawn, at reduced size."""
-    truth: GroundTruth
+    truth: Instances
     prediction: Prediction
 
 
@@ -73,7 +74,7 @@ class DetectionOverlays:
         self._kept: list[_Overlay] = []
         make_folder(folder)
 
-    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
+    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: Instances, prediction: Prediction) -> None:
         """Add an image, with predictions in order of score. Its picture has `key` in the file name."""
         score = score_image(truth, prediction, self._categories)
         if len(self._kept) == self._count and _badness(score) >= _badness(self._kept[-1].score):
@@ -91,7 +92,7 @@ class DetectionOverlays:
             for number, one in enumerate(self._kept, start=1):
                 name = f"{number:04d}-{file_stem(one.key)}.png"
                 side_by_side([one.image, self._true_panel(one), self._prediction_panel(one)]).save(self._folder / name)
-                facts = {"file": name, "image_id": one.truth["image_id"], "f_measure": one.score.f_measure}
+                facts = {"file": name, "image_id": one.truth.image_id, "f_measure": one.score.f_measure}
                 facts |= {"found": one.score.found, "missed": one.score.missed, "false": one.score.false}
                 pictures.append(facts)
             names = self._categories.names
@@ -102,12 +103,12 @@ class DetectionOverlays:
             raise write_error(self._folder, error) from None
 
     def _true_panel(self, kept: _Overlay) -> Image.Image:
-        panel = _Panel(kept.image, kept.truth)
-        for one in kept.truth["annotations"]:
-            x, y, width, height = one["bbox"]
-            more = " (crowd)" if one["iscrowd"] else ""
-            caption = self._name(one["category"]) + more
-            panel.add([x, y, x + width, y + height], one.get("segmentation"), one["category"], caption)
+        panel, truth = _Panel(kept.image, kept.truth), kept.truth
+        for number in range(len(truth)):
+            x, y, width, height = truth.boxes_N4[number].tolist()
+            label = int(truth.labels_N[number])
+            caption = self._name(label) + (" (crowd)" if truth.crowds_N[number] else "")
+            panel.add([x, y, x + width, y + height], truth.rle(number), label, caption)
         return panel.picture
 
     def _prediction_panel(self, kept: _Overlay) -> Image.Image:
@@ -129,9 +130,9 @@ def _badness(score: ImageScore) -> tuple[float, int]:
 class _Panel:
     """Image with objects drawn on it. Boxes and masks refer to the image size in `truth`."""
 
-    def __init__(self, image: Image.Image, truth: GroundTruth) -> None:
+    def __init__(self, image: Image.Image, truth: Instances) -> None:
         self.picture = image.copy()
-        self._scale = np.array([image.width / truth["width"], image.height / truth["height"]] * 2)
+        self._scale = np.array([image.width / truth.width, image.height / truth.height] * 2)
         self._most = np.array([image.width - 1, image.height - 1] * 2)
 
     def add(self, box: list[float], mask: Rle | None, label: int, caption: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from m3i_scale.data.categories import Categories, shard_categories
-from m3i_scale.data.instances import Instances
+from m3i_scale.data.instances import Instances, Segmentation
 from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import DataError
 from m3i_scale.evaluate.document import describe, document_of
@@ -20,13 +21,7 @@ from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, 
 from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.tasks.detection.average_precision import detector_metrics
 from m3i_scale.tasks.detection.detection_overlays import DetectionOverlays
-from m3i_scale.tasks.detection.detections import (
-    GroundTruth,
-    Instance,
-    Prediction,
-    check_library,
-    sorted_by_score,
-)
+from m3i_scale.tasks.detection.detections import Prediction, check_library, sorted_by_score
 from m3i_scale.tasks.detection.detector import (
     DETECTED,
     DETECTOR,
@@ -98,14 +93,14 @@ def find_objects(
     categories: Categories,
     exclude_groups: tuple[str, ...],
     progress: Callable[[int], None] | None,
-    draw: Callable[[str, Any, GroundTruth, Prediction], None] | None = None,
-) -> list[tuple[GroundTruth, Prediction]]:
+    draw: Callable[[str, Any, Instances, Prediction], None] | None = None,
+) -> list[tuple[Instances, Prediction]]:
     """Run the detector on all samples once and fill the empty table. Return ground truth and prediction of every sample
     in it. `draw` gets key, pixels, ground truth and prediction of every sample."""
-    images: list[tuple[GroundTruth, Prediction]] = []
+    images: list[tuple[Instances, Prediction]] = []
     samples = read_samples(table, None, exclude_groups=exclude_groups, categories=len(detector.classes))
     while batch := list(islice(_with_objects(samples), detector.batch_size)):
-        new = [truth_of(instances) for _, instances in batch]
+        new = [instances for _, instances in batch]
         found = detector([sample.pixels for sample, _ in batch])
         # For LVIS most predictions do not count, so they are dropped here.
         found = [sorted_by_score(one, truth, categories) for one, truth in zip(found, new, strict=True)]
@@ -119,32 +114,8 @@ def find_objects(
 
 
 def _with_objects(samples: Iterator[Sample]) -> Iterator[tuple[Sample, Instances]]:
-    return ((sample, sample.instances) for sample in samples if sample.instances is not None)
-
-
-def truth_of(instances: Instances) -> GroundTruth:
-    """Return the ground truth of an image. Masks are RLE-compressed, because polygons need more memory."""
-    annotations: list[Instance] = []
-    for number in range(len(instances)):
-        one: Instance = {
-            "id": int(instances.ids_N[number]),
-            "category": int(instances.labels_N[number]),
-            "bbox": instances.boxes_N4[number].tolist(),
-            "area": float(instances.areas_N[number]),
-            "iscrowd": int(instances.crowds_N[number]),
-        }
-        mask = instances.rle(number)
-        if mask is not None:
-            one["segmentation"] = {"size": mask["size"], "counts": mask["counts"]}
-        annotations.append(one)
-    truth: GroundTruth = {
-        "image_id": instances.image_id,
-        "width": instances.width,
-        "height": instances.height,
-        "annotations": annotations,
-    }
-    if instances.negative is not None:
-        truth["neg_category_ids"] = list(instances.negative)
-    if instances.not_exhaustive is not None:
-        truth["not_exhaustive_category_ids"] = list(instances.not_exhaustive)
-    return truth
+    """Yield samples with objects. Masks are RLE-compressed, because polygons need more memory."""
+    for sample in samples:
+        if sample.instances is not None:
+            masks: list[Segmentation | None] = [sample.instances.rle(number) for number in range(len(sample.instances))]
+            yield sample, replace(sample.instances, segmentations=masks)
