@@ -48,10 +48,6 @@ class Sweep(Section):
             raise ValueError(f"blocks must be numbers of layers, from 1 to {MAX_LAYERS:,}: {[*self.blocks]}")
         if not 0 < min(self.lr_scales) <= max(self.lr_scales) <= 1:
             raise ValueError("lr_scales are shares of optim.lr: above 0, and 1 at most")
-        if len(self.heads()) < len(self.decoders()) * len(self.lr_scales):
-            raise ValueError(
-                f"lr_scales differ by the sixth digit at least, by which heads are named: {self.lr_scales}"
-            )
         return self
 
     def decoders(self) -> dict[str, dict[str, Any]]:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from m3i_scale.data.categories import Categories
 from m3i_scale.data.instances import Instances
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
-from m3i_scale.tasks.detection.detection_matches import ious, match
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
     DetectionSet,
     Form,
     Kind,
     Prediction,
+    ious,
+    match,
     sort_images,
 )
 

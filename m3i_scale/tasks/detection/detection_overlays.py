@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from m3i_scale.data.categories import Categories
-from m3i_scale.data.instances import Instances
+from m3i_scale.data.instances import Instances, Rle
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
-from m3i_scale.tasks.detection.detection_matches import ious, match
-from m3i_scale.tasks.detection.detections import Prediction, Rle
+from m3i_scale.tasks.detection.detections import Prediction, ious, match
 
 DRAWN_SCORE = 0.5
 """Score threshold for predictions to be drawn and counted."""

@@ -23,13 +23,14 @@ from transformers import (
 from m3i_scale.config import AugmentConfig
 from m3i_scale.data.batch import Collator
 from m3i_scale.data.batch import Sample as Shown
+from m3i_scale.data.instances import Rle
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.evaluate.features import architectures
 from m3i_scale.evaluate.towers import load_objective
 from m3i_scale.evaluate.trained_model import check_filled, loading
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.tasks.detection.detection_heads import RfDetr
-from m3i_scale.tasks.detection.detections import Prediction, Rle
+from m3i_scale.tasks.detection.detections import Prediction
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
 from m3i_scale.tasks.detection.object_detector import detect, image_sizes
 from m3i_scale.tasks.detection.rfdetr import decode_queries
@@ -112,7 +113,8 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
         whole_HW = np.zeros(size, dtype=np.uint8, order="F")
         pasted_1HW = paste_masks(mask_MM[None], inner_4[None], (bottom - top, right - left))
         whole_HW[top:bottom, left:right] = pasted_1HW[0].numpy()
-        found.append(library.encode(whole_HW))
+        counts = library.encode(whole_HW)["counts"]
+        found.append(Rle(size=list(size), counts=counts.decode("ascii")))
     return found
 
 

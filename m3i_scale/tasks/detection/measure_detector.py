@@ -45,8 +45,8 @@ def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | N
 def evaluate_detector(
     load: Callable[[Path, torch.device, int], Detector], options: EvaluationOptions
 ) -> dict[str, Any]:
-    """Return the document of `evaluate` for a detector. Its pictures are the worst images.
-    `load` gets the batch size, by default `DETECTED`."""
+    """Return the document of `evaluate` for a detector. Its pictures are the worst images. `load` gets the batch size,
+    by default `DETECTED`."""
     detector = load(options.folder, options.device, options.batch_size or DETECTED)
     categories = check_categories(detector, options.data)
     drawing = None if options.pictures is None else DetectionOverlays(*options.pictures, categories)
