@@ -26,7 +26,7 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """IoU thresholds; AP is the mean over them."""
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Recall values at which precision is sampled."""
-_SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
+_SIZES = ("APs", "APm", "APl")
 _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 _TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
 
@@ -116,8 +116,6 @@ def _precision(
     counted.params.maxDets = [PER_IMAGE[form]]
     counted.params.iouThrs, counted.params.recThrs = THRESHOLDS, RECALLS
     counted.params.useCats = int(by_class)
-    if counted.params.areaRngLbl != ["all", *_SIZES.values()]:
-        raise RuntimeError(f"faster-coco-eval has other ranges of areas: {counted.params.areaRngLbl}")
     counted.evaluate()
     counted.accumulate()
     precision: NDArray[np.float64] = np.asarray(counted.eval["precision"])[..., 0]

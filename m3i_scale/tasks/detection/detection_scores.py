@@ -65,10 +65,10 @@ class DetectionScores(Scores):
             image,
             side,
             side,
-            np.arange(len(sized_N4)),
+            np.arange(len(sized_N4), dtype=np.int64),
             labels_N[there_N].numpy(),
             sized_N4,
             sized_N4[:, 2] * sized_N4[:, 3],
-            np.zeros(len(sized_N4), dtype=bool),
+            np.zeros(len(sized_N4), dtype=np.bool_),
             masks,
         )

@@ -57,7 +57,7 @@ class DetectionSet:
     def objects(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return image index and category of all detectable objects: (G) each; crowds are excluded."""
         real = np.concatenate([~truth.crowds_N for truth in self.truths])
-        image_N = np.repeat(np.arange(len(self.truths)), [len(truth) for truth in self.truths])
+        image_N = np.repeat(np.arange(len(self.truths), dtype=np.int64), [len(truth) for truth in self.truths])
         return image_N[real], np.concatenate([truth.labels_N for truth in self.truths])[real]
 
 
