@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.checkpoint.layout import MANIFEST
-from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run, read_yaml
+from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.export.export import export
@@ -29,7 +29,6 @@ from m3i_scale.host.output_dir import check_output_dir, is_run_folder
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.tasks.base import Task, steps_of
 from m3i_scale.tasks.finetune_checks import resolve_finetuning
 from m3i_scale.tasks.finetune_result import FineTuning, repeat_threshold
@@ -253,29 +252,6 @@ def _length(
         batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))
         computed += [f"evaluation.every_steps={every}", f"evaluation.batches={batches}"]
     return computed
-
-
-def trained_checkpoint(run: RunConfig) -> Path:
-    """Return the latest valid checkpoint of a run to evaluate."""
-    newest, _ = find_resume(run)
-    if newest is None:
-        raise ConfigError(
-            "nothing is trained there", where=str(run.output_dir), fix="the same command without --evaluate-only"
-        )
-    return newest
-
-
-def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
-    """Validate that a checkpoint belongs to the run that the result would describe."""
-    steps = read_yaml(checkpoint / "run.yaml")["optim"]["steps"]
-    if steps != run.optim.steps:
-        raise ConfigError(
-            f"the run there has {steps} steps, and by this command it would have {run.optim.steps}",
-            where=f"--evaluate-only, {checkpoint}",
-            why="the result would tell of a training that never was",
-            fix="the options and fields that it was trained with, such as --epochs",
-        )
-    check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)
 
 
 _PROCESSOR = "preprocessor_config.json"

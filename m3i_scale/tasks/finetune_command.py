@@ -124,15 +124,14 @@ class FineTuneOptions:
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
         from m3i_scale.tasks.contents import check_contents
-        from m3i_scale.tasks.finetune import check_trained, trained_checkpoint
-        from m3i_scale.tasks.finetune_checks import packing
+        from m3i_scale.tasks.finetune_checks import check_trained, packing
         from m3i_scale.tasks.finetune_result import data_lines, measure
 
         data, run = prepared.data, prepared.run
         for line in data_lines(prepared.facts()):
             print_rank0(line)
         if self.evaluate_only:
-            check_trained(run, data, trained_checkpoint(run))
+            check_trained(run, data)
         else:
             check_before_joining()
         with packing(run, data):
