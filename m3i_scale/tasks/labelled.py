@@ -101,8 +101,7 @@ class Labelled:
                 tell(f"packed {done} of {total} images")
 
         options = ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0, skip_bad=skip_bad)
-        every_class = self.every_class
-        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
+        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=self.every_class)
         counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
         for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
             tell(line)
@@ -134,7 +133,7 @@ def find_labelled(
             why="any model predicts a single class perfectly",
             fix=FIX,
         )
-    return replace(found, every_class=subset is None)
+    return found
 
 
 def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset | None, skip_bad: bool) -> Labelled:
@@ -300,6 +299,7 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
         categories=categories,
         class_images={name: of_class[name] for name in classes} if found.source.labels else None,
         annotations=found.source.info().get("annotations"),
+        every_class=found.keys is None,
     )
 
 
