@@ -32,7 +32,7 @@ from _trainings import stop_all, tool
 from transformers import AutoConfig, AutoModel
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
-from m3i_scale.tasks.finetune_result import OUTCOMES
+from m3i_scale.tasks.base import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = Path("runs/quickstart/export")
@@ -148,7 +148,7 @@ def data_of(task: Measured, given: Path | None) -> Path:
     """
     if given is None:
         return (scene_shards() if task.kind == "detection" else emoji_shards()).resolve()
-    labels = given / "train" / OUTCOMES[task.kind].names
+    labels = given / "train" / Task.class_of(task.kind).labels_file
     if not labels.is_file():
         raise DataError(f"no data for {task.name}", where=str(labels), fix="other data, or other tasks")
     return given.resolve()

@@ -42,7 +42,7 @@ from _trainings import train_all
 from filelock import FileLock, Timeout
 
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError, UserError, did_you_mean
-from m3i_scale.tasks.finetune_result import OUTCOMES
+from m3i_scale.tasks.base import Task
 
 TASKS = ("segmentation", "classification_5_per_class", "detection")
 """Those of `downstream.py` that exports are measured by."""
@@ -144,7 +144,8 @@ class Comparison:
         return [
             task
             for task in downstream.TASKS
-            if task.name in TASKS and (task.kind == "detection" or (train / OUTCOMES[task.kind].names).is_file())
+            if task.name in TASKS
+            and (task.kind == "detection" or (train / Task.class_of(task.kind).labels_file).is_file())
         ]
 
     def document(self, workers: int, tasks: list[downstream.Measured]) -> dict[str, Any]:

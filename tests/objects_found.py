@@ -12,6 +12,8 @@ from faster_coco_eval.core import mask as rle
 from tiny import random_batch
 
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.categories import Categories, Category
+from m3i_scale.data.instances import Instances, parse_instances
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
 SIDES = (160, 220)
@@ -31,10 +33,11 @@ def compressed(box: Any, sides: tuple[int, int] = SIDES) -> dict[str, Any]:
     return {"size": list(sides), "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
-def polygon(box: Any) -> list[list[float]]:
+def polygon(box: Any) -> dict[str, Any]:
     angles = np.linspace(0, 2 * np.pi, 17)[:-1]
     x, y = box[0] + box[2] / 2 * (1 + np.cos(angles)), box[1] + box[3] / 2 * (1 + np.sin(angles))
-    return [np.stack([x, y], axis=1).round(2).ravel().tolist()]
+    drawn = rle.merge(rle.frPyObjects([np.stack([x, y], axis=1).round(2).ravel().tolist()], *SIDES))
+    return {"size": list(SIDES), "counts": drawn["counts"].decode()}
 
 
 def instance(box: Any, category: int, *, crowd: bool = False, number: int = 0, masks: bool = True) -> dict[str, Any]:
@@ -63,21 +66,35 @@ def exact(one: dict[str, Any]) -> dict[str, Any]:
     """What a detector without fault finds in an image: its objects, as they are."""
     objects = [each for each in one["annotations"] if not each["iscrowd"]]
     found = prediction(one["image_id"], [(each["bbox"], 0.9, each["category"]) for each in objects], masks=False)
-    sized = [rle.segmToRle(each["segmentation"], one["width"], one["height"]) for each in objects]
-    return found | {"masks": sized}
+    return found | {"masks": [each["segmentation"] for each in objects]}
 
 
-def categories(count: int, form: str = "coco") -> dict[str, Any]:
+def paired(truths: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[Instances, dict[str, Any]]]:
+    """Every image with its prediction; an empty one where there is none."""
+    of_image, masks = {one["image_id"]: one for one in found}, all(one["masks"] is not None for one in found)
+    return [
+        (parsed(one), of_image.get(one["image_id"], prediction(one["image_id"], [], masks=masks))) for one in truths
+    ]
+
+
+def parsed(one: dict[str, Any]) -> Instances:
+    """The objects of an image as they are read from shards."""
+    rows = [each | {"id": number} for number, each in enumerate(one["annotations"])]
+    return parse_instances(one | {"annotations": rows}, None)
+
+
+def categories(count: int, form: str = "coco") -> Categories:
     """Their ids have gaps."""
     binned = {"lvis": lambda number: {"frequency": "rcf"[number % 3], "image_count": 1}}.get(form, lambda number: {})
-    named = [{"id": 3 * number + 7, "name": f"kind {number}", **binned(number)} for number in range(count)]
-    return {"format": form, "categories": named}
+    return Categories(
+        form, tuple(Category(3 * number + 7, f"kind {number}", **binned(number)) for number in range(count))
+    )
 
 
 @cache
 def random_set(
     images: int, kinds: int, per_image: int, *, seed: int = 0, form: str = "coco", digits: int = 12
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Categories]:
     """Truth, predictions and categories: objects of all sizes, some of them found and others missed, crowds, images
     without an object, without a prediction, and without either. The last category is of no object. With few digits many
     scores are equal."""

@@ -10,7 +10,7 @@ import packages
 import pytest
 
 from m3i_scale.backbones import internimage
-from m3i_scale.tasks.detection import export_mask_rcnn
+from m3i_scale.tasks.detection import export_detector
 
 PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 
@@ -46,7 +46,7 @@ LEVELS = {
     "cli": 14,
     "__main__": 15,
 }
-CARRIED = {*internimage.SOURCE_FILES, *export_mask_rcnn.SOURCE_FILES}
+CARRIED = {*internimage.SOURCE_FILES, *export_detector.SOURCE_FILES}
 """By exports, for a reader whose `transformers` has no such model."""
 PARTITION_INTERNALS = {"ds_tensor", "ds_status", "ds_persist", "ds_param_type", "ds_active_sub_modules"}
 PARTITION_INTERNALS |= {"ds_secondary_tensor"}

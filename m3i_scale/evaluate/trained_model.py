@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.evaluate.job import Progress
+from m3i_scale.evaluate.towers import has_head
+from m3i_scale.output import quiet_loading
+
+LoaderT = TypeVar("LoaderT")
 
 MODELS = {
     "segmenter": "m3i_scale.tasks.segmentation.measure_segmenter",
@@ -49,3 +54,51 @@ def load_trained_model(folder: Path, measures: tuple[str, ...] | None, idle: lis
         if evaluate is not None:
             return evaluate
     return None
+
+
+def find_loader(
+    folder: Path,
+    measures: tuple[str, ...] | None,
+    name: str,
+    task: str,
+    stock: LoaderT | None,
+    head: LoaderT,
+) -> LoaderT | None:
+    """Return the function that loads a trained model; None if other metrics are requested.
+
+    Args:
+        measures: requested metrics; None: all.
+        name: metric of the model, a key of `MODELS`.
+        task: task that trains such a model.
+        stock: loads the stock model of the folder; None: it has no such model.
+        head: loads a model from `heads/` of a feature export.
+    """
+    if stock is not None and measures not in (None, (name,)):
+        raise ConfigError(f"the folder holds a {name}", where=str(folder), fix=f"--measure {name}")
+    if stock is None and (measures is None or name not in measures):
+        return None
+    if measures is not None and len(measures) > 1:
+        raise ConfigError(f"a {name} is measured alone", where="--measure", fix=f"--measure {name}")
+    if stock is None and not has_head(folder, task):
+        raise ConfigError(
+            f"the folder holds no {name}", where=str(folder), fix=f"m3i-scale export of a run with `task: {task}`"
+        )
+    return head if stock is None else stock
+
+
+@contextmanager
+def loading(folder: Path, name: str) -> Iterator[None]:
+    """Load a stock model without messages of `transformers`. Its errors become an `ExportError`."""
+    try:
+        with quiet_loading(folder):
+            yield
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"the {name} does not load: {first_line}", where=str(folder)) from None
+
+
+def check_filled(info: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Check that the weights of a stock model were complete; `info` is the loading info of `from_pretrained`."""
+    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
+    if faulty:
+        raise ExportError(f"{len(faulty)} tensors do not fill the {name}, e.g. {faulty[0]}", where=str(folder))

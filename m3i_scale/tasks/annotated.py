@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.coco import annotation_files, coco_input, split_of
 from m3i_scale.shards.records import ListedInput
-from m3i_scale.tasks.unpacked import EVALUATED, TRAIN, TRAINED, Masked, Unpacked, digest_of
+from m3i_scale.tasks.unpacked import EVALUATED, TRAIN, TRAINED, Unpacked, digest_of
 
 BOXES_FIX = (
     "shards of `m3i-scale shards make coco` in DIR/train and DIR/val, or in DIR; DIR/annotations with "
@@ -51,14 +50,7 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
         0,
         digest,
         len(usable) - len(trained),
-        masked=masked_of(counts),
     )
-
-
-def masked_of(counts: Mapping[str, Any]) -> Masked:
-    """Return whether all, some or no objects have masks, from the counts of `shards make coco` by annotation file."""
-    objects, bare = (sum(int(one[name]) for one in counts.values()) for name in ("annotations", "without_mask"))
-    return "some" if 0 < bare < objects else "none" if bare else "all"
 
 
 def _in_folder(folder: Path) -> tuple[Path, Path | None]:

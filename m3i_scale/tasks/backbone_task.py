@@ -1,10 +1,7 @@
-"""Setup of a task on a backbone: checks, freezing, learning-rate scales, drop path and changes of labeled batches."""
+"""Setup of a task on a backbone: checks, freezing, learning-rate scales and drop path."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3i_scale.config import RunConfig
@@ -14,7 +11,6 @@ from m3i_scale.tasks.base import Task
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import VisionConfig
-    from m3i_scale.data.batch import Batch
     from m3i_scale.objective.information import Objective
 
 _FAMILIES = {"transformer": "a plain Transformer (ViT, DINOv2, CLIP, SigLIP)", "internimage": "InternImage"}
@@ -33,12 +29,6 @@ class BackboneTask(Task):
         _check_family(run, model)
         if self.freeze:
             _check_frozen(run)
-        augment = run.data.augment
-        kinds = (augment, *(source.augment for source in run.data.datasets.values()))
-        if any(one is not None and one.rand_augment is not None for one in kinds):
-            check_timm("RandAugment is", "data.augment.rand_augment=null")
-        if augment.erasing:
-            check_timm("random erasing is", "data.augment.erasing=0")
         if self.dcn_lr != 1 and not _is_internimage(model):
             raise ConfigError(
                 f"dcn_lr has no effect: a {model.model_type} has no deformable convolutions",
@@ -53,17 +43,6 @@ class BackboneTask(Task):
             apply_drop_path(objective.student, self.drop_path)
         if self.freeze:
             objective.train()  # everything except the backbone
-        changes = self.batch_changes(objective, classes, erasing)
-        if changes:
-            objective.mix_labelled = lambda batch: reduce(lambda changed, change: change(changed), changes, batch)
-
-    def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
-        """Return the changes of labeled batches in training. They need timm, whose presence `check` validates."""
-        if not erasing:
-            return []
-        from m3i_scale.tasks.timm_augmentation import Erasing
-
-        return [Erasing(erasing, objective.pixel_norm)]
 
     def lr_scales(self, objective: Objective) -> dict[str, float]:
         from m3i_scale.objective.build import backbone_scales
@@ -141,14 +120,4 @@ def _check_frozen(run: RunConfig) -> None:
             "`activation_checkpointing` has no effect: it is for layers that are trained, and the backbone is frozen",
             where="backbone.activation_checkpointing",
             fix="leave it out",
-        )
-
-
-def check_timm(what: str, without: str) -> None:
-    """Check that timm is installed, which an option needs."""
-    if importlib.util.find_spec("timm") is None:
-        raise ConfigError(
-            f"{what} timm's, which is not installed",
-            where=without.partition("=")[0],
-            fix=f"pip install 'm3i-scale[timm]', or {without}",
         )

@@ -17,12 +17,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_WIDTH
 from m3i_scale.config.sections import Section
 
-TASKS = {
-    "classification": "m3i_scale.tasks.classification.classification_task",
-    "segmentation": "m3i_scale.tasks.segmentation.segmentation_task",
-    "detection": "m3i_scale.tasks.detection.detection_task",
-}
-TARGETS = {
+TARGETS = {  # modules of the targets that only a task has, by kind
     "segmentation": "m3i_scale.tasks.segmentation.segmentation_target",
     "detection": "m3i_scale.tasks.detection.detection_target",
 }
@@ -32,11 +27,21 @@ class Task(Kind):
     """Base class of tasks that fine-tune a backbone or train a head on it."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    modules: ClassVar[dict[str, str]] = TASKS
+    modules: ClassVar[dict[str, str]] = {
+        "classification": "m3i_scale.tasks.classification.classification_task",
+        "segmentation": "m3i_scale.tasks.segmentation.segmentation_task",
+        "detection": "m3i_scale.tasks.detection.detection_task",
+    }
     dense: ClassVar[bool] = False
     """Whether the task predicts pixels or boxes, not image labels. InternImage then uses other learning rates."""
     reads_masks: ClassVar[bool] = False
     """Whether the data loader has to read segmentation masks."""
+    model: ClassVar[str]
+    """Name of the trained model: its export folder, and its metric in `evaluate`."""
+    labels_file: ClassVar[str]
+    """File next to the shards with the class names."""
+    metrics: ClassVar[dict[str, str]]
+    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all the others."""
 
     freeze: bool = False
     """Freeze the backbone in evaluation mode and train only the heads."""

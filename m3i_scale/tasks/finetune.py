@@ -9,13 +9,14 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from safetensors.torch import save_file
 
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.first_values import draw_first_values
 from m3i_scale.checkpoint.layout import MANIFEST
-from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run, read_yaml
+from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig, load_run
 from m3i_scale.data.mixing import check_shares
 from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.export.export import export
@@ -28,10 +29,9 @@ from m3i_scale.host.output_dir import check_output_dir, is_run_folder
 from m3i_scale.objective.build import initialize_module
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
 from m3i_scale.rank_variables import adopt_rank_variables
-from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.tasks.base import Task, steps_of
 from m3i_scale.tasks.finetune_checks import resolve_finetuning
-from m3i_scale.tasks.finetune_result import OUTCOMES, FineTuning, TaskName, repeat_threshold
+from m3i_scale.tasks.finetune_result import FineTuning, repeat_threshold
 from m3i_scale.tasks.labelled import Labelled, find_labelled
 from m3i_scale.tasks.subset import Subset
 from m3i_scale.tasks.unpacked import TRAIN
@@ -52,7 +52,7 @@ _REPEATED = f"data.datasets.{TRAIN}.repeat_threshold"
 
 
 def prepare(
-    task_name: TaskName,
+    kind: str,
     start: str,
     folder: Path,
     protocol: str,
@@ -85,14 +85,12 @@ def prepare(
     run, _ = load_run_and_recipe(protocol, [*_start(start), source, *overrides, *unknown])
     check_output_dir(run.output_dir)
     task = run.task
-    if task is None or task.kind != task_name:
+    if task is None or task.kind != kind:
         raise ConfigError(
-            f"the protocol trains no {OUTCOMES[task_name].model}",
-            where=f"--protocol {protocol}",
-            fix=f"one with task: {{kind: {task_name}}}",
+            f"the protocol is not for {kind}", where=f"--protocol {protocol}", fix=f"one with task: {{kind: {kind}}}"
         )
     packed, index = shards or run.output_dir / "shards", run.output_dir / "index"
-    data = find_labelled(folder, packed, index, OUTCOMES[task_name].names, subset=subset, skip_bad=skip_bad)
+    data = find_labelled(folder, packed, index, task.labels_file, subset=subset, skip_bad=skip_bad)
     for option, given in (("--shards", shards is not None), ("--skip-bad", skip_bad)):
         if given and not data.train.is_relative_to(packed):
             raise ConfigError(
@@ -106,38 +104,39 @@ def prepare(
     sources = _sources(data, repeat_threshold(run))
     # `start` may be a run, which has no model config.
     run = run.model_copy(update={"backbone": run.backbone.model_copy(update={"from_pretrained": first_weights})})
-    computed = [*first, *sources, *_length(run, load_run(protocol).optim, data, epochs, overrides)]
+    followed = load_run(protocol)
+    computed = [*first, *sources, *_length(run, followed.optim, data, epochs, overrides)]
     run, _ = load_run_and_recipe(protocol, [*computed, *overrides])  # the task is the same
     _check_image_count(run, data)
     resolve_finetuning(run, data, here=here)
-    export_task = _export_task(run, task, task_name, data.classes)
-    return FineTuning(task_name, protocol, run, data, export_task, subset, start if random_weights else None)
+    export_task = _export_task(run, task, data.classes)
+    return FineTuning(task, protocol, followed, run, data, export_task, subset, start if random_weights else None)
 
 
-def _export_task(run: RunConfig, task: Task, name: TaskName, classes: list[str]) -> ExportTask:
+def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:
     """Return the export type of the result: the task, or features and a head if no standard class computes both. For
     a sweep, the best head and whether a class supports it are unknown yet."""
     if task.chooses_head:
         return "features"
-    refusal = _refusal(run, task, name, classes)
+    refusal = _refusal(run, task, classes)
     if refusal is None:
-        return name
+        return cast(ExportTask, task.kind)
     for field, other in task.alternatives():
-        if _refusal(run, other, name, classes) is None:
+        if _refusal(run, other, classes) is None:
             install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
             raise ConfigError(
-                f"the result could not be exported as a {OUTCOMES[name].model}: {refusal.what}",
+                f"the result could not be exported as a {task.model}: {refusal.what}",
                 where=f"task.{field}: {getattr(task, field)}",
                 fix=f"{install}task.{field}={getattr(other, field)}",
             )
     return "features"
 
 
-def _refusal(run: RunConfig, task: Task, name: ExportTask, classes: list[str]) -> ExportError | None:
+def _refusal(run: RunConfig, task: Task, classes: list[str]) -> ExportError | None:
     """Return why no standard class computes the task, or None if one does."""
     source = Source(run.output_dir, run, parse_recipe(task.recipe()), 0, {"label_sets": {TRAIN: classes}}, [])
     try:
-        plan_parts(source, ExportContents(name), None)
+        plan_parts(source, ExportContents(cast(ExportTask, task.kind)), None)
     except ExportError as error:
         return error
     return None
@@ -160,8 +159,8 @@ def _check_boxes(task: Task, data: Labelled) -> None:
         return
     counts = [category.image_count for category in data.categories.categories]
     task.check_image_counts(None if None in counts else [count or 0 for count in counts])
-    if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.masked != "all":
-        without = "no object has" if data.masked == "none" else "some objects do not have"
+    if parse_recipe(task.recipe()).reads == "boxes_and_masks" and data.without_mask != "none":
+        without = "no object has" if data.without_mask == "all" else "some objects do not have"
         raise ConfigError(
             f"the head learns masks, and {without} one",
             where="task.head.masks",
@@ -253,29 +252,6 @@ def _length(
         batches = max(1, math.ceil(data.evaluated / optim.micro_batch_size))
         computed += [f"evaluation.every_steps={every}", f"evaluation.batches={batches}"]
     return computed
-
-
-def trained_checkpoint(run: RunConfig) -> Path:
-    """Return the latest valid checkpoint of a run to evaluate."""
-    newest, _ = find_resume(run)
-    if newest is None:
-        raise ConfigError(
-            "nothing is trained there", where=str(run.output_dir), fix="the same command without --evaluate-only"
-        )
-    return newest
-
-
-def check_trained(run: RunConfig, data: Labelled, checkpoint: Path) -> None:
-    """Validate that a checkpoint belongs to the run that the result would describe."""
-    steps = read_yaml(checkpoint / "run.yaml")["optim"]["steps"]
-    if steps != run.optim.steps:
-        raise ConfigError(
-            f"the run there has {steps} steps, and by this command it would have {run.optim.steps}",
-            where=f"--evaluate-only, {checkpoint}",
-            why="the result would tell of a training that never was",
-            fix="the options and fields that it was trained with, such as --epochs",
-        )
-    check_resume(resolve_finetuning(run, data, here=False), checkpoint, 1)
 
 
 _PROCESSOR = "preprocessor_config.json"

@@ -4,111 +4,62 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
-from m3i_scale.options import AsJson, Command, Overrides, Parts, expanded, writes_to
+from m3i_scale.options import AsJson, Command, Overrides, expanded, writes_to
 from m3i_scale.output import leave_out_accelerator_warning, print_json, wide_console
 
 if TYPE_CHECKING:
-    from m3i_scale.tasks.finetune_result import FineTuning, TaskName
+    from m3i_scale.tasks.finetune_result import FineTuning
     from m3i_scale.tasks.subset import Subset
 
 finetune_app = typer.Typer(
     no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
 )
-_REQUIRED = inspect.Parameter.empty
-_OPTIONS: Parts = {
-    "start": (
-        Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")],
-        _REQUIRED,
-    ),
-    "data": (Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")], _REQUIRED),
-    "overrides": (Overrides, None),
-    "protocol": (
-        Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")],
-        None,
-    ),
-    "epochs": (
-        Annotated[int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")],
-        None,
-    ),
-    "shards": (
-        Annotated[
-            Path | None,
-            typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
-        ],
-        None,
-    ),
-    "share": (
-        Annotated[
-            float | None,
-            typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
-        ],
-        None,
-    ),
-    "subset_seed": (
-        Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")],
-        None,
-    ),
-    "skip_bad": (
-        Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")],
-        False,
-    ),
-    "random_weights": (
-        Annotated[
-            bool,
-            typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
-        ],
-        False,
-    ),
-    "evaluate_only": (
-        Annotated[bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")],
-        False,
-    ),
-    "dry_run": (
-        Annotated[
-            bool,
-            typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
-        ],
-        False,
-    ),
-    "hardware": (Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")], None),
-    "as_json": (AsJson, False),
-}
-_PER_CLASS: Parts = {
-    "per_class": (Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")], None)
-}
-
-
-@finetune_app.callback()
-def tasks() -> None:
-    """Provide the command group; the options belong to the tasks."""
 
 
 @dataclass(frozen=True)
 class FineTuneOptions:
     """Options of the commands of all tasks."""
 
-    start: str
-    data: Path
-    overrides: list[str] | None
-    protocol: str | None
-    epochs: int | None
-    shards: Path | None
-    share: float | None
-    subset_seed: int | None
-    skip_bad: bool
-    random_weights: bool
-    evaluate_only: bool
-    dry_run: bool
-    hardware: str | None
-    as_json: bool
-    per_class: int | None = None
+    start: Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")]
+    data: Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")]
+    overrides: Overrides = None
+    protocol: Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")] = None
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")
+    ] = None
+    shards: Annotated[
+        Path | None,
+        typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
+    ] = None
+    per_class: Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")] = None
+    share: Annotated[
+        float | None,
+        typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
+    ] = None
+    subset_seed: Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")] = None
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")
+    ] = False
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
+    ] = False
+    evaluate_only: Annotated[
+        bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
+    ] = False
+    hardware: Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")] = None
+    as_json: AsJson = False
 
     def subset(self) -> Subset | None:
         """Return the subset of the training images; None: all of them."""
@@ -132,7 +83,7 @@ class FineTuneOptions:
             )
         return Subset(self.per_class, self.share, self.subset_seed or 0)
 
-    def run(self, task: TaskName, protocol: str) -> None:
+    def run(self, task: str, protocol: str) -> None:
         """Train and evaluate, or with `--dry-run` only estimate the cost. `protocol` is the default of the task."""
         if self.dry_run:
             leave_out_accelerator_warning()
@@ -173,35 +124,45 @@ class FineTuneOptions:
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
         from m3i_scale.tasks.contents import check_contents
-        from m3i_scale.tasks.finetune import check_trained, trained_checkpoint
-        from m3i_scale.tasks.finetune_checks import packing
-        from m3i_scale.tasks.finetune_result import measure, start_lines
+        from m3i_scale.tasks.finetune_checks import check_trained, packing
+        from m3i_scale.tasks.finetune_result import data_lines, measure
 
         data, run = prepared.data, prepared.run
-        for line in start_lines(prepared):
+        for line in data_lines(prepared.facts()):
             print_rank0(line)
         if self.evaluate_only:
-            check_trained(run, data, trained_checkpoint(run))
+            check_trained(run, data)
         else:
             check_before_joining()
         with packing(run, data):
             data.pack(print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
-            check_contents(data, prepared.outcome.names, print_rank0)
+            check_contents(data, prepared.task.labels_file, print_rank0)
         if not self.evaluate_only and train_run(run, make_hooks=[make_pictures]) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
         return measure(prepared, print_rank0)
 
 
-def _takes(parts: Parts) -> Callable[[Command], Command]:
-    """Decorate a command so that its parameter `asked` is replaced by these options."""
+@finetune_app.callback()
+def tasks() -> None:
+    """Provide the command group; the options belong to the tasks."""
+
+
+def _with_options(*without: str) -> Callable[[Command], Command]:
+    """Decorate a command so that its parameter `asked` is replaced by the fields of `FineTuneOptions`."""
+    types = get_type_hints(FineTuneOptions, include_extras=True)
+    parts = {
+        field.name: (types[field.name], inspect.Parameter.empty if field.default is MISSING else field.default)
+        for field in fields(FineTuneOptions)
+        if field.name not in without
+    }
     return lambda command: expanded(command, "asked", parts, FineTuneOptions)
 
 
 @finetune_app.command(
     epilog="Example: m3i-scale finetune classification /data/export --data /data/birds output_dir=/data/runs/birds"
 )
-@_takes({**_PER_CLASS, **_OPTIONS})
+@_with_options()
 def classification(asked: FineTuneOptions) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
 
@@ -217,7 +178,7 @@ def classification(asked: FineTuneOptions) -> None:
 @finetune_app.command(
     epilog="Example: m3i-scale finetune segmentation /data/export --data /data/scenes output_dir=/data/runs/scenes"
 )
-@_takes(_OPTIONS)
+@_with_options("per_class")
 def segmentation(asked: FineTuneOptions) -> None:
     """Train a segmenter on one device, export it to output_dir/segmenter, and evaluate it.
 
@@ -233,7 +194,7 @@ def segmentation(asked: FineTuneOptions) -> None:
 @finetune_app.command(
     epilog="Example: m3i-scale finetune detection /data/export --data /data/coco output_dir=/data/runs/coco"
 )
-@_takes(_OPTIONS)
+@_with_options("per_class")
 def detection(asked: FineTuneOptions) -> None:
     """Train a detector on one device, export it to output_dir/detector, and evaluate it.
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.backbones.internimage import InternImageConfig
-from m3i_scale.config import OptimConfig, RunConfig, load_run
-from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS
+from m3i_scale.config import OptimConfig, RunConfig
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.engine.peak import named_peak
 from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.export.card import render_card
-from m3i_scale.export.export import export
+from m3i_scale.export.export import Weights, export
 from m3i_scale.export.push import PROVENANCE
 from m3i_scale.export.source import find_source
 from m3i_scale.export.write import ExportContents
@@ -26,12 +25,12 @@ from m3i_scale.options import reading_bar
 from m3i_scale.plan.planning import machine_of
 from m3i_scale.plan.search import plan_run
 from m3i_scale.shards.make import annotation_line
+from m3i_scale.tasks.base import Task
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.subset import Subset
 from m3i_scale.tasks.unpacked import TRAIN
 from m3i_scale.text import GIB, format_differences, listed, redact
 
-TaskName = Literal["classification", "segmentation", "detection"]
 _LISTED_CLASSES = 12
 RESULT, CARD = "finetune.json", "README.md"
 _FOLLOWED: dict[str, set[str] | None] = {
@@ -44,30 +43,13 @@ _FOLLOWED: dict[str, set[str] | None] = {
 
 
 @dataclass(frozen=True)
-class TaskMetric:
-    """Names of the exported model, class list file and metrics of a task."""
-
-    model: str
-    """Name of the export folder, and of the measure in `evaluate`."""
-    names: str
-    """File next to the shards with the class names."""
-    figures: dict[str, str]
-    """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all the others."""
-
-
-OUTCOMES: dict[TaskName, TaskMetric] = {
-    "classification": TaskMetric("classifier", LABELS, {"top_1": "top-1"}),
-    "segmentation": TaskMetric("segmenter", MASK_LABELS, {"miou": "mIoU"}),
-    "detection": TaskMetric("detector", CATEGORIES, {"box_ap": "box_AP", "mask_ap": "mask_AP"}),
-}
-
-
-@dataclass(frozen=True)
 class FineTuning:
     """Complete fine-tuning config; its shards may still have to be created."""
 
-    task: TaskName
+    task: Task
     protocol: str
+    followed: RunConfig
+    """The protocol's config."""
     run: RunConfig
     data: Labelled
     export_task: ExportTask
@@ -75,11 +57,6 @@ class FineTuning:
     """Subset of the training images; None: all of them."""
     random_weights: str | None = None
     """Export whose architecture is initialized randomly; None: the run starts from the export's weights."""
-
-    @property
-    def outcome(self) -> TaskMetric:
-        """Return the names and metrics of the task."""
-        return OUTCOMES[self.task]
 
     @property
     def epochs(self) -> float:
@@ -93,7 +70,7 @@ class FineTuning:
         published = None if of_protocol is None else of_protocol.published
         stated = [] if of_protocol is None else of_protocol.deviations
         return {
-            "task": self.task,
+            "task": self.task.kind,
             "protocol": self.protocol,
             "published": None if published is None else published.model_dump(mode="json"),
             "model": _model_line(run),
@@ -119,7 +96,7 @@ class FineTuning:
 
     def _differences(self) -> list[str]:
         """Return the deviations from the protocol. The length is compared in the protocol's unit."""
-        followed = load_run(self.protocol)
+        followed = self.followed
         fitted = followed.optim.schedule.fitted(followed.optim.steps, self.run.optim.steps)
         fits: dict[str, Any] = {"schedule": fitted}
         if followed.protocol is not None:
@@ -146,21 +123,14 @@ class FineTuning:
         return differences
 
 
-def start_lines(prepared: FineTuning) -> list[str]:
-    """Return lines about the data before training, with a warning if there are no images for evaluation."""
-    facts = prepared.facts()
-    keys = ("classes", "class_names", "class_images", "annotations", "evaluated")
-    return _data_lines({key: facts[key] for key in keys})
-
-
-def _data_lines(facts: dict[str, Any]) -> list[str]:
-    lines, images = [], facts.get("class_images")
-    if "class_names" in facts:
-        names = facts["class_names"] if images is None else [f"{name} {count}" for name, count in images.items()]
-        lines.append(f"class names{'' if images is None else ' (images)'}: {listed(names, _LISTED_CLASSES)}")
-    for file, counts in (facts.get("annotations") or {}).items():
-        lines.append(annotation_line(file, counts))
-    if facts.get("evaluated") == 0:
+def data_lines(facts: dict[str, Any]) -> list[str]:
+    """Return lines about the data, with a warning if there are no images for evaluation."""
+    names, images = facts["class_names"], facts["class_images"]
+    if images is not None:
+        names = [f"{name} {count}" for name, count in images.items()]
+    lines = [f"class names{'' if images is None else ' (images)'}: {listed(names, _LISTED_CLASSES)}"]
+    lines += [annotation_line(file, counts) for file, counts in (facts["annotations"] or {}).items()]
+    if facts["evaluated"] == 0:
         lines.append("warning: there are no images for evaluation, so nothing will be measured. Fix: add DIR/val")
     return lines
 
@@ -195,27 +165,27 @@ def planned(prepared: FineTuning, device: str) -> dict[str, Any]:
 
 def measure(prepared: FineTuning, tell: Callable[[str], None]) -> dict[str, Any]:
     """Export the trained model, evaluate it on the evaluation images, and write and return the result."""
-    run, outcome = prepared.run, prepared.outcome
-    folder = run.output_dir / outcome.model
-    weights: Any = "student" if run.task is None or run.task.ema is None else "ema"
+    run, task = prepared.run, prepared.task
+    folder = run.output_dir / task.model
+    weights: Weights = "student" if task.ema is None else "ema"
     tell(f"exporting into {folder}, as {prepared.export_task}")
     facts = export(run.output_dir, folder, weights, wanted=ExportContents(prepared.export_task), overwrite=True)
     result = prepared.facts() | {
         "step": facts["step"],
         "weights": weights,
         "export": str(folder),
-        **dict.fromkeys(outcome.figures),
+        **dict.fromkeys(task.metrics),
     }
     if facts["heads"] is not None:
         result["heads"] = facts["heads"]
     if prepared.data.validation is not None:
         tell(f"measuring on {prepared.data.validation}")
         with reading_bar() as progress:
-            document = evaluate(folder, str(prepared.data.validation), measures=(outcome.model,), progress=progress)
+            document = evaluate(folder, str(prepared.data.validation), measures=(task.model,), progress=progress)
         write_json(run.output_dir / "evaluation.json", document)
         _write_card(run.output_dir / "checkpoints" / facts["checkpoint"], folder, document)
-        figures = document["measures"][outcome.model]
-        values = {key: 100 * figures[name]["value"] for key, name in outcome.figures.items() if name in figures}
+        figures = document["measures"][task.model]
+        values = {key: 100 * figures[name]["value"] for key, name in task.metrics.items() if name in figures}
         result |= {**values, "figures": figures}
     write_json(run.output_dir / RESULT, result)
     return result
@@ -233,7 +203,7 @@ def _write_card(checkpoint: Path, folder: Path, evaluation: dict[str, Any]) -> N
 
 def result_lines(document: dict[str, Any]) -> list[str]:
     """Format a plan or result as text lines, with the published result and deviations."""
-    lines, outcome = [], OUTCOMES[document["task"]]
+    lines, metrics = [], cast(type[Task], Task.class_of(document["task"])).metrics
     for key, value in document.items():
         if key == "published" and value is not None:
             masks = "" if value["mask_ap"] is None else f", {value['mask_ap']:g} % of masks,"
@@ -244,13 +214,13 @@ def result_lines(document: dict[str, Any]) -> list[str]:
         elif key == "deviations":
             lines += [f"deviation: {text}" for text in value]
         elif key == "class_names":
-            lines += _data_lines(document)
+            lines += data_lines(document)
         elif key == "datasets":
             lines += [f"{name}: {shards}" for name, shards in value.items()]
-        elif key in outcome.figures and "figures" in document:
-            estimate = document["figures"].get(outcome.figures[key])
+        elif key in metrics and "figures" in document:
+            estimate = document["figures"].get(metrics[key])
             lines += [] if estimate is None else [f"{key}: {_percent(estimate)}"]
-        elif key == next(iter(outcome.figures)):
+        elif key == next(iter(metrics)):
             lines.append(f"{key}: there are no images to evaluate")
         elif isinstance(value, str | int | float):
             lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

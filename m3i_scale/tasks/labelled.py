@@ -4,10 +4,10 @@ have the same files, by name and size; file contents are not compared."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import override
 
@@ -19,8 +19,8 @@ from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
 from m3i_scale.shards.options import ShardOptions
-from m3i_scale.shards.records import Input, InputWrapper
-from m3i_scale.tasks.annotated import BOXES_FIX, annotated_images, masked_of
+from m3i_scale.shards.records import Input, InputWrapper, Record
+from m3i_scale.tasks.annotated import BOXES_FIX, annotated_images
 from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
@@ -28,7 +28,6 @@ from m3i_scale.tasks.unpacked import (
     FIX,
     TRAIN,
     TRAINED,
-    Masked,
     Unpacked,
     differing_classes,
     image_folders,
@@ -65,8 +64,6 @@ class Labelled:
     evaluated: int = 0
     """Number of evaluation images, with or without a class."""
     categories: Categories | None = None
-    masked: Masked = "all"
-    """Whether all, some or no objects with boxes have masks."""
     class_images: dict[str, int] | None = None
     """Training images per class; None: images have several classes, or were not counted."""
     annotations: dict[str, dict[str, int]] | None = None
@@ -78,6 +75,13 @@ class Labelled:
     def read(self) -> int:
         """Return the number of images per epoch."""
         return self.samples + (self.unlabelled or 0)
+
+    @property
+    def without_mask(self) -> Literal["all", "some", "none"]:
+        """Return how many of the annotated objects have no mask."""
+        counts = (self.annotations or {}).values()
+        objects, bare = (sum(one.get(name, 0) for one in counts) for name in ("annotations", "without_mask"))
+        return "none" if not bare else "some" if bare < objects else "all"
 
     @property
     def skipped(self) -> int:
@@ -97,8 +101,7 @@ class Labelled:
                 tell(f"packed {done} of {total} images")
 
         options = ShardOptions(workers=DEFAULT_WORKERS, vocabulary=0, skip_bad=skip_bad)
-        every_class = self.every_class
-        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=every_class)
+        summary = make_shards(self.source, folder, options=options, progress=progress, every_class=self.every_class)
         counted = {name: value for name, value in summary.items() if name not in ("annotations", "mask_pixels")}
         for line in summary_lines(counted, folder):  # the others are printed together with counts of existing shards
             tell(line)
@@ -130,7 +133,7 @@ def find_labelled(
             why="any model predicts a single class perfectly",
             fix=FIX,
         )
-    return replace(found, every_class=subset is None)
+    return found
 
 
 def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset | None, skip_bad: bool) -> Labelled:
@@ -146,10 +149,8 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
         given = _shards(train, evaluated, cache, file)
         if subset is None:
             return given
-        few = replace(subset_of_shards(subset, train, given.classes, file), masked=given.masked)
-        return replace(
-            _to_pack(packed, few), validation=evaluated, evaluated=given.evaluated, annotations=given.annotations
-        )
+        few = _to_pack(packed, subset_of_shards(subset, train, given.classes, file))
+        return replace(few, validation=evaluated, evaluated=given.evaluated, annotations=given.annotations)
     if file == CATEGORIES:
         found = annotated_images(folder, skip_bad=skip_bad)
     elif file == MASK_LABELS:
@@ -225,9 +226,7 @@ def _shards(train: Path, validation: Path | None, cache: Path, file: str) -> Lab
     given = Labelled(train, validation, classes, samples, unlabelled, evaluated=evaluated)
     if file != CATEGORIES:
         return given
-    return replace(
-        given, categories=shard_categories(train), masked=_find_masks(train), annotations=_annotations(train)
-    )
+    return replace(given, categories=shard_categories(train), annotations=_annotations(train))
 
 
 def _find_classes(folder: Path, file: str) -> list[str]:
@@ -246,41 +245,39 @@ def _find_classes(folder: Path, file: str) -> list[str]:
     return classes
 
 
+def _manifest(train: Path) -> dict[str, Any]:
+    """Return the manifest of shards. Shards of other tools have none."""
+    try:
+        found = read_json(train / "manifest.json")
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _labelled(train: Path, shards: set[str], file: str) -> int | None:
     """Return the number of labeled samples from the manifest; None if it is missing or covers other shards."""
     try:
-        counts = read_json(train / "manifest.json")["shards"]
+        counts = _manifest(train)["shards"]
         if {*counts} != shards:
             return None
         return sum(int(counts[name][_COUNTED[file]]) for name in shards)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # shards of other tools have no manifest
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _annotations(train: Path) -> dict[str, dict[str, int]] | None:
     try:
-        counts = read_json(train / "manifest.json")["annotations"]
+        counts = _manifest(train)["annotations"]
         return {str(file): {str(name): int(count) for name, count in of.items()} for file, of in counts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # shards of other tools have no manifest
-
-
-def _find_masks(train: Path) -> Masked:
-    try:
-        return masked_of(_annotations(train) or {})
-    except KeyError:
-        return "all"  # samples without masks are then skipped as unusable
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     validation = packed / found.splits[1] if len(found.splits) > 1 else None
-    source: Input | None = _Marked(found.source, found.digest)
+    source: Input | None = _ToPack(found)
     if packed.is_file() or (packed.is_dir() and any(packed.iterdir())):
-        try:
-            made_of = read_json(packed / TRAIN / "manifest.json").get(_DIGEST)
-        except (OSError, ValueError, AttributeError):
-            made_of = None
-        if made_of != found.digest:
+        if _manifest(packed / TRAIN).get(_DIGEST) != found.digest:
             raise ConfigError(
                 "the shards there are of other data",
                 where=str(packed),
@@ -300,19 +297,30 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
         source=source,
         evaluated=found.evaluated,
         categories=categories,
-        masked=found.masked,
         class_images={name: of_class[name] for name in classes} if found.source.labels else None,
         annotations=found.source.info().get("annotations"),
+        every_class=found.keys is None,
     )
 
 
-class _Marked(InputWrapper):
-    """Input that records a digest of its files in the manifest."""
+class _ToPack(InputWrapper):
+    """Input restricted to a subset of the training samples, if any. The manifest gets the digest of its files."""
 
-    def __init__(self, source: Input, digest: str) -> None:
-        super().__init__(source)
-        self._digest = digest
+    def __init__(self, found: Unpacked) -> None:
+        super().__init__(found.source)
+        self._keys, self._digest = found.keys, found.digest
+
+    @override
+    def outlines(self) -> Iterator[Record]:
+        return filter(self._takes, super().outlines())
+
+    @override
+    def records(self) -> Iterator[Record]:
+        return filter(self._takes, super().records())
 
     @override
     def info(self) -> dict[str, Any]:
         return super().info() | {_DIGEST: self._digest}
+
+    def _takes(self, sample: Record) -> bool:
+        return self._keys is None or sample.split not in (None, TRAIN) or sample.key in self._keys

@@ -18,7 +18,7 @@ from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.existing_shards import Origin, ShardInput, contents, record_of, valid_shard
-from m3i_scale.shards.records import Input, InputWrapper, Record, annotations_of, hash_of
+from m3i_scale.shards.records import Record, annotations_of, hash_of
 from m3i_scale.tasks.unpacked import TRAIN, Unpacked, digest_of
 from m3i_scale.text import listed
 
@@ -70,26 +70,7 @@ class Subset:
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
         digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
-        return replace(found, source=_Subset(found.source, keys), classes=classes, unlabelled=0, digest=digest)
-
-
-class _Subset(InputWrapper):
-    """Input restricted to a subset of the training samples."""
-
-    def __init__(self, source: Input, keys: Container[str]) -> None:
-        super().__init__(source)
-        self._keys = keys
-
-    @override
-    def outlines(self) -> Iterator[Record]:
-        return (outline for outline in super().outlines() if self._takes(outline))
-
-    @override
-    def records(self) -> Iterator[Record]:
-        return (record for record in super().records() if self._takes(record))
-
-    def _takes(self, sample: Record) -> bool:
-        return sample.split != TRAIN or sample.key in self._keys
+        return replace(found, keys=keys, classes=classes, unlabelled=0, digest=digest)
 
 
 def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
@@ -118,20 +99,16 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
     source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, categories=categories)
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
     chosen = {key: name for key, name in found.items() if key in keys}
-    return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]))
+    return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]), keys=keys)
 
 
 class _ShardSubset(ShardInput):
-    """Input of selected samples from existing shards; others are not read. Labels and boxes are only read if there are
-    class names and categories."""
+    """Input of existing shards whose records are those of selected samples; other samples are not read. Labels and
+    boxes are only read if there are class names and categories."""
 
     def __init__(self, origins: Sequence[Origin], keys: Container[str], labels: list[str], **about: Any) -> None:
         super().__init__(origins, labels, **about)
         self._keys = keys
-
-    @override
-    def outlines(self) -> Iterator[Record]:
-        return (outline for outline in super().outlines() if outline.key in self._keys)
 
     @override
     def records(self) -> Iterator[Record]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.errors import ConfigError
@@ -17,7 +17,6 @@ from m3i_scale.shards.masks import masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record
 from m3i_scale.text import listed
 
-Masked = Literal["all", "some", "none"]
 TRAIN = "train"
 TRAINED = (TRAIN, "training")
 EVALUATED = ("val", "validation", "valid", "dev", "test", "testing", "eval")
@@ -45,8 +44,8 @@ class Unpacked:
     """Digest of everything that goes into the shards."""
     evaluated: int = 0
     """Number of evaluation images."""
-    masked: Masked = "all"
-    """Whether all, some or no objects with boxes have masks."""
+    keys: Container[str] | None = None
+    """Training samples of a subset; None: all."""
 
 
 def image_folders(places: dict[str, Path]) -> Unpacked:
@@ -110,13 +109,6 @@ def _check_names(place: Path, names: list[str]) -> None:
             f"folders of classes are links, which are not followed: {listed(links, 4)}",
             where=f"--data {place}",
             fix="give the folders themselves",
-        )
-    odd = [name for name in names if name != name.encode(errors="replace").decode()]
-    if odd:
-        raise ConfigError(
-            f"the name of a class is no UTF-8: {odd[0].encode(errors='backslashreplace').decode()}",
-            where=f"--data {place}",
-            fix="rename the folder",
         )
 
 

@@ -24,7 +24,7 @@ from compile_cases import COMPILED, CompileCases
 from deepspeed.utils import safe_get_full_grad
 from guard_cases import NONFINITE, GuardCases
 from lasting_cases import ENGINES, REMEMBERED, LastingCases
-from objects_found import random_set, shown
+from objects_found import shown
 from open_clip.loss import ClipLoss, SigLipLoss
 from precision_cases import PrecisionCases
 from rank_parts import GLOBAL_BATCH
@@ -48,7 +48,7 @@ from m3i_scale.engine.partition import (
     is_partitioned,
 )
 from m3i_scale.engine.process_group import stop_ranks
-from m3i_scale.errors import ConfigError, DataError, UserError
+from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
@@ -56,7 +56,6 @@ from m3i_scale.plan.planning import Model
 from m3i_scale.plan.planning import Vocabulary as LearntFrom
 from m3i_scale.plan.settings import settings_of
 from m3i_scale.run.setup import start_engine
-from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
 from m3i_scale.tasks.detection.detection_scores import DetectionScores
 
 PLANNED = ("zero1_bf16", "zero1_cpu_fp32", "zero2_bf16", "zero3_cpu", "zero3_cpu_fp32")
@@ -128,7 +127,6 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
     def run_all(self) -> None:
         cases: dict[str, Callable[[], Any]] = {
             "collectives": self.collectives,
-            "average_precision": self.average_precision,
             "shown_images": self.shown_images,
             "first_samples": self.first_samples,
             "construction": self.construction,
@@ -211,18 +209,6 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
             "max": max_over_ranks({"b": 1.0 - self.rank, "a": float(self.rank)}),
             "nothing": (mean_over_ranks({}), max_over_ranks({})),
         }
-
-    def average_precision(self) -> dict[str, Any]:
-        """Of a set that ranks share, image by image; and of one that every rank has as a whole."""
-        truths, found, named = random_set(15, 4, 12, digits=2)
-        mine = truths[self.rank :: self.world]
-        ids = {one["image_id"] for one in mine}
-        figures = average_precision_of_ranks(mine, [one for one in found if one["image_id"] in ids], named)
-        try:
-            average_precision_of_ranks(truths, [], named)
-        except DataError as error:
-            return {"figures": figures, "refused": error.where}
-        return {"figures": figures, "refused": None}
 
     def shown_images(self) -> dict[str, Any]:
         """Of twelve images that ranks share, of which every rank shows the first too, and again in its next batch:

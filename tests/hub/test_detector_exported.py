@@ -19,7 +19,7 @@ from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.export import verify as verify_module
 from m3i_scale.export.export import export
 from m3i_scale.export.write import ExportContents
-from m3i_scale.tasks.detection.export_mask_rcnn import SOURCE_FILES
+from m3i_scale.tasks.detection.export_detector import SOURCE_FILES
 from m3i_scale.tasks.detection.object_detector import detect
 
 pytestmark = pytest.mark.slow

@@ -31,7 +31,6 @@ from m3i_scale.export.export import export
 from m3i_scale.export.write import ExportContents
 from m3i_scale.tasks.detection.detection_overlays import SUMMARY
 from m3i_scale.tasks.detection.detector import head_of_features
-from m3i_scale.tasks.detection.measure_detector import CURVES
 from m3i_scale.tasks.detection.modeling_mask_rcnn import paste_masks
 from m3i_scale.tasks.detection.object_detector import detect
 
@@ -161,13 +160,11 @@ def test_images_without_objects_and_crowds_are_among_the_images(scenes, measured
     assert document["data"]["left_out"] == {}
 
 
-def test_the_worst_images_and_the_curves_are_drawn(measured):
+def test_the_worst_images_are_drawn(measured):
     _, folder = measured
     summary = json.loads((folder / SUMMARY).read_text())
     assert [one["name"] for one in summary["classes"]] == NAMES
-    assert sorted(path.name for path in folder.glob("*.png")) == sorted(
-        [CURVES, *(one["file"] for one in summary["pictures"])]
-    )
+    assert {path.name for path in folder.glob("*.png")} == {one["file"] for one in summary["pictures"]}
     assert len(summary["pictures"]) == 3
 
 
@@ -207,7 +204,7 @@ def test_rounded_weights_are_measured_in_fp32(scenes, trained, measured, tmp_pat
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     detector = head_of_features(tmp_path / "export", torch.device("cpu"), 4)
     pixels = np.asarray(scene(0)[0]).transpose(2, 0, 1)
-    (found,) = detector([pixels], [0])
+    (found,) = detector([pixels])
     assert found["boxes"].dtype == np.float32
     figures = evaluate(tmp_path / "export", scenes[0], measures=("detector",))["measures"]["detector"]
     assert figures["box"]["AP50"] == pytest.approx(measured[0]["measures"]["detector"]["box"]["AP50"], abs=0.2)

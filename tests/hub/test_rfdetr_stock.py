@@ -72,7 +72,7 @@ def test_the_stock_model_and_processor_find_what_was_trained(tmp_path, backbone,
     picture = real_pictures(64)["large"].crop((0, 0, 128, 96))
     augment = source.run.data.augment
     detector = Detector(partial(detect, objective), augment, 64, NAMES, "vit", torch.device("cpu"))
-    (found,) = detector([np.asarray(picture).transpose(2, 0, 1)], [1])
+    (found,) = detector([np.asarray(picture).transpose(2, 0, 1)])
     with torch.no_grad():
         output = model(**processor(picture, return_tensors="pt"))
     (wanted,) = processor.post_process_object_detection(output, 0, [picture.size[::-1]], top_k=24)

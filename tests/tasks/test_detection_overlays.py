@@ -8,18 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from objects_found import SIDES, categories, instance, prediction, truth
+from objects_found import SIDES, categories, instance, parsed, prediction, truth
 from PIL import Image
 
-from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.data.categories import Categories, Category
+from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.overlays import PALETTE
-from m3i_scale.tasks.detection.average_precision import average_precision
 from m3i_scale.tasks.detection.detection_overlays import (
-    COLOURS,
     SUMMARY,
     DetectionOverlays,
-    draw_curves,
-    point,
     score_image,
 )
 from m3i_scale.tasks.detection.detections import sorted_by_score
@@ -44,7 +41,7 @@ def drawn(folder: Path) -> list[Path]:
 def test_boxes_and_masks_have_the_colours_of_their_classes(tmp_path: Path) -> None:
     draw = DetectionOverlays(tmp_path / "new" / "pictures", 3, categories(4))
     found = prediction(7, [(FAR, 0.8, 2), (BOX, 0.3, 3)])
-    draw("photo", pixels(), truth(7, [instance(BOX, 1)]), found)
+    draw("photo", pixels(), parsed(truth(7, [instance(BOX, 1)])), found)
     draw.write()
     (path,) = drawn(tmp_path / "new" / "pictures")
     with Image.open(path) as picture:
@@ -81,7 +78,7 @@ def test_the_worst_images_come_first(tmp_path: Path) -> None:
         draw = DetectionOverlays(tmp_path / str(number), 3, categories(2))
         for image in order:
             found, objects = shown[image]
-            draw(f"{image}", pixels(), truth(image, objects), prediction(image, found))
+            draw(f"{image}", pixels(), parsed(truth(image, objects)), prediction(image, found))
         draw.write()
         last = 2 if number == 0 else 6
         summary = json.loads((tmp_path / str(number) / SUMMARY).read_text())
@@ -103,8 +100,8 @@ def test_the_worst_images_come_first(tmp_path: Path) -> None:
 def test_what_does_not_count_in_a_score_is_not_counted_as_wrong(
     form: str, objects: list[Any], federated: dict[str, list[int]], false: int
 ) -> None:
-    named, one = categories(1, form), truth(1, objects, **federated)
-    score = score_image(one, sorted_by_score(prediction(1, [(BOX, 0.9, 0)]), one, named), named, 0.5)
+    named, one = categories(1, form), parsed(truth(1, objects, **federated))
+    score = score_image(one, sorted_by_score(prediction(1, [(BOX, 0.9, 0)]), one, named), named)
     assert (score.found, score.missed, score.false) == (0, 0, false)
     assert score.f_measure == 1 - false
 
@@ -114,34 +111,12 @@ def test_what_does_not_count_in_a_score_is_not_counted_as_wrong(
     ["", "a\nb\tc", "long " * 500, "\u732b \U0001f431 \u202e\u0000", "\u00e9t\u00e9", "\ud800", "/../..", "%s{0}"],
 )
 def test_any_name_key_and_box_can_be_drawn(name: str, tmp_path: Path) -> None:
-    named = categories(1)
-    named["categories"][0]["name"] = name
+    named = Categories("coco", (Category(7, name),))
     draw = DetectionOverlays(tmp_path / "pictures", 2, named)
     far = [(box, 0.9, 0) for box in ([-1e9, -1e9, 2e9, 2e9], [1e6, 1e6, 5, 5], [20.0, 20.0, -5.0, -5.0], [0, 0, 0, 0])]
     wide = {"image_id": 1, "width": 2000, "height": 3, "annotations": [instance(BOX, 0, masks=False)]}
-    draw(name, pixels((3, 2000)), wide, prediction(1, far, masks=False))
-    draw("../../" + name, pixels(), truth(2, [instance(BOX, 0, crowd=True)]), prediction(2, far, masks=False))
+    draw(name, pixels((3, 2000)), parsed(wide), prediction(1, far, masks=False))
+    draw("../../" + name, pixels(), parsed(truth(2, [instance(BOX, 0, crowd=True)])), prediction(2, far, masks=False))
     draw.write()
     assert len(drawn(tmp_path / "pictures")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
-
-
-def test_a_broken_prediction_is_refused(tmp_path: Path) -> None:
-    draw = DetectionOverlays(tmp_path / "pictures", 2, categories(1))
-    with pytest.raises(DataError):
-        draw("a", pixels(), truth(1, []), prediction(1, [(BOX, 0.9, 1)]))
-
-
-def test_curves_are_drawn_where_precision_is(tmp_path: Path) -> None:
-    """Half of the objects are found at once, and at more than 0.75 of overlap none."""
-    truths = [truth(1, [instance(BOX, 0), instance(FAR, 0)])]
-    wide = [BOX[0], BOX[1], BOX[2] * 1.5, BOX[3]]
-    figures = average_precision(truths, [prediction(1, [(wide, 0.9, 0)])], categories(1))
-    draw_curves(figures, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.getpixel(point(0.25, 1.0)) == COLOURS["0.50"]
-        assert picture.getpixel(point(0.9, 0.0)) == COLOURS["0.50:0.95"]  # the last one that is drawn
-        assert picture.getpixel(point(0.25, 0.0)) == COLOURS["0.75"]
-        assert picture.getpixel(point(0.25, 1.0, 1)) == COLOURS["0.50"]
-    with pytest.raises(ConfigError):
-        draw_curves(figures, tmp_path / "nowhere" / "curves.png")

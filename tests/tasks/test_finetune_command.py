@@ -21,7 +21,8 @@ from transformers.utils import import_utils
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
-from m3i_scale.tasks.finetune import FineTuning, check_trained, prepare, random_start
+from m3i_scale.tasks.finetune import FineTuning, prepare, random_start
+from m3i_scale.tasks.finetune_checks import check_trained
 from m3i_scale.tasks.labelled import Labelled, find_labelled
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -371,12 +372,12 @@ def test_other_words_about_a_protocol_are_the_same_run(
     text["protocol"]["deviations"] = ["said in another way"]
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     again = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
-    check_trained(again.run, again.data, checkpoint)
+    check_trained(again.run, again.data)
     text["protocol"]["epochs"] = 51
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     other = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
     with pytest.raises(CheckpointError):
-        check_trained(other.run, other.data, checkpoint)
+        check_trained(other.run, other.data)
 
 
 def test_an_evaluation_reads_all_images_for_evaluation_unless_it_is_told_how_many(

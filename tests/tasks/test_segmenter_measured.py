@@ -26,7 +26,7 @@ from m3i_scale.evaluate.overlays import LEGEND, Overlays
 from m3i_scale.evaluate.report import render
 from m3i_scale.evaluate.samples import Sample, open_table
 from m3i_scale.tasks.segmentation import segmenter as module
-from m3i_scale.tasks.segmentation.measure_segmenter import check_classes, count_overlaps, measure_segmenter
+from m3i_scale.tasks.segmentation.measure_segmenter import check_classes, count_overlaps, segmenter_metrics
 from m3i_scale.tasks.segmentation.segmenter import Segmenter, classes_at, is_segmenter, load_segmenter, starts
 
 
@@ -87,10 +87,10 @@ def test_a_segmenter_is_measured_at_the_size_of_its_images_with_their_orientatio
     assert counts.shape == (2, 3, len(CELLS))
     assert len(table) == 7
     assert sum(table.bad_masks.values()) == 4
-    found = measure_segmenter(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
+    found = segmenter_metrics(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
     assert found["mIoU"]["value"] == found["pixel_accuracy"] == 1.0
     counts[0, 0] //= 2
-    worse = measure_segmenter(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
+    worse = segmenter_metrics(counts, clusters_of(table).take(masked), CELLS, segmenter.size)
     assert worse["mIoU"]["low"] < worse["mIoU"]["value"] < 1.0
     with pytest.raises(DataError):
         check_classes(replace(segmenter, classes=CELLS[::-1]), shards)

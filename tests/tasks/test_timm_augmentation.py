@@ -34,7 +34,7 @@ from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.objective.inputs import PixelNorm, normalize
-from m3i_scale.tasks.timm_augmentation import Erasing
+from m3i_scale.tasks.classification.timm_augmentation import Erasing
 
 SIDE = 32
 RAND = "rand-m9-mstd0.5-inc1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,15 +13,16 @@ from typing_extensions import Self
 from m3i_scale.config import RunConfig
 from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.config.sections import Section
+from m3i_scale.data.shards import LABELS
 from m3i_scale.errors import ConfigError
-from m3i_scale.tasks.backbone_task import BackboneTask, check_timm
+from m3i_scale.tasks.backbone_task import BackboneTask
 from m3i_scale.tasks.base import Task
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import Family, VisionConfig
     from m3i_scale.data.batch import Batch
     from m3i_scale.objective.information import Objective
-    from m3i_scale.tasks.timm_augmentation import LabelMixing
+    from m3i_scale.tasks.classification.timm_augmentation import LabelMixing
 
 _LARGEST_ALPHA = 10.0
 """Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
@@ -45,10 +48,6 @@ class Sweep(Section):
             raise ValueError(f"blocks must be numbers of layers, from 1 to {MAX_LAYERS:,}: {[*self.blocks]}")
         if not 0 < min(self.lr_scales) <= max(self.lr_scales) <= 1:
             raise ValueError("lr_scales are shares of optim.lr: above 0, and 1 at most")
-        if len(self.heads()) < len(self.decoders()) * len(self.lr_scales):
-            raise ValueError(
-                f"lr_scales differ by the sixth digit at least, by which heads are named: {self.lr_scales}"
-            )
         return self
 
     def decoders(self) -> dict[str, dict[str, Any]]:
@@ -72,6 +71,9 @@ class Classification(BackboneTask):
     """Image classification task."""
 
     kind: ClassVar[str] = "classification"
+    model: ClassVar[str] = "classifier"
+    labels_file: ClassVar[str] = LABELS
+    metrics: ClassVar[dict[str, str]] = {"top_1": "top-1"}
     pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
     """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""
@@ -160,9 +162,15 @@ class Classification(BackboneTask):
             raise ConfigError(
                 f"{family.name} has no class token to classify by", where="task.pool", fix="task.pool=mean_pool"
             )
-        if self.mixup or self.cutmix:
-            check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
-        if (self.mixup or self.cutmix) and run.optim.micro_batch_size % 2:
+        augment, mixes = run.data.augment, self.mixup or self.cutmix
+        kinds = (augment, *(source.augment for source in run.data.datasets.values()))
+        if any(one is not None and one.rand_augment is not None for one in kinds):
+            _check_timm("RandAugment is", "data.augment.rand_augment=null")
+        if augment.erasing:
+            _check_timm("random erasing is", "data.augment.erasing=0")
+        if mixes:
+            _check_timm("mixup and cutmix are", "task.mixup=0 task.cutmix=0")
+        if mixes and run.optim.micro_batch_size % 2:
             raise ConfigError(
                 "mixup and cutmix pair the images of a micro-batch, and one is left over",
                 where=f"optim.micro_batch_size: {run.optim.micro_batch_size}",
@@ -183,15 +191,23 @@ class Classification(BackboneTask):
             else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
         )
 
-    def batch_changes(self, objective: Objective, classes: int, erasing: float) -> list[Callable[[Batch], Batch]]:
-        mixing = [self.label_mixing(classes)] if self.mixup or self.cutmix else []
-        return [*super().batch_changes(objective, classes, erasing), *mixing]
+    def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
+        super().prepare(objective, classes, erasing)
+        changes: list[Callable[[Batch], Batch]] = []
+        if erasing:
+            from m3i_scale.tasks.classification.timm_augmentation import Erasing
+
+            changes.append(Erasing(erasing, objective.pixel_norm))
+        if self.mixup or self.cutmix:
+            changes.append(self.label_mixing(classes))
+        if changes:
+            objective.mix_labelled = lambda batch: reduce(lambda changed, change: change(changed), changes, batch)
 
     def label_mixing(self, classes: int) -> LabelMixing:
         """Return mixup and cutmix for a number of classes."""
         from timm.data.mixup import Mixup
 
-        from m3i_scale.tasks.timm_augmentation import LabelMixing
+        from m3i_scale.tasks.classification.timm_augmentation import LabelMixing
 
         mixup = Mixup(
             mixup_alpha=self.mixup,
@@ -241,4 +257,14 @@ def _check_sweep(run: RunConfig, family: Family) -> None:
             "the best head of a sweep is the best on images for validation, and there are none",
             where="data.validation",
             fix="data.validation.val.path=/data/shards/val and evaluation.every_steps",
+        )
+
+
+def _check_timm(what: str, without: str) -> None:
+    """Check that timm is installed, which an option needs."""
+    if importlib.util.find_spec("timm") is None:
+        raise ConfigError(
+            f"{what} timm's, which is not installed",
+            where=without.partition("=")[0],
+            fix=f"pip install 'm3i-scale[timm]', or {without}",
         )

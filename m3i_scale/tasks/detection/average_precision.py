@@ -3,62 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.engine.agree import from_rank_0, gather_objects
+from m3i_scale.data.categories import Categories
+from m3i_scale.data.instances import Instances
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
-from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
-    Categories,
-    Detections,
+    DetectionSet,
     Form,
-    GroundTruth,
     Kind,
     Prediction,
-    pair_by_image,
+    ious,
+    match,
+    sort_images,
 )
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """IoU thresholds; AP is the mean over them."""
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Recall values at which precision is sampled."""
-_SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
+_SIZES = ("APs", "APm", "APl")
 _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
 _TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
 
 
-def measure_detector(
-    truths: Iterable[GroundTruth],
-    predictions: Iterable[Prediction],
+def detector_metrics(
+    images: Iterable[tuple[Instances, Prediction]],
     categories: Categories,
     clusters: Clusters,
     *,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """Return `average_precision`, and AP of boxes and masks with a bootstrap interval over `clusters` of images, which
-    are in the order of `truths`."""
-    detections = pair_by_image(truths, predictions, categories)
+    are in the order of `images`."""
+    detections = sort_images(images, categories)
     drawn, intervals = clusters.take(detections.order), {}
     for kind in detections.kinds:
         for name, by_class in ((f"{kind}_AP", True), (f"class_agnostic_{kind}_AP", False)):
-            if by_class or categories["format"] == "coco":
-                estimate = ap_interval(
-                    detections, kind, drawn, THRESHOLDS, RECALLS, by_class=by_class, resamples=resamples
-                )
-                intervals[name] = estimate.as_dict()
+            if by_class or categories.format == "coco":
+                weighted = WeightedPrecision(detections, kind, by_class=by_class)
+                intervals[name] = _interval(weighted, drawn, resamples).as_dict()
     return intervals | _figures(detections)
 
 
-def average_precision(
-    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
-) -> dict[str, Any]:
-    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter, and images without
-    predictions have no detections.
+def average_precision(images: Iterable[tuple[Instances, Prediction]], categories: Categories) -> dict[str, Any]:
+    """Return AP of boxes and, if available, masks, from 0 to 1. The order of images does not matter.
 
     The format of the categories selects the rules. COCO: 100 predictions per image and class. LVIS: the 300 best per
     image, in categories that are annotated in the image or listed as absent.
@@ -69,32 +62,16 @@ def average_precision(
             adds class_agnostic_AP. None: there is no object to detect. LVIS has no class-agnostic AP, because its
             images are not annotated exhaustively.
     """
-    return _figures(pair_by_image(truths, predictions, categories))
+    return _figures(sort_images(images, categories))
 
 
-def average_precision_of_ranks(
-    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
-) -> dict[str, Any]:
-    """Compute `average_precision` over the images of all ranks and return it on all ranks; every rank must call it.
-    Ranks must not share images, and must have the same categories. Data of each rank are gathered on all ranks, and
-    evaluated on rank 0."""
-    parts = gather_objects((list(truths), list(predictions)))
-
-    def figures() -> dict[str, Any]:
-        true_parts, found_parts = zip(*parts, strict=True)
-        return average_precision(chain(*true_parts), chain(*found_parts), categories)
-
-    found: dict[str, Any] = from_rank_0(figures)
-    return found
-
-
-def _figures(detections: Detections) -> dict[str, Any]:
-    images, objects = len(detections.truths), len(detections.objects)
+def _figures(detections: DetectionSet) -> dict[str, Any]:
+    images, objects = len(detections.truths), len(detections.objects[0])
     return {"images": images, "objects": objects} | {kind: _of_kind(detections, kind) for kind in detections.kinds}
 
 
-def _of_kind(detections: Detections, kind: Kind) -> dict[str, Any]:
-    categories, form = detections.categories["categories"], detections.categories["format"]
+def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
+    categories, form = detections.categories.categories, detections.categories.format
     documents = _documents(detections, kind)
     precision_TRKA = _precision(documents, kind, form)
     all_TRK = precision_TRKA[..., 0]
@@ -106,13 +83,13 @@ def _of_kind(detections: Detections, kind: Kind) -> dict[str, Any]:
     figures |= {name: _mean(precision_TRKA[..., number]) for number, name in enumerate(_SIZES, start=1)}
     if form == "lvis":
         for name, frequency in _FREQUENCIES.items():
-            chosen = [number for number, one in enumerate(categories) if one.get("frequency") == frequency]
+            chosen = [number for number, one in enumerate(categories) if one.frequency == frequency]
             figures[name] = _mean(all_TRK[:, :, chosen])
     else:
         figures["class_agnostic_AP"] = _mean(_precision(documents, kind, form, by_class=False)[..., 0])
-    counts_K = np.bincount([one["category"] for _, one in detections.objects], minlength=len(categories))
+    counts_K = np.bincount(detections.objects[1], minlength=len(categories))
     figures["classes"] = [
-        {"name": one["name"], "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
+        {"name": one.name, "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
         for number, one in enumerate(categories)
     ]
     known_TRK = all_TRK[:, :, counts_K > 0]
@@ -139,22 +116,22 @@ def _precision(
     counted.params.maxDets = [PER_IMAGE[form]]
     counted.params.iouThrs, counted.params.recThrs = THRESHOLDS, RECALLS
     counted.params.useCats = int(by_class)
-    if counted.params.areaRngLbl != ["all", *_SIZES.values()]:
-        raise RuntimeError(f"faster-coco-eval has other ranges of areas: {counted.params.areaRngLbl}")
     counted.evaluate()
     counted.accumulate()
     precision: NDArray[np.float64] = np.asarray(counted.eval["precision"])[..., 0]
     return precision
 
 
-def _documents(detections: Detections, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
+def _documents(detections: DetectionSet, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return ground truth and predictions in the format of the library.
 
     All ids start at 1: the library treats a match with object id 0 as unmatched. Image ids may be arbitrary.
     """
     from faster_coco_eval.core import mask
 
-    categories = [{**one, "id": number} for number, one in enumerate(detections.categories["categories"], start=1)]
+    categories = [
+        one.to_json() | {"id": number} for number, one in enumerate(detections.categories.categories, start=1)
+    ]
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
@@ -162,18 +139,23 @@ def _documents(detections: Detections, kind: Kind) -> tuple[dict[str, Any], dict
         images.append(
             {
                 "id": image,
-                "width": truth["width"],
-                "height": truth["height"],
-                "neg_category_ids": [category + 1 for category in truth.get("neg_category_ids", [])],
-                "not_exhaustive_category_ids": [
-                    category + 1 for category in truth.get("not_exhaustive_category_ids", [])
-                ],
+                "width": truth.width,
+                "height": truth.height,
+                "neg_category_ids": [category + 1 for category in truth.negative or ()],
+                "not_exhaustive_category_ids": [category + 1 for category in truth.not_exhaustive or ()],
             }
         )
         objects += [
-            {**one, "id": number, "image_id": image, "category_id": one["category"] + 1}
-            | ({"segmentation": mask_of(one, truth)} if kind == "mask" else {})
-            for number, one in enumerate(truth["annotations"], start=len(objects) + 1)
+            {
+                "id": len(objects) + 1 + number,
+                "image_id": image,
+                "category_id": int(truth.labels_N[number]) + 1,
+                "bbox": truth.boxes_N4[number].tolist(),
+                "area": float(truth.areas_N[number]),
+                "iscrowd": int(truth.crowds_N[number]),
+            }
+            | ({"segmentation": truth.segmentations[number]} if kind == "mask" else {})
+            for number in range(len(truth))
         ]
         masks = prediction["masks"] or []
         areas = mask.area(masks).tolist() if kind == "mask" and masks else []
@@ -201,54 +183,35 @@ def _mean(precision: NDArray[np.float64]) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-def ap_interval(
-    detections: Detections,
-    kind: Kind,
-    clusters: Clusters,
-    thresholds: NDArray[np.float64],
-    recalls: NDArray[np.float64],
-    *,
-    by_class: bool = True,
-    resamples: int = RESAMPLES,
-) -> Estimate:
+def _interval(weighted: WeightedPrecision, clusters: Clusters, resamples: int) -> Estimate:
     """Return AP and its percentile interval, by resampling clusters of images with replacement.
 
     Resamples weight images and need no new matching. Classes without objects in a resample are excluded from its mean.
-    AP is the mean over IoU `thresholds`, with precision sampled at ascending `recalls`. Without `by_class`, classes are
-    ignored.
     """
-    weighted = WeightedPrecision(detections, kind, thresholds, recalls, by_class=by_class)
     numbers_I = np.unique(clusters.of, return_inverse=True)[1]
     count = int(numbers_I.max()) + 1
 
     def statistic(drawn: NDArray[np.int64]) -> float:
         return weighted(np.bincount(drawn, minlength=count)[numbers_I])
 
-    return bootstrap(statistic, clusters, samples=len(detections.truths), resamples=resamples)
+    return bootstrap(statistic, clusters, samples=len(numbers_I), resamples=resamples)
 
 
 class WeightedPrecision:
-    """AP of a dataset in which every image is repeated according to its weight; arguments as for `ap_interval`.
+    """AP of a dataset in which every image is repeated according to its weight. Without `by_class`, classes are
+    ignored.
 
     Precision has its local maxima at true positives, so it is computed only at these hits H, in order of threshold,
     class and score. The other of the N predictions enter through cumulative sums.
     """
 
-    def __init__(
-        self,
-        detections: Detections,
-        kind: Kind,
-        thresholds: NDArray[np.float64],
-        recalls: NDArray[np.float64],
-        *,
-        by_class: bool = True,
-    ) -> None:
-        form, self._recalls, self._thresholds = detections.categories["format"], recalls, len(thresholds)
-        self._classes = len(detections.categories["categories"]) if by_class else 1
+    def __init__(self, detections: DetectionSet, kind: Kind, *, by_class: bool = True) -> None:
+        form = detections.categories.format
+        self._classes = len(detections.categories) if by_class else 1
         found, ignored, scores, labels, counts = [], [], [], [], []
         for truth, prediction in zip(detections.truths, detections.predictions, strict=True):
-            ious_DG = overlaps(truth, prediction, kind)
-            matches = match(truth, prediction, ious_DG, thresholds, form, by_class=by_class)
+            ious_DG = ious(truth, prediction, kind)
+            matches = match(truth, prediction, ious_DG, THRESHOLDS, form, by_class=by_class)
             kept_D = ~matches.ignored_TD.all(axis=0)
             found.append(matches.found_TD[:, kept_D] >= 0)
             ignored.append(matches.ignored_TD[:, kept_D])
@@ -261,16 +224,15 @@ class WeightedPrecision:
         self._image_N = np.repeat(np.arange(len(counts)), counts)[order_N]
         ignored_TN = np.concatenate(ignored, axis=1)[:, order_N]
         hit_TN = np.concatenate(found, axis=1)[:, order_N] & ~ignored_TN
-        self._image_G = np.asarray([image for image, _ in detections.objects], dtype=np.int64)
-        classes = [one["category"] if by_class else 0 for _, one in detections.objects]
-        self._class_G = np.asarray(classes, dtype=np.int64)
+        self._image_G, class_G = detections.objects
+        self._class_G = class_G if by_class else 0 * class_G
 
         threshold_H, self._place_H = np.nonzero(hit_TN)
         self._class_H = labels_N[self._place_H]
         series_H = threshold_H * self._classes + self._class_H
         self._is_first_H = np.diff(series_H, prepend=-1) != 0
         self._first_H = np.maximum.accumulate(np.where(self._is_first_H, np.arange(len(series_H)), 0))
-        self._lift_H = 2.0 * (self._thresholds * self._classes - series_H)
+        self._lift_H = 2.0 * (len(THRESHOLDS) * self._classes - series_H)
         start_H = np.searchsorted(labels_N, self._class_H)
         self._start_H = start_H
         threshold_Q, place_Q = np.nonzero(ignored_TN)
@@ -294,10 +256,10 @@ class WeightedPrecision:
         recall_H = true_H / np.maximum(objects_K[self._class_H], 1)
         # Interpolated precision at a recall is the maximum at this or any higher recall, per threshold and class.
         best_H = np.maximum.accumulate((precision_H + self._lift_H)[::-1])[::-1] - self._lift_H
-        reached_H = np.searchsorted(self._recalls, recall_H, side="right")
+        reached_H = np.searchsorted(RECALLS, recall_H, side="right")
         newly_H = np.diff(reached_H, prepend=0)
         newly_H[self._is_first_H] = reached_H[self._is_first_H]
-        return float((best_H * newly_H).sum()) / (len(self._recalls) * self._thresholds * classes)
+        return float((best_H * newly_H).sum()) / (len(RECALLS) * len(THRESHOLDS) * classes)
 
 
 def _sums(weights: NDArray[np.int64]) -> NDArray[np.int64]:

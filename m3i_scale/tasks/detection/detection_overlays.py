@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from m3i_scale.errors import ConfigError
+from m3i_scale.data.categories import Categories
+from m3i_scale.data.instances import Instances, Rle
 from m3i_scale.evaluate.overlays import PALETTE, SIDE, file_stem, make_folder, side_by_side, write_error
 from m3i_scale.evaluate.pictures.draw import drawable
 from m3i_scale.files import write_json
-from m3i_scale.tasks.detection.detection_matches import mask_of, match, overlaps
-from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Prediction, Rle, sorted_by_score
+from m3i_scale.tasks.detection.detections import Prediction, ious, match
 
 DRAWN_SCORE = 0.5
-"""Default score threshold for predictions to be drawn and counted."""
+"""Score threshold for predictions to be drawn and counted."""
 SUMMARY = "worst.json"
 """File next to the pictures: errors in each, and the colors of classes."""
 _OVERLAP = 0.5
@@ -41,13 +40,13 @@ class ImageScore:
         return 2 * self.found / (2 * self.found + wrong) if wrong else 1.0
 
 
-def score_image(truth: GroundTruth, prediction: Prediction, categories: Categories, least: float) -> ImageScore:
-    """Count correct and wrong detections with a score of at least `least`. Predictions are in order of score; some are
-    ignored as in COCO and LVIS."""
-    matches = match(truth, prediction, overlaps(truth, prediction, "box"), [_OVERLAP], categories["format"])
-    counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= least)
+def score_image(truth: Instances, prediction: Prediction, categories: Categories) -> ImageScore:
+    """Count correct and wrong detections with a score of at least `DRAWN_SCORE`. Predictions are in order of score;
+    some are ignored as in COCO and LVIS."""
+    matches = match(truth, prediction, ious(truth, prediction, "box"), [_OVERLAP], categories.format)
+    counts_D = ~matches.ignored_TD[0] & (prediction["scores"] >= DRAWN_SCORE)
     found = int((counts_D & (matches.found_TD[0] >= 0)).sum())
-    objects = sum(not one["iscrowd"] for one in truth["annotations"])
+    objects = int((~truth.crowds_N).sum())
     return ImageScore(found, objects - found, int(counts_D.sum()) - found)
 
 
@@ -57,7 +56,7 @@ class _Overlay:
     score: ImageScore
     image: Image.Image
     """As drawn, at reduced size."""
-    truth: GroundTruth
+    truth: Instances
     prediction: Prediction
 
 
@@ -65,24 +64,23 @@ class DetectionOverlays:
     """Collector of the worst images, which are drawn at the end, worst first.
 
     The worst image has the lowest F1 score. Ties are broken by the number of errors, then by the order of images. The
-    folder is created if missing, and must be empty. Predictions with a score below `least` are neither drawn nor
+    folder is created if missing, and must be empty. Predictions with a score below `DRAWN_SCORE` are neither drawn nor
     counted.
     """
 
-    def __init__(self, folder: Path, count: int, categories: Categories, *, least: float = DRAWN_SCORE) -> None:
-        self._folder, self._count, self._categories, self._least = folder, count, categories, least
+    def __init__(self, folder: Path, count: int, categories: Categories) -> None:
+        self._folder, self._count, self._categories = folder, count, categories
         self._kept: list[_Overlay] = []
         make_folder(folder)
 
-    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: GroundTruth, prediction: Prediction) -> None:
-        """Add an image. Its picture has `key` in the file name."""
-        ordered = sorted_by_score(prediction, truth, self._categories)
-        score = score_image(truth, ordered, self._categories, self._least)
+    def __call__(self, key: str, pixels_CHW: NDArray[np.uint8], truth: Instances, prediction: Prediction) -> None:
+        """Add an image, with predictions in order of score. Its picture has `key` in the file name."""
+        score = score_image(truth, prediction, self._categories)
         if len(self._kept) == self._count and _badness(score) >= _badness(self._kept[-1].score):
             return
         image = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
         image.thumbnail((SIDE, SIDE))
-        self._kept.append(_Overlay(key, score, image, truth, ordered))
+        self._kept.append(_Overlay(key, score, image, truth, prediction))
         self._kept.sort(key=lambda one: _badness(one.score))
         del self._kept[self._count :]
 
@@ -93,35 +91,35 @@ class DetectionOverlays:
             for number, one in enumerate(self._kept, start=1):
                 name = f"{number:04d}-{file_stem(one.key)}.png"
                 side_by_side([one.image, self._true_panel(one), self._prediction_panel(one)]).save(self._folder / name)
-                facts = {"file": name, "image_id": one.truth["image_id"], "f_measure": one.score.f_measure}
+                facts = {"file": name, "image_id": one.truth.image_id, "f_measure": one.score.f_measure}
                 facts |= {"found": one.score.found, "missed": one.score.missed, "false": one.score.false}
                 pictures.append(facts)
-            names = [one["name"] for one in self._categories["categories"]]
+            names = self._categories.names
             classes = [{"name": name, "rgb": PALETTE[number % 256].tolist()} for number, name in enumerate(names)]
-            summary = {"score": self._least, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
+            summary = {"score": DRAWN_SCORE, "overlap": _OVERLAP, "pictures": pictures, "classes": classes}
             write_json(self._folder / SUMMARY, summary)
         except OSError as error:
             raise write_error(self._folder, error) from None
 
     def _true_panel(self, kept: _Overlay) -> Image.Image:
-        panel = _Panel(kept.image, kept.truth)
-        for one in kept.truth["annotations"]:
-            x, y, width, height = one["bbox"]
-            mask = mask_of(one, kept.truth) if "segmentation" in one else None
-            more = " (crowd)" if one["iscrowd"] else ""
-            panel.add([x, y, x + width, y + height], mask, one["category"], self._name(one["category"]) + more)
+        panel, truth = _Panel(kept.image, kept.truth), kept.truth
+        for number in range(len(truth)):
+            x, y, width, height = truth.boxes_N4[number].tolist()
+            label = int(truth.labels_N[number])
+            caption = self._name(label) + (" (crowd)" if truth.crowds_N[number] else "")
+            panel.add([x, y, x + width, y + height], truth.rle(number), label, caption)
         return panel.picture
 
     def _prediction_panel(self, kept: _Overlay) -> Image.Image:
         panel, found = _Panel(kept.image, kept.truth), kept.prediction
-        for place in np.flatnonzero(found["scores"] >= self._least)[::-1]:  # the highest scores on top
+        for place in np.flatnonzero(found["scores"] >= DRAWN_SCORE)[::-1]:  # the highest scores on top
             mask = None if found["masks"] is None else found["masks"][place]
             label = int(found["labels"][place])
             panel.add(found["boxes"][place].tolist(), mask, label, f"{self._name(label)}: {found['scores'][place]:.2f}")
         return panel.picture
 
     def _name(self, label: int) -> str:
-        return drawable(self._categories["categories"][label]["name"], _LETTERS)
+        return drawable(self._categories.names[label], _LETTERS)
 
 
 def _badness(score: ImageScore) -> tuple[float, int]:
@@ -131,9 +129,9 @@ def _badness(score: ImageScore) -> tuple[float, int]:
 class _Panel:
     """Image with objects drawn on it. Boxes and masks refer to the image size in `truth`."""
 
-    def __init__(self, image: Image.Image, truth: GroundTruth) -> None:
+    def __init__(self, image: Image.Image, truth: Instances) -> None:
         self.picture = image.copy()
-        self._scale = np.array([image.width / truth["width"], image.height / truth["height"]] * 2)
+        self._scale = np.array([image.width / truth.width, image.height / truth.height] * 2)
         self._most = np.array([image.width - 1, image.height - 1] * 2)
 
     def add(self, box: list[float], mask: Rle | None, label: int, caption: str) -> None:
@@ -153,47 +151,3 @@ class _Panel:
         left, top = max(min(left, self.picture.width - width - 2), 0), max(top - height - 1, 0)
         draw.rectangle((left, top, left + width + 1, top + height), fill=(red, green, blue))
         draw.text((left + 1, top), caption, fill="black" if red + 2 * green + blue > 400 else "white", font=font)
-
-
-_SIDE, _EDGE, _GAP = 240, 30, 20
-"""Size of a plot, margin for its labels, and gap between plots, in pixels."""
-_STEP = _SIDE + 2 * _EDGE + _GAP
-_GRID = (225, 225, 225)
-COLOURS = {"0.50": (31, 119, 180), "0.75": (230, 120, 20), "0.50:0.95": (44, 140, 60)}
-"""Color of a curve, by IoU threshold."""
-
-
-def draw_curves(figures: dict[str, Any], path: Path) -> None:
-    """Write a plot for boxes and, if available, one for masks: recall to the right, precision upward."""
-    kinds = [kind for kind in ("box", "mask") if kind in figures]
-    picture = Image.new("RGB", (len(kinds) * _STEP - _GAP, _SIDE + 2 * _EDGE), "white")
-    for number, kind in enumerate(kinds):
-        _plot(ImageDraw.Draw(picture), number, kind, figures[kind]["curves"])
-    try:
-        picture.save(path, format="PNG")
-    except OSError as error:
-        raise ConfigError(f"the curves cannot be written: {error.strerror or error}", where=str(path)) from None
-
-
-def point(recall: float, precision: float, number: int = 0) -> tuple[int, int]:
-    """Return the pixel position of a recall and precision, in the plot with this number."""
-    return round(number * _STEP + _EDGE + recall * _SIDE), round(_EDGE + (1 - precision) * _SIDE)
-
-
-def _plot(draw: ImageDraw.ImageDraw, number: int, kind: str, curves: dict[str, Any]) -> None:
-    font = ImageFont.load_default()
-    for tenths in range(0, 11, 2):
-        share = tenths / 10
-        (right, bottom), (left, up) = point(share, 0, number), point(0, share, number)
-        draw.line([(right, bottom), point(share, 1, number)], fill=_GRID)
-        draw.line([(left, up), point(1, share, number)], fill=_GRID)
-        draw.text((right, bottom + 10), f"{share:g}", fill="black", font=font, anchor="mm")
-        draw.text((left - 12, up), f"{share:g}", fill="black", font=font, anchor="mm")
-    left, top = point(0, 1, number)
-    draw.text(
-        (left, top - 20), f"precision of {'boxes' if kind == 'box' else 'masks'} by recall", fill="black", font=font
-    )
-    for row, (overlap, precision) in enumerate(curves["precision"].items()):
-        places = [point(recall, high, number) for recall, high in zip(curves["recall"], precision, strict=True)]
-        draw.line(places, fill=COLOURS[overlap], width=2)
-        draw.text((left + 150, top + 8 + 14 * row), f"IoU {overlap}", fill=COLOURS[overlap], font=font)

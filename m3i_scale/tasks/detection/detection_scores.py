@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from m3i_scale.data.batch import Batch
+from m3i_scale.data.categories import Categories, Category
+from m3i_scale.data.instances import Instances
 from m3i_scale.data.order import seed_of
-from m3i_scale.engine.agree import gather_objects
+from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.targets.base import Scores
-from m3i_scale.tasks.detection.average_precision import average_precision_of_ranks
-from m3i_scale.tasks.detection.detections import Categories, GroundTruth, Instance, Kind, Prediction
+from m3i_scale.tasks.detection.average_precision import average_precision
+from m3i_scale.tasks.detection.detections import Kind, Prediction
 from m3i_scale.tasks.detection.detector import compressed, prediction_of
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections
 
@@ -25,12 +29,9 @@ class DetectionScores(Scores):
     """
 
     def __init__(self, classes: Sequence[str], *, masks: bool) -> None:
-        self._categories: Categories = {
-            "format": "coco",
-            "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
-        }
+        self._categories = Categories("coco", tuple(Category(number, name) for number, name in enumerate(classes)))
         self._kinds: tuple[Kind, ...] = ("box", "mask") if masks else ("box",)
-        self._images: dict[int, tuple[GroundTruth, Prediction]] = {}
+        self._images: dict[int, tuple[Instances, Prediction]] = {}
 
     def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
         """Add the new images of a batch, with their `detections` in pixels of the square."""
@@ -39,37 +40,35 @@ class DetectionScores(Scores):
         for row, (key, detections) in enumerate(zip(batch.keys, found, strict=True)):
             image = seed_of(key)
             if image not in self._images:
-                self._images[image] = self._truth(batch, row, image), prediction_of(detections, image, (side, side))
+                self._images[image] = self._truth(batch, row, image), prediction_of(detections, (side, side))
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
         """Return `box_ap`, and `mask_ap` if there are masks, from 0 to 1; 0 without objects."""
-        by_rank = gather_objects((set(self._images), any(truth["annotations"] for truth, _ in self._images.values())))
-        if not any(has_objects for _, has_objects in by_rank):
+        images: dict[int, tuple[Instances, Prediction]] = {}
+        for of_rank in gather_objects(self._images):
+            images = of_rank | images  # the first rank counts
+        if not any(len(truth) for truth, _ in images.values()):
             return {f"{kind}_ap": 0.0 for kind in self._kinds}
-        counted: set[int] = set().union(*(images for images, _ in by_rank[: ranks.rank]))
-        mine = [pair for image, pair in self._images.items() if image not in counted]
-        truths, predictions = [truth for truth, _ in mine], [prediction for _, prediction in mine]
-        figures = average_precision_of_ranks(truths, predictions, self._categories)
+        figures = from_rank_0(lambda: average_precision(images.values(), self._categories))
         return {f"{kind}_ap": figures[kind]["AP"] for kind in self._kinds}
 
-    def _truth(self, batch: Batch, row: int, image: int) -> GroundTruth:
-        side, labels_N = batch.images_VBCHW.shape[-1], batch.box_labels_BN[row]
+    def _truth(self, batch: Batch, row: int, image: int) -> Instances:
+        side, labels_N = batch.images_VBCHW.shape[-1], batch.box_labels_BN[row].cpu()
         there_N = labels_N >= 0
-        boxes_N4 = batch.boxes_BN4[row][there_N]
-        objects: list[Instance] = [
-            {
-                "id": number,
-                "category": label,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
-                "iscrowd": 0,
-            }
-            for number, (label, (x1, y1, x2, y2)) in enumerate(
-                zip(labels_N[there_N].tolist(), boxes_N4.tolist(), strict=True)
-            )
-        ]
+        boxes_N4 = batch.boxes_BN4[row].cpu()[there_N]
+        masks: list[Any] = [None] * len(boxes_N4)
         if "mask" in self._kinds:
-            masks = compressed(batch.box_masks_BNMM[row][there_N], boxes_N4, (side, side))
-            for one, mask in zip(objects, masks, strict=True):
-                one["segmentation"] = mask
-        return {"image_id": image, "width": side, "height": side, "annotations": objects}
+            masks = compressed(batch.box_masks_BNMM[row].cpu()[there_N], boxes_N4, (side, side))
+        corners_N4 = boxes_N4.double().numpy()
+        sized_N4 = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], axis=1)
+        return Instances(
+            image,
+            side,
+            side,
+            np.arange(len(sized_N4), dtype=np.int64),
+            labels_N[there_N].numpy(),
+            sized_N4,
+            sized_N4[:, 2] * sized_N4[:, 3],
+            np.zeros(len(sized_N4), dtype=np.bool_),
+            masks,
+        )

@@ -78,8 +78,7 @@ class Detection(FullImageTarget):
         return DetectionScores(classes, masks=self.reads == "boxes_and_masks")
 
     def export(self, source: Source) -> ExportedModule:
-        from m3i_scale.tasks.detection.export_mask_rcnn import mask_rcnn_part
-        from m3i_scale.tasks.detection.export_rfdetr import rfdetr_part
+        from m3i_scale.tasks.detection.export_detector import mask_rcnn_part, rfdetr_part
 
         if isinstance(self.head, RfDetr):
             return rfdetr_part(source, self.head, self.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +20,9 @@ class Detection(BackboneTask):
     """Object detection task. Its categories come from categories.json next to the shards."""
 
     kind: ClassVar[str] = "detection"
+    model: ClassVar[str] = "detector"
+    labels_file: ClassVar[str] = CATEGORIES
+    metrics: ClassVar[dict[str, str]] = {"box_ap": "box_AP", "mask_ap": "mask_AP"}
     dense: ClassVar[bool] = True
 
     head: DetectionHead = MaskRcnn()
@@ -46,7 +48,9 @@ class Detection(BackboneTask):
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         super().check(run, model)
         if self.head.masks:
-            _check_mask_library()
+            from m3i_scale.tasks.detection.detections import check_library
+
+            check_library("task.head.masks")
         if isinstance(self.head, RfDetr):
             check_last_layer(self.head.out_layers, model)
 
@@ -89,12 +93,3 @@ class Detection(BackboneTask):
             for name, layer in detector_of(objective).backbone_layers().items():
                 scales[f"heads.detection.{name}"] = self.layer_decay ** (depth - layer)
         return scales
-
-
-def _check_mask_library() -> None:
-    if importlib.util.find_spec("faster_coco_eval") is None:
-        raise ConfigError(
-            "masks of polygons are drawn by faster-coco-eval, which is not installed",
-            where="task.head.masks",
-            fix="pip install 'm3i-scale[detection]'",
-        )

@@ -1,17 +1,19 @@
-"""Pairs of detections and ground truth by image, with validation of both."""
+"""Detections and ground truth of images: validation, and matching as in COCO and LVIS."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import NotRequired
 
+from m3i_scale.data.categories import Categories
+from m3i_scale.data.instances import Instances, Rle
 from m3i_scale.errors import ConfigError, DataError
 
 Form = Literal["coco", "lvis"]
@@ -22,44 +24,9 @@ PER_IMAGE = {"coco": 100, "lvis": 300}
 """Maximum number of counted predictions per image, by score: in COCO per class, in LVIS over all classes."""
 
 
-class Rle(TypedDict):
-    """COCO mask in compressed RLE."""
-
-    size: list[int]
-    """Height and width of the image."""
-    counts: str | bytes
-
-
-class Instance(TypedDict):
-    """One ground-truth object."""
-
-    id: int
-    category: int
-    """Index into the categories."""
-    bbox: list[float]
-    """x, y, width and height in pixels."""
-    area: float
-    iscrowd: int
-    segmentation: NotRequired[list[list[float]] | Rle]
-
-
-class GroundTruth(TypedDict):
-    """Ground-truth objects of one image: the instances.json of a sample."""
-
-    image_id: int
-    width: int
-    height: int
-    annotations: list[Instance]
-    neg_category_ids: NotRequired[list[int]]
-    """LVIS: categories known to be absent. Other categories without objects were not annotated."""
-    not_exhaustive_category_ids: NotRequired[list[int]]
-    """LVIS: categories that are not exhaustively annotated."""
-
-
 class Prediction(TypedDict):
     """Detections in one image, in any order."""
 
-    image_id: int
     boxes: NDArray[np.floating]
     """x1, y1, x2, y2 in pixels of the image: (n, 4)."""
     scores: NDArray[np.floating]
@@ -68,45 +35,30 @@ class Prediction(TypedDict):
     masks: list[Rle] | None
 
 
-class Category(TypedDict):
-    """One category, at its index."""
-
-    id: int
-    name: str
-    frequency: NotRequired[Literal["r", "c", "f"]]
-    image_count: NotRequired[int]
-
-
-class Categories(TypedDict):
-    """The categories.json of shards."""
-
-    format: Form
-    categories: list[Category]
-
-
 @dataclass(frozen=True)
-class Detections:
+class DetectionSet:
     """Images of a dataset, unique and sorted by id, with their predictions."""
 
-    truths: list[GroundTruth]
+    truths: list[Instances]
     predictions: list[Prediction]
     """For the same images, sorted by score; for LVIS only the counted ones."""
     categories: Categories
     order: NDArray[np.int64]
-    """Index of each image in the original ground truth."""
+    """Index of each image in the original order."""
 
     @cached_property
     def kinds(self) -> list[Kind]:
         """Return the comparable region types: masks only if ground truth and all predictions have them."""
-        masked = all("segmentation" in one for truth in self.truths for one in truth["annotations"])
+        masked = all(mask is not None for truth in self.truths for mask in truth.segmentations)
         both = masked and all(one["masks"] is not None for one in self.predictions)
         return ["box", "mask"] if both else ["box"]
 
     @cached_property
-    def objects(self) -> list[tuple[int, Instance]]:
-        """Return all detectable objects with their image index; crowds are excluded."""
-        images = enumerate(self.truths)
-        return [(number, one) for number, truth in images for one in truth["annotations"] if not one["iscrowd"]]
+    def objects(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return image index and category of all detectable objects: (G) each; crowds are excluded."""
+        real = np.concatenate([~truth.crowds_N for truth in self.truths])
+        image_N = np.repeat(np.arange(len(self.truths), dtype=np.int64), [len(truth) for truth in self.truths])
+        return image_N[real], np.concatenate([truth.labels_N for truth in self.truths])[real]
 
 
 def check_library(where: str = "detection") -> None:
@@ -119,119 +71,120 @@ def check_library(where: str = "detection") -> None:
         )
 
 
-def pair_by_image(
-    truths: Iterable[GroundTruth], predictions: Iterable[Prediction], categories: Categories
-) -> Detections:
-    """Pair predictions with the ground truth of all images of a dataset, both in any order. Images without predictions
-    count too. Predictions of several ranks may be concatenated."""
+def sort_images(images: Iterable[tuple[Instances, Prediction]], categories: Categories) -> DetectionSet:
+    """Sort the images of a dataset by id and check that they can be evaluated; `images` may be in any order."""
     check_library()
-    truth_of: dict[int, GroundTruth] = {}
-    place_of: dict[int, int] = {}
-    for place, truth in enumerate(truths):
-        if truth["image_id"] in truth_of:
-            raise _counted_twice(truth["image_id"], "the truth")
-        truth_of[truth["image_id"]], place_of[truth["image_id"]] = truth, place
-    _check_truths(truth_of.values(), categories)
-    prediction_of: dict[int, Prediction] = {}
-    for prediction in predictions:
-        image = int(prediction["image_id"])
-        if image in prediction_of:
-            raise _counted_twice(image, "the predictions")
-        if image not in truth_of:
-            raise DataError("the image of a prediction is not one of the set", where=f"image {image}")
-        prediction_of[image] = sorted_by_score(prediction, truth_of[image], categories)
-    given = [one for one in prediction_of.values() if len(one["scores"])]
-    bare = [one["image_id"] for one in given or prediction_of.values() if one["masks"] is None]
-    if given and 0 < len(bare) < len(given):
-        raise DataError("masks are predicted of some images and not of others", where=f"image {bare[0]}")
-    if not bare:
-        _check_masks(truth_of.values())
-    nothing: Prediction = {
-        "image_id": -1,
-        "boxes": np.zeros((0, 4)),
-        "scores": np.zeros(0),
-        "labels": np.zeros(0, dtype=np.int64),
-        "masks": None if bare else [],
-    }
-    found = {one["image_id"]: one for one in given}
-    images = sorted(truth_of)
-    return Detections(
-        [truth_of[image] for image in images],
-        [found.get(image, nothing) for image in images],
-        categories,
-        np.asarray([place_of[image] for image in images], dtype=np.int64),
-    )
-
-
-def _counted_twice(image: int, what: str) -> DataError:
-    return DataError(
-        f"an image stands twice in {what}",
-        where=f"image {image}",
-        why="it would count twice, and every object that is found again would count as false",
-        fix="give every image to one rank",
-    )
-
-
-def _check_truths(truths: Iterable[GroundTruth], categories: Categories) -> None:
-    count = len(categories["categories"])
-    unbinned = [one["name"] for one in categories["categories"] if one.get("frequency") not in ("r", "c", "f")]
-    if categories["format"] == "lvis" and unbinned:
-        raise DataError(
-            "a category has no frequency, by which LVIS counts", where=unbinned[0], fix="r, c or f in categories.json"
-        )
-    real = 0
-    for truth in truths:
-        for one in truth["annotations"]:
-            if not 0 <= one["category"] < count:
-                raise DataError(
-                    f"an object has category {one['category']}, of {count}", where=f"image {truth['image_id']}"
-                )
-            real += not one["iscrowd"]
-    if not real:
+    given = list(images)
+    order = sorted(range(len(given)), key=lambda place: given[place][0].image_id)
+    truths = [given[place][0] for place in order]
+    for truth, following in pairwise(truths):
+        if truth.image_id == following.image_id:
+            raise DataError(
+                "an image is in the data twice",
+                where=f"image {truth.image_id}",
+                why="it would count twice, and every object that is found again would count as false",
+            )
+    predictions = [sorted_by_score(given[place][1], given[place][0], categories) for place in order]
+    found = DetectionSet(truths, predictions, categories, np.asarray(order, dtype=np.int64))
+    if not len(found.objects[0]):
         raise DataError(
             "no image has an object that could be found", where="the truth", why="average precision is not defined then"
         )
-
-
-def _check_masks(truths: Iterable[GroundTruth]) -> None:
-    image_of: dict[bool, int] = {}
-    for truth in truths:
-        for one in truth["annotations"]:
-            image_of.setdefault("segmentation" in one, truth["image_id"])
-    if len(image_of) == 2:
+    image_of = {mask is not None: truth.image_id for truth in truths for mask in truth.segmentations}
+    if len(image_of) == 2 and any(one["masks"] is not None for one in predictions):
         raise DataError(
             "some objects have a mask and others have none, and masks are predicted", where=f"image {image_of[False]}"
         )
+    return found
 
 
-def sorted_by_score(given: Prediction, truth: GroundTruth, categories: Categories) -> Prediction:
+def sorted_by_score(given: Prediction, truth: Instances, categories: Categories) -> Prediction:
     """Sort a prediction by score. For LVIS, select the 300 best, then drop categories that were not annotated."""
-    where = f"image {truth['image_id']}"
     boxes_D4 = np.asarray(given["boxes"], dtype=np.float64).reshape(-1, 4)
     scores_D = np.asarray(given["scores"], dtype=np.float64)
     labels_D = np.asarray(given["labels"], dtype=np.int64)
-    masks = given["masks"]
-    counts = {len(boxes_D4), *scores_D.shape, *labels_D.shape} | (set() if masks is None else {len(masks)})
-    if len(counts) > 1:
-        raise DataError(f"boxes, scores, labels and masks are of different numbers: {sorted(counts)}", where=where)
     if not (np.isfinite(boxes_D4).all() and np.isfinite(scores_D).all()):
-        raise DataError("a predicted box or score is not a finite number", where=where)
-    if len(labels_D) and not 0 <= labels_D.min() <= labels_D.max() < len(categories["categories"]):
-        raise DataError(f"a predicted label is none of the {len(categories['categories'])} categories", where=where)
-    size = [truth["height"], truth["width"]]
-    if any(list(mask["size"]) != size for mask in masks or []):
-        raise DataError(
-            f"a predicted mask has another size than the image, which is {size[0]} × {size[1]}", where=where
-        )
-    best_D = np.argsort(-scores_D, kind="stable")
-    if categories["format"] == "lvis":
+        raise DataError("a predicted box or score is not a finite number", where=f"image {truth.image_id}")
+    best_D, masks = np.argsort(-scores_D, kind="stable"), given["masks"]
+    if categories.format == "lvis":
         best_D = best_D[: PER_IMAGE["lvis"]]
-        looked_for = [*(one["category"] for one in truth["annotations"]), *truth.get("neg_category_ids", [])]
+        looked_for = [*truth.labels_N, *(truth.negative or ())]
         best_D = best_D[np.isin(labels_D[best_D], np.asarray(looked_for, dtype=np.int64))]
     return {
-        "image_id": truth["image_id"],
         "boxes": boxes_D4[best_D],
         "scores": scores_D[best_D],
         "labels": labels_D[best_D],
         "masks": None if masks is None else [masks[place] for place in best_D],
     }
+
+
+def ious(truth: Instances, prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
+    """Return the IoU of every prediction and object: (D, G); for a crowd, the fraction of the prediction inside it."""
+    from faster_coco_eval.core import mask
+
+    if not len(truth) or not len(prediction["scores"]):
+        return np.zeros((len(prediction["scores"]), len(truth)))
+    crowds = truth.crowds_N.astype(int).tolist()
+    if kind == "box":
+        boxes_D4 = prediction["boxes"]
+        sized_D4 = np.concatenate([boxes_D4[:, :2], boxes_D4[:, 2:] - boxes_D4[:, :2]], axis=1)
+        return np.asarray(mask.iou(sized_D4.tolist(), truth.boxes_N4.tolist(), crowds), dtype=np.float64)
+    return np.asarray(mask.iou(prediction["masks"], truth.segmentations, crowds), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matches between the predictions and objects of an image, for every IoU threshold."""
+
+    found_TD: NDArray[np.int64]
+    """Index of the matched object; −1: none."""
+    ignored_TD: NDArray[np.bool_]
+    """Whether a prediction is ignored: it exceeds the maximum number, is matched to a crowd, or belongs to a class that
+    is not exhaustively annotated."""
+
+
+def match(
+    truth: Instances,
+    prediction: Prediction,
+    ious_DG: NDArray[np.float64],
+    thresholds: Sequence[float] | NDArray[np.float64],
+    form: Form,
+    *,
+    by_class: bool = True,
+) -> Matches:
+    """Return the matches of an image as COCO defines them. In order of score, each prediction matches the remaining
+    object with the highest IoU, with `by_class` only of its class. `prediction` is in order of the scores, and
+    `ious_DG` a result of `ious`."""
+    labels_D, crowd_G = np.asarray(prediction["labels"], dtype=np.int64), truth.crowds_N
+    beyond_D = np.zeros(len(labels_D), dtype=bool)
+    if form == "coco":
+        beyond_D = _rank(labels_D if by_class else 0 * labels_D) >= PER_IMAGE["coco"]
+    alike_DG = (labels_D[:, None] == truth.labels_N) | (not by_class)
+    ious_DG = np.where(alike_DG & ~beyond_D[:, None], ious_DG, -1.0)
+    bars_T1 = np.minimum(np.asarray(thresholds, dtype=np.float64), 1 - 1e-10)[:, None]
+    found_TD = np.full((len(bars_T1), len(labels_D)), -1, dtype=np.int64)
+    taken_TG = np.zeros((len(bars_T1), len(truth)), dtype=bool)
+    for number in np.flatnonzero(ious_DG.max(axis=1, initial=-1.0) >= bars_T1.min()):
+        near_TG = (ious_DG[number] >= bars_T1) & ~taken_TG
+        real_TG = near_TG & ~crowd_G  # a crowd only matches predictions without another match
+        near_TG = np.where(real_TG.any(axis=1, keepdims=True), real_TG, near_TG)
+        most_T = np.where(near_TG, ious_DG[number], -2.0)[:, ::-1].argmax(axis=1)  # in a tie, the last object wins
+        best_T = len(truth) - 1 - most_T
+        hits_T = np.flatnonzero(near_TG.any(axis=1))
+        found_TD[hits_T, number] = best_T[hits_T]
+        taken_TG[hits_T, best_T[hits_T]] = ~crowd_G[best_T[hits_T]]
+    in_crowd_TD = np.append(crowd_G, False)[found_TD]
+    unsure_D = np.zeros(len(labels_D), dtype=bool)
+    if form == "lvis":
+        unsure_D = np.isin(labels_D, np.asarray(truth.not_exhaustive or (), dtype=np.int64))
+    return Matches(found_TD, beyond_D | in_crowd_TD | ((found_TD < 0) & unsure_D))
+
+
+def _rank(labels_D: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of previous entries with the same label."""
+    order_D = np.argsort(labels_D, kind="stable")
+    starts = np.flatnonzero(np.diff(labels_D[order_D], prepend=-1))
+    rank_D = np.empty_like(labels_D)
+    lengths = np.diff(starts, append=len(labels_D))
+    rank_D[order_D] = np.arange(len(labels_D)) - np.repeat(starts, lengths)
+    return rank_D

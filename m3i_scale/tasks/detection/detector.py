@@ -23,14 +23,14 @@ from transformers import (
 from m3i_scale.config import AugmentConfig
 from m3i_scale.data.batch import Collator
 from m3i_scale.data.batch import Sample as Shown
+from m3i_scale.data.instances import Rle
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.errors import ConfigError, ExportError
 from m3i_scale.evaluate.features import architectures
-from m3i_scale.evaluate.towers import has_head, load_objective
+from m3i_scale.evaluate.towers import load_objective
+from m3i_scale.evaluate.trained_model import check_filled, loading
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.output import quiet_loading
 from m3i_scale.tasks.detection.detection_heads import RfDetr
-from m3i_scale.tasks.detection.detections import Prediction, Rle, check_library
+from m3i_scale.tasks.detection.detections import Prediction
 from m3i_scale.tasks.detection.modeling_mask_rcnn import Detections, MaskRcnnForObjectDetection, paste_masks
 from m3i_scale.tasks.detection.object_detector import detect, image_sizes
 from m3i_scale.tasks.detection.rfdetr import decode_queries
@@ -63,9 +63,9 @@ class Detector:
     batch_size: int = DETECTED
     """Images per forward pass."""
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]], numbers: Sequence[int]) -> list[Prediction]:
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[Prediction]:
         """Return detections on at most `batch_size` images (3, H, W) of any size, in original coordinates and in the
-        same order. `numbers` are the ids of the images."""
+        same order."""
         augment, shown = self.augment, []
         view = ViewMaker(
             augment,
@@ -76,23 +76,22 @@ class Detector:
             mean=augment.mean,
             stretch=augment.stretch,
         )
-        for pixels_CHW, number in zip(images, numbers, strict=True):
+        for pixels_CHW in images:
             views = view(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))), 0)
-            shown.append(Shown(views, None, -1, None, 0, str(number)))
+            shown.append(Shown(views, None, -1, None, 0, ""))
         batch = Collator(None, 0)(shown).to(self.device)
         pixels_BCHW = normalize(batch.images_VBCHW[0], augment.mean, augment.std)
         found = self.detect(pixels_BCHW, image_sizes(batch), batch.sizes_B2)
         return [
-            prediction_of(one, number, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
-            for one, pixels_CHW, number in zip(found, images, numbers, strict=True)
+            prediction_of(one, (pixels_CHW.shape[1], pixels_CHW.shape[2]))
+            for one, pixels_CHW in zip(found, images, strict=True)
         ]
 
 
-def prediction_of(found: Detections, number: int, size: tuple[int, int]) -> Prediction:
+def prediction_of(found: Detections, size: tuple[int, int]) -> Prediction:
     """Return the detections of an image of `size` (height, width) in the format of the metrics."""
     boxes_N4 = found.boxes_N4.cpu()
     return {
-        "image_id": number,
         "boxes": boxes_N4.numpy(),
         "scores": found.scores_N.cpu().numpy(),
         "labels": found.labels_N.cpu().numpy(),
@@ -114,44 +113,23 @@ def compressed(masks_NMM: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> li
         whole_HW = np.zeros(size, dtype=np.uint8, order="F")
         pasted_1HW = paste_masks(mask_MM[None], inner_4[None], (bottom - top, right - left))
         whole_HW[top:bottom, left:right] = pasted_1HW[0].numpy()
-        found.append(library.encode(whole_HW))
+        counts = library.encode(whole_HW)["counts"]
+        found.append(Rle(size=list(size), counts=counts.decode("ascii")))
     return found
 
 
-def detector_of(folder: Path, measures: tuple[str, ...] | None) -> Callable[[Path, torch.device, int], Detector] | None:
-    """Return the function that loads the detector; None if another metric is requested. `measures=None` means all."""
-    own = not _KINDS.keys().isdisjoint(architectures(folder))
-    if own and measures not in (None, (DETECTOR,)):
-        raise ConfigError("the folder holds a detector", where=str(folder), fix=f"--measure {DETECTOR}")
-    if not own and (measures is None or DETECTOR not in measures):
-        return None
-    if measures is not None and len(measures) > 1:
-        raise ConfigError("a detector is measured alone", where="--measure", fix=f"--measure {DETECTOR}")
-    if not own and not has_head(folder, "detection"):
-        raise ConfigError(
-            "the folder holds no detector",
-            where=str(folder),
-            fix="m3i-scale export of a run with `task: detection`",
-        )
-    check_library()
-    return load_detector if own else head_of_features
+def is_detector(folder: Path) -> bool:
+    """Return whether the folder contains a stock detector that can be evaluated."""
+    return not _KINDS.keys().isdisjoint(architectures(folder))
 
 
 def load_detector(folder: Path, device: torch.device, batch_size: int) -> Detector:
     """Load a Mask R-CNN or RF-DETR in fp32. For Mask R-CNN, run the code of this package, not code in the folder."""
     kind, of_images = next(_KINDS[name] for name in architectures(folder) if name in _KINDS)
-    try:
-        with quiet_loading(folder):
-            model, info = kind.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
-            )
-            processor = of_images.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"the detector does not load: {first_line}", where=str(folder)) from None
-    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
-    if faulty:
-        raise ExportError(f"{len(faulty)} tensors do not fill the detector, e.g. {faulty[0]}", where=str(folder))
+    with loading(folder, DETECTOR):
+        model, info = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
+        processor = of_images.from_pretrained(folder, local_files_only=True)
+    check_filled(info, folder, DETECTOR)
     queried = kind is not MaskRcnnForObjectDetection
     augment = AugmentConfig(mean=tuple(processor.image_mean), std=tuple(processor.image_std), stretch=queried)
     shape, names = model.config.backbone_config, model.config.id2label

@@ -21,17 +21,26 @@ from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import Clusters, clusters_of
 from m3i_scale.evaluate.overlays import Overlays
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
-from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions
+from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.tasks.segmentation.pixel_heads import overlaps
-from m3i_scale.tasks.segmentation.segmenter import SEGMENTER, WINDOWS, Segmenter, segmenter_of, stride_of
+from m3i_scale.tasks.segmentation.segmenter import (
+    SEGMENTER,
+    WINDOWS,
+    Segmenter,
+    head_of_features,
+    is_segmenter,
+    load_segmenter,
+    stride_of,
+)
 
 MAX_ASPECT = 20
 """Images with a larger aspect ratio are skipped: memory must hold logits of every class for that many windows."""
 
 
 def find_model(folder: Path, measures: tuple[str, ...] | None) -> Evaluation | None:
-    """Return the function that evaluates the segmenter; arguments as for `segmenter_of`."""
-    load = segmenter_of(folder, measures)
+    """Return the function that evaluates the segmenter; see `find_loader`."""
+    stock = load_segmenter if is_segmenter(folder) else None
+    load = find_loader(folder, measures, SEGMENTER, "segmentation", stock, head_of_features)
     return None if load is None else partial(evaluate_segmenter, load)
 
 
@@ -56,7 +65,7 @@ def evaluate_segmenter(
         warnings.append(f"{without} images of the test data have no mask, and count for nothing")
     model = {"type": segmenter.model_type, "image_size": segmenter.size}
     return document_of(options.folder, model, describe(table, options.data), clusters) | {
-        "measures": {SEGMENTER: measure_segmenter(counts_M3K, clusters, segmenter.classes, segmenter.size)},
+        "measures": {SEGMENTER: segmenter_metrics(counts_M3K, clusters, segmenter.classes, segmenter.size)},
         "not_measured": {},
         "warnings": warnings,
     }
@@ -125,7 +134,7 @@ def count_overlaps(
     return np.asarray(counts, dtype=np.int64).reshape(shape), np.asarray(masked, dtype=np.int64)
 
 
-def measure_segmenter(
+def segmenter_metrics(
     counts_M3K: NDArray[np.int64], clusters: Clusters, classes: list[str], size: int
 ) -> dict[str, Any]:
     """Return mIoU over the classes in ground truth or prediction, with its interval over clusters of images, and IoU

@@ -47,8 +47,7 @@ class Segmentation(FullImageTarget):
         return _MeanIou()
 
     def export(self, source: Source) -> ExportedModule:
-        from m3i_scale.tasks.segmentation.export_eomt import eomt_part
-        from m3i_scale.tasks.segmentation.export_upernet import upernet_part
+        from m3i_scale.tasks.segmentation.export_segmenter import eomt_part, upernet_part
 
         if isinstance(self.head, EomtSegmentation):
             return eomt_part(source, self.head, self.name)

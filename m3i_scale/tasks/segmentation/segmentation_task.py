@@ -21,6 +21,9 @@ class Segmentation(BackboneTask):
     """Semantic segmentation task. Its classes come from mask_labels.json next to the shards."""
 
     kind: ClassVar[str] = "segmentation"
+    model: ClassVar[str] = "segmenter"
+    labels_file: ClassVar[str] = MASK_LABELS
+    metrics: ClassVar[dict[str, str]] = {"miou": "mIoU"}
     dense: ClassVar[bool] = True
     reads_masks: ClassVar[bool] = True
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
-from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.errors import ExportError
 from m3i_scale.evaluate.features import architectures
-from m3i_scale.evaluate.towers import has_head, load_objective
+from m3i_scale.evaluate.towers import load_objective
+from m3i_scale.evaluate.trained_model import check_filled, loading
 from m3i_scale.objective.inputs import normalize
-from m3i_scale.output import quiet_loading
 from m3i_scale.tasks.segmentation.mask_queries import class_scores
 from m3i_scale.tasks.segmentation.pixel_heads import resized, segment
 
@@ -98,27 +98,6 @@ def starts(length: int, size: int) -> list[int]:
     return [min(number * stride, length - size) for number in range(math.ceil((length - size) / stride) + 1)]
 
 
-def segmenter_of(
-    folder: Path, measures: tuple[str, ...] | None
-) -> Callable[[Path, torch.device, int], Segmenter] | None:
-    """Return the function that loads the segmenter; None if another metric is requested. `measures=None` means all."""
-    if is_segmenter(folder):
-        if measures not in (None, (SEGMENTER,)):
-            raise ConfigError("the folder holds a segmenter", where=str(folder), fix=f"--measure {SEGMENTER}")
-        return load_segmenter
-    if measures is None or SEGMENTER not in measures:
-        return None
-    if len(measures) > 1:
-        raise ConfigError("a segmenter is measured alone", where="--measure", fix=f"--measure {SEGMENTER}")
-    if not has_head(folder, "segmentation"):
-        raise ConfigError(
-            "the folder holds no segmenter",
-            where=str(folder),
-            fix="m3i-scale export of a run with `task: segmentation`",
-        )
-    return head_of_features
-
-
 def is_segmenter(folder: Path) -> bool:
     """Return whether the folder contains a semantic segmenter."""
     return any(name == EOMT or name.endswith("ForSemanticSegmentation") for name in architectures(folder))
@@ -128,19 +107,13 @@ def load_segmenter(folder: Path, device: torch.device, batch_size: int) -> Segme
     """Load a standard segmenter with square inputs from any Hub folder, in fp32."""
     queries = EOMT in architectures(folder)
     auto = AutoModelForUniversalSegmentation if queries else AutoModelForSemanticSegmentation
-    try:
-        with quiet_loading(folder):
-            model, info = auto.from_pretrained(
-                folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
-            )
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with loading(folder, SEGMENTER):
+        model, info = auto.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         size = dict(getattr(processor, "size", None) or {})
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"the segmenter does not load: {first_line}", where=str(folder)) from None
-    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
-    if faulty:
-        raise ExportError(f"{len(faulty)} tensors do not fill the segmenter, e.g. {faulty[0]}", where=str(folder))
+    check_filled(info, folder, SEGMENTER)
     if queries:  # its processor splits the image into squares along the longer side
         size = dict.fromkeys(("height", "width"), size.get("shortest_edge"))
     side = size.get("height")

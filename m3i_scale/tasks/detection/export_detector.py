@@ -1,24 +1,29 @@
-"""Conversion of a plain Transformer and its Mask R-CNN to a model that is exported with its source files."""
+"""Conversion of a backbone and its detection head: Mask R-CNN with its source files, or the standard RF-DETR."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import RfDetrDinov2Config
 
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.internimage import InternImageConfig
 from m3i_scale.errors import ExportError
+from m3i_scale.export.joint import backbone_part
 from m3i_scale.export.source import Source
-from m3i_scale.export.tensors import VISION, ExportedModule, copied, empty, label_maps
+from m3i_scale.export.tensors import VISION, ExportedModule, TensorSource, copied, empty, label_maps
 from m3i_scale.objective.information import Objective
 from m3i_scale.tasks.detection.configuration_mask_rcnn import HeadFields, MaskRcnnConfig
-from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.tasks.detection.modeling_mask_rcnn import MaskRcnnForObjectDetection, joined
-from m3i_scale.tasks.detection.object_detector import detect
+from m3i_scale.tasks.detection.object_detector import detect, detector_of
+from m3i_scale.tasks.detection.rfdetr import RfDetrDetector, read_layers
+from m3i_scale.tasks.detection.rfdetr_queries import BACKBONE, stock_class, stock_config
 from m3i_scale.tasks.detection.windows import default_windows, windowed_layers
 
 SOURCE_FILES = tuple(Path(__file__).with_name(f"{stem}_mask_rcnn.py") for stem in ("configuration", "modeling"))
@@ -27,6 +32,10 @@ AUTO_MAP = {
     "AutoConfig": f"{SOURCE_FILES[0].stem}.{MaskRcnnConfig.__name__}",
     "AutoModelForObjectDetection": f"{SOURCE_FILES[1].stem}.{MaskRcnnForObjectDetection.__name__}",
 }
+_DINOV2_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("image_size", "patch_size", "num_channels", "qkv_bias", "use_swiglu_ffn", "use_mask_token"),
+)
 
 
 def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> ExportedModule:
@@ -62,13 +71,53 @@ def mask_rcnn_part(source: Source, spec: DetectionHead, target: str) -> Exported
         also=("labels", "boxes", *(["masks"] if spec.masks else [])),
         files=SOURCE_FILES,
         resize="padded",
-        trained=_trained,
+        trained=_trained_mask_rcnn,
     )
 
 
-def _trained(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+def _trained_mask_rcnn(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
     sizes_B2 = torch.tensor([pixels_BCHW.shape[2:]] * len(pixels_BCHW), device=pixels_BCHW.device)
     return joined(detect(objective, pixels_BCHW, sizes_B2, sizes_B2))
+
+
+def rfdetr_part(source: Source, spec: RfDetr, target: str) -> ExportedModule:
+    """Return backbone and queries as `RfDetrForInstanceSegmentation`, or `RfDetrForObjectDetection` without masks. A
+    ViT is converted to a DINOv2 with layer scales of 1. `target` is the name of the head's target."""
+    if not source.run.data.augment.stretch:
+        raise ExportError(
+            "no stock image processor of RF-DETR shows images as they were shown",
+            where="data.augment.stretch: false",
+            why="it resizes them to the square; without `stretch` they keep their shape, and the rest is filled up",
+            fix="--task features: heads/ holds the head",
+        )
+    (names,) = source.label_sets.values()
+    backbone = backbone_part(source)
+    config = backbone.model.config
+    shape = RfDetrDinov2Config(
+        **{key: getattr(config, key) for key in _DINOV2_FIELDS},
+        num_windows=spec.windows,
+        out_indices=list(read_layers(spec, config.num_hidden_layers)),
+    )
+    stock = stock_config(spec, shape, len(names))
+    stock.update(label_maps(names))
+    stock.score_above, stock.detections = spec.score_above, spec.detections  # read by `evaluate`
+    model, before = empty(lambda: stock_class(spec)(stock)), ("model.model." if spec.masks else "model.") + BACKBONE
+    tensors = {
+        name: backbone.tensors[name.removeprefix(before)]
+        if name.startswith(before)
+        else TensorSource((f"heads.{target}.queries.model.{name}",))
+        for name in model.state_dict()
+    }
+    auto = "AutoModelForInstanceSegmentation" if spec.masks else "AutoModelForObjectDetection"
+    also = ("pred_boxes", *(["pred_masks"] if spec.masks else []))
+    return ExportedModule(
+        "detector", model, tensors, auto=auto, output="logits", also=also, resize="stretched", trained=_trained_rfdetr
+    )
+
+
+def _trained_rfdetr(objective: Objective, pixels_BCHW: Tensor) -> Mapping[str, Tensor]:
+    detector = cast(RfDetrDetector, detector_of(objective))
+    return detector.predict(detector.encode(objective.student, pixels_BCHW))[0]
 
 
 def _no_class(why: str) -> ExportError:
