@@ -84,8 +84,7 @@ def show_recipe(
 ) -> None:
     """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
     from m3i_scale.objective.describe import describe
-    from m3i_scale.report.recipe_graph import graph_of, read_recipe
-    from m3i_scale.report.recipe_mermaid import write_mermaid
+    from m3i_scale.report.recipe_graph import graph_of, read_recipe, write_mermaid
     from m3i_scale.report.recipe_table import RecipeTable
 
     recipe = read_recipe(name)

@@ -5,26 +5,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import time
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from m3i_scale import __version__
-from m3i_scale.errors import ConfigError
-from m3i_scale.report.about import differing_settings
+from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.report.about import differing_settings, facts_of, figures_of, progress_of
 from m3i_scale.report.albums import albums_of
 from m3i_scale.report.charts import CHARTS, evaluation_charts
 from m3i_scale.report.curves import MOST_POINTS, filled_charts
 from m3i_scale.report.html_file import TEMPLATES, check_page, rendered, write_page
-from m3i_scale.report.marks import KINDS
+from m3i_scale.report.marks import KINDS, marks_of
 from m3i_scale.report.results import documents_of_files, documents_of_run
 from m3i_scale.report.run_files import RunFiles, read_run
-from m3i_scale.report.sections import sections_of
+from m3i_scale.report.run_folder import Quarantined, attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
+from m3i_scale.text import redact, redact_text, size_text
 
 HEADINGS = {
     "overview": "Overview",
@@ -40,6 +43,8 @@ HEADINGS = {
 """Headings of the tabs of a page."""
 _MARK_LETTERS = 80
 """Maximum length of an event in the tooltip; the table of events has the full text."""
+_MOST_SAMPLES = 24
+"""Maximum number of thumbnails of corrupt samples."""
 _MOST_BYTES = 9_300_000
 """Maximum bytes of plotly.js, curves and pictures; everything else included, a page has less than 10 MB."""
 
@@ -154,3 +159,69 @@ def script_safe(value: Any) -> Markup:
 def _allowed(script: str) -> str:
     """Return the hash of an allowed script for the page's content security policy, which blocks all others."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
+    """Return the template values of one run, except its curves. An unreadable file is only listed as an error."""
+    faults = Faults()
+    checkpoints = faults.note(checkpoints_of, run) or {"checkpoints": []}
+    quarantine = faults.note(quarantine_of, run.folder) or {}
+    attempts = faults.note(attempts_of, run.folder) or []
+    failure = faults.note(failure_of, run.folder)
+    progress = progress_of(run)
+    fault_texts = [f"{error.what} ({error.where})" for error in faults.found]
+    if run.settings_fault is not None:
+        fault_texts.append(f"run.yaml: {run.settings_fault}")
+    if run.unreadable:
+        fault_texts.append(f"{run.unreadable:,} lines of metrics.jsonl could not be read")
+    return {
+        "name": name,
+        "progress": progress,
+        "figures": figures_of(run, progress),
+        "facts": facts_of(run, progress, sorted({sign.host for sign in ranks_of(run.folder)})),
+        "marks": marks_of(run, attempts, failure),
+        "faults": [redact_text(text) for text in fault_texts],
+        "sources": _sources(run),
+        "quarantine": {redact_text(reason): of_reason.count for reason, of_reason in quarantine.items()},
+        "samples": _samples(quarantine),
+        "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],
+        "settings": yaml.safe_dump(redact(run.settings, names=True), sort_keys=False, allow_unicode=True)
+        if run.settings
+        else "",
+    }
+
+
+def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
+    kept_by = "; ".join(row["kept_by"]) or "nothing: goes at the next save"
+    return {
+        "name": row["name"] + (" (latest)" if row["latest"] else ""),
+        "samples": "?" if row["samples"] is None else f"{row['samples']:,}",
+        "size": size_text(row["bytes"]),
+        "whole": "yes" if row["good"] else "no",
+        "kept_by": kept_by,
+    }
+
+
+def _samples(quarantine: dict[str, Quarantined]) -> list[dict[str, str | None]]:
+    """Return some samples of every reason, with thumbnails if they can be decoded."""
+    if not quarantine:
+        return []
+    # imports torch, which takes seconds
+    from m3i_scale.report.bad_samples import sample_rows
+
+    each = max(1, min(4, _MOST_SAMPLES // len(quarantine)))
+    entries = [entry for of_reason in quarantine.values() for entry in of_reason.examples[:each]]
+    return sample_rows(entries[:_MOST_SAMPLES])
+
+
+def _sources(run: RunFiles) -> list[dict[str, str]]:
+    """Return the newest actual fraction, target fraction and epochs of every dataset, as texts."""
+    forms = {"share": "{:.1%}", "asked": "{:.1%}", "epoch": "{:.3g}"}
+    sources = []
+    for figure in run.figures:
+        if figure.startswith("dataset/") and figure.endswith("/share"):
+            source = figure.removesuffix("/share")
+            values = {key: run.figures.get(f"{source}/{key}", [math.nan])[-1] for key in forms}
+            texts = {key: form.format(values[key]) for key, form in forms.items()}
+            sources.append({"name": source.removeprefix("dataset/"), **texts})
+    return sources

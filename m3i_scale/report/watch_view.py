@@ -9,16 +9,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+import plotext
+from numpy.typing import NDArray
 from rich.cells import set_cell_size
 from rich.text import Text
 
+from m3i_scale.report.curves import downsample
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.report.run_folder import AttemptNote, FailureNote, Quarantined, RankSign
-from m3i_scale.report.terminal_chart import curve
-from m3i_scale.text import duration_text, filled, listed
+from m3i_scale.text import duration_text, filled, listed, printable
 
 _LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12
 """Size of a chart, including its title."""
@@ -32,6 +35,8 @@ _FIGURES = {
     "memory_gib": ("memory", "{:.2f} GiB"),
 }
 _WITHOUT_CURVE = ("lr", "memory_gib")
+_LARGEST = 1e300
+"""For larger values, differences computed by plotext would overflow."""
 
 
 def is_shown(figure: str) -> bool:
@@ -65,7 +70,7 @@ def render_lines(watched: RunSnapshot, width: int, height: int | None) -> list[T
 
 def _head(watched: RunSnapshot, width: int) -> Iterator[Text]:
     run = watched.run
-    yield Text(_clean(f"{run.name}  {run.folder}"), "bold")
+    yield Text(printable(f"{run.name}  {run.folder}"), "bold")
     share = 0.0
     words = f"step {run.step:,}"
     if run.total_steps:
@@ -113,7 +118,7 @@ def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
             known = run.figures.get(name, np.empty(0))
             known = known[np.isfinite(known)]
             if len(known):
-                yield name, _clean(f"{group} {unit}"), f"{known[-1]:.4g}"
+                yield name, printable(f"{group} {unit}"), f"{known[-1]:.4g}"
                 break
 
 
@@ -154,7 +159,7 @@ def _step_times(run: RunFiles, width: int, height: int) -> list[Text]:
     lines = [_title("time of a step", width)]
     for name, share in ((name, seconds[name] / total) for name in seconds if name in largest):
         bar = _bar(share, max(0, width - 16))
-        lines.append(Text(set_cell_size(f"{_clean(name)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
+        lines.append(Text(set_cell_size(f"{printable(name)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
     return [*lines, *(Text(" " * width) for _ in range(height - len(lines)))]
 
 
@@ -197,7 +202,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _wrapped(text: str, width: int, style: str) -> Iterator[Text]:
-    lines = textwrap.wrap(_clean(text), max(width, 10), max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(printable(text), max(width, 10), max_lines=3, placeholder=" …")
     yield from (Text(line, style) for line in lines)
 
 
@@ -210,6 +215,21 @@ def _bar(share: float, width: int) -> str:
     return "━" * done + "─" * (width - done)
 
 
-def _clean(text: str) -> str:
-    """Return text from a file without control characters."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int, form: str = "{:.4g}") -> list[str]:
+    """Return the lines of a chart, each of `width` letters. x (increasing) and y have shape N; non-finite y are
+    dropped. `form` is the format of the minimum and maximum labels."""
+    x, y = downsample(x, y, 4 * width)  # a braille letter is two dots wide; a spike needs its highest and lowest point
+    y = y.clip(-_LARGEST, _LARGEST)
+    figure = plotext.figure
+    plotext.terminal.limit(False, False)
+    figure.clear()
+    figure.plot_size(width, height)
+    figure.axes(False, axis="x", side="upper")
+    figure.axes(False, axis="y", side="right")
+    if len(x):
+        ends = sorted({int(x[0]), int(x[-1])})
+        figure.ruler("x", "lower").ticks(ends, [f"{step:,}" for step in ends])
+        extremes = sorted({float(y.min()), float(y.max())})
+        figure.ruler("y", "left").ticks(extremes, [form.format(value) for value in extremes])
+        figure.draw(figure.signal(x.tolist(), y.tolist(), marker="braille").lines(True))
+    return [line.ljust(width)[:width] for line in figure.build().string(colorless=True).split("\n")[:height]]

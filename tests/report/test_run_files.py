@@ -15,7 +15,7 @@ from run_folder import write_run
 
 from m3i_scale.errors import CheckpointError, ConfigError, UserError
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.report.downsample import downsample
+from m3i_scale.report.curves import downsample
 from m3i_scale.report.run_files import RunReader, read_run
 from m3i_scale.report.run_folder import attempts_of, checkpoints_of, failure_of, quarantine_of, ranks_of
 
