@@ -104,7 +104,7 @@ def evaluate(
         vision,
         test_table.classes,
         wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
-        wants_classifier=pictures is not None or "classifier" in measures,
+        wants_classifier="classifier" in measures,
     )
     encoders = _encoders(vision, classifier, towers, baseline)
     dense = vision.with_patches if "dense" in measures and train_table is not None else None

@@ -21,7 +21,6 @@ from m3i_scale.evaluate.features import load_vision, patch_tokens
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.attention import Attention, attention, attention_of
 from m3i_scale.evaluate.pictures.collect import other_view
-from m3i_scale.evaluate.pictures.confusion import chosen_classes, confusion, row_shares
 from m3i_scale.evaluate.pictures.dense import brightness, cosines, dense_pca, pca_colours, similarity
 from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over
 from m3i_scale.evaluate.pictures.ranked import best_of
@@ -181,25 +180,6 @@ def test_the_right_one_is_shown_even_when_it_comes_late():
     scores = np.array([[0.9, 0.8, 0.7, 0.1, 0.2]])
     found = best_of(scores, [np.array([False, False, False, True, True])], count=2)[0]
     assert [(one.number, one.rank, one.right) for one in found] == [(0, 0, False), (1, 1, False), (4, 3, True)]
-
-
-def test_confusion_counts_shares_of_rows():
-    truth, predicted = ["a", "a", "a", "a", "b", "b"], ["a", "b", "b", "z", "b", "b"]
-    classes = chosen_classes(truth, predicted)
-    assert classes == ["a", "b"]
-    shares_KP, counts_K = row_shares(truth, predicted, classes)
-    np.testing.assert_allclose(shares_KP, [[0.25, 0.5, 0.25], [0, 1, 0]])
-    assert counts_K.tolist() == [4, 2]
-    picture = confusion(truth, predicted, "a head")
-    assert "50% of 6 samples" in picture.title
-    assert "a as b 50%" in picture.alt
-
-
-def test_of_many_classes_the_most_confused_are_drawn():
-    truth = [f"class {number:02d}" for number in range(30)] * 3
-    predicted = [*truth[:60], *truth[60:]]
-    predicted[7], predicted[37], predicted[29] = "class 21", "class 21", "class 02"
-    assert chosen_classes(truth, predicted, most=4) == ["class 02", "class 07", "class 21", "class 29"]
 
 
 def test_a_grid_has_its_cells_where_they_belong():

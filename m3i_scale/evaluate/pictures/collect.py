@@ -19,10 +19,8 @@ from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.overlays import write_error
 from m3i_scale.evaluate.pictures.attention import attention, attention_of
-from m3i_scale.evaluate.pictures.confusion import confusion
 from m3i_scale.evaluate.pictures.dense import dense_pca, side_of, similarity
 from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell
-from m3i_scale.evaluate.pictures.predictions import predictions_of
 from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
 from m3i_scale.evaluate.retrieval import distinct_captions
 from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
@@ -116,7 +114,6 @@ class EvaluationPictures:
             "neighbours": self._neighbours,
             "text_to_image": self._text_to_image,
             "image_to_text": self._image_to_text,
-            "confusion": self._confusion,
         }.items():
             try:
                 pictures.append(draw())
@@ -212,10 +209,6 @@ class EvaluationPictures:
             best_of(scores_QU, right),
             lambda number: Cell(text_cell(captions[number])),
         )
-
-    def _confusion(self) -> Picture:
-        predictions = predictions_of(self._job)
-        return confusion(predictions.truth, predictions.predicted, predictions.by)
 
 
 def _stacked(images: Sequence[Image.Image]) -> Tensor:
