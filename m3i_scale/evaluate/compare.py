@@ -12,13 +12,14 @@ import torch
 
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.errors import ConfigError, DataError, error_prefix
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.commands import check_options, device_of
 from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
 from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
 from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
-from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
+from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.pictures.collect import EvaluationPictures
 from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards

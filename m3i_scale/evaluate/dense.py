@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from m3i_scale.defaults import NO_CLASS
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.intervals import Clusters, Statistic
 
 PATCHES_PER_IMAGE = 16
@@ -64,9 +65,10 @@ class PatchCollector:
         """Sample patches of a batch whose first image has index `first` in the table. `masks` are (S, S), None for
         images without a mask. `images_BCHW` is only needed for the pixel baseline. Tokens that do not form a square
         grid are ignored."""
-        side = math.isqrt(tokens_BLD.shape[1])
-        if side * side != tokens_BLD.shape[1]:
-            self.fault = f"the model has {tokens_BLD.shape[1]} patches, which are no square grid"
+        try:
+            side = grid_side(tokens_BLD.shape[1])
+        except NotMeasuredError as reason:
+            self.fault = str(reason)
             return
         tokens = {"model": tokens_BLD}
         if images_BCHW is not None:
@@ -108,6 +110,14 @@ class PatchCollector:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])
             whole = {name: rows[kept] for name, rows in whole.items()}
         self._parts, self._held = [whole], len(whole["labels"])
+
+
+def grid_side(patches: int) -> int:
+    """Return the number of patches along a side of a square grid."""
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise NotMeasuredError(f"the model has {patches} patches, which are no square grid")
+    return side
 
 
 def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, measure_classifier
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
 from m3i_scale.evaluate.features import Encoder, VisionModel, extract
 from m3i_scale.evaluate.intervals import Clusters
-from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
+from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.towers import Towers
 

@@ -17,8 +17,8 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import load_vision, patch_tokens
-from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.attention import Attention, attention, attention_of
 from m3i_scale.evaluate.pictures.collect import other_view
 from m3i_scale.evaluate.pictures.dense import brightness, cosines, dense_pca, pca_colours, similarity

@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.dense import grid_side
 from m3i_scale.evaluate.features import patch_tokens, unit_rows
 from m3i_scale.evaluate.job import Job
-from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.overlays import write_error
 from m3i_scale.evaluate.pictures.attention import attention, attention_of
-from m3i_scale.evaluate.pictures.dense import dense_pca, side_of, similarity
+from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell
 from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
 from m3i_scale.evaluate.retrieval import distinct_captions
@@ -155,7 +156,7 @@ class EvaluationPictures:
 
     def _similarity(self) -> Picture:
         tokens_NLD = self.patch_features
-        side = side_of(tokens_NLD.shape[1])
+        side = grid_side(tokens_NLD.shape[1])
         others, patches, same = zip(*(other_view(image, side) for image in self.images), strict=True)
         other_tokens_NLD = self._tokens(self._encode(others))
         return similarity(self.images, self.names, tokens_NLD, others, other_tokens_NLD, patches, same)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.dense import grid_side
 from m3i_scale.evaluate.pictures.draw import Cell, framed, grid, heat_over
 from m3i_scale.host.picture_files import Picture
 
@@ -20,14 +20,6 @@ _LARGE = 288
 """Minimum size in pixels of an image with a framed patch."""
 _TAILS = (1.0, 99.0)
 """Percentiles of a component for minimum and maximum brightness: outliers would leave no contrast."""
-
-
-def side_of(patches: int) -> int:
-    """Return the number of patches along a side."""
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise NotMeasuredError(f"the model has {patches} patches, which are no square grid")
-    return side
 
 
 def check_finite(values: NDArray[np.float64]) -> None:
@@ -105,7 +97,7 @@ def dense_pca_side_by_side(
 def _pca_maps(images: Sequence[Image.Image], tokens_NLD: NDArray[np.float64]) -> tuple[list[Image.Image], float]:
     """Return a picture of every image's patches in the colors of their components, and the fraction of the variance."""
     check_finite(tokens_NLD)
-    side = side_of(tokens_NLD.shape[1])
+    side = grid_side(tokens_NLD.shape[1])
     colours_NL3, share = pca_colours(tokens_NLD, brightness(images, side))
     sharp = (side * _SHARP, side * _SHARP)
     patches = [Image.fromarray(colours_L3.reshape(side, side, 3)) for colours_L3 in colours_NL3]
@@ -135,7 +127,7 @@ def similarity(
     the other view.
     """
     check_finite(np.stack([tokens_NLD, other_tokens_NLD]))
-    side = side_of(tokens_NLD.shape[1])
+    side = grid_side(tokens_NLD.shape[1])
     marked_ND = tokens_NLD[np.arange(len(images)), np.asarray(patches_N)]
     here_NL, there_NL = cosines(marked_ND, tokens_NLD), cosines(marked_ND, other_tokens_NLD)
     rows = []
