@@ -10,7 +10,6 @@ import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
 from m3i_scale.evaluate.classifier import Classifier, trained_heads
-from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import clusters_of
 from m3i_scale.evaluate.job import IMAGES, MEASURES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
@@ -126,15 +125,7 @@ def evaluate(
             why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
             fix="give --train-data with labels (masks for the dense probe), or an export with a text target",
         )
-    model = {
-        "type": vision.model.config.model_type,
-        "image_size": vision.size,
-        "pool": vision.pool,
-        "feature_width": int(test.features["model"].shape[1]),
-    }
-    fitted_on = None if train is None or train_data is None else describe(train.table, train_data)
-    result = document_of(folder, model, describe(test.table, data), job.clusters, fitted_on)
-    result |= {"measures": figures, "not_measured": absent}
+    result = job.document(folder, data, train_data) | {"measures": figures, "not_measured": absent}
     if pictures is not None:
         result["pictures"] = draw_pictures(job, pictures, picture_samples)
     if baseline == "pixels":
@@ -148,7 +139,7 @@ def evaluate(
             "not_measured": why_not,
             "advantage_of_model": advantage,
         }
-    result["warnings"] = warnings_of(result, job.clusters, job.test, job.train)
+    result["warnings"] = job.warnings(figures, result.get("baseline", {}).get("measures", {}))
     return result
 
 

@@ -15,7 +15,6 @@ from m3i_scale.errors import ConfigError, DataError, error_prefix
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.commands import check_options, device_of
-from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
 from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
 from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
@@ -108,7 +107,8 @@ def compare(
                 pictures[one.name] = {"title": picture.title, "alt": picture.alt, "jpeg": jpeg(picture.image)}
             except NotMeasuredError as reason:
                 found["not_shown"] = str(reason)
-        facts = {role: _describe(model, jobs[role], one) for role, model in models.items()}
+        shards = f"{one.folder}/val", f"{one.folder}/train"
+        facts = {role: jobs[role].document(model.folder, *shards) for role, model in models.items()}
         if not document:
             document |= {role: of_model.pop("model") for role, of_model in facts.items()}
             document |= {key: facts[BEFORE][key] for key in ("level", "bootstrap")} | {"sets": {}}
@@ -194,18 +194,6 @@ def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
         side.no_patches = "no image with patches that have a class for both models"
 
 
-def _describe(model: _Model, job: Job, one: _Set) -> dict[str, Any]:
-    of_model = {
-        "type": model.vision.model.config.model_type,
-        "image_size": model.vision.size,
-        "pool": model.vision.pool,
-        "feature_width": int(job.test.features["model"].shape[1]),
-    }
-    fitted_on = None if job.train is None else describe(job.train.table, f"{one.folder}/train")
-    tested_on = describe(job.test.table, f"{one.folder}/val")
-    return document_of(model.folder, of_model, tested_on, job.clusters, fitted_on)
-
-
 def _measure(
     asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job], progress: Progress | None
 ) -> dict[str, Any]:
@@ -216,7 +204,7 @@ def _measure(
     for role, job in jobs.items():
         tell = None if progress is None else partial(_tell, progress, role)
         figures, absent, statistics[role] = measure_all(names, "model", job, tell)
-        warnings[role] = warnings_of({"measures": figures}, job.clusters, job.test, job.train)
+        warnings[role] = job.warnings(figures)
         for name, reason in absent.items():
             reasons.setdefault(name, {})[role] = reason
     measures = {}

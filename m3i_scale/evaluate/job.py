@@ -1,20 +1,24 @@
-"""Inputs of an evaluation, read in one pass over the samples, and computation of its metrics."""
+"""Inputs of an evaluation, read in one pass over the samples, its metrics, and its JSON-serializable document."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate import measures as measure
 from m3i_scale.evaluate.classifier import Classifier, measure_classifier
 from m3i_scale.evaluate.dense import FIT_PATCHES, PatchCollector, PatchEncoder
 from m3i_scale.evaluate.features import Encoder, VisionModel, extract
-from m3i_scale.evaluate.intervals import Clusters
+from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters
 from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.samples import Table
 from m3i_scale.evaluate.towers import Towers
+from m3i_scale.files import read_json
 
 PROBES = {"knn": measure.measure_knn, "linear": measure.measure_linear, "dense": measure.measure_dense}
 """Metrics that need training data."""
@@ -71,6 +75,39 @@ class Job:
     no_classifier: str | None
     templates: tuple[str, ...]
 
+    def document(self, folder: Path, data: str, train_data: str | None) -> dict[str, Any]:
+        """Return the document of `evaluate` for the model in `folder`, still without metrics. `data` and `train_data`
+        are the shards."""
+        model = {
+            "type": self.vision.model.config.model_type,
+            "image_size": self.vision.size,
+            "pool": self.vision.pool,
+            "feature_width": int(self.test.features["model"].shape[1]),
+        }
+        document = document_of(folder, model, self.test.table, data, self.clusters)
+        if self.train is not None and train_data is not None:
+            document["train_data"] = _describe(self.train.table, train_data)
+        return document
+
+    def warnings(self, *measures: dict[str, Any]) -> list[str]:
+        """Return warnings for readers of the metrics. Moves the notes of probes out of `measures`."""
+        warnings = [self.clusters.warning] if self.clusters.warning else []
+        for block in measures:
+            warnings += [note for figures in block.values() for note in figures.pop("notes", [])]
+        for side, split in ((self.test, "test"), (self.train, "training")):
+            for reason, count in side.table.bad_masks.items() if side is not None else ():
+                warnings.append(f"{count} masks of the {split} data cannot be used: {reason}")
+        if self.train is not None:
+            for name in ("family", "concept"):
+                fitted, asked = (set(side.table.column(name) or []) for side in (self.train, self.test))
+                if shared := fitted & asked:
+                    warnings.append(
+                        f"{len(shared)} of {len(asked)} test values of `{name}` are in the training data too:"
+                        " probes see the same things again"
+                    )
+                    break
+        return list(dict.fromkeys(warnings))
+
 
 def measure_all(
     names: tuple[str, ...], encoder: str, job: Job, progress: Progress | None = None
@@ -108,3 +145,34 @@ def _with_text(name: str, job: Job) -> tuple[dict[str, Any], Statistics]:
     if name == "zero_shot":
         return measure.measure_zero_shot(images_NE, job.towers.texts, job.templates, job.test, job.clusters)
     return measure.measure_retrieval(images_NE, job.towers.texts, job.test, job.clusters)
+
+
+def document_of(folder: Path, model: dict[str, Any], table: Table, shards: str, clusters: Clusters) -> dict[str, Any]:
+    """Return the document of `evaluate`, still without metrics, for a table that is already filled."""
+    return {
+        "model": {"name": folder.resolve().name, "path": str(folder), **model, "export": _exported_from(folder)},
+        "data": _describe(table, shards) | {"cluster_unit": clusters.unit, "clusters": len(np.unique(clusters.of))},
+        "train_data": None,
+        "level": LEVEL,
+        "bootstrap": {"resamples": RESAMPLES, "seed": SEED},
+    }
+
+
+def _describe(table: Table, shards: str) -> dict[str, Any]:
+    """Return the numbers of samples by kind."""
+    return {
+        "shards": shards,
+        "samples": len(table),
+        "labelled": int((table.label_array >= 0).sum()),
+        "captioned": sum(caption is not None for caption in table.captions),
+        "left_out": dict(table.left_out),
+    }
+
+
+def _exported_from(folder: Path) -> dict[str, Any] | None:
+    """Return checkpoint and weights of an export from its export.json; None for other folders."""
+    try:
+        facts = read_json(folder / "export.json")
+        return {key: facts[key] for key in ("checkpoint", "checkpoint_manifest_sha256", "weights")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -102,6 +102,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"pictures in {pictures['folder']}: {', '.join(map(_words, pictures['shown']))}"
         for name, reason in pictures["not_shown"].items():
             yield f"not shown: {_words(name)}: {reason}"
+    yield from warning_lines(result)
+
+
+def warning_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Yield samples that were left out, and warnings."""
     for side in ("data", "train_data"):
         for reason, count in (result.get(side) or {}).get("left_out", {}).items():
             yield f"left out of {side.replace('_', ' ')}: {count} × {reason}"

@@ -19,9 +19,9 @@ from m3i_scale.errors import ConfigError, DataError, ExportError
 from m3i_scale.evaluate import features
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.compare import compare, compared
+from m3i_scale.evaluate.compare_command import comparison_table, write_comparison
 from m3i_scale.evaluate.dense import mean_iou
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
-from m3i_scale.report.comparison import comparison_table, write_comparison
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
