@@ -1,4 +1,4 @@
-"""`m3i-scale compare`: the command, its tables, and its page with pictures. Slow imports happen inside the functions."""
+"""`m3i-scale compare`: the command, its tables and its page. Slow imports happen inside the functions."""
 
 from __future__ import annotations
 
