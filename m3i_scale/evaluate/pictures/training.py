@@ -14,8 +14,7 @@ from m3i_scale.evaluate.pictures.attention import CLASS_TOKEN, Attention, attent
 from m3i_scale.evaluate.pictures.collect import other_view
 from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import image_of
-from m3i_scale.evaluate.pictures.reconstruction import Reconstruction, draw_reconstruction
-from m3i_scale.evaluate.pictures.views import draw_views
+from m3i_scale.evaluate.pictures.views import Reconstruction, draw_reconstruction, draw_views
 from m3i_scale.host.picture_files import Picture
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.dense import Pixels
