@@ -185,21 +185,6 @@ def key_at(path: Path, offset: int) -> str:
     return "?" if key is None else printable(key)
 
 
-def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
-    """Return the sample whose first header starts at `offset`, without reading the rest of the shard; None if there is
-    none."""
-    sample = None
-    while sample is None or len(sample.members) < _MOST_MEMBERS:
-        member = _member_at(stream, offset)
-        key, extension = (None, None) if member is None or _hostile(member) else _split(member)
-        if member is None or key is None or extension is None or (sample is not None and key != sample.key):
-            break
-        sample = sample or RawSample(key)
-        sample.members.append(Member(extension.lower(), offset, offset + member.offset_data, member.size))
-        offset = sample.members[-1].stop
-    return sample
-
-
 def has_sample(stream: BinaryIO, start: int, end: int) -> bool:
     """Return whether a file of a sample starts in a section of a tar; the section starts with a header or padding."""
     while start < end and (member := _member_at(stream, start)) is not None:

@@ -43,8 +43,6 @@ HEADINGS = {
 """Headings of the tabs of a page."""
 _MARK_LETTERS = 80
 """Maximum length of an event in the tooltip; the table of events has the full text."""
-_MOST_SAMPLES = 24
-"""Maximum number of thumbnails of corrupt samples."""
 _MOST_BYTES = 9_300_000
 """Maximum bytes of plotly.js, curves and pictures; everything else included, a page has less than 10 MB."""
 
@@ -182,8 +180,7 @@ def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
         "marks": marks_of(run, attempts, failure),
         "faults": [redact_text(text) for text in fault_texts],
         "sources": _sources(run),
-        "quarantine": {redact_text(reason): of_reason.count for reason, of_reason in quarantine.items()},
-        "samples": _samples(quarantine),
+        "quarantine": [_quarantined(reason, of_reason) for reason, of_reason in quarantine.items()],
         "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],
         "settings": yaml.safe_dump(redact(run.settings, names=True), sort_keys=False, allow_unicode=True)
         if run.settings
@@ -202,16 +199,10 @@ def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _samples(quarantine: dict[str, Quarantined]) -> list[dict[str, str | None]]:
-    """Return some samples of every reason, with thumbnails if they can be decoded."""
-    if not quarantine:
-        return []
-    # imports torch, which takes seconds
-    from m3i_scale.report.bad_samples import sample_rows
-
-    each = max(1, min(4, _MOST_SAMPLES // len(quarantine)))
-    entries = [entry for of_reason in quarantine.values() for entry in of_reason.examples[:each]]
-    return sample_rows(entries[:_MOST_SAMPLES])
+def _quarantined(reason: str, of_reason: Quarantined) -> dict[str, str]:
+    first = of_reason.examples[0]
+    shard = redact_text(first["url"]).rpartition("/")[2]
+    return {"reason": redact_text(reason), "count": f"{of_reason.count:,}", "example": f"{shard} / {first['key']}"}
 
 
 def _sources(run: RunFiles) -> list[dict[str, str]]:
