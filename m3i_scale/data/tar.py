@@ -37,8 +37,6 @@ TWICE = "key stands twice in the shard"
 _BLOCK = tarfile.BLOCKSIZE
 _TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
-_MOST_MEMBERS = 64
-"""Maximum number of files of a sample that is read by its offset."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HOSTILE = "take the shard from a source you trust, or make it anew"

@@ -88,7 +88,7 @@ def _filled(
     for run, name, (steps, values) in series:
         is_asked = name.endswith(_ASKED)
         group = name.removesuffix(_ASKED).removesuffix("/recent_share")
-        shown_name = f"{group} (asked)" if is_asked else group
+        shown_name = f"{group} (target)" if is_asked else group
         x, y = _every_so_many(steps, values, count) if chart.stacked else downsample(steps, values, count)
         lines.append({
             "run": run,

@@ -31,7 +31,7 @@ from m3i_scale.text import redact, redact_text, size_text
 
 HEADINGS = {
     "overview": "Overview",
-    "objective": "Loss and its parts",
+    "losses": "Loss and its terms",
     "speed": "Speed and memory",
     "health": "Health of features and targets",
     "data": "Data",
@@ -189,12 +189,12 @@ def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
 
 
 def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
-    kept_by = "; ".join(row["kept_by"]) or "nothing: goes at the next save"
+    kept_by = "; ".join(row["kept_by"]) or "none: deleted at the next save"
     return {
         "name": row["name"] + (" (latest)" if row["latest"] else ""),
         "samples": "?" if row["samples"] is None else f"{row['samples']:,}",
         "size": size_text(row["bytes"]),
-        "whole": "yes" if row["good"] else "no",
+        "valid": "yes" if row["good"] else "no",
         "kept_by": kept_by,
     }
 

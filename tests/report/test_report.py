@@ -181,7 +181,7 @@ def test_several_runs_lie_over_each_other_and_differing_settings_are_listed(run,
     both = Page(tmp_path / "report.html")
     assert both.values["runs"] == ["photos-vit-l", "second"]
     assert [one["run"] for one in both.chart("loss")["series"]] == [0, 1]
-    differing = both.text.partition("Settings that differ")[2].partition("Run file")[0].split()
+    differing = both.text.partition("Settings that differ")[2].partition("Config file")[0].split()
     assert differing == [
         "Setting",
         "photos-vit-l",
