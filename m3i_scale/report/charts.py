@@ -103,7 +103,7 @@ CHARTS = (
         "health_scale", "health", "Scale of text targets", "", "1/τ, the inverse temperature, at most 100.",
         "health/(.+)_scale",
     ),
-    Chart("count", "health", "Samples with a target", "samples", "Per micro-batch over all ranks.", "loss_samples/(.+)"),
+    Chart("count", "health", "Samples with a target", "samples", "Micro-batch, all ranks.", "loss_samples/(.+)"),
     Chart(
         "mixture", "data", "Mixture of datasets", PERCENT,
         "Fraction of each dataset among the samples since the last record. Dashed: the target, given weights, "
