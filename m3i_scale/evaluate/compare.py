@@ -17,14 +17,13 @@ from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.commands import check_options, device_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
 from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
-from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
+from m3i_scale.evaluate.job import PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
 from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.pictures.collect import EvaluationPictures
 from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
-from m3i_scale.evaluate.zero_shot import TEMPLATES
 from m3i_scale.host.picture_files import Picture, jpeg
 
 COMPARED = (*PROBES, *WITH_TEXT)
@@ -98,7 +97,7 @@ def compare(
         for role, model in models.items():
             with error_prefix(role.upper()):
                 tell = None if progress is None else partial(_tell, progress, role)
-                jobs[role] = _read(model, one, asked, batch_size or IMAGES, tell)
+                jobs[role] = _read(model, one, asked, batch_size, tell)
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
         found = _measure(asked, no_text, jobs, progress)
         if draw:
@@ -167,18 +166,16 @@ def _tell(progress: Progress, role: str, what: str, samples: int) -> None:
     progress(f"{role}: {what}", samples)
 
 
-def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int, progress: Progress | None) -> Job:
-    dense = model.vision.with_patches if "dense" in asked else None
-    read = Reader(model.vision.size, batch_size, dense, (), progress)
-    encoders: dict[str, Encoder] = {"model": model.vision}
+def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int | None, progress: Progress | None) -> Job:
+    read = partial(read_side, vision=model.vision, batch_size=batch_size, dense="dense" in asked, progress=progress)
     joint: dict[str, Encoder] = {} if model.towers is None else {"joint": model.towers.images}
     train, test = (Table(table.shards, table.classes) for table in (one.train, one.test))
-    tested = read(test, encoders | joint, "data")
+    tested = read(test, encoders=joint, split="data")
     if not len(test):
         why = str(dict(test.left_out))
         raise DataError("no usable sample in the test data", where=f"--{one.name} {one.folder}", why=why)
-    fitted = read(train, encoders, "train data") if set(PROBES) & set(asked) else None
-    return Job(model.vision, fitted, tested, clusters_of(test), model.towers, None, None, None, TEMPLATES)
+    fitted = read(train, encoders={}, split="train data") if set(PROBES) & set(asked) else None
+    return Job(model.vision, fitted, tested, clusters_of(test), model.towers)
 
 
 def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:

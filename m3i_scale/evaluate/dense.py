@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +24,6 @@ FIT_PATCHES = 16_384
 
 _CLASSES = 256
 _SEED = 20_221
-
-PatchEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""uint8 images (B, 3, S, S) → pooled features (B, D) and patch features (B, L, E), row by row of a square grid."""
 
 
 @dataclass
