@@ -48,7 +48,7 @@ def compare(
 
     import_given(imports)
     if output is not None:
-        check_page(output, "--output")
+        check_page(output)
     with reading_bar() as progress:
         result, pictures = run_comparison(
             before,
@@ -105,7 +105,7 @@ def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[st
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
-    write_page(text, page, "--output")
+    write_page(text, page)
 
 
 def _with_address(picture: Mapping[str, Any]) -> dict[str, str]:

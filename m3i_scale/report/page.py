@@ -57,11 +57,11 @@ def write_report(
     `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
     """
     began = time.monotonic()
-    check_page(output, "--output")
+    check_page(output)
     runs = [read_run(folder) for folder in folders]
     names = _distinct(runs)
     charts = filled_charts(runs, names, [*CHARTS, *evaluation_charts(runs)])
-    write_page(_page(runs, names, charts, evaluations, pictures), output, "--output")
+    write_page(_page(runs, names, charts, evaluations, pictures), output)
     return {
         "report": str(output),
         "bytes": output.stat().st_size,

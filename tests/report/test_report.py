@@ -22,7 +22,7 @@ from m3i_scale.cli import app
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import json_line, write_json
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.report import albums, curves, page, results
+from m3i_scale.report import albums, curves, page
 from m3i_scale.report.about import differing_settings
 from m3i_scale.report.charts import CHARTS
 from m3i_scale.report.curves import filled_charts
@@ -423,14 +423,6 @@ def test_bad_input_is_refused_and_the_earlier_report_stays(what, run, tmp_path):
     assert {
         path.read_text() for path in tmp_path.iterdir() if path.suffix in (".html", ".jsonl") and path.is_file()
     } == {"earlier"}
-
-
-def test_an_evaluation_that_is_nested_without_end_is_refused(tmp_path):
-    path = tmp_path / "deep.json"
-    path.write_text('{"measures": {}, "warnings": ' + '{"a": ' * 800 + "1" + "}" * 801)
-    with pytest.raises(ConfigError) as error:
-        results.documents_of_files([path])
-    assert error.value.where == str(path)
 
 
 def test_a_disk_without_room_leaves_the_earlier_report(run, tmp_path, monkeypatch):
