@@ -24,7 +24,7 @@ from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
-from m3i_scale.host.picture_files import Picture, jpeg
+from m3i_scale.host.picture_files import Picture
 
 COMPARED = (*PROBES, *WITH_TEXT)
 BEFORE, AFTER = "before", "after"
@@ -59,7 +59,7 @@ def compare(
     device: str = "auto",
     draw: bool = False,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Any], dict[str, Picture]]:
     """Evaluate the frozen features of two models on the same samples, and their differences with paired intervals.
 
     Each model gets images at its input size. Deterministic; writes nothing to disk.
@@ -78,7 +78,7 @@ def compare(
 
     Returns:
         A JSON-serializable document: before, after, sets → data, general → measures → before, after, difference,
-        change. And `title`, `alt` and `jpeg` of a picture per dataset, if requested and possible.
+        change. And a picture per dataset, if requested and possible.
     """
     check_options(measures, COMPARED, pool, batch_size)
     where, asked = device_of(device), measures or COMPARED
@@ -91,19 +91,17 @@ def compare(
     wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
     models = {role: _load(role, folder, pool, where, wants_text=wants_text) for role, folder in folders.items()}
     document: dict[str, Any] = {}
-    pictures: dict[str, dict[str, Any]] = {}
+    pictures: dict[str, Picture] = {}
     for one in sets:
         jobs = {}
         for role, model in models.items():
             with error_prefix(role.upper()):
-                tell = None if progress is None else partial(_tell, progress, role)
-                jobs[role] = _read(model, one, asked, batch_size, tell)
+                jobs[role] = _read(model, one, asked, batch_size, _with_role(progress, role))
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
         found = _measure(asked, no_text, jobs, progress)
         if draw:
             try:
-                picture = _draw(jobs)
-                pictures[one.name] = {"title": picture.title, "alt": picture.alt, "jpeg": jpeg(picture.image)}
+                pictures[one.name] = _draw(jobs)
             except NotMeasuredError as reason:
                 found["not_shown"] = str(reason)
         shards = f"{one.folder}/val", f"{one.folder}/train"
@@ -162,8 +160,8 @@ def _load(role: str, folder: Path, pool: Pool, device: torch.device, *, wants_te
     return _Model(folder, vision, towers)
 
 
-def _tell(progress: Progress, role: str, what: str, samples: int) -> None:
-    progress(f"{role}: {what}", samples)
+def _with_role(progress: Progress | None, role: str) -> Progress | None:
+    return None if progress is None else lambda what, samples: progress(f"{role}: {what}", samples)
 
 
 def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int | None, progress: Progress | None) -> Job:
@@ -199,8 +197,7 @@ def _measure(
     statistics: dict[str, dict[str, Statistics]] = {}
     warnings: dict[str, list[str]] = {}
     for role, job in jobs.items():
-        tell = None if progress is None else partial(_tell, progress, role)
-        figures, absent, statistics[role] = measure_all(names, "model", job, tell)
+        figures, absent, statistics[role] = measure_all(names, "model", job, _with_role(progress, role))
         warnings[role] = job.warnings(figures)
         for name, reason in absent.items():
             reasons.setdefault(name, {})[role] = reason

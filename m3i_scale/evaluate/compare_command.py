@@ -6,7 +6,7 @@ import base64
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Group, RenderableType
@@ -18,6 +18,9 @@ from m3i_scale.evaluate.report import warning_lines
 from m3i_scale.options import AsJson, Imports, reading_bar, writes_to
 from m3i_scale.output import print_json, wide_console
 from m3i_scale.text import without_secrets
+
+if TYPE_CHECKING:
+    from m3i_scale.host.picture_files import Picture
 
 _COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
 
@@ -83,8 +86,9 @@ def comparison_table(document: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[str, Any]], page: Path) -> None:
-    """Write a page with the tables of a comparison and its pictures: by dataset, `title`, `alt` and `jpeg`."""
+def write_comparison(document: dict[str, Any], pictures: Mapping[str, Picture], page: Path) -> None:
+    """Write a page with the tables of a comparison and its pictures by dataset."""
+    from m3i_scale.host.picture_files import jpeg
     from m3i_scale.report.html_file import rendered, write_page
 
     sets = [
@@ -92,7 +96,8 @@ def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[st
             "title": _title(name, of_set),
             "rows": list(_rows(of_set)),
             "lines": list(_lines(document, of_set)),
-            "picture": _with_address(pictures[name]) if name in pictures else None,
+            "picture": pictures.get(name),
+            "jpeg": base64.b64encode(jpeg(pictures[name].image)).decode() if name in pictures else None,
         }
         for name, of_set in document["sets"].items()
     ]
@@ -106,11 +111,6 @@ def write_comparison(document: dict[str, Any], pictures: Mapping[str, Mapping[st
         written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
     write_page(text, page)
-
-
-def _with_address(picture: Mapping[str, Any]) -> dict[str, str]:
-    address = f"data:image/jpeg;base64,{base64.b64encode(picture['jpeg']).decode()}"
-    return {"title": picture["title"], "alt": picture["alt"], "address": address}
 
 
 def _title(name: str, of_set: dict[str, Any]) -> str:
