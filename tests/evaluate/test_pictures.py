@@ -20,7 +20,6 @@ from transformers import (
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import load_vision, patch_tokens
 from m3i_scale.evaluate.pictures.attention import Attention, attention, attention_of
-from m3i_scale.evaluate.pictures.collect import other_view
 from m3i_scale.evaluate.pictures.dense import brightness, cosines, dense_pca, pca_colours, similarity
 from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over
 from m3i_scale.evaluate.pictures.ranked import best_of
@@ -78,30 +77,17 @@ def test_features_that_are_no_numbers_are_not_drawn():
     with pytest.raises(NotMeasuredError, match="NaN"):
         dense_pca([GREY] * 2, ["a", "b"], tokens_NLD)
     with pytest.raises(NotMeasuredError, match="NaN"):
-        similarity([GREY] * 2, ["a", "b"], tokens_NLD, [GREY] * 2, tokens_NLD, [0, 0], [0, 0])
+        similarity([GREY] * 2, ["a", "b"], tokens_NLD)
     with pytest.raises(NotMeasuredError, match="NaN"):
         attention([GREY] * 2, ["a", "b"], Attention(tokens_NLD.transpose(0, 2, 1), "T"))
 
 
 def test_the_marked_patch_is_most_similar_to_itself_and_to_its_like():
-    rng = np.random.default_rng(1)
-    tokens_NLD, others_NLD = rng.normal(size=(1, 16, 32)), rng.normal(size=(1, 16, 32))
-    others_NLD[0, 3] = 2 * tokens_NLD[0, 5]
+    tokens_NLD = np.random.default_rng(1).normal(size=(1, 16, 32))
+    tokens_NLD[0, 3] = 2 * tokens_NLD[0, 10]
     assert cosines(tokens_NLD[:, 5], tokens_NLD).argmax() == 5
-    assert cosines(tokens_NLD[:, 5], others_NLD)[0, 3] == pytest.approx(1)
-    for marked, same, told in ((5, 3, "in 1 of 1"), (6, 3, "in 0 of 1")):
-        picture = similarity([GREY], ["grey"], tokens_NLD, [GREY], others_NLD, [marked], [same])
-        assert picture.name == "similarity"
-        assert told in picture.title
-
-
-def test_the_other_view_shows_the_middle_where_it_says():
-    image = Image.new("RGB", (64, 64), "black")
-    image.paste((255, 255, 255), (32, 32, 40, 40))  # the patch in the middle, of 8 × 8
-    view, patch, same = other_view(image, 8)
-    assert patch == 4 * 8 + 4
-    row, column = divmod(same, 8)
-    assert brightness([view], 8)[0].argmax() == row * 8 + column
+    assert cosines(tokens_NLD[:, 10], tokens_NLD)[0, 3] == pytest.approx(1)
+    assert similarity([GREY], ["grey"], tokens_NLD).name == "similarity"
 
 
 def test_attention_of_a_vit_is_what_transformers_gives(vit_folder):
