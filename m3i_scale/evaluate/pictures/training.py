@@ -27,8 +27,8 @@ class EncodedSamples:
     """Outputs of the modules for the samples, on the CPU."""
 
     tokens_BND: Floats
-    attention_BHN: Floats | None
-    """Attention of the class token in the last layer; None without a class token."""
+    attention: Attention
+    """Attention of the class token in the last layer, or the similarity to the mean without a class token."""
     reconstructed: dict[tuple[str, str], NDArray[np.uint8]]
     """Result of `Objective.reconstruct`."""
 
@@ -49,17 +49,20 @@ class TrainingPictures:
         """Encode the samples. Under ZeRO-3, every rank must call it."""
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]
-        (_, tokens_BND), attention_BHN = student.encode_attending(objective.pixel_norm(images_BCHW))
+        (_, encoded_BND), attention_BHN = student.encode_attending(objective.pixel_norm(images_BCHW))
+        tokens_BND = _host(encoded_BND)
+        maps = similarity_to_mean(tokens_BND) if attention_BHN is None else Attention(_host(attention_BHN), CLASS_TOKEN)
         reconstructed = {key: images.cpu().numpy() for key, images in objective.reconstruct(batch).items()}
-        shown = None if attention_BHN is None else _host(attention_BHN)
-        return EncodedSamples(_host(tokens_BND), shown, reconstructed)
+        return EncodedSamples(tokens_BND, maps, reconstructed)
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
         """Return all pictures that apply to the recipe and the samples."""
         return [
             self._views(),
             *self._reconstruction(encoded),
-            *self._dense(encoded),
+            dense_pca(self._images, self._names, encoded.tokens_BND),
+            attention(self._images, self._names, encoded.attention),
+            similarity(self._images, self._names, encoded.tokens_BND),
         ]
 
     def _views(self) -> Picture:
@@ -80,18 +83,6 @@ class TrainingPictures:
             predicted.append(Reconstruction(target.view - 1, seen, images_BCHW))
         put_back = any(target.normalize_pixels for target in targets.values())
         return [draw_reconstruction(self._samples, predicted, self._grid, standardized=put_back, names=self._names)]
-
-    def _dense(self, encoded: EncodedSamples) -> list[Picture]:
-        images, names, tokens_BND = self._images, self._names, encoded.tokens_BND
-        if encoded.attention_BHN is None:
-            shown = similarity_to_mean(tokens_BND)
-        else:
-            shown = Attention(encoded.attention_BHN, CLASS_TOKEN)
-        return [
-            dense_pca(images, names, tokens_BND),
-            attention(images, names, shown),
-            similarity(images, names, tokens_BND),
-        ]
 
 
 def _classes(resolved: ResolvedRun, samples: Batch) -> list[str | None]:
