@@ -18,6 +18,7 @@ from rich.cells import set_cell_size
 from rich.text import Text
 
 from m3i_scale.report.curves import downsample
+from m3i_scale.report.marks import marks_of
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.report.run_folder import AttemptNote, FailureNote, Quarantined, RankSign
@@ -26,6 +27,8 @@ from m3i_scale.text import duration_text, filled, listed, printable
 _LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12
 """Size of a chart, including its title."""
 _EVENTS = 4
+_PROBLEMS = ("warning", "rewound", "lost")
+"""Kinds of events to list."""
 _FIGURES = {
     "loss": ("loss", "{:.4g}"),
     "throughput/samples_per_s": ("samples/s", "{:,.1f}"),
@@ -176,20 +179,9 @@ def _foot(watched: RunSnapshot, width: int) -> Iterator[Text]:
         yield from _wrapped(f"run.yaml: {watched.run.settings_fault}", width, "yellow")
     if watched.run.unreadable:
         yield from _wrapped(f"{watched.run.unreadable:,} lines of metrics.jsonl cannot be read", width, "yellow")
-    for _, text in sorted(_events(watched))[-_EVENTS:]:
-        yield from _wrapped(text, width, "yellow")
-
-
-def _events(watched: RunSnapshot) -> Iterator[tuple[float, str]]:
-    """Yield (Unix seconds, sentence) of problems."""
-    for line in watched.run.warnings:
-        yield unix_s(line), f"step {line['step']:,}: {line['group']}: {line['what']} ({line['why']})"
-    for line in watched.run.rewinds:
-        steps = f"step {line['rewound_from']:,}: went back to step {line['rewound_to']:,}"
-        yield unix_s(line), f"{steps} for a spike of the loss"
-    for attempt in watched.attempts:
-        if attempt.lost:
-            yield attempt.ended, f"attempt {attempt.attempt}: lost {listed(attempt.lost, 5)}"
+    problems = [mark for mark in marks_of(watched.run, watched.attempts, None) if mark["kind"] in _PROBLEMS]
+    for mark in problems[-_EVENTS:]:
+        yield from _wrapped(f"step {mark['step']:,}: {mark['text']}", width, "yellow")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

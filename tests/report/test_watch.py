@@ -138,7 +138,7 @@ def test_a_run_is_followed_while_it_grows_and_is_cut_back(growing: Path, full: P
         with (growing / "metrics.jsonl").open("a") as stream:
             stream.write(lines(full, 390, 1250))
             stream.write(lines(full, 1250, 1260)[:100])  # half written
-        terminal.shows("went back to step 1,000", "a group dominates the gradient", "1,250/2,000")
+        terminal.shows("step 1,000: rolled back", "a group dominates the gradient", "1,250/2,000")
         again = growing / "again"
         again.write_text(lines(full, -1, 590))
         os.replace(again, growing / "metrics.jsonl")
