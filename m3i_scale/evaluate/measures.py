@@ -177,7 +177,7 @@ def measure_retrieval(
     captions, caption_of_N = distinct_captions([test.table.captions[n] or "" for n in asked])
     if len(captions) < 2:
         raise NotMeasuredError("fewer than two distinct captions in the test data (.txt members)")
-    retrieval = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
+    retrieval = rank(unit_rows(images_NE[asked]), encode(captions), caption_of_N)
     of_images = clusters.take(asked)
     first_image_U = np.unique(caption_of_N, return_index=True)[1]
     of_captions = of_images.take(first_image_U)
