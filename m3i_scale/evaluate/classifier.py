@@ -138,8 +138,8 @@ def trained_heads(
             towers = towers_of(objective, run, folder, vision.device) if wants_text else None
     except NotMeasuredError as reason:
         no_classifier = str(reason)
-    except UserError as fault:
+    except UserError as error:
         if wants_text:
             raise
-        no_classifier = f"{fault.what} ({fault.where})"  # the features can be evaluated nevertheless
+        no_classifier = f"{error.what} ({error.where})"  # the features can be evaluated nevertheless
     return classifier, no_classifier, towers

@@ -52,7 +52,7 @@ class PatchCollector:
         self._held = 0
         self.masks = 0
         """Number of images with a mask so far."""
-        self.fault: str | None = None
+        self.reason: str | None = None
         """Reason why there are no patches although there are masks."""
 
     def add(
@@ -64,7 +64,7 @@ class PatchCollector:
         try:
             side = grid_side(tokens_BLD.shape[1])
         except NotMeasuredError as reason:
-            self.fault = str(reason)
+            self.reason = str(reason)
             return
         tokens = {"model": tokens_BLD}
         if images_BCHW is not None:
@@ -90,9 +90,9 @@ class PatchCollector:
             self._draw(self._limit)
 
     def patches(self) -> Patches | None:
-        """Return the sampled patches; None, with a `fault`, if there are none."""
+        """Return the sampled patches; None, with a `reason`, if there are none."""
         if not self._held:
-            self.fault = self.fault or ("no mask names the class of any patch" if self.masks else "no masks")
+            self.reason = self.reason or ("no mask names the class of any patch" if self.masks else "no masks")
             return None
         self._draw(self._limit)
         whole = self._parts[0]

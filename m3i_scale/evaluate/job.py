@@ -79,7 +79,7 @@ def read_side(
     features = {
         name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
     }
-    return Side(table, features, collector.patches(), collector.fault)
+    return Side(table, features, collector.patches(), collector.reason)
 
 
 @dataclass

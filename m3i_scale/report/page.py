@@ -161,24 +161,24 @@ def _allowed(script: str) -> str:
 
 def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
     """Return the template values of one run, except its curves. An unreadable file is only listed as an error."""
-    faults = Faults()
-    checkpoints = faults.note(checkpoints_of, run) or {"checkpoints": []}
-    quarantine = faults.note(quarantine_of, run.folder) or {}
-    attempts = faults.note(attempts_of, run.folder) or []
-    failure = faults.note(failure_of, run.folder)
+    errors = Faults()
+    checkpoints = errors.note(checkpoints_of, run) or {"checkpoints": []}
+    quarantine = errors.note(quarantine_of, run.folder) or {}
+    attempts = errors.note(attempts_of, run.folder) or []
+    failure = errors.note(failure_of, run.folder)
     progress = progress_of(run)
-    fault_texts = [f"{error.what} ({error.where})" for error in faults.found]
-    if run.settings_fault is not None:
-        fault_texts.append(f"run.yaml: {run.settings_fault}")
+    error_texts = [f"{error.what} ({error.where})" for error in errors.found]
+    if run.settings_error is not None:
+        error_texts.append(f"run.yaml: {run.settings_error}")
     if run.unreadable:
-        fault_texts.append(f"{run.unreadable:,} lines of metrics.jsonl could not be read")
+        error_texts.append(f"{run.unreadable:,} lines of metrics.jsonl could not be read")
     return {
         "name": name,
         "progress": progress,
         "figures": figures_of(run, progress),
         "facts": facts_of(run, progress, sorted({sign.host for sign in ranks_of(run.folder)})),
         "marks": marks_of(run, attempts, failure),
-        "faults": [redact_text(text) for text in fault_texts],
+        "errors": [redact_text(text) for text in error_texts],
         "sources": _sources(run),
         "quarantine": [_quarantined(reason, of_reason) for reason, of_reason in quarantine.items()],
         "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],

@@ -175,8 +175,8 @@ def _foot(watched: RunSnapshot, width: int) -> Iterator[Text]:
     if watched.quarantine:
         reasons = [f"{reason} {of_reason.count:,}" for reason, of_reason in watched.quarantine.items()]
         yield from _wrapped(f"quarantined: {listed(reasons, 5)}", width, "yellow")
-    if watched.run.settings_fault is not None:
-        yield from _wrapped(f"run.yaml: {watched.run.settings_fault}", width, "yellow")
+    if watched.run.settings_error is not None:
+        yield from _wrapped(f"run.yaml: {watched.run.settings_error}", width, "yellow")
     if watched.run.unreadable:
         yield from _wrapped(f"{watched.run.unreadable:,} lines of metrics.jsonl cannot be read", width, "yellow")
     problems = [mark for mark in marks_of(watched.run, watched.attempts, None) if mark["kind"] in _PROBLEMS]

@@ -94,7 +94,7 @@ def test_a_run_file_that_is_torn_is_a_fault_beside_the_rest(tmp_path: Path) -> N
     write_lines(tmp_path, END)
     (tmp_path / "run.yaml").write_text("a: [")
     run = read_run(tmp_path)
-    assert run.settings_fault is not None
+    assert run.settings_error is not None
     assert (run.settings, run.status) == ({}, "preempted")
 
 
