@@ -160,7 +160,7 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
         _check_known(name, known, "measure")
     _check_known(pool, get_args(Pool), "pool")
     if measures == ():
-        raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(known)}")
+        raise ConfigError("no metric is requested", fix=f"one or more of {', '.join(known)}")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is below 1")
 

@@ -75,7 +75,7 @@ def open_in_browser(page: Path) -> None:
     """Open a page in the user's browser."""
     if not webbrowser.open(page.absolute().as_uri()):
         raise ConfigError(
-            "there is no browser here to open the report with",
+            "no browser found to open the report",
             where=f"--open {page}",
             fix="copy the file to a machine with one, or set BROWSER; the report is written",
         )

@@ -99,8 +99,8 @@ def _state(watched: RunSnapshot) -> str:
     if watched.holder is not None:
         return f"running, {watched.holder}{ago}"
     if not run.starts:
-        return "nothing runs here, and no step has been made"
-    return f"nothing runs here any more{failure or ', and it has not said how it ended'}{ago}"
+        return "not running, no step so far"
+    return f"not running any more{failure or ', no exit status recorded'}{ago}"
 
 
 def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
@@ -171,7 +171,7 @@ def _foot(watched: RunSnapshot, width: int) -> Iterator[Text]:
         signs = [*of_host]
         ago = duration_text(max(0.0, time.time() - max(sign.heard_s for sign in signs)))
         ranks = _ranges([sign.rank for sign in signs])
-        yield from _wrapped(f"host {host}: ranks {ranks}, last heard of {ago} ago", width, "")
+        yield from _wrapped(f"host {host}: ranks {ranks}, last seen {ago} ago", width, "")
     if watched.quarantine:
         reasons = [f"{reason} {of_reason.count:,}" for reason, of_reason in watched.quarantine.items()]
         yield from _wrapped(f"quarantined: {listed(reasons, 5)}", width, "yellow")
