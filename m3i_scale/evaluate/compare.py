@@ -136,7 +136,9 @@ def _folder(source: Path | str, role: str) -> Path:
 def _open(folder: str, name: str) -> _Set:
     option = f"--{name}"
     if any(Path(folder).glob("*.tar")):
-        raise DataError("this is the folder of one split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}")
+        raise DataError(
+            "this is a single split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}"
+        )
     train, test = (open_table(f"{folder.rstrip('/')}/{split}", option) for split in ("train", "val"))
     check_apart(test, train)
     return _Set(name, folder, train, test)
