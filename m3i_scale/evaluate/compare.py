@@ -16,7 +16,7 @@ from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.commands import check_options, device_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
-from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
+from m3i_scale.evaluate.intervals import Statistic, clusters_of
 from m3i_scale.evaluate.job import PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
 from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.pictures.collect import EvaluationPictures
@@ -230,14 +230,8 @@ def compared(before: Statistic, after: Statistic) -> dict[str, Any]:
         "before": before.estimate.as_dict(),
         "after": after.estimate.as_dict(),
         "difference": difference.as_dict(),
-        "change": _change(difference),
+        "change": "gained" if difference.low > 0 else "lost" if difference.high < 0 else "no difference shown",
     }
-
-
-def _change(difference: Estimate) -> str:
-    if difference.low > 0:
-        return "gained"
-    return "lost" if difference.high < 0 else "no difference shown"
 
 
 def _draw(jobs: dict[str, Job]) -> Picture:
