@@ -88,7 +88,7 @@ def _page(
     evaluations: Sequence[Path],
     pictures: Sequence[Path],
 ) -> str:
-    sections = [sections_of(run, name) for run, name in zip(runs, names, strict=True)]
+    sections = [_sections_of(run, name) for run, name in zip(runs, names, strict=True)]
     documents = [*(document for run in runs for document in documents_of_run(run)), *documents_of_files([*evaluations])]
     tabs_with_charts = {chart["tab"] for chart in charts}
     marks = [
@@ -159,7 +159,7 @@ def _allowed(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def sections_of(run: RunFiles, name: str) -> dict[str, Any]:
+def _sections_of(run: RunFiles, name: str) -> dict[str, Any]:
     """Return the template values of one run, except its curves. An unreadable file is only listed as an error."""
     errors = Faults()
     checkpoints = errors.note(checkpoints_of, run) or {"checkpoints": []}
