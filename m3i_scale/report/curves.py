@@ -28,15 +28,13 @@ _IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 def filled_charts(runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart]) -> list[dict[str, Any]]:
     """Return the charts with data from any run, as JSON values. Curves of one `group` share their color. A curve is
     downsampled to `MOST_POINTS` points, or fewer to stay below `ALL_POINTS` in total."""
-    curves = [{**_evaluations_of(run), **_steps_of(run)} for run in runs]
+    curves = [
+        _evaluations_of(run) | {name: (run.steps, values) for name, values in run.figures.items()} for run in runs
+    ]
     wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
     total = sum(len(found) for _, found in wanted)
     count = max(3, min(MOST_POINTS, ALL_POINTS // max(1, total)))
     return [_filled(chart, found, count, names) for chart, found in wanted if found]
-
-
-def _steps_of(run: RunFiles) -> dict[str, Points]:
-    return {name: (run.steps, values) for name, values in run.figures.items()}
 
 
 def _evaluations_of(run: RunFiles) -> dict[str, Points]:
