@@ -20,7 +20,7 @@ def main(report: Path, target: Path) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 740})
         page.goto(report.resolve().as_uri())
-        page.get_by_role("tab", name="Objective").click()
+        page.get_by_role("tab", name="Losses").click()
         page.wait_for_selector("body[data-drawn=true]")
         content = page.screenshot()
         browser.close()

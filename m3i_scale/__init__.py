@@ -7,14 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3i_scale.api import build_objective, load_backbone, load_recipe, load_run, open_stream, update_ema
+    from m3i_scale.api import (
+        LoadedBackbone,
+        build_objective,
+        load_backbone,
+        load_recipe,
+        load_run,
+        open_stream,
+        update_ema,
+    )
     from m3i_scale.config import RunConfig
     from m3i_scale.data.batch import Batch
     from m3i_scale.data.loader import TrainStream
     from m3i_scale.data.state import merge_states
     from m3i_scale.engine.parameter_groups import parameter_groups
     from m3i_scale.errors import ConfigError, DataError, ExportError, FaultsError, UserError
-    from m3i_scale.evaluate.loaded import LoadedBackbone
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
     from m3i_scale.run.schedule import learning_rate
@@ -50,7 +57,6 @@ _ELSEWHERE = {
     "DataError": "errors",
     "ExportError": "errors",
     "FaultsError": "errors",
-    "LoadedBackbone": "evaluate.loaded",
     "Objective": "objective.information",
     "Recipe": "objective.recipe",
     "RunConfig": "config",

@@ -18,7 +18,6 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint.commands import checkpoint_app
 from m3i_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, Faults, UserError
 from m3i_scale.evaluate.compare_command import compare
-from m3i_scale.evaluate.near_duplicates_command import near_duplicates
 from m3i_scale.launch.description import OVER_HOSTS, Cluster
 from m3i_scale.launch_command import launch, takes_cluster
 from m3i_scale.options import AsJson, Imports, Overrides, RunFile, reading_bar, writes_to
@@ -85,8 +84,7 @@ def show_recipe(
     as_json: AsJson = False,
 ) -> None:
     """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
-    from m3i_scale.report.recipe_graph import graph_of, read_recipe
-    from m3i_scale.report.recipe_mermaid import write_mermaid
+    from m3i_scale.report.recipe_graph import graph_of, read_recipe, write_mermaid
     from m3i_scale.report.recipe_table import RecipeTable
 
     recipe = read_recipe(name)
@@ -435,9 +433,6 @@ def export(
 app.command(epilog="Example: m3i-scale report /data/runs/first /data/runs/second --output report.html")(report)
 app.command(epilog="Example: m3i-scale watch /data/runs/first")(watch)
 app.command(epilog="Example: m3i-scale launch m3i --with deepspeed --hostfile /data/hostfile --dry-run")(launch)
-shards_app.command(
-    "near-duplicates", epilog="Example: m3i-scale shards near-duplicates /data/shards/train --against /data/shards/val"
-)(near_duplicates)
 app.add_typer(shards_app, name="shards")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(finetune_app, name="finetune")

@@ -37,8 +37,6 @@ TWICE = "key stands twice in the shard"
 _BLOCK = tarfile.BLOCKSIZE
 _TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
-_MOST_MEMBERS = 64
-"""Maximum number of files of a sample that is read by its offset."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HOSTILE = "take the shard from a source you trust, or make it anew"
@@ -183,21 +181,6 @@ def key_at(path: Path, offset: int) -> str:
         member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
-
-
-def sample_at(stream: BinaryIO, offset: int) -> RawSample | None:
-    """Return the sample whose first header starts at `offset`, without reading the rest of the shard; None if there is
-    none."""
-    sample = None
-    while sample is None or len(sample.members) < _MOST_MEMBERS:
-        member = _member_at(stream, offset)
-        key, extension = (None, None) if member is None or _hostile(member) else _split(member)
-        if member is None or key is None or extension is None or (sample is not None and key != sample.key):
-            break
-        sample = sample or RawSample(key)
-        sample.members.append(Member(extension.lower(), offset, offset + member.offset_data, member.size))
-        offset = sample.members[-1].stop
-    return sample
 
 
 def has_sample(stream: BinaryIO, start: int, end: int) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from m3i_scale.errors import UserError
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import Encoder, VisionModel, architectures
 from m3i_scale.evaluate.intervals import Clusters, mean_of
-from m3i_scale.evaluate.measures import NotMeasuredError, Side
+from m3i_scale.evaluate.measures import Side
 from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
 from m3i_scale.objective.information import Objective
 from m3i_scale.output import quiet_loading
@@ -90,8 +91,6 @@ def measure_classifier(
 ) -> dict[str, Any]:
     """Compute top-1 and, with more than five classes, top-5 accuracy among all classes of the head."""
     asked = test.labelled()
-    if not len(asked):
-        raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
     truth_M = class_indices(test.table.classes, test.table.label_array[asked], classifier.classes)
     right_MK = ranked_NK[asked].astype(np.int64) == truth_M[:, None]
     commonest = np.sort(np.bincount(truth_M))[::-1] / len(truth_M)
@@ -139,8 +138,8 @@ def trained_heads(
             towers = towers_of(objective, run, folder, vision.device) if wants_text else None
     except NotMeasuredError as reason:
         no_classifier = str(reason)
-    except UserError as fault:
+    except UserError as error:
         if wants_text:
             raise
-        no_classifier = f"{fault.what} ({fault.where})"  # the features can be evaluated nevertheless
+        no_classifier = f"{error.what} ({error.where})"  # the features can be evaluated nevertheless
     return classifier, no_classifier, towers

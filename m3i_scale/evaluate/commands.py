@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from m3i_scale.errors import ConfigError, DataError, did_you_mean
-from m3i_scale.evaluate.classifier import Classifier, trained_heads
-from m3i_scale.evaluate.document import describe, document_of, warnings_of
-from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision, pixel_features
+from m3i_scale.evaluate.classifier import trained_heads
+from m3i_scale.evaluate.features import Encoder, Pool, load_vision, pixel_features
 from m3i_scale.evaluate.intervals import clusters_of
-from m3i_scale.evaluate.job import IMAGES, MEASURES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
+from m3i_scale.evaluate.job import MEASURES, PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
 from m3i_scale.evaluate.measures import measure_advantage
 from m3i_scale.evaluate.overlays import OVERLAY_COUNT, make_folder
 from m3i_scale.evaluate.pictures.collect import check_samples, draw_pictures
 from m3i_scale.evaluate.samples import check_apart, check_groups, open_table
-from m3i_scale.evaluate.towers import Towers, why_no_towers
+from m3i_scale.evaluate.towers import why_no_towers
 from m3i_scale.evaluate.trained_model import MODELS, EvaluationOptions, load_trained_model
 from m3i_scale.evaluate.zero_shot import TEMPLATES
 
@@ -104,18 +104,28 @@ def evaluate(
         vision,
         test_table.classes,
         wants_text=no_towers is None and (pictures is not None or bool(set(WITH_TEXT) & set(measures))),
-        wants_classifier=pictures is not None or "classifier" in measures,
+        wants_classifier="classifier" in measures,
     )
-    encoders = _encoders(vision, classifier, towers, baseline)
-    dense = vision.with_patches if "dense" in measures and train_table is not None else None
-    read = Reader(vision.size, batch_size or IMAGES, dense, exclude_groups, progress)
-    test = read(test_table, encoders, "data")
+    pixels: dict[str, Encoder] = {"pixels": pixel_features} if baseline == "pixels" else {}
+    heads: dict[str, Encoder] = {}
+    if classifier is not None:
+        heads["classifier"] = classifier
+    if towers is not None:
+        heads["joint"] = towers.images
+    read = partial(
+        read_side,
+        vision=vision,
+        batch_size=batch_size,
+        dense="dense" in measures and train_table is not None,
+        exclude_groups=exclude_groups,
+        progress=progress,
+    )
+    test = read(test_table, encoders=heads | pixels, split="data")
     if not len(test.table):
         raise DataError("no usable sample in the test data", where=data, why=str(dict(test.table.left_out)))
     train = None
     if train_table is not None and set(PROBES) & set(measures):
-        fitted = {name: encode for name, encode in encoders.items() if name in ("model", "pixels")}
-        train = read(train_table, fitted, "train data")
+        train = read(train_table, encoders=pixels, split="train data")
     check_groups(exclude_groups, [test_table, *([train.table] if train else [])])
     job = Job(vision, train, test, clusters_of(test_table), towers, no_towers, classifier, no_classifier, templates)
     figures, absent, ours = measure_all(measures, "model", job, progress)
@@ -126,15 +136,7 @@ def evaluate(
             why="; ".join(f"{name}: {reason}" for name, reason in absent.items()),
             fix="give --train-data with labels (masks for the dense probe), or an export with a text target",
         )
-    model = {
-        "type": vision.model.config.model_type,
-        "image_size": vision.size,
-        "pool": vision.pool,
-        "feature_width": int(test.features["model"].shape[1]),
-    }
-    fitted_on = None if train is None or train_data is None else describe(train.table, train_data)
-    result = document_of(folder, model, describe(test.table, data), job.clusters, fitted_on)
-    result |= {"measures": figures, "not_measured": absent}
+    result = job.document(folder, data, train_data) | {"measures": figures, "not_measured": absent}
     if pictures is not None:
         result["pictures"] = draw_pictures(job, pictures, picture_samples)
     if baseline == "pixels":
@@ -148,21 +150,8 @@ def evaluate(
             "not_measured": why_not,
             "advantage_of_model": advantage,
         }
-    result["warnings"] = warnings_of(result, job.clusters, job.test, job.train)
+    result["warnings"] = job.warnings(figures, result.get("baseline", {}).get("measures", {}))
     return result
-
-
-def _encoders(
-    vision: VisionModel, classifier: Classifier | None, towers: Towers | None, baseline: Baseline
-) -> dict[str, Encoder]:
-    encoders: dict[str, Encoder] = {"model": vision}
-    if classifier is not None:
-        encoders["classifier"] = classifier
-    if towers is not None:
-        encoders["joint"] = towers.images
-    if baseline == "pixels":
-        encoders["pixels"] = pixel_features
-    return encoders
 
 
 def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool: str, batch_size: int | None) -> None:
@@ -171,7 +160,7 @@ def check_options(measures: tuple[str, ...] | None, known: tuple[str, ...], pool
         _check_known(name, known, "measure")
     _check_known(pool, get_args(Pool), "pool")
     if measures == ():
-        raise ConfigError("no measure is asked for", fix=f"one or more of {', '.join(known)}")
+        raise ConfigError("no metric is requested", fix=f"one or more of {', '.join(known)}")
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is below 1")
 

@@ -12,20 +12,19 @@ import torch
 
 from m3i_scale.backbones.sources import pretrained_folder
 from m3i_scale.errors import ConfigError, DataError, error_prefix
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.classifier import trained_heads
 from m3i_scale.evaluate.commands import check_options, device_of
-from m3i_scale.evaluate.document import describe, document_of, warnings_of
 from m3i_scale.evaluate.features import Encoder, Pool, VisionModel, load_vision
-from m3i_scale.evaluate.intervals import Estimate, Statistic, clusters_of
-from m3i_scale.evaluate.job import IMAGES, PROBES, WITH_TEXT, Job, Progress, Reader, measure_all
-from m3i_scale.evaluate.measures import NotMeasuredError, Side, Statistics
+from m3i_scale.evaluate.intervals import Statistic, clusters_of
+from m3i_scale.evaluate.job import PROBES, WITH_TEXT, Job, Progress, measure_all, read_side
+from m3i_scale.evaluate.measures import Side, Statistics
 from m3i_scale.evaluate.pictures.collect import EvaluationPictures
 from m3i_scale.evaluate.pictures.dense import dense_pca_side_by_side
 from m3i_scale.evaluate.samples import Table, check_apart, open_table, shared_shards
 from m3i_scale.evaluate.towers import Towers, why_no_towers
 from m3i_scale.evaluate.trained_model import load_trained_model
-from m3i_scale.evaluate.zero_shot import TEMPLATES
-from m3i_scale.host.picture_files import Picture, jpeg
+from m3i_scale.host.picture_files import Picture
 
 COMPARED = (*PROBES, *WITH_TEXT)
 BEFORE, AFTER = "before", "after"
@@ -60,7 +59,7 @@ def compare(
     device: str = "auto",
     draw: bool = False,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Any], dict[str, Picture]]:
     """Evaluate the frozen features of two models on the same samples, and their differences with paired intervals.
 
     Each model gets images at its input size. Deterministic; writes nothing to disk.
@@ -79,7 +78,7 @@ def compare(
 
     Returns:
         A JSON-serializable document: before, after, sets → data, general → measures → before, after, difference,
-        change. And `title`, `alt` and `jpeg` of a picture per dataset, if requested and possible.
+        change. And a picture per dataset, if requested and possible.
     """
     check_options(measures, COMPARED, pool, batch_size)
     where, asked = device_of(device), measures or COMPARED
@@ -92,22 +91,21 @@ def compare(
     wants_text = not no_text and bool(set(WITH_TEXT) & set(asked))
     models = {role: _load(role, folder, pool, where, wants_text=wants_text) for role, folder in folders.items()}
     document: dict[str, Any] = {}
-    pictures: dict[str, dict[str, Any]] = {}
+    pictures: dict[str, Picture] = {}
     for one in sets:
         jobs = {}
         for role, model in models.items():
             with error_prefix(role.upper()):
-                tell = None if progress is None else partial(_tell, progress, role)
-                jobs[role] = _read(model, one, asked, batch_size or IMAGES, tell)
+                jobs[role] = _read(model, one, asked, batch_size, _with_role(progress, role))
         _keep_same_samples(jobs[BEFORE].test, jobs[AFTER].test, one)
         found = _measure(asked, no_text, jobs, progress)
         if draw:
             try:
-                picture = _draw(jobs)
-                pictures[one.name] = {"title": picture.title, "alt": picture.alt, "jpeg": jpeg(picture.image)}
+                pictures[one.name] = _draw(jobs)
             except NotMeasuredError as reason:
                 found["not_shown"] = str(reason)
-        facts = {role: _describe(model, jobs[role], one) for role, model in models.items()}
+        shards = f"{one.folder}/val", f"{one.folder}/train"
+        facts = {role: jobs[role].document(model.folder, *shards) for role, model in models.items()}
         if not document:
             document |= {role: of_model.pop("model") for role, of_model in facts.items()}
             document |= {key: facts[BEFORE][key] for key in ("level", "bootstrap")} | {"sets": {}}
@@ -138,7 +136,9 @@ def _folder(source: Path | str, role: str) -> Path:
 def _open(folder: str, name: str) -> _Set:
     option = f"--{name}"
     if any(Path(folder).glob("*.tar")):
-        raise DataError("this is one split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}")
+        raise DataError(
+            "this is a single split", where=f"{option} {folder}", fix=f"give its parent: {Path(folder).parent}"
+        )
     train, test = (open_table(f"{folder.rstrip('/')}/{split}", option) for split in ("train", "val"))
     check_apart(test, train)
     return _Set(name, folder, train, test)
@@ -162,22 +162,20 @@ def _load(role: str, folder: Path, pool: Pool, device: torch.device, *, wants_te
     return _Model(folder, vision, towers)
 
 
-def _tell(progress: Progress, role: str, what: str, samples: int) -> None:
-    progress(f"{role}: {what}", samples)
+def _with_role(progress: Progress | None, role: str) -> Progress | None:
+    return None if progress is None else lambda what, samples: progress(f"{role}: {what}", samples)
 
 
-def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int, progress: Progress | None) -> Job:
-    dense = model.vision.with_patches if "dense" in asked else None
-    read = Reader(model.vision.size, batch_size, dense, (), progress)
-    encoders: dict[str, Encoder] = {"model": model.vision}
+def _read(model: _Model, one: _Set, asked: tuple[str, ...], batch_size: int | None, progress: Progress | None) -> Job:
+    read = partial(read_side, vision=model.vision, batch_size=batch_size, dense="dense" in asked, progress=progress)
     joint: dict[str, Encoder] = {} if model.towers is None else {"joint": model.towers.images}
     train, test = (Table(table.shards, table.classes) for table in (one.train, one.test))
-    tested = read(test, encoders | joint, "data")
+    tested = read(test, encoders=joint, split="data")
     if not len(test):
         why = str(dict(test.left_out))
         raise DataError("no usable sample in the test data", where=f"--{one.name} {one.folder}", why=why)
-    fitted = read(train, encoders, "train data") if set(PROBES) & set(asked) else None
-    return Job(model.vision, fitted, tested, clusters_of(test), model.towers, None, None, None, TEMPLATES)
+    fitted = read(train, encoders={}, split="train data") if set(PROBES) & set(asked) else None
+    return Job(model.vision, fitted, tested, clusters_of(test), model.towers)
 
 
 def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
@@ -193,18 +191,6 @@ def _keep_same_samples(before: Side, after: Side, one: _Set) -> None:
         side.no_patches = "no image with patches that have a class for both models"
 
 
-def _describe(model: _Model, job: Job, one: _Set) -> dict[str, Any]:
-    of_model = {
-        "type": model.vision.model.config.model_type,
-        "image_size": model.vision.size,
-        "pool": model.vision.pool,
-        "feature_width": int(job.test.features["model"].shape[1]),
-    }
-    fitted_on = None if job.train is None else describe(job.train.table, f"{one.folder}/train")
-    tested_on = describe(job.test.table, f"{one.folder}/val")
-    return document_of(model.folder, of_model, tested_on, job.clusters, fitted_on)
-
-
 def _measure(
     asked: tuple[str, ...], no_text: dict[str, str], jobs: dict[str, Job], progress: Progress | None
 ) -> dict[str, Any]:
@@ -213,9 +199,8 @@ def _measure(
     statistics: dict[str, dict[str, Statistics]] = {}
     warnings: dict[str, list[str]] = {}
     for role, job in jobs.items():
-        tell = None if progress is None else partial(_tell, progress, role)
-        figures, absent, statistics[role] = measure_all(names, "model", job, tell)
-        warnings[role] = warnings_of({"measures": figures}, job.clusters, job.test, job.train)
+        figures, absent, statistics[role] = measure_all(names, "model", job, _with_role(progress, role))
+        warnings[role] = job.warnings(figures)
         for name, reason in absent.items():
             reasons.setdefault(name, {})[role] = reason
     measures = {}
@@ -245,14 +230,8 @@ def compared(before: Statistic, after: Statistic) -> dict[str, Any]:
         "before": before.estimate.as_dict(),
         "after": after.estimate.as_dict(),
         "difference": difference.as_dict(),
-        "change": _change(difference),
+        "change": "gained" if difference.low > 0 else "lost" if difference.high < 0 else "no difference shown",
     }
-
-
-def _change(difference: Estimate) -> str:
-    if difference.low > 0:
-        return "gained"
-    return "lost" if difference.high < 0 else "no difference shown"
 
 
 def _draw(jobs: dict[str, Job]) -> Picture:

@@ -1,14 +1,28 @@
-"""Command `m3i-scale compare`. Slow imports happen when it is called."""
+"""`m3i-scale compare`: the command, its tables and its page. Slow imports happen inside the functions."""
 
 from __future__ import annotations
 
+import base64
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from m3i_scale import __version__
+from m3i_scale.evaluate.report import warning_lines
 from m3i_scale.options import AsJson, Imports, reading_bar, writes_to
 from m3i_scale.output import print_json, wide_console
+from m3i_scale.text import without_secrets
+
+if TYPE_CHECKING:
+    from m3i_scale.host.picture_files import Picture
+
+_COLUMNS = ("measure", "before", "after", "difference", "interval", "change")
 
 
 def compare(
@@ -33,12 +47,11 @@ def compare(
     same samples, with confidence intervals of the differences."""
     from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.compare import compare as run_comparison
-    from m3i_scale.report.comparison import comparison_table, write_comparison
     from m3i_scale.report.html_file import check_page
 
     import_given(imports)
     if output is not None:
-        check_page(output, "--output")
+        check_page(output)
     with reading_bar() as progress:
         result, pictures = run_comparison(
             before,
@@ -58,3 +71,81 @@ def compare(
         print_json(result)
     else:
         wide_console().print(comparison_table(result))
+
+
+def comparison_table(document: dict[str, Any]) -> RenderableType:
+    """Return the document of `compare` as a table for each dataset, followed by notes."""
+    parts: list[RenderableType] = [Text(line) for line in _models(document)]
+    for name, of_set in document["sets"].items():
+        table = Table(title=Text(_title(name, of_set)), title_justify="left")
+        for column in _COLUMNS:
+            table.add_column(column, justify="left" if column in ("measure", "change") else "right")
+        for row in _rows(of_set):
+            table.add_row(*row)
+        parts += [table, *(Text(line) for line in _lines(document, of_set))]
+    return Group(*parts)
+
+
+def write_comparison(document: dict[str, Any], pictures: Mapping[str, Picture], page: Path) -> None:
+    """Write a page with the tables of a comparison and its pictures by dataset."""
+    from m3i_scale.host.picture_files import jpeg
+    from m3i_scale.report.html_file import rendered, write_page
+
+    sets = [
+        {
+            "title": _title(name, of_set),
+            "rows": list(_rows(of_set)),
+            "lines": list(_lines(document, of_set)),
+            "picture": pictures.get(name),
+            "jpeg": base64.b64encode(jpeg(pictures[name].image)).decode() if name in pictures else None,
+        }
+        for name, of_set in document["sets"].items()
+    ]
+    text = rendered(
+        "comparison.html.j2",
+        title=f"{document['before']['name']} and {document['after']['name']}",
+        models=list(_models(document)),
+        columns=_COLUMNS,
+        sets=sets,
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    )
+    write_page(text, page)
+
+
+def _title(name: str, of_set: dict[str, Any]) -> str:
+    return without_secrets(f"{name}: {of_set['data']['shards']}  ·  {of_set['data']['samples']} samples")
+
+
+def _models(document: dict[str, Any]) -> Iterator[str]:
+    for role in ("before", "after"):
+        model = document[role]
+        size = model["image_size"]
+        yield f"{role}: {model['path']} ({model['type']}, {size} × {size} pixels, pool {model['pool']})"
+
+
+def _rows(of_set: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield metric, both values, their difference, its interval, and the direction of change."""
+    for name, figures in of_set["measures"].items():
+        before, after, difference = (figures[key] for key in ("before", "after", "difference"))
+        yield (
+            name.replace("_", " "),
+            f"{before['value']:.3f}",
+            f"{after['value']:.3f}",
+            f"{difference['value']:+.3f}",
+            f"{difference['low']:+.3f} … {difference['high']:+.3f}",
+            figures["change"],
+        )
+
+
+def _lines(document: dict[str, Any], of_set: dict[str, Any]) -> Iterator[str]:
+    data = of_set["data"]
+    yield (
+        f"{document['level']:.0%} intervals of differences by paired bootstrap over {data['clusters']} ×"
+        f" {data['cluster_unit']}"
+    )
+    for name, reason in of_set["not_measured"].items():
+        yield f"not measured: {name.replace('_', ' ')}: {reason}"
+    if "not_shown" in of_set:
+        yield f"not shown: dense features: {of_set['not_shown']}"
+    yield from warning_lines(of_set)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from m3i_scale.defaults import NO_CLASS
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.intervals import Clusters, Statistic
 
 PATCHES_PER_IMAGE = 16
@@ -24,9 +24,6 @@ FIT_PATCHES = 16_384
 
 _CLASSES = 256
 _SEED = 20_221
-
-PatchEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""uint8 images (B, 3, S, S) → pooled features (B, D) and patch features (B, L, E), row by row of a square grid."""
 
 
 @dataclass
@@ -55,7 +52,7 @@ class PatchCollector:
         self._held = 0
         self.masks = 0
         """Number of images with a mask so far."""
-        self.fault: str | None = None
+        self.reason: str | None = None
         """Reason why there are no patches although there are masks."""
 
     def add(
@@ -64,9 +61,10 @@ class PatchCollector:
         """Sample patches of a batch. `first` is the index of its first image in the table. `masks` are (S, S), None for
         images without a mask. `images_BCHW` is only needed for the pixel baseline. Tokens that do not form a square
         grid are ignored."""
-        side = math.isqrt(tokens_BLD.shape[1])
-        if side * side != tokens_BLD.shape[1]:
-            self.fault = f"the model has {tokens_BLD.shape[1]} patches, which are no square grid"
+        try:
+            side = grid_side(tokens_BLD.shape[1])
+        except NotMeasuredError as reason:
+            self.reason = str(reason)
             return
         tokens = {"model": tokens_BLD}
         if images_BCHW is not None:
@@ -92,9 +90,9 @@ class PatchCollector:
             self._draw(self._limit)
 
     def patches(self) -> Patches | None:
-        """Return the sampled patches; None, with a `fault`, if there are none."""
+        """Return the sampled patches; None, with a `reason`, if there are none."""
         if not self._held:
-            self.fault = self.fault or ("no mask names the class of any patch" if self.masks else "no masks")
+            self.reason = self.reason or ("no mask names the class of any patch" if self.masks else "no masks")
             return None
         self._draw(self._limit)
         whole = self._parts[0]
@@ -108,6 +106,14 @@ class PatchCollector:
             kept = np.sort(np.argsort(whole["lot"], kind="stable")[:limit])
             whole = {name: rows[kept] for name, rows in whole.items()}
         self._parts, self._held = [whole], len(whole["labels"])
+
+
+def grid_side(patches: int) -> int:
+    """Return the number of patches along a side of a square grid."""
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise NotMeasuredError(f"the model has {patches} patches, which are no square grid")
+    return side
 
 
 def patch_labels(mask_SS: NDArray[np.uint8], side: int) -> NDArray[np.int64]:

@@ -1,10 +1,9 @@
-"""Extraction of frozen features: one pass over the samples for all metrics."""
+"""Frozen vision models: loading, pooling and features of images."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,8 +23,6 @@ from transformers import (
 
 from m3i_scale.backbones.tokens import last_norm
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.dense import PatchCollector, PatchEncoder
-from m3i_scale.evaluate.samples import Sample, Table, read_samples
 from m3i_scale.files import read_json
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.output import quiet_loading
@@ -200,53 +197,6 @@ def pixel_features(images_BCHW: Tensor) -> Tensor:
         images_BCHW.float(), size=(PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True, align_corners=False
     )
     return (small / 255).flatten(1)
-
-
-def extract(
-    table: Table,
-    encoders: dict[str, Encoder],
-    size: int,
-    *,
-    batch_size: int,
-    dense: PatchEncoder | None = None,
-    collector: PatchCollector | None = None,
-    exclude_groups: tuple[str, ...] = (),
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, NDArray[np.float32]]:
-    """Read all samples once, encode their center crops, and fill the table.
-
-    Return features by encoder, (N, D) in the order of the table; (0, 0) without usable samples.
-
-    Args:
-        dense: replaces the encoder `model` and also returns patch features; `pixels` then gets patches too.
-        collector: filled with patches of the samples with a mask; used with `dense`.
-    """
-    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in encoders}
-    done = 0
-    for batch in _batches(
-        read_samples(table, size, exclude_groups=exclude_groups, masks=dense is not None), batch_size
-    ):
-        images_BCHW = torch.from_numpy(np.stack([sample.pixels for sample in batch]))
-        pooled: dict[str, Tensor] = {}
-        if dense is not None and collector is not None:
-            pooled["model"], tokens_BLD = dense(images_BCHW)
-            masks = [sample.mask for sample in batch]
-            collector.add(done, masks, tokens_BLD, images_BCHW if "pixels" in encoders else None)
-        pooled |= {name: encode(images_BCHW) for name, encode in encoders.items() if name not in pooled}
-        for name, pooled_BD in pooled.items():
-            parts[name].append(pooled_BD.float().cpu().numpy())
-        done += len(batch)
-        if progress is not None:
-            progress(done)
-    return {
-        name: np.concatenate(blocks) if blocks else np.zeros((0, 0), dtype=np.float32) for name, blocks in parts.items()
-    }
-
-
-def _batches(samples: Iterable[Sample], count: int) -> Iterator[list[Sample]]:
-    iterator = iter(samples)
-    while batch := list(itertools.islice(iterator, count)):
-        yield batch
 
 
 def unit_rows(features_ND: NDArray[np.float32]) -> NDArray[np.float32]:

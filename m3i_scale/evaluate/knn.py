@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import unit_rows
 
 TEMPERATURE = 0.07
@@ -24,7 +25,7 @@ def knn_predict(
     """Predict classes (M) by k. Each neighbor votes with exp(cosine / temperature), so lower temperatures weight close
     neighbors more."""
     if len(train_ND) < max(neighbours):
-        raise ValueError(f"{len(train_ND)} training samples for {max(neighbours)} neighbours")
+        raise NotMeasuredError(f"{len(train_ND)} labelled training samples for {max(neighbours)} neighbours")
     train = torch.from_numpy(unit_rows(train_ND))
     labels = torch.from_numpy(train_labels_N)
     test = torch.from_numpy(unit_rows(test_MD))

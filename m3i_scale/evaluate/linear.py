@@ -12,6 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.preprocessing import StandardScaler
 
+from m3i_scale.evaluate import NotMeasuredError
+
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate values of C (inverse regularization)."""
 
@@ -47,7 +49,7 @@ def linear_probe(
     """Select C on a quarter of the training groups, fit on all training samples, and predict the test samples.
 
     Features are standardized with mean and std of the fitted samples. Samples of one group (family) are never on both
-    sides of the selection split. Raise ValueError if there is no such split with two classes to fit.
+    sides of the selection split. Raise NotMeasuredError if there is no such split with two classes to fit.
     """
     fit, held_out = selection_split(train_labels_N, groups_N)
     selection: dict[float, float] = {}
@@ -75,14 +77,14 @@ def selection_split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return indices to fit on, with at least two classes, and indices to select C on. Groups are not split."""
     if len(np.unique(labels_N)) < 2:
-        raise ValueError("the training data have fewer than two classes")
+        raise NotMeasuredError("the training data have fewer than two classes")
     if len(np.unique(groups_N)) < 2:
-        raise ValueError("all training samples are of one family, so there is nothing to choose C on")
+        raise NotMeasuredError("all training samples are of one family, so there is nothing to choose C on")
     splitter = GroupShuffleSplit(n_splits=20, test_size=SELECTION_SHARE, random_state=_SEED)
     for fit, held_out in splitter.split(labels_N, groups=groups_N):
         if len(np.unique(labels_N[fit])) > 1 and len(held_out):
             return fit, held_out
-    raise ValueError("no split of the training families leaves two classes to fit")
+    raise NotMeasuredError("no split of the training families leaves two classes to fit")
 
 
 def _probe() -> LogisticRegression:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.images import MASK
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
 from m3i_scale.evaluate.intervals import Clusters, Statistic, clusters_of, mean_of
@@ -25,10 +26,6 @@ Statistics = dict[str, Statistic]
 """By metric, for comparisons on the same samples."""
 
 
-class NotMeasuredError(Exception):
-    """Missing requirement of a metric; the message is the reason for users."""
-
-
 @dataclass
 class Side:
     """Features of one dataset split, with the metadata of its samples."""
@@ -40,20 +37,19 @@ class Side:
     no_patches: str | None = None
     """Reason why there are no patches."""
 
-    def labelled(self) -> NDArray[np.int64]:
-        """Return the indices of the samples with a class."""
-        return np.flatnonzero(self.table.label_array >= 0).astype(np.int64)
+    def labelled(self, split: str = "test") -> NDArray[np.int64]:
+        """Return the indices of the samples with a class. Raise NotMeasuredError if there are none."""
+        numbers = np.flatnonzero(self.table.label_array >= 0).astype(np.int64)
+        if not len(numbers):
+            raise NotMeasuredError(f"no labels in the {split} data (.cls members and labels.json)")
+        return numbers
 
 
-def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
+def _labelled_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDArray[np.int64], Side]:
     """Return the indices of the labeled training and test samples, and the training side."""
     if train is None:
         raise NotMeasuredError("no training data (--train-data)")
-    fit, asked = train.labelled(), test.labelled()
-    if not len(fit) or not len(asked):
-        raise NotMeasuredError(
-            f"no labels in the {'training' if not len(fit) else 'test'} data (.cls members and labels.json)"
-        )
+    fit, asked = train.labelled("training"), test.labelled()
     if train.table.classes != test.table.classes:
         raise NotMeasuredError("labels.json of training and test data differ")
     return fit, asked, train
@@ -61,9 +57,7 @@ def probe_sides(train: Side | None, test: Side) -> tuple[NDArray[np.int64], NDAr
 
 def measure_knn(encoder: str, train: Side | None, test: Side, clusters: Clusters) -> tuple[dict[str, Any], Statistics]:
     """Compute k-nearest-neighbor accuracy for every k."""
-    fit, asked, side = probe_sides(train, test)
-    if len(fit) < max(NEIGHBOURS):
-        raise NotMeasuredError(f"{len(fit)} labelled training samples for {max(NEIGHBOURS)} neighbours")
+    fit, asked, side = _labelled_sides(train, test)
     predicted = knn_predict(
         side.features[encoder][fit],
         side.table.label_array[fit],
@@ -81,17 +75,14 @@ def measure_linear(
     encoder: str, train: Side | None, test: Side, clusters: Clusters
 ) -> tuple[dict[str, Any], Statistics]:
     """Compute linear-probe accuracy, and report the selection of C."""
-    fit, asked, side = probe_sides(train, test)
+    fit, asked, side = _labelled_sides(train, test)
     families = clusters_of(side.table, preferred=("family", "concept"))
-    try:
-        probe = linear_probe(
-            side.features[encoder][fit],
-            side.table.label_array[fit],
-            families.of[fit],
-            test.features[encoder][asked],
-        )
-    except ValueError as error:
-        raise NotMeasuredError(str(error)) from None
+    probe = linear_probe(
+        side.features[encoder][fit],
+        side.table.label_array[fit],
+        families.of[fit],
+        test.features[encoder][asked],
+    )
     truth = test.table.label_array[asked]
     accuracy = mean_of(probe.predicted == truth, clusters.take(asked))
     document = {
@@ -110,12 +101,9 @@ def measure_dense(
         raise NotMeasuredError("no training data (--train-data)")
     fitted, asked = _patches(train, "training"), _patches(test, "test")
     families = clusters_of(train.table, preferred=("family", "concept"))
-    try:
-        probe = linear_probe(
-            fitted.features[encoder], fitted.labels_P, families.of[fitted.image_P], asked.features[encoder]
-        )
-    except ValueError as error:
-        raise NotMeasuredError(str(error)) from None
+    probe = linear_probe(
+        fitted.features[encoder], fitted.labels_P, families.of[fitted.image_P], asked.features[encoder]
+    )
     of_patches = clusters.take(asked.image_P)
     commonest = np.full_like(asked.labels_P, np.bincount(fitted.labels_P).argmax())
     guessed = mean_iou(commonest, asked.labels_P, of_patches).value
@@ -164,8 +152,6 @@ def measure_zero_shot(
 ) -> tuple[dict[str, Any], Statistics]:
     """Compute zero-shot accuracy among the classes in the test data."""
     asked = test.labelled()
-    if not len(asked):
-        raise NotMeasuredError("no labels in the test data (.cls members and labels.json)")
     present, truth = np.unique(test.table.label_array[asked], return_inverse=True)
     if len(present) < 2:
         raise NotMeasuredError("the test data have a single class")
@@ -191,7 +177,7 @@ def measure_retrieval(
     captions, caption_of_N = distinct_captions([test.table.captions[n] or "" for n in asked])
     if len(captions) < 2:
         raise NotMeasuredError("fewer than two distinct captions in the test data (.txt members)")
-    retrieval = rank(unit_rows(images_NE[asked]), encode(captions), captions, caption_of_N)
+    retrieval = rank(unit_rows(images_NE[asked]), encode(captions), caption_of_N)
     of_images = clusters.take(asked)
     first_image_U = np.unique(caption_of_N, return_index=True)[1]
     of_captions = of_images.take(first_image_U)

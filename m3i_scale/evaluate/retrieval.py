@@ -22,14 +22,12 @@ class Retrieval:
     """For every image, rank of its caption among the distinct captions."""
     text_to_image: NDArray[np.int64]
     """For every distinct caption, best rank of its images among all images."""
-    captions: list[str]
-    """The distinct captions, in the order of `text_to_image`."""
     caption_of: NDArray[np.int64]
     """Index of every image's caption."""
 
     def chance(self, direction: str, depth: int) -> float:
         """Return the expected recall at `depth` for a random ranking."""
-        images, distinct = len(self.caption_of), len(self.captions)
+        images, distinct = len(self.caption_of), len(self.text_to_image)
         if direction == "image_to_text":
             return min(depth / distinct, 1.0)
         depth = min(depth, images)
@@ -43,20 +41,19 @@ def distinct_captions(captions: list[str]) -> tuple[list[str], NDArray[np.int64]
     return list(distinct), number.astype(np.int64)
 
 
-def rank(
-    images_NE: NDArray[np.float32], texts_UE: NDArray[np.float32], captions: list[str], caption_of_N: NDArray[np.int64]
-) -> Retrieval:
+def rank(images_NE: NDArray[np.float32], texts_UE: NDArray[np.float32], caption_of_N: NDArray[np.int64]) -> Retrieval:
     """Return ranks in both directions. Ties count against the model, so collapsed features get the worst rank.
-    `texts_UE` has the embeddings of the distinct `captions`."""
+    `texts_UE` has the embeddings of the distinct captions."""
+    captions_U = np.arange(len(texts_UE))
     image_to_text = [
-        _ranks(block @ texts_UE.T, own[:, None] == np.arange(len(captions)))
+        _ranks(block @ texts_UE.T, own[:, None] == captions_U)
         for block, own in zip(_chunks(images_NE), _chunks(caption_of_N), strict=True)
     ]
     text_to_image = [
         _ranks(block @ images_NE.T, own[:, None] == caption_of_N)
-        for block, own in zip(_chunks(texts_UE), _chunks(np.arange(len(captions))), strict=True)
+        for block, own in zip(_chunks(texts_UE), _chunks(captions_U), strict=True)
     ]
-    return Retrieval(np.concatenate(image_to_text), np.concatenate(text_to_image), captions, caption_of_N)
+    return Retrieval(np.concatenate(image_to_text), np.concatenate(text_to_image), caption_of_N)
 
 
 def _ranks(scores_QC: NDArray[np.float32], right_QC: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.text import differences, duration_text, listed, redact, redact_text, short
 
-_STOPPED = "stopped without saying how, or training where its lock is not seen from here"
+_STOPPED = "stopped without a status, or training on a host whose lock is not visible here"
 
 
 def progress_of(run: RunFiles) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def progress_of(run: RunFiles) -> dict[str, Any]:
     left = None if run.left_s is None or status == _STOPPED else duration_text(run.left_s)
     words = f"step {run.step:,}" + ("" if total is None else f" of {total:,}") + f", {status}"
     if left is not None:
-        words += f", {left} left at the speed of the last records"
+        words += f", {left} left at the recent speed"
     percent = 0 if not total else max(0, min(100, round(100 * run.step / total)))
     return {"percent": percent, "left": left, "status": status, "words": words}
 
@@ -82,8 +82,8 @@ def facts_of(run: RunFiles, progress: Mapping[str, Any], hosts: Sequence[str]) -
         "Hosts": listed(hosts, 8) or None,
         "Device": last.get("device"),
         "Processor": last.get("processor"),
-        "Peak of a rank": _peak(last),
-        "DeepSpeed file": _at(run.settings, "deepspeed"),
+        "Peak per rank": _peak(last),
+        "DeepSpeed config": _at(run.settings, "deepspeed"),
         "Started": f"{utc(unix_s(run.starts[0]))} UTC" if run.starts else None,
         "Last record": f"{utc(float(run.times_s[-1]))} UTC" if run.times_s.size else None,
         "Versions": _versions(last.get("versions")),
@@ -144,8 +144,8 @@ def _peak(start: dict[str, Any]) -> str | None:
     peak, sheet = start.get("peak_tflops"), start.get("data_sheet_tflops")
     if not isinstance(peak, int | float):
         return None
-    beside = f", data sheet {sheet:,.4g}" if isinstance(sheet, int | float) else ""
-    return f"{peak:,.4g} TFLOP/s ({start.get('peak_source')}{beside})"
+    data_sheet = f", data sheet {sheet:,.4g}" if isinstance(sheet, int | float) else ""
+    return f"{peak:,.4g} TFLOP/s ({start.get('peak_source')}{data_sheet})"
 
 
 def _versions(versions: Any) -> str | None:

@@ -30,39 +30,39 @@ class Chart:
 CHARTS = (
     Chart("loss", "overview", "Loss", "nats", "Weighted sum of the groups' losses.", "loss"),
     Chart(
-        "group_loss", "objective", "Loss by group", "nats",
-        "−log P̂ of each group of targets, without its weight, with its regulariser.", "loss/([^/]+)",
+        "group_loss", "losses", "Loss by group", "nats",
+        "−log P̂ of each group of targets and its regularizer, unweighted.", "loss/([^/]+)",
     ),
-    Chart("loss_term", "objective", "Loss by term", "", "Terms of a group's loss, as a detector's.", "loss/(.+/.+)"),
+    Chart("loss_term", "losses", "Loss by term", "", "Terms of a group's loss, e.g. of a detector.", "loss/(.+/.+)"),
     Chart(
-        "nats", "objective", "Information by group", "nats",
-        'What the representation tells about each target: a bound or an estimate. "information" is their sum.',
+        "nats", "losses", "Mutual information by group", "nats",
+        'Lower bound or estimate of the mutual information with each target. "information" is their sum.',
         "mi/(.+)|(information)",
     ),
     Chart(
-        "group_weight", "objective", "Weight by group", "",
-        "Factor of each group's loss in the sum; moves where the balance does.", "loss_weight/(.+)",
+        "group_weight", "losses", "Weight by group", "",
+        "Weight of each group's loss in the sum. Loss balancing changes it.", "loss_weight/(.+)",
     ),
     Chart(
-        "group_grad_norm", "objective", "Gradient norm by group", "",
-        "Norm of the gradient that each group sends into the visible tokens of the encoder's output.",
+        "group_grad_norm", "losses", "Gradient norm by group", "",
+        "Norm of the gradient of each group's loss with respect to the visible tokens of the encoder output.",
         "grad_norm/(.+)",
     ),
-    Chart("grad_norm", "objective", "Gradient norm", "", "Norm of the whole gradient before clipping.", "grad_norm"),
-    Chart("lr", "objective", "Learning rate", "", "Of the step.", "lr"),
-    Chart("ema_decay", "objective", "EMA decay", "", "At 1 the EMA teacher does not change.", "ema_decay"),
+    Chart("grad_norm", "losses", "Gradient norm", "", "Total gradient norm before clipping.", "grad_norm"),
+    Chart("lr", "losses", "Learning rate", "", "Learning rate of the step.", "lr"),
+    Chart("ema_decay", "losses", "EMA decay", "", "At 1 the EMA teacher does not change.", "ema_decay"),
     Chart(
-        "skipped", "objective", "Skipped steps", "steps",
-        "Left out so far because a loss or gradient was not finite, or overflowed in fp16.",
+        "skipped", "losses", "Skipped steps", "steps",
+        "Steps skipped so far: non-finite loss or gradient, or fp16 overflow.",
         "(skipped_steps|skipped_nonfinite)",
     ),
-    Chart("loss_scale", "objective", "Loss scale", "", "Factor of the loss in the backward pass, fp16.", "loss_scale"),
+    Chart("loss_scale", "losses", "Loss scale", "", "fp16 loss scale.", "loss_scale"),
     Chart(
-        "samples_per_s", "speed", "Throughput", "samples/s", "Samples through all ranks in a second.",
+        "samples_per_s", "speed", "Throughput", "samples/s", "Samples per second over all ranks.",
         "throughput/samples_per_s",
     ),
     Chart(
-        "mfu", "speed", "MFU", PERCENT, "Counted FLOPs of the model as a share of what the devices could compute.",
+        "mfu", "speed", "MFU", PERCENT, "Counted FLOPs of the model as a fraction of the peak of the devices.",
         "perf/mfu",
     ),
     Chart(
@@ -71,15 +71,15 @@ CHARTS = (
     ),
     Chart(
         "step_s", "speed", "Time of a step", "s",
-        "Wall-clock time of a step, and how much of it the slowest rank waited for data.",
+        "Wall-clock time per step, and data wait of the slowest rank.",
         "time/(step|data_wait)",
     ),
     Chart(
-        "data_wait_share", "speed", "Data wait", PERCENT, "Share of a step spent waiting for data; near 0 when the "
+        "data_wait_share", "speed", "Data wait", PERCENT, "Fraction of a step spent waiting for data; near 0 if the "
         "loader keeps up.", "time/data_wait_share",
     ),
     Chart(
-        "tokens_per_s", "speed", "Tokens", "tokens/s", "Visible patch tokens through the backbone, all ranks.",
+        "tokens_per_s", "speed", "Tokens", "tokens/s", "Visible patch tokens per second over all ranks.",
         "throughput/tokens_per_s",
     ),
     Chart("memory", "speed", "Memory", "GiB", "Peak memory of the rank that used most.", "memory_gib"),
@@ -89,30 +89,30 @@ CHARTS = (
     ),
     Chart(
         "health_rank", "health", "Effective rank of features", "dimensions",
-        "How many directions are used alike: 1 is a line, the width of the model all of them.", "health/(.+)_rank",
+        "Number of equally used dimensions, from 1 to the width of the model.", "health/(.+)_rank",
     ),
     Chart(
         "health_spread", "health", "Spread of targets", "0 to 1",
-        "0: all samples have the same target, it has collapsed.", "health/(.+)_spread",
+        "0: all samples have the same target (collapse).", "health/(.+)_spread",
     ),
     Chart(
-        "health_evenness", "health", "Use of prototypes", "0 to 1", "0: one prototype takes all samples.",
+        "health_evenness", "health", "Use of prototypes", "0 to 1", "0: all samples are assigned to one prototype.",
         "health/(.+)_evenness",
     ),
     Chart(
         "health_scale", "health", "Scale of text targets", "", "1/τ, the inverse temperature, at most 100.",
         "health/(.+)_scale",
     ),
-    Chart("count", "health", "Samples with a target", "samples", "Of a micro-batch, all ranks.", "loss_samples/(.+)"),
+    Chart("count", "health", "Samples with a target", "samples", "Micro-batch, all ranks.", "loss_samples/(.+)"),
     Chart(
         "mixture", "data", "Mixture of datasets", PERCENT,
         "Fraction of each dataset among the samples since the last record. Dashed: the target, given weights, "
         "schedules and exhausted datasets.", "dataset/(.+/recent_(?:share|asked))",
     ),
-    Chart("epoch", "data", "Epochs", "epochs", "So far, corrupt samples included.", "dataset/(.+)/epoch"),
+    Chart("epoch", "data", "Epochs", "epochs", "Epochs so far, including corrupt samples.", "dataset/(.+)/epoch"),
     Chart(
         "quarantined", "data", "Quarantined samples", "samples",
-        "Put aside as unreadable so far: how often, and how many different ones.", "(quarantined|quarantined_samples)",
+        "Unreadable samples so far: total, and distinct samples.", "(quarantined|quarantined_samples)",
     ),
 )  # fmt: skip
 
@@ -126,9 +126,9 @@ def evaluation_charts(runs: Sequence[RunFiles]) -> list[Chart]:
     kinds = sorted({name.rpartition("/")[2] for name in names}, key=lambda kind: (order.get(kind, len(first)), kind))
     return [
         Chart(
-            f"evaluation_{kind}", "results", f"While training: {SCORES.get(kind, kind.replace('_', ' '))}",
+            f"evaluation_{kind}", "results", f"Evaluation: {SCORES.get(kind, kind.replace('_', ' '))}",
             PERCENT if kind in SCORES else "",
-            "Measured while training, on data.validation.",
+            "On data.validation during training.",
             rf"evaluation/(?:(.+)/)?{re.escape(kind)}",
         )
         for kind in kinds

@@ -17,22 +17,24 @@ _PACKAGES = ("plotext", "plotly", "tsdownsample")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs; several are shown over each other.")],
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs; several runs are overlaid.")],
     output: Annotated[
-        Path, typer.Option(callback=writes_to, help="The page to write; an earlier one is replaced.")
+        Path, typer.Option(callback=writes_to, help="HTML file to write; an existing one is replaced.")
     ] = Path("report.html"),
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="What `evaluate --json` printed, beside what lies in the runs' folders.")
+        list[Path] | None,
+        typer.Option(help="Output of `evaluate --json`, in addition to the results in the run folders."),
     ] = None,
     pictures: Annotated[
-        list[Path] | None, typer.Option(help="Folder of `evaluate --pictures`, in addition to the runs' own.")
+        list[Path] | None,
+        typer.Option(help="Folder of `evaluate --pictures`, in addition to the pictures in the run folders."),
     ] = None,
-    show_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    show_it: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file that shows runs during or after training: curves, events, data, checkpoints, results.
 
-    It needs no network and no other file. No other file is written.
+    The file is self-contained: it needs no network and no other files.
     """
     _check_installed()
     from m3i_scale.report.page import open_in_browser, write_report
@@ -48,8 +50,8 @@ def report(
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="The output folder of a run.")],
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at its files.")] = 2.0,
+    run: Annotated[Path, typer.Argument(help="Output folder of a run.")],
+    every: Annotated[float, typer.Option(min=0.1, help="Polling interval in seconds.")] = 2.0,
 ) -> None:
     """Show a run in the terminal while it trains: progress, curves, step timings, hosts, warnings. Press q to quit."""
     _check_installed()

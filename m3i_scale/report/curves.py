@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tsdownsample import MinMaxLTTBDownsampler
 
 from m3i_scale.report.charts import PERCENT, Chart
-from m3i_scale.report.downsample import downsample
 from m3i_scale.report.run_files import RunFiles
 
 MOST_POINTS = 2_000
@@ -28,15 +28,13 @@ _IN_WORDS = {"": "", PERCENT: "", "0 to 1": " From 0 to 1."}
 def filled_charts(runs: Sequence[RunFiles], names: Sequence[str], charts: Sequence[Chart]) -> list[dict[str, Any]]:
     """Return the charts with data from any run, as JSON values. Curves of one `group` share their color. A curve is
     downsampled to `MOST_POINTS` points, or fewer to stay below `ALL_POINTS` in total."""
-    curves = [{**_evaluations_of(run), **_steps_of(run)} for run in runs]
+    curves = [
+        _evaluations_of(run) | {name: (run.steps, values) for name, values in run.figures.items()} for run in runs
+    ]
     wanted = [(chart, list(_series_of(chart, curves))) for chart in charts]
     total = sum(len(found) for _, found in wanted)
     count = max(3, min(MOST_POINTS, ALL_POINTS // max(1, total)))
     return [_filled(chart, found, count, names) for chart, found in wanted if found]
-
-
-def _steps_of(run: RunFiles) -> dict[str, Points]:
-    return {name: (run.steps, values) for name, values in run.figures.items()}
 
 
 def _evaluations_of(run: RunFiles) -> dict[str, Points]:
@@ -88,7 +86,7 @@ def _filled(
     for run, name, (steps, values) in series:
         is_asked = name.endswith(_ASKED)
         group = name.removesuffix(_ASKED).removesuffix("/recent_share")
-        shown_name = f"{group} (asked)" if is_asked else group
+        shown_name = f"{group} (target)" if is_asked else group
         x, y = _every_so_many(steps, values, count) if chart.stacked else downsample(steps, values, count)
         lines.append({
             "run": run,
@@ -114,3 +112,19 @@ def _filled(
         "stacked": chart.stacked,
         "series": lines,
     }
+
+
+def downsample(x: NDArray[Any], y: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Downsample a curve (x and y of shape N, x increasing) to at most `count` ≥ 3 points with MinMaxLTTB.
+
+    The extremes of every interval are candidates. Largest-triangle-three-buckets selects those that change the line
+    most. Values are never averaged or moved. Points with non-finite y are dropped, because a line cannot show them.
+
+    Source: Van Der Donckt et al., MinMaxLTTB: Leveraging MinMax-Preselection to Scale LTTB, 2023 (arXiv:2305.00332).
+    """
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(y) <= count:
+        return x, y
+    chosen = MinMaxLTTBDownsampler().downsample(np.ascontiguousarray(x), np.ascontiguousarray(y), n_out=count)
+    return x[chosen], y[chosen]

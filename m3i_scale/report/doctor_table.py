@@ -11,7 +11,7 @@ from rich.text import Text
 
 from m3i_scale.text import listed
 
-_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "fault": ("✗", "red")}
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "red")}
 _NAMED = 2
 _SHOWN = 3
 
@@ -31,12 +31,12 @@ def doctor_table(findings: Iterable[Mapping[str, Any]]) -> Group:
         for finding in of_check:
             if _kind(finding) != "ok":
                 table.add_row(_mark(_kind(finding)), check, finding["host"], _found(finding))
-    totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['fault']} ✗"
-    return Group(table, Text(totals, "bold red" if counts["fault"] else "bold green"))
+    totals = f"{counts['ok']} ✓, {counts['warning']} !, {counts['error']} ✗"
+    return Group(table, Text(totals, "bold red" if counts["error"] else "bold green"))
 
 
 def _kind(finding: Mapping[str, Any]) -> str:
-    return "fault" if not finding["ok"] else "warning" if finding["warning"] else "ok"
+    return "error" if not finding["ok"] else "warning" if finding["warning"] else "ok"
 
 
 def _mark(kind: str) -> Text:

@@ -15,12 +15,12 @@ from m3i_scale.files import replacing
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def check_page(page: Path, option: str) -> None:
-    """Check that a page can be written to a path. `option` is the name of its option, for errors."""
+def check_page(page: Path) -> None:
+    """Check that a page can be written to a path."""
     if not page.parent.is_dir():
         raise ConfigError("the folder of the report is missing", where=str(page.parent), fix=f"mkdir -p {page.parent}")
     if page.suffix != ".html" or page.is_dir():  # a typo must not overwrite a file of a run
-        raise ConfigError("a report is a file that ends in .html", where=str(page), fix=f"{option} FILE.html")
+        raise ConfigError("a report is a file that ends in .html", where=str(page), fix="--output FILE.html")
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -29,7 +29,7 @@ def rendered(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(style=style, **values)
 
 
-def write_page(text: str, page: Path, option: str) -> None:
+def write_page(text: str, page: Path) -> None:
     """Write a page atomically, replacing an existing one. Its path has passed `check_page`."""
     try:
         with replacing(page) as file:
@@ -38,7 +38,7 @@ def write_page(text: str, page: Path, option: str) -> None:
         raise ConfigError(
             f"the report cannot be written: {error.strerror}",
             where=str(page),
-            fix=f"free some space, or {option} elsewhere",
+            fix="free some space, or use another --output",
         ) from None
 
 

@@ -44,7 +44,7 @@ def marks_of(run: RunFiles, attempts: Sequence[AttemptRecord], failure: Failure 
 def _stages(run: RunFiles) -> Iterator[dict[str, Any]]:
     """Yield stage changes, each once: a resume at such a step logs it again."""
     for line in {line["step"]: line for line in run.stages if line["step"]}.values():
-        text = f"images of {line['image_size']} pixels from here on, micro-batches of {line['micro_batch_size']}"
+        text = f"images of {line['image_size']} pixels, micro-batches of {line['micro_batch_size']}"
         yield _mark("stage", line["step"], utc(unix_s(line)), text)
 
 
@@ -54,15 +54,15 @@ def _resumed(run: RunFiles) -> Iterator[dict[str, Any]]:
         ranks = line["world_size"]
         if line["step"]:
             change = f", on {ranks} ranks instead of {before}" if before not in (None, ranks) else ""
-            yield _mark("resumed", line["step"], utc(unix_s(line)), f"went on from step {line['step']:,}{change}")
+            yield _mark("resumed", line["step"], utc(unix_s(line)), f"resumed from step {line['step']:,}{change}")
         before = ranks
 
 
 def _rewound(run: RunFiles) -> Iterator[dict[str, Any]]:
     for line in run.rewinds:
         since, skipped = short(line.get("spike_since")), short(line.get("skipped_samples"))
-        text = f"back from step {short(line.get('rewound_from'))}: the loss spiked from step {since} on"
-        yield _mark("rewound", line["step"], utc(unix_s(line)), f"{text}; {skipped} samples left out")
+        text = f"rolled back from step {line['rewound_from']:,}: loss spike since step {since}"
+        yield _mark("rewound", line["step"], utc(unix_s(line)), f"{text}; {skipped} samples skipped")
 
 
 def _warned(run: RunFiles) -> Iterator[dict[str, Any]]:

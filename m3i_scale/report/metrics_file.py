@@ -22,8 +22,6 @@ BLOCK_BYTES = 1 << 24
 """Bytes per read. Longer lines are invalid, because no run writes them."""
 _STEP_LINE = b'{"kind": "train", '
 """Prefix of logged training steps, which are nearly all lines."""
-MOST_FIGURES = 5_000
-"""Maximum number of metrics in a file; a run has a few dozen."""
 _FACTS = ("kind", "step", "time")
 _NOT_FINITE = ("nan", "inf", "-inf")
 _FIELDS: dict[str, dict[str, type]] = {
@@ -159,9 +157,8 @@ class MetricsFile:
         figures: dict[str, NDArray[np.float64]] = {}
         for row, record in enumerate(records):
             for name, value in numbers_of(record).items():
-                if name not in self._names and len(self._names) < MOST_FIGURES:
-                    self._names[name] = None
-                if name in self._names and self._wanted(upgrade_metric(name)):
+                self._names[name] = None
+                if self._wanted(upgrade_metric(name)):
                     if name not in figures:
                         figures[name] = np.full(count, np.nan)
                     figures[name][row] = value

@@ -5,30 +5,34 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import time
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from m3i_scale import __version__
-from m3i_scale.errors import ConfigError
-from m3i_scale.report.about import differing_settings
+from m3i_scale.errors import ConfigError, Faults
+from m3i_scale.host.failures import read_attempts, read_failure
+from m3i_scale.report.about import differing_settings, facts_of, figures_of, progress_of
 from m3i_scale.report.albums import albums_of
 from m3i_scale.report.charts import CHARTS, evaluation_charts
 from m3i_scale.report.curves import MOST_POINTS, filled_charts
 from m3i_scale.report.html_file import TEMPLATES, check_page, rendered, write_page
-from m3i_scale.report.marks import KINDS
+from m3i_scale.report.marks import KINDS, marks_of
 from m3i_scale.report.results import documents_of_files, documents_of_run
 from m3i_scale.report.run_files import RunFiles, read_run
-from m3i_scale.report.sections import sections_of
+from m3i_scale.report.run_folder import Quarantined, checkpoints_of, quarantine_of, ranks_of
+from m3i_scale.text import redact, redact_text, size_text
 
 HEADINGS = {
     "overview": "Overview",
-    "objective": "Loss and its parts",
+    "losses": "Loss and its terms",
     "speed": "Speed and memory",
     "health": "Health of features and targets",
     "data": "Data",
@@ -54,11 +58,11 @@ def write_report(
     `bytes`, `seconds`, `runs` (their names) and `charts` (their ids).
     """
     began = time.monotonic()
-    check_page(output, "--output")
+    check_page(output)
     runs = [read_run(folder) for folder in folders]
     names = _distinct(runs)
     charts = filled_charts(runs, names, [*CHARTS, *evaluation_charts(runs)])
-    write_page(_page(runs, names, charts, evaluations, pictures), output, "--output")
+    write_page(_page(runs, names, charts, evaluations, pictures), output)
     return {
         "report": str(output),
         "bytes": output.stat().st_size,
@@ -72,7 +76,7 @@ def open_in_browser(page: Path) -> None:
     """Open a page in the user's browser."""
     if not webbrowser.open(page.absolute().as_uri()):
         raise ConfigError(
-            "there is no browser here to open the report with",
+            "no browser found to open the report",
             where=f"--open {page}",
             fix="copy the file to a machine with one, or set BROWSER; the report is written",
         )
@@ -85,7 +89,7 @@ def _page(
     evaluations: Sequence[Path],
     pictures: Sequence[Path],
 ) -> str:
-    sections = [sections_of(run, name) for run, name in zip(runs, names, strict=True)]
+    sections = [_sections_of(run, name) for run, name in zip(runs, names, strict=True)]
     documents = [*(document for run in runs for document in documents_of_run(run)), *documents_of_files([*evaluations])]
     tabs_with_charts = {chart["tab"] for chart in charts}
     marks = [
@@ -154,3 +158,62 @@ def script_safe(value: Any) -> Markup:
 def _allowed(script: str) -> str:
     """Return the hash of an allowed script for the page's content security policy, which blocks all others."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _sections_of(run: RunFiles, name: str) -> dict[str, Any]:
+    """Return the template values of one run, except its curves. An unreadable file is only listed as an error."""
+    errors = Faults()
+    checkpoints = errors.note(checkpoints_of, run) or {"checkpoints": []}
+    quarantine = errors.note(quarantine_of, run.folder) or {}
+    attempts = errors.note(read_attempts, run.folder) or []
+    failure = errors.note(read_failure, run.folder)
+    progress = progress_of(run)
+    error_texts = [f"{error.what} ({error.where})" for error in errors.found]
+    if run.settings_error is not None:
+        error_texts.append(f"run.yaml: {run.settings_error}")
+    if run.unreadable:
+        error_texts.append(f"{run.unreadable:,} lines of metrics.jsonl could not be read")
+    return {
+        "name": name,
+        "progress": progress,
+        "figures": figures_of(run, progress),
+        "facts": facts_of(run, progress, sorted({sign.host for sign in ranks_of(run.folder)})),
+        "marks": marks_of(run, attempts, failure),
+        "errors": [redact_text(text) for text in error_texts],
+        "sources": _sources(run),
+        "quarantine": [_quarantined(reason, of_reason) for reason, of_reason in quarantine.items()],
+        "checkpoints": [_checkpoint(row) for row in checkpoints["checkpoints"]],
+        "settings": yaml.safe_dump(redact(run.settings, names=True), sort_keys=False, allow_unicode=True)
+        if run.settings
+        else "",
+    }
+
+
+def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
+    kept_by = "; ".join(row["kept_by"]) or "none: deleted at the next save"
+    return {
+        "name": row["name"] + (" (latest)" if row["latest"] else ""),
+        "samples": "?" if row["samples"] is None else f"{row['samples']:,}",
+        "size": size_text(row["bytes"]),
+        "valid": "yes" if row["good"] else "no",
+        "kept_by": kept_by,
+    }
+
+
+def _quarantined(reason: str, of_reason: Quarantined) -> dict[str, str]:
+    first = of_reason.examples[0]
+    shard = redact_text(first["url"]).rpartition("/")[2]
+    return {"reason": redact_text(reason), "count": f"{of_reason.count:,}", "example": f"{shard} / {first['key']}"}
+
+
+def _sources(run: RunFiles) -> list[dict[str, str]]:
+    """Return the newest actual fraction, target fraction and epochs of every dataset, as texts."""
+    forms = {"share": "{:.1%}", "asked": "{:.1%}", "epoch": "{:.3g}"}
+    sources = []
+    for figure in run.figures:
+        if figure.startswith("dataset/") and figure.endswith("/share"):
+            source = figure.removesuffix("/share")
+            values = {key: run.figures.get(f"{source}/{key}", [math.nan])[-1] for key in forms}
+            texts = {key: form.format(values[key]) for key, form in forms.items()}
+            sources.append({"name": source.removeprefix("dataset/"), **texts})
+    return sources

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from m3i_scale.config import known_recipes, read_yaml
 from m3i_scale.files import read_json
+from m3i_scale.text import printable
 from m3i_scale.upgrade import upgrade_config
 
 ROWS = Path(__file__).with_name("recipes.json")
@@ -74,11 +75,6 @@ _SPELLINGS = {
 def word(value: str) -> str:
     """Return the display name of a recipe's field value."""
     return _SPELLINGS.get(value, value.replace("_", " "))
-
-
-def printable(text: str) -> str:
-    """Return untrusted text with a replacement character for terminal controls and characters that XML forbids."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def weight_words(weight: float | list[tuple[float, float]]) -> str:

@@ -15,8 +15,6 @@ EVALUATION, FINE_TUNED = "evaluation.json", "finetune.json"
 """Files that `finetune` and the quickstart write into a run's folder."""
 _LEFT, _WIDTH = 6.0, 208.0
 """Axis from 0 to 1 of a drawn interval, in pixels."""
-_BYTES = 50_000_000
-_LETTERS = 3_000
 _SHOWN_KEYS = (
     "task",
     "protocol",
@@ -50,10 +48,8 @@ def documents_of_files(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def _document(title: str, path: Path) -> dict[str, Any]:
-    fix = "name what `m3i-scale evaluate … --json` printed, or finetune.json of a fine-tuning"
+    fix = "give the output of `m3i-scale evaluate … --json`, or a finetune.json"
     try:
-        if path.stat().st_size > _BYTES:
-            raise ConfigError("too large to be an evaluation", where=str(path), fix=fix)
         document = read_json(path)
         if not isinstance(document, dict) or not isinstance(document.get("measures", document.get("figures")), dict):
             raise ConfigError("no evaluation", where=str(path), fix=fix)
@@ -62,8 +58,6 @@ def _document(title: str, path: Path) -> dict[str, Any]:
         raise ConfigError(f"the evaluation cannot be read: {error.strerror}", where=str(path), fix=fix) from None
     except ValueError:
         raise ConfigError("the evaluation is no JSON", where=str(path), fix=fix) from None
-    except RecursionError:
-        raise ConfigError("the evaluation is nested too deeply", where=str(path), fix=fix) from None
 
 
 def _drawn(title: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -73,16 +67,12 @@ def _drawn(title: str, document: dict[str, Any]) -> dict[str, Any]:
     if isinstance(baseline, dict):
         rows += _rows(baseline.get("measures"), "raw pixels ")
     lines = [
-        without_secrets(f"{key.replace('_', ' ')}: {_cut(_words(value))}")
+        without_secrets(f"{key.replace('_', ' ')}: {_words(value)}")
         for key in _SHOWN_KEYS
         if document.get(key)
         for value in (document[key] if key == "warnings" and isinstance(document[key], list) else [document[key]])
     ]
     return {"title": title, "lines": lines, "rows": rows}
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]} …"
 
 
 def _rows(measures: Any, before: str = "") -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ class RunFiles:
     name: str
     settings: dict[str, Any]
     """The config file, as resolved at the last start; {} if it cannot be read."""
-    settings_fault: str | None
+    settings_error: str | None
     """Why the config file cannot be read."""
     starts: list[Record]
     """The `run` lines: the first start and every resume, in order."""
@@ -120,11 +120,11 @@ class RunReader:
             ) from None
         run_file = self._folder / RUN_FILE
         settings: dict[str, Any] = {}
-        settings_fault = None
+        settings_error = None
         try:
             settings = upgrade_config(read_yaml(run_file)) if run_file.is_file() else {}
         except ConfigError as error:
-            settings_fault = error.what
+            settings_error = error.what
         lines, logged = self._metrics.records, self._metrics.steps()
         figures = logged.figures
         if not any(name.startswith("mi/") for name in figures):  # for a task it would be the sum of no terms
@@ -135,7 +135,7 @@ class RunReader:
             folder=self._folder,
             name=next(name for name in names if isinstance(name, str)),
             settings=settings,
-            settings_fault=settings_fault,
+            settings_error=settings_error,
             starts=[*lines["run"]],
             warnings=[*lines["warning"]],
             rewinds=[*lines["rewind"]],

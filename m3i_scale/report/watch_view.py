@@ -9,21 +9,27 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
+import plotext
+from numpy.typing import NDArray
 from rich.cells import set_cell_size
 from rich.text import Text
 
 from m3i_scale.host.failures import AttemptRecord, Failure
+from m3i_scale.report.curves import downsample
+from m3i_scale.report.marks import marks_of
 from m3i_scale.report.metrics_file import unix_s
 from m3i_scale.report.run_files import RunFiles
 from m3i_scale.report.run_folder import Quarantined, RankSign
-from m3i_scale.report.terminal_chart import curve
-from m3i_scale.text import duration_text, filled, listed
+from m3i_scale.text import duration_text, filled, listed, printable
 
 _LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12
 """Size of a chart, including its title."""
 _EVENTS = 4
+_PROBLEMS = ("warning", "rewound", "lost")
+"""Kinds of events to list."""
 _FIGURES = {
     "loss": ("loss", "{:.4g}"),
     "throughput/samples_per_s": ("samples/s", "{:,.1f}"),
@@ -33,6 +39,8 @@ _FIGURES = {
     "memory_gib": ("memory", "{:.2f} GiB"),
 }
 _WITHOUT_CURVE = ("lr", "memory_gib")
+_LARGEST = 1e300
+"""For larger values, differences computed by plotext would overflow."""
 
 
 def is_shown(figure: str) -> bool:
@@ -66,7 +74,7 @@ def render_lines(watched: RunSnapshot, width: int, height: int | None) -> list[T
 
 def _head(watched: RunSnapshot, width: int) -> Iterator[Text]:
     run = watched.run
-    yield Text(_clean(f"{run.name}  {run.folder}"), "bold")
+    yield Text(printable(f"{run.name}  {run.folder}"), "bold")
     share = 0.0
     words = f"step {run.step:,}"
     if run.total_steps:
@@ -92,8 +100,8 @@ def _state(watched: RunSnapshot) -> str:
     if watched.holder is not None:
         return f"running, {watched.holder}{ago}"
     if not run.starts:
-        return "nothing runs here, and no step has been made"
-    return f"nothing runs here any more{failure or ', and it has not said how it ended'}{ago}"
+        return "not running, no step so far"
+    return f"not running any more{failure or ', no exit status recorded'}{ago}"
 
 
 def _latest(run: RunFiles) -> Iterator[tuple[str, str, str]]:
@@ -114,7 +122,7 @@ def _groups(run: RunFiles) -> Iterator[tuple[str, str, str]]:
             known = run.figures.get(name, np.empty(0))
             known = known[np.isfinite(known)]
             if len(known):
-                yield name, _clean(f"{group} {unit}"), f"{known[-1]:.4g}"
+                yield name, printable(f"{group} {unit}"), f"{known[-1]:.4g}"
                 break
 
 
@@ -155,7 +163,7 @@ def _step_times(run: RunFiles, width: int, height: int) -> list[Text]:
     lines = [_title("time of a step", width)]
     for name, share in ((name, seconds[name] / total) for name in seconds if name in largest):
         bar = _bar(share, max(0, width - 16))
-        lines.append(Text(set_cell_size(f"{_clean(name)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
+        lines.append(Text(set_cell_size(f"{printable(name)[:9]:9} {share:5.0%} {bar}", width), "magenta"))
     return [*lines, *(Text(" " * width) for _ in range(height - len(lines)))]
 
 
@@ -164,28 +172,17 @@ def _foot(watched: RunSnapshot, width: int) -> Iterator[Text]:
         signs = [*of_host]
         ago = duration_text(max(0.0, time.time() - max(sign.heard_s for sign in signs)))
         ranks = _ranges([sign.rank for sign in signs])
-        yield from _wrapped(f"host {host}: ranks {ranks}, last heard of {ago} ago", width, "")
+        yield from _wrapped(f"host {host}: ranks {ranks}, last seen {ago} ago", width, "")
     if watched.quarantine:
         reasons = [f"{reason} {of_reason.count:,}" for reason, of_reason in watched.quarantine.items()]
         yield from _wrapped(f"quarantined: {listed(reasons, 5)}", width, "yellow")
-    if watched.run.settings_fault is not None:
-        yield from _wrapped(f"run.yaml: {watched.run.settings_fault}", width, "yellow")
+    if watched.run.settings_error is not None:
+        yield from _wrapped(f"run.yaml: {watched.run.settings_error}", width, "yellow")
     if watched.run.unreadable:
         yield from _wrapped(f"{watched.run.unreadable:,} lines of metrics.jsonl cannot be read", width, "yellow")
-    for _, text in sorted(_events(watched))[-_EVENTS:]:
-        yield from _wrapped(text, width, "yellow")
-
-
-def _events(watched: RunSnapshot) -> Iterator[tuple[float, str]]:
-    """Yield (Unix seconds, sentence) of problems."""
-    for line in watched.run.warnings:
-        yield unix_s(line), f"step {line['step']:,}: {line['group']}: {line['what']} ({line['why']})"
-    for line in watched.run.rewinds:
-        steps = f"step {line['rewound_from']:,}: went back to step {line['rewound_to']:,}"
-        yield unix_s(line), f"{steps} for a spike of the loss"
-    for attempt in watched.attempts:
-        if attempt.lost:
-            yield attempt.ended, f"attempt {attempt.attempt}: lost {listed(attempt.lost, 5)}"
+    problems = [mark for mark in marks_of(watched.run, watched.attempts, None) if mark["kind"] in _PROBLEMS]
+    for mark in problems[-_EVENTS:]:
+        yield from _wrapped(f"step {mark['step']:,}: {mark['text']}", width, "yellow")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -198,7 +195,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _wrapped(text: str, width: int, style: str) -> Iterator[Text]:
-    lines = textwrap.wrap(_clean(text), max(width, 10), max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(printable(text), max(width, 10), max_lines=3, placeholder=" …")
     yield from (Text(line, style) for line in lines)
 
 
@@ -211,6 +208,21 @@ def _bar(share: float, width: int) -> str:
     return "━" * done + "─" * (width - done)
 
 
-def _clean(text: str) -> str:
-    """Return text from a file without control characters."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+def curve(x: NDArray[Any], y: NDArray[Any], width: int, height: int, form: str = "{:.4g}") -> list[str]:
+    """Return the lines of a chart, each of `width` letters. x (increasing) and y have shape N; non-finite y are
+    dropped. `form` is the format of the minimum and maximum labels."""
+    x, y = downsample(x, y, 4 * width)  # a braille letter is two dots wide; a spike needs its highest and lowest point
+    y = y.clip(-_LARGEST, _LARGEST)
+    figure = plotext.figure
+    plotext.terminal.limit(False, False)
+    figure.clear()
+    figure.plot_size(width, height)
+    figure.axes(False, axis="x", side="upper")
+    figure.axes(False, axis="y", side="right")
+    if len(x):
+        ends = sorted({int(x[0]), int(x[-1])})
+        figure.ruler("x", "lower").ticks(ends, [f"{step:,}" for step in ends])
+        extremes = sorted({float(y.min()), float(y.max())})
+        figure.ruler("y", "left").ticks(extremes, [form.format(value) for value in extremes])
+        figure.draw(figure.signal(x.tolist(), y.tolist(), marker="braille").lines(True))
+    return [line.ljust(width)[:width] for line in figure.build().string(colorless=True).split("\n")[:height]]

@@ -186,7 +186,7 @@ def _product(queries: Numbers, positions: Numbers) -> Pairs:
 
 
 class Images(Protocol):
-    """Image hashes or features of one dataset."""
+    """Image hashes of one dataset."""
 
     left_out: Counter[str]
     """Images that cannot be compared, by reason."""
@@ -203,20 +203,20 @@ class Images(Protocol):
         """Return the similarity to an image of another set."""
         ...
 
-    def pairs(self, threshold: Any, groups: Groups) -> Pairs:
+    def pairs(self, distance: int, groups: Groups) -> Pairs:
         """Yield enough pairs of similar images to connect all similar ones; the caller joins each pair in `groups`."""
         ...
 
-    def alike(self, others: Self, threshold: Any) -> Alike:
+    def alike(self, others: Self, distance: int) -> Alike:
         """Yield the matches in another set for every image that has any."""
         ...
 
 
-def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
+def groups_within(images: Images, distance: int) -> list[dict[str, Any]]:
     """Return groups of images connected by similar pairs, the largest first: for each its `size` and its `images`
     (location, and likeness to the first image)."""
     connected = Groups(len(images))
-    for left, right in images.pairs(threshold, connected):
+    for left, right in images.pairs(distance, connected):
         connected.join(left, right)
     members: dict[int, list[int]] = {}
     for number, first in enumerate(connected.of(np.arange(len(images))).tolist()):
@@ -232,12 +232,12 @@ def groups_within(images: Images, threshold: Any) -> list[dict[str, Any]]:
     return [{"size": len(group), "images": group} for group in groups]
 
 
-def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str, Any]]:
+def leaks(evaluation: Images, training: Images, distance: int) -> list[dict[str, Any]]:
     """Return evaluation images that resemble training images, those with the most matches first.
 
     Each has its location; `alike`: number of matches; `training`: the nearest matches, with likeness.
     """
-    found = sorted(evaluation.alike(training, threshold), key=lambda leak: (-leak[1], leak[0]))
+    found = sorted(evaluation.alike(training, distance), key=lambda leak: (-leak[1], leak[0]))
     return [
         {
             **evaluation.location(number),
@@ -250,22 +250,19 @@ def leaks(evaluation: Images, training: Images, threshold: Any) -> list[dict[str
     ]
 
 
-def report_of(
-    training: Images, evaluation: Images | None, measure: str, threshold: float, sources: Sequence[str]
-) -> dict[str, Any]:
-    """Return near-duplicates within `training`, or its overlap with an evaluation set, as JSON types. `measure` is the
-    quantity of `threshold`: "distance" or "similarity"."""
+def report_of(training: Images, evaluation: Images | None, distance: int, sources: Sequence[str]) -> dict[str, Any]:
+    """Return near-duplicates within `training`, or its overlap with an evaluation set, as JSON types."""
     report: dict[str, Any] = {
         "source": list(sources),
-        "threshold": {measure: threshold},
+        "threshold": {"distance": distance},
         "images": len(training),
         "not_compared": dict(training.left_out.most_common()),
     }
     if evaluation is None:
-        groups = groups_within(training, threshold)
+        groups = groups_within(training, distance)
         beyond = sum(group["size"] - 1 for group in groups)
         return report | {"groups": len(groups), "beyond_first": beyond, "near_duplicates": groups}
-    found = leaks(evaluation, training, threshold)
+    found = leaks(evaluation, training, distance)
     return report | {
         "evaluation_images": len(evaluation),
         "evaluation_not_compared": dict(evaluation.left_out.most_common()),

@@ -12,8 +12,14 @@ from m3i_scale.config import AugmentConfig
 from m3i_scale.data.batch import Collator, Sample
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.evaluate.pictures.draw import image_of
-from m3i_scale.evaluate.pictures.reconstruction import Reconstruction, draw_reconstruction
-from m3i_scale.evaluate.pictures.views import draw_views, mix_of, views_on_source, visible_part
+from m3i_scale.evaluate.pictures.views import (
+    Reconstruction,
+    draw_reconstruction,
+    draw_views,
+    mix_of,
+    views_on_source,
+    visible_part,
+)
 from m3i_scale.objective.inputs import InputSpec, MixSpec, build_inputs
 from m3i_scale.objective.masks import RandomMask
 

@@ -16,12 +16,12 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTC
 
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError, ExportError
-from m3i_scale.evaluate import features
+from m3i_scale.evaluate import features, job
 from m3i_scale.evaluate.commands import evaluate
 from m3i_scale.evaluate.compare import compare, compared
+from m3i_scale.evaluate.compare_command import comparison_table, write_comparison
 from m3i_scale.evaluate.dense import mean_iou
 from m3i_scale.evaluate.intervals import LEVEL, RESAMPLES, SEED, Clusters, mean_of
-from m3i_scale.report.comparison import comparison_table, write_comparison
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record
@@ -360,7 +360,7 @@ def test_a_path_with_brackets_is_printed_as_it_is(forgotten):
 
 
 def test_shards_that_change_between_the_models_are_refused(vit_folder, shards, tmp_path, monkeypatch):
-    larger, original = vit(tmp_path / "larger", size=48), features.read_samples
+    larger, original = vit(tmp_path / "larger", size=48), job.read_samples
 
     def less(table, size, **options):
         samples = original(table, size, **options)
@@ -369,7 +369,7 @@ def test_shards_that_change_between_the_models_are_refused(vit_folder, shards, t
             table.keys[0] = "another"
         return samples
 
-    monkeypatch.setattr(features, "read_samples", less)
+    monkeypatch.setattr(job, "read_samples", less)
     with pytest.raises(DataError) as caught:
         compare(vit_folder, larger, str(shards), measures=("knn",))
     assert str(caught.value.where).endswith("/shards")

@@ -138,15 +138,15 @@ def test_a_draw_of_the_patches_is_kept_however_many_pass():
 
 def test_why_there_are_no_patches():
     collector = PatchCollector()
-    assert (collector.patches(), collector.fault) == (None, "no masks")
+    assert (collector.patches(), collector.reason) == (None, "no masks")
     collector = PatchCollector()
     collector.add(0, [np.full((8, 8), NO_CLASS, dtype=np.uint8)], torch.zeros(1, 64, 1), None)
     assert collector.patches() is None
-    assert "no mask names the class" in collector.fault
+    assert "no mask names the class" in collector.reason
     collector = PatchCollector()
     collector.add(0, [np.zeros((8, 8), dtype=np.uint8)], torch.zeros(1, 63, 1), None)
     assert collector.patches() is None
-    assert "63 patches" in collector.fault
+    assert "63 patches" in collector.reason
 
 
 def test_mean_iou_is_that_of_scikit_learn_and_its_interval_holds_it():

@@ -47,7 +47,7 @@ def test_the_advantage_over_pixels_is_that_on_the_same_samples(result):
             assert figure["clusters"] == ours[label]["clusters"]
         assert "right" not in ours
         assert "right" not in theirs
-    assert "linear probe minus pixels" in text_of(result)
+    assert "linear accuracy minus pixels" in text_of(result)
 
 
 def test_equal_predictions_leave_no_doubt_and_opposite_ones_do():
@@ -72,8 +72,8 @@ def test_what_lacks_is_listed(result):
     assert "no masks in the training data (mask.png members)" in result["not_measured"]["dense"]
     assert "text/model.safetensors" in result["not_measured"]["zero_shot"]
     text = text_of(result)
-    assert "not measured: zero-shot" in text
-    assert "pixels: linear probe" in text
+    assert "not measured: zero shot" in text
+    assert "pixels: linear accuracy" in text
     assert "6 × concept" in text
 
 

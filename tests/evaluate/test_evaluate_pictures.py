@@ -5,7 +5,6 @@ import json
 
 import pytest
 from rich.console import Console
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.evaluate import commands
@@ -25,7 +24,7 @@ def drawn(vit_folder, shards, tmp_path_factory):
 def test_what_can_be_shown_is_and_the_rest_has_reasons(drawn):
     result, folder = drawn
     listed = json.loads((folder / "pictures.json").read_text())
-    shown = ["dense_pca", "attention", "similarity", "neighbours", "confusion"]
+    shown = ["dense_pca", "attention", "similarity", "neighbours"]
     assert [one["name"] for one in listed["pictures"]] == result["pictures"]["shown"] == shown
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["pictures.json", *(one["file"] for one in listed["pictures"])]
@@ -36,25 +35,8 @@ def test_what_can_be_shown_is_and_the_rest_has_reasons(drawn):
     console.print(render(result), soft_wrap=True)
     assert "not shown: text to image: the model folder has no" in console.file.getvalue()
     by_name = {one["name"]: one for one in listed["pictures"]}
-    assert "kNN" in by_name["confusion"]["title"]
     assert "right at rank 1" in by_name["neighbours"]["alt"]  # the classes differ in colour
     assert "5, 6" not in by_name["neighbours"]["alt"]  # of six of a class, one is the query
-
-
-def test_a_trained_head_predicts_classes_whatever_is_measured(shards, tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    names = dict(enumerate(GROUPS))
-    config = ViTConfig(**sizes, image_size=32, patch_size=8, id2label=names)
-    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
-    given = {"train_data": str(shards / "train"), "measures": ("knn",), "pictures": tmp_path / "new"}
-    assert evaluate(tmp_path / "model", str(shards / "val"), **given)["measures"].keys() == {"knn"}
-    (shown,) = (
-        one
-        for one in json.loads((tmp_path / "new" / "pictures.json").read_text())["pictures"]
-        if one["name"] == "confusion"
-    )
-    assert "the trained head" in shown["title"]
 
 
 def test_the_samples_depend_on_the_data_alone(drawn, vit_folder, shards, tmp_path):
@@ -63,7 +45,6 @@ def test_the_samples_depend_on_the_data_alone(drawn, vit_folder, shards, tmp_pat
     assert again["pictures"]["samples"] == first
     assert len(set(first)) == 8
     assert again["measures"] == {}
-    assert "no training data" in again["pictures"]["not_shown"]["confusion"]
 
 
 def test_named_samples_are_shown_in_their_order(vit_folder, shards, tmp_path, drawn):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.linear import STRENGTHS, linear_probe, selection_split
 
 
@@ -41,7 +42,7 @@ def test_groups_stay_whole(seed, groups):
     labels = np.concatenate([np.arange(groups) % 3, generator.integers(0, 3, 60)])
     try:
         fit, held_out = selection_split(labels, of)
-    except ValueError:
+    except NotMeasuredError:
         # only when no group alone holds two classes on the fitted side
         assert groups <= 3
         return
@@ -56,5 +57,5 @@ def test_groups_stay_whole(seed, groups):
 )
 def test_says_why_it_cannot_choose(labels, groups, message):
     features = np.zeros((4, 2), dtype=np.float32)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NotMeasuredError, match=message):
         linear_probe(features, np.array(labels), np.array(groups), features)

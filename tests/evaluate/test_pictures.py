@@ -17,11 +17,9 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import load_vision, patch_tokens
-from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.pictures.attention import Attention, attention, attention_of
-from m3i_scale.evaluate.pictures.collect import other_view
-from m3i_scale.evaluate.pictures.confusion import chosen_classes, confusion, row_shares
 from m3i_scale.evaluate.pictures.dense import brightness, cosines, dense_pca, pca_colours, similarity
 from m3i_scale.evaluate.pictures.draw import RIGHT, Cell, drawable, framed, grid, heat_over
 from m3i_scale.evaluate.pictures.ranked import best_of
@@ -79,30 +77,17 @@ def test_features_that_are_no_numbers_are_not_drawn():
     with pytest.raises(NotMeasuredError, match="NaN"):
         dense_pca([GREY] * 2, ["a", "b"], tokens_NLD)
     with pytest.raises(NotMeasuredError, match="NaN"):
-        similarity([GREY] * 2, ["a", "b"], tokens_NLD, [GREY] * 2, tokens_NLD, [0, 0], [0, 0])
+        similarity([GREY] * 2, ["a", "b"], tokens_NLD)
     with pytest.raises(NotMeasuredError, match="NaN"):
         attention([GREY] * 2, ["a", "b"], Attention(tokens_NLD.transpose(0, 2, 1), "T"))
 
 
 def test_the_marked_patch_is_most_similar_to_itself_and_to_its_like():
-    rng = np.random.default_rng(1)
-    tokens_NLD, others_NLD = rng.normal(size=(1, 16, 32)), rng.normal(size=(1, 16, 32))
-    others_NLD[0, 3] = 2 * tokens_NLD[0, 5]
+    tokens_NLD = np.random.default_rng(1).normal(size=(1, 16, 32))
+    tokens_NLD[0, 3] = 2 * tokens_NLD[0, 10]
     assert cosines(tokens_NLD[:, 5], tokens_NLD).argmax() == 5
-    assert cosines(tokens_NLD[:, 5], others_NLD)[0, 3] == pytest.approx(1)
-    for marked, same, told in ((5, 3, "in 1 of 1"), (6, 3, "in 0 of 1")):
-        picture = similarity([GREY], ["grey"], tokens_NLD, [GREY], others_NLD, [marked], [same])
-        assert picture.name == "similarity"
-        assert told in picture.title
-
-
-def test_the_other_view_shows_the_middle_where_it_says():
-    image = Image.new("RGB", (64, 64), "black")
-    image.paste((255, 255, 255), (32, 32, 40, 40))  # the patch in the middle, of 8 × 8
-    view, patch, same = other_view(image, 8)
-    assert patch == 4 * 8 + 4
-    row, column = divmod(same, 8)
-    assert brightness([view], 8)[0].argmax() == row * 8 + column
+    assert cosines(tokens_NLD[:, 10], tokens_NLD)[0, 3] == pytest.approx(1)
+    assert similarity([GREY], ["grey"], tokens_NLD).name == "similarity"
 
 
 def test_attention_of_a_vit_is_what_transformers_gives(vit_folder):
@@ -181,25 +166,6 @@ def test_the_right_one_is_shown_even_when_it_comes_late():
     scores = np.array([[0.9, 0.8, 0.7, 0.1, 0.2]])
     found = best_of(scores, [np.array([False, False, False, True, True])], count=2)[0]
     assert [(one.number, one.rank, one.right) for one in found] == [(0, 0, False), (1, 1, False), (4, 3, True)]
-
-
-def test_confusion_counts_shares_of_rows():
-    truth, predicted = ["a", "a", "a", "a", "b", "b"], ["a", "b", "b", "z", "b", "b"]
-    classes = chosen_classes(truth, predicted)
-    assert classes == ["a", "b"]
-    shares_KP, counts_K = row_shares(truth, predicted, classes)
-    np.testing.assert_allclose(shares_KP, [[0.25, 0.5, 0.25], [0, 1, 0]])
-    assert counts_K.tolist() == [4, 2]
-    picture = confusion(truth, predicted, "a head")
-    assert "50% of 6 samples" in picture.title
-    assert "a as b 50%" in picture.alt
-
-
-def test_of_many_classes_the_most_confused_are_drawn():
-    truth = [f"class {number:02d}" for number in range(30)] * 3
-    predicted = [*truth[:60], *truth[60:]]
-    predicted[7], predicted[37], predicted[29] = "class 21", "class 21", "class 02"
-    assert chosen_classes(truth, predicted, most=4) == ["class 02", "class 07", "class 21", "class 29"]
 
 
 def test_a_grid_has_its_cells_where_they_belong():

@@ -18,16 +18,16 @@ def test_equal_captions_are_one_item():
     assert captions == ["a", "b"]
     assert number.tolist() == [1, 0, 1]
     images = unit([[1, 0.1], [0, 1], [0.1, 1]])  # the third one looks like the caption of the second
-    found = rank(images, unit([[0, 1], [1, 0]]), captions, number)
+    found = rank(images, unit([[0, 1], [1, 0]]), number)
     assert found.image_to_text.tolist() == [0, 0, 1]
     # "b" finds its first image at once, and that its second one comes last does not matter
     assert found.text_to_image.tolist() == [0, 0]
 
 
 def test_ties_count_against_the_model():
-    captions, number = distinct_captions(list("abcd"))
+    number = np.arange(4)
     collapsed = unit(np.ones((4, 3)))
-    found = rank(collapsed, collapsed, captions, number)
+    found = rank(collapsed, collapsed, number)
     assert found.image_to_text.tolist() == [3, 3, 3, 3]
     assert found.text_to_image.tolist() == [3, 3, 3, 3]
 
@@ -39,7 +39,7 @@ def test_equals_torchmetrics(seed, kinds, depth):
     captions, number = distinct_captions(texts)
     images = unit(generator.normal(size=(len(texts), 8)))
     words = unit(generator.normal(size=(len(captions), 8)))
-    found = rank(images, words, captions, number)
+    found = rank(images, words, number)
     scores = torch.from_numpy(images @ words.T)
     right = torch.from_numpy(number[:, None] == np.arange(len(captions)))
     for ranks, score, hit in ((found.image_to_text, scores, right), (found.text_to_image, scores.T, right.T)):
@@ -54,9 +54,7 @@ def test_chance_is_what_random_orders_reach():
     generator = np.random.default_rng(0)
     hits = {("image_to_text", 1): [], ("image_to_text", 5): [], ("text_to_image", 1): [], ("text_to_image", 5): []}
     for _ in range(2_000):
-        found = rank(
-            unit(generator.normal(size=(11, 6))), unit(generator.normal(size=(len(captions), 6))), captions, number
-        )
+        found = rank(unit(generator.normal(size=(11, 6))), unit(generator.normal(size=(len(captions), 6))), number)
         for (direction, depth), values in hits.items():
             values.append((getattr(found, direction) < depth).mean())
     for (direction, depth), values in hits.items():

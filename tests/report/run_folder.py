@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import random
-import tarfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -158,32 +156,15 @@ def _checkpoint(final: Path, step: int) -> None:
 
 
 def _quarantine(folder: Path) -> None:
-    """A shard with an image that is cut short and one that is none, and the run's list of them."""
-    content = io.BytesIO()
-    scene().save(content, "JPEG")
-    members = {"k0001.jpg": content.getvalue()[: len(content.getvalue()) // 2], "k0002.jpg": b"no image at all"}
-    shard = folder / "shards" / "images-000000.tar"
-    shard.parent.mkdir()
-    with tarfile.open(shard, "w") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    with tarfile.open(shard) as archive:
-        offsets = {member.name: member.offset for member in archive}
-    reasons = {"k0001.jpg": "image cannot be decoded", "k0002.jpg": "no image"}
-    lines: list[dict[str, Any]] = [
-        {"source": "photos", "url": str(shard), "key": name.split(".")[0], "offset": offsets[name], "reason": reason}
-        for name, reason in reasons.items()
+    entries = [
+        ("photos", "/data/photos/train/images-000000.tar", "k0001", "image cannot be decoded"),
+        ("photos", "/data/photos/train/images-000000.tar", "k0002", "no image"),
+        ("birds", "https://example.org/b-000003.tar", "*", "shard lost"),
     ]
-    lost = {
-        "source": "birds",
-        "url": "https://example.org/b-000003.tar",
-        "key": "*",
-        "offset": 0,
-        "reason": "shard lost",
-    }
-    lines = [line | {"detail": "seen at its decoding"} for line in (*lines, lost)]
+    lines = [
+        {"source": source, "url": url, "key": key, "offset": 0, "reason": reason, "detail": "seen at its decoding"}
+        for source, url, key, reason in entries
+    ]
     (folder / "quarantine.jsonl").write_text("".join(map(json_line, lines)), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from browser import MOST_MS, SIZES, Opened, chromium, opened
 from playwright.sync_api import Browser, Locator
 from run_folder import PICTURES, write_run
 
-from m3i_scale.report.comparison import write_comparison
+from m3i_scale.evaluate.compare_command import write_comparison
 
 BAD_PAGE = """<!doctype html><html lang="en"><meta name="viewport" content="width=device-width"><title>Bad</title>
 <body data-drawn="true" style="background: white">
@@ -150,7 +150,7 @@ def test_tabs_answer_clicks_and_keys(report: Opened) -> None:
 
 
 def test_legends_answer_clicks_and_keys(report: Opened) -> None:
-    show(report, "Objective")
+    show(report, "Losses")
     chart = report.page.locator("figure[data-chart]", has=report.page.get_by_role("button", name="category")).first
     name = str(chart.get_attribute("data-chart"))
     button = chart.get_by_role("button", name="category")
@@ -189,7 +189,9 @@ def test_a_constant_stays_one_when_smoothed(report: Opened) -> None:
     report.page.get_by_label("Smoothing").fill("0")
     report.drawn()
     asked = [
-        curve["y"] for curve in curves_of_shares if curve["line"]["dash"] == "dot" and curve["name"].endswith("(asked)")
+        curve["y"]
+        for curve in curves_of_shares
+        if curve["line"]["dash"] == "dot" and curve["name"].endswith("(target)")
     ]
     assert {value for values in asked for value in values} == {0.25, 0.75}
 

@@ -140,13 +140,6 @@ def test_a_whole_number_beyond_all_others_is_infinite(path: Path) -> None:
     assert file.steps().figures["loss"].tolist() == [math.inf, *[1.0] * 97, -math.inf]
 
 
-def test_names_without_end_do_not_fill_the_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_file, "MOST_FIGURES", 20)
-    file = read(path, "".join(train(step, **{f"figure {step}": 1.0}) for step in range(1, 200)))
-    assert len(file.steps().steps) == 199
-    assert [*file.steps().figures] == [f"figure {step}" for step in range(1, 21)]
-
-
 def test_a_line_that_is_being_written_is_read_when_it_is_whole(path: Path) -> None:
     whole = train(2, loss=0.5)
     file = read(path, train(1, loss=1.0) + whole[:30])

@@ -22,9 +22,9 @@ from rich.console import Console
 from m3i_scale.config import known_recipes
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.report.recipe_graph import graph_of, printable, read_recipe
-from m3i_scale.report.recipe_mermaid import render_mermaid, write_mermaid
+from m3i_scale.report.recipe_graph import graph_of, read_recipe, render_mermaid, write_mermaid
 from m3i_scale.report.recipe_table import FAMILIES, RecipeTable, built_in_rows, described_rows
+from m3i_scale.text import printable
 
 HOSTILE = ["<script>", "a & b", "\"q\" 'r'", "[bold]", "[/]", ":smile:", "]]>", "{{ 7*7 }}", "&amp;", "1. x", "- x"]
 UNPRINTABLE = "\x1b[31m\0\n\r\u202e\ufffe"
@@ -123,12 +123,12 @@ def test_names_are_only_names(name):
     assert "<script" not in chart
 
 
-def test_control_characters_are_replaced():
+def test_control_characters_are_escaped():
     name = f"a{UNPRINTABLE}b"
     graph = graph_of(parse_recipe(called(name)))
     chart = render_mermaid(graph)
     assert not set(UNPRINTABLE) - set("[31m\n") & set(chart)
-    assert printable(name) == "a�[31m�����b"
+    assert printable(name) == r"a\x1b[31m\x00\n\r\u202e\ufffeb"
     assert printable(name) in texts(chart)
 
 

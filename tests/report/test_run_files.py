@@ -16,7 +16,7 @@ from run_folder import write_run
 from m3i_scale.errors import CheckpointError, ConfigError, UserError
 from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.host.output_dir import lock_directory
-from m3i_scale.report.downsample import downsample
+from m3i_scale.report.curves import downsample
 from m3i_scale.report.run_files import RunReader, read_run
 from m3i_scale.report.run_folder import checkpoints_of, quarantine_of, ranks_of
 
@@ -95,7 +95,7 @@ def test_a_run_file_that_is_torn_is_a_fault_beside_the_rest(tmp_path: Path) -> N
     write_lines(tmp_path, END)
     (tmp_path / "run.yaml").write_text("a: [")
     run = read_run(tmp_path)
-    assert run.settings_fault is not None
+    assert run.settings_error is not None
     assert (run.settings, run.status) == ({}, "preempted")
 
 

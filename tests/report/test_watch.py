@@ -23,8 +23,7 @@ import pytest
 from run_folder import write_run
 
 from m3i_scale.report.run_files import read_run
-from m3i_scale.report.terminal_chart import curve
-from m3i_scale.report.watch_view import RunSnapshot, render_lines
+from m3i_scale.report.watch_view import RunSnapshot, curve, render_lines
 
 COMMAND = [sys.executable, "-m", "m3i_scale", "watch"]
 LEFT = "\x1b[?1049l"
@@ -139,7 +138,7 @@ def test_a_run_is_followed_while_it_grows_and_is_cut_back(growing: Path, full: P
         with (growing / "metrics.jsonl").open("a") as stream:
             stream.write(lines(full, 390, 1250))
             stream.write(lines(full, 1250, 1260)[:100])  # half written
-        terminal.shows("went back to step 1,000", "a group dominates the gradient", "1,250/2,000")
+        terminal.shows("step 1,000: rolled back", "a group dominates the gradient", "1,250/2,000")
         again = growing / "again"
         again.write_text(lines(full, -1, 590))
         os.replace(again, growing / "metrics.jsonl")

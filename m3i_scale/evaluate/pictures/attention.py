@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import TimmWrapperModel
 
+from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.dense import grid_side
 from m3i_scale.evaluate.features import patch_tokens
-from m3i_scale.evaluate.measures import NotMeasuredError
-from m3i_scale.evaluate.pictures.dense import check_finite, cosines, side_of
+from m3i_scale.evaluate.pictures.dense import check_finite, cosines
 from m3i_scale.evaluate.pictures.draw import Cell, grid, heat_over
 from m3i_scale.host.picture_files import Picture
 
@@ -83,7 +84,7 @@ def _eager(model: Any) -> Iterator[None]:
 def attention(images: Sequence[Image.Image], names: Sequence[str], shown: Attention) -> Picture:
     """Return the picture `attention`: images, the mean over heads, and every head, each map scaled to its range."""
     check_finite(shown.maps_NHL)
-    side, heads = side_of(shown.maps_NHL.shape[2]), shown.maps_NHL.shape[1]
+    side, heads = grid_side(shown.maps_NHL.shape[2]), shown.maps_NHL.shape[1]
     rows = []
     for image, maps_HL in zip(images, shown.maps_NHL, strict=True):
         maps = [maps_HL.mean(axis=0), *maps_HL] if heads > 1 else [maps_HL[0]]

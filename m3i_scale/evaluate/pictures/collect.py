@@ -14,15 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import patch_tokens, unit_rows
 from m3i_scale.evaluate.job import Job
-from m3i_scale.evaluate.measures import NotMeasuredError
 from m3i_scale.evaluate.overlays import write_error
 from m3i_scale.evaluate.pictures.attention import attention, attention_of
-from m3i_scale.evaluate.pictures.confusion import confusion
-from m3i_scale.evaluate.pictures.dense import dense_pca, side_of, similarity
+from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import Cell, image_of, text_cell
-from m3i_scale.evaluate.pictures.predictions import predictions_of
 from m3i_scale.evaluate.pictures.ranked import IMAGE_TO_TEXT, NEIGHBOURS, TEXT_TO_IMAGE, Candidate, best_of, ranked
 from m3i_scale.evaluate.retrieval import distinct_captions
 from m3i_scale.evaluate.samples import Sample, Table, check_known, read_samples
@@ -32,8 +30,6 @@ from m3i_scale.host.picture_files import Picture, write_pictures
 SAMPLES = 8
 """Default and maximum number of samples: more would make the picture too large for a page."""
 _SEED = 20_230
-_START, _SHARE = 0.1, 0.7
-"""The second view starts at this fraction of both sides, has this fraction of their length, and is mirrored."""
 
 
 def check_samples(table: Table, keys: Sequence[str]) -> None:
@@ -68,17 +64,6 @@ def read_again(table: Table, numbers: Iterable[int], size: int) -> dict[int, Sam
     asked = sorted(set(numbers))
     places = [table.places[number] for number in asked]
     return dict(zip(asked, read_samples(Table(table.shards, table.classes), size, places=places), strict=True))
-
-
-def other_view(image: Image.Image, side: int) -> tuple[Image.Image, int, int]:
-    """Return a second view of a square image (mirrored and cropped), the index of the image's center patch, and the
-    index of the patch at the same location in the second view. `side` is in patches."""
-    start, end = _START * image.width, (_START + _SHARE) * image.width
-    view = image.resize(image.size, Image.Resampling.BICUBIC, box=(start, start, end, end))
-    middle = side // 2
-    share = ((middle + 0.5) / side - _START) / _SHARE
-    row, column = int(share * side), int((1 - share) * side)
-    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT), middle * side + middle, row * side + column
 
 
 def draw_pictures(job: Job, folder: Path, keys: Sequence[str] | None) -> dict[str, Any]:
@@ -116,7 +101,6 @@ class EvaluationPictures:
             "neighbours": self._neighbours,
             "text_to_image": self._text_to_image,
             "image_to_text": self._image_to_text,
-            "confusion": self._confusion,
         }.items():
             try:
                 pictures.append(draw())
@@ -129,22 +113,18 @@ class EvaluationPictures:
         label = table.labels[number]
         return table.captions[number] or (table.classes[label] if label >= 0 and table.classes else table.keys[number])
 
-    @torch.no_grad()
-    def _encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return hidden states of images, one at a time, because there may be many large images."""
-        return torch.cat([self._job.vision.hidden(pixels_BCHW) for pixels_BCHW in _stacked(images).split(1)])
-
     @cached_property
+    @torch.no_grad()
     def _hidden(self) -> Tensor:
-        return self._encode(self.images)
+        """Hidden states, one image at a time, because there may be many large images."""
+        return torch.cat([self._job.vision.hidden(pixels_BCHW) for pixels_BCHW in _stacked(self.images).split(1)])
 
     @property
     def patch_features(self) -> NDArray[np.float64]:
         """Return the patch features of the selected samples: (N, L, D)."""
-        return self._tokens(self._hidden)
-
-    def _tokens(self, hidden: Tensor) -> NDArray[np.float64]:
-        tokens_NLD: NDArray[np.float64] = patch_tokens(hidden, self._job.vision.patch_count()).double().cpu().numpy()
+        tokens_NLD: NDArray[np.float64] = (
+            patch_tokens(self._hidden, self._job.vision.patch_count()).double().cpu().numpy()
+        )
         return tokens_NLD
 
     def _dense_pca(self) -> Picture:
@@ -157,11 +137,7 @@ class EvaluationPictures:
         return attention(self.images, self.names, shown)
 
     def _similarity(self) -> Picture:
-        tokens_NLD = self.patch_features
-        side = side_of(tokens_NLD.shape[1])
-        others, patches, same = zip(*(other_view(image, side) for image in self.images), strict=True)
-        other_tokens_NLD = self._tokens(self._encode(others))
-        return similarity(self.images, self.names, tokens_NLD, others, other_tokens_NLD, patches, same)
+        return similarity(self.images, self.names, self.patch_features)
 
     def _neighbours(self) -> Picture:
         if len(self._table) < 2:
@@ -212,10 +188,6 @@ class EvaluationPictures:
             best_of(scores_QU, right),
             lambda number: Cell(text_cell(captions[number])),
         )
-
-    def _confusion(self) -> Picture:
-        predictions = predictions_of(self._job)
-        return confusion(predictions.truth, predictions.predicted, predictions.by)
 
 
 def _stacked(images: Sequence[Image.Image]) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.dense import grid_side
 from m3i_scale.evaluate.pictures.draw import Cell, framed, grid, heat_over
 from m3i_scale.host.picture_files import Picture
 
@@ -20,14 +20,6 @@ _LARGE = 288
 """Minimum size in pixels of an image with a framed patch."""
 _TAILS = (1.0, 99.0)
 """Percentiles of a component for minimum and maximum brightness: outliers would leave no contrast."""
-
-
-def side_of(patches: int) -> int:
-    """Return the number of patches along a side."""
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise NotMeasuredError(f"the model has {patches} patches, which are no square grid")
-    return side
 
 
 def check_finite(values: NDArray[np.float64]) -> None:
@@ -105,7 +97,7 @@ def dense_pca_side_by_side(
 def _pca_maps(images: Sequence[Image.Image], tokens_NLD: NDArray[np.float64]) -> tuple[list[Image.Image], float]:
     """Return a picture of every image's patches in the colors of their components, and the fraction of the variance."""
     check_finite(tokens_NLD)
-    side = side_of(tokens_NLD.shape[1])
+    side = grid_side(tokens_NLD.shape[1])
     colours_NL3, share = pca_colours(tokens_NLD, brightness(images, side))
     sharp = (side * _SHARP, side * _SHARP)
     patches = [Image.fromarray(colours_L3.reshape(side, side, 3)) for colours_L3 in colours_NL3]
@@ -120,45 +112,22 @@ def cosines(token_ND: NDArray[np.float64], tokens_NLD: NDArray[np.float64]) -> N
     return cosines_NL
 
 
-def similarity(
-    images: Sequence[Image.Image],
-    names: Sequence[str],
-    tokens_NLD: NDArray[np.float64],
-    others: Sequence[Image.Image],
-    other_tokens_NLD: NDArray[np.float64],
-    patches_N: Sequence[int],
-    same_N: Sequence[int],
-) -> Picture:
-    """Return the picture `similarity`: a marked patch, and its cosine to all patches of the image and of another view.
-
-    `patches_N` has the index of the marked patch in each image, `same_N` the index of the patch at the same location in
-    the other view.
-    """
-    check_finite(np.stack([tokens_NLD, other_tokens_NLD]))
-    side = side_of(tokens_NLD.shape[1])
-    marked_ND = tokens_NLD[np.arange(len(images)), np.asarray(patches_N)]
-    here_NL, there_NL = cosines(marked_ND, tokens_NLD), cosines(marked_ND, other_tokens_NLD)
+def similarity(images: Sequence[Image.Image], names: Sequence[str], tokens_NLD: NDArray[np.float64]) -> Picture:
+    """Return the picture `similarity`: the patch in the middle of each image, and its cosine to all patches."""
+    check_finite(tokens_NLD)
+    side = grid_side(tokens_NLD.shape[1])
+    middle = side // 2 * (side + 1)
     rows = []
-    for n, (image, other) in enumerate(zip(map(_large, images), map(_large, others), strict=True)):
-        low, high = min(here_NL[n].min(), there_NL[n].min()), max(here_NL[n].max(), there_NL[n].max())
-        nearest = int(there_NL[n].argmax())
-        heat = heat_over(other, there_NL[n].reshape(side, side), low, high)
-        rows.append(
-            [
-                Cell(framed(image, box_of(patches_N[n], side)), "marked patch"),
-                Cell(heat_over(image, here_NL[n].reshape(side, side), low, high), f"{low:.2f} to {high:.2f}"),
-                Cell(framed(other, box_of(same_N[n], side)), "same place"),
-                Cell(framed(heat, box_of(nearest, side)), f"nearest: {there_NL[n][nearest]:.2f}"),
-            ]
-        )
-    agreeing = int((there_NL.argmax(axis=1) == np.asarray(same_N)).sum())
+    for image, cosines_L in zip(map(_large, images), cosines(tokens_NLD[:, middle], tokens_NLD), strict=True):
+        low, high = cosines_L.min(), cosines_L.max()
+        heat = heat_over(image, cosines_L.reshape(side, side), low, high)
+        rows.append([Cell(framed(image, box_of(middle, side))), Cell(heat, f"{low:.2f} to {high:.2f}")])
     return Picture(
         "similarity",
-        f"Similarity (cosine) of the marked patch to all patches of its image and of another view of it;"
-        f" in {agreeing} of {len(images)} the nearest one there is the same place",
-        f"{len(images)} images with a marked patch, how similar the features of all patches are to it, and the same in"
-        f" another view of the image, its most similar patch framed. Images: {'; '.join(names)}.",
-        grid(rows, ("image", "cosine to the patch", "other view", "cosine to the patch"), names),
+        "Similarity (cosine) of the framed patch to all patches of its image",
+        f"{len(images)} images with a framed patch, and how similar the features of all patches are to it. Images:"
+        f" {'; '.join(names)}.",
+        grid(rows, ("image", "cosine to the patch"), names),
     )
 
 

@@ -16,7 +16,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.agree import from_rank_0, together
 from m3i_scale.engine.partition import end_recorded_step
-from m3i_scale.evaluate.measures import NotMeasuredError
+from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.files import atomic_dir
 from m3i_scale.host.output_dir import PICTURES
 from m3i_scale.host.picture_files import write_pictures

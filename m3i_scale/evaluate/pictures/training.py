@@ -11,11 +11,9 @@ from torch import Tensor
 
 from m3i_scale.data.batch import Batch
 from m3i_scale.evaluate.pictures.attention import CLASS_TOKEN, Attention, attention, similarity_to_mean
-from m3i_scale.evaluate.pictures.collect import other_view
 from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import image_of
-from m3i_scale.evaluate.pictures.reconstruction import Reconstruction, draw_reconstruction
-from m3i_scale.evaluate.pictures.views import draw_views
+from m3i_scale.evaluate.pictures.views import Reconstruction, draw_reconstruction, draw_views
 from m3i_scale.host.picture_files import Picture
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.targets.dense import Pixels
@@ -29,10 +27,8 @@ class EncodedSamples:
     """Outputs of the modules for the samples, on the CPU."""
 
     tokens_BND: Floats
-    attention_BHN: Floats | None
-    """Attention of the class token in the last layer; None without a class token."""
-    other_tokens_BND: Floats
-    """Tokens of the second view of each drawn image."""
+    attention: Attention
+    """Attention of the class token in the last layer, or the similarity to the mean without a class token."""
     reconstructed: dict[tuple[str, str], NDArray[np.uint8]]
     """Result of `Objective.reconstruct`."""
 
@@ -47,28 +43,26 @@ class TrainingPictures:
         self._names = [caption or label or key for caption, label, key in named]
         self._images = [image_of(pixels.numpy()) for pixels in samples.images_VBCHW[0]]
         self._grid = objective.student.grid_of(samples.images_VBCHW)
-        side = self._grid[0]
-        others = [other_view(image, side) for image in self._images]
-        self._others, self._patches, self._same = zip(*others, strict=True)
 
     @torch.no_grad()
     def encode(self, device: torch.device) -> EncodedSamples:
         """Encode the samples. Under ZeRO-3, every rank must call it."""
         objective, student, batch = self._objective, self._objective.student, self._samples.to(device)
         images_BCHW = batch.images_VBCHW[0]
-        others_BCHW = torch.from_numpy(np.stack([np.asarray(other).transpose(2, 0, 1) for other in self._others]))
-        (_, tokens_BND), attention_BHN = student.encode_attending(objective.pixel_norm(images_BCHW))
-        _, other_BND = student.encode_whole(objective.pixel_norm(others_BCHW.to(device)))
+        (_, encoded_BND), attention_BHN = student.encode_attending(objective.pixel_norm(images_BCHW))
+        tokens_BND = _host(encoded_BND)
+        maps = similarity_to_mean(tokens_BND) if attention_BHN is None else Attention(_host(attention_BHN), CLASS_TOKEN)
         reconstructed = {key: images.cpu().numpy() for key, images in objective.reconstruct(batch).items()}
-        shown = None if attention_BHN is None else _host(attention_BHN)
-        return EncodedSamples(_host(tokens_BND), shown, _host(other_BND), reconstructed)
+        return EncodedSamples(tokens_BND, maps, reconstructed)
 
     def draw(self, encoded: EncodedSamples) -> list[Picture]:
         """Return all pictures that apply to the recipe and the samples."""
         return [
             self._views(),
             *self._reconstruction(encoded),
-            *self._dense(encoded),
+            dense_pca(self._images, self._names, encoded.tokens_BND),
+            attention(self._images, self._names, encoded.attention),
+            similarity(self._images, self._names, encoded.tokens_BND),
         ]
 
     def _views(self) -> Picture:
@@ -89,19 +83,6 @@ class TrainingPictures:
             predicted.append(Reconstruction(target.view - 1, seen, images_BCHW))
         put_back = any(target.normalize_pixels for target in targets.values())
         return [draw_reconstruction(self._samples, predicted, self._grid, standardized=put_back, names=self._names)]
-
-    def _dense(self, encoded: EncodedSamples) -> list[Picture]:
-        images, names, tokens_BND = self._images, self._names, encoded.tokens_BND
-        others, other_tokens_BND = self._others, encoded.other_tokens_BND
-        if encoded.attention_BHN is None:
-            shown = similarity_to_mean(tokens_BND)
-        else:
-            shown = Attention(encoded.attention_BHN, CLASS_TOKEN)
-        return [
-            dense_pca(images, names, tokens_BND),
-            attention(images, names, shown),
-            similarity(images, names, tokens_BND, others, other_tokens_BND, self._patches, self._same),
-        ]
 
 
 def _classes(resolved: ResolvedRun, samples: Batch) -> list[str | None]:

@@ -15,8 +15,8 @@ from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.instances import Instances, Segmentation
 from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import DataError
-from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import clusters_of
+from m3i_scale.evaluate.job import document_of
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
 from m3i_scale.tasks.detection.average_precision import detector_metrics
@@ -66,7 +66,7 @@ def evaluate_detector(
             f"{table.left_out.total()} images of the test data are left out: the figures are not those of the whole set"
         )
     model = {"type": detector.model_type, "image_size": detector.size}
-    return document_of(options.folder, model, describe(table, options.data), clusters) | {
+    return document_of(options.folder, model, table, options.data, clusters) | {
         "measures": {DETECTOR: figures},
         "not_measured": {},
         "warnings": warnings,

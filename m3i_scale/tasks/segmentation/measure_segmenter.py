@@ -17,8 +17,8 @@ from m3i_scale.data.shards import MASK_LABELS, read_label_sets
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import DataError
 from m3i_scale.evaluate.dense import iou_of_clusters
-from m3i_scale.evaluate.document import describe, document_of
 from m3i_scale.evaluate.intervals import Clusters, clusters_of
+from m3i_scale.evaluate.job import document_of
 from m3i_scale.evaluate.overlays import Overlays
 from m3i_scale.evaluate.samples import Sample, Table, check_groups, open_table, read_samples
 from m3i_scale.evaluate.trained_model import Evaluation, EvaluationOptions, find_loader
@@ -64,7 +64,7 @@ def evaluate_segmenter(
     if without := len(table) - len(masked) - table.bad_masks.total():
         warnings.append(f"{without} images of the test data have no mask, and count for nothing")
     model = {"type": segmenter.model_type, "image_size": segmenter.size}
-    return document_of(options.folder, model, describe(table, options.data), clusters) | {
+    return document_of(options.folder, model, table, options.data, clusters) | {
         "measures": {SEGMENTER: segmenter_metrics(counts_M3K, clusters, segmenter.classes, segmenter.size)},
         "not_measured": {},
         "warnings": warnings,
