@@ -15,11 +15,11 @@ from pathlib import Path
 
 from fsspec.spec import AbstractBufferedFile
 
-from m3i_scale.data.present import file_of, save_present
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
 from m3i_scale.data.remote.fetch import Facts, facts, read_file, read_range
+from m3i_scale.data.repeats import save_categories
 from m3i_scale.data.scan import (
     ShardIndex,
     cached,
@@ -49,7 +49,7 @@ def build_index(shards: Sequence[Path], folder: Path, threads: int = 4) -> list[
         for path, index in zip(shards, indices, strict=True):
             save_index(index, folder / f"{path.name}.npz")
             if folder == path.parent / "index" and (path.parent / CATEGORIES).is_file():
-                save_present(path, index.digest, folder / file_of(path.name))
+                save_categories(path, index.digest)
     except OSError as error:
         raise DataError(f"cannot write the index: {error}", where=str(folder)) from None
     return indices
