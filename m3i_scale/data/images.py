@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -59,14 +59,14 @@ def fault_text(error: Exception) -> str:
     return _ADDRESS.sub("", str(error))
 
 
-def open_any_size(file: Path | io.BytesIO) -> Image.Image:
-    """Open an image of any size; read its header but no pixels. Raise Pillow's `UnidentifiedImageError` or an OSError
-    if it is not an image or cannot be read."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def open_any_size(data: bytes, formats: Sequence[str] = READ_FORMATS) -> Image.Image:
+    """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_FAULTS` if it is not an
+    image."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global in Pillow; callers check their own limits
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged EXIF data
-            return Image.open(file, formats=READ_FORMATS)
+            warnings.simplefilter("ignore")  # e.g. damaged EXIF data, which does not affect the pixels
+            return Image.open(io.BytesIO(data), formats=formats)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -78,7 +78,7 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
     names the file in errors.
     """
     try:
-        with open_any_size(io.BytesIO(data)) as image:
+        with open_any_size(data) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise DataError(
                     f"the image is too large: {image.width} × {image.height} pixels, of {MAX_IMAGE_PIXELS} at most",
