@@ -27,23 +27,23 @@ def check_header(image: Image.Image, value_range: ValueRange | None, where: str)
     channels = _tag(image, _SAMPLES_PER_PIXEL, 1)
     if channels > len(image.getbands()):
         raise DataError(
-            f"the image has {channels} channels, and not all have a meaning",
+            f"the image has {channels} channels, which are not RGB",
             where=where,
             why=f"Pillow reads {len(image.getbands())} of them",
-            fix="save the three that are to be red, green and blue",
+            fix="save three channels as red, green and blue",
         )
     if image.mode not in DEEP_MODES:
         if value_range is not None:
             raise DataError(
                 f"--value-range has no effect on an image of mode {image.mode}",
                 where=where,
-                why="it is for grey images of more than eight bits; of colours Pillow keeps the upper eight alone",
-                fix="make shards of such images apart, or leave them out with --skip-bad",
+                why="it applies to gray images with more than 8 bits; of color images Pillow keeps the upper 8 bits",
+                fix="convert such images in a separate command, or skip them with --skip-bad",
             )
         return
     if image.format == "TIFF" and _tag(image, _WHITE_IS, 0) == 0:
         raise DataError(
-            "the image has grey values of more than eight bits whose zero is white",
+            "the image has gray values with more than 8 bits and zero as white",
             where=where,
             fix="save it with black as zero (PhotometricInterpretation 1)",
         )
@@ -52,7 +52,7 @@ def check_header(image: Image.Image, value_range: ValueRange | None, where: str)
             f"the image has {'floating-point' if image.mode == 'F' else '12-bit, 32-bit or signed'} values without a "
             "range",
             where=where,
-            why="which of them are black and white is not known",
+            why="the values of black and white are unknown",
             fix="--value-range LOW,HIGH",
         )
     if value_range is not None and _is_stretched(image):
@@ -67,7 +67,7 @@ def check_header(image: Image.Image, value_range: ValueRange | None, where: str)
 def check_values(image: Image.Image, where: str) -> None:
     """Check the values of a decoded image after `check_header`."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise DataError("the image has values that are no finite numbers", where=where, fix="replace them")
+        raise DataError("the image has values that are not finite", where=where, fix="replace them")
     unsigned = image.format == "TIFF" and _tag(image, _SAMPLE_FORMAT, _UNSIGNED) == _UNSIGNED
     if image.mode == "I" and unsigned and np.asarray(image).min() < 0:
         raise DataError(

@@ -86,13 +86,13 @@ def changes(
         elif before is not None and now is not None and before != now:
             parts = format_differences("", before["settings"], now["settings"])
             if before.get("deal", 1) != now.get("deal", 1):
-                parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
+                parts.insert(0, "this version distributes samples to streams by another rule: the dataset restarts")
             if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
             elif not parts and now["repeats"].startswith(f"{before['repeats']} "):  # only the rule's version differs
-                parts.append("this version repeats samples by another rule: it begins anew")
+                parts.append("this version repeats samples by another rule: the dataset restarts")
             elif not parts:
-                parts.append("samples have objects of other categories, by which they are repeated")
+                parts.append("the categories of the objects changed, so samples are repeated differently")
             differences[name] = "; ".join(parts)
     return differences
 
@@ -132,7 +132,7 @@ def _shards(
         "of the same size with other members": changed,
     }
     parts = [f"{_count(len(which))} {what}: {_short_list(which)}" for what, which in kinds.items() if which]
-    return ", ".join(parts) or "a shard has other members, which one is not known"
+    return ", ".join(parts) or "a shard has other members; which one is unknown"
 
 
 def _short_list(names: Sequence[str]) -> str:

@@ -81,9 +81,9 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
         with open_any_size(data) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise DataError(
-                    f"the image is too large: {image.width} × {image.height} pixels, of {MAX_IMAGE_PIXELS} at most",
+                    f"the image is too large: {image.width} × {image.height} pixels, at most {MAX_IMAGE_PIXELS}",
                     where=where,
-                    fix="resize or cut it, or leave such images out with --skip-bad",
+                    fix="resize or crop it, or skip such images with --skip-bad",
                 )
             check_header(image, value_range, where)
             image.load()
@@ -95,7 +95,7 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
         raise DataError(
             f"the image does not decode: {fault_text(error)}",
             where=where,
-            fix="mend or remove the file, or leave such files out with --skip-bad",
+            fix="repair or remove the file, or skip such files with --skip-bad",
         ) from None
 
 
@@ -119,16 +119,16 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
             counts = pixel_counts(mask)
             if mask.size != size:
                 upright_only = mask.size == upright_size(size, lies)
-                turned = f", which its EXIF orientation, {lies}, turns" if upright_only else ""
-                fault = fault or f"of {mask.size} pixels, its image of {size}{turned}"
+                turned = f", which its EXIF orientation {lies} rotates" if upright_only else ""
+                fault = fault or f"of size {mask.size}, but its image is {size}{turned}"
     except DECODE_FAULTS as error:
         fault = fault or f"damaged: {fault_text(error)}"
     if fault is not None:
         raise DataError(
             f"the mask is {fault}",
             where=where,
-            fix="save it at the size of its image, as an eight-bit grey PNG or one with a palette: the class of every "
-            "pixel, 255 where there is none",
+            fix="save it at the size of its image, as an 8-bit gray or palette PNG with the class of every pixel; 255 "
+            "is ignored",
         )
     return counts
 

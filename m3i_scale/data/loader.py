@@ -271,7 +271,7 @@ class TrainStream:
             return
         counts = self.quarantined if reasons is None else reasons()
         if not begun:
-            what = "some stream ends before the first step, and with it the run"
+            what = "a stream ends before the first step"
             read = account.read + sum(counts.values()) - account.bad
             raise too_many_bad(counts, read, limit, place, what)
         if too_bad:
@@ -326,7 +326,7 @@ class TrainStream:
         if missing:
             raise DataError(
                 f"the data state lacks streams {missing}",
-                why="every rank saves the streams it owns",
+                why="every rank saves only its own streams",
                 fix="merge the states of all ranks (merge_states)",
             )
         before = {stream: StreamState.from_json(state["streams"][str(stream)]) for stream in self._streams}

@@ -75,7 +75,7 @@ def scan_shard(path: Path) -> ShardIndex:
         with path.open("rb") as stream:
             ranges, heads = scan_stream(stream, facts.st_size, path)
     except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
+        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or create it again") from None
     return ShardIndex(path, facts.st_size, ranges, heads, _version(facts))
 
 
@@ -152,7 +152,7 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         index = parse_index(path, saved.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is made anew"
+            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is rebuilt"
         ) from None
     if index is None or isinstance(path, Url):
         return index
@@ -176,13 +176,13 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
         size, ranges, heads = int(arrays["size"]), arrays["ranges"], arrays["heads"]
         version, sha256 = str(arrays["version"]), str(arrays["sha256"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a part is missing or is none: {error}") from None
+        raise ValueError(f"a part is missing or invalid: {error}") from None
     if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] != 2 or not len(ranges):
-        raise ValueError("the ranges of its samples are none")
+        raise ValueError("invalid ranges of samples")
     if heads.dtype != np.uint32 or heads.shape != (len(ranges),):
-        raise ValueError("the checksums of its samples are none")
+        raise ValueError("invalid checksums of samples")
     if ranges.min() < 0 or ranges.max() > size or (ranges[:, 0] >= ranges[:, 1]).any():
-        raise ValueError("samples lie outside of the shard")
+        raise ValueError("samples are outside of the shard")
     if (ranges[:, 0] % tarfile.BLOCKSIZE).any() or (ranges[1:, 0] < ranges[:-1, 1]).any():
         raise ValueError("samples overlap, or one is listed twice")
     if "read_to_end" not in arrays and size - int(ranges[-1, 1]) > TAIL_BYTES:
@@ -220,7 +220,7 @@ def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
-                raise ValueError("it is packed")
+                raise ValueError("it is compressed")
             return {entry.filename.removesuffix(".npy"): _array(archive.read(entry)) for entry in entries}
     # zipfile raises many types for invalid archives: unknown compression, a password, an offset before the start.
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
@@ -235,7 +235,7 @@ def _array(data: bytes) -> NDArray[Any]:
     try:
         shape, turned, dtype = np.lib.format.read_array_header_1_0(stream)
     except (SyntaxError, tokenize.TokenError, RecursionError) as error:
-        raise ValueError(f"no array: {error}") from None
+        raise ValueError(f"not an array: {error}") from None
     if dtype.hasobject or turned or min(shape, default=1) < 0:
         raise ValueError("an array of another kind")
     if dtype.itemsize * math.prod(shape) != len(data) - stream.tell():

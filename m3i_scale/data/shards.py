@@ -45,9 +45,9 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
         return list(tars)
     named = [Path(item) for item in _braces(str(path), where)]
     if named == [path] and path.suffix != ".tar" and not path.exists():
-        beside = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, beside) if beside else "check the path"
-        raise DataError("there is no such folder of shards", where=f"{where}: {shards}", fix=hint)
+        siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings) if siblings else "check the path"
+        raise DataError("the folder of shards does not exist", where=f"{where}: {shards}", fix=hint)
     missing = [item for item in named if not item.is_file()]
     if missing:
         known = sorted(item.name for item in missing[0].parent.glob("*.tar")) if missing[0].parent.is_dir() else []
@@ -76,10 +76,9 @@ def local_shards(shards: str, where: str = "shards") -> list[Path]:
     """List local shards; see `expand_shards`."""
     if is_remote(shards):
         raise DataError(
-            "this needs shards on a path of this host",
+            "this command needs local shards",
             where=f"{where}: {without_secrets(shards)}",
-            fix="copy them here; an index can be made where the shards are, and index/ be copied along; training makes "
-            "its own when it first reads them",
+            fix="copy the shards to this host; training itself reads and indexes remote shards",
         )
     return [place for place in expand_shards(shards, where) if isinstance(place, Path)]
 
@@ -107,13 +106,13 @@ def _braces(pattern: str, where: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces
-        raise DataError(f"broken brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
+        raise DataError(f"invalid brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
 
 
 def _by_name(named: Sequence[Address], where: str) -> list[Address]:
     names = [item.name for item in named]
     if len(set(names)) < len(names):
-        raise DataError("a shard name stands twice in the pattern", where=where)
+        raise DataError("duplicate shard name in the pattern", where=where)
     return sorted(named, key=lambda item: item.name)
 
 
@@ -161,14 +160,14 @@ def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
 def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
     """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
     if not 2 <= len(names) <= most:
-        raise ConfigError(f"there are {len(names)} classes, and a pixel is one of 2 to {most}", where=where)
+        raise ConfigError(f"there are {len(names)} classes; masks must have 2 to {most}", where=where)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
-            f"the class '{twice[0]}' stands twice",
+            f"duplicate class name '{twice[0]}'",
             where=where,
-            why="a segmenter finds the number of a class by its name",
-            fix="name every class once, as in 'door' and 'door, open'",
+            why="a segmentation model looks up classes by name",
+            fix="use unique names, such as 'door' and 'door, open'",
         )
 
 
@@ -192,5 +191,5 @@ def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -
         what = "labels" if path.name in (LABELS, MASK_LABELS) else path.name
         raise DataError(f"cannot read the {what}: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
     if value is None:
-        raise DataError(f"{path.name} says nothing", where=f"{whose}{path}")
+        raise DataError(f"{path.name} is empty", where=f"{whose}{path}")
     return value

@@ -197,7 +197,7 @@ class Stream:
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]
             where = listed(paths, _SHARDS_NAMED)
-            what = f"a stream of dataset '{source.name}' has no good sample" if no_good_one else None
+            what = f"a stream of dataset '{source.name}' has no valid sample" if no_good_one else None
             raise too_many_bad(
                 self.state.bad,
                 self.state.read,
@@ -242,10 +242,10 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
     """Return the error for too many samples in lost shards; `reasons` are the counts of this rank."""
     table = "; ".join(f"{count} samples × {reason}" for reason, count in reasons.items() if reason.startswith(SHARD))
     return DataError(
-        f"{lost} of {total} samples of a pass are lost with their shards, above data.max_corrupt_fraction = {limit:g}",
+        f"{lost} of {total} samples of an epoch are in unreadable shards, above data.max_corrupt_fraction = {limit:g}",
         where=where,
-        why=table or "they are of other ranks",
-        fix="mend the shards, or raise data.max_corrupt_fraction if you can do without them",
+        why=table or "other ranks read these shards",
+        fix="repair the shards, or raise data.max_corrupt_fraction to continue without them",
     )
 
 
@@ -289,15 +289,15 @@ def too_many_bad(
 ) -> DataError:
     """Return the error for too many corrupt samples; `what` replaces the part of the message about the fraction."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
-    fix = "mend the shards, or raise data.max_corrupt_fraction if you know why they are bad"
+    fix = "repair the shards, or raise data.max_corrupt_fraction if you know the cause"
     if what is not None:
-        fix = "mend the shards, or leave out those without a good sample"
+        fix = "repair the shards, or remove those without a valid sample"
     if NOT_A_MEMBER in bad:
-        fix = "if shards were replaced by others of the same size, index them anew: m3i-scale shards index FOLDER"
-    count = f"{sum(bad.values())} of {read} samples read are bad"
+        fix = "if shards were replaced by others of the same size, index them again: m3i-scale shards index FOLDER"
+    count = f"{sum(bad.values())} of {read} samples read are corrupt"
     return DataError(
         f"{count}, more than data.max_corrupt_fraction = {limit:g}" if what is None else f"{what}: {count}",
         where=where,
-        why=table + (f"; one by one in {listed_in}" if listed_in is not None else ""),
+        why=table + (f"; listed in {listed_in}" if listed_in is not None else ""),
         fix=fix,
     )

@@ -102,10 +102,10 @@ def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     ends, text = (tokenizer(given)["input_ids"] for given in ("", "a"))
     if len(ends) < 2 or (ends[0], ends[-1]) != (text[0], text[-1]):
         raise ConfigError(
-            f"the tokenizer '{tokenizer.name_or_path}' does not put a special token before a text and one behind it",
+            f"the tokenizer '{tokenizer.name_or_path}' does not add special tokens at the start and the end of a text",
             where="text.tokenizer",
             why="captions are predicted token by token, from their first token to their end",
-            fix="take one that does, such as that of BERT or the one that `shards make` trains",
+            fix="use one that does, such as the tokenizer of BERT or the one that `shards make` trains",
         )
 
 
@@ -179,7 +179,7 @@ def _load(folder: str, where: str, name: str | None = None) -> PreTrainedTokeniz
         )
     except (OSError, ValueError) as error:
         # if a folder contains code, transformers recommends running it
-        reason = "it brings code of its own" if "trust_remote_code" in str(error) else str(error)
+        reason = "it contains custom code" if "trust_remote_code" in str(error) else str(error)
         raise ConfigError(f"cannot load the tokenizer '{name}': {reason}", where=where) from None
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer '{name}' has no padding token", where=where, fix="set pad_token in its files")

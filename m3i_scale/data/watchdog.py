@@ -51,7 +51,7 @@ class Activity:
         """Describe which shard is being read and for how long."""
         place = self._place.value.decode(errors="replace")
         if not place:
-            return "reading no shard: the sample before has not come through"
+            return "reading no shard: the previous sample is not finished"
         return f"reading {place} for {time.monotonic() - float(self._since.value):.0f} s"
 
 
@@ -61,8 +61,7 @@ def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: flo
     return DataError(
         f"no sample has arrived for {activity.idle_s:.0f} s, more than data.timeout_s = {timeout_s:g}",
         where=f"{reader}, {activity.describe()}",
-        fix="see to the storage and start again, the run goes on from its last checkpoint; if it is only slow, raise "
-        "data.timeout_s",
+        fix="check the storage and rerun the command to resume; if the storage is only slow, raise data.timeout_s",
     )
 
 

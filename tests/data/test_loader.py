@@ -357,7 +357,7 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
 @pytest.mark.parametrize(
     ("options", "match", "fix"),
     [
-        ({"world": 3, "micro": 4}, "4 streams cannot be shared out evenly over 3 ranks", "6"),
+        ({"world": 3, "micro": 4}, "4 streams cannot be distributed evenly to 3 ranks", "6"),
         ({"micro": 6}, "micro-batch of 6", "8"),
         ({"workers": 3}, "over 3 workers", "1, 2, 4"),
     ],

@@ -58,7 +58,7 @@ def facts(url: Url, access: Access) -> Facts:
     def once() -> Facts:
         info = _call(url, "info", access, **_FRESH.get(url.scheme, {}))
         if info.get("size") is None:
-            raise FaultError("size unknown", "the server does not say how long the file is", lasting=True)
+            raise FaultError("size unknown", "the server does not send the size of the file", lasting=True)
         sha256 = str((info.get("lfs") or {}).get("sha256") or "")
         names = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified")
         versions = [sha256, *(str(info.get(name) or "") for name in names)]
