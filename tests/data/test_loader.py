@@ -18,8 +18,9 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.reader import NOT_A_MEMBER
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account, too_many_bad
-from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
+from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError, LostWorkerError
+from m3i_scale.shards.train_tokenizer import train_tokenizer
 
 STREAMS, GLOBAL = 4, 16
 

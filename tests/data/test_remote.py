@@ -25,8 +25,9 @@ from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.scan import save_index
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.state import merge_states
-from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
+from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.train_tokenizer import train_tokenizer
 from m3i_scale.text import without_secrets
 
 SIZES = [6, 5, 7, 6, 5, 7, 6, 6]
