@@ -6,7 +6,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -145,21 +144,13 @@ def _letters(*values: int | str) -> str:
     return "".join(base64.urlsafe_b64encode(digest)[:_DIGEST_LETTERS].decode() for digest in digests)
 
 
-@dataclass(frozen=True)
-class _Numbered:
-    """A name split at its last number, such as `images-` `000017` `.tar`."""
-
-    before: str
-    digits: str
-    after: str
-
-
-def _split(name: str) -> _Numbered | None:
-    """Split a name at its last number; None if it has no number, or special characters of brace patterns."""
+def _split(name: str) -> tuple[str, str, str] | None:
+    """Split a name at its last number, such as `images-` `000017` `.tar`; None if it has no number, or special
+    characters of brace patterns."""
     if name.startswith("=") or any(letter in name for letter in "{}\\,"):
         return None
     match = _NUMBERED.fullmatch(name)
-    return None if match is None else _Numbered(*match.groups())
+    return None if match is None else (match[1], match[2], match[3])
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
@@ -170,7 +161,8 @@ def _patterns(names: Sequence[str]) -> list[str]:
         split = _split(name)
         if split is None:
             return (number,)
-        return (split.before, split.after, len(split.digits), int(split.digits) - number)
+        before, digits, after = split
+        return (before, after, len(digits), int(digits) - number)
 
     patterns = []
     for _, group in groupby(enumerate(names), key=place):
@@ -181,7 +173,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
         elif len(run) == 1:
             patterns.append(run[0])
         else:
-            patterns.append(f"{first.before}{{{first.digits}..{last.digits}}}{first.after}")
+            patterns.append(f"{first[0]}{{{first[1]}..{last[1]}}}{first[2]}")
     return patterns
 
 

@@ -21,7 +21,7 @@ from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
+from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
 from m3i_scale.data.quarantine import Quarantine
@@ -41,7 +41,6 @@ from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
     Account,
     StreamSource,
-    counts_of_source,
     lost_of_pass,
     single_faults,
     too_many_bad,
@@ -284,12 +283,16 @@ class TrainStream:
         `served`: valid samples yielded. `asked`: target count by weight. `read`: samples read, corrupt ones included.
         `pass`: samples per epoch. `left`: samples that remain; 0 if the dataset never ends.
         """
-        return {
-            name: counts_of_source(
-                name, [(plan[name], self._states[number]) for number, plan in self._recipe.plans.items()]
-            )
-            for name in self._fingerprints
-        }
+        counts = {name: dict.fromkeys(("served", "asked", "read", "pass", "left"), 0.0) for name in self._fingerprints}
+        for number, plan in self._recipe.plans.items():
+            for name, source in plan.items():
+                state, of_source = self._states[number].sources[name], counts[name]
+                of_source["served"] += state.served
+                of_source["asked"] += state.served + state.credit / UNIT
+                of_source["read"] += state.position
+                of_source["pass"] += source.order.share
+                of_source["left"] += 0 if source.end is None else source.end - state.position
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last yielded batch, as JSON types; see `merge_states` for all ranks.

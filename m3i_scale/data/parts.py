@@ -26,7 +26,7 @@ from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.stream import ExhaustedError, Stream, StreamSource
-from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item, stalled
+from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item
 from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
 from m3i_scale.errors import DataError, UserError
 
@@ -236,8 +236,14 @@ class PartWorkers:
         try:
             part: PartialBatch = await_item(self._parts, activity, limit_s)
         except NotYetError:
-            worker = number if self._data.num_workers else None
-            raise stalled(activity, rank=rank, worker=worker, timeout_s=limit_s) from None
+            reader = (
+                f"worker {number} of rank {rank}" if self._data.num_workers else f"the training process of rank {rank}"
+            )
+            raise DataError(
+                f"no sample has arrived for {activity.idle_s:.0f} s, more than data.timeout_s = {limit_s:g}",
+                where=f"{reader}, {activity.describe()}",
+                fix="check the storage and rerun the command to resume; if it is only slow, raise data.timeout_s",
+            ) from None
         self._received += 1
         return part
 

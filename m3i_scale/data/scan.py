@@ -70,8 +70,8 @@ class ShardIndex:
 
 def scan_shard(path: Path) -> ShardIndex:
     """Build the index of a local shard from its tar headers."""
-    facts = _stat(path)
     try:
+        facts = path.stat()
         with path.open("rb") as stream:
             ranges, heads = scan_stream(stream, facts.st_size, path)
     except OSError as error:
@@ -109,13 +109,6 @@ def _member_size(header: bytes) -> int | None:
         return int.from_bytes(field[1:], "big")  # 8 GiB or more
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
 
 
 def _version(facts: os.stat_result) -> str:
@@ -156,12 +149,13 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         ) from None
     if index is None or isinstance(path, Url):
         return index
-    facts = _stat(path)
-    if index.size != facts.st_size or not _lists_all(path, index):
-        return None
-    if index.version != _version(facts) and not _has_heads(path, index):
-        return None
-    return index
+    try:
+        facts = path.stat()
+        if index.size != facts.st_size or not lists_all(index, lambda: path.open("rb")):
+            return None
+        return index if index.version == _version(facts) or _has_heads(path, index) else None
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
 
 
 def parse_index(path: Address, data: bytes) -> ShardIndex | None:
@@ -204,13 +198,6 @@ def lists_all(index: ShardIndex, open_shard: Callable[[], BinaryIO]) -> bool:
         return not any(has_sample(stream, int(begins[gap]), int(ends[gap])) for gap in gaps)
 
 
-def _lists_all(path: Path, index: ShardIndex) -> bool:
-    try:
-        return lists_all(index, lambda: path.open("rb"))
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
-
-
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
     """Read an `np.savez` file without `np.load`, which trusts the size in a header before verifying its checksum.
 
@@ -245,15 +232,12 @@ def _array(data: bytes) -> NDArray[Any]:
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:
     """Return whether a copied or replaced file still has the indexed headers; compares samples spread over the file."""
-    try:
-        with path.open("rb") as stream:
-            for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):
-                start, end = (int(value) for value in index.ranges_N2[number])
-                if end - start > MAX_SAMPLE_BYTES:
-                    continue
-                stream.seek(start)
-                if head_of(stream.read(end - start)) != index.heads_N[number]:
-                    return False
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
+    with path.open("rb") as stream:
+        for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):
+            start, end = (int(value) for value in index.ranges_N2[number])
+            if end - start > MAX_SAMPLE_BYTES:
+                continue
+            stream.seek(start)
+            if head_of(stream.read(end - start)) != index.heads_N[number]:
+                return False
     return True

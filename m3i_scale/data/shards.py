@@ -123,17 +123,17 @@ def read_label_sets(
     dataset without a file has no classes."""
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
-        path = shard_folder(source.path) / file
         if not source.labels:
             continue
-        labels = _read_labels(path, f"dataset '{name}': ", access)
+        folder = shard_folder(source.path)
+        labels = read_labels(folder, file, f"dataset '{name}': ", access)
         if labels is None:
             continue
         label_set = source.label_set or name
         if sets.setdefault(label_set, labels) != labels:
             raise DataError(
                 f"two different label lists for the label set '{label_set}'",
-                where=str(path),
+                where=str(folder / file),
                 fix=f"give the datasets different label_set names, or make their {file} equal",
             )
     return {name: labels for name, labels in sets.items() if labels}
@@ -152,11 +152,6 @@ def read_sample_count(shards: str, count: str, access: Access | None = None) -> 
         return None  # other tools write no manifest, and a failed listing is reported elsewhere
 
 
-def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
-    """Read the class names from a sidecar file (LABELS, MASK_LABELS or CATEGORIES); None if there is no such file."""
-    return _read_labels(folder / file)
-
-
 def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
     """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
     if not 2 <= len(names) <= most:
@@ -171,13 +166,15 @@ def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -
         )
 
 
-def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:
-    labels = read_sidecar(path, whose, access)
-    if path.name == CATEGORIES and isinstance(labels, dict):
+def read_labels(folder: Address, file: str = LABELS, whose: str = "", access: Access | None = None) -> list[str] | None:
+    """Read the class names from a sidecar file (LABELS, MASK_LABELS or CATEGORIES); None if there is no such file.
+    `whose` names the dataset in errors."""
+    labels = read_sidecar(folder / file, whose, access)
+    if file == CATEGORIES and isinstance(labels, dict):
         rows = labels.get("categories")
         labels = [row.get("name") if isinstance(row, dict) else None for row in rows or []]
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise DataError(f"{path.name} must be a list of names", where=f"{whose}{path}")
+        raise DataError(f"{file} must be a list of names", where=f"{whose}{folder / file}")
     return labels
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from m3i_scale.config import DataConfig
 from m3i_scale.data.batch import Sample
 from m3i_scale.data.instances import read_instances
-from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
+from m3i_scale.data.mixing import Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
 from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
@@ -98,7 +98,8 @@ class Stream:
         too many samples of the dataset are corrupt.
         """
         while True:
-            shares = self._mix.shares(self.state.taken, remaining_sources(self._sources, self.state))
+            left = [name for name, source in self._sources.items() if not self._is_exhausted(source)]
+            shares = self._mix.shares(self.state.taken, left)
             if not shares:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
@@ -113,11 +114,14 @@ class Stream:
         self.state.taken += 1
         return sample
 
+    def _is_exhausted(self, source: StreamSource) -> bool:
+        return source.end is not None and self.state.sources[source.name].position >= source.end
+
     def _next_of(self, source: StreamSource, quarantine: list[dict[str, Any]]) -> Sample | None:
         """Return the next valid sample of a dataset, or None if it ends first."""
         state = self.state.sources[source.name]
         in_a_row, shards = 0, dict[int, None]()
-        while source.end is None or state.position < source.end:
+        while not self._is_exhausted(source):
             ref = source.order.locate(state.position)
             state.position += 1
             try:
@@ -247,24 +251,6 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
         why=table or "other ranks read these shards",
         fix="repair the shards, or raise data.max_corrupt_fraction to continue without them",
     )
-
-
-def remaining_sources(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
-    """Return the names of the datasets that are not exhausted."""
-    return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
-
-
-def counts_of_source(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
-    """Return the counts of one dataset summed over streams; see `TrainStream.source_counts`."""
-    counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
-    for source, stream in streams:
-        state = stream.sources[name]
-        counts["served"] += state.served
-        counts["asked"] += state.served + state.credit / UNIT
-        counts["read"] += state.position
-        counts["pass"] += source.order.share
-        counts["left"] += 0 if source.end is None else source.end - state.position
-    return counts
 
 
 def _note(source: StreamSource, ref: SampleRef, bad: BadSampleError) -> dict[str, Any]:
