@@ -102,7 +102,7 @@ class PartMaker(Dataset[PartialBatch]):
             self._reader.close()
         recipe = self._recipe = order.recipe or self._recipe
         if recipe is None:
-            raise ValueError("the first order with states brings the recipe")
+            raise ValueError("the first work item has no recipe")
         self._reader = ShardReader(recipe.access, self._activities[order.share])
         self._streams = {
             number: Stream(
@@ -222,7 +222,7 @@ class PartWorkers:
             raise DataError(
                 f"the loader still reads for an earlier iteration after data.timeout_s = {limit_s:g} seconds",
                 where=f"rank {rank}, {self._activities[self._received % len(self._activities)].describe()}",
-                fix="close an iterator before the next one is asked for a batch; if the storage is only slow, raise "
+                fix="close an iterator before you request a batch from the next one; if the storage is only slow, raise "
                 "data.timeout_s",
             )
         try:
@@ -236,12 +236,10 @@ class PartWorkers:
         try:
             part: PartialBatch = await_item(self._parts, activity, limit_s)
         except NotYetError:
-            reader = (
-                f"worker {number} of rank {rank}" if self._data.num_workers else f"the training process of rank {rank}"
-            )
+            reader = f"worker {number}" if self._data.num_workers else "the training process"
             raise DataError(
                 f"no sample has arrived for {activity.idle_s:.0f} s, more than data.timeout_s = {limit_s:g}",
-                where=f"{reader}, {activity.describe()}",
+                where=f"{reader} of rank {rank}, {activity.describe()}",
                 fix="check the storage and rerun the command to resume; if it is only slow, raise data.timeout_s",
             ) from None
         self._received += 1
