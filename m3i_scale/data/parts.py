@@ -222,7 +222,7 @@ class PartWorkers:
             raise DataError(
                 f"the loader still reads for an earlier iteration after data.timeout_s = {limit_s:g} seconds",
                 where=f"rank {rank}, {self._activities[self._received % len(self._activities)].describe()}",
-                fix="close an iterator before you request a batch from the next one; if the storage is only slow, raise "
+                fix="close an iterator before you start the next one; if the storage is only slow, raise "
                 "data.timeout_s",
             )
         try:

@@ -412,7 +412,7 @@ def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_p
     with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"
-    assert caught.value.what.endswith("code of its own")
+    assert caught.value.what.endswith("custom code")
     assert not ran.exists()
 
 
@@ -420,7 +420,7 @@ def test_shards_replaced_by_others_of_the_same_size_are_told_from_bad_ones():
     error = too_many_bad({NOT_A_MEMBER: 59, "label out of range": 9}, 116, 0.05)
     assert "m3i-scale shards index" in error.fix
     assert "59 × not a tar member" in error.why
-    assert "mend the shards" in too_many_bad({"label out of range": 9}, 116, 0.05).fix
+    assert "repair the shards" in too_many_bad({"label out of range": 9}, 116, 0.05).fix
 
 
 def test_a_caption_of_several_is_drawn_anew_in_every_pass_and_is_the_same_on_any_ranks(tools, cache, tmp_path):

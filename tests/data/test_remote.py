@@ -272,7 +272,7 @@ def test_settings_without_effect(setting, shards):
 
 def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, nginx):
     source = {"s": DatasetConfig(path=nginx)}
-    with pytest.raises(ConfigError, match="there is room for"):
+    with pytest.raises(ConfigError, match="limit of the shard cache"):
         check_access(DataConfig(datasets=source, cache_gib=1e7, cache_dir=tmp_path), source)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write the shard cache"):
