@@ -390,12 +390,11 @@ class TrainStream:
                     order=order,
                     indices={shard: indices[shard] for shard in order.shards},
                     label_set=set_numbers.get(label_set, -1),
-                    classes=classes if reads == "labels" else None,
+                    classes=classes,
+                    reads=reads,
                     views=make_views(source),
                     captions=source.captions,
                     end=ends[stream][-1],
-                    mask_classes=(classes or 0) if reads == "masks" else None,
-                    categories=(classes or 0) if reads in ("boxes", "boxes_and_masks") else None,
                 )
         self.samples_at_most = samples_at_most(ends)
         return plans

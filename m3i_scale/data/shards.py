@@ -14,8 +14,7 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
-from m3i_scale.defaults import NO_CLASS
-from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
+from m3i_scale.errors import DataError, UserError, did_you_mean
 from m3i_scale.text import without_secrets
 
 LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
@@ -150,20 +149,6 @@ def read_sample_count(shards: str, count: str, access: Access | None = None) -> 
         return sum(counts[shard.name] for shard in expand_shards(shards, access=access)) if counts else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
         return None  # other tools write no manifest, and a failed listing is reported elsewhere
-
-
-def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
-    """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
-    if not 2 <= len(names) <= most:
-        raise ConfigError(f"there are {len(names)} classes; masks must have 2 to {most}", where=where)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f"duplicate class name '{twice[0]}'",
-            where=where,
-            why="a segmentation model looks up classes by name",
-            fix="use unique names, such as 'door' and 'door, open'",
-        )
 
 
 def read_labels(folder: Address, file: str = LABELS, whose: str = "", access: Access | None = None) -> list[str] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3i_scale.config import DataConfig
+from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Sample
 from m3i_scale.data.instances import read_instances
 from m3i_scale.data.mixing import Mix, furthest_behind, settle
@@ -42,16 +43,14 @@ class StreamSource:
     label_set: int
     """Index of the class list; −1 if the dataset has none."""
     classes: int | None
-    """Number of classes; None if labels are not read."""
+    """Length of the class list; None if the dataset has none."""
+    reads: Reads
+    """Annotation that is read: `.cls` labels, masks or boxes."""
     views: ViewMaker
     captions: str = "one"
     """Format of `.txt` fields, as in `DatasetConfig.captions`: `one` caption, `lines` of captions, or `none`."""
     end: int | None = None
     """Position at which the dataset is exhausted; None: never."""
-    mask_classes: int | None = None
-    """Number of segmentation classes; None: masks are not read."""
-    categories: int | None = None
-    """Number of object classes; None: objects are not read."""
 
 
 class ExhaustedError(Exception):
@@ -143,17 +142,16 @@ class Stream:
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
             annotations = read_annotations(
                 members,
-                source.classes,
+                source.classes if source.reads == "labels" else None,
                 draw,
                 captions=source.captions != "none",
                 max_caption_bytes=self._data.max_caption_bytes,
             )
-            image, mask = open_image(members, self._data.max_image_pixels), None
-            if source.mask_classes is not None:
-                mask = read_mask(members, self._data.max_image_pixels, image.size, source.mask_classes)
-            instances = None
-            if source.categories is not None:
-                instances = read_instances(members, source.categories, image.size)
+            image, mask, instances = open_image(members, self._data.max_image_pixels), None, None
+            if source.reads == "masks":
+                mask = read_mask(members, self._data.max_image_pixels, image.size, source.classes or 0)
+            elif source.reads in ("boxes", "boxes_and_masks"):
+                instances = read_instances(members, source.classes or 0, image.size)
             views = source.views(image, seed_of("views", *identity), mask, instances)
         except BadSampleError as bad:
             bad.key = key
