@@ -121,10 +121,10 @@ class TrainStream:
         self.samples_at_most: int | None = None
         """Upper limit of samples over all ranks, if none is corrupt; None: infinite."""
 
-        shown = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
+        view_maker = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
 
         def make_views(source: DatasetConfig) -> ViewMaker:
-            return shown(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
+            return view_maker(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
         read = [source for plan in plans.values() for source in plan.values()]

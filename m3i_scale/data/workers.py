@@ -90,7 +90,7 @@ class DeathWatch:
         finally:
             _WAITING.remove(self)
 
-    def _check_worker(self, torchs: str | None) -> None:
+    def _check_worker(self, torch_error: str | None) -> None:
         dead = [worker.exitcode for worker in self.workers if worker.exitcode]
         if not dead:
             return
@@ -98,7 +98,8 @@ class DeathWatch:
         raise LostWorkerError(
             f"a loader process has died ({end})",
             where=f"data.num_workers: {len(self.workers)}",
-            why="the machine most likely ran out of memory" + (f"; error of torch: {torchs.strip()}" if torchs else ""),
+            why="the machine most likely ran out of memory"
+            + (f"; error of torch: {torch_error.strip()}" if torch_error else ""),
             fix="lower data.num_workers, or give the job more memory; rerun the command to resume",
         ) from None
 

@@ -76,12 +76,12 @@ def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> B
 
     `at_start`: before the first step, when every shard must be readable regardless of data.bad_shards.
     """
-    mended = _FIXES_OF_A_RUN.get(fault.reason, "repair it, or skip it with data.bad_shards=quarantine")
+    fix = _FIXES_OF_A_RUN.get(fault.reason, "repair it, or skip it with data.bad_shards=quarantine")
     error = BadShardError(
         f"cannot read the shard: {fault.reason}",
         where=str(place),
         why=fault.detail or None,
-        fix=start_fix(fault) if at_start else mended,
+        fix=start_fix(fault) if at_start else fix,
     )
     error.reason = fault.reason
     return error
