@@ -19,8 +19,8 @@ from _one_stage import IMAGE, DataSet, Entry, open_data, optim_values, run_value
 from _trainings import Training, tool
 from PIL import Image, ImageFilter, ImageOps
 
-from m3i_scale.data.images import to_png
 from m3i_scale.errors import DataError
+from m3i_scale.shards.encode_image import to_png
 from m3i_scale.shards.make import make_shards
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import ListedInput, Record

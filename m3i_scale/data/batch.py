@@ -19,7 +19,7 @@ from m3i_scale.defaults import MASK_SIDE
 if TYPE_CHECKING:  # the objective imports batches without image libraries
     from transformers import PreTrainedTokenizerBase
 
-    from m3i_scale.data.objects import Objects
+    from m3i_scale.data.crops import Objects
     from m3i_scale.data.views import Views
 
 _BY_VALUE_BYTES = 65_536
@@ -162,18 +162,14 @@ class Collator:
         """Collate B samples into a batch, in order."""
         captions = [sample.caption if self._tokenizer is not None else None for sample in samples]
         ids_BT, mask_BT = self._tokens(captions)
-        crops = [
-            [[crop.top, crop.left, crop.height, crop.width] for crop in views]
-            for views in zip(*(sample.views.crops for sample in samples), strict=True)
-        ]
-        flips = [
-            [crop.flip for crop in views] for views in zip(*(sample.views.crops for sample in samples), strict=True)
-        ]
+        crops_VB = list(zip(*(sample.views.crops for sample in samples), strict=True))
+        boxes = [[[crop.top, crop.left, crop.height, crop.width] for crop in crops_B] for crops_B in crops_VB]
+        flips = [[crop.flip for crop in crops_B] for crops_B in crops_VB]
         sets = [-1 if sample.label is None else sample.label_set for sample in samples]
         return Batch(
             images_VBCHW=torch.from_numpy(np.stack([sample.views.pixels_VCHW for sample in samples], axis=1)),
             small_VBCHW=torch.from_numpy(np.stack([sample.views.small_VCHW for sample in samples], axis=1)),
-            crops_VB4=torch.tensor(crops, dtype=torch.float32),
+            crops_VB4=torch.tensor(boxes, dtype=torch.float32),
             flips_VB=torch.tensor(flips, dtype=torch.bool),
             sizes_B2=torch.tensor([sample.views.size for sample in samples], dtype=torch.float32),
             labels_B=torch.tensor([-1 if sample.label is None else sample.label for sample in samples]),

@@ -64,16 +64,16 @@ def parse_categories(rows: Any, where: str, *, lvis: bool) -> Categories:
         row = listed if isinstance(listed, dict) else {}
         category = Category(row.get("id", -1), row.get("name", ""))
         if not is_index(category.id) or not isinstance(category.name, str) or not category.name:
-            raise DataError("the category has no id from 0 on, or no name", where=place)
+            raise DataError("the category has no non-negative integer id, or no name", where=place)
         if category.id in found:
-            raise DataError(f"the id {category.id} stands twice in the categories", where=place)
+            raise DataError(f"duplicate category id {category.id}", where=place)
         if lvis:
             category = Category(category.id, category.name, row.get("frequency"), row.get("image_count"))
             if category.frequency not in FREQUENCIES or not is_index(category.image_count):
                 raise DataError(
                     "the category has no frequency (r, c, f) or no image_count, as LVIS has",
                     where=place,
-                    fix="take the file of LVIS as it is",
+                    fix="use the original file of LVIS",
                 )
         found[category.id] = category
     return Categories("lvis" if lvis else "coco", tuple(found[number] for number in sorted(found)))
@@ -98,7 +98,7 @@ def shard_categories(folder: Address, whose: str = "", access: Access | None = N
         raise DataError(
             f"{CATEGORIES} is not in the order of its ids",
             where=where,
-            why="samples hold indices into it, and names would be taken for each other",
-            fix="`shards make coco` writes it in order, and the samples with it",
+            why="samples contain indices into it, so objects would get wrong names",
+            fix="restore the file that `shards make coco` wrote with the samples",
         )
     return found

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -86,13 +85,13 @@ def changes(
         elif before is not None and now is not None and before != now:
             parts = format_differences("", before["settings"], now["settings"])
             if before.get("deal", 1) != now.get("deal", 1):
-                parts.insert(0, "this version deals samples to streams by another rule, evenly: it begins anew")
+                parts.insert(0, "this version distributes samples to streams by another rule: the dataset restarts")
             if before["sha256"] != now["sha256"]:
                 parts.insert(0, _shards(before, now, listings.get(name), here[name]))
             elif not parts and now["repeats"].startswith(f"{before['repeats']} "):  # only the rule's version differs
-                parts.append("this version repeats samples by another rule: it begins anew")
+                parts.append("this version repeats samples by another rule: the dataset restarts")
             elif not parts:
-                parts.append("samples have objects of other categories, by which they are repeated")
+                parts.append("the categories of the objects changed, so samples are repeated differently")
             differences[name] = "; ".join(parts)
     return differences
 
@@ -132,7 +131,7 @@ def _shards(
         "of the same size with other members": changed,
     }
     parts = [f"{_count(len(which))} {what}: {_short_list(which)}" for what, which in kinds.items() if which]
-    return ", ".join(parts) or "a shard has other members, which one is not known"
+    return ", ".join(parts) or "a shard has other members; which one is unknown"
 
 
 def _short_list(names: Sequence[str]) -> str:
@@ -145,21 +144,13 @@ def _letters(*values: int | str) -> str:
     return "".join(base64.urlsafe_b64encode(digest)[:_DIGEST_LETTERS].decode() for digest in digests)
 
 
-@dataclass(frozen=True)
-class _Numbered:
-    """A name split at its last number, such as `images-` `000017` `.tar`."""
-
-    before: str
-    digits: str
-    after: str
-
-
-def _split(name: str) -> _Numbered | None:
-    """Split a name at its last number; None if it has no number, or special characters of brace patterns."""
+def _split(name: str) -> tuple[str, str, str] | None:
+    """Split a name at its last number, such as `images-` `000017` `.tar`; None if it has no number, or special
+    characters of brace patterns."""
     if name.startswith("=") or any(letter in name for letter in "{}\\,"):
         return None
     match = _NUMBERED.fullmatch(name)
-    return None if match is None else _Numbered(*match.groups())
+    return None if match is None else (match[1], match[2], match[3])
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
@@ -170,7 +161,8 @@ def _patterns(names: Sequence[str]) -> list[str]:
         split = _split(name)
         if split is None:
             return (number,)
-        return (split.before, split.after, len(split.digits), int(split.digits) - number)
+        before, digits, after = split
+        return (before, after, len(digits), int(digits) - number)
 
     patterns = []
     for _, group in groupby(enumerate(names), key=place):
@@ -181,7 +173,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
         elif len(run) == 1:
             patterns.append(run[0])
         else:
-            patterns.append(f"{first.before}{{{first.digits}..{last.digits}}}{first.after}")
+            patterns.append(f"{first[0]}{{{first[1]}..{last[1]}}}{first[2]}")
     return patterns
 
 

@@ -1,4 +1,4 @@
-"""Validation of encoded images and masks for shards, and conversion of images of any mode to upright RGB."""
+"""Reading of encoded images and masks, and conversion of images of any mode to upright RGB with 8 bits."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import re
 import struct
 import warnings
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
-
-from m3i_scale.data.deep_images import DEEP_MODES, ValueRange, check_header, check_values, eight_bits
-from m3i_scale.defaults import MAX_IMAGE_PIXELS
-from m3i_scale.errors import DataError
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that shards store unchanged, with their file extensions."""
@@ -21,14 +19,23 @@ KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 READ_FORMATS = (*KEPT_FORMATS, "BMP", "GIF", "TIFF", "PPM")
 """Formats that Pillow may try: some of its other readers start external programs."""
 
-FILE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-"""Extensions of image files; formats that shards do not store are converted to PNG."""
-
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Extensions of image files in a shard."""
 
 MASK = "mask.png"
 """Extension of the segmentation mask: the class of every pixel."""
+
+ValueRange = tuple[float, float]
+"""Intensity window: the gray values that become black and white."""
+
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""Pillow's modes of gray images with more than 8 bits."""
+
+_SIXTEEN_AS_I = ("PNG", "PPM")
+"""Formats whose 16-bit gray images Pillow reads as mode I; it stretches a PPM of fewer bits to 16."""
+
+_BITS_TAG = 258
+"""TIFF tag for the number of bits."""
 
 _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
 """Keyed by the color type in a PNG header."""
@@ -47,7 +54,7 @@ _TURNS = {
 }
 """Transposition that makes an image upright, by the orientation in its EXIF data (EXIF 2.32, tag 274)."""
 _SIDEWAYS = (5, 6, 7, 8)
-_TOLD_IN = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+_EXIF_KEYS = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 """Metadata keys in which Pillow finds an orientation. Most images have none, so one lookup is enough."""
 _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError, struct.error)
 """Errors that Pillow raises on damaged EXIF data."""
@@ -59,78 +66,16 @@ def fault_text(error: Exception) -> str:
     return _ADDRESS.sub("", str(error))
 
 
-def open_any_size(file: Path | io.BytesIO) -> Image.Image:
-    """Open an image of any size; read its header but no pixels. Raise Pillow's `UnidentifiedImageError` or an OSError
-    if it is not an image or cannot be read."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def open_any_size(data: bytes, formats: Sequence[str] = READ_FORMATS) -> Image.Image:
+    """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_FAULTS` if it is not an
+    image."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global in Pillow; callers check their own limits
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged EXIF data
-            return Image.open(file, formats=READ_FORMATS)
+            warnings.simplefilter("ignore")  # e.g. damaged EXIF data, which does not affect the pixels
+            return Image.open(io.BytesIO(data), formats=formats)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None) -> tuple[bytes, str]:
-    """Return image bytes for a shard, unchanged or converted to PNG, and their file extension.
-
-    `value_range` is the intensity window for images with more than 8 bits; other images are then an error. `where`
-    names the file in errors.
-    """
-    try:
-        with open_any_size(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DataError(
-                    f"the image is too large: {image.width} × {image.height} pixels, of {MAX_IMAGE_PIXELS} at most",
-                    where=where,
-                    fix="resize or cut it, or leave such images out with --skip-bad",
-                )
-            check_header(image, value_range, where)
-            image.load()
-            check_values(image, where)
-            kind = str(image.format)
-            as_it_is = kind in KEPT_FORMATS and value_range is None
-            return (data, KEPT_FORMATS[kind]) if as_it_is else (to_png(image, value_range), "png")
-    except DECODE_FAULTS as error:
-        raise DataError(
-            f"the image does not decode: {fault_text(error)}",
-            where=where,
-            fix="mend or remove the file, or leave such files out with --skip-bad",
-        ) from None
-
-
-def to_png(image: Image.Image, value_range: ValueRange | None = None) -> bytes:
-    """Encode an image as an RGB PNG; see `on_white`."""
-    buffer = io.BytesIO()
-    on_white(image, value_range).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
-    """Check that bytes are the mask of an encoded image: a valid PNG of its size with one byte per pixel.
-
-    Return the number of pixels by value.
-    """
-    fault, counts = mask_fault(data), Counter[int]()
-    try:
-        with Image.open(io.BytesIO(image), formats=READ_FORMATS) as picture:
-            size, lies = picture.size, orientation(picture)
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as mask:
-            counts = pixel_counts(mask)
-            if mask.size != size:
-                upright_only = mask.size == upright_size(size, lies)
-                turned = f", which its EXIF orientation, {lies}, turns" if upright_only else ""
-                fault = fault or f"of {mask.size} pixels, its image of {size}{turned}"
-    except DECODE_FAULTS as error:
-        fault = fault or f"damaged: {fault_text(error)}"
-    if fault is not None:
-        raise DataError(
-            f"the mask is {fault}",
-            where=where,
-            fix="save it at the size of its image, as an eight-bit grey PNG or one with a palette: the class of every "
-            "pixel, 255 where there is none",
-        )
-    return counts
 
 
 def pixel_counts(mask: Image.Image) -> Counter[int]:
@@ -153,7 +98,7 @@ def mask_fault(data: bytes) -> str | None:
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation (1 … 8) of an opened, not yet decoded image; 1 (upright) if EXIF is damaged."""
-    if _TOLD_IN.isdisjoint(image.info):
+    if _EXIF_KEYS.isdisjoint(image.info):
         return 1
     try:
         with warnings.catch_warnings():
@@ -186,3 +131,34 @@ def on_white(image: Image.Image, value_range: ValueRange | None = None) -> Image
         return image if image.mode == "RGB" else image.convert("RGB")
     opaque = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+
+
+def eight_bits(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
+    """Convert an image in one of `DEEP_MODES` to 8-bit gray.
+
+    With `value_range`, values up to the first become 0, values from the second on 255, linear in between. Without it,
+    16-bit images keep their upper 8 bits, as Pillow does for 16-bit color: a plain conversion would turn all but the
+    darkest 1/256 of the values white. Other images raise a ValueError.
+    """
+    if value_range is None and not is_16_bit(image):
+        raise ValueError(f"values of mode {image.mode} have no range")
+    values_HW = np.asarray(image)
+    if value_range is None:
+        levels_HW = values_HW >> 8
+    else:
+        low, high = value_range
+        levels_HW = np.rint((np.clip(values_HW.astype(np.float64), low, high) - low) * (255 / (high - low)))
+    return Image.fromarray(levels_HW.astype(np.uint8))
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Return whether a deep gray image has values 0 … 65,535; Pillow also reads 12-bit TIFFs as I;16."""
+    if image.mode == "I":
+        return image.format in _SIXTEEN_AS_I
+    return image.mode.startswith("I;16") and tiff_tag(image, _BITS_TAG, 16) == 16
+
+
+def tiff_tag(image: Image.Image, number: int, default: int) -> Any:
+    """Return the (first) value of a TIFF tag; the default if it is absent or for other formats."""
+    value = getattr(image, "tag_v2", {}).get(number, default)
+    return value[0] if isinstance(value, tuple) and value else value

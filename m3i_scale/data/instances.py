@@ -184,7 +184,7 @@ class _Annotation:
         box = _numbers(row.get("bbox"), _LARGEST)
         if len(box) != 4 or (box[2:] < 0).any():
             what = f"{row.get('bbox')!r:.80}"
-            raise BadSampleError(MALFORMED, f"the box of {place} is no [x, y, width, height] in pixels: {what}")
+            raise BadSampleError(MALFORMED, f"the box of {place} is not [x, y, width, height] in pixels: {what}")
         area = _numbers([row.get("area")], _LARGEST**2)
         if not len(area) or area[0] < 0:
             raise BadSampleError(MALFORMED, f"{place} has no area: {row.get('area')!r:.80}")
@@ -229,7 +229,7 @@ def _listed(value: Mapping[str, Any], name: str, categories: int | None) -> tupl
     if listed is None:
         return None
     if not isinstance(listed, list):
-        raise BadSampleError(MALFORMED, f"{name} is no list")
+        raise BadSampleError(MALFORMED, f"{name} is not a list")
     return tuple(_category(item, categories, name) for item in listed)
 
 

@@ -21,7 +21,7 @@ from m3i_scale.config.views import ViewSpecs
 from m3i_scale.data.batch import Batch, Collator
 from m3i_scale.data.fingerprint import Shard, fingerprint, listing
 from m3i_scale.data.index import load_index
-from m3i_scale.data.mixing import Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
+from m3i_scale.data.mixing import UNIT, Mix, check_shares, check_weights, has_epochs, samples_at_most, share_of
 from m3i_scale.data.order import StreamOrder, ends_of, position_of_pass, seed_of, shard_order
 from m3i_scale.data.parts import PartialBatch, PartRecipe, PartWorkers
 from m3i_scale.data.quarantine import Quarantine
@@ -41,7 +41,6 @@ from m3i_scale.data.stream import (
     FRACTION_COUNTS_AFTER,
     Account,
     StreamSource,
-    counts_of_source,
     lost_of_pass,
     single_faults,
     too_many_bad,
@@ -122,10 +121,10 @@ class TrainStream:
         self.samples_at_most: int | None = None
         """Upper limit of samples over all ranks, if none is corrupt; None: infinite."""
 
-        shown = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
+        view_maker = partial(ViewMaker, views=views, image_size=image_size, augment=augment, reads=reads)
 
         def make_views(source: DatasetConfig) -> ViewMaker:
-            return shown(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
+            return view_maker(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
         read = [source for plan in plans.values() for source in plan.values()]
@@ -271,7 +270,7 @@ class TrainStream:
             return
         counts = self.quarantined if reasons is None else reasons()
         if not begun:
-            what = "some stream ends before the first step, and with it the run"
+            what = "a stream ends before the first step"
             read = account.read + sum(counts.values()) - account.bad
             raise too_many_bad(counts, read, limit, place, what)
         if too_bad:
@@ -284,12 +283,16 @@ class TrainStream:
         `served`: valid samples yielded. `asked`: target count by weight. `read`: samples read, corrupt ones included.
         `pass`: samples per epoch. `left`: samples that remain; 0 if the dataset never ends.
         """
-        return {
-            name: counts_of_source(
-                name, [(plan[name], self._states[number]) for number, plan in self._recipe.plans.items()]
-            )
-            for name in self._fingerprints
-        }
+        counts = {name: dict.fromkeys(("served", "asked", "read", "pass", "left"), 0.0) for name in self._fingerprints}
+        for number, plan in self._recipe.plans.items():
+            for name, source in plan.items():
+                state, of_source = self._states[number].sources[name], counts[name]
+                of_source["served"] += state.served
+                of_source["asked"] += state.served + state.credit / UNIT
+                of_source["read"] += state.position
+                of_source["pass"] += source.order.share
+                of_source["left"] += 0 if source.end is None else source.end - state.position
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last yielded batch, as JSON types; see `merge_states` for all ranks.
@@ -326,7 +329,7 @@ class TrainStream:
         if missing:
             raise DataError(
                 f"the data state lacks streams {missing}",
-                why="every rank saves the streams it owns",
+                why="every rank saves only its own streams",
                 fix="merge the states of all ranks (merge_states)",
             )
         before = {stream: StreamState.from_json(state["streams"][str(stream)]) for stream in self._streams}
@@ -387,12 +390,11 @@ class TrainStream:
                     order=order,
                     indices={shard: indices[shard] for shard in order.shards},
                     label_set=set_numbers.get(label_set, -1),
-                    classes=classes if reads == "labels" else None,
+                    classes=classes,
+                    reads=reads,
                     views=make_views(source),
                     captions=source.captions,
                     end=ends[stream][-1],
-                    mask_classes=(classes or 0) if reads == "masks" else None,
-                    categories=(classes or 0) if reads in ("boxes", "boxes_and_masks") else None,
                 )
         self.samples_at_most = samples_at_most(ends)
         return plans

@@ -43,7 +43,7 @@ def check_weights(sources: Mapping[str, DatasetConfig], where: str = "data.datas
             raise ConfigError(
                 f"no dataset has a weight after {samples} samples",
                 where=", ".join(f"{where}.{name}.weight" for name in sources),
-                fix="give one of them a weight above 0",
+                fix="set one of them to a weight above 0",
             )
 
 
@@ -51,10 +51,10 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
     """Check that ranks, streams, workers and micro-batch size are compatible, before any data is read."""
     if data.streams % world_size:
         raise ConfigError(
-            f"{data.streams} streams cannot be shared out evenly over {world_size} ranks",
+            f"{data.streams} streams cannot be distributed evenly to {world_size} ranks",
             where="data.streams",
             why="the order of samples is the same for every number of ranks only if each owns whole streams",
-            fix=f"take a multiple of {world_size}, e.g. {_next_multiple(data.streams, world_size)}; "
+            fix=f"use a multiple of {world_size}, e.g. {_next_multiple(data.streams, world_size)}; "
             f"with {data.streams} streams, {_divisors(data.streams)} ranks fit",
         )
     per_rank = data.streams // world_size
@@ -62,14 +62,14 @@ def check_shares(data: DataConfig, *, micro_batch_size: int, world_size: int) ->
         raise ConfigError(
             f"a micro-batch of {micro_batch_size} cannot be taken evenly from {per_rank} streams per rank",
             where="optim.micro_batch_size",
-            fix=f"take a multiple of {per_rank}, e.g. {_next_multiple(micro_batch_size, per_rank)}, "
+            fix=f"use a multiple of {per_rank}, e.g. {_next_multiple(micro_batch_size, per_rank)}, "
             "or change data.streams",
         )
     if data.num_workers and per_rank % data.num_workers:
         raise ConfigError(
-            f"{per_rank} streams per rank cannot be shared out evenly over {data.num_workers} workers",
+            f"{per_rank} streams per rank cannot be distributed evenly to {data.num_workers} workers",
             where="data.num_workers",
-            fix=f"take one of {_divisors(per_rank)}, or 0 to load in the training process",
+            fix=f"use one of {_divisors(per_rank)}, or 0 to load in the training process",
         )
 
 

@@ -45,9 +45,9 @@ def ends_of(sizes: Sequence[int] | NDArray[np.int64], streams: int, where: str) 
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     if ends[-1] < streams:
         raise DataError(
-            f"{ends[-1]} samples cannot be dealt to {streams} streams",
+            f"{ends[-1]} samples cannot be distributed to {streams} streams",
             where=where,
-            why="every pass of a stream has samples of its own",
+            why="every stream needs at least one sample per epoch",
             fix=f"set data.streams to at most {ends[-1]}",
         )
     return ends

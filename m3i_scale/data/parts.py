@@ -26,7 +26,7 @@ from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.stream import ExhaustedError, Stream, StreamSource
-from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item, stalled
+from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item
 from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
 from m3i_scale.errors import DataError, UserError
 
@@ -66,7 +66,7 @@ class WorkItem:
 class PartialBatch:
     """One worker's part of a micro-batch: samples of its streams, and the states of the streams after them."""
 
-    order: WorkItem
+    item: WorkItem
     batch: Batch | None
     """None: there is no further complete batch."""
     states: dict[int, dict[str, Any]]
@@ -89,21 +89,21 @@ class PartMaker(Dataset[PartialBatch]):
         self._reader: ShardReader | None = None
         self._streams: dict[int, Stream] = {}
 
-    def __getitem__(self, order: WorkItem) -> PartialBatch:
-        if order.states is not None:
-            self._begin(order, order.states)
-        part = self._part(replace(order, states=None, recipe=None))  # the part need not return these
+    def __getitem__(self, item: WorkItem) -> PartialBatch:
+        if item.states is not None:
+            self._begin(item, item.states)
+        part = self._part(replace(item, states=None, recipe=None))  # the part need not return these
         if part.batch is None:
             self._streams = {}
         return part
 
-    def _begin(self, order: WorkItem, states: dict[int, dict[str, Any]]) -> None:
+    def _begin(self, item: WorkItem, states: dict[int, dict[str, Any]]) -> None:
         if self._reader is not None:
             self._reader.close()
-        recipe = self._recipe = order.recipe or self._recipe
+        recipe = self._recipe = item.recipe or self._recipe
         if recipe is None:
-            raise ValueError("the first order with states brings the recipe")
-        self._reader = ShardReader(recipe.access, self._activities[order.share])
+            raise ValueError("the first work item has no recipe")
+        self._reader = ShardReader(recipe.access, self._activities[item.share])
         self._streams = {
             number: Stream(
                 recipe.plans[number],
@@ -117,9 +117,9 @@ class PartMaker(Dataset[PartialBatch]):
             for number, state in states.items()
         }
 
-    def _part(self, order: WorkItem) -> PartialBatch:
+    def _part(self, item: WorkItem) -> PartialBatch:
         if self._recipe is None or not self._streams:
-            return PartialBatch(order, None, {}, [])
+            return PartialBatch(item, None, {}, [])
         quarantine: list[dict[str, Any]] = []
         batch: Batch | None = None
         fault: UserError | None = None
@@ -133,7 +133,7 @@ class PartMaker(Dataset[PartialBatch]):
         except UserError as error:
             fault = error
         states = {number: stream.state.to_json() for number, stream in self._streams.items()}
-        return PartialBatch(order, batch, states, quarantine, fault)
+        return PartialBatch(item, batch, states, quarantine, fault)
 
 
 class _WorkSampler(Sampler[WorkItem]):
@@ -160,9 +160,9 @@ class _WorkSampler(Sampler[WorkItem]):
 
     def __iter__(self) -> Iterator[WorkItem]:
         for share in itertools.cycle(range(len(self._next))):
-            order = self._next[share]
-            self._next[share] = replace(order, states=None)
-            yield order if order.states is None else replace(order, recipe=self._recipes.pop(share, None))
+            item = self._next[share]
+            self._next[share] = replace(item, states=None)
+            yield item if item.states is None else replace(item, recipe=self._recipes.pop(share, None))
 
 
 class PartWorkers:
@@ -171,19 +171,19 @@ class PartWorkers:
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self._activities = [Activity() for _ in range(max(1, data.num_workers))]
-        self._orders = _WorkSampler(len(self._activities))
+        self._sampler = _WorkSampler(len(self._activities))
         self._received = 0
         self._in_use = threading.Lock()
         self.watch = DeathWatch()
         maker = PartMaker(self._activities)
         self._parts: InThread[PartialBatch] | FromWorkers[PartialBatch]
         if not data.num_workers:
-            self._parts = InThread(maker[order] for order in self._orders)
+            self._parts = InThread(maker[item] for item in self._sampler)
             return
         # Without batching, a DataLoader returns results in the order of the indices, which alternate by worker.
         loader = DataLoader(
             maker,
-            sampler=self._orders,
+            sampler=self._sampler,
             batch_size=None,
             num_workers=data.num_workers,
             multiprocessing_context=START_METHOD,
@@ -197,7 +197,7 @@ class PartWorkers:
 
     def configure(self, recipe: PartRecipe) -> None:
         """Send the workers their data configuration; call it before the first `iterate`."""
-        self._orders.configure(recipe)
+        self._sampler.configure(recipe)
 
     def iterate(self, states: Mapping[int, dict[str, Any]], rank: int) -> Generator[list[PartialBatch]]:
         """Yield one part of every worker, in stream order; after an error, only the parts up to it.
@@ -206,14 +206,14 @@ class PartWorkers:
         all streams; `rank` is named in timeout errors.
         """
         with self._held(rank):
-            iteration = self._orders.begin(states)
+            iteration = self._sampler.begin(states)
             while True:
                 parts: list[PartialBatch] = []
                 while len(parts) < len(self._activities) and not (parts and parts[-1].fault):
                     part = self._await(rank)
-                    if part.order.iteration == iteration:
+                    if part.item.iteration == iteration:
                         parts.append(part)
-                yield sorted(parts, key=lambda part: part.order.share)
+                yield sorted(parts, key=lambda part: part.item.share)
 
     @contextlib.contextmanager
     def _held(self, rank: int) -> Iterator[None]:
@@ -222,7 +222,7 @@ class PartWorkers:
             raise DataError(
                 f"the loader still reads for an earlier iteration after data.timeout_s = {limit_s:g} seconds",
                 where=f"rank {rank}, {self._activities[self._received % len(self._activities)].describe()}",
-                fix="close an iterator before the next one is asked for a batch; if the storage is only slow, raise "
+                fix="close an iterator before you start the next one; if the storage is only slow, raise "
                 "data.timeout_s",
             )
         try:
@@ -236,8 +236,12 @@ class PartWorkers:
         try:
             part: PartialBatch = await_item(self._parts, activity, limit_s)
         except NotYetError:
-            worker = number if self._data.num_workers else None
-            raise stalled(activity, rank=rank, worker=worker, timeout_s=limit_s) from None
+            reader = f"worker {number}" if self._data.num_workers else "the training process"
+            raise DataError(
+                f"no sample has arrived for {activity.idle_s:.0f} s, more than data.timeout_s = {limit_s:g}",
+                where=f"{reader} of rank {rank}, {activity.describe()}",
+                fix="check the storage and rerun the command to resume; if it is only slow, raise data.timeout_s",
+            ) from None
         self._received += 1
         return part
 

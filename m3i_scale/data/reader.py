@@ -108,7 +108,7 @@ class ShardReader:
             data = self._read_again(index, path, start, end)
         if len(data) < end - start:
             size = os.fstat(self._descriptor(path)).st_size
-            raise bad_shard(path, FaultError("cut off", f"{index.size} bytes were indexed, now it has {size}"))
+            raise bad_shard(path, FaultError("cut off", f"{index.size} bytes were indexed, the file has {size}"))
         return data
 
     def _read_again(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
@@ -149,7 +149,7 @@ def parse_members(data: bytes, url: str) -> dict[str, bytes]:
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise BadSampleError(NOT_A_MEMBER, str(error)) from None
     if len(samples) != 1:
-        raise BadSampleError(NOT_A_MEMBER, f"{len(samples)} samples where the index says one")
+        raise BadSampleError(NOT_A_MEMBER, f"{len(samples)} samples where the index has one")
     sample: dict[str, bytes] = samples[0]
     try:
         str(sample["__key__"]).encode()

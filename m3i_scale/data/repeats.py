@@ -7,41 +7,134 @@ read depends only on the epoch and the index of the read.
 
 The number of reads per epoch is the sum of all factors, rounded up. All factors are scaled to sum to it, so the
 relative frequencies of samples exactly match their factors.
+
+The categories of the samples of a shard are stored next to its index, so that sampling need not read the shards.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_scale.data.categories import is_index, shard_categories
+from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.order import seed_of
-from m3i_scale.data.present import AvailableFields, join, load_present
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.scan import ShardIndex
+from m3i_scale.data.remote.fetch import read_file
+from m3i_scale.data.scan import ShardIndex, stored_arrays
+from m3i_scale.data.shards import CATEGORIES
+from m3i_scale.data.tar import RawSample, read_members, read_shard
 from m3i_scale.errors import DataError, error_prefix
+from m3i_scale.files import replacing
 
 _ORDER = "2"
 """Version of the rule for the reads of an epoch; a checkpoint with another version has another sample order."""
 
 
-def repeat_factors(present: AvailableFields, threshold: float) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class SampleCategories:
+    """Categories of the samples of a shard, without crowds."""
+
+    counts_N: NDArray[np.int64]
+    """Number of categories per sample."""
+    categories_M: NDArray[np.int64]
+    """Categories of all samples, concatenated; unique per sample."""
+
+    def __len__(self) -> int:
+        return len(self.counts_N)
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of all fields."""
+        parts = (self.counts_N.astype("<i8").tobytes(), self.categories_M.astype("<i8").tobytes())
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def join(shards: Sequence[SampleCategories]) -> SampleCategories:
+    """Concatenate the categories of several shards."""
+    counts, categories = zip(*((shard.counts_N, shard.categories_M) for shard in shards), strict=True)
+    return SampleCategories(np.concatenate(counts), np.concatenate(categories))
+
+
+def save_categories(shard: Path, digest: str) -> None:
+    """Write the categories of the samples of a local shard to `index/` next to it; `digest` is the digest of its index.
+    The folder of the shard must have a categories file."""
+    categories = len(shard_categories(shard.parent) or ())
+    found = []
+    with shard.open("rb") as stream:
+        for sample in read_shard(shard).samples:
+            only = [member for member in sample.members if member.extension == INSTANCES]
+            data = read_members(stream, RawSample(sample.key, only)).get(INSTANCES) if only else None
+            found.append([] if data is None else _categories_in(data, categories))
+    with replacing(shard.parent / "index" / categories_file(shard.name), durable=False) as file:
+        np.savez(
+            file,
+            shard=np.str_(digest),
+            counts=np.array([len(of_sample) for of_sample in found], dtype=np.int64),
+            categories=np.array([number for of_sample in found for number in of_sample], dtype=np.int64),
+        )
+
+
+def categories_file(name: str) -> str:
+    """Return the file name for a shard's categories, in `index/` next to it."""
+    return f"{name}.categories.npz"
+
+
+def load_categories(index: ShardIndex, access: Access | None = None) -> SampleCategories:
+    """Read the categories of the samples of a shard, from `index/` next to it."""
+    path = index.path.parent / "index" / categories_file(index.path.name)
+    try:
+        arrays = stored_arrays(read_file(path, access))
+        counts, categories = arrays["counts"], arrays["categories"]
+        fits = counts.dtype == categories.dtype == np.int64 and counts.shape == (len(index),)
+        fits = fits and categories.ndim == 1 and str(arrays["shard"]) == index.digest
+        if not fits or min(counts.min(), categories.min(initial=0)) < 0 or counts.sum() != len(categories):
+            raise ValueError("the file does not match the shard")
+        if categories.max(initial=0) > 2**24:
+            raise ValueError("category index out of range")
+    except (OSError, ValueError, KeyError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise DataError(
+            "the categories of the samples are not indexed" if missing else f"cannot read the categories: {error}",
+            where=str(path),
+            why="repeat_threshold repeats samples by their categories",
+            fix=f"m3i-scale shards index FOLDER, with the shards and their {CATEGORIES}",
+        ) from None
+    return SampleCategories(counts, categories)
+
+
+def _categories_in(data: bytes, categories: int) -> list[int]:
+    """Return the categories of a sample's annotations; empty if malformed, as the sample is then corrupt."""
+    try:
+        rows = json.loads(data)["annotations"]
+        found = sorted({row["category"] for row in rows if not row.get("iscrowd")})
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return []
+    return found if all(is_index(number) and number < categories for number in found) else []
+
+
+def repeat_factors(samples: SampleCategories, threshold: float) -> NDArray[np.float64]:
     """Return the mean number of reads per epoch of every sample: r(I) = max over the categories c of I of max(1,
     √(threshold / f(c))), where f(c) is the fraction of images with c. LVIS uses the threshold 0.001.
 
     Images without a category have factor 0 and do not count in f(c), because detectron2 also drops them beforehand.
     """
-    has = present.counts_N > 0
-    factors_N = np.zeros(len(present))
+    has = samples.counts_N > 0
+    factors_N = np.zeros(len(samples))
     if not has.any():
         return factors_N
-    frequencies = np.bincount(present.categories_M) / has.sum()
+    frequencies = np.bincount(samples.categories_M) / has.sum()
     with np.errstate(divide="ignore"):  # category indices without images
         of_categories = np.maximum(1.0, np.sqrt(threshold / frequencies))
-    firsts = np.cumsum(present.counts_N) - present.counts_N
-    factors_N[has] = np.maximum.reduceat(of_categories[present.categories_M], firsts[has])
+    firsts = np.cumsum(samples.counts_N) - samples.counts_N
+    factors_N[has] = np.maximum.reduceat(of_categories[samples.categories_M], firsts[has])
     return factors_N
 
 
@@ -53,9 +146,9 @@ def repeats_of(
     if threshold is None:
         return None
     with error_prefix(where):
-        present = join([load_present(index, access) for index in indices])
-    factors = np.split(repeat_factors(present, threshold), np.cumsum([len(index) for index in indices])[:-1])
-    return Repeats(factors, seed, where, f"{present.digest} {threshold!r} {_ORDER}")
+        samples = join([load_categories(index, access) for index in indices])
+    factors = np.split(repeat_factors(samples, threshold), np.cumsum([len(index) for index in indices])[:-1])
+    return Repeats(factors, seed, where, f"{samples.digest} {threshold!r} {_ORDER}")
 
 
 class Repeats:
@@ -74,7 +167,9 @@ class Repeats:
         self.reads = math.ceil(round(total, 6))  # removes rounding errors of the sum
         """Number of reads per epoch."""
         if not self.reads:
-            raise DataError("no sample has an object", where=where, why="those without are not read in training")
+            raise DataError(
+                "no sample has an object", where=where, why="repeat_threshold leaves out samples without objects"
+            )
         of_all = of_all * (self.reads / total)
         whole = np.floor(of_all + 1e-9)
         rest = np.cumsum((of_all - whole).clip(min=0))

@@ -21,7 +21,7 @@ _GROUPS = 7
 def packed(runs: Sequence[int]) -> str:
     """Encode run lengths, integers from 0 to 2³³ - 1, as text. Other values raise a ValueError."""
     if not all(type(run) is int and 0 <= run < 2**33 for run in runs):
-        raise ValueError("a length of the mask is no whole number from 0 on")
+        raise ValueError("a run length of the mask is not a non-negative integer")
     letters = bytearray()
     for place, run in enumerate(runs):
         number = run - runs[place - 2] if place > 2 else run
@@ -41,14 +41,14 @@ def unpacked(text: str, pixels: int) -> NDArray[np.int64]:
     try:
         codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     except UnicodeEncodeError:
-        raise ValueError("the text of the mask has other letters") from None
+        raise ValueError("the text of the mask has invalid characters") from None
     if not len(codes) or codes.min() < 48 or codes.max() > 48 + 63 or (codes[-1] - 48) & 32:
-        raise ValueError("the text of the mask is none of run lengths")
+        raise ValueError("the text of the mask is not a run-length encoding")
     codes = codes - np.uint8(48)
     lasts = np.flatnonzero((codes & 32) == 0).astype(np.int32)  # up to 2²⁹ characters, see MAX_SAMPLE_BYTES
     groups = np.diff(lasts, prepend=np.int32(-1))
     if groups.max() > _GROUPS:
-        raise ValueError("a length of the mask is too large")
+        raise ValueError("a run length of the mask is too large")
     runs = (codes[lasts - groups + 1] & 31).astype(np.int64)
     for group in range(1, int(groups.max())):
         longer = np.flatnonzero(groups > group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from m3i_scale.data.images import (
     MASK,
     fault_text,
     mask_fault,
+    open_any_size,
 )
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.defaults import MAX_CAPTION_BYTES, NO_CLASS
@@ -88,16 +88,8 @@ def read_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
 
 
 def _open(data: bytes, formats: tuple[str, ...], max_pixels: int, what: str = "image") -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow's limit is global; the configured one is checked below
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e.g. damaged EXIF data, which does not affect the pixels
-            image = Image.open(io.BytesIO(data), formats=formats)
-    except DECODE_FAULTS as error:
-        raise _undecodable(error, what) from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with decoding(what):
+        image = open_any_size(data, formats)
     width, height = image.size
     if width * height > max_pixels:
         raise BadSampleError(f"{what} too large", f"{width} × {height} pixels, data.max_image_pixels is {max_pixels}")
@@ -135,11 +127,7 @@ def decoding(what: str = "image") -> Iterator[None]:
     try:
         yield
     except DECODE_FAULTS as error:
-        raise _undecodable(error, what) from None
-
-
-def _undecodable(error: Exception, what: str) -> BadSampleError:
-    return BadSampleError(f"{what} does not decode", fault_text(error))
+        raise BadSampleError(f"{what} does not decode", fault_text(error)) from None
 
 
 def read_annotations(

@@ -70,12 +70,12 @@ class ShardIndex:
 
 def scan_shard(path: Path) -> ShardIndex:
     """Build the index of a local shard from its tar headers."""
-    facts = _stat(path)
     try:
+        facts = path.stat()
         with path.open("rb") as stream:
             ranges, heads = scan_stream(stream, facts.st_size, path)
     except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or make it anew") from None
+        raise DataError(f"cannot read the shard: {error}", where=str(path), fix="copy or create it again") from None
     return ShardIndex(path, facts.st_size, ranges, heads, _version(facts))
 
 
@@ -109,13 +109,6 @@ def _member_size(header: bytes) -> int | None:
         return int.from_bytes(field[1:], "big")  # 8 GiB or more
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits and not digits.strip(b"01234567") else None
-
-
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
 
 
 def _version(facts: os.stat_result) -> str:
@@ -152,16 +145,17 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         index = parse_index(path, saved.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is made anew"
+            f"cannot read the index: {error}", where=str(saved), fix="remove the file; it is rebuilt"
         ) from None
     if index is None or isinstance(path, Url):
         return index
-    facts = _stat(path)
-    if index.size != facts.st_size or not _lists_all(path, index):
-        return None
-    if index.version != _version(facts) and not _has_heads(path, index):
-        return None
-    return index
+    try:
+        facts = path.stat()
+        if index.size != facts.st_size or not lists_all(index, lambda: path.open("rb")):
+            return None
+        return index if index.version == _version(facts) or _has_heads(path, index) else None
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
 
 
 def parse_index(path: Address, data: bytes) -> ShardIndex | None:
@@ -176,13 +170,13 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
         size, ranges, heads = int(arrays["size"]), arrays["ranges"], arrays["heads"]
         version, sha256 = str(arrays["version"]), str(arrays["sha256"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a part is missing or is none: {error}") from None
+        raise ValueError(f"a part is missing or invalid: {error}") from None
     if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] != 2 or not len(ranges):
-        raise ValueError("the ranges of its samples are none")
+        raise ValueError("invalid ranges of samples")
     if heads.dtype != np.uint32 or heads.shape != (len(ranges),):
-        raise ValueError("the checksums of its samples are none")
+        raise ValueError("invalid checksums of samples")
     if ranges.min() < 0 or ranges.max() > size or (ranges[:, 0] >= ranges[:, 1]).any():
-        raise ValueError("samples lie outside of the shard")
+        raise ValueError("samples are outside of the shard")
     if (ranges[:, 0] % tarfile.BLOCKSIZE).any() or (ranges[1:, 0] < ranges[:-1, 1]).any():
         raise ValueError("samples overlap, or one is listed twice")
     if "read_to_end" not in arrays and size - int(ranges[-1, 1]) > TAIL_BYTES:
@@ -204,13 +198,6 @@ def lists_all(index: ShardIndex, open_shard: Callable[[], BinaryIO]) -> bool:
         return not any(has_sample(stream, int(begins[gap]), int(ends[gap])) for gap in gaps)
 
 
-def _lists_all(path: Path, index: ShardIndex) -> bool:
-    try:
-        return lists_all(index, lambda: path.open("rb"))
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
-
-
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
     """Read an `np.savez` file without `np.load`, which trusts the size in a header before verifying its checksum.
 
@@ -220,7 +207,7 @@ def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
-                raise ValueError("it is packed")
+                raise ValueError("it is compressed")
             return {entry.filename.removesuffix(".npy"): _array(archive.read(entry)) for entry in entries}
     # zipfile raises many types for invalid archives: unknown compression, a password, an offset before the start.
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
@@ -235,7 +222,7 @@ def _array(data: bytes) -> NDArray[Any]:
     try:
         shape, turned, dtype = np.lib.format.read_array_header_1_0(stream)
     except (SyntaxError, tokenize.TokenError, RecursionError) as error:
-        raise ValueError(f"no array: {error}") from None
+        raise ValueError(f"not an array: {error}") from None
     if dtype.hasobject or turned or min(shape, default=1) < 0:
         raise ValueError("an array of another kind")
     if dtype.itemsize * math.prod(shape) != len(data) - stream.tell():
@@ -245,15 +232,12 @@ def _array(data: bytes) -> NDArray[Any]:
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:
     """Return whether a copied or replaced file still has the indexed headers; compares samples spread over the file."""
-    try:
-        with path.open("rb") as stream:
-            for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):
-                start, end = (int(value) for value in index.ranges_N2[number])
-                if end - start > MAX_SAMPLE_BYTES:
-                    continue
-                stream.seek(start)
-                if head_of(stream.read(end - start)) != index.heads_N[number]:
-                    return False
-    except OSError as error:
-        raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
+    with path.open("rb") as stream:
+        for number in np.linspace(0, len(index) - 1, PROBES, dtype=np.int64):
+            start, end = (int(value) for value in index.ranges_N2[number])
+            if end - start > MAX_SAMPLE_BYTES:
+                continue
+            stream.seek(start)
+            if head_of(stream.read(end - start)) != index.heads_N[number]:
+                return False
     return True

@@ -14,8 +14,7 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
 from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
-from m3i_scale.defaults import NO_CLASS
-from m3i_scale.errors import ConfigError, DataError, UserError, did_you_mean
+from m3i_scale.errors import DataError, UserError, did_you_mean
 from m3i_scale.text import without_secrets
 
 LABELS, MASK_LABELS, CATEGORIES = "labels.json", "mask_labels.json", "categories.json"
@@ -45,9 +44,9 @@ def expand_shards(shards: str, where: str = "shards", access: Access | None = No
         return list(tars)
     named = [Path(item) for item in _braces(str(path), where)]
     if named == [path] and path.suffix != ".tar" and not path.exists():
-        beside = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, beside) if beside else "check the path"
-        raise DataError("there is no such folder of shards", where=f"{where}: {shards}", fix=hint)
+        siblings = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings) if siblings else "check the path"
+        raise DataError("the folder of shards does not exist", where=f"{where}: {shards}", fix=hint)
     missing = [item for item in named if not item.is_file()]
     if missing:
         known = sorted(item.name for item in missing[0].parent.glob("*.tar")) if missing[0].parent.is_dir() else []
@@ -76,10 +75,9 @@ def local_shards(shards: str, where: str = "shards") -> list[Path]:
     """List local shards; see `expand_shards`."""
     if is_remote(shards):
         raise DataError(
-            "this needs shards on a path of this host",
+            "this command needs local shards",
             where=f"{where}: {without_secrets(shards)}",
-            fix="copy them here; an index can be made where the shards are, and index/ be copied along; training makes "
-            "its own when it first reads them",
+            fix="copy the shards to this host; training itself reads and indexes remote shards",
         )
     return [place for place in expand_shards(shards, where) if isinstance(place, Path)]
 
@@ -107,13 +105,13 @@ def _braces(pattern: str, where: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:  # unbalanced braces
-        raise DataError(f"broken brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
+        raise DataError(f"invalid brace pattern: {error}", where=f"{where}: {without_secrets(pattern)}") from None
 
 
 def _by_name(named: Sequence[Address], where: str) -> list[Address]:
     names = [item.name for item in named]
     if len(set(names)) < len(names):
-        raise DataError("a shard name stands twice in the pattern", where=where)
+        raise DataError("duplicate shard name in the pattern", where=where)
     return sorted(named, key=lambda item: item.name)
 
 
@@ -124,17 +122,17 @@ def read_label_sets(
     dataset without a file has no classes."""
     sets: dict[str, list[str]] = {}
     for name, source in sources.items():
-        path = shard_folder(source.path) / file
         if not source.labels:
             continue
-        labels = _read_labels(path, f"dataset '{name}': ", access)
+        folder = shard_folder(source.path)
+        labels = read_labels(folder, file, f"dataset '{name}': ", access)
         if labels is None:
             continue
         label_set = source.label_set or name
         if sets.setdefault(label_set, labels) != labels:
             raise DataError(
                 f"two different label lists for the label set '{label_set}'",
-                where=str(path),
+                where=str(folder / file),
                 fix=f"give the datasets different label_set names, or make their {file} equal",
             )
     return {name: labels for name, labels in sets.items() if labels}
@@ -153,32 +151,15 @@ def read_sample_count(shards: str, count: str, access: Access | None = None) -> 
         return None  # other tools write no manifest, and a failed listing is reported elsewhere
 
 
-def read_labels(folder: Address, file: str = LABELS) -> list[str] | None:
-    """Read the class names from a sidecar file (LABELS, MASK_LABELS or CATEGORIES); None if there is no such file."""
-    return _read_labels(folder / file)
-
-
-def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
-    """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
-    if not 2 <= len(names) <= most:
-        raise ConfigError(f"there are {len(names)} classes, and a pixel is one of 2 to {most}", where=where)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f"the class '{twice[0]}' stands twice",
-            where=where,
-            why="a segmenter finds the number of a class by its name",
-            fix="name every class once, as in 'door' and 'door, open'",
-        )
-
-
-def _read_labels(path: Address, whose: str = "", access: Access | None = None) -> list[str] | None:
-    labels = read_sidecar(path, whose, access)
-    if path.name == CATEGORIES and isinstance(labels, dict):
+def read_labels(folder: Address, file: str = LABELS, whose: str = "", access: Access | None = None) -> list[str] | None:
+    """Read the class names from a sidecar file (LABELS, MASK_LABELS or CATEGORIES); None if there is no such file.
+    `whose` names the dataset in errors."""
+    labels = read_sidecar(folder / file, whose, access)
+    if file == CATEGORIES and isinstance(labels, dict):
         rows = labels.get("categories")
         labels = [row.get("name") if isinstance(row, dict) else None for row in rows or []]
     if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise DataError(f"{path.name} must be a list of names", where=f"{whose}{path}")
+        raise DataError(f"{file} must be a list of names", where=f"{whose}{folder / file}")
     return labels
 
 
@@ -192,5 +173,5 @@ def read_sidecar(path: Address, whose: str = "", access: Access | None = None) -
         what = "labels" if path.name in (LABELS, MASK_LABELS) else path.name
         raise DataError(f"cannot read the {what}: {error}", where=f"{whose}{path}", fix=start_fix(error)) from None
     if value is None:
-        raise DataError(f"{path.name} says nothing", where=f"{whose}{path}")
+        raise DataError(f"{path.name} is empty", where=f"{whose}{path}")
     return value

@@ -120,7 +120,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         merged["listings"].update(state["listings"])
     taken = {stream["taken"] for stream in merged["streams"].values()}
     if len(taken) > 1:
-        raise _not_together(f"some streams have given {min(taken)} samples, and others {max(taken)}")
+        raise _not_together(f"some streams have yielded {min(taken)} samples, others {max(taken)}")
     return merged
 
 
@@ -130,7 +130,7 @@ def check_format(state: Mapping[str, Any]) -> None:
         raise DataError(
             f"unknown format of the data state: {state.get('format')}, this version reads {STATE_FORMAT}",
             where="data/rank-*.json of the checkpoint",
-            why="datasets took turns by another rule, so samples would be skipped or repeated without a word",
+            why="it mixed datasets by another rule, so samples would be silently skipped or repeated",
             fix="resume with the version that saved it, or start a new run from its weights",
         )
 
@@ -140,10 +140,10 @@ def check_order(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     different = [key for key in sorted({*saved, *present}) if saved.get(key) != present.get(key)]
     if different:
         raise DataError(
-            "the order of samples is another than that of the checkpoint: "
+            "the order of samples differs from the checkpoint: "
             + ", ".join(f"{key} was {saved.get(key)}, is {present.get(key)}" for key in different),
             where="data state, order",
-            why="samples would be skipped or repeated without a word",
+            why="samples would be silently skipped or repeated",
             fix="restore the settings of the run, or start a new run from its weights",
         )
 
@@ -170,7 +170,7 @@ def accept_changes(
         raise DataError(
             f"data.changed_datasets names {', '.join(sorted(named))}, and no dataset differs from the checkpoint",
             where="data.changed_datasets",
-            fix=f"take the names out{before}",
+            fix=f"remove these names{before}",
         )
     idle = sorted(set(named) - set(differences))
     raise DataError(
@@ -178,7 +178,7 @@ def accept_changes(
         + (f"; data.changed_datasets also names {', '.join(idle)}, unchanged" if idle else ""),
         where="data state, datasets",
         why="; ".join(f"{name}: {text}" for name, text in differences.items()),
-        fix=f"restore the shards and settings of the run; or, where all of that is meant, set {wanted}",
+        fix=f"restore the shards and settings of the run; or, if all changes are intended, set {wanted}",
     )
 
 
@@ -206,5 +206,5 @@ def _not_together(what: str) -> DataError:
     return DataError(
         f"the data states do not belong together: {what}",
         where="data/rank-*.json of the checkpoint",
-        fix="take the files of one checkpoint",
+        fix="use the files of one checkpoint",
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3i_scale.config import DataConfig
+from m3i_scale.config.data import Reads
 from m3i_scale.data.batch import Sample
 from m3i_scale.data.instances import read_instances
-from m3i_scale.data.mixing import UNIT, Mix, furthest_behind, settle
+from m3i_scale.data.mixing import Mix, furthest_behind, settle
 from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
 from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
@@ -42,16 +43,14 @@ class StreamSource:
     label_set: int
     """Index of the class list; −1 if the dataset has none."""
     classes: int | None
-    """Number of classes; None if labels are not read."""
+    """Length of the class list; None if the dataset has none."""
+    reads: Reads
+    """Annotation that is read: `.cls` labels, masks or boxes."""
     views: ViewMaker
     captions: str = "one"
     """Format of `.txt` fields, as in `DatasetConfig.captions`: `one` caption, `lines` of captions, or `none`."""
     end: int | None = None
     """Position at which the dataset is exhausted; None: never."""
-    mask_classes: int | None = None
-    """Number of segmentation classes; None: masks are not read."""
-    categories: int | None = None
-    """Number of object classes; None: objects are not read."""
 
 
 class ExhaustedError(Exception):
@@ -98,7 +97,8 @@ class Stream:
         too many samples of the dataset are corrupt.
         """
         while True:
-            shares = self._mix.shares(self.state.taken, remaining_sources(self._sources, self.state))
+            left = [name for name, source in self._sources.items() if not self._is_exhausted(source)]
+            shares = self._mix.shares(self.state.taken, left)
             if not shares:
                 raise ExhaustedError
             name = furthest_behind({name: self.state.sources[name].credit for name in shares}, shares)
@@ -113,11 +113,14 @@ class Stream:
         self.state.taken += 1
         return sample
 
+    def _is_exhausted(self, source: StreamSource) -> bool:
+        return source.end is not None and self.state.sources[source.name].position >= source.end
+
     def _next_of(self, source: StreamSource, quarantine: list[dict[str, Any]]) -> Sample | None:
         """Return the next valid sample of a dataset, or None if it ends first."""
         state = self.state.sources[source.name]
         in_a_row, shards = 0, dict[int, None]()
-        while source.end is None or state.position < source.end:
+        while not self._is_exhausted(source):
             ref = source.order.locate(state.position)
             state.position += 1
             try:
@@ -139,17 +142,16 @@ class Stream:
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
             annotations = read_annotations(
                 members,
-                source.classes,
+                source.classes if source.reads == "labels" else None,
                 draw,
                 captions=source.captions != "none",
                 max_caption_bytes=self._data.max_caption_bytes,
             )
-            image, mask = open_image(members, self._data.max_image_pixels), None
-            if source.mask_classes is not None:
-                mask = read_mask(members, self._data.max_image_pixels, image.size, source.mask_classes)
-            instances = None
-            if source.categories is not None:
-                instances = read_instances(members, source.categories, image.size)
+            image, mask, instances = open_image(members, self._data.max_image_pixels), None, None
+            if source.reads == "masks":
+                mask = read_mask(members, self._data.max_image_pixels, image.size, source.classes or 0)
+            elif source.reads in ("boxes", "boxes_and_masks"):
+                instances = read_instances(members, source.classes or 0, image.size)
             views = source.views(image, seed_of("views", *identity), mask, instances)
         except BadSampleError as bad:
             bad.key = key
@@ -197,7 +199,7 @@ class Stream:
         if no_good_one or (too_many and in_a_row >= FRACTION_COUNTS_AFTER):
             paths = [str(source.indices[shard].path) for shard in shards]
             where = listed(paths, _SHARDS_NAMED)
-            what = f"a stream of dataset '{source.name}' has no good sample" if no_good_one else None
+            what = f"a stream of dataset '{source.name}' has no valid sample" if no_good_one else None
             raise too_many_bad(
                 self.state.bad,
                 self.state.read,
@@ -242,29 +244,11 @@ def too_many_lost(lost: int, total: int, limit: float, reasons: Mapping[str, int
     """Return the error for too many samples in lost shards; `reasons` are the counts of this rank."""
     table = "; ".join(f"{count} samples × {reason}" for reason, count in reasons.items() if reason.startswith(SHARD))
     return DataError(
-        f"{lost} of {total} samples of a pass are lost with their shards, above data.max_corrupt_fraction = {limit:g}",
+        f"{lost} of {total} samples of an epoch are in unreadable shards, above data.max_corrupt_fraction = {limit:g}",
         where=where,
-        why=table or "they are of other ranks",
-        fix="mend the shards, or raise data.max_corrupt_fraction if you can do without them",
+        why=table or "other ranks read these shards",
+        fix="repair the shards, or raise data.max_corrupt_fraction to continue without them",
     )
-
-
-def remaining_sources(sources: Mapping[str, StreamSource], state: StreamState) -> list[str]:
-    """Return the names of the datasets that are not exhausted."""
-    return [name for name, source in sources.items() if source.end is None or state.sources[name].position < source.end]
-
-
-def counts_of_source(name: str, streams: Sequence[tuple[StreamSource, StreamState]]) -> dict[str, float]:
-    """Return the counts of one dataset summed over streams; see `TrainStream.source_counts`."""
-    counts = {"served": 0.0, "asked": 0.0, "read": 0.0, "pass": 0.0, "left": 0.0}
-    for source, stream in streams:
-        state = stream.sources[name]
-        counts["served"] += state.served
-        counts["asked"] += state.served + state.credit / UNIT
-        counts["read"] += state.position
-        counts["pass"] += source.order.share
-        counts["left"] += 0 if source.end is None else source.end - state.position
-    return counts
 
 
 def _note(source: StreamSource, ref: SampleRef, bad: BadSampleError) -> dict[str, Any]:
@@ -289,15 +273,15 @@ def too_many_bad(
 ) -> DataError:
     """Return the error for too many corrupt samples; `what` replaces the part of the message about the fraction."""
     table = "; ".join(f"{count} × {reason}" for reason, count in sorted(bad.items(), key=lambda item: -item[1]))
-    fix = "mend the shards, or raise data.max_corrupt_fraction if you know why they are bad"
+    fix = "repair the shards, or raise data.max_corrupt_fraction if you know the cause"
     if what is not None:
-        fix = "mend the shards, or leave out those without a good sample"
+        fix = "repair the shards, or remove those without a valid sample"
     if NOT_A_MEMBER in bad:
-        fix = "if shards were replaced by others of the same size, index them anew: m3i-scale shards index FOLDER"
-    count = f"{sum(bad.values())} of {read} samples read are bad"
+        fix = "if shards were replaced by others of the same size, index them again: m3i-scale shards index FOLDER"
+    count = f"{sum(bad.values())} of {read} samples read are corrupt"
     return DataError(
         f"{count}, more than data.max_corrupt_fraction = {limit:g}" if what is None else f"{what}: {count}",
         where=where,
-        why=table + (f"; one by one in {listed_in}" if listed_in is not None else ""),
+        why=table + (f"; listed in {listed_in}" if listed_in is not None else ""),
         fix=fix,
     )

@@ -31,24 +31,24 @@ CUT_OFF = "cut off"
 DAMAGED = "damaged header"
 AFTER_END = "data after the end of the tar"
 EMPTY = "shard holds no samples"
-SCATTERED = "members do not lie together"
+SCATTERED = "members are not consecutive"
 """The only error of a sample that can be repaired without loss."""
-TWICE = "key stands twice in the shard"
+TWICE = "duplicate key in the shard"
 _BLOCK = tarfile.BLOCKSIZE
 _TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_HOSTILE = "take the shard from a source you trust, or make it anew"
-_COPY = "copy it again; or `m3i-scale shards check SHARDS --repair FOLDER --link` leaves out what is bad"
+_HOSTILE = "get the shard from a source you trust, or create it again"
+_COPY = "copy it again; or `m3i-scale shards check SHARDS --repair FOLDER --link` leaves out corrupt samples"
 _FIXES = {
     "name is too long": _HOSTILE,
     "path leaves the folder": _HOSTILE,
     "member is sparse": _HOSTILE,
     "link or device": _HOSTILE,
     "global header renames members": _HOSTILE,
-    EMPTY: "remove it, or make it anew",
-    AFTER_END: "keep the tars apart, or join them by `tar --concatenate`; `tar --ignore-zeros -x` unpacks this one",
+    EMPTY: "remove it, or create it again",
+    AFTER_END: "use separate tars, or join them with `tar --concatenate`; `tar --ignore-zeros -x` unpacks this one",
     CUT_OFF: _COPY,
     DAMAGED: _COPY,
 }
@@ -155,8 +155,8 @@ def shard_error(where: str, fault: Fault, count: int = 1) -> DataError:
     return DataError(
         f"cannot read the shard: {fault.reason}",
         where=where,
-        why=detail + (f"; it has {count} faults" if count > 1 else ""),
-        fix=_FIXES.get(fault.reason, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"),
+        why=detail + (f"; it has {count} errors" if count > 1 else ""),
+        fix=_FIXES.get(fault.reason, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out corrupt samples"),
     )
 
 
@@ -282,11 +282,11 @@ class _Headers:
         again = sample is not None and any(member.extension == extension for member in sample.members)
         if sample is not None and key == self._current:
             if again:
-                sample.blame("member stands twice", extension)
+                sample.blame("duplicate member", extension)
             return sample
         if sample is not None and not again:
             if not any(fault.reason == SCATTERED for fault in sample.faults):
-                detail = f"'{extension}' lies at byte {offset}"
+                detail = f"'{extension}' is at byte {offset}"
                 sample.faults.append(self._checked(Fault(SCATTERED, detail, printable(key), sample.start)))
             return sample
         fresh = RawSample(key)
@@ -306,7 +306,7 @@ class _Headers:
         if packed:
             self._fault("shard is compressed", f"by {packed}; loaders seek in plain tars: unpack it")
         elif damage:
-            self._fault("shard is no tar", damage)
+            self._fault("shard is not a tar", damage)
 
     def _end(self, end: int, damage: str | None) -> None:
         if end == 0 and self._shard.faults:
@@ -318,16 +318,16 @@ class _Headers:
         if damage is None and len(block) == _BLOCK and not any(block):
             whole = True
             if any(any(piece) for piece in iter(lambda: stream.read(1 << 20), b"")):
-                detail = "no reader goes beyond the first end: are these several tars in one file?"
+                detail = "readers stop at the first end: are these several tars in one file?"
                 self._fault(AFTER_END, detail, end)
         elif damage is None and len(block) == _BLOCK:
-            self._fault(DAMAGED, f"the {size - end} bytes from there on are not read", end)
+            self._fault(DAMAGED, f"the remaining {size - end} bytes cannot be read", end)
         elif damage is not None and end < size:
             self._fault(DAMAGED, damage, end)
         else:
             self._fault(CUT_OFF, f"at byte {size}", min(end, size))
         if self._newest is not None and (not whole or self._newest.end > size):
-            self._newest.blame(CUT_OFF, "the last sample before the fault: members may be missing")
+            self._newest.blame(CUT_OFF, "the last sample before the error: members may be missing")
 
 
 def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

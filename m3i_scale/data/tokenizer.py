@@ -1,4 +1,4 @@
-"""Caption tokenizer: trained by `shards make`, loaded by training and export."""
+"""Load the caption tokenizer, from `text.tokenizer` or from a folder next to the shards."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.remote.access import Access
@@ -22,57 +19,11 @@ from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.shards import shard_folder
 from m3i_scale.errors import ConfigError, DataError
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-"""In the order of their ids: padding is 0."""
-
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "vocab.txt")
 """Files that an `AutoTokenizer` folder may contain; needed because many servers cannot list folders."""
 
-MAX_ALPHABET = 1_000
 _LONG_LETTERS = 200
 _ADDED = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
-    """Train a lowercase WordPiece tokenizer and save it in `folder` in the layout of `AutoTokenizer`.
-
-    `vocabulary` is the maximum number of tokens, special tokens included.
-    """
-    captions = sorted(captions)
-    learner = _pieces(models.WordPiece(unk_token="[UNK]"))
-    # The trainer numbers inner characters in the order of a hash map, and breaks ties between merges by number.
-    # Naming the characters beforehand makes the vocabulary deterministic.
-    fixed = SPECIAL_TOKENS + [f"##{character}" for character in _alphabet(captions, learner)]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=fixed, show_progress=False)
-    learner.train_from_iterator(captions, trainer)
-    tokenizer = _pieces(models.WordPiece(vocab=learner.get_vocab(), unk_token="[UNK]"))
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
-    fast.save_pretrained(folder)
-
-
-def _pieces(model: models.WordPiece) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
-
-
-def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
-    """Return the most frequent characters of the captions, up to the trainer's limit."""
-    counts: Counter[str] = Counter()
-    for caption in captions:
-        counts.update(tokenizer.normalizer.normalize_str(caption).replace(" ", ""))
-    return sorted(sorted(counts, key=lambda character: (-counts[character], character))[:MAX_ALPHABET])
 
 
 def find_tokenizer(
@@ -102,10 +53,10 @@ def check_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     ends, text = (tokenizer(given)["input_ids"] for given in ("", "a"))
     if len(ends) < 2 or (ends[0], ends[-1]) != (text[0], text[-1]):
         raise ConfigError(
-            f"the tokenizer '{tokenizer.name_or_path}' does not put a special token before a text and one behind it",
+            f"the tokenizer '{tokenizer.name_or_path}' does not add special tokens at the start and the end of a text",
             where="text.tokenizer",
             why="captions are predicted token by token, from their first token to their end",
-            fix="take one that does, such as that of BERT or the one that `shards make` trains",
+            fix="use one that does, such as the tokenizer of BERT or the one that `shards make` trains",
         )
 
 
@@ -179,7 +130,7 @@ def _load(folder: str, where: str, name: str | None = None) -> PreTrainedTokeniz
         )
     except (OSError, ValueError) as error:
         # if a folder contains code, transformers recommends running it
-        reason = "it brings code of its own" if "trust_remote_code" in str(error) else str(error)
+        reason = "it contains custom code" if "trust_remote_code" in str(error) else str(error)
         raise ConfigError(f"cannot load the tokenizer '{name}': {reason}", where=where) from None
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer '{name}' has no padding token", where=where, fix="set pad_token in its files")

@@ -22,16 +22,17 @@ from m3i_scale.config.views import ViewSpecs, each_view, view_sizes
 from m3i_scale.data.crops import (
     CROP_ATTEMPTS,
     Crop,
+    Objects,
     box_of,
     center_crop,
     largest_share,
+    objects_in,
     random_crop,
     scaled_crop,
     uniform,
 )
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.instances import Instances, check_turned
-from m3i_scale.data.objects import Objects, objects_in
 from m3i_scale.data.samples import decoding, quick_pixels
 from m3i_scale.defaults import MAX_IMAGE_PIXELS, NO_CLASS
 

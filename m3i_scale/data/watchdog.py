@@ -9,8 +9,6 @@ from collections.abc import Generator, Iterator
 from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import Any, Generic, TypeVar
 
-from m3i_scale.errors import DataError
-
 POLL_S = 2.0
 _NAME_BYTES = 1_024
 Item = TypeVar("Item")
@@ -51,19 +49,8 @@ class Activity:
         """Describe which shard is being read and for how long."""
         place = self._place.value.decode(errors="replace")
         if not place:
-            return "reading no shard: the sample before has not come through"
+            return "reading no shard: the previous sample is not finished"
         return f"reading {place} for {time.monotonic() - float(self._since.value):.0f} s"
-
-
-def stalled(activity: Activity, *, rank: int, worker: int | None, timeout_s: float) -> DataError:
-    """Return the error for a timeout of the data loader."""
-    reader = f"the training process of rank {rank}" if worker is None else f"worker {worker} of rank {rank}"
-    return DataError(
-        f"no sample has arrived for {activity.idle_s:.0f} s, more than data.timeout_s = {timeout_s:g}",
-        where=f"{reader}, {activity.describe()}",
-        fix="see to the storage and start again, the run goes on from its last checkpoint; if it is only slow, raise "
-        "data.timeout_s",
-    )
 
 
 class InThread(Generic[Item]):

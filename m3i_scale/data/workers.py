@@ -90,7 +90,7 @@ class DeathWatch:
         finally:
             _WAITING.remove(self)
 
-    def _check_worker(self, torchs: str | None) -> None:
+    def _check_worker(self, torch_error: str | None) -> None:
         dead = [worker.exitcode for worker in self.workers if worker.exitcode]
         if not dead:
             return
@@ -98,9 +98,9 @@ class DeathWatch:
         raise LostWorkerError(
             f"a loader process has died ({end})",
             where=f"data.num_workers: {len(self.workers)}",
-            why="most often the machine had no memory left for it"
-            + (f"; torch says: {torchs.strip()}" if torchs else ""),
-            fix="lower data.num_workers, or give the job more memory; the run goes on from its last checkpoint",
+            why="the machine most likely ran out of memory"
+            + (f"; error of torch: {torch_error.strip()}" if torch_error else ""),
+            fix="lower data.num_workers, or give the job more memory; rerun the command to resume",
         ) from None
 
 
@@ -189,7 +189,7 @@ def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], 
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a worker process died", fix="is memory short? try --workers 1") from None
+            raise DataError("a worker process died", fix="the machine may be out of memory: try --workers 1") from None
         finally:
             for future in waiting:
                 future.cancel()

@@ -15,12 +15,9 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from m3i_scale.data.box_forms import BoxForms
 from m3i_scale.data.categories import shard_categories
-from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white, pixel_counts
 from m3i_scale.data.instances import INSTANCES, read_instances
-from m3i_scale.data.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import MASK_OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
@@ -28,8 +25,11 @@ from m3i_scale.data.tar import CUT_OFF, SCATTERED, Fault, RawSample, key_at, rea
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
+from m3i_scale.shards.box_forms import BoxForms
+from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards
 from m3i_scale.shards.imagefolder import SPLIT_NAMES
+from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_faults, read_claims
 from m3i_scale.text import printable
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 from typing_extensions import override
 
 from m3i_scale.data.categories import Categories, shard_categories
-from m3i_scale.data.images import FILE_EXTENSIONS, MASK
+from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import read_annotations
@@ -20,6 +20,7 @@ from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_sh
 from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
+from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.records import Input, Record, annotations_of
 from m3i_scale.text import printable
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.errors import DataError
+from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.records import ListedInput, Record, split_name
 
 Captions = Literal["auto", "none", "optional", "required"]

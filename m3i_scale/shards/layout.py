@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import Record, hash_of
 from m3i_scale.text import printable

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from m3i_scale.data.images import DECODE_FAULTS, mask_fault
-from m3i_scale.data.shards import check_mask_classes
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of, list_images
+from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.records import ListedInput, Record, read_class_names, reading
 
 _FROM_ONE = np.append((np.arange(NO_CLASS) - 1) % 256, NO_CLASS).astype(np.uint8)

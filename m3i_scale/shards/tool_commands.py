@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.mask_classes import pixel_lines
 from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import AsJson, writes_to
+from m3i_scale.shards.mask_classes import pixel_lines
 from m3i_scale.shards.options import (
     Name,
     Output,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.images import FILE_EXTENSIONS
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.arrow import NONE, Columns, TableInput, find_columns, find_files, huggingface_input, schema_of
+from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.imagefolder import imagefolder_input
 from m3i_scale.shards.masks import masks_input, read_mask_labels
 from m3i_scale.shards.records import Input, ListedInput, Record

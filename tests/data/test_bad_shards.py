@@ -20,7 +20,7 @@ from m3i_scale.data.order import shard_order
 from m3i_scale.data.remote.access import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, Access
 from m3i_scale.data.remote.address import Url
 from m3i_scale.data.remote.faults import FaultError, to_fault
-from m3i_scale.data.remote.fetch import facts, fetch, read_file, read_range
+from m3i_scale.data.remote.fetch import facts, read_file, read_parts, read_range
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
@@ -154,17 +154,14 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
         read_file(Url(f"{served.address}/labels.json"), access)
 
 
-def test_a_whole_file_of_another_version_is_not_taken(served, tmp_path):
+def test_a_whole_file_of_another_version_is_not_taken(served):
     shard, path = Url(f"{served.address}/{BAD}"), served.folder / BAD
     facts = path.stat()
     version = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'
-    with (tmp_path / "whole.tar").open("w+b") as out:
-        fetch(shard, out, Access(), facts.st_size, version)
-        out.seek(0)
-        assert out.read() == path.read_bytes()
-        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
-        with pytest.raises(FaultError) as caught:
-            fetch(shard, out, Access(), facts.st_size, version)
+    assert b"".join(read_parts(shard, facts.st_size, Access(), version)) == path.read_bytes()
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    with pytest.raises(FaultError) as caught:
+        list(read_parts(shard, facts.st_size, Access(), version))
     assert caught.value.reason == "replaced"
 
 
@@ -188,7 +185,7 @@ def test_too_many_lost_shards_stop_the_run(tools, served, tmp_path):
     loader = loader_of(tools, served, tmp_path, bad_shards="quarantine", max_corrupt_fraction=0.2)
     for number in (1, 3):
         served.always[f"s-00{number}.tar"] = "404"
-    with pytest.raises(DataError, match="11 of 48 samples of a pass are lost with their shards"):
+    with pytest.raises(DataError, match="11 of 48 samples of an epoch are in unreadable shards"):
         keys_of(loader, 8)
 
 
@@ -214,10 +211,10 @@ def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
     assert sum(account.read for account in accounts) == alone.account.read == 14 * 16
     loaders[0].stop_if_bad(Account(12, 5, 100))
     loaders[0].stop_if_bad(Account(0, 50, 99))  # too few to judge
-    with pytest.raises(DataError, match="13 of 240 samples of a pass are lost") as caught:
+    with pytest.raises(DataError, match="13 of 240 samples of an epoch are in unreadable shards") as caught:
         loaders[0].stop_if_bad(Account(13, 0, 0), lambda: {"shard: cut off": 13})
     assert caught.value.why == "13 samples × shard: cut off"
-    with pytest.raises(DataError, match="6 of 100 samples read are bad") as caught:
+    with pytest.raises(DataError, match="6 of 100 samples read are corrupt") as caught:
         loaders[0].stop_if_bad(Account(0, 6, 100), lambda: {"no image": 6, "shard: cut off": 13})
     assert caught.value.why == "6 × no image"
 
@@ -337,7 +334,7 @@ def test_a_server_without_range_requests_is_an_error_before_the_first_step(tools
         loader_of(tools, served, tmp_path, cache_gib)
     assert caught.value.where == f"dataset 's': {served.address}/s-000.tar"
     assert "sends the complete file" in caught.value.why
-    assert "copy the shards to a server that answers range requests" in caught.value.fix
+    assert "copy the shards to a server that supports range requests" in caught.value.fix
 
 
 @pytest.mark.usefixtures("long_pauses")

@@ -259,4 +259,4 @@ def test_files_that_may_not_grow_end_the_run_and_say_so(tools, tmp_path):
         process.start()
         process.join(WAIT_S)
         assert process.exitcode == 0
-        assert "cannot write the cache of shards: File too large" in ending.get()
+        assert "cannot write the shard cache: File too large" in ending.get()

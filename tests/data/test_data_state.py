@@ -86,7 +86,8 @@ def test_a_diff_says_which_shards_and_settings():
 
 
 @pytest.mark.parametrize(
-    ("before", "reason"), [("0a 0.5", "this version repeats samples by"), ("0b 0.5", "of other categories")]
+    ("before", "reason"),
+    [("0a 0.5", "this version repeats samples by"), ("0b 0.5", "categories of the objects changed")],
 )
 def test_a_diff_says_why_samples_are_repeated_otherwise(before, reason):
     source = DatasetConfig(path="here", repeat_threshold=0.5)
@@ -160,7 +161,7 @@ def test_other_orders_formats_and_mixed_states_are_refused(tools, folders, cache
         one().load_state_dict({"format": 1})
     ahead = one(world=2, rank=0)
     keys_of(ahead, 1)
-    with pytest.raises(DataError, match="do not belong together: some streams have given 0 samples, and others 4"):
+    with pytest.raises(DataError, match="do not belong together: some streams have yielded 0 samples, others 4"):
         merge_states([ahead.state_dict(), one(world=2, rank=1).state_dict()])
     with pytest.raises(DataError, match="do not belong together: sources differ"):
         merge_states([one(world=2, rank=0).state_dict(), one(world=2, rank=1, weights={"a": 2.0}).state_dict()])

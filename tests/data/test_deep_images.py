@@ -12,11 +12,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from m3i_scale.config import AugmentConfig
-from m3i_scale.data.images import encoded_image, on_white
+from m3i_scale.data.images import on_white
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.errors import DataError
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.encode_image import encoded_image
 from m3i_scale.shards.preview import read_cards
 
 LEVELS = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)

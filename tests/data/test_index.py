@@ -234,7 +234,7 @@ def test_shards_that_are_not_there(folder, tmp_path):
         expand_shards(f"{folder}/s-{{000..011}}.tar")
     assert str(caught.value.where).endswith("/s-010.tar")
     assert "2 of 12" in caught.value.what
-    with pytest.raises(DataError, match="twice"):
+    with pytest.raises(DataError, match="duplicate shard name"):
         expand_shards(f"{folder}/s-{{000,000}}.tar")
     with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000..")

@@ -18,8 +18,9 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.reader import NOT_A_MEMBER
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account, too_many_bad
-from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
+from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError, LostWorkerError
+from m3i_scale.shards.train_tokenizer import train_tokenizer
 
 STREAMS, GLOBAL = 4, 16
 
@@ -357,7 +358,7 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
 @pytest.mark.parametrize(
     ("options", "match", "fix"),
     [
-        ({"world": 3, "micro": 4}, "4 streams cannot be shared out evenly over 3 ranks", "6"),
+        ({"world": 3, "micro": 4}, "4 streams cannot be distributed evenly to 3 ranks", "6"),
         ({"micro": 6}, "micro-batch of 6", "8"),
         ({"workers": 3}, "over 3 workers", "1, 2, 4"),
     ],
@@ -411,7 +412,7 @@ def test_a_tokenizer_that_brings_code_is_refused_whatever_somebody_answers(tmp_p
     with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"
-    assert caught.value.what.endswith("code of its own")
+    assert caught.value.what.endswith("custom code")
     assert not ran.exists()
 
 
@@ -419,7 +420,7 @@ def test_shards_replaced_by_others_of_the_same_size_are_told_from_bad_ones():
     error = too_many_bad({NOT_A_MEMBER: 59, "label out of range": 9}, 116, 0.05)
     assert "m3i-scale shards index" in error.fix
     assert "59 × not a tar member" in error.why
-    assert "mend the shards" in too_many_bad({"label out of range": 9}, 116, 0.05).fix
+    assert "repair the shards" in too_many_bad({"label out of range": 9}, 116, 0.05).fix
 
 
 def test_a_caption_of_several_is_drawn_anew_in_every_pass_and_is_the_same_on_any_ranks(tools, cache, tmp_path):

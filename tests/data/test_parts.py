@@ -13,9 +13,10 @@ import torch
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.batch import Collator, Sample
 from m3i_scale.data.parts import PartWorkers, started_workers
-from m3i_scale.data.tokenizer import find_tokenizer, train_tokenizer
+from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.data.views import Crop, Views
 from m3i_scale.errors import DataError, LostWorkerError
+from m3i_scale.shards.train_tokenizer import train_tokenizer
 
 
 def take(loader, count):

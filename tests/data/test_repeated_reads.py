@@ -10,7 +10,7 @@ import torch
 from m3i_scale.config import DataConfig
 from m3i_scale.data.categories import CATEGORIES
 from m3i_scale.data.index import build_index
-from m3i_scale.data.present import file_of, load_present
+from m3i_scale.data.repeats import categories_file, load_categories
 from m3i_scale.data.state import merge_states
 from m3i_scale.errors import DataError
 
@@ -122,7 +122,7 @@ def test_without_an_index_of_categories_or_with_one_of_other_shards_nothing_is_r
         (folder / "index" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DataError):
         loader(tools, folder, cache)
-    (folder / "index" / file_of("s-000.tar")).write_bytes(b"PK")
+    (folder / "index" / categories_file("s-000.tar")).write_bytes(b"PK")
     with pytest.raises(DataError):
         loader(tools, folder, cache)
 
@@ -135,7 +135,7 @@ def test_malformed_instances_have_no_categories(tools, tmp_path):
     names = [{"id": 3, "name": "a"}, {"id": 8, "name": "b"}]
     (folder / CATEGORIES).write_text(json.dumps({"format": "coco", "categories": names}))
     (index,) = build_index(sorted(folder.glob("*.tar")), folder / "index")
-    found = load_present(index)
+    found = load_categories(index)
     assert found.counts_N.tolist() == [0] * 6 + [2]
     assert np.array_equal(found.categories_M, [0, 1])
 

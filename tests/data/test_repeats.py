@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3i_scale.data.order import StreamOrder, position_of_pass
-from m3i_scale.data.present import AvailableFields
-from m3i_scale.data.repeats import Repeats, repeat_factors
+from m3i_scale.data.repeats import Repeats, SampleCategories, repeat_factors
 from m3i_scale.errors import DataError
 
 
 def present(*samples):
     flat = [category for sample in samples for category in sorted(sample)]
-    return AvailableFields(np.array([len(sample) for sample in samples]), np.array(flat, dtype=np.int64))
+    return SampleCategories(np.array([len(sample) for sample in samples]), np.array(flat, dtype=np.int64))
 
 
 def test_factors_are_those_that_detectron2_works_out():

@@ -56,16 +56,19 @@ def sparse_member() -> bytes:
         (GOOD + foreign.raw_header("x/../../b.jpg") + END, "path leaves the folder"),
         (GOOD + LONG_NAME + foreign.raw_header("b.jpg") + END, "name is too long"),
         (GOOD + foreign.raw_header("b.__key__") + END, "member has a reserved name"),
-        (GOOD + GOOD + END, "member stands twice"),
-        (GOOD + foreign.raw_header("b.jpg") + GOOD + END, "key stands twice in the shard"),
-        (GOOD + foreign.raw_header("b.jpg") + foreign.raw_header("a.txt") + END, "members do not lie together"),
+        (GOOD + GOOD + END, "duplicate member"),
+        (GOOD + foreign.raw_header("b.jpg") + GOOD + END, "duplicate key in the shard"),
+        (
+            GOOD + foreign.raw_header("b.jpg") + foreign.raw_header("a.txt") + END,
+            "members are not consecutive",
+        ),
         (GOOD + END + GOOD + END, "data after the end of the tar"),
         (GOOD + b"x" * 512 + END, "damaged header"),
         (GOOD, "cut off"),
         (GOOD[:700], "cut off"),
         (GOOD + GOOD[:400], "cut off"),
-        (GOOD[:100], "shard is no tar"),
-        (b"", "shard is no tar"),
+        (GOOD[:100], "shard is not a tar"),
+        (b"", "shard is not a tar"),
         (b"\x1f\x8b" + bytes(600), "shard is compressed"),
         (END, "shard holds no samples"),
     ],
@@ -74,7 +77,7 @@ def test_faults_have_names_and_training_refuses_those_of_the_tar(tmp_path, data,
     path = tmp_path / "s.tar"
     path.write_bytes(data)
     assert reason in reasons(path)
-    if reason in ("member has a reserved name", "member stands twice"):  # the content will show it
+    if reason in ("member has a reserved name", "duplicate member"):  # the content will show it
         assert len(scan_shard(path)) > 0
     else:
         with pytest.raises(DataError) as caught:

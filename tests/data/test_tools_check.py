@@ -60,7 +60,7 @@ def test_every_fault_has_its_reason(odd, tmp_path):
         "image too large": 1,
         "no image": 1,
         "caption is empty": 1,
-        "members do not lie together": 2,
+        "members are not consecutive": 2,
         "cut off": 2,
     }
     lines = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]

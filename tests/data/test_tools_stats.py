@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from m3i_scale.data.digests import Digests, digest_of, rows_of
 from m3i_scale.errors import DataError
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.preview import Card, page, preview, read_cards
 from m3i_scale.shards.stats import quantiles, rounded, stats_of
 

@@ -13,12 +13,13 @@ from transformers import BitImageProcessorPil
 from m3i_scale.config import AugmentConfig, known_runs, load_run
 from m3i_scale.config.views import ViewSpec
 from m3i_scale.data.crops import Crop, random_crop
-from m3i_scale.data.images import encoded_image, on_white, orientation
+from m3i_scale.data.images import on_white, orientation
 from m3i_scale.data.reader import BadSampleError
 from m3i_scale.data.samples import open_image
 from m3i_scale.data.views import ViewMaker, cut_and_resize, per_view, shift_hue
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.objective.regularizers.dense import DenseUniGrad
+from m3i_scale.shards.encode_image import encoded_image
 
 PLAIN = AugmentConfig(color_jitter_p=0, grayscale=0, blur=[0], solarize=[0])
 

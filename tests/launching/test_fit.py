@@ -27,7 +27,7 @@ def launch(*words):
         (["--ranks-per-node", "2"], "the run has no data"),
         (["--ranks-per-node", "3", DATA], "3 ranks"),
         (["--ranks-per-node", "2", DATA, "data.streams=7"], "7 streams"),
-        (["--ranks-per-node", "2", "data.datasets.main.path=https://me:plutonium@h/a.tar"], "holds a user name"),
+        (["--ranks-per-node", "2", "data.datasets.main.path=https://me:plutonium@h/a.tar"], "contains a user name"),
     ],
 )
 def test_it_is_refused_and_a_dry_run_says_so(words, told, tmp_path):

@@ -69,7 +69,7 @@ def test_what_depends_on_what_is_at_fault_is_not_told(shards: Path, tmp_path: Pa
 @pytest.mark.parametrize("recipe", ["m3i", "clip", "supervised", "mae"])
 def test_a_wrong_path_of_shards_is_told_as_that(shards: Path, tmp_path: Path, recipe: str) -> None:
     run = load_run(str(write_run(tmp_path, shards, recipe)), ["data.datasets.shapes.path=/nowhere/shards"])
-    with pytest.raises(Exception, match="no such folder of shards") as caught:
+    with pytest.raises(Exception, match="folder of shards does not exist") as caught:
         resolve_run(run, 1)
     assert caught.value.where == "data.datasets.shapes.path: /nowhere/shards"
 

@@ -191,14 +191,14 @@ MISTAKES = {
         ["data.validation.val.path=/data", "data.validation.val.epochs=1", "evaluation.every_steps=2"],
     ),
     "fewer samples than streams": Mistake(
-        r"\d+ samples cannot be dealt to 512 streams",
+        r"\d+ samples cannot be distributed to 512 streams",
         ["data.streams=512", "optim.micro_batch_size=512", "optim.batch_size=512"],
     ),
     "streams and micro-batch": Mistake(r"cannot be taken evenly from 3 streams", ["data.streams=3"]),
-    "streams and workers": Mistake(r"cannot be shared out evenly over 3 workers", ["data.num_workers=3"]),
+    "streams and workers": Mistake(r"cannot be distributed evenly to 3 workers", ["data.num_workers=3"]),
     "shard cut short": Mistake(r"shapes-000000.tar", make=copied_shards(cut_one_short)),
     "a stream without a good sample in its only pass": Mistake(
-        r"some stream ends before the first step[\s\S]*quarantine[\s\S]*\d+ × label out of range",
+        r"a stream ends before the first step[\s\S]*quarantine[\s\S]*\d+ × label out of range",
         ["data.datasets.shapes.epochs=1"],
         make=copied_shards(a_stream_out_of_range),
     ),

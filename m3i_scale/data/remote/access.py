@@ -74,9 +74,9 @@ def check_access(data: DataConfig, sources: dict[str, DatasetConfig]) -> Access:
         for setting in _ONLY_REMOTE:
             if getattr(data, setting) != DataConfig.model_fields[setting].default:
                 raise ConfigError(
-                    f"data.{setting} has no effect: all shards are on paths of this host",
+                    f"data.{setting} has no effect: all shards are local",
                     where=f"data.{setting}",
-                    fix="leave it out",
+                    fix="remove it",
                 )
     access = Access(
         attempts=data.max_read_attempts,

@@ -74,11 +74,11 @@ def to_address(text: str, where: str = "shards") -> Address:
     elif not text.startswith(f"{scheme}://"):
         what, fix = "not an address", f"{scheme}://…"
     elif scheme != "hf" and _has_login(text):
-        what = "the address holds a user name or a password, which the run file and checkpoints would keep"
-        fix = "leave it to ~/.netrc, or to the environment"
+        what = "the address contains a user name or password, which config files and checkpoints would store"
+        fix = "use ~/.netrc or the environment"
     elif "?" in text:
-        what = "the address holds a query, which the run file and checkpoints would keep with any signature in it"
-        fix = "take the address without it; s3, gs and hf find their credentials in the environment"
+        what = "the address contains a query, which config files and checkpoints would store with any signature in it"
+        fix = "remove the query; s3, gs and hf take their credentials from the environment"
     else:
         return Url(text)
     raise DataError(what, where=f"{where}: {without_secrets(text)}", fix=fix)

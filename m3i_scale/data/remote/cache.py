@@ -44,12 +44,12 @@ class ShardCache:
                 free = shutil.disk_usage(self._folder).free + sum(size for _, size, _ in self._entries())
         except OSError as error:
             raise ConfigError(
-                f"cannot write the cache of shards: {error.strerror}", where=f"data.cache_dir: {self._root}"
+                f"cannot write the shard cache: {error.strerror}", where=f"data.cache_dir: {self._root}"
             ) from None
         if free < self._limit:
             gib = free / GIB
             raise ConfigError(
-                f"the cache of shards may take {self._limit / GIB:.4g} GiB, and there is room for {gib:.4g}",
+                f"the limit of the shard cache is {self._limit / GIB:.4g} GiB, but only {gib:.4g} GiB are free",
                 where=f"data.cache_dir: {self._root}",
                 fix=f"data.cache_gib={int(gib * 9) / 10:g}, or another data.cache_dir",
             )
@@ -103,9 +103,9 @@ class ShardCache:
     def _failed(self, what: str, error: OSError) -> DataError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return DataError(
-            f"cannot {what} the cache of shards: {error.strerror or error}",
+            f"cannot {what} the shard cache: {error.strerror or error}",
             where=f"data.cache_dir: {self._root}",
-            fix="something else fills the disk: make room, or lower data.cache_gib" if full else None,
+            fix="the disk is full: free space, or lower data.cache_gib" if full else None,
         )
 
     @contextlib.contextmanager

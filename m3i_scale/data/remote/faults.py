@@ -20,15 +20,15 @@ SHARD = "shard: "
 NO_RANGES = "no range requests"
 _DETAIL_LETTERS = 200
 _FIXES = {
-    "access refused": "credentials are found by the usual chains of the service (docs/data.md)",
+    "access refused": "set the credentials of the service (docs/data.md)",
     "answer too long": "the server must send exactly the requested range",
 }
 _FIXES_OF_A_RUN = _FIXES | {
-    "replaced": "bring the indexed version back; if the new one is meant, start a new run, which indexes it",
+    "replaced": "restore the indexed version; to use the new one, start a new run, which indexes it",
 }
 _FIXES_AT_START = _FIXES | {
-    "not found": "check the address, and that the file is there",
-    NO_RANGES: "copy the shards to a server that answers range requests, or to a local folder",
+    "not found": "check the address",
+    NO_RANGES: "copy the shards to a server that supports range requests, or to a local folder",
 }
 _LIBRARY_ERRORS = (
     ("aiohttp", "ClientError"),
@@ -76,12 +76,12 @@ def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> B
 
     `at_start`: before the first step, when every shard must be readable regardless of data.bad_shards.
     """
-    mended = _FIXES_OF_A_RUN.get(fault.reason, "mend it, or go on without it: data.bad_shards=quarantine")
+    fix = _FIXES_OF_A_RUN.get(fault.reason, "repair it, or skip it with data.bad_shards=quarantine")
     error = BadShardError(
         f"cannot read the shard: {fault.reason}",
         where=str(place),
         why=fault.detail or None,
-        fix=start_fix(fault) if at_start else mended,
+        fix=start_fix(fault) if at_start else fix,
     )
     error.reason = fault.reason
     return error
@@ -92,7 +92,7 @@ def start_fix(error: Exception) -> str | None:
     fault = error.fault if isinstance(error, RemoteReadError) else error
     if not isinstance(fault, FaultError):
         return None
-    waiting = "see that the server runs and that the address is right; one that is slow gets data.start_timeout_s"
+    waiting = "check the server and the address; for a slow server, raise data.start_timeout_s"
     return _FIXES_AT_START.get(fault.reason, waiting)
 
 
@@ -116,7 +116,7 @@ def _fault_of(error: BaseException, timeout_s: float) -> FaultError:
     if status is not None:
         return FaultError(_reason_of_status(status), detail, pause_s=_pause_s(headers))
     if isinstance(error, asyncio.TimeoutError | TimeoutError):
-        return FaultError("stalled or slow", f"no whole answer within {timeout_s:g} s")
+        return FaultError("stalled or slow", f"no complete response within {timeout_s:g} s")
     by_class = {FileNotFoundError: "not found", PermissionError: "access refused"}
     reason = next((reason for kind, reason in by_class.items() if isinstance(error, kind)), "connection lost")
     return FaultError("cut off" if cut_off else reason, detail)

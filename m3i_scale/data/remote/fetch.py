@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import functools
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 from fsspec.asyn import sync
@@ -42,23 +43,13 @@ class Facts:
     sha256: str = ""
 
 
-class Output(Protocol):
-    """Sink for a complete file, rewound to the start for every download."""
-
-    def seek(self, offset: int, /) -> object:
-        """Rewind to the start; `offset` is 0."""
-
-    def write(self, data: bytes, /) -> object:
-        """Write the next bytes of the file."""
-
-
 def facts(url: Url, access: Access) -> Facts:
     """Query size and version of a file."""
 
     def once() -> Facts:
         info = _call(url, "info", access, **_FRESH.get(url.scheme, {}))
         if info.get("size") is None:
-            raise FaultError("size unknown", "the server does not say how long the file is", lasting=True)
+            raise FaultError("size unknown", "the server does not send the size of the file", lasting=True)
         sha256 = str((info.get("lfs") or {}).get("sha256") or "")
         names = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified")
         versions = [sha256, *(str(info.get(name) or "") for name in names)]
@@ -109,11 +100,10 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
     return data
 
 
-def fetch(url: Url, out: Output, access: Access, size: int, version: str = "") -> None:
-    """Download a complete file of `size` bytes to `out` by range requests; `version` as in `read_range`."""
-    out.seek(0)
+def read_parts(url: Url, size: int, access: Access, version: str = "") -> Iterator[bytes]:
+    """Read a complete file of `size` bytes by range requests; `version` as in `read_range`."""
     for start in range(0, size, PART_BYTES):
-        out.write(read_range(url, start, min(size, start + PART_BYTES), access, version))
+        yield read_range(url, start, min(size, start + PART_BYTES), access, version)
 
 
 def list_folder(url: Url, access: Access | None = None) -> list[Url]:

@@ -24,7 +24,7 @@ from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.cache import cache_key
 from m3i_scale.data.remote.faults import FaultError, bad_shard
-from m3i_scale.data.remote.fetch import Output, facts, fetch, read_range
+from m3i_scale.data.remote.fetch import facts, read_parts, read_range
 from m3i_scale.data.scan import ShardIndex
 
 FETCHERS = 4
@@ -171,42 +171,26 @@ class RemoteShards:
 
     def _fetch_verified(self, index: ShardIndex, out: BinaryIO | None) -> None:
         """Download and verify a complete shard; without `out` nothing is stored."""
-        if out is not None and not index.sha256:
-            self._fetch_whole(index, out)
-            return
-        hashed = _Hashed(out)
         for _ in range(CHECKSUM_ATTEMPTS):
-            self._fetch_whole(index, hashed)
-            if hashed.digest == index.sha256:
+            sha256 = self._download(index, out)
+            if sha256 == index.sha256:
                 return
-        detail = f"sha256 is {hashed.digest}, manifest.json has {index.sha256}"
+        detail = f"sha256 is {sha256}, manifest.json has {index.sha256}"
         raise FaultError("wrong checksum", detail, lasting=True)
 
-    def _fetch_whole(self, index: ShardIndex, out: Output) -> None:
+    def _download(self, index: ShardIndex, out: BinaryIO | None) -> str:
+        """Download a complete shard to the start of `out`; return its SHA-256, or "" if the shard has no checksum."""
         check_version(index, self._access)
-        fetch(_url(index), out, self._access, index.size, index.version)
+        sha256 = hashlib.sha256() if index.sha256 else None
+        if out is not None:
+            out.seek(0)
+        for part in read_parts(_url(index), index.size, self._access, index.version):
+            if sha256 is not None:
+                sha256.update(part)
+            if out is not None:
+                out.write(part)
         check_version(index, self._access)
-
-
-class _Hashed:
-    """Writer of a file from its start that computes the SHA-256; without `out` nothing is stored."""
-
-    def __init__(self, out: BinaryIO | None) -> None:
-        self._out, self._sha256 = out, hashlib.sha256()
-
-    def seek(self, offset: int, /) -> None:
-        self._sha256 = hashlib.sha256()
-        if self._out is not None:
-            self._out.seek(offset)
-
-    def write(self, data: bytes, /) -> None:
-        self._sha256.update(data)
-        if self._out is not None:
-            self._out.write(data)
-
-    @property
-    def digest(self) -> str:
-        return self._sha256.hexdigest()
+        return "" if sha256 is None else sha256.hexdigest()
 
 
 def check_version(index: ShardIndex, access: Access) -> None:

@@ -1,4 +1,4 @@
-"""Validate the pixels of masks, counted by value, against the class names, and format the counts."""
+"""Validate the class names and pixels of masks, and format pixel counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3i_scale.defaults import NO_CLASS
-from m3i_scale.errors import DataError
+from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.text import listed
 
 _LISTED = 8
@@ -14,6 +14,20 @@ _REPLACE = (
     'python -c "import sys; from PIL import Image; [Image.open(f).point(lambda v: {index} if v == 255 else v).save(f) '
     'for f in sys.argv[1:]]" MASKS/*.png'
 )
+
+
+def check_mask_classes(names: Sequence[str], where: str, most: int = NO_CLASS) -> None:
+    """Check that names are valid as mask classes: 2 to `most`, without duplicates; `where` names their file."""
+    if not 2 <= len(names) <= most:
+        raise ConfigError(f"there are {len(names)} classes; masks must have 2 to {most}", where=where)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"duplicate class name '{twice[0]}'",
+            where=where,
+            why="a segmentation model looks up classes by name",
+            fix="use unique names, such as 'door' and 'door, open'",
+        )
 
 
 def missing_classes(counts: Mapping[int, int], names: Sequence[str]) -> list[str]:
