@@ -176,30 +176,14 @@ def key_at(path: Path, offset: int) -> str:
     """Return the key of the file whose header starts at `offset`; `?` if there is none."""
     try:
         with path.open("rb") as stream:
-            member = _member_at(stream, offset)
-    except OSError:
+            stream.seek(offset)
+            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            member = tar.next()
+    except (OSError, *_TAR_FAULTS):  # the shard has changed meanwhile
         member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
-
-
-def has_sample(stream: BinaryIO, start: int, end: int) -> bool:
-    """Return whether a file of a sample starts in a section of a tar; the section starts with a header or padding."""
-    while start < end and (member := _member_at(stream, start)) is not None:
-        if not _hostile(member) and _split(member)[0] is not None:
-            return True
-        start += member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-    return False
-
-
-def _member_at(stream: BinaryIO, offset: int) -> tarfile.TarInfo | None:
-    try:
-        stream.seek(offset)
-        head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-        with tarfile.open(fileobj=head, mode="r:") as tar:
-            return tar.next()
-    except _TAR_FAULTS:  # the shard has changed since it was indexed
-        return None
 
 
 class _HeaderFile:

@@ -1,7 +1,6 @@
 """Shards that fail: once, and it does not show; always, and they stop the run or are set aside, on all ranks alike."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -189,13 +188,6 @@ def test_too_many_lost_shards_stop_the_run(tools, served, tmp_path):
         keys_of(loader, 8)
 
 
-def test_a_wrong_checksum_is_found_before_a_sample_is_used(tools, served, tmp_path):
-    with_manifest(served.folder, wrong=[BAD])
-    loader = quarantine(tools, served, tmp_path)
-    assert not [key for batch in keys_of(loader, 8) for key in batch if "s-003" in key]
-    assert set(loader.quarantined) == {"shard: wrong checksum"}
-
-
 def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
     """One of 40 is a fifth of what one of eight ranks reads, and yet not too many."""
     folder = tools.write_folder(tmp_path / "data", [6] * 40)
@@ -231,35 +223,6 @@ def test_a_shard_of_several_streams_is_lost_once(tools, tmp_path):
     (line,) = path.read_text().splitlines()
     assert json.loads(line)["key"] == "*"
     assert sum(sum(loader.quarantined_samples.values()) for loader in loaders) == 16
-
-
-def with_manifest(folder, wrong=()):
-    """A manifest.json with the checksum of every shard, that of some of them not theirs."""
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")}
-    sums |= {name: hashlib.sha256(b"").hexdigest() for name in wrong}
-    manifest = {"shards": {name: {"sha256": digest} for name, digest in sums.items()}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_a_wrong_checksum_costs_the_shard_where_the_cache_has_no_room_too(tools, served, tmp_path, nothing_is_read):
-    with_manifest(served.folder, wrong=[BAD])
-    roomy, tight = (
-        quarantine(tools, served, tmp_path / name, cache_gib=room, cache_dir=tmp_path / name / "shards")
-        for name, room in (("roomy", 0.01), ("tight", 1000 / 2**30))
-    )
-    keys = keys_of(roomy, 8)
-    nothing_is_read()
-    served.log.clear()
-    assert keys_of(tight, 8) == keys
-    nothing_is_read()
-    assert set(tight.quarantined) == {"shard: wrong checksum"}
-    # Whole to be verified, and then by range; a wrong one may be a fault of the way.
-    size = (served.folder / BAD).stat().st_size
-    whole = [name for _, name, span in served.log if span == f"bytes=0-{size - 1}"]
-    assert whole.count("s-002.tar") == 1
-    assert whole.count(BAD) % 2 == 0
-    assert len([name for _, name, span in served.log if name == "s-002.tar" and span]) > 6
-    assert not list((tmp_path / "tight" / "shards" / "shards").iterdir())
 
 
 def replace(path, other):

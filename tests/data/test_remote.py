@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import servers
 import torch
@@ -18,11 +16,10 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.config import DataConfig, DatasetConfig
-from m3i_scale.data.index import build_index, load_index
+from m3i_scale.data.index import build_index
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import Url, to_address
 from m3i_scale.data.remote.fetch import read_file
-from m3i_scale.data.scan import save_index
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.tokenizer import find_tokenizer
@@ -219,16 +216,6 @@ def test_indices_beside_remote_shards_are_taken(tools, tmp_path, expected):
         read = [(name, span) for method, name, span in server.log if method == "GET" and name.endswith(".tar")]
         assert read == [("s-000.tar", "bytes=0-0")]  # whether the server knows ranges
         same(take(loader, 8), expected)
-
-
-def test_an_index_beside_remote_shards_that_does_not_list_all_samples_is_not_taken(tools, tmp_path):
-    path = tools.write_tar(tmp_path / "data" / "s.tar", [(f"{number}.png", bytes(800)) for number in range(30)])
-    (whole,) = build_index([path], tmp_path / "data" / "index")
-    half = replace(whole, ranges_N2=whole.ranges_N2[::2], heads_N=whole.heads_N[::2])
-    save_index(half, tmp_path / "data" / "index" / "s.tar.npz")
-    with servers.faulty_server(tmp_path / "data") as server:
-        (found,) = load_index([Url(f"{server.address}/s.tar")], tmp_path / "cache")
-    assert np.array_equal(found.ranges_N2, whole.ranges_N2)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ class Facts:
     size: int
     version: str
     """Changes with the content: ETag, generation, hash or time; empty if the server sends none."""
-    sha256: str = ""
 
 
 def facts(url: Url, access: Access) -> Facts:
@@ -53,7 +52,7 @@ def facts(url: Url, access: Access) -> Facts:
         sha256 = str((info.get("lfs") or {}).get("sha256") or "")
         names = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified")
         versions = [sha256, *(str(info.get(name) or "") for name in names)]
-        return Facts(int(info["size"]), next(filter(None, versions), ""), sha256)
+        return Facts(int(info["size"]), next(filter(None, versions), ""))
 
     return retried(once, access)
 
