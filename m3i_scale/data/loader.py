@@ -47,7 +47,7 @@ from m3i_scale.data.stream import (
     too_many_lost,
 )
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.data.watchdog import POLL_S, InThread, NotYetError
+from m3i_scale.data.workers import POLL_S, InThread, NotYetError
 from m3i_scale.errors import DataError, error_prefix
 
 READY_BATCHES = 1

@@ -26,8 +26,18 @@ from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.stream import ExhaustedError, Stream, StreamSource
-from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item
-from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
+from m3i_scale.data.workers import (
+    POLL_S,
+    START_METHOD,
+    Activity,
+    DeathWatch,
+    FromWorkers,
+    InThread,
+    NotYetError,
+    await_item,
+    leave_signals_to_parent,
+    signals_held,
+)
 from m3i_scale.errors import DataError, UserError
 
 PREFETCH_PARTS = 2

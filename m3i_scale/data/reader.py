@@ -18,7 +18,7 @@ from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.prefetch import RemoteShards
 from m3i_scale.data.scan import ShardIndex, head_of
 from m3i_scale.data.tar import RawSample, read_members
-from m3i_scale.data.watchdog import Activity
+from m3i_scale.data.workers import Activity
 
 OPEN_SHARDS = 32
 NOT_A_MEMBER = "not a tar member"

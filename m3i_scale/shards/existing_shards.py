@@ -17,10 +17,10 @@ from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import read_annotations
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
-from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
+from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Input, Record, annotations_of
 from m3i_scale.text import printable
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import servers
 
-from m3i_scale.data import watchdog
-from m3i_scale.data.watchdog import Activity, FromWorkers, InThread, NotYetError, await_item
+from m3i_scale.data import workers
+from m3i_scale.data.workers import Activity, FromWorkers, InThread, NotYetError, await_item
 from m3i_scale.errors import DataError
 
 
@@ -43,8 +43,8 @@ def test_who_gets_on_is_waited_for(monkeypatch):
             looked.set()
         return clock.now
 
-    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=monotonic))
-    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(workers, "POLL_S", 0.01)
     activity = Activity()
 
     def slow(times, step_s):
