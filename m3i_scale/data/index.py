@@ -16,8 +16,8 @@ from fsspec.spec import AbstractBufferedFile
 
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
 from m3i_scale.data.remote.fetch import Facts, facts, read_file, read_range
+from m3i_scale.data.remote.read_errors import ReadError, bad_shard, start_fix
 from m3i_scale.data.repeats import save_categories
 from m3i_scale.data.scan import (
     ShardIndex,
@@ -121,8 +121,8 @@ def _check_server(url: Url, access: Access) -> None:
     try:
         if facts(url, access.at_start()).size:
             read_range(url, 0, 1, access.at_start())
-    except FaultError as fault:
-        raise bad_shard(url, fault, at_start=True) from None
+    except ReadError as error:
+        raise bad_shard(url, error, at_start=True) from None
 
 
 def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
@@ -135,8 +135,8 @@ def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
         index = _load_remote_sidecar(url, now, access)
         if index is None:
             index = ShardIndex(url, now.size, *scan_stream(_BufferedShard(url, now.size, access), now.size, url))
-    except FaultError as fault:
-        raise bad_shard(url, fault, at_start=True) from None
+    except ReadError as error:
+        raise bad_shard(url, error, at_start=True) from None
     index = dataclasses.replace(index, version=now.version)
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)

@@ -42,9 +42,9 @@ from m3i_scale.data.stream import (
     Account,
     StreamSource,
     lost_of_pass,
-    single_faults,
     too_many_bad,
     too_many_lost,
+    without_lost_shards,
 )
 from m3i_scale.data.views import ViewMaker
 from m3i_scale.data.workers import POLL_S, InThread, NotYetError
@@ -184,8 +184,8 @@ class TrainStream:
                     parts, batch = _await(ready)
                 for part in parts:
                     self._quarantine.add(part.quarantine)
-                    if part.fault is not None:
-                        raise part.fault
+                    if part.error is not None:
+                        raise part.error
                 after = {
                     stream: StreamState.from_json(state) for part in parts for stream, state in part.states.items()
                 }
@@ -243,7 +243,7 @@ class TrainStream:
     @property
     def account(self) -> Account:
         """Return this rank's counts of corrupt samples, as in `quarantined`; sum them over ranks for `stop_if_bad`."""
-        bad, read = single_faults(self.quarantined, sum(state.read for state in self._counted.values()))
+        bad, read = without_lost_shards(self.quarantined, sum(state.read for state in self._counted.values()))
         return Account(lost_of_pass(self._counted, self._recipe.plans), sum(bad.values()), read)
 
     @property
@@ -274,7 +274,7 @@ class TrainStream:
             read = account.read + sum(counts.values()) - account.bad
             raise too_many_bad(counts, read, limit, place, what)
         if too_bad:
-            raise too_many_bad(single_faults(counts, 0)[0], account.read, limit, place)
+            raise too_many_bad(without_lost_shards(counts, 0)[0], account.read, limit, place)
         raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
 
     def source_counts(self) -> dict[str, dict[str, float]]:

@@ -35,7 +35,7 @@ SCATTERED = "members are not consecutive"
 """The only error of a sample that can be repaired without loss."""
 TWICE = "duplicate key in the shard"
 _BLOCK = tarfile.BLOCKSIZE
-_TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
+_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -180,7 +180,7 @@ def key_at(path: Path, offset: int) -> str:
             head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
         with tarfile.open(fileobj=head, mode="r:") as tar:
             member = tar.next()
-    except (OSError, *_TAR_FAULTS):  # the shard has changed meanwhile
+    except (OSError, *_TAR_ERRORS):  # the shard has changed meanwhile
         member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
@@ -226,7 +226,7 @@ class _Headers:
                     if end > self._shard.size:
                         break
                 end = tar.offset
-        except _TAR_FAULTS as error:
+        except _TAR_ERRORS as error:
             damage = printable(str(error) or type(error).__name__)
         if end == 0:
             self._no_tar(damage)

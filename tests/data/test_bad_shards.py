@@ -16,10 +16,10 @@ from botocore.exceptions import ClientError
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import build_index
 from m3i_scale.data.order import shard_order
-from m3i_scale.data.remote.access import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, Access
+from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Url
-from m3i_scale.data.remote.faults import FaultError, to_fault
 from m3i_scale.data.remote.fetch import facts, read_file, read_parts, read_range
+from m3i_scale.data.remote.read_errors import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, ReadError, to_read_error
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
@@ -145,7 +145,7 @@ def test_of_an_answer_that_never_ends_no_more_is_read_than_was_asked_for(served,
     monkeypatch.setattr("m3i_scale.data.remote.fetch.SMALL_FILE_BYTES", 1_000)
     served.everywhere, access = "endless", Access(attempts=2, timeout_s=300)
     shard = Url(f"{served.address}/{BAD}")
-    with pytest.raises(FaultError) as caught:
+    with pytest.raises(ReadError) as caught:
         read_range(shard, 0, 100, access)
     assert caught.value.reason == "answer too long"
     assert served.fetched(BAD) == 1  # another attempt would end the same
@@ -159,14 +159,14 @@ def test_a_whole_file_of_another_version_is_not_taken(served):
     version = f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'
     assert b"".join(read_parts(shard, facts.st_size, Access(), version)) == path.read_bytes()
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
-    with pytest.raises(FaultError) as caught:
+    with pytest.raises(ReadError) as caught:
         list(read_parts(shard, facts.st_size, Access(), version))
     assert caught.value.reason == "replaced"
 
 
 def test_a_server_that_falls_silent_is_given_up_soon(served):
     served.everywhere = "silent"  # and after two minutes it goes on
-    with pytest.raises(FaultError) as caught:
+    with pytest.raises(ReadError) as caught:
         read_range(Url(f"{served.address}/{BAD}"), 0, 1000, Access(attempts=1, timeout_s=1.0))
     assert caught.value.reason == "stalled or slow"
 
@@ -174,7 +174,7 @@ def test_a_server_that_falls_silent_is_given_up_soon(served):
 def test_bytes_of_another_place_are_not_taken_for_those_that_were_asked_for(served):
     shard = Url(f"{served.address}/{BAD}")
     served.faults[BAD].append("shifted")
-    with pytest.raises(FaultError) as caught:
+    with pytest.raises(ReadError) as caught:
         read_range(shard, 100, 200, Access(attempts=1))
     assert caught.value.reason == "another range"
     assert read_range(shard, 100, 200, Access(attempts=1)) == (served.folder / BAD).read_bytes()[100:200]
@@ -343,15 +343,15 @@ def test_a_range_of_another_length_is_no_data(tmp_path):
     with servers.faulty_server(tmp_path) as server:
         url = Url(f"{server.address}/f")
         assert read_range(url, 2, 5, Access()) == b"234"
-        with pytest.raises(FaultError, match="cut off"):
+        with pytest.raises(ReadError, match="cut off"):
             read_range(url, 8, 12, Access(attempts=2))
         assert server.fetched("f") == 3
 
 
 def test_pauses_between_attempts_are_random_and_grow(monkeypatch, tmp_path, pauses):
-    monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 8.0)
-    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 30.0)
-    with servers.faulty_server(tmp_path) as server, pytest.raises(FaultError, match="not found"):
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.BACKOFF_S", 8.0)
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.MAX_BACKOFF_S", 30.0)
+    with servers.faulty_server(tmp_path) as server, pytest.raises(ReadError, match="not found"):
         read_range(Url(f"{server.address}/f"), 0, 1, Access(attempts=40))
     assert len(pauses) == 39
     assert all(0 <= pause <= MAX_BACKOFF_S for pause in pauses)
@@ -367,7 +367,7 @@ def test_a_server_that_wants_a_pause_gets_it(tmp_path, pauses, status, asked):
     with servers.faulty_server(tmp_path) as server:
         server.headers["Retry-After"] = "17"
         server.always["f"] = status
-        with pytest.raises(FaultError, match="server error"):
+        with pytest.raises(ReadError, match="server error"):
             asked(Url(f"{server.address}/f"), Access(attempts=4))
     assert len(pauses) == 3
     assert all(17 <= pause <= 17 + MAX_BACKOFF_S for pause in pauses)
@@ -397,15 +397,15 @@ def test_the_pause_that_s3_and_the_hub_tell():
     answer = {"ResponseMetadata": {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": "7"}}}
     slow = OSError("SlowDown")
     slow.__cause__ = ClientError(answer, "GetObject")
-    assert to_fault(slow, 1.0).pause_s == 7
+    assert to_read_error(slow, 1.0).pause_s == 7
     request = httpx.Request("GET", "https://h/f")
     limited = httpx.HTTPStatusError("", request=request, response=httpx.Response(429, headers={"Retry-After": "9"}))
-    fault = to_fault(limited, 1.0)
+    fault = to_read_error(limited, 1.0)
     assert (fault.reason, fault.pause_s) == ("server error", 9)
 
 
 def test_readers_go_on_through_limits_on_requests(tools, served, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_PAUSE_S", 0.01)
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.MAX_PAUSE_S", 0.01)
     loader = loader_of(tools, served, tmp_path)
     served.headers["Retry-After"] = "3600"
     for number in range(8):

@@ -7,8 +7,8 @@ import servers
 
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Url
-from m3i_scale.data.remote.faults import FaultError
 from m3i_scale.data.remote.fetch import facts, read_range
+from m3i_scale.data.remote.read_errors import ReadError
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import DataError
 
@@ -49,7 +49,7 @@ def test_a_range_is_read_exactly(shards, served):
     whole = (shards / "s-000.tar").read_bytes()
     url = Url("gs://bucket/photos/s-000.tar")
     assert read_range(url, 700, 1900, Access(attempts=1)) == whole[700:1900]
-    with pytest.raises(FaultError, match="cut off"):
+    with pytest.raises(ReadError, match="cut off"):
         read_range(url, len(whole) - 10, len(whole) + 10, Access(attempts=1))
 
 
@@ -90,7 +90,7 @@ def test_what_the_server_refuses_is_told(tmp_path, monkeypatch, status, reason):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
         server.everywhere = status
         for read in (facts, lambda url, access: read_range(url, 0, 1, access)):
-            with pytest.raises(FaultError) as caught:
+            with pytest.raises(ReadError) as caught:
                 read(Url("gs://other/f.tar"), Access(attempts=1))
             assert caught.value.reason == reason
         asked = [name for method, name, _ in server.log if name.startswith("download") and "/b/other/" in name]

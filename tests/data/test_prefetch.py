@@ -9,8 +9,8 @@ import servers
 
 from m3i_scale.data.index import load_index
 from m3i_scale.data.remote.access import Access
-from m3i_scale.data.remote.faults import BadShardError
 from m3i_scale.data.remote.prefetch import RemoteShards
+from m3i_scale.data.remote.read_errors import BadShardError
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import DataError
 

@@ -242,21 +242,6 @@ def test_names_of_addresses():
     assert told == "403 for https://h/x.tar?… and s3://…@h/y"
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"cache_gib": 3.0},
-        {"cache_dir": "/data/cache"},
-        {"read_timeout_s": 5.0},
-        {"start_timeout_s": 5.0},
-    ],
-)
-def test_settings_without_effect(setting, shards):
-    source = {"s": DatasetConfig(path=str(shards))}
-    with pytest.raises(ConfigError, match="has no effect"):
-        check_access(DataConfig(datasets=source, **setting), source)
-
-
 def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, nginx):
     source = {"s": DatasetConfig(path=nginx)}
     with pytest.raises(ConfigError, match="limit of the shard cache"):

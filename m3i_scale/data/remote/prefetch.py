@@ -19,8 +19,8 @@ from typing import BinaryIO
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.cache import cache_key
-from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.fetch import facts, read_parts, read_range
+from m3i_scale.data.remote.read_errors import ReadError, bad_shard
 from m3i_scale.data.scan import ShardIndex
 
 FETCHERS = 4
@@ -75,8 +75,8 @@ class RemoteShards:
         if the cache fails."""
         try:
             return self._read(index, start, end)
-        except FaultError as fault:
-            raise bad_shard(index.path, fault) from None
+        except ReadError as error:
+            raise bad_shard(index.path, error) from None
 
     def close(self) -> None:
         """Release all shards; threads end after their current download."""
@@ -93,7 +93,7 @@ class RemoteShards:
             try:
                 return os.pread(descriptor, end - start, start)
             except OSError as error:
-                raise FaultError("the cache fails", str(error)) from None
+                raise ReadError("the cache fails", str(error)) from None
         if url not in self._same_version:
             check_version(index, self._access)
             self._same_version.add(url)
@@ -106,7 +106,7 @@ class RemoteShards:
         if index.path not in self._wanted:
             self.expect(None, [index])
         future = self._fetches[index.path]
-        if not future.done() or isinstance(future.exception(), FaultError):
+        if not future.done() or isinstance(future.exception(), ReadError):
             return None
         return future.result()
 
@@ -149,12 +149,12 @@ class RemoteShards:
 
 
 def check_version(index: ShardIndex, access: Access) -> None:
-    """Check that the server still has the indexed version; otherwise raise `FaultError`."""
+    """Check that the server still has the indexed version; otherwise raise `ReadError`."""
     now = facts(_url(index), access)
     if now.size != index.size:
-        raise FaultError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
+        raise ReadError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
     if index.version and now.version != index.version:
-        raise FaultError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
+        raise ReadError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
 
 
 def _is_begun(future: Fetch) -> bool:
