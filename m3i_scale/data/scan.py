@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import struct
 import tarfile
@@ -37,6 +36,13 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+
+
+_ARRAY_ERRORS = (
+    *(zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error),
+    *(SyntaxError, tokenize.TokenError, OverflowError, MemoryError),
+)
+"""Errors besides ValueError that zipfile and numpy raise for invalid files."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
 
 
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Read an `np.savez` file without `np.load`, which trusts the size in a header before verifying its checksum.
+    """Read an `np.savez` file without `np.load`, which does not always verify checksums.
 
     Raise a ValueError if the file is damaged, or compressed and could expand.
     """
@@ -183,26 +189,10 @@ def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise ValueError("it is compressed")
-            return {entry.filename.removesuffix(".npy"): _array(archive.read(entry)) for entry in entries}
-    # zipfile raises many types for invalid archives: unknown compression, a password, an offset before the start.
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+            files = {entry.filename.removesuffix(".npy"): io.BytesIO(archive.read(entry)) for entry in entries}
+        return {name: np.lib.format.read_array(file) for name, file in files.items()}
+    except _ARRAY_ERRORS as error:
         raise ValueError(str(error)) from None
-
-
-def _array(data: bytes) -> NDArray[Any]:
-    """Read one array and check that its size matches the number of bytes."""
-    stream = io.BytesIO(data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("an array of another format")
-    try:
-        shape, turned, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (SyntaxError, tokenize.TokenError, RecursionError) as error:
-        raise ValueError(f"not an array: {error}") from None
-    if dtype.hasobject or turned or min(shape, default=1) < 0:
-        raise ValueError("an array of another kind")
-    if dtype.itemsize * math.prod(shape) != len(data) - stream.tell():
-        raise ValueError("an array of another size")
-    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
 
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:

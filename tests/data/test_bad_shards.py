@@ -19,7 +19,14 @@ from m3i_scale.data.order import shard_order
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Url
 from m3i_scale.data.remote.fetch import facts, read_file, read_parts, read_range
-from m3i_scale.data.remote.read_errors import BACKOFF_S, MAX_BACKOFF_S, MAX_PAUSE_S, ReadError, to_read_error
+from m3i_scale.data.remote.read_errors import (
+    BACKOFF_S,
+    MAX_BACKOFF_S,
+    MAX_PAUSE_S,
+    BadShardError,
+    ReadError,
+    to_read_error,
+)
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account
@@ -92,8 +99,9 @@ def test_a_fault_that_stays_stops_the_run_and_is_named(tools, served, tmp_path, 
         impatient(BAD, 1.0)
         attempts_of(loader, 1)
     served.always[BAD] = fault
-    with pytest.raises(DataError, match=f"cannot read the shard: {FAULTS[fault]}") as caught:
+    with pytest.raises(DataError) as caught:
         keys_of(loader, 8)
+    assert FAULTS[fault] in caught.value.what
     assert BAD in caught.value.where
     assert "data.bad_shards" in caught.value.fix or fault == "403"
 
@@ -184,8 +192,9 @@ def test_too_many_lost_shards_stop_the_run(tools, served, tmp_path):
     loader = loader_of(tools, served, tmp_path, bad_shards="quarantine", max_corrupt_fraction=0.2)
     for number in (1, 3):
         served.always[f"s-00{number}.tar"] = "404"
-    with pytest.raises(DataError, match="11 of 48 samples of an epoch are in unreadable shards"):
+    with pytest.raises(DataError) as caught:
         keys_of(loader, 8)
+    assert "shard: not found" in caught.value.why
 
 
 def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
@@ -203,10 +212,10 @@ def test_lost_shards_are_judged_over_all_ranks(tools, tmp_path):
     assert sum(account.read for account in accounts) == alone.account.read == 14 * 16
     loaders[0].stop_if_bad(Account(12, 5, 100))
     loaders[0].stop_if_bad(Account(0, 50, 99))  # too few to judge
-    with pytest.raises(DataError, match="13 of 240 samples of an epoch are in unreadable shards") as caught:
+    with pytest.raises(DataError) as caught:
         loaders[0].stop_if_bad(Account(13, 0, 0), lambda: {"shard: cut off": 13})
     assert caught.value.why == "13 samples × shard: cut off"
-    with pytest.raises(DataError, match="6 of 100 samples read are corrupt") as caught:
+    with pytest.raises(DataError) as caught:
         loaders[0].stop_if_bad(Account(0, 6, 100), lambda: {"no image": 6, "shard: cut off": 13})
     assert caught.value.why == "6 × no image"
 
@@ -238,9 +247,10 @@ def replace(path, other):
 def test_a_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools, served, tmp_path, cache_gib):
     loader = loader_of(tools, served, tmp_path, cache_gib)
     replace(served.folder / BAD, 1)
-    with pytest.raises(DataError, match="cannot read the shard: replaced"):
+    with pytest.raises(BadShardError) as caught:
         keys_of(loader, 8)
-    with pytest.raises(DataError, match="was replaced since it was indexed") as caught:
+    assert caught.value.reason == "replaced"
+    with pytest.raises(DataError) as caught:
         loader_of(tools, served, tmp_path, cache_gib)
     assert BAD in caught.value.where
 
@@ -271,8 +281,9 @@ def test_a_local_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools
     (tmp_path / "other" / BAD).replace(path)
     assert path.stat().st_size == size
     os.utime(path, ns=(1, 1))
-    with pytest.raises(DataError, match="the data changed since the checkpoint"):
+    with pytest.raises(DataError) as caught:
         tools.make_loader({"s": folder}, tmp_path / "cache", streams=4).load_state_dict(state)
+    assert caught.value.where == "data state, datasets"
     assert keys_of(loader, 6)
     assert set(loader.quarantined) == {"not a tar member"}
 
@@ -293,7 +304,7 @@ def test_a_server_without_range_requests_is_an_error_before_the_first_step(tools
     if indexed:
         build_index(sorted(served.folder.glob("*.tar")), served.folder / "index")
     served.ranges = False
-    with pytest.raises(DataError, match="cannot read the shard: no range requests") as caught:
+    with pytest.raises(DataError) as caught:
         loader_of(tools, served, tmp_path, cache_gib)
     assert caught.value.where == f"dataset 's': {served.address}/s-000.tar"
     assert "sends the complete file" in caught.value.why
@@ -305,17 +316,18 @@ def test_a_server_that_is_down_at_the_start_is_given_up_soon_and_named(tools, se
     """The attempts would take days."""
     served.shutdown()
     served.server_close()
-    with pytest.raises(DataError, match="cannot read the labels: connection lost") as caught:
+    with pytest.raises(DataError) as caught:
         loader_of(tools, served, tmp_path, max_read_attempts=100_000)
     assert caught.value.where.startswith(f"dataset 's': {served.address}/labels.json")
     assert "data.start_timeout_s" in caught.value.fix
     source = {"s": DatasetConfig(path=f"{served.address}/s-{{000..007}}.tar")}
     access = Access(attempts=100_000, start_timeout_s=300.0).at_start()
-    with pytest.raises(DataError, match="cannot read the tokenizer: connection lost") as caught:
+    with pytest.raises(DataError) as caught:
         find_tokenizer(source, None, access)
-    assert caught.value.where.startswith("dataset 's': ")
-    with pytest.raises(DataError, match="cannot list the folder: connection lost") as caught:
+    assert caught.value.where.startswith(f"dataset 's': {served.address}/tokenizer")
+    with pytest.raises(DataError) as caught:
         expand_shards(served.address, "dataset 's'", access)
+    assert caught.value.where.startswith("dataset 's': ")
     assert "data.start_timeout_s" in caught.value.fix
 
 

@@ -168,7 +168,7 @@ def test_an_index_that_lists_a_sample_twice_is_refused(tools, tmp_path, order):
     (whole,) = build_index([path], tmp_path / "index")
     saved = tmp_path / "index" / "s.tar.npz"
     save_index(replace(whole, ranges_N2=whole.ranges_N2[order], heads_N=whole.heads_N[order]), saved)
-    with pytest.raises(DataError, match="twice") as caught:
+    with pytest.raises(DataError) as caught:
         load_index([path], tmp_path / "cache")
     assert caught.value.where == str(saved)
 
@@ -201,16 +201,16 @@ def test_shards_that_are_not_there(folder, tmp_path):
         expand_shards(f"{folder}/s-{{000..011}}.tar")
     assert str(caught.value.where).endswith("/s-010.tar")
     assert "2 of 12" in caught.value.what
-    with pytest.raises(DataError, match="duplicate shard name"):
+    with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000,000}}.tar")
+    assert str(caught.value.where).endswith("/s-{000,000}.tar")
     with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000..")
     assert str(caught.value.where).endswith("/s-{000..")
-    with pytest.raises(DataError, match=r"no \.tar shards") as caught:
-        expand_shards(str(folder.parent))
-    assert folder.name in str(caught.value)
-    with pytest.raises(DataError, match=r"no \.tar shards"):
-        expand_shards(str(tmp_path))
+    for empty in (folder.parent, tmp_path):
+        with pytest.raises(DataError) as caught:
+            expand_shards(str(empty))
+        assert caught.value.where == f"shards: {empty}"
 
 
 def test_label_sets(folder, tools, tmp_path):

@@ -271,7 +271,7 @@ def test_too_many_bad_samples_stop_the_run(tools, tmp_path, cache, workers):
         change=lambda number, members: {**members, "cls": b"7"} if number % 4 == 0 else members,
     )
     loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_corrupt_fraction=0.1)
-    with pytest.raises(DataError, match=r"more than data\.max_corrupt_fraction = 0\.1") as caught:
+    with pytest.raises(DataError) as caught:
         take(loader, 40)
     assert "label out of range" in caught.value.why
 
@@ -356,16 +356,17 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
 
 
 @pytest.mark.parametrize(
-    ("options", "match", "fix"),
+    ("options", "where", "fix"),
     [
-        ({"world": 3, "micro": 4}, "4 streams cannot be distributed evenly to 3 ranks", "6"),
-        ({"micro": 6}, "micro-batch of 6", "8"),
-        ({"workers": 3}, "over 3 workers", "1, 2, 4"),
+        ({"world": 3, "micro": 4}, "data.streams", "6"),
+        ({"micro": 6}, "optim.micro_batch_size", "8"),
+        ({"workers": 3}, "data.num_workers", "1, 2, 4"),
     ],
 )
-def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, match, fix):
-    with pytest.raises(ConfigError, match=match) as caught:
+def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, where, fix):
+    with pytest.raises(ConfigError) as caught:
         tools.make_loader({"s": folder}, cache, streams=4, **options)
+    assert caught.value.where == where
     assert fix in caught.value.fix
 
 
@@ -390,8 +391,9 @@ def test_the_loader_leaves_the_global_generator_alone(tools, folder, cache):
 
 
 def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
-    with pytest.raises(ConfigError, match="there is no tokenizer"):
+    with pytest.raises(ConfigError) as caught:
         find_tokenizer({"s": DatasetConfig(path=str(folder))}, None)
+    assert caught.value.where.startswith("text.tokenizer; looked in ")
     with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"
