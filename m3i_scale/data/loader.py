@@ -127,12 +127,7 @@ class TrainStream:
             return view_maker(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
-        read = [source for plan in plans.values() for source in plan.values()]
-        self._quarantine = Quarantine(
-            quarantine_path,
-            {str(index.path): len(index) for source in read for index in source.indices.values()},
-            {str(source.indices[shard].path) for source in read for shard in source.order.own_shards},
-        )
+        self._quarantine = Quarantine(quarantine_path)
         # Computed once because with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
         self._states = {stream: first_state(sources) for stream in self._streams}
@@ -214,7 +209,7 @@ class TrainStream:
             DataError: the batches cannot be read, or the datasets end before them.
         """
         before, quarantine = self.state_dict(), self._quarantine
-        self._quarantine = Quarantine(None, {})
+        self._quarantine = Quarantine(None)
         try:
             with contextlib.closing(iter(self)) as batches:
                 peeked = list(islice(batches, count))
@@ -234,11 +229,6 @@ class TrainStream:
         for state in self._counted.values():
             counts.update(state.bad)
         return dict(counts)
-
-    @property
-    def quarantined_samples(self) -> dict[str, int]:
-        """Count this rank's distinct corrupt samples by reason, as listed in the quarantine file."""
-        return self._quarantine.samples
 
     @property
     def account(self) -> Account:

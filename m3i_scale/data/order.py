@@ -190,9 +190,6 @@ class StreamOrder:
         """Shards of the dataset that the stream reads in any epoch."""
         self._reads = reads
         self._edges = self._edges_in(ends)
-        owners = self._edges[0] * streams // self._samples
-        self.own_shards = [first + int(number) for number in np.flatnonzero(owners == stream)]
-        """Shards owned by this stream; a shard that several streams read has exactly one owner."""
         self.longest = -(-self._samples // streams)
         """Maximum number of samples of the stream per epoch; the minimum is at most one less."""
         self.share = self._samples / streams
