@@ -1,6 +1,7 @@
 """A run that waits in vain ends, and says for whom."""
 
 import itertools
+import re
 import threading
 from types import SimpleNamespace
 
@@ -29,10 +30,10 @@ def test_a_stalled_shard_and_its_reader_are_named(tools, tmp_path, monkeypatch, 
         )
         server.always["s-003.tar"] = "stall"
         monkeypatch.setattr(Activity, "idle_s", property(idle_s))
-        with pytest.raises(DataError, match=r"no sample has arrived for \d+ s, more than data.timeout_s = 1") as caught:
+        with pytest.raises(DataError) as caught:
             list(itertools.islice(loader, 8))
     reader = r"worker \d of rank 0" if workers else "the training process of rank 0"
-    assert caught.match(rf"{reader}, reading http.*/s-003.tar for \d+ s")
+    assert re.match(rf"{reader}, reading http.*/s-003.tar for \d+ s", caught.value.where)
 
 
 def test_who_gets_on_is_waited_for(monkeypatch):

@@ -32,8 +32,6 @@ _DETAIL_LETTERS = 200
 _FIXES = {
     "access refused": "set the credentials of the service (docs/data.md)",
     "answer too long": "the server must send exactly the requested range",
-}
-_FIXES_OF_A_RUN = _FIXES | {
     "replaced": "restore the indexed version; to use the new one, start a new run, which indexes it",
 }
 _FIXES_AT_START = _FIXES | {
@@ -86,7 +84,7 @@ def bad_shard(place: Address, error: ReadError, *, at_start: bool = False) -> Ba
 
     `at_start`: before the first step, when every shard must be readable regardless of data.bad_shards.
     """
-    fix = _FIXES_OF_A_RUN.get(error.reason, "repair it, or skip it with data.bad_shards=quarantine")
+    fix = _FIXES.get(error.reason, "repair it, or skip it with data.bad_shards=quarantine")
     bad = BadShardError(
         f"cannot read the shard: {error.reason}",
         where=str(place),
