@@ -32,7 +32,7 @@ GROUPS = ("intra", "inter", "text", "category")
 GROUP_FIGURES = ("loss", "loss_samples", "loss_weight", "grad_norm", "mi")
 PHASES = ("data", "forward", "teacher", "heads", "backward", "reduce", "optimizer", "ema", "other")
 FIGURES = (
-    *("lr", "samples", "quarantined", "quarantined_samples", "skipped_nonfinite", "information", "memory_gib"),
+    *("lr", "samples", "quarantined", "skipped_nonfinite", "information", "memory_gib"),
     *("grad_norm", "ema_decay", "time/step", "time/data_wait", "time/data_wait_share", "throughput/samples_per_s"),
     *("throughput/tokens_per_s", "perf/flops_per_s", "perf/mfu", *(f"time/{phase}" for phase in PHASES)),
     *(f"dataset/main/{figure}" for figure in ("share", "asked", "recent_share", "recent_asked", "epoch")),

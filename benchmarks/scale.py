@@ -70,7 +70,6 @@ class Premade:
         self.batches = batches
         self.quarantined: dict[str, int] = {}
         self.samples_at_most = None
-        self.quarantined_samples: dict[str, int] = {}
         self.account = Account(0, 0, 0)
 
     def stop_if_bad(self, account: Account, reasons: object = None, *, begun: bool = True) -> None:

@@ -26,13 +26,13 @@ from typing import Annotated, Literal
 import typer
 from PIL import Image
 
-from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.options import AsJson
 from m3i_scale.output import reserve_stdout
 from m3i_scale.shards.encode_image import to_png
 from m3i_scale.shards.make import make_shards, summary_lines
 from m3i_scale.shards.options import Output, PerShard, ShardOptions, Workers, choice, print_summary, sample_bar
+from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.shards.records import ListedInput, Record
 
 GROUPS = [

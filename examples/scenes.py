@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from scene_layouts import Category, LayoutWriter, Scene
 
-from m3i_scale.data.images import DECODE_FAULTS
+from m3i_scale.data.images import DECODE_ERRORS
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import atomic_dir
 from m3i_scale.options import AsJson
@@ -94,7 +94,7 @@ def stamp_art(folder: Path, size: int) -> list[tuple[Concept, Art]]:
         if len(way) > 1:
             family = "/".join((*way[:-1], re.sub(r"[^a-z]+", " ", path.stem.lower()).strip()))
             concept = Concept("/".join(way), path.stem, "", way[0], "/".join(way[:-1][:2]), family)
-            with reading(path, *DECODE_FAULTS), Image.open(path) as picture:
+            with reading(path, *DECODE_ERRORS), Image.open(path) as picture:
                 picture.load()
             art.append((concept, Art(path.read_bytes(), "bitmap", size, (0, 0, 0))))
     if not art:

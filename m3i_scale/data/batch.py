@@ -204,11 +204,6 @@ class Collator:
         return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT)
 
 
-def no_small_views(count: int) -> Tensor:
-    """Return an empty tensor of small views."""
-    return torch.empty(0, count, 3, 0, 0, dtype=torch.uint8)
-
-
 def no_masks(count: int) -> Tensor:
     """Return empty masks."""
     return torch.empty(count, 0, 0, dtype=torch.uint8)
@@ -279,14 +274,13 @@ def synthetic_batch(
     side = MASK_SIDE if reads == "boxes_and_masks" else 0
     pixels = image if reads == "masks" else 0
     sizes = view_sizes(views, image)
-    own = sizes.count(image)
+    large = sizes.count(image)
+    small = sizes[-1] if large < len(sizes) else 0
     crops = torch.tensor([0.0, 0.0, image, image]).expand(len(sizes), count, 4)
     corners = torch.rand(count, objects, 2) * image / 2
     return Batch(
-        images_VBCHW=torch.randint(0, 256, (own, count, 3, image, image), dtype=torch.uint8),
-        small_VBCHW=torch.randint(0, 256, (len(sizes) - own, count, 3, sizes[-1], sizes[-1]), dtype=torch.uint8)
-        if own < len(sizes)
-        else no_small_views(count),
+        images_VBCHW=torch.randint(0, 256, (large, count, 3, image, image), dtype=torch.uint8),
+        small_VBCHW=torch.randint(0, 256, (len(sizes) - large, count, 3, small, small), dtype=torch.uint8),
         crops_VB4=crops,
         flips_VB=torch.zeros(len(sizes), count, dtype=torch.bool),
         sizes_B2=torch.full((count, 2), float(image)),

@@ -118,17 +118,10 @@ def _shards(
     names = _names(old["names"])
     known = {name: old["digests"][width * number : width * (number + 1)] for number, name in enumerate(names)}
     present = {shard[0]: _letters(*shard[1:]) for shard in here}
-    both = [name for name in present if name in known]
-    bytes_, samples = slice(0, _DIGEST_LETTERS), slice(_DIGEST_LETTERS, 2 * _DIGEST_LETTERS)
-    resampled = [name for name in both if known[name][samples] != present[name][samples]]
-    resized = [name for name in both if known[name][bytes_] != present[name][bytes_] and name not in resampled]
-    changed = [name for name in both if known[name] != present[name] and name not in {*resampled, *resized}]
     kinds = {
         "added": [name for name in present if name not in known],
         "removed": [name for name in names if name not in present],
-        "with another number of samples": resampled,
-        "of another size": resized,
-        "of the same size with other members": changed,
+        "changed": [name for name in present if name in known and known[name] != present[name]],
     }
     parts = [f"{_count(len(which))} {what}: {_short_list(which)}" for what, which in kinds.items() if which]
     return ", ".join(parts) or "a shard has other members; which one is unknown"

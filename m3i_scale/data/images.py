@@ -39,7 +39,7 @@ _BITS_TAG = 258
 _CHANNELS = {0: "one grey channel", 2: "three channels", 4: "grey and alpha", 6: "four channels"}
 """Keyed by the color type in a PNG header."""
 
-DECODE_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """Errors that Pillow raises on truncated or damaged images and on other data (its PNG reader raises SyntaxError)."""
 
 _TURNS = {
@@ -60,13 +60,13 @@ _DAMAGED = (SyntaxError, OSError, EOFError, ValueError, KeyError, TypeError, Ind
 _ADDRESS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-fA-F]+>")
 
 
-def fault_text(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Return Pillow's error message without its buffer address, so that the same bytes give the same text."""
     return _ADDRESS.sub("", str(error))
 
 
 def open_any_size(data: bytes, formats: tuple[str, ...] = READ_FORMATS) -> Image.Image:
-    """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_FAULTS` if it is not an
+    """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_ERRORS` if it is not an
     image."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global in Pillow; callers check their own limits
     try:
@@ -82,7 +82,7 @@ def pixel_counts(mask: Image.Image) -> Counter[int]:
     return Counter({value: count for value, count in enumerate(mask.histogram()) if count})
 
 
-def mask_fault(data: bytes) -> str | None:
+def mask_error(data: bytes) -> str | None:
     """Return the reason why bytes are not a valid mask PNG, or None if they are valid.
 
     Pillow stretches gray PNGs of 1, 2 or 4 bits to 0 … 255, which destroys class indices.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,12 @@ from fsspec.spec import AbstractBufferedFile
 
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.remote.faults import FaultError, bad_shard, start_fix
 from m3i_scale.data.remote.fetch import Facts, facts, read_file, read_range
+from m3i_scale.data.remote.read_errors import ReadError, bad_shard, start_fix
 from m3i_scale.data.repeats import save_categories
 from m3i_scale.data.scan import (
     ShardIndex,
     cached,
-    lists_all,
     load_saved,
     parse_index,
     save_index,
@@ -111,12 +109,11 @@ def _await(path: Address, saved: Path, *, deadline: float, timeout_s: float) -> 
 
 def _index_remote(shards: Sequence[Url], cache_dir: Path, access: Access) -> dict[Address, ShardIndex]:
     """Return the indices of remote shards, and save them in `cache_dir`."""
-    sums = _checksums(shards, access.at_start())
     # Check one shard of every folder first, so that a server that is down is reported once and early.
     for url in {url.parent: url for url in reversed(shards)}.values():
         _check_server(url, access)
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
-        indices = pool.map(lambda url: _index(url, cached(url, cache_dir), sums.get(url, ""), access), shards)
+        indices = pool.map(lambda url: _index(url, cached(url, cache_dir), access), shards)
         return {index.path: index for index in indices}
 
 
@@ -124,11 +121,11 @@ def _check_server(url: Url, access: Access) -> None:
     try:
         if facts(url, access.at_start()).size:
             read_range(url, 0, 1, access.at_start())
-    except FaultError as fault:
-        raise bad_shard(url, fault, at_start=True) from None
+    except ReadError as error:
+        raise bad_shard(url, error, at_start=True) from None
 
 
-def _index(url: Url, saved: Path, sha256: str, access: Access) -> ShardIndex:
+def _index(url: Url, saved: Path, access: Access) -> ShardIndex:
     try:
         known = load_saved(url, saved)
         now = facts(url, access.at_start())
@@ -138,9 +135,9 @@ def _index(url: Url, saved: Path, sha256: str, access: Access) -> ShardIndex:
         index = _load_remote_sidecar(url, now, access)
         if index is None:
             index = ShardIndex(url, now.size, *scan_stream(_BufferedShard(url, now.size, access), now.size, url))
-    except FaultError as fault:
-        raise bad_shard(url, fault, at_start=True) from None
-    index = dataclasses.replace(index, version=now.version, sha256=sha256 or now.sha256)
+    except ReadError as error:
+        raise bad_shard(url, error, at_start=True) from None
+    index = dataclasses.replace(index, version=now.version)
     try:
         saved.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, saved)
@@ -170,9 +167,7 @@ def _load_remote_sidecar(url: Url, now: Facts, access: Access) -> ShardIndex | N
     except (OSError, ValueError) as error:
         fix = start_fix(error) or "remove it, or rebuild it with `m3i-scale shards index`"
         raise DataError(f"cannot read the index: {error}", where=str(place), fix=fix) from None
-    if index is None or index.size != now.size:
-        return None
-    return index if lists_all(index, lambda: _BufferedShard(url, now.size, access)) else None
+    return index if index is not None and index.size == now.size else None
 
 
 class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
@@ -186,20 +181,3 @@ class _BufferedShard(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has 
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return read_range(self._url, start, min(end, self.size), self._access)  # the last block is shorter
-
-
-def _checksums(shards: Sequence[Url], access: Access) -> dict[Url, str]:
-    """Return the SHA-256 of shards, from the manifests in their folders."""
-    sums = {}
-    for folder in sorted({url.parent for url in shards}):
-        place = folder / "manifest.json"
-        try:
-            entries = json.loads(read_file(place, access))["shards"].items()
-            known = {folder / name: str(entry.get("sha256", "")) for name, entry in entries}
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            fix = start_fix(error) or "remove it, or copy it again"
-            raise DataError(f"cannot read the manifest: {error}", where=str(place), fix=fix) from None
-        sums.update(known)
-    return sums

@@ -42,12 +42,12 @@ from m3i_scale.data.stream import (
     Account,
     StreamSource,
     lost_of_pass,
-    single_faults,
     too_many_bad,
     too_many_lost,
+    without_lost_shards,
 )
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.data.watchdog import POLL_S, InThread, NotYetError
+from m3i_scale.data.workers import POLL_S, InThread, NotYetError
 from m3i_scale.errors import DataError, error_prefix
 
 READY_BATCHES = 1
@@ -127,12 +127,7 @@ class TrainStream:
             return view_maker(source.augment or data.augment, mean=data.augment.mean, stretch=data.augment.stretch)
 
         plans = self._plan(sources, label_sets, cache_dir, rank, seed, make_views, reads=reads, views=views)
-        read = [source for plan in plans.values() for source in plan.values()]
-        self._quarantine = Quarantine(
-            quarantine_path,
-            {str(index.path): len(index) for source in read for index in source.indices.values()},
-            {str(source.indices[shard].path) for source in read for shard in source.order.own_shards},
-        )
+        self._quarantine = Quarantine(quarantine_path)
         # Computed once because with `epochs` a state is taken at every step.
         self._listings = {name: listing(shards) for name, shards in self._shards.items()} if rank == 0 else {}
         self._states = {stream: first_state(sources) for stream in self._streams}
@@ -184,8 +179,8 @@ class TrainStream:
                     parts, batch = _await(ready)
                 for part in parts:
                     self._quarantine.add(part.quarantine)
-                    if part.fault is not None:
-                        raise part.fault
+                    if part.error is not None:
+                        raise part.error
                 after = {
                     stream: StreamState.from_json(state) for part in parts for stream, state in part.states.items()
                 }
@@ -214,7 +209,7 @@ class TrainStream:
             DataError: the batches cannot be read, or the datasets end before them.
         """
         before, quarantine = self.state_dict(), self._quarantine
-        self._quarantine = Quarantine(None, {})
+        self._quarantine = Quarantine(None)
         try:
             with contextlib.closing(iter(self)) as batches:
                 peeked = list(islice(batches, count))
@@ -236,14 +231,9 @@ class TrainStream:
         return dict(counts)
 
     @property
-    def quarantined_samples(self) -> dict[str, int]:
-        """Count this rank's distinct corrupt samples by reason, as listed in the quarantine file."""
-        return self._quarantine.samples
-
-    @property
     def account(self) -> Account:
         """Return this rank's counts of corrupt samples, as in `quarantined`; sum them over ranks for `stop_if_bad`."""
-        bad, read = single_faults(self.quarantined, sum(state.read for state in self._counted.values()))
+        bad, read = without_lost_shards(self.quarantined, sum(state.read for state in self._counted.values()))
         return Account(lost_of_pass(self._counted, self._recipe.plans), sum(bad.values()), read)
 
     @property
@@ -274,7 +264,7 @@ class TrainStream:
             read = account.read + sum(counts.values()) - account.bad
             raise too_many_bad(counts, read, limit, place, what)
         if too_bad:
-            raise too_many_bad(single_faults(counts, 0)[0], account.read, limit, place)
+            raise too_many_bad(without_lost_shards(counts, 0)[0], account.read, limit, place)
         raise too_many_lost(account.lost, self._pass_samples, limit, counts, place)
 
     def source_counts(self) -> dict[str, dict[str, float]]:

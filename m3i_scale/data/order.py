@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,23 +63,71 @@ def position_of_pass(epoch: int, samples: int, stream: int, streams: int) -> int
     return -((stream - epoch * samples) // streams)
 
 
-class Reads(Protocol):
-    """Reads of an epoch that may repeat samples: maps each read to a sample; see `Repeats`.
+class Repeats:
+    """Reads of an epoch if samples are repeated; all epochs have the same number of reads.
 
-    All epochs have the same number of reads.
+    The mean number of reads of a sample is its repeat factor. The integer part is guaranteed; the fractional part is
+    rounded along the list of all samples, from an offset that is drawn per epoch. So each sample gets its fractional
+    part on average. The sample of a read depends only on the epoch and the index of the read.
+
+    The number of reads per epoch is the sum of all factors, rounded up. All factors are scaled to sum to it, so the
+    relative frequencies of samples exactly match their factors. It is an error if no sample is read.
+
+    Args:
+        factors: repeat factors by shard, in the order of the list of all samples.
+        seed: seed of this (run, dataset).
+        where: names the dataset in errors.
+        digest: digest of the data that determines the factors.
     """
+
+    def __init__(self, factors: Sequence[NDArray[np.float64]], seed: int, where: str, digest: str = "") -> None:
+        of_all = np.concatenate(factors)
+        total = float(of_all.sum())
+        self.reads = math.ceil(round(total, 6))  # removes rounding errors of the sum
+        """Number of reads per epoch."""
+        if not self.reads:
+            raise DataError(
+                "no sample has an object", where=where, why="repeat_threshold leaves out samples without objects"
+            )
+        of_all = of_all * (self.reads / total)
+        whole = np.floor(of_all + 1e-9)
+        rest = np.cumsum((of_all - whole).clip(min=0))
+        if more := self.reads - int(whole.sum()):
+            rest *= more / rest[-1]
+            rest[np.searchsorted(rest, rest[-1]) :] = more
+        self._whole_N, self._rest_N = np.cumsum(whole).astype(np.int64), rest
+        self._ends = np.cumsum([len(of_shard) for of_shard in factors])
+        self._seed, self.digest = seed, digest
+        self._shard: tuple[int, int, NDArray[np.int64]] | None = None
 
     def ends(self, epoch: int) -> NDArray[np.int64]:
         """Return the end offset of each shard in the list of all reads of an epoch."""
-        ...
+        return self._until(self._ends - 1, self._point(epoch))
 
     def outermost_ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the minimum and maximum end offset of each shard over all epochs."""
-        ...
+        last = self._ends - 1
+        return self._until(last, 0.0), self._whole_N[last] + np.ceil(self._rest_N[last]).astype(np.int64)
 
     def sample(self, epoch: int, shard: int, number: int) -> tuple[int, int]:
-        """Return the sample's index within its shard, and the number of earlier reads of that sample in this epoch."""
-        ...
+        """Return the sample's index within its shard, and the number of earlier reads of that sample in this epoch.
+        Nearby reads are cheap."""
+        if self._shard is None or self._shard[:2] != (epoch, shard):
+            first = int(self._ends[shard - 1]) if shard else 0
+            # Reads before the shard's first sample are subtracted.
+            before = self._until(np.array([first - 1]), self._point(epoch)) if first else np.zeros(1, dtype=np.int64)
+            until = self._until(np.arange(first, self._ends[shard]), self._point(epoch))
+            self._shard = (epoch, shard, np.concatenate(([0], until - before)))
+        until = self._shard[2]
+        sample = int(np.searchsorted(until, number, side="right")) - 1
+        return sample, number - int(until[sample])
+
+    def _point(self, epoch: int) -> float:
+        return (seed_of("repeats", self._seed, epoch) >> 10) / 2**53  # always below 1
+
+    def _until(self, samples: NDArray[np.int64], point: float) -> NDArray[np.int64]:
+        """Return the number of reads up to and including each of `samples`."""
+        return self._whole_N[samples] + np.floor(self._rest_N[samples] + point).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -123,7 +172,7 @@ class StreamOrder:
         streams: int,
         shuffle_shards: int,
         seed: int,
-        reads: Reads | None = None,
+        reads: Repeats | None = None,
     ) -> None:
         self._samples = int(ends[-1])
         self._stream, self._streams = stream, streams
@@ -141,9 +190,6 @@ class StreamOrder:
         """Shards of the dataset that the stream reads in any epoch."""
         self._reads = reads
         self._edges = self._edges_in(ends)
-        owners = self._edges[0] * streams // self._samples
-        self.own_shards = [first + int(number) for number in np.flatnonzero(owners == stream)]
-        """Shards owned by this stream; a shard that several streams read has exactly one owner."""
         self.longest = -(-self._samples // streams)
         """Maximum number of samples of the stream per epoch; the minimum is at most one less."""
         self.share = self._samples / streams

@@ -26,8 +26,18 @@ from m3i_scale.data.reader import ShardReader
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.stream import ExhaustedError, Stream, StreamSource
-from m3i_scale.data.watchdog import POLL_S, Activity, FromWorkers, InThread, NotYetError, await_item
-from m3i_scale.data.workers import START_METHOD, DeathWatch, leave_signals_to_parent, signals_held
+from m3i_scale.data.workers import (
+    POLL_S,
+    START_METHOD,
+    Activity,
+    DeathWatch,
+    FromWorkers,
+    InThread,
+    NotYetError,
+    await_item,
+    leave_signals_to_parent,
+    signals_held,
+)
 from m3i_scale.errors import DataError, UserError
 
 PREFETCH_PARTS = 2
@@ -71,7 +81,7 @@ class PartialBatch:
     """None: there is no further complete batch."""
     states: dict[int, dict[str, Any]]
     quarantine: list[dict[str, Any]]
-    fault: UserError | None = None
+    error: UserError | None = None
     """Error if there is no batch although the data has not ended. It is passed as a value, because an exception raised
     in a worker would lose its fields."""
 
@@ -122,7 +132,7 @@ class PartMaker(Dataset[PartialBatch]):
             return PartialBatch(item, None, {}, [])
         quarantine: list[dict[str, Any]] = []
         batch: Batch | None = None
-        fault: UserError | None = None
+        error: UserError | None = None
         try:
             samples = [
                 stream.take(quarantine) for stream in self._streams.values() for _ in range(self._recipe.per_stream)
@@ -130,10 +140,10 @@ class PartMaker(Dataset[PartialBatch]):
             batch = self._recipe.collator(samples)
         except ExhaustedError:
             pass
-        except UserError as error:
-            fault = error
+        except UserError as caught:
+            error = caught
         states = {number: stream.state.to_json() for number, stream in self._streams.items()}
-        return PartialBatch(item, batch, states, quarantine, fault)
+        return PartialBatch(item, batch, states, quarantine, error)
 
 
 class _WorkSampler(Sampler[WorkItem]):
@@ -209,7 +219,7 @@ class PartWorkers:
             iteration = self._sampler.begin(states)
             while True:
                 parts: list[PartialBatch] = []
-                while len(parts) < len(self._activities) and not (parts and parts[-1].fault):
+                while len(parts) < len(self._activities) and not (parts and parts[-1].error):
                     part = self._await(rank)
                     if part.item.iteration == iteration:
                         parts.append(part)

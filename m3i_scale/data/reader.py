@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from m3i_scale.data.remote.access import Access, retried
-from m3i_scale.data.remote.faults import FaultError, bad_shard
+from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.prefetch import RemoteShards
+from m3i_scale.data.remote.read_errors import ReadError, bad_shard, retried
 from m3i_scale.data.scan import ShardIndex, head_of
 from m3i_scale.data.tar import RawSample, read_members
-from m3i_scale.data.watchdog import Activity
+from m3i_scale.data.workers import Activity
 
 OPEN_SHARDS = 32
 NOT_A_MEMBER = "not a tar member"
@@ -108,7 +108,7 @@ class ShardReader:
             data = self._read_again(index, path, start, end)
         if len(data) < end - start:
             size = os.fstat(self._descriptor(path)).st_size
-            raise bad_shard(path, FaultError("cut off", f"{index.size} bytes were indexed, the file has {size}"))
+            raise bad_shard(path, ReadError("cut off", f"{index.size} bytes were indexed, the file has {size}"))
         return data
 
     def _read_again(self, index: ShardIndex, path: Path, start: int, end: int) -> bytes:
@@ -121,8 +121,8 @@ class ShardReader:
 
         try:
             return retried(once, self._access, lasting=(FileNotFoundError, PermissionError))
-        except FaultError as fault:
-            raise bad_shard(path, fault) from None
+        except ReadError as error:
+            raise bad_shard(path, error) from None
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:

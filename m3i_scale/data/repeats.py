@@ -1,12 +1,6 @@
-"""Repeat-factor sampling: samples with rare categories are read several times per epoch, samples without objects never.
+"""Repeat-factor sampling, as in LVIS (Gupta et al. 2019, appendix B.2): factors of samples by their categories.
 
-The mean number of reads of a sample is its repeat factor, as in LVIS (Gupta et al. 2019, appendix B.2). The integer
-part is guaranteed; the fractional part is rounded along the list of all samples, from an offset that is drawn per
-epoch. So each sample gets its fractional part on average, and every epoch has the same number of reads. The sample of a
-read depends only on the epoch and the index of the read.
-
-The number of reads per epoch is the sum of all factors, rounded up. All factors are scaled to sum to it, so the
-relative frequencies of samples exactly match their factors.
+Samples with rare categories are read several times per epoch, samples without objects never; see `order.Repeats`.
 
 The categories of the samples of a shard are stored next to its index, so that sampling need not read the shards.
 """
@@ -15,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +18,7 @@ from numpy.typing import NDArray
 
 from m3i_scale.data.categories import is_index, shard_categories
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.order import seed_of
+from m3i_scale.data.order import Repeats
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.fetch import read_file
 from m3i_scale.data.scan import ShardIndex, stored_arrays
@@ -149,62 +142,3 @@ def repeats_of(
         samples = join([load_categories(index, access) for index in indices])
     factors = np.split(repeat_factors(samples, threshold), np.cumsum([len(index) for index in indices])[:-1])
     return Repeats(factors, seed, where, f"{samples.digest} {threshold!r} {_ORDER}")
-
-
-class Repeats:
-    """Repeated reads of an epoch; see `order.Reads`. It is an error if no sample is read.
-
-    Args:
-        factors: repeat factors by shard, in the order of the list of all samples.
-        seed: seed of this (run, dataset).
-        where: names the dataset in errors.
-        digest: digest of the data that determines the factors.
-    """
-
-    def __init__(self, factors: Sequence[NDArray[np.float64]], seed: int, where: str, digest: str = "") -> None:
-        of_all = np.concatenate(factors)
-        total = float(of_all.sum())
-        self.reads = math.ceil(round(total, 6))  # removes rounding errors of the sum
-        """Number of reads per epoch."""
-        if not self.reads:
-            raise DataError(
-                "no sample has an object", where=where, why="repeat_threshold leaves out samples without objects"
-            )
-        of_all = of_all * (self.reads / total)
-        whole = np.floor(of_all + 1e-9)
-        rest = np.cumsum((of_all - whole).clip(min=0))
-        if more := self.reads - int(whole.sum()):
-            rest *= more / rest[-1]
-            rest[np.searchsorted(rest, rest[-1]) :] = more
-        self._whole_N, self._rest_N = np.cumsum(whole).astype(np.int64), rest
-        self._ends = np.cumsum([len(of_shard) for of_shard in factors])
-        self._seed, self.digest = seed, digest
-        self._shard: tuple[int, int, NDArray[np.int64]] | None = None
-
-    def ends(self, epoch: int) -> NDArray[np.int64]:
-        """See `Reads`."""
-        return self._until(self._ends - 1, self._point(epoch))
-
-    def outermost_ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See `Reads`."""
-        last = self._ends - 1
-        return self._until(last, 0.0), self._whole_N[last] + np.ceil(self._rest_N[last]).astype(np.int64)
-
-    def sample(self, epoch: int, shard: int, number: int) -> tuple[int, int]:
-        """See `Reads`; nearby reads are cheap."""
-        if self._shard is None or self._shard[:2] != (epoch, shard):
-            first = int(self._ends[shard - 1]) if shard else 0
-            # Reads before the shard's first sample are subtracted.
-            before = self._until(np.array([first - 1]), self._point(epoch)) if first else np.zeros(1, dtype=np.int64)
-            until = self._until(np.arange(first, self._ends[shard]), self._point(epoch))
-            self._shard = (epoch, shard, np.concatenate(([0], until - before)))
-        until = self._shard[2]
-        sample = int(np.searchsorted(until, number, side="right")) - 1
-        return sample, number - int(until[sample])
-
-    def _point(self, epoch: int) -> float:
-        return (seed_of("repeats", self._seed, epoch) >> 10) / 2**53  # always below 1
-
-    def _until(self, samples: NDArray[np.int64], point: float) -> NDArray[np.int64]:
-        """Return the number of reads up to and including each of `samples`."""
-        return self._whole_N[samples] + np.floor(self._rest_N[samples] + point).astype(np.int64)

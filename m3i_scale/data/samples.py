@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,12 +13,12 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from m3i_scale.data.images import (
-    DECODE_FAULTS,
+    DECODE_ERRORS,
     IMAGE_EXTENSIONS,
     KEPT_FORMATS,
     MASK,
-    fault_text,
-    mask_fault,
+    error_text,
+    mask_error,
     open_any_size,
 )
 from m3i_scale.data.reader import BadSampleError
@@ -27,14 +26,6 @@ from m3i_scale.defaults import MAX_CAPTION_BYTES, NO_CLASS
 
 OUT_OF_RANGE = "label out of range"
 MASK_OUT_OF_RANGE = "mask out of range"
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """Label and caption of a sample."""
-
-    label: int | None
-    caption: str | None
 
 
 def open_image(members: Mapping[str, bytes], max_pixels: int) -> Image.Image:
@@ -61,9 +52,9 @@ def open_mask(members: Mapping[str, bytes], max_pixels: int, size: tuple[int, in
     data = members.get(MASK)
     if data is None:
         return None
-    fault = mask_fault(data)
-    if fault:
-        raise BadSampleError(f"mask is {fault}")
+    error = mask_error(data)
+    if error:
+        raise BadSampleError(f"mask is {error}")
     mask = _open(data, ("PNG",), max_pixels, "mask")
     if mask.size != size:
         raise BadSampleError("mask is not of the size of its image", f"{mask.size} pixels for {size}")
@@ -126,32 +117,13 @@ def decoding(what: str = "image") -> Iterator[None]:
     """Convert Pillow's errors to `BadSampleError`; `what` names the file in its reason."""
     try:
         yield
-    except DECODE_FAULTS as error:
-        raise BadSampleError(f"{what} does not decode", fault_text(error)) from None
+    except DECODE_ERRORS as error:
+        raise BadSampleError(f"{what} does not decode", error_text(error)) from None
 
 
-def read_annotations(
-    members: Mapping[str, bytes],
-    classes: int | None,
-    draw: int | None = None,
-    *,
-    captions: bool = True,
-    max_caption_bytes: int = MAX_CAPTION_BYTES,
-) -> Annotations:
-    """Return the label (`cls`) and the caption (`txt`) of a sample, if present. Raise `BadSampleError` if the label is
-    not an integer or out of range, or the caption is too large or not UTF-8.
-
-    Args:
-        members: files of the sample, by extension.
-        classes: number of classes of the dataset; None ignores labels.
-        draw: random number that selects one of several captions (one per line); None: all lines are one caption.
-        captions: False does not read the caption.
-        max_caption_bytes: maximum size of the file, with one or several captions.
-    """
-    return Annotations(_label(members, classes), _caption(members, draw, max_caption_bytes) if captions else None)
-
-
-def _label(members: Mapping[str, bytes], classes: int | None) -> int | None:
+def read_label(members: Mapping[str, bytes], classes: int | None) -> int | None:
+    """Return the label (`cls`) of a sample, or None if there is none. Raise `BadSampleError` if it is not an integer
+    below `classes`, the number of classes; None ignores labels."""
     data = members.get("cls")
     if data is None or classes is None:
         return None
@@ -170,7 +142,14 @@ def check_caption_size(data: bytes, limit: int) -> None:
         raise BadSampleError("caption too large", f"{len(data)} bytes, data.max_caption_bytes is {limit}")
 
 
-def _caption(members: Mapping[str, bytes], draw: int | None, max_bytes: int) -> str | None:
+def read_caption(
+    members: Mapping[str, bytes], draw: int | None = None, max_bytes: int = MAX_CAPTION_BYTES
+) -> str | None:
+    """Return the caption (`txt`) of a sample, or None if it is missing or empty. Raise `BadSampleError` if the file is
+    larger than `max_bytes` or not UTF-8.
+
+    `draw` is a random number that selects one of several captions (one per line); None: all lines are one caption.
+    """
     data = members.get("txt")
     if data is None:
         return None

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import struct
 import tarfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,15 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.tar import has_sample, read_strictly
+from m3i_scale.data.tar import read_strictly
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import replacing
 
 INDEX_FORMAT = 2
-TAIL_BYTES = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE
-"""Maximum size between the last byte of the last file of a tar and the end: padding of the file, two zero blocks, and
-padding to a full record."""
 PROBES = 16
 """Number of samples to compare by their headers if the modification time of a shard differs from its index."""
 _EXTENSIONS = (
@@ -41,6 +36,13 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+
+
+_ARRAY_ERRORS = (
+    *(zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error),
+    *(SyntaxError, tokenize.TokenError, OverflowError, MemoryError),
+)
+"""Errors besides ValueError that zipfile and numpy raise for invalid files."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,6 @@ class ShardIndex:
     """(N): CRC-32 of the headers of a sample's files. It differs for another shard of the same size."""
     version: str = ""
     """Version of the scanned file: ETag or similar for a remote file, modification time for a local one."""
-    sha256: str = ""
-    """SHA-256 of a remote shard, from manifest.json in its folder; empty if there is none."""
 
     def __len__(self) -> int:
         return len(self.ranges_N2)
@@ -132,8 +132,6 @@ def save_index(index: ShardIndex, path: Path) -> None:
             ranges=index.ranges_N2,
             heads=index.heads_N,
             version=np.str_(index.version),
-            sha256=np.str_(index.sha256),
-            read_to_end=np.bool_(True),
         )
 
 
@@ -151,24 +149,23 @@ def load_saved(path: Address, saved: Path) -> ShardIndex | None:
         return index
     try:
         facts = path.stat()
-        if index.size != facts.st_size or not lists_all(index, lambda: path.open("rb")):
-            return None
-        return index if index.version == _version(facts) or _has_heads(path, index) else None
+        same = index.size == facts.st_size and (index.version == _version(facts) or _has_heads(path, index))
+        return index if same else None
     except OSError as error:
         raise DataError(f"cannot read the shard: {error}", where=str(path)) from None
 
 
 def parse_index(path: Address, data: bytes) -> ShardIndex | None:
-    """Parse an index file, which may be damaged or malicious; raise a ValueError if it is not a valid index.
+    """Parse an index file, which may be damaged or malicious; return None if its format differs.
 
-    Return None if the format differs, or if an old scan ignored more than padding after the end of a tar.
+    Raise a ValueError if it is not a valid index.
     """
     arrays = stored_arrays(data)
     try:
         if int(arrays["format"]) != INDEX_FORMAT:
             return None
         size, ranges, heads = int(arrays["size"]), arrays["ranges"], arrays["heads"]
-        version, sha256 = str(arrays["version"]), str(arrays["sha256"])
+        version = str(arrays["version"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"a part is missing or invalid: {error}") from None
     if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] != 2 or not len(ranges):
@@ -179,27 +176,11 @@ def parse_index(path: Address, data: bytes) -> ShardIndex | None:
         raise ValueError("samples are outside of the shard")
     if (ranges[:, 0] % tarfile.BLOCKSIZE).any() or (ranges[1:, 0] < ranges[:-1, 1]).any():
         raise ValueError("samples overlap, or one is listed twice")
-    if "read_to_end" not in arrays and size - int(ranges[-1, 1]) > TAIL_BYTES:
-        return None
-    return ShardIndex(path, size, ranges, heads, version, sha256)
-
-
-def lists_all(index: ShardIndex, open_shard: Callable[[], BinaryIO]) -> bool:
-    """Return whether the index lists all samples of a shard. The tar is only read at gaps larger than padding, such as
-    folders, because the index exists for speed. An OSError of the tar is passed on."""
-    stops_N = -(-index.ranges_N2[:, 1] // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    begins, ends = np.append(0, stops_N), np.append(index.ranges_N2[:, 0], index.size)
-    if ends[-1] - begins[-1] <= TAIL_BYTES:
-        ends[-1] = begins[-1]
-    gaps = np.flatnonzero(begins < ends)
-    if not len(gaps):
-        return True
-    with open_shard() as stream:
-        return not any(has_sample(stream, int(begins[gap]), int(ends[gap])) for gap in gaps)
+    return ShardIndex(path, size, ranges, heads, version)
 
 
 def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Read an `np.savez` file without `np.load`, which trusts the size in a header before verifying its checksum.
+    """Read an `np.savez` file without `np.load`, which does not always verify checksums.
 
     Raise a ValueError if the file is damaged, or compressed and could expand.
     """
@@ -208,26 +189,10 @@ def stored_arrays(data: bytes) -> dict[str, NDArray[Any]]:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise ValueError("it is compressed")
-            return {entry.filename.removesuffix(".npy"): _array(archive.read(entry)) for entry in entries}
-    # zipfile raises many types for invalid archives: unknown compression, a password, an offset before the start.
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+            files = {entry.filename.removesuffix(".npy"): io.BytesIO(archive.read(entry)) for entry in entries}
+        return {name: np.lib.format.read_array(file) for name, file in files.items()}
+    except _ARRAY_ERRORS as error:
         raise ValueError(str(error)) from None
-
-
-def _array(data: bytes) -> NDArray[Any]:
-    """Read one array and check that its size matches the number of bytes."""
-    stream = io.BytesIO(data)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("an array of another format")
-    try:
-        shape, turned, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (SyntaxError, tokenize.TokenError, RecursionError) as error:
-        raise ValueError(f"not an array: {error}") from None
-    if dtype.hasobject or turned or min(shape, default=1) < 0:
-        raise ValueError("an array of another kind")
-    if dtype.itemsize * math.prod(shape) != len(data) - stream.tell():
-        raise ValueError("an array of another size")
-    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
 
 
 def _has_heads(path: Path, index: ShardIndex) -> bool:

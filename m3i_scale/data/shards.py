@@ -12,8 +12,8 @@ from braceexpand import braceexpand
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url, is_remote, to_address
-from m3i_scale.data.remote.faults import FaultError, start_fix
 from m3i_scale.data.remote.fetch import facts, list_folder, read_file
+from m3i_scale.data.remote.read_errors import ReadError, start_fix
 from m3i_scale.errors import DataError, UserError, did_you_mean
 from m3i_scale.text import without_secrets
 
@@ -62,12 +62,12 @@ def require_shards(shards: str, where: str, access: Access | None = None) -> Non
         return
     try:
         facts(first, access or Access())
-    except FaultError as fault:
+    except ReadError as error:
         raise DataError(
-            f"cannot read the first shard: {fault.reason}",
+            f"cannot read the first shard: {error.reason}",
             where=f"{where}: {first}",
-            why=fault.detail,
-            fix=start_fix(fault),
+            why=error.detail,
+            fix=start_fix(error),
         ) from None
 
 
@@ -89,12 +89,12 @@ def _expand_remote(shards: str, where: str, access: Access | None) -> list[Addre
     folder = Url(shards)
     try:
         tars = [item for item in list_folder(folder, access) if item.suffix == ".tar"]
-    except FaultError as fault:
+    except ReadError as error:
         raise DataError(
-            f"cannot list the folder: {fault.reason}",
+            f"cannot list the folder: {error.reason}",
             where=f"{where}: {folder}",
-            why=fault.detail,
-            fix=f"name its shards: …/images-{{000000..000127}}.tar; or {start_fix(fault)}",
+            why=error.detail,
+            fix=f"name its shards: …/images-{{000000..000127}}.tar; or {start_fix(error)}",
         ) from None
     if not tars:
         raise DataError("no .tar shards in the folder", where=f"{where}: {folder}", fix="check the address")

@@ -16,8 +16,8 @@ from m3i_scale.data.order import SampleRef, StreamOrder, seed_of
 from m3i_scale.data.quarantine import WHOLE_SHARD
 from m3i_scale.data.reader import NOT_A_MEMBER, BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Url
-from m3i_scale.data.remote.faults import SHARD, BadShardError
-from m3i_scale.data.samples import open_image, read_annotations, read_mask
+from m3i_scale.data.remote.read_errors import SHARD, BadShardError
+from m3i_scale.data.samples import open_image, read_caption, read_label, read_mask
 from m3i_scale.data.scan import ShardIndex
 from m3i_scale.data.state import StreamState
 from m3i_scale.data.views import ViewMaker
@@ -140,13 +140,9 @@ class Stream:
         try:
             identity = (self._seed, source.name, ref.epoch, index.path.name, key, *([ref.copy] if ref.copy else []))
             draw = seed_of("caption", *identity) if source.captions == "lines" else None
-            annotations = read_annotations(
-                members,
-                source.classes if source.reads == "labels" else None,
-                draw,
-                captions=source.captions != "none",
-                max_caption_bytes=self._data.max_caption_bytes,
-            )
+            label = read_label(members, source.classes if source.reads == "labels" else None)
+            captions = source.captions != "none"
+            caption = read_caption(members, draw, self._data.max_caption_bytes) if captions else None
             image, mask, instances = open_image(members, self._data.max_image_pixels), None, None
             if source.reads == "masks":
                 mask = read_mask(members, self._data.max_image_pixels, image.size, source.classes or 0)
@@ -158,7 +154,7 @@ class Stream:
             raise
         full_key = f"{source.name}/{index.path.stem}/{key}"
         seed = seed_of("sample", *identity)
-        return Sample(views, annotations.label, source.label_set, annotations.caption, seed, full_key)
+        return Sample(views, label, source.label_set, caption, seed, full_key)
 
     def _members(self, source: StreamSource, ref: SampleRef) -> dict[str, bytes]:
         """Return the files of a sample; every sample of a lost shard counts as corrupt."""
@@ -192,7 +188,7 @@ class Stream:
 
     def _give_up_if_hopeless(self, source: StreamSource, in_a_row: int, shards: Iterable[int]) -> None:
         """Stop a stream without valid samples. It never completes a batch, so the loader cannot check its fraction."""
-        bad, read = single_faults(self.state.bad, self.state.read)
+        bad, read = without_lost_shards(self.state.bad, self.state.read)
         too_many = sum(bad.values()) > self._data.max_corrupt_fraction * read
         # With one valid sample per epoch, a corrupt end of one epoch may meet a corrupt start of the next.
         no_good_one = in_a_row > 2 * (source.order.longest - 1)
@@ -221,7 +217,7 @@ class Account(NamedTuple):
     """Samples read, without those of lost shards."""
 
 
-def single_faults(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], int]:
+def without_lost_shards(bad: Mapping[str, int], read: int) -> tuple[dict[str, int], int]:
     """Return corrupt samples by reason and the number of samples read, both without samples of lost shards.
 
     Early in an epoch, one lost shard would dominate the samples read. Its fraction refers to the full epoch instead.

@@ -35,7 +35,7 @@ SCATTERED = "members are not consecutive"
 """The only error of a sample that can be repaired without loss."""
 TWICE = "duplicate key in the shard"
 _BLOCK = tarfile.BLOCKSIZE
-_TAR_FAULTS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
+_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, RecursionError)
 """Errors that tarfile raises on damaged headers; not all of them are TarErrors."""
 _RENAMING = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -176,30 +176,14 @@ def key_at(path: Path, offset: int) -> str:
     """Return the key of the file whose header starts at `offset`; `?` if there is none."""
     try:
         with path.open("rb") as stream:
-            member = _member_at(stream, offset)
-    except OSError:
+            stream.seek(offset)
+            head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
+        with tarfile.open(fileobj=head, mode="r:") as tar:
+            member = tar.next()
+    except (OSError, *_TAR_ERRORS):  # the shard has changed meanwhile
         member = None
     key = None if member is None else base_plus_ext(member.name)[0]
     return "?" if key is None else printable(key)
-
-
-def has_sample(stream: BinaryIO, start: int, end: int) -> bool:
-    """Return whether a file of a sample starts in a section of a tar; the section starts with a header or padding."""
-    while start < end and (member := _member_at(stream, start)) is not None:
-        if not _hostile(member) and _split(member)[0] is not None:
-            return True
-        start += member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-    return False
-
-
-def _member_at(stream: BinaryIO, offset: int) -> tarfile.TarInfo | None:
-    try:
-        stream.seek(offset)
-        head = io.BytesIO(stream.read(MAX_HEADER_BYTES + 4 * _BLOCK))
-        with tarfile.open(fileobj=head, mode="r:") as tar:
-            return tar.next()
-    except _TAR_FAULTS:  # the shard has changed since it was indexed
-        return None
 
 
 class _HeaderFile:
@@ -242,7 +226,7 @@ class _Headers:
                     if end > self._shard.size:
                         break
                 end = tar.offset
-        except _TAR_FAULTS as error:
+        except _TAR_ERRORS as error:
             damage = printable(str(error) or type(error).__name__)
         if end == 0:
             self._no_tar(damage)

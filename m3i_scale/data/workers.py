@@ -1,50 +1,43 @@
-"""Signal handling and cleanup of data loader workers, and process pools.
+"""Supervision of data loader workers: their signals, their deaths, and a timeout for their results.
 
 A scheduler that preempts a job signals all its processes. The training process then finishes its step and saves, for
 which it needs its workers; a dead worker would turn this into an error. So a worker obeys SIGTERM, SIGUSR2 and SIGINT
 only if its parent sends them (multiprocessing stops workers this way at exit, and waits for them). It exits when its
-parent is gone. Processes of a pool (`map_in_processes`) only do the latter.
+parent is gone.
 
-A worker sends tensors through a socket in a temporary folder and holds a lock there. A folder without a lock was left
-by a killed worker, and is removed when workers are started the next time.
+Readers record their activity in shared memory, so that a timeout can name the shard that is read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
+import time
+from collections.abc import Generator, Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.sharedctypes import RawArray, RawValue
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from m3i_scale.cores import usable_cores
-from m3i_scale.errors import DataError, LostWorkerError
+from m3i_scale.errors import LostWorkerError
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+Item = TypeVar("Item")
 
-DEFAULT_WORKERS = min(8, usable_cores())
-"""Default number of processes of a pool."""
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 START_METHOD = "fork"
 """Workers inherit the signal mask of the process that forks them; with a fork server they would not."""
 _LOOK_AFTER_PARENT_S = 1.0
-_HELD = "m3i-scale-worker"
-"""Lock file in the temporary folder of a worker, locked as long as the worker lives."""
+POLL_S = 2.0
+_NAME_BYTES = 1_024
 
 
 @contextlib.contextmanager
@@ -70,7 +63,6 @@ class DeathWatch:
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """Monitor the worker processes that the enclosed code starts."""
-        _sweep_temporary_folders()
         earlier, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         yield
         self.workers = [child for child in multiprocessing.active_children() if child not in earlier]
@@ -134,78 +126,118 @@ def _obey(parent: int, folder: Path | None) -> None:
 
 
 def _temporary_folder() -> Path | None:
-    """Create and lock the temporary folder of this worker; None if it shares its parent's folder."""
-    parent = Path(tempfile.gettempdir())
-    before = set(os.listdir(parent))
+    """Return the temporary folder of this worker; None if it shares the folder of its parent."""
+    before = os.listdir(tempfile.gettempdir())
     folder = Path(get_temp_dir())
-    if folder.parent != parent or folder.name in before:
-        return None
-    descriptor = os.open(folder / f"{_HELD}.partial", os.O_RDWR | os.O_CREAT, 0o600)  # open until the process exits
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.rename(folder / f"{_HELD}.partial", folder / _HELD)
-    return folder
+    return None if folder.name in before else folder
 
 
-def _sweep_temporary_folders() -> None:
-    """Remove the folders of killed workers. Locks are visible to all containers that share the folder."""
-    for held in Path(tempfile.gettempdir()).glob(f"pymp-*/{_HELD}"):
+class NotYetError(Exception):
+    """Raised if an item is not yet available. Not a TimeoutError, because the work itself may raise one."""
+
+
+class Activity:
+    """Activity of one reader, in memory shared across a fork: the reader writes it, the waiting process reads it."""
+
+    def __init__(self) -> None:
+        self._place = RawArray("c", _NAME_BYTES)
+        self._since = RawValue("d", time.monotonic())
+        self._progress = RawValue("d", time.monotonic())
+
+    def begin(self, place: object) -> None:
+        """Record that the reader starts reading a shard."""
+        self._place.value = str(place).encode()[: _NAME_BYTES - 1]
+        self._since.value = time.monotonic()
+
+    def end(self) -> None:
+        """Record that the reader has finished reading."""
+        self._place.value = b""
+        self._progress.value = time.monotonic()
+
+    def reset(self) -> None:
+        """Record that waiting starts now."""
+        self._progress.value = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Return the seconds since the last sample was read, or since waiting started."""
+        return time.monotonic() - float(self._progress.value)
+
+    def describe(self) -> str:
+        """Describe which shard is being read and for how long."""
+        place = self._place.value.decode(errors="replace")
+        if not place:
+            return "reading no shard: the previous sample is not finished"
+        return f"reading {place} for {time.monotonic() - float(self._since.value):.0f} s"
+
+
+class InThread(Generic[Item]):
+    """Iterator in a background thread, so that waiting for an item can time out; it prefetches `ahead` items."""
+
+    def __init__(self, items: Generator[Item], ahead: int = 0) -> None:
+        self._items = items
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[Item | Exception] = queue.SimpleQueue()
+        self._waiting = False
+        self._closed = False
+        for _ in range(ahead):
+            self._asked.put(True)
+        threading.Thread(target=self._make, daemon=True, name="load").start()
+
+    def next(self, timeout_s: float) -> Item:
+        """Return the next item. Raise `NotYetError` if it is not available within the timeout; call again."""
+        if not self._waiting:
+            self._asked.put(True)
+            self._waiting = True
         try:
-            descriptor = os.open(held, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # another user's pipe would block
-        except OSError:  # of another user, or already removed
-            continue
+            made = self._made.get(timeout=timeout_s)
+        except queue.Empty:
+            raise NotYetError from None
+        self._waiting = False
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def close(self) -> None:
+        """Stop the thread after its current item."""
+        self._closed = True  # takes effect before requests that are still queued
+        self._asked.put(False)
+
+    def _make(self) -> None:
+        while self._asked.get() and not self._closed:
+            try:
+                self._made.put(next(self._items))
+            except Exception as error:  # any exception is raised again in `next`
+                self._made.put(error)
+        self._items.close()
+
+
+class FromWorkers(Generic[Item]):
+    """Adapter for the iterator of a DataLoader that was created with `timeout=POLL_S`."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items = items
+
+    def next(self, timeout_s: float) -> Item:
+        """Return the next item. Raise `NotYetError` after the DataLoader's timeout; call again."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # its worker is alive
-            continue
-        else:
-            shutil.rmtree(held.parent, ignore_errors=True)
-        finally:
-            os.close(descriptor)
+            return next(self._items)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+        raise NotYetError
+
+    def close(self) -> None:
+        """Do nothing: the workers stop with their iterator."""
 
 
-def map_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """Map in order, using `workers` processes; at most two tasks per process are pending or not yet consumed."""
-    if workers <= 1 or (isinstance(tasks, Sized) and len(tasks) <= 1):
-        yield from map(function, tasks)
-        return
-    # Not fork: the caller may run threads (progress bar), and the child would inherit their locks. Not spawn: every
-    # process would import torch again.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([getattr(function, "func", function).__module__])  # `func` of a partial
-    # Ctrl-C also signals these processes. They and their parent start with the signal blocked, so that none prints a
-    # traceback from its imports or loses its parent. Starting the tracker would unblock the signal.
-    resource_tracker.ensure_running()
-    waiting: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+def await_item(items: InThread[Any] | FromWorkers[Any], activity: Activity, limit_s: float) -> Any:
+    """Wait for the next item as long as its reader makes progress, and return it. Raise `NotYetError` once the reader
+    has made no progress for `limit_s`."""
+    activity.reset()
+    while True:
         try:
-            for task in tasks:
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                try:
-                    waiting.append(pool.submit(function, task))
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise DataError("a worker process died", fix="the machine may be out of memory: try --workers 1") from None
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _end_with_parent() -> None:
-    """Exit this process when the process that created the pool ends for any reason. After Ctrl-C, exit without a
-    traceback, because that process reports the interrupt."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("not a worker process")
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="parent").start()
+            return items.next(min(POLL_S, limit_s))
+        except NotYetError:
+            if activity.idle_s > limit_s:
+                raise

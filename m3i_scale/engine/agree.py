@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from m3i_scale.data.watchdog import InThread, NotYetError
+from m3i_scale.data.workers import InThread, NotYetError
 from m3i_scale.engine.host_memory import pinning
 from m3i_scale.errors import UserError
 

@@ -22,7 +22,7 @@ from m3i_scale.data.index import load_index
 from m3i_scale.data.instances import Instances, check_turned, read_instances
 from m3i_scale.data.reader import BadSampleError, ShardReader
 from m3i_scale.data.remote.address import Address
-from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations
+from m3i_scale.data.samples import decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.data.views import ViewMaker, cut_mask
 from m3i_scale.errors import DataError, did_you_mean
@@ -123,7 +123,7 @@ def read_samples(
             table.left_out[f"group '{group}' excluded"] += 1
             continue
         try:
-            annotations = read_annotations(members, len(table.classes) or None)
+            label, caption = read_label(members, len(table.classes) or None), read_caption(members)
             image = open_image(members, _MAX_PIXELS)
             mask = _mask(table, members, image, image_size) if masks else None
             instances = None if categories is None else read_instances(members, categories, image.size)
@@ -133,8 +133,7 @@ def read_samples(
         except BadSampleError as bad:
             table.left_out[bad.reason] += 1
             continue
-        label = -1 if annotations.label is None else annotations.label
-        sample = Sample(key, pixels, annotations.caption, label, meta, mask, instances)
+        sample = Sample(key, pixels, caption, -1 if label is None else label, meta, mask, instances)
         table.add(sample, place)
         yield sample
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from m3i_scale.data.images import DECODE_FAULTS
+from m3i_scale.data.images import DECODE_ERRORS
 from m3i_scale.errors import ConfigError
 from m3i_scale.files import read_json
 from m3i_scale.host.output_dir import PICTURE_LIST, PICTURES
@@ -138,7 +138,7 @@ def _read(folder: Path, room: int, notes: list[str], *, smaller: bool) -> _Set:
                 size += len(content)
                 address = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
                 pictures.append({"name": name, "title": title, "alt": alt, "address": address})
-    except (*DECODE_FAULTS, KeyError, TypeError, RecursionError) as error:
+    except (*DECODE_ERRORS, KeyError, TypeError, RecursionError) as error:
         notes.append(f"{folder.name}: the pictures cannot be read ({type(error).__name__})")
     return _Set(f"{step:,}" if isinstance(step, int) else folder.name, pictures, size, is_whole)
 
@@ -153,7 +153,7 @@ def _overlays(folder: Path) -> list[dict[str, str]]:
 
 
 def _bytes(path: Path, *, smaller: bool) -> bytes:
-    """Return a picture unchanged, or as a smaller JPEG. Raise one of `DECODE_FAULTS` if it is too large or damaged."""
+    """Return a picture unchanged, or as a smaller JPEG. Raise one of `DECODE_ERRORS` if it is too large or damaged."""
     if path.stat().st_size > _MOST_BYTES:
         raise OSError("too large")
     if not smaller:

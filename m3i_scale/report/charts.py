@@ -112,7 +112,7 @@ CHARTS = (
     Chart("epoch", "data", "Epochs", "epochs", "Epochs so far, including corrupt samples.", "dataset/(.+)/epoch"),
     Chart(
         "quarantined", "data", "Quarantined samples", "samples",
-        "Unreadable samples so far: total, and distinct samples.", "(quarantined|quarantined_samples)",
+        "Unreadable samples so far, counted once per epoch.", "quarantined",
     ),
 )  # fmt: skip
 

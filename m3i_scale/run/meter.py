@@ -93,9 +93,7 @@ class Meter:
         self._steps += 1
         self.step_times.end_step()
 
-    def record(
-        self, *, step: int, world_size: int, quarantined: int, quarantined_samples: int = 0, **same: Any
-    ) -> StepRecord:
+    def record(self, *, step: int, world_size: int, quarantined: int, **same: Any) -> StepRecord:
         """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it. `same`
         are fields of the record that are the same on every rank."""
         own = self._good.means() or self._left_out.means()
@@ -104,7 +102,6 @@ class Meter:
         counts = {
             "tokens": self._tokens / steps,
             "quarantined": float(quarantined),
-            "quarantined_samples": float(quarantined_samples),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
         means, shares, sums = _means_over_ranks(own, self.step_times.shares(), counts)
@@ -127,7 +124,6 @@ class Meter:
             samples_per_s=self.batch_size / peaks["step_s"],
             tokens_per_s=sums["tokens"] * world_size / peaks["step_s"],
             quarantined=round(sums["quarantined"] * world_size),
-            quarantined_samples=round(sums["quarantined_samples"] * world_size),
             memory_gib=peaks["memory"],
             times_s={name: share * peaks["step_s"] for name, share in shares.items()},
             flop_per_s=flop_per_s,

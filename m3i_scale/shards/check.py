@@ -19,7 +19,7 @@ from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white, pixel_counts
 from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.reader import BadSampleError, readable_members
-from m3i_scale.data.samples import MASK_OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
+from m3i_scale.data.samples import MASK_OUT_OF_RANGE, decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import CUT_OFF, SCATTERED, Fault, RawSample, key_at, read_shard
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
@@ -275,13 +275,13 @@ def _check_image(members: Mapping[str, bytes], rules: Rules, _: Contents) -> Non
 
 
 def _check_caption(members: Mapping[str, bytes], rules: Rules, _: Contents) -> None:
-    annotations = read_annotations(members, None, max_caption_bytes=rules.max_caption_bytes)
-    if "txt" in members and annotations.caption is None:
+    caption = read_caption(members, max_bytes=rules.max_caption_bytes)
+    if "txt" in members and caption is None:
         raise BadSampleError("caption is empty")
 
 
 def _check_label(members: Mapping[str, bytes], rules: Rules, _: Contents) -> None:
-    read_annotations(members, rules.classes, captions=False)
+    read_label(members, rules.classes)
 
 
 def _check_json(members: Mapping[str, bytes], _: Rules, __: Contents) -> None:

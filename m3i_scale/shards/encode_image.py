@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from m3i_scale.data.images import (
-    DECODE_FAULTS,
+    DECODE_ERRORS,
     DEEP_MODES,
     KEPT_FORMATS,
     READ_FORMATS,
     ValueRange,
-    fault_text,
+    error_text,
     is_16_bit,
-    mask_fault,
+    mask_error,
     on_white,
     open_any_size,
     orientation,
@@ -54,9 +54,9 @@ def encoded_image(data: bytes, where: str, value_range: ValueRange | None = None
             kind = str(image.format)
             as_it_is = kind in KEPT_FORMATS and value_range is None
             return (data, KEPT_FORMATS[kind]) if as_it_is else (to_png(image, value_range), "png")
-    except DECODE_FAULTS as error:
+    except DECODE_ERRORS as error:
         raise DataError(
-            f"the image does not decode: {fault_text(error)}",
+            f"the image does not decode: {error_text(error)}",
             where=where,
             fix="repair or remove the file, or skip such files with --skip-bad",
         ) from None
@@ -74,7 +74,7 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
 
     Return the number of pixels by value.
     """
-    fault, counts = mask_fault(data), Counter[int]()
+    fault, counts = mask_error(data), Counter[int]()
     try:
         with Image.open(io.BytesIO(image), formats=READ_FORMATS) as picture:
             size, lies = picture.size, orientation(picture)
@@ -84,8 +84,8 @@ def check_mask(data: bytes, image: bytes, where: str) -> Counter[int]:
                 upright_only = mask.size == upright_size(size, lies)
                 turned = f", which its EXIF orientation {lies} rotates" if upright_only else ""
                 fault = fault or f"of size {mask.size}, but its image is {size}{turned}"
-    except DECODE_FAULTS as error:
-        fault = fault or f"damaged: {fault_text(error)}"
+    except DECODE_ERRORS as error:
+        fault = fault or f"damaged: {error_text(error)}"
     if fault is not None:
         raise DataError(
             f"the mask is {fault}",

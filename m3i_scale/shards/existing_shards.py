@@ -14,13 +14,13 @@ from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.reader import BadSampleError, readable_members
-from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.samples import read_caption, read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
-from m3i_scale.data.workers import map_in_processes
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
+from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Input, Record, annotations_of
 from m3i_scale.text import printable
 
@@ -142,7 +142,7 @@ def _caption(members: Mapping[str, bytes], where: str, caption_field: str | None
             raise DataError(f"the field '{caption_field}' is no text", where=where)
         return value.strip() or None
     with annotations_of(where):
-        return read_annotations(members, None).caption
+        return read_caption(members)
 
 
 def _label(members: Mapping[str, bytes], where: str, labels: Sequence[str] | None) -> int | None:
@@ -155,7 +155,7 @@ def _label(members: Mapping[str, bytes], where: str, labels: Sequence[str] | Non
             fix="name the classes with --labels FILE (a JSON list, or one name a line)",
         )
     with annotations_of(where):
-        return read_annotations(members, len(labels), captions=False).label
+        return read_label(members, len(labels))
 
 
 def read_shards(

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.data.workers import map_in_processes
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
 from m3i_scale.shards.layout import Layout, plan_layout, training_splits
 from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.options import ProgressCallback, ShardOptions
+from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Encoded, Input, Record, encode_all, hash_of
 from m3i_scale.shards.train_tokenizer import train_tokenizer
 from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples

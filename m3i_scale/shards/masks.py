@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m3i_scale.data.images import DECODE_FAULTS, mask_fault
+from m3i_scale.data.images import DECODE_ERRORS, mask_error
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.imagefolder import SPLIT_NAMES, key_of, list_images
@@ -25,12 +25,12 @@ def read_mask(path: Path, classes: int, reduce_zero_label: bool) -> bytes:
     """Return a mask with classes from 0. Invalid data is returned unchanged; `check_mask` rejects it."""
     with reading(path):
         data = path.read_bytes()
-    if mask_fault(data) is not None:
+    if mask_error(data) is not None:
         return data
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as mask:
             pixels_HW = np.asarray(mask)
-    except DECODE_FAULTS:
+    except DECODE_ERRORS:
         return data
     highest = int(pixels_HW.max(where=pixels_HW != NO_CLASS, initial=0))
     if highest == classes and not reduce_zero_label:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_IMAGE_PIXELS
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError, DataError
 from m3i_scale.options import AsJson
 from m3i_scale.shards.options import Workers, print_summary, progress_bar
+from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 
 if TYPE_CHECKING:
     from m3i_scale.shards.existing_shards import Advance

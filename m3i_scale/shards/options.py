@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 
-from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.options import Command, Parts, expanded, writes_to
 from m3i_scale.output import print_json, print_line
+from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (completed samples, total samples)."""

@@ -17,7 +17,7 @@ from PIL import Image
 
 from m3i_scale.data.images import on_white, orientation, upright, upright_size
 from m3i_scale.data.reader import BadSampleError, readable_members
-from m3i_scale.data.samples import check_caption_size, decoding, open_image, read_annotations
+from m3i_scale.data.samples import check_caption_size, decoding, open_image, read_label
 from m3i_scale.data.shards import local_shards, read_labels
 from m3i_scale.data.tar import RawSample, read_shard
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
@@ -127,7 +127,7 @@ def _label(data: bytes | None, labels: Sequence[str] | None) -> str | None:
     if data is None:
         return None
     try:
-        number = read_annotations({"cls": data}, len(labels) if labels is not None else 10**9).label
+        number = read_label({"cls": data}, len(labels) if labels is not None else 10**9)
     except BadSampleError as bad:
         return f"{bad.reason}: {printable(bad.detail)}"
     if number is None or labels is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.samples import read_label
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards
 from m3i_scale.errors import ConfigError, DataError
 from m3i_scale.shards.existing_shards import (
@@ -160,7 +160,7 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
             fix="put a labels.json beside its shards",
         )
     with annotations_of(where, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"):
-        label = read_annotations({"cls": data}, len(numbers)).label
+        label = read_label({"cls": data}, len(numbers))
     return data if label is None or numbers[label] == label else str(numbers[label]).encode("ascii")
 
 

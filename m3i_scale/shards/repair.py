@@ -10,10 +10,10 @@ from typing import Any
 
 from m3i_scale.data.shards import LABELS, MASK_LABELS
 from m3i_scale.data.tar import RawSample, read_shard
-from m3i_scale.data.workers import map_in_processes
 from m3i_scale.files import write_json
 from m3i_scale.shards.check import CheckReport, ShardReport
 from m3i_scale.shards.existing_shards import common_categories, common_labels
+from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.write import class_names, close_tar, finish_folder, shard_facts
 
 

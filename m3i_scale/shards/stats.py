@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
 from m3i_scale.data.instances import INSTANCES
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
+from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tokenizer import find_tokenizer
@@ -89,7 +89,7 @@ class ShardStats:
         self._values(VALUES[:5], width, height, width / height, width * height, len(data))
 
     def _caption(self, members: Mapping[str, bytes], start: int) -> None:
-        caption = read_annotations(members, None).caption
+        caption = read_caption(members)
         if caption is None:
             return
         self.counts["parts"]["caption"] += 1
@@ -112,7 +112,7 @@ class ShardStats:
         )
 
     def _label(self, members: Mapping[str, bytes], start: int) -> None:
-        label = read_annotations(members, MAX_LABEL, captions=False).label
+        label = read_label(members, MAX_LABEL)
         if label is not None:
             self.counts["parts"]["label"] += 1
             self.counts["labels"][label] += 1

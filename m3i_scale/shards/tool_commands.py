@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from m3i_scale.data.workers import DEFAULT_WORKERS
 from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import EXIT_USER_ERROR, ConfigError
 from m3i_scale.options import AsJson, writes_to
@@ -25,6 +24,7 @@ from m3i_scale.shards.options import (
     progress_bar,
     takes_sizes,
 )
+from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.text import table_lines
 
 MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]

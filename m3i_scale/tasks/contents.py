@@ -12,18 +12,18 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from m3i_scale.data.images import IMAGE_EXTENSIONS, mask_fault, pixel_counts
+from m3i_scale.data.images import IMAGE_EXTENSIONS, mask_error, pixel_counts
 from m3i_scale.data.instances import parse_instances
 from m3i_scale.data.reader import BadSampleError, readable_members
-from m3i_scale.data.samples import decoding, open_image, read_annotations
+from m3i_scale.data.samples import decoding, open_image, read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, key_at, read_shard
-from m3i_scale.data.workers import DEFAULT_WORKERS, map_in_processes
 from m3i_scale.defaults import MAX_IMAGE_PIXELS, MAX_SAMPLE_BYTES
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.box_forms import BoxForms
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
+from m3i_scale.shards.process_pool import DEFAULT_WORKERS, map_in_processes
 from m3i_scale.tasks.labelled import Labelled
 from m3i_scale.tasks.subset import MEMBERS
 from m3i_scale.text import listed
@@ -73,11 +73,11 @@ class Contents:
         if data is None:
             return
         if task.file == LABELS:
-            label = read_annotations(members, task.classes, captions=False).label
+            label = read_label(members, task.classes)
             self.labels.update([] if label is None else [label])
         elif task.file == CATEGORIES:
             self.boxes.add(parse_instances(json.loads(data), task.classes))
-        elif mask_fault(data) is None:
+        elif mask_error(data) is None:
             with decoding("mask"):
                 self.pixels.update(pixel_counts(open_image({"png": data}, MAX_IMAGE_PIXELS)))
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.samples import read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards
 from m3i_scale.data.tar import RawSample, read_members
 from m3i_scale.errors import ConfigError
@@ -89,7 +89,7 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
                 if only and labels:
                     with annotations_of(origin.where(sample.key)):
                         members = read_members(stream, RawSample(sample.key, only))
-                        label = read_annotations(members, len(classes), captions=False).label
+                        label = read_label(members, len(classes))
                 if only and (not labels or label is not None):
                     found[sample.key] = "" if label is None else classes[label]
     keys = subset.choose(found)

@@ -129,8 +129,8 @@ def pauses(monkeypatch):
 @pytest.fixture
 def long_pauses(monkeypatch, pauses, short_pauses):
     """No time limit leaves room for a second attempt."""
-    monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 1e9)
-    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 1e9)
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.BACKOFF_S", 1e9)
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.MAX_BACKOFF_S", 1e9)
 
 
 @pytest.fixture
@@ -154,5 +154,5 @@ def nothing_is_read(monkeypatch):
 @pytest.fixture
 def short_pauses(monkeypatch):
     """Reads that fail are repeated at once."""
-    monkeypatch.setattr("m3i_scale.data.remote.access.BACKOFF_S", 0.01)
-    monkeypatch.setattr("m3i_scale.data.remote.access.MAX_BACKOFF_S", 0.2)
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.BACKOFF_S", 0.01)
+    monkeypatch.setattr("m3i_scale.data.remote.read_errors.MAX_BACKOFF_S", 0.2)

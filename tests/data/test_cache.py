@@ -107,7 +107,7 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path):
         out.write(b"half")
         raise DataError("no")
 
-    with pytest.raises(DataError, match="no"):
+    with pytest.raises(DataError):
         cache.add("a", KIB, fails)
     assert not list((tmp_path / "shards").iterdir())
 

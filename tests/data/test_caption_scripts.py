@@ -7,7 +7,7 @@ import foreign
 import pytest
 from typer.testing import CliRunner
 
-from m3i_scale.data.samples import read_annotations
+from m3i_scale.data.samples import read_caption
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.commands import shards_app
 from m3i_scale.shards.stats import stats_of
@@ -74,7 +74,7 @@ def test_captions_are_not_composed_anew(tmp_path):
     taken_apart = unicodedata.normalize("NFD", composed)
     assert composed != taken_apart
     for text in (composed, taken_apart):
-        assert read_annotations({"txt": text.encode()}, None).caption == text
+        assert read_caption({"txt": text.encode()}) == text
     folder = tmp_path / "in"
     folder.mkdir()
     for name, text in (("a", composed), ("b", taken_apart)):

@@ -76,11 +76,10 @@ def test_a_diff_says_which_shards_and_settings():
     assert told(shards[2:], shards) == "2 shards added: s-{000..001}.tar"
     other = [*shards[:3], ("s-003.tar", 1003, 11, "h"), ("s-004.tar", 999, 10, "h"), *shards[5:]]
     assert told(shards, other, {"weight": 3, "augment": {"flip": 0.1}}) == (
-        "1 shard with another number of samples: s-003.tar, 1 shard of another size: s-004.tar; "
-        "augment.flip was 0.5, is 0.1; weight was 1.0, is 3.0"
+        "2 shards changed: s-{003..004}.tar; augment.flip was 0.5, is 0.1; weight was 1.0, is 3.0"
     )
     again = [*shards[:5], ("s-005.tar", 1005, 10, "other"), *shards[6:]]
-    assert told(shards, again) == "1 shard of the same size with other members: s-005.tar"
+    assert told(shards, again) == "1 shard changed: s-005.tar"
     scattered = [shard for number, shard in enumerate(shards) if number % 2]
     assert told(shards, scattered) == "5 shards removed: s-000.tar s-002.tar s-004.tar s-006.tar and 1 more"
 
@@ -119,7 +118,7 @@ def test_a_state_from_when_whole_shards_were_dealt_is_told_and_may_begin_its_sou
     for source in state["sources"].values():
         del source["deal"]
     now = tools.make_loader(folders, cache, streams=STREAMS)
-    with pytest.raises(DataError, match="since the checkpoint: a, b") as caught:
+    with pytest.raises(DataError) as caught:
         now.load_state_dict(state)
     assert "another rule" in caught.value.why
     assert "data.changed_datasets=[a, b]" in caught.value.fix
@@ -133,17 +132,16 @@ def test_changed_data_are_refused_with_a_diff(tools, folders, cache):
     tools.write_tar(folders["b"] / "s-004.tar", [("x.png", tools.encode(1))])
     tools.write_tar(folders["b"] / "t.tar", [("x.png", tools.encode(1))])
     now = tools.make_loader(folders, cache, streams=STREAMS, weights={"a": 2.0})
-    with pytest.raises(DataError, match="the data changed since the checkpoint: a, b") as caught:
+    with pytest.raises(DataError) as caught:
         now.load_state_dict(state)
     assert caught.value.why == (
-        "a: weight was 1.0, is 2.0; b: 1 shard added: t.tar, 1 shard removed: s-002.tar, "
-        "1 shard with another number of samples: s-004.tar"
+        "a: weight was 1.0, is 2.0; b: 1 shard added: t.tar, 1 shard removed: s-002.tar, 1 shard changed: s-004.tar"
     )
     assert "data.changed_datasets=[a, b]" in caught.value.fix
-    with pytest.raises(DataError, match="changed since the checkpoint: a, b"):  # all that differ must be named
-        now.load_state_dict(state, ["b"])
-    with pytest.raises(DataError, match="also names c, unchanged"):  # and no others
-        now.load_state_dict(state, ["a", "b", "c"])
+    for named in (["b"], ["a", "b", "c"]):  # all that differ must be named, and no others
+        with pytest.raises(DataError) as caught:
+            now.load_state_dict(state, named)
+        assert "data.changed_datasets=[a, b]" in caught.value.fix
     assert set(now.load_state_dict(state, ["b", "a"])) == {"a", "b"}
 
 
@@ -152,19 +150,23 @@ def test_other_orders_formats_and_mixed_states_are_refused(tools, folders, cache
         return tools.make_loader({"a": folders["a"]}, cache, streams=STREAMS, **options)
 
     state = saved(one())
-    with pytest.raises(DataError, match="streams was 4, is 2"):
+    with pytest.raises(DataError) as caught:
         tools.make_loader({"a": folders["a"]}, cache, streams=2).load_state_dict(state)
+    assert caught.value.where == "data state, order"
     half = merge_states([one(world=2, rank=1).state_dict()])
-    with pytest.raises(DataError, match=r"lacks streams \[0, 1\]"):
+    with pytest.raises(DataError) as caught:
         one().load_state_dict(half)
-    with pytest.raises(DataError, match="unknown format of the data state: 1"):
+    assert "merge_states" in caught.value.fix
+    with pytest.raises(DataError) as caught:
         one().load_state_dict({"format": 1})
+    assert caught.value.where == "data/rank-*.json of the checkpoint"
     ahead = one(world=2, rank=0)
     keys_of(ahead, 1)
-    with pytest.raises(DataError, match="do not belong together: some streams have yielded 0 samples, others 4"):
-        merge_states([ahead.state_dict(), one(world=2, rank=1).state_dict()])
-    with pytest.raises(DataError, match="do not belong together: sources differ"):
-        merge_states([one(world=2, rank=0).state_dict(), one(world=2, rank=1, weights={"a": 2.0}).state_dict()])
+    other = one(world=2, rank=1, weights={"a": 2.0})
+    for first, second in ((ahead, one(world=2, rank=1)), (one(world=2, rank=0), other)):
+        with pytest.raises(DataError) as caught:
+            merge_states([first.state_dict(), second.state_dict()])
+        assert caught.value.where == "data/rank-*.json of the checkpoint"
 
 
 def of_source(batches, name):
@@ -216,7 +218,7 @@ def test_unchanged_sources_go_on_exactly_where_others_come_go_and_change(tools, 
         again = tools.make_loader(now, cache, streams=STREAMS, weights={"a": 3.0})
         assert again.load_state_dict(state, named) == {}
         assert again.state_dict()["changes"] == state["changes"]
-    with pytest.raises(DataError, match="names a, and no dataset differs") as caught:
+    with pytest.raises(DataError) as caught:
         again.load_state_dict(state, ["a"])
     assert "those of the last change were a, b, c" in caught.value.fix
     assert keys_of(again, 3) == keys_of(second, 3)

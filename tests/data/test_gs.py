@@ -7,8 +7,8 @@ import servers
 
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Url
-from m3i_scale.data.remote.faults import FaultError
 from m3i_scale.data.remote.fetch import facts, read_range
+from m3i_scale.data.remote.read_errors import BadShardError, ReadError
 from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import DataError
 
@@ -49,7 +49,7 @@ def test_a_range_is_read_exactly(shards, served):
     whole = (shards / "s-000.tar").read_bytes()
     url = Url("gs://bucket/photos/s-000.tar")
     assert read_range(url, 700, 1900, Access(attempts=1)) == whole[700:1900]
-    with pytest.raises(FaultError, match="cut off"):
+    with pytest.raises(ReadError, match="cut off"):
         read_range(url, len(whole) - 10, len(whole) + 10, Access(attempts=1))
 
 
@@ -57,8 +57,9 @@ def test_a_folder_is_listed_and_what_is_missing_is_told(tools, served, tmp_path)
     assert [place.name for place in expand_shards("gs://bucket/photos", "", Access())] == [
         f"s-00{n}.tar" for n in range(4)
     ]
-    with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
+    with pytest.raises(BadShardError) as caught:
         tools.make_loader({"s": "gs://bucket/photos/s-{000..004}.tar"}, tmp_path, **options(tmp_path, 0))
+    assert caught.value.reason == "not found"
     assert "s-004.tar" in caught.value.where
 
 
@@ -73,10 +74,12 @@ def test_a_shard_that_is_replaced_by_one_of_the_same_size_is_noticed(tools, shar
     after = facts(url, Access())
     assert (before.size, before.version) != (after.size, after.version)
     assert before.size == after.size
-    with pytest.raises(DataError, match="cannot read the shard: replaced"):
+    with pytest.raises(BadShardError) as caught:
         keys_of(loader)
-    with pytest.raises(DataError, match="was replaced since it was indexed"):
+    assert caught.value.reason == "replaced"
+    with pytest.raises(DataError) as caught:
         tools.make_loader({"s": SOURCE}, tmp_path, **options(tmp_path, cache_gib))
+    assert "s-003.tar" in caught.value.where
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_what_the_server_refuses_is_told(tmp_path, monkeypatch, status, reason):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
         server.everywhere = status
         for read in (facts, lambda url, access: read_range(url, 0, 1, access)):
-            with pytest.raises(FaultError) as caught:
+            with pytest.raises(ReadError) as caught:
                 read(Url("gs://other/f.tar"), Access(attempts=1))
             assert caught.value.reason == reason
         asked = [name for method, name, _ in server.log if name.startswith("download") and "/b/other/" in name]

@@ -16,7 +16,7 @@ import pytest
 from m3i_scale.config import DatasetConfig
 from m3i_scale.data.index import build_index, load_index
 from m3i_scale.data.reader import BadSampleError, ShardReader, parse_members
-from m3i_scale.data.scan import INDEX_FORMAT, cached, parse_index, save_index, scan_shard
+from m3i_scale.data.scan import parse_index, save_index, scan_shard
 from m3i_scale.data.shards import expand_shards, read_label_sets
 from m3i_scale.errors import DataError
 
@@ -39,27 +39,15 @@ def test_long_names_are_kept(tools, tmp_path):
     assert ShardReader().members(index, 1)["__key__"] == key
 
 
-def cut_in_two(tools, folder):
-    """One file of two tars, as `cat` makes it, and the index that was made of it when only the first was looked at."""
-    one = tools.write_tar(folder / "s.tar", [("a.png", b"1")])
-    (first,) = build_index([one], folder / "index")
-    data = one.read_bytes() + tools.write_tar(folder / "other" / "t.tar", [("b.png", b"2")]).read_bytes()
-    one.write_bytes(data)
-    np.savez(
-        folder / "index" / "s.tar.npz",
-        format=np.int64(INDEX_FORMAT), size=np.int64(len(data)), ranges=first.ranges_N2, heads=first.heads_N,
-        version=np.str_(one.stat().st_mtime_ns), sha256=np.str_(""),
-    )  # fmt: skip
-    return one
-
-
-def test_data_behind_the_end_of_a_tar_are_refused_whatever_an_older_index_says(tools, tmp_path):
-    path = cut_in_two(tools, tmp_path)
+def test_data_after_the_end_of_a_tar_are_an_error(tools, tmp_path):
+    path = tools.write_tar(tmp_path / "s.tar", [("a.png", b"1")])
+    other = tools.write_tar(tmp_path / "other" / "t.tar", [("b.png", b"2")])
+    path.write_bytes(path.read_bytes() + other.read_bytes())  # as `cat` joins them
     for read in (scan_shard, lambda path: load_index([path], tmp_path / "cache")):
         with pytest.raises(DataError) as caught:
             read(path)
         assert caught.value.where == str(path)
-    with tarfile.open(path, ignore_zeros=True) as both:  # what the fix says
+    with tarfile.open(path, ignore_zeros=True) as both:  # as the fix recommends
         assert both.getnames() == ["a.png", "b.png"]
 
 
@@ -132,7 +120,7 @@ def index_file(path: Path, **parts: bytes | np.ndarray) -> Path:
     """An index of which every part is as given; bytes are those of the part's own file."""
     whole = {
         **{"format": np.int64(2), "size": np.int64(path.stat().st_size), "ranges": np.array([[0, 1024]])},
-        **{"heads": np.zeros(1, np.uint32), "version": np.str_(path.stat().st_mtime_ns), "sha256": np.str_("")},
+        **{"heads": np.zeros(1, np.uint32), "version": np.str_(path.stat().st_mtime_ns)},
     }
     saved = path.parent / "index" / f"{path.name}.npz"
     saved.parent.mkdir(exist_ok=True)
@@ -174,36 +162,15 @@ def test_a_hostile_index_is_refused_before_anything_is_read_by_it(tools, tmp_pat
     assert caught.value.where == str(saved)
 
 
-@pytest.mark.parametrize("kept", [slice(0, 15), slice(15, 30), slice(0, 30, 2), slice(0, 1)])
-def test_an_index_that_does_not_list_all_samples_is_made_anew(tools, tmp_path, kept):
-    path = tools.write_tar(tmp_path / "s.tar", [(f"{number}.png", bytes(800)) for number in range(30)])
-    (whole,) = build_index([path], tmp_path / "index")
-    for place in (tmp_path / "index" / "s.tar.npz", cached(path, tmp_path / "cache")):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_index(replace(whole, ranges_N2=whole.ranges_N2[kept], heads_N=whole.heads_N[kept]), place)
-    (found,) = load_index([path], tmp_path / "cache")
-    assert np.array_equal(found.ranges_N2, whole.ranges_N2)
-    (again,) = load_index([path], tmp_path / "cache", rank=1, wait_timeout_s=0)
-    assert again.digest == whole.digest
-
-
 @pytest.mark.parametrize("order", [[0, 1, 1, 2], [1, 0, 2], [0, 0]])
 def test_an_index_that_lists_a_sample_twice_is_refused(tools, tmp_path, order):
     path = tools.write_tar(tmp_path / "s.tar", [(f"{number}.png", b"1") for number in range(3)])
     (whole,) = build_index([path], tmp_path / "index")
     saved = tmp_path / "index" / "s.tar.npz"
     save_index(replace(whole, ranges_N2=whole.ranges_N2[order], heads_N=whole.heads_N[order]), saved)
-    with pytest.raises(DataError, match="twice") as caught:
+    with pytest.raises(DataError) as caught:
         load_index([path], tmp_path / "cache")
     assert caught.value.where == str(saved)
-
-
-def test_an_index_beside_folders_and_other_files_is_kept(tools, tmp_path, monkeypatch):
-    names = ["a.png", "__meta__.json", "b.png", *(f"__{number}__" for number in range(30))]
-    path = tools.write_tar(tmp_path / "s.tar", [("__first__", b"x"), *((name, bytes(700)) for name in names)])
-    build_index([path], tmp_path / "index")
-    monkeypatch.setattr("m3i_scale.data.index.scan_shard", None)
-    assert len(load_index([path], tmp_path / "cache")[0]) == 2
 
 
 def test_other_ranks_wait_for_rank_zero(tools, tmp_path):
@@ -234,16 +201,16 @@ def test_shards_that_are_not_there(folder, tmp_path):
         expand_shards(f"{folder}/s-{{000..011}}.tar")
     assert str(caught.value.where).endswith("/s-010.tar")
     assert "2 of 12" in caught.value.what
-    with pytest.raises(DataError, match="duplicate shard name"):
+    with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000,000}}.tar")
+    assert str(caught.value.where).endswith("/s-{000,000}.tar")
     with pytest.raises(DataError) as caught:
         expand_shards(f"{folder}/s-{{000..")
     assert str(caught.value.where).endswith("/s-{000..")
-    with pytest.raises(DataError, match=r"no \.tar shards") as caught:
-        expand_shards(str(folder.parent))
-    assert folder.name in str(caught.value)
-    with pytest.raises(DataError, match=r"no \.tar shards"):
-        expand_shards(str(tmp_path))
+    for empty in (folder.parent, tmp_path):
+        with pytest.raises(DataError) as caught:
+            expand_shards(str(empty))
+        assert caught.value.where == f"shards: {empty}"
 
 
 def test_label_sets(folder, tools, tmp_path):

@@ -181,7 +181,6 @@ def test_bad_samples_are_replaced_counted_and_written_down(tools, mixed, cache, 
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert loader.quarantined["image does not decode"] > 3  # in every pass
     assert sorted(entry["key"] for entry in entries) == ["k0004", "k0014", "k0024"]
-    assert loader.quarantined_samples == {"image does not decode": 3}
     assert set(entries[0]) == {"source", "url", "key", "offset", "reason", "detail"}
     assert not any(" at 0x" in entry["detail"] for entry in entries)
 
@@ -200,7 +199,6 @@ def test_a_run_that_goes_on_writes_no_bad_sample_down_twice(tools, mixed, cache,
         for rank in ranks:
             rank.load_state_dict(merge_states([state]))
             take(rank, 8)
-        assert sum(sum(rank.quarantined_samples.values()) for rank in ranks) == 3
         assert sum(sum(rank.quarantined.values()) for rank in ranks) > sum(loader.quarantined.values())
     assert path.read_text() == text + '{"url": "cut sho'
     lost = text.splitlines(keepends=True)[0]
@@ -211,7 +209,7 @@ def test_a_run_that_goes_on_writes_no_bad_sample_down_twice(tools, mixed, cache,
     assert path.read_text().splitlines()[-2:] == ['{"url": "cut sho', lost.rstrip("\n")]
 
 
-def test_ranks_that_read_from_one_shard_write_and_count_its_bad_samples_once(tools, tmp_path, cache):
+def test_ranks_that_read_from_one_shard_write_its_bad_samples_once(tools, tmp_path, cache):
     """Three shards of seven for four streams: which samples of a shard are whose changes from pass to pass."""
 
     def spoil(number, members):
@@ -223,9 +221,6 @@ def test_ranks_that_read_from_one_shard_write_and_count_its_bad_samples_once(too
     for batches in zip(*(itertools.islice(rank, 30) for rank in ranks), strict=True):
         assert len(batches) == 4
     assert len(path.read_text().splitlines()) == 7
-    assert sum(sum(rank.quarantined_samples.values()) for rank in ranks) == 7
-    again = [tools.make_loader({"s": folder}, cache, rank=rank, **options) for rank in range(4)]
-    assert sum(sum(rank.quarantined_samples.values()) for rank in again) == 7
 
 
 def test_the_share_of_bad_samples_is_that_of_all_ranks(tools, tmp_path, cache):
@@ -271,7 +266,7 @@ def test_too_many_bad_samples_stop_the_run(tools, tmp_path, cache, workers):
         change=lambda number, members: {**members, "cls": b"7"} if number % 4 == 0 else members,
     )
     loader = tools.make_loader({"s": folder}, cache, streams=4, workers=workers, max_corrupt_fraction=0.1)
-    with pytest.raises(DataError, match=r"more than data\.max_corrupt_fraction = 0\.1") as caught:
+    with pytest.raises(DataError) as caught:
         take(loader, 40)
     assert "label out of range" in caught.value.why
 
@@ -311,7 +306,6 @@ def test_bad_samples_on_the_way_to_a_batch_that_never_comes_are_counted_and_list
     start = loader.state_dict()
     assert take(loader, 1) == []
     assert loader.quarantined == {"label out of range": 10}
-    assert loader.quarantined_samples == {"label out of range": 10}
     assert loader.account.bad == 10
     assert len(path.read_text().splitlines()) == 10
     assert loader.state_dict() == start  # a resume goes on from what was handed out
@@ -356,16 +350,17 @@ def test_a_worker_that_is_killed_is_told_with_the_next_batch_and_not_before(tool
 
 
 @pytest.mark.parametrize(
-    ("options", "match", "fix"),
+    ("options", "where", "fix"),
     [
-        ({"world": 3, "micro": 4}, "4 streams cannot be distributed evenly to 3 ranks", "6"),
-        ({"micro": 6}, "micro-batch of 6", "8"),
-        ({"workers": 3}, "over 3 workers", "1, 2, 4"),
+        ({"world": 3, "micro": 4}, "data.streams", "6"),
+        ({"micro": 6}, "optim.micro_batch_size", "8"),
+        ({"workers": 3}, "data.num_workers", "1, 2, 4"),
     ],
 )
-def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, match, fix):
-    with pytest.raises(ConfigError, match=match) as caught:
+def test_arithmetic_that_does_not_add_up(tools, folder, cache, options, where, fix):
+    with pytest.raises(ConfigError) as caught:
         tools.make_loader({"s": folder}, cache, streams=4, **options)
+    assert caught.value.where == where
     assert fix in caught.value.fix
 
 
@@ -390,8 +385,9 @@ def test_the_loader_leaves_the_global_generator_alone(tools, folder, cache):
 
 
 def test_a_tokenizer_is_found_beside_the_shards(folder, tmp_path):
-    with pytest.raises(ConfigError, match="there is no tokenizer"):
+    with pytest.raises(ConfigError) as caught:
         find_tokenizer({"s": DatasetConfig(path=str(folder))}, None)
+    assert caught.value.where.startswith("text.tokenizer; looked in ")
     with pytest.raises(ConfigError) as caught:
         find_tokenizer({}, str(tmp_path))
     assert caught.value.where == "text.tokenizer"

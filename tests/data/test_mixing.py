@@ -73,16 +73,20 @@ def test_a_schedule_is_linear_between_its_points():
 
 
 @pytest.mark.parametrize(
-    ("sources", "says"),
+    ("sources", "where"),
     [
-        ({}, "the run has no data"),
-        ({"a": 0.0, "b": 0.0}, "no dataset has a weight after 0 samples"),
-        ({"a": [(0, 1), (10, 0)], "b": [(0, 0), (10, 0), (20, 1)]}, "no dataset has a weight after 10 samples"),
+        ({}, "data.datasets"),
+        ({"a": 0.0, "b": 0.0}, "data.datasets.a.weight, data.datasets.b.weight"),
+        (
+            {"a": [(0, 1), (10, 0)], "b": [(0, 0), (10, 0), (20, 1)]},
+            "data.datasets.a.weight, data.datasets.b.weight",
+        ),
     ],
 )
-def test_some_source_has_a_weight_at_all_times(sources, says):
-    with pytest.raises(ConfigError, match=says):
+def test_some_source_has_a_weight_at_all_times(sources, where):
+    with pytest.raises(ConfigError) as caught:
         check_weights({name: DatasetConfig(path="x", weight=weight) for name, weight in sources.items()})
+    assert caught.value.where == where
 
 
 @pytest.mark.parametrize("weight", [-1, float("inf"), float("nan"), [[0, 1]], [[1, 1], [2, 2]], [[0, 1], [0, 2]], "x"])

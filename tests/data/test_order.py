@@ -61,12 +61,10 @@ def test_shards_that_no_deal_makes_even_are_seen_evenly(sizes):
 
 
 @given(data=st.data(), sizes=sizes_of_shards)
-def test_a_stream_reads_only_its_shards_and_every_shard_has_one_owner(data, sizes):
+def test_a_stream_reads_only_its_shards(data, sizes):
     orders = orders_of(sizes, data.draw(st.integers(1, sum(sizes))), 2)
     for order in orders:
         assert {order.locate(position).shard for position in range(3 * order.longest)} <= set(order.shards)
-        assert set(order.own_shards) <= set(order.shards)
-    assert sorted(shard for order in orders for shard in order.own_shards) == list(range(len(sizes)))
     for epoch in (0, 3):
         for shard, size in enumerate(sizes):
             assert sum(order.samples_of(epoch, [shard]) for order in orders) == size

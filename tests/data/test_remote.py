@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import servers
 import torch
@@ -18,11 +16,11 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.config import DataConfig, DatasetConfig
-from m3i_scale.data.index import build_index, load_index
+from m3i_scale.data.index import build_index
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import Url, to_address
 from m3i_scale.data.remote.fetch import read_file
-from m3i_scale.data.scan import save_index
+from m3i_scale.data.remote.read_errors import BadShardError
 from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.tokenizer import find_tokenizer
@@ -111,9 +109,10 @@ def test_what_nginx_does_badly_is_named(tools, nginx, tmp_path, impatient, below
         for number in range(8):
             impatient(f"s-00{number}.tar", 1.0)  # a shard takes several seconds at that pace
     source = f"{nginx}/{below}/s-{{000..007}}.tar"
-    with pytest.raises(DataError, match=f"cannot read the shard: {reason}") as caught:
+    with pytest.raises(BadShardError) as caught:
         tools.make_loader({"s": source}, tmp_path, **options(tmp_path, max_read_attempts=2))
-    assert f"{below}/s-00" in str(caught.value)
+    assert caught.value.reason == reason
+    assert f"{below}/s-00" in caught.value.where
 
 
 @pytest.mark.parametrize(("cache_gib", "workers"), [(0, 0), (0.01, 2)])
@@ -141,9 +140,10 @@ def test_an_s3_folder_is_listed_and_what_is_missing_is_told(tools, s3, tmp_path)
     assert [place.name for place in expand_shards("s3://bucket/photos", "", Access())] == [
         f"s-00{n}.tar" for n in range(8)
     ]
-    with pytest.raises(DataError, match="cannot read the shard: not found") as caught:
+    with pytest.raises(BadShardError) as caught:
         tools.make_loader({"s": "s3://bucket/photos/s-{000..008}.tar"}, tmp_path, **options(tmp_path))
-    assert "s-008.tar" in str(caught.value)
+    assert caught.value.reason == "not found"
+    assert "s-008.tar" in caught.value.where
     assert "SECRETKEY" not in str(caught.value)
 
 
@@ -221,29 +221,20 @@ def test_indices_beside_remote_shards_are_taken(tools, tmp_path, expected):
         same(take(loader, 8), expected)
 
 
-def test_an_index_beside_remote_shards_that_does_not_list_all_samples_is_not_taken(tools, tmp_path):
-    path = tools.write_tar(tmp_path / "data" / "s.tar", [(f"{number}.png", bytes(800)) for number in range(30)])
-    (whole,) = build_index([path], tmp_path / "data" / "index")
-    half = replace(whole, ranges_N2=whole.ranges_N2[::2], heads_N=whole.heads_N[::2])
-    save_index(half, tmp_path / "data" / "index" / "s.tar.npz")
-    with servers.faulty_server(tmp_path / "data") as server:
-        (found,) = load_index([Url(f"{server.address}/s.tar")], tmp_path / "cache")
-    assert np.array_equal(found.ranges_N2, whole.ranges_N2)
-
-
 @pytest.mark.parametrize(
-    ("place", "fault"),
+    "place",
     [
-        ("ftp://host/s.tar", "cannot be read from 'ftp:'"),
-        ("ssh://host/s.tar", "cannot be read from 'ssh:'"),
-        ("https://name:SECRET@host/s.tar", "a user name or password"),
-        ("https://host/s.tar?X-Amz-Signature=SECRET", "a query"),
+        "ftp://host/s.tar",
+        "ssh://host/s.tar",
+        "https://name:SECRET@host/s.tar",
+        "https://host/s.tar?X-Amz-Signature=SECRET",
     ],
 )
-def test_addresses_that_are_refused_do_not_give_secrets_away(place, fault):
+def test_addresses_that_are_refused_do_not_give_secrets_away(place):
     source = {"s": DatasetConfig(path=place)}
-    with pytest.raises(DataError, match=fault) as caught:
+    with pytest.raises(DataError) as caught:
         check_access(DataConfig(datasets=source), source)
+    assert caught.value.where.startswith("dataset 's': ")
     assert "SECRET" not in str(caught.value)
 
 
@@ -255,33 +246,22 @@ def test_names_of_addresses():
     assert told == "403 for https://h/x.tar?… and s3://…@h/y"
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"cache_gib": 3.0},
-        {"cache_dir": "/data/cache"},
-        {"read_timeout_s": 5.0},
-        {"start_timeout_s": 5.0},
-    ],
-)
-def test_settings_without_effect(setting, shards):
-    source = {"s": DatasetConfig(path=str(shards))}
-    with pytest.raises(ConfigError, match="has no effect"):
-        check_access(DataConfig(datasets=source, **setting), source)
-
-
 def test_a_cache_larger_than_its_disk_and_one_that_cannot_be_written(tmp_path, nginx):
     source = {"s": DatasetConfig(path=nginx)}
-    with pytest.raises(ConfigError, match="limit of the shard cache"):
+    with pytest.raises(ConfigError) as caught:
         check_access(DataConfig(datasets=source, cache_gib=1e7, cache_dir=tmp_path), source)
+    assert caught.value.where == f"data.cache_dir: {tmp_path}"
+    assert "data.cache_gib" in caught.value.fix
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write the shard cache"):
+    with pytest.raises(ConfigError) as caught:
         check_access(DataConfig(datasets=source, cache_dir=tmp_path / "file" / "x"), source)
+    assert caught.value.where == f"data.cache_dir: {tmp_path / 'file' / 'x'}"
 
 
 def test_shards_elsewhere_are_not_for_tools():
-    with pytest.raises(DataError, match="needs local shards"):
+    with pytest.raises(DataError) as caught:
         local_shards("s3://bucket/x.tar")
+    assert caught.value.where == "shards: s3://bucket/x.tar"
 
 
 def test_a_server_that_fails_a_check_is_not_asked_again_for_warnings(tmp_path):

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torchvision.io import write_png
 
 from m3i_scale.data.reader import BadSampleError
-from m3i_scale.data.samples import open_image, quick_pixels, read_annotations
+from m3i_scale.data.samples import open_image, quick_pixels, read_caption, read_label
 
 LIMIT = 1_000_000
 
@@ -96,27 +96,27 @@ def test_images_by_extension(tools, extension):
 )
 def test_bad_labels(data, reason):
     with pytest.raises(BadSampleError, match=reason):
-        read_annotations({"cls": data}, 3)
+        read_label({"cls": data}, 3)
 
 
 def test_labels_and_captions():
-    assert read_annotations({"cls": b" 2\n", "txt": "é ".encode()}, 3) == type(read_annotations({}, 3))(2, "é")
-    assert read_annotations({"cls": b"junk"}, None).label is None
-    assert read_annotations({"txt": b" \n"}, 3).caption is None
-    with pytest.raises(BadSampleError, match="UTF-8"):
-        read_annotations({"txt": b"\xff\xfe"}, 3)
+    assert read_label({"cls": b" 2\n"}, 3) == 2
+    assert read_label({}, 3) is read_label({"cls": b"junk"}, None) is None
+    assert read_caption({"txt": "é ".encode()}) == "é"
+    assert read_caption({}) is read_caption({"txt": b" \n"}) is None
     with pytest.raises(BadSampleError) as caught:
-        read_annotations({"txt": b"a" * 100}, 3, 0, max_caption_bytes=99)
+        read_caption({"txt": b"\xff\xfe"})
+    assert caught.value.reason == "caption is not UTF-8"
+    with pytest.raises(BadSampleError) as caught:
+        read_caption({"txt": b"a" * 100}, 0, 99)
     assert caught.value.reason == "caption too large"
-    assert read_annotations({"txt": b"a" * 100}, 3, captions=False, max_caption_bytes=99).caption is None
 
 
 def test_one_of_several_captions_is_drawn():
     members = {"txt": b"\n one \n\ntwo\nthree\n"}
-    assert [read_annotations(members, None, draw).caption for draw in range(4)] == ["one", "two", "three", "one"]
-    assert read_annotations(members, None).caption == "one \n\ntwo\nthree"
-    assert read_annotations({"txt": b" \n"}, None, 5).caption is None
-    assert read_annotations({}, None, 5).caption is None
+    assert [read_caption(members, draw) for draw in range(4)] == ["one", "two", "three", "one"]
+    assert read_caption(members) == "one \n\ntwo\nthree"
+    assert read_caption({"txt": b" \n"}, 5) is read_caption({}, 5) is None
 
 
 def test_open_image_reads_the_header_only(tools):

@@ -11,8 +11,8 @@ import servers
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import Url
-from m3i_scale.data.remote.faults import FaultError
 from m3i_scale.data.remote.fetch import facts, read_range
+from m3i_scale.data.remote.read_errors import ReadError
 from m3i_scale.errors import DataError
 from m3i_scale.text import without_secrets
 
@@ -80,7 +80,7 @@ def test_credentials_of_s3(no_aws, bucket, tmp_path, chain):
 def test_credentials_that_are_refused_are_not_told(no_aws, bucket, tmp_path, chain):
     key = chain(no_aws, tmp_path, bucket.address)
     bucket.always["bucket/f.tar"] = "403"
-    with pytest.raises(FaultError) as caught:
+    with pytest.raises(ReadError) as caught:
         facts(Url("s3://bucket/f.tar"), Access(attempts=1))
     assert caught.value.reason == "access refused"
     assert key not in caught.value.detail

@@ -49,7 +49,6 @@ class _Stream:
     def __init__(self, run: RunConfig, image_size: int) -> None:
         self._run = run
         self.quarantined: dict[str, int] = {}
-        self.quarantined_samples: dict[str, int] = {}
         self.resize(image_size, MICRO_BATCH)
 
     def resize(self, image_size: int, micro_batch_size: int) -> None:

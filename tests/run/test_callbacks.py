@@ -57,7 +57,6 @@ def test_a_record_has_one_name_for_every_figure() -> None:
         "ema_decay": 0.996,
         "samples": 640,
         "quarantined": 0,
-        "quarantined_samples": 0,
         "skipped_nonfinite": 0,
         "information": 2.0,
         "loss/text": 1.5,

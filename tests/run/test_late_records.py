@@ -53,7 +53,7 @@ class Loop:
             fp16_enabled=lambda: False,
             get_global_grad_norm=lambda: 1.0,
         )
-        stream = SimpleNamespace(source_counts=dict, quarantined={}, quarantined_samples={})
+        stream = SimpleNamespace(source_counts=dict, quarantined={})
         self.noting, self.release = Noting(), threading.Event()
         self.state: Any = SimpleNamespace(
             engine=engine,

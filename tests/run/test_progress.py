@@ -25,12 +25,12 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     display, stream = show(terminal=False)
     display.on_start(info(tmp_path, start_step=10))
     groups = {"[odd]": {"loss": 1.5}, "intra": {"loss": 2.0}}
-    display.on_step(record(20, quarantined=3, quarantined_samples=2, groups=groups))
+    display.on_step(record(20, quarantined=3, groups=groups))
     display.on_evaluation(20, {"text": {"loss": 1.25}})
     display.on_end("finished")
     assert stream.getvalue().splitlines() == [
         f"demo resumes after step 10, 100 steps on 2 ranks, in {tmp_path}",
-        "step 20/100  ETA 0:02:40  loss 3.5 ([odd] 1.5, intra 2)  quarantined 3 (2 samples)  lr 1.00e-03  "
+        "step 20/100  ETA 0:02:40  loss 3.5 ([odd] 1.5, intra 2)  quarantined 3  lr 1.00e-03  "
         "data wait 25%  MFU 25.0%  3,136 tokens/s  32.0 samples/s",
         "step 20  evaluation/text/loss 1.25",
         "run finished",

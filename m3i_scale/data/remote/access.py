@@ -1,33 +1,18 @@
-"""Access settings for shards from the config file (limits, retries, cache), and the retry loop."""
+"""Access settings for shards from the config file: limits, retries, cache."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
-
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_random_exponential
 
 from m3i_scale.config import DataConfig, DatasetConfig
 from m3i_scale.data.remote.address import is_remote, to_address
 from m3i_scale.data.remote.cache import ShardCache
-from m3i_scale.data.remote.faults import FaultError, to_fault
 from m3i_scale.defaults import MAX_SAMPLE_BYTES
-from m3i_scale.errors import ConfigError
 from m3i_scale.text import GIB
-
-BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
-MAX_PAUSE_S = 300.0
-"""Limit for the pause that a server requests."""
-_ONLY_REMOTE = ("cache_gib", "cache_dir", "read_timeout_s", "start_timeout_s")
-
-Result = TypeVar("Result")
 
 
 def default_cache_dir() -> Path:
@@ -67,17 +52,8 @@ class Access:
 def check_access(data: DataConfig, sources: dict[str, DatasetConfig]) -> Access:
     """Validate and return the access settings for the shards of `sources`."""
     named = [*sources.items(), *data.datasets.items(), *data.validation.items()]
-    remote = [(name, source.path) for name, source in named if is_remote(source.path)]
-    for name, shards in remote:
-        to_address(shards, f"dataset '{name}'")
-    if not remote:
-        for setting in _ONLY_REMOTE:
-            if getattr(data, setting) != DataConfig.model_fields[setting].default:
-                raise ConfigError(
-                    f"data.{setting} has no effect: all shards are local",
-                    where=f"data.{setting}",
-                    fix="remove it",
-                )
+    for name, source in named:
+        to_address(source.path, f"dataset '{name}'")
     access = Access(
         attempts=data.max_read_attempts,
         timeout_s=data.read_timeout_s,
@@ -89,43 +65,3 @@ def check_access(data: DataConfig, sources: dict[str, DatasetConfig]) -> Access:
     if access.cache and any(is_remote(source.path) for source in sources.values()):
         access.cache.check()
     return access
-
-
-def retried(attempt: Callable[[], Result], access: Access, lasting: tuple[type[Exception], ...] = ()) -> Result:
-    """Call `attempt` until it succeeds, with exponential backoff and full jitter between attempts.
-
-    It is repeated after every `FaultError` and every error that maps to one, except `lasting` errors. The `FaultError`
-    of the last attempt is raised.
-    """
-
-    def once() -> Result:
-        try:
-            return attempt()
-        except Exception as error:
-            fault = to_fault(error, access.timeout_s)
-            if isinstance(fault, FaultError):
-                fault.lasting |= isinstance(error, lasting)
-            if fault is error:
-                raise
-            raise fault from error
-
-    # Random over the full interval ("full jitter"), so that a thousand readers do not retry at the same moment.
-    retrying = Retrying(
-        stop=functools.partial(_gives_up, access),
-        wait=wait_combine(_pause_asked_for, wait_random_exponential(multiplier=BACKOFF_S, max=MAX_BACKOFF_S)),
-        retry=retry_if_exception(lambda error: isinstance(error, FaultError) and not error.lasting),
-        reraise=True,
-    )
-    return retrying(once)
-
-
-def _pause_asked_for(state: RetryCallState) -> float:
-    fault = state.outcome.exception() if state.outcome else None
-    return min(MAX_PAUSE_S, fault.pause_s) if isinstance(fault, FaultError) else 0.0
-
-
-def _gives_up(access: Access, state: RetryCallState) -> bool:
-    if state.attempt_number >= access.attempts:
-        return True
-    waited_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
-    return not _pause_asked_for(state) and waited_s > access.total_timeout_s

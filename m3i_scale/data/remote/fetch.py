@@ -1,7 +1,7 @@
 """Reading of remote files through fsspec, with a time limit per attempt and retries.
 
 The length of every read is checked, so truncated responses and ignored ranges are detected. Functions other than
-`read_file` raise `FaultError` after all attempts.
+`read_file` raise `ReadError` after all attempts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import fsspec
 from fsspec.asyn import sync
 
-from m3i_scale.data.remote.access import Access, retried
+from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
-from m3i_scale.data.remote.faults import NO_RANGES, FaultError, RemoteReadError
+from m3i_scale.data.remote.read_errors import NO_RANGES, ReadError, SidecarReadError, retried
 from m3i_scale.errors import ConfigError
 
 SMALL_FILE_BYTES = 256 << 20
@@ -40,7 +40,6 @@ class Facts:
     size: int
     version: str
     """Changes with the content: ETag, generation, hash or time; empty if the server sends none."""
-    sha256: str = ""
 
 
 def facts(url: Url, access: Access) -> Facts:
@@ -49,11 +48,11 @@ def facts(url: Url, access: Access) -> Facts:
     def once() -> Facts:
         info = _call(url, "info", access, **_FRESH.get(url.scheme, {}))
         if info.get("size") is None:
-            raise FaultError("size unknown", "the server does not send the size of the file", lasting=True)
+            raise ReadError("size unknown", "the server does not send the size of the file", lasting=True)
         sha256 = str((info.get("lfs") or {}).get("sha256") or "")
         names = ("ETag", "etag", "generation", "blob_id", "Last-Modified", "LastModified")
         versions = [sha256, *(str(info.get(name) or "") for name in names)]
-        return Facts(int(info["size"]), next(filter(None, versions), ""), sha256)
+        return Facts(int(info["size"]), next(filter(None, versions), ""))
 
     return retried(once, access)
 
@@ -67,7 +66,7 @@ def read_range(url: Url, start: int, end: int, access: Access, version: str = ""
         else:
             data = _call(url, "cat_file", access, start=start, end=end, **_EXACT.get(url.scheme, {}))
         if len(data) != end - start:
-            raise FaultError("cut off", f"{len(data)} of {end - start} bytes at {start}")
+            raise ReadError("cut off", f"{len(data)} of {end - start} bytes at {start}")
         return data
 
     return retried(once, access)
@@ -93,8 +92,8 @@ def read_file(place: Address, access: Access | None = None) -> bytes:
 
     try:
         data = retried(once, limits)
-    except FaultError as fault:
-        raise RemoteReadError(fault) from None
+    except ReadError as error:
+        raise SidecarReadError(error) from None
     if data is None:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(place))
     return data
@@ -148,7 +147,7 @@ def _call(url: Url, method: str, access: Access, **options: Any) -> Any:
 
 
 def _http(url: Url, access: Access, limit: int, version: str = "", ranged: str = "") -> bytes:
-    """Send one HTTP request and return the body. Raise `FaultError` if it exceeds `limit` or does not match the
+    """Send one HTTP request and return the body. Raise `ReadError` if it exceeds `limit` or does not match the
     request, FileNotFoundError if the file does not exist."""
     files = filesystem(url, access)
     answer = functools.partial(_answer, files, url.address, limit, version, ranged)
@@ -172,15 +171,15 @@ async def _answer(files: Any, address: str, limit: int, version: str, ranged: st
         answer.raise_for_status()
         if ranged and answer.status != 206:
             # Retried: a cache between may answer so now and then.
-            raise FaultError(NO_RANGES, "the server ignores range requests and sends the complete file")
+            raise ReadError(NO_RANGES, "the server ignores range requests and sends the complete file")
         sent_range = answer.headers.get("Content-Range")  # truncation is detected by the length
         wanted_range = ranged.replace("=", " ").rpartition("-")[0]
         if ranged and sent_range is not None and not sent_range.startswith(f"{wanted_range}-"):
-            raise FaultError("another range", f"asked for {ranged}, the server sent {sent_range[:100]}")
+            raise ReadError("another range", f"asked for {ranged}, the server sent {sent_range[:100]}")
         sent_version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         if version and sent_version != version:
             detail = f"version {version} was indexed, the server has {sent_version or 'none'}"
-            raise FaultError("replaced", detail, lasting=True)
+            raise ReadError("replaced", detail, lasting=True)
         data = bytearray()
         async for block in answer.content.iter_any():
             data += block
@@ -189,5 +188,5 @@ async def _answer(files: Any, address: str, limit: int, version: str, ranged: st
     return bytes(data)
 
 
-def _too_long(limit: int) -> FaultError:
-    return FaultError("answer too long", f"more than {limit} bytes", lasting=True)
+def _too_long(limit: int) -> ReadError:
+    return ReadError("answer too long", f"more than {limit} bytes", lasting=True)

@@ -4,16 +4,12 @@ Rules for every shard that is read:
 
 - Threads download it into the cache, up to one window ahead, if the cache has room for it and the shards in use.
 - Until then, and if there is no room, single samples are read by range request.
-- With a checksum in manifest.json, no sample is used before the complete shard is verified. A shard without room is
-  read once to be verified. Otherwise the free space would decide whether a corrupt shard is lost, and the sample orders
-  of processes would diverge.
-- A failed download ahead of need decides nothing: a shard is corrupt only if it cannot be read when it is needed.
-  Otherwise a transient error would lose a shard in one process but not in another, and the orders would diverge.
+- A failed download decides nothing: a shard is corrupt only if it cannot be read when it is needed. Otherwise a
+  transient error would lose a shard in one process but not in another, and their sample orders would diverge.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Hashable, Sequence
@@ -23,14 +19,12 @@ from typing import BinaryIO
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address, Url
 from m3i_scale.data.remote.cache import cache_key
-from m3i_scale.data.remote.faults import FaultError, bad_shard
 from m3i_scale.data.remote.fetch import facts, read_parts, read_range
+from m3i_scale.data.remote.read_errors import ReadError, bad_shard
 from m3i_scale.data.scan import ShardIndex
 
 FETCHERS = 4
 """Download threads per process."""
-CHECKSUM_ATTEMPTS = 2
-"""The first wrong checksum may be a transmission error; the second one means a corrupt shard."""
 
 Fetch = Future[int | None]
 """Descriptor of the shard in the cache; None if there was no room for it."""
@@ -49,8 +43,6 @@ class RemoteShards:
         """Downloads of all expected shards; their descriptors lock the shards in the cache."""
         self._same_version: set[Address] = set()
         """Shards of current windows with a checked version."""
-        self._verified: set[Address] = set()
-        """Uncached shards with a valid checksum."""
         self._changed = threading.Condition()
         self._fetchers: list[threading.Thread] = []
         self._closed = False
@@ -83,8 +75,8 @@ class RemoteShards:
         if the cache fails."""
         try:
             return self._read(index, start, end)
-        except FaultError as fault:
-            raise bad_shard(index.path, fault) from None
+        except ReadError as error:
+            raise bad_shard(index.path, error) from None
 
     def close(self) -> None:
         """Release all shards; threads end after their current download."""
@@ -101,7 +93,7 @@ class RemoteShards:
             try:
                 return os.pread(descriptor, end - start, start)
             except OSError as error:
-                raise FaultError("the cache fails", str(error)) from None
+                raise ReadError("the cache fails", str(error)) from None
         if url not in self._same_version:
             check_version(index, self._access)
             self._same_version.add(url)
@@ -111,28 +103,12 @@ class RemoteShards:
         """Return the descriptor of the shard in the cache; None if it must be read by range request."""
         if self._cache is None:
             return None
-        url = _url(index)
-        ahead_of_need = url in self._fetches and _is_begun(self._fetches[url])
-        if url not in self._wanted:
+        if index.path not in self._wanted:
             self.expect(None, [index])
-        if index.sha256:
-            return self._wait_for(url, ahead_of_need)
-        future = self._fetches[url]
-        if not future.done() or isinstance(future.exception(), FaultError):
+        future = self._fetches[index.path]
+        if not future.done() or isinstance(future.exception(), ReadError):
             return None
         return future.result()
-
-    def _wait_for(self, path: Address, ahead_of_need: bool) -> int | None:
-        """Wait for a download and return its descriptor. A failed download ahead of need is repeated."""
-        try:
-            return self._fetches[path].result()
-        except FaultError:
-            if not ahead_of_need:
-                raise
-        with self._changed:
-            self._fetches[path] = Future()
-            self._changed.notify_all()
-        return self._fetches[path].result()
 
     def _let_go(self, path: Address) -> None:
         future = self._fetches.pop(path)
@@ -162,44 +138,23 @@ class RemoteShards:
         """Return a descriptor of the shard in the cache, downloaded if missing; None if there is no room."""
         if self._cache is None:
             raise RuntimeError("no cache")
-        key = cache_key(_url(index), index.version or index.sha256 or index.digest, index.size)
-        descriptor = self._cache.open_or_add(key, index.size, lambda out: self._fetch_verified(index, out))
-        if descriptor is None and index.sha256 and index.path not in self._verified:
-            self._fetch_verified(index, None)
-            self._verified.add(index.path)
-        return descriptor
+        key = cache_key(_url(index), index.version or index.digest, index.size)
+        return self._cache.open_or_add(key, index.size, lambda out: self._download(index, out))
 
-    def _fetch_verified(self, index: ShardIndex, out: BinaryIO | None) -> None:
-        """Download and verify a complete shard; without `out` nothing is stored."""
-        for _ in range(CHECKSUM_ATTEMPTS):
-            sha256 = self._download(index, out)
-            if sha256 == index.sha256:
-                return
-        detail = f"sha256 is {sha256}, manifest.json has {index.sha256}"
-        raise FaultError("wrong checksum", detail, lasting=True)
-
-    def _download(self, index: ShardIndex, out: BinaryIO | None) -> str:
-        """Download a complete shard to the start of `out`; return its SHA-256, or "" if the shard has no checksum."""
+    def _download(self, index: ShardIndex, out: BinaryIO) -> None:
         check_version(index, self._access)
-        sha256 = hashlib.sha256() if index.sha256 else None
-        if out is not None:
-            out.seek(0)
         for part in read_parts(_url(index), index.size, self._access, index.version):
-            if sha256 is not None:
-                sha256.update(part)
-            if out is not None:
-                out.write(part)
+            out.write(part)
         check_version(index, self._access)
-        return "" if sha256 is None else sha256.hexdigest()
 
 
 def check_version(index: ShardIndex, access: Access) -> None:
-    """Check that the server still has the indexed version; otherwise raise `FaultError`."""
+    """Check that the server still has the indexed version; otherwise raise `ReadError`."""
     now = facts(_url(index), access)
     if now.size != index.size:
-        raise FaultError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
+        raise ReadError("replaced", f"{index.size} bytes were indexed, the server has {now.size}", lasting=True)
     if index.version and now.version != index.version:
-        raise FaultError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
+        raise ReadError("replaced", f"version {index.version} was indexed, the server has {now.version}", lasting=True)
 
 
 def _is_begun(future: Fetch) -> bool:

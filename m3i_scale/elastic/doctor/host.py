@@ -116,8 +116,8 @@ def _sources(run: RunConfig) -> dict[str, Any]:
 def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
     from m3i_scale.data.remote.access import Access
     from m3i_scale.data.remote.address import Url
-    from m3i_scale.data.remote.faults import FaultError
     from m3i_scale.data.remote.fetch import facts, read_range
+    from m3i_scale.data.remote.read_errors import ReadError
     from m3i_scale.data.shards import expand_shards
 
     began = time.perf_counter()
@@ -131,7 +131,7 @@ def _first_shard(run: RunConfig, name: str, shards: str) -> dict[str, Any]:
             access = Access(attempts=2, timeout_s=min(run.data.read_timeout_s, 10.0))
             size = facts(first, access).size
             read = len(read_range(first, 0, min(size, _READ_BYTES), access))
-    except (UserError, FaultError) as error:
+    except (UserError, ReadError) as error:
         where = error.where if isinstance(error, UserError) else without_secrets(shards)
         return {"shard": where or without_secrets(shards), "error": without_secrets(str(error).splitlines()[0])}
     except OSError as error:

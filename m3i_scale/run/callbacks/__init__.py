@@ -86,8 +86,6 @@ class StepRecord:
     """Number of skipped corrupt samples so far, over all ranks, counted once per epoch."""
     memory_gib: float
     """Peak memory of the rank with the highest usage, in GiB."""
-    quarantined_samples: int = 0
-    """Number of distinct skipped corrupt samples, over all ranks."""
     lr_lowest: float | None = None
     """Lowest learning rate of any parameter group in this step; None if all groups share one."""
     loss_scale: float | None = None
@@ -132,7 +130,6 @@ class StepRecord:
             "skipped_steps": self.skipped_steps,
             "samples": self.samples,
             "quarantined": self.quarantined,
-            "quarantined_samples": self.quarantined_samples,
             "skipped_nonfinite": self.skipped_nonfinite,
             "information": self.information,
             "time/step": self.step_s,

@@ -154,7 +154,7 @@ def summary(record: StepRecord, *, moving: bool = False) -> tuple[str, ...]:
     if record.skipped_nonfinite:
         parts.append(f"not finite, skipped {record.skipped_nonfinite:,}")
     if record.quarantined:
-        parts.append(f"quarantined {record.quarantined:,} ({record.quarantined_samples:,} samples)")
+        parts.append(f"quarantined {record.quarantined:,}")
     parts += [f"lr {record.lr:.2e}", f"data wait {record.data_wait_share:.0%}"]
     if record.mfu is not None:
         parts.append(f"MFU {record.mfu:.1%}")

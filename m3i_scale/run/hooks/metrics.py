@@ -93,7 +93,6 @@ class Metrics(Hook):
             grad_norm=None if norm is None else float(norm),
             ema_decay=state.ema_decay,
             quarantined=sum(state.stream.quarantined.values()),
-            quarantined_samples=sum(state.stream.quarantined_samples.values()),
             world_size=state.ranks.world_size,
             loss_scale=scale,
             skipped_steps=None if scale is None else int(state.engine.skipped_steps),

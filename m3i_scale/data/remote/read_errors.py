@@ -1,20 +1,30 @@
-"""Errors of reading a shard: `FaultError` for a failed attempt, `BadShardError` for a shard that is given up."""
+"""Errors and retries of reads: `ReadError` for a failed attempt, `BadShardError` for a shard that is given up."""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
 import errno
+import functools
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.client import IncompleteRead
-from typing import Any
+from typing import Any, TypeVar
 
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_combine, wait_random_exponential
+
+from m3i_scale.data.remote.access import Access
 from m3i_scale.data.remote.address import Address
 from m3i_scale.errors import DataError, UserError
 from m3i_scale.text import without_secrets
 
+Result = TypeVar("Result")
+
+BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+MAX_PAUSE_S = 300.0
+"""Limit for the pause that a server requests."""
 SHARD = "shard: "
 """Prefix of the reason of samples that are lost with their shard."""
 NO_RANGES = "no range requests"
@@ -22,8 +32,6 @@ _DETAIL_LETTERS = 200
 _FIXES = {
     "access refused": "set the credentials of the service (docs/data.md)",
     "answer too long": "the server must send exactly the requested range",
-}
-_FIXES_OF_A_RUN = _FIXES | {
     "replaced": "restore the indexed version; to use the new one, start a new run, which indexes it",
 }
 _FIXES_AT_START = _FIXES | {
@@ -41,7 +49,7 @@ _LIBRARY_ERRORS = (
 """Errors besides OSError that file systems raise; their libraries are not imported here."""
 
 
-class FaultError(Exception):
+class ReadError(Exception):
     """Raised when one attempt fails.
 
     Args:
@@ -56,12 +64,12 @@ class FaultError(Exception):
         super().__init__(reason, detail)
 
 
-class RemoteReadError(OSError):
+class SidecarReadError(OSError):
     """Raised if a small file next to remote shards cannot be read after all attempts."""
 
-    def __init__(self, fault: FaultError) -> None:
-        self.fault = fault
-        super().__init__(f"{fault.reason}: {fault.detail}")
+    def __init__(self, error: ReadError) -> None:
+        self.error = error
+        super().__init__(f"{error.reason}: {error.detail}")
 
 
 class BadShardError(DataError):
@@ -71,41 +79,41 @@ class BadShardError(DataError):
     """Short text, the same for all errors of a kind."""
 
 
-def bad_shard(place: Address, fault: FaultError, *, at_start: bool = False) -> BadShardError:
-    """Return the error for a shard that is given up because of `fault`.
+def bad_shard(place: Address, error: ReadError, *, at_start: bool = False) -> BadShardError:
+    """Return the error for a shard that is given up because of `error`.
 
     `at_start`: before the first step, when every shard must be readable regardless of data.bad_shards.
     """
-    fix = _FIXES_OF_A_RUN.get(fault.reason, "repair it, or skip it with data.bad_shards=quarantine")
-    error = BadShardError(
-        f"cannot read the shard: {fault.reason}",
+    fix = _FIXES.get(error.reason, "repair it, or skip it with data.bad_shards=quarantine")
+    bad = BadShardError(
+        f"cannot read the shard: {error.reason}",
         where=str(place),
-        why=fault.detail or None,
-        fix=start_fix(fault) if at_start else fix,
+        why=error.detail or None,
+        fix=start_fix(error) if at_start else fix,
     )
-    error.reason = fault.reason
-    return error
+    bad.reason = error.reason
+    return bad
 
 
 def start_fix(error: Exception) -> str | None:
     """Return a suggested fix for an error before the first step; None for errors not caused by a server."""
-    fault = error.fault if isinstance(error, RemoteReadError) else error
-    if not isinstance(fault, FaultError):
+    cause = error.error if isinstance(error, SidecarReadError) else error
+    if not isinstance(cause, ReadError):
         return None
     waiting = "check the server and the address; for a slow server, raise data.start_timeout_s"
-    return _FIXES_AT_START.get(fault.reason, waiting)
+    return _FIXES_AT_START.get(cause.reason, waiting)
 
 
-def to_fault(error: Exception, timeout_s: float) -> Exception:
-    """Convert an error of a file system to a `FaultError`; return other errors, such as bugs, unchanged."""
-    if isinstance(error, FaultError | UserError) or not isinstance(error, _library_errors()):
+def to_read_error(error: Exception, timeout_s: float) -> Exception:
+    """Convert an error of a file system to a `ReadError`; return other errors, such as bugs, unchanged."""
+    if isinstance(error, ReadError | UserError) or not isinstance(error, _library_errors()):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error  # not an error of the shard
-    return _fault_of(error, timeout_s)
+    return _convert(error, timeout_s)
 
 
-def _fault_of(error: BaseException, timeout_s: float) -> FaultError:
+def _convert(error: BaseException, timeout_s: float) -> ReadError:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, _library_errors()):
         error = error.__cause__  # fsspec raises this for any file that it cannot stat
     name = type(error).__name__
@@ -114,12 +122,12 @@ def _fault_of(error: BaseException, timeout_s: float) -> FaultError:
     status, headers = (None, {}) if cut_off else _answer(error)
     detail = without_secrets(f"{name if status is None else f'HTTP {status}'}: {error}")[:_DETAIL_LETTERS]
     if status is not None:
-        return FaultError(_reason_of_status(status), detail, pause_s=_pause_s(headers))
+        return ReadError(_reason_of_status(status), detail, pause_s=_pause_s(headers))
     if isinstance(error, asyncio.TimeoutError | TimeoutError):
-        return FaultError("stalled or slow", f"no complete response within {timeout_s:g} s")
+        return ReadError("stalled or slow", f"no complete response within {timeout_s:g} s")
     by_class = {FileNotFoundError: "not found", PermissionError: "access refused"}
     reason = next((reason for kind, reason in by_class.items() if isinstance(error, kind)), "connection lost")
-    return FaultError("cut off" if cut_off else reason, detail)
+    return ReadError("cut off" if cut_off else reason, detail)
 
 
 def _library_errors() -> tuple[type[BaseException], ...]:
@@ -167,3 +175,43 @@ def _reason_of_status(status: int) -> str:
     if status in (408, 429) or status >= 500:
         return "server error"
     return "refused by the server"
+
+
+def retried(attempt: Callable[[], Result], access: Access, lasting: tuple[type[Exception], ...] = ()) -> Result:
+    """Call `attempt` until it succeeds, with exponential backoff and full jitter between attempts.
+
+    It is repeated after every `ReadError` and every error that maps to one, except `lasting` errors. The `ReadError`
+    of the last attempt is raised.
+    """
+
+    def once() -> Result:
+        try:
+            return attempt()
+        except Exception as error:
+            read_error = to_read_error(error, access.timeout_s)
+            if isinstance(read_error, ReadError):
+                read_error.lasting |= isinstance(error, lasting)
+            if read_error is error:
+                raise
+            raise read_error from error
+
+    # Random over the full interval ("full jitter"), so that a thousand readers do not retry at the same moment.
+    retrying = Retrying(
+        stop=functools.partial(_gives_up, access),
+        wait=wait_combine(_pause_asked_for, wait_random_exponential(multiplier=BACKOFF_S, max=MAX_BACKOFF_S)),
+        retry=retry_if_exception(lambda error: isinstance(error, ReadError) and not error.lasting),
+        reraise=True,
+    )
+    return retrying(once)
+
+
+def _pause_asked_for(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    return min(MAX_PAUSE_S, error.pause_s) if isinstance(error, ReadError) else 0.0
+
+
+def _gives_up(access: Access, state: RetryCallState) -> bool:
+    if state.attempt_number >= access.attempts:
+        return True
+    waited_s = (state.seconds_since_start or 0.0) + state.upcoming_sleep
+    return not _pause_asked_for(state) and waited_s > access.total_timeout_s
