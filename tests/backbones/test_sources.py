@@ -158,6 +158,19 @@ def test_a_bare_file_says_that_its_norms_are_assumed_to_come_first(tmp_path: Pat
     assert "layer_norm_eps" not in planned(timm_folder(tmp_path / "folder", timm_model())).report["assumed"]
 
 
+def test_a_bare_file_of_a_size_whose_norms_come_last(tmp_path: Path) -> None:
+    """EVA-02-E has the names and shapes of a ViT, and computes something else."""
+    with torch.device("meta"):
+        weights = timm.create_model("eva02_enormous_patch14_clip_224", num_classes=0).state_dict()
+    small = {name: torch.zeros(tuple(min(side, 1792 if name == "norm.weight" else 8) for side in value.shape))
+             for name, value in weights.items()}  # fmt: skip
+    save_file(small, tmp_path / "eva.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        planned(tmp_path / "eva.safetensors", num_attention_heads=16)
+    assert caught.value.where == "backbone.from_pretrained"
+    assert "EVA-02-E" in caught.value.what
+
+
 OPEN_CLIP = {
     "clip": ({}, {}),
     "quick gelu": ({"quick_gelu": True}, {}),

@@ -27,6 +27,8 @@ _ROLES = {
     for part, name in family.parts.items()
 }
 _NORMS = ("pre_norm", "0.norm1", "0.norm2", "norm")
+_POST_NORM = {(1792, 64): "EVA-02-E"}
+"""Published models with norms after attention and MLP, by width and depth. No name or shape differs."""
 
 NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
 NO_MASK_TOKEN = (r"embeddings\.mask_token$", "no mask token: no input reads it")
@@ -64,6 +66,11 @@ def plain_config(
     rotary = "registers" in parts and "positions" not in parts
     _require(parts, rotary, facts)
     width, depth = parts["norm.weight"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
+    if (width, depth) in _POST_NORM:
+        raise MismatchError(
+            f"{depth} layers of width {width} are {_POST_NORM[width, depth]}: its norms come after attention and MLP",
+            "in the stock models, norms come before them",
+        )
     patch = _patch_side(parts["patch.weight"])
     assumed: dict[str, str] = {}
     side = facts.side if rotary and facts.side else _grid_side(parts, facts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -53,7 +52,7 @@ class Dense(PatchTarget):
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
         wanted_BQD = gather_tokens(target_BND, query_BQ)
-        key = self._statistics_key
+        key = (self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers)
         if key not in context.statistics:
             context.statistics[key] = self.regularizer.statistics(target_BND, given.ranks)
         value = self.regularizer.loss(
@@ -64,11 +63,6 @@ class Dense(PatchTarget):
         if context.measures:
             loss.moments = gaussian_moments(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
         return loss
-
-    @cached_property
-    def _statistics_key(self) -> tuple[str, str, int, int]:
-        """Return the cache key shared by targets with the same statistics. Cached, because serialization is slow."""
-        return self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers
 
     def _target(self, given: TargetModules, context: Context) -> Tensor:
         key = (self.encoder_key, self.view, self.layers)
