@@ -23,9 +23,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.objective.distributions.base import unit
+from m3i_scale.objective.distributions.base import Gaussian, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
-from m3i_scale.objective.distributions.densities import Gaussian
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue
