@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3i_scale.objective.diagnostics import gaussian_information, gaussian_moments
 from m3i_scale.objective.distributions.base import unit
 from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
-from m3i_scale.objective.estimate import gaussian_information, gaussian_moments
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import BoltzmannClasses
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_scale.objective.health import HostFigures
+from m3i_scale.objective.diagnostics import HostFigures
 from m3i_scale.run.callbacks import Callback, CallbackList, StepRecord
 from m3i_scale.run.hooks.metrics import Metrics
 from m3i_scale.run.meter import Meter

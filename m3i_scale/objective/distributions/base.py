@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.objective.estimate import Moments
+from m3i_scale.objective.diagnostics import Moments
 from m3i_scale.objective.ranks import Ranks
 
 
