@@ -12,8 +12,7 @@ from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 from typing_extensions import Self
 
-from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.backbones.base import attend, gather_tokens, split_heads
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH

@@ -10,7 +10,6 @@ from typing import Any
 from m3i_scale.backbones.families import token_family
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
 from m3i_scale.backbones.sources.plain import Facts, plain_config
-from m3i_scale.backbones.sources.timm_vit import timm_trunk
 
 _MARK = "transformer.resblocks.0.ln_1.weight"
 _PREFIXES = ("visual.", "module.visual.")
@@ -76,8 +75,12 @@ def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields
         raise MismatchError("open_clip_config.json has no model_cfg.vision_cfg", "it says what the tower is")
     preprocess = values.get("preprocess_cfg") or {}
     images = normalisation(preprocess.get("mean"), preprocess.get("std"))
-    if vision.get("timm_model_name"):
-        return _trunk(given, folder, vision, fields, images)
+    if name := vision.get("timm_model_name"):
+        raise MismatchError(
+            f"its vision tower is timm's '{name}'",
+            "of open_clip's folders, only its own towers are read",
+            fix="start from timm's folder of that tower, or from the same model in transformers, e.g. google/siglip-…",
+        )
     for key, why in _UNLIKE.items():
         if vision.get(key):
             raise MismatchError(f"vision_cfg.{key} is {vision[key]!r}", why)
@@ -120,18 +123,3 @@ def _shapes(vision: Mapping[str, Any]) -> Shapes:
     for number in range(layers):
         shapes |= {f"transformer.resblocks.{number}.{name}": shape for name, shape in layer.items()}
     return {f"visual.{name}": shape for name, shape in shapes.items()}
-
-
-def _trunk(
-    given: str,
-    folder: Path,
-    vision: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    images: Mapping[str, list[float]],
-) -> Source:
-    """Return the tower of open_clip's TimmModel. It has no projection; pooling and head are timm's."""
-    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
-    own_head = projection in ("linear", "mlp") or pool in ("abs_attn", "rot_attn")
-    arguments = {} if own_head else {"global_pool": pool, "num_classes": 0}
-    source = timm_trunk(given, folder, str(vision["timm_model_name"]), arguments, fields)
-    return replace(source, normalisation=images)
