@@ -248,7 +248,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no predictor": (
         "byol",
         lambda r: r["heads"]["global"].pop("predictor_depth"),
-        "predictor_hidden: no effect|predictor",
+        "give its head a predictor",
     ),
     "no prototypes": ("sim_global", lambda r: r["heads"]["prototypes"].pop("prototypes"), "needs `prototypes`"),
     "idle prototypes": (

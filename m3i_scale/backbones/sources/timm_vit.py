@@ -45,13 +45,10 @@ def timm_prefix(shapes: Shapes) -> str | None:
 
 
 def timm_source(
-    given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
+    given: str, place: Path, prefix: str, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """Return the source for tensors with timm's names. `shapes` are from a header or a model on the meta device;
-    `facts` is None for a bare file."""
-    prefix = timm_prefix(shapes)
-    if prefix is None:
-        raise MismatchError("it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
+    """Return the source for tensors with timm's names after a prefix. `shapes` are from a header or a model on the meta
+    device; `facts` is None for a bare file."""
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise MismatchError("it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
@@ -110,7 +107,7 @@ def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Map
     """Return the source for a folder written by timm; `config.json` names the architecture."""
     architecture, arguments = str(config["architecture"]), dict(config.get("model_args") or {})
     shapes, facts = _empty_model(architecture, json.dumps(arguments, sort_keys=True))
-    source = timm_source(given, folder, shapes, fields, facts)
+    source = timm_source(given, folder, "", shapes, fields, facts)
     cfg = config.get("pretrained_cfg") or {}
     return replace(source, normalisation=normalisation(cfg.get("mean"), cfg.get("std")))
 

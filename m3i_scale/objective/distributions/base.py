@@ -48,15 +48,10 @@ class Distribution(Kind):
 
 
 class Density(Distribution):
-    """A distribution over vectors; its loss measures the distance between target and prediction."""
+    """A distribution over vectors; its loss measures the distance between target and prediction. Patch-level targets
+    need `maps`, image-level targets `vectors`."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = Distribution.kinds
-
-    @classmethod
-    def missing_methods(cls) -> list[str]:
-        """Return the missing methods: `maps` is for patches, `vectors` for pooled targets; one of them is required."""
-        neither = cls.maps is Density.maps and cls.vectors is Density.vectors
-        return ["maps or vectors"] if neither else super().missing_methods()
 
     def maps(self, prediction_BND: Tensor, target_BND: Tensor, ranks: Ranks) -> Tensor:
         """Return −log P̂ per dimension, averaged over tokens and samples."""

@@ -30,8 +30,6 @@ class PooledRegularizer(Regularizer):
     """Required base class of the distribution."""
     needs_predictor: ClassVar[bool] = False
     """Whether trained targets collapse without a predictor."""
-    replaces_likelihood: ClassVar[bool] = False
-    """Whether its loss replaces −log P̂, so that the distribution's fields have no effect."""
 
     def memory(self, width: int) -> Memory:
         """Return the head's memory of earlier batches, for targets with `width` channels."""
@@ -90,11 +88,10 @@ class UniGrad(PooledRegularizer):
 
 
 class CrossCorrelation(PooledRegularizer):
-    """Barlow Twins: correlates each channel only with itself. Replaces −log P̂."""
+    """Barlow Twins: correlates each channel only with itself. Replaces −log P̂, so the distribution has no effect."""
 
     kind: ClassVar[str] = "cross_correlation"
     memory_fields: ClassVar[tuple[str, ...]] = ()
-    replaces_likelihood: ClassVar[bool] = True
     encoders: ClassVar[tuple[str, ...]] = ("online",)
     within_batch: ClassVar[bool] = True
     offdiagonal_weight: float = Field(default=0.005, gt=0)

@@ -19,7 +19,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
-from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Assigned
@@ -235,10 +235,6 @@ class Target(Kind):
     def scores(self, label_sets: dict[str, list[str]]) -> Scores | None:
         """Return the scores that are computed from outputs, or None. `label_sets`: class names by label set."""
         return None
-
-    def export(self, source: Any) -> Any:
-        """Return backbone and head of a checkpoint (a `Source`) as a standard model, an `ExportedModule`."""
-        raise ExportError(f"no standard model has the predictions of {self.title}", fix="--task features")
 
     def sources(self, context: Context) -> list[Encoded]:
         """Return the parts of inputs that predict the target."""

@@ -49,9 +49,6 @@ class Pooled(HeadTarget):
             )
         if self.regularizer.needs_predictor and self.encoder != "teacher" and not head.predictor_depth:
             yield "a stop gradient alone lets a pooled target collapse: give its head a predictor, `predictor_depth: 2`"
-        idle = sorted(self.distribution.model_fields_set) if self.regularizer.replaces_likelihood else []
-        if idle:
-            yield f"`{idle[0]}` has no effect: '{self.regularizer.kind}' takes the place of the likelihood"
 
 
 def pooled_target(target: HeadTarget, given: TargetModules, context: Context) -> Tensor:
