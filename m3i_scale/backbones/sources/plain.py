@@ -97,16 +97,14 @@ def plain_config(
             "a bare file does not say it; the default of its code base. Norms are assumed to come before attention and "
             "MLP (pre-norm): a post-norm model has the same names and shapes"
         )
-    if pre_norm:
-        return kind(**common, **specific), assumed, ()
     if rotary:
-        config = kind(**common, **specific, rope_theta=facts.rope_theta)
-        family_of(config).adapt(config)
-        return config, assumed, (NO_MASK_TOKEN,)
+        specific["rope_theta"] = facts.rope_theta
+    config = kind(**common, **specific)
+    family_of(config).adapt(config)
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
-    return kind(**common, **specific), assumed, tuple(zeros)
+    return config, assumed, tuple(zeros)
 
 
 def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:
