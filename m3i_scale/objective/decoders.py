@@ -6,11 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
-from typing_extensions import Self
 
 from m3i_scale.backbones.base import attend, gather_tokens, split_heads
 from m3i_scale.backbones.families import VisionConfig
@@ -218,12 +217,6 @@ class LayeredSpec(DecoderSpec):
     """Attention heads; default: one per 64 channels."""
     depth: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Number of layers."""
-
-    @model_validator(mode="after")
-    def _splits(self) -> Self:
-        if self.width is not None and self.heads is not None:
-            _check_heads(self.width, self.heads)
-        return self
 
     def shape(self, config: VisionConfig) -> tuple[int, int]:
         """Return width and number of heads. Raise a ValueError if 4 or the heads do not divide the width."""

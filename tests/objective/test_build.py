@@ -76,7 +76,7 @@ FAULTS = {
     "no tokenizer": (("clip",), {"vocabulary": None}, "text.tokenizer"),
     "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "optim.micro_batch_size: 1"),
     "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "backbone.config"),
-    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "recipe"),
+    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "recipe.decoders.pixels"),
     "pool heads": (("siglip", "recipe.decoders.pool.heads=5"), {}, "recipe.decoders.pool"),
     "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "hidden_size"),
     "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "vocab_size"),

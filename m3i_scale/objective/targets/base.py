@@ -359,16 +359,12 @@ class ImageTarget(Target):
             example = f"recipe.teachers.{self.teacher}.from_pretrained=/data/models/dinov2-base"
             fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"give it one, e.g. {example}"
             yield f"no teacher '{self.teacher}'; {fix}"
-        if self.encoder != "teacher" and "teacher" in self.model_fields_set:
-            yield f"`teacher` has no effect beside `encoder: {self.encoder}`"
         decoder = parts.decoders[self.decoder]
         if self.compares_tokens and not isinstance(decoder, PointwiseSpec):
             yield f"{self.title} compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
-        pairs, seen = self.predicted_from(parts), sum(parts.input(name).views for name in self.inputs)
+        pairs = self.predicted_from(parts)
         if not pairs:
             yield f"`pairs: {self.pairs}` leaves nothing that predicts it"
-        elif self.pairs != "all" and len(pairs) == seen:
-            yield f"`pairs: {self.pairs}` has no effect: it leaves nothing out"
         if parts.is_small(self.view):
             yield f"view {self.view} is a small one: targets lie in views of the backbone's size"
         if self.dense and any(parts.is_small(view) for _, view in pairs):

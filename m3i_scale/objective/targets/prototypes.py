@@ -69,8 +69,6 @@ class Prototypes(HeadTarget):
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
         if not head.prototypes:
             yield f"a distribution over prototypes needs `prototypes` in head '{self.head}', e.g. 4096"
-        if head.prototypes == 1:
-            yield "`prototypes: 1`: all samples would have it"
         fault = self.regularizer.fault(self.distribution)
         if fault:
             yield fault
