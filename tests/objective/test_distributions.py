@@ -14,9 +14,9 @@ from open_clip.loss import ClipLoss
 from m3i_scale.objective.distributions import boltzmann
 from m3i_scale.objective.distributions.base import Gaussian, SmoothL1
 from m3i_scale.objective.distributions.boltzmann import Boltzmann, _LogSumExp
-from m3i_scale.objective.distributions.pairs import BoltzmannPairs, gather_targets
 from m3i_scale.objective.ranks import SingleProcess, global_mean
 from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.objective.targets.text import BoltzmannPairs, gather_targets
 
 ALONE = SingleProcess()
 

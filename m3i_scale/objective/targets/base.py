@@ -23,7 +23,6 @@ from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.boltzmann import Assigned
-from m3i_scale.objective.distributions.pairs import PairTargets
 from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
@@ -104,7 +103,8 @@ class Context:
     """Number of samples over all ranks that have the target, by target: fp32."""
     measures: bool = False
     """Whether this step is logged: estimating the information needs an eigenvalue decomposition."""
-    text: PairTargets | None = None
+    text: Any = None
+    """`PairTargets` of the captions, for text targets."""
     layers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     """Outputs of the last layers by (`encoder_key`, view), if targets average them: (B, D, H, W), final layer last."""
     dense: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
