@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_scale.objective.diagnostics import gaussian_information, gaussian_moments
-from m3i_scale.objective.distributions.base import unit
+from m3i_scale.objective.distributions import unit
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import BoltzmannClasses
 from m3i_scale.objective.targets.text import BernoulliPairs, BoltzmannPairs, gather_targets

@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from m3i_scale.objective.distributions.base import Density, Loss
+from m3i_scale.objective.distributions import Density, Loss
 from m3i_scale.objective.masks import Mask
 from m3i_scale.objective.ranks import global_mean
 from m3i_scale.objective.regularizers.base import Memory

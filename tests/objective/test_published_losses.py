@@ -23,8 +23,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.objective.distributions.base import Gaussian, unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
+from m3i_scale.objective.distributions import Boltzmann, Gaussian, assigned, unit
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue
 from m3i_scale.objective.regularizers.pooled import CrossCorrelation, UniGrad, VarianceCovariance

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_CANDIDATES
-from m3i_scale.objective.distributions.base import Density, Distribution, Loss, unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions import Boltzmann, Density, Distribution, Loss, unit
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue, Regularizer
 

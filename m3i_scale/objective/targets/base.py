@@ -21,8 +21,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
-from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.boltzmann import Assigned
+from m3i_scale.objective.distributions import Assigned, Loss
 from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec

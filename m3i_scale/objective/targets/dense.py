@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.limits import MAX_LAYERS
 from m3i_scale.objective.diagnostics import gaussian_moments
-from m3i_scale.objective.distributions.base import Density, Gaussian, Loss, unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions import Boltzmann, Density, Gaussian, Loss, unit
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules

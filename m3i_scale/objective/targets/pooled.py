@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.decoders import ClassToken, pool
 from m3i_scale.objective.diagnostics import gaussian_moments
-from m3i_scale.objective.distributions.base import Distribution, Gaussian, Loss
+from m3i_scale.objective.distributions import Distribution, Gaussian, Loss
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.pooled import KoLeo, PooledRegularizer
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Sizes, Target, TargetModules

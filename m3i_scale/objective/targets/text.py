@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_WIDTH
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.ranks import Ranks, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates
 from m3i_scale.objective.targets.base import Context, Encoded, Sizes, Target, TargetModules
