@@ -149,7 +149,6 @@ def _target_heads(
         sizes = Sizes(
             decoded=width_of(decoders[target.decoder]),
             encoded=config.hidden_size if teacher is None else cast(Teacher, teachers[teacher]).width,
-            pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
             vocabulary=tokens,
             backbone=student,

@@ -87,9 +87,7 @@ class TransformerDecoder(nn.Module):
         """Return the last `count` tokens, the mask tokens, after all layers."""
         for layer in self.layers[:-1]:
             sequence_BSD = layer(sequence_BSD)
-        for layer in self.layers[-1:]:
-            sequence_BSD = _read_last(layer, sequence_BSD, count)
-        return sequence_BSD[:, -count:]
+        return _read_last(self.layers[-1], sequence_BSD, count)
 
 
 class CrossAttentionDecoder(TransformerDecoder):

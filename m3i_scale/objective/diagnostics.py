@@ -39,10 +39,6 @@ class HostFigures:
         """Drop all scheduled metrics."""
         self._asked = []
 
-    def take(self) -> dict[str, float]:
-        """Compute all metrics and clear the queue. Synchronizes with the device once."""
-        return self.copy()()
-
     def copy(self) -> Callable[[], dict[str, float]]:
         """Copy the tensors to the CPU and clear the queue. Synchronizes with the device once. Return a function that
         computes all metrics from the copies, on any thread."""

@@ -143,8 +143,6 @@ class Sizes:
     """Output width of the decoder."""
     encoded: int
     """Width of the tokens from f_φ: the teacher's or the backbone's."""
-    pixels: int
-    """Values per patch."""
     classes: list[int]
     """Number of classes of every label set."""
     vocabulary: int

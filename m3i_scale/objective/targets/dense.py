@@ -93,7 +93,7 @@ class Pixels(Dense):
     """Standardize the pixels of each patch (MAE)."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        return DenseHead(sizes.decoded, sizes.pixels)
+        return DenseHead(sizes.decoded, 3 * sizes.backbone.patch_size**2)
 
     def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:
         """Return the target view as predicted from one input: normalized (B, 3, H, W), fp32. Other patches show the
