@@ -21,8 +21,8 @@ TOP = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGE
 API, EXTENSIONS = "api.md", "extensions.md"
 FAMILIES = [
     "objective.regularizers.base.Regularizer",
-    "objective.distributions.base.Distribution",
-    "objective.distributions.base.Loss",
+    "objective.distributions.Distribution",
+    "objective.distributions.Loss",
     "objective.masks.Mask",
     "objective.targets.base.Target",
     "objective.decoders.DecoderSpec",

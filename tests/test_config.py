@@ -162,14 +162,6 @@ def test_the_heads_of_a_pool_split_what_it_is_fed_and_not_what_it_gives():
     assert parse_recipe(run.recipe).decoders["pool"].heads == 3
 
 
-def test_heads_that_do_not_divide_a_width_are_refused_with_the_recipe():
-    run = load_run("m3i", ["recipe.decoders.dense={kind: transformer, width: 64, heads: 3}"])
-    with pytest.raises(ConfigError) as caught:
-        parse_recipe(run.recipe)
-    assert caught.value.where == "recipe"
-    assert "recipe.decoders.dense" in caught.value.what
-
-
 def test_a_name_like_no_other_is_told_all_built_in_names():
     with pytest.raises(ConfigError) as caught:
         load_run("nosuch")

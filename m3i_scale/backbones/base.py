@@ -1,4 +1,4 @@
-"""Interface of a backbone f_θ."""
+"""Interface of a backbone f_θ, and functions for tokens: their grid, selection and attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Tokens = tuple[Tensor, Tensor]
@@ -165,3 +166,29 @@ def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
 def gather_tokens(tokens_BND: Tensor, index_BL: Tensor) -> Tensor:
     """Return the tokens at `index_BL`: (B, L, D)."""
     return tokens_BND.gather(1, index_BL[..., None].expand(-1, -1, tokens_BND.shape[-1]))
+
+
+def split_heads(x_BLD: Tensor, heads: int) -> Tensor:
+    """Split channels into heads: (B, L, H·D) → (B, H, L, D)."""
+    x_BHLD: Tensor = x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x_BHLD
+
+
+def attend(
+    query_BHQD: Tensor,
+    key_BHLD: Tensor,
+    value_BHLD: Tensor,
+    kernel: str,
+    *,
+    mask_B11L: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return softmax(QKᵀ/√D)V: (B, H, Q, D). Queries may be a subset of the tokens. `kernel`, that of the surrounding
+    stock layers, is sdpa (fused) or eager. Each row of the bool mask needs at least one True key; False keys are
+    masked."""
+    if kernel == "sdpa":
+        return F.scaled_dot_product_attention(query_BHQD, key_BHLD, value_BHLD, attn_mask=mask_B11L, dropout_p=dropout)
+    scores_BHQL = query_BHQD @ key_BHLD.transpose(2, 3) * query_BHQD.shape[-1] ** -0.5
+    if mask_B11L is not None:
+        scores_BHQL = scores_BHQL.masked_fill(~mask_B11L, -torch.inf)
+    return F.dropout(scores_BHQL.softmax(dim=-1), dropout) @ value_BHLD

@@ -20,8 +20,8 @@ from m3i_scale.backbones.families import (
     preset_config,
 )
 from m3i_scale.backbones.families.base import MAX_COUNTS, check_counts
+from m3i_scale.backbones.families.internimage import MapBackbone
 from m3i_scale.backbones.internimage import AUTO_MAP, SOURCE_FILES, InternImageConfig
-from m3i_scale.backbones.maps import MapBackbone
 from m3i_scale.backbones.sources import Source, find_source
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.config import BackboneConfig

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from m3i_scale.backbones.internimage import InternImageConfig
 
 _LAYER = re.compile(r"(?:encoder\.|model\.)?layers?\.(\d+)\.")
-_BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.")
 _LEVEL = re.compile(r"levels\.(\d+)\.(\w+)(?:\.(\d+))?")
 _DCN = ("offset", "center_feature_scale_proj")
 """Substrings in the names of weights of a deformable convolution's offsets and scale."""
@@ -34,10 +33,8 @@ def lr_scales(model: PreTrainedModel, decay: float, *, dense: bool, dcn: float =
     if not isinstance(config, InternImageConfig):
         depth = int(config.num_hidden_layers)
         return {name: decay ** (depth + 1 - _layer_of(name, depth)) for name in names}
-    rule = _dense_layer_of if dense else _block_of
     depths = tuple(config.depths)
-    last = sum(depths) + 1 if dense else sum(depths)
-    scales = {name: decay ** (last - rule(name, depths)) for name in names}
+    scales = {name: decay ** (sum(depths) + dense - _block_of(name, depths, dense)) for name in names}
     return {name: scale * (dcn if any(part in name for part in _DCN) else 1.0) for name, scale in scales.items()}
 
 
@@ -49,29 +46,18 @@ def _layer_of(name: str, depth: int) -> int:
     return int(found[1]) + 1 if found else depth + 1
 
 
-def _block_of(name: str, depths: tuple[int, ...]) -> int:
-    """Return the number of a block over all stages, from 1. The stem counts as the first block, layers between stages
-    as the next block, and all others as the last block."""
-    found = _BLOCK.match(name)
-    if found:
-        return sum(depths[: int(found[1])]) + int(found[2]) + 1
+def _block_of(name: str, depths: tuple[int, ...], dense: bool) -> int:
+    """Return the number of a block over all stages, from 1. Downsampling and norm after a stage count as the next
+    block. Classification: the stem counts as the first block, and all others as the last block. Dense: the stem is 0,
+    downsampling and norm after the last stage count as its first block, and others outside of stages are behind all."""
     if name.startswith("patch_embed"):
-        return 1
-    level = _LEVEL.match(name)
-    if level and level[2] in ("downsample", "norm") and int(level[1]) < len(depths) - 1:
-        return sum(depths[: int(level[1]) + 1]) + 1
-    return sum(depths)
-
-
-def _dense_layer_of(name: str, depths: tuple[int, ...]) -> int:
-    """Return 0 for the stem and N + 1 for block N over all stages. Downsampling and norm after a stage count as the
-    next block; after the last stage, as its first block."""
-    if name.startswith("patch_embed"):
-        return 0
+        return 0 if dense else 1
     level = _LEVEL.match(name)
     if level is None:
-        return sum(depths) + 1
-    stage = int(level[1])
-    if level[2] in ("downsample", "norm"):
-        return sum(depths[: min(stage + 1, len(depths) - 1)]) + 1
-    return sum(depths[:stage]) + int(level[3] or 0) + 1
+        return sum(depths) + dense
+    stage, part, last = int(level[1]), level[2], len(depths) - 1
+    if part in ("downsample", "norm") and (dense or stage < last):
+        return sum(depths[: min(stage + 1, last)]) + 1
+    if part == "blocks" or dense:
+        return sum(depths[:stage]) + int(level[3] or 0) + 1
+    return sum(depths)

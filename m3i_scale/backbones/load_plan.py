@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Matching:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     no_place: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
+    misshapen: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, path: Path, shape: Shape, place: Placement) -> None:
         """Match one tensor of a file."""
@@ -143,7 +143,7 @@ class Matching:
             self.takes[take.name] = replace(take, resized=True)
             self.resized[take.name] = {"from": list(shape), "to": list(take.shape)}
         else:
-            self.misshapen.append(f"{take.tensor} {shape}, and the model's {take.name} is {take.shape}")
+            self.misshapen[take.name] = f"{take.tensor} {shape}, and the model's {take.name} is {take.shape}"
 
 
 def _squeezed(shape: Shape) -> Shape:
@@ -167,7 +167,7 @@ def plan_model(
     where: str,
     *,
     positions: str | None = None,
-    fresh: list[str] | None = None,
+    fresh: Collection[str] = (),
     all_placed: bool = True,
 ) -> LoadPlan:
     """Plan the loading of any model, which may be on the meta device; see `plan_load`.
@@ -190,8 +190,8 @@ def plan_model(
             match.takes[name] = Take(name, match.wanted[name], None)
             zeros.setdefault(reason, []).append(name)
     absent = [name for name in match.wanted if name not in match.takes]
-    kept = [name for name in absent if name in (fresh or ())]
-    _refuse(source, match, [name for name in absent if name not in kept], where)
+    kept = [name for name in absent if name in fresh]
+    _refuse(source, match, [name for name in absent if name not in fresh], where)
     order = {path: number for number, path in enumerate([*files, None])}
     takes = sorted(match.takes.values(), key=lambda take: order[take.file])
     report = {
@@ -213,11 +213,9 @@ def plan_model(
 
 
 def _refuse(source: Source, match: Matching, missing: list[str], where: str) -> None:
-    shaped = {line.rpartition("model's ")[2].partition(" is ")[0] for line in match.misshapen}
-    missing = [name for name in missing if name not in shaped]
     problems = {
-        "are missing": [f"{name} {match.wanted[name]}" for name in missing],
-        "have another shape": match.misshapen,
+        "are missing": [f"{name} {match.wanted[name]}" for name in missing if name not in match.misshapen],
+        "have another shape": [*match.misshapen.values()],
         "find no place": match.no_place,
         "want the same place": match.twice,
     }

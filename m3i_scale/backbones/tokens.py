@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from m3i_scale.backbones.attention import split_heads
-from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, gather_tokens
+from m3i_scale.backbones.base import Backbone, MaskedPatches, Tokens, gather_tokens, split_heads
 from m3i_scale.backbones.families import TokenFamily, VisionConfig, find_family, token_family
 from m3i_scale.backbones.families.base import Angles
 

@@ -94,14 +94,9 @@ class Kind(Section):
         kind = vars(sys.modules[module]).get(name)  # not getattr: modules can compute attributes, which runs their code
         if not (isinstance(kind, type) and issubclass(kind, cls)):
             raise ValueError(f"'{path}' is no subclass of {cls.__module__}.{cls.__name__}")
-        if missing := kind.missing_methods():
+        if missing := sorted(kind.__abstractmethods__):
             raise FixableError(f"'{path}' does not define {', '.join(missing)}", "define it in the class")
         return kind
-
-    @classmethod
-    def missing_methods(cls) -> list[str]:
-        """Return the abstract methods that the class does not implement."""
-        return sorted(cls.__abstractmethods__)
 
     @model_validator(mode="wrap")
     @classmethod

@@ -66,7 +66,8 @@ def plan_parts(
         return [classifier_part(source, choose_label_set(source, wanted.label_set))]
     if wanted.task in TARGETS:
         kind = cast(type[Target], Target.class_of(wanted.task))
-        return [target_of(source, kind.modality).export(source)]
+        exportable: Any = target_of(source, kind.modality)
+        return [exportable.export(source)]
     if wanted.task == "backbone":
         return [backbone_part(source)]
     if wanted.task == "zero_shot":

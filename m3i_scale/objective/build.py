@@ -14,7 +14,7 @@ from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.backbones.layer_decay import lr_scales
 from m3i_scale.config import RunConfig
-from m3i_scale.errors import ConfigError
+from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import width_of
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower, text_config
@@ -95,6 +95,27 @@ def build_objective(
     )
 
 
+def build_on_meta(
+    run: RunConfig,
+    label_sets: dict[str, list[str]],
+    vocab_size: int | None,
+    ranks: Ranks | None = None,
+    *,
+    image_counts: list[int] | None = None,
+) -> Objective:
+    """Build the objective on the `meta` device; for the arguments see `build_objective`."""
+    try:
+        with torch.device("meta"):
+            return build_objective(run, label_sets, vocab_size, ranks, image_counts=image_counts)
+    except UserError:
+        raise
+    except Exception as error:  # library models may raise any exception for an invalid config value
+        raise ConfigError(
+            f"the model cannot be built: {type(error).__name__}: {error}",
+            where="backbone.config, text.config, recipe",
+        ) from error
+
+
 def inference_names(run: RunConfig, label_sets: dict[str, list[str]], vocab_size: int | None) -> set[str]:
     """Return the tensor names of an objective without target encoders; for the arguments see `build_objective`."""
     with torch.device("meta"):
@@ -128,7 +149,6 @@ def _target_heads(
         sizes = Sizes(
             decoded=width_of(decoders[target.decoder]),
             encoded=config.hidden_size if teacher is None else cast(Teacher, teachers[teacher]).width,
-            pixels=config.patch_size**2 * config.num_channels,
             classes=classes,
             vocabulary=tokens,
             backbone=student,

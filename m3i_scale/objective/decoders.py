@@ -6,14 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
-from typing_extensions import Self
 
-from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.backbones.base import gather_tokens
+from m3i_scale.backbones.base import attend, gather_tokens, split_heads
 from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
@@ -89,9 +87,7 @@ class TransformerDecoder(nn.Module):
         """Return the last `count` tokens, the mask tokens, after all layers."""
         for layer in self.layers[:-1]:
             sequence_BSD = layer(sequence_BSD)
-        for layer in self.layers[-1:]:
-            sequence_BSD = _read_last(layer, sequence_BSD, count)
-        return sequence_BSD[:, -count:]
+        return _read_last(self.layers[-1], sequence_BSD, count)
 
 
 class CrossAttentionDecoder(TransformerDecoder):
@@ -219,12 +215,6 @@ class LayeredSpec(DecoderSpec):
     """Attention heads; default: one per 64 channels."""
     depth: int = Field(default=4, ge=1, le=MAX_LAYERS)
     """Number of layers."""
-
-    @model_validator(mode="after")
-    def _splits(self) -> Self:
-        if self.width is not None and self.heads is not None:
-            _check_heads(self.width, self.heads)
-        return self
 
     def shape(self, config: VisionConfig) -> tuple[int, int]:
         """Return width and number of heads. Raise a ValueError if 4 or the heads do not divide the width."""

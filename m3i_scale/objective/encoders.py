@@ -12,8 +12,7 @@ from transformers import BertConfig, BertModel
 from transformers.initialization import no_init_weights
 from typing_extensions import Self
 
-from m3i_scale.backbones.attention import attend, split_heads
-from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.backbones.base import Backbone, Tokens, attend, split_heads
 from m3i_scale.backbones.build import set_field
 from m3i_scale.backbones.families.base import check_counts
 from m3i_scale.config import FixableError, Section

@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
@@ -43,18 +42,6 @@ class HeadSpec(Section):
     """Width of the predictor's hidden layers."""
     prototypes: int = Field(default=0, ge=0, le=MAX_CANDIDATES)
     """Number K of prototypes: unit vectors to which `kind: prototypes` targets compare z_y."""
-
-    @model_validator(mode="after")
-    def _no_idle_fields(self) -> Self:
-        hidden_layers = self.depth > 1 or self.predictor_depth > 1
-        for field, counts in (
-            ("hidden", self.depth > 1),
-            ("norm", hidden_layers),
-            ("predictor_hidden", self.predictor_depth > 1),
-        ):
-            if field in self.model_fields_set and not counts:
-                raise ValueError(f"{field}: no effect on a head without hidden layers")
-        return self
 
 
 class BackboneReader(nn.Module, ABC):

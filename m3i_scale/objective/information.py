@@ -19,11 +19,9 @@ from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.balance import GroupWeights
 from m3i_scale.objective.decoders import blocks_read, pool
-from m3i_scale.objective.distributions.pairs import gather_targets
+from m3i_scale.objective.diagnostics import HostFigures, health_figures, mean_information
 from m3i_scale.objective.encoders import EmaTeacher, Projector, TextTower
-from m3i_scale.objective.estimate import mean_information
 from m3i_scale.objective.heads import BackboneReader
-from m3i_scale.objective.health import HostFigures, health_figures
 from m3i_scale.objective.inputs import EncodedInput, PixelNorm, build_inputs
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe
@@ -31,6 +29,7 @@ from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.schedule import settled
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Target, TargetModules
 from m3i_scale.objective.targets.dense import Pixels
+from m3i_scale.objective.targets.text import gather_targets
 
 EMA_PREFIX, TEACHERS_PREFIX = "momentum.", "teachers."
 """Prefixes of the parameter names of an `Objective`'s EMA teacher and of its frozen teachers."""

@@ -104,12 +104,6 @@ class MixSpec(Section):
     form: Mask = RandomMask()
     """Mask that distributes the patches among the images."""
 
-    @model_validator(mode="after")
-    def _deals_all(self) -> Self:
-        if self.form.least_ratio:
-            raise FixableError(f"a mix has no use for the target blocks of '{self.form.kind}'", "form: random or block")
-        return self
-
 
 @dataclass
 class EncodedInput:

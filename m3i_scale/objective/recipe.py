@@ -242,11 +242,6 @@ class Recipe(Parts):
             yield "`ema` has no effect: no target has `encoder: ema`"
         if self.ema is None and averages:
             yield "a target has `encoder: ema`, so the recipe needs an `ema` section"
-        if self.ema and self.ema.end == 0:
-            yield "`ema.end: 0`: the EMA would be the model itself"
-        projects = self.ema is not None and "projector_depth" in self.ema.model_fields_set
-        if projects and not self.projects_dense_targets:
-            yield "`ema.projector_depth` has no effect: no dense target of the EMA teacher uses it"
         if all(target.collapses_alone for target in self.targets):
             yield (
                 f"nothing keeps '{self.targets[0].name}' from collapsing: a {self.targets[0].kind} target with "

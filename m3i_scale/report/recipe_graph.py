@@ -9,10 +9,10 @@ from pathlib import Path
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.convolution import ConvolutionSpec
 from m3i_scale.objective.decoders import DecoderSpec, LayeredSpec, TransformerSpec
-from m3i_scale.objective.distributions.pairs import BoltzmannPairs
 from m3i_scale.objective.inputs import InputSpec
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.targets.base import HeadTarget, ImageTarget, Target
+from m3i_scale.objective.targets.text import BoltzmannPairs
 from m3i_scale.report.recipe_table import weight_words, word
 from m3i_scale.text import printable
 

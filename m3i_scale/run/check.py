@@ -23,9 +23,9 @@ from m3i_scale.engine.peak import named_peak
 from m3i_scale.engine.precision import check_deterministic, compute_dtype
 from m3i_scale.errors import ConfigError, Faults, UserError, error_prefix
 from m3i_scale.host.output_dir import check_output_dir
+from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.fit import check_fit
 from m3i_scale.objective.information import Objective
-from m3i_scale.objective.meta import build_on_meta
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe, parse_recipe
 from m3i_scale.objective.teacher import FrozenTeacher
 from m3i_scale.run.callbacks.trackers import trackers_of

@@ -10,9 +10,9 @@ from m3i_scale.config import DistortionConfig, OptimConfig, RunConfig
 from m3i_scale.config.data import AugmentConfig
 from m3i_scale.config.optim import MultiStep
 from m3i_scale.config.views import ViewSpec, each_view
-from m3i_scale.objective.distributions.pairs import BernoulliPairs
 from m3i_scale.objective.recipe import Recipe
 from m3i_scale.objective.schedule import values_of
+from m3i_scale.objective.targets.text import BernoulliPairs
 
 _DAY_S = 86_400.0
 

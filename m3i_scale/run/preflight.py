@@ -23,7 +23,7 @@ from m3i_scale.engine.agree import gather_objects, together
 from m3i_scale.engine.deepspeed.rules import offloads_optimizer
 from m3i_scale.host.findings import Finding, compare_hosts, errors_in, not_ready
 from m3i_scale.host.machine import Needs, disk_finding, machine_findings, read_machine
-from m3i_scale.objective.meta import build_on_meta
+from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.rank_variables import ranks_on_host
 from m3i_scale.run import software

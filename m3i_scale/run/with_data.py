@@ -14,7 +14,7 @@ from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.parts import PartWorkers
 from m3i_scale.errors import ConfigError, Faults
 from m3i_scale.host.output_dir import QUARANTINE, QUARANTINE_VALIDATION, check_output_dir
-from m3i_scale.objective.meta import build_on_meta
+from m3i_scale.objective.build import build_on_meta
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.run.data_checks import DataFacts, check_batch, check_text, find_shards, read_facts

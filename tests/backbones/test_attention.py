@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import DINOV2, MAPS, random_batch, tiny_objective
 
-from m3i_scale.backbones.attention import attend, split_heads
+from m3i_scale.backbones.base import attend, split_heads
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -248,48 +248,49 @@ def test_every_preset_is_a_valid_configuration() -> None:
 
 
 FAULTS = {
-    "unknown preset": (BackboneConfig(preset="vit-x/16"), "no backbone 'vit-x/16'"),
-    "unknown field": (small(hiden_size=8), "ViT has no field 'hiden_size'"),
-    "patch": (small(patch_size=7), "patch size 7 does not divide image size 32"),
-    "heads": (small(num_attention_heads=3), "width 64 must be a multiple of 4 and of its 3 heads"),
+    "unknown preset": (BackboneConfig(preset="vit-x/16"), "backbone.preset"),
+    "unknown field": (small(hiden_size=8), "backbone.config"),
+    "patch": (small(patch_size=7), "backbone.config"),
+    "heads": (small(num_attention_heads=3), "backbone.config"),
     "no registers": (
         BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_register_tokens": 0}),
-        "'num_register_tokens' must be from 1",
+        "backbone.config.num_register_tokens",
     ),
     "registers' patch": (
         BackboneConfig(preset="dinov2-reg-s/14", config={"image_size": 200}),
-        "patch size 14 does not divide image size 200",
+        "backbone.config",
     ),
     "rotary patch": (
         BackboneConfig(preset="dinov3-s/16", config={"image_size": 200}),
-        "patch size 16 does not divide image size 200",
+        "backbone.config",
     ),
     "rotary heads": (
         BackboneConfig(preset="dinov3-s/16", config=SMALL | {"num_attention_heads": 32}),
-        "a head of 2 channels must be a multiple of 4",
+        "backbone.config.num_attention_heads: 32",
     ),
     "drawn coordinates": (
         BackboneConfig(preset="dinov3-s/16", config={"pos_embed_rescale": 2.0}),
-        "coordinates of patches are not drawn",
+        "backbone.config.pos_embed_rescale: 2.0",
     ),
     "siglip's head": (
         BackboneConfig(preset="siglip-b/16", config={"vision_use_head": True}),
-        "a backbone has no pooling head",
+        "backbone.config.vision_use_head: True",
     ),
     "siglip's patch": (
         BackboneConfig(preset="siglip-so400m/14", config={"image_size": 384}),
-        "patch size 14 does not divide image size 384",
+        "backbone.config",
     ),
-    "sides": (small(image_size=[32, 16]), "'image_size' must be one number"),
-    "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "from '/nowhere/at/all': there is no such file or"),
+    "sides": (small(image_size=[32, 16]), "backbone.config.image_size: [32, 16]"),
+    "nowhere": (BackboneConfig(from_pretrained="/nowhere/at/all"), "backbone.from_pretrained"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_no_vit_is_refused(fault: str) -> None:
-    config, message = FAULTS[fault]
-    with pytest.raises(ConfigError, match=message):
+    config, where = FAULTS[fault]
+    with pytest.raises(ConfigError) as caught:
         backbone_config(config)
+    assert caught.value.where == where
 
 
 def test_a_misspelt_field_gets_a_hint() -> None:

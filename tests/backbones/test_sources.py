@@ -89,7 +89,7 @@ def test_a_bare_file(tmp_path: Path, wrapped: str | None) -> None:
 
 
 def test_a_bare_file_is_judged_by_its_shapes_first(tmp_path: Path) -> None:
-    """Neither is any other number of heads asked for, nor an activation, where no number would help."""
+    """No number of heads is asked for where no number would help; parts that the model lacks are named."""
     save_file(timm_model(init_values=1.0, mlp_ratio=2.5).state_dict(), tmp_path / "scaled.safetensors")
     with pytest.raises(ConfigError) as caught:
         started(tmp_path / "scaled.safetensors")
@@ -97,9 +97,9 @@ def test_a_bare_file_is_judged_by_its_shapes_first(tmp_path: Path) -> None:
     assert "160 wide" in caught.value.what
     save_file(timm_model(pre_norm=True, init_values=1.0).state_dict(), tmp_path / "normed.safetensors")
     with pytest.raises(ConfigError) as caught:
-        started(tmp_path / "normed.safetensors")
+        started(tmp_path / "normed.safetensors", num_attention_heads=4, hidden_act="gelu")
     assert caught.value.where == "backbone.from_pretrained"
-    assert "LayerScale" in caught.value.what
+    assert "ls1.gamma" in caught.value.what
 
 
 def test_a_bare_file_of_a_published_size_knows_its_heads(tmp_path: Path) -> None:
@@ -156,6 +156,19 @@ def test_a_bare_file_says_that_its_norms_are_assumed_to_come_first(tmp_path: Pat
     bare = planned(tmp_path / "bare.safetensors", num_attention_heads=4).report["assumed"]
     assert "pre-norm" in bare["layer_norm_eps"]
     assert "layer_norm_eps" not in planned(timm_folder(tmp_path / "folder", timm_model())).report["assumed"]
+
+
+def test_a_bare_file_of_a_size_whose_norms_come_last(tmp_path: Path) -> None:
+    """EVA-02-E has the names and shapes of a ViT, and computes something else."""
+    with torch.device("meta"):
+        weights = timm.create_model("eva02_enormous_patch14_clip_224", num_classes=0).state_dict()
+    small = {name: torch.zeros(tuple(min(side, 1792 if name == "norm.weight" else 8) for side in value.shape))
+             for name, value in weights.items()}  # fmt: skip
+    save_file(small, tmp_path / "eva.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        planned(tmp_path / "eva.safetensors", num_attention_heads=16)
+    assert caught.value.where == "backbone.from_pretrained"
+    assert "EVA-02-E" in caught.value.what
 
 
 OPEN_CLIP = {
@@ -223,19 +236,6 @@ def test_a_bare_file_does_not_say_how_positions_are_rotated(tmp_path: Path) -> N
 
 
 @torch.no_grad()
-def test_an_open_clip_tower_of_timm(tmp_path: Path) -> None:
-    trunk = timm_model("eva_giant_patch14_224", global_pool="token", num_classes=24)
-    weights = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
-    weights |= {"text.token_embedding.weight": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
-    save_file(weights, tmp_path / "eva.safetensors")
-    backbone = started(tmp_path / "eva.safetensors", num_attention_heads=4)
-    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), trunk.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
-    report = planned(tmp_path / "eva.safetensors", num_attention_heads=4).report
-    assert report["left_out"]["not of the vision tower"] == ["logit_scale", "text.token_embedding.weight"]
-    assert [*report["zeros"].values()] == [[f"layers.{n}.attention.k_proj.bias" for n in (0, 1)]]
-
-
-@torch.no_grad()
 def test_a_bare_file_of_siglip_has_to_be_told_its_activation(tmp_path: Path) -> None:
     model = timm_model("vit_base_patch16_siglip_224", act_layer="gelu_tanh")
     save_file(model.state_dict(), tmp_path / "siglip.safetensors")
@@ -245,16 +245,6 @@ def test_a_bare_file_of_siglip_has_to_be_told_its_activation(tmp_path: Path) -> 
     assert "gelu_pytorch_tanh" in caught.value.fix
     backbone = started(tmp_path / "siglip.safetensors", num_attention_heads=4, hidden_act="gelu_pytorch_tanh")
     torch.testing.assert_close(backbone.last_hidden_state(IMAGES), model.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_an_open_clip_siglip(tmp_path: Path) -> None:
-    trunk = timm_model("vit_base_patch16_siglip_224", num_classes=0)
-    weights = {f"visual.trunk.{name}": value for name, value in trunk.state_dict().items()}
-    weights |= {"logit_bias": torch.zeros(()), "text.cls_emb": torch.zeros(4)}
-    save_file(weights, tmp_path / "siglip.safetensors")
-    backbone = started(tmp_path / "siglip.safetensors", num_attention_heads=4, hidden_act="gelu")
-    torch.testing.assert_close(backbone.last_hidden_state(IMAGES), trunk.forward_features(IMAGES), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bare", [True, False])
@@ -282,7 +272,7 @@ REFUSED = {
     "registers": (refused_timm(reg_tokens=2), "it has registers"),
     "no class token, but scales": (
         refused_timm(architecture="vit_base_patch16_siglip_224", init_values=1.0),
-        "no class token and also LayerScale",
+        r"find no place, e.g. blocks.0.ls1.gamma",
     ),
     "no class token, but registers": (
         refused_timm(architecture="vit_base_patch16_siglip_224", reg_tokens=2),
@@ -290,7 +280,7 @@ REFUSED = {
     ),
     "no class token and no biases": (
         refused_timm(architecture="vit_base_patch16_siglip_224", qkv_bias=False),
-        "no class token and no bias of queries",
+        r"are missing, e.g. .*_proj.bias",
     ),
     "norm behind the pooling": (refused_timm(global_pool="avg"), "its tokens pass no norm after the last layer"),
     "norms of queries": (refused_timm(qk_norm=True), "it normalises queries and keys"),
@@ -324,8 +314,9 @@ def test_what_no_stock_model_is_exactly_is_refused(tmp_path: Path, name: str) ->
 def test_the_run_file_must_not_contradict_the_weights(tmp_path: Path) -> None:
     folder = timm_folder(tmp_path, timm_model())
     for field, value in {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4}.items():
-        with pytest.raises(ConfigError, match=f"'{field}' is .* in '.*', and {value} in the run file"):
+        with pytest.raises(ConfigError) as caught:
             planned(folder, **{field: value})
+        assert caught.value.where == f"backbone.config.{field}"
     assert planned(folder, hidden_size=64, hidden_dropout_prob=0.1).report["resized"] == {}
 
 

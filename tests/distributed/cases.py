@@ -50,7 +50,7 @@ from m3i_scale.engine.partition import (
 from m3i_scale.engine.process_group import stop_ranks
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module
-from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
+from m3i_scale.objective.targets.text import BernoulliPairs, BoltzmannPairs, gather_targets
 from m3i_scale.plan.memory import fresh_engine, memory_of, snapshot_sizes
 from m3i_scale.plan.planning import Model
 from m3i_scale.plan.planning import Vocabulary as LearntFrom

@@ -80,7 +80,7 @@ class TrafficCases(RankParts):
             with Sizes(least_bytes=0) as backward:
                 loss.backward()
             told[name] = by_span["forward"], forward.calls.total(), backward.calls.total()
-        figures = objective.host_figures.take()
+        figures = objective.host_figures.copy()()
         of_all = {name: value for name, value in figures.items() if name.endswith(("nats", "spread"))}
         return told | {"figures": of_all}
 

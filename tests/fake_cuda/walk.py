@@ -122,7 +122,7 @@ def counted(name: str, *, logged: bool) -> dict[str, Any]:
             loss, figures = objective(there)
             loss.backward()
             objective.after_backward()
-            objective.host_figures.take()
+            objective.host_figures.copy()()
         elsewhere = [name for name, value in {"loss": loss, **figures}.items() if not value.is_cuda]
     return {"kernels": tracer.kernels, "waits": dict(tracer.waits), "elsewhere": elsewhere}
 

@@ -70,26 +70,27 @@ FAULTS = {
     "attention without a mix": (
         ("mae", "backbone.attention=across_images"),
         {},
-        "has no effect: the recipe mixes no images",
+        "backbone.attention",
     ),
-    "no labels": (("supervised",), {"labels": False}, "no dataset has labels"),
-    "no tokenizer": (("clip",), {"vocabulary": None}, "there is no tokenizer"),
-    "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "needs a micro-batch of at least"),
-    "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "1 patches cannot be dealt to 2 images"),
-    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "width 32 is no multiple of its 3 heads"),
-    "pool heads": (("siglip", "recipe.decoders.pool.heads=5"), {}, "decoder 'pool'"),
-    "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "BERT has no field 'hiden_size'"),
-    "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "no field 'vocab_size' to set"),
-    "text heads": (("clip", "text.config.num_attention_heads=3"), {}, "width 64 is no multiple of 3 heads"),
-    "too many tokens": (("clip", "text.max_tokens=600"), {}, "above the tower's 512 positions"),
+    "no labels": (("supervised",), {"labels": False}, "shards make"),
+    "no tokenizer": (("clip",), {"vocabulary": None}, "text.tokenizer"),
+    "micro-batch below the mix": (("m3i", "optim.micro_batch_size=1"), {}, "optim.micro_batch_size: 1"),
+    "one patch for two": (("m3i", "backbone.config.patch_size=32"), {}, "backbone.config"),
+    "decoder heads": (("mae", "recipe.decoders.pixels.heads=3"), {}, "recipe.decoders.pixels"),
+    "pool heads": (("siglip", "recipe.decoders.pool.heads=5"), {}, "recipe.decoders.pool"),
+    "unknown text field": (("clip", "text.config.hiden_size=8"), {}, "hidden_size"),
+    "vocabulary by hand": (("clip", "text.config.vocab_size=8"), {}, "vocab_size"),
+    "text heads": (("clip", "text.config.num_attention_heads=3"), {}, "text.config"),
+    "too many tokens": (("clip", "text.max_tokens=600"), {}, "text.config.max_position_embeddings"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_does_not_fit_is_refused(fault: str) -> None:
-    arguments, keywords, message = FAULTS[fault]
-    with pytest.raises(ConfigError, match=message):
+    arguments, keywords, key = FAULTS[fault]
+    with pytest.raises(ConfigError) as caught:
         build(*arguments, **keywords)
+    assert key in (caught.value.where or "") + (caught.value.fix or "")
 
 
 def test_text_targets_share_one_width() -> None:
@@ -155,13 +156,14 @@ def test_no_parameter_is_left_without_a_first_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "override", "reason"),
+    ("recipe", "override", "where"),
     [
-        ("ijepa", "recipe.inputs.0.mask.form.scale=0.05", "has no patch: 0.05 of 16 patches"),
-        ("data2vec2", "recipe.targets.0.layers=3", "averages 3 layers, and the backbone has 2"),
-        ("data2vec2", "recipe.decoders.dense.groups=24", "no multiple of its 24 groups"),
+        ("ijepa", "recipe.inputs.0.mask.form.scale=0.05", "recipe.inputs"),
+        ("data2vec2", "recipe.targets.0.layers=3", "recipe.targets"),
+        ("data2vec2", "recipe.decoders.dense.groups=24", "recipe.decoders.dense"),
     ],
 )
-def test_what_the_backbone_is_too_small_for(recipe: str, override: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
+def test_what_the_backbone_is_too_small_for(recipe: str, override: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         build(recipe, override)
+    assert caught.value.where == where

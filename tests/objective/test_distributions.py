@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
-from m3i_scale.objective.distributions import boltzmann
-from m3i_scale.objective.distributions.boltzmann import Boltzmann, _LogSumExp
-from m3i_scale.objective.distributions.densities import Gaussian, SmoothL1
-from m3i_scale.objective.distributions.pairs import BoltzmannPairs, gather_targets
+from m3i_scale.objective import distributions
+from m3i_scale.objective.distributions import Boltzmann, Gaussian, SmoothL1, _LogSumExp
 from m3i_scale.objective.ranks import SingleProcess, global_mean
 from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.objective.targets.text import BoltzmannPairs, gather_targets
 
 ALONE = SingleProcess()
 
@@ -186,7 +185,7 @@ def test_low_precision_inputs_are_computed_in_fp32() -> None:
 def test_blocks_of_rows_give_the_plain_sum_and_its_gradient(
     monkeypatch: pytest.MonkeyPatch, block: int, bound: float | None
 ) -> None:
-    monkeypatch.setattr(boltzmann, "_BLOCK", block)
+    monkeypatch.setattr(distributions, "_BLOCK", block)
     query = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     queue, mask = torch.randn(20, 4, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
     mask[13:] = -1e30

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_scale.objective.distributions.base import unit
-from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
-from m3i_scale.objective.estimate import gaussian_information, gaussian_moments
+from m3i_scale.objective.diagnostics import gaussian_information, gaussian_moments
+from m3i_scale.objective.distributions import unit
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import BoltzmannClasses
+from m3i_scale.objective.targets.text import BernoulliPairs, BoltzmannPairs, gather_targets
 
 RANKS = SingleProcess()
 

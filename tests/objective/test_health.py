@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from m3i_scale.objective.health import feature_covariance, feature_health
+from m3i_scale.objective.diagnostics import feature_covariance, feature_health
 
 
 def health_of(features: torch.Tensor) -> dict[str, float]:

@@ -310,9 +310,9 @@ def test_health_is_measured_on_request() -> None:
     objective, batch = tiny_objective("m3i"), random_batch(4)
     assert not any(name.startswith("health/") for name in objective(batch)[1])
     objective.measure_health = True
-    figures = objective(batch)[1] | objective.host_figures.take()
+    figures = objective(batch)[1] | objective.host_figures.copy()()
     assert {"intra/nats", "inter/nats"} <= figures.keys()
-    assert objective.host_figures.take() == {}
+    assert objective.host_figures.copy()() == {}
     watched = {name for name in figures if name.startswith("health/")}
     features = {f"{what}_{figure}" for what in ("dense", "pooled", "target_view1") for figure in ("std", "rank")}
     targets = {"intra_spread", "inter_spread", "text_spread", "text_scale"}
@@ -333,7 +333,7 @@ def test_the_health_of_a_detector_is_its_backbones(backbone: str) -> None:
 
     def health() -> dict[str, float]:
         objective(batch)
-        return objective.host_figures.take()
+        return objective.host_figures.copy()()
 
     before = health()
     assert set(before) == {f"health/{what}_{figure}" for what in ("dense", "pooled") for figure in ("std", "rank")}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.data.batch import Batch
-from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
+from m3i_scale.objective.distributions import Boltzmann, assigned
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.base import Memory

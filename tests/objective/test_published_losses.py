@@ -23,16 +23,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.objective.distributions.base import unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann, assigned
-from m3i_scale.objective.distributions.densities import Gaussian
-from m3i_scale.objective.distributions.pairs import BernoulliPairs, BoltzmannPairs, gather_targets
+from m3i_scale.objective.distributions import Boltzmann, Gaussian, assigned, unit
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue
 from m3i_scale.objective.regularizers.pooled import CrossCorrelation, UniGrad, VarianceCovariance
 from m3i_scale.objective.regularizers.prototypes import Centering, MeanEntropy, sinkhorn
 from m3i_scale.objective.targets.category import BoltzmannClasses
 from m3i_scale.objective.targets.dense import most_similar
+from m3i_scale.objective.targets.text import BernoulliPairs, BoltzmannPairs, gather_targets
 
 RANKS = SingleProcess()
 NOTHING = Memory(1)

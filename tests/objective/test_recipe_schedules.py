@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import random_batch, tiny_objective
 
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions import Boltzmann
 from m3i_scale.objective.regularizers.prototypes import Centering
 from m3i_scale.objective.schedule import always_below, number, settled, value_at
 

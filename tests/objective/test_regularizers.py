@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from m3i_scale.objective.distributions.densities import Gaussian
+from m3i_scale.objective.distributions import Gaussian
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.regularizers.dense import DenseUniGrad
 from m3i_scale.objective.targets.dense import standardize_tokens

@@ -20,7 +20,7 @@ from m3i_scale.config import load_run
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import ConfigError, FaultsError
-from m3i_scale.objective import meta
+from m3i_scale.objective import build
 from m3i_scale.run.check import faults_of, resolve_run
 from m3i_scale.run.run_warnings import warnings_of
 
@@ -138,18 +138,18 @@ def test_resolve_run_tells_all_it_finds(shards: Path, tmp_path: Path) -> None:
     assert len(caught.value.faults) == 2
 
 
-def test_whatever_a_model_refuses_is_told_with_its_key(shards: Path, tmp_path: Path, monkeypatch) -> None:
+def test_whatever_a_model_raises_is_an_error_of_the_configuration(shards: Path, tmp_path: Path, monkeypatch) -> None:
     """Also what no rule here knows of, and where the model is one of a library that raises what it likes."""
 
-    def refuses(run, *others, **more):
-        if run.text.config.get("position_embedding_type") == "nosuch":
-            raise KeyError("nosuch")
+    def refuses(*others, **more):
+        raise KeyError("nosuch")
 
-    monkeypatch.setattr(meta, "build_objective", refuses)
-    run = load_run(str(write_run(tmp_path, shards, "m3i", "text.config.position_embedding_type=nosuch")))
+    monkeypatch.setattr(build, "build_objective", refuses)
+    run = load_run(str(write_run(tmp_path, shards, "m3i")))
     with pytest.raises(ConfigError) as caught:
-        meta.build_on_meta(run, {}, 64)
-    assert caught.value.where == "text.config.position_embedding_type: 'nosuch'"
+        build.build_on_meta(run, {}, 64)
+    assert "nosuch" in caught.value.what
+    assert caught.value.where.startswith("backbone.config")
 
 
 def test_the_text_tower_is_built_before_anything_starts(shards: Path, tmp_path: Path) -> None:

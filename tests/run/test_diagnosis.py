@@ -94,7 +94,7 @@ def run(objective: torch.nn.Module, steps: int, lr: float) -> list[tuple[int, Ru
         meter.end_step()
         if objective.measure_health:
             told = meter.record(step=step, lr=lr, grad_norm=None, ema_decay=None, quarantined=0, world_size=1)
-            told = told.with_figures(objective.host_figures.take())
+            told = told.with_figures(objective.host_figures.copy()())
             found += [(step, fault) for fault in diagnosis.check(told)]
     return found
 

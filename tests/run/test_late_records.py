@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_scale.objective.health import HostFigures
+from m3i_scale.objective.diagnostics import HostFigures
 from m3i_scale.run.callbacks import Callback, CallbackList, StepRecord
 from m3i_scale.run.hooks.metrics import Metrics
 from m3i_scale.run.meter import Meter
@@ -129,5 +129,5 @@ def test_other_ranks_compute_nothing() -> None:
     for _ in range(2):
         loop.step(logged=True)
     loop.state.callbacks.on_end("finished")
-    assert loop.objective.host_figures.take() == {}
+    assert loop.objective.host_figures.copy()() == {}
     assert loop.noting.records == []

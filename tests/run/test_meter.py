@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from m3i_scale.objective.health import HostFigures
+from m3i_scale.objective.diagnostics import HostFigures
 from m3i_scale.run.meter import Meter
 
 

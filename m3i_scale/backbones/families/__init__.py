@@ -7,9 +7,8 @@ from typing import Any
 from m3i_scale.backbones.families.base import Family, TokenFamily, VisionConfig
 from m3i_scale.backbones.families.dinov2 import DINOV2_SIZES, Dinov2, Dinov2WithRegisters
 from m3i_scale.backbones.families.dinov3 import Dinov3
-from m3i_scale.backbones.families.image_text import SIGLIP_SIZES, Clip, Siglip
 from m3i_scale.backbones.families.internimage import InternImage
-from m3i_scale.backbones.families.vit import VIT_SIZES, ViT
+from m3i_scale.backbones.families.vit import SIGLIP_SIZES, VIT_SIZES, Clip, Siglip, ViT
 
 __all__ = [
     "DEFAULT_PRESET",

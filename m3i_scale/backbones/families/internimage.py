@@ -1,9 +1,15 @@
-"""InternImage: deformable convolutions, four stages."""
+"""InternImage (deformable convolutions, four stages). It encodes full images, so masking and mixing modify pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from m3i_scale.backbones.base import Backbone, MaskedPatches, MaskToken, Tokens, gather_tokens
 from m3i_scale.backbones.families.base import Family, check_counts, check_side
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.errors import ConfigError
@@ -28,6 +34,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
 }
 """The published configurations (Wang et al., and the Hub folders of OpenGVLab)."""
+_STEM_STRIDE, _LAST_STRIDE = 4, 32
 
 
 class InternImage(Family):
@@ -58,9 +65,106 @@ class InternImage(Family):
                 f"fusion_width {config.fusion_width}: dense targets need the map of stride 16, a multiple of 4 wide",
                 where=f"{where}.config.fusion_width",
             )
-        check_side(config.image_size, 32, "the stride of the last stage, 32,", where)
+        check_side(config.image_size, _LAST_STRIDE, "the stride of the last stage, 32,", where)
 
 
 def fusion_width(config: InternImageConfig) -> int:
     """Return the default width of the fusion head: the channels of stage 4, at most 1024 as in the published head."""
     return min(config.stage_channels[-1], 1024)
+
+
+class MapBackbone(Backbone):
+    """Adapter of a hierarchical convolutional network; uses its fused map of stride 16.
+
+    Masks consist of squares of 32 pixels, the stride of the last stage. Masked pixels are zero (the mean color), and
+    masked positions of the stem's map are a learned token, so no masked content leaks. Mixed images share one input and
+    see each other, since convolutions do not operate on sequences.
+    """
+
+    has_class_token = False
+    own_attention = False
+
+    def __init__(self, config: InternImageConfig) -> None:
+        super().__init__()
+        with no_init_weights():
+            self.model = InternImageModel(config)
+        self.mask_token = MaskToken(config.channels)
+
+    @property
+    def cell(self) -> int:
+        return _LAST_STRIDE // self.patch_size
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [layer for level in self.model.levels for layer in level.blocks]
+
+    @property
+    def stage_widths(self) -> list[int]:
+        return list(self.model.config.stage_channels)
+
+    def encode_own(
+        self,
+        views: dict[int, Tensor],
+        view_of: Sequence[int],
+        visible: Sequence[Tensor],
+        masked: MaskedPatches | None = None,
+    ) -> list[Tokens]:
+        """Encode every input as a separate image, in one batch. `masked` is ignored: the stem has a mask token."""
+        images_BCHW = torch.cat([views[view] for view in view_of])
+        shown_BHW = torch.cat([self._shown(visible_BL, images_BCHW) for visible_BL in visible])
+        map_BND = self._encode(images_BCHW * _enlarged(shown_BHW, self.patch_size)[:, None], shown_BHW)
+        parts = map_BND.split(len(visible[0]))
+        return [_tokens(part, visible_BL) for part, visible_BL in zip(parts, visible, strict=True)]
+
+    def encode_mixed(
+        self, views: dict[int, Tensor], view_of: Sequence[int], visible: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> list[Tokens]:
+        """Encode one image per row, composed of the visible squares of its images."""
+        by_row = [visible_BL[row_B] for visible_BL, row_B in zip(visible, rows, strict=True)]
+        mixed = torch.zeros_like(views[view_of[0]])
+        for view, row_B, visible_BL in zip(view_of, rows, by_row, strict=True):
+            shown_BHW = self._shown(visible_BL, mixed)
+            mixed = mixed + views[view][row_B] * _enlarged(shown_BHW, self.patch_size)[:, None]
+        map_BND = self._encode(mixed, self._shown(torch.cat(by_row, dim=1), mixed))
+        return [_tokens(map_BND, visible_BL) for visible_BL in by_row]
+
+    def encode_maps(self, images_BCHW: Tensor, layers: Sequence[int]) -> tuple[Tokens, list[Tensor]]:
+        maps = self._stages(images_BCHW)
+        tokens_BND = self.model.fuse(maps).flatten(2).transpose(1, 2)
+        return (tokens_BND.mean(dim=1, keepdim=True), tokens_BND), [x.permute(0, 3, 1, 2) for x in maps]
+
+    def stage_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Return only the maps of the four stages: (B, C, H, W) each."""
+        return [x.permute(0, 3, 1, 2) for x in self._stages(images_BCHW)]
+
+    def last_hidden_state(self, images_BCHW: Tensor) -> Tensor:
+        """Return the fused map: (B, D, H/16, W/16)."""
+        model: InternImageModel = self.model
+        return model.fuse(self._stages(images_BCHW))
+
+    def _stages(self, images_BCHW: Tensor) -> list[Tensor]:
+        model: InternImageModel = self.model
+        return model.stages(model.patch_embed(images_BCHW.to(self.dtype)))
+
+    def _encode(self, shown_BCHW: Tensor, shown_BHW: Tensor) -> Tensor:
+        """Encode images, with zeros at masked pixels, as tokens of the full grid (B, N, D)."""
+        model: InternImageModel = self.model
+        stem_BHWC = model.patch_embed(shown_BCHW.to(self.dtype))
+        stem_BHWC = self.mask_token(stem_BHWC, _enlarged(shown_BHW, self.patch_size // _STEM_STRIDE))
+        return model.fuse(model.stages(stem_BHWC)).flatten(2).transpose(1, 2)
+
+    def _shown(self, visible_BL: Tensor, images_BCHW: Tensor) -> Tensor:
+        """Return which tokens are visible: bool (B, H, W)."""
+        rows, columns = self.grid_of(images_BCHW)
+        nothing = torch.zeros(len(visible_BL), rows * columns, dtype=torch.bool, device=visible_BL.device)
+        shown_BHW: Tensor = torch.scatter(nothing, 1, visible_BL, True).unflatten(1, (rows, columns))
+        return shown_BHW
+
+
+def _enlarged(shown_BHW: Tensor, times: int) -> Tensor:
+    return shown_BHW.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+
+
+def _tokens(map_BND: Tensor, visible_BL: Tensor) -> Tokens:
+    tokens_BLD = gather_tokens(map_BND, visible_BL)
+    return tokens_BLD.mean(dim=1, keepdim=True), tokens_BLD

@@ -1,12 +1,25 @@
-"""`ViTModel`, also with the shape of EVA."""
+"""Plain vision Transformers: `ViTModel`, also with the shape of EVA, and the vision towers of image-text models.
+
+`CLIPVisionModel` is a ViT with a norm before the first layer. `SiglipVisionModel`, of SigLIP and SigLIP 2 of a fixed
+size, is a ViT without class token.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from transformers import ViTConfig, ViTModel
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from m3i_scale.backbones.families.base import TokenFamily
+from m3i_scale.errors import ConfigError
 
 VIT_SIZES = {
     "ti": (192, 12, 3, 768),
@@ -23,6 +36,14 @@ _SIZES = {"mini": (192, 6, 3, 768), **VIT_SIZES}
 """`mini` is a half-depth ViT-Ti of this project, for first runs."""
 _EVA_STD = 0.015
 """Init std of EVA with one billion parameters (Fang et al.)."""
+
+_CLIP_PATCHES = {"b": (16, 32), "l": (14,), "h": (14,), "g": (14,), "G": (14,)}
+"""Patch sizes of published CLIP towers (Radford et al.; Cherti et al.)."""
+SIGLIP_SIZES = {"b": VIT_SIZES["b"], "l": VIT_SIZES["l"], "so400m": (1152, 27, 16, 4304)}
+"""Width, depth, heads, MLP (Zhai et al.; so400m: Alabdulmohsin et al.)."""
+_SIGLIP_PATCHES = {"b": (16,), "l": (16,), "so400m": (14, 16)}
+"""Patch sizes of published SigLIP towers (Zhai et al.; Tschannen et al.)."""
+
 VIT_SHAPE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "image_size", "patch_size", "num_channels"),
@@ -30,7 +51,7 @@ VIT_SHAPE = (
 """`shape_fields` that configurations of plain Transformers share."""
 
 
-def sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
+def _sized(width: int, depth: int, heads: int, mlp: int, patch: int) -> dict[str, Any]:
     """Return the fields of a size in `VIT_SIZES`."""
     return {
         "hidden_size": width,
@@ -63,7 +84,77 @@ class ViT(TokenFamily):
 
     def presets(self) -> dict[str, dict[str, Any]]:
         plain = {
-            f"vit-{size}/{patch}": sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
+            f"vit-{size}/{patch}": _sized(*numbers, patch) for size, numbers in _SIZES.items() for patch in (14, 16, 32)
         }
-        eva = {"eva-g/14": sized(*VIT_SIZES["g"], 14) | {"initializer_range": _EVA_STD}}
+        eva = {"eva-g/14": _sized(*VIT_SIZES["g"], 14) | {"initializer_range": _EVA_STD}}
         return {name: fields | {"layer_norm_eps": 1e-6} for name, fields in (plain | eva).items()}
+
+
+class Clip(TokenFamily):
+    """Vision towers of CLIP."""
+
+    config_class, model_class = CLIPVisionConfig, CLIPVisionModel
+    name, first_preset, derives = "CLIP", "clip-b/16", False
+    shape_fields = VIT_SHAPE
+    training_fields = ("attention_dropout", "initializer_range", "initializer_factor")
+    norm_is_last, asks_to_interpolate = False, True
+    parts: ClassVar[dict[str, str]] = {
+        "patch": "embeddings.patch_embedding",
+        "class": "embeddings.class_embedding",
+        "positions": "embeddings.position_embedding.weight",
+        "pre_norm": "pre_layrnorm",
+        "norm1": "encoder.layers.{}.layer_norm1",
+        **{part: f"encoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv"},
+        "o": "encoder.layers.{}.self_attn.out_proj",
+        "norm2": "encoder.layers.{}.layer_norm2",
+        **{part: f"encoder.layers.{{}}.mlp.{part}" for part in ("fc1", "fc2")},
+        "norm": "post_layernorm",
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"clip-{size}/{patch}": _sized(*VIT_SIZES[size], patch) | {"hidden_act": "gelu"}
+            for size, patches in _CLIP_PATCHES.items()
+            for patch in patches
+        }
+
+    def embed(self, model: Any, images_BCHW: Tensor) -> Tensor:
+        """Return the input tokens of the first layer, (B, 1 + N, D)."""
+        # The norm is per token, so it may precede masking.
+        normed_BSD: Tensor = model.pre_layrnorm(super().embed(model, images_BCHW))
+        return normed_BSD
+
+
+class Siglip(TokenFamily):
+    """Vision towers of SigLIP, without their attention pooling."""
+
+    config_class, model_class = SiglipVisionConfig, SiglipVisionModel
+    name, first_preset, derives = "SigLIP", "siglip-b/16", False
+    has_class_token, asks_to_interpolate = False, True
+    shape_fields = (*VIT_SHAPE, "vision_use_head")
+    training_fields = ("attention_dropout",)
+    parts: ClassVar[dict[str, str]] = {
+        part: name for part, name in Clip.parts.items() if part not in ("class", "pre_norm")
+    }
+
+    def presets(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"siglip-{size}/{patch}": _sized(*SIGLIP_SIZES[size], patch) | {"vision_use_head": False}
+            for size, patches in _SIGLIP_PATCHES.items()
+            for patch in patches
+        }
+
+    def adapt(self, config: Any) -> None:
+        """Disable the attention pooling: see `check`."""
+        config.vision_use_head = False
+
+    def check(self, config: Any, where: str) -> None:
+        """Reject sizes that are invalid for a backbone, and the attention pooling; see `Family`."""
+        super().check(config, where)
+        if config.vision_use_head:
+            raise ConfigError(
+                "a backbone has no pooling head",
+                where=f"{where}.config.vision_use_head: {config.vision_use_head}",
+                why="recipes pool by their decoders: nothing would train that head",
+                fix=f"{where}.config.vision_use_head=false",
+            )

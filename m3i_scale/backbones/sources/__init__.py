@@ -33,7 +33,7 @@ def _detect(given: str, fields: Mapping[str, Any], where: str) -> Source:
     folder = place if place.is_dir() else _download(given, ["*.json"], where)
     values, clip = read_config(folder / "config.json"), read_config(folder / "open_clip_config.json")
     if clip and values.get("model_type") not in MODEL_TYPES:  # a folder may contain one model in both formats
-        return open_clip_folder(given, folder, clip, fields)
+        return open_clip_folder(given, folder, clip)
     if "architecture" in values and values.get("model_type") in (None, "timm_wrapper"):
         return timm_folder(given, folder, values, fields)
     return hub_source(given, folder, where)
@@ -41,10 +41,10 @@ def _detect(given: str, fields: Mapping[str, Any], where: str) -> Source:
 
 def _bare(given: str, path: Path, fields: Mapping[str, Any], where: str) -> Source:
     shapes = {name: shape for name, (_, shape) in read_headers([path], where).items()}
-    if open_clip_prefix(shapes) is not None:
-        return open_clip_source(given, path, shapes, fields)
-    if timm_prefix(shapes) is not None:
-        return timm_source(given, path, shapes, fields)
+    if (prefix := open_clip_prefix(shapes)) is not None:
+        return open_clip_source(given, path, prefix, shapes, fields)
+    if (prefix := timm_prefix(shapes)) is not None:
+        return timm_source(given, path, prefix, shapes, fields)
     raise MismatchError(
         f"its {len(shapes)} tensors have names of no known code base, e.g. {next(iter(shapes), 'none')}",
         "a bare file has timm's names (patch_embed, blocks) or open_clip's (visual.transformer.resblocks)",

@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,25 +27,19 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, Safetensor
 _REFUSED_CODE = "Weights only load failed"  # beginning of torch's message, which then recommends `weights_only=False`
 
 
-class Weights(Protocol):
-    """An open weight file."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor without reading values."""
-
-    def read(self, name: str, part: int, parts: int) -> Tensor:
-        """Return part number `part` of `parts` equal parts along the first dimension."""
-
-
 class _Safetensors:
+    """An open `.safetensors` file."""
+
     def __init__(self, file: Any) -> None:
         self._file = file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor without reading values."""
         names = self._file.keys()
         return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
 
     def read(self, name: str, part: int, parts: int) -> Tensor:
+        """Return part number `part` of `parts` equal parts along the first dimension."""
         if parts == 1:
             whole: Tensor = self._file.get_tensor(name)
             return whole
@@ -56,7 +50,7 @@ class _Safetensors:
 
 
 class _Pickled:
-    """A memory-mapped `torch.save` file with a dictionary of tensors."""
+    """A memory-mapped `torch.save` file with a dictionary of tensors; methods as in `_Safetensors`."""
 
     def __init__(self, path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -78,7 +72,7 @@ def _holds(value: object) -> bool:
 
 
 @contextlib.contextmanager
-def open_weights(path: Path, where: str) -> Iterator[Weights]:
+def open_weights(path: Path, where: str) -> Iterator[_Safetensors | _Pickled]:
     """Open a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file with only tensors."""
     try:
         if path.suffix == ".safetensors":

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.backbones.families import token_family
+from transformers import CLIPVisionConfig, ViTConfig
+
+from m3i_scale.backbones.families import VisionConfig, token_family
 from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Source, normalisation
-from m3i_scale.backbones.sources.plain import Facts, plain_config
-from m3i_scale.backbones.sources.timm_vit import timm_trunk
+from m3i_scale.backbones.sources.plain import NO_PATCH_BIAS, Facts, plain_config
 
 _MARK = "transformer.resblocks.0.ln_1.weight"
 _PREFIXES = ("visual.", "module.visual.")
@@ -52,47 +53,52 @@ def open_clip_prefix(shapes: Shapes) -> str | None:
     return next((prefix for prefix in _PREFIXES if prefix + _MARK in shapes), None)
 
 
-def open_clip_source(
-    given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
-) -> Source:
-    """Return the vision tower of an open_clip file."""
-    prefix = open_clip_prefix(shapes)
-    if prefix is None:
-        raise MismatchError("it holds no vision Transformer of open_clip", f"it has no 'visual.{_MARK}'")
-    names = NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
-    facts = replace(facts or Facts(), class_row=True)
-    config, assumed, zeros = plain_config(names, shapes, facts, fields, _REFUSED)
-    ours = token_family(config).parts
-    return Source(
-        given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours), assumed=assumed, zeros=zeros
-    )
+def open_clip_source(given: str, file: Path, prefix: str, shapes: Shapes, fields: Mapping[str, Any]) -> Source:
+    """Return the vision tower of a bare open_clip file; `prefix` is from `open_clip_prefix`."""
+    config, assumed, zeros = plain_config(_names(prefix), shapes, Facts(class_row=True), fields, _REFUSED)
+    return replace(_source(given, file, prefix, config), assumed=assumed, zeros=zeros)
 
 
-def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
+def _names(prefix: str) -> NameMap:
+    return NameMap(prefix, "text tower", "transformer.resblocks.", _OUTER, _INNER, _LEFT_OUT)
+
+
+def _source(given: str, place: Path, prefix: str, config: VisionConfig) -> Source:
+    names, ours = _names(prefix), token_family(config).parts
+    return Source(given, "open_clip", place, config, lambda _: lambda name: names.place(name, ours))
+
+
+def open_clip_folder(given: str, folder: Path, values: Mapping[str, Any]) -> Source:
     """Return the vision tower of a folder with open_clip_config.json."""
     model = values.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vision, dict):
         raise MismatchError("open_clip_config.json has no model_cfg.vision_cfg", "it says what the tower is")
-    preprocess = values.get("preprocess_cfg") or {}
-    images = normalisation(preprocess.get("mean"), preprocess.get("std"))
-    if vision.get("timm_model_name"):
-        return _trunk(given, folder, vision, fields, images)
+    if name := vision.get("timm_model_name"):
+        raise MismatchError(
+            f"its vision tower is timm's '{name}'",
+            "of open_clip's folders, only its own towers are read",
+            fix="start from timm's folder of that tower, or from the same model in transformers, e.g. google/siglip-…",
+        )
     for key, why in _UNLIKE.items():
         if vision.get(key):
             raise MismatchError(f"vision_cfg.{key} is {vision[key]!r}", why)
-    shapes = _shapes(vision)
-    quick = bool(model.get("quick_gelu"))
-    tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
-    facts = Facts(
-        heads=int(vision["width"]) // int(vision.get("head_width", 64)),
-        hidden_act="quick_gelu" if quick else "gelu_pytorch_tanh" if tanh else "gelu",
-        layer_norm_eps=float((vision.get("norm_kwargs") or {}).get("eps", 1e-5)),
+    pre_norm, preprocess = not vision.get("no_ln_pre"), values.get("preprocess_cfg") or {}
+    config = (CLIPVisionConfig if pre_norm else ViTConfig)(**_shape(vision), hidden_act=_activation(model, vision))
+    return replace(
+        _source(given, folder, "visual.", config),
+        zeros=() if pre_norm else (NO_PATCH_BIAS,),
+        normalisation=normalisation(preprocess.get("mean"), preprocess.get("std")),
     )
-    return replace(open_clip_source(given, folder, shapes, fields, facts), normalisation=images)
 
 
-def _shapes(vision: Mapping[str, Any]) -> Shapes:
+def _activation(model: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
+    if model.get("quick_gelu"):
+        return "quick_gelu"
+    return "gelu_pytorch_tanh" if (vision.get("act_kwargs") or {}).get("approximate") == "tanh" else "gelu"
+
+
+def _shape(vision: Mapping[str, Any]) -> dict[str, Any]:
     try:
         width, layers, patch, side = (int(vision[key]) for key in ("width", "layers", "patch_size", "image_size"))
         hidden = int(width * float(vision.get("mlp_ratio", 4.0)))
@@ -100,38 +106,12 @@ def _shapes(vision: Mapping[str, Any]) -> Shapes:
         raise MismatchError(
             f"vision_cfg has no plain {error}", "width, layers, patch_size and image_size are one number each"
         ) from None
-    vectors = [f"{norm}.{kind}" for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")]
-    shapes: dict[str, tuple[int, ...]] = {
-        "conv1.weight": (width, 3, patch, patch),
-        "class_embedding": (width,),
-        "positional_embedding": ((side // patch) ** 2 + 1, width),
-        **dict.fromkeys(vectors[2 if vision.get("no_ln_pre") else 0 :], (width,)),
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // int(vision.get("head_width", 64)),
+        "intermediate_size": hidden,
+        "layer_norm_eps": float((vision.get("norm_kwargs") or {}).get("eps", 1e-5)),
+        "patch_size": patch,
+        "image_size": side // patch * patch,
     }
-    layer: dict[str, tuple[int, ...]] = {
-        "attn.in_proj_weight": (3 * width, width),
-        "attn.in_proj_bias": (3 * width,),
-        "attn.out_proj.weight": (width, width),
-        "mlp.c_fc.weight": (hidden, width),
-        "mlp.c_fc.bias": (hidden,),
-        "mlp.c_proj.weight": (width, hidden),
-        **dict.fromkeys(("attn.out_proj.bias", "mlp.c_proj.bias"), (width,)),
-        **dict.fromkeys((f"ln_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")), (width,)),
-    }
-    for number in range(layers):
-        shapes |= {f"transformer.resblocks.{number}.{name}": shape for name, shape in layer.items()}
-    return {f"visual.{name}": shape for name, shape in shapes.items()}
-
-
-def _trunk(
-    given: str,
-    folder: Path,
-    vision: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    images: Mapping[str, list[float]],
-) -> Source:
-    """Return the tower of open_clip's TimmModel. It has no projection; pooling and head are timm's."""
-    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
-    own_head = projection in ("linear", "mlp") or pool in ("abs_attn", "rot_attn")
-    arguments = {} if own_head else {"global_pool": pool, "num_classes": 0}
-    source = timm_trunk(given, folder, str(vision["timm_model_name"]), arguments, fields)
-    return replace(source, normalisation=images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ _ROLES = {
     if isinstance(family, TokenFamily)
     for part, name in family.parts.items()
 }
-_NORMS = ("pre_norm", "0.norm1", "0.norm2", "norm")
+_POST_NORM = {(1792, 64): "EVA-02-E"}
+"""Published models with norms after attention and MLP, by width and depth. No name or shape differs."""
 
 NO_KEY_BIAS = (r".*\.k_proj\.bias$", "no bias of keys: it would shift all scores of a query alike")
 NO_MASK_TOKEN = (r"embeddings\.mask_token$", "no mask token: no input reads it")
@@ -64,7 +65,12 @@ def plain_config(
     rotary = "registers" in parts and "positions" not in parts
     _require(parts, rotary, facts)
     width, depth = parts["norm.weight"][-1], 1 + max(int(part.split(".")[0]) for part in parts if part[0].isdigit())
-    patch = _patch_side(parts["patch.weight"])
+    if (width, depth) in _POST_NORM:
+        raise MismatchError(
+            f"{depth} layers of width {width} are {_POST_NORM[width, depth]}: its norms come after attention and MLP",
+            "in the stock models, norms come before them",
+        )
+    patch = parts["patch.weight"][-1]
     assumed: dict[str, str] = {}
     side = facts.side if rotary and facts.side else _grid_side(parts, facts)
     common: dict[str, Any] = {
@@ -79,27 +85,24 @@ def plain_config(
             f"a bare file does not say its grid: its {side * side} places{beside} as {side} × {side}, "
             "which is another model where it was trained on images that are not square"
         )
-    pre_norm = "pre_norm.weight" in parts
-    # Errors about shapes come first: a model that no stock class matches needs no number of heads.
-    kind, specific = _shape_of(parts, rotary)(parts, width)
+    # This error comes first: a model that no stock class matches needs no number of heads.
+    kind, specific = _class_of(parts, rotary, width)
     common["num_attention_heads"] = _heads(width, depth, facts, fields, assumed)
     common["hidden_act"] = _activation(parts, facts, fields, assumed)
-    common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if pre_norm else 1e-6)
+    common["layer_norm_eps"] = facts.layer_norm_eps or (1e-5 if "pre_norm.weight" in parts else 1e-6)
     if facts.layer_norm_eps is None:
         assumed["layer_norm_eps"] = (
             "a bare file does not say it; the default of its code base. Norms are assumed to come before attention and "
             "MLP (pre-norm): a post-norm model has the same names and shapes"
         )
-    if pre_norm:
-        return kind(**common, **specific), assumed, ()
     if rotary:
-        config = kind(**common, **specific, rope_theta=facts.rope_theta)
-        family_of(config).adapt(config)
-        return config, assumed, (NO_MASK_TOKEN,)
+        specific["rope_theta"] = facts.rope_theta
+    config = kind(**common, **specific)
+    family_of(config).adapt(config)
     zeros = [NO_KEY_BIAS] if "0.q.bias" in parts and "0.k.bias" not in parts else []
     zeros += [NO_PATCH_BIAS] if "patch.bias" not in parts else []
     zeros += [NO_MASK_TOKEN] if "registers" in parts else []
-    return kind(**common, **specific), assumed, tuple(zeros)
+    return config, assumed, tuple(zeros)
 
 
 def _parts(names: NameMap, shapes: Shapes, refused: tuple[tuple[str, str], ...]) -> dict[str, tuple[int, ...]]:
@@ -135,17 +138,6 @@ def _require(parts: Mapping[str, tuple[int, ...]], rotary: bool, facts: Facts) -
     ):
         if part not in parts and not (rotary and part == "positions"):
             raise MismatchError(why, "another model than the one that was trained would start")
-    for part in _NORMS:
-        if f"{part}.weight" in parts and f"{part}.bias" not in parts:
-            raise MismatchError(f"'{part}' has no bias", "it is no LayerNorm")
-    if "0.o.bias" not in parts or not {"0.fc2.bias", "0.down_proj.bias"} & parts.keys():
-        raise MismatchError("its projections have no bias", "those of the stock models have one")
-
-
-def _patch_side(shape: tuple[int, ...]) -> int:
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise MismatchError(f"its patch embedding has shape {shape}", "patches are squares of 3 colours")
-    return shape[3]
 
 
 def _grid_side(parts: Mapping[str, tuple[int, ...]], facts: Facts) -> int:
@@ -202,82 +194,29 @@ def _activation(
     return str(fields.get("hidden_act", "gelu"))
 
 
-_Own = tuple[type[VisionConfig], dict[str, Any]]
-
-
-def _shape_of(parts: Mapping[str, tuple[int, ...]], rotary: bool) -> Callable[..., _Own]:
+def _class_of(
+    parts: Mapping[str, tuple[int, ...]], rotary: bool, width: int
+) -> tuple[type[VisionConfig], dict[str, Any]]:
+    """Return the configuration class, and the fields that not all classes have. Parts without a place in the model of
+    that class, and missing ones, are found when tensors and parameters are matched."""
+    gated, qkv_bias = "0.gate_proj.weight" in parts, "0.q.bias" in parts
+    hidden = parts.get("0.gate_proj.weight" if gated else "0.fc1.weight", (0,))[0]
     if "class" not in parts:
-        return _siglip
+        return SiglipVisionConfig, {"intermediate_size": hidden, "vision_use_head": False}
     if "pre_norm.weight" in parts:
-        return _clip
+        return CLIPVisionConfig, {"intermediate_size": hidden}
     if rotary:
-        return _dinov3
-    return _dinov2 if "0.scale1" in parts else _vit
-
-
-def _check_parts(
-    parts: Mapping[str, tuple[int, ...]], shape: str, wanted: dict[str, tuple[bool, str]], why: str
-) -> None:
-    """Reject weights with parts that differ from the stock class. `wanted`: by part, whether that class has it, and a
-    description."""
-    for part, (there, what) in wanted.items():
-        if (part in parts) is not there:
-            raise MismatchError(f"it has {shape} and {'no' if there else 'also'} {what}", why)
-
-
-def _clip(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    wanted = {
-        "patch.bias": (False, "a bias of the patch embedding"),
-        "0.scale1": (False, "LayerScale"),
-        "0.q.bias": (True, "a bias of queries"),
-        "0.k.bias": (True, "a bias of keys"),
-    }
-    why = "the stock class with that norm, CLIPVisionModel, differs there"
-    _check_parts(parts, "a norm before the first layer", wanted, why)
-    return CLIPVisionConfig, {"intermediate_size": parts["0.fc1.weight"][0]}
-
-
-def _siglip(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    wanted = {
-        "pre_norm.weight": (False, "a norm before the first layer"),
-        "0.scale1": (False, "LayerScale"),
-        "0.q.bias": (True, "bias of queries"),
-    }
-    why = "the stock class without class token, SiglipVisionModel, differs there"
-    _check_parts(parts, "no class token", wanted, why)
-    return SiglipVisionConfig, {"intermediate_size": _plain_mlp(parts), "vision_use_head": False}
-
-
-def _vit(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    return ViTConfig, {"intermediate_size": _plain_mlp(parts), "qkv_bias": "0.q.bias" in parts}
-
-
-def _plain_mlp(parts: Mapping[str, tuple[int, ...]]) -> int:
-    if parts["0.fc1.weight"][0] != parts["0.fc2.weight"][1]:
-        raise MismatchError("its MLP is gated", "a ViT's is not")
-    return parts["0.fc1.weight"][0]
-
-
-def _dinov2(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    gated = "0.gate_proj.weight" in parts
-    hidden = parts["0.gate_proj.weight" if gated else "0.fc1.weight"][0]
+        biases = {f"{part}_bias": f"0.{part[0]}.bias" in parts for part in ("query", "key", "value")}
+        registers = parts["registers"][-2]
+        specific = {"intermediate_size": hidden, "use_gated_mlp": gated, "num_register_tokens": registers}
+        return DINOv3ViTConfig, specific | biases
+    if "0.scale1" not in parts:
+        return ViTConfig, {"intermediate_size": hidden, "qkv_bias": qkv_bias}
     for ratio in range(1, 17):
         # Dinov2SwiGLUFFN: two thirds of the hidden width, rounded up to a multiple of 8.
         if hidden == ((int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio):
-            specific = {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "qkv_bias": "0.q.bias" in parts}
+            specific = {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "qkv_bias": qkv_bias}
             if "registers" in parts:
-                return Dinov2WithRegistersConfig, {**specific, "num_register_tokens": parts["registers"][-2]}
-            return Dinov2Config, {**specific, "use_mask_token": False}
+                return Dinov2WithRegistersConfig, specific | {"num_register_tokens": parts["registers"][-2]}
+            return Dinov2Config, specific | {"use_mask_token": False}
     raise MismatchError(f"its MLP is {hidden} wide at width {width}", "that of Dinov2Model is a whole multiple")
-
-
-def _dinov3(parts: Mapping[str, tuple[int, ...]], width: int) -> _Own:
-    if "patch.bias" not in parts:
-        raise MismatchError("its patch embedding has no bias", "that of DINOv3ViTModel has one")
-    gated = "0.gate_proj.weight" in parts
-    return DINOv3ViTConfig, {
-        "intermediate_size": parts["0.gate_proj.weight" if gated else "0.fc1.weight"][0],
-        "use_gated_mlp": gated,
-        "num_register_tokens": parts["registers"][-2],
-        **{f"{part}_bias": f"0.{part[0]}.bias" in parts for part in ("query", "key", "value")},
-    }

@@ -16,7 +16,7 @@ from m3i_scale.backbones.sources.base import MismatchError, NameMap, Shapes, Sou
 from m3i_scale.backbones.sources.plain import Facts, plain_config
 
 _MARK = "patch_embed.proj.weight"
-_PREFIXES = ("", "module.", "model.", "visual.trunk.", "module.visual.trunk.", "visual.", "module.visual.")
+_PREFIXES = ("", "module.", "model.", "visual.", "module.visual.")
 _REFUSED = (
     (r"dist_token|head_dist", "it has a distillation token beside the class token"),
     (r".*(q_norm|k_norm)", "it normalises queries and keys"),
@@ -45,13 +45,10 @@ def timm_prefix(shapes: Shapes) -> str | None:
 
 
 def timm_source(
-    given: str, place: Path, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
+    given: str, place: Path, prefix: str, shapes: Shapes, fields: Mapping[str, Any], facts: Facts | None = None
 ) -> Source:
-    """Return the source for tensors with timm's names. `shapes` are from a header or a model on the meta device;
-    `facts` is None for a bare file."""
-    prefix = timm_prefix(shapes)
-    if prefix is None:
-        raise MismatchError("it is no plain vision Transformer of timm", f"it has no '{_MARK}'")
+    """Return the source for tensors with timm's names after a prefix. `shapes` are from a header or a model on the meta
+    device; `facts` is None for a bare file."""
     names = _names(prefix, shapes)
     if f"{prefix}blocks.0.mlp.norm.weight" in shapes:
         raise MismatchError("it has a norm inside its MLP, as EVA-02 has", _NO_EVA02, fix=_INSTEAD)
@@ -109,26 +106,10 @@ def _names(prefix: str, shapes: Shapes) -> NameMap:
 def timm_folder(given: str, folder: Path, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Source:
     """Return the source for a folder written by timm; `config.json` names the architecture."""
     architecture, arguments = str(config["architecture"]), dict(config.get("model_args") or {})
-    source, _ = _by_architecture(given, folder, architecture, arguments, fields)
+    shapes, facts = _empty_model(architecture, json.dumps(arguments, sort_keys=True))
+    source = timm_source(given, folder, "", shapes, fields, facts)
     cfg = config.get("pretrained_cfg") or {}
     return replace(source, normalisation=normalisation(cfg.get("mean"), cfg.get("std")))
-
-
-def timm_trunk(
-    given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
-) -> Source:
-    """Return the vision tower of an open_clip model with a timm trunk, below `visual.trunk.`."""
-    source, shapes = _by_architecture(given, folder, architecture, arguments, fields)
-    prefix, ours = "visual.trunk.", token_family(source.config).parts
-    names = _names(prefix, {prefix + name: shape for name, shape in shapes.items()})
-    return replace(source, kind="open_clip", place=lambda _: lambda name: names.place(name, ours))
-
-
-def _by_architecture(
-    given: str, folder: Path, architecture: str, arguments: Mapping[str, Any], fields: Mapping[str, Any]
-) -> tuple[Source, Shapes]:
-    shapes, facts = _empty_model(architecture, json.dumps(arguments, sort_keys=True))
-    return timm_source(given, folder, shapes, fields, facts), shapes
 
 
 @lru_cache(maxsize=8)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_CANDIDATES
-from m3i_scale.objective.distributions.base import Density, Distribution, Loss, unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
+from m3i_scale.objective.distributions import Boltzmann, Density, Distribution, Loss, unit
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue, Regularizer
 
@@ -30,8 +29,6 @@ class PooledRegularizer(Regularizer):
     """Required base class of the distribution."""
     needs_predictor: ClassVar[bool] = False
     """Whether trained targets collapse without a predictor."""
-    replaces_likelihood: ClassVar[bool] = False
-    """Whether its loss replaces −log P̂, so that the distribution's fields have no effect."""
 
     def memory(self, width: int) -> Memory:
         """Return the head's memory of earlier batches, for targets with `width` channels."""
@@ -90,11 +87,10 @@ class UniGrad(PooledRegularizer):
 
 
 class CrossCorrelation(PooledRegularizer):
-    """Barlow Twins: correlates each channel only with itself. Replaces −log P̂."""
+    """Barlow Twins: correlates each channel only with itself. Replaces −log P̂, so the distribution has no effect."""
 
     kind: ClassVar[str] = "cross_correlation"
     memory_fields: ClassVar[tuple[str, ...]] = ()
-    replaces_likelihood: ClassVar[bool] = True
     encoders: ClassVar[tuple[str, ...]] = ("online",)
     within_batch: ClassVar[bool] = True
     offdiagonal_weight: float = Field(default=0.005, gt=0)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_LAYERS
-from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann
+from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss
 from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.regularizers.base import Center, Memory, Regularizer
 from m3i_scale.objective.schedule import Positive, Scheduled, always_below, number, values_of

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.distributions.base import Loss, unit
-from m3i_scale.objective.distributions.densities import Gaussian
+from m3i_scale.objective.distributions import Gaussian, Loss, unit
 from m3i_scale.objective.regularizers.dense import DenseStopGradient
 from m3i_scale.objective.targets.base import Context, Encoded, ImageTarget, Parts, Sizes, TargetModules
 from m3i_scale.objective.targets.dense import standardize_tokens

@@ -19,11 +19,9 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.limits import MAX_VIEWS
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
-from m3i_scale.errors import ExportError, did_you_mean
+from m3i_scale.errors import did_you_mean
 from m3i_scale.objective.decoders import DecoderSpec, PointwiseSpec, pool
-from m3i_scale.objective.distributions.base import Loss
-from m3i_scale.objective.distributions.boltzmann import Assigned
-from m3i_scale.objective.distributions.pairs import PairTargets
+from m3i_scale.objective.distributions import Assigned, Loss
 from m3i_scale.objective.encoders import TeacherSpec
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.inputs import EncodedInput, InputSpec, MixSpec
@@ -104,7 +102,8 @@ class Context:
     """Number of samples over all ranks that have the target, by target: fp32."""
     measures: bool = False
     """Whether this step is logged: estimating the information needs an eigenvalue decomposition."""
-    text: PairTargets | None = None
+    text: Any = None
+    """`PairTargets` of the captions, for text targets."""
     layers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     """Outputs of the last layers by (`encoder_key`, view), if targets average them: (B, D, H, W), final layer last."""
     dense: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
@@ -144,8 +143,6 @@ class Sizes:
     """Output width of the decoder."""
     encoded: int
     """Width of the tokens from f_φ: the teacher's or the backbone's."""
-    pixels: int
-    """Values per patch."""
     classes: list[int]
     """Number of classes of every label set."""
     vocabulary: int
@@ -235,10 +232,6 @@ class Target(Kind):
     def scores(self, label_sets: dict[str, list[str]]) -> Scores | None:
         """Return the scores that are computed from outputs, or None. `label_sets`: class names by label set."""
         return None
-
-    def export(self, source: Any) -> Any:
-        """Return backbone and head of a checkpoint (a `Source`) as a standard model, an `ExportedModule`."""
-        raise ExportError(f"no standard model has the predictions of {self.title}", fix="--task features")
 
     def sources(self, context: Context) -> list[Encoded]:
         """Return the parts of inputs that predict the target."""
@@ -363,16 +356,12 @@ class ImageTarget(Target):
             example = f"recipe.teachers.{self.teacher}.from_pretrained=/data/models/dinov2-base"
             fix = did_you_mean(self.teacher, parts.teachers) if parts.teachers else f"give it one, e.g. {example}"
             yield f"no teacher '{self.teacher}'; {fix}"
-        if self.encoder != "teacher" and "teacher" in self.model_fields_set:
-            yield f"`teacher` has no effect beside `encoder: {self.encoder}`"
         decoder = parts.decoders[self.decoder]
         if self.compares_tokens and not isinstance(decoder, PointwiseSpec):
             yield f"{self.title} compares backbone tokens: the decoder must be pointwise, not {decoder.kind}"
-        pairs, seen = self.predicted_from(parts), sum(parts.input(name).views for name in self.inputs)
+        pairs = self.predicted_from(parts)
         if not pairs:
             yield f"`pairs: {self.pairs}` leaves nothing that predicts it"
-        elif self.pairs != "all" and len(pairs) == seen:
-            yield f"`pairs: {self.pairs}` has no effect: it leaves nothing out"
         if parts.is_small(self.view):
             yield f"view {self.view} is a small one: targets lie in views of the backbone's size"
         if self.dense and any(parts.is_small(view) for _, view in pairs):

@@ -15,7 +15,7 @@ from m3i_scale.backbones.families import VisionConfig
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.decoders import LayeredSpec
-from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.masks import hash_uniform
 from m3i_scale.objective.positions import token_position
 from m3i_scale.objective.ranks import Ranks, global_mean

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from m3i_scale.config.kinds import Kind
 from m3i_scale.data.batch import Batch, MixedBatch
 from m3i_scale.data.shards import LABELS
-from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.heads import RunningStatistics
 from m3i_scale.objective.ranks import Ranks, global_count, global_mean
 from m3i_scale.objective.regularizers.base import OtherCandidates

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.limits import MAX_LAYERS
-from m3i_scale.objective.distributions.base import Density, Loss, unit
-from m3i_scale.objective.distributions.boltzmann import Boltzmann
-from m3i_scale.objective.distributions.densities import Gaussian
-from m3i_scale.objective.estimate import gaussian_moments
+from m3i_scale.objective.diagnostics import gaussian_moments
+from m3i_scale.objective.distributions import Boltzmann, Density, Gaussian, Loss, unit
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer
 from m3i_scale.objective.regularizers.pooled import QueuedNegatives
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Parts, Sizes, TargetModules
@@ -53,7 +50,7 @@ class Dense(PatchTarget):
         prediction_BQD = given.head(decoded_BQD)
         target_BND = self._target(given, context)
         wanted_BQD = gather_tokens(target_BND, query_BQ)
-        key = self._statistics_key
+        key = (self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers)
         if key not in context.statistics:
             context.statistics[key] = self.regularizer.statistics(target_BND, given.ranks)
         value = self.regularizer.loss(
@@ -64,11 +61,6 @@ class Dense(PatchTarget):
         if context.measures:
             loss.moments = gaussian_moments(prediction_BQD.flatten(0, 1), wanted_BQD.flatten(0, 1), given.ranks)
         return loss
-
-    @cached_property
-    def _statistics_key(self) -> tuple[str, str, int, int]:
-        """Return the cache key shared by targets with the same statistics. Cached, because serialization is slow."""
-        return self.regularizer.model_dump_json(), self.encoder_key, self.view, self.layers
 
     def _target(self, given: TargetModules, context: Context) -> Tensor:
         key = (self.encoder_key, self.view, self.layers)
@@ -101,7 +93,7 @@ class Pixels(Dense):
     """Standardize the pixels of each patch (MAE)."""
 
     def build_head(self, sizes: Sizes) -> nn.Module:
-        return DenseHead(sizes.decoded, sizes.pixels)
+        return DenseHead(sizes.decoded, 3 * sizes.backbone.patch_size**2)
 
     def reconstruct(self, given: TargetModules, context: Context, encoded: Encoded) -> Tensor:
         """Return the target view as predicted from one input: normalized (B, 3, H, W), fp32. Other patches show the

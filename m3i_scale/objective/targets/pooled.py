@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from m3i_scale.config.kinds import Kind
 from m3i_scale.objective.decoders import ClassToken, pool
-from m3i_scale.objective.distributions.base import Distribution, Loss
-from m3i_scale.objective.distributions.densities import Gaussian
-from m3i_scale.objective.estimate import gaussian_moments
+from m3i_scale.objective.diagnostics import gaussian_moments
+from m3i_scale.objective.distributions import Distribution, Gaussian, Loss
 from m3i_scale.objective.heads import HeadSpec
 from m3i_scale.objective.regularizers.pooled import KoLeo, PooledRegularizer
 from m3i_scale.objective.targets.base import Context, Encoded, HeadTarget, Sizes, Target, TargetModules
@@ -50,9 +49,6 @@ class Pooled(HeadTarget):
             )
         if self.regularizer.needs_predictor and self.encoder != "teacher" and not head.predictor_depth:
             yield "a stop gradient alone lets a pooled target collapse: give its head a predictor, `predictor_depth: 2`"
-        idle = sorted(self.distribution.model_fields_set) if self.regularizer.replaces_likelihood else []
-        if idle:
-            yield f"`{idle[0]}` has no effect: '{self.regularizer.kind}' takes the place of the likelihood"
 
 
 def pooled_target(target: HeadTarget, given: TargetModules, context: Context) -> Tensor:

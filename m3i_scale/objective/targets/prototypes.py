@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.config.limits import MAX_CANDIDATES
-from m3i_scale.objective.distributions.base import Loss, unit
-from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann, assigned
+from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss, assigned, unit
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
 from m3i_scale.objective.regularizers.base import Memory
 from m3i_scale.objective.regularizers.prototypes import PrototypeRegularizer, Sinkhorn, sinkhorn
@@ -69,8 +68,6 @@ class Prototypes(HeadTarget):
     def _head_faults(self, head: HeadSpec) -> Iterator[str]:
         if not head.prototypes:
             yield f"a distribution over prototypes needs `prototypes` in head '{self.head}', e.g. 4096"
-        if head.prototypes == 1:
-            yield "`prototypes: 1`: all samples would have it"
         fault = self.regularizer.fault(self.distribution)
         if fault:
             yield fault

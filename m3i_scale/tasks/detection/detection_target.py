@@ -14,7 +14,7 @@ from m3i_scale.data.categories import shard_categories
 from m3i_scale.data.remote.access import Access
 from m3i_scale.data.shards import CATEGORIES, shard_folder
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.targets.base import Context, Encoded, Scores, Sizes, TargetModules
 from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 from m3i_scale.tasks.detection.detection_losses import Objects

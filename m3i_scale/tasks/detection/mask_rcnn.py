@@ -15,7 +15,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from m3i_scale.backbones.base import Backbone
-from m3i_scale.backbones.maps import MapBackbone
+from m3i_scale.backbones.families.internimage import MapBackbone
 from m3i_scale.backbones.tokens import TokenBackbone
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.ranks import Ranks

@@ -13,7 +13,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.shards import MASK_LABELS
 from m3i_scale.defaults import NO_CLASS
 from m3i_scale.errors import ConfigError
-from m3i_scale.objective.distributions.base import Loss
+from m3i_scale.objective.distributions import Loss
 from m3i_scale.objective.ranks import Ranks
 from m3i_scale.objective.targets.base import Context, Encoded, Scores, Sizes, TargetModules
 from m3i_scale.tasks.full_image_target import FullImageTarget
