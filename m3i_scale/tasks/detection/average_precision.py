@@ -14,7 +14,6 @@ from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstra
 from m3i_scale.tasks.detection.detections import (
     PER_IMAGE,
     DetectionSet,
-    Form,
     Kind,
     Prediction,
     ious,
@@ -43,10 +42,8 @@ def detector_metrics(
     detections = sort_images(images, categories)
     drawn, intervals = clusters.take(detections.order), {}
     for kind in detections.kinds:
-        for name, by_class in ((f"{kind}_AP", True), (f"class_agnostic_{kind}_AP", False)):
-            if by_class or categories.format == "coco":
-                weighted = WeightedPrecision(detections, kind, by_class=by_class)
-                intervals[name] = _interval(weighted, drawn, resamples).as_dict()
+        weighted = WeightedPrecision(detections, kind)
+        intervals[f"{kind}_AP"] = _interval(weighted, drawn, resamples).as_dict()
     return intervals | _figures(detections)
 
 
@@ -58,9 +55,8 @@ def average_precision(images: Iterable[tuple[Instances, Prediction]], categories
 
     Returns:
         The number of images and objects, and for `box` and `mask`: AP, AP50, AP75, APs, APm, APl (by area), AP per
-            class, and the precision-recall curve averaged over classes. LVIS adds APr, APc, APf (by frequency), COCO
-            adds class_agnostic_AP. None: there is no object to detect. LVIS has no class-agnostic AP, because its
-            images are not annotated exhaustively.
+            class, and the precision-recall curve averaged over classes. LVIS adds APr, APc, APf (by frequency). None:
+            there is no object to detect.
     """
     return _figures(sort_images(images, categories))
 
@@ -72,8 +68,7 @@ def _figures(detections: DetectionSet) -> dict[str, Any]:
 
 def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
     categories, form = detections.categories.categories, detections.categories.format
-    documents = _documents(detections, kind)
-    precision_TRKA = _precision(documents, kind, form)
+    precision_TRKA = _precision(detections, kind)
     all_TRK = precision_TRKA[..., 0]
     figures: dict[str, Any] = {
         "AP": _mean(all_TRK),
@@ -85,8 +80,6 @@ def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
         for name, frequency in _FREQUENCIES.items():
             chosen = [number for number, one in enumerate(categories) if one.frequency == frequency]
             figures[name] = _mean(all_TRK[:, :, chosen])
-    else:
-        figures["class_agnostic_AP"] = _mean(_precision(documents, kind, form, by_class=False)[..., 0])
     counts_K = np.bincount(detections.objects[1], minlength=len(categories))
     figures["classes"] = [
         {"name": one.name, "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
@@ -104,18 +97,16 @@ def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
     return figures
 
 
-def _precision(
-    documents: tuple[dict[str, Any], dict[str, Any]], kind: Kind, form: Form, *, by_class: bool = True
-) -> NDArray[np.float64]:
+def _precision(detections: DetectionSet, kind: Kind) -> NDArray[np.float64]:
     """Return precision by threshold, recall, class and area range: (T, R, K, A); −1 without objects."""
     from faster_coco_eval.core.coco import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
-    truth, found = (COCO(document) for document in documents)
+    form = detections.categories.format
+    truth, found = (COCO(document) for document in _documents(detections, kind))
     counted = COCOeval_faster(truth, found, _TYPES[kind], lvis_style=form == "lvis")
     counted.params.maxDets = [PER_IMAGE[form]]
     counted.params.iouThrs, counted.params.recThrs = THRESHOLDS, RECALLS
-    counted.params.useCats = int(by_class)
     counted.evaluate()
     counted.accumulate()
     precision: NDArray[np.float64] = np.asarray(counted.eval["precision"])[..., 0]
@@ -198,25 +189,24 @@ def _interval(weighted: WeightedPrecision, clusters: Clusters, resamples: int) -
 
 
 class WeightedPrecision:
-    """AP of a dataset in which every image is repeated according to its weight. Without `by_class`, classes are
-    ignored.
+    """AP of a dataset in which every image is repeated according to its weight.
 
     Precision has its local maxima at true positives, so it is computed only at these hits H, in order of threshold,
     class and score. The other of the N predictions enter through cumulative sums.
     """
 
-    def __init__(self, detections: DetectionSet, kind: Kind, *, by_class: bool = True) -> None:
+    def __init__(self, detections: DetectionSet, kind: Kind) -> None:
         form = detections.categories.format
-        self._classes = len(detections.categories) if by_class else 1
+        self._classes = len(detections.categories)
         found, ignored, scores, labels, counts = [], [], [], [], []
         for truth, prediction in zip(detections.truths, detections.predictions, strict=True):
             ious_DG = ious(truth, prediction, kind)
-            matches = match(truth, prediction, ious_DG, THRESHOLDS, form, by_class=by_class)
+            matches = match(truth, prediction, ious_DG, THRESHOLDS, form)
             kept_D = ~matches.ignored_TD.all(axis=0)
             found.append(matches.found_TD[:, kept_D] >= 0)
             ignored.append(matches.ignored_TD[:, kept_D])
             scores.append(prediction["scores"][kept_D])
-            labels.append(prediction["labels"][kept_D] if by_class else np.zeros(kept_D.sum(), dtype=np.int64))
+            labels.append(prediction["labels"][kept_D])
             counts.append(int(kept_D.sum()))
         labels_N, scores_N = np.concatenate(labels), np.concatenate(scores)
         order_N = np.lexsort((-scores_N, labels_N))  # stable: in a tie, the first image
@@ -224,8 +214,7 @@ class WeightedPrecision:
         self._image_N = np.repeat(np.arange(len(counts)), counts)[order_N]
         ignored_TN = np.concatenate(ignored, axis=1)[:, order_N]
         hit_TN = np.concatenate(found, axis=1)[:, order_N] & ~ignored_TN
-        self._image_G, class_G = detections.objects
-        self._class_G = class_G if by_class else 0 * class_G
+        self._image_G, self._class_G = detections.objects
 
         threshold_H, self._place_H = np.nonzero(hit_TN)
         self._class_H = labels_N[self._place_H]

@@ -149,17 +149,15 @@ def match(
     ious_DG: NDArray[np.float64],
     thresholds: Sequence[float] | NDArray[np.float64],
     form: Form,
-    *,
-    by_class: bool = True,
 ) -> Matches:
     """Return the matches of an image as COCO defines them. In order of score, each prediction matches the remaining
-    object with the highest IoU, with `by_class` only of its class. `prediction` is in order of the scores, and
-    `ious_DG` a result of `ious`."""
+    object of its class with the highest IoU. `prediction` is in order of the scores, and `ious_DG` a result of
+    `ious`."""
     labels_D, crowd_G = np.asarray(prediction["labels"], dtype=np.int64), truth.crowds_N
     beyond_D = np.zeros(len(labels_D), dtype=bool)
     if form == "coco":
-        beyond_D = _rank(labels_D if by_class else 0 * labels_D) >= PER_IMAGE["coco"]
-    alike_DG = (labels_D[:, None] == truth.labels_N) | (not by_class)
+        beyond_D = _rank(labels_D) >= PER_IMAGE["coco"]
+    alike_DG = labels_D[:, None] == truth.labels_N
     ious_DG = np.where(alike_DG & ~beyond_D[:, None], ious_DG, -1.0)
     bars_T1 = np.minimum(np.asarray(thresholds, dtype=np.float64), 1 - 1e-10)[:, None]
     found_TD = np.full((len(bars_T1), len(labels_D)), -1, dtype=np.int64)
