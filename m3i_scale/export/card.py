@@ -35,16 +35,6 @@ _PIPELINES = {
     "classification": "image-classification",
     "zero_shot": "zero-shot-image-classification",
 }
-_KINDS = {
-    "category": "class labels",
-    "mask": "masks",
-    "text": "captions",
-    "caption": "captions, token by token",
-    "boxes": "boxes and masks of objects",
-    "pixels": "the image itself",
-    "image": "the image itself",
-}
-
 OLDEST_TRANSFORMERS = "4.57"
 """Oldest version that loads every export except detectors, as tested in tests/hub/test_oldest_transformers.py."""
 OLDEST_OF_DETECTOR = "5.24"
@@ -100,7 +90,6 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         vocab_size=source.vocab_size,
         recipe=source.recipe.summary(),
         optim=source.run.optim.model_dump(mode="json"),
-        supervision=list(_supervision(source, provenance)),
         curve=_table(provenance["curve"]),
         evaluation=evaluation,
         heads=heads,
@@ -108,15 +97,6 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         difference=max(provenance["verified"]["largest_output_difference"].values()),
         **{key: provenance[key] for key in _TAKEN_OVER},
     )
-
-
-def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield targets, their supervision, the number of samples with it, and the fraction of all samples."""
-    seen = provenance["samples"]
-    for target in source.recipe.targets:
-        samples = provenance["supervision"].get(target.name)
-        if samples is not None and seen:
-            yield target.name, _KINDS.get(target.modality, target.modality), f"{samples:,.0f}", f"{samples / seen:.1%}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.export.as_onnx import check_onnx, write_onnx
 from m3i_scale.export.card import render_card
 from m3i_scale.export.files import check_shard_size
-from m3i_scale.export.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
+from m3i_scale.export.history import compute_of, curve_of, last_figures, with_best_head
 from m3i_scale.export.push import PROVENANCE, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
@@ -171,7 +171,6 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "data": describe_data(source),
         "figures": last_figures(source),
         "compute": compute_of(source),
-        "supervision": supervision_of(source),
         "curve": curve_of(source),
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
         "files": hash_folder(folder),

@@ -1,4 +1,4 @@
-"""Training history up to a checkpoint from metrics.jsonl: cost, supervision and losses."""
+"""Training history up to a checkpoint from metrics.jsonl: cost and losses."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def compute_of(source: Source) -> dict[str, Any]:
     per_step: Any = None
     counted = 0
     devices: set[str] = set()
-    for record, steps, world, _ in _counted(source):
+    for record, steps, world in _counted(source):
         per_step = record.get("flop_per_step", per_step)
         if isinstance(per_step, int | float):
             flop, counted = (flop or 0.0) + per_step * steps, counted + steps
@@ -83,20 +83,6 @@ def compute_of(source: Source) -> dict[str, Any]:
         "rank_hours": None if seconds is None else seconds / 3600,
         "device": ", ".join(sorted(devices)) or None,
     }
-
-
-def supervision_of(source: Source) -> dict[str, float]:
-    """Return the number of samples seen with supervision for each target; empty if metrics.jsonl has no counts."""
-    samples: dict[str, float] = {}
-    for record, steps, world, micro_batch in _counted(source):
-        if world is None:
-            continue
-        for target in source.recipe.targets:
-            count = record.get(f"loss_samples/{target.name}")  # per micro-batch, over all ranks
-            if isinstance(count, int | float):
-                seen = steps * source.run.optim.batch_size
-                samples[target.name] = samples.get(target.name, 0.0) + seen * count / (micro_batch * world)
-    return samples
 
 
 def curve_of(source: Source) -> list[dict[str, Any]]:
@@ -121,9 +107,9 @@ def _trained(source: Source) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, int]]:
-    """Yield run and train records, the steps that each covers, the number of ranks, and the micro-batch size."""
-    world, micro_batch = source.meta.get("world_size"), source.run.optim.micro_batch_size
+def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None]]:
+    """Yield run, stage and train records, the steps that each covers, and the number of ranks."""
+    world = source.meta.get("world_size")
     before: int | None = None
     for record in _records(source):
         step = record.get("step", 0)
@@ -131,13 +117,11 @@ def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None, 
             # A run that continues another run starts its file at that step. Later, a restart between two records leaves
             # steps without a record; they count toward the next record.
             world, before = record.get("world_size", world), step if before is None else before
-            micro_batch = record.get("micro_batch_size", micro_batch)
-            yield record, 0, None, micro_batch
+            yield record, 0, None
         elif record.get("kind") == "stage" and step <= source.step:
-            micro_batch = record.get("micro_batch_size", micro_batch)
-            yield record, 0, None, micro_batch
+            yield record, 0, None
         elif record.get("kind") == "train" and step <= source.step:
-            yield record, step - (before or 0), world if isinstance(world, int) else None, micro_batch
+            yield record, step - (before or 0), world if isinstance(world, int) else None
             before = step
 
 
