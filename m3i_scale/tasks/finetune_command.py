@@ -51,9 +51,6 @@ class FineTuneOptions:
         bool,
         typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
     ] = False
-    evaluate_only: Annotated[
-        bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")
-    ] = False
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
@@ -91,10 +88,6 @@ class FineTuneOptions:
             raise ConfigError(
                 "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
             )
-        if self.dry_run and self.evaluate_only:
-            raise ConfigError(
-                "--evaluate-only has no effect with --dry-run", where="--evaluate-only", fix="leave one of them out"
-            )
         from m3i_scale.tasks.finetune import prepare
         from m3i_scale.tasks.finetune_result import planned, result_lines
 
@@ -106,7 +99,7 @@ class FineTuneOptions:
             self.overrides or [],
             epochs=self.epochs,
             shards=self.shards,
-            here=not (self.dry_run or self.evaluate_only),
+            here=not self.dry_run,
             subset=self.subset(),
             skip_bad=self.skip_bad,
             random_weights=self.random_weights,
@@ -124,21 +117,18 @@ class FineTuneOptions:
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
         from m3i_scale.tasks.contents import check_contents
-        from m3i_scale.tasks.finetune_checks import check_trained, packing
+        from m3i_scale.tasks.finetune_checks import packing
         from m3i_scale.tasks.finetune_result import data_lines, measure
 
         data, run = prepared.data, prepared.run
         for line in data_lines(prepared.facts()):
             print_rank0(line)
-        if self.evaluate_only:
-            check_trained(run, data)
-        else:
-            check_before_joining()
+        check_before_joining()
         with packing(run, data):
             data.pack(print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
             check_contents(data, prepared.task.labels_file, print_rank0)
-        if not self.evaluate_only and train_run(run, make_hooks=[make_pictures]) == "preempted":
+        if train_run(run, make_hooks=[make_pictures]) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
         return measure(prepared, print_rank0)
 
