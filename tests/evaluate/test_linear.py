@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.linear import STRENGTHS, linear_probe, selection_split
+from m3i_scale.evaluate.probes import STRENGTHS, linear_probe, selection_split
 
 
 def blobs(seed, count=120, noise=1.0):

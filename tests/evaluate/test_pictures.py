@@ -19,8 +19,16 @@ from transformers import (
 
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import load_vision, patch_tokens
-from m3i_scale.evaluate.pictures.attention import Attention, attention, attention_of
-from m3i_scale.evaluate.pictures.dense import brightness, cosines, dense_pca, pca_colours, similarity
+from m3i_scale.evaluate.pictures.dense import (
+    Attention,
+    attention,
+    attention_of,
+    brightness,
+    cosines,
+    dense_pca,
+    pca_colours,
+    similarity,
+)
 from m3i_scale.evaluate.pictures.draw import Cell, drawable, framed, grid, heat_over
 from m3i_scale.host.picture_files import Picture, write_pictures
 

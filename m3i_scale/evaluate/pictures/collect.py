@@ -15,8 +15,7 @@ from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import patch_tokens
 from m3i_scale.evaluate.job import Job
 from m3i_scale.evaluate.overlays import write_error
-from m3i_scale.evaluate.pictures.attention import attention, attention_of
-from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
+from m3i_scale.evaluate.pictures.dense import attention, attention_of, dense_pca, similarity
 from m3i_scale.evaluate.pictures.draw import image_of
 from m3i_scale.evaluate.samples import Table, read_samples
 from m3i_scale.host.picture_files import Picture, write_pictures
