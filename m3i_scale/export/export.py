@@ -18,9 +18,8 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.export.as_onnx import check_onnx, write_onnx
-from m3i_scale.export.card import render_card
+from m3i_scale.export.card import compute_of, curve_of, last_figures, render_card
 from m3i_scale.export.files import check_shard_size
-from m3i_scale.export.history import compute_of, curve_of, last_figures, with_best_head
 from m3i_scale.export.push import PROVENANCE, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
@@ -31,6 +30,7 @@ from m3i_scale.export.source import (
     find_source,
     hash_folder,
     source_tokenizer,
+    with_best_head,
 )
 from m3i_scale.export.tensors import DTYPES
 from m3i_scale.export.verify import verify
