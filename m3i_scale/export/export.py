@@ -205,14 +205,6 @@ def check_contents(wanted: ExportContents) -> None:
     """Raise an error for an unknown task, format or shard size."""
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
-    if str(wanted.format) == "open_clip":
-        raise ExportError(
-            "no open_clip folder holds what was trained",
-            where="--format open_clip",
-            why="its image towers normalise either the tokens or their mean, where the recipes here normalise both;"
-            " and its BERT towers read their configuration from the Hub by a name, never from the folder",
-            fix="--task zero_shot: the same joint space for transformers",
-        )
     if wanted.format not in FORMATS:
         raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
     if wanted.format == "timm" and find_spec("timm") is None:

@@ -47,7 +47,6 @@ def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
         ListedInput(records, [], categories=found.categories, **found.info()),
         list(files),
         trained,
-        0,
         digest,
         len(usable) - len(trained),
     )

@@ -156,8 +156,8 @@ def _with_options(*without: str) -> Callable[[Command], Command]:
 def classification(asked: FineTuneOptions) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
 
-    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, shards in
-    train and val, or a dataset of save_to_disk. Default protocol: finetune.
+    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, or shards
+    in train and val. Default protocol: finetune.
 
     Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.datasets.train.path=/data/shards/train

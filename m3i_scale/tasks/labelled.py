@@ -33,7 +33,6 @@ from m3i_scale.tasks.unpacked import (
     differing_classes,
     image_folders,
     mask_folders,
-    saved_dataset,
 )
 
 MASKS_FIX = (
@@ -156,8 +155,6 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
         found = annotated_images(folder, skip_bad=skip_bad)
     elif file == MASK_LABELS:
         found = mask_folders(_mask_places(folder, train, evaluated), _mask_names(folder), skip_bad=skip_bad)
-    elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        found = saved_dataset(folder)
     elif train is None and evaluated is not None:
         raise _without_train(evaluated, FIX)
     else:
@@ -294,7 +291,6 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
         validation,
         classes,
         samples=len(found.classes),
-        unlabelled=found.unlabelled,
         source=source,
         evaluated=found.evaluated,
         categories=categories,

@@ -1,4 +1,4 @@
-"""Labeled images that are not in shards yet: folders of classes or of masks, or a saved dataset."""
+"""Labeled images that are not in shards yet: folders of classes or of masks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.shards.arrow import NONE, Columns, TableInput, find_columns, find_files, huggingface_input, schema_of
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.imagefolder import imagefolder_input
 from m3i_scale.shards.masks import masks_input, read_mask_labels
@@ -27,7 +25,10 @@ _ANNOTATIONS = {"masks", "mask", "annotations", "annotation", "labels", "label",
 _ANNOTATIONS |= {"segmentationclass", "segmentationobject", "imagesets", "metadata"}
 _NUMBERED_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval|minival)[-_ ]?\d{0,4}")
 """Names of folders in data for other tasks, and of splits, in lower case."""
-FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
+FIX = (
+    "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards, for a Hugging Face dataset those of "
+    "`m3i-scale shards make huggingface`"
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ class Unpacked:
     splits: list[str]
     classes: dict[str, str]
     """Class by key, for training images with one; the same dummy class for all images if pixels have classes."""
-    unlabelled: int
-    """Number of training images without a class."""
     digest: str
     """Digest of everything that goes into the shards."""
     evaluated: int = 0
@@ -76,7 +75,7 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         record.key: names[record.label] for record in records if record.split == TRAIN and record.label is not None
     }
     images = ListedInput(records, names, source="imagefolder")
-    return Unpacked(images, list(places), trained, 0, digest_of(files), len(records) - len(trained))
+    return Unpacked(images, list(places), trained, digest_of(files), len(records) - len(trained))
 
 
 def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad: bool) -> Unpacked:
@@ -99,7 +98,7 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
     trained = {record.key: "" for record in usable if record.split == TRAIN}
     evaluated = len(usable) - len(trained)
     source = ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
-    return Unpacked(source, list(places), trained, 0, digest_of([*files, *numbered]), evaluated)
+    return Unpacked(source, list(places), trained, digest_of([*files, *numbered]), evaluated)
 
 
 def _check_names(place: Path, names: list[str]) -> None:
@@ -127,47 +126,6 @@ def _check_layout(place: Path, names: list[str]) -> None:
         fix="m3i-scale finetune segmentation for masks, or finetune detection for boxes; for classes: "
         f"{FIX.partition('; shards')[0]}",
     )
-
-
-def saved_dataset(folder: Path) -> Unpacked:
-    """List the rows of a dataset from Hugging Face's `save_to_disk`."""
-    found = find_files(folder)
-    there = {file.split.lower(): file.split for file in found if file.split is not None}
-    train = next((there[name] for name in TRAINED if name in there), None)
-    if there and train is None:
-        names = ", ".join(sorted(there.values()))
-        raise ConfigError(f"the data set has no split '{TRAIN}'", where=f"--data {folder}: {names}", fix=FIX)
-    evaluated = next((name for name in EVALUATED if name in there), None)
-    splits: dict[str | None, str] = {train: TRAIN} | ({} if evaluated is None else {there[evaluated]: evaluated})
-    files = [replace(file, split=splits[file.split]) for file in found if file.split in splits]
-    try:
-        table = huggingface_input(folder, Columns(caption=NONE))
-    except ConfigError as error:
-        error.fix = "m3i-scale shards make huggingface, which can be told the columns; then --data their folder"
-        raise
-    label = table.columns.label
-    if label is None:
-        raise ConfigError(
-            "the data set has no column of classes",
-            where=f"--data {folder}",
-            fix="cast its labels to ClassLabel: datasets.class_encode_column",
-        )
-    for file in files:
-        labels = _names_in(schema_of(file.path), label)
-        if labels != table.labels:
-            raise differing_classes(table.labels, labels, str(file.path))
-    digest = digest_of((f"{file.split}/{file.path.name}", file.path.stat().st_size) for file in files)
-    source = TableInput(files, table.columns, table.labels)
-    rows = list(source.labels_of(TRAIN))
-    trained = {key: table.labels[number] for key, number in rows if number is not None}
-    with_images = set(trained.values())
-    _check_not_empty([name for name in table.labels if name not in with_images], f"{folder}, split {train or TRAIN}")
-    read = 0 if evaluated is None else sum(1 for _ in source.labels_of(evaluated))
-    return Unpacked(source, list(splits.values()), trained, len(rows) - len(trained), digest, read)
-
-
-def _names_in(schema: Any, label: str) -> list[str]:
-    return find_columns(schema, Columns(caption=NONE, label=label), "")[1]
 
 
 def digest_of(files: Iterable[tuple[str, int]]) -> str:

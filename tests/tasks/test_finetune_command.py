@@ -196,30 +196,20 @@ def test_the_folder_of_another_run_gets_no_shards(
 # ---------------------------------------------------------------- data
 
 
-def test_shards_and_saved_data_sets_are_read_as_folders_of_images_are(data: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_shards_are_read_as_folders_of_images_are(data: Path, tmp_path: Path) -> None:
     found = pack(data, tmp_path / "a")
     assert (found.classes, found.samples) == (sorted(SHAPES), TRAIN * len(SHAPES))
     shards = find_labelled(tmp_path / "a", tmp_path / "unused", tmp_path / "index")
     assert (shards.train, shards.validation, shards.samples) == (found.train, found.validation, found.samples)
     assert shards.evaluated == found.evaluated == VAL * len(SHAPES)
-    labels = datasets.ClassLabel(names=sorted(SHAPES))
-    features = datasets.Features({"image": datasets.Image(), "label": labels})
-    split = {
-        name: datasets.Dataset.from_dict(
-            {
-                "image": [str(path) for path in sorted((data / folder).rglob("*.png"))],
-                "label": [path.parent.name for path in sorted((data / folder).rglob("*.png"))],
-            },
-            features=features,
-        )
-        for name, folder in (("train", "train"), ("validation", "val"), ("extra", "val"))
-    }
-    datasets.DatasetDict(split).save_to_disk(str(tmp_path / "saved"))
-    saved = pack(tmp_path / "saved", tmp_path / "b")
-    assert (saved.classes, saved.samples, saved.evaluated) == (found.classes, found.samples, found.evaluated)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["train", "validation"]
-    assert read_json(tmp_path / "b" / "train" / "labels.json") == sorted(SHAPES)
+
+
+def test_a_saved_data_set_is_made_into_shards_first(tmp_path: Path) -> None:
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(ConfigError) as caught:
+        find_labelled(tmp_path / "saved", tmp_path / "unused", tmp_path / "index")
+    assert "shards make huggingface" in str(caught.value.fix)
 
 
 def pack(folder: Path, to: Path) -> Labelled:

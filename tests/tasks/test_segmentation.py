@@ -15,7 +15,7 @@ from tiny import first_weights, random_batch
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from m3i_scale.backbones.base import Backbone, Tokens
+from m3i_scale.backbones.base import Backbone
 from m3i_scale.config import BackboneConfig, RunConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.defaults import NO_CLASS
@@ -132,49 +132,6 @@ class AlienHead(SegmentationHead):
     module: ClassVar[str] = "torch.nn.Identity"
 
 
-class OldHead(SegmentationHead):
-    """Of a user whose module overrides the former name of `encode_view`."""
-
-    module: ClassVar[str] = "test_segmentation.OldPixels"
-
-
-class OldPixels(PixelHead):
-    """Never gets the tokens that it means to read."""
-
-    def __init__(self, spec: OldHead, backbone: Backbone, classes: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.classifier = nn.Conv2d(backbone.width, classes, 1)
-
-    def encode(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
-        return backbone.encode_maps(images_BCHW, (1,))
-
-    def forward(self, map_BDHW: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        return [self.classifier(map_BDHW)]
-
-
-class DerivedHead(SegmentationHead):
-    """Of a user whose module has `encode` from its base."""
-
-    module: ClassVar[str] = "test_segmentation.DerivedPixels"
-
-
-class DerivedPixels(OldPixels):
-    """Has no method of either name in its body."""
-
-
-class BothHead(SegmentationHead):
-    """Of a user whose module works with both names."""
-
-    module: ClassVar[str] = "test_segmentation.BothPixels"
-
-
-class BothPixels(OldPixels):
-    """Overrides what is called."""
-
-    def encode_view(self, backbone: Backbone, images_BCHW: Tensor, progress: float) -> tuple[Tokens, list[Tensor]]:
-        return self.encode(backbone, images_BCHW, progress)
-
-
 class UnfinishedHead(SegmentationHead):
     """Of a user whose module predicts nothing."""
 
@@ -204,18 +161,6 @@ def test_a_head_without_a_complete_module_is_an_error(head: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_objective(run_of("vit", f"test_segmentation.{head}"), {"a": CLASSES}, None)
     assert caught.value.where == "task.head"
-
-
-@pytest.mark.parametrize("head", ["OldHead", "DerivedHead"])
-def test_a_head_that_overrides_encode_is_told_its_new_name(head: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        build_objective(run_of("vit", f"test_segmentation.{head}"), {"a": CLASSES}, None)
-    assert caught.value.where == "task.head"
-    assert "encode_view" in str(caught.value.fix)
-
-
-def test_a_head_with_both_names_is_trained() -> None:
-    build_objective(run_of("vit", "test_segmentation.BothHead"), {"a": CLASSES}, None)
 
 
 def test_what_is_made_of_upernet_needs_two_samples_too() -> None:
