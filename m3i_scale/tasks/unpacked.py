@@ -26,8 +26,8 @@ _ANNOTATIONS |= {"segmentationclass", "segmentationobject", "imagesets", "metada
 _NUMBERED_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval|minival)[-_ ]?\d{0,4}")
 """Names of folders in data for other tasks, and of splits, in lower case."""
 FIX = (
-    "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards, for a Hugging Face dataset those of "
-    "`m3i-scale shards make huggingface`"
+    "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards, "
+    "for a Hugging Face dataset those of `m3i-scale shards make huggingface`"
 )
 
 

@@ -166,18 +166,14 @@ class Classification(BackboneTask):
             )
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        if len(label_sets) == 1:
-            return
-        several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
-        raise ConfigError(
-            f"a classifier has one list of classes, and the datasets have {several or 'no labels'}",
-            where="data.datasets",
-            why=None if several else "no source has labels.json beside its shards",
-            fix="leave all but one label set out: data.datasets.NAME.labels=false; equal lists become one by"
-            " data.datasets.NAME.label_set"
-            if several
-            else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
-        )
+        super().check_classes(label_sets)
+        if not label_sets:
+            raise ConfigError(
+                "no dataset has class labels",
+                where="data.datasets",
+                why=f"no {LABELS} is next to the shards",
+                fix=f"make the shards with labels (`shards make`), or put {LABELS} there, a list of class names",
+            )
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
         super().prepare(objective, classes, erasing)

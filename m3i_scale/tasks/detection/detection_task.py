@@ -55,14 +55,6 @@ class Detection(BackboneTask):
                 fix="deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
             )
 
-    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        if len(label_sets) > 1:
-            raise ConfigError(
-                f"objects have one list of categories, and the datasets have {', '.join(label_sets)}",
-                where="data.datasets",
-                fix=f"equal {CATEGORIES} become one by data.datasets.NAME.label_set",
-            )
-
     def check_image_counts(self, counts: list[int] | None) -> None:
         """Check that the number of images per category, which a federated loss needs, is known."""
         if isinstance(self.head, MaskRcnn) and self.head.federated_classes is not None and counts is None:
