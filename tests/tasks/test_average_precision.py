@@ -22,6 +22,7 @@ from m3i_scale.tasks.detection.average_precision import (
     WeightedPrecision,
     average_precision,
     detector_metrics,
+    match_images,
 )
 from m3i_scale.tasks.detection.detections import sort_images
 
@@ -222,7 +223,7 @@ def test_a_weighted_image_is_that_image_several_times(kind: str, form: str) -> N
     truths, found, named = random_set(25, 4, 105 if form == "coco" else 30, form=form)
     detections = sort_images(paired(truths, found), named)
     draw = np.random.default_rng(1)
-    weighted = WeightedPrecision(detections, kind)
+    weighted = WeightedPrecision(detections, match_images(detections, kind)["AP"])
     for drawn in (range(25), draw.integers(0, 25, 25)):
         weights = np.bincount(drawn, minlength=25)
         by_image = {one["image_id"]: int(weight) for one, weight in zip(truths, weights, strict=True)}
