@@ -21,15 +21,16 @@ from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
 from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.records import Input, InputWrapper, Record
-from m3i_scale.tasks.annotated import BOXES_FIX, annotated_images
 from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
+    BOXES_FIX,
     EVALUATED,
     FIX,
     TRAIN,
     TRAINED,
     Unpacked,
+    annotated_images,
     differing_classes,
     image_folders,
     mask_folders,
