@@ -41,6 +41,8 @@ class Task(Kind):
     """File next to the shards with the class names."""
     metrics: ClassVar[dict[str, str]]
     """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all the others."""
+    exportable: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Values of fields that most standard models can represent, suggested if none can represent the task."""
 
     freeze: bool = False
     """Freeze the backbone in evaluation mode and train only the heads."""
@@ -79,11 +81,6 @@ class Task(Kind):
     def chooses_head(self) -> bool:
         """Return whether several heads are trained, of which the best one by the last evaluation is exported."""
         return False
-
-    def alternatives(self) -> list[tuple[str, Task]]:
-        """Return variants of the task, each with the field that differs, to suggest if no standard model can represent
-        the result."""
-        return []
 
     def check(self, run: Any, model: Any) -> None:
         """Validate the task for a `RunConfig` and the configuration of its backbone, independent of its data."""

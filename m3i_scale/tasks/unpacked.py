@@ -167,7 +167,9 @@ def _in_folder(folder: Path) -> tuple[Path, Path | None]:
 def _find_annotations(train: Path) -> tuple[Path, Path | None]:
     """Return the training file, and the evaluation file with the same path except for the split name."""
     near = [*train.parent.glob("*.json"), *train.parent.parent.glob(f"*/{train.name}")]
-    return train, _evaluation_file([file for file in near if file != train and _without_split(file) == _without_split(train)])
+    return train, _evaluation_file(
+        [file for file in near if file != train and _without_split(file) == _without_split(train)]
+    )
 
 
 def _evaluation_file(files: Sequence[Path]) -> Path | None:

@@ -16,7 +16,6 @@ from m3i_scale.config.sections import Section
 from m3i_scale.data.shards import LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask
-from m3i_scale.tasks.base import Task
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import Family, VisionConfig
@@ -71,6 +70,7 @@ class Classification(BackboneTask):
     model: ClassVar[str] = "classifier"
     labels_file: ClassVar[str] = LABELS
     metrics: ClassVar[dict[str, str]] = {"top_1": "top-1"}
+    exportable: ClassVar[dict[str, tuple[str, ...]]] = {"pool": ("class_token", "mean_pool")}
     pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
     """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""
@@ -134,10 +134,6 @@ class Classification(BackboneTask):
     @property
     def chooses_head(self) -> bool:
         return self.sweep is not None
-
-    def alternatives(self) -> list[tuple[str, Task]]:
-        """Return the task with the pools that most backbones can be exported with."""
-        return [("pool", self.model_copy(update={"pool": pool})) for pool in ("class_token", "mean_pool")]
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         from m3i_scale.backbones.families import family_of
