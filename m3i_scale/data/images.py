@@ -7,7 +7,6 @@ import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def fault_text(error: Exception) -> str:
     return _ADDRESS.sub("", str(error))
 
 
-def open_any_size(data: bytes, formats: Sequence[str] = READ_FORMATS) -> Image.Image:
+def open_any_size(data: bytes, formats: tuple[str, ...] = READ_FORMATS) -> Image.Image:
     """Open an encoded image of any size; read its header but no pixels. Raise one of `DECODE_FAULTS` if it is not an
     image."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # global in Pillow; callers check their own limits

@@ -26,7 +26,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return _DTYPES[precision(ds_config)]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
     """Return `bf16`, `fp16` or `fp32`; for any other dtype its name in torch."""
     return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype))
 
