@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from m3i_scale.tasks.finetune_result import FineTuning
     from m3i_scale.tasks.subset import Subset
 
-finetune_app = typer.Typer(
-    no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
-)
+finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune an export with a published protocol, and evaluate it.")
 
 
 @dataclass(frozen=True)
@@ -30,32 +28,30 @@ class FineTuneOptions:
     start: Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")]
     data: Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")]
     overrides: Overrides = None
-    protocol: Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")] = None
+    protocol: Annotated[str | None, typer.Option(help="A built-in protocol, or a config file with a task.")] = None
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")
+        int | None, typer.Option(min=1, help="Epochs over the training images; default: the protocol's length.")
     ] = None
     shards: Annotated[
         Path | None,
-        typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
+        typer.Option(callback=writes_to, help="Folder for the packed images; default: output_dir/shards."),
     ] = None
-    per_class: Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")] = None
+    per_class: Annotated[int | None, typer.Option(min=1, help="Number of training images per class (few-shot).")] = None
     share: Annotated[
         float | None,
-        typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
+        typer.Option(help="Fraction of the training images per class, at least one; for masks and boxes, of all."),
     ] = None
-    subset_seed: Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")] = None
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")
-    ] = False
+    subset_seed: Annotated[int | None, typer.Option(min=0, help="Seed of the subset; default: 0.")] = None
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count images that cannot be packed.")] = False
     random_weights: Annotated[
         bool,
         typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
     ] = False
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
+        typer.Option("--dry-run", help="Only print protocol, deviations, steps, and memory and hours on one device."),
     ] = False
-    hardware: Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")] = None
+    hardware: Annotated[str | None, typer.Option(help="Device for --dry-run: h100, a100 or cpu; default: h100.")] = None
     as_json: AsJson = False
 
     def subset(self) -> Subset | None:
