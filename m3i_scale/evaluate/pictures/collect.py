@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ class EvaluationPictures:
 
     def __call__(self) -> tuple[list[Picture], dict[str, str]]:
         """Return the pictures, and the reason for each picture that the model does not support."""
-        pictures, absent = [], {}
-        for name, draw in {
+        drawn: dict[str, Callable[[], Picture]] = {
             "dense_pca": lambda: dense_pca(self.images, self.names, self.patch_features),
             "attention": self._attention,
             "similarity": lambda: similarity(self.images, self.names, self.patch_features),
-        }.items():
+        }
+        pictures, absent = [], {}
+        for name, draw in drawn.items():
             try:
                 pictures.append(draw())
             except NotMeasuredError as reason:
