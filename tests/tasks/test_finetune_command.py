@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -257,10 +256,6 @@ def linked(root: Path) -> None:
     (root / "train" / "disc").symlink_to(root / "disc")
 
 
-def not_utf8(root: Path) -> None:
-    os.rename(root / "train" / "disc", os.fsencode(root / "train") + b"/d\xff")
-
-
 def flat(root: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
@@ -272,7 +267,6 @@ def flat(root: Path) -> None:
         (emptied, "train"),
         (differing, "val"),
         (loose, "00.png"),
-        (not_utf8, "train"),
         (no_training, "images"),
         (flat, "images"),
     ],
