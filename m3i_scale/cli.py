@@ -331,9 +331,6 @@ def evaluate(
     picture_count: Annotated[
         int | None, typer.Option(min=1, help="Number of predictions of a segmenter or detector; default: 20.")
     ] = None,
-    picture_samples: Annotated[
-        str | None, typer.Option(help="Samples whose features are shown, at most eight: shard.tar/key,shard.tar/key …")
-    ] = None,
     imports: Imports = None,
     as_json: AsJson = False,
 ) -> None:
@@ -341,8 +338,8 @@ def evaluate(
     often a trained head is right (top-1, top-5, mIoU of a segmenter, AP of a detector). Intervals are by concept."""
     from m3i_scale.config.kinds import import_given
     from m3i_scale.evaluate.commands import evaluate as run_evaluation
+    from m3i_scale.evaluate.image_text import TEMPLATES
     from m3i_scale.evaluate.report import render
-    from m3i_scale.evaluate.zero_shot import TEMPLATES
 
     import_given(imports)
     with reading_bar() as progress:
@@ -359,7 +356,6 @@ def evaluate(
             device=device,
             pictures=pictures,
             picture_count=picture_count,
-            picture_samples=picture_samples.split(",") if picture_samples is not None else None,
             progress=progress,
         )
     _print_result(as_json, result, lambda: render(result))

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from m3i_scale.errors import UserError
+from m3i_scale.errors import ExportError, UserError
 from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.features import Encoder, VisionModel, architectures
+from m3i_scale.evaluate.features import Encoder, VisionModel, architectures, check_filled, loading
 from m3i_scale.evaluate.intervals import Clusters, mean_of
 from m3i_scale.evaluate.measures import Side
 from m3i_scale.evaluate.towers import Towers, has_head, load_objective, towers_of
 from m3i_scale.objective.information import Objective
-from m3i_scale.output import quiet_loading
 
 DEPTHS = (1, 5)
 
@@ -46,16 +45,13 @@ def has_classifier(folder: Path) -> bool:
 def load_classifier(folder: Path, vision: VisionModel) -> Classifier:
     """Load the head of a standard image classifier. Raise NotMeasuredError if weights or class names are missing."""
     try:
-        with quiet_loading(folder):
+        with loading(folder, "classifier"):
             model, info = AutoModelForImageClassification.from_pretrained(
                 folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NotMeasuredError(f"the classifier does not load: {first_line}") from None
-    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
-    if faulty:
-        raise NotMeasuredError(f"{len(faulty)} tensors do not fill the classifier, e.g. {faulty[0]}")
+        check_filled(info, folder, "classifier")
+    except ExportError as error:
+        raise NotMeasuredError(error.what) from None
     names: dict[int, str] = model.config.id2label or {}
     if not names or sorted(names) != list(range(len(names))):
         raise NotMeasuredError(

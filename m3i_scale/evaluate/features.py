@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -125,19 +126,16 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             where=str(folder),
             why="without it nobody knows the size and the normalisation that the model was trained with",
         )
-    try:
-        with quiet_loading(folder):
-            model, info = AutoModel.from_pretrained(
-                folder,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                **no_pooling_layer(folder),
-            )
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"the model does not load: {str(error).splitlines()[0]}", where=str(folder)) from None
+    with loading(folder, "model"):
+        model, info = AutoModel.from_pretrained(
+            folder,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            **no_pooling_layer(folder),
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing or info["mismatched_keys"]:
         raise ExportError(
@@ -153,6 +151,24 @@ def load_vision(folder: Path, pool: Pool, device: torch.device) -> VisionModel:
             fix="export it with --task features",
         )
     return VisionModel(model.to(device).eval(), processor, _input_size(processor, folder), pool)
+
+
+@contextmanager
+def loading(folder: Path, name: str) -> Iterator[None]:
+    """Load a stock model without messages of `transformers`. Its errors become an `ExportError`."""
+    try:
+        with quiet_loading(folder):
+            yield
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"the {name} does not load: {first_line}", where=str(folder)) from None
+
+
+def check_filled(info: Mapping[str, Any], folder: Path, name: str) -> None:
+    """Check that the weights of a stock model were complete; `info` is the loading info of `from_pretrained`."""
+    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
+    if faulty:
+        raise ExportError(f"{len(faulty)} tensors do not fill the {name}, e.g. {faulty[0]}", where=str(folder))
 
 
 def architectures(folder: Path) -> list[str]:

@@ -12,12 +12,17 @@ from m3i_scale.data.images import MASK
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.dense import Patches, mean_iou
 from m3i_scale.evaluate.features import unit_rows
+from m3i_scale.evaluate.image_text import (
+    DEPTHS,
+    TextEncoder,
+    class_embeddings,
+    distinct_captions,
+    rank,
+    zero_shot_predict,
+)
 from m3i_scale.evaluate.intervals import Clusters, Statistic, clusters_of, mean_of
-from m3i_scale.evaluate.knn import knn_predict
-from m3i_scale.evaluate.linear import LinearProbe, linear_probe
-from m3i_scale.evaluate.retrieval import DEPTHS, distinct_captions, rank
+from m3i_scale.evaluate.probes import LinearProbe, knn_predict, linear_probe
 from m3i_scale.evaluate.samples import Table
-from m3i_scale.evaluate.zero_shot import TextEncoder, class_embeddings, zero_shot_predict
 
 NEIGHBOURS = (10, 20)
 

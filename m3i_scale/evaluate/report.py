@@ -38,8 +38,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     detector = result["measures"].get("detector", {})
     for kind in _OBJECTS:
         for name, figure in detector.get(kind, {}).items():
-            has_interval = f"{kind}_AP" in detector and name in ("AP", "class_agnostic_AP")
-            if isinstance(figure, float) and not has_interval:
+            if isinstance(figure, float) and name != "AP":  # AP is above, with its interval
                 yield _words(f"detector {kind} {name}"), f"{figure:.3f}", "", ""
     for name, figure, _ in estimates(baseline.get("advantage_of_model", {})):
         yield f"{name} minus pixels", f"{figure['value']:+.3f}", f"{figure['low']:+.3f} … {figure['high']:+.3f}", "0"

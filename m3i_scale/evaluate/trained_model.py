@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from m3i_scale.errors import ConfigError, ExportError
+from m3i_scale.errors import ConfigError
 from m3i_scale.evaluate.job import Progress
 from m3i_scale.evaluate.towers import has_head
-from m3i_scale.output import quiet_loading
 
 LoaderT = TypeVar("LoaderT")
 
@@ -84,21 +82,3 @@ def find_loader(
             f"the folder holds no {name}", where=str(folder), fix=f"m3i-scale export of a run with `task: {task}`"
         )
     return head if stock is None else stock
-
-
-@contextmanager
-def loading(folder: Path, name: str) -> Iterator[None]:
-    """Load a stock model without messages of `transformers`. Its errors become an `ExportError`."""
-    try:
-        with quiet_loading(folder):
-            yield
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"the {name} does not load: {first_line}", where=str(folder)) from None
-
-
-def check_filled(info: Mapping[str, Any], folder: Path, name: str) -> None:
-    """Check that the weights of a stock model were complete; `info` is the loading info of `from_pretrained`."""
-    faulty = sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str)
-    if faulty:
-        raise ExportError(f"{len(faulty)} tensors do not fill the {name}, e.g. {faulty[0]}", where=str(folder))

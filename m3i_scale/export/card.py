@@ -1,7 +1,8 @@
-"""Model card: description, training data, training procedure and usage of an exported model."""
+"""Model card of an export: description, training data and history, and usage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from m3i_scale import __version__
 from m3i_scale.backbones.build import backbone_config, model_files
 from m3i_scale.backbones.families import family_of
-from m3i_scale.export.source import Source
+from m3i_scale.export.source import Source, training_records
 from m3i_scale.text import estimates
 
 _TAKEN_OVER = (
@@ -35,16 +36,7 @@ _PIPELINES = {
     "classification": "image-classification",
     "zero_shot": "zero-shot-image-classification",
 }
-_KINDS = {
-    "category": "class labels",
-    "mask": "masks",
-    "text": "captions",
-    "caption": "captions, token by token",
-    "boxes": "boxes and masks of objects",
-    "pixels": "the image itself",
-    "image": "the image itself",
-}
-
+CURVE_ROWS = 10
 OLDEST_TRANSFORMERS = "4.57"
 """Oldest version that loads every export except detectors, as tested in tests/hub/test_oldest_transformers.py."""
 OLDEST_OF_DETECTOR = "5.24"
@@ -100,7 +92,6 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         vocab_size=source.vocab_size,
         recipe=source.recipe.summary(),
         optim=source.run.optim.model_dump(mode="json"),
-        supervision=list(_supervision(source, provenance)),
         curve=_table(provenance["curve"]),
         evaluation=evaluation,
         heads=heads,
@@ -108,15 +99,6 @@ def render_card(source: Source, provenance: dict[str, Any], config: dict[str, An
         difference=max(provenance["verified"]["largest_output_difference"].values()),
         **{key: provenance[key] for key in _TAKEN_OVER},
     )
-
-
-def _supervision(source: Source, provenance: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield targets, their supervision, the number of samples with it, and the fraction of all samples."""
-    seen = provenance["samples"]
-    for target in source.recipe.targets:
-        samples = provenance["supervision"].get(target.name)
-        if samples is not None and seen:
-            yield target.name, _KINDS.get(target.modality, target.modality), f"{samples:,.0f}", f"{samples / seen:.1%}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -145,3 +127,84 @@ def cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{cell(key)}: {cell(item)}" for key, item in value.items())
     return " ".join(str(value).replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def last_figures(source: Source) -> dict[str, Any]:
+    """Return the last train record at or before the checkpoint's step; empty if there is none."""
+    last: dict[str, Any] = {}
+    for record in _trained(source):
+        last = record
+    return last
+
+
+def compute_of(source: Source) -> dict[str, Any]:
+    """Return the training cost up to the checkpoint; None for values missing in metrics.jsonl. Repeated steps and steps
+    undone by a rollback are no longer in the file, so they do not count.
+
+    Returns:
+        `steps`; `samples`; `flop` of the model only, without recomputation; `rank_hours` from the durations of logged
+        steps, each counted for all steps since the previous record; `device` of a rank: `cpu` or the GPU's name.
+    """
+    flop: float | None = None
+    seconds: float | None = None
+    per_step: Any = None
+    counted = 0
+    devices: set[str] = set()
+    for record, steps, world in _counted(source):
+        per_step = record.get("flop_per_step", per_step)
+        if isinstance(per_step, int | float):
+            flop, counted = (flop or 0.0) + per_step * steps, counted + steps
+        if isinstance(record.get("device"), str):
+            devices.add(record["device"])
+        step_s = record.get("time/step")
+        if isinstance(step_s, int | float) and world is not None:
+            seconds = (seconds or 0.0) + step_s * steps * world
+    if isinstance(per_step, int | float):  # steps without a record count like the last recorded one
+        flop = (flop or 0.0) + per_step * (source.step - counted)
+    return {
+        "steps": source.step,
+        "samples": source.step * source.run.optim.batch_size,
+        "flop": flop,
+        "rank_hours": None if seconds is None else seconds / 3600,
+        "device": ", ".join(sorted(devices)) or None,
+    }
+
+
+def curve_of(source: Source) -> list[dict[str, Any]]:
+    """Return step, loss and loss per target: of the first record, and of the last record in each tenth of training."""
+    rows: dict[int, dict[str, Any]] = {}
+    for record in _trained(source):
+        rows[0 if not rows else math.ceil(record.get("step", 0) * CURVE_ROWS / source.step)] = record
+    losses = {target.name: f"loss/{target.name}" for target in source.recipe.targets}
+    return [
+        {
+            "step": row.get("step", 0),
+            "loss": row.get("loss"),
+            **{name: row[key] for name, key in losses.items() if key in row},
+        }
+        for row in rows.values()
+    ]
+
+
+def _trained(source: Source) -> Iterator[dict[str, Any]]:
+    for record in training_records(source):
+        if record.get("kind") == "train" and record.get("step", 0) <= source.step:
+            yield record
+
+
+def _counted(source: Source) -> Iterator[tuple[dict[str, Any], int, int | None]]:
+    """Yield run, stage and train records, the steps that each covers, and the number of ranks."""
+    world = source.meta.get("world_size")
+    before: int | None = None
+    for record in training_records(source):
+        step = record.get("step", 0)
+        if record.get("kind") == "run" and (step <= source.step or before is None):
+            # A run that continues another run starts its file at that step. Later, a restart between two records leaves
+            # steps without a record; they count toward the next record.
+            world, before = record.get("world_size", world), step if before is None else before
+            yield record, 0, None
+        elif record.get("kind") == "stage" and step <= source.step:
+            yield record, 0, None
+        elif record.get("kind") == "train" and step <= source.step:
+            yield record, step - (before or 0), world if isinstance(world, int) else None
+            before = step

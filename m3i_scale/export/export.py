@@ -18,9 +18,8 @@ from m3i_scale import __version__
 from m3i_scale.checkpoint.layout import MANIFEST
 from m3i_scale.errors import CheckpointError, ExportError, did_you_mean
 from m3i_scale.export.as_onnx import check_onnx, write_onnx
-from m3i_scale.export.card import render_card
+from m3i_scale.export.card import compute_of, curve_of, last_figures, render_card
 from m3i_scale.export.files import check_shard_size
-from m3i_scale.export.history import compute_of, curve_of, last_figures, supervision_of, with_best_head
 from m3i_scale.export.push import PROVENANCE, push
 from m3i_scale.export.reference import make_reference
 from m3i_scale.export.source import (
@@ -31,6 +30,7 @@ from m3i_scale.export.source import (
     find_source,
     hash_folder,
     source_tokenizer,
+    with_best_head,
 )
 from m3i_scale.export.tensors import DTYPES
 from m3i_scale.export.verify import verify
@@ -171,7 +171,6 @@ def _provenance(source: Source, folder: Path, weights: Weights, dtype: Dtype) ->
         "data": describe_data(source),
         "figures": last_figures(source),
         "compute": compute_of(source),
-        "supervision": supervision_of(source),
         "curve": curve_of(source),
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "deepspeed")},
         "files": hash_folder(folder),
@@ -206,14 +205,6 @@ def check_contents(wanted: ExportContents) -> None:
     """Raise an error for an unknown task, format or shard size."""
     if wanted.task not in TASKS:
         raise ExportError(f"no task '{wanted.task}'", where="--task", fix=did_you_mean(wanted.task, TASKS))
-    if str(wanted.format) == "open_clip":
-        raise ExportError(
-            "no open_clip folder holds what was trained",
-            where="--format open_clip",
-            why="its image towers normalise either the tokens or their mean, where the recipes here normalise both;"
-            " and its BERT towers read their configuration from the Hub by a name, never from the folder",
-            fix="--task zero_shot: the same joint space for transformers",
-        )
     if wanted.format not in FORMATS:
         raise ExportError(f"no format '{wanted.format}'", where="--format", fix=did_you_mean(wanted.format, FORMATS))
     if wanted.format == "timm" and find_spec("timm") is None:

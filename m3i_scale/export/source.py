@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from m3i_scale.data.shards import shard_folder
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import CheckpointError, ConfigError, DataError, ExportError
 from m3i_scale.export.tensors import VISION
-from m3i_scale.files import read_json, sha256_of
+from m3i_scale.files import read_json, read_json_lines, sha256_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
-from m3i_scale.upgrade import upgrade_weights
+from m3i_scale.upgrade import upgrade_line, upgrade_weights
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,40 @@ def _at_last_size(run: RunConfig) -> RunConfig:
     if size is None:
         return run
     return run.model_copy(update={"backbone": own.model_copy(update={"config": own.config | {"image_size": size}})})
+
+
+def with_best_head(source: Source) -> tuple[Source, dict[str, Any] | None]:
+    """Reduce a checkpoint of a sweep to its best head, and return it with the accuracy of all heads. Other checkpoints
+    remain unchanged. The last evaluation at or before the checkpoint's step decides. In a tie, the first head wins."""
+    task = source.run.task
+    if task is None or not task.chooses_head:
+        return source, None
+    names = [target.name for target in source.recipe.targets]
+    measured: dict[str, Any] = {}
+    for record in training_records(source):
+        if record.get("kind") == "evaluation" and record.get("step", 0) <= source.step:
+            measured = record
+    scores = {name: measured[key] for name in names if (key := f"evaluation/{name}/top_1") in measured}
+    if not scores:
+        raise ExportError(
+            "no head of the sweep is the best: none has been evaluated",
+            where=str(source.run_dir / "metrics.jsonl"),
+            why=f"it has no evaluation up to step {source.step}",
+            fix="export a later checkpoint",
+        )
+    best = max(scores, key=lambda name: scores[name])
+    target = next(target for target in source.run.recipe["targets"] if target["name"] == best)
+    decoders = {target["decoder"]: source.run.recipe["decoders"][target["decoder"]]}
+    recipe = source.run.recipe | {"targets": [target], "decoders": decoders}
+    run = source.run.model_copy(update={"recipe": recipe})
+    facts = {"chosen": best, "step": measured["step"], "top_1": scores}
+    return replace(source, run=run, recipe=parse_recipe(recipe)), facts
+
+
+def training_records(source: Source) -> Iterator[dict[str, Any]]:
+    """Yield the records of the run's metrics.jsonl, if it exists."""
+    path = source.run_dir / "metrics.jsonl"
+    return map(upgrade_line, read_json_lines(path)) if path.is_file() else iter(())
 
 
 class ResizedWeights(Mapping[str, Tensor]):

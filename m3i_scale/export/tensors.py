@@ -59,7 +59,7 @@ class ExportedModule:
     also: tuple[str, ...] = ()
     """Additional outputs to compare."""
     native: str | None = None
-    """timm or open_clip: library with native support for the folder's format, which is compared as well."""
+    """timm: library with native support for the folder's format, which is compared as well."""
     strip: str = ""
     """Prefix that is removed from names in the file."""
     config: dict[str, Any] | None = None

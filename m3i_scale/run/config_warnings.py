@@ -24,7 +24,7 @@ Keyed: TypeAlias = tuple[tuple[str, ...], str]
 def config_warnings(run: RunConfig, recipe: Recipe | None, faulty: Collection[str] = ()) -> list[str]:
     """Return warnings about a config, which has default values in place of values with errors. `faulty` has their
     dotted keys. `recipe` is None if it has errors."""
-    warnings = [*_optim(run), *_timeouts(run), *_task(run)]
+    warnings = [*_optim(run), *_timeouts(run), *_published(run)]
     if recipe is not None:
         warnings += [*_targets(recipe), *_augmentation(run, recipe)]
     return [text for keys, text in warnings if not any(_overlap(key, other) for key in keys for other in faulty)]
@@ -92,9 +92,7 @@ def _timeouts(run: RunConfig) -> Iterator[Keyed]:
             )
 
 
-def _task(run: RunConfig) -> Iterator[Keyed]:
-    for key, text in () if run.task is None else run.task.warnings():
-        yield (key,), text
+def _published(run: RunConfig) -> Iterator[Keyed]:
     published = run.protocol.published if run.protocol is not None else None
     for name in ("number", "mask_ap") if published is not None else ():
         value = getattr(published, name)

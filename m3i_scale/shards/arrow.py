@@ -216,15 +216,6 @@ class TableInput(Input):
     def info(self) -> dict[str, Any]:
         return {"source": "huggingface", **({"columns_left_out": sorted(self._left_out)} if self._left_out else {})}
 
-    def labels_of(self, split: str | None) -> Iterator[tuple[str, int | None]]:
-        """Yield key and label of every row of a split without reading images; out-of-range labels become None."""
-        for row in self._rows([name for name in (self.columns.label, self.columns.key) if name is not None]):
-            if row.file.split == split:
-                try:
-                    yield row.key, self._label(row)
-                except DataError:
-                    yield row.key, None
-
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         meta = {}
         for name, value in row.items():

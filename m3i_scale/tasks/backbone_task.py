@@ -36,6 +36,17 @@ class BackboneTask(Task):
                 fix="leave it out, or take an InternImage",
             )
 
+    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
+        """Check that there is only one list of classes."""
+        if len(label_sets) > 1:
+            several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
+            raise ConfigError(
+                f"a {self.model} has one list of classes, and the datasets have {several}",
+                where="data.datasets",
+                fix=f"equal {self.labels_file} become one by data.datasets.NAME.label_set"
+                + ("" if self.dense else "; data.datasets.NAME.labels=false leaves a list out"),
+            )
+
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
         if self.drop_path:
             from m3i_scale.tasks.drop_path import apply_drop_path

@@ -7,7 +7,6 @@ so that all pre-training features also work for tasks.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -42,6 +41,8 @@ class Task(Kind):
     """File next to the shards with the class names."""
     metrics: ClassVar[dict[str, str]]
     """Metrics in percent: name in results → name in `evaluate`. All models have the first one, not all the others."""
+    exportable: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Values of fields that most standard models can represent, suggested if none can represent the task."""
 
     freeze: bool = False
     """Freeze the backbone in evaluation mode and train only the heads."""
@@ -81,11 +82,6 @@ class Task(Kind):
         """Return whether several heads are trained, of which the best one by the last evaluation is exported."""
         return False
 
-    def alternatives(self) -> list[tuple[str, Task]]:
-        """Return variants of the task, each with the field that differs, to suggest if no standard model can represent
-        the result."""
-        return []
-
     def check(self, run: Any, model: Any) -> None:
         """Validate the task for a `RunConfig` and the configuration of its backbone, independent of its data."""
 
@@ -104,10 +100,6 @@ class Task(Kind):
     def lr_scales(self, objective: Any) -> dict[str, float]:
         """Return learning-rate multipliers by parameter name; missing names have 1."""
         return {}
-
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        """Yield the key and a warning for every valid value that is probably a mistake."""
-        yield from ()
 
 
 class Published(Section):

@@ -121,13 +121,13 @@ def _export_task(run: RunConfig, task: Task, classes: list[str]) -> ExportTask:
     refusal = _refusal(run, task, classes)
     if refusal is None:
         return cast(ExportTask, task.kind)
-    for field, other in task.alternatives():
-        if _refusal(run, other, classes) is None:
+    for field, value in ((field, value) for field, values in task.exportable.items() for value in values):
+        if _refusal(run, task.model_copy(update={field: value}), classes) is None:
             install = "" if find_spec("timm") is not None else "pip install 'm3i-scale[timm]', or "
             raise ConfigError(
                 f"the result could not be exported as a {task.model}: {refusal.what}",
                 where=f"task.{field}: {getattr(task, field)}",
-                fix=f"{install}task.{field}={getattr(other, field)}",
+                fix=f"{install}task.{field}={value}",
             )
     return "features"
 

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from m3i_scale.tasks.finetune_result import FineTuning
     from m3i_scale.tasks.subset import Subset
 
-finetune_app = typer.Typer(
-    no_args_is_help=True, help="Fine-tune an export by a published protocol, and measure what it is worth."
-)
+finetune_app = typer.Typer(no_args_is_help=True, help="Fine-tune an export with a published protocol, and evaluate it.")
 
 
 @dataclass(frozen=True)
@@ -30,35 +28,30 @@ class FineTuneOptions:
     start: Annotated[str, typer.Argument(metavar="EXPORT", help="A folder, or any of backbone.from_pretrained.")]
     data: Annotated[Path, typer.Option(help="Images with labels, masks or boxes; see above.")]
     overrides: Overrides = None
-    protocol: Annotated[str | None, typer.Option(help="A built-in one, or a run file with a task.")] = None
+    protocol: Annotated[str | None, typer.Option(help="A built-in protocol, or a config file with a task.")] = None
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Over the training images; default: the protocol's length.")
+        int | None, typer.Option(min=1, help="Epochs over the training images; default: the protocol's length.")
     ] = None
     shards: Annotated[
         Path | None,
-        typer.Option(callback=writes_to, help="Where images are packed into, once; default: output_dir/shards."),
+        typer.Option(callback=writes_to, help="Folder for the packed images; default: output_dir/shards."),
     ] = None
-    per_class: Annotated[int | None, typer.Option(min=1, help="Train on so many images of every class.")] = None
+    per_class: Annotated[int | None, typer.Option(min=1, help="Number of training images per class (few-shot).")] = None
     share: Annotated[
         float | None,
-        typer.Option(help="Train on so much of every class, at least an image; of masks and boxes, of all images."),
+        typer.Option(help="Fraction of the training images per class, at least one; for masks and boxes, of all."),
     ] = None
-    subset_seed: Annotated[int | None, typer.Option(min=0, help="Which images these are; default: 0.")] = None
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out images that cannot be packed, and count them.")
-    ] = False
+    subset_seed: Annotated[int | None, typer.Option(min=0, help="Seed of the subset; default: 0.")] = None
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip and count images that cannot be packed.")] = False
     random_weights: Annotated[
         bool,
         typer.Option("--random-weights", help="Start from random weights of EXPORT's architecture, to compare."),
     ] = False
-    evaluate_only: Annotated[
-        bool, typer.Option("--evaluate-only", help="Train nothing; measure what output_dir holds.")
-    ] = False
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only tell protocol, deviations, steps, memory and hours of one device."),
+        typer.Option("--dry-run", help="Only print protocol, deviations, steps, and memory and hours on one device."),
     ] = False
-    hardware: Annotated[str | None, typer.Option(help="Of --dry-run: h100, a100 or cpu; default: h100.")] = None
+    hardware: Annotated[str | None, typer.Option(help="Device for --dry-run: h100, a100 or cpu; default: h100.")] = None
     as_json: AsJson = False
 
     def subset(self) -> Subset | None:
@@ -91,10 +84,6 @@ class FineTuneOptions:
             raise ConfigError(
                 "--hardware has no effect without --dry-run", where=f"--hardware {self.hardware}", fix="leave it out"
             )
-        if self.dry_run and self.evaluate_only:
-            raise ConfigError(
-                "--evaluate-only has no effect with --dry-run", where="--evaluate-only", fix="leave one of them out"
-            )
         from m3i_scale.tasks.finetune import prepare
         from m3i_scale.tasks.finetune_result import planned, result_lines
 
@@ -106,7 +95,7 @@ class FineTuneOptions:
             self.overrides or [],
             epochs=self.epochs,
             shards=self.shards,
-            here=not (self.dry_run or self.evaluate_only),
+            here=not self.dry_run,
             subset=self.subset(),
             skip_bad=self.skip_bad,
             random_weights=self.random_weights,
@@ -124,21 +113,18 @@ class FineTuneOptions:
         from m3i_scale.run.train import print_rank0
         from m3i_scale.run.train import start as train_run
         from m3i_scale.tasks.contents import check_contents
-        from m3i_scale.tasks.finetune_checks import check_trained, packing
+        from m3i_scale.tasks.finetune_checks import packing
         from m3i_scale.tasks.finetune_result import data_lines, measure
 
         data, run = prepared.data, prepared.run
         for line in data_lines(prepared.facts()):
             print_rank0(line)
-        if self.evaluate_only:
-            check_trained(run, data)
-        else:
-            check_before_joining()
+        check_before_joining()
         with packing(run, data):
             data.pack(print_rank0, skip_bad=self.skip_bad)
         if not (run.output_dir / "checkpoints").exists():  # otherwise they were checked when the run began
             check_contents(data, prepared.task.labels_file, print_rank0)
-        if not self.evaluate_only and train_run(run, make_hooks=[make_pictures]) == "preempted":
+        if train_run(run, make_hooks=[make_pictures]) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
         return measure(prepared, print_rank0)
 
@@ -166,8 +152,8 @@ def _with_options(*without: str) -> Callable[[Command], Command]:
 def classification(asked: FineTuneOptions) -> None:
     """Train a classifier on one device, export it to output_dir/classifier, and evaluate it.
 
-    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, shards in
-    train and val, or a dataset of save_to_disk. Default protocol: finetune.
+    Rerun the same command to resume a stopped run. DIR of --data contains train/CLASS/… and val/CLASS/…, or shards
+    in train and val. Default protocol: finetune.
 
     Several GPUs or nodes: m3i-scale launch PROTOCOL --with deepspeed … backbone.from_pretrained=EXPORT
     data.datasets.train.path=/data/shards/train

@@ -21,19 +21,19 @@ from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.shards.records import Input, InputWrapper, Record
-from m3i_scale.tasks.annotated import BOXES_FIX, annotated_images
 from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
+    BOXES_FIX,
     EVALUATED,
     FIX,
     TRAIN,
     TRAINED,
     Unpacked,
+    annotated_images,
     differing_classes,
     image_folders,
     mask_folders,
-    saved_dataset,
 )
 
 MASKS_FIX = (
@@ -156,8 +156,6 @@ def _find(folder: Path, packed: Path, cache: Path, file: str, *, subset: Subset 
         found = annotated_images(folder, skip_bad=skip_bad)
     elif file == MASK_LABELS:
         found = mask_folders(_mask_places(folder, train, evaluated), _mask_names(folder), skip_bad=skip_bad)
-    elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        found = saved_dataset(folder)
     elif train is None and evaluated is not None:
         raise _without_train(evaluated, FIX)
     else:
@@ -294,7 +292,6 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
         validation,
         classes,
         samples=len(found.classes),
-        unlabelled=found.unlabelled,
         source=source,
         evaluated=found.evaluated,
         categories=categories,

@@ -70,7 +70,7 @@ class Subset:
         keys = self.choose(found.classes)
         classes = {key: name for key, name in found.classes.items() if key in keys}
         digest = digest_of([(found.digest, 0), *((key, 0) for key in keys)])
-        return replace(found, keys=keys, classes=classes, unlabelled=0, digest=digest)
+        return replace(found, keys=keys, classes=classes, digest=digest)
 
 
 def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str) -> Unpacked:
@@ -99,7 +99,7 @@ def subset_of_shards(subset: Subset, train: Path, classes: list[str], file: str)
     source = _ShardSubset(origins, keys, labels, mask_labels=mask_labels, categories=categories)
     files = [(origin.path.name, origin.path.stat().st_size) for origin in origins]
     chosen = {key: name for key, name in found.items() if key in keys}
-    return Unpacked(source, [TRAIN], chosen, 0, digest_of([*files, *((key, 0) for key in keys)]), keys=keys)
+    return Unpacked(source, [TRAIN], chosen, digest_of([*files, *((key, 0) for key in keys)]), keys=keys)
 
 
 class _ShardSubset(ShardInput):

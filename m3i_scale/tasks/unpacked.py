@@ -1,16 +1,15 @@
-"""Labeled images that are not in shards yet: folders of classes or of masks, or a saved dataset."""
+"""Labeled images that are not in shards yet: folders of classes or of masks, or COCO and LVIS annotation files."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from m3i_scale.errors import ConfigError
-from m3i_scale.shards.arrow import NONE, Columns, TableInput, find_columns, find_files, huggingface_input, schema_of
+from m3i_scale.errors import ConfigError, DataError
+from m3i_scale.shards.coco import annotation_files, coco_input, split_of
 from m3i_scale.shards.encode_image import FILE_EXTENSIONS
 from m3i_scale.shards.imagefolder import imagefolder_input
 from m3i_scale.shards.masks import masks_input, read_mask_labels
@@ -27,7 +26,16 @@ _ANNOTATIONS = {"masks", "mask", "annotations", "annotation", "labels", "label",
 _ANNOTATIONS |= {"segmentationclass", "segmentationobject", "imagesets", "metadata"}
 _NUMBERED_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval|minival)[-_ ]?\d{0,4}")
 """Names of folders in data for other tasks, and of splits, in lower case."""
-FIX = "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards; or a folder of save_to_disk"
+FIX = (
+    "DIR/train/CLASS/… and DIR/val/CLASS/…, or DIR/CLASS/… without evaluation; shards, "
+    "for a Hugging Face dataset those of `m3i-scale shards make huggingface`"
+)
+BOXES_FIX = (
+    "shards of `m3i-scale shards make coco` in DIR/train and DIR/val, or in DIR; DIR/annotations with "
+    "instances_train2017.json and instances_val2017.json, or lvis_v1_train.json and lvis_v1_val.json, and the images "
+    "in DIR; or --data FILE, the annotation file for training"
+)
+_ANNOTATED_SPLITS = (*EVALUATED, "minival")
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,6 @@ class Unpacked:
     splits: list[str]
     classes: dict[str, str]
     """Class by key, for training images with one; the same dummy class for all images if pixels have classes."""
-    unlabelled: int
-    """Number of training images without a class."""
     digest: str
     """Digest of everything that goes into the shards."""
     evaluated: int = 0
@@ -76,7 +82,7 @@ def image_folders(places: dict[str, Path]) -> Unpacked:
         record.key: names[record.label] for record in records if record.split == TRAIN and record.label is not None
     }
     images = ListedInput(records, names, source="imagefolder")
-    return Unpacked(images, list(places), trained, 0, digest_of(files), len(records) - len(trained))
+    return Unpacked(images, list(places), trained, digest_of(files), len(records) - len(trained))
 
 
 def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad: bool) -> Unpacked:
@@ -99,7 +105,82 @@ def mask_folders(places: dict[str, tuple[Path, Path]], names: Path, *, skip_bad:
     trained = {record.key: "" for record in usable if record.split == TRAIN}
     evaluated = len(usable) - len(trained)
     source = ListedInput(records, [], mask_labels=labels, source="masks", reduce_zero_label=reduce_zero_label)
-    return Unpacked(source, list(places), trained, 0, digest_of([*files, *numbered]), evaluated)
+    return Unpacked(source, list(places), trained, digest_of([*files, *numbered]), evaluated)
+
+
+def annotated_images(given: Path, *, skip_bad: bool) -> Unpacked:
+    """List images and their annotations, by split. `given` is a folder of annotation files, or the training file with
+    the evaluation file next to it. With `skip_bad`, unusable images are skipped when shards are created."""
+    train, evaluated = _find_annotations(given) if given.is_file() else _in_folder(given)
+    files = {TRAIN: train} | ({} if evaluated is None else {split_of(evaluated) or "": evaluated})
+    found = coco_input([*files.values()], skip_bad=skip_bad)
+    records = [
+        record if record.split in files else replace(record, split=TRAIN)  # `training`, or a name without a split
+        for record in found.records()
+    ]
+    usable = [record for record in records if record.fault is None]
+    trained = {record.key: "" for record in usable if record.split == TRAIN}
+    digest = digest_of(
+        [
+            *((path.name, path.stat().st_size) for path in files.values()),
+            *((f"{record.split}/{record.meta['path']}", record.size) for record in records),
+        ]
+    )
+    counts = found.info()["annotations"]
+    for file in files.values():
+        of_file = counts["/".join(file.parts[-2:])]
+        if of_file["annotations"] <= of_file["crowds"]:
+            purpose = "training" if file == train else "evaluation"
+            raise ConfigError(f"no object is annotated for {purpose}", where=f"--data {file}", fix=BOXES_FIX)
+    return Unpacked(
+        ListedInput(records, [], categories=found.categories, **found.info()),
+        list(files),
+        trained,
+        digest,
+        len(usable) - len(trained),
+    )
+
+
+def _in_folder(folder: Path) -> tuple[Path, Path | None]:
+    """Return the annotation files of a folder for training and for evaluation."""
+    try:
+        files = annotation_files(folder)
+    except ConfigError as error:
+        error.fix = "--data FILE, the annotation file for training; that for evaluation is the one beside it"
+        raise
+    except DataError:
+        raise ConfigError(
+            "there are neither shards nor annotation files", where=f"--data {folder}", fix=BOXES_FIX
+        ) from None
+    trained = [file for file in files if split_of(file) in TRAINED]
+    if not trained and len(files) == 1 and split_of(files[0]) is None:
+        trained = files
+    if len(trained) != 1:
+        raise ConfigError(
+            f"{len(trained) or 'none'} of the annotation files are for training",
+            where=f"--data {folder}: {', '.join(file.name for file in files)}",
+            fix="--data FILE, the annotation file for training",
+        )
+    return trained[0], _evaluation_file(files)
+
+
+def _find_annotations(train: Path) -> tuple[Path, Path | None]:
+    """Return the training file, and the evaluation file with the same path except for the split name."""
+    near = [*train.parent.glob("*.json"), *train.parent.parent.glob(f"*/{train.name}")]
+    return train, _evaluation_file(
+        [file for file in near if file != train and _without_split(file) == _without_split(train)]
+    )
+
+
+def _evaluation_file(files: Sequence[Path]) -> Path | None:
+    """Return the file for evaluation."""
+    by_split = {split_of(file): file for file in files}
+    return next((by_split[split] for split in _ANNOTATED_SPLITS if split in by_split), None)
+
+
+def _without_split(file: Path) -> tuple[str, str]:
+    before, _, after = "/".join(file.parts[-2:]).lower().rpartition(split_of(file) or "/")
+    return before, after
 
 
 def _check_names(place: Path, names: list[str]) -> None:
@@ -127,47 +208,6 @@ def _check_layout(place: Path, names: list[str]) -> None:
         fix="m3i-scale finetune segmentation for masks, or finetune detection for boxes; for classes: "
         f"{FIX.partition('; shards')[0]}",
     )
-
-
-def saved_dataset(folder: Path) -> Unpacked:
-    """List the rows of a dataset from Hugging Face's `save_to_disk`."""
-    found = find_files(folder)
-    there = {file.split.lower(): file.split for file in found if file.split is not None}
-    train = next((there[name] for name in TRAINED if name in there), None)
-    if there and train is None:
-        names = ", ".join(sorted(there.values()))
-        raise ConfigError(f"the data set has no split '{TRAIN}'", where=f"--data {folder}: {names}", fix=FIX)
-    evaluated = next((name for name in EVALUATED if name in there), None)
-    splits: dict[str | None, str] = {train: TRAIN} | ({} if evaluated is None else {there[evaluated]: evaluated})
-    files = [replace(file, split=splits[file.split]) for file in found if file.split in splits]
-    try:
-        table = huggingface_input(folder, Columns(caption=NONE))
-    except ConfigError as error:
-        error.fix = "m3i-scale shards make huggingface, which can be told the columns; then --data their folder"
-        raise
-    label = table.columns.label
-    if label is None:
-        raise ConfigError(
-            "the data set has no column of classes",
-            where=f"--data {folder}",
-            fix="cast its labels to ClassLabel: datasets.class_encode_column",
-        )
-    for file in files:
-        labels = _names_in(schema_of(file.path), label)
-        if labels != table.labels:
-            raise differing_classes(table.labels, labels, str(file.path))
-    digest = digest_of((f"{file.split}/{file.path.name}", file.path.stat().st_size) for file in files)
-    source = TableInput(files, table.columns, table.labels)
-    rows = list(source.labels_of(TRAIN))
-    trained = {key: table.labels[number] for key, number in rows if number is not None}
-    with_images = set(trained.values())
-    _check_not_empty([name for name in table.labels if name not in with_images], f"{folder}, split {train or TRAIN}")
-    read = 0 if evaluated is None else sum(1 for _ in source.labels_of(evaluated))
-    return Unpacked(source, list(splits.values()), trained, len(rows) - len(trained), digest, read)
-
-
-def _names_in(schema: Any, label: str) -> list[str]:
-    return find_columns(schema, Columns(caption=NONE, label=label), "")[1]
 
 
 def digest_of(files: Iterable[tuple[str, int]]) -> str:

@@ -98,7 +98,7 @@ def test_excluded_group_is_left_out_of_both_sides(vit_folder, shards):
 
 
 def test_unknown_group_is_refused(vit_folder, shards):
-    with pytest.raises(DataError, match="excluded group 'gren'") as caught:
+    with pytest.raises(DataError) as caught:
         evaluate(vit_folder, str(shards / "val"), train_data=str(shards / "train"), exclude_groups=("gren",))
     assert "green" in caught.value.fix
 
@@ -112,8 +112,9 @@ def test_nothing_to_measure_is_an_error_with_reasons(vit_folder, shards):
 
 
 def test_training_on_the_test_data_is_refused(vit_folder, shards):
-    with pytest.raises(DataError, match="both training and test"):
+    with pytest.raises(DataError) as caught:
         evaluate(vit_folder, str(shards / "val"), train_data=str(shards / "val"))
+    assert str(caught.value.where).endswith(".tar")
 
 
 def test_shared_families_are_told(vit_folder, shards, tmp_path, records_of):

@@ -6,7 +6,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from m3i_scale.evaluate import NotMeasuredError
 from m3i_scale.evaluate.features import unit_rows
-from m3i_scale.evaluate.knn import knn_predict
+from m3i_scale.evaluate.probes import knn_predict
 
 
 def test_votes_by_hand():

@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from m3i_scale.evaluate import NotMeasuredError
-from m3i_scale.evaluate.linear import STRENGTHS, linear_probe, selection_split
+from m3i_scale.evaluate.probes import STRENGTHS, linear_probe, selection_split
 
 
 def blobs(seed, count=120, noise=1.0):
@@ -51,11 +51,8 @@ def test_groups_stay_whole(seed, groups):
     assert len(np.unique(labels[fit])) > 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "groups", "message"),
-    [([1, 1, 1, 1], [0, 1, 2, 3], "fewer than two classes"), ([0, 1, 0, 1], [0, 0, 0, 0], "one family")],
-)
-def test_says_why_it_cannot_choose(labels, groups, message):
+@pytest.mark.parametrize(("labels", "groups"), [([1, 1, 1, 1], [0, 1, 2, 3]), ([0, 1, 0, 1], [0, 0, 0, 0])])
+def test_one_class_or_one_family_is_not_measured(labels, groups):
     features = np.zeros((4, 2), dtype=np.float32)
-    with pytest.raises(NotMeasuredError, match=message):
+    with pytest.raises(NotMeasuredError):
         linear_probe(features, np.array(labels), np.array(groups), features)

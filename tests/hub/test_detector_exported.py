@@ -195,7 +195,7 @@ def test_one_that_finds_nothing_comes_out_too(make_run, data, tmp_path, same_pro
 
 
 def test_there_is_no_onnx_file_of_it(runs, tmp_path, same_process):
-    with pytest.raises(ExportError, match="objects") as caught:
+    with pytest.raises(ExportError) as caught:
         export(runs("vit")[0], tmp_path / "out", wanted=replace(DETECTION, format="onnx"))
     assert caught.value.where == "--format onnx"
     assert not (tmp_path / "out").exists()

@@ -235,8 +235,9 @@ def test_names_that_are_none(hub, folder, name):
 
 @pytest.mark.parametrize("option", [{"public": True}, {"dry_run": True}])
 def test_options_without_effect(run_dir, tmp_path, option):
-    with pytest.raises(ExportError, match="has no effect"):
+    with pytest.raises(ExportError) as caught:
         export_and_push(run_dir[0], tmp_path / "out", **option)
+    assert caught.value.fix == "--push USER/NAME"
 
 
 def test_in_a_process_of_its_own(folder):

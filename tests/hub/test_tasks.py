@@ -186,7 +186,7 @@ def test_timm_classifier(runs, tmp_path, same_process):
         ("vit", ExportContents("classification", label_set="thing"), "no label set 'thing'"),
         ("vit", ExportContents("classify"), "no task 'classify'"),
         ("vit", ExportContents("features", "tim"), "no format 'tim'"),
-        ("vit", ExportContents("zero_shot", "open_clip"), "no open_clip folder holds what was trained"),
+        ("vit", ExportContents("zero_shot", "open_clip"), "no format 'open_clip'"),
         ("vit", ExportContents(max_shard_size="big"), "no size 'big'"),
     ],
 )

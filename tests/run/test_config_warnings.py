@@ -44,13 +44,6 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "timeouts.collective_s": ("mae", ["timeouts.collective_s=960000"], ["timeouts.collective_s=86400"]),
     "data.read_timeout_s": ("mae", ["data.read_timeout_s=90000"], ["data.read_timeout_s=90"]),
-    "task.mixup": ("in1k_finetune_b", ["task.mixup=80"], ["task.mixup=8"]),
-    "task.cutmix": ("in1k_finetune_b", ["task.cutmix=100"], ["task.cutmix=1"]),
-    "task.head.regions.before_nms": (
-        "coco_vitdet_b",
-        ["task.head.regions.before_nms=[500,1000]"],
-        ["task.head.regions.before_nms=[1000,1000]"],
-    ),
     "protocol.published.number": (
         "in1k_finetune_b",
         ["protocol.published.number=0.831"],

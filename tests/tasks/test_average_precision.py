@@ -22,6 +22,7 @@ from m3i_scale.tasks.detection.average_precision import (
     WeightedPrecision,
     average_precision,
     detector_metrics,
+    match_images,
 )
 from m3i_scale.tasks.detection.detections import sort_images
 
@@ -67,20 +68,15 @@ def test_coco_equals_pycocotools(kind: str, per_image: int, digits: int, tmp_pat
     figures = average_precision(paired(truths, found), named)
     assert (figures["images"], len(found) < images) == (images, True)
     true_file, found_file = as_files(truths, found, named, kind, tmp_path)
-    for by_class in (True, False):
-        published_truth = COCO(true_file)
-        published = COCOeval(published_truth, published_truth.loadRes(found_file), TYPES[kind])
-        published.params.useCats = int(by_class)
-        published.evaluate()
-        published.accumulate()
-        published.summarize()
-        if not by_class:
-            assert figures[kind]["class_agnostic_AP"] == pytest.approx(published.stats[0], abs=1e-9)
-            continue
-        assert [figures[kind][name] for name in SIZED] == pytest.approx(published.stats[:6].tolist(), abs=1e-9)
-        of_classes = published.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
-        assert [one["AP"] for one in figures[kind]["classes"][:-1]] == pytest.approx(of_classes[:-1], abs=1e-9)
-        assert (figures[kind]["classes"][-1]["AP"], of_classes[-1]) == (None, -1)  # no object is of it
+    published_truth = COCO(true_file)
+    published = COCOeval(published_truth, published_truth.loadRes(found_file), TYPES[kind])
+    published.evaluate()
+    published.accumulate()
+    published.summarize()
+    assert [figures[kind][name] for name in SIZED] == pytest.approx(published.stats[:6].tolist(), abs=1e-9)
+    of_classes = published.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1)).tolist()
+    assert [one["AP"] for one in figures[kind]["classes"][:-1]] == pytest.approx(of_classes[:-1], abs=1e-9)
+    assert (figures[kind]["classes"][-1]["AP"], of_classes[-1]) == (None, -1)  # no object is of it
     curves = figures[kind]["curves"]
     assert curves["recall"] == pytest.approx(RECALLS.tolist())
     assert np.mean(curves["precision"]["0.50"]) == pytest.approx(figures[kind]["AP50"])
@@ -101,7 +97,6 @@ def test_lvis_equals_published_rules(kind: str, tmp_path: Path) -> None:
     results = published.get_results()
     assert [figures[name] for name in names] == pytest.approx([results[name] for name in names], abs=1e-9)
     assert len({round(figures[name], 6) for name in names}) == len(names)
-    assert "class_agnostic_AP" not in figures
 
 
 @pytest.mark.parametrize("form", ["coco", "lvis"])
@@ -123,8 +118,8 @@ def test_without_masks_boxes_alone_are_measured() -> None:
         assert "mask" not in figures
 
 
-def test_a_detector_that_mistakes_the_class_is_right_where_classes_do_not_count() -> None:
-    """Of class 0 nothing is found, of class 1 the object after a false one; without classes both, one false between."""
+def test_a_detection_of_another_class_is_false() -> None:
+    """Of class 0 nothing is found, of class 1 the object after a false one."""
     other = [100.0, 20.0, 30.0, 60.0]
     truths = [truth(1, [instance(RIGHT, 0), instance(other, 1)])]
     found = [prediction(1, [(other, 0.7, 1), (FALSE, 0.8, 0), (RIGHT, 0.9, 1)])]
@@ -133,7 +128,6 @@ def test_a_detector_that_mistakes_the_class_is_right_where_classes_do_not_count(
         figures = average_precision(paired([shaped], found), categories(2))[kind]
         assert [one["AP"] for one in figures["classes"]] == pytest.approx([0, 1 / 2])
         assert figures["AP"] == pytest.approx(1 / 4)
-        assert figures["class_agnostic_AP"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)
 
 
 def exact_shapes(one: dict[str, Any]) -> list[dict[str, Any]]:
@@ -229,15 +223,13 @@ def test_a_weighted_image_is_that_image_several_times(kind: str, form: str) -> N
     truths, found, named = random_set(25, 4, 105 if form == "coco" else 30, form=form)
     detections = sort_images(paired(truths, found), named)
     draw = np.random.default_rng(1)
-    for by_class in (True, False) if form == "coco" else (True,):
-        weighted = WeightedPrecision(detections, kind, by_class=by_class)
-        for drawn in (range(25), draw.integers(0, 25, 25)):
-            weights = np.bincount(drawn, minlength=25)
-            by_image = {one["image_id"]: int(weight) for one, weight in zip(truths, weights, strict=True)}
-            whole = average_precision(paired(repeated(truths, by_image), repeated(found, by_image)), named)[kind]
-            expected = whole["AP" if by_class else "class_agnostic_AP"]
-            assert weighted(weights) == pytest.approx(expected, abs=1e-9)
-            assert expected > 0
+    weighted = WeightedPrecision(detections, match_images(detections, kind)["AP"])
+    for drawn in (range(25), draw.integers(0, 25, 25)):
+        weights = np.bincount(drawn, minlength=25)
+        by_image = {one["image_id"]: int(weight) for one, weight in zip(truths, weights, strict=True)}
+        whole = average_precision(paired(repeated(truths, by_image), repeated(found, by_image)), named)[kind]
+        assert weighted(weights) == pytest.approx(whole["AP"], abs=1e-9)
+        assert whole["AP"] > 0
 
 
 def test_figures_have_intervals_over_clusters_of_images() -> None:
@@ -250,8 +242,6 @@ def test_figures_have_intervals_over_clusters_of_images() -> None:
         assert estimate["value"] == pytest.approx(figures[name]["AP"], abs=1e-9)
         assert 0 < estimate["low"] < estimate["value"] < estimate["high"] < 1
         assert (estimate["unit"], estimate["clusters"], estimate["samples"]) == ("sample", 20, 20)
-        agnostic = figures[f"class_agnostic_{name}_AP"]
-        assert agnostic["value"] == pytest.approx(figures[name]["class_agnostic_AP"], abs=1e-9)
     # Of two clusters, in one of which everything is found, a draw has one of three values.
     drawn = detector_metrics(paired(truths, found), named, pairs, resamples=200)["box_AP"]
     turned = Clusters("family", pairs.of[::-1])

@@ -70,18 +70,18 @@ def yaml_of(run: RunConfig) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "key"),
     [
         ({"task": {"kind": "classification"}, "recipe": {"name": "other"}}, "recipe"),
-        ({"task": {"kind": "classification", "freeze": True, "layer_decay": 0.7}}, "layer_decay has no effect"),
-        ({"task": {"kind": "classification", "switch_prob": 0.3, "mixup": 0.8}}, "switch_prob has no effect"),
-        ({"task": {"kind": "classification", "mix_prob": 0.3}}, "mix_prob has no effect"),
-        ({"task": {"kind": "classification"}, "optim": {"layer_decay": 0.7}}, "optim.layer_decay is of a recipe"),
-        ({"task": {"kind": "classificaton"}}, "no such kind"),
+        ({"task": {"kind": "classification", "freeze": True, "layer_decay": 0.7}}, "layer_decay"),
+        ({"task": {"kind": "classification", "switch_prob": 0.3, "mixup": 0.8}}, "switch_prob"),
+        ({"task": {"kind": "classification", "mix_prob": 0.3}}, "mix_prob"),
+        ({"task": {"kind": "classification"}, "optim": {"layer_decay": 0.7}}, "optim.layer_decay"),
+        ({"task": {"kind": "classificaton"}}, "task"),
     ],
 )
-def test_what_has_no_effect_is_refused(values: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_what_has_no_effect_is_refused(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValidationError, match=key):
         RunConfig.model_validate(values)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from transformers.utils import import_utils
 from m3i_scale.config import load_run
 from m3i_scale.errors import CheckpointError, ConfigError, DataError
 from m3i_scale.files import read_json, sha256_of
+from m3i_scale.run.resume import check_resume
 from m3i_scale.tasks.finetune import FineTuning, prepare, random_start
-from m3i_scale.tasks.finetune_checks import check_trained
+from m3i_scale.tasks.finetune_checks import resolve_finetuning
 from m3i_scale.tasks.labelled import Labelled, find_labelled
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -130,32 +130,25 @@ def test_the_card_of_the_result_says_the_figure(trained: tuple[Path, Any]) -> No
     }
 
 
-def test_what_is_trained_is_measured_alone(
+def test_a_finished_run_is_measured_again_by_the_same_command(
     trained: tuple[Path, Any], start: Path, data: Path, forks: Forks, tmp_path: Path
 ) -> None:
     output, told = trained
     again = shutil.copytree(output, tmp_path / "out")
-    shutil.rmtree(again / "checkpoints" / f"step-{STEPS:08d}")
     shutil.rmtree(again / "classifier")
     for name in ("finetune.json", "evaluation.json"):
         (again / name).unlink()
-    done = forks.run(*command(start, data, again, "--evaluate-only"), env=environment())
+    done = forks.run(*command(start, data, again), env=environment())
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["step"], result["steps"]) == (4, STEPS)
+    assert result["top_1"] == told["top_1"]
     assert result == read_json(again / "finetune.json")
     assert result.keys() == told.keys()
-    assert sorted(path.name for path in (again / "checkpoints").glob("step-*")) == ["step-00000004"]
+    assert steps_of(again) == steps_of(output)
     other = export(tmp_path / "other export")
-    refused = forks.run(*command(other, data, again, "--evaluate-only"), env=environment())
+    refused = forks.run(*command(other, data, again), env=environment())
     assert refused.returncode == 2
     assert "from_pretrained" in refused.stderr
-    longer = ["3" if item == "2" else item for item in command(start, data, again, "--evaluate-only")]
-    refused = forks.run(*longer, env=environment())
-    assert (refused.returncode, result) == (2, read_json(again / "finetune.json"))
-    refused = forks.run(*command(start, data, tmp_path / "new", "--evaluate-only"), env=environment())
-    assert refused.returncode == 2
-    assert not (tmp_path / "new" / "shards").exists()
 
 
 def steps_of(output: Path) -> list[int]:
@@ -202,30 +195,20 @@ def test_the_folder_of_another_run_gets_no_shards(
 # ---------------------------------------------------------------- data
 
 
-def test_shards_and_saved_data_sets_are_read_as_folders_of_images_are(data: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+def test_shards_are_read_as_folders_of_images_are(data: Path, tmp_path: Path) -> None:
     found = pack(data, tmp_path / "a")
     assert (found.classes, found.samples) == (sorted(SHAPES), TRAIN * len(SHAPES))
     shards = find_labelled(tmp_path / "a", tmp_path / "unused", tmp_path / "index")
     assert (shards.train, shards.validation, shards.samples) == (found.train, found.validation, found.samples)
     assert shards.evaluated == found.evaluated == VAL * len(SHAPES)
-    labels = datasets.ClassLabel(names=sorted(SHAPES))
-    features = datasets.Features({"image": datasets.Image(), "label": labels})
-    split = {
-        name: datasets.Dataset.from_dict(
-            {
-                "image": [str(path) for path in sorted((data / folder).rglob("*.png"))],
-                "label": [path.parent.name for path in sorted((data / folder).rglob("*.png"))],
-            },
-            features=features,
-        )
-        for name, folder in (("train", "train"), ("validation", "val"), ("extra", "val"))
-    }
-    datasets.DatasetDict(split).save_to_disk(str(tmp_path / "saved"))
-    saved = pack(tmp_path / "saved", tmp_path / "b")
-    assert (saved.classes, saved.samples, saved.evaluated) == (found.classes, found.samples, found.evaluated)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["train", "validation"]
-    assert read_json(tmp_path / "b" / "train" / "labels.json") == sorted(SHAPES)
+
+
+def test_a_saved_data_set_is_made_into_shards_first(tmp_path: Path) -> None:
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    (tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").write_bytes(b"")
+    with pytest.raises(ConfigError) as caught:
+        find_labelled(tmp_path / "saved", tmp_path / "unused", tmp_path / "index")
+    assert "shards make huggingface" in str(caught.value.fix)
 
 
 def pack(folder: Path, to: Path) -> Labelled:
@@ -273,10 +256,6 @@ def linked(root: Path) -> None:
     (root / "train" / "disc").symlink_to(root / "disc")
 
 
-def not_utf8(root: Path) -> None:
-    os.rename(root / "train" / "disc", os.fsencode(root / "train") + b"/d\xff")
-
-
 def flat(root: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
@@ -288,7 +267,6 @@ def flat(root: Path) -> None:
         (emptied, "train"),
         (differing, "val"),
         (loose, "00.png"),
-        (not_utf8, "train"),
         (no_training, "images"),
         (flat, "images"),
     ],
@@ -372,12 +350,12 @@ def test_other_words_about_a_protocol_are_the_same_run(
     text["protocol"]["deviations"] = ["said in another way"]
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     again = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
-    check_trained(again.run, again.data)
+    check_resume(resolve_finetuning(again.run, again.data, here=False), checkpoint, 1)
     text["protocol"]["epochs"] = 51
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(text))
     other = prepared(start, data, *fields, protocol=str(tmp_path / "again.yaml"), epochs=2)
     with pytest.raises(CheckpointError):
-        check_trained(other.run, other.data)
+        check_resume(resolve_finetuning(other.run, other.data, here=False), checkpoint, 1)
 
 
 def test_an_evaluation_reads_all_images_for_evaluation_unless_it_is_told_how_many(
@@ -442,7 +420,7 @@ def test_random_weights_of_the_same_architecture_are_trained_by_the_same_command
     matrices = [name for name, value in has.items() if value.dim() == 2]
     assert matrices
     assert not any(torch.equal(has[name], weights[name]) for name in matrices)
-    again = forks.run(*random, "--evaluate-only", env=environment())
+    again = forks.run(*random, env=environment())
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["top_1"] == told["top_1"]
     mixed = forks.run(*command(start, data, tmp_path / "out"), env=environment())

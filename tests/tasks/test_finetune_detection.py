@@ -88,7 +88,7 @@ def test_a_detector_is_trained_exported_and_measured_by_one_command(
     assert Path(told["export"]) == output / "detector"
     assert [*read_json(output / "detector" / "config.json")["id2label"].values()] == CATEGORIES
     assert str(start) not in (output / "detector" / "config.json").read_text()
-    again = forks.run(*given, "--evaluate-only", env=environment())
+    again = forks.run(*given, env=environment())
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["figures"] == told["figures"]
 

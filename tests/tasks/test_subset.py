@@ -102,26 +102,6 @@ def test_shards_of_another_subset_are_not_used(data: Path, tmp_path: Path) -> No
         assert caught.value.where == str(tmp_path / "shards")
 
 
-def test_rows_of_a_saved_data_set_are_chosen_by_class(data: Path, tmp_path: Path) -> None:
-    """Splits are known in any case of letters, and rows without a label count for nothing."""
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(SHAPES))})
-    saved = {}
-    for split, folder in (("Train", "train"), ("Validation", "val")):
-        paths = sorted((data / folder).rglob("*.png"))
-        labels = [sorted(SHAPES).index(path.parent.name) for path in paths]
-        labels[0] = -1 if split == "Train" else labels[0]
-        rows = {"image": [str(path) for path in paths], "label": labels}
-        saved[split] = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
-    whole = find_labelled(tmp_path / "saved", tmp_path / "none", tmp_path)
-    assert (whole.samples, whole.unlabelled, whole.read) == (TRAIN * len(SHAPES) - 1, 1, TRAIN * len(SHAPES))
-    few = pack(tmp_path / "saved", tmp_path / "few", Subset(2))
-    assert sorted(Counter(members(few.train, "cls").values()).values()) == [2] * len(SHAPES)
-    assert few.validation == tmp_path / "few" / "validation"
-    assert len(members(few.validation, "cls")) == VAL * len(SHAPES)
-
-
 def test_samples_with_a_label_are_those_that_count(data: Path, tmp_path: Path) -> None:
     whole = pack(data, tmp_path / "whole")
     shards = read_json(whole.train / "manifest.json")

@@ -10,8 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from m3i_scale.data.batch import Batch
-from m3i_scale.evaluate.pictures.attention import CLASS_TOKEN, Attention, attention, similarity_to_mean
-from m3i_scale.evaluate.pictures.dense import dense_pca, similarity
+from m3i_scale.evaluate.pictures.dense import (
+    CLASS_TOKEN,
+    Attention,
+    attention,
+    dense_pca,
+    similarity,
+    similarity_to_mean,
+)
 from m3i_scale.evaluate.pictures.draw import image_of
 from m3i_scale.evaluate.pictures.views import Reconstruction, draw_reconstruction, draw_views
 from m3i_scale.host.picture_files import Picture

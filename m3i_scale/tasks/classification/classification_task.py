@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,16 +16,12 @@ from m3i_scale.config.sections import Section
 from m3i_scale.data.shards import LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask
-from m3i_scale.tasks.base import Task
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import Family, VisionConfig
     from m3i_scale.data.batch import Batch
     from m3i_scale.objective.information import Objective
     from m3i_scale.tasks.classification.timm_augmentation import LabelMixing
-
-_LARGEST_ALPHA = 10.0
-"""Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
 
 
 class Sweep(Section):
@@ -74,6 +70,7 @@ class Classification(BackboneTask):
     model: ClassVar[str] = "classifier"
     labels_file: ClassVar[str] = LABELS
     metrics: ClassVar[dict[str, str]] = {"top_1": "top-1"}
+    exportable: ClassVar[dict[str, tuple[str, ...]]] = {"pool": ("class_token", "mean_pool")}
     pool: Literal["class_token", "mean_pool", "attention_pool"] = "class_token"
     """Input of the linear classifier: the class token, the normalized mean patch token, or attention pooling with that
     mean as its query."""
@@ -138,19 +135,6 @@ class Classification(BackboneTask):
     def chooses_head(self) -> bool:
         return self.sweep is not None
 
-    def alternatives(self) -> list[tuple[str, Task]]:
-        """Return the task with the pools that most backbones can be exported with."""
-        return [("pool", self.model_copy(update={"pool": pool})) for pool in ("class_token", "mean_pool")]
-
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
-            if alpha > _LARGEST_ALPHA:
-                yield (
-                    f"task.{name}",
-                    f"task.{name} is {alpha:g}: it is α of Beta(α, α) and no percentage, so two images are nearly "
-                    f"always mixed in halves. Fix: task.{name}={alpha / 100:g}",
-                )
-
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         from m3i_scale.backbones.families import family_of
 
@@ -178,18 +162,14 @@ class Classification(BackboneTask):
             )
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        if len(label_sets) == 1:
-            return
-        several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
-        raise ConfigError(
-            f"a classifier has one list of classes, and the datasets have {several or 'no labels'}",
-            where="data.datasets",
-            why=None if several else "no source has labels.json beside its shards",
-            fix="leave all but one label set out: data.datasets.NAME.labels=false; equal lists become one by"
-            " data.datasets.NAME.label_set"
-            if several
-            else "make the shards with labels (`shards make`), or put labels.json, a list of class names, beside them",
-        )
+        super().check_classes(label_sets)
+        if not label_sets:
+            raise ConfigError(
+                "no dataset has class labels",
+                where="data.datasets",
+                why=f"no {LABELS} is next to the shards",
+                fix=f"make the shards with labels (`shards make`), or put {LABELS} there, a list of class names",
+            )
 
     def prepare(self, objective: Objective, classes: int, erasing: float = 0.0) -> None:
         super().prepare(objective, classes, erasing)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
+from torch import Tensor
 
 from m3i_scale.data.batch import Batch, MixedBatch
+from m3i_scale.engine.host_memory import pinning
 from m3i_scale.objective.inputs import PixelNorm
 
 
@@ -28,12 +31,46 @@ class Erasing:
         """Return the batch with float images, unnormalized as before, each erased with its sample's seed."""
         norm = self._pixel_norm
         images_BCHW = norm(batch.images_VBCHW[0])
+        rectangles = []
         with _generators_kept():
             for image_CHW, seed in zip(images_BCHW, batch.seeds_B.tolist(), strict=True):
                 _seed_generators(seed)
-                self._erase(image_CHW)  # in place
+                rectangles.append(_Rectangles(image_CHW))
+                self._erase(rectangles[-1])
+        _fill(rectangles)
         mean_C11, std_C11 = (255.0 * values_C[:, None, None] for values_C in (norm.mean_C, norm.std_C))
         return replace(batch, images_VBCHW=(images_BCHW * std_C11 + mean_C11)[None])
+
+
+@dataclass
+class _Rectangles:
+    """Stand-in for an image that records the rectangles which timm assigns to it."""
+
+    image_CHW: Tensor
+    noise: list[tuple[Any, Tensor]] = field(default_factory=list)
+    """Index into the image, and the noise (C, h, w) on the CPU."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.image_CHW.dtype
+
+    def size(self) -> torch.Size:
+        return self.image_CHW.size()
+
+    def __setitem__(self, place: Any, noise_CHW: Tensor) -> None:
+        self.noise.append((place, noise_CHW))
+
+
+def _fill(rectangles: list[_Rectangles]) -> None:
+    """Write the noise into the images, with one asynchronous copy for the batch."""
+    noise = [(one.image_CHW[place], noise_CHW) for one in rectangles for place, noise_CHW in one.noise]
+    if not noise:
+        return
+    values, pin = torch.cat([noise_CHW.flatten() for _, noise_CHW in noise]), pinning()
+    values = (values if pin is None else pin(values)).to(noise[0][0].device, non_blocking=True)
+    parts = values.split([noise_CHW.numel() for _, noise_CHW in noise])
+    for (region_CHW, _), part in zip(noise, parts, strict=True):
+        region_CHW.copy_(part.view(region_CHW.shape))
 
 
 def _seed_generators(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from m3i_scale.data.categories import Categories
 from m3i_scale.data.instances import Instances
 from m3i_scale.evaluate.intervals import RESAMPLES, Clusters, Estimate, bootstrap
 from m3i_scale.tasks.detection.detections import (
-    PER_IMAGE,
+    EVERY_AREA,
     DetectionSet,
-    Form,
     Kind,
     Prediction,
+    areas,
     ious,
     match,
     sort_images,
@@ -26,9 +27,9 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """IoU thresholds; AP is the mean over them."""
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Recall values at which precision is sampled."""
-_SIZES = ("APs", "APm", "APl")
+AREAS = {"AP": EVERY_AREA, "APs": (0.0, 32.0**2), "APm": (32.0**2, 96.0**2), "APl": (96.0**2, 1e10)}
+"""Minimum and maximum area of the objects that count, in square pixels."""
 _FREQUENCIES = {"APr": "r", "APc": "c", "APf": "f"}
-_TYPES: dict[Kind, str] = {"box": "bbox", "mask": "segm"}
 
 
 def detector_metrics(
@@ -42,12 +43,11 @@ def detector_metrics(
     are in the order of `images`."""
     detections = sort_images(images, categories)
     drawn, intervals = clusters.take(detections.order), {}
-    for kind in detections.kinds:
-        for name, by_class in ((f"{kind}_AP", True), (f"class_agnostic_{kind}_AP", False)):
-            if by_class or categories.format == "coco":
-                weighted = WeightedPrecision(detections, kind, by_class=by_class)
-                intervals[name] = _interval(weighted, drawn, resamples).as_dict()
-    return intervals | _figures(detections)
+    matched = {kind: match_images(detections, kind) for kind in detections.kinds}
+    for kind, by_area in matched.items():
+        weighted = WeightedPrecision(detections, by_area["AP"])
+        intervals[f"{kind}_AP"] = _interval(weighted, drawn, resamples).as_dict()
+    return intervals | _figures(detections, matched)
 
 
 def average_precision(images: Iterable[tuple[Instances, Prediction]], categories: Categories) -> dict[str, Any]:
@@ -58,35 +58,72 @@ def average_precision(images: Iterable[tuple[Instances, Prediction]], categories
 
     Returns:
         The number of images and objects, and for `box` and `mask`: AP, AP50, AP75, APs, APm, APl (by area), AP per
-            class, and the precision-recall curve averaged over classes. LVIS adds APr, APc, APf (by frequency), COCO
-            adds class_agnostic_AP. None: there is no object to detect. LVIS has no class-agnostic AP, because its
-            images are not annotated exhaustively.
+            class, and the precision-recall curve averaged over classes. LVIS adds APr, APc, APf (by frequency). None:
+            there is no object to detect.
     """
-    return _figures(sort_images(images, categories))
+    detections = sort_images(images, categories)
+    return _figures(detections, {kind: match_images(detections, kind) for kind in detections.kinds})
 
 
-def _figures(detections: DetectionSet) -> dict[str, Any]:
+@dataclass(frozen=True)
+class MatchedSet:
+    """Predictions of a dataset by class, then in order of score, with their matches at every threshold."""
+
+    labels_N: NDArray[np.int64]
+    image_N: NDArray[np.int64]
+    hit_TN: NDArray[np.bool_]
+    """Whether a prediction is counted, and correct."""
+    ignored_TN: NDArray[np.bool_]
+
+
+def match_images(detections: DetectionSet, kind: Kind) -> dict[str, MatchedSet]:
+    """Return the matches of all images, by the keys of `AREAS`."""
+    parts: dict[str, list[tuple[NDArray[Any], ...]]] = {name: [] for name in AREAS}
+    for image, (truth, prediction) in enumerate(zip(detections.truths, detections.predictions, strict=True)):
+        ious_DG, areas_D = ious(truth, prediction, kind), areas(prediction, kind)
+        for name, limits in AREAS.items():
+            found = match(
+                truth, prediction, ious_DG, THRESHOLDS, detections.categories.format, areas_D=areas_D, limits=limits
+            )
+            kept_D = ~found.ignored_TD.all(axis=0)
+            of_image = prediction["labels"][kept_D], prediction["scores"][kept_D], np.full(kept_D.sum(), image)
+            parts[name].append((*of_image, found.found_TD[:, kept_D] >= 0, found.ignored_TD[:, kept_D]))
+    return {name: _joined(of_area) for name, of_area in parts.items()}
+
+
+def _joined(parts: list[tuple[NDArray[Any], ...]]) -> MatchedSet:
+    labels_N, scores_N, image_N, found_TN, ignored_TN = (
+        np.concatenate(one, axis=-1) for one in zip(*parts, strict=True)
+    )
+    order_N = np.lexsort((-scores_N, labels_N))  # stable: in a tie, the first image
+    ignored_TN = ignored_TN[:, order_N]
+    return MatchedSet(labels_N[order_N], image_N[order_N], found_TN[:, order_N] & ~ignored_TN, ignored_TN)
+
+
+def _figures(detections: DetectionSet, matched: dict[Kind, dict[str, MatchedSet]]) -> dict[str, Any]:
     images, objects = len(detections.truths), len(detections.objects[0])
-    return {"images": images, "objects": objects} | {kind: _of_kind(detections, kind) for kind in detections.kinds}
+    figures: dict[str, Any] = {"images": images, "objects": objects}
+    return figures | {kind: _of_kind(detections, by_area) for kind, by_area in matched.items()}
 
 
-def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
+def _of_kind(detections: DetectionSet, matched: dict[str, MatchedSet]) -> dict[str, Any]:
     categories, form = detections.categories.categories, detections.categories.format
-    documents = _documents(detections, kind)
-    precision_TRKA = _precision(documents, kind, form)
+    precision_TRKA = np.full((len(THRESHOLDS), len(RECALLS), len(categories), len(AREAS)), -1.0)
+    for place, (name, (low, high)) in enumerate(AREAS.items()):
+        _, class_G, area_G = detections.objects
+        counts_K = np.bincount(class_G[(area_G >= low) & (area_G <= high)], minlength=len(categories))
+        _fill_precision(precision_TRKA[..., place], matched[name], counts_K)
     all_TRK = precision_TRKA[..., 0]
     figures: dict[str, Any] = {
         "AP": _mean(all_TRK),
         "AP50": _mean(all_TRK[_place(0.5)]),
         "AP75": _mean(all_TRK[_place(0.75)]),
     }
-    figures |= {name: _mean(precision_TRKA[..., number]) for number, name in enumerate(_SIZES, start=1)}
+    figures |= {name: _mean(precision_TRKA[..., place]) for place, name in enumerate(AREAS) if place}
     if form == "lvis":
         for name, frequency in _FREQUENCIES.items():
             chosen = [number for number, one in enumerate(categories) if one.frequency == frequency]
             figures[name] = _mean(all_TRK[:, :, chosen])
-    else:
-        figures["class_agnostic_AP"] = _mean(_precision(documents, kind, form, by_class=False)[..., 0])
     counts_K = np.bincount(detections.objects[1], minlength=len(categories))
     figures["classes"] = [
         {"name": one.name, "AP": _mean(all_TRK[:, :, number]), "objects": int(counts_K[number])}
@@ -104,73 +141,17 @@ def _of_kind(detections: DetectionSet, kind: Kind) -> dict[str, Any]:
     return figures
 
 
-def _precision(
-    documents: tuple[dict[str, Any], dict[str, Any]], kind: Kind, form: Form, *, by_class: bool = True
-) -> NDArray[np.float64]:
-    """Return precision by threshold, recall, class and area range: (T, R, K, A); −1 without objects."""
-    from faster_coco_eval.core.coco import COCO
-    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
-
-    truth, found = (COCO(document) for document in documents)
-    counted = COCOeval_faster(truth, found, _TYPES[kind], lvis_style=form == "lvis")
-    counted.params.maxDets = [PER_IMAGE[form]]
-    counted.params.iouThrs, counted.params.recThrs = THRESHOLDS, RECALLS
-    counted.params.useCats = int(by_class)
-    counted.evaluate()
-    counted.accumulate()
-    precision: NDArray[np.float64] = np.asarray(counted.eval["precision"])[..., 0]
-    return precision
-
-
-def _documents(detections: DetectionSet, kind: Kind) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ground truth and predictions in the format of the library.
-
-    All ids start at 1: the library treats a match with object id 0 as unmatched. Image ids may be arbitrary.
-    """
-    from faster_coco_eval.core import mask
-
-    categories = [
-        one.to_json() | {"id": number} for number, one in enumerate(detections.categories.categories, start=1)
-    ]
-    images: list[dict[str, Any]] = []
-    objects: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
-    for image, (truth, prediction) in enumerate(zip(detections.truths, detections.predictions, strict=True), start=1):
-        images.append(
-            {
-                "id": image,
-                "width": truth.width,
-                "height": truth.height,
-                "neg_category_ids": [category + 1 for category in truth.negative or ()],
-                "not_exhaustive_category_ids": [category + 1 for category in truth.not_exhaustive or ()],
-            }
-        )
-        objects += [
-            {
-                "id": len(objects) + 1 + number,
-                "image_id": image,
-                "category_id": int(truth.labels_N[number]) + 1,
-                "bbox": truth.boxes_N4[number].tolist(),
-                "area": float(truth.areas_N[number]),
-                "iscrowd": int(truth.crowds_N[number]),
-            }
-            | ({"segmentation": truth.segmentations[number]} if kind == "mask" else {})
-            for number in range(len(truth))
-        ]
-        masks = prediction["masks"] or []
-        areas = mask.area(masks).tolist() if kind == "mask" and masks else []
-        for place, (box, score, label) in enumerate(
-            zip(prediction["boxes"].tolist(), prediction["scores"].tolist(), prediction["labels"].tolist(), strict=True)
-        ):
-            bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-            of_image = {"id": len(found) + 1, "image_id": image, "category_id": label + 1}
-            area = areas[place] if kind == "mask" else bbox[2] * bbox[3]
-            drawn = {"segmentation": masks[place]} if kind == "mask" else {}
-            found.append(of_image | {"score": score, "bbox": bbox, "area": area, "iscrowd": 0} | drawn)
-    return (
-        {"images": images, "annotations": objects, "categories": categories},
-        {"images": images, "annotations": found, "categories": categories},
-    )
+def _fill_precision(precision_TRK: NDArray[np.float64], matched: MatchedSet, counts_K: NDArray[np.int64]) -> None:
+    """Write the interpolated precision of every class that has objects: the maximum at this or any higher recall."""
+    borders = np.searchsorted(matched.labels_N, np.arange(len(counts_K) + 1))
+    for number in np.flatnonzero(counts_K):
+        of_class = slice(borders[number], borders[number + 1])
+        true_TN = np.cumsum(matched.hit_TN[:, of_class], axis=1)
+        counted_TN = np.cumsum(~matched.ignored_TN[:, of_class], axis=1)
+        best_TN = np.maximum.accumulate((true_TN / np.maximum(counted_TN, 1))[:, ::-1], axis=1)[:, ::-1]
+        best_TN = np.append(best_TN, np.zeros((len(best_TN), 1)), axis=1)  # of recalls that are never reached
+        for row, (best_N, recall_N) in enumerate(zip(best_TN, true_TN / counts_K[number], strict=True)):
+            precision_TRK[row, :, number] = best_N[np.searchsorted(recall_N, RECALLS)]
 
 
 def _place(threshold: float) -> int:
@@ -198,36 +179,18 @@ def _interval(weighted: WeightedPrecision, clusters: Clusters, resamples: int) -
 
 
 class WeightedPrecision:
-    """AP of a dataset in which every image is repeated according to its weight. Without `by_class`, classes are
-    ignored.
+    """AP of a dataset in which every image is repeated according to its weight.
 
     Precision has its local maxima at true positives, so it is computed only at these hits H, in order of threshold,
     class and score. The other of the N predictions enter through cumulative sums.
     """
 
-    def __init__(self, detections: DetectionSet, kind: Kind, *, by_class: bool = True) -> None:
-        form = detections.categories.format
-        self._classes = len(detections.categories) if by_class else 1
-        found, ignored, scores, labels, counts = [], [], [], [], []
-        for truth, prediction in zip(detections.truths, detections.predictions, strict=True):
-            ious_DG = ious(truth, prediction, kind)
-            matches = match(truth, prediction, ious_DG, THRESHOLDS, form, by_class=by_class)
-            kept_D = ~matches.ignored_TD.all(axis=0)
-            found.append(matches.found_TD[:, kept_D] >= 0)
-            ignored.append(matches.ignored_TD[:, kept_D])
-            scores.append(prediction["scores"][kept_D])
-            labels.append(prediction["labels"][kept_D] if by_class else np.zeros(kept_D.sum(), dtype=np.int64))
-            counts.append(int(kept_D.sum()))
-        labels_N, scores_N = np.concatenate(labels), np.concatenate(scores)
-        order_N = np.lexsort((-scores_N, labels_N))  # stable: in a tie, the first image
-        labels_N = labels_N[order_N]
-        self._image_N = np.repeat(np.arange(len(counts)), counts)[order_N]
-        ignored_TN = np.concatenate(ignored, axis=1)[:, order_N]
-        hit_TN = np.concatenate(found, axis=1)[:, order_N] & ~ignored_TN
-        self._image_G, class_G = detections.objects
-        self._class_G = class_G if by_class else 0 * class_G
+    def __init__(self, detections: DetectionSet, matched: MatchedSet) -> None:
+        labels_N, self._image_N = matched.labels_N, matched.image_N
+        self._classes = len(detections.categories)
+        self._image_G, self._class_G, _ = detections.objects
 
-        threshold_H, self._place_H = np.nonzero(hit_TN)
+        threshold_H, self._place_H = np.nonzero(matched.hit_TN)
         self._class_H = labels_N[self._place_H]
         series_H = threshold_H * self._classes + self._class_H
         self._is_first_H = np.diff(series_H, prepend=-1) != 0
@@ -235,7 +198,7 @@ class WeightedPrecision:
         self._lift_H = 2.0 * (len(THRESHOLDS) * self._classes - series_H)
         start_H = np.searchsorted(labels_N, self._class_H)
         self._start_H = start_H
-        threshold_Q, place_Q = np.nonzero(ignored_TN)
+        threshold_Q, place_Q = np.nonzero(matched.ignored_TN)
         key_Q, length = threshold_Q * len(labels_N) + place_Q, len(labels_N)
         self._image_Q = self._image_N[place_Q]
         self._ignored_before_H = np.searchsorted(key_Q, threshold_H * length + self._place_H)

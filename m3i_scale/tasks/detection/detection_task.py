@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
-from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, Regions, RfDetr
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import VisionConfig
@@ -36,15 +35,6 @@ class Detection(BackboneTask):
     def stretches(self) -> bool:
         return isinstance(self.head, RfDetr)
 
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        regions = self.head.regions if isinstance(self.head, MaskRcnn) else Regions()
-        if any(before < after for before, after in zip(regions.before_nms, regions.after_nms, strict=True)):
-            yield (
-                "task.head.regions",
-                f"task.head.regions.before_nms is {[*regions.before_nms]}, below after_nms {[*regions.after_nms]}: "
-                "fewer proposals of a level go into NMS than may come out of it. Fix: exchange them",
-            )
-
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         super().check(run, model)
         if self.head.masks:
@@ -63,14 +53,6 @@ class Detection(BackboneTask):
                 why="which of its modules compute depends on what an image shows; stage 3 gathers a module's parameters"
                 " on all ranks together, and ranks that show different images would wait for each other for ever",
                 fix="deepspeed=zero1_bf16 or zero2_bf16; on CPUs zero1_cpu_fp32",
-            )
-
-    def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        if len(label_sets) > 1:
-            raise ConfigError(
-                f"objects have one list of categories, and the datasets have {', '.join(label_sets)}",
-                where="data.datasets",
-                fix=f"equal {CATEGORIES} become one by data.datasets.NAME.label_set",
             )
 
     def check_image_counts(self, counts: list[int] | None) -> None:

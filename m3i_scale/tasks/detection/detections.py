@@ -22,6 +22,7 @@ Kind = Literal["box", "mask"]
 """Type of region to compare."""
 PER_IMAGE = {"coco": 100, "lvis": 300}
 """Maximum number of counted predictions per image, by score: in COCO per class, in LVIS over all classes."""
+EVERY_AREA = (0.0, 1e10)
 
 
 class Prediction(TypedDict):
@@ -54,18 +55,20 @@ class DetectionSet:
         return ["box", "mask"] if both else ["box"]
 
     @cached_property
-    def objects(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return image index and category of all detectable objects: (G) each; crowds are excluded."""
+    def objects(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Return image index, category and area of all detectable objects: (G) each; crowds are excluded."""
         real = np.concatenate([~truth.crowds_N for truth in self.truths])
         image_N = np.repeat(np.arange(len(self.truths), dtype=np.int64), [len(truth) for truth in self.truths])
-        return image_N[real], np.concatenate([truth.labels_N for truth in self.truths])[real]
+        labels_N = np.concatenate([truth.labels_N for truth in self.truths])
+        areas_N = np.concatenate([truth.areas_N for truth in self.truths])
+        return image_N[real], labels_N[real], areas_N[real]
 
 
 def check_library(where: str = "detection") -> None:
-    """Check that the library for detection metrics is installed; an error names the caller, `where`."""
+    """Check that the library for overlaps and masks is installed; an error names the caller, `where`."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ConfigError(
-            "average precision and masks of objects are faster-coco-eval's, which is not installed",
+            "overlaps and masks of objects are computed by faster-coco-eval, which is not installed",
             where=where,
             fix="pip install 'm3i-scale[detection]'",
         )
@@ -132,6 +135,16 @@ def ious(truth: Instances, prediction: Prediction, kind: Kind) -> NDArray[np.flo
     return np.asarray(mask.iou(prediction["masks"], truth.segmentations, crowds), dtype=np.float64)
 
 
+def areas(prediction: Prediction, kind: Kind) -> NDArray[np.float64]:
+    """Return the area of every predicted box or mask in square pixels: (D)."""
+    from faster_coco_eval.core import mask
+
+    if kind == "mask":
+        return np.asarray(mask.area(prediction["masks"]) if prediction["masks"] else [], dtype=np.float64)
+    boxes_D4 = prediction["boxes"]
+    return np.asarray((boxes_D4[:, 2] - boxes_D4[:, 0]) * (boxes_D4[:, 3] - boxes_D4[:, 1]), dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class Matches:
     """Matches between the predictions and objects of an image, for every IoU threshold."""
@@ -139,8 +152,8 @@ class Matches:
     found_TD: NDArray[np.int64]
     """Index of the matched object; −1: none."""
     ignored_TD: NDArray[np.bool_]
-    """Whether a prediction is ignored: it exceeds the maximum number, is matched to a crowd, or belongs to a class that
-    is not exhaustively annotated."""
+    """Whether a prediction is ignored: it exceeds the maximum number, is matched to a crowd or to an object outside the
+    range of areas, or is unmatched and outside this range or of a class that is not exhaustively annotated."""
 
 
 def match(
@@ -149,35 +162,43 @@ def match(
     ious_DG: NDArray[np.float64],
     thresholds: Sequence[float] | NDArray[np.float64],
     form: Form,
-    *,
-    by_class: bool = True,
+    areas_D: NDArray[np.float64] | None = None,
+    limits: tuple[float, float] = EVERY_AREA,
 ) -> Matches:
     """Return the matches of an image as COCO defines them. In order of score, each prediction matches the remaining
-    object with the highest IoU, with `by_class` only of its class. `prediction` is in order of the scores, and
-    `ious_DG` a result of `ious`."""
+    object of its class with the highest IoU.
+
+    Args:
+        prediction: in order of the scores.
+        ious_DG: result of `ious`.
+        areas_D: result of `areas`; None: predictions of any area count.
+        limits: minimum and maximum area of the objects that count.
+    """
     labels_D, crowd_G = np.asarray(prediction["labels"], dtype=np.int64), truth.crowds_N
+    ignored_G = crowd_G | (truth.areas_N < limits[0]) | (truth.areas_N > limits[1])
     beyond_D = np.zeros(len(labels_D), dtype=bool)
     if form == "coco":
-        beyond_D = _rank(labels_D if by_class else 0 * labels_D) >= PER_IMAGE["coco"]
-    alike_DG = (labels_D[:, None] == truth.labels_N) | (not by_class)
+        beyond_D = _rank(labels_D) >= PER_IMAGE["coco"]
+    alike_DG = labels_D[:, None] == truth.labels_N
     ious_DG = np.where(alike_DG & ~beyond_D[:, None], ious_DG, -1.0)
     bars_T1 = np.minimum(np.asarray(thresholds, dtype=np.float64), 1 - 1e-10)[:, None]
     found_TD = np.full((len(bars_T1), len(labels_D)), -1, dtype=np.int64)
     taken_TG = np.zeros((len(bars_T1), len(truth)), dtype=bool)
     for number in np.flatnonzero(ious_DG.max(axis=1, initial=-1.0) >= bars_T1.min()):
         near_TG = (ious_DG[number] >= bars_T1) & ~taken_TG
-        real_TG = near_TG & ~crowd_G  # a crowd only matches predictions without another match
+        real_TG = near_TG & ~ignored_G  # an ignored object only matches predictions without another match
         near_TG = np.where(real_TG.any(axis=1, keepdims=True), real_TG, near_TG)
         most_T = np.where(near_TG, ious_DG[number], -2.0)[:, ::-1].argmax(axis=1)  # in a tie, the last object wins
         best_T = len(truth) - 1 - most_T
         hits_T = np.flatnonzero(near_TG.any(axis=1))
         found_TD[hits_T, number] = best_T[hits_T]
         taken_TG[hits_T, best_T[hits_T]] = ~crowd_G[best_T[hits_T]]
-    in_crowd_TD = np.append(crowd_G, False)[found_TD]
     unsure_D = np.zeros(len(labels_D), dtype=bool)
     if form == "lvis":
         unsure_D = np.isin(labels_D, np.asarray(truth.not_exhaustive or (), dtype=np.int64))
-    return Matches(found_TD, beyond_D | in_crowd_TD | ((found_TD < 0) & unsure_D))
+    if areas_D is not None:
+        unsure_D |= (areas_D < limits[0]) | (areas_D > limits[1])
+    return Matches(found_TD, beyond_D | np.append(ignored_G, False)[found_TD] | ((found_TD < 0) & unsure_D))
 
 
 def _rank(labels_D: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,9 +25,8 @@ from m3i_scale.data.batch import Collator
 from m3i_scale.data.batch import Sample as Shown
 from m3i_scale.data.instances import Rle
 from m3i_scale.data.views import ViewMaker
-from m3i_scale.evaluate.features import architectures
+from m3i_scale.evaluate.features import architectures, check_filled, loading
 from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.evaluate.trained_model import check_filled, loading
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.tasks.detection.detection_heads import RfDetr
 from m3i_scale.tasks.detection.detections import Prediction

@@ -9,7 +9,6 @@ from typing_extensions import Self
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.shards import MASK_LABELS
-from m3i_scale.errors import ConfigError
 from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
 from m3i_scale.tasks.segmentation.segmentation_heads import SegmentationHead, UperNetSegmentation
@@ -49,15 +48,7 @@ class Segmentation(BackboneTask):
             check_last_layer(self.head.out_layers, model)
 
     def check_classes(self, label_sets: dict[str, list[str]]) -> None:
-        """Check that there is exactly one list of classes. Datasets without classes are reported elsewhere."""
-        if not label_sets:
-            return
-        if len(label_sets) != 1:
-            several = ", ".join(f"{name} ({len(names)} classes)" for name, names in label_sets.items())
-            raise ConfigError(
-                f"pixels have one list of classes, and the datasets have {several}",
-                where="data.datasets",
-                fix=f"equal {MASK_LABELS} become one by data.datasets.NAME.label_set",
-            )
-        ((name, names),) = label_sets.items()
-        check_mask_classes(names, f"data.datasets, label set '{name}': {MASK_LABELS}")
+        """Check the list of classes. Datasets without classes are reported elsewhere."""
+        super().check_classes(label_sets)
+        for name, names in label_sets.items():
+            check_mask_classes(names, f"data.datasets, label set '{name}': {MASK_LABELS}")

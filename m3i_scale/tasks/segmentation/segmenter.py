@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
 from m3i_scale.errors import ExportError
-from m3i_scale.evaluate.features import architectures
+from m3i_scale.evaluate.features import architectures, check_filled, loading
 from m3i_scale.evaluate.towers import load_objective
-from m3i_scale.evaluate.trained_model import check_filled, loading
 from m3i_scale.objective.inputs import normalize
 from m3i_scale.tasks.segmentation.mask_queries import class_scores
 from m3i_scale.tasks.segmentation.pixel_heads import resized, segment

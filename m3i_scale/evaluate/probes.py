@@ -1,4 +1,5 @@
-"""Linear probe: logistic regression on frozen features, with regularization selected without the test data."""
+"""Probes of frozen features: k nearest neighbors, and logistic regression with regularization selected without the test
+data."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -13,7 +15,10 @@ from sklearn.model_selection import GroupShuffleSplit
 from sklearn.preprocessing import StandardScaler
 
 from m3i_scale.evaluate import NotMeasuredError
+from m3i_scale.evaluate.features import unit_rows
 
+TEMPERATURE = 0.07
+_CHUNK = 1_024
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate values of C (inverse regularization)."""
 
@@ -21,6 +26,33 @@ SELECTION_SHARE = 0.25
 MAX_ITERATIONS = 300
 TOLERANCE = 1e-3
 _SEED = 20_221
+
+
+def knn_predict(
+    train_ND: NDArray[np.float32],
+    train_labels_N: NDArray[np.int64],
+    test_MD: NDArray[np.float32],
+    *,
+    neighbours: tuple[int, ...],
+    classes: int,
+    temperature: float = TEMPERATURE,
+) -> dict[int, NDArray[np.int64]]:
+    """Predict classes (M) by k. Each neighbor votes with exp(cosine / temperature), so lower temperatures weight close
+    neighbors more."""
+    if len(train_ND) < max(neighbours):
+        raise NotMeasuredError(f"{len(train_ND)} labelled training samples for {max(neighbours)} neighbours")
+    train = torch.from_numpy(unit_rows(train_ND))
+    labels = torch.from_numpy(train_labels_N)
+    test = torch.from_numpy(unit_rows(test_MD))
+    predicted: dict[int, list[NDArray[np.int64]]] = {k: [] for k in neighbours}
+    for part in torch.split(test, _CHUNK):
+        cosine, index = (part @ train.T).topk(max(neighbours), dim=1)
+        # cosine − 1 ≤ 0 prevents overflow of exp and scales all votes equally
+        weights = ((cosine - 1) / temperature).exp()
+        for k in neighbours:
+            votes = torch.zeros(len(part), classes).scatter_add_(1, labels[index[:, :k]], weights[:, :k])
+            predicted[k].append(votes.argmax(dim=1).numpy())
+    return {k: np.concatenate(parts) for k, parts in predicted.items()}
 
 
 @dataclass(frozen=True)
