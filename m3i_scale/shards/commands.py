@@ -14,7 +14,6 @@ import typer
 
 from m3i_scale.options import AsJson, Command, Parts, expanded
 from m3i_scale.shards import tool_commands as tools
-from m3i_scale.shards.near_duplicates import near_duplicates
 from m3i_scale.shards.options import (
     DEFAULTS,
     SIZE_OPTIONS,
@@ -112,9 +111,6 @@ shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --
 shards_app.command("preview", epilog="Example: m3i-scale shards preview /data/shards/train --output /data/sheet")(
     tools.preview_samples
 )
-shards_app.command(
-    "near-duplicates", epilog="Example: m3i-scale shards near-duplicates /data/shards/train --against /data/shards/val"
-)(near_duplicates)
 shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
     tools.split
 )
