@@ -20,7 +20,6 @@ from m3i_scale.host.rank_record import recorded
 from m3i_scale.run.check import faults_of
 
 WRITERS = {
-    "recipes show m3i --output": "recipe.md",
     "plan m3i --output": "ds.json",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
