@@ -97,10 +97,24 @@ def backbones(
 ) -> None:
     """Print the sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
     from m3i_scale.backbones.sizes import describe_presets
-    from m3i_scale.report.backbone_table import backbone_table
 
     rows = describe_presets(names or [])
-    _print_result(as_json, rows, lambda: backbone_table(rows))
+    _print_result(as_json, rows, lambda: _backbone_table(rows))
+
+
+def _backbone_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        *("preset", "input", "token", "mask", "tokens", "width", "layers", "parameters", "GMAC"),
+        box=None,
+        caption="input, token and mask cell: side in pixels; parameters: millions",
+    )
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header == "preset" else "right"
+    for row in rows:
+        sides = [str(row[key]) for key in ("image_size", "patch_size", "mask_cell", "tokens", "width", "layers")]
+        table.add_row(row["name"], *sides, f"{row['parameters'] / 1e6:,.1f}", f"{row['gmac']:.1f}")
+    return table
 
 
 @app.command(
