@@ -249,7 +249,6 @@ def plan(
     vocabulary: Annotated[
         int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
@@ -257,7 +256,7 @@ def plan(
 
     config, _ = load_run_and_recipe(run, overrides)
     from m3i_scale.plan.planning import machine_of
-    from m3i_scale.plan.search import check_feasible, plan_run, write_deepspeed
+    from m3i_scale.plan.search import check_feasible, plan_run
     from m3i_scale.report.plan_table import plan_table
 
     where = machine_of(
@@ -277,8 +276,6 @@ def plan(
     planned = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
     document = planned.document()
     _print_result(as_json, document, lambda: plan_table(document))
-    if output is not None and (planned.suggestion is not None or not planned.hopeless):
-        print_line(f"written; train with {write_deepspeed(planned, output)}", stderr=True)
     check_feasible(planned)
 
 

@@ -20,7 +20,6 @@ from m3i_scale.host.rank_record import recorded
 from m3i_scale.run.check import faults_of
 
 WRITERS = {
-    "plan m3i --output": "ds.json",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
     "export /data/run --output": "export",
@@ -48,7 +47,7 @@ NOWHERE = ("s3://bucket/run", "hf://u/x", "file:///data/x", "$HOME/x", "/data/${
 
 
 def path_options(group: typer.Typer, above: str = "") -> Iterator[str]:
-    """`shards preview --output`: every option of the command line that is a path."""
+    """`shards merge --output`: every option of the command line that is a path."""
     for command in group.registered_commands:
         name = f"{above}{command.name or command.callback.__name__.replace('_', '-').rstrip('-')}"
         for parameter, hint in get_type_hints(command.callback, include_extras=True).items():
@@ -66,7 +65,7 @@ def types_in(hint: Any) -> set[Any]:
 
 def test_every_option_that_is_a_path_is_known_to_read_or_to_write() -> None:
     options = set(path_options(app))
-    assert {"shards preview --output", "plan --output", "finetune detection --shards"} <= options
+    assert {"shards merge --output", "report --output", "finetune detection --shards"} <= options
     reading = {option for option in options if option in READING or option.rpartition(" ")[2] in READERS}
     commands = {" ".join(word for word in words.split() if "/" not in word and word != "m3i") for words in WRITERS}
     writing = {f"{words.partition(' --')[0]} {words.rpartition(' ')[2]}" for words in commands}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any, get_args
 
 from m3i_scale.backbones.build import backbone_config
@@ -17,7 +16,6 @@ from m3i_scale.engine.activations import read_policy
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.engine.deepspeed.rules import offloads_optimizer
 from m3i_scale.errors import ConfigError, error_prefix
-from m3i_scale.files import json_text
 from m3i_scale.objective.information import Role
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.plan.memory import SNAPSHOT
@@ -155,7 +153,6 @@ class RunPlan:
             "peak_gib_per_rank": estimated.peak_bytes / GIB,
             "step_time_s": estimated.step_s,
             "host_s": estimated.host_s,
-            "larger": {f"zero_optimization.{key}": size for key, size in choice.sizes},
         }
 
     @property
@@ -259,39 +256,6 @@ def choose(compared: list[Estimate]) -> Estimate | None:
     return min((each for each in compared if each.step_s <= limit), key=lambda each: each.host_s, default=None)
 
 
-BUCKETS: dict[int, tuple[tuple[str, int], ...]] = {
-    1: (("reduce_bucket_size", 1),),
-    2: (("reduce_bucket_size", 1),),
-    3: (
-        ("reduce_bucket_size", 1),
-        ("stage3_prefetch_bucket_size", 1),
-        ("stage3_max_live_parameters", 6),
-        ("stage3_max_reuse_distance", 6),
-    ),
-}
-"""Settings by stage that determine the number of collectives per step, as multiples of a bucket."""
-ELEMENTS = (12_500_000, 25_000_000, 50_000_000, 100_000_000, 200_000_000)
-"""Bucket sizes to try, in elements."""
-PAYS = 0.98
-"""Larger buckets are suggested if they reduce the step time to at most this fraction."""
-
-
-def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) -> Estimate:
-    """Return the smallest buckets within 1% of the fastest ones, or the given estimate if larger buckets do not pay."""
-    zero = estimated.resolved.config["zero_optimization"]
-    tried = []
-    for elements in () if estimated.settings.bf16_optimizer else ELEMENTS:  # it reduces everything at once
-        wanted = ((key, elements * count) for key, count in BUCKETS[estimated.settings.stage])
-        sizes = tuple((key, size) for key, size in wanted if size > zero.get(key, 0))
-        if sizes:
-            tried.append(estimate(model, machine, replace(estimated.choice, sizes=sizes), quick=True))
-    fitting = [other for other in tried if other.fits(machine) and other.step_s <= PAYS * estimated.step_s]
-    if not fitting:
-        return estimated
-    fastest = min(other.step_s for other in fitting)
-    return next(other for other in fitting if other.step_s <= 1.01 * fastest)
-
-
 def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estimate | None:
     """Return the fastest fitting choice of a DeepSpeed config; of equally fast ones, the largest micro-batch. Large
     ones are extrapolated first, and exact in the end."""
@@ -301,7 +265,7 @@ def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estim
     least_s = min((each.step_s for each in fitting), default=0.0)
     fitting.sort(key=lambda each: (round(each.step_s / least_s, 3), -each.choice.micro_batch))
     for each in fitting:
-        exact = estimate(model, machine, _with_larger_buckets(model, machine, each).choice)
+        exact = estimate(model, machine, each.choice)
         if exact.fits(machine):
             return exact
     return None
@@ -374,20 +338,6 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
         why=f"{snapshot / GIB:.4g} GiB of it are copies that saves in the background write from",
         fix=fix,
     )
-
-
-def write_deepspeed(plan: RunPlan, path: Path) -> str:
-    """Write the DeepSpeed JSON of the suggestion, or else of the run, with all sizes as numbers. Return the overrides
-    to train with it. Settings of the config file stay "auto", so that both files cannot contradict each other."""
-    written = plan.suggestion or plan.planned
-    config = load_ds_config(written.choice.deepspeed)
-    config["zero_optimization"] = written.resolved.config["zero_optimization"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_text(config), encoding="utf-8")  # also if it is a link or /dev/stdout
-    except OSError as error:
-        raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
-    return " ".join([f"deepspeed={path}", *plan.summary(written)["overrides"][1:]])
 
 
 _COUNTED = {

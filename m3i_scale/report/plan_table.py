@@ -128,11 +128,7 @@ def _suggestion(document: dict[str, Any]) -> list[Text]:
     found = document["suggestion"]
     if found is None:
         return [Text("nothing that was tried fits", style="red")]
-    told = [
+    lines = [
         Text(f"fastest with {each['deepspeed']} ({_taken(each)}): {_choice(each)}") for each in document["compared"]
     ]
-    told.append(Text(f"suggested ({_taken(found)}): {_choice(found)}"))
-    if found["larger"]:
-        sizes = ", ".join(f"{key.removeprefix('zero_optimization.')} {size:,}" for key, size in found["larger"].items())
-        told.append(Text(f"with larger buckets, which --output puts into the DeepSpeed file: {sizes}"))
-    return told
+    return [*lines, Text(f"suggested ({_taken(found)}): {_choice(found)}")]
