@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -33,7 +34,6 @@ WRITERS = {
     "shards make webdataset --input /data/wds --output": "made",
     "shards check /data/shards --repair": "repaired",
     "shards check /data/shards --quarantine": "faults.jsonl",
-    "shards preview /data/shards --output": "sheet",
     "shards split /data/shards --output": "split",
     "shards merge /data/shards /data/more --output": "merged",
     "finetune classification /data/export --data /data/birds --shards": "packed",
@@ -100,13 +100,16 @@ def test_every_command_refuses_the_same_places(command: str, tmp_path: Path, mon
 
 
 def test_the_home_of_the_user_is_meant_by_a_tilde_in_options_too(tmp_path: Path, monkeypatch) -> None:
-    """A shell leaves it alone in --output=~/recipe.md."""
+    """A shell leaves it alone in --quarantine=~/faults.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    result = CliRunner().invoke(app, ["recipes", "show", "mae", "--output=~/recipe.md"])
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "home" / "recipe.md").is_file()
+    shard = tmp_path / "0.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    result = CliRunner().invoke(app, ["shards", "check", str(shard), "--workers=1", "--quarantine=~/faults.jsonl"])
+    assert result.exit_code == 2, result.output
+    assert (tmp_path / "home" / "faults.jsonl").is_file()
     assert not (tmp_path / "~").exists()
 
 

@@ -108,9 +108,6 @@ make_app = typer.Typer(no_args_is_help=True, help="Make shards out of images.")
 shards_app.add_typer(make_app, name="make")
 shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
 shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
-shards_app.command("preview", epilog="Example: m3i-scale shards preview /data/shards/train --output /data/sheet")(
-    tools.preview_samples
-)
 shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
     tools.split
 )

@@ -1,4 +1,4 @@
-"""CLI of `m3i-scale shards check | stats | preview | split | merge`: inspect and reshard WebDataset shards."""
+"""CLI of `m3i-scale shards check | stats | split | merge`: inspect and reshard WebDataset shards."""
 
 from __future__ import annotations
 
@@ -118,34 +118,6 @@ def stats(
             advance=advance,
         )
     print_summary(counts, as_json, _stats_lines(counts))
-
-
-def preview_samples(
-    shards: Shards,
-    output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for index.html.")],
-    count: Annotated[int, typer.Option(min=1, max=2_000, help="Samples to draw.")] = 24,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
-    side: Annotated[int, typer.Option(min=16, max=1_024, help="Of a picture, in pixels.")] = 160,
-    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
-    workers: Workers = DEFAULT_WORKERS,
-    as_json: AsJson = False,
-) -> None:
-    """Draw random samples on an HTML page, with captions, labels and keys."""
-    from m3i_scale.shards.preview import preview
-
-    with progress_bar([shards], quiet=as_json) as advance:
-        summary = preview(
-            shards,
-            output,
-            count=count,
-            seed=seed,
-            side=side,
-            max_pixels=max_image_pixels,
-            workers=workers,
-            advance=advance,
-        )
-    line = f"{len(summary['shown'])} of {summary['samples']} samples: {output / 'index.html'}"
-    print_summary(summary, as_json, [line])
 
 
 @takes_sizes
