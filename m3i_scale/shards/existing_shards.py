@@ -116,7 +116,7 @@ def record_of(
             raise DataError(
                 f"the sample has instances, and there is no {CATEGORIES}",
                 where=where,
-                fix=f"put the {CATEGORIES} that `shards make coco` wrote beside the shards",
+                fix=f"put the {CATEGORIES} of `shards make coco` next to the shards",
             )
     except DataError as error:
         fault = error

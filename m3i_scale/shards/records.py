@@ -234,7 +234,7 @@ def read_class_names(path: Path) -> list[str]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ConfigError("the labels are no list of names", where=str(path))
     if len(set(labels)) < len(labels):
-        raise ConfigError("a label stands twice", where=str(path))
+        raise ConfigError("duplicate label", where=str(path))
     return labels
 
 
