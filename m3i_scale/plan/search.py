@@ -74,8 +74,8 @@ class RunPlan:
 
     def fits_as(self, choice: Choice) -> bool:
         """Return whether another choice fits with the run's micro-batch."""
-        own = replace(choice, micro_batch=self.planned.choice.micro_batch)
-        return estimate(self.model, self.machine, own).fits(self.machine)
+        choice = replace(choice, micro_batch=self.planned.choice.micro_batch)
+        return estimate(self.model, self.machine, choice).fits(self.machine)
 
     @property
     def warnings(self) -> list[str]:
@@ -317,8 +317,8 @@ def check_feasible(plan: RunPlan) -> None:
         sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
         fix = f"{nodes} nodes instead of {plan.machine.links.nodes}, with {sizes}"
     raise ConfigError(
-        f"the run does not fit: {plan.planned.peak_bytes / GIB:.4g} GiB a rank of {plan.machine.memory_gib:g}, and too "
-        f"much with a micro-batch of {plan.model.smallest} too",
+        f"the run does not fit: it needs {plan.planned.peak_bytes / GIB:.4g} GiB per rank of "
+        f"{plan.machine.memory_gib:g} GiB, and does not fit with a micro-batch of {plan.model.smallest} either",
         where=f"deepspeed={plan.planned.choice.deepspeed}, activation_checkpointing={plan.planned.choice.policy}",
         fix=fix or "a smaller backbone, or devices with more memory",
     )
@@ -329,13 +329,13 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
     limit = float(plan.machine.host_memory_gib or 0)
     parts = plan.planned.parts if plan.machine.on_host else plan.planned.host_parts
     snapshot = parts.get(SNAPSHOT, 0) * ranks
-    fix = "fewer ranks on a node, or a DeepSpeed file that offloads less"
+    fix = "use fewer ranks per node, or a DeepSpeed file that offloads less"
     if snapshot and taken - snapshot <= limit * GIB:
-        fix = "checkpoint.background=false: the training then waits for every save; or more nodes"
+        fix = "checkpoint.background=false, and training waits for every save; or more nodes"
     return ConfigError(
-        f"the run does not fit into host memory: {taken / GIB:.4g} GiB a node of {limit:g}",
-        where=f"--host-memory-gib {limit:g}, {ranks} ranks on a node",
-        why=f"{snapshot / GIB:.4g} GiB of it are copies that saves in the background write from",
+        f"the run does not fit into host memory: it needs {taken / GIB:.4g} GiB per node of {limit:g} GiB",
+        where=f"--host-memory-gib {limit:g}, {ranks} ranks per node",
+        why=f"{snapshot / GIB:.4g} GiB of it are staging buffers of background saves",
         fix=fix,
     )
 
@@ -361,8 +361,8 @@ def _check_counted(resolved: ResolvedConfig) -> None:
         raise ConfigError(
             f"the plan does not count 'zero_optimization.{uncounted[0]}'",
             where=resolved.where,
-            why="it changes what memory or communication DeepSpeed takes, and would be left out in silence",
-            fix="plan without it: the numbers are then those of DeepSpeed's plain way",
+            why="it changes DeepSpeed's memory or communication, and the estimate does not include it",
+            fix="plan without it",
         )
 
 
@@ -371,6 +371,6 @@ def _check_policy(text: str) -> None:
         raise ConfigError(
             f"the plan does not count activations under '{text}'",
             where="backbone.activation_checkpointing",
-            why="what such a layer keeps is decided while it runs",
-            fix="plan with full, which keeps least, and with none, which keeps most",
+            why="what such a layer saves is decided at run time",
+            fix="plan with full, which saves least, and with none, which saves most",
         )

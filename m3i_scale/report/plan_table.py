@@ -67,12 +67,12 @@ def _verdict(peak: float, limit: float) -> tuple[str, str]:
     return "fits", "green"
 
 
-def _memory(document: dict[str, Any], whole: float) -> Table:
+def _memory(document: dict[str, Any], width: float) -> Table:
     table = Table("at the peak", "GiB", "", box=None)
     table.columns[1].justify = "right"
     start = 0.0
     for name, size in document["parts"].items():
-        table.add_row(name, f"{size:.2f}", Bar(whole, start, start + size, width=40))
+        table.add_row(name, f"{size:.2f}", Bar(width, start, start + size, width=40))
         start += size
     most = document["activations_gib"]
     if most > document["parts"].get("activations", 0.0):
