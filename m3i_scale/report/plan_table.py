@@ -115,20 +115,14 @@ def _figures(document: dict[str, Any]) -> Table:
     return table
 
 
-def _taken(choice: dict[str, Any]) -> str:
-    times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
-    return f"{choice['peak_gib_per_rank']:.2f} GiB, {times}"
-
-
-def _choice(choice: dict[str, Any]) -> str:
-    return " ".join(choice["overrides"])
-
-
 def _suggestion(document: dict[str, Any]) -> list[Text]:
     found = document["suggestion"]
     if found is None:
         return [Text("nothing that was tried fits", style="red")]
-    lines = [
-        Text(f"fastest with {each['deepspeed']} ({_taken(each)}): {_choice(each)}") for each in document["compared"]
-    ]
-    return [*lines, Text(f"suggested ({_taken(found)}): {_choice(found)}")]
+    fastest = [_choice(f"fastest with {each['deepspeed']}", each) for each in document["compared"]]
+    return [*fastest, _choice("suggested", found)]
+
+
+def _choice(what: str, choice: dict[str, Any]) -> Text:
+    times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
+    return Text(f"{what} ({choice['peak_gib_per_rank']:.2f} GiB, {times}): {' '.join(choice['overrides'])}")
