@@ -159,6 +159,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         unix_s(record)
+        numbers_of(record)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
     kind = upgrade_kind(record.get("kind"))
