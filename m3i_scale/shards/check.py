@@ -16,22 +16,27 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from m3i_scale.data.categories import shard_categories
-from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white
+from m3i_scale.data.images import IMAGE_EXTENSIONS, MASK, on_white, pixel_counts
 from m3i_scale.data.instances import INSTANCES, read_instances
 from m3i_scale.data.reader import BadSampleError, readable_members
-from m3i_scale.data.samples import decoding, open_image, open_mask, read_annotations, read_mask
+from m3i_scale.data.samples import MASK_OUT_OF_RANGE, decoding, open_image, open_mask, read_annotations
 from m3i_scale.data.shards import CATEGORIES, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import CUT_OFF, SCATTERED, Fault, RawSample, key_at, read_shard
-from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES, NO_CLASS
+from m3i_scale.defaults import MAX_CAPTION_BYTES, MAX_SAMPLE_BYTES
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line, replacing
+from m3i_scale.shards.box_forms import BoxForms
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
 from m3i_scale.shards.existing_shards import Advance, read_shards
+from m3i_scale.shards.imagefolder import SPLIT_NAMES
+from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate, pixel_lines, pixel_report
 from m3i_scale.shards.sidecars import OF_SIDECARS, Claims, claim_faults, read_claims
 from m3i_scale.text import printable
 
 EXAMPLES = 3
 IN_TWO_SHARDS = "key in two shards"
+BOXES_OF_ANOTHER_FORM = "boxes of another form"
+ONE_CLASS = "masks of one class"
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,15 @@ class Rules:
     """Larger samples are errors and not read."""
     categories: int | None = None
     """Exclusive upper limit of instance categories; None: categories are unknown and not checked."""
-    mask_classes: int = NO_CLASS
-    """Exclusive upper limit of the classes of mask pixels, except `NO_CLASS`."""
+
+
+@dataclass
+class Contents:
+    """Masks and boxes summed over valid samples: some errors are visible only in the complete dataset."""
+
+    pixels: Counter[int] = field(default_factory=Counter)
+    """Number of mask pixels by value."""
+    boxes: BoxForms = field(default_factory=BoxForms)
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class ShardReport:
     """Digests of the keys of samples that are valid or that `--repair` fixes."""
     members: Counter[str]
     others: int
+    contents: Contents
 
     @property
     def clean(self) -> bool:
@@ -171,6 +184,8 @@ def check_shards(
                 shard.bad.add(offset)
                 shard.lost.add(offset)
                 report.add(shard.path, fault)
+        for folder in sorted({shard.path.parent for shard in report.shards}):
+            _check_contents(folder, report)
     if report.members[INSTANCES] and not all(task.rules.categories for task in tasks):
         report.notes.append(f"boxes and masks are not checked: there is no {CATEGORIES} next to the shards")
     extra = sum(shard.others for shard in report.shards)
@@ -188,14 +203,12 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
         for path, fault in faults:
             report.add(path, fault)
         categories, labels = shard_categories(folder), read_labels(folder) if rules.classes is None else None
-        mask_labels = read_labels(folder, MASK_LABELS)
         if rules.classes is None and labels is None:
             report.notes.append(f"{folder} has no labels.json: labels are not checked (--classes)")
         of_folder = replace(
             rules,
             categories=None if categories is None else len(categories),
             classes=rules.classes if labels is None else len(labels),
-            mask_classes=NO_CLASS if mask_labels is None else len(mask_labels),
         )
         by_path |= {path: (of_folder, claims[path.name]) for path in inside}
     return [ShardTask(path, number, *by_path[path]) for number, path in enumerate(paths)]
@@ -204,13 +217,13 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
 def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
     """Check one shard: its tar, the files of its samples, and the claims of sidecar files. Return also its size."""
     raw = read_shard(task.path)
-    members = Counter[str]()
+    members, contents = Counter[str](), Contents()
     if raw.samples:  # otherwise it may be no file
         with task.path.open("rb") as stream:
             for sample in raw.samples:
                 members.update(member.extension for member in sample.members)
                 if not any(fault.reason == CUT_OFF for fault in sample.faults):
-                    for reason, detail in _sample_faults(stream, sample, task.rules):
+                    for reason, detail in _sample_faults(stream, sample, task.rules, contents):
                         sample.blame(reason, printable(detail))
     usable = [sample for sample in raw.samples if {fault.reason for fault in sample.faults} <= {SCATTERED}]
     digests, starts = [digest_of(sample.key.encode()) for sample in usable], [sample.start for sample in usable]
@@ -226,11 +239,12 @@ def check_shard(task: ShardTask) -> tuple[int, ShardReport]:
         keys=rows_of(digests, task.number, starts),
         members=members,
         others=raw.others,
+        contents=contents,
     )
 
 
-def _sample_faults(stream: BinaryIO, sample: RawSample, rules: Rules) -> Iterator[tuple[str, str]]:
-    """Yield (reason, detail) of every error of a sample."""
+def _sample_faults(stream: BinaryIO, sample: RawSample, rules: Rules, contents: Contents) -> Iterator[tuple[str, str]]:
+    """Yield (reason, detail) of every error of a sample, and add its masks and boxes to `contents`."""
     try:
         members = readable_members(stream, sample, rules.max_sample_bytes)
     except BadSampleError as bad:
@@ -238,7 +252,7 @@ def _sample_faults(stream: BinaryIO, sample: RawSample, rules: Rules) -> Iterato
         return
     for check in (_check_image, _check_caption, _check_label, _check_json, _check_mask, _check_instances):
         try:
-            check(members, rules)
+            check(members, rules, contents)
         except BadSampleError as bad:
             yield bad.reason, bad.detail
     yield from (("member is missing", name) for name in rules.required if name not in members)
@@ -249,7 +263,7 @@ def image_extensions(members: Mapping[str, bytes]) -> list[str]:
     return [extension for extension in IMAGE_EXTENSIONS if extension in members]
 
 
-def _check_image(members: Mapping[str, bytes], rules: Rules) -> None:
+def _check_image(members: Mapping[str, bytes], rules: Rules, _: Contents) -> None:
     extensions = image_extensions(members)
     if not extensions:
         open_image(members, rules.max_pixels)  # its error lists the existing files
@@ -260,17 +274,17 @@ def _check_image(members: Mapping[str, bytes], rules: Rules) -> None:
                 on_white(image)
 
 
-def _check_caption(members: Mapping[str, bytes], rules: Rules) -> None:
+def _check_caption(members: Mapping[str, bytes], rules: Rules, _: Contents) -> None:
     annotations = read_annotations(members, None, max_caption_bytes=rules.max_caption_bytes)
     if "txt" in members and annotations.caption is None:
         raise BadSampleError("caption is empty")
 
 
-def _check_label(members: Mapping[str, bytes], rules: Rules) -> None:
+def _check_label(members: Mapping[str, bytes], rules: Rules, _: Contents) -> None:
     read_annotations(members, rules.classes, captions=False)
 
 
-def _check_json(members: Mapping[str, bytes], _: Rules) -> None:
+def _check_json(members: Mapping[str, bytes], _: Rules, __: Contents) -> None:
     for extension, data in members.items():
         if extension == "json" or (extension.endswith(".json") and extension != INSTANCES):
             try:
@@ -279,18 +293,18 @@ def _check_json(members: Mapping[str, bytes], _: Rules) -> None:
                 raise BadSampleError("json does not parse", f"{extension}: {str(error)[:200]}") from None
 
 
-def _check_mask(members: Mapping[str, bytes], rules: Rules) -> None:
+def _check_mask(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> None:
     size = _size(members, rules) if MASK in members else None
-    if size is not None and rules.decode:
-        read_mask(members, rules.max_pixels, size, rules.mask_classes)
-    elif size is not None:
-        open_mask(members, rules.max_pixels, size)
+    mask = None if size is None else open_mask(members, rules.max_pixels, size)
+    if mask is not None and rules.decode:
+        with mask, decoding("mask"):
+            contents.pixels.update(pixel_counts(mask))
 
 
-def _check_instances(members: Mapping[str, bytes], rules: Rules) -> None:
+def _check_instances(members: Mapping[str, bytes], rules: Rules, contents: Contents) -> None:
     size = _size(members, rules) if INSTANCES in members and rules.categories is not None else None
     if size is not None:
-        read_instances(members, rules.categories, size)
+        contents.boxes.add(read_instances(members, rules.categories, size))
 
 
 def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:
@@ -299,6 +313,32 @@ def _size(members: Mapping[str, bytes], rules: Rules) -> tuple[int, int] | None:
         return open_image(members, rules.max_pixels).size
     except BadSampleError:
         return None
+
+
+def _check_contents(folder: Path, report: CheckReport) -> None:
+    contents, names = Contents(), read_labels(folder, MASK_LABELS)
+    for shard in report.shards:
+        if shard.path.parent == folder:
+            contents.pixels.update(shard.contents.pixels)
+            contents.boxes.merge(shard.contents.boxes)
+    try:
+        contents.boxes.check(str(folder))
+    except DataError as error:
+        report.add(folder, Fault(BOXES_OF_ANOTHER_FORM, error.what))
+    if not contents.pixels or not names:
+        return
+    pixels = pixel_report(contents.pixels, names)
+    if pixels["unnamed"]:
+        detail = f"{pixels['unnamed']} pixels, of {len(names)} classes in {MASK_LABELS}"
+        report.add(folder, Fault(MASK_OUT_OF_RANGE, detail))
+    evaluated = folder.name.lower() in SPLIT_NAMES - {"train", "training"}
+    try:
+        least = least_to_evaluate(contents.pixels, names) if evaluated else 2
+        check_class_pixels(contents.pixels, names, str(folder), least=least)
+    except DataError as error:
+        report.add(folder, Fault(ONE_CLASS, error.what))
+    else:
+        report.notes += [line for line in pixel_lines(pixels, str(folder))[1:] if not pixels["unnamed"]]
 
 
 @contextmanager

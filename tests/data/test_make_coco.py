@@ -536,6 +536,24 @@ def test_right_boxes_that_are_tiny_or_reach_beyond_their_images_pass(tmp_path):
     assert make_boxes(tmp_path / "full", full).exit_code == 0
 
 
+def test_check_finds_boxes_of_another_form_in_shards(tmp_path):
+    assert make_boxes(tmp_path / "data", boxed()).exit_code == 0
+    samples = read(tmp_path / "data" / "out" / "train")
+    members = []
+    for key, sample in samples.items():
+        value = json.loads(sample[INSTANCES])
+        for row in value["annotations"]:
+            row["bbox"] = as_corners(*row["bbox"])
+        members += [(f"{key}.jpg", sample["jpg"]), (f"{key}.{INSTANCES}", json.dumps(value).encode())]
+    categories = (tmp_path / "data" / "out" / "train" / CATEGORIES).read_bytes()
+    for name, some in (("one", members[:12]), ("two", members[12:])):
+        foreign.write_tar(tmp_path / "shards" / f"{name}.tar", some)
+    (tmp_path / "shards" / CATEGORIES).write_bytes(categories)
+    checked = CliRunner().invoke(shards_app, ["check", str(tmp_path / "shards"), "--workers", "1", "--json"])
+    assert checked.exit_code == 2
+    assert [*json.loads(checked.stdout)["reasons"]] == ["boxes of another form"]
+
+
 def test_names_of_annotation_files_do_not_steer_the_terminal(tmp_path):
     lay(tmp_path / "coco", document(2), "annotations/instances_\x1b[31mtrain2017.json")
     path = next((tmp_path / "coco" / "annotations").iterdir())

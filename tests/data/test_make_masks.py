@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from foreign import by_webdataset, image_bytes
+from foreign import by_webdataset, image_bytes, write_tar
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -342,21 +342,23 @@ def test_a_validation_split_needs_a_class_and_training_two(tmp_path):
         assert "val" in refused.exception.where
 
 
-def test_a_class_without_a_pixel_is_named_when_shards_are_made_and_counted(tmp_path):
+def test_a_class_without_a_pixel_is_named_when_shards_are_made_checked_and_counted(tmp_path):
     arguments = scenes(tmp_path, (0, 1, 255))
     (tmp_path / "labels.json").write_text(json.dumps(["ground", "object", "rarity"]))
     made = CliRunner().invoke(shards_app, [*arguments, "--workers", "1"])
     assert made.exit_code == 0
     shards = str(tmp_path / "out" / "train")
+    checked = CliRunner().invoke(shards_app, ["check", shards, "--workers", "1"])
+    assert checked.exit_code == 0
     counted = CliRunner().invoke(shards_app, ["stats", shards, "--workers", "1"])
-    for output in (made.output, counted.output):
+    for output in (made.output, checked.output, counted.output):
         assert "rarity" in output
     told = json.loads(CliRunner().invoke(shards_app, ["stats", shards, "--workers", "1", "--json"]).stdout)
     assert told["mask_pixels"]["classes"]["rarity"] == 0
     assert told["mask_pixels"]["ignored"] == 3 * SIZE[1] * (SIZE[0] // 3 + SIZE[0] % 3)
 
 
-@pytest.mark.parametrize(("names", "count"), [(["ground", "object"], 0), (["ground", "a", "b"], 0), (["ground"], 3)])
+@pytest.mark.parametrize(("names", "count"), [(["ground", "object"], 0), (["ground", "a", "b"], 0), (["ground"], 1)])
 def test_check_finds_masks_that_their_names_do_not_fit(tmp_path, names, count):
     arguments = scenes(tmp_path, (0, 1))
     assert CliRunner().invoke(shards_app, [*arguments, "--workers", "1"]).exit_code == 0
@@ -365,3 +367,22 @@ def test_check_finds_masks_that_their_names_do_not_fit(tmp_path, names, count):
     checked = CliRunner().invoke(shards_app, ["check", str(folder), "--workers", "1", "--json"])
     assert json.loads(checked.stdout)["reasons"].get("mask out of range", {}).get("count", 0) == count
     assert checked.exit_code == (2 if count else 0)
+
+
+def test_check_refuses_shards_whose_masks_have_one_class(tmp_path):
+    """As an earlier version or another tool made them."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mask_labels.json").write_text(json.dumps(NAMES))
+    members = {"png": image_bytes(0, SIZE, "PNG"), "mask.png": zero_and_255()}
+    write_tar(tmp_path / "train" / "s.tar", [(f"k.{extension}", data) for extension, data in members.items()])
+    checked = CliRunner().invoke(shards_app, ["check", str(tmp_path / "train"), "--workers", "1", "--json"])
+    assert checked.exit_code == 2
+    assert [*json.loads(checked.stdout)["reasons"]] == ["masks of one class"]
+
+
+def zero_and_255():
+    pixels = np.zeros(SIZE[::-1], dtype=np.uint8)
+    pixels[:4] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
