@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +103,10 @@ class RunFiles:
 
 
 class RunReader:
-    """Incremental reader of a run's output_dir; nothing is written. Raises ConfigError if the folder has no run, or
-    cannot be read."""
+    """Incremental reader of a run's output_dir; nothing is written. `wanted` selects metrics by name. Raises
+    ConfigError if the folder has no run, or cannot be read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
         try:
             has_begun = is_run_folder(folder) or (folder / METRICS).is_file()
         except OSError as error:
@@ -115,7 +115,7 @@ class RunReader:
             what = "no run has begun in this folder" if folder.is_dir() else "there is no such folder"
             raise ConfigError(what, where=str(folder.absolute()), fix="give the output_dir of a run")
         self._folder = folder
-        self._metrics = MetricsFile(folder / METRICS)
+        self._metrics = MetricsFile(folder / METRICS, wanted)
 
     def read(self) -> RunFiles:
         """Return the current contents of the folder."""

@@ -21,7 +21,7 @@ from m3i_scale.errors import CheckpointError
 from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.host.output_dir import QUARANTINE, holder_of
 from m3i_scale.report.run_files import Quarantined, RunReader, quarantine_of, ranks_of
-from m3i_scale.report.watch_view import RunSnapshot, render_lines
+from m3i_scale.report.watch_view import RunSnapshot, is_shown, render_lines
 
 _LOOK_S = 0.2
 """Interval for detecting a resized terminal."""
@@ -54,7 +54,7 @@ def watch(folder: Path, every_s: float) -> None:
 class _Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reader = RunReader(folder)
+        self._reader = RunReader(folder, is_shown)
         self._quarantine: dict[str, Quarantined] = {}
         self._quarantine_bytes = 0
 

@@ -42,6 +42,11 @@ _LARGEST = 1e300
 """For larger values, differences computed by plotext would overflow."""
 
 
+def is_shown(figure: str) -> bool:
+    """Return whether the dashboard uses a metric of metrics.jsonl."""
+    return figure in _FIGURES or figure.startswith(("loss/", "mi/", "time/"))
+
+
 @dataclass(frozen=True)
 class RunSnapshot:
     """State of a run at one moment."""

@@ -59,6 +59,17 @@ def test_every_number_is_exactly_that_of_the_file(path: Path) -> None:
     assert file.unreadable == 0
 
 
+def test_most_lines_are_read_as_columns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    values = {"loss": 1.0, "lr": 1e-4}
+    lines = [train(step, **values | ({"grad_norm": "nan"} if step > 300 else {"grad_norm": 1})) for step in range(600)]
+    lines.insert(450, json_line({"kind": "evaluation", "step": 449, "time": at(449), "evaluation/loss": 2.5}))
+    assert len(read(path, "".join(lines)).steps().steps) == 600
+    assert len(parsed) < 60
+
+
 def test_lines_of_other_kinds_are_kept_as_they_are(path: Path) -> None:
     start = {"kind": "run", "step": 0, "time": at(0), "name": "first", "total_steps": 9, "world_size": 2}
     warning = {"kind": "warning", "step": 1, "time": at(1), "group": "text", "what": "a", "why": "b", "fix": "c"}
@@ -105,9 +116,9 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
-@pytest.mark.parametrize("first", [1, 99])
-def test_garbage_is_counted_and_all_else_is_read(path: Path, garbage: bytes, first: int) -> None:
-    before = [train(step, loss=step / 3) for step in range(first, 100)]
+@pytest.mark.parametrize("among", ["columns", "first lines"])
+def test_garbage_is_counted_and_all_else_is_read(path: Path, garbage: bytes, among: str) -> None:
+    before = [train(step, loss=step / 3) for step in range(1 if among == "columns" else 99, 100)]
     after = [train(step, loss=step / 3) for step in range(101, 200)]
     file = read(path, "".join(before).encode() + garbage + b"\n" + "".join(after).encode())
     logged = file.steps()
@@ -159,6 +170,14 @@ def test_a_file_that_was_cut_back_is_read_anew(path: Path, longer: bool) -> None
     file.read_new_lines()
     assert file.steps().steps.tolist() == [*range(1, 300 if longer else 50)]
     assert (set(file.steps().figures["loss"]), file.unreadable) == ({2.0}, 0)
+
+
+def test_figures_that_are_not_wanted_are_not_kept(path: Path) -> None:
+    path.write_text("".join(train(step, loss=1.0, lr=1e-4) for step in range(1, 200)))
+    file = MetricsFile(path, {"lr"}.__contains__)
+    file.read_new_lines()
+    assert [*file.steps().figures] == ["lr"]
+    assert len(file.steps().figures["lr"]) == 199
 
 
 def test_a_file_that_is_not_there_is_empty(path: Path) -> None:
