@@ -76,19 +76,24 @@ def recipes(context: typer.Context, as_json: AsJson = False) -> None:
     _print_result(as_json, rows, lambda: RecipeTable(rows))
 
 
-@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i")
+@recipes_app.command("show", epilog="Example: m3i-scale recipes show m3i --output m3i.md")
 def show_recipe(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The name of a built-in recipe, or a run file.")],
+    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write a flowchart: FILE.mmd or .md")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print one recipe: its inputs and targets."""
-    from m3i_scale.objective.recipe import load_run_and_recipe
+    """Print one recipe: its inputs and targets; with --output, write a Mermaid flowchart, too."""
+    from m3i_scale.report.recipe_graph import graph_of, read_recipe, write_mermaid
     from m3i_scale.report.recipe_table import RecipeTable
 
-    _, recipe = load_run_and_recipe(name)
-    row = recipe.summary()
-    _print_result(as_json or context.obj, row, lambda: RecipeTable([row]))
+    recipe = read_recipe(name)
+    row, as_json = recipe.summary(), as_json or context.obj
+    if output is not None:
+        write_mermaid(graph_of(recipe), output)
+    _print_result(as_json, row, lambda: RecipeTable([row]))
+    if output is not None and not as_json:
+        print_line(f"flowchart: {output}")
 
 
 @app.command(epilog="Example: m3i-scale backbones vit-g/14 internimage-h")

@@ -21,6 +21,7 @@ from m3i_scale.host.rank_record import recorded
 from m3i_scale.run.check import faults_of
 
 WRITERS = {
+    "recipes show m3i --output": "recipe.md",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
     "export /data/run --output": "export",
