@@ -18,6 +18,7 @@ import typer
 from _common import emit, say
 from _failures import best_interval, lost_share
 
+from m3i_scale.checkpoint.saver import expected_bytes
 from m3i_scale.config import load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import EXIT_USER_ERROR
@@ -267,7 +268,7 @@ def failures(planned: Planned, wanted: set[int]) -> Rows:
     for gpus in (count for count in RUNS if count in wanted):
         step = planned.over("ZeRO-1", gpus, FABRICS["400 Gb/s a GPU"], BATCH)
         model = planned.model(gpus, BATCH)
-        written_s = model.checkpoint_bytes(step.settings) / (STORAGE_GB_S * 1e9)
+        written_s = expected_bytes(model.objective, step.resolved.config) / (STORAGE_GB_S * 1e9)
         for name, hours in MTBF_HOURS.items():
             job_s = hours * 3600 / (gpus / RANKS_PER_NODE)
             best = max(1, round(best_interval(STALL_S, job_s, least_s=written_s) / step.step_s))
@@ -291,8 +292,8 @@ def storms(planned: Planned, wanted: set[int]) -> Rows:
     speeds = (5, 20, 100)
     rows = [["GPUs", "GB a save", "MB a rank", "files", *(f"s at {speed} GB/s" for speed in speeds)]]
     for gpus in (count for count in RUNS if count in wanted):
-        model = planned.model(gpus, BATCH)
-        size = model.checkpoint_bytes(planned.step("ZeRO-1", gpus, BATCH).settings)
+        config = planned.step("ZeRO-1", gpus, BATCH).resolved.config
+        size = expected_bytes(planned.model(gpus, BATCH).objective, config)
         # Of every rank: tensors, random states, position in the data; buffers, probe, index and four small ones.
         cells = [f"{size / 1e9:.1f}", f"{size / gpus / 1e6:.0f}", f"{3 * gpus + 7:,}"]
         rows.append([f"{gpus:,}", *cells, *(f"{size / speed / 1e9:.2f}" for speed in speeds)])

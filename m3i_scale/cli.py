@@ -102,10 +102,24 @@ def backbones(
 ) -> None:
     """Print the sizes of `backbone.preset`: parameters, multiply-adds, tokens, input size."""
     from m3i_scale.backbones.sizes import describe_presets
-    from m3i_scale.report.backbone_table import backbone_table
 
     rows = describe_presets(names or [])
-    _print_result(as_json, rows, lambda: backbone_table(rows))
+    _print_result(as_json, rows, lambda: _backbone_table(rows))
+
+
+def _backbone_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        *("preset", "input", "token", "mask", "tokens", "width", "layers", "parameters", "GMAC"),
+        box=None,
+        caption="input, token and mask cell: side in pixels; parameters: millions",
+    )
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header == "preset" else "right"
+    for row in rows:
+        sides = [str(row[key]) for key in ("image_size", "patch_size", "mask_cell", "tokens", "width", "layers")]
+        table.add_row(row["name"], *sides, f"{row['parameters'] / 1e6:,.1f}", f"{row['gmac']:.1f}")
+    return table
 
 
 @app.command(
@@ -240,7 +254,6 @@ def plan(
     vocabulary: Annotated[
         int | None, typer.Option(min=8, help="Vocabulary size of the text tower; default: read from the shards.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(callback=writes_to, help="Write the suggested DeepSpeed JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan memory, communication and time of a run before it starts; needs neither data nor a GPU."""
@@ -248,7 +261,7 @@ def plan(
 
     config, _ = load_run_and_recipe(run, overrides)
     from m3i_scale.plan.planning import machine_of
-    from m3i_scale.plan.search import check_feasible, plan_run, write_deepspeed
+    from m3i_scale.plan.search import check_feasible, plan_run
     from m3i_scale.report.plan_table import plan_table
 
     where = machine_of(
@@ -268,8 +281,6 @@ def plan(
     planned = plan_run(config, where, classes=classes, tokens=vocabulary, samples=samples)
     document = planned.document()
     _print_result(as_json, document, lambda: plan_table(document))
-    if output is not None and (planned.suggestion is not None or not planned.hopeless):
-        print_line(f"written; train with {write_deepspeed(planned, output)}", stderr=True)
     check_feasible(planned)
 
 

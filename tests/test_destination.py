@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -21,7 +22,6 @@ from m3i_scale.run.check import faults_of
 
 WRITERS = {
     "recipes show m3i --output": "recipe.md",
-    "plan m3i --output": "ds.json",
     "evaluate /data/export --data /data/shards --pictures": "pictures",
     "compare /data/a /data/b --data /data/shards --output": "page.html",
     "export /data/run --output": "export",
@@ -35,7 +35,6 @@ WRITERS = {
     "shards make webdataset --input /data/wds --output": "made",
     "shards check /data/shards --repair": "repaired",
     "shards check /data/shards --quarantine": "faults.jsonl",
-    "shards preview /data/shards --output": "sheet",
     "shards split /data/shards --output": "split",
     "shards merge /data/shards /data/more --output": "merged",
     "finetune classification /data/export --data /data/birds --shards": "packed",
@@ -49,7 +48,7 @@ NOWHERE = ("s3://bucket/run", "hf://u/x", "file:///data/x", "$HOME/x", "/data/${
 
 
 def path_options(group: typer.Typer, above: str = "") -> Iterator[str]:
-    """`shards preview --output`: every option of the command line that is a path."""
+    """`shards merge --output`: every option of the command line that is a path."""
     for command in group.registered_commands:
         name = f"{above}{command.name or command.callback.__name__.replace('_', '-').rstrip('-')}"
         for parameter, hint in get_type_hints(command.callback, include_extras=True).items():
@@ -67,7 +66,7 @@ def types_in(hint: Any) -> set[Any]:
 
 def test_every_option_that_is_a_path_is_known_to_read_or_to_write() -> None:
     options = set(path_options(app))
-    assert {"shards preview --output", "plan --output", "finetune detection --shards"} <= options
+    assert {"shards merge --output", "report --output", "finetune detection --shards"} <= options
     reading = {option for option in options if option in READING or option.rpartition(" ")[2] in READERS}
     commands = {" ".join(word for word in words.split() if "/" not in word and word != "m3i") for words in WRITERS}
     writing = {f"{words.partition(' --')[0]} {words.rpartition(' ')[2]}" for words in commands}
@@ -102,13 +101,16 @@ def test_every_command_refuses_the_same_places(command: str, tmp_path: Path, mon
 
 
 def test_the_home_of_the_user_is_meant_by_a_tilde_in_options_too(tmp_path: Path, monkeypatch) -> None:
-    """A shell leaves it alone in --output=~/recipe.md."""
+    """A shell leaves it alone in --quarantine=~/faults.jsonl."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    result = CliRunner().invoke(app, ["recipes", "show", "mae", "--output=~/recipe.md"])
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "home" / "recipe.md").is_file()
+    shard = tmp_path / "0.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    result = CliRunner().invoke(app, ["shards", "check", str(shard), "--workers=1", "--quarantine=~/faults.jsonl"])
+    assert result.exit_code == 2, result.output
+    assert (tmp_path / "home" / "faults.jsonl").is_file()
     assert not (tmp_path / "~").exists()
 
 

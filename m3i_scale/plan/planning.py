@@ -254,8 +254,6 @@ class Choice:
     deepspeed: str
     policy: str
     micro_batch: int
-    sizes: tuple[tuple[str, int], ...] = ()
-    """Overrides of `zero_optimization` sizes, in elements."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +321,7 @@ class Estimate:
 def estimate(model: Model, machine: Machine, choice: Choice, *, quick: bool = False) -> Estimate:
     """Estimate memory, traffic and time of a step."""
     run = _with(model.run, choice)
-    resolved = _sized(resolve_engine(run, machine.links.world, model.objective.student.width), choice.sizes)
+    resolved = resolve_engine(run, machine.links.world, model.objective.student.width)
     settings = settings_of(resolved.config, world=machine.links.world, on_host=machine.on_host)
     settings = replace(settings, snapshot=model.remembered_bytes if run.checkpoint.background else None)
     trace = (model.quick_trace if quick else model.trace)(choice.policy, choice.micro_batch)
@@ -359,11 +357,6 @@ def host_parts(model: Model, choice: Choice, host: Parts) -> dict[str, int]:
         parts["batches of workers"] = PREFETCH_PARTS * choice.micro_batch * 3 * sum(side**2 for side in sides)
     parts["process"] = round(non_tensor_gib(hosts=True) * GIB)
     return parts
-
-
-def _sized(resolved: ResolvedConfig, sizes: tuple[tuple[str, int], ...]) -> ResolvedConfig:
-    zero = resolved.config["zero_optimization"] | dict(sizes)
-    return replace(resolved, config=resolved.config | {"zero_optimization": zero})
 
 
 def _with(run: RunConfig, choice: Choice) -> RunConfig:

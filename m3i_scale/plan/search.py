@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any, get_args
 
 from m3i_scale.backbones.build import backbone_config
@@ -17,7 +16,6 @@ from m3i_scale.engine.activations import read_policy
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config
 from m3i_scale.engine.deepspeed.rules import offloads_optimizer
 from m3i_scale.errors import ConfigError, error_prefix
-from m3i_scale.files import json_text
 from m3i_scale.objective.information import Role
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.plan.memory import SNAPSHOT
@@ -76,8 +74,8 @@ class RunPlan:
 
     def fits_as(self, choice: Choice) -> bool:
         """Return whether another choice fits with the run's micro-batch."""
-        own = replace(choice, micro_batch=self.planned.choice.micro_batch)
-        return estimate(self.model, self.machine, own).fits(self.machine)
+        choice = replace(choice, micro_batch=self.planned.choice.micro_batch)
+        return estimate(self.model, self.machine, choice).fits(self.machine)
 
     @property
     def warnings(self) -> list[str]:
@@ -155,7 +153,6 @@ class RunPlan:
             "peak_gib_per_rank": estimated.peak_bytes / GIB,
             "step_time_s": estimated.step_s,
             "host_s": estimated.host_s,
-            "larger": {f"zero_optimization.{key}": size for key, size in choice.sizes},
         }
 
     @property
@@ -259,39 +256,6 @@ def choose(compared: list[Estimate]) -> Estimate | None:
     return min((each for each in compared if each.step_s <= limit), key=lambda each: each.host_s, default=None)
 
 
-BUCKETS: dict[int, tuple[tuple[str, int], ...]] = {
-    1: (("reduce_bucket_size", 1),),
-    2: (("reduce_bucket_size", 1),),
-    3: (
-        ("reduce_bucket_size", 1),
-        ("stage3_prefetch_bucket_size", 1),
-        ("stage3_max_live_parameters", 6),
-        ("stage3_max_reuse_distance", 6),
-    ),
-}
-"""Settings by stage that determine the number of collectives per step, as multiples of a bucket."""
-ELEMENTS = (12_500_000, 25_000_000, 50_000_000, 100_000_000, 200_000_000)
-"""Bucket sizes to try, in elements."""
-PAYS = 0.98
-"""Larger buckets are suggested if they reduce the step time to at most this fraction."""
-
-
-def _with_larger_buckets(model: Model, machine: Machine, estimated: Estimate) -> Estimate:
-    """Return the smallest buckets within 1% of the fastest ones, or the given estimate if larger buckets do not pay."""
-    zero = estimated.resolved.config["zero_optimization"]
-    tried = []
-    for elements in () if estimated.settings.bf16_optimizer else ELEMENTS:  # it reduces everything at once
-        wanted = ((key, elements * count) for key, count in BUCKETS[estimated.settings.stage])
-        sizes = tuple((key, size) for key, size in wanted if size > zero.get(key, 0))
-        if sizes:
-            tried.append(estimate(model, machine, replace(estimated.choice, sizes=sizes), quick=True))
-    fitting = [other for other in tried if other.fits(machine) and other.step_s <= PAYS * estimated.step_s]
-    if not fitting:
-        return estimated
-    fastest = min(other.step_s for other in fitting)
-    return next(other for other in fitting if other.step_s <= 1.01 * fastest)
-
-
 def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estimate | None:
     """Return the fastest fitting choice of a DeepSpeed config; of equally fast ones, the largest micro-batch. Large
     ones are extrapolated first, and exact in the end."""
@@ -301,7 +265,7 @@ def _fastest(model: Model, machine: Machine, choice: Choice, file: str) -> Estim
     least_s = min((each.step_s for each in fitting), default=0.0)
     fitting.sort(key=lambda each: (round(each.step_s / least_s, 3), -each.choice.micro_batch))
     for each in fitting:
-        exact = estimate(model, machine, _with_larger_buckets(model, machine, each).choice)
+        exact = estimate(model, machine, each.choice)
         if exact.fits(machine):
             return exact
     return None
@@ -353,8 +317,8 @@ def check_feasible(plan: RunPlan) -> None:
         sizes = f"optim.batch_size={batch} optim.micro_batch_size={micro_batch}"
         fix = f"{nodes} nodes instead of {plan.machine.links.nodes}, with {sizes}"
     raise ConfigError(
-        f"the run does not fit: {plan.planned.peak_bytes / GIB:.4g} GiB a rank of {plan.machine.memory_gib:g}, and too "
-        f"much with a micro-batch of {plan.model.smallest} too",
+        f"the run does not fit: it needs {plan.planned.peak_bytes / GIB:.4g} GiB per rank of "
+        f"{plan.machine.memory_gib:g} GiB, and does not fit with a micro-batch of {plan.model.smallest} either",
         where=f"deepspeed={plan.planned.choice.deepspeed}, activation_checkpointing={plan.planned.choice.policy}",
         fix=fix or "a smaller backbone, or devices with more memory",
     )
@@ -365,29 +329,15 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
     limit = float(plan.machine.host_memory_gib or 0)
     parts = plan.planned.parts if plan.machine.on_host else plan.planned.host_parts
     snapshot = parts.get(SNAPSHOT, 0) * ranks
-    fix = "fewer ranks on a node, or a DeepSpeed file that offloads less"
+    fix = "use fewer ranks per node, or a DeepSpeed file that offloads less"
     if snapshot and taken - snapshot <= limit * GIB:
-        fix = "checkpoint.background=false: the training then waits for every save; or more nodes"
+        fix = "checkpoint.background=false, and training waits for every save; or more nodes"
     return ConfigError(
-        f"the run does not fit into host memory: {taken / GIB:.4g} GiB a node of {limit:g}",
-        where=f"--host-memory-gib {limit:g}, {ranks} ranks on a node",
-        why=f"{snapshot / GIB:.4g} GiB of it are copies that saves in the background write from",
+        f"the run does not fit into host memory: it needs {taken / GIB:.4g} GiB per node of {limit:g} GiB",
+        where=f"--host-memory-gib {limit:g}, {ranks} ranks per node",
+        why=f"{snapshot / GIB:.4g} GiB of it are staging buffers of background saves",
         fix=fix,
     )
-
-
-def write_deepspeed(plan: RunPlan, path: Path) -> str:
-    """Write the DeepSpeed JSON of the suggestion, or else of the run, with all sizes as numbers. Return the overrides
-    to train with it. Settings of the config file stay "auto", so that both files cannot contradict each other."""
-    written = plan.suggestion or plan.planned
-    config = load_ds_config(written.choice.deepspeed)
-    config["zero_optimization"] = written.resolved.config["zero_optimization"]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_text(config), encoding="utf-8")  # also if it is a link or /dev/stdout
-    except OSError as error:
-        raise ConfigError(f"cannot write the DeepSpeed file: {error.strerror}", where=str(path)) from None
-    return " ".join([f"deepspeed={path}", *plan.summary(written)["overrides"][1:]])
 
 
 _COUNTED = {
@@ -411,8 +361,8 @@ def _check_counted(resolved: ResolvedConfig) -> None:
         raise ConfigError(
             f"the plan does not count 'zero_optimization.{uncounted[0]}'",
             where=resolved.where,
-            why="it changes what memory or communication DeepSpeed takes, and would be left out in silence",
-            fix="plan without it: the numbers are then those of DeepSpeed's plain way",
+            why="it changes DeepSpeed's memory or communication, and the estimate does not include it",
+            fix="plan without it",
         )
 
 
@@ -421,6 +371,6 @@ def _check_policy(text: str) -> None:
         raise ConfigError(
             f"the plan does not count activations under '{text}'",
             where="backbone.activation_checkpointing",
-            why="what such a layer keeps is decided while it runs",
-            fix="plan with full, which keeps least, and with none, which keeps most",
+            why="what such a layer saves is decided at run time",
+            fix="plan with full, which saves least, and with none, which saves most",
         )

@@ -1,1 +1,1 @@
-"""Output for people: tables of recipes, backbones, checkpoints, plans and environment checks, and recipe graphs."""
+"""Output for people: HTML report, terminal dashboard, tables of recipes, plans and environment checks."""

@@ -26,8 +26,7 @@ from m3i_scale.report.curves import MOST_POINTS, filled_charts
 from m3i_scale.report.html_file import TEMPLATES, check_page, rendered, write_page
 from m3i_scale.report.marks import KINDS, marks_of
 from m3i_scale.report.results import documents_of_files, documents_of_run
-from m3i_scale.report.run_files import RunFiles, read_run
-from m3i_scale.report.run_folder import Quarantined, checkpoints_of, quarantine_of, ranks_of
+from m3i_scale.report.run_files import Quarantined, RunFiles, checkpoints_of, quarantine_of, ranks_of, read_run
 from m3i_scale.text import redact, redact_text, size_text
 
 HEADINGS = {
@@ -201,7 +200,7 @@ def _checkpoint(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _quarantined(reason: str, of_reason: Quarantined) -> dict[str, str]:
-    first = of_reason.examples[0]
+    first = of_reason.example
     shard = redact_text(first["url"]).rpartition("/")[2]
     return {"reason": redact_text(reason), "count": f"{of_reason.count:,}", "example": f"{shard} / {first['key']}"}
 

@@ -67,12 +67,12 @@ def _verdict(peak: float, limit: float) -> tuple[str, str]:
     return "fits", "green"
 
 
-def _memory(document: dict[str, Any], whole: float) -> Table:
+def _memory(document: dict[str, Any], width: float) -> Table:
     table = Table("at the peak", "GiB", "", box=None)
     table.columns[1].justify = "right"
     start = 0.0
     for name, size in document["parts"].items():
-        table.add_row(name, f"{size:.2f}", Bar(whole, start, start + size, width=40))
+        table.add_row(name, f"{size:.2f}", Bar(width, start, start + size, width=40))
         start += size
     most = document["activations_gib"]
     if most > document["parts"].get("activations", 0.0):
@@ -115,24 +115,14 @@ def _figures(document: dict[str, Any]) -> Table:
     return table
 
 
-def _taken(choice: dict[str, Any]) -> str:
-    times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
-    return f"{choice['peak_gib_per_rank']:.2f} GiB, {times}"
-
-
-def _choice(choice: dict[str, Any]) -> str:
-    return " ".join(choice["overrides"])
-
-
 def _suggestion(document: dict[str, Any]) -> list[Text]:
     found = document["suggestion"]
     if found is None:
         return [Text("nothing that was tried fits", style="red")]
-    told = [
-        Text(f"fastest with {each['deepspeed']} ({_taken(each)}): {_choice(each)}") for each in document["compared"]
-    ]
-    told.append(Text(f"suggested ({_taken(found)}): {_choice(found)}"))
-    if found["larger"]:
-        sizes = ", ".join(f"{key.removeprefix('zero_optimization.')} {size:,}" for key, size in found["larger"].items())
-        told.append(Text(f"with larger buckets, which --output puts into the DeepSpeed file: {sizes}"))
-    return told
+    fastest = [_choice(f"fastest with {each['deepspeed']}", each) for each in document["compared"]]
+    return [*fastest, _choice("suggested", found)]
+
+
+def _choice(what: str, choice: dict[str, Any]) -> Text:
+    times = f"{choice['step_time_s']:.3g} s a step, {choice['host_s']:.3g} s of the host"
+    return Text(f"{what} ({choice['peak_gib_per_rank']:.2f} GiB, {times}): {' '.join(choice['overrides'])}")

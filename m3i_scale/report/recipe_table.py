@@ -169,8 +169,8 @@ def _inputs(row: dict[str, Any], target: dict[str, Any]) -> str:
             last = entry["view"] + entry.get("views", 1) - 1
             number = str(entry["view"]) if last == entry["view"] else f"{entry['view']} to {last}"
             views.setdefault(how, []).append(number)
-    told = [f"view {' + '.join(dict.fromkeys(numbers))} {how}".strip() for how, numbers in views.items()]
-    return ", ".join(told)
+    parts = [f"view {' + '.join(dict.fromkeys(numbers))} {how}".strip() for how, numbers in views.items()]
+    return ", ".join(parts)
 
 
 def _target(target: dict[str, Any]) -> str:

@@ -20,8 +20,7 @@ from rich.text import Text
 from m3i_scale.errors import CheckpointError
 from m3i_scale.host.failures import read_attempts, read_failure
 from m3i_scale.host.output_dir import QUARANTINE, holder_of
-from m3i_scale.report.run_files import RunReader
-from m3i_scale.report.run_folder import Quarantined, quarantine_of, ranks_of
+from m3i_scale.report.run_files import Quarantined, RunReader, quarantine_of, ranks_of
 from m3i_scale.report.watch_view import RunSnapshot, is_shown, render_lines
 
 _LOOK_S = 0.2

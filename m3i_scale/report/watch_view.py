@@ -21,8 +21,7 @@ from m3i_scale.host.failures import AttemptRecord, Failure
 from m3i_scale.report.curves import downsample
 from m3i_scale.report.marks import marks_of
 from m3i_scale.report.metrics_file import unix_s
-from m3i_scale.report.run_files import RunFiles
-from m3i_scale.report.run_folder import Quarantined, RankSign
+from m3i_scale.report.run_files import Quarantined, RankSign, RunFiles
 from m3i_scale.text import duration_text, filled, listed, printable
 
 _LEAST_COLUMNS, _LEAST_LINES, _MOST_LINES = 36, 6, 12

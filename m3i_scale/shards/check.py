@@ -187,7 +187,7 @@ def check_shards(
         for folder in sorted({shard.path.parent for shard in report.shards}):
             _check_contents(folder, report)
     if report.members[INSTANCES] and not all(task.rules.categories for task in tasks):
-        report.notes.append(f"without a {CATEGORIES} beside the shards, boxes and masks are not judged")
+        report.notes.append(f"boxes and masks are not checked: there is no {CATEGORIES} next to the shards")
     extra = sum(shard.others for shard in report.shards)
     if extra:
         report.notes.append(f"{extra} members belong to no sample (folders, names without an extension or with __)")
@@ -204,7 +204,7 @@ def _tasks(source: str, rules: Rules, report: CheckReport) -> list[ShardTask]:
             report.add(path, fault)
         categories, labels = shard_categories(folder), read_labels(folder) if rules.classes is None else None
         if rules.classes is None and labels is None:
-            report.notes.append(f"{folder} has no labels.json: labels are not judged (--classes)")
+            report.notes.append(f"{folder} has no labels.json: labels are not checked (--classes)")
         of_folder = replace(
             rules,
             categories=None if categories is None else len(categories),

@@ -284,7 +284,7 @@ class AnnotationFile:
     def _annotation(self, row: dict[str, Any]) -> dict[str, Any]:
         name = f"annotation {row.get('id')!r:.40}"
         if is_index(row.get("id")) and row["id"] in self.repeated:
-            raise BadSampleError("the id of an annotation stands twice", f"{name}: ids are counted over the whole file")
+            raise BadSampleError("duplicate annotation id", f"{name}: ids are counted over the whole file")
         result = {"category": self._index(row.get("category_id"), name), "iscrowd": row.get("iscrowd", 0)}
         result |= {key: row[key] for key in ("id", "bbox", "area") if key in row}
         segmentation = self._segmentation(row.get("segmentation"), name)
@@ -331,10 +331,10 @@ def read_annotation_file(path: Path, *, skip_bad: bool) -> AnnotationFile:
     known: set[int] = set()
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not is_index(row.get("id")):
-            raise DataError("the image has no id from 0 on", where=f"{path}: image {number} in the list")
+            raise DataError("the image id is missing or negative", where=f"{path}: image {number} in the list")
         if row["id"] in known:
             raise DataError(
-                "the id of an image stands twice",
+                "duplicate image id",
                 where=f"{path}: image {row['id']}",
                 why="annotations name images by it",
             )

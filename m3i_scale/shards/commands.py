@@ -14,7 +14,6 @@ import typer
 
 from m3i_scale.options import AsJson, Command, Parts, expanded
 from m3i_scale.shards import tool_commands as tools
-from m3i_scale.shards.near_duplicates import near_duplicates
 from m3i_scale.shards.options import (
     DEFAULTS,
     SIZE_OPTIONS,
@@ -32,13 +31,13 @@ from m3i_scale.shards.options import (
 if TYPE_CHECKING:  # this import takes seconds, too long for --help
     from m3i_scale.shards.records import Input
 
-CaptionField = Annotated[str | None, typer.Option(help="Field of the json members with the caption; default: txt.")]
-Group = Annotated[str | None, typer.Option(help="Field of the json members; samples of one value share a split.")]
+CaptionField = Annotated[str | None, typer.Option(help="JSON field of the caption; default: the txt file.")]
+Group = Annotated[str | None, typer.Option(help="JSON field; samples with the same value share a split.")]
 _MAKE: Parts = {
     "output": (Output, inspect.Parameter.empty),
     "name": (Name, "images"),
     "split": (
-        Annotated[str | None, typer.Option(help="Shares of samples by split, drawn by hash: train=0.95,val=0.05")],
+        Annotated[str | None, typer.Option(help="Fractions of samples by split, drawn by hash: train=0.95,val=0.05")],
         None,
     ),
     **SIZE_OPTIONS,
@@ -47,13 +46,13 @@ _MAKE: Parts = {
         DEFAULTS.vocabulary,
     ),
     "skip_bad": (
-        Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")],
+        Annotated[bool, typer.Option("--skip-bad", help="Skip and list unusable samples.")],
         DEFAULTS.skip_bad,
     ),
     "value_range": (
         Annotated[
             str | None,
-            typer.Option(help="LOW,HIGH: grey values that become black and white, of images of more than eight bits."),
+            typer.Option(help="LOW,HIGH: intensity window of images with more than 8 bits."),
         ],
         None,
     ),
@@ -109,12 +108,6 @@ make_app = typer.Typer(no_args_is_help=True, help="Make shards out of images.")
 shards_app.add_typer(make_app, name="make")
 shards_app.command(epilog="Example: m3i-scale shards check '/data/cc12m/{00000..01242}.tar'")(tools.check)
 shards_app.command(epilog="Example: m3i-scale shards stats /data/shards/train --json")(tools.stats)
-shards_app.command("preview", epilog="Example: m3i-scale shards preview /data/shards/train --output /data/sheet")(
-    tools.preview_samples
-)
-shards_app.command(
-    "near-duplicates", epilog="Example: m3i-scale shards near-duplicates /data/shards/train --against /data/shards/val"
-)(near_duplicates)
 shards_app.command(epilog="Example: m3i-scale shards split /data/cc12m --output /data/c --shares train=0.99,val=0.01")(
     tools.split
 )
@@ -147,7 +140,7 @@ def imagefolder(
     ],
     making: MakeOptions,
     captions: Annotated[
-        str, typer.Option(help="NAME.txt beside an image: auto (all have one or none has), none, optional, required")
+        str, typer.Option(help="NAME.txt next to an image: auto (all or none), none, optional, required")
     ] = "auto",
     layout: Annotated[
         str, typer.Option(help="classes: INPUT/CLASS/…, splits: INPUT/SPLIT/CLASS/…, auto: by the folders' names")
@@ -166,7 +159,7 @@ def manifest(
     table: Annotated[Path, typer.Option("--input", help="A .csv, .tsv, .parquet or .jsonl file.")],
     making: MakeOptions,
     root: Annotated[
-        Path | None, typer.Option(help="Relative paths start here; default: the manifest's folder.")
+        Path | None, typer.Option(help="Root of relative paths; default: the folder of the manifest.")
     ] = None,
     path_column: Annotated[str, typer.Option(help="Column of image paths.")] = "path",
     caption_column: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
@@ -193,17 +186,18 @@ def manifest(
 )
 @takes_making
 def masks(
-    images: Annotated[Path, typer.Option(help="Images, in any folders; or in such of train, val …, which are kept.")],
+    images: Annotated[Path, typer.Option(help="Folder of images; top-level folders train, val … are splits.")],
     masks_folder: Annotated[
-        Path, typer.Option("--masks", help="PNGs by the same names, in the same folders: the class of every pixel.")
+        Path,
+        typer.Option("--masks", help="Folder of PNG masks with the same relative names: the class of every pixel."),
     ],
     labels_file: Annotated[
         Path,
-        typer.Option("--labels", help="Class names: a JSON list, one a line, or ADE20k's objectInfo150.txt as it is."),
+        typer.Option("--labels", help="Class names: a JSON list, one per line, or ADE20k's objectInfo150.txt."),
     ],
     making: MakeOptions,
     reduce_zero_label: Annotated[
-        bool, typer.Option("--reduce-zero-label", help="0 is no class: the first name is that of 1, as in ADE20k.")
+        bool, typer.Option("--reduce-zero-label", help="0 means no class, and classes start at 1, as in ADE20k.")
     ] = False,
 ) -> None:
     """Convert images and segmentation masks, paired by name."""
@@ -219,11 +213,11 @@ def masks(
 def coco(
     inputs: Annotated[
         list[Path],
-        typer.Option("--input", help="A folder as COCO's lies, or an annotation file of COCO or LVIS; once for each."),
+        typer.Option("--input", help="Folder in COCO's layout, or an annotation file of COCO or LVIS; repeatable."),
     ],
     making: MakeOptions,
     images: Annotated[
-        Path | None, typer.Option(help="Names of images lead from here; default: the annotation files' folder.")
+        Path | None, typer.Option(help="Root of image names; default: the folder of the annotation file.")
     ] = None,
 ) -> None:
     """Convert images with boxes and masks from COCO or LVIS annotation files."""
@@ -241,8 +235,8 @@ def huggingface(
     image_column: Annotated[str | None, typer.Option(help="Default: the one of type Image.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Default: caption or text; none: no captions.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Default: the one ClassLabel; none: no labels.")] = None,
-    key_column: Annotated[str | None, typer.Option(help="Keys of the samples; default: the rows' numbers.")] = None,
-    group_column: Annotated[str | None, typer.Option(help="Rows of one value share a split.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column of keys; default: row numbers.")] = None,
+    group_column: Annotated[str | None, typer.Option(help="Rows with the same value share a split.")] = None,
 ) -> None:
     """Convert a Hugging Face dataset, saved or as Parquet; keeps its splits."""
     from m3i_scale.shards.arrow import Columns, huggingface_input

@@ -13,7 +13,6 @@ from typing_extensions import override
 from m3i_scale.data.categories import Categories, shard_categories
 from m3i_scale.data.images import MASK
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import read_caption, read_label
 from m3i_scale.data.shards import CATEGORIES, LABELS, MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import Fault, RawSample, RawShard, read_members, read_shard, shard_error
@@ -116,7 +115,7 @@ def record_of(
             raise DataError(
                 f"the sample has instances, and there is no {CATEGORIES}",
                 where=where,
-                fix=f"put the {CATEGORIES} that `shards make coco` wrote beside the shards",
+                fix=f"put the {CATEGORIES} of `shards make coco` next to the shards",
             )
     except DataError as error:
         fault = error
@@ -166,18 +165,6 @@ def read_shards(
         yield result
         if advance is not None:
             advance(size)
-
-
-def readable_samples(path: Path, raw: RawShard) -> Iterator[tuple[RawSample, dict[str, bytes] | BadSampleError]]:
-    """Yield the samples of a shard with their files by extension, or with the reason why they cannot be read."""
-    if not raw.samples:  # the shard may be no file
-        return
-    with path.open("rb") as stream:
-        for sample in raw.samples:
-            try:
-                yield sample, readable_members(stream, sample, MAX_SAMPLE_BYTES)
-            except BadSampleError as bad:
-                yield sample, bad
 
 
 def outlines(origins: Sequence[Origin], workers: int, advance: Advance | None = None) -> Iterator[Record]:

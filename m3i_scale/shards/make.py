@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from m3i_scale.errors import DataError
 from m3i_scale.files import json_line
@@ -16,7 +19,6 @@ from m3i_scale.shards.mask_classes import check_class_pixels, least_to_evaluate,
 from m3i_scale.shards.options import ProgressCallback, ShardOptions
 from m3i_scale.shards.process_pool import map_in_processes
 from m3i_scale.shards.records import Encoded, Input, Record, encode_all, hash_of
-from m3i_scale.shards.train_tokenizer import train_tokenizer
 from m3i_scale.shards.write import atomic_folder, check_output, class_names, write_samples
 
 CHUNK_BYTES = 16_000_000
@@ -24,6 +26,9 @@ CHUNK_RECORDS = 16
 MAX_CAPTIONS = 1_000_000
 """Maximum number of captions for training the tokenizer, selected by a hash of their keys."""
 SKIPPED = "skipped.jsonl"
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+"""In the order of their ids: padding is 0."""
+MAX_ALPHABET = 1_000
 
 
 def make_shards(
@@ -189,3 +194,45 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def train_tokenizer(captions: Iterable[str], folder: Path, vocabulary: int) -> None:
+    """Train a lowercase WordPiece tokenizer and save it in `folder` in the layout of `AutoTokenizer`.
+
+    `vocabulary` is the maximum number of tokens, special tokens included.
+    """
+    captions = sorted(captions)
+    learner = _pieces(models.WordPiece(unk_token="[UNK]"))
+    # The trainer numbers inner characters in the order of a hash map, and breaks ties between merges by number.
+    # Naming the characters beforehand makes the vocabulary deterministic.
+    fixed = SPECIAL_TOKENS + [f"##{character}" for character in _alphabet(captions, learner)]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=fixed, show_progress=False)
+    learner.train_from_iterator(captions, trainer)
+    tokenizer = _pieces(models.WordPiece(vocab=learner.get_vocab(), unk_token="[UNK]"))
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    fast.save_pretrained(folder)
+
+
+def _pieces(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _alphabet(captions: list[str], tokenizer: Tokenizer) -> list[str]:
+    """Return the most frequent characters of the captions, up to the trainer's limit."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(tokenizer.normalizer.normalize_str(caption).replace(" ", ""))
+    return sorted(sorted(counts, key=lambda character: (-counts[character], character))[:MAX_ALPHABET])

@@ -21,13 +21,13 @@ from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 ProgressCallback = Callable[[int, int], None]
 """Called with (completed samples, total samples)."""
 Shards = Annotated[str, typer.Argument(help="A folder, a brace pattern or one tar.")]
-Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to make; it must not exist yet.")]
-Name = Annotated[str, typer.Option(help="Beginning of the shards' file names.")]
-PerShard = Annotated[int, typer.Option(help="At most so many samples a shard.")]
+Output = Annotated[Path, typer.Option(callback=writes_to, help="Folder to write; it must not exist.")]
+Name = Annotated[str, typer.Option(help="Prefix of the shards' file names.")]
+PerShard = Annotated[int, typer.Option(help="Maximum number of samples per shard.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read shards, or read and encode images.")]
 LabelsFile = Annotated[
     Path | None,
-    typer.Option("--labels", help="Class names: a JSON list, or one a line; default: as found in the input."),
+    typer.Option("--labels", help="Class names: a JSON list, or one per line; default: from the input."),
 ]
 
 _LIMITS = ("samples_per_shard", "max_mb", "multiple_of")
@@ -68,8 +68,7 @@ class ShardOptions:
         default = ShardOptions()
         if any(getattr(self, name) != getattr(default, name) for name in _LIMITS):
             raise ConfigError(
-                "--shards says how many shards there are; --samples-per-shard, --max-mb and --multiple-of then do "
-                "nothing",
+                "--shards cannot be combined with --samples-per-shard, --max-mb or --multiple-of",
                 fix="give one or the other",
             )
 
@@ -114,7 +113,10 @@ def parse_splits(text: str) -> dict[str, float]:
 DEFAULTS = ShardOptions()
 SIZE_OPTIONS: Parts = {
     "samples_per_shard": (PerShard, DEFAULTS.samples_per_shard),
-    "max_mb": (Annotated[float, typer.Option(help="About so many megabytes a shard at most.")], DEFAULTS.max_mb),
+    "max_mb": (
+        Annotated[float, typer.Option(help="Approximate maximum size of a shard in megabytes.")],
+        DEFAULTS.max_mb,
+    ),
     "multiple_of": (
         Annotated[int, typer.Option(help="Round the number of shards up to a multiple of this.")],
         DEFAULTS.multiple_of,
@@ -123,13 +125,13 @@ SIZE_OPTIONS: Parts = {
 }
 _CUT: Parts = {
     "shard_count": (
-        Annotated[int | None, typer.Option("--shards", min=1, help="Exactly so many shards, of every split.")],
+        Annotated[int | None, typer.Option("--shards", min=1, help="Exact number of shards per split.")],
         None,
     ),
     **SIZE_OPTIONS,
     "keep_order": (
         Annotated[
-            bool, typer.Option("--keep-order", help="Fill shards in order of the input, not by a hash of the key.")
+            bool, typer.Option("--keep-order", help="Fill shards in input order instead of by a hash of the key.")
         ],
         False,
     ),

@@ -101,9 +101,7 @@ def join_labels(sets: Sequence[list[str] | None]) -> Labels:
     for names in sets:
         if names is not None and len(set(names)) < len(names):
             repeated = next(name for name in names if names.count(name) > 1)
-            raise DataError(
-                f"the label '{repeated}' stands twice in labels.json", fix="labels are joined by their names"
-            )
+            raise DataError(f"duplicate label '{repeated}' in labels.json", fix="labels are joined by their names")
         numbers.append([joined.index(name) for name in names or ()])
     return Labels(joined, numbers)
 
@@ -146,7 +144,7 @@ def _relabelled(
                     f"the sample has the member {member}, but its source has no {file}",
                     where=origin.where(key),
                     why="its classes would get the names that another source has",
-                    fix=f"put a {file} beside its shards",
+                    fix=f"put a {file} next to its shards",
                 )
         yield key, members
 
@@ -157,7 +155,7 @@ def _new_label(data: bytes, numbers: list[int], where: str) -> bytes:
             "the sample has a label, but its source has no labels.json",
             where=where,
             why="labels of several sources are joined by name",
-            fix="put a labels.json beside its shards",
+            fix="put a labels.json next to its shards",
         )
     with annotations_of(where, "m3i-scale shards check SHARDS --repair FOLDER --link leaves out what is bad"):
         label = read_label({"cls": data}, len(numbers))
@@ -173,7 +171,7 @@ def _same(sets: Sequence[_Names | None], sources: Sequence[str], file: str) -> t
                 "the source has other classes than one before",
                 where=f"{source}: {file}",
                 why="masks and boxes keep the numbers that they have",
-                fix="leave it out, or make its shards anew, with the same names",
+                fix="leave it out, or recreate its shards with the same names",
             )
     return first, set() if first is None else {number for number, names in enumerate(sets) if names is None}
 

@@ -106,26 +106,6 @@ class Input(ABC):
         return self._info
 
 
-class InputWrapper(Input):
-    """Base class of inputs that change a part of another input."""
-
-    def __init__(self, source: Input) -> None:
-        super().__init__(source.labels, mask_labels=source.mask_labels, categories=source.categories)
-        self._source = source
-
-    @override
-    def outlines(self) -> Iterator[Record]:
-        return self._source.outlines()
-
-    @override
-    def records(self) -> Iterator[Record]:
-        return self._source.records()
-
-    @override
-    def info(self) -> dict[str, Any]:
-        return self._source.info()
-
-
 class ListedInput(Input):
     """Input of records that are listed in advance, mostly files; images are read later.
 
@@ -234,7 +214,7 @@ def read_class_names(path: Path) -> list[str]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ConfigError("the labels are no list of names", where=str(path))
     if len(set(labels)) < len(labels):
-        raise ConfigError("a label stands twice", where=str(path))
+        raise ConfigError("duplicate label", where=str(path))
     return labels
 
 

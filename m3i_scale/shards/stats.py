@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from m3i_scale.data.images import MASK, orientation, pixel_counts, upright_size
 from m3i_scale.data.instances import INSTANCES
-from m3i_scale.data.reader import BadSampleError
+from m3i_scale.data.reader import BadSampleError, readable_members
 from m3i_scale.data.samples import OUT_OF_RANGE, decoding, open_image, open_mask, read_caption, read_label
 from m3i_scale.data.shards import MASK_LABELS, local_shards, read_labels
 from m3i_scale.data.tar import key_at, read_shard
 from m3i_scale.data.tokenizer import find_tokenizer
-from m3i_scale.defaults import MAX_TOKENS
+from m3i_scale.defaults import MAX_SAMPLE_BYTES, MAX_TOKENS
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.check import image_extensions
 from m3i_scale.shards.digests import Digests, digest_of, rows_of
-from m3i_scale.shards.existing_shards import Advance, read_shards, readable_samples, tokenizer_folder
+from m3i_scale.shards.existing_shards import Advance, read_shards, tokenizer_folder
 from m3i_scale.shards.mask_classes import pixel_report
 
 EXAMPLES = 5
@@ -147,11 +147,14 @@ def shard_stats(path: Path, max_pixels: int, tokenization: Tokenization | None) 
     raw, stats = read_shard(path), ShardStats(max_pixels, tokenization)
     stats.counts["total"].update(samples=len(raw.samples), bytes=raw.size)
     stats.counts["bad"].update(fault.reason for fault in raw.faults)
-    for sample, members in readable_samples(path, raw):
-        if isinstance(members, BadSampleError):
-            stats.counts["bad"][members.reason] += 1
-        else:
-            stats.count(members, sample.start)
+    if not raw.samples:  # the shard may be no file
+        return raw.size, stats
+    with path.open("rb") as stream:
+        for sample in raw.samples:
+            try:
+                stats.count(readable_members(stream, sample, MAX_SAMPLE_BYTES), sample.start)
+            except BadSampleError as bad:
+                stats.counts["bad"][bad.reason] += 1
     return raw.size, stats
 
 
@@ -177,7 +180,7 @@ def stats_of(
         tokenization = Tokenization(str(name), max_tokens or MAX_TOKENS)
         _tokenizer(tokenization.tokenizer)  # raises an error before shards are read
     elif max_tokens is not None:
-        raise ConfigError("--max-tokens has no effect: no tokenizer lies beside the shards", fix="add --tokenizer")
+        raise ConfigError("--max-tokens has no effect: there is no tokenizer next to the shards", fix="add --tokenizer")
     total = ShardStats(max_pixels, tokenization)
     read = functools.partial(shard_stats, max_pixels=max_pixels, tokenization=tokenization)
     with Digests() as images, Digests() as captions:

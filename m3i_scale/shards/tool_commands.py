@@ -1,4 +1,4 @@
-"""CLI of `m3i-scale shards check | stats | preview | split | merge`: inspect and reshard WebDataset shards."""
+"""CLI of `m3i-scale shards check | stats | split | merge`: inspect and reshard WebDataset shards."""
 
 from __future__ import annotations
 
@@ -27,30 +27,33 @@ from m3i_scale.shards.options import (
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
 from m3i_scale.text import table_lines
 
-MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are bad, as in data.max_image_pixels.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Larger images are errors, as in data.max_image_pixels.")]
 
 
 def check(
     shards: Shards,
     repair_to: Annotated[
-        Path | None, typer.Option("--repair", callback=writes_to, help="New folder for the good samples of bad shards.")
+        Path | None,
+        typer.Option("--repair", callback=writes_to, help="New folder for repaired copies of corrupt shards."),
     ] = None,
-    link: Annotated[bool, typer.Option("--link", help="With --repair: link the good shards into it, too.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="With --repair: also link valid shards into it.")] = False,
     quarantine: Annotated[
-        Path | None, typer.Option(callback=writes_to, help="Write one JSON line per fault into this file.")
+        Path | None, typer.Option(callback=writes_to, help="Write one JSON line per error to this file.")
     ] = None,
-    require: Annotated[list[str] | None, typer.Option(help="A member that every sample must have: txt, cls …")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Labels are below this; default: labels.json.")] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(help="Extension of a file that every sample must have: txt, cls …")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes; default: from labels.json.")] = None,
     keys_per_shard: Annotated[
-        bool, typer.Option("--keys-per-shard", help="Every shard numbers its samples anew.")
+        bool, typer.Option("--keys-per-shard", help="Keys are unique only within a shard.")
     ] = False,
     headers_only: Annotated[bool, typer.Option("--headers-only", help="Do not decode images: much faster.")] = False,
     max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     max_caption_bytes: Annotated[
-        int, typer.Option(min=1, help="Larger captions are bad, as in data.max_caption_bytes.")
+        int, typer.Option(min=1, help="Larger captions are errors, as in data.max_caption_bytes.")
     ] = MAX_CAPTION_BYTES,
     max_sample_bytes: Annotated[
-        int, typer.Option(min=1, help="Larger samples are bad, as in data.max_sample_bytes.")
+        int, typer.Option(min=1, help="Larger samples are errors, as in data.max_sample_bytes.")
     ] = MAX_SAMPLE_BYTES,
     workers: Workers = DEFAULT_WORKERS,
     as_json: AsJson = False,
@@ -96,10 +99,10 @@ def check(
 def stats(
     shards: Shards,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, as in text.tokenizer; default: the one beside the shards.")
+        str | None, typer.Option(help="Folder or Hub id, as in text.tokenizer; default: the one next to the shards.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=4, help="Captions are cut to as many, as in text.max_tokens (64).")
+        int | None, typer.Option(min=4, help="Maximum caption length, as in text.max_tokens (64).")
     ] = None,
     max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
     workers: Workers = DEFAULT_WORKERS,
@@ -120,34 +123,6 @@ def stats(
     print_summary(counts, as_json, _stats_lines(counts))
 
 
-def preview_samples(
-    shards: Shards,
-    output: Annotated[Path, typer.Option(callback=writes_to, help="New folder for index.html.")],
-    count: Annotated[int, typer.Option(min=1, max=2_000, help="Samples to draw.")] = 24,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
-    side: Annotated[int, typer.Option(min=16, max=1_024, help="Of a picture, in pixels.")] = 160,
-    max_image_pixels: MaxPixels = MAX_IMAGE_PIXELS,
-    workers: Workers = DEFAULT_WORKERS,
-    as_json: AsJson = False,
-) -> None:
-    """Draw random samples on an HTML page, with captions, labels and keys."""
-    from m3i_scale.shards.preview import preview
-
-    with progress_bar([shards], quiet=as_json) as advance:
-        summary = preview(
-            shards,
-            output,
-            count=count,
-            seed=seed,
-            side=side,
-            max_pixels=max_image_pixels,
-            workers=workers,
-            advance=advance,
-        )
-    line = f"{len(summary['shown'])} of {summary['samples']} samples: {output / 'index.html'}"
-    print_summary(summary, as_json, [line])
-
-
 @takes_sizes
 def split(
     shards: Shards,
@@ -155,10 +130,10 @@ def split(
     options: ShardOptions,
     name: Name = "images",
     shares: Annotated[
-        str | None, typer.Option(help="Of samples by split, drawn by a hash of the key: train=0.95,val=0.05")
+        str | None, typer.Option(help="Fractions of samples by split, drawn by a hash of the key: train=0.95,val=0.05")
     ] = None,
     group: Annotated[
-        str | None, typer.Option(help="Field of the json members; samples with the same value stay together.")
+        str | None, typer.Option(help="JSON field; samples with the same value stay in one split.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -185,7 +160,7 @@ def merge(
     options: ShardOptions,
     name: Name = "images",
     keys: Annotated[
-        str, typer.Option(help="refuse keys that repeat, or prefix all with number of source and name of shard")
+        str, typer.Option(help="refuse duplicate keys, or prefix all with dataset index and shard name")
     ] = "refuse",
     as_json: AsJson = False,
 ) -> None:
@@ -248,8 +223,8 @@ def _stats_lines(counts: dict[str, Any]) -> Iterator[str]:
             yield f"warning: {warning}; text.tokenizer in the run file takes another tokenizer"
     if classes["present"]:
         yield (
-            f"{classes['present']} classes ({classes['absent']} absent), as many as {classes['effective']:g} equal "
-            f"ones; the largest holds {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
+            f"{classes['present']} classes ({classes['absent']} absent), effective number {classes['effective']:g}; "
+            f"the largest has {classes['largest_share']:.1%}, the smallest {classes['smallest_share']:.1%}"
         )
     if counts["mask_pixels"] is not None:
         yield from pixel_lines(counts["mask_pixels"], "masks")

@@ -176,6 +176,5 @@ def _check_overlap(
         f"{what}, and at most {LARGEST_OVERLAP:.0%} may be",
         where=f"--data {data.validation}: {listed(examples, _EXAMPLES)}",
         why="the result would say how well the model remembers",
-        fix=f"remove them from one split; m3i-scale shards near-duplicates {data.train} --against {data.validation} "
-        "--distance 0 lists them",
+        fix="remove them from one split",
     )

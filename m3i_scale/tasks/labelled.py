@@ -20,7 +20,7 @@ from m3i_scale.shards.make import SKIPPED, make_shards, summary_lines
 from m3i_scale.shards.mask_classes import check_mask_classes
 from m3i_scale.shards.options import ShardOptions
 from m3i_scale.shards.process_pool import DEFAULT_WORKERS
-from m3i_scale.shards.records import Input, InputWrapper, Record
+from m3i_scale.shards.records import Input, Record
 from m3i_scale.tasks.subset import Subset, subset_of_shards
 from m3i_scale.tasks.unpacked import (
     ADE_NAMES,
@@ -301,24 +301,25 @@ def _to_pack(packed: Path, found: Unpacked) -> Labelled:
     )
 
 
-class _ToPack(InputWrapper):
+class _ToPack(Input):
     """Input restricted to a subset of the training samples, if any. The manifest gets the digest of its files."""
 
     def __init__(self, found: Unpacked) -> None:
-        super().__init__(found.source)
-        self._keys, self._digest = found.keys, found.digest
+        source = found.source
+        super().__init__(source.labels, mask_labels=source.mask_labels, categories=source.categories)
+        self._source, self._keys, self._digest = source, found.keys, found.digest
 
     @override
     def outlines(self) -> Iterator[Record]:
-        return filter(self._takes, super().outlines())
+        return filter(self._takes, self._source.outlines())
 
     @override
     def records(self) -> Iterator[Record]:
-        return filter(self._takes, super().records())
+        return filter(self._takes, self._source.records())
 
     @override
     def info(self) -> dict[str, Any]:
-        return super().info() | {_DIGEST: self._digest}
+        return self._source.info() | {_DIGEST: self._digest}
 
     def _takes(self, sample: Record) -> bool:
         return self._keys is None or sample.split not in (None, TRAIN) or sample.key in self._keys

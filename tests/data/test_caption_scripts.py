@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from m3i_scale.data.samples import read_caption
 from m3i_scale.errors import ConfigError
 from m3i_scale.shards.commands import shards_app
+from m3i_scale.shards.make import train_tokenizer
 from m3i_scale.shards.stats import stats_of
-from m3i_scale.shards.train_tokenizer import train_tokenizer
 
 ENGLISH = ["a red bird on a branch", "a blue car in the rain", "two dogs and a cafe"]
 CHINESE, ARABIC = ["一只红色的鸟站在树枝上", "雨中的蓝色汽车"], ["طائر أحمر على غصن", "سيارة زرقاء"]

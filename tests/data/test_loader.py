@@ -20,7 +20,7 @@ from m3i_scale.data.state import merge_states
 from m3i_scale.data.stream import Account, too_many_bad
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError, LostWorkerError
-from m3i_scale.shards.train_tokenizer import train_tokenizer
+from m3i_scale.shards.make import train_tokenizer
 
 STREAMS, GLOBAL = 4, 16
 

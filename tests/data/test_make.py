@@ -125,10 +125,10 @@ def test_a_place_where_nobody_can_write_is_told_as_such(photos):
 
 
 def test_an_input_that_cannot_be_read_is_not_told_as_an_output_that_cannot_be_written(tmp_path):
-    with pytest.raises(DataError, match="cannot read") as caught, atomic_folder(tmp_path / "out"):
+    with pytest.raises(DataError) as caught, atomic_folder(tmp_path / "out"):
         (tmp_path / "gone").read_bytes()
     assert caught.value.where == str(tmp_path / "gone")
-    with pytest.raises(DataError, match="cannot write") as caught, atomic_folder(tmp_path / "out") as folder:
+    with pytest.raises(DataError) as caught, atomic_folder(tmp_path / "out") as folder:
         (folder / "none" / "file").write_bytes(b"")
     assert caught.value.where == str(tmp_path / "out")
 
@@ -155,22 +155,14 @@ def test_masks_of_a_manifest_are_kept_as_they_are(photos, tmp_path):
     assert "'classes'" in caught.value.what
 
 
-@pytest.mark.parametrize(
-    ("mode", "size", "match"),
-    [
-        ("RGB", (20, 16), "of three channels"),
-        ("1", (20, 16), "one grey channel of 1 bit"),
-        ("L", (16, 20), r"\(16, 20\) pixels"),
-        (None, None, "cannot read"),
-    ],
-)
-def test_masks_that_do_not_fit_are_refused(photos, tmp_path, mode, size, match):
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (20, 16)), ("1", (20, 16)), ("L", (16, 20)), (None, None)])
+def test_masks_that_do_not_fit_are_refused(photos, tmp_path, mode, size):
     if mode:
         Image.new(mode, size).save(photos / "mask.png")
     source = manifest_input(
         manifest(photos / "m.csv", "path,mask\ncats/p0.jpg,mask.png\n"), columns=TableColumns(mask="mask")
     )
-    with pytest.raises(DataError, match=match) as caught:
+    with pytest.raises(DataError) as caught:
         make_shards(source, tmp_path / "out", name="m")
     assert caught.value.where == str(photos / "mask.png")
 
@@ -195,20 +187,21 @@ def test_labels_by_number(photos):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "match"),
+    ("name", "text", "line"),
     [
-        ("m.csv", "file,label\na.jpg,1\n", "no column 'path'"),
-        ("m.csv", "path\n", "no rows"),
-        ("m.csv", "path,label\na.jpg,1,2\n", "more cells than the header"),
-        ("m.jsonl", "{\n", "not JSON"),
-        ("m.jsonl", "[]\n", "JSON object"),
-        ("m.parquet", "hello", "cannot read"),
-        ("m.xlsx", "hello", "a manifest ends on"),
+        ("m.csv", "file,label\na.jpg,1\n", ""),
+        ("m.csv", "path\n", ""),
+        ("m.csv", "path,label\na.jpg,1,2\n", ", line 'a.jpg'"),
+        ("m.jsonl", "{\n", ", line 1"),
+        ("m.jsonl", "[]\n", ", line 1"),
+        ("m.parquet", "hello", ""),
+        ("m.xlsx", "hello", ""),
     ],
 )
-def test_broken_manifests(tmp_path, name, text, match):
-    with pytest.raises(DataError, match=match):
+def test_broken_manifests(tmp_path, name, text, line):
+    with pytest.raises(DataError) as caught:
         manifest_input(manifest(tmp_path / name, text))
+    assert caught.value.where == f"{tmp_path / name}{line}"
 
 
 def test_a_split_column_that_leaves_the_output_is_refused(tmp_path):
@@ -362,8 +355,9 @@ def test_what_cannot_be_made(photos, tmp_path):
         make_shards(source, tmp_path / "out", options=ShardOptions(multiple_of=0))
     with pytest.raises(DataError, match="gets no samples"):
         make_shards(ListedInput([Record("k", picture)], []), tmp_path / "out", shares={"a": 0.5, "b": 0.5})
-    with pytest.raises(DataError, match="out of range"):
+    with pytest.raises(DataError) as caught:
         ListedInput([Record("k", picture, label=5)], [])
+    assert caught.value.where == "k"
     (photos / "none").mkdir()
     with pytest.raises(DataError) as caught:
         imagefolder_input(photos / "none")
@@ -395,8 +389,9 @@ def test_what_a_killed_run_left_is_cleared_away(photos, tmp_path):
 
 
 def test_two_at_once_are_kept_apart(photos, tmp_path):
-    with FileLock(tmp_path / ".out.lock"), pytest.raises(DataError, match="another process"):
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(DataError) as caught:
         make_shards(imagefolder_input(photos), tmp_path / "out")
+    assert caught.value.where == str(tmp_path / "out")
 
 
 def test_the_command_prints_one_json_document(photos, tmp_path):

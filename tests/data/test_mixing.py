@@ -12,7 +12,7 @@ from m3i_scale.data.batch import Batch
 from m3i_scale.data.mixing import UNIT, Mix, check_weights, furthest_behind, settle, weight_at
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError
-from m3i_scale.shards.train_tokenizer import train_tokenizer
+from m3i_scale.shards.make import train_tokenizer
 
 STREAMS = 4
 points = st.lists(st.integers(1, 400), min_size=1, max_size=3, unique=True).map(lambda at: [0, *sorted(at)])

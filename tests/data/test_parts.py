@@ -16,7 +16,7 @@ from m3i_scale.data.parts import PartWorkers, started_workers
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.data.views import Crop, Views
 from m3i_scale.errors import DataError, LostWorkerError
-from m3i_scale.shards.train_tokenizer import train_tokenizer
+from m3i_scale.shards.make import train_tokenizer
 
 
 def take(loader, count):

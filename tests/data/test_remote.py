@@ -25,7 +25,7 @@ from m3i_scale.data.shards import expand_shards, local_shards, read_label_sets
 from m3i_scale.data.state import merge_states
 from m3i_scale.data.tokenizer import find_tokenizer
 from m3i_scale.errors import ConfigError, DataError
-from m3i_scale.shards.train_tokenizer import train_tokenizer
+from m3i_scale.shards.make import train_tokenizer
 from m3i_scale.text import without_secrets
 
 SIZES = [6, 5, 7, 6, 5, 7, 6, 6]

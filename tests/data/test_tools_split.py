@@ -127,13 +127,14 @@ def test_labels_that_cannot_be_named_are_refused(tmp_path):
     def merge(*names):
         return merge_shards([str(tmp_path / name) for name in names], tmp_path / "-".join(names), options=OPTIONS)
 
-    for names, match in ((("a", "b"), "has no labels.json"), (("b", "c"), "has no labels.json"), (("a", "e"), "range")):
-        with pytest.raises(DataError, match=match):
+    for names, bad in ((("a", "b"), "b"), (("b", "c"), "b"), (("a", "e"), "e")):
+        with pytest.raises(DataError) as caught:
             merge(*names)
+        assert str(caught.value.where).startswith(f"{tmp_path / bad}/")
         assert not (tmp_path / "-".join(names)).exists()
     assert merge("a", "d")["with_label"] == 2
     write(tmp_path / "f", [2], "f", labels=("x", "x", "y"))
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="duplicate label"):
         merge("a", "f")
 
 
@@ -141,10 +142,9 @@ def test_keys_that_repeat(tmp_path):
     write(tmp_path / "a", [2, 2])
     write(tmp_path / "b", [3])
     sources = [str(tmp_path / "a"), str(tmp_path / "b")]
-    with pytest.raises(DataError, match="3 keys stand for several samples") as caught:
+    with pytest.raises(DataError) as caught:
         merge_shards(sources, tmp_path / "out", options=OPTIONS)
-    assert "b/00000.tar" in str(caught.value)
-    assert "k00" in str(caught.value)
+    assert str(caught.value.where).startswith(f"{tmp_path / 'b' / '00000.tar'}: key 'k00")
     merge_shards(sources, tmp_path / "out", options=OPTIONS, keys="prefix")
     assert Counter(key.split("-")[0] for key in read(tmp_path / "out")) == {"0": 4, "1": 3}
     assert "0-00001-k002" in read(tmp_path / "out")
@@ -154,8 +154,9 @@ def test_shards_with_faults_are_refused_with_the_way_out(tmp_path):
     root = write(tmp_path / "in", [2, 2])
     data = (root / "00001.tar").read_bytes()
     (root / "00001.tar").write_bytes(data[:3000])
-    with pytest.raises(DataError, match="cut off") as caught:
+    with pytest.raises(DataError) as caught:
         split_shards(str(root), tmp_path / "out", options=OPTIONS)
+    assert str(root / "00001.tar") in str(caught.value.where)
     assert "--repair" in str(caught.value)
     assert list(tmp_path.iterdir()) == [root]
 
@@ -164,13 +165,13 @@ def test_mistakes(tmp_path):
     root = str(write(tmp_path / "in", [3]))
     with pytest.raises(ConfigError, match="no splits"):
         split_shards(root, tmp_path / "out", options=OPTIONS, group="who.id")
-    with pytest.raises(DataError, match="no field 'nobody'"):
-        split_shards(root, tmp_path / "out", options=OPTIONS, group="nobody", shares={"a": 1.0})
-    with pytest.raises(DataError, match="no text and no integer"):
-        split_shards(root, tmp_path / "out", options=OPTIONS, group="who", shares={"a": 1.0})
+    for group in ("nobody", "who"):  # no field, and neither text nor integer
+        with pytest.raises(DataError) as caught:
+            split_shards(root, tmp_path / "out", options=OPTIONS, group=group, shares={"a": 1.0})
+        assert "00000.tar: key 'k" in str(caught.value.where)
     with pytest.raises(DataError, match="cannot fill 4 shards"):
         split_shards(root, tmp_path / "out", options=ShardOptions(shards=4))
-    with pytest.raises(ConfigError, match="then do nothing"):
+    with pytest.raises(ConfigError, match="--shards"):
         split_shards(root, tmp_path / "out", options=ShardOptions(samples_per_shard=2, shards=2))
     with pytest.raises(ConfigError, match="nothing to merge"):
         merge_shards([root], tmp_path / "out", options=OPTIONS)
@@ -180,8 +181,10 @@ def test_mistakes(tmp_path):
     (tmp_path / "in" / "labels.json").write_text("[]")
     (tmp_path / "other").mkdir()
     foreign.write_tar(tmp_path / "other" / "1.tar", foreign.sample("z", 1))
-    with pytest.raises(DataError, match=r"different labels\.json"):
-        split_shards(f"{tmp_path}/{{in/00000,other/1}}.tar", tmp_path / "out", options=OPTIONS)
+    source = f"{tmp_path}/{{in/00000,other/1}}.tar"
+    with pytest.raises(DataError) as caught:
+        split_shards(source, tmp_path / "out", options=OPTIONS)
+    assert caught.value.where == source
 
 
 def test_the_tokenizer_travels_where_all_have_the_same(tmp_path):

@@ -24,7 +24,7 @@ from m3i_scale.plan import planning
 from m3i_scale.plan import search as plan_search
 from m3i_scale.plan.memory import HOLES
 from m3i_scale.plan.planning import Choice, Model, Vocabulary, estimate, machine_of
-from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run, write_deepspeed
+from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run
 from m3i_scale.plan.settings import numel_of
 from m3i_scale.report.plan_table import plan_table
 
@@ -133,44 +133,11 @@ def test_the_share_that_is_reached_is_what_the_page_cites(name):
     assert found.mfu == hardware(name).mfu
 
 
-@pytest.mark.parametrize(("engine", "proposed"), [("zero1_bf16", False), ("zero2_bf16", True), ("zero3_bf16", True)])
-def test_larger_buckets_are_proposed_where_they_pay(tmp_path, monkeypatch, engine, proposed):
-    """With buckets of a hundred elements a step waits for its collectives, and not for the host, over links as slow as
-    these; stage 1 in bf16 has one all the same."""
-    raw = load_ds_config(engine)
-    if proposed:
-        raw["zero_optimization"]["reduce_bucket_size"] = 100
-    path = tmp_path / "small.json"
-    path.write_text(json.dumps(raw))
-    monkeypatch.setattr(plan_search, "ENGINE_FILES", {})
-    where, batch = machine(nodes=8, ranks=8), "optim.batch_size=256"
-    where = replace(where, links=replace(where.links, latency_us=100.0))
-    run = tiny_run("supervised", batch, "optim.micro_batch_size=4", f"deepspeed={path}")
-    found = plan_run(run, where, samples=None)
-    larger = found.document()["suggestion"]["larger"]
-    assert bool(larger) == proposed
-    if proposed:
-        assert larger["zero_optimization.reduce_bucket_size"] > 100
-        overrides = [batch, *found.document()["suggestion"]["overrides"][1:]]
-        written = tmp_path / "larger.json"
-        write_deepspeed(found, written)
-        without, with_them = (
-            plan_run(tiny_run("supervised", *overrides, f"deepspeed={file}"), where, samples=None)
-            for file in (path, written)
-        )
-        assert with_them.planned.step_s < 0.98 * without.planned.step_s
-        assert with_them.planned.step_s == pytest.approx(found.suggestion.step_s)
-
-
-def test_a_suggestion_can_be_taken(tmp_path):
+def test_a_suggestion_can_be_taken():
     found = plan_of_sim()
-    path = tmp_path / "not there yet" / "suggested.json"
-    overrides = write_deepspeed(found, path).replace(f"deepspeed={path} ", "").split()
-    assert overrides == found.document()["suggestion"]["overrides"][1:]
-    overrides.append(f"deepspeed={path}")
-    again = plan_run(tiny_run("sim", *SMALL, *overrides), machine(), samples=None)
+    again = plan_run(tiny_run("sim", *SMALL, *found.document()["suggestion"]["overrides"]), machine(), samples=None)
     assert again.planned.peak_bytes == found.suggestion.peak_bytes
-    assert "auto" not in load_ds_config(str(path))["zero_optimization"].values()
+    assert again.planned.step_s == found.suggestion.step_s
 
 
 def test_a_suggestion_is_never_slower_than_a_run_that_fits():
@@ -259,12 +226,14 @@ def test_a_host_without_the_memory_is_refused_with_what_would_do(monkeypatch):
     tight = replace(machine(), host_memory_gib=(node - copies / 2) / 2**30)
     found = plan_run(run, tight, samples=None)
     assert not found.fits
-    with pytest.raises(ConfigError, match="into host memory") as fault:
+    with pytest.raises(ConfigError) as fault:
         check_feasible(found)
+    assert fault.value.where.startswith("--host-memory-gib")
     assert "checkpoint.background=false" in fault.value.fix
     assert plan_run(tiny_run("sim", *SMALL, "checkpoint.background=false"), tight, samples=None).fits
-    with pytest.raises(ConfigError, match="into host memory") as fault:
+    with pytest.raises(ConfigError) as fault:
         check_feasible(plan_run(run, replace(machine(), host_memory_gib=0.1), samples=None))
+    assert fault.value.where.startswith("--host-memory-gib")
     assert "checkpoint.background" not in fault.value.fix
 
 
@@ -289,8 +258,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would():
     )
     tight = plan_run(tiny_run("m3i", *SMALL, "deepspeed=zero1_bf16"), machine(memory_gib=needed * 0.75), samples=None)
     assert not tight.fits
-    with pytest.raises(ConfigError, match="does not fit") as fault:
+    with pytest.raises(ConfigError) as fault:
         check_feasible(tight)
+    assert fault.value.where.startswith("deepspeed=zero1_bf16")
     assert fault.value.fix
 
 
