@@ -49,7 +49,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     if values is None:
         return faults.found
     faults.note(load_run_and_recipe, name_or_path, overrides, values)
-    run, broken = valid_part(values, sections=True)
+    run, broken = valid_part(values)
     if run is not None:
         if Faults().note(parse_recipe, run.recipe) is None:  # its errors are already recorded
             broken |= {"recipe"}

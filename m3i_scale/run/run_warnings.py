@@ -1,21 +1,23 @@
-"""Warnings about a run: about its config file, images unlike those of its pretrained weights, and data that is read too
-often."""
+"""Warnings about a run: settings that are probably mistakes, images unlike those of its pretrained weights, and data
+that is read too often."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
 from m3i_scale.backbones.build import backbone_source
 from m3i_scale.backbones.families import family_of
-from m3i_scale.config import DatasetConfig, RunConfig, run_values, valid_part
+from m3i_scale.config import DatasetConfig, DistortionConfig, RunConfig, load_run
+from m3i_scale.config.data import AugmentConfig
+from m3i_scale.config.views import ViewSpec, each_view
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import is_remote
 from m3i_scale.data.shards import expand_shards, read_sample_count
 from m3i_scale.errors import Faults, UserError
-from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.config_warnings import config_warnings
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.schedule import values_of
 
 MOST_EPOCHS = 1600
 """Longest published training of a built-in recipe (MAE, SIM), in epochs."""
@@ -34,28 +36,97 @@ def repeated_overrides(overrides: Sequence[str]) -> list[str]:
 def warnings_of(
     name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
 ) -> list[str]:
-    """Return warnings about a config file. If it has errors, only warn about the valid values. `ask_servers` reads the
-    manifests of remote shards. Pass False if the run has errors, e.g. an unreachable server."""
+    """Return warnings about a config file, or [] if it cannot be read. `ask_servers` reads the manifests of remote
+    shards. Pass False if the run has errors, e.g. an unreachable server."""
     try:
-        values = run_values(name_or_path, overrides)
+        run = load_run(name_or_path, overrides)
     except UserError:  # reported by `faults_of`
         return []
-    run, faulty = valid_part(values)
-    warnings = repeated_overrides(overrides or [])
-    return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
+    return repeated_overrides(overrides or []) + run_warnings(run, ranks, ask_servers=ask_servers)
 
 
-def run_warnings(
-    run: RunConfig, ranks: int | None, faulty: Collection[str] = (), *, ask_servers: bool = True
-) -> list[str]:
-    """Return warnings about a run, which has default values in place of values with errors. `faulty` has their dotted
-    keys. See `warnings_of` for `ask_servers`."""
+def run_warnings(run: RunConfig, ranks: int | None, *, ask_servers: bool = True) -> list[str]:
+    """Return warnings about a run whose recipe, weights and data may have errors, which are reported elsewhere. See
+    `warnings_of` for `ask_servers`."""
     errors = Faults()
     recipe = errors.note(parse_recipe, run.recipe)
     access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
-    warnings = config_warnings(run, recipe, faulty)
+    warnings = [] if recipe is None else [*config_warnings(run, recipe)]
     warnings += errors.note(lambda: [*_image_warnings(run)]) or []
     return [*warnings, *_source_warnings(run, ranks, access)]
+
+
+def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
+    """Yield warnings about valid settings that are probably mistakes: they have no effect, or an unintended one (wrong
+    unit). A setting that cannot work is an error instead."""
+    yield from _learning_rate(run)
+    yield from _temperatures(recipe)
+    yield from _augmentation(run, recipe)
+
+
+def _learning_rate(run: RunConfig) -> Iterator[str]:
+    optim, dense = run.optim, run.task is not None and run.task.dense
+    # An eps far above the second moment turns AdamW into SGD, which has other learning rates.
+    computes_sgd = not optim.momentum_correction and optim.eps >= 1
+    if not computes_sgd and (optim.lr >= 1 or (dense and optim.lr >= 0.01)):
+        yield (
+            f"optim.lr is {optim.lr:g}: the optimizer is AdamW, which moves each weight by about lr per step, and not "
+            f"SGD. Fix: optim.lr={'1e-4' if dense else '1e-3'}"
+        )
+
+
+def _temperatures(recipe: Recipe) -> Iterator[str]:
+    for number, target in enumerate(recipe.targets):
+        for section in ("distribution", "regularizer"):
+            for name, value in getattr(target, section):
+                if name.endswith("temperature") and (most := max(values_of(value))) > 1:
+                    yield (
+                        f"recipe.targets.{number}.{section}.{name} is {most:g}: it divides cosines, so that the "
+                        f"softmax is nearly uniform. Fix: {1 / most:.2g} if this is a scale, which multiplies them"
+                    )
+
+
+def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[str]:
+    views = each_view(recipe.drawn_views)
+    usual = AugmentConfig()
+    named: list[tuple[str, DistortionConfig]] = [("data.augment", run.data.augment)]
+    named += [
+        (f"data.datasets.{name}.augment", source.augment)
+        for name, source in run.data.datasets.items()
+        if source.augment is not None
+    ]
+    for place, augment in named:
+        for name in ("blur", "solarize"):
+            count = len(getattr(augment, name))
+            if count > len(views):
+                yield (
+                    f"{place}.{name} has {count} values, and the recipe has {len(views)} views: the last ones have no "
+                    "effect. Fix: one value per view"
+                )
+        for name in DistortionConfig.model_fields:
+            if name not in ViewSpec.model_fields:
+                continue
+            changed = getattr(augment, name) != getattr(usual, name)
+            if changed and all(getattr(view, name) is not None for view in views):
+                yield _overridden(f"{place}.{name}")
+        if augment.scale_jitter is not None and all(view.crop_scale or view.crop_ratio for view in views):
+            yield _overridden(f"{place}.scale_jitter")
+        for_views = [view.color_jitter_p for view in views]
+        probabilities = [augment.color_jitter_p if chosen is None else chosen for chosen in for_views]
+        if augment.color_jitter != usual.color_jitter and not any(probabilities):
+            yield _without_probability(place)
+    for number, spec in enumerate(recipe.views or []):
+        never = spec.color_jitter_p == 0 or (spec.color_jitter_p is None and run.data.augment.color_jitter_p == 0)
+        if spec.color_jitter is not None and never:
+            yield _without_probability(f"recipe.views.{number}")
+
+
+def _overridden(key: str) -> str:
+    return f"{key} has no effect: each of recipe.views has its own. Fix: leave one of them out"
+
+
+def _without_probability(place: str) -> str:
+    return f"{place}.color_jitter has no effect: color_jitter_p is 0. Fix: {place}.color_jitter_p=0.8, or leave it out"
 
 
 def _image_warnings(run: RunConfig) -> Iterator[str]:

@@ -7,7 +7,6 @@ so that all pre-training features also work for tasks.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -104,10 +103,6 @@ class Task(Kind):
     def lr_scales(self, objective: Any) -> dict[str, float]:
         """Return learning-rate multipliers by parameter name; missing names have 1."""
         return {}
-
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        """Yield the key and a warning for every valid value that is probably a mistake."""
-        yield from ()
 
 
 class Published(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from m3i_scale.data.batch import Batch
     from m3i_scale.objective.information import Objective
     from m3i_scale.tasks.classification.timm_augmentation import LabelMixing
-
-_LARGEST_ALPHA = 10.0
-"""Largest plausible α of Beta(α, α). Above it, two images are nearly always mixed half and half."""
 
 
 class Sweep(Section):
@@ -141,15 +138,6 @@ class Classification(BackboneTask):
     def alternatives(self) -> list[tuple[str, Task]]:
         """Return the task with the pools that most backbones can be exported with."""
         return [("pool", self.model_copy(update={"pool": pool})) for pool in ("class_token", "mean_pool")]
-
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
-            if alpha > _LARGEST_ALPHA:
-                yield (
-                    f"task.{name}",
-                    f"task.{name} is {alpha:g}: it is α of Beta(α, α) and no percentage, so two images are nearly "
-                    f"always mixed in halves. Fix: task.{name}={alpha / 100:g}",
-                )
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         from m3i_scale.backbones.families import family_of

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3i_scale.config import RunConfig
 from m3i_scale.data.shards import CATEGORIES
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask, check_last_layer, full_image_recipe
-from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, Regions, RfDetr
+from m3i_scale.tasks.detection.detection_heads import DetectionHead, MaskRcnn, RfDetr
 
 if TYPE_CHECKING:
     from m3i_scale.backbones.families import VisionConfig
@@ -35,15 +34,6 @@ class Detection(BackboneTask):
     @property
     def stretches(self) -> bool:
         return isinstance(self.head, RfDetr)
-
-    def warnings(self) -> Iterator[tuple[str, str]]:
-        regions = self.head.regions if isinstance(self.head, MaskRcnn) else Regions()
-        if any(before < after for before, after in zip(regions.before_nms, regions.after_nms, strict=True)):
-            yield (
-                "task.head.regions",
-                f"task.head.regions.before_nms is {[*regions.before_nms]}, below after_nms {[*regions.after_nms]}: "
-                "fewer proposals of a level go into NMS than may come out of it. Fix: exchange them",
-            )
 
     def check(self, run: RunConfig, model: VisionConfig) -> None:
         super().check(run, model)
