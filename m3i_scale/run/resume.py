@@ -21,8 +21,6 @@ from m3i_scale.run.software import software_versions
 from m3i_scale.text import format_differences, known_part, listed
 
 _SHOWN_CHANGES = 5
-_NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
-"""Identity fields that checkpoints of earlier versions lack. They are not compared for such checkpoints."""
 
 
 def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
@@ -167,15 +165,10 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
     for identity in (saved, now):  # equivalent recipes can be written differently
         identity["recipe"] = meaning(identity.get("recipe"))
-    if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
-        stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # free text
-        saved["protocol"], now["protocol"] = stated, known_part(stated, now["protocol"])
+        if identity.get("protocol") is not None:
+            identity["protocol"].pop("deviations", None)  # free text
     _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
-    for key in _NEWER_IDENTITY:
-        if key in saved and key in now:
-            now[key] = known_part(saved[key], now[key])
-        else:
-            now.pop(key, None)
+    now["tokenizer"] = known_part(saved.get("tokenizer"), now.get("tokenizer"))  # newer packages add fields
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]

@@ -7,16 +7,14 @@ from the checkpoint of the rollback and reads the data position from this file.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
 from m3i_scale.checkpoint.commit import explain, withdraw
 from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_of
 from m3i_scale.checkpoint.manifest import verify
-from m3i_scale.config.explain import reason_of
 from m3i_scale.engine.agree import from_rank_0, gather_objects
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import write_json
@@ -24,19 +22,6 @@ from m3i_scale.run.callbacks import Rewind
 from m3i_scale.run.spike import Spike
 
 REWINDS = "rewinds.json"
-
-
-class _Entry(BaseModel):
-    """Fields of an entry of `rewinds.json` that a restart needs."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    rewound_to: int
-    data: list[dict[str, Any]] = Field(min_length=1)
-    """Data position of every rank."""
-
-
-_ENTRIES = TypeAdapter(list[_Entry])
 
 
 class Rewinds:
@@ -103,12 +88,13 @@ class Rewinds:
 def read_rewinds(path: Path) -> list[dict[str, Any]]:
     """Return the entries of `rewinds.json`, or [] if there is no file."""
     try:
-        return [entry.model_dump() for entry in _ENTRIES.validate_json(path.read_bytes())]
+        entries: list[dict[str, Any]] = json.loads(path.read_bytes())
+        return entries
     except FileNotFoundError:
         return []
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read which checkpoints the run went back to: {reason_of(error)}",
+            f"cannot read which checkpoints the run went back to: {error}",
             where=str(path),
             why="the data would go on at the wrong place",
             fix="restore the file; without it (remove it) a spike that was skipped may be met again",

@@ -11,7 +11,6 @@ from typing import Any
 
 from m3i_scale.config import RunConfig, SpikeConfig
 from m3i_scale.errors import ConfigError
-from m3i_scale.text import GIB, size_text
 
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation of a normal distribution per median absolute deviation."""
@@ -121,36 +120,10 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
             where=f"checkpoint.every_steps: {saves.every_steps}",
             fix="save more often, or no guard.spike",
         )
-    if saves.keep_latest < _checkpoints_needed(spike.patience, saves.every_steps):
+    if (saves.keep_latest - 1) * saves.every_steps < spike.patience:
         raise ConfigError(
             "when a spike is confirmed, the checkpoints from before it may be gone",
             where=f"checkpoint.keep_latest: {saves.keep_latest}, checkpoint.every_steps: {saves.every_steps}",
             why=f"guard.spike.patience is {spike.patience} steps, and what is saved in these is no good",
             fix="checkpoint.keep_latest so that (keep_latest − 1) × every_steps is at least patience",
         )
-
-
-def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
-    """Validate that `checkpoint.max_gib` keeps the checkpoints that a rollback needs. This completes `check_guard` once
-    the engine exists and the size of a checkpoint is known."""
-    spike, saves = run.guard.spike, run.checkpoint
-    if spike is None or saves.max_gib is None:
-        return
-    late = _checkpoints_needed(spike.patience, saves.every_steps)
-    best = 0 if saves.keep_best is None else saves.keep_best.count  # best checkpoints are deleted after the latest ones
-    wanted_gib = (late + best) * checkpoint_bytes / GIB
-    if wanted_gib > saves.max_gib:
-        beside = f", beside the {best} of keep_best" if best else ""
-        raise ConfigError(
-            "when a spike is confirmed, the checkpoints from before it may be gone: the budget is too small",
-            where=f"checkpoint.max_gib: {saves.max_gib:g}, checkpoint.every_steps: {saves.every_steps}",
-            why=f"guard.spike.patience is {spike.patience} steps, so {late} late checkpoints have to stay{beside}, "
-            f"and one takes about {size_text(checkpoint_bytes)}",
-            fix=f"checkpoint.max_gib of {math.ceil(1.02 * wanted_gib)} or more, a larger checkpoint.every_steps, or no"
-            " guard.spike",
-        )
-
-
-def _checkpoints_needed(patience: int, every_steps: int) -> int:
-    """Return how many of the latest checkpoints are needed to reach back before a spike when it is confirmed."""
-    return 1 + math.ceil(patience / every_steps)

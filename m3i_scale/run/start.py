@@ -14,12 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.checkpoint.commit import explain
-from m3i_scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.activations import describe_activations
 from m3i_scale.engine.collectives import ProcessGroupRanks
-from m3i_scale.engine.compilation import explain_auto
 from m3i_scale.engine.engine import set_micro_batch_size
 from m3i_scale.files import write_json
 from m3i_scale.host.heartbeat import Heartbeat
@@ -36,7 +34,6 @@ from m3i_scale.run.hooks.process import Garbage, Preemption
 from m3i_scale.run.meter import Meter
 from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
-from m3i_scale.run.spike import check_guard_room
 from m3i_scale.run.step_times import Timeouts
 from m3i_scale.run.trainer import Trainer
 
@@ -70,12 +67,9 @@ def start_trainer(
     engine, ema = start_engine(
         resolved, ranks, lambda report: print_start(report, run), reads_source=resume_from is None
     )
-    check_guard_room(run, checkpoint_bytes(engine, ema))
     set_micro_batch_size(engine, stages[0].run.optim.micro_batch_size)
     policy, compiled = run.backbone.activation_checkpointing, run.backbone.compiles
     tell(describe_activations(engine.module, policy, compiled=compiled))
-    if run.backbone.compile == "auto" and (note := explain_auto()) is not None:
-        tell(note)
     work = count_work(stages[0])
     meter = Meter(engine.module, run.optim.steps, run.optim.batch_size, work)
     engine.module.span = meter.step_times.span

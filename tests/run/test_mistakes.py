@@ -127,10 +127,6 @@ def missing_shard(folder: Path, shards: Path) -> list[str]:
 
 DS_FILE = Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_cpu.json"
 MISTAKES = {
-    "no room for what a rewind needs": Mistake(
-        r"the budget is too small[\s\S]*2 late checkpoints have to stay",
-        ["guard.spike={window: 8, min_history: 4, patience: 2}", "checkpoint.max_gib=0.004"],
-    ),
     "unknown key": Mistake(r"unknown key 'optim.lrr'", ["optim.lrr=1"]),
     "unknown section": Mistake(r"unknown key 'optimizer'[\s\S]*did you mean 'optim'", ["optimizer.lr=1"]),
     "wrong type": Mistake(r"'optim.lr'.*got 'fast'", ["optim.lr=fast"]),

