@@ -31,13 +31,18 @@ from m3i_scale.host.output_dir import RANK_RECORDS, launch_of, lock_directory
 from m3i_scale.host.rank_record import recorded
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
-from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
 from m3i_scale.run.callbacks import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.check import resolve_run, stage_lines
 from m3i_scale.run.hooks import MakeHook
-from m3i_scale.run.preflight import check_machines, check_software
+from m3i_scale.run.preflight import (
+    check_before_joining,
+    check_distinct_cards,
+    check_machines,
+    check_software,
+    extend_segments,
+)
 from m3i_scale.run.resume import check_resume, find_resume
 from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.run_warnings import run_warnings
@@ -154,7 +159,7 @@ def train(
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
-        check_machines(resolved, print_rank0)
+        check_machines(resolved)
         from_rank_0(lambda: _write_settings(resolved))
         # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_stage(0), ranks, workers)
