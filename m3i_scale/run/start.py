@@ -25,16 +25,15 @@ from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks import Callback, CallbackList
 from m3i_scale.run.data_supply import check_sources_last
 from m3i_scale.run.flops import count_work
-from m3i_scale.run.hooks import Hook, MakeHook, TrainState
+from m3i_scale.run.hooks import Hook, MakeHook, Timeouts, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing, Rewinding
 from m3i_scale.run.hooks.evaluation import Evaluation
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.hooks.metrics import Metrics
 from m3i_scale.run.hooks.process import Garbage, Preemption
 from m3i_scale.run.meter import Meter
-from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
-from m3i_scale.run.step_times import Timeouts
+from m3i_scale.run.spike import Rewinds
 from m3i_scale.run.trainer import Trainer
 
 START = "start.json"
@@ -74,7 +73,7 @@ def start_trainer(
     meter = Meter(engine.module, run.optim.steps, run.optim.batch_size, work)
     engine.module.span = meter.step_times.span
     # The engine calls this name for the gradient reduction that remains after the backward pass.
-    engine.allreduce_gradients = meter.step_times.timed("reduce", engine.allreduce_gradients)
+    engine.allreduce_gradients = meter.step_times.span("reduce")(engine.allreduce_gradients)
     timeouts = Timeouts(run.timeouts, meter.step_times, heartbeat)
     state = TrainState(resolved, stages[0], ranks, engine, ema, stream, CallbackList(callbacks), tell, timeouts)
     device = torch.device(get_accelerator().current_device_name())

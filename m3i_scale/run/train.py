@@ -44,9 +44,9 @@ from m3i_scale.run.preflight import (
     extend_segments,
 )
 from m3i_scale.run.resume import check_resume, find_resume
-from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
+from m3i_scale.run.spike import finish_rewind
 from m3i_scale.run.start import start_trainer
 from m3i_scale.run.trainer import Status
 

@@ -10,7 +10,7 @@ import pytest
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.layout import checkpoints, step_name, step_of
 from m3i_scale.errors import CheckpointError
-from m3i_scale.run.rewind import REWINDS, finish_rewind, newest_before, read_rewinds
+from m3i_scale.run.spike import REWINDS, finish_rewind, newest_before, read_rewinds
 
 
 def save(root: Path, *steps: int, rewinds: int = 0) -> None:

@@ -18,9 +18,8 @@ from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.resume import checkpoint_meta, saved_optim
-from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.run.spike import Spike
+from m3i_scale.run.spike import Rewinds, Spike
 
 
 class Checkpointing(Hook):
