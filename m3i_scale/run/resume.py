@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.manifest import newest_good, verify
-from m3i_scale.config import OptimConfig, RunConfig, Stage, parse_section, read_yaml
+from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
@@ -81,46 +80,14 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    where = f"stages of {checkpoint / 'meta.json'}"
-    stages = [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
-    _check_sizes(resolved.run, stages, checkpoint, int(meta["step"]))
-    return [*_changes(resolved, checkpoint, meta, stages, world_size)]
-
-
-def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int) -> None:
-    """Validate that the image sizes of all steps so far match the current config. Future stages can change, like the
-    schedule."""
-    if not (saved or run.stages):
-        return
-    before = run.model_copy(update={"stages": saved})
-    then, now = (_sizes_until(staged, step) for staged in (before, run))
-    if then != now:
-        raise CheckpointError(
-            "the checkpoint is of another run: stages that have begun changed",
-            where=f"{checkpoint}; stages",
-            why=f"images were {then}, and are {now}",
-            fix="take the same `stages` up to this step, or another output_dir for the new run",
-        )
-
-
-def _sizes_until(run: RunConfig, step: int) -> str:
-    """Describe the image sizes of the first `step` steps."""
-    image_size = backbone_config(run.backbone).image_size
-    sizes: dict[int, int] = {}
-    for number, start in enumerate(run.stage_starts):
-        size = run.in_stage(number).image_size(image_size)
-        if (start < step or not start) and size not in [*sizes.values()][-1:]:
-            sizes[start] = size
-    return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
+    return [*_changes(resolved, checkpoint, meta, world_size)]
 
 
 _OF_THE_SCHEDULE = {"steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction"}
 
 
-def _changes(
-    resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], saved: list[Stage], world_size: int
-) -> Iterator[str]:
-    """Yield notes on changes of the parallel layout, the schedule, and the stages (`saved` in the checkpoint)."""
+def _changes(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], world_size: int) -> Iterator[str]:
+    """Yield notes on changes of the parallel layout, the schedule, and the stages."""
     run, step, now = resolved.run, int(meta["step"]), computed_shape(resolved, int(meta["step"]), world_size)
     for key, value in now.items():
         if key != "compared" and meta.get(key) != value:
@@ -139,7 +106,8 @@ def _changes(
             if rate != then:
                 note += f"; the learning rate of step {step + 1} is {rate:.3g} instead of {then:.3g}"
             yield note
-    if changes := format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages))):
+    stages = [stage.model_dump() for stage in run.stages]
+    if changes := format_differences("stages", meta.get("stages", []), stages):
         yield f"stages changed: {', '.join(changes)}"
 
 

@@ -122,18 +122,13 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
     spike, steps, saves = run.guard.spike, run.optim.steps, run.checkpoint
     if spike is None:
         return
-    judged = spike.min_history + spike.patience
-    if judged > steps:
+    # A spike must be confirmed within the run, and after the first checkpoint.
+    first = max(spike.min_history, saves.every_steps + 1) + spike.patience
+    if first > steps:
         raise ConfigError(
-            f"guard.spike has no effect in {steps} steps: it judges after {spike.min_history}, for {spike.patience}",
-            where="guard.spike.min_history",
-            fix="a smaller min_history, or no guard.spike",
-        )
-    if saves.every_steps + 1 + spike.patience > steps:
-        raise ConfigError(
-            f"guard.spike has no effect: with {steps} steps no spike comes after the first checkpoint",
-            where=f"checkpoint.every_steps: {saves.every_steps}",
-            fix="save more often, or no guard.spike",
+            f"guard.spike has no effect: it can confirm a spike from step {first} on, and the run has {steps}",
+            where=f"guard.spike.min_history: {spike.min_history}, checkpoint.every_steps: {saves.every_steps}",
+            fix="a smaller min_history, save more often, or no guard.spike",
         )
     if (saves.keep_latest - 1) * saves.every_steps < spike.patience:
         raise ConfigError(

@@ -164,7 +164,7 @@ def train(
         # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_stage(0), ranks, workers)
         if ranks.rank == 0:
-            announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
+            announce(resolved, resume_from, notes, [*warnings, *run_warnings(run)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 print_rank0(awaited)
         trainer = start_trainer(

@@ -245,17 +245,3 @@ def test_what_a_start_refuses_of_checkpoints_and_packages_is_told_too(
     assert "step-00000002" in "".join(places(run_file))  # none of its checkpoints is good
     assert places(run_file, "checkpoint.resume=never") == [str(torn.parent)]
     assert places(run_file, f"output_dir={tmp_path / 'new'}") == []
-
-
-def test_data_that_are_repeated_beyond_every_published_training_are_warned_of(shards: Path, tmp_path: Path):
-    run_file = str(write_run(tmp_path, shards, "mae"))
-    manifest = json.loads((shards / "train" / "manifest.json").read_text())
-    count = sum(facts["samples"] for facts in manifest["shards"].values())
-    steps = 1600 * count // 8
-    assert warnings_of(run_file, [f"optim.steps={steps}"]) == []
-    (warning,) = warnings_of(run_file, [f"optim.steps={2 * steps}"])
-    assert f"{count} samples" in warning
-    assert "3,200 epochs" in warning
-    assert f"optim.steps={steps}" in warning
-    half = f"data.datasets.other={{path: {shards / 'val'}, weight: 1.0, epochs: 1}}"
-    assert warnings_of(run_file, [f"optim.steps={2 * steps}", half]) == []

@@ -135,17 +135,6 @@ def test_data_that_are_read_twice_are_a_warning(shards: Path, tmp_path: Path) ->
     assert warnings_of(run_file, [f"data.datasets.again.path={val}"]) == []
 
 
-def test_more_validation_batches_than_samples_are_a_warning(shards: Path, tmp_path: Path) -> None:
-    run_file = str(write_run(tmp_path, shards, "mae", f"data.validation.val.path={shards / 'val'}"))
-    facts = json.loads((shards / "val" / "manifest.json").read_text())["shards"].values()
-    most = -(-sum(fact["samples"] for fact in facts) // 4)  # micro-batches of four; the last one may be filled up
-    every = "evaluation.every_steps=4"
-    assert warnings_of(run_file, [every, f"evaluation.batches={most}"]) == []
-    (beyond,) = warnings_of(run_file, [every, f"evaluation.batches={most + 1}"])
-    assert beyond.startswith("evaluation.batches")
-    assert len(warnings_of(run_file, [every, f"evaluation.batches={most}"], ranks=4)) == 1
-
-
 def test_a_key_that_stands_twice_on_the_command_line_is_a_warning() -> None:
     (twice,) = warnings_of("mae", ["optim.lr=1e-3", "optim.eps=1e-7", "optim.lr=2e-3"])
     assert twice.startswith("optim.lr")
