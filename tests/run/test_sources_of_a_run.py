@@ -171,8 +171,9 @@ def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     check_resume(one, tmp_path, 1)
-    with pytest.raises(CheckpointError, match="another order than those of the checkpoint: train, val"):
+    with pytest.raises(CheckpointError) as caught:
         check_resume(other, tmp_path, 1)
+    assert caught.value.where == str(tmp_path)
 
 
 def test_recent_shares_are_those_since_the_last_record() -> None:

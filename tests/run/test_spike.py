@@ -114,7 +114,7 @@ REFUSED = {
     "short window": (["guard.spike={window: 32, min_history: 64}"], NONE, "window .32. is less than min_history"),
     "no row": (["guard.nonfinite=stop", "guard.max_skipped_in_a_row=5"], NONE, "no effect with nonfinite: stop"),
     "unknown": (["guard.spikes={}"], NONE, "guard.spikes"),
-    "few steps": (["guard.spike={}", "optim.steps=66"], NONE, "no effect: .* from step 67 on"),
+    "few steps": (["guard.spike={}", "optim.steps=66"], NONE, "no effect: .* from step 104 on"),
     "rare": (["guard.spike={}", "checkpoint.every_steps=997"], NONE, "no effect: .* from step 1001 on"),
     "none kept": (["guard.spike={}", "checkpoint.keep_latest=1"], NONE, "may be gone"),
     "few kept": (["guard.spike={}", "checkpoint.every_steps=2"], NONE, "may be gone"),
