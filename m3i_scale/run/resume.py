@@ -11,10 +11,10 @@ from typing import Any
 from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.manifest import newest_good, verify
 from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.config.optim import learning_rate
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
-from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.software import software_versions
 from m3i_scale.text import format_differences, known_part, listed

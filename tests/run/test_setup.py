@@ -11,10 +11,9 @@ from published import FULL, model_of, published_folder
 from m3i_scale.backbones.build import backbone_config, backbone_source, build_backbone
 from m3i_scale.backbones.load_plan import plan_load
 from m3i_scale.config import BackboneConfig, OptimConfig, RunConfig
-from m3i_scale.config.optim import Poly
+from m3i_scale.config.optim import Poly, learning_rate
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.run.resume import _difference, check_resume
-from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.start import print_start
 
 
