@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,8 +94,8 @@ def start_trainer(
 
 
 def print_start(report: dict[str, Any], run: RunConfig) -> None:
-    """Print the load result of every tensor of the pretrained weights, and save it in the run's folder. Names that
-    differ only by layer number share a line."""
+    """Print the load result of the pretrained weights, and save it, with the names of all tensors, in the run's
+    folder."""
     table = Table(box=None, show_header=False)
     for topic, text in _report_rows(report):
         table.add_row(Text(topic, style="bold"), Text(text))
@@ -114,9 +112,6 @@ def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
     ]
-    renamed = (f"{old} → {', '.join(new)}" for old, new in report["renamed"].items())
-    pairs = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", pair) for pair in renamed)  # N: any layer number
-    rows += [("renamed", f"{pair}{f'  × {count}' if count > 1 else ''}") for pair, count in pairs.items()]
     rows += [
         ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -99,19 +100,14 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     run or raises its error. Call it after the rendezvous, because a node that fails earlier would leave the others
     waiting. If all ranks are on this host, a UserError is raised at once."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    outcome: Future[ResolvedRun] = Future()
     try:
-        resolved = resolve_run(run, world)
+        outcome.set_result(resolve_run(run, world))
     except Exception as error:  # raised after the rendezvous
         if isinstance(error, UserError) and (ranks_on_host(os.environ) or 1) == world:
             raise
-        fault = error
-    else:
-        return lambda: resolved
-
-    def raises() -> ResolvedRun:
-        raise fault
-
-    return raises
+        outcome.set_exception(error)
+    return outcome.result
 
 
 def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], warnings: Sequence[str]) -> None:

@@ -205,7 +205,6 @@ def test_the_start_is_told_and_kept(tmp_path, capsys):
     for part in (
         "/data/vit (timm, files: 1)",
         "7 tensors, 1,234 parameters",
-        "blocks.N.attn.qkv.bias → layers.N.q.bias, layers.N.k.bias, layers.N.v.bias × 12",
         "positions: (1, 17, 64) → (1, 65, 64)",
         "2 × no bias of keys",
         "1 × classifier, e.g. head.bias",
