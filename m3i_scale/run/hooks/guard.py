@@ -22,6 +22,7 @@ from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
 from m3i_scale.text import listed
 
+RESTART = "start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm"
 _LISTED = 8
 
 
@@ -29,10 +30,6 @@ class RunEndedError(UserError):
     """Raised on all ranks together if the run must not continue."""
 
     everywhere = True
-
-    def __init__(self, what: str, *, where: str | None = None, why: str | None = None) -> None:
-        fix = "start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm"
-        super().__init__(what, where=where, why=why, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -100,12 +97,15 @@ class Guard(Hook):
         samples = f"samples of rank {first.rank}: {', '.join(first.keys[:_LISTED])} …"
         self._in_a_row += 1
         text, most = f"the {what} is not finite at step {step}", self._config.max_skipped_in_a_row
+        ending: str | None = None
         if state.applied:
-            raise RunEndedError(f"{text}, and the optimizer has taken the step", where=where, why=samples)
-        if self._config.nonfinite == "stop":
-            raise RunEndedError(text, where=where, why=samples)
-        if self._in_a_row >= most and self.spike is None:
-            raise RunEndedError(f"{text}, as {self._in_a_row} times in a row now", where=where, why=samples)
+            ending = ", and the optimizer has taken the step"
+        elif self._config.nonfinite == "stop":
+            ending = ""
+        elif self._in_a_row >= most and self.spike is None:
+            ending = f", as {self._in_a_row} times in a row now"
+        if ending is not None:
+            raise RunEndedError(text + ending, where=where, why=samples, fix=RESTART)
         self.skipped += 1
         self.warn(
             step,
