@@ -247,8 +247,8 @@ def _of_stage(number: int, stage: Stage) -> Iterator[None]:
         except UserError as error:
             if stage.micro_batch_size is not None:
                 error.where = error.where and error.where.replace("optim.micro_batch_size", "micro_batch_size")
-                own = f"stages.{number}.micro_batch_size"
-                error.fix = error.fix and error.fix.replace("optim.micro_batch_size", own)
+                key = f"stages.{number}.micro_batch_size"
+                error.fix = error.fix and error.fix.replace("optim.micro_batch_size", key)
             raise
 
 

@@ -166,7 +166,7 @@ class Meter:
     ) -> StepRecord:
         """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it. `same`
         are fields of the record that are the same on every rank."""
-        own = self._good.means() or self._left_out.means()
+        of_rank = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
         counts = {
@@ -175,7 +175,7 @@ class Meter:
             "quarantined_samples": float(quarantined_samples),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
-        means, shares, sums = _means_over_ranks(own, self.step_times.shares(), counts)
+        means, shares, sums = _means_over_ranks(of_rank, self.step_times.shares(), counts)
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         flop_per_s = mfu = None
         if self.work is not None:

@@ -106,15 +106,15 @@ def check_software(run: RunConfig) -> None:
     differences to the node of rank 0. Every rank must call it, before any other collective operation."""
     if dist.get_world_size() == 1:
         return
-    own = together(
+    facts = together(
         lambda: {"python": software.software_versions(), "code": software.code(), "config": software.run_values(run)},
         names_rank=True,
     )
-    digests = gather_objects(software.digest(own))
+    digests = gather_objects(software.digest(facts))
     if len(set(digests)) == 1:
         return
     answers: dict[str, Any] = {}
-    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), own))):
+    for rank, (host, answer) in enumerate(gather_objects((socket.gethostname(), facts))):
         apart = host in answers and software.digest(answers[host]) != digests[rank]  # two environments on one node
         answers[f"{host}, rank {rank}" if apart else host] = answer
     raise not_ready(errors_in(compare_hosts(answers, software.CHECKS))).raised_everywhere()
@@ -258,7 +258,7 @@ def _check_driver(devices: Path) -> None:
     except RuntimeError as error:
         raise UserError(
             f"torch cannot use the GPUs of this host: {str(error).splitlines()[0]}",
-            why="the run would go on without them, on the CPU",
+            why="the run would continue without them, on the CPU",
             fix=f"a driver for CUDA {torch.version.cuda}, or a torch for this driver; to train on the CPU: "
             "CUDA_VISIBLE_DEVICES=",
         ) from None

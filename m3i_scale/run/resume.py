@@ -28,9 +28,9 @@ def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, 
     checkpoint, notes = _find_resume(run, contents)
     if checkpoint is None and run.data.changed_datasets:
         raise ConfigError(
-            "data.changed_datasets has no effect: the run starts anew",
+            "data.changed_datasets has no effect: the run starts from step 0",
             where="data.changed_datasets",
-            fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
+            fix="remove it; to resume from another run, name its checkpoint in checkpoint.resume",
         )
     return checkpoint, notes
 
@@ -51,7 +51,7 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
                 where=str(named),
                 fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
             )
-        return newest, [f"going on from the run's own {newest.name}, which is newer than {named}"]
+        return newest, [f"resuming from {newest.name} of this run, which is newer than {named}"]
     newest, passed = newest_good(root, contents=contents)
     notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
     if run.checkpoint.resume == "never" and (newest or passed):
@@ -64,7 +64,7 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
         raise CheckpointError(
             "there are checkpoints, and none of them is good",
             where="; ".join(notes),
-            fix="move them away to start anew",
+            fix="move them away to start from step 0",
         )
     return newest, notes
 
@@ -158,7 +158,7 @@ def _check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] |
         raise CheckpointError(
             f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
             where=str(checkpoint),
-            why="every label set has a head of its own, by number; each would go on with the weights of another",
+            why="every label set has a numbered head; each would continue with the weights of another",
             fix="write data.datasets in the order in which the run began",
         )
 

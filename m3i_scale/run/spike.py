@@ -142,14 +142,14 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
 class Rewinds:
     """Rollbacks of one run so far, including before restarts. Identical on every rank."""
 
-    def __init__(self, output_dir: Path, *, anew: bool) -> None:
-        """Read the file. Every rank must call it. A run that starts `anew`, at step 0, deletes the rollbacks of an
-        earlier run in this folder."""
+    def __init__(self, output_dir: Path, *, starts_from_0: bool) -> None:
+        """Read the file. Every rank must call it. If the run `starts_from_0`, this deletes the
+        rollbacks of an earlier run in this folder."""
         self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
-        self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(anew))
+        self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(starts_from_0))
 
-    def _first(self, anew: bool) -> list[dict[str, Any]]:
-        if anew:
+    def _first(self, starts_from_0: bool) -> list[dict[str, Any]]:
+        if starts_from_0:
             self._path.unlink(missing_ok=True)
         return read_rewinds(self._path)
 
@@ -209,10 +209,10 @@ def read_rewinds(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read which checkpoints the run went back to: {error}",
+            f"cannot read the rollbacks of the run: {error}",
             where=str(path),
-            why="the data would go on at the wrong place",
-            fix="restore the file; without it (remove it) a spike that was skipped may be met again",
+            why="the data would continue at the wrong position",
+            fix="restore the file; without it (remove it) a spike that was skipped may occur again",
         ) from None
 
 

@@ -75,7 +75,7 @@ def start_trainer(
     timeouts = Timeouts(run.timeouts, meter.step_times, heartbeat)
     state = TrainState(resolved, stages[0], ranks, engine, ema, stream, CallbackList(callbacks), tell, timeouts)
     device = torch.device(get_accelerator().current_device_name())
-    rewinds = Rewinds(run.output_dir, anew=resume_from is None)
+    rewinds = Rewinds(run.output_dir, starts_from_0=resume_from is None)
     guard = Guard(state, lambda: meter.gradients)
     preemption = Preemption(state, run.output_dir if ranks.rank == 0 else None)
     checkpointing = Checkpointing(state, resume_from, guard, rewinds)
@@ -115,7 +115,7 @@ def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
     ]
-    rows += [("nought", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
+    rows += [("zero", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
     rows += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
     rows += [("fresh", name) for name in report["fresh"]]
     rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]

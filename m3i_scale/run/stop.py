@@ -54,7 +54,7 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
     if status == "preempted":
         return _result("stopped", folder, stopped_words(folder / "checkpoints"))
     if status == "finished":
-        return _result("finished", folder, "the run has taken its last step: there is nothing to go on with")
+        return _result("finished", folder, "the run has completed its last step: there is nothing to resume")
     return _result("ended", folder, "the run has ended by something else: what it printed says why")
 
 
@@ -73,7 +73,7 @@ def _folder(run: str, overrides: list[str]) -> Path:
     if not folder.is_dir():
         folder = load_run(run, overrides).output_dir
     elif overrides:
-        raise ConfigError("overrides have no effect beside a folder", where=" ".join(overrides), fix="leave them out")
+        raise ConfigError("overrides have no effect with a folder", where=" ".join(overrides), fix="leave them out")
     if not is_run_folder(folder) and launch_of(folder) is None:
         raise ConfigError(
             "no run has begun in this folder",

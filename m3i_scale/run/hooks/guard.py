@@ -92,7 +92,7 @@ class Guard(Hook):
         ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in affected]
         where = listed(ranks, _LISTED, "; ")
         if not affected:
-            where = "no rank by itself: only the sum over the ranks, or layers below the encoder output"
+            where = "no single rank: only the sum over the ranks, or layers below the encoder output"
         first = (affected or reports)[0]
         samples = f"samples of rank {first.rank}: {', '.join(first.keys[:_LISTED])} …"
         self._in_a_row += 1
