@@ -91,13 +91,6 @@ def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[str]:
         if source.augment is not None
     ]
     for place, augment in named:
-        for name in ("blur", "solarize"):
-            count = len(getattr(augment, name))
-            if count > len(views):
-                yield (
-                    f"{place}.{name} has {count} values, and the recipe has {len(views)} views: the last ones have no "
-                    "effect. Fix: one value per view"
-                )
         for name in DistortionConfig.model_fields:
             if name not in ViewSpec.model_fields:
                 continue
@@ -109,19 +102,14 @@ def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[str]:
         for_views = [view.color_jitter_p for view in views]
         probabilities = [augment.color_jitter_p if chosen is None else chosen for chosen in for_views]
         if augment.color_jitter != usual.color_jitter and not any(probabilities):
-            yield _without_probability(place)
-    for number, spec in enumerate(recipe.views or []):
-        never = spec.color_jitter_p == 0 or (spec.color_jitter_p is None and run.data.augment.color_jitter_p == 0)
-        if spec.color_jitter is not None and never:
-            yield _without_probability(f"recipe.views.{number}")
+            yield (
+                f"{place}.color_jitter has no effect: color_jitter_p is 0. Fix: {place}.color_jitter_p=0.8, or leave "
+                "it out"
+            )
 
 
 def _overridden(key: str) -> str:
     return f"{key} has no effect: each of recipe.views has its own. Fix: leave one of them out"
-
-
-def _without_probability(place: str) -> str:
-    return f"{place}.color_jitter has no effect: color_jitter_p is 0. Fix: {place}.color_jitter_p=0.8, or leave it out"
 
 
 def _image_warnings(run: RunConfig) -> Iterator[str]:

@@ -146,9 +146,7 @@ MISTAKES = {
     "no shards": Mistake(r"shard", make=copied_shards(emptied)),
     "no such folder": Mistake(r"/nowhere/shards", ["data.datasets.shapes.path=/nowhere/shards"]),
     "no sources": Mistake(r"the run has no data", ["data.datasets={}"]),
-    "changed sources of a new run": Mistake(
-        r"data.changed_datasets has no effect", ["data.changed_datasets=[shapes]"]
-    ),
+    "changed sources of a new run": Mistake(r"data.changed_datasets has no effect", ["data.changed_datasets=[shapes]"]),
     "best of a figure that is not written": Mistake(
         r"writes 'val/loss'[\s\S]*did you mean 'evaluation/loss'",
         ["checkpoint.keep_best={metric: val/loss}", "evaluation.every_steps=2"],

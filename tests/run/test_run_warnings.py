@@ -57,7 +57,6 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
         ["data.datasets.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0}"],
         ["data.datasets.main.augment={color_jitter: [0.8, 0.8, 0.8, 0.2], color_jitter_p: 0.5}"],
     ),
-    "data.augment.blur": ("clip", ["data.augment.blur=[0.1,0.2]"], ["data.augment.blur=[0.1]"]),
     "data.augment.scale_jitter": (
         "simclr",
         ["recipe.views=[{count: 2, crop_scale: [0.2, 1]}]", "data.augment.scale_jitter=[0.5, 2]"],
