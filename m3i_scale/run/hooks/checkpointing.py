@@ -131,7 +131,8 @@ class Checkpointing(Hook):
             meta = checkpoint_meta(state.resolved, step=state.step, world_size=state.ranks.world_size)
             meta |= {"guard": self._guard.state(), "rewinds": len(self._rewinds)}
         if probe is not None:
-            meta["probe_loss"] = self._probe_loss(probe)
+            loss = probe_loss(state.engine, probe)
+            meta["probe_loss"] = loss if math.isfinite(loss) else None  # then a resume only compares norms of tensors
         self._saver.save(
             final,
             data_state=state.stream.state_dict(),
@@ -140,15 +141,6 @@ class Checkpointing(Hook):
             more=lambda folder: write_probe(folder, probe) if probe is not None else None,
         )
         self._step = state.step
-
-    def _probe_loss(self, probe: Batch) -> float | None:
-        loss = probe_loss(self._state.engine, probe)
-        if math.isfinite(loss):
-            return loss
-        self._state.tell(
-            f"the loss of {len(probe)} stored samples alone is {loss}: a resume compares norms of tensors only"
-        )
-        return None
 
     def _drop_older(self, committed: Path) -> None:
         """Delete checkpoints that no retention rule keeps. Called on rank 0 only, from any thread."""
