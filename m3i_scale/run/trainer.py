@@ -22,7 +22,7 @@ from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run.callbacks import RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
-from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, ending_message, stop_if_bad
+from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, stop_if_bad
 from m3i_scale.run.flops import Work, flop_of
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
@@ -165,11 +165,8 @@ class Trainer:
             ended = batches.ended()
         self.meter.add_wait(batches.waited_s)
         if ended:
-            state = self.state
-            message = ending_message(
-                state.stream, state.step, self.run.optim.steps, state.ranks.world_size, batches.bad
-            )
-            state.tell(message)
+            step, steps = self.state.step, self.run.optim.steps
+            self.state.tell(f"the datasets are exhausted after step {step} of {steps} (epochs)")
         return ended
 
     def train_step(self) -> None:
