@@ -143,8 +143,8 @@ class Rewinds:
     """Rollbacks of one run so far, including before restarts. Identical on every rank."""
 
     def __init__(self, output_dir: Path, *, starts_from_0: bool) -> None:
-        """Read the file. Every rank must call it. If the run `starts_from_0`, this deletes the
-        rollbacks of an earlier run in this folder."""
+        """Read the file. Every rank must call it. If the run `starts_from_0`, delete the rollbacks of an earlier run in
+        this folder."""
         self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
         self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(starts_from_0))
 
