@@ -237,7 +237,7 @@ class Callback:
 def _to_all(method: Callable[Concatenate[Callback, P], None]) -> Callable[Concatenate[CallbackList, P], None]:
     """Return a method that flushes, and then calls `method` of every callback in order."""
 
-    def call(self: CallbackList, *args: P.args, **kwargs: P.kwargs) -> None:
+    def call(self: CallbackList, /, *args: P.args, **kwargs: P.kwargs) -> None:
         self.flush()
         for callback in self.callbacks:
             getattr(callback, method.__name__)(*args, **kwargs)
