@@ -49,13 +49,13 @@ from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import construct, full_shape, initialize_sharded
 from m3i_scale.engine.precision import compute_dtype
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
+from m3i_scale.host.heartbeat import PHASES
 from m3i_scale.objective.build import build_objective, initialize_module
 from m3i_scale.objective.information import Objective
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.run.data_supply import Fetcher
 from m3i_scale.run.setup import ResolvedRun
 from m3i_scale.run.start import start_trainer
-from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.trainer import Trainer
 
 VOCABULARY, CAPTION = 30522, 32

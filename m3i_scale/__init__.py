@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         update_ema,
     )
     from m3i_scale.config import RunConfig
+    from m3i_scale.config.optim import learning_rate
     from m3i_scale.data.batch import Batch
     from m3i_scale.data.loader import TrainStream
     from m3i_scale.data.state import merge_states
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from m3i_scale.errors import ConfigError, DataError, ExportError, FaultsError, UserError
     from m3i_scale.objective.information import Objective
     from m3i_scale.objective.recipe import Recipe
-    from m3i_scale.run.schedule import learning_rate
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ _ELSEWHERE = {
     "RunConfig": "config",
     "TrainStream": "data.loader",
     "UserError": "errors",
-    "learning_rate": "run.schedule",
+    "learning_rate": "config.optim",
     "merge_states": "data.state",
     "parameter_groups": "engine.parameter_groups",
 }

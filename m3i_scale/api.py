@@ -21,7 +21,6 @@ from m3i_scale.objective.ranks import Ranks, SingleProcess
 from m3i_scale.objective.recipe import Recipe, load_run_and_recipe
 from m3i_scale.objective.start_weights import start_weights, update_ema_teacher
 from m3i_scale.run import with_data
-from m3i_scale.run.schedule import ema_decay_at
 
 
 def load_run(name_or_path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -101,7 +100,7 @@ def update_ema(objective: Objective, step: int, steps: int) -> None:
         steps: total number of training steps.
     """
     if objective.recipe.ema is not None:
-        update_ema_teacher(objective, ema_decay_at(step, objective.recipe.ema, steps))
+        update_ema_teacher(objective, objective.recipe.ema.decay_at(step, steps))
 
 
 class LoadedBackbone(nn.Module):

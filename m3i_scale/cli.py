@@ -171,7 +171,7 @@ def check(
 
     faults = Faults()
     faults.found = faults_of(run, overrides, ranks)
-    warnings = warnings_of(run, overrides, ranks, ask_servers=not faults.found)
+    warnings = warnings_of(run, overrides, ask_servers=not faults.found)
     if as_json:
         print_json({"faults": [fault.to_json() for fault in faults.found], "warnings": warnings})
         if faults.found:

@@ -6,7 +6,6 @@ overridden on the command line as `section.key=value`. Unknown keys are errors.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -292,33 +291,18 @@ def load_run(name_or_path: str, overrides: list[str] | None = None, values: dict
     raise config_error
 
 
-def valid_part(values: dict[str, Any], *, sections: bool = False) -> tuple[RunConfig | None, frozenset[str]]:
-    """Return a run with default values in place of the values that have errors, and the dotted keys of these values.
-    The run is None if a required value has an error, or if the others are inconsistent. `sections` replaces complete
-    sections instead of values."""
-    values, faulty = copy.deepcopy(values), set[str]()
-    while True:  # each iteration removes a key
+def valid_part(values: dict[str, Any]) -> tuple[RunConfig | None, frozenset[str]]:
+    """Return a run with default values in place of the sections that have errors, and the names of these sections. The
+    run is None if a required section has an error, or if the others are inconsistent."""
+    values, broken = {**values}, set[str]()
+    while True:  # each iteration removes a section
         try:
-            return RunConfig.model_validate(values), frozenset(faulty)
+            return RunConfig.model_validate(values), frozenset(broken)
         except ValidationError as error:
-            places = [detail["loc"][:1] if sections else detail["loc"] for detail in error.errors()]
-        removed = {key for place in places if (key := _remove(values, place)) is not None}
+            removed = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]} & values.keys()
         if not removed:
-            return None, frozenset(faulty)
-        faulty |= removed
-        if sections and "optim" in removed:  # the stages divide its steps
+            return None, frozenset(broken)
+        if "optim" in removed:  # the stages divide its steps
             values.pop("stages", None)
-
-
-def _remove(values: dict[str, Any], place: tuple[int | str, ...]) -> str | None:
-    """Remove the value at a path, or the innermost enclosing value in a mapping; return its dotted key."""
-    above, keys = values, list[str]()
-    for part in place:
-        if not isinstance(above, dict) or part not in above:
-            break
-        keys.append(str(part))
-        parent, above = above, above[part]
-    if not keys:
-        return None
-    del parent[keys[-1]]
-    return ".".join(keys)
+        values = {name: value for name, value in values.items() if name not in removed}
+        broken |= removed

@@ -160,6 +160,16 @@ class OptimConfig(Section):
         return min_lr
 
 
+def learning_rate(step: int, optim: OptimConfig) -> float:
+    """Return the learning rate: the schedule between `lr` and `min_lr`, with linear warm-up. Without Adam bias
+    correction it is scaled by 1 − β₁ᵗ. `step` counts from 0."""
+    share = optim.schedule.share(step, steps=optim.steps, warmup_steps=optim.warmup_steps)
+    rate = optim.min_lr + (optim.lr - optim.min_lr) * share if share < 1 else optim.lr
+    if not optim.momentum_correction:
+        rate *= 1 - optim.betas[0] ** (step + 1)
+    return rate * (step + 1) / optim.warmup_steps if step < optim.warmup_steps else rate
+
+
 class Stage(Section):
     """One stage of a run. Omitted fields keep their value from the rest of the config file."""
 

@@ -42,18 +42,6 @@ def check_compile() -> None:
         )
 
 
-def explain_auto() -> str | None:
-    """Return the log line for `backbone.compile: auto`; None on CPUs, for which compiling is not recommended."""
-    if get_accelerator().device_name() == "cpu":
-        return None
-    missing = _missing_tools()
-    needs = f" (first install {' and '.join(missing)})" if missing else ""
-    return (
-        f"{_WHERE}: auto does not compile layers, because no GPU has shown equal losses yet. Compiled layers are "
-        f"expected to be faster: {_WHERE}=true{needs}"
-    )
-
-
 def _missing_tools() -> dict[str, str]:
     """Return name and install command of each missing tool. torch builds CPU kernels with `CXX` or g++; Triton builds
     its launchers with `CC`, gcc or clang. Both include Python.h."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class EmaSpec(Section):
                 f"end: {self.start:g} for a constant one, or 1, the default",
             )
         return self
+
+    def decay_at(self, step: int, steps: int) -> float:
+        """Return the EMA decay, a half cosine from `start` to `end` over the run. `step` counts from 0."""
+        return self.end - (self.end - self.start) * (1 + math.cos(math.pi * step / max(steps - 1, 1))) / 2
 
 
 class TeacherSpec(Section):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -49,7 +48,7 @@ def faults_of(name_or_path: str, overrides: list[str] | None = None, ranks: int 
     if values is None:
         return faults.found
     faults.note(load_run_and_recipe, name_or_path, overrides, values)
-    run, broken = valid_part(values, sections=True)
+    run, broken = valid_part(values)
     if run is not None:
         if Faults().note(parse_recipe, run.recipe) is None:  # its errors are already recorded
             broken |= {"recipe"}
@@ -176,7 +175,7 @@ class Checks:
             image_counts=facts.image_counts,
             scored=scored or [],
         )
-        self._check_stages(resolved, model.image_size)
+        self._check_stages(resolved)
         return resolved if len(self.faults.found) == before else None
 
     def _check_without_data(self, recipe: Recipe) -> None:
@@ -208,7 +207,7 @@ class Checks:
             self.faults.note(named_peak, peak, compute_dtype(deepspeed.config))
         return deepspeed
 
-    def _check_stages(self, resolved: ResolvedRun, image_size: int) -> None:
+    def _check_stages(self, resolved: ResolvedRun) -> None:
         """Check that the modules can be built, and each stage as if the run consisted of it alone."""
         run = resolved.run
         of_all_stages = run.model_copy(update={"stages": []})
@@ -220,7 +219,6 @@ class Checks:
             image_counts=resolved.image_counts,
         )
         if built is not None and run.stages:
-            self.faults.note(_check_borders, run, image_size)
             for number in range(len(run.stages)):
                 self.faults.note(self._check_stage, resolved, number, built)
 
@@ -249,28 +247,9 @@ def _of_stage(number: int, stage: Stage) -> Iterator[None]:
         except UserError as error:
             if stage.micro_batch_size is not None:
                 error.where = error.where and error.where.replace("optim.micro_batch_size", "micro_batch_size")
-                own = f"stages.{number}.micro_batch_size"
-                error.fix = error.fix and error.fix.replace("optim.micro_batch_size", own)
+                key = f"stages.{number}.micro_batch_size"
+                error.fix = error.fix and error.fix.replace("optim.micro_batch_size", key)
             raise
-
-
-def _check_borders(run: RunConfig, image_size: int) -> None:
-    """Check that consecutive stages differ, and that a single stage changes a setting."""
-    own = run.optim.micro_batch_size
-    sizes = [(stage.image_size or image_size, stage.micro_batch_size or own) for stage in run.stages]
-    if sizes == [(image_size, own)]:
-        raise ConfigError(
-            "a single stage that changes nothing has no effect",
-            where="stages",
-            fix="leave it out, or give the last steps an image_size",
-        )
-    for number, (one, other) in enumerate(pairwise(sizes)):
-        if one == other:
-            raise ConfigError(
-                f"nothing changes between stages {number} and {number + 1}, counted from 0",
-                where="stages",
-                fix=f"one stage of {run.stages[number].steps + run.stages[number + 1].steps} steps",
-            )
 
 
 def _check_evaluation(run: RunConfig) -> None:

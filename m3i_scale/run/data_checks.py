@@ -25,7 +25,7 @@ from m3i_scale.objective.recipe import Recipe
 from m3i_scale.text import redact_text, without_secrets
 
 _NAMED = {
-    MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, beside the shards"),
+    MASK_LABELS: ("masks", "put it, a list of class names in the order of the masks' numbers, next to the shards"),
     CATEGORIES: ("boxes", "make the shards by `m3i-scale shards make coco`, which writes it"),
 }
 """Annotations that use the classes in a file, and how to create the file."""
@@ -63,7 +63,7 @@ def check_text(run: RunConfig, recipe: Recipe) -> None:
         raise ConfigError(
             "`text.config` has no effect: the recipe predicts captions token by token, and encodes none",
             where="text.config",
-            fix="leave it out; the decoder's size stands in recipe.decoders",
+            fix="leave it out; the size of the decoder is set in recipe.decoders",
         )
 
 
@@ -129,7 +129,7 @@ def _check_sources(run: RunConfig, recipe: Recipe, access: Access | None, *, the
             raise ConfigError(
                 f"{setting} has no effect: the dataset has no {file}",
                 where=f"{where}: {without_secrets(source.path)}",
-                fix=f"leave it out, or put {file}, a list of class names, beside the shards",
+                fix=f"leave it out, or put {file}, a list of class names, next to the shards",
             )
     if recipe.reads != "labels" and file is not None:
         for kind, named in (("datasets", sources), ("validation", run.data.validation)):
@@ -194,8 +194,8 @@ def _tokenizer(run: RunConfig, access: Access) -> PreTrainedTokenizerBase:
         raise ConfigError(
             "the recipe has a text target, and no dataset has captions",
             where=", ".join(f"data.datasets.{name}.path: {redact_text(source.path)}" for name, source in read.items()),
-            why="manifest.json beside the shards counts none",
-            fix="make them anew with NAME.txt beside NAME.jpg, or take a recipe without text, e.g. continue_images",
+            why="manifest.json next to the shards counts none",
+            fix="make them again with NAME.txt next to NAME.jpg, or take a recipe without text, e.g. continue_images",
         )
     tokenizer = find_tokenizer(run.data.datasets, run.text.tokenizer, access)
     if tokenizer.pad_token_id != 0:

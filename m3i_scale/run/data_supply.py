@@ -65,8 +65,6 @@ class StepBatches(Iterator[Batch]):
         self._held: deque[Batch] = deque()
         self.waited_s = 0.0
         """Seconds that the last call of `ended` waited for data."""
-        self.bad = 0
-        """Number of corrupt samples over all ranks, set when the datasets are exhausted."""
 
     def __next__(self) -> Batch:
         return self._held.popleft() if self._held else next(self._batches)
@@ -95,7 +93,6 @@ class StepBatches(Iterator[Batch]):
             begun = any(stream["taken"] for stream in before["streams"].values())
             reasons = summed_counts(self._stream.quarantined)
             stop_if_bad(self._stream, account_of_all(self._stream), reasons, begun=begun)
-            self.bad = sum(reasons.values())
             self._held.clear()
             self._stream.load_state_dict(before)
         return ended
@@ -133,12 +130,10 @@ def stop_if_bad(
     """End the run if too much data is corrupt. All ranks have the same counts, so all of them end or none. `account`
     and `reasons` are counts over all ranks; without `reasons`, they are gathered if needed. `begun` is False if the
     datasets ended before the first step."""
-
-    def of_all() -> dict[str, int]:
-        return summed_counts(stream.quarantined) if reasons is None else reasons
-
     try:
-        stream.stop_if_bad(account, of_all, begun=begun)
+        stream.stop_if_bad(
+            account, lambda: summed_counts(stream.quarantined) if reasons is None else reasons, begun=begun
+        )
     except DataError as fault:
         raise fault.raised_everywhere() from None
 
@@ -155,15 +150,6 @@ def check_sources_last(stream: TrainStream, batch_size: int, steps: int) -> str 
             fix="raise epochs or leave it out, or lower optim.batch_size",
         )
     return f"the datasets end after step {most // batch_size} of {steps}, or earlier if samples are bad (epochs)"
-
-
-def ending_message(stream: TrainStream, step: int, steps: int, world_size: int, bad: int) -> str:
-    """Return the message for exhausted datasets, with the number of corrupt samples. Every rank must call it."""
-    unused = mean_over_ranks({name: counts["left"] for name, counts in stream.source_counts().items()})
-    per_source = ", ".join(f"{name} {round(count * world_size)}" for name, count in unused.items())
-    bad_text = f", {bad} were bad on the way" if bad else ""
-    unused_text = f"samples that fill no batch: {per_source}"
-    return f"the datasets are exhausted after step {step} of {steps} (epochs); {unused_text}{bad_text}"
 
 
 class Shares:

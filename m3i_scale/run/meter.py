@@ -1,9 +1,12 @@
-"""Metrics accumulated since the last logged step, reduced over the ranks."""
+"""Metrics and step times accumulated since the last logged step, reduced over the ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +14,76 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from m3i_scale.engine.agree import max_over_ranks, mean_over_ranks
+from m3i_scale.host.heartbeat import PHASES
 from m3i_scale.objective.information import Objective
 from m3i_scale.run.callbacks import StepRecord
 from m3i_scale.run.flops import Work
-from m3i_scale.run.step_times import StepTimes
 from m3i_scale.text import GIB
+
+
+class StepTimes:
+    """Timer by profiler section since the last reset. Time in a nested section does not count in the outer one.
+
+    Every change of section sets a mark. On an asynchronous accelerator, a mark is an event in its stream: it measures
+    when the device reaches it, without synchronization.
+    """
+
+    def __init__(self) -> None:
+        self._accelerator = get_accelerator()
+        self._host = bool(self._accelerator.is_synchronized_device())
+        self._now = "other"
+        self.on_change: Callable[[str], object] = lambda phase: None
+        """Called at every change of section, except after an error."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Restart the timer in the current section."""
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._marks: deque[tuple[str, Any]] = deque()
+        self._mark(self._now)
+
+    @contextlib.contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Count the time inside as `phase`, then continue the outer section. After an error `on_change` is not called,
+        so that the section of the error stays reported."""
+        around = self._now
+        self._mark(phase)
+        try:
+            yield
+        except BaseException:
+            self._mark(around, changes=False)
+            raise
+        self._mark(around)
+
+    def end_step(self) -> None:
+        """Accumulate the marks that the device has passed, so that they do not pile up between logged steps."""
+        while len(self._marks) > 1 and (self._host or self._marks[1][1].query()):
+            self._take()
+
+    def shares(self) -> dict[str, float]:
+        """Return the fraction of time per section since the last reset. Synchronizes with the device."""
+        self._mark(self._now)
+        self._accelerator.synchronize()
+        while len(self._marks) > 1:
+            self._take()
+        total = sum(self.seconds.values())
+        return {name: value / total if total > 0 else 0.0 for name, value in self.seconds.items()}
+
+    def _mark(self, phase: str, *, changes: bool = True) -> None:
+        self._now = phase
+        if changes:
+            self.on_change(phase)
+        if self._host:
+            mark: Any = time.perf_counter()
+        else:
+            mark = self._accelerator.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((phase, mark))
+
+    def _take(self) -> None:
+        phase, begin = self._marks.popleft()
+        end = self._marks[0][1]
+        self.seconds[phase] += end - begin if self._host else begin.elapsed_time(end) / 1e3  # events return ms
 
 
 class _Sums:
@@ -96,7 +164,7 @@ class Meter:
     def record(self, *, step: int, world_size: int, quarantined: int, **same: Any) -> StepRecord:
         """Return the means since the last record over all ranks, without `HostFigures`. Every rank must call it. `same`
         are fields of the record that are the same on every rank."""
-        own = self._good.means() or self._left_out.means()
+        of_rank = self._good.means() or self._left_out.means()
         steps = max(self._steps, 1)
         step_s = (time.perf_counter() - self._started) / steps
         counts = {
@@ -104,7 +172,7 @@ class Meter:
             "quarantined": float(quarantined),
             "captions": self._caption_tokens / max(self._micro_batches, 1),
         }
-        means, shares, sums = _means_over_ranks(own, self.step_times.shares(), counts)
+        means, shares, sums = _means_over_ranks(of_rank, self.step_times.shares(), counts)
         peaks = max_over_ranks({"memory": _memory_gib(), "wait": self._data_wait_s / steps, "step_s": step_s})
         flop_per_s = mfu = None
         if self.work is not None:

@@ -8,21 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.manifest import newest_good, verify
-from m3i_scale.config import OptimConfig, RunConfig, Stage, parse_section, read_yaml
+from m3i_scale.config import OptimConfig, RunConfig, parse_section, read_yaml
+from m3i_scale.config.optim import learning_rate
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.objective.recipe import meaning
-from m3i_scale.run.schedule import learning_rate
 from m3i_scale.run.setup import ResolvedRun, run_yaml
 from m3i_scale.run.software import software_versions
 from m3i_scale.text import format_differences, known_part, listed
 
 _SHOWN_CHANGES = 5
-_NEWER_IDENTITY = ("tokenizer", "max_tokens", "pixels")
-"""Identity fields that checkpoints of earlier versions lack. They are not compared for such checkpoints."""
 
 
 def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, list[str]]:
@@ -31,9 +28,9 @@ def find_resume(run: RunConfig, *, contents: bool = True) -> tuple[Path | None, 
     checkpoint, notes = _find_resume(run, contents)
     if checkpoint is None and run.data.changed_datasets:
         raise ConfigError(
-            "data.changed_datasets has no effect: the run starts anew",
+            "data.changed_datasets has no effect: the run starts from step 0",
             where="data.changed_datasets",
-            fix="take it out; to go on from another run, name its checkpoint in checkpoint.resume",
+            fix="remove it; to resume from another run, name its checkpoint in checkpoint.resume",
         )
     return checkpoint, notes
 
@@ -54,7 +51,7 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
                 where=str(named),
                 fix="checkpoint.resume=auto; to branch off, name the checkpoint and take another output_dir",
             )
-        return newest, [f"going on from the run's own {newest.name}, which is newer than {named}"]
+        return newest, [f"resuming from {newest.name} of this run, which is newer than {named}"]
     newest, passed = newest_good(root, contents=contents)
     notes = [f"passed over {path.name}: {reason}" for path, reason in passed]
     if run.checkpoint.resume == "never" and (newest or passed):
@@ -67,7 +64,7 @@ def _find_resume(run: RunConfig, contents: bool) -> tuple[Path | None, list[str]
         raise CheckpointError(
             "there are checkpoints, and none of them is good",
             where="; ".join(notes),
-            fix="move them away to start anew",
+            fix="move them away to start from step 0",
         )
     return newest, notes
 
@@ -83,46 +80,14 @@ def check_resume(resolved: ResolvedRun, checkpoint: Path, world_size: int) -> li
             where=str(checkpoint),
             fix="raise optim.steps, or take another output_dir",
         )
-    where = f"stages of {checkpoint / 'meta.json'}"
-    stages = [parse_section(Stage, values, where=where, stored=True) for values in meta.get("stages", [])]
-    _check_sizes(resolved.run, stages, checkpoint, int(meta["step"]))
-    return [*_changes(resolved, checkpoint, meta, stages, world_size)]
-
-
-def _check_sizes(run: RunConfig, saved: list[Stage], checkpoint: Path, step: int) -> None:
-    """Validate that the image sizes of all steps so far match the current config. Future stages can change, like the
-    schedule."""
-    if not (saved or run.stages):
-        return
-    before = run.model_copy(update={"stages": saved})
-    then, now = (_sizes_until(staged, step) for staged in (before, run))
-    if then != now:
-        raise CheckpointError(
-            "the checkpoint is of another run: stages that have begun changed",
-            where=f"{checkpoint}; stages",
-            why=f"images were {then}, and are {now}",
-            fix="take the same `stages` up to this step, or another output_dir for the new run",
-        )
-
-
-def _sizes_until(run: RunConfig, step: int) -> str:
-    """Describe the image sizes of the first `step` steps."""
-    image_size = backbone_config(run.backbone).image_size
-    sizes: dict[int, int] = {}
-    for number, start in enumerate(run.stage_starts):
-        size = run.in_stage(number).image_size(image_size)
-        if (start < step or not start) and size not in [*sizes.values()][-1:]:
-            sizes[start] = size
-    return ", ".join(f"of {size} pixels from step {start + 1} on" for start, size in sizes.items())
+    return [*_changes(resolved, checkpoint, meta, world_size)]
 
 
 _OF_THE_SCHEDULE = {"steps", "warmup_steps", "lr", "min_lr", "layer_decay", "schedule", "momentum_correction"}
 
 
-def _changes(
-    resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], saved: list[Stage], world_size: int
-) -> Iterator[str]:
-    """Yield notes on changes of the parallel layout, the schedule, and the stages (`saved` in the checkpoint)."""
+def _changes(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any], world_size: int) -> Iterator[str]:
+    """Yield notes on changes of the parallel layout, the schedule, and the stages."""
     run, step, now = resolved.run, int(meta["step"]), computed_shape(resolved, int(meta["step"]), world_size)
     for key, value in now.items():
         if key != "compared" and meta.get(key) != value:
@@ -141,7 +106,8 @@ def _changes(
             if rate != then:
                 note += f"; the learning rate of step {step + 1} is {rate:.3g} instead of {then:.3g}"
             yield note
-    if changes := format_differences("stages", *([stage.model_dump() for stage in of] for of in (saved, run.stages))):
+    stages = [stage.model_dump() for stage in run.stages]
+    if changes := format_differences("stages", meta.get("stages", []), stages):
         yield f"stages changed: {', '.join(changes)}"
 
 
@@ -167,15 +133,10 @@ def _check_identity(resolved: ResolvedRun, checkpoint: Path, meta: dict[str, Any
     saved, now = dict(meta["identity"]), json.loads(json.dumps(resolved.identity))
     for identity in (saved, now):  # equivalent recipes can be written differently
         identity["recipe"] = meaning(identity.get("recipe"))
-    if isinstance(saved.get("protocol"), dict) and isinstance(now.get("protocol"), dict):
-        stated = {key: value for key, value in saved["protocol"].items() if key != "deviations"}  # free text
-        saved["protocol"], now["protocol"] = stated, known_part(stated, now["protocol"])
+        if identity.get("protocol") is not None:
+            identity["protocol"].pop("deviations", None)  # free text
     _check_label_order(saved.get("label_sets"), now["label_sets"], checkpoint)
-    for key in _NEWER_IDENTITY:
-        if key in saved and key in now:
-            now[key] = known_part(saved[key], now[key])
-        else:
-            now.pop(key, None)
+    now["tokenizer"] = known_part(saved.get("tokenizer"), now.get("tokenizer"))  # newer packages add fields
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         key = different[0]
@@ -197,7 +158,7 @@ def _check_label_order(saved: Mapping[str, Any] | None, now: Mapping[str, Any] |
         raise CheckpointError(
             f"the label sets are in another order than those of the checkpoint: {', '.join(saved)}",
             where=str(checkpoint),
-            why="every label set has a head of its own, by number; each would go on with the weights of another",
+            why="every label set has a numbered head; each would continue with the weights of another",
             fix="write data.datasets in the order in which the run began",
         )
 

@@ -1,24 +1,23 @@
-"""Warnings about a run: about its config file, images unlike those of its pretrained weights, and data that is read too
-often."""
+"""Warnings about a run: settings that are probably mistakes, images unlike those of its pretrained weights, and shards
+that are used twice."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
 from m3i_scale.backbones.build import backbone_source
 from m3i_scale.backbones.families import family_of
-from m3i_scale.config import DatasetConfig, RunConfig, run_values, valid_part
+from m3i_scale.config import DatasetConfig, DistortionConfig, RunConfig, load_run
+from m3i_scale.config.data import AugmentConfig
+from m3i_scale.config.views import ViewSpec, each_view
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import is_remote
-from m3i_scale.data.shards import expand_shards, read_sample_count
+from m3i_scale.data.shards import expand_shards
 from m3i_scale.errors import Faults, UserError
-from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.run.config_warnings import config_warnings
-
-MOST_EPOCHS = 1600
-"""Longest published training of a built-in recipe (MAE, SIM), in epochs."""
+from m3i_scale.objective.recipe import Recipe, parse_recipe
+from m3i_scale.objective.schedule import values_of
 
 
 def repeated_overrides(overrides: Sequence[str]) -> list[str]:
@@ -31,31 +30,86 @@ def repeated_overrides(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def warnings_of(
-    name_or_path: str, overrides: list[str] | None = None, ranks: int | None = None, *, ask_servers: bool = True
-) -> list[str]:
-    """Return warnings about a config file. If it has errors, only warn about the valid values. `ask_servers` reads the
-    manifests of remote shards. Pass False if the run has errors, e.g. an unreachable server."""
+def warnings_of(name_or_path: str, overrides: list[str] | None = None, *, ask_servers: bool = True) -> list[str]:
+    """Return warnings about a config file, or [] if it cannot be read. `ask_servers` lists remote shards. Pass False if
+    the run has errors, e.g. an unreachable server."""
     try:
-        values = run_values(name_or_path, overrides)
+        run = load_run(name_or_path, overrides)
     except UserError:  # reported by `faults_of`
         return []
-    run, faulty = valid_part(values)
-    warnings = repeated_overrides(overrides or [])
-    return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
+    return repeated_overrides(overrides or []) + run_warnings(run, ask_servers=ask_servers)
 
 
-def run_warnings(
-    run: RunConfig, ranks: int | None, faulty: Collection[str] = (), *, ask_servers: bool = True
-) -> list[str]:
-    """Return warnings about a run, which has default values in place of values with errors. `faulty` has their dotted
-    keys. See `warnings_of` for `ask_servers`."""
+def run_warnings(run: RunConfig, *, ask_servers: bool = True) -> list[str]:
+    """Return warnings about a run whose recipe, weights and data may have errors, which are reported elsewhere. See
+    `warnings_of` for `ask_servers`."""
     errors = Faults()
     recipe = errors.note(parse_recipe, run.recipe)
     access = errors.note(lambda: check_access(run.data, run.data.datasets).at_start()) if ask_servers else None
-    warnings = config_warnings(run, recipe, faulty)
+    warnings = [] if recipe is None else [*config_warnings(run, recipe)]
     warnings += errors.note(lambda: [*_image_warnings(run)]) or []
-    return [*warnings, *_source_warnings(run, ranks, access)]
+    return [*warnings, *_source_warnings(run, access)]
+
+
+def config_warnings(run: RunConfig, recipe: Recipe) -> Iterator[str]:
+    """Yield warnings about valid settings that are probably mistakes: they have no effect, or an unintended one (wrong
+    unit). A setting that cannot work is an error instead."""
+    yield from _learning_rate(run)
+    yield from _temperatures(recipe)
+    yield from _augmentation(run, recipe)
+
+
+def _learning_rate(run: RunConfig) -> Iterator[str]:
+    optim, dense = run.optim, run.task is not None and run.task.dense
+    # An eps far above the second moment turns AdamW into SGD, which has other learning rates.
+    computes_sgd = not optim.momentum_correction and optim.eps >= 1
+    if not computes_sgd and (optim.lr >= 1 or (dense and optim.lr >= 0.01)):
+        yield (
+            f"optim.lr is {optim.lr:g}: the optimizer is AdamW, which moves each weight by about lr per step, and not "
+            f"SGD. Fix: optim.lr={'1e-4' if dense else '1e-3'}"
+        )
+
+
+def _temperatures(recipe: Recipe) -> Iterator[str]:
+    for number, target in enumerate(recipe.targets):
+        for section in ("distribution", "regularizer"):
+            for name, value in getattr(target, section):
+                if name.endswith("temperature") and (most := max(values_of(value))) > 1:
+                    yield (
+                        f"recipe.targets.{number}.{section}.{name} is {most:g}: it divides cosines, so that the "
+                        f"softmax is nearly uniform. Fix: {1 / most:.2g} if this is a scale, which multiplies them"
+                    )
+
+
+def _augmentation(run: RunConfig, recipe: Recipe) -> Iterator[str]:
+    views = each_view(recipe.drawn_views)
+    usual = AugmentConfig()
+    named: list[tuple[str, DistortionConfig]] = [("data.augment", run.data.augment)]
+    named += [
+        (f"data.datasets.{name}.augment", source.augment)
+        for name, source in run.data.datasets.items()
+        if source.augment is not None
+    ]
+    for place, augment in named:
+        for name in DistortionConfig.model_fields:
+            if name not in ViewSpec.model_fields:
+                continue
+            changed = getattr(augment, name) != getattr(usual, name)
+            if changed and all(getattr(view, name) is not None for view in views):
+                yield _overridden(f"{place}.{name}")
+        if augment.scale_jitter is not None and all(view.crop_scale or view.crop_ratio for view in views):
+            yield _overridden(f"{place}.scale_jitter")
+        for_views = [view.color_jitter_p for view in views]
+        probabilities = [augment.color_jitter_p if chosen is None else chosen for chosen in for_views]
+        if augment.color_jitter != usual.color_jitter and not any(probabilities):
+            yield (
+                f"{place}.color_jitter has no effect: color_jitter_p is 0. Fix: {place}.color_jitter_p=0.8, or leave "
+                "it out"
+            )
+
+
+def _overridden(key: str) -> str:
+    return f"{key} has no effect: each of recipe.views has its own. Fix: leave one of them out"
 
 
 def _image_warnings(run: RunConfig) -> Iterator[str]:
@@ -82,7 +136,7 @@ def _image_warnings(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _source_warnings(run: RunConfig, ranks: int | None, access: Access | None) -> Iterator[str]:
+def _source_warnings(run: RunConfig, access: Access | None) -> Iterator[str]:
     """Yield warnings about the datasets of a run. Datasets that cannot be listed are reported as errors elsewhere.
     Without `access`, remote servers are not contacted."""
     shards_of = {f"data.datasets.{name}": _listed(source, access) for name, source in run.data.datasets.items()}
@@ -97,58 +151,11 @@ def _source_warnings(run: RunConfig, ranks: int | None, access: Access | None) -
                 f"{len(common)} of the {len(second)} shards of {other} are also shards of {one}, {why}. Fix: give it "
                 "other shards"
             )
-    yield from _repeated_batches(run, ranks or 1, access)
-    yield from _repeated_samples(run, access)
-
-
-def _repeated_batches(run: RunConfig, ranks: int, access: Access | None) -> Iterator[str]:
-    if not run.evaluation.every_steps or not run.data.validation:
-        return
-    counts = [
-        read_sample_count(source.path, "samples", access) if _may_be_read(source, access) else None
-        for source in run.data.validation.values()
-    ]
-    known = [count for count in counts if count]
-    samples, of_a_batch = sum(known), run.optim.micro_batch_size * ranks
-    most = -(-samples // of_a_batch)
-    if len(known) == len(counts) and run.evaluation.batches > most:
-        yield (
-            f"evaluation.batches is {run.evaluation.batches}, and data.validation has {samples} samples, which fill "
-            f"{most} batch{'' if most == 1 else 'es'} of {of_a_batch}: samples are read several times. Fix: "
-            f"evaluation.batches={most}"
-        )
-
-
-def _repeated_samples(run: RunConfig, access: Access | None) -> Iterator[str]:
-    """Warn about datasets that are repeated more often than in any published training. Datasets without a manifest
-    and mixtures with a schedule are not checked."""
-    sources = run.data.datasets
-    weights = {name: source.weight for name, source in sources.items() if not isinstance(source.weight, list)}
-    total = sum(weights.values())
-    if len(weights) < len(sources) or not total:
-        return
-    samples = run.optim.steps * run.optim.batch_size
-    for name, source in sources.items():
-        if source.epochs is not None or not _may_be_read(source, access):
-            continue
-        count = read_sample_count(source.path, "samples", access)
-        epochs = samples * weights[name] / total / count if count else 0.0
-        if epochs > MOST_EPOCHS:
-            enough = max(1, int(run.optim.steps * MOST_EPOCHS / epochs))
-            yield (
-                f"data.datasets.{name} has {count:,} samples, and the run repeats them for {epochs:,.0f} epochs; no "
-                f"published recipe needs more than {MOST_EPOCHS:,}. Fix: more images, or optim.steps={enough}"
-            )
-
-
-def _may_be_read(source: DatasetConfig, access: Access | None) -> bool:
-    """Return whether the shards and their sidecar files may be read: remote ones only with `access`."""
-    return access is not None or not is_remote(source.path)
 
 
 def _listed(source: DatasetConfig, access: Access | None) -> frozenset[str]:
     """Return the shards of a dataset in comparable form; empty if they cannot be listed."""
-    if not _may_be_read(source, access):
+    if access is None and is_remote(source.path):
         return frozenset()
     try:
         shards = expand_shards(source.path, access=access)

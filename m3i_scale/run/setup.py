@@ -34,7 +34,6 @@ from m3i_scale.engine.partition import (
     saved_frozen,
 )
 from m3i_scale.engine.precision import allow_tf32, compute_dtype
-from m3i_scale.errors import ConfigError
 from m3i_scale.files import sha256_of_json
 from m3i_scale.objective.build import build_objective, ema_pairs, initialize_module, scales_of
 from m3i_scale.objective.information import EMA_PREFIX, TEACHERS_PREFIX, Objective
@@ -100,7 +99,7 @@ class ResolvedRun(RunWithData):
 def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> ResolvedConfig:
     """Return the DeepSpeed config of the run with all "auto" values resolved."""
     optim = run.optim
-    resolved = resolve(
+    return resolve(
         load_ds_config(run.deepspeed),
         world_size=world_size,
         batch_size=optim.batch_size,
@@ -113,15 +112,6 @@ def resolve_engine(run: RunConfig, world_size: int | None, hidden_size: int) -> 
         hidden_size=hidden_size,
         where=run.deepspeed,
     )
-    corrects = resolved.config["optimizer"]["params"].get("bias_correction", True)
-    if not (optim.momentum_correction or corrects):
-        raise ConfigError(
-            "the first moment would be left uncorrected twice",
-            where="optim.momentum_correction: false",
-            why=f"{run.deepspeed} has bias_correction: false, and the rate would undo a correction that is not there",
-            fix="optim.momentum_correction=true, or remove optimizer.params.bias_correction",
-        )
-    return resolved
 
 
 def open_data(

@@ -100,14 +100,11 @@ def _commit(host: HostReport) -> Results:
     """Compare the code by its bytes; the commit is only a label."""
     answer, master = host.answer["code"], host.master["code"]
     value = f"{answer['commit'] or 'no commit'}, files {answer['sha256'][:12]} in {answer['path']}"
-    commit = master["commit"] or "no commit"
+    why = None
     if answer["sha256"] != master["sha256"]:
+        commit = master["commit"] or "no commit"
         why = f"ranks would differ: {other_files(answer, master)}; the master node has {commit}"
-        yield value, {"error": why, "fix": "check out or install the same on all hosts"}
-    else:
-        why = f"the master node has {commit}; the files are the same"
-        differs = answer["commit"] != master["commit"]
-        yield value, {"warning": why if differs else None, "fix": "nothing, if that is meant"}
+    yield value, {"error": why, "fix": "check out or install the same on all hosts"}
 
 
 def other_files(answer: Mapping[str, Any], other: Mapping[str, Any]) -> str:

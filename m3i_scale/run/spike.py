@@ -1,22 +1,36 @@
-"""Loss-spike detection with a robust z-score over the previous losses, and the settings that the guard needs."""
+"""Loss spikes: their detection with a robust z-score over the previous losses, and the rollback to a checkpoint without
+rewinding the data.
+
+`output_dir/rewinds.json` lists every rollback with the data position at that moment. The meta.json of a checkpoint has
+the number of rollbacks before it was saved. If a run is killed after a rollback and before its next save, it restarts
+from the checkpoint of the rollback and reads the data position from this file.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from m3i_scale.checkpoint.commit import explain, withdraw
+from m3i_scale.checkpoint.layout import checkpoints, read_meta, step_of
+from m3i_scale.checkpoint.manifest import verify
 from m3i_scale.config import RunConfig, SpikeConfig
-from m3i_scale.errors import ConfigError
-from m3i_scale.text import GIB, size_text
+from m3i_scale.engine.agree import from_rank_0, gather_objects
+from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.files import write_json
+from m3i_scale.run.callbacks import Rewind
 
 MAD_TO_DEVIATION = 1.4826
 """Standard deviation of a normal distribution per median absolute deviation."""
 LEAST_DEVIATION = 1e-3
 """Minimum deviation as a fraction of the median, so that rounding errors of a constant loss are not spikes."""
+REWINDS = "rewinds.json"
 
 
 @dataclass(frozen=True)
@@ -108,20 +122,15 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
     spike, steps, saves = run.guard.spike, run.optim.steps, run.checkpoint
     if spike is None:
         return
-    judged = spike.min_history + spike.patience
-    if judged > steps:
+    # A spike must be confirmed within the run, and after the first checkpoint.
+    first = max(spike.min_history, saves.every_steps + 1) + spike.patience
+    if first > steps:
         raise ConfigError(
-            f"guard.spike has no effect in {steps} steps: it judges after {spike.min_history}, for {spike.patience}",
-            where="guard.spike.min_history",
-            fix="a smaller min_history, or no guard.spike",
+            f"guard.spike has no effect: it can confirm a spike from step {first} on, and the run has {steps}",
+            where=f"guard.spike.min_history: {spike.min_history}, checkpoint.every_steps: {saves.every_steps}",
+            fix="a smaller min_history, save more often, or no guard.spike",
         )
-    if saves.every_steps + 1 + spike.patience > steps:
-        raise ConfigError(
-            f"guard.spike has no effect: with {steps} steps no spike comes after the first checkpoint",
-            where=f"checkpoint.every_steps: {saves.every_steps}",
-            fix="save more often, or no guard.spike",
-        )
-    if saves.keep_latest < _checkpoints_needed(spike.patience, saves.every_steps):
+    if (saves.keep_latest - 1) * saves.every_steps < spike.patience:
         raise ConfigError(
             "when a spike is confirmed, the checkpoints from before it may be gone",
             where=f"checkpoint.keep_latest: {saves.keep_latest}, checkpoint.every_steps: {saves.every_steps}",
@@ -130,27 +139,104 @@ def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
         )
 
 
-def check_guard_room(run: RunConfig, checkpoint_bytes: int) -> None:
-    """Validate that `checkpoint.max_gib` keeps the checkpoints that a rollback needs. This completes `check_guard` once
-    the engine exists and the size of a checkpoint is known."""
-    spike, saves = run.guard.spike, run.checkpoint
-    if spike is None or saves.max_gib is None:
-        return
-    late = _checkpoints_needed(spike.patience, saves.every_steps)
-    best = 0 if saves.keep_best is None else saves.keep_best.count  # best checkpoints are deleted after the latest ones
-    wanted_gib = (late + best) * checkpoint_bytes / GIB
-    if wanted_gib > saves.max_gib:
-        beside = f", beside the {best} of keep_best" if best else ""
-        raise ConfigError(
-            "when a spike is confirmed, the checkpoints from before it may be gone: the budget is too small",
-            where=f"checkpoint.max_gib: {saves.max_gib:g}, checkpoint.every_steps: {saves.every_steps}",
-            why=f"guard.spike.patience is {spike.patience} steps, so {late} late checkpoints have to stay{beside}, "
-            f"and one takes about {size_text(checkpoint_bytes)}",
-            fix=f"checkpoint.max_gib of {math.ceil(1.02 * wanted_gib)} or more, a larger checkpoint.every_steps, or no"
-            " guard.spike",
+class Rewinds:
+    """Rollbacks of one run so far, including before restarts. Identical on every rank."""
+
+    def __init__(self, output_dir: Path, *, starts_from_0: bool) -> None:
+        """Read the file. Every rank must call it. If the run `starts_from_0`, delete the rollbacks of an earlier run in
+        this folder."""
+        self._root, self._path = output_dir / "checkpoints", output_dir / REWINDS
+        self._entries: list[dict[str, Any]] = from_rank_0(lambda: self._first(starts_from_0))
+
+    def _first(self, starts_from_0: bool) -> list[dict[str, Any]]:
+        if starts_from_0:
+            self._path.unlink(missing_ok=True)
+        return read_rewinds(self._path)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def data_states(self, checkpoint: Path) -> list[dict[str, Any]] | None:
+        """Return the data positions at the last rollback to `checkpoint` since it was saved, or None."""
+        if checkpoint.parent.resolve() != self._root.resolve():
+            return None  # checkpoint of another run
+        later = self._entries[int(read_meta(checkpoint).get("rewinds", 0)) :]
+        states = [entry["data"] for entry in later if entry["rewound_to"] == step_of(checkpoint)]
+        return states[-1] if states else None
+
+    def begin(
+        self, spike: Spike, data_state: dict[str, Any], *, batch_size: int, most: int
+    ) -> tuple[Path, Rewind] | None:
+        """Select the checkpoint to roll back to, record the rollback, and delete later checkpoints. Return None if
+        there is no valid checkpoint before the spike. Every rank must call it.
+
+        A checkpoint of step s is acceptable if the loss of step s + 1, computed with its weights, was within the limit.
+        `data_state` is the current data position of this rank, where training continues.
+        """
+        checkpoint: Path | None = from_rank_0(lambda: newest_before(self._root, spike.since - 1))
+        if checkpoint is None:
+            return None
+        to = step_of(checkpoint) or 0
+        rewind = Rewind(
+            rewound_from=spike.step,
+            rewound_to=to,
+            skipped_samples=(spike.step - to) * batch_size,
+            spike_since=spike.since,
+            loss=spike.loss,
+            limit=spike.limit,
+            number=len(self) + 1,
+            most=most,
         )
+        self._entries.append({**asdict(rewind), "data": gather_objects(data_state)})
+        from_rank_0(self._note)
+        return checkpoint, rewind
+
+    def _note(self) -> None:
+        """Write the file before deleting undone checkpoints. If killed in between, the next start deletes them."""
+        try:
+            write_json(self._path, self._entries)
+        except OSError as error:
+            raise explain(error, self._root) from None
+        finish_rewind(self._path.parent)
 
 
-def _checkpoints_needed(patience: int, every_steps: int) -> int:
-    """Return how many of the latest checkpoints are needed to reach back before a spike when it is confirmed."""
-    return 1 + math.ceil(patience / every_steps)
+def read_rewinds(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of `rewinds.json`, or [] if there is no file."""
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_bytes())
+        return entries
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read the rollbacks of the run: {error}",
+            where=str(path),
+            why="the data would continue at the wrong position",
+            fix="restore the file; without it (remove it) a spike that was skipped may occur again",
+        ) from None
+
+
+def newest_before(root: Path, step: int) -> Path | None:
+    """Return the latest valid checkpoint below `step`. Reads all of its bytes, so call it on one rank."""
+    return next((path for path in checkpoints(root) if (step_of(path) or 0) < step and not verify(path)), None)
+
+
+def finish_rewind(output_dir: Path) -> None:
+    """Delete checkpoints of steps that the last rollback undid. Called at every start, in case the run was killed."""
+    entries, root = read_rewinds(output_dir / REWINDS), output_dir / "checkpoints"
+    if not entries:
+        return
+    to = int(entries[-1]["rewound_to"])
+    folders = checkpoints(root)
+    undone = [path for path in folders if (step_of(path) or 0) > to and _rewinds_before(path) < len(entries)]
+    kept = [path for path in folders if path not in undone]
+    if undone and kept:
+        withdraw(undone, kept[0])
+
+
+def _rewinds_before(checkpoint: Path) -> int:
+    """Return the number of rollbacks before a checkpoint was saved. A corrupt checkpoint counts as new."""
+    try:
+        return int(read_meta(checkpoint).get("rewinds", 0))
+    except (CheckpointError, ValueError):
+        return 2**31

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_scale.checkpoint.commit import explain
-from m3i_scale.checkpoint.saver import checkpoint_bytes
 from m3i_scale.config import RunConfig
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.activations import describe_activations
 from m3i_scale.engine.collectives import ProcessGroupRanks
-from m3i_scale.engine.compilation import explain_auto
 from m3i_scale.engine.engine import set_micro_batch_size
 from m3i_scale.files import write_json
 from m3i_scale.host.heartbeat import Heartbeat
@@ -27,17 +23,15 @@ from m3i_scale.output import wide_console
 from m3i_scale.run.callbacks import Callback, CallbackList
 from m3i_scale.run.data_supply import check_sources_last
 from m3i_scale.run.flops import count_work
-from m3i_scale.run.hooks import Hook, MakeHook, TrainState
+from m3i_scale.run.hooks import Hook, MakeHook, Timeouts, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing, Rewinding
 from m3i_scale.run.hooks.evaluation import Evaluation
 from m3i_scale.run.hooks.guard import Guard
 from m3i_scale.run.hooks.metrics import Metrics
 from m3i_scale.run.hooks.process import Garbage, Preemption
 from m3i_scale.run.meter import Meter
-from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import ResolvedRun, open_data, start_engine
-from m3i_scale.run.spike import check_guard_room
-from m3i_scale.run.step_times import Timeouts
+from m3i_scale.run.spike import Rewinds
 from m3i_scale.run.trainer import Trainer
 
 START = "start.json"
@@ -70,21 +64,18 @@ def start_trainer(
     engine, ema = start_engine(
         resolved, ranks, lambda report: print_start(report, run), reads_source=resume_from is None
     )
-    check_guard_room(run, checkpoint_bytes(engine, ema))
     set_micro_batch_size(engine, stages[0].run.optim.micro_batch_size)
     policy, compiled = run.backbone.activation_checkpointing, run.backbone.compiles
     tell(describe_activations(engine.module, policy, compiled=compiled))
-    if run.backbone.compile == "auto" and (note := explain_auto()) is not None:
-        tell(note)
     work = count_work(stages[0])
     meter = Meter(engine.module, run.optim.steps, run.optim.batch_size, work)
     engine.module.span = meter.step_times.span
     # The engine calls this name for the gradient reduction that remains after the backward pass.
-    engine.allreduce_gradients = meter.step_times.timed("reduce", engine.allreduce_gradients)
+    engine.allreduce_gradients = meter.step_times.span("reduce")(engine.allreduce_gradients)
     timeouts = Timeouts(run.timeouts, meter.step_times, heartbeat)
     state = TrainState(resolved, stages[0], ranks, engine, ema, stream, CallbackList(callbacks), tell, timeouts)
     device = torch.device(get_accelerator().current_device_name())
-    rewinds = Rewinds(run.output_dir, anew=resume_from is None)
+    rewinds = Rewinds(run.output_dir, starts_from_0=resume_from is None)
     guard = Guard(state, lambda: meter.gradients)
     preemption = Preemption(state, run.output_dir if ranks.rank == 0 else None)
     checkpointing = Checkpointing(state, resume_from, guard, rewinds)
@@ -103,8 +94,8 @@ def start_trainer(
 
 
 def print_start(report: dict[str, Any], run: RunConfig) -> None:
-    """Print the load result of every tensor of the pretrained weights, and save it in the run's folder. Names that
-    differ only by layer number share a line."""
+    """Print the load result of the pretrained weights, and save it, with the names of all tensors, in the run's
+    folder."""
     table = Table(box=None, show_header=False)
     for topic, text in _report_rows(report):
         table.add_row(Text(topic, style="bold"), Text(text))
@@ -121,13 +112,10 @@ def _report_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("start from", f"{report['source']} ({report['kind']}, files: {len(report['files'])})"),
         ("loaded", f"{report['loaded']} tensors, {report['parameters']:,} parameters"),
     ]
-    renamed = (f"{old} → {', '.join(new)}" for old, new in report["renamed"].items())
-    pairs = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", pair) for pair in renamed)  # N: any layer number
-    rows += [("renamed", f"{pair}{f'  × {count}' if count > 1 else ''}") for pair, count in pairs.items()]
     rows += [
         ("resized", f"{name}: {tuple(how['from'])} → {tuple(how['to'])}") for name, how in report["resized"].items()
     ]
-    rows += [("nought", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
+    rows += [("zero", f"{len(names)} × {reason}") for reason, names in report["zeros"].items()]
     rows += [("left out", f"{len(names)} × {reason}, e.g. {names[0]}") for reason, names in report["left_out"].items()]
     rows += [("fresh", name) for name in report["fresh"]]
     rows += [("assumed", f"{name} = {why}") for name, why in report["assumed"].items()]

@@ -15,7 +15,6 @@ from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.host.output_dir import METRICS, Holder, holder_of, is_run_folder, launch_of, request_stop
 
 _LOOK_S = 0.5
-_TELL_S = 60.0
 
 
 def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -49,12 +48,13 @@ def stop(run: str, overrides: list[str], *, wait: bool, tell: Callable[[str], No
     if not wait:
         return _result("asked", folder, text)
     tell(text)
-    _await_end(folder, holder, tell)
+    while _holds(folder, holder):
+        time.sleep(_LOOK_S)
     status = _last_status(folder)
     if status == "preempted":
         return _result("stopped", folder, stopped_words(folder / "checkpoints"))
     if status == "finished":
-        return _result("finished", folder, "the run has taken its last step: there is nothing to go on with")
+        return _result("finished", folder, "the run has completed its last step: there is nothing to resume")
     return _result("ended", folder, "the run has ended by something else: what it printed says why")
 
 
@@ -73,7 +73,7 @@ def _folder(run: str, overrides: list[str]) -> Path:
     if not folder.is_dir():
         folder = load_run(run, overrides).output_dir
     elif overrides:
-        raise ConfigError("overrides have no effect beside a folder", where=" ".join(overrides), fix="leave them out")
+        raise ConfigError("overrides have no effect with a folder", where=" ".join(overrides), fix="leave them out")
     if not is_run_folder(folder) and launch_of(folder) is None:
         raise ConfigError(
             "no run has begun in this folder",
@@ -81,16 +81,6 @@ def _folder(run: str, overrides: list[str]) -> Path:
             fix="the output_dir of a run, or its run file with the overrides that it was started with",
         )
     return folder
-
-
-def _await_end(folder: Path, holder: Holder, tell: Callable[[str], None]) -> None:
-    began = told_at = time.monotonic()
-    while _holds(folder, holder):
-        now = time.monotonic()
-        if now - told_at > _TELL_S:
-            told_at = now
-            tell(f"it still runs after {now - began:.0f} s; it stops after a step, an evaluation or a save")
-        time.sleep(_LOOK_S)
 
 
 def _holds(folder: Path, holder: Holder) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -31,17 +32,22 @@ from m3i_scale.host.output_dir import RANK_RECORDS, launch_of, lock_directory
 from m3i_scale.host.rank_record import recorded
 from m3i_scale.output import wide_console
 from m3i_scale.rank_variables import ranks_on_host
-from m3i_scale.run.accelerator import check_before_joining, check_distinct_cards, extend_segments
 from m3i_scale.run.callbacks import Callback
 from m3i_scale.run.callbacks.metrics import MetricsWriter
 from m3i_scale.run.callbacks.trackers import trackers_of
 from m3i_scale.run.check import resolve_run, stage_lines
 from m3i_scale.run.hooks import MakeHook
-from m3i_scale.run.preflight import check_machines, check_software
+from m3i_scale.run.preflight import (
+    check_before_joining,
+    check_distinct_cards,
+    check_machines,
+    check_software,
+    extend_segments,
+)
 from m3i_scale.run.resume import check_resume, find_resume
-from m3i_scale.run.rewind import finish_rewind
 from m3i_scale.run.run_warnings import run_warnings
 from m3i_scale.run.setup import ResolvedRun, open_data, run_yaml
+from m3i_scale.run.spike import finish_rewind
 from m3i_scale.run.start import start_trainer
 from m3i_scale.run.trainer import Status
 
@@ -94,19 +100,14 @@ def check_first(run: RunConfig) -> Callable[[], ResolvedRun]:
     run or raises its error. Call it after the rendezvous, because a node that fails earlier would leave the others
     waiting. If all ranks are on this host, a UserError is raised at once."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    outcome: Future[ResolvedRun] = Future()
     try:
-        resolved = resolve_run(run, world)
+        outcome.set_result(resolve_run(run, world))
     except Exception as error:  # raised after the rendezvous
         if isinstance(error, UserError) and (ranks_on_host(os.environ) or 1) == world:
             raise
-        fault = error
-    else:
-        return lambda: resolved
-
-    def raises() -> ResolvedRun:
-        raise fault
-
-    return raises
+        outcome.set_exception(error)
+    return outcome.result
 
 
 def announce(resolved: ResolvedRun, resume_from: Path | None, notes: list[str], warnings: Sequence[str]) -> None:
@@ -154,12 +155,12 @@ def train(
         resume_from, notes = from_rank_0(lambda: find_resume(run))
         if resume_from is not None:
             notes = notes + from_rank_0(lambda: check_resume(resolved, resume_from, ranks.world_size))
-        check_machines(resolved, print_rank0)
+        check_machines(resolved)
         from_rank_0(lambda: _write_settings(resolved))
         # Open the data before printing the engine tables, so that data errors are not buried below them.
         stream, validation = open_data(resolved.in_stage(0), ranks, workers)
         if ranks.rank == 0:
-            announce(resolved, resume_from, notes, [*warnings, *run_warnings(run, ranks.world_size)])
+            announce(resolved, resume_from, notes, [*warnings, *run_warnings(run)])
             if (awaited := awaited_optimizer(resolved.deepspeed.config)) is not None:
                 print_rank0(awaited)
         trainer = start_trainer(

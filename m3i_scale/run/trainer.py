@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from m3i_scale.config.optim import learning_rate
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.data.stream import Account
@@ -21,14 +22,13 @@ from m3i_scale.errors import UserError
 from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run.callbacks import RunInfo, StageInfo
 from m3i_scale.run.check import stage_lines
-from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, ending_message, stop_if_bad
+from m3i_scale.run.data_supply import DeviceCopies, Fetcher, StepBatches, stop_if_bad
 from m3i_scale.run.flops import Work, flop_of
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
 from m3i_scale.run.hooks.checkpointing import Checkpointing
 from m3i_scale.run.hooks.metrics import gradient_scale
 from m3i_scale.run.hooks.process import Preemption, give_back_collector
 from m3i_scale.run.meter import Meter
-from m3i_scale.run.schedule import ema_decay, learning_rate
 from m3i_scale.run.setup import ResolvedRun
 
 Status = Literal["finished", "preempted"]
@@ -165,11 +165,8 @@ class Trainer:
             ended = batches.ended()
         self.meter.add_wait(batches.waited_s)
         if ended:
-            state = self.state
-            message = ending_message(
-                state.stream, state.step, self.run.optim.steps, state.ranks.world_size, batches.bad
-            )
-            state.tell(message)
+            step, steps = self.state.step, self.run.optim.steps
+            self.state.tell(f"the datasets are exhausted after step {step} of {steps} (epochs)")
         return ended
 
     def train_step(self) -> None:
@@ -247,7 +244,13 @@ class Trainer:
         state = self.state
         if state.ema is None:
             return
-        state.ema_decay = ema_decay(state.step, self.run, state.resolved.recipe.ema)
+        task, teacher = self.run.task, state.resolved.recipe.ema
+        decay = None if task is None else task.ema_decay_at(state.step)
+        if decay is None and teacher is not None:
+            decay = teacher.decay_at(state.step, self.run.optim.steps)
+        if decay is None:
+            raise ValueError("the run has EMA weights, but neither the task nor the recipe sets an EMA decay")
+        state.ema_decay = decay
         if state.applied:
             with self.step_times.span("ema"):
-                state.ema.update(state.ema_decay)
+                state.ema.update(decay)

@@ -41,7 +41,7 @@ def check_with_data(run: RunConfig, world_size: int) -> RunWithData:
     """Validate a config against its data and the number of ranks, independent of the training engine."""
     if len(run.stages) > 1:
         raise ConfigError(
-            f"the run has {len(run.stages)} stages, and a loop of your own has one at a time",
+            f"the run has {len(run.stages)} stages, and a custom loop has one at a time",
             where="stages",
             fix="give `run.in_stage(0)`, then `run.in_stage(1)` …, and each stream the state of the one before",
         )

@@ -4,7 +4,6 @@ been."""
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,10 +128,10 @@ class GuardCases(RankParts):
 
     def _guard(self, state: Any) -> dict[str, Any]:
         told: list[dict[str, str]] = []
-        run = SimpleNamespace(guard=GuardConfig(max_skipped_in_a_row=2), output_dir=Path(self.out / "guard"))
+        run = SimpleNamespace(guard=GuardConfig(max_skipped_in_a_row=2))
         state.resolved = SimpleNamespace(run=run)
         state.callbacks = SimpleNamespace(on_warning=lambda step, fault: told.append(fault), flush=lambda: None)
-        state.engine = SimpleNamespace(fp16_enabled=lambda: False, get_global_grad_norm=lambda: float("inf"))
+        state.engine = SimpleNamespace(fp16_enabled=lambda: False)
         state.applied = state.finite
         guard = Guard(state, list)
         error = ""

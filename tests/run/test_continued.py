@@ -16,7 +16,7 @@ from tiny import tiny_start
 from m3i_scale.checkpoint.manifest import verify
 from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.config import load_run
-from m3i_scale.run.schedule import learning_rate
+from m3i_scale.config.optim import learning_rate
 
 pytestmark = pytest.mark.slow
 

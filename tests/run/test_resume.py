@@ -25,8 +25,8 @@ from shapes import metrics, train, write_run
 
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.manifest import verify
+from m3i_scale.host.heartbeat import PHASES
 from m3i_scale.host.output_dir import launch_lock
-from m3i_scale.run.step_times import PHASES
 from m3i_scale.run.stop import stop
 
 STEPS = 8
@@ -193,9 +193,8 @@ def test_killed_at_any_step_it_goes_on_as_if_nothing_had_happened(reference: Pat
     ],
 )
 def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
-    number: int | None, hearers: str, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int | None, hearers: str, reference: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("m3i_scale.run.stop._TELL_S", WAIT_S)  # that it still runs is not told
     run_file, go = copy_of_run(reference, tmp_path / "asked"), tmp_path / "go"
     out, told = run_file.parent / "out", []
     launched = number is None  # then the launch has the last words

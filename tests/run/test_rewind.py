@@ -137,9 +137,6 @@ def test_killed_after_a_rewind_it_goes_on_as_if_nothing_had_happened(runs: dict[
 
 
 def test_rewinds_are_counted_across_restarts_and_one_too_many_ends_the_run(runs: dict[str, Path]) -> None:
-    file = runs["ended"].parent / "out" / "bad_steps" / "step-00000009.json"
     text = (runs["ended"].parent / "again" / "process-0.log").read_text()
     assert "the loss has spiked, and max_rewinds are used up" in text
-    assert str(file) in text
     assert "Traceback" not in text
-    assert "max_rewinds are used up" in json.loads(file.read_text())["why"]

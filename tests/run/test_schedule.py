@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3i_scale.config import OptimConfig
+from m3i_scale.config.optim import learning_rate
 from m3i_scale.data.workers import PREEMPTION_SIGNALS
 from m3i_scale.objective.encoders import EmaSpec
 from m3i_scale.run.hooks.process import Preemption
-from m3i_scale.run.schedule import ema_decay_at, learning_rate, warmed_up_decay
+from m3i_scale.tasks.classification.classification_task import Classification
 
 
 def test_learning_rate_warms_up_peaks_and_ends_at_its_minimum() -> None:
@@ -54,7 +55,8 @@ def test_the_rate_falls_at_milestones() -> None:
 
 @pytest.mark.parametrize("decay", [0.5, 0.993, 0.9999])
 def test_the_ema_of_a_task_forgets_the_initial_weights(decay: float) -> None:
-    decays = [warmed_up_decay(step, decay) for step in range(200_000)]
+    task = Classification(ema=decay)
+    decays = [task.ema_decay_at(step) for step in range(200_000)]
     assert math.prod(decays[:5]) < 1e-3  # share of the initial weights in the EMA; 0.9999 kept 99.95 %
     assert decays[:3] == pytest.approx([1 / 10, 2 / 11, 3 / 12])
     assert decays == sorted(decays)
@@ -85,10 +87,10 @@ def test_milestones_without_effect_are_refused(milestones: list[int]) -> None:
 
 def test_momentum_rises_from_start_to_end_with_a_half_cosine() -> None:
     spec = EmaSpec(start=0.9, end=1.0)
-    assert ema_decay_at(0, spec, 11) == pytest.approx(0.9)
-    assert ema_decay_at(5, spec, 11) == pytest.approx(0.95)
-    assert ema_decay_at(10, spec, 11) == pytest.approx(1.0)
-    assert ema_decay_at(0, spec, 1) == pytest.approx(0.9)
+    assert spec.decay_at(0, 11) == pytest.approx(0.9)
+    assert spec.decay_at(5, 11) == pytest.approx(0.95)
+    assert spec.decay_at(10, 11) == pytest.approx(1.0)
+    assert spec.decay_at(0, 1) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("number", PREEMPTION_SIGNALS)

@@ -107,7 +107,6 @@ def test_all_ranks_end_at_the_same_whole_step(monkeypatch, batches, others, step
         taken += [next(batches_of), next(batches_of)]
     assert taken == list(range(1, 2 * steps + 1))
     assert stream.at == 2 * steps  # what it was after the last whole step
-    assert batches_of.bad == 3
 
 
 def test_sources_that_end_before_the_first_step_are_no_finished_run(monkeypatch) -> None:
@@ -171,8 +170,9 @@ def test_label_sets_in_another_order_are_refused(shards: Path, tmp_path: Path) -
     }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     check_resume(one, tmp_path, 1)
-    with pytest.raises(CheckpointError, match="another order than those of the checkpoint: train, val"):
+    with pytest.raises(CheckpointError) as caught:
         check_resume(other, tmp_path, 1)
+    assert caught.value.where == str(tmp_path)
 
 
 def test_recent_shares_are_those_since_the_last_record() -> None:

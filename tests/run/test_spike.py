@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from tiny import tiny_run
 from m3i_scale.config import GuardConfig, SpikeConfig, load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.run.hooks.guard import Guard
-from m3i_scale.run.spike import Spike, SpikeWatch, check_guard, check_guard_room
+from m3i_scale.run.spike import Spike, SpikeWatch, check_guard
 
 CONFIG = SpikeConfig(z=8, window=16, min_history=8, patience=3)
 
@@ -115,8 +114,8 @@ REFUSED = {
     "short window": (["guard.spike={window: 32, min_history: 64}"], NONE, "window .32. is less than min_history"),
     "no row": (["guard.nonfinite=stop", "guard.max_skipped_in_a_row=5"], NONE, "no effect with nonfinite: stop"),
     "unknown": (["guard.spikes={}"], NONE, "guard.spikes"),
-    "few steps": (["guard.spike={}", "optim.steps=66"], NONE, "no effect in 66 steps"),
-    "rare": (["guard.spike={}", "checkpoint.every_steps=997"], NONE, "no spike comes after the first checkpoint"),
+    "few steps": (["guard.spike={}", "optim.steps=66"], NONE, "no effect: .* from step 104 on"),
+    "rare": (["guard.spike={}", "checkpoint.every_steps=997"], NONE, "no effect: .* from step 1001 on"),
     "none kept": (["guard.spike={}", "checkpoint.keep_latest=1"], NONE, "may be gone"),
     "few kept": (["guard.spike={}", "checkpoint.every_steps=2"], NONE, "may be gone"),
     "unseen": (NONE, {"bf16": {"enabled": True, "check_grad_overflow": False}}, "would reach the weights"),
@@ -150,30 +149,3 @@ def test_a_guard_with_an_effect_is_taken_and_written_whole(overrides: list[str],
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     assert load_run(str(path)).guard == run.guard
-
-
-BEST = "checkpoint.keep_best={metric: evaluation/loss, count: 2}"
-SMALL_BUDGETS = {
-    "two late ones": (
-        ["checkpoint.keep_latest=2"],
-        2.0,
-        "2 late checkpoints have to stay, and one takes about 1.00 GiB",
-    ),
-    "saved more often": (["checkpoint.keep_latest=9", "checkpoint.every_steps=1"], 4.0, "4 late checkpoints"),
-    "the best as well": (["checkpoint.keep_latest=2", BEST], 4.0, "2 late checkpoints have to stay, beside the 2"),
-}
-
-
-@pytest.mark.parametrize("name", SMALL_BUDGETS)
-def test_a_budget_that_removes_what_a_rewind_needs_is_refused(name: str) -> None:
-    overrides, needed_gib, says = SMALL_BUDGETS[name]
-    run = guarded("guard.spike={patience: 3}", *overrides, f"checkpoint.max_gib={needed_gib}")
-    check_guard(run, {})
-    check_guard_room(run, 2**30)
-    check_guard_room(guarded("guard.spike={patience: 3}", *overrides), 2**60)  # without a budget
-    check_guard_room(guarded(*overrides, "checkpoint.max_gib=0.1"), 2**30)  # nothing goes back
-    with pytest.raises(ConfigError, match=says) as caught:
-        check_guard_room(run, 2**30 + 2**20)
-    fix = re.search(r"max_gib of (\S+) or more", str(caught.value))
-    assert fix is not None
-    check_guard_room(guarded("guard.spike={patience: 3}", *overrides, f"checkpoint.max_gib={fix[1]}"), 2**30 + 2**20)

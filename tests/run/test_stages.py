@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.config import load_run
-from m3i_scale.errors import CheckpointError, ConfigError
+from m3i_scale.errors import ConfigError
 from m3i_scale.export.export import export
 from m3i_scale.plan.planning import machine_of
 from m3i_scale.plan.search import plan_run
@@ -134,16 +134,10 @@ def test_an_export_has_the_size_of_its_phase(runs: dict[str, Done], tmp_path: Pa
     assert AutoModel.from_pretrained(tmp_path / "first", add_pooling_layer=False).config.image_size == 32
 
 
-def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: Path, tmp_path: Path) -> None:
-    later = f"stages=[{{steps: {BORDER}}}, {{steps: {STEPS - BORDER}, image_size: 40, micro_batch_size: 2}}]"
-    resolved = resolve_run(load_run(str(write(tmp_path / "later", shards, later))), 2)
-    assert check_resume(resolved, runs["whole"].root / f"step-{BORDER:08d}", 2)  # a note
-    with pytest.raises(CheckpointError):
-        check_resume(resolved, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
+def test_stages_may_change_and_the_resume_reports_it(runs: dict[str, Done], shards: Path, tmp_path: Path) -> None:
+    checkpoint = runs["whole"].root / f"step-{BORDER + 1:08d}"
     without = resolve_run(load_run(str(write(tmp_path / "without", shards, "stages=[]"))), 2)
-    check_resume(without, runs["whole"].root / f"step-{BORDER:08d}", 2)
-    with pytest.raises(CheckpointError):
-        check_resume(without, runs["whole"].root / f"step-{BORDER + 1:08d}", 2)
+    assert any(note.startswith("stages changed: ") for note in check_resume(without, checkpoint, 2))
 
 
 @pytest.mark.parametrize(
@@ -153,9 +147,6 @@ def test_phases_that_have_begun_stay_as_they_are(runs: dict[str, Done], shards: 
         ("stages.1.micro_batch_size=3", "stages.1"),
         ("stages.0.micro_batch_size=16", "stages.0"),
         ("stages.1.steps=4", "stages.1.steps"),
-        (f"stages=[{{steps: {STEPS}}}]", "stages"),
-        ("stages.1={steps: 3, image_size: 32}", "stages"),
-        ("stages.1={steps: 3, micro_batch_size: 4}", "stages"),
     ],
 )
 def test_phases_that_do_not_hold_are_refused_before_anything_starts(

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from m3i_scale.config import TimeoutsConfig
-from m3i_scale.host.heartbeat import Heartbeat, read_heartbeat
-from m3i_scale.run import step_times as module
-from m3i_scale.run.step_times import PHASES, StepTimes, Timeouts
+from m3i_scale.host.heartbeat import PHASES, Heartbeat, read_heartbeat
+from m3i_scale.run import meter
+from m3i_scale.run.hooks import Timeouts
+from m3i_scale.run.meter import StepTimes
 
 
 class Device:
@@ -44,7 +45,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device()
-    monkeypatch.setattr(module, "get_accelerator", lambda: found)
+    monkeypatch.setattr(meter, "get_accelerator", lambda: found)
     return found
 
 
@@ -102,7 +103,7 @@ def test_the_phase_around_goes_on_after_an_error(device: Device) -> None:
         raise ValueError("of the engine")
 
     with pytest.raises(ValueError, match="of the engine"):
-        phases.timed("optimizer", fail)()
+        phases.span("optimizer")(fail)()
     device.clock_ms += 10
     assert phases.shares() == dict.fromkeys(PHASES, 0.0) | {
         "optimizer": pytest.approx(0.5),
@@ -131,7 +132,7 @@ def test_last_words_of_an_error_tell_the_phase_that_it_came_up_in() -> None:
 
 
 def test_a_heartbeat_has_the_timeout_of_its_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3i_scale.run.step_times.set_timeout", lambda seconds: None)
+    monkeypatch.setattr("m3i_scale.run.hooks.set_timeout", lambda seconds: None)
 
     def timeout() -> float:
         state = read_heartbeat(tmp_path / "beat")

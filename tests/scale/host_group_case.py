@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import _create_fake_pg
 from m3i_scale.engine import agree
 from m3i_scale.engine.process_group import set_timeout, start_ranks
 from m3i_scale.errors import DataError, UserError
-from m3i_scale.run.accelerator import check_distinct_cards
+from m3i_scale.run.preflight import check_distinct_cards
 
 RANK = int(os.environ["RANK"])
 

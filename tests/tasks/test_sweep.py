@@ -25,6 +25,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from m3i_scale.backbones.build import backbone_config, build_backbone
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.config import BackboneConfig, RunConfig, load_run
+from m3i_scale.config.optim import learning_rate
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.build import build_objective, initialize_module, scales_of
@@ -32,7 +33,6 @@ from m3i_scale.objective.information import Objective
 from m3i_scale.objective.ranks import SingleProcess
 from m3i_scale.objective.targets.category import FeatureNorm
 from m3i_scale.run.hooks.evaluation import Evaluation
-from m3i_scale.run.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
 

@@ -95,7 +95,7 @@ class StepRecord:
     skipped_nonfinite: int = 0
     """Number of steps skipped so far because of a non-finite loss or, except in fp16, a non-finite gradient."""
     times_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step per profiler section (`step_times.PHASES`): mean fraction over the ranks × `step_s`."""
+    """Seconds of a step per profiler section (`heartbeat.PHASES`): mean fraction over the ranks × `step_s`."""
     flop_per_s: float | None = None
     """Model FLOPs per second over all ranks, without recomputation."""
     mfu: float | None = None

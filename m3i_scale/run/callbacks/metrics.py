@@ -107,7 +107,7 @@ class MetricsWriter(Callback):
             file.flush()
 
     def _write_errors(self) -> AbstractContextManager[None]:
-        return write_errors("metrics", self._path, why="the run would go on unobserved")
+        return write_errors("metrics", self._path, why="the run would continue unobserved")
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -1,22 +1,70 @@
-"""Hooks of the training loop: their base class, and the state that they share with the loop. Every rank runs the same
-hooks at the same points."""
+"""Hooks of the training loop: their base class, and the state and timeouts that they share with the loop. Every rank
+runs the same hooks at the same points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from m3i_scale.config import TimeoutsConfig
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.loader import TrainStream
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
+from m3i_scale.engine.process_group import set_timeout
+from m3i_scale.host.heartbeat import Heartbeat
 from m3i_scale.run.callbacks import CallbackList
+from m3i_scale.run.meter import StepTimes
 from m3i_scale.run.setup import ResolvedRun
-from m3i_scale.run.step_times import Timeouts
+
+_LONG_STEPS = 2
+"""First steps also allocate memory and compile, if enabled, and so do the first steps with a new image size."""
+
+
+class Timeouts:
+    """Collective timeouts: long at startup and around checkpoints, short within steps. Every rank must make the same
+    calls. `heartbeat` receives the timeouts, by which the elastic launcher detects a hang."""
+
+    def __init__(self, timeouts: TimeoutsConfig, step_times: StepTimes, heartbeat: Heartbeat) -> None:
+        self._timeouts, self._step_times, self._heartbeat = timeouts, step_times, heartbeat
+        self._steps = 0
+
+    def end_step(self) -> None:
+        """Count a completed step."""
+        self._steps += 1
+        if self._steps == _LONG_STEPS:
+            self._set(self._timeouts.collective_s)
+
+    def begin_stage(self) -> None:
+        """Apply the startup timeout to the next steps."""
+        self._steps = 0
+        self._set(self._timeouts.startup_s)
+
+    def _set(self, timeout_s: float) -> None:
+        set_timeout(timeout_s)
+        self._heartbeat.timeout_s = timeout_s
+
+    @contextlib.contextmanager
+    def outside_of_steps(self, name: str) -> Iterator[None]:
+        """Apply the startup timeout to work that one rank may do alone while the others wait, such as saving. Meanwhile
+        `name` is the phase of this rank. It remains after an error, for the error report."""
+        around = self._heartbeat.phase
+        on_change, self._step_times.on_change = self._step_times.on_change, lambda phase: None
+        if self._steps >= _LONG_STEPS:
+            self._set(self._timeouts.startup_s)
+        self._heartbeat.at(name)
+        try:
+            yield
+        finally:
+            if self._steps >= _LONG_STEPS:
+                self._set(self._timeouts.collective_s)
+            self._step_times.on_change = on_change
+        self._heartbeat.at(around)
 
 
 @dataclass(frozen=True)

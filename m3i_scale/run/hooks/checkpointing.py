@@ -16,11 +16,10 @@ from m3i_scale.data.state import merge_states
 from m3i_scale.engine.agree import together
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.run.hooks import Hook, MicroBatchResult, TrainState
-from m3i_scale.run.hooks.guard import Guard
+from m3i_scale.run.hooks.guard import RESTART, Guard, RunEndedError
 from m3i_scale.run.resume import checkpoint_meta, saved_optim
-from m3i_scale.run.rewind import Rewinds
 from m3i_scale.run.setup import run_yaml
-from m3i_scale.run.spike import Spike
+from m3i_scale.run.spike import Rewinds, Spike
 
 
 class Checkpointing(Hook):
@@ -132,7 +131,8 @@ class Checkpointing(Hook):
             meta = checkpoint_meta(state.resolved, step=state.step, world_size=state.ranks.world_size)
             meta |= {"guard": self._guard.state(), "rewinds": len(self._rewinds)}
         if probe is not None:
-            meta["probe_loss"] = self._probe_loss(probe)
+            loss = probe_loss(state.engine, probe)
+            meta["probe_loss"] = loss if math.isfinite(loss) else None  # then a resume only compares norms of tensors
         self._saver.save(
             final,
             data_state=state.stream.state_dict(),
@@ -141,15 +141,6 @@ class Checkpointing(Hook):
             more=lambda folder: write_probe(folder, probe) if probe is not None else None,
         )
         self._step = state.step
-
-    def _probe_loss(self, probe: Batch) -> float | None:
-        loss = probe_loss(self._state.engine, probe)
-        if math.isfinite(loss):
-            return loss
-        self._state.tell(
-            f"the loss of {len(probe)} stored samples alone is {loss}: a resume compares norms of tensors only"
-        )
-        return None
 
     def _drop_older(self, committed: Path) -> None:
         """Delete checkpoints that no retention rule keeps. Called on rank 0 only, from any thread."""
@@ -179,7 +170,7 @@ class Rewinding(Hook):
         state = self._state
         config = state.resolved.run.guard.spike
         if config is None or len(self._rewinds) >= config.max_rewinds:
-            raise self._guard.ended(state.step, f"the loss has spiked, and max_rewinds are used up: {spike}")
+            raise RunEndedError(f"the loss has spiked, and max_rewinds are used up: {spike}", fix=RESTART)
         self._checkpointing.close()  # a pending save may be one of the undone checkpoints
         begun = self._rewinds.begin(
             spike,

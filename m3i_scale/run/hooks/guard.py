@@ -1,5 +1,5 @@
-"""Hook that counts skipped non-finite steps and ends the run after too many in a row, with a report about the affected
-ranks, samples and values.
+"""Hook that counts skipped non-finite steps, names the affected ranks, samples and values, and ends the run after too
+many in a row.
 
 The engine skips a step with a non-finite global gradient norm, on every ZeRO stage and on all ranks. `spread_nonfinite`
 turns a non-finite loss into such a step. This hook handles the consequences.
@@ -8,24 +8,21 @@ turns a non-finite loss into such a step. This hook handles the consequences.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m3i_scale.engine.agree import from_rank_0, gather_objects
+from m3i_scale.engine.agree import gather_objects
 from m3i_scale.errors import UserError
-from m3i_scale.files import write_json
 from m3i_scale.objective.schedule import value_at
 from m3i_scale.run.hooks import Hook, TrainState
 from m3i_scale.run.spike import Spike, SpikeWatch
 from m3i_scale.text import listed
 
-FOLDER = "bad_steps"
+RESTART = "start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm"
 _LISTED = 8
 
 
@@ -37,45 +34,15 @@ class RunEndedError(UserError):
 
 @dataclass(frozen=True)
 class RankReport:
-    """Part of one rank in a step."""
+    """Non-finite values of one rank in a step."""
 
     rank: int
-    losses: list[float]
+    bad: bool
+    """Whether any value of this rank is not finite."""
     groups: list[str]
     """Names of metrics, and of gradients at the encoder output, that are not finite on this rank."""
     keys: list[str]
     """Sample keys of the micro-batches with a non-finite loss, or of all micro-batches if there are none."""
-
-    @property
-    def bad(self) -> bool:
-        """Return whether any value of this rank is not finite."""
-        return bool(self.groups) or not all(map(math.isfinite, self.losses))
-
-
-@dataclass(frozen=True)
-class BadStep:
-    """Step with a non-finite loss or gradient."""
-
-    step: int
-    what: str
-    """`loss` or `gradient`."""
-    grad_norm: float | None
-    """Global gradient norm over all ranks."""
-    ranks: list[RankReport]
-    """Reports of the ranks with non-finite values, or of all ranks if there are none."""
-
-    @property
-    def where(self) -> str:
-        """Summarize the affected ranks and groups in one line."""
-        if not any(report.bad for report in self.ranks):
-            return "no rank by itself: only the sum over the ranks, or layers below the encoder output"
-        ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in self.ranks]
-        return listed(ranks, _LISTED, "; ")
-
-    @property
-    def samples(self) -> str:
-        """Return the first sample keys of the first rank."""
-        return f"samples of rank {self.ranks[0].rank}: {', '.join(self.ranks[0].keys[:_LISTED])} …"
 
 
 class Guard(Hook):
@@ -85,13 +52,12 @@ class Guard(Hook):
     def __init__(self, state: TrainState, gradients: Callable[[], list[tuple[str, Tensor]]]) -> None:
         run = state.resolved.run
         self._state, self._gradients = state, gradients
-        self._config, self._folder = run.guard, run.output_dir / FOLDER
+        self._config = run.guard
         self.spike: Spike | None = None
         """Loss spike confirmed in this step."""
         self.skipped = 0
         """Number of skipped steps so far, excluding undone steps."""
         self._in_a_row = 0
-        self._bad: deque[BadStep] = deque(maxlen=self._config.max_skipped_in_a_row)
         self._spikes = SpikeWatch(self._config.spike) if self._config.spike is not None else None
 
     def post_step(self) -> bool:
@@ -120,24 +86,31 @@ class Guard(Hook):
 
     def _skip(self, step: int, what: str) -> None:
         """Count a step with a non-finite loss or gradient (`what`), or end the run."""
-        state = self._state  # the following queries of the engine synchronize with the device
+        state = self._state
         reports: list[RankReport] = gather_objects(self._report())
-        affected = [report for report in reports if report.bad] or reports
-        bad = BadStep(step, what, float(state.engine.get_global_grad_norm()), affected)
-        self._bad.append(bad)
+        affected = [report for report in reports if report.bad]
+        ranks = [f"rank {r.rank}: {', '.join(r.groups[:_LISTED]) or 'the weighted sum'}" for r in affected]
+        where = listed(ranks, _LISTED, "; ")
+        if not affected:
+            where = "no single rank: only the sum over the ranks, or layers below the encoder output"
+        first = (affected or reports)[0]
+        samples = f"samples of rank {first.rank}: {', '.join(first.keys[:_LISTED])} …"
         self._in_a_row += 1
         text, most = f"the {what} is not finite at step {step}", self._config.max_skipped_in_a_row
+        ending: str | None = None
         if state.applied:
-            raise self.ended(step, f"{text}, and the optimizer has taken the step", bad)
-        if self._config.nonfinite == "stop":
-            raise self.ended(step, text, bad)
-        if self._in_a_row >= most and self.spike is None:
-            raise self.ended(step, f"{text}, as {self._in_a_row} times in a row now", bad)
+            ending = ", and the optimizer has taken the step"
+        elif self._config.nonfinite == "stop":
+            ending = ""
+        elif self._in_a_row >= most and self.spike is None:
+            ending = f", as {self._in_a_row} times in a row now"
+        if ending is not None:
+            raise RunEndedError(text + ending, where=where, why=samples, fix=RESTART)
         self.skipped += 1
         self.warn(
             step,
             f"the {what} is not finite, the step is left out",
-            f"{bad.where}; {bad.samples}",
+            f"{where}; {samples}",
             f"nothing yet: the run ends after {most} such steps in a row",
         )
 
@@ -150,21 +123,7 @@ class Guard(Hook):
         values = [*figures, *self._gradients()]
         groups = dict.fromkeys(name for name, value in values if not math.isfinite(float(value)))
         keys = [key for micro in bad or seen for key in micro.keys]
-        return RankReport(self._state.ranks.rank, losses, list(groups), keys)
-
-    def ended(self, step: int, what: str, bad: BadStep | None = None) -> RunEndedError:
-        """Write the failure report, `bad_steps/step-00000100.json`, and return the error to raise. Every rank must call
-        it."""
-        path = self._folder / f"step-{step:08d}.json"
-        content = {"step": step, "why": what, "steps": [*map(asdict, self._bad)]}
-        written = from_rank_0(lambda: _write(path, content))
-        return RunEndedError(
-            what,
-            where=f"{bad.where}; {written}" if bad is not None else written,
-            why=bad.samples if bad is not None else None,
-            fix="start again from the last checkpoint with a lower optim.lr or a smaller optim.clip_grad_norm; "
-            "look at the samples that the file names",
-        )
+        return RankReport(self._state.ranks.rank, bool(groups or bad), list(groups), keys)
 
     def warn(self, step: int, what: str, why: str, fix: str) -> None:
         """Send a warning of the guard to the callbacks."""
@@ -181,13 +140,3 @@ class Guard(Hook):
         self.skipped, self._in_a_row = int(state.get("skipped", 0)), int(state.get("in_a_row", 0))
         if self._spikes is not None and state.get("spikes") is not None:
             self._spikes.load(state["spikes"])
-
-
-def _write(path: Path, content: dict[str, Any]) -> str:
-    """Return the path, or a message that writing failed, which must not hide why the run ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
-    except OSError as error:
-        return f"{path} could not be written: {error.strerror}"
-    return str(path)

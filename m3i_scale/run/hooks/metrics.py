@@ -139,32 +139,24 @@ class Diagnosis:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], int] = {}
-        self._spread_once: set[str] = set()
 
     def check(self, record: StepRecord) -> list[RunWarning]:
         """Return the warnings that have now held for `PATIENCE` records."""
         health = {name.removeprefix("health/"): value for name, value in record.health.items()}
-        spread = {name for name in record.groups if health.get(f"{name}_spread", 0.0) > 10 * LEAST_SPREAD}
-        self._spread_once |= spread
-        young = set(record.groups) - self._spread_once if record.step < GROWING_UP_STEPS else set()
-        faults = {(fault.group, fault.what): fault for fault in _faults(record, health, young)}
+        faults = {(fault.group, fault.what): fault for fault in _faults(record, health)}
         self._seen = {key: self._seen.get(key, 0) + 1 for key in faults}
         return [fault for key, fault in faults.items() if self._seen[key] == PATIENCE]
 
 
-def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> Iterator[RunWarning]:
+def _faults(record: StepRecord, health: dict[str, float]) -> Iterator[RunWarning]:
     for name, figures in record.groups.items():
-        yield from _target_faults(name, health, young, figures.get("nats", 0.0))
+        yield from _target_faults(record.step, name, health, figures.get("nats", 0.0))
         if figures.get("count") == 0:
             yield RunWarning(
                 name,
                 "no sample has its target",
                 "none in the batches since the last records",
                 "look at weights and epochs of data.datasets; `m3i-scale shards stats` counts labels and captions",
-            )
-        if not math.isfinite(figures.get("grad_norm", 0.0)):
-            yield RunWarning(
-                name, "its gradient is not finite", "the loss still is", "a lower optim.lr, bf16 instead of fp16"
             )
     yield from _share_faults(record)
     if record.flop_per_s is not None and record.mfu is None:
@@ -186,10 +178,11 @@ def _faults(record: StepRecord, health: dict[str, float], young: set[str]) -> It
             )
 
 
-def _target_faults(name: str, health: dict[str, float], young: set[str], nats: float) -> Iterator[RunWarning]:
+def _target_faults(step: int, name: str, health: dict[str, float], nats: float) -> Iterator[RunWarning]:
     spread, evenness, scale = (health.get(f"{name}_{figure}") for figure in ("spread", "evenness", "scale"))
     trained_too = scale is not None  # text encoders: at initialization, all captions have nearly the same vector
-    if spread is not None and spread < LEAST_SPREAD and not (trained_too and name in young):
+    young = trained_too and step < GROWING_UP_STEPS
+    if spread is not None and spread < LEAST_SPREAD and not young:
         yield RunWarning(
             name,
             "its target has collapsed",

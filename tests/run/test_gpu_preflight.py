@@ -11,8 +11,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from m3i_scale.errors import ConfigError, UserError
-from m3i_scale.run import accelerator
-from m3i_scale.run.accelerator import (
+from m3i_scale.run import preflight
+from m3i_scale.run.preflight import (
     ALLOCATOR,
     check_before_joining,
     check_card,
@@ -34,7 +34,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: shown.capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (shown.free, shown.total))
-    monkeypatch.setattr(accelerator, "RELEASED_S", 0.0)
+    monkeypatch.setattr(preflight, "RELEASED_S", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "0")
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", *ALLOCATOR):
         monkeypatch.setenv(name, "")  # what the code sets goes too when the test ends
@@ -42,14 +42,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return shown
 
 
-def refuse(text: str) -> None:
-    raise AssertionError(text)
-
-
 def test_a_good_gpu_is_taken(gpu: SimpleNamespace) -> None:
     check_before_joining()
     check_card(BF16)
-    check_memory(79 * GIB, refuse)
+    check_memory(79 * GIB)
 
 
 def test_a_gpu_without_bf16(gpu: SimpleNamespace) -> None:
@@ -63,12 +59,8 @@ def test_a_gpu_without_bf16(gpu: SimpleNamespace) -> None:
 def test_a_gpu_that_others_have(gpu: SimpleNamespace) -> None:
     gpu.free = 40 * GIB
     with pytest.raises(UserError, match=r"40\.00 GiB of the 80\.00 GiB"):
-        check_memory(41 * GIB, refuse)
-    told: list[str] = []
-    check_memory(39 * GIB, told.append)
-    assert "40.00 GiB of the 80.00 GiB" in " ".join(told)
-    gpu.free = 65 * GIB  # a display has the rest
-    check_memory(39 * GIB, refuse)
+        check_memory(41 * GIB)
+    check_memory(39 * GIB)
 
 
 def test_memory_that_a_killed_process_still_holds_is_waited_for(
@@ -76,13 +68,13 @@ def test_memory_that_a_killed_process_still_holds_is_waited_for(
 ) -> None:
     free = iter([20 * GIB, 79 * GIB])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), gpu.total))
-    monkeypatch.setattr(accelerator, "RELEASED_S", 60.0)
-    check_memory(39 * GIB, refuse)
+    monkeypatch.setattr(preflight, "RELEASED_S", 60.0)
+    check_memory(39 * GIB)
 
 
 def test_a_gpu_that_is_too_small(gpu: SimpleNamespace) -> None:
     with pytest.raises(UserError, match=r"81\.00 GiB"):
-        check_memory(81 * GIB, refuse)
+        check_memory(81 * GIB)
 
 
 @pytest.mark.parametrize("given", [None, *ALLOCATOR])
@@ -117,22 +109,20 @@ def test_more_ranks_than_gpus(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPa
 def networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interfaces in the order of the system; one has no address."""
     there = {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "eth1": ["10.0.0.2"], "eth0": ["10.0.0.1"], "ib0": []}
-    monkeypatch.setattr(accelerator, "interfaces", lambda: there)
-
-
-@pytest.mark.parametrize("choice", ["no-such", "=eth", "no-such,neither", "ib0"])
-def test_nccl_without_a_network(
-    gpu: SimpleNamespace, networks: None, monkeypatch: pytest.MonkeyPatch, choice: str
-) -> None:
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", choice)
-    with pytest.raises(UserError) as caught:
-        check_before_joining()
-    assert choice in str(caught.value.where)
+    monkeypatch.setattr(preflight, "interfaces", lambda: there)
 
 
 @pytest.mark.parametrize(
     ("choice", "of_gloo"),
-    [("eth", "eth1"), ("=eth0", "eth0"), ("no-such,lo", "lo"), ("^docker", None), ("^=lo", None), ("", None)],
+    [
+        ("eth", "eth1"),
+        ("=eth0", "eth0"),
+        ("no-such,lo", "lo"),
+        ("^docker", None),
+        ("^=lo", None),
+        ("", None),
+        ("ib0", None),
+    ],
 )
 def test_gloo_takes_the_network_that_nccl_is_given(
     gpu: SimpleNamespace, networks: None, monkeypatch: pytest.MonkeyPatch, choice: str, of_gloo: str | None
