@@ -9,8 +9,7 @@ from pathlib import Path
 
 from m3i_scale.backbones.build import backbone_source
 from m3i_scale.backbones.families import family_of
-from m3i_scale.config import DatasetConfig, RunConfig, run_values
-from m3i_scale.config.partial_run import fields_that_hold
+from m3i_scale.config import DatasetConfig, RunConfig, run_values, valid_part
 from m3i_scale.data.remote.access import Access, check_access
 from m3i_scale.data.remote.address import is_remote
 from m3i_scale.data.shards import expand_shards, read_sample_count
@@ -41,7 +40,7 @@ def warnings_of(
         values = run_values(name_or_path, overrides)
     except UserError:  # reported by `faults_of`
         return []
-    run, faulty = fields_that_hold(values)
+    run, faulty = valid_part(values)
     warnings = repeated_overrides(overrides or [])
     return warnings if run is None else warnings + run_warnings(run, ranks, faulty, ask_servers=ask_servers)
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from m3i_scale.backbones.internimage import InternImageConfig, InternImageModel
 from m3i_scale.cli import app
-from m3i_scale.config import MultiStep
+from m3i_scale.config.optim import MultiStep
 from m3i_scale.errors import ConfigError, DataError, UserError
 from m3i_scale.files import read_json
 from m3i_scale.shards.coco import coco_input
