@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
-from m3i_scale.destination import local_path
 from m3i_scale.errors import ConfigError
+from m3i_scale.files import local_path
 
 
 class FixableError(ValueError):
