@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
@@ -21,8 +20,8 @@ from m3i_scale.output import print_json, print_line, release_stdout, write_stder
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.config import RunConfig
+    from m3i_scale.launch import LaunchPlan
     from m3i_scale.launch.job import Job
-    from m3i_scale.launch.plan import LaunchPlan
 
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
@@ -32,7 +31,6 @@ _ALLOCATED = "leave it out: the machines are those of the allocation, of which -
 LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
 READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
 """Launchers that users start themselves, with a file from a checkout."""
-_ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
 
 def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
@@ -97,7 +95,6 @@ def launch(
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
-        job = _with_image(job, launcher)
         plan = render(launcher, job.without_secrets())
         print_json(plan.document()) if as_json else typer.echo(plan.text())
         try:
@@ -114,14 +111,6 @@ def launch(
     plan = render(launcher, job)
     check_fit(config, job, launcher)
     raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
-
-
-def _with_image(job: Job, launcher: str) -> Job:
-    """Return the job with a placeholder image, so that a dry run can print a manifest."""
-    if launcher != "kubeflow" or job.cluster.container_image is not None:
-        return job
-    typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
-    return replace(job, cluster=job.cluster.model_copy(update={"container_image": _ANY_IMAGE}))
 
 
 def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:

@@ -16,8 +16,8 @@ from m3i_scale.host.failures import Failure, explain_exit_code, failure_text, ro
 from m3i_scale.host.output_dir import FAILURE
 from m3i_scale.host.processes import SIGNALS
 from m3i_scale.host.rank_record import read_records
+from m3i_scale.launch import LaunchPlan
 from m3i_scale.launch.execute import LaunchResult
-from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.output import print_line
 from m3i_scale.text import listed
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.launch import Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.torchrun import AGENT
 
 HONOURS = frozenset(

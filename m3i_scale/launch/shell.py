@@ -9,10 +9,10 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.host.processes import PARENT, TIED
+from m3i_scale.launch import Command, Executable
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import is_here
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, Executable
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 SRUN = Executable("srun", "apt-get install slurm-client")

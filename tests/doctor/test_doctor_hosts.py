@@ -103,9 +103,7 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path):
     assert not told["packages", "poor"][0]
     assert "--python" in str(found["python", "old"].fix)
     assert "import m3i_scale" in str(found["python", "bare"].fix)
-    assert told["clock", "there"][0]
     assert not told["shards", "here"][0]
-    assert not told["names", "here"][0]  # the names of this test mean nothing
     assert found["group", "all"].ok  # of the two that are left
     assert found["group", "all"].value.startswith("2 hosts: all-reduce ")
     assert told["shared", "there"] == (True, f"{tmp_path}/out/of/it: reads what 1 other hosts write")

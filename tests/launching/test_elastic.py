@@ -79,7 +79,7 @@ def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
         "ssh": [],
         "transport": "ssh",
         "hosts": ["localhost slots=2"],
-        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts", "min_compared")),
+        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
         "silence_s": WAIT_S,
         "max_restarts": 0,
         "pause_s": 0,
@@ -146,12 +146,6 @@ def test_a_larger_micro_batch_that_runs_out_of_memory_becomes_the_usual_one_with
     assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), OUT_OF_MEMORY).run() == 0
     assert [item["micro_batch_size"] for item in attempts(tmp_path)] == [48, 24]
     assert "the global contrastive batch is 48, was 96" in capsys.readouterr().out
-
-
-def test_fewer_compared_samples_than_wanted_end_the_launch(tmp_path, monkeypatch):
-    launch = compared(tmp_path, monkeypatch, Policy(min_hosts=2, min_compared=49), OUT_OF_MEMORY)
-    assert launch.run() == 1
-    assert [item["micro_batch_size"] for item in attempts(tmp_path)] == [48]
 
 
 def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):

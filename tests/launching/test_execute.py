@@ -21,8 +21,8 @@ from m3i_scale.errors import CheckpointError, UserError
 from m3i_scale.host.failures import Failure
 from m3i_scale.host.output_dir import RANK_RECORDS, launch_lock, lock_directory
 from m3i_scale.host.rank_record import write_record
+from m3i_scale.launch import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.execute import check_needs, execute, write_files
-from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import as_pattern
 from m3i_scale.launch_command import render
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from m3i_scale.host.findings import Answers, Check, Finding, HostReport, Results, finding
 from m3i_scale.run import software
 from m3i_scale.text import listed, size_text
 
-_MAX_SKEW_S, _WARNING_SKEW_S = 30.0, 1.0
 _SLOW = 2.0
 """A straggler has less than the median bandwidth divided by this factor."""
 _MAX_LISTED = 4
@@ -65,37 +62,6 @@ def _interface(host: HostReport) -> Results:
         yield known, {"warning": why if len(addresses) > 1 else None, "fix": "choose with --interface"}
 
 
-def _names(host: HostReport) -> Results:
-    """Check that host names resolve correctly. A host's name may mean its loopback: ranks of several hosts avoid it."""
-    errors, notes = [], []
-    for name, answer in host.answer["names"].items():
-        is_local = name == host.name or name not in host.answers
-        if is_local and "error" not in answer and _loopback(answer["addresses"]):  # Debian and Ubuntu: 127.0.1.1
-            notes.append(f"its own name {name} means {', '.join(answer['addresses'])}")
-        elif (wrong := _wrong_address(name, answer, host.answers)) is not None:
-            errors.append(wrong)
-    value = "; ".join(errors or notes) or f"{len(host.answer['names'])} names are known, with the right addresses"
-    if errors:
-        fix = "/etc/hosts or the name server of this host"
-        yield value, {"error": "ranks there look for others in the wrong place, and wait", "fix": fix}
-    else:
-        yield value, {}
-
-
-def _loopback(addresses: list[str]) -> bool:
-    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
-
-
-def _wrong_address(name: str, answer: Mapping[str, Any], answers: Answers) -> str | None:
-    if "error" in answer:
-        return f"{name} is unknown: {answer['error']}" if name in answers or len(answers) > 1 else None
-    if name not in answers:
-        return None  # the host is down, so its addresses are unknown
-    right = {address for addresses in answers[name]["interfaces"].values() for address in addresses}
-    wrong = [address for address in answer["addresses"] if address.partition("%")[0] not in right]
-    return f"{name} means {', '.join(wrong)}, which is no address of that host" if wrong else None
-
-
 def _environment(host: HostReport) -> Results:
     answer, master = host.answer["variables"], host.master["variables"]
     names = sorted(name for name in {*answer, *master} if answer.get(name) != master.get(name))
@@ -120,25 +86,10 @@ CHECKS: Mapping[str, Check] = {
     **software.CHECKS,
     "accelerator": _accelerator,
     "interface": _interface,
-    "names": _names,
     "environment": _environment,
     "shards": _shards,
 }
 """The checks against the master node, in the order of the report."""
-
-
-def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    """Compare each host's clock with the master node's. `offsets`: seconds ahead of this machine, and uncertainty."""
-    zero, head_uncertainty = next(iter(offsets.values()))
-    for host, (offset, uncertainty) in offsets.items():
-        skew, within = offset - zero, uncertainty + head_uncertainty
-        error = warning = None
-        if abs(skew) - within > _MAX_SKEW_S:
-            error = "locks and files of other hosts are judged by their age, and signed requests for shards are refused"
-        elif abs(skew) - within > _WARNING_SKEW_S:
-            warning = "logs of the hosts do not line up"
-        fix = "a time service on all hosts (chrony, systemd-timesyncd)"
-        yield finding("clock", host, f"{skew:+.3f} s ± {within:.3f} s", error=error, warning=warning, fix=fix)
 
 
 def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:

@@ -134,13 +134,10 @@ class Examination:
         with Agents(self.hosts, self.site, self.connect_s) as agents:
             connected = agents.hosts
             findings = [item for host in self.hosts for item in self._connection(host, agents.errors.get(host))]
-            clocks = agents.clock_offsets()
             self.log("running local checks")
             answers = agents.request("report", {host: self._request(host) for host in agents.hosts}, self.report_s)
             if answers:
                 findings += compare_hosts(answers, checks.CHECKS)
-                if len(answers) > 1:
-                    findings += checks.clock_findings({host: clocks[host] for host in answers})
                 findings += (Finding(**item) for answer in answers.values() for item in answer["findings"])
                 self.log("testing the network")
                 findings += self._measure(agents, answers)
@@ -174,7 +171,6 @@ class Examination:
         needs = (self.needs or {}).get(host) or Needs(self.slots[host], sum(self.slots.values()))
         return {
             "host": host,
-            "hosts": self.hosts if self.site.ssh_to_all else [],
             "interface": self.interface,
             "needs": asdict(needs),
             "run": self.run,
