@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from m3i_scale.config import (
-    DataConfig,
     RunConfig,
     known_recipes,
     known_runs,
@@ -22,6 +21,7 @@ from m3i_scale.config.explain import HINTS
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.export.source import describe_data
 from m3i_scale.objective.recipe import load_run_and_recipe, parse_recipe
+from m3i_scale.upgrade import upgrade_config
 
 
 def fault(*overrides):
@@ -55,11 +55,6 @@ def test_a_fault_of_the_file_is_blamed_on_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("override", "fix"),
     [
-        ("optim.steps=ten", "e.g. the default, optim.steps=100000"),
-        ("optim.lr=fast", "e.g. the default, optim.lr=0.001"),
-        ("log.wandb=on", "e.g. the default, log.wandb=off"),
-        ("data.augment.flip=2", "e.g. the default, data.augment.flip=0.5"),
-        ("log.picture_samples=6", "log.pictures_every_steps=1000"),
         ("optim.lrr=1", "did you mean 'lr'"),
         ("steps=5", "did you mean 'optim.steps'?"),
         ("flip=0.5", "did you mean 'data.augment.flip'?"),
@@ -317,27 +312,25 @@ def test_all_overrides_that_are_none_are_told_at_once():
     assert [told.where for told in caught.value.faults] == [f"override {given}" for given in overrides]
 
 
-def test_pipes_and_allow_shell_were_removed():
-    assert load_run("m3i", ["data.allow_shell=false"]).data == load_run("m3i").data
-    told = fault("data.allow_shell=true")
-    assert "`allow_shell` must be left out, got True" in told.what
-    assert told.where == "override data.allow_shell=true"
-    assert "mount the shards, copy them to a local folder" in told.fix
+def test_pipes_and_allow_shell_were_removed(tmp_path):
+    (tmp_path / "run.yaml").write_text("extends: m3i\ndata: {allow_shell: false}\n")
+    assert load_run(str(tmp_path / "run.yaml")) == load_run("m3i")
     told = fault("data.datasets.a.path=pipe:cat SECRET.tar")
     assert told.what == "'data.datasets.a.path': shards must be at a path or an address: `pipe:` was removed"
     assert told.fix.startswith("mount the shards")
 
 
 def test_finished_runs_that_read_pipes_can_be_exported():
-    values = {"allow_shell": True, "datasets": {"a": {"path": "pipe:cat a.tar"}}}
-    data = parse_section(DataConfig, values, where="", stored=True)
+    data = {"allow_shell": True, "datasets": {"a": {"path": "pipe:cat a.tar"}}}
+    values = {"recipe": {}, "data": data}
+    data = parse_section(RunConfig, values, where="", stored=True).data
     assert data.datasets["a"].path == "pipe:cat a.tar"
     (described,) = describe_data(SimpleNamespace(run=SimpleNamespace(data=data)))
     assert described["manifest_sha256"] is None
     assert described["note"]
     with pytest.raises(ConfigError) as caught:
-        parse_section(DataConfig, {**values, "allow_shell": False}, where="", below="data")
-    assert "pipe:" in str(caught.value)
+        parse_section(RunConfig, upgrade_config(values), where="")
+    assert "pipe:" in caught.value.what
 
 
 @pytest.mark.parametrize(

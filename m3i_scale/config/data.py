@@ -255,18 +255,6 @@ class DataConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_allow_shell(cls, values: Any, info: ValidationInfo) -> Any:
-        """Accept the config files of earlier versions, which contain the default `allow_shell: false`."""
-        if not isinstance(values, dict) or "allow_shell" not in values:
-            return values
-        if values["allow_shell"] is not False and not is_stored(info):
-            given = values["allow_shell"]
-            what = f"`allow_shell` must be left out, got {given!r}: shards at `pipe:` addresses were removed"
-            raise FixableError(what, _INSTEAD_OF_PIPES)
-        return {key: value for key, value in values.items() if key != "allow_shell"}
-
-    @model_validator(mode="before")
-    @classmethod
     def _fill_in_augment(cls, values: Any) -> Any:
         """Merge the common augmentations into each dataset's, so that a written config file is fully resolved."""
         if not isinstance(values, dict) or not isinstance(values.get("datasets"), dict):

@@ -145,12 +145,10 @@ def _explain(sections: _Sections, detail: Any, where: str, below: str) -> Config
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
         return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
-    default = _default_of(sections.field_at(detail["loc"]))
-    fix = None if default is None else f"e.g. the default, {key}={default}"
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
-        return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where, fix=fix)
+        return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
+    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:
@@ -184,9 +182,3 @@ def _choices_of(field: FieldInfo | None) -> str | None:
     if isinstance(annotation, type) and issubclass(annotation, Kind):
         values = annotation.choices()
     return f"one of {', '.join(map(str, values))}" if values else None
-
-
-def _default_of(field: FieldInfo | None) -> str | None:
-    """Return the default of a scalar field in command-line syntax, or None if there is none."""
-    default = field.get_default() if field is not None else None
-    return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None
