@@ -25,7 +25,6 @@ from m3i_scale.config.files import (
     resource_folder,
     run_values,
 )
-from m3i_scale.config.limits import MAX_CAPTION_TOKENS
 from m3i_scale.config.optim import OptimConfig, Stage
 from m3i_scale.config.run_control import (
     CheckpointConfig,
@@ -38,7 +37,16 @@ from m3i_scale.config.run_control import (
     SpikeConfig,
     TimeoutsConfig,
 )
-from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, WrittenPath, is_stored
+from m3i_scale.config.sections import (
+    MAX_CAPTION_TOKENS,
+    FixableError,
+    InHome,
+    ModelFields,
+    Section,
+    SectionT,
+    WrittenPath,
+    is_stored,
+)
 from m3i_scale.tasks.base import Protocol, Task
 from m3i_scale.upgrade import upgrade_config
 

@@ -11,8 +11,18 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from typing_extensions import Self
 
 from m3i_scale import defaults
-from m3i_scale.config.limits import MAX_ASPECT, MAX_STREAMS, MAX_WAIT_S, MAX_WORKERS
-from m3i_scale.config.sections import FixableError, InHome, Section, WrittenPath, is_stored, plain_values
+from m3i_scale.config.sections import (
+    MAX_ASPECT,
+    MAX_STREAMS,
+    MAX_WAIT_S,
+    MAX_WORKERS,
+    FixableError,
+    InHome,
+    Section,
+    WrittenPath,
+    is_stored,
+    plain_values,
+)
 
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _CROPS = ("crop_scale", "crop_ratio")

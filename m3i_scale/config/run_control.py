@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.limits import MAX_WAIT_S
-from m3i_scale.config.sections import InHome, Section
+from m3i_scale.config.sections import MAX_WAIT_S, InHome, Section
 from m3i_scale.text import GIB
 
 

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
-from m3i_scale.config.limits import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
+from m3i_scale.config.sections import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.state import Fp32State
 

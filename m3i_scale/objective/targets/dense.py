@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.config.limits import MAX_LAYERS
+from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.distributions.base import Density, Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Boltzmann
 from m3i_scale.objective.distributions.densities import Gaussian

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.config.limits import MAX_CANDIDATES
+from m3i_scale.config.sections import MAX_CANDIDATES
 from m3i_scale.objective.distributions.base import Loss, unit
 from m3i_scale.objective.distributions.boltzmann import Assigned, Boltzmann, assigned
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer

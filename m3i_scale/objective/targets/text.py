@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from m3i_scale.config.limits import MAX_WIDTH
+from m3i_scale.config.sections import MAX_WIDTH
 from m3i_scale.data.batch import Batch
 from m3i_scale.objective.distributions.base import Loss
 from m3i_scale.objective.distributions.pairs import BoltzmannPairs, PairDistribution, PairTargets
