@@ -15,7 +15,6 @@ from m3i_scale.tasks.detection import export_detector
 PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 
 LEVELS = {
-    "cores": 0,
     "defaults": 0,
     "errors": 0,
     "rank_variables": 0,

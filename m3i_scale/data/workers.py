@@ -31,8 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from m3i_scale.cores import usable_cores
 from m3i_scale.errors import DataError, LostWorkerError
+from m3i_scale.rank_variables import usable_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
