@@ -172,7 +172,7 @@ def test_a_host_that_cannot_reach_the_head_does_not_hold_up_the_others(tmp_path:
 def test_a_port_that_nobody_has_opened_is_waited_for():
     port = free_port()
     began = time.monotonic()
-    with pytest.raises(OSError, match="refused"):
+    with pytest.raises(ConnectionRefusedError):
         reach("127.0.0.1", port, 0.5)
     assert time.monotonic() - began >= 0.2
     with socket.create_server(("127.0.0.1", port)):
@@ -203,10 +203,12 @@ def test_notes_are_read_and_removed_with_the_folders_that_were_made(tmp_path: Pa
 
 
 def test_what_cannot_be_examined_is_refused():
-    with pytest.raises(ConfigError, match="which are the 2 machines"):
+    with pytest.raises(ConfigError) as caught:
         doctor(None, [], Cluster(nodes=2))
-    with pytest.raises(ConfigError, match="no effect without a run file"):
+    assert caught.value.where == "nodes: 2"
+    with pytest.raises(ConfigError) as caught:
         doctor(None, ["optim.lr=1"], Cluster())
+    assert caught.value.where == "optim.lr=1"
 
 
 def test_the_head_serves_the_others_until_the_last_has_asked() -> None:
