@@ -67,8 +67,6 @@ class RemoteShell:
     """Connection to a host: ssh, or srun within a Slurm allocation."""
     ssh_to_all: bool = False
     """Use ssh for this machine, too, instead of a child process."""
-    grace_s: float = 10.0
-    """Time for other ranks to end by themselves once one has ended."""
 
 
 def local_environment() -> dict[str, str]:

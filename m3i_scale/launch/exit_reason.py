@@ -41,14 +41,10 @@ def conclude(output_dir: Path, result: LaunchResult, plan: LaunchPlan, world_siz
         records = [_start_failure(result, plan)]
     elif (lost := _lost_host(result, plan)) is not None:
         records = [*records, lost]
-    interrupted = (
-        result.stop_requests and result.code in _STOP_CODES and all(_is_interrupted(record) for record in records)
-    )
-    return (
-        None
-        if interrupted or result.stop_requests > 1
-        else report_failure(output_dir, result.code, records, world_size)
-    )
+    interrupted = result.code in _STOP_CODES and all(map(_is_interrupted, records))
+    if result.stop_requests > 1 or (result.stop_requests and interrupted):
+        return None
+    return report_failure(output_dir, result.code, records, world_size)
 
 
 def _is_interrupted(record: Failure) -> bool:

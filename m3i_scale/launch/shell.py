@@ -28,13 +28,13 @@ def export_lines(variables: Iterable[Variable]) -> list[str]:
     return [f"export {variable.name}={shlex.quote(variable.value)}" for variable in variables]
 
 
-def wrapped(words: Sequence[str], *, indent: str = "  ") -> str:
+def wrapped(words: Sequence[str]) -> str:
     """Wrap a command of quoted words over several lines."""
     lines, line = [], ""
     for word in words:
         if line and len(line) + len(word) + 1 > _WIDTH:
             lines.append(line + " \\")
-            line = indent + word
+            line = f"  {word}"
         else:
             line = f"{line} {word}" if line else word
     return "\n".join([*lines, line])
