@@ -184,7 +184,7 @@ class RunConfig(Section):
             return {**values, "recipe": {}}
         if values.get("recipe") not in (None, {}, recipe):
             raise FixableError(
-                "a run has a recipe or a task: `recipe` has no effect beside `task`",
+                "a run has either a recipe or a task: `recipe` has no effect together with `task`",
                 "leave one of them out; a run file of a task extends none that has a recipe",
             )
         return {**values, "recipe": recipe}
@@ -275,7 +275,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _stalls_are_told(self) -> Self:
+    def _timeouts_exceed_that_of_data(self) -> Self:
         for name, limit_s in self.timeouts:
             if name != "rendezvous_s" and limit_s <= self.data.timeout_s:  # no data is read during the rendezvous
                 limits = f"timeouts.{name} ({limit_s:g}) must be longer than data.timeout_s ({self.data.timeout_s:g})"

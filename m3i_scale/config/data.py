@@ -130,7 +130,7 @@ class DistortionConfig(Section):
         if self.scale_jitter is not None and idle:
             usual = " ".join(f"data.augment.{name}={[*fields[name].default]}".replace(" ", "") for name in idle)
             raise FixableError(
-                f"{' and '.join(idle)} has no effect beside scale_jitter, which says how large a crop is",
+                f"{' and '.join(idle)} has no effect together with scale_jitter, which sets the size of crops",
                 usual if isinstance(self, AugmentConfig) else "leave one of them out",
             )
         return self

@@ -22,8 +22,8 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 def resource_folder(name: Literal["recipes", "protocols", "ds_configs"]) -> Path:
     """Return the folder of built-in files: next to the package in a checkout, inside it in an installed wheel."""
-    beside = _PACKAGE.parent / name
-    return beside if beside.is_dir() else _PACKAGE / f"_{name}"
+    checkout = _PACKAGE.parent / name
+    return checkout if checkout.is_dir() else _PACKAGE / f"_{name}"
 
 
 def known_runs() -> dict[str, Path]:
@@ -85,10 +85,9 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    beside = path.parent / str(base)
-    base_path = beside if beside.is_file() else find_run_file(str(base))
-    below = _read_with_base(base_path, (*seen, path))
-    return _merge(below, values)
+    sibling = path.parent / str(base)
+    base_path = sibling if sibling.is_file() else find_run_file(str(base))
+    return _merge(_read_with_base(base_path, (*seen, path)), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
