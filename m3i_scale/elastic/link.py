@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import secrets
 import shlex
 import subprocess
@@ -42,7 +41,6 @@ _SRUN = (
     f"--export={','.join(SLURM_EXPORTS)}",
 )
 _MAX_CHARACTERS = 300
-_NO_MODULE = re.compile(r"No module named '?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,9 @@ def _agent_line(site: RemoteShell) -> str:
     return f"cd {shlex.quote(site.workdir)} && {path}{start}"
 
 
-ErrorKind = Literal["connect", "start", "package", "agent"]
-"""The connection by ssh or srun failed; the interpreter, folder or this package is missing; another package is
-missing; the agent failed, or reports that it cannot serve."""
+ErrorKind = Literal["connect", "start", "agent"]
+"""The connection by ssh or srun failed; the interpreter, the folder or a package is missing; the agent failed, or
+reports that it cannot serve."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,11 @@ def explain_end(code: int | None, stderr_lines: Sequence[str], site: RemoteShell
     and its last lines of standard error."""
     text = [line.strip() for line in stderr_lines if line.strip()]
     last = text[-1][-_MAX_CHARACTERS:] if text else ""
-    missing = next((match for line in reversed(text[-3:]) if (match := _NO_MODULE.search(line))), None)
+    missing = next((line for line in reversed(text[-3:]) if "No module named" in line), None)
     if code in (126, 127):
         return HostError(f"the interpreter {site.python} cannot be started there: {last}", "start")
     if missing is not None:
-        what = f"{site.python} there lacks a package: {missing.string[-_MAX_CHARACTERS:]}"
-        return HostError(what, "start" if missing[1] == "m3i_scale" else "package")
+        return HostError(f"{site.python} there lacks a package: {missing[-_MAX_CHARACTERS:]}", "start")
     if any(line.startswith("bash:") and "cd:" in line for line in text):
         return HostError(f"the working directory cannot be entered: {last}", "start")
     if code == 255 or last.startswith("srun: error"):

@@ -159,11 +159,8 @@ class Examination:
             return
         if site.ssh_to_all:
             yield finding("ssh", host, "connected")
-        if error is not None and error.kind == "package":
-            fix = f"the packages of {site.python} on this host"
-            yield finding("packages", host, error.what, error="ranks there would not start", fix=fix)
-        elif error is not None:
-            fix = f"{site.python}, which must import m3i_scale, and the folder {site.workdir} on this host, or "
+        if error is not None:
+            fix = f"{site.python}, with m3i_scale and its dependencies, and the folder {site.workdir} on this host, or "
             fix += "--python and --workdir"
             yield finding("python", host, error.what, error="ranks are started with the same interpreter", fix=fix)
 
