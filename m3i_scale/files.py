@@ -217,9 +217,9 @@ def _json(value: Any, indent: int | None) -> str:
     return text.encode(errors="backslashreplace").decode()  # file names may be invalid Unicode
 
 
-def write_json(path: Path, value: Any, *, mode: int | None = None, durable: bool = True) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a JSON document atomically; see `replacing`."""
-    atomic_write(path, json_text(value), mode=mode, durable=durable)
+    atomic_write(path, json_text(value), durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ import typer
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
 from m3i_scale.options import Command, Parts, RunFile, expanded, field_options
-from m3i_scale.output import print_json, print_line, release_stdout, write_stderr
+from m3i_scale.output import print_json, print_line, release_stdout
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.config import RunConfig
@@ -121,7 +121,6 @@ def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
-    from m3i_scale.text import printable
 
     environment = without_secret_variables(os.environ, job.variables)
     if not plan.waits:
@@ -145,9 +144,9 @@ def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
         result = execute(plan, redacted, environment)
         conclusion = conclude(job.output_dir, result, redacted, job.world_size)
     if conclusion is not None:
-        write_stderr(f"{printable(conclusion, lines=True)}\n")
+        print_line(conclusion, stderr=True)
     if result.code == EXIT_PREEMPTED:
-        write_stderr(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
+        print_line(stopped_words(job.output_dir / "checkpoints"), stderr=True)
     return result.code
 
 

@@ -54,7 +54,12 @@ class PrintableConsole(Console):
 
 def print_line(text: str, *, stderr: bool = False) -> None:
     """Print text for people without styles, like a `PrintableConsole`."""
-    print(printable(text, lines=True), file=sys.stderr if stderr else sys.stdout, flush=True)
+    line = printable(text, lines=True) + "\n"
+    if stderr:
+        write_stderr(line)
+    else:
+        sys.stdout.write(line)
+        sys.stdout.flush()
 
 
 def write_stderr(text: str) -> None:

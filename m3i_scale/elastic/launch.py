@@ -19,8 +19,7 @@ from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
 from m3i_scale.launch.shell import SRUN, SSH
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.output import print_line, write_stderr
-from m3i_scale.text import printable
+from m3i_scale.output import print_line
 from m3i_scale.upgrade import upgrade_config
 
 FILE = "elastic.json"
@@ -103,7 +102,7 @@ def read_launch(path: Path) -> Launch:
         content["master_port"],
     )
     policy = Policy(*(content[key] for key in ("max_restarts", "min_hosts", "pause_s", "probe_s")))
-    return Launch(work, policy, lambda text: write_stderr(f"{printable(text, lines=True)}\n"))
+    return Launch(work, policy, lambda text: print_line(text, stderr=True))
 
 
 def main() -> None:
