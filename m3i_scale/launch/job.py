@@ -166,6 +166,12 @@ def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
     return addresses[0]
 
 
+def name_on_hosts(run: str) -> str:
+    """Return the name of a built-in config unchanged, and a path as an absolute path."""
+    path = find_run_file(run)
+    return run if known_runs().get(run) == path else str(path.absolute())
+
+
 def make_job(
     config: RunConfig,
     run: str,
@@ -176,14 +182,12 @@ def make_job(
 ) -> Job:
     """Combine a run (a config file, or the name of a built-in one) and a description. `values` is the config file with
     `extends` and overrides applied, and `here` the environment of the launching process."""
-    path = find_run_file(run)
     hosts = cluster.named_hosts()
     _check_names(hosts)
     workdir = Path(cluster.workdir or Path.cwd())
-    built_in = known_runs().get(run) == path
     job = Job(
         cluster=cluster,
-        run=run if built_in else str(path.absolute()),
+        run=name_on_hosts(run),
         overrides=overrides,
         name=config.name,
         output_dir=workdir / config.output_dir,

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import find_run_file, known_runs
 from m3i_scale.elastic.doctor import checks
 from m3i_scale.elastic.doctor.agents import Agents
 from m3i_scale.elastic.link import HostError, RemoteShell
@@ -20,6 +19,7 @@ from m3i_scale.host.findings import Finding, compare_hosts, finding
 from m3i_scale.host.machine import Needs
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import travelling
+from m3i_scale.launch.job import name_on_hosts
 
 _GROUP_S = 300.0
 """Time limit of the measurements of the group."""
@@ -70,19 +70,13 @@ def examine(
         port=cluster.master_port,
         interface=cluster.interface,
         master_address=cluster.master_address,
-        run=None if run is None else _same_everywhere(run),
+        run=None if run is None else name_on_hosts(run),
         overrides=tuple(overrides),
         needs=None if run is None else _needs(run, overrides, slots),
         connect_s=connect_s,
         log=log,
     )
     return examination.findings()
-
-
-def _same_everywhere(run: str) -> str:
-    """Return a built-in name unchanged and a path as an absolute path, as launchers pass it to ranks."""
-    path = find_run_file(run)
-    return run if known_runs().get(run) == path else str(path.absolute())
 
 
 def _needs(run: str, overrides: list[str], slots: dict[str, int]) -> dict[str, Needs]:
