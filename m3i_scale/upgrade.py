@@ -61,7 +61,7 @@ _METRICS: dict[str, str] = {
 
 def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a deep copy of the values of a config file, or part of them, with current keys and no removed one."""
-    upgraded = copy.deepcopy(dict(values))
+    upgraded: dict[str, Any] = copy.deepcopy(dict(values))
     for path, name in KEYS.items():
         *parents, last = path.split(".")
         upgraded = _change(upgraded, parents, partial(_rename, old=last, new=name))

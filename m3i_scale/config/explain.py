@@ -14,6 +14,7 @@ from m3i_scale.config.kinds import Kind
 from m3i_scale.config.sections import Section, SectionT
 from m3i_scale.errors import ConfigError, FaultsError, did_you_mean
 from m3i_scale.text import redact_text
+from m3i_scale.upgrade import KEYS
 
 KeyPath = tuple[int | str, ...]
 WhereOf = Callable[[KeyPath], str]
@@ -39,7 +40,12 @@ HINTS = {
     "resume_from": "checkpoint.resume",
     "ema_decay": "recipe.ema.start",
 }
-"""Common names in other code bases that are not similar to the key here, with that key."""
+"""Current key by name: common names in other code bases that are not similar to it, and old names here."""
+HINTS |= {
+    path.rpartition(".")[2]: f"{path.rpartition('.')[0]}.{name}".lstrip(".")
+    for path, name in KEYS.items()
+    if "*" not in path and not path.startswith("recipe.")
+}
 
 
 def parse_section(
