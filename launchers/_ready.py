@@ -10,8 +10,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from m3i_scale.launch import ENDS, LaunchPlan
 from m3i_scale.launch.description import Cluster
-from m3i_scale.launch.plan import ENDS, LaunchPlan
 from m3i_scale.launch.shell import quoted, wrapped
 from m3i_scale.launch_command import read_job, render
 

@@ -3,9 +3,8 @@
 import os
 import sys
 
-from m3i_scale.cores import limit_threads
 from m3i_scale.host.processes import end_with_parent
-from m3i_scale.rank_variables import ranks_on_host
+from m3i_scale.rank_variables import limit_threads, ranks_on_host
 
 _STARTERS = ["launch"], ["doctor"]
 """Commands that start ranks, which set their thread counts themselves."""

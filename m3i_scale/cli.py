@@ -293,7 +293,7 @@ def doctor(
     connect_s: Annotated[float, typer.Option("--connect-timeout", min=1, help="Seconds that ssh may take.")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
-    """Check whether every host is ready: ssh, versions, code, clock, devices, memory, files, network, shards.
+    """Check whether every host is ready: ssh, versions, code, devices, memory, files, network, shards.
 
     Exit code 2 if one is not.
     """

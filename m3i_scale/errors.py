@@ -168,9 +168,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     same = [name for name in names if _letters(name) == _letters(word)]  # equal except for case and punctuation
     near = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
-    if not near:
-        folded = difflib.get_close_matches(word.casefold(), [name.casefold() for name in names], n=3, cutoff=0.6)
-        near = [name for name in names if name.casefold() in folded]
     if near:
         return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     if len(names) <= _LISTED:

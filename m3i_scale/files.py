@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders; reading and hashing of files."""
+"""Atomic writes of files and folders; paths to write to; reading and hashing of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from m3i_scale.errors import ConfigError
+from m3i_scale.text import redact_text
+
 _BLOCK_BYTES = 1 << 20
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:/+")
+
+
+def local_path(place: str | Path, where: str | None = None) -> Path:
+    """Return a user's path to write to, with `~` expanded. Raise ConfigError for an address or a shell variable:
+    a local folder of that name would be created. `where` is the setting or option."""
+    text = os.fspath(place)
+    if (scheme := _ADDRESS.match(text)) is not None:
+        address = text if "://" in text else f"{scheme[0]}/{text[scheme.end() :]}"  # Path collapses double slashes
+        raise ConfigError(
+            f"output must go to a local path, got the address '{redact_text(address)}'",
+            where=where,
+            why="a local folder of that name would be written, and lost with the machine",
+            fix="a folder on a disk or on a mounted file system, e.g. /data/runs/first",
+        )
+    if "$" in text:
+        raise ConfigError(
+            f"output must go to a path without variables, got '{redact_text(text)}'",
+            where=where,
+            why="only a shell replaces `$NAME`: a local folder of that name would be written",
+            fix="write the path out, or let the shell replace the variable (double quotes, not single ones)",
+        )
+    return Path(os.path.expanduser(text))
 
 
 def sync(path: Path) -> None:
@@ -191,9 +217,9 @@ def _json(value: Any, indent: int | None) -> str:
     return text.encode(errors="backslashreplace").decode()  # file names may be invalid Unicode
 
 
-def write_json(path: Path, value: Any, *, mode: int | None = None, durable: bool = True) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write a JSON document atomically; see `replacing`."""
-    atomic_write(path, json_text(value), mode=mode, durable=durable)
+    atomic_write(path, json_text(value), durable=durable)
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
@@ -17,12 +16,12 @@ import typer
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError, UserError, did_you_mean
 from m3i_scale.launch.description import OPTION_NAMES, Cluster, read_cluster
 from m3i_scale.options import Command, Parts, RunFile, expanded, field_options
-from m3i_scale.output import print_json, print_line, release_stdout, write_stderr
+from m3i_scale.output import print_json, print_line, release_stdout
 
 if TYPE_CHECKING:  # not imported at runtime, to keep --help fast
     from m3i_scale.config import RunConfig
+    from m3i_scale.launch import LaunchPlan
     from m3i_scale.launch.job import Job
-    from m3i_scale.launch.plan import LaunchPlan
 
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="YAML with any of these fields; options win over it.")
@@ -32,7 +31,6 @@ _ALLOCATED = "leave it out: the machines are those of the allocation, of which -
 LAUNCHERS = ("local", "deepspeed", "slurm", "torchrun", "kubeflow", "elastic")
 READY_FILES = {"mpirun": "launchers/mpirun.sh", "accelerate": "launchers/accelerate.sh, with accelerate.yaml"}
 """Launchers that users start themselves, with a file from a checkout."""
-_ANY_IMAGE = "registry.example.org/m3i-scale:latest"
 
 
 def takes_cluster(fields: Iterable[str]) -> Callable[[Command], Command]:
@@ -97,7 +95,6 @@ def launch(
 
     config, job = read_job(run, overrides or [], cluster)
     if dry_run:
-        job = _with_image(job, launcher)
         plan = render(launcher, job.without_secrets())
         print_json(plan.document()) if as_json else typer.echo(plan.text())
         try:
@@ -116,14 +113,6 @@ def launch(
     raise typer.Exit(_run(plan, render(launcher, job.without_secrets()), job))
 
 
-def _with_image(job: Job, launcher: str) -> Job:
-    """Return the job with a placeholder image, so that a dry run can print a manifest."""
-    if launcher != "kubeflow" or job.cluster.container_image is not None:
-        return job
-    typer.echo(f"no --container-image: {_ANY_IMAGE} stands for it", err=True)
-    return replace(job, cluster=job.cluster.model_copy(update={"container_image": _ANY_IMAGE}))
-
-
 def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
     """Run a plan; print the cause of a failure at the end."""
     from m3i_scale.checkpoint.layout import stopped_words
@@ -132,7 +121,6 @@ def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
     from m3i_scale.launch.environment import without_secret_variables
     from m3i_scale.launch.execute import check_needs, execute, write_files
     from m3i_scale.launch.exit_reason import conclude
-    from m3i_scale.text import printable
 
     environment = without_secret_variables(os.environ, job.variables)
     if not plan.waits:
@@ -156,9 +144,9 @@ def _run(plan: LaunchPlan, redacted: LaunchPlan, job: Job) -> int:
         result = execute(plan, redacted, environment)
         conclusion = conclude(job.output_dir, result, redacted, job.world_size)
     if conclusion is not None:
-        write_stderr(f"{printable(conclusion, lines=True)}\n")
+        print_line(conclusion, stderr=True)
     if result.code == EXIT_PREEMPTED:
-        write_stderr(f"{stopped_words(job.output_dir / 'checkpoints')}\n")
+        print_line(stopped_words(job.output_dir / "checkpoints"), stderr=True)
     return result.code
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from m3i_scale.destination import check_destination
+from m3i_scale.files import local_path
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -37,7 +37,7 @@ Parts = Mapping[str, tuple[Any, Any]]
 
 def writes_to(parameter: typer.CallbackParam, place: Path | None) -> Path | None:
     """Validate an option for an output file or folder; the `callback` of every such option."""
-    return None if place is None else check_destination(place, f"{parameter.opts[0]} {place}")
+    return None if place is None else local_path(place, f"{parameter.opts[0]} {place}")
 
 
 def expanded(command: Command, parameter: str, parts: Parts, build: Callable[..., object]) -> Command:

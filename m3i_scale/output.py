@@ -54,7 +54,12 @@ class PrintableConsole(Console):
 
 def print_line(text: str, *, stderr: bool = False) -> None:
     """Print text for people without styles, like a `PrintableConsole`."""
-    print(printable(text, lines=True), file=sys.stderr if stderr else sys.stdout, flush=True)
+    line = printable(text, lines=True) + "\n"
+    if stderr:
+        write_stderr(line)
+    else:
+        sys.stdout.write(line)
+        sys.stdout.flush()
 
 
 def write_stderr(text: str) -> None:
@@ -84,35 +89,21 @@ def leave_out_accelerator_warning() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
-_OF_LOADING = ("transformers.modeling_utils", "transformers.models.auto.image_processing_auto")
-_MISMATCHES = ("MISSING", "MISMATCH", "CONVERSION")
-
-
 @contextmanager
 def quiet_loading(folder: Path) -> Iterator[None]:
-    """Hide irrelevant `transformers` messages for a folder that we exported: progress bars, the choice of an image
-    processor, and the report about the head that a classifier's backbone does not load. Reports of missing or
-    mismatched tensors remain, as do all messages about other folders."""
+    """Hide warnings and progress bars of `transformers` while it loads a folder that we exported, such as the report
+    about the head that a classifier's backbone does not load. The caller checks missing and mismatched tensors."""
     if not (folder / "export.json").is_file():
         yield
         return
     from transformers.utils import logging as transformers_logging
 
-    def matters(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if "LOAD REPORT" in text:
-            return any(status in text for status in _MISMATCHES)
-        return "backend is not available" not in text
-
-    loggers = [logging.getLogger(name) for name in _OF_LOADING]
-    shown = transformers_logging.is_progress_bar_enabled()
+    verbosity, has_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.addFilter(matters)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(matters)
-        if shown:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
             transformers_logging.enable_progress_bar()

@@ -60,11 +60,12 @@ _METRICS: dict[str, str] = {
 
 
 def upgrade_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a deep copy of the values of a config file, or part of them, with current keys."""
-    upgraded = copy.deepcopy(dict(values))
+    """Return a deep copy of the values of a config file, or part of them, with current keys and no removed one."""
+    upgraded: dict[str, Any] = copy.deepcopy(dict(values))
     for path, name in KEYS.items():
         *parents, last = path.split(".")
         upgraded = _change(upgraded, parents, partial(_rename, old=last, new=name))
+    upgraded = _change(upgraded, ["data"], lambda data: {key: data[key] for key in data if key != "allow_shell"})
     for path, names in _VALUES.items():
         *parents, last = path.split(".")
         upgraded = _change(upgraded, parents, partial(_replace, key=last, names=names))

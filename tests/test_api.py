@@ -92,9 +92,10 @@ def test_validation_data_that_are_not_there(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("load", [m3i_scale.load_run, m3i_scale.load_recipe])
 def test_overrides_that_are_no_list_are_one_error(load) -> None:
-    with pytest.raises(m3i_scale.ConfigError, match=re.escape("got 'optim.steps=10'")) as error:
+    with pytest.raises(m3i_scale.ConfigError) as error:
         load("m3i", "optim.steps=10")
     assert not isinstance(error.value, m3i_scale.FaultsError)
+    assert error.value.where == "load_run"
     assert error.value.fix == '["optim.steps=10"]'
 
 
@@ -106,8 +107,9 @@ def test_several_errors_are_one_public_error() -> None:
 
 @pytest.mark.parametrize("act", [m3i_scale.open_stream, m3i_scale.build_objective])
 def test_a_name_is_no_run(act) -> None:
-    with pytest.raises(m3i_scale.ConfigError, match="got str") as error:
+    with pytest.raises(m3i_scale.ConfigError) as error:
         act("run.yaml")
+    assert error.value.where == act.__name__
     assert "load_run" in error.value.fix
 
 

@@ -14,10 +14,8 @@ from typer.testing import CliRunner
 
 from m3i_scale.cli import app
 from m3i_scale.config import RunConfig, load_run, parse_section
-from m3i_scale.destination import check_destination
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.output_dir import check_output_dir
-from m3i_scale.host.rank_record import recorded
+from m3i_scale.files import local_path
 from m3i_scale.run.check import faults_of
 
 WRITERS = {
@@ -83,21 +81,10 @@ def refusal(words: list[str]) -> ConfigError:
 @pytest.mark.parametrize("command", WRITERS)
 def test_every_command_refuses_the_same_places(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    (shards / "a-000000.tar").touch()
-    option, before = command.rsplit(maxsplit=1)[-1], sorted(tmp_path.rglob("*"))
-    for place in (
-        "s3://bucket/x",
-        "nas:/x",
-        "$HOME/x",
-        "${RUNS}/x",
-        "~no-such-user/x",
-        "shards",
-        "shards/a-000000.tar",
-    ):
+    option = command.rsplit(maxsplit=1)[-1]
+    for place in ("s3://bucket/x", "nas:/x", "$HOME/x", "${RUNS}/x"):
         assert f"{option} " in str(refusal([*command.split(), place]).where)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_home_of_the_user_is_meant_by_a_tilde_in_options_too(tmp_path: Path, monkeypatch) -> None:
@@ -130,36 +117,21 @@ def test_what_a_finished_run_has_written_is_still_read() -> None:
     assert run.output_dir == Path("s3:/bucket/run")
 
 
-def test_a_run_does_not_write_among_shards_or_into_a_file(tmp_path: Path) -> None:
-    (tmp_path / "images-000000.tar").touch()
+def test_a_run_does_not_write_into_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     def places(output_dir: Path) -> list[str]:
         return [str(fault.where) for fault in faults_of("m3i", [f"output_dir={output_dir}"])]
 
-    for wrong in (tmp_path, tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+    for wrong in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
         assert places(wrong) == ["data.datasets", f"output_dir: {wrong}"]
     assert places(tmp_path / "run") == ["data.datasets"]
-    (tmp_path / "checkpoints").mkdir()  # a run that has begun keeps its folder, whatever its user has put there
-    assert places(tmp_path) == ["data.datasets"]
 
 
 def test_an_ordinary_place_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in ("run", "a/b", "a/~", "data:1/x", str(tmp_path / "new.tar"), "/dev/stdout"):
-        assert check_destination(place) == Path(place)
-
-
-def test_no_launcher_and_no_rank_writes_among_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "images-000000.tar").touch()
-    words = ["launch", "mae", "--with", "local", "data.datasets.main.path=/data/shards", f"output_dir={tmp_path}"]
-    assert str(tmp_path) in str(refusal(words).where)
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError), recorded(tmp_path):
-        check_output_dir(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["images-000000.tar"]
+        assert local_path(place) == Path(place)
 
 
 def test_the_default_folder_is_not_looked_into_if_another_one_is_meant(

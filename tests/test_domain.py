@@ -122,7 +122,7 @@ def test_sets_are_made_once_and_the_same(sets, tmp_path):
 def test_an_emoji_set_without_the_domain_is_refused(tmp_path):
     from _domain import open_sets
 
-    with pytest.raises(DataError, match="no picture") as caught:
+    with pytest.raises(DataError) as caught:
         open_sets(emoji(tmp_path / "emoji", ("objects", "flags")), tmp_path / "sets")
     assert "domain" in caught.value.where
 

@@ -15,16 +15,14 @@ from m3i_scale.tasks.detection import export_detector
 PACKAGE = Path(__file__).resolve().parent.parent / "m3i_scale"
 
 LEVELS = {
-    "cores": 0,
     "defaults": 0,
     "errors": 0,
-    "files": 0,
     "rank_variables": 0,
     "text": 0,
     "upgrade": 0,
-    "destination": 1,
-    "output": 1,
+    "files": 1,
     "options": 2,
+    "output": 2,
     "config": 2,
     "host": 3,
     "data": 3,

@@ -62,7 +62,7 @@ def test_links_need_root(monkeypatch):
     from m3i_scale.errors import UserError
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(UserError, match="need Linux and root"):
+    with pytest.raises(UserError):
         _links.check_links()
 
 

@@ -24,7 +24,6 @@ from m3i_scale.config.files import (
     resource_folder,
     run_values,
 )
-from m3i_scale.config.limits import MAX_CAPTION_TOKENS
 from m3i_scale.config.optim import OptimConfig, Stage
 from m3i_scale.config.run_control import (
     CheckpointConfig,
@@ -37,7 +36,16 @@ from m3i_scale.config.run_control import (
     SpikeConfig,
     TimeoutsConfig,
 )
-from m3i_scale.config.sections import FixableError, InHome, ModelFields, Section, SectionT, WrittenPath, is_stored
+from m3i_scale.config.sections import (
+    MAX_CAPTION_TOKENS,
+    FixableError,
+    InHome,
+    ModelFields,
+    Section,
+    SectionT,
+    WrittenPath,
+    is_stored,
+)
 from m3i_scale.tasks.base import Protocol, Task
 from m3i_scale.upgrade import upgrade_config
 
@@ -175,7 +183,7 @@ class RunConfig(Section):
             return {**values, "recipe": {}}
         if values.get("recipe") not in (None, {}, recipe):
             raise FixableError(
-                "a run has a recipe or a task: `recipe` has no effect beside `task`",
+                "a run has either a recipe or a task: `recipe` has no effect together with `task`",
                 "leave one of them out; a run file of a task extends none that has a recipe",
             )
         return {**values, "recipe": recipe}
@@ -266,7 +274,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _stalls_are_told(self) -> Self:
+    def _timeouts_exceed_that_of_data(self) -> Self:
         for name, limit_s in self.timeouts:
             if name != "rendezvous_s" and limit_s <= self.data.timeout_s:  # no data is read during the rendezvous
                 limits = f"timeouts.{name} ({limit_s:g}) must be longer than data.timeout_s ({self.data.timeout_s:g})"

@@ -11,8 +11,18 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from typing_extensions import Self
 
 from m3i_scale import defaults
-from m3i_scale.config.limits import MAX_ASPECT, MAX_STREAMS, MAX_WAIT_S, MAX_WORKERS
-from m3i_scale.config.sections import FixableError, InHome, Section, WrittenPath, is_stored, plain_values
+from m3i_scale.config.sections import (
+    MAX_ASPECT,
+    MAX_STREAMS,
+    MAX_WAIT_S,
+    MAX_WORKERS,
+    FixableError,
+    InHome,
+    Section,
+    WrittenPath,
+    is_stored,
+    plain_values,
+)
 
 _RAND_AUGMENT = r"^rand(-(m|n|mmax)[0-9]{1,2}|-(mstd|p)[0-9]{1,3}(\.[0-9]+)?|-inc[01])+$"
 _CROPS = ("crop_scale", "crop_ratio")
@@ -120,7 +130,7 @@ class DistortionConfig(Section):
         if self.scale_jitter is not None and idle:
             usual = " ".join(f"data.augment.{name}={[*fields[name].default]}".replace(" ", "") for name in idle)
             raise FixableError(
-                f"{' and '.join(idle)} has no effect beside scale_jitter, which says how large a crop is",
+                f"{' and '.join(idle)} has no effect together with scale_jitter, which sets the size of crops",
                 usual if isinstance(self, AugmentConfig) else "leave one of them out",
             )
         return self
@@ -252,18 +262,6 @@ class DataConfig(Section):
     changed_datasets: list[str] = Field(default_factory=list)
     """Names of the datasets that a resumed run adds, removes or changes (docs/data.md). Any other change is an error on
     resume."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_allow_shell(cls, values: Any, info: ValidationInfo) -> Any:
-        """Accept the config files of earlier versions, which contain the default `allow_shell: false`."""
-        if not isinstance(values, dict) or "allow_shell" not in values:
-            return values
-        if values["allow_shell"] is not False and not is_stored(info):
-            given = values["allow_shell"]
-            what = f"`allow_shell` must be left out, got {given!r}: shards at `pipe:` addresses were removed"
-            raise FixableError(what, _INSTEAD_OF_PIPES)
-        return {key: value for key, value in values.items() if key != "allow_shell"}
 
     @model_validator(mode="before")
     @classmethod

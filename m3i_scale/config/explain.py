@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -22,45 +21,26 @@ WhereOf = Callable[[KeyPath], str]
 _BRANCHES = ("float", "int", "str", "constrained-float")
 """Path components that pydantic adds for the members of a union, as if they were keys."""
 
-_SYNONYMS = {
-    "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs": "epochs",
-    "optim.steps (samples × epochs / optim.batch_size)": "num_epochs",
-    "optim.steps": "max_steps total_steps iterations",
-    "optim.lr": "learning_rate base_lr max_lr",
-    "optim.layer_decay (of a task: task.layer_decay)": "layerwise_decay",
-    "optim.min_lr": "end_lr final_lr",
-    "optim.batch_size (over all ranks)": "batch bs",
-    "optim.batch_size": "global_batch_size train_batch_size",
-    "optim.micro_batch_size": "micro_batch per_device_batch_size per_device_train_batch_size batch_size_per_gpu",
-    "optim.batch_size: it is micro_batch_size × accumulation × ranks": "gradient_accumulation_steps accumulation",
-    "optim.warmup_steps": "warmup warmup_epochs warmup_ratio",
-    "optim.weight_decay": "wd",
-    "optim.betas": "beta1 beta2",
-    "optim.eps": "adam_epsilon",
-    "optim.clip_grad_norm": "clip_grad grad_clip max_grad_norm",
-    "backbone.preset": "model arch architecture",
-    "backbone.from_pretrained": "pretrained",
-    "backbone.config.image_size": "img_size image_size input_size resolution",
-    "backbone.activation_checkpointing": "gradient_checkpointing",
-    "data.augment.rand_augment": "aa auto_augment",
-    "data.augment.erasing": "reprob re_prob",
-    "data.augment.scale_jitter": "ratio_range",
-    "data.datasets.NAME.path": "dataset shards data_path train_data",
-    "data.validation.NAME.path": "val_data",
-    "text.max_tokens": "max_length",
-    "output_dir": "output out save_dir work_dir",
-    "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16": "zero_stage precision dtype bf16",
-    "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_fp16": "fp16",
-    "checkpoint.every_steps": "save_steps save_every",
-    "checkpoint.keep_latest": "save_total_limit",
-    "checkpoint.resume": "resume_from",
-    "log.every_steps": "logging_steps log_every",
-    "evaluation.every_steps": "eval_steps eval_every",
-    "recipe.ema.start": "ema_decay",
+HINTS = {
+    "epochs": "optim.steps (samples × epochs / optim.batch_size); of one dataset: data.datasets.NAME.epochs",
+    "max_steps": "optim.steps",
+    "learning_rate": "optim.lr",
+    "per_device_train_batch_size": "optim.micro_batch_size",
+    "gradient_accumulation_steps": "optim.batch_size: it is micro_batch_size × accumulation × ranks",
+    "warmup_epochs": "optim.warmup_steps",
+    "clip_grad": "optim.clip_grad_norm",
+    "model": "backbone.preset",
+    "pretrained": "backbone.from_pretrained",
+    "img_size": "backbone.config.image_size",
+    "image_size": "backbone.config.image_size",
+    "gradient_checkpointing": "backbone.activation_checkpointing",
+    "dataset": "data.datasets.NAME.path",
+    "precision": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
+    "bf16": "deepspeed, the name or path of a DeepSpeed JSON, e.g. zero3_bf16",
+    "resume_from": "checkpoint.resume",
+    "ema_decay": "recipe.ema.start",
 }
-"""Names in other code bases by our key, with a note for the reader."""
-HINTS = {name: key for key, names in _SYNONYMS.items() for name in names.split()}
-"""Config keys of other code bases and of the previous format, mapped to the current keys."""
+"""Current key by name: common names in other code bases that are not similar to it, and old names here."""
 HINTS |= {
     path.rpartition(".")[2]: f"{path.rpartition('.')[0]}.{name}".lstrip(".")
     for path, name in KEYS.items()
@@ -93,10 +73,7 @@ def validation_error(
     """Convert a ValidationError of `values` into a ConfigError, with one error per key. `where_of` returns where a key
     was written. `below` is the key of the section in the config file."""
     error_of: dict[str, ConfigError] = {}
-    details = error.errors()
-    for detail in details:
-        if detail["type"] == "missing" and _is_misspelt(detail["loc"], details):
-            continue
+    for detail in error.errors():
         key = ".".join(map(str, _without_branches(detail["loc"])))
         error_of.setdefault(key, _explain(_Sections(kind, values), detail, where_of(detail["loc"]), below))
     # Of the members of a union, the one that was parsed furthest has the most useful error.
@@ -111,16 +88,6 @@ def reason_of(error: OSError | ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"'{place}': {first['msg']}" if place else first["msg"]
-
-
-def _is_misspelt(missing: KeyPath, details: Sequence[Any]) -> bool:
-    """Return whether a missing key is present under a misspelled name, which is reported instead."""
-    unknown = [
-        str(detail["loc"][-1])
-        for detail in details
-        if detail["type"] == "extra_forbidden" and detail["loc"][:-1] == missing[:-1]
-    ]
-    return bool(get_close_matches(str(missing[-1]), unknown, n=1, cutoff=0.6))
 
 
 def origin(place: KeyPath, overrides: Sequence[str], path: Path) -> str:
@@ -184,12 +151,10 @@ def _explain(sections: _Sections, detail: Any, where: str, below: str) -> Config
         required = [name for name, field in section.model_fields.items() if field.is_required()]
         keys = " or ".join(f"{key}.{name}=…" for name in required or section.model_fields)
         return ConfigError(f"'{key}' is a section, and got {redact_text(repr(detail['input']))}", where=where, fix=keys)
-    default = _default_of(sections.field_at(detail["loc"]))
-    fix = None if default is None else f"e.g. the default, {key}={default}"
     if detail["type"] == "value_error":  # one of our rules: its message is complete
         rule = detail["ctx"]["error"]
-        return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", fix))
-    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where, fix=fix)
+        return ConfigError(f"'{key}': {rule}" if key else str(rule), where=where, fix=getattr(rule, "fix", None))
+    return ConfigError(f"'{key}': {detail['msg']} (got {redact_text(repr(detail['input']))})", where=where)
 
 
 def _nearest(sections: _Sections, path: KeyPath) -> str:
@@ -223,9 +188,3 @@ def _choices_of(field: FieldInfo | None) -> str | None:
     if isinstance(annotation, type) and issubclass(annotation, Kind):
         values = annotation.choices()
     return f"one of {', '.join(map(str, values))}" if values else None
-
-
-def _default_of(field: FieldInfo | None) -> str | None:
-    """Return the default of a scalar field in command-line syntax, or None if there is none."""
-    default = field.get_default() if field is not None else None
-    return f"{default:g}" if isinstance(default, float) else str(default) if isinstance(default, int | str) else None

@@ -1,12 +1,11 @@
 """Config files as written: locate them, parse their YAML, resolve `extends` and apply `key=value` overrides.
 
-The YAML parser is for untrusted files: YAML 1.2 numbers, no duplicate keys, and a limit on alias expansion.
+The YAML parser reads the numbers of YAML 1.2 and rejects duplicate keys.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +18,12 @@ from m3i_scale.upgrade import upgrade_config
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """Exceptions for invalid YAML: undecodable bytes, syntax errors, invalid dates (2024-13-01), or excessive nesting."""
-MOST_VALUES = 100_000
-"""Maximum number of values of a document after alias expansion. The largest built-in recipe has a few hundred."""
-_LETTERS = 64
-"""Characters of a long string that count as one additional value."""
 
 
 def resource_folder(name: Literal["recipes", "protocols", "ds_configs"]) -> Path:
     """Return the folder of built-in files: next to the package in a checkout, inside it in an installed wheel."""
-    beside = _PACKAGE.parent / name
-    return beside if beside.is_dir() else _PACKAGE / f"_{name}"
+    checkout = _PACKAGE.parent / name
+    return checkout if checkout.is_dir() else _PACKAGE / f"_{name}"
 
 
 def known_runs() -> dict[str, Path]:
@@ -90,10 +85,9 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
-    beside = path.parent / str(base)
-    base_path = beside if beside.is_file() else find_run_file(str(base))
-    below = _read_with_base(base_path, (*seen, path))
-    return _merge(below, values)
+    sibling = path.parent / str(base)
+    base_path = sibling if sibling.is_file() else find_run_file(str(base))
+    return _merge(_read_with_base(base_path, (*seen, path)), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -204,72 +198,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse a YAML document. Raise YAMLError if invalid, ConfigError for duplicate keys or too many alias values."""
+    """Parse a YAML document. Raise YAMLError if it is invalid, ConfigError if a key occurs twice."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _check_aliases(node, where)
-        repeated = dict(_repeated_keys(node, "", set()))
-        if repeated:
-            raise ConfigError(
-                f"{' and '.join(repr(key) for key in repeated)} {'stands' if len(repeated) == 1 else 'stand'} twice",
-                where="; ".join(f"{where}, lines {first} and {second}" for first, second in repeated.values()),
-                why="of two values one would be dropped without a word",
-                fix="leave one of them",
-            )
+        _check_keys(node, where, set())
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _check_aliases(root: yaml.Node, where: str) -> None:
-    """Reject documents whose aliases would expand to fill the memory ("billion laughs"), or contain themselves."""
-    sizes: dict[int, int] = {}
-    written = 0
-
-    def size_of(node: yaml.Node) -> int:
-        nonlocal written
-        size = sizes.get(id(node))
-        if size == 0:
-            raise yaml.MarkedYAMLError(problem="an anchor holds itself", problem_mark=node.start_mark)
-        if size is None:
-            sizes[id(node)] = 0
-            own = 1 if isinstance(node, yaml.CollectionNode) else 1 + len(node.value) // _LETTERS
-            written += own
-            size = sizes[id(node)] = own + sum(map(size_of, _parts_of(node)))
-        return size
-
-    total = size_of(root)
-    if total > MOST_VALUES and total > written:
-        raise ConfigError(
-            f"the aliases of the YAML must stand for at most {MOST_VALUES:,} values, got more",
-            where=where,
-            why="a few lines would fill the memory",
-            fix="write the values out",
-        )
-
-
-def _parts_of(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [part for entry in node.value for part in entry]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
-def _repeated_keys(node: yaml.Node, above: str, seen: set[int]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield dotted keys that occur twice in their mapping, with both line numbers counted from 1."""
-    if id(node) in seen:
+def _check_keys(node: yaml.Node, where: str, seen: set[int], above: str = "") -> None:
+    """Raise ConfigError for a key that occurs twice in its mapping. `above` is the dotted prefix of the keys."""
+    if id(node) in seen:  # an alias
         return
     seen.add(id(node))
-    lines: dict[tuple[str, str], int] = {}
-    for position, entry in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
-        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
-        name = str(position) if key is None else str(key.value)
-        dotted = f"{above}.{name}" if above else name
-        if isinstance(key, yaml.ScalarNode):
-            same, line = (key.tag, key.value), key.start_mark.line + 1
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _check_keys(item, where, seen, f"{above}{number}.")
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            same, line = (key.tag, str(key.value)), key.start_mark.line + 1
             if same in lines:
-                yield dotted, (lines[same], line)
+                raise ConfigError(
+                    f"'{above}{key.value}' is set twice",
+                    where=f"{where}, lines {lines[same]} and {line}",
+                    why="only the last value would be used",
+                    fix="leave one of them",
+                )
             lines[same] = line
-        yield from _repeated_keys(value, dotted, seen)
+            _check_keys(value, where, seen, f"{above}{key.value}.")

@@ -10,8 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.config.limits import MAX_BATCH, MAX_SIDE
-from m3i_scale.config.sections import FixableError, Section, is_stored
+from m3i_scale.config.sections import MAX_BATCH, MAX_SIDE, FixableError, Section, is_stored
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from m3i_scale.config.limits import MAX_WAIT_S
-from m3i_scale.config.sections import FixableError, InHome, Section
+from m3i_scale.config.sections import MAX_WAIT_S, InHome, Section
 from m3i_scale.text import GIB
 
 
@@ -71,14 +70,6 @@ class LogConfig(Section):
     picture_samples: int = Field(default=8, ge=4, le=8)
     """Number of samples in the pictures."""
 
-    @model_validator(mode="after")
-    def _pictures_are_made(self) -> Self:
-        if not self.pictures_every_steps and self.picture_samples != LogConfig.model_fields["picture_samples"].default:
-            raise FixableError(
-                "picture_samples has no effect: no pictures are made", "log.pictures_every_steps=1000, or leave it out"
-            )
-        return self
-
 
 class HardwareConfig(Section):
     """Hardware properties and numerical determinism."""
@@ -124,17 +115,8 @@ class SpikeConfig(Section):
     """Minimum number of losses in the window before spikes are detected."""
     patience: int = Field(default=3, ge=1)
     """Consecutive steps above the threshold that count as a spike. Fewer are treated as a bad batch."""
-    max_rewinds: int = 3
+    max_rewinds: int = Field(default=3, ge=1)
     """Maximum number of rollbacks, including across restarts. The next spike ends the run."""
-
-    @field_validator("max_rewinds")
-    @classmethod
-    def _goes_back(cls, most: int) -> int:
-        if most < 1:
-            raise ValueError(
-                f"{most} rewinds: the guard would have no effect; take 1 or more, or leave out guard.spike"
-            )
-        return most
 
     @model_validator(mode="after")
     def _history_fits(self) -> Self:
@@ -155,12 +137,3 @@ class GuardConfig(Section):
     recover, and further steps only use up data."""
     spike: SpikeConfig | None = None
     """Roll back to a checkpoint on a loss spike and skip the data since then. Default: off."""
-
-    @model_validator(mode="after")
-    def _count_is_read(self) -> Self:
-        if (
-            self.nonfinite == "stop"
-            and self.max_skipped_in_a_row != type(self).model_fields["max_skipped_in_a_row"].default
-        ):
-            raise ValueError("max_skipped_in_a_row has no effect with nonfinite: stop")
-        return self

@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from m3i_scale.config.data import CropRatio, CropScale, DistortionConfig, JitterStrengths, Probability
-from m3i_scale.config.limits import MAX_SIDE, MAX_VIEWS
-from m3i_scale.config.sections import Section
+from m3i_scale.config.sections import MAX_SIDE, MAX_VIEWS, Section
 
 
 class ViewSpec(Section):

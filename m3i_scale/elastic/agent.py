@@ -170,8 +170,6 @@ class Agent:
             self._send_hello(message)
         elif kind == "port":
             self._send_port(message["port"], message["interface"])
-        elif kind == "clock":
-            self.writer.send("clock", time=time.time())
         elif kind == "start":
             self._start(message)
         elif kind == "signal":

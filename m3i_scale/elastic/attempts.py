@@ -210,14 +210,8 @@ class Watch:
     ) -> None:
         self.back: tuple[str, ...] = ()
         """Names of recovered hosts that make a larger world; once there are any, the watch ends."""
-        self._run, self._world, self._out, self._site, self._every_s, self._log = (
-            run,
-            world,
-            list(out),
-            site,
-            every_s,
-            log,
-        )
+        self._run, self._world, self._out = run, world, list(out)
+        self._site, self._every_s, self._log = site, every_s, log
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True, name="watch")
 

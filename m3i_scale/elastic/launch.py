@@ -13,21 +13,19 @@ from m3i_scale.elastic.rendezvous import Policy, Work
 from m3i_scale.errors import ConfigError, UserError
 from m3i_scale.files import json_text, read_json
 from m3i_scale.host.output_dir import launch_lock
+from m3i_scale.launch import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import SRUN, SSH
 from m3i_scale.objective.recipe import parse_recipe
-from m3i_scale.output import print_line, write_stderr
-from m3i_scale.text import printable
+from m3i_scale.output import print_line
 from m3i_scale.upgrade import upgrade_config
 
 FILE = "elastic.json"
 HONOURS = OVER_HOSTS | {
     "max_restarts",
     "min_nodes",
-    "min_compared",
     "restart_pause_s",
     "probe_s",
     "silence_s",
@@ -60,7 +58,6 @@ def render(job: Job) -> LaunchPlan:
         "silence_s": cluster.silence_s,
         "max_restarts": cluster.max_restarts,
         "min_hosts": cluster.min_nodes,
-        "min_compared": cluster.min_compared,
         "pause_s": cluster.restart_pause_s,
         "probe_s": cluster.probe_s,
         "command": list(job.rank_argv),
@@ -104,8 +101,8 @@ def read_launch(path: Path) -> Launch:
         content["interface"],
         content["master_port"],
     )
-    policy = Policy(*(content[key] for key in ("max_restarts", "min_hosts", "pause_s", "probe_s", "min_compared")))
-    return Launch(work, policy, lambda text: write_stderr(f"{printable(text, lines=True)}\n"))
+    policy = Policy(*(content[key] for key in ("max_restarts", "min_hosts", "pause_s", "probe_s")))
+    return Launch(work, policy, lambda text: print_line(text, stderr=True))
 
 
 def main() -> None:

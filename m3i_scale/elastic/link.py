@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import secrets
 import shlex
 import subprocess
@@ -42,7 +41,6 @@ _SRUN = (
     f"--export={','.join(SLURM_EXPORTS)}",
 )
 _MAX_CHARACTERS = 300
-_NO_MODULE = re.compile(r"No module named '?(\w+)")
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,6 @@ class RemoteShell:
     """Connection to a host: ssh, or srun within a Slurm allocation."""
     ssh_to_all: bool = False
     """Use ssh for this machine, too, instead of a child process."""
-    grace_s: float = 10.0
-    """Time for other ranks to end by themselves once one has ended."""
 
 
 def local_environment() -> dict[str, str]:
@@ -94,9 +90,9 @@ def _agent_line(site: RemoteShell) -> str:
     return f"cd {shlex.quote(site.workdir)} && {path}{start}"
 
 
-ErrorKind = Literal["connect", "start", "package", "agent"]
-"""The connection by ssh or srun failed; the interpreter, folder or this package is missing; another package is
-missing; the agent failed, or reports that it cannot serve."""
+ErrorKind = Literal["connect", "start", "agent"]
+"""The connection by ssh or srun failed; the interpreter, the folder or a package is missing; the agent failed, or
+reports that it cannot serve."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +111,11 @@ def explain_end(code: int | None, stderr_lines: Sequence[str], site: RemoteShell
     and its last lines of standard error."""
     text = [line.strip() for line in stderr_lines if line.strip()]
     last = text[-1][-_MAX_CHARACTERS:] if text else ""
-    missing = next((match for line in reversed(text[-3:]) if (match := _NO_MODULE.search(line))), None)
+    missing = next((line for line in reversed(text[-3:]) if "No module named" in line), None)
     if code in (126, 127):
         return HostError(f"the interpreter {site.python} cannot be started there: {last}", "start")
     if missing is not None:
-        what = f"{site.python} there lacks a package: {missing.string[-_MAX_CHARACTERS:]}"
-        return HostError(what, "start" if missing[1] == "m3i_scale" else "package")
+        return HostError(f"{site.python} there lacks a package: {missing[-_MAX_CHARACTERS:]}", "start")
     if any(line.startswith("bash:") and "cd:" in line for line in text):
         return HostError(f"the working directory cannot be entered: {last}", "start")
     if code == 255 or last.startswith("srun: error"):
@@ -274,9 +269,7 @@ def _code_error(hello: Message, local: Mapping[str, Any]) -> str | None:
     """Return how the code of a host differs from the code here; None if it is the same."""
     if hello["version"] != __version__:
         return f"m3i_scale is {hello['version']} there and {__version__} here"
-    there = hello.get("code")
-    if there is None:  # from before agents sent it
-        return f"the code there is older than here (commit {local['commit'] or 'unknown'})"
+    there = hello["code"]
     if there["sha256"] != local["sha256"]:  # the package version does not change with every commit
         commits = f"commit {there['commit'] or 'unknown'} there and {local['commit'] or 'unknown'} here"
         return f"the code in {there['path']} is another one than here ({commits}): {other_files(there, local)}"

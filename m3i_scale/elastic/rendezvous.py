@@ -35,8 +35,6 @@ class Policy:
     """Before the first restart; doubled for each further one, up to 300 s."""
     probe_s: float = 30.0
     """Interval for probing lost hosts."""
-    min_compared: int | None = None
-    """Minimum global contrastive batch to continue with; None: any, and a smaller one is logged."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,9 @@ class Rendezvous:
             reasons |= dict.fromkeys(spare, SPARE)
             if reasons:
                 self.log(f"without {_format_reasons(reasons)}")
-            world = self._keep_compared(world)
+            world, smaller = self.compared.keep(world)
+            if smaller is not None:
+                self.log(smaller)
         except UserError:
             for link in links:
                 link.close()
@@ -159,20 +159,6 @@ class Rendezvous:
             few = f"no number of the others from {self._fewest} (min_nodes) to {len(others)} fits the run"
             few = few if len(others) >= self._fewest else f"the run is to have {self._fewest} hosts (min_nodes)"
             self.log(f"host {', '.join(failing)}: {FAILS}; it stays, because {few}")
-        return world
-
-    def _keep_compared(self, world: World) -> World:
-        world, fewer = self.compared.keep(world)
-        least = self.policy.min_compared
-        if least is not None and world.compared < least:
-            raise CannotStartError(
-                fewer or f"the global contrastive batch is {world.compared}",
-                where=f"min_compared: {least}, {world.ranks} ranks on {', '.join(world.names)}",
-                why="their values would be others",
-                fix="fix the hosts that are out, or lower min_compared",
-            )
-        if fewer is not None:
-            self.log(fewer)
         return world
 
     def _await_port(self, head: Link, links: Sequence[Link]) -> Message | None:

@@ -23,7 +23,8 @@ Request = Literal["none", "stop", "stop once begun", "end"]
 """`stop` makes the ranks of an attempt save and exit, or ends them if training has not begun. `stop once begun` waits
 until training has begun, so that the start is not wasted. `end` ends them."""
 _TICK_S = 0.2
-_LOST_GRACE_S = 2.0
+_GRACE_S, _LOST_GRACE_S = 10.0, 2.0
+"""Time for the other ranks to end by themselves once a rank has failed, or a host is lost."""
 _BYE_S = 20.0
 _LEAVE_S = 300.0
 """Limit between the first rank that ends normally and the last."""
@@ -45,9 +46,9 @@ class AttemptResult:
 
 
 class Logs:
-    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log. Lines of `screen_rank` are also written to standard error."""
+    """Log files OUTPUT/logs/<attempt>/<host>-rank<k>.log. Lines of rank 0 are also written to standard error."""
 
-    def __init__(self, output_dir: Path, screen_rank: int = 0) -> None:
+    def __init__(self, output_dir: Path) -> None:
         root = output_dir / "logs"
         root.mkdir(parents=True, exist_ok=True)
         taken = [int(path.name) for path in root.iterdir() if path.name.isdigit()]
@@ -55,12 +56,11 @@ class Logs:
         self.folder.mkdir()
         self.error: str | None = None
         """The reason for lost lines, if there are any."""
-        self._screen_rank = screen_rank
         self._files: dict[int, IO[str]] = {}
 
     def add(self, host: str, rank: int, text: str) -> None:
         """Append lines, or parts of them, of a rank."""
-        if rank == self._screen_rank:
+        if rank == 0:
             write_stderr(text)
         try:
             if rank not in self._files:
@@ -184,7 +184,7 @@ class Attempt:
             self._progress.count(message["beat"])
         if message["failure"] is not None:
             failure = Failure(**message["failure"])
-            self._fail(replace(failure, time=failure.time + self._progress.ahead_s(name)), self._site.grace_s)
+            self._fail(replace(failure, time=failure.time + self._progress.ahead_s(name)), _GRACE_S)
         elif self._deadline is None:
             self._deadline = time.monotonic() + _LEAVE_S
 

@@ -116,25 +116,6 @@ class ComparedSamples:
         return self._raised and out_of_memory
 
 
-def check_least(run: RunConfig, least: int | None, hosts: Sequence[Host], fewest: int) -> None:
-    """Raise ConfigError if `min_compared` has no effect, or exceeds the value with all hosts."""
-    if least is None:
-        return
-    usual = ComparedSamples(run, hosts, fewest).usual
-    if usual is None and not parse_recipe(run.recipe).compares_samples:
-        raise ConfigError(
-            "min_compared has no effect: no loss of this recipe compares samples",
-            where=f"min_compared: {least}",
-            fix="leave it out",
-        )
-    if usual is not None and usual < least:
-        raise ConfigError(
-            f"the global contrastive batch is {usual} on all hosts",
-            where=f"min_compared: {least}",
-            fix="lower it, or raise optim.micro_batch_size (that × ranks are compared)",
-        )
-
-
 def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
     """Validate data and ranks against each other, without reading data. `elastic` chooses the hosts and micro-batch."""
     check_output_dir(job.output_dir)
@@ -142,8 +123,6 @@ def check_fit(run: RunConfig, job: Job, launcher: str) -> None:
     for name, source in run.data.datasets.items():
         to_address(source.path, f"data.datasets.{name}.path")
     if launcher == "elastic":
-        hosts = job.hosts or (Host("localhost", job.ranks_per_node),)
-        check_least(run, job.cluster.min_compared, hosts, job.cluster.min_nodes or len(hosts))
         return
     size = run.optim.micro_batch_size
     errors = Faults()

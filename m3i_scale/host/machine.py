@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from m3i_scale.cores import CGROUP, container_limit, default_threads, threads_of, usable_cores
 from m3i_scale.files import folder_bytes
 from m3i_scale.host.findings import Finding, finding
+from m3i_scale.rank_variables import CGROUP, container_limit, default_threads, threads_of, usable_cores
 from m3i_scale.text import size_text
 
 SHM = Path("/dev/shm")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from m3i_scale.destination import check_destination
 from m3i_scale.errors import CheckpointError, ConfigError
 from m3i_scale.files import has_ended, read_json, write_json
 
@@ -135,11 +134,9 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_output_dir(output_dir: Path) -> Path:
-    """Return the output directory of a run; raise ConfigError if it is a file, or has shards but no run."""
+    """Return the output directory of a run; raise ConfigError if it is a file, or below one."""
     place = f"output_dir: {output_dir}"
     try:
-        if not is_run_folder(output_dir):
-            check_destination(output_dir, place)
         above = next((path for path in (output_dir, *output_dir.parents) if path.exists()), output_dir)
     except OSError as error:
         raise ConfigError(

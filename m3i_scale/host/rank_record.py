@@ -17,12 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.destination import check_destination
 from m3i_scale.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, MissingRanksError, UserError
 from m3i_scale.files import json_line, read_json, read_json_lines, write_json
 from m3i_scale.host.failures import COLLECTIVES, Failure, Kind
 from m3i_scale.host.heartbeat import RECORDS, Heartbeat, heartbeat_file
-from m3i_scale.host.output_dir import RANK_RECORDS, is_run_folder
+from m3i_scale.host.output_dir import RANK_RECORDS
 from m3i_scale.output import print_line
 from m3i_scale.rank_variables import adopt_rank_variables
 
@@ -43,7 +42,9 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
     rank = int(os.environ.get("RANK", "0"))
     agent_folder = os.environ.get(RECORDS)
     heartbeat = Heartbeat(heartbeat_file(Path(agent_folder), rank) if agent_folder else None)
-    folder = Path(agent_folder) if agent_folder else _folder(output_dir)
+    folder = Path(agent_folder) if agent_folder else None
+    if folder is None and "WORLD_SIZE" in os.environ:
+        folder = output_dir / RANK_RECORDS
     if folder is not None:
         with contextlib.suppress(OSError):  # errors of the folder are reported when the run opens it
             _begin(folder, rank)
@@ -67,18 +68,6 @@ def recorded(output_dir: Path) -> Iterator[Heartbeat]:
 
 def _is_normal_end(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and error.code in (None, 0, EXIT_PREEMPTED)
-
-
-def _folder(output_dir: Path) -> Path | None:
-    """Return OUTPUT/failure; None if a launcher does not read it, or the folder cannot be used."""
-    if "WORLD_SIZE" not in os.environ:
-        return None
-    try:
-        if not is_run_folder(output_dir):
-            check_destination(output_dir)
-    except (UserError, OSError):  # reported with all other errors of the run
-        return None
-    return output_dir / RANK_RECORDS
 
 
 def _failure(error: BaseException, rank: int, heartbeat: Heartbeat) -> Failure:

@@ -15,12 +15,11 @@ import shlex
 from collections.abc import Sequence
 
 from m3i_scale.errors import ConfigError
-from m3i_scale.launch import shell
+from m3i_scale.launch import PRIVATE, Command, Executable, LaunchFile, LaunchPlan, shell
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import Host
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import PRIVATE, Command, Executable, LaunchFile, LaunchPlan
 
 HONOURS = OVER_HOSTS
 HOSTFILE = "hostfile"

@@ -115,9 +115,6 @@ class Cluster(Section):
     """elastic: maximum number of restarts after failures. Default: 0."""
     min_nodes: int | None = Field(default=None, ge=1)
     """elastic: minimum number of nodes to continue with while others are lost. Default: all."""
-    min_compared: int | None = Field(default=None, ge=2)
-    """elastic: minimum global contrastive batch (micro-batch × ranks) to continue with. Default: any; a smaller one is
-    logged."""
     restart_pause_s: float = Field(default=5.0, ge=0, le=3600)
     """elastic: seconds to wait before the first restart, doubled for each further one, at most 300 s. Default: 5."""
     probe_s: float = Field(default=30.0, gt=0, le=3600)

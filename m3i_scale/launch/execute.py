@@ -20,7 +20,7 @@ import psutil
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write
 from m3i_scale.host.processes import SIGNALS, TIED, noted_signals
-from m3i_scale.launch.plan import Command, LaunchPlan
+from m3i_scale.launch import Command, LaunchPlan
 
 _GRACE_S = 60.0
 """Commands that still run this long after another one failed wait for missing ranks, and are ended."""

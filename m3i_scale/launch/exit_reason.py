@@ -16,8 +16,8 @@ from m3i_scale.host.failures import Failure, explain_exit_code, failure_text, ro
 from m3i_scale.host.output_dir import FAILURE
 from m3i_scale.host.processes import SIGNALS
 from m3i_scale.host.rank_record import read_records
+from m3i_scale.launch import LaunchPlan
 from m3i_scale.launch.execute import LaunchResult
-from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.output import print_line
 from m3i_scale.text import listed
 
@@ -41,14 +41,10 @@ def conclude(output_dir: Path, result: LaunchResult, plan: LaunchPlan, world_siz
         records = [_start_failure(result, plan)]
     elif (lost := _lost_host(result, plan)) is not None:
         records = [*records, lost]
-    interrupted = (
-        result.stop_requests and result.code in _STOP_CODES and all(_is_interrupted(record) for record in records)
-    )
-    return (
-        None
-        if interrupted or result.stop_requests > 1
-        else report_failure(output_dir, result.code, records, world_size)
-    )
+    interrupted = result.code in _STOP_CODES and all(map(_is_interrupted, records))
+    if result.stop_requests > 1 or (result.stop_requests and interrupted):
+        return None
+    return report_failure(output_dir, result.code, records, world_size)
 
 
 def _is_interrupted(record: Failure) -> bool:
@@ -57,9 +53,7 @@ def _is_interrupted(record: Failure) -> bool:
     return record.kind in ("silent", "ended", "exit") or interrupted or 128 - (record.exit_code or 0) in _STOP_CODES
 
 
-def report_failure(
-    output_dir: Path, code: int, records: Sequence[Failure], world_size: int | None = None
-) -> str | None:
+def report_failure(output_dir: Path, code: int, records: Sequence[Failure], world_size: int) -> str | None:
     """Write OUTPUT/failure.json from the error records of ranks that did not end normally, or remove an earlier one,
     like `conclude`. `code` is the exit code of the launch."""
     if code == EXIT_PREEMPTED:  # all have saved, or one failed while saving
@@ -84,13 +78,13 @@ def report_failure(
     return f"{text}\n  written to: {path}"
 
 
-def _cause(records: Sequence[Failure], world_size: int | None) -> Failure:
+def _cause(records: Sequence[Failure], world_size: int) -> Failure:
     cause = root_cause(records)
     if cause is None:
         return Failure(time.time(), socket.gethostname(), None, None, None, "exit", "no rank reported an error")
     silent = [record for record in records if record.kind == "silent"]
     reported = {record.rank for record in records}
-    unreported = [rank for rank in range(world_size or 0) if rank not in reported]
+    unreported = [rank for rank in range(world_size) if rank not in reported]
     if cause.kind != "silent" or (len(silent) == 1 and not unreported):
         return cause
     # A launcher ends the remaining ranks when one fails, and none of them reports which one failed first.

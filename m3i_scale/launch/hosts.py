@@ -126,8 +126,6 @@ def select(hosts: Sequence[Host], *, include: Sequence[str], exclude: Sequence[s
         for name in chosen:
             if name not in names:
                 raise ConfigError(f"no host '{name}'", where=kind, fix=did_you_mean(name, names))
-        if len(set(chosen)) < len(chosen):
-            raise ConfigError("a host is named twice", where=f"{kind}: {', '.join(chosen)}")
     selected = tuple(host for host in hosts if (not include or host.name in include) and host.name not in exclude)
     if not selected:
         raise ConfigError("no host is left", where=f"exclude: {', '.join(exclude)}")

@@ -15,10 +15,10 @@ import psutil
 
 from m3i_scale.config import RunConfig, find_run_file, known_runs
 from m3i_scale.errors import ConfigError
+from m3i_scale.launch import PRIVATE, PUBLIC
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import Variable, hidden, travelling
 from m3i_scale.launch.hosts import Host, is_here
-from m3i_scale.launch.plan import PRIVATE, PUBLIC
 from m3i_scale.output import leave_out_accelerator_warning
 from m3i_scale.text import redact, redact_text
 
@@ -137,7 +137,7 @@ def devices_here() -> int:
 
 
 def _check_names(hosts: tuple[Host, ...]) -> None:
-    """Raise ConfigError if one of several names means another machine on each host, or two mean this machine."""
+    """Raise ConfigError if one of several names means another machine on each host."""
     names = [host.name for host in hosts]
     loop = next((name for name in names if name == "localhost" or name.startswith("127.")), None)
     if len(names) > 1 and loop is not None:
@@ -145,13 +145,6 @@ def _check_names(hosts: tuple[Host, ...]) -> None:
             f"'{loop}' is another machine on every host",
             where=f"hosts: {', '.join(names)}",
             fix="name this machine as the others reach it",
-        )
-    here = [name for name in names if is_here(name)]
-    if len(here) > 1:
-        raise ConfigError(
-            f"{' and '.join(here)} are one machine, this one",
-            where=f"hosts: {', '.join(names)}",
-            fix="one line per host, with all its slots",
         )
 
 
@@ -173,6 +166,12 @@ def _address_here(interface: str, hosts: tuple[Host, ...]) -> str:
     return addresses[0]
 
 
+def name_on_hosts(run: str) -> str:
+    """Return the name of a built-in config unchanged, and a path as an absolute path."""
+    path = find_run_file(run)
+    return run if known_runs().get(run) == path else str(path.absolute())
+
+
 def make_job(
     config: RunConfig,
     run: str,
@@ -183,14 +182,12 @@ def make_job(
 ) -> Job:
     """Combine a run (a config file, or the name of a built-in one) and a description. `values` is the config file with
     `extends` and overrides applied, and `here` the environment of the launching process."""
-    path = find_run_file(run)
     hosts = cluster.named_hosts()
     _check_names(hosts)
     workdir = Path(cluster.workdir or Path.cwd())
-    built_in = known_runs().get(run) == path
     job = Job(
         cluster=cluster,
-        run=run if built_in else str(path.absolute()),
+        run=name_on_hosts(run),
         overrides=overrides,
         name=config.name,
         output_dir=workdir / config.output_dir,
@@ -199,9 +196,6 @@ def make_job(
         variables=travelling(cluster.environment, here, interface=cluster.interface),
         values=values,
     )
-    for what, text in (("output_dir", job.output_dir), ("working directory", workdir), ("run file", job.run)):
-        if not str(text).isprintable():
-            raise ConfigError(f"the {what} has characters that cannot be printed", where=repr(str(text)))
     for override in overrides:
         if re.search(r"[\0\n\r]", override):
             raise ConfigError("an override is one line", where=repr(override))

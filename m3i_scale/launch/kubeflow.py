@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from m3i_scale.errors import ConfigError
+from m3i_scale.launch import Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.torchrun import AGENT
 
 HONOURS = frozenset(
@@ -83,14 +83,15 @@ def _check(job: Job) -> None:
             where=f"name: {job.name}",
             fix="name=first-run",
         )
-    shards = [text for text in _shards(job) if PurePosixPath(text.removeprefix("file://")).is_relative_to(DATA)]
+    datasets = (job.values.get("data") or {}).get("datasets") or {}
+    shards = [path for path in (str(dataset["path"]) for dataset in datasets.values()) if _is_mounted(path)]
     if shards and job.cluster.data_claim is None:
         raise ConfigError(
             f"nothing is mounted at {DATA}, where the shards are said to lie",
             where=f"shards: {shards[0]}",
             fix="--data-claim with an existing volume claim that holds them, or the address of a store: s3://…",
         )
-    if job.cluster.data_claim is not None and PurePosixPath(job.output_dir).is_relative_to(DATA):
+    if job.cluster.data_claim is not None and _is_mounted(str(job.output_dir)):
         raise ConfigError(
             f"output_dir lies below {DATA}, where the shards are mounted to be read only",
             where=f"output_dir: {job.output_dir}",
@@ -98,10 +99,9 @@ def _check(job: Job) -> None:
         )
 
 
-def _shards(job: Job) -> list[str]:
-    sources = (job.values.get("data") or {}).get("datasets") or {}
-    addresses = [source.get("path", []) for source in sources.values()]
-    return [text for shards in addresses for text in ([shards] if isinstance(shards, str) else shards)]
+def _is_mounted(path: str) -> bool:
+    """Return whether a path is in the volume of the shards."""
+    return PurePosixPath(path.removeprefix("file://")).is_relative_to(DATA)
 
 
 def _name(job: Job) -> str:

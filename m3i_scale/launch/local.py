@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from m3i_scale.launch import shell
+from m3i_scale.launch import Command, LaunchPlan, shell
 from m3i_scale.launch.environment import INTERFACE
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, LaunchPlan
 
 HONOURS = frozenset({"ranks_per_node", "master_port", "environment", "python", "workdir"})
 

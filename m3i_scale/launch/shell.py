@@ -9,10 +9,10 @@ from pathlib import Path
 
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.host.processes import PARENT, TIED
+from m3i_scale.launch import Command, Executable
 from m3i_scale.launch.environment import Variable
 from m3i_scale.launch.hosts import is_here
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import Command, Executable
 
 SSH = Executable("ssh", "apt-get install openssh-client")
 SRUN = Executable("srun", "apt-get install slurm-client")
@@ -28,13 +28,13 @@ def export_lines(variables: Iterable[Variable]) -> list[str]:
     return [f"export {variable.name}={shlex.quote(variable.value)}" for variable in variables]
 
 
-def wrapped(words: Sequence[str], *, indent: str = "  ") -> str:
+def wrapped(words: Sequence[str]) -> str:
     """Wrap a command of quoted words over several lines."""
     lines, line = [], ""
     for word in words:
         if line and len(line) + len(word) + 1 > _WIDTH:
             lines.append(line + " \\")
-            line = indent + word
+            line = f"  {word}"
         else:
             line = f"{line} {word}" if line else word
     return "\n".join([*lines, line])

@@ -8,10 +8,9 @@ import shlex
 from m3i_scale.errors import EXIT_PREEMPTED, ConfigError
 from m3i_scale.host.output_dir import RANK_RECORDS
 from m3i_scale.host.rank_record import RECORD_FILES
-from m3i_scale.launch.description import Cluster
+from m3i_scale.launch import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.environment import SLURM_EXPORTS
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import PUBLIC, Command, Executable, LaunchFile, LaunchPlan
 from m3i_scale.launch.shell import export_lines, quoted, wrapped
 
 HONOURS = frozenset(
@@ -41,8 +40,6 @@ EXIT_REASON = "m3i_scale.launch.exit_reason"
 """Module that reports the failure reason of a run, once for all ranks."""
 NOTICE_S = 120
 """Ranks are signaled this many seconds before the time limit."""
-EARLIER_S = 60
-"""Slurm checks limits twice a minute, and may signal this much earlier."""
 ALONE_S = 30
 """Ranks that still run this long after one of them has exited are ended, on all nodes. Not immediately
 (--kill-on-bad-exit): the script uses the common exit code of the ranks, 75, or 2 for a user error. Ranks ended by Slurm
@@ -99,23 +96,7 @@ def _header(job: Job) -> list[str]:
         if not line.startswith("--"):
             raise ConfigError(f"{line!r} is no option of sbatch", where="sbatch", fix="e.g. --qos=high")
         lines.append(f"#SBATCH {line}")  # of two that differ, sbatch uses the later one
-    _check_time(cluster)
     return ["#!/bin/bash", *lines]
-
-
-def _check_time(cluster: Cluster) -> None:
-    """Raise ConfigError if ranks would be asked to stop before they have started."""
-    if cluster.time_limit is None or any(line.startswith("--signal") for line in cluster.sbatch):
-        return
-    days, _, clock = cluster.time_limit.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    if ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds <= NOTICE_S + EARLIER_S:
-        raise ConfigError(
-            "the time limit leaves no time to train",
-            where=f"time_limit: {cluster.time_limit}",
-            why=f"ranks are asked to save {NOTICE_S} to {NOTICE_S + EARLIER_S} seconds before its end",
-            fix="more time, or another notice: --sbatch=--signal=USR2@30",
-        )
 
 
 def _option(option: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 
-from m3i_scale.launch import shell
+from m3i_scale.launch import LaunchFile, LaunchPlan, shell
 from m3i_scale.launch.description import OVER_HOSTS
 from m3i_scale.launch.job import Job
-from m3i_scale.launch.plan import LaunchFile, LaunchPlan
 
 HONOURS = OVER_HOSTS
 SCRIPT = "torchrun.sh"

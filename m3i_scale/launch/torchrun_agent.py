@@ -13,9 +13,9 @@ from types import FrameType
 
 import psutil
 
-from m3i_scale.cores import limit_threads
 from m3i_scale.host.processes import TIED, end_with_parent, signals_to_note
 from m3i_scale.output import print_line
+from m3i_scale.rank_variables import limit_threads
 
 _STORE_STAYS_S = 3.0
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
 from m3i_scale.backbones.families import VisionConfig
-from m3i_scale.config.limits import MAX_HEADS, MAX_LAYERS, MAX_SIDE
+from m3i_scale.config.sections import MAX_HEADS, MAX_LAYERS, MAX_SIDE
 from m3i_scale.objective.decoders import DecoderSpec
 
 

@@ -17,7 +17,7 @@ from m3i_scale.backbones.base import Backbone, Tokens, attend, split_heads
 from m3i_scale.backbones.build import set_field
 from m3i_scale.backbones.families.base import check_counts
 from m3i_scale.config import FixableError, Section
-from m3i_scale.config.limits import MAX_LAYERS
+from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.errors import ConfigError, did_you_mean
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import Section
-from m3i_scale.config.limits import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
+from m3i_scale.config.sections import MAX_CANDIDATES, MAX_LAYERS, MAX_WIDTH
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.state import Fp32State
 

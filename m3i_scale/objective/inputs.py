@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from m3i_scale.config import FixableError, Section
-from m3i_scale.config.limits import MAX_VIEWS
+from m3i_scale.config.sections import MAX_VIEWS
 from m3i_scale.objective.masks import Mask, RandomMask, hash_uniform
 from m3i_scale.objective.state import Fp32State
 

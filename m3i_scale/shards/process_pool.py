@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from typing import TypeVar
 
-from m3i_scale.cores import usable_cores
 from m3i_scale.errors import DataError
+from m3i_scale.rank_variables import usable_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.config.limits import MAX_WIDTH
-from m3i_scale.config.sections import Section
+from m3i_scale.config.sections import MAX_WIDTH, Section
 
 TARGETS = {  # modules of the targets that only a task has, by kind
     "segmentation": "m3i_scale.tasks.segmentation.segmentation_target",

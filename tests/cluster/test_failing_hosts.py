@@ -47,7 +47,6 @@ class Supervised:
             "silence_s": WAIT_S,
             "max_restarts": 0,
             "min_hosts": None,
-            "min_compared": None,
             "pause_s": 0.2,
             "probe_s": 0.5,
             "command": [sys.executable, str(PARTS), str(self.out), steps, *parts],

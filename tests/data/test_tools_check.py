@@ -245,7 +245,7 @@ def test_mistakes(odd, tmp_path):
     assert str(caught.value.where).endswith("/no/q.jsonl")
     for arguments, match in (
         (["check", str(odd), "--link"], "does nothing without --repair"),
-        (["check", str(odd), "--repair", str(odd)], "a folder of shards"),
+        (["check", str(odd), "--repair", str(odd)], "the output exists"),
         (["check", str(odd), "--repair", str(tmp_path)], "the output exists"),
         (["check", str(tmp_path)], r"no \.tar shards"),
     ):

@@ -99,13 +99,11 @@ def test_hosts_that_do_not_start_do_not_hold_up_the_others(tmp_path: Path):
     assert told["ssh", "old"] == told["ssh", "bare"] == (True, "connected")
     assert "No such file" in told["python", "old"][1]
     assert "no_agent" in told["python", "bare"][1]
-    assert "No module named" in told["packages", "poor"][1]
-    assert not told["packages", "poor"][0]
+    assert "No module named" in told["python", "poor"][1]
+    assert not told["python", "poor"][0]
     assert "--python" in str(found["python", "old"].fix)
-    assert "import m3i_scale" in str(found["python", "bare"].fix)
-    assert told["clock", "there"][0]
+    assert "m3i_scale" in str(found["python", "bare"].fix)
     assert not told["shards", "here"][0]
-    assert not told["names", "here"][0]  # the names of this test mean nothing
     assert found["group", "all"].ok  # of the two that are left
     assert found["group", "all"].value.startswith("2 hosts: all-reduce ")
     assert told["shared", "there"] == (True, f"{tmp_path}/out/of/it: reads what 1 other hosts write")
@@ -174,7 +172,7 @@ def test_a_host_that_cannot_reach_the_head_does_not_hold_up_the_others(tmp_path:
 def test_a_port_that_nobody_has_opened_is_waited_for():
     port = free_port()
     began = time.monotonic()
-    with pytest.raises(OSError, match="refused"):
+    with pytest.raises(ConnectionRefusedError):
         reach("127.0.0.1", port, 0.5)
     assert time.monotonic() - began >= 0.2
     with socket.create_server(("127.0.0.1", port)):
@@ -205,10 +203,12 @@ def test_notes_are_read_and_removed_with_the_folders_that_were_made(tmp_path: Pa
 
 
 def test_what_cannot_be_examined_is_refused():
-    with pytest.raises(ConfigError, match="which are the 2 machines"):
+    with pytest.raises(ConfigError) as caught:
         doctor(None, [], Cluster(nodes=2))
-    with pytest.raises(ConfigError, match="no effect without a run file"):
+    assert caught.value.where == "nodes: 2"
+    with pytest.raises(ConfigError) as caught:
         doctor(None, ["optim.lr=1"], Cluster())
+    assert caught.value.where == "optim.lr=1"
 
 
 def test_the_head_serves_the_others_until_the_last_has_asked() -> None:

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from launch_case import COUNTED, TWO_HOSTS, Teller, a_job, a_script, path_with
 
+from m3i_scale.launch import LaunchPlan
 from m3i_scale.launch.execute import write_files
-from m3i_scale.launch.plan import LaunchPlan
 from m3i_scale.launch.slurm import EXIT_REASON
 from m3i_scale.launch_command import render
 

@@ -1,7 +1,6 @@
 """One description for all launchers; what one of them cannot honour is an error, never left out."""
 
 import dataclasses
-import socket
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ OTHER_VALUES = {
     "transport": "srun",
     "max_restarts": 7,
     "min_nodes": 1,
-    "min_compared": 64,
     "restart_pause_s": 7.0,
     "probe_s": 7.0,
     "silence_s": 77.0,
@@ -220,13 +218,6 @@ def test_hosts_that_are_one_machine_are_refused():
         assert caught.value.where == f"hosts: {name}, {other}"
         assert f"'{name}'" in caught.value.what
     assert len(a_job(hosts=("localhost slots=2",)).hosts) == 1
-
-
-def test_this_machine_by_two_names_is_refused(monkeypatch):
-    monkeypatch.setattr(socket, "gethostname", lambda: "node1.example.org")
-    with pytest.raises(ConfigError) as caught:
-        a_job(hosts=("node1 slots=2", "node1.example.org slots=2"))
-    assert caught.value.where == "hosts: node1, node1.example.org"
 
 
 def test_the_address_of_an_interface_of_another_machine_is_not_guessed():

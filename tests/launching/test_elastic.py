@@ -79,7 +79,7 @@ def a_file(folder: Path, command: list[str], *overrides: str) -> Path:
         "ssh": [],
         "transport": "ssh",
         "hosts": ["localhost slots=2"],
-        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts", "min_compared")),
+        **dict.fromkeys(("interface", "master_address", "master_port", "min_hosts")),
         "silence_s": WAIT_S,
         "max_restarts": 0,
         "pause_s": 0,
@@ -148,12 +148,6 @@ def test_a_larger_micro_batch_that_runs_out_of_memory_becomes_the_usual_one_with
     assert "the global contrastive batch is 48, was 96" in capsys.readouterr().out
 
 
-def test_fewer_compared_samples_than_wanted_end_the_launch(tmp_path, monkeypatch):
-    launch = compared(tmp_path, monkeypatch, Policy(min_hosts=2, min_compared=49), OUT_OF_MEMORY)
-    assert launch.run() == 1
-    assert [item["micro_batch_size"] for item in attempts(tmp_path)] == [48]
-
-
 def test_a_recipe_that_compares_no_samples_keeps_its_micro_batch(tmp_path, monkeypatch, capsys):
     assert compared(tmp_path, monkeypatch, Policy(min_hosts=2), recipe="mae").run() == 0
     assert attempts(tmp_path)[0]["micro_batch_size"] == 24
@@ -177,25 +171,6 @@ def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited
     assert asked == [None, 0.2]
     assert [one.host.name for one in links] == ["node0"]
     assert list(reasons) == ["node1"]
-
-
-OLDER = """
-import json, sys
-from m3i_scale import __version__
-print(json.dumps({"kind": "hello", "version": __version__, "left": [], "error": None}), flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_host_whose_code_does_not_yet_say_what_it_is_cannot_be_used(tmp_path, monkeypatch):
-    reach = link.agent_command
-    older = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", OLDER]
-    monkeypatch.setattr(link, "agent_command", lambda name, *given: older if name == "node1" else reach(name, *given))
-    links, reasons = connect([Host("node0", 1), Host("node1", 1)], a_site(tmp_path), Inbox())
-    for one in links:
-        one.close()
-    assert [one.host.name for one in links] == ["node0"]
-    assert "older than here" in reasons["node1"].what
 
 
 def test_nobody_asks_on_when_nobody_waits_for_the_answer(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ import pytest
 from m3i_scale.host.failures import Failure, write_failure
 from m3i_scale.host.output_dir import FAILURE, RANK_RECORDS
 from m3i_scale.host.rank_record import read_records, write_record
+from m3i_scale.launch import Command, LaunchPlan
 from m3i_scale.launch.execute import LaunchResult, execute
 from m3i_scale.launch.exit_reason import conclude, main, report_failure
-from m3i_scale.launch.plan import Command, LaunchPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAYS = str(ROOT / "tests" / "cluster" / "playing_rank.py")

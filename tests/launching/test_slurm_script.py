@@ -1,8 +1,5 @@
 """The batch script, without a Slurm; tests/cluster submits it to one."""
 
-import pytest
-
-from m3i_scale.errors import ConfigError
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch_command import read_job, render
 
@@ -11,20 +8,6 @@ def script(**fields: object) -> str:
     cluster = Cluster.model_validate({"nodes": 2, "ranks_per_node": 2, **fields})
     (file,) = render("slurm", read_job("m3i", ["output_dir=/data/runs/first"], cluster)[1]).files
     return file.text
-
-
-@pytest.mark.parametrize("limit", ["00:00:30", "00:03:00", "0-00:02:59"])
-def test_a_limit_that_leaves_no_time_to_train_is_refused(limit):
-    with pytest.raises(ConfigError) as caught:
-        script(time_limit=limit)
-    assert caught.value.where == f"time_limit: {limit}"
-    assert "--signal" in str(caught.value.fix)
-    assert f"--time={limit}" in script(time_limit=limit, sbatch=["--signal=USR2@10"])
-
-
-@pytest.mark.parametrize("limit", ["00:03:01", "1-00:00:00", "24:00:00"])
-def test_a_longer_limit_is_not(limit):
-    assert f"#SBATCH --time={limit}\n" in script(time_limit=limit)
 
 
 def test_a_notice_of_ones_own_stands_behind_the_usual_one():

@@ -60,7 +60,7 @@ def test_an_end_is_told_of_what_reached_the_host(transport):
     assert explain_end(127, ["bash: python3: command not found"], site).kind == "start"
     assert explain_end(1, ["python3: No module named m3i_scale.elastic.agent"], site).kind == "start"
     missing = explain_end(1, ["ModuleNotFoundError: No module named 'pydantic'", f"{transport}: error: exited"], site)
-    assert missing.kind == "package"
+    assert missing.kind == "start"
     assert "pydantic" in missing.what
     assert explain_end(1, ["bash: line 1: cd: /nowhere: No such file or directory"], site).kind == "start"
     assert explain_end(1, ["RuntimeError: it broke"], site).kind == "agent"

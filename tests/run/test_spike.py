@@ -110,9 +110,8 @@ def test_a_restart_judges_as_the_run_before_it_at_every_point() -> None:
 
 NONE: dict[str, Any] = {}
 REFUSED = {
-    "no rewinds": (["guard.spike.max_rewinds=0"], NONE, "the guard would have no effect"),
+    "no rewinds": (["guard.spike.max_rewinds=0"], NONE, "max_rewinds"),
     "short window": (["guard.spike={window: 32, min_history: 64}"], NONE, "window .32. is less than min_history"),
-    "no row": (["guard.nonfinite=stop", "guard.max_skipped_in_a_row=5"], NONE, "no effect with nonfinite: stop"),
     "unknown": (["guard.spikes={}"], NONE, "guard.spikes"),
     "few steps": (["guard.spike={}", "optim.steps=66"], NONE, "no effect: .* from step 104 on"),
     "rare": (["guard.spike={}", "checkpoint.every_steps=997"], NONE, "no effect: .* from step 1001 on"),

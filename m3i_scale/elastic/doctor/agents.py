@@ -42,21 +42,6 @@ class Agents:
         """Return the hosts with an agent that responds."""
         return [host for host in self._links if host not in self.errors]
 
-    def clock_offsets(self) -> dict[str, tuple[float, float]]:
-        """Return, by host, the seconds by which its clock is ahead of the clock here, and their uncertainty."""
-        sent: dict[str, float] = {}
-        offsets: dict[str, tuple[float, float]] = {}
-        waiting = set(self.hosts)
-        for host in self.hosts:
-            sent[host] = time.time()
-            self._links[host].send("clock")
-        for host, message in self._receive(waiting, self._site.connect_s):
-            if message["kind"] == "clock":
-                half = (time.time() - sent[host]) / 2
-                offsets[host] = (message["time"] - sent[host] - half, half)
-                waiting.discard(host)
-        return {host: offsets[host] for host in self.hosts}
-
     def request(
         self,
         verb: str,

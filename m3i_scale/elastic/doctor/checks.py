@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
-import statistics
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from m3i_scale.host.findings import Answers, Check, Finding, HostReport, Results, finding
 from m3i_scale.run import software
 from m3i_scale.text import listed, size_text
 
-_MAX_SKEW_S, _WARNING_SKEW_S = 30.0, 1.0
-_SLOW = 2.0
-"""A straggler has less than the median bandwidth divided by this factor."""
 _MAX_LISTED = 4
 
 
@@ -65,37 +59,6 @@ def _interface(host: HostReport) -> Results:
         yield known, {"warning": why if len(addresses) > 1 else None, "fix": "choose with --interface"}
 
 
-def _names(host: HostReport) -> Results:
-    """Check that host names resolve correctly. A host's name may mean its loopback: ranks of several hosts avoid it."""
-    errors, notes = [], []
-    for name, answer in host.answer["names"].items():
-        is_local = name == host.name or name not in host.answers
-        if is_local and "error" not in answer and _loopback(answer["addresses"]):  # Debian and Ubuntu: 127.0.1.1
-            notes.append(f"its own name {name} means {', '.join(answer['addresses'])}")
-        elif (wrong := _wrong_address(name, answer, host.answers)) is not None:
-            errors.append(wrong)
-    value = "; ".join(errors or notes) or f"{len(host.answer['names'])} names are known, with the right addresses"
-    if errors:
-        fix = "/etc/hosts or the name server of this host"
-        yield value, {"error": "ranks there look for others in the wrong place, and wait", "fix": fix}
-    else:
-        yield value, {}
-
-
-def _loopback(addresses: list[str]) -> bool:
-    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
-
-
-def _wrong_address(name: str, answer: Mapping[str, Any], answers: Answers) -> str | None:
-    if "error" in answer:
-        return f"{name} is unknown: {answer['error']}" if name in answers or len(answers) > 1 else None
-    if name not in answers:
-        return None  # the host is down, so its addresses are unknown
-    right = {address for addresses in answers[name]["interfaces"].values() for address in addresses}
-    wrong = [address for address in answer["addresses"] if address.partition("%")[0] not in right]
-    return f"{name} means {', '.join(wrong)}, which is no address of that host" if wrong else None
-
-
 def _environment(host: HostReport) -> Results:
     answer, master = host.answer["variables"], host.master["variables"]
     names = sorted(name for name in {*answer, *master} if answer.get(name) != master.get(name))
@@ -120,25 +83,10 @@ CHECKS: Mapping[str, Check] = {
     **software.CHECKS,
     "accelerator": _accelerator,
     "interface": _interface,
-    "names": _names,
     "environment": _environment,
     "shards": _shards,
 }
 """The checks against the master node, in the order of the report."""
-
-
-def clock_findings(offsets: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    """Compare each host's clock with the master node's. `offsets`: seconds ahead of this machine, and uncertainty."""
-    zero, head_uncertainty = next(iter(offsets.values()))
-    for host, (offset, uncertainty) in offsets.items():
-        skew, within = offset - zero, uncertainty + head_uncertainty
-        error = warning = None
-        if abs(skew) - within > _MAX_SKEW_S:
-            error = "locks and files of other hosts are judged by their age, and signed requests for shards are refused"
-        elif abs(skew) - within > _WARNING_SKEW_S:
-            warning = "logs of the hosts do not line up"
-        fix = "a time service on all hosts (chrony, systemd-timesyncd)"
-        yield finding("clock", host, f"{skew:+.3f} s ± {within:.3f} s", error=error, warning=warning, fix=fix)
 
 
 def port_findings(answers: Answers, head: str, address: str) -> Iterator[Finding]:
@@ -182,7 +130,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
-    """Evaluate the all-reduce of the `count` hosts that joined, and find slow ones. Ended hosts are missing."""
+    """Evaluate the all-reduce of the `count` hosts that joined. Ended hosts are missing."""
     errors = [f"{host}: {answer['group_error']}" for host, answer in answers.items() if "group_error" in answer]
     measured = {host: answer["network"] for host, answer in answers.items() if "network" in answer}
     if not errors and len(measured) < count:
@@ -197,18 +145,6 @@ def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
     latency = max(network["latency_us"] for network in measured.values())
     backend = next(iter(measured.values()))["backend"]
     yield finding("group", "all", f"{count} hosts: all-reduce {_rate_text(rate)}, {latency:.0f} µs ({backend})")
-    if count > 2:
-        yield from straggler_findings({host: network["host_gb_s"] for host, network in measured.items()})
-
-
-def straggler_findings(rates: Mapping[str, float]) -> Iterator[Finding]:
-    """Compare the bandwidth of each host, in GB/s with its best partner, with the median."""
-    median = statistics.median(rates.values())
-    for host, rate in rates.items():
-        why = f"the median host has {_rate_text(median)}, and all ranks wait for the slowest"
-        fix = f"cable, switch port, speed and driver of the interface of {host} (ethtool); or leave it out"
-        slow = rate * _SLOW < median
-        yield finding("straggler", host, f"{_rate_text(rate)} in each direction", error=why if slow else None, fix=fix)
 
 
 def _rate_text(gb_s: float) -> str:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_scale.config import find_run_file, known_runs
 from m3i_scale.elastic.doctor import checks
 from m3i_scale.elastic.doctor.agents import Agents
 from m3i_scale.elastic.link import HostError, RemoteShell
@@ -20,6 +19,7 @@ from m3i_scale.host.findings import Finding, compare_hosts, finding
 from m3i_scale.host.machine import Needs
 from m3i_scale.launch.description import Cluster
 from m3i_scale.launch.environment import travelling
+from m3i_scale.launch.job import name_on_hosts
 
 _GROUP_S = 300.0
 """Time limit of the measurements of the group."""
@@ -70,19 +70,13 @@ def examine(
         port=cluster.master_port,
         interface=cluster.interface,
         master_address=cluster.master_address,
-        run=None if run is None else _same_everywhere(run),
+        run=None if run is None else name_on_hosts(run),
         overrides=tuple(overrides),
         needs=None if run is None else _needs(run, overrides, slots),
         connect_s=connect_s,
         log=log,
     )
     return examination.findings()
-
-
-def _same_everywhere(run: str) -> str:
-    """Return a built-in name unchanged and a path as an absolute path, as launchers pass it to ranks."""
-    path = find_run_file(run)
-    return run if known_runs().get(run) == path else str(path.absolute())
 
 
 def _needs(run: str, overrides: list[str], slots: dict[str, int]) -> dict[str, Needs]:
@@ -134,13 +128,10 @@ class Examination:
         with Agents(self.hosts, self.site, self.connect_s) as agents:
             connected = agents.hosts
             findings = [item for host in self.hosts for item in self._connection(host, agents.errors.get(host))]
-            clocks = agents.clock_offsets()
             self.log("running local checks")
             answers = agents.request("report", {host: self._request(host) for host in agents.hosts}, self.report_s)
             if answers:
                 findings += compare_hosts(answers, checks.CHECKS)
-                if len(answers) > 1:
-                    findings += checks.clock_findings({host: clocks[host] for host in answers})
                 findings += (Finding(**item) for answer in answers.values() for item in answer["findings"])
                 self.log("testing the network")
                 findings += self._measure(agents, answers)
@@ -162,11 +153,8 @@ class Examination:
             return
         if site.ssh_to_all:
             yield finding("ssh", host, "connected")
-        if error is not None and error.kind == "package":
-            fix = f"the packages of {site.python} on this host"
-            yield finding("packages", host, error.what, error="ranks there would not start", fix=fix)
-        elif error is not None:
-            fix = f"{site.python}, which must import m3i_scale, and the folder {site.workdir} on this host, or "
+        if error is not None:
+            fix = f"{site.python}, with m3i_scale and its dependencies, and the folder {site.workdir} on this host, or "
             fix += "--python and --workdir"
             yield finding("python", host, error.what, error="ranks are started with the same interpreter", fix=fix)
 
@@ -174,7 +162,6 @@ class Examination:
         needs = (self.needs or {}).get(host) or Needs(self.slots[host], sum(self.slots.values()))
         return {
             "host": host,
-            "hosts": self.hosts if self.site.ssh_to_all else [],
             "interface": self.interface,
             "needs": asdict(needs),
             "run": self.run,

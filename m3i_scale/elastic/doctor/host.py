@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +38,6 @@ def report(request: dict[str, Any]) -> dict[str, Any]:
         "code": software.code(),
         "interface": request["interface"],
         "interfaces": machine.interfaces(),
-        "names": _names(request["hosts"]),
         "variables": _variables(),
         "slots": needs.ranks,
         "devices": devices,
@@ -75,18 +73,6 @@ def _driver() -> str | None:
         if path.is_file():
             return path.read_text(encoding="utf-8").strip()
     return None
-
-
-def _names(hosts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the addresses to which this host resolves every name, or the error."""
-    addresses: dict[str, dict[str, Any]] = {}
-    for host in dict.fromkeys([*hosts, socket.gethostname()]):
-        try:
-            known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            addresses[host] = {"addresses": sorted({str(item[4][0]) for item in known})}
-        except OSError as error:
-            addresses[host] = {"error": error.strerror or str(error)}
-    return addresses
 
 
 def _variables() -> dict[str, str]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.config.limits import MAX_CANDIDATES
+from m3i_scale.config.sections import MAX_CANDIDATES
 from m3i_scale.objective.distributions import Boltzmann, Density, Distribution, Loss, unit
 from m3i_scale.objective.ranks import Ranks, standardize
 from m3i_scale.objective.regularizers.base import Correlation, Memory, Queue, Regularizer

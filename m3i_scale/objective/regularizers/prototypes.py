@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.config.limits import MAX_LAYERS
+from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss
 from m3i_scale.objective.ranks import Ranks, mean_row
 from m3i_scale.objective.regularizers.base import Center, Memory, Regularizer

@@ -16,7 +16,7 @@ from m3i_scale.backbones.base import Backbone, Tokens
 from m3i_scale.config import RunConfig, Section
 from m3i_scale.config.data import Reads
 from m3i_scale.config.kinds import Kind
-from m3i_scale.config.limits import MAX_VIEWS
+from m3i_scale.config.sections import MAX_VIEWS
 from m3i_scale.data.batch import Batch
 from m3i_scale.data.remote.access import Access
 from m3i_scale.errors import did_you_mean

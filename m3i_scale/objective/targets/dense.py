@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.config.limits import MAX_LAYERS
+from m3i_scale.config.sections import MAX_LAYERS
 from m3i_scale.objective.diagnostics import gaussian_moments
 from m3i_scale.objective.distributions import Boltzmann, Density, Gaussian, Loss, unit
 from m3i_scale.objective.regularizers.dense import DenseRegularizer, NoRegularizer

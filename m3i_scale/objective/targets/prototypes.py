@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3i_scale.backbones.base import gather_tokens
-from m3i_scale.config.limits import MAX_CANDIDATES
+from m3i_scale.config.sections import MAX_CANDIDATES
 from m3i_scale.objective.distributions import Assigned, Boltzmann, Loss, assigned, unit
 from m3i_scale.objective.heads import HeadSpec, PrototypeLayer
 from m3i_scale.objective.regularizers.base import Memory

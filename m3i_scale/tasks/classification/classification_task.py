@@ -11,8 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config import RunConfig
-from m3i_scale.config.limits import MAX_LAYERS
-from m3i_scale.config.sections import Section
+from m3i_scale.config.sections import MAX_LAYERS, Section
 from m3i_scale.data.shards import LABELS
 from m3i_scale.errors import ConfigError
 from m3i_scale.tasks.backbone_task import BackboneTask

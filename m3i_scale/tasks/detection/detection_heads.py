@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from m3i_scale.config.kinds import Kind
-from m3i_scale.config.limits import MAX_ASPECT, MAX_CANDIDATES, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH
-from m3i_scale.config.sections import Section
+from m3i_scale.config.sections import MAX_ASPECT, MAX_CANDIDATES, MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, Section
 
 
 class Windows(Section):
