@@ -162,7 +162,7 @@ def start_engine(
     order_gathers(engine)
     check_writable(engine, saved_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
-    apply_activation_checkpointing(engine.module, policy)  # with a memory budget: all layers, until memory is measured
+    apply_activation_checkpointing(engine.module, policy)
     pairs = ema_pairs(engine.module)
     computes = resolved.recipe.ema is not None  # the EMA of a task is only exported, not a target
     return engine, ShardedEma(engine, pairs, computes=computes) if pairs else None
