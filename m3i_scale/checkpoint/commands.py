@@ -1,8 +1,7 @@
-"""Command line of `m3i-scale checkpoint list | verify | inspect | diff | prune | consolidate`."""
+"""Command line of `m3i-scale checkpoint list | verify | inspect | prune | consolidate`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,34 +16,29 @@ from rich.text import Text
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
-from m3i_scale.text import duration_text, short, size_text
+from m3i_scale.text import duration_text, size_text
 
-_SHOWN, _SHOWN_FILES = 20, 12
+_SHOWN_FILES = 12
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify, inspect, prune and consolidate checkpoints.")
 Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
 One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest complete one is taken.")]
 
 
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")
-def list_(
-    run: Run,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte; otherwise sizes are compared.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """List all checkpoints of a run: step, age, size, validity, metrics, and why each is kept."""
+def list_(run: Run, as_json: AsJson = False) -> None:
+    """List all checkpoints of a run: step, age, size, validity by names and sizes, metrics, and why each is kept."""
     from m3i_scale.checkpoint.layout import root_of
     from m3i_scale.checkpoint.listing import list_checkpoints
     from m3i_scale.checkpoint.retention import evaluations
 
     root = root_of(run)
-    _show(list_checkpoints(root, evaluations(root.absolute().parent), contents=verify), as_json, _list_table)
+    _show(list_checkpoints(root, evaluations(root.absolute().parent)), as_json, _list_table)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")
 def verify(
     path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, all of whose checkpoints are read.")],
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Files that are read at a time.")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
@@ -52,7 +46,7 @@ def verify(
     from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
-        document = verify_checkpoints(path, threads, advance)
+        document = verify_checkpoints(path, advance)
     _show(document, as_json, _verify_lines)
     if not document["good"]:
         raise typer.Exit(EXIT_USER_ERROR)
@@ -65,24 +59,6 @@ def inspect(path: One, as_json: AsJson = False) -> None:
     from m3i_scale.checkpoint.listing import checkpoint_or_newest
 
     _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, _inspect_table)
-
-
-@checkpoint_app.command(epilog="Example: m3i-scale checkpoint diff /data/runs/first /data/runs/second --values")
-def diff(
-    a: One,
-    b: One,
-    values: Annotated[bool, typer.Option("--values", help="Compare the tensors' values as well.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show the differences between two checkpoints: settings by field, data position, tensors."""
-    from m3i_scale.checkpoint.contents import diff_checkpoints, tensors_of
-    from m3i_scale.checkpoint.listing import checkpoint_or_newest
-
-    one, other = checkpoint_or_newest(a), checkpoint_or_newest(b)
-    total = sum(stored.bytes for stored in tensors_of(one).values())
-    with _bytes_bar(total, quiet=as_json or not values) as advance:
-        document = diff_checkpoints(one, other, values=values, advance=advance)
-    _show(document, as_json, _diff_tables)
 
 
 @checkpoint_app.command(
@@ -155,8 +131,7 @@ def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _list_table(document: Mapping[str, Any]) -> RenderableType:
-    good = "good" if document["checked"] == "contents" else "good by sizes"
-    table = _table("checkpoint", "samples", "age", "size", good, "figures", "kept by")
+    table = _table("checkpoint", "samples", "age", "size", "good by sizes", "figures", "kept by")
     for row in document["checkpoints"]:
         name = Text(row["name"] + ("  ← latest" if row["latest"] else ""))
         known = (
@@ -220,53 +195,6 @@ def _position_text(name: str, at: Mapping[str, Any]) -> str:
     return f"{name}: {at['read']:,} samples read{bad}; it has {at['samples']:,} in {at['shards']:,} shards{passes}"
 
 
-def _diff_tables(document: Mapping[str, Any]) -> RenderableType:
-    parts: list[RenderableType] = [Text(f"a: {document['a']}\nb: {document['b']}")]
-    for title in ("settings", "facts", "model", "data"):
-        if document[title]:
-            table = _table(title, "a", "b")
-            for row in document[title]:
-                table.add_row(Text(row["key"]), Text(short(row["a"], 60)), Text(short(row["b"], 60)))
-            parts.append(table)
-    parts += _tensors(document["tensors"])
-    if document["same"]:
-        compared = "" if "values" in document["tensors"] else " (values not compared: --values)"
-        parts.append(Text("no difference" + compared, "green"))
-    return Group(*parts)
-
-
-def _tensors(tensors: Mapping[str, Any]) -> list[RenderableType]:
-    parts: list[RenderableType] = [Text(f"{tensors['both']:,} tensors in both")]
-    for what in ("missing", "added"):
-        if tensors[what]:
-            parts.append(Text(f"{len(tensors[what])} {what} in b: {_some(tensors[what])}"))
-    for what in ("shape", "dtype"):
-        for name, (before, now) in list(tensors[what].items())[:_SHOWN]:
-            parts.append(Text(f"{what} of {name}: {before} → {now}"))
-        if len(tensors[what]) > _SHOWN:
-            parts.append(Text(f"… and {len(tensors[what]) - _SHOWN} more of another {what}"))
-    values = tensors.get("values", {})
-    apart = {name: found for name, found in values.items() if found.get("max_abs") != 0}
-    if values:
-        parts.append(Text(f"{len(values) - len(apart):,} of them with the same values"))
-    if apart:
-        table = _table("tensor", "max |b − a|", "‖b − a‖ / ‖a‖")
-        for name, found in sorted(apart.items(), key=_farthest_first)[:_SHOWN]:
-            if "not_compared" in found:
-                table.add_row(Text(name), found["not_compared"], "")
-            else:
-                table.add_row(Text(name), f"{float(found['max_abs']):.3g}", f"{float(found['relative']):.3g}")
-        parts.append(table)
-    if len(apart) > _SHOWN:
-        parts.append(Text(f"… and {len(apart) - _SHOWN} more, all of them with --json"))
-    return parts
-
-
-def _farthest_first(item: tuple[str, Mapping[str, Any]]) -> float:
-    relative = float(item[1].get("relative", "inf"))
-    return -math.inf if math.isnan(relative) else -relative
-
-
 def _prune_table(document: Mapping[str, Any]) -> RenderableType:
     table = _table("checkpoint", "", "why")
     for name, reasons in document["kept"].items():
@@ -294,10 +222,6 @@ def _rules(rules: Mapping[str, Any]) -> str:
     best = rules["keep_best"]
     values = {**rules, "keep_best": None if best is None else f"{best['metric']}:{best['mode']}:{best['count']}"}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" … ({len(names)})" if len(names) > 8 else "")
 
 
 def _table(*columns: str) -> Table:

@@ -61,16 +61,14 @@ def named_checkpoints(path: Path) -> list[Path]:
 # ------------------------------------------------------------------ list
 
 
-def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) -> dict[str, Any]:
-    """Return the document of `checkpoint list`. `contents` verifies every byte; otherwise names and sizes determine
-    validity."""
-    entries = entries_of(root, metrics, contents=contents)
+def list_checkpoints(root: Path, metrics: Metrics) -> dict[str, Any]:
+    """Return the document of `checkpoint list`. Names and sizes of files determine validity."""
+    entries = entries_of(root, metrics)
     rules = rules_of_run(root)
     kept = {} if rules is None else which_to_keep(entries, rules)
     latest = named_latest(root)
     return {
         "root": str(root),
-        "checked": "contents" if contents else "sizes",
         "latest": latest,
         "rules": None if rules is None else rules.model_dump(),
         "bytes": sum(entry.size for entry in entries),
@@ -109,12 +107,12 @@ def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------ verify
 
 
-def verify_checkpoints(path: Path, threads: int, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Return the document of `checkpoint verify` of a checkpoint or run, a check of every byte. `threads` files are
-    read in parallel; `advance` is called with the number of bytes read, from any thread."""
+def verify_checkpoints(path: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Return the document of `checkpoint verify` of a checkpoint or run, a check of every byte. `advance` is called
+    with the number of bytes read, from any thread."""
     rows: list[dict[str, Any]] = []
     for checkpoint in named_checkpoints(path):
-        errors = find_errors(checkpoint, threads=threads, advance=advance)
+        errors = find_errors(checkpoint, advance=advance)
         if not checkpoint.exists() and checkpoint != path:
             continue  # deleted by the run in the meantime
         lines = [{"file": error.file, "what": error.what} for error in errors]

@@ -92,12 +92,12 @@ def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
     return sorted(known, key=lambda entry: (sign * entry.metrics[best.metric], -entry.step))
 
 
-def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[Entry]:
-    """Return the checkpoints of a folder, which may be missing, the newest first. `contents` verifies every byte;
-    otherwise names and sizes determine validity."""
+def entries_of(root: Path, metrics: Metrics) -> list[Entry]:
+    """Return the checkpoints of a folder, which may be missing, the newest first. Names and sizes of files determine
+    validity."""
     steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
     return [
-        Entry(path, step, folder_bytes(path), not verify(path, contents=contents), metrics.get(step, {}))
+        Entry(path, step, folder_bytes(path), not verify(path, contents=False), metrics.get(step, {}))
         for path, step in steps
     ]
 
