@@ -231,10 +231,10 @@ def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: st
             added.append((path, want.value, f"left out in the file: {want.why}"))
         elif not _same(section[key], want.value):
             raise ConfigError(
-                f"'{path}' is {section[key]!r}, but the run file says {want.value!r}",
+                f"'{path}' is {section[key]!r}, but the config file says {want.value!r}",
                 where=where,
                 why=want.why,
-                fix='write "auto", or change the run file',
+                fix='write "auto", or change the config file',
             )
     return added
 

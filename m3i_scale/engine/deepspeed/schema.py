@@ -1,8 +1,8 @@
 """Keys of a DeepSpeed JSON that have an effect in this trainer, with their types and ranges.
 
 DeepSpeed ignores most unknown keys, and reads many that have no effect here. Only the fields below are accepted; a test
-compares them with the keys that the installed version reads. Rules between sections are in `rules.py`, hints about
-other keys in `hints.py`.
+checks that the installed version reads them. Rules between sections are in `rules.py`, hints about other keys in
+`hints.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 DType = Literal["fp32", "fp16", "bf16"]
-Names = list[str] | str
 
 
 class Section(BaseModel):
@@ -57,8 +56,6 @@ class Switched(Section):
 class Bf16(Switched):
     """Settings of bf16 parameters."""
 
-    immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
     bf16_master_weights_and_grads: bool = False
     bf16_optimizer_states: bool = False
 
@@ -78,13 +75,9 @@ class Fp16(Switched):
 
 
 class DataTypes(Section):
-    """Dtypes of tensors other than parameters."""
+    """Dtypes of other tensors than parameters."""
 
     grad_accum_dtype: DType | None = None
-    param_dtype: DType | None = None
-    buffer_dtype: DType | None = None
-    keep_in_fp32_modules: list[str] = []
-    """Name patterns; if omitted, the model's list is used."""
 
 
 class Offload(Section):
@@ -98,14 +91,6 @@ class PartialOffload(Offload):
     """Offload target and fraction of the optimizer states under stage 3."""
 
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-
-class LeafModule(Section):
-    """Modules with parameters that are gathered together."""
-
-    classes: Names = []
-    names: Names = []
-    name_suffixes: Names = []
 
 
 class Zero(Section):
@@ -152,7 +137,6 @@ class Zero3(Zero):
     override_module_apply: bool = True
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
-    leaf_module: LeafModule = LeafModule()
 
 
 class AdamW(Section):
@@ -162,17 +146,12 @@ class AdamW(Section):
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
     eps: Positive
     weight_decay: NotNegative
-    adam_w_mode: bool = True
+    adam_w_mode: Literal[True] = True
+    """DeepSpeed ignores it for the type AdamW, which always decouples the weight decay."""
     torch_adam: bool = False
     """Use PyTorch's AdamW."""
-    amsgrad: bool = False
     fused: bool = False
-    foreach: bool = False
-    maximize: bool = False
-    capturable: bool = False
-    differentiable: bool = False
     bias_correction: bool = True
-    set_grad_none: bool = True
     fp32_optimizer_states: bool = True
 
 
@@ -230,10 +209,6 @@ class DeepSpeedFile(Section):
     train_micro_batch_size_per_gpu: Count = 1
     gradient_accumulation_steps: Count = 1
     gradient_clipping: NotNegative
-    gradient_allreduce_op: Literal["mean"] = "mean"
-    """Losses are means over the ranks."""
-    gradient_predivide_factor: Positive = 1.0
-    prescale_gradients: bool = False
     communication_data_type: DType | None = None
     bf16: Bf16 = Bf16(enabled=False)
     fp16: Fp16 = Fp16(enabled=False)
