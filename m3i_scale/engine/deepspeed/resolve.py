@@ -1,7 +1,4 @@
-"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings.
-
-`load_ds_config`, `resolve`, `check_accelerator`, then `deepspeed.initialize` and `check_effective`.
-"""
+"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings."""
 
 from __future__ import annotations
 
