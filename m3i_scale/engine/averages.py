@@ -26,7 +26,7 @@ from m3i_scale.engine.partition import (
     local_values,
     order_gathers,
 )
-from m3i_scale.engine.split_float import join, split
+from m3i_scale.engine.precision import join, split
 
 _AT_ONCE = 1 << 18
 """Elements updated at a time: 1 MiB, which stays in the cache of a core. An accelerator uses 16 times that size, so
@@ -172,7 +172,7 @@ class ShardedEma:
         ]
 
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
-        """Return the live flat tensors of a piece: the fp32 values, or two halves for `split_float.join`. Work queued
+        """Return the live flat tensors of a piece: the fp32 values, or two halves for `precision.join`. Work queued
         after this call reads them after the gathers have written them."""
         self.wait()
         place = self._places[name]

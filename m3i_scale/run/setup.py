@@ -22,9 +22,8 @@ from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import compile_layers
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
-from m3i_scale.engine.engine import build_engine
+from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.host_memory import pinning
-from m3i_scale.engine.loading import stream_into
 from m3i_scale.engine.partition import (
     check_writable,
     initialize_sharded,
