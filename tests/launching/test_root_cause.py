@@ -200,7 +200,7 @@ def test_a_rank_that_waited_for_others_that_did_not_come_is_not_to_blame(tmp_pat
     monkeypatch.setenv(RECORDS, str(tmp_path))
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(MissingRanksError), recorded(tmp_path / "out"):
-        raise MissingRanksError("ranks 8–15 of 16 did not come in 600 s")
+        raise MissingRanksError("ranks 8–15 of 16 did not join in 600 s")
     waited = read_record(record_file(tmp_path, 0))
     assert waited is not None
     assert waited.is_consequence
