@@ -16,7 +16,6 @@ from torch import Tensor
 
 from m3i_scale.engine.engine_state import MasterGroup, master_groups
 from m3i_scale.engine.partition import (
-    check_writable,
     forget_copy,
     full_shape,
     is_partitioned,
@@ -88,7 +87,6 @@ class ShardedEma:
         self._engine = engine
         self._follows = {target: online for online, target in pairs}
         self._target = {target: named[target] for _, target in pairs}
-        check_writable(engine, self._target, "an EMA teacher")
         keep_partitioned(engine, self._target.values())
         second_copies = engine._config.zero_config.zero_hpz_partition_size > 1
         self._second_copies = list(self._target.values()) if second_copies else []

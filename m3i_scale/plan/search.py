@@ -391,9 +391,6 @@ def write_deepspeed(plan: RunPlan, path: Path) -> str:
 
 
 _COUNTED = {
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-    "zero_quantized_gradients": False,
     "contiguous_gradients": True,
     "stage3_module_granularity_threshold": 0,
 }

@@ -25,11 +25,9 @@ from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, r
 from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.host_memory import pinning
 from m3i_scale.engine.partition import (
-    check_writable,
     initialize_sharded,
     keep_in_checkpoints,
     order_gathers,
-    saved_frozen,
 )
 from m3i_scale.engine.precision import allow_tf32, compute_dtype
 from m3i_scale.errors import ConfigError
@@ -157,7 +155,6 @@ def start_engine(
         lr_scales=lambda module: scales_of(cast(Objective, module), run),
     )
     order_gathers(engine)
-    check_writable(engine, saved_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)
     pairs = ema_pairs(engine.module)

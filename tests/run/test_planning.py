@@ -201,7 +201,7 @@ def test_offloading_is_suggested_where_nothing_else_fits():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("zero_quantized_gradients", True), ("offload_optimizer", {"device": "cpu", "ratio": 0.5})]
+    ("key", "value"), [("contiguous_gradients", False), ("offload_optimizer", {"device": "cpu", "ratio": 0.5})]
 )
 def test_what_is_not_counted_is_refused(tmp_path, key, value):
     raw = load_ds_config("zero3_bf16_cpu_offload")

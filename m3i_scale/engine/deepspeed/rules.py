@@ -22,7 +22,6 @@ _DYNAMIC_SCALE = {
     "consecutive_hysteresis",
     "min_loss_scale",
 }
-_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 _SWITCHED = ("bf16", "fp16", "flops_profiler")
 READ_BY = {
     "AdamW": {"fused"},
@@ -71,11 +70,6 @@ def takes_bf16_optimizer(config: dict[str, Any]) -> bool:
     """Return whether DeepSpeed uses its BF16 optimizer instead of the ZeRO one."""
     mixed = precision(config) == "bf16" and accumulation(config) == "fp32"
     return mixed and config["zero_optimization"].get("stage") == 1 and not offloads_optimizer(config)
-
-
-def quantized(config: dict[str, Any]) -> list[str]:
-    """Return the ZeRO++ settings that need quantization kernels."""
-    return [name for name in _QUANTIZED if config["zero_optimization"].get(name)]
 
 
 def optimizer_class(config: dict[str, Any]) -> Literal["AdamW", "DeepSpeedCPUAdam", "FusedAdam"]:

@@ -130,9 +130,6 @@ class Zero3(Zero):
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
     zero_hpz_partition_size: Count = 1
-    zero_quantized_weights: bool = False
-    zero_quantized_nontrainable_weights: bool = False
-    zero_quantized_gradients: bool = False
     memory_efficient_linear: bool = True
     override_module_apply: bool = True
     log_trace_cache_warnings: bool = False
