@@ -154,8 +154,9 @@ def test_a_folder_that_takes_no_records_does_not_hide_what_the_run_says(tmp_path
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(RECORDS, raising=False)
     (tmp_path / "occupied").write_text("")
-    with pytest.raises(UserError, match="is no folder"), recorded(tmp_path / "occupied" / "out"):
-        raise UserError("the output directory is no folder")
+    with pytest.raises(UserError) as caught, recorded(tmp_path / "occupied" / "out"):
+        raise UserError("the output directory is no folder", where="here")
+    assert caught.value.where == "here"
     assert "no record of this failure" in capsys.readouterr().err
 
 

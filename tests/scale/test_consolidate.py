@@ -253,25 +253,29 @@ def test_a_changed_byte_is_refused(tmp_path, tensors) -> None:
 def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, tensors, layout, value) -> None:
     tensors["weight/student.b"][17] = value
     source = checkpoint(tmp_path, tensors | moments_of(tensors))
-    with pytest.raises(CheckpointError, match=r"'student\.b' has elements that are not finite"):
+    with pytest.raises(CheckpointError) as caught:
         consolidate(source, tmp_path / "whole", layout=layout)
+    assert "'student.b'" in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 
 def test_an_empty_tensor_is_refused_by_name(tmp_path, tensors) -> None:
     tensors["weight/student.z"] = torch.empty(0, 4)
     source = checkpoint(tmp_path, tensors)
-    with pytest.raises(CheckpointError, match=r"'student\.z' has no elements"):
+    with pytest.raises(CheckpointError) as caught:
         consolidate(source, tmp_path / "whole")
+    assert caught.value.where == str(source)
+    assert "'student.z'" in caught.value.what
 
 
 def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, tensors, monkeypatch) -> None:
     source = checkpoint(tmp_path, tensors)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="not enough room") as caught:
+    with pytest.raises(CheckpointError) as caught:
         consolidate(source, tmp_path / "whole")
-    assert "1000 bytes free" in str(caught.value)
+    assert caught.value.where == str(tmp_path)
+    assert "1000 bytes free" in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 

@@ -63,8 +63,10 @@ def test_torch_and_safetensors_on_a_full_disk_are_recognised(small_disk: Path) -
     for write in (lambda path: _save(tensor, path), lambda path: write_tensors(path, {"t": tensor})):
         temporary = begin(small_disk / step_name(1))
         guard = write_guard(small_disk, temporary, bytes_wanted=2 << 20)
-        with pytest.raises(CheckpointError, match=r"cannot be written.*2.00 MiB wanted"), guard:
+        with pytest.raises(CheckpointError) as caught, guard:
             write(temporary / "weights")
+        assert caught.value.where == str(temporary / "weights")
+        assert "2.00 MiB wanted" in caught.value.what
         assert not temporary.exists()
 
 
@@ -73,11 +75,10 @@ def test_other_errors_pass_the_guard_unchanged(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), write_guard(tmp_path, temporary):
         raise RuntimeError("shapes differ")
     assert temporary.exists()
-    with (
-        pytest.raises(CheckpointError, match="quota is used up"),
-        write_guard(tmp_path, temporary, remove_folder=False),
-    ):
-        raise OSError(errno.EDQUOT, "quota")
+    with pytest.raises(CheckpointError) as caught, write_guard(tmp_path, temporary, remove_folder=False):
+        raise OSError(errno.EDQUOT, "")
+    assert caught.value.where == str(temporary)
+    assert "quota" in caught.value.what
     assert temporary.exists()
 
 
@@ -88,7 +89,7 @@ def test_a_disk_that_is_full_when_the_manifest_is_written(small_disk: Path) -> N
     fill(temporary)
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "filler").write_bytes(b"x" * (2 << 20))
-    with pytest.raises(CheckpointError, match="the disk is full") as caught:
+    with pytest.raises(CheckpointError) as caught:
         commit(final, temporary, {})
     assert caught.value.where == str(temporary / "manifest.json")
     assert not temporary.exists()
@@ -110,11 +111,12 @@ def test_a_save_that_has_no_room_does_not_begin(small_disk: Path) -> None:
 def test_a_read_only_disk_is_explained_and_can_still_be_read(small_disk: Path) -> None:
     good = save(small_disk, 100)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(CheckpointError, match="read-only") as caught:
+    with pytest.raises(CheckpointError) as caught:
         begin(small_disk / step_name(200))
-    assert f"last good checkpoint is {good}" in str(caught.value)
-    with pytest.raises(CheckpointError, match=r"cannot lock .*Read-only"), lock_directory(small_disk):
+    assert str(good) in (caught.value.why or "")
+    with pytest.raises(CheckpointError) as caught, lock_directory(small_disk):
         pass
+    assert caught.value.where == str(small_disk)
     assert newest_good(small_disk) == (good, [])
 
 
@@ -137,8 +139,9 @@ def test_a_second_job_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(CheckpointError, match="another job") as caught, lock_directory(tmp_path):
+        with pytest.raises(CheckpointError) as caught, lock_directory(tmp_path):
             pass
+        assert caught.value.where == str(tmp_path)
         assert f"pid {first.pid} on host {socket.gethostname()} since 20" in str(caught.value)
     finally:
         first.kill()
@@ -168,6 +171,6 @@ def test_a_file_system_without_flock_is_refused(tmp_path: Path, monkeypatch: pyt
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(CheckpointError, match="has no flock") as caught, lock_directory(tmp_path):
+    with pytest.raises(CheckpointError) as caught, lock_directory(tmp_path):
         pass
     assert caught.value.where == str(tmp_path)
