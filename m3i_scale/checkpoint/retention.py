@@ -197,16 +197,8 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
             where=f"checkpoint.every_steps: {saves}, optim.steps: {steps}",
             fix=f"take a multiple of {saves} that is not larger than {steps}",
         )
-    if checkpoint.keep_best is None:
-        return
-    _check_best(run, recipe, checkpoint.keep_best)
-    evaluates = run.evaluation.every_steps
-    if every is not None and evaluates % every == 0 and checkpoint.max_gib is None:
-        raise ConfigError(
-            "checkpoint.keep_best has no effect: keep_every_steps keeps every checkpoint that is evaluated",
-            where=f"checkpoint.keep_every_steps: {every}, evaluation.every_steps: {evaluates}",
-            fix="take keep_best out, raise keep_every_steps, or set checkpoint.max_gib",
-        )
+    if checkpoint.keep_best is not None:
+        _check_best(run, recipe, checkpoint.keep_best)
 
 
 def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:

@@ -37,6 +37,7 @@ def check(*overrides: str) -> None:
         (BEST,),
         (BEST, "evaluation.every_steps=1500"),  # at the last step
         (BEST, "checkpoint.keep_every_steps=1500"),
+        (BEST, "checkpoint.keep_every_steps=500"),
         (BEST, "checkpoint.keep_every_steps=1000", "checkpoint.max_gib=1"),
         ("checkpoint.keep_every_steps=3000",),
         ("checkpoint.keep_every_steps=700", "optim.steps=7000"),
@@ -53,7 +54,6 @@ def test_rules_with_an_effect_are_taken(overrides: tuple[str, ...]) -> None:
         (("checkpoint.keep_every_steps=4000",), "no checkpoint is of a multiple of 4000 steps"),
         ((BEST, "evaluation.every_steps=0"), "the run evaluates nothing"),
         ((BEST, "evaluation.every_steps=700"), "no checkpoint is of a step that is evaluated"),
-        ((BEST, "checkpoint.keep_every_steps=500"), "keeps every checkpoint that is evaluated"),
         (("checkpoint.keep_best={metric: val/loss}",), r"'val/loss'[\s\S]*did you mean 'evaluation/loss'"),
         (("checkpoint.keep_best={metric: evaluation/txt/loss}",), r"did you mean 'evaluation/text/loss'"),
         (("checkpoint.keep_best={metric: text/loss}",), r"did you mean '?evaluation/"),
