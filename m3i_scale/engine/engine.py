@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 import deepspeed
@@ -16,6 +16,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
+from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.engine.activations import stacks
 from m3i_scale.engine.agree import from_rank_0
 from m3i_scale.engine.deepspeed.rules import optimizer_class
@@ -120,25 +121,15 @@ def keep_gradients_until_reduced(optimizer: Any) -> None:
         optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)
 
 
-class WeightStream(Protocol):
-    """A stream of named values; the order is known before they are read."""
-
-    @property
-    def names(self) -> list[str]:
-        """Return the names of the parameters, in order."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield the full values, reading each lazily."""
-
-
-def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], WeightStream]) -> None:
-    """Write a stream into the parameters `prefix + name`. Every rank calls it; only rank 0 opens and reads the stream.
+def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], LoadPlan]) -> None:
+    """Write the values of a plan into the parameters `prefix + name`. Every rank calls it; only rank 0 opens and reads
+    the files.
 
     Each parameter is gathered, written and partitioned again before the next value is read. In addition to its shards,
     each rank holds one parameter, and rank 0 the open files of the stream. An error of rank 0 is raised on all ranks: a
     UserError as it is, any other as a UserError that names it on the other ranks.
     """
-    opened: list[WeightStream] = []
+    opened: list[LoadPlan] = []
 
     def order() -> list[str]:
         opened.append(open_stream())
