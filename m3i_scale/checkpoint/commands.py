@@ -66,11 +66,11 @@ def inspect(path: One, as_json: AsJson = False) -> None:
 )
 def prune(
     run: Run,
-    keep_latest: Annotated[int | None, typer.Option(min=1, help="The newest so many stay.")] = None,
-    keep_every: Annotated[int | None, typer.Option(min=1, help="Steps that are multiples of this stay.")] = None,
-    keep_best: Annotated[str | None, typer.Option(help="FIGURE[:min|max][:count], e.g. evaluation/loss:min:3")] = None,
-    max_gib: Annotated[float | None, typer.Option(min=0.0, help="All together take no more than this.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep_latest: Annotated[int | None, typer.Option(min=1, help="Keep the newest N.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Keep steps that are multiples of N.")] = None,
+    keep_best: Annotated[str | None, typer.Option(help="METRIC[:min|max][:count], e.g. evaluation/loss:min:3")] = None,
+    max_gib: Annotated[float | None, typer.Option(min=0.0, help="Limit of the total size, in GiB.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
@@ -131,29 +131,30 @@ def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _list_table(document: Mapping[str, Any]) -> RenderableType:
-    table = _table("checkpoint", "samples", "age", "size", "good by sizes", "figures", "kept by")
+    table = _table("checkpoint", "samples", "age", "size", "good by sizes", "metrics", "kept by")
     for row in document["checkpoints"]:
         name = Text(row["name"] + ("  ← latest" if row["latest"] else ""))
-        known = (
-            f"{key.removeprefix('evaluation/')} {float(row['metrics'][key]):.5g}" for key in _figures(document, row)
+        metrics = (
+            f"{key.removeprefix('evaluation/')} {float(row['metrics'][key]):.5g}"
+            for key in _main_metrics(document, row)
         )
         kept = Text(
-            "\n".join(row["kept_by"]) or ("" if document["rules"] is None else "nothing: goes at the next save")
+            "\n".join(row["kept_by"]) or ("" if document["rules"] is None else "nothing: removed at the next save")
         )
         samples = "?" if row["samples"] is None else f"{row['samples']:,}"
         mark = Text("yes", "green") if row["good"] else Text("no", "bold red")
         age = "?" if row["age_s"] is None else duration_text(row["age_s"])
-        table.add_row(name, samples, age, size_text(row["bytes"]), mark, Text("\n".join(known)), kept)
+        table.add_row(name, samples, age, size_text(row["bytes"]), mark, Text("\n".join(metrics)), kept)
     notes = [Text(f"{document['root']}: {len(document['checkpoints'])} checkpoints, {size_text(document['bytes'])}")]
     if document["rules"] is None:
-        notes.append(Text("no run file beside them, so no rules are known", "yellow"))
+        notes.append(Text("no config file next to them, so no rules are known", "yellow"))
     for left in document["temporary"]:
         text = f"{left['name']} ({size_text(left['bytes'])}): being written or removed, or left by a killed job"
         notes.append(Text(text, "yellow"))
     return Group(table, *notes)
 
 
-def _figures(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+def _main_metrics(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     """Return the loss and the metric that selects the best checkpoint."""
     best = (document["rules"] or {}).get("keep_best") or {}
     wanted = {"evaluation/loss", best.get("metric")}
@@ -198,9 +199,9 @@ def _position_text(name: str, at: Mapping[str, Any]) -> str:
 def _prune_table(document: Mapping[str, Any]) -> RenderableType:
     table = _table("checkpoint", "", "why")
     for name, reasons in document["kept"].items():
-        table.add_row(name, Text("stays", "green"), Text("\n".join(reasons)))
+        table.add_row(name, Text("kept", "green"), Text("\n".join(reasons)))
     for name in document["removed"]:
-        table.add_row(name, Text("would go" if document["dry_run"] else "removed", "red"), "no rule keeps it")
+        table.add_row(name, Text("would be removed" if document["dry_run"] else "removed", "red"), "no rule keeps it")
     word = "would be freed" if document["dry_run"] else "freed"
     rules = Text(f"rules, from {document['rules_from']}: {_rules(document['rules'])}")
     return Group(rules, table, Text(f"{document['root']}: {size_text(document['bytes_removed'])} {word}"))

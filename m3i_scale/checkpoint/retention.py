@@ -148,7 +148,7 @@ def _by_weight(
     full = len(good) >= rules.keep_latest
     for entry in newest_first:
         if not entry.good and not (full and entry.step < good[rules.keep_latest - 1].step):
-            yield entry, "not good, and as new as what is kept"
+            yield entry, "not good, and as new as the kept ones"
 
 
 # ------------------------------------------------------------------ metrics and checks before step 1
@@ -168,15 +168,15 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
         return by_step
     except OSError as error:
         raise CheckpointError(
-            f"the figures of evaluations cannot be read: {error.strerror}",
+            f"the evaluation metrics cannot be read: {error.strerror}",
             where=str(path),
-            why="without them nobody knows which checkpoints are the best",
+            why="without them the best checkpoints are unknown",
             fix="make the file readable",
         ) from None
     return by_step
 
 
-def evaluated_figures(recipe: Recipe) -> set[str]:
+def evaluated_metrics(recipe: Recipe) -> set[str]:
     """Return the names of all metrics that an evaluation of this recipe writes. Mutual information of densities is only
     estimated on logged training steps."""
     names = {f"{PREFIX}loss"}
@@ -204,7 +204,7 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
 def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
     metric = best.metric
     evaluates, saves = run.evaluation.every_steps, run.checkpoint.every_steps
-    known = evaluated_figures(recipe)
+    known = evaluated_metrics(recipe)
     if not evaluates:
         raise ConfigError(
             "checkpoint.keep_best has no effect: the run evaluates nothing",

@@ -96,16 +96,16 @@ def master_groups(engine: Any) -> list[MasterGroup]:
             offsets = {name: offset for name, (group, offset, _) in places.items() if group == number}
             groups.append(MasterGroup(flat.detach(), 0, flat.numel(), offsets))
         return groups
-    wholes = getattr(optimizer, "bf16_groups_flat", None) or getattr(optimizer, "bit16_groups_flat", [])
-    for number, whole in enumerate(wholes):
+    fulls = getattr(optimizer, "bf16_groups_flat", None) or getattr(optimizer, "bit16_groups_flat", [])
+    for number, full in enumerate(fulls):
         offsets = {
-            name: parameter.storage_offset() - whole.storage_offset()
+            name: parameter.storage_offset() - full.storage_offset()
             for name, parameter in named.items()
-            if parameter.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            if parameter.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()
         }
-        master = whole if whole.dtype == torch.float32 else _flat_tensors(optimizer)[number]
-        first = 0 if master is whole else dist.get_rank() * master.numel()
-        groups.append(MasterGroup(master.detach(), first, whole.numel(), offsets))
+        master = full if full.dtype == torch.float32 else _flat_tensors(optimizer)[number]
+        first = 0 if master is full else dist.get_rank() * master.numel()
+        groups.append(MasterGroup(master.detach(), first, full.numel(), offsets))
     return groups
 
 

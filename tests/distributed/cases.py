@@ -303,7 +303,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         engine, momentum = start_engine(plan, self.ranks)
         assert momentum is not None
         optimizer = engine.optimizer
-        averages = [part for flat in momentum._flats for part in (flat.copy, flat.beside)]
+        averages = [part for flat in momentum._flats for part in (flat.copy, flat.remainder)]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in averages}
         held = {"EMA teacher": sum(storages.values())}
         if ds_config.startswith("zero3"):

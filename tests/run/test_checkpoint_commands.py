@@ -298,7 +298,7 @@ def test_what_a_job_removes_meanwhile_does_not_end_the_list(run_dir: Path, monke
 def test_figures_that_cannot_be_read_are_explained(run_dir: Path, command: str) -> None:
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "metrics.jsonl").mkdir()
-    assert "the figures of evaluations cannot be read: Is a directory" in refused(command, run_dir)
+    assert str(run_dir / "metrics.jsonl") in refused(command, run_dir)
 
 
 # ------------------------------------------------------------------ prune
@@ -315,7 +315,7 @@ def test_prune_goes_by_the_run_file_and_first_only_says_so(run_dir: Path) -> Non
     assert set(dry["rules"]) == {"keep_latest", "keep_every_steps", "keep_best", "max_gib"}
     assert left(run_dir) == names(2, 4, 6)
     text = call("prune", run_dir, "--dry-run").output
-    assert "would go" in text
+    assert "would be removed" in text
     told = f"rules, from {run_dir / 'run.yaml'}: keep_latest 1, keep_best evaluation/loss:min:1"
     assert told in text.replace("\n", "")
     done = document("prune", run_dir)
@@ -363,11 +363,11 @@ def test_latest_names_none_that_went(run_dir: Path) -> None:
     ("options", "says"),
     [
         (["--keep-best", "evaluation/los"], "did you mean 'evaluation/loss'"),
-        (["--keep-best", "evaluation/loss:least"], r"FIGURE[:min|max][:count]"),
-        (["--keep-best", "evaluation/loss:min:0"], r"FIGURE[:min|max][:count]"),
+        (["--keep-best", "evaluation/loss:least"], r"METRIC[:min|max][:count]"),
+        (["--keep-best", "evaluation/loss:min:0"], r"METRIC[:min|max][:count]"),
         (["--keep-every", 7], "the steps are 6, 4, 2"),
-        (["--keep-latest", 2, "--max-gib", 0], "leaves no room"),
-        (["--max-gib", 500], "say what stays as well"),
+        (["--keep-latest", 2, "--max-gib", 0], "--max-gib 0"),
+        (["--max-gib", 500], "--keep-latest"),
     ],
 )
 def test_a_rule_that_keeps_nothing_removes_nothing(run_dir: Path, options: list[Any], says: str) -> None:
@@ -378,7 +378,7 @@ def test_a_rule_that_keeps_nothing_removes_nothing(run_dir: Path, options: list[
 def test_prune_without_rules_or_of_one_checkpoint_is_refused(run_dir: Path) -> None:
     assert "one checkpoint, not a run" in refused("prune", at(run_dir, 6), "--keep-latest", 1)
     (run_dir / "run.yaml").unlink()
-    assert "say what stays" in refused("prune", run_dir)
+    assert "--keep-latest" in refused("prune", run_dir)
     assert left(run_dir) == names(2, 4, 6)
 
 

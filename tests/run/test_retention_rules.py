@@ -14,7 +14,7 @@ from tiny import RECIPES, random_batch, tiny_objective
 
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.layout import checkpoints, step_name, temporary_for
-from m3i_scale.checkpoint.retention import check_retention, evaluated_figures, evaluations
+from m3i_scale.checkpoint.retention import check_retention, evaluated_metrics, evaluations
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
@@ -84,7 +84,7 @@ def test_an_evaluation_writes_the_figures_that_a_rule_may_name(recipe: str) -> N
     objective = tiny_objective(recipe).eval()
     _, figures = objective(random_batch(4))
     written = {f"evaluation/{name}" for name in ["loss", *figures] if not name.endswith("/weight")}
-    assert written == evaluated_figures(objective.recipe)
+    assert written == evaluated_metrics(objective.recipe)
 
 
 def test_figures_of_evaluations_and_the_rules_that_ask_for_them(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {Z + "stage": GONE}, ["must be 1, 2 or 3"]),
     ("zero3_bf16", {"zero_optimization": GONE}, ["must be 1, 2 or 3"]),
     # precision
-    ("zero3_bf16", {"bf16.enabled": "auto"}, ["bf16.enabled", "takes it for off"]),
+    ("zero3_bf16", {"bf16.enabled": "auto"}, ["bf16.enabled", "as if it were off"]),
     ("zero3_bf16", {"bf16": {}}, ["bf16.enabled", "true or false"]),
     ("zero3_bf16", {"fp16": {"enabled": True}}, ["both enabled"]),
     ("zero3_bf16", {"bf16.bf16_optimizer_states": True}, ["bf16_master_weights_and_grads"]),

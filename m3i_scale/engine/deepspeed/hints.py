@@ -97,7 +97,7 @@ _LEFT_OUT: dict[str, tuple[str, str]] = {
     "optimizer": ("the optimizer is built from this file", f'"optimizer": {{"type": "AdamW", {_OPTIMIZER}}}'),
     "optimizer.params": ("the optimizer is built from this file", _OPTIMIZER),
     "device": ("DeepSpeed then takes none, and offloads nothing", 'write "device": "cpu"'),
-    "enabled": ("DeepSpeed takes a missing switch for off, and goes on", 'write "enabled": true or false'),
+    "enabled": ("DeepSpeed continues silently as if a missing switch were off", 'write "enabled": true or false'),
 }
 """By key or by its last word: DeepSpeed's behavior without it, and the line to add."""
 
@@ -142,16 +142,16 @@ def _wrong_value(detail: Any, path: str, given: Any, where: str) -> ConfigError:
         return ConfigError(f"'{path}' must be a section, i.e. {{…}} (got {given!r})", where=where, fix=hint)
     if given == "nvme":
         why = "checkpoints, exports and the EMA teacher read shards in memory"
-        fix = "take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve what has to be held"
+        fix = "take cpu; bf16 states (zero3_bf16_lean, zero3_cpu_lean) halve the states"
         return ConfigError(f"'{path}' is nvme", where=where, why=why, fix=fix)
     return ConfigError(f"'{path}': {detail['msg']} (got {given!r})", where=where)
 
 
 def _unfilled(path: str, where: str) -> ConfigError:
-    why = "nothing in the config file says what it should be, and DeepSpeed drops the word or fails later"
+    why = "it does not follow from the config file, and DeepSpeed ignores the word or fails later"
     if path.endswith("enabled"):
-        why = "DeepSpeed takes it for off and goes on"
-    fix = "give a value; docs/deepspeed.md lists what is filled in"
+        why = "DeepSpeed continues silently as if it were off"
+    fix = 'set a value; docs/deepspeed.md lists the keys that can be "auto"'
     return ConfigError(f"'{path}' cannot be \"auto\"", where=where, why=why, fix=fix)
 
 

@@ -105,7 +105,7 @@ def _check_switches(config: dict[str, Any], where: str) -> None:
             raise no_effect(f"{name}.{idle}", f"{name}.enabled is false", where, f"remove it, or enable {name}")
     if not config.get("comms_logger", {}).get("enabled", True):
         why = "DeepSpeed logs communication as soon as the section is there, whatever 'enabled' says"
-        raise no_effect("comms_logger.enabled", why, where, "remove the whole section 'comms_logger'")
+        raise no_effect("comms_logger.enabled", why, where, "remove the section 'comms_logger'")
 
 
 def _check_precision(config: dict[str, Any], where: str) -> None:
@@ -165,6 +165,6 @@ def _check_optimizer(config: dict[str, Any], where: str) -> None:
         raise ConfigError(
             f"unknown key 'optimizer.params.{idle}' for {kind}",
             where=where,
-            why="DeepSpeed drops it without a word, or stops while building the optimizer",
+            why="DeepSpeed ignores it silently, or stops while it builds the optimizer",
             fix=did_you_mean(idle, AdamW.model_fields.keys() - not_read),
         )

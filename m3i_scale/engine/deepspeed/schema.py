@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 AUTO = "auto"
 
 
-def _whole(value: Any) -> Any:
+def _to_int(value: Any) -> Any:
     """Read 5e7 as the integer that it equals; beyond 2**53 a float is not exact."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
@@ -31,9 +31,9 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Size = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Integer = Annotated[int, BeforeValidator(_to_int)]
+Count = Annotated[int, BeforeValidator(_to_int), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(_to_int), Field(ge=0)]
 """Size in elements."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -66,16 +66,16 @@ class Fp16(Switched):
     auto_cast: bool = False
     loss_scale: NotNegative = 0
     """Static loss scale; 0 for dynamic scaling, which uses the next five fields."""
-    initial_scale_power: Whole = 16
+    initial_scale_power: Integer = 16
     loss_scale_window: Count = 1000
-    hysteresis: Whole = 2
+    hysteresis: Integer = 2
     consecutive_hysteresis: bool = False
     min_loss_scale: Count = 1
     fp16_master_weights_and_grads: bool = False
 
 
 class DataTypes(Section):
-    """Dtypes of other tensors than parameters."""
+    """Dtype of gradient accumulation."""
 
     grad_accum_dtype: DType | None = None
 
@@ -126,7 +126,7 @@ class Zero3(Zero):
     stage3_model_persistence_threshold: Size = 2**63 - 1
     stage3_max_live_parameters: Size = 1_000_000_000
     stage3_max_reuse_distance: Size = 1_000_000_000
-    stage3_module_granularity_threshold: Whole = 0
+    stage3_module_granularity_threshold: Integer = 0
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
     zero_hpz_partition_size: Count = 1
@@ -170,7 +170,7 @@ class FlopsProfiler(Switched):
 
     recompute_fwd_factor: NotNegative = 0.0
     profile_step: Count = 1
-    module_depth: Whole = -1
+    module_depth: Integer = -1
     top_modules: Count = 1
     detailed: bool = True
     output_file: str | None = None
