@@ -9,7 +9,6 @@ from m3i_scale.engine.deepspeed.schema import AUTO, fields_at, known_paths
 from m3i_scale.errors import ConfigError, did_you_mean
 
 _NO_SECTION = "in its place: without a section bf16 or fp16 the run computes in fp32"
-_SAVING = "checkpoints are saved, verified and resumed by this trainer (docs/checkpoints.md)"
 _LOGGER = "it is one of DeepSpeed's loggers; runs have their own"
 _OBJECT = "it concerns an optimizer object passed to DeepSpeed; here the optimizer is built from this file"
 _EXPORT = ("it concerns save_16bit_model, which is never called", "remove it; `m3i-scale export` writes the weights")
@@ -57,8 +56,10 @@ UNSUPPORTED: dict[str, tuple[str, str | None]] = {
         "remove it; `m3i-scale launch --with elastic` continues on the remaining hosts",
     ),
     "aio": ("it configures NVMe offload, which is not supported", None),
-    "checkpoint.load_universal": (_SAVING, "remove it: checkpoints load on any number of ranks and any stage"),
-    "checkpoint.writer": (_SAVING, "set checkpoint.background in the config file, and remove it"),
+    "checkpoint": (
+        "checkpoints are saved, verified and resumed by this trainer (docs/checkpoints.md)",
+        "remove it: checkpoints load on any number of ranks and any stage; the config file has checkpoint.background",
+    ),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _EXPORT,
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _EXPORT,
     "zero_optimization.allgather_partitions": ("DeepSpeed stores it and never uses it", None),

@@ -159,12 +159,6 @@ class Optimizer(Section):
     params: AdamW
 
 
-class Checkpoint(Section):
-    """DeepSpeed's checks when saving."""
-
-    tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
-
-
 class FlopsProfiler(Switched):
     """Settings of DeepSpeed's profiler."""
 
@@ -212,7 +206,6 @@ class DeepSpeedFile(Section):
     data_types: DataTypes = DataTypes()
     zero_optimization: Annotated[Zero12 | Zero3, Field(discriminator="stage"), BeforeValidator(_stage_is_number)]
     optimizer: Optimizer
-    checkpoint: Checkpoint = Checkpoint()
     steps_per_print: Count | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
