@@ -89,9 +89,8 @@ def consolidate(
     weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Of a file: 5GB, 500MB; KB, MB, GB, TB as the Hub counts. Default: 5GB.")
-    ] = None,
-    layout: Annotated[str, typer.Option(help="safetensors; or universal, which DeepSpeed loads.")] = "safetensors",
+        str, typer.Option(help="Of a file, such as 500MB; 5GB is 5·10⁹ bytes, as on the Hub.")
+    ] = "5GB",
     as_json: AsJson = False,
 ) -> None:
     """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
@@ -103,7 +102,6 @@ def consolidate(
         weights=cast(Any, weights),
         dtype=cast(Any, dtype),
         max_shard_size=max_shard_size,
-        layout=cast(Any, layout),
     )
     _show(document, as_json, _consolidate_table)
 

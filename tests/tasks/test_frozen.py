@@ -22,7 +22,6 @@ from m3i_scale.checkpoint.contents import kinds_of
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.preflight import needs_of
 
@@ -155,10 +154,7 @@ def test_the_export_is_the_source_with_a_head(frozen: Frozen, forks: Forks, tmp_
     assert torch.equal(model.classifier.weight[:, :64], frozen.weights("whole")[HEAD])
 
 
-def test_a_layout_of_moments_has_no_place_for_it(frozen: Frozen, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="universal"):
-        consolidate(frozen.checkpoint("whole"), tmp_path / "universal", layout="universal")
-    assert not (tmp_path / "universal").exists()
+def test_frozen_weights_are_consolidated(frozen: Frozen, tmp_path: Path) -> None:
     made = consolidate(frozen.checkpoint("whole"), tmp_path / "whole")
     assert made["tensors"] == len(frozen.weights("whole"))
 
