@@ -176,4 +176,6 @@ def _unknown(parts: tuple[str, ...], config: dict[str, Any], where: str) -> Conf
     siblings = fields_at(parts[:-1])
     if f"stage3_{key}" in siblings:
         return ConfigError(f"'{path}' is not the documented spelling", where=where, fix=f"write 'stage3_{key}'")
-    return ConfigError(f"unknown key '{path}'", where=where, why=why, fix=did_you_mean(key, siblings))
+    near = did_you_mean(key, siblings)
+    fix = near if near.startswith("did you mean") else f"remove '{path}'"
+    return ConfigError(f"unknown key '{path}'", where=where, why=why, fix=fix)
