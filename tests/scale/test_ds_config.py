@@ -25,7 +25,7 @@ Z = "zero_optimization."
 P = "optimizer.params."
 MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_cpu", {P + "fused": "yes"}, ["optimizer.params.fused", "boolean"]),
-    ("zero3_bf16", {P + "torch_adam": False}, ["unknown key 'optimizer.params.fused'"]),
+    ("zero3_bf16", {P + "torch_adam": False}, ["'optimizer.params.fused' has no effect", "torch_adam"]),
     # misspelt or misplaced
     ("zero3_bf16", {"gradient_cliping": 1.0}, ["unknown key 'gradient_cliping'", "'gradient_clipping'"]),
     ("zero3_bf16", {"train_micro_batch_size": 4}, ["unknown key", "train_micro_batch_size_per_gpu"]),

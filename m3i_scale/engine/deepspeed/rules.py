@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from m3i_scale.engine.deepspeed.schema import AdamW, Switched
-from m3i_scale.errors import ConfigError, did_you_mean
+from m3i_scale.engine.deepspeed.schema import Switched
+from m3i_scale.errors import ConfigError
 
 _BF16_OPTIMIZER_KEYS = {"stage", "allgather_bucket_size", "offload_optimizer"}
 """Keys that DeepSpeed's BF16 optimizer still reads."""
@@ -159,12 +159,7 @@ def _check_optimizer(config: dict[str, Any], where: str) -> None:
     if "fp32_optimizer_states" in params and config.get("bf16", {}).get("bf16_optimizer_states"):
         fix = "remove bf16.bf16_optimizer_states" if params["fp32_optimizer_states"] else None
         raise no_effect("optimizer.params.fp32_optimizer_states", "bf16.bf16_optimizer_states decides", where, fix)
-    not_read = set().union(*READ_BY.values()) - READ_BY[kind]
-    idle = _first(params.keys() & not_read)
+    idle = _first(params.keys() & set().union(*READ_BY.values()) - READ_BY[kind])
     if idle:
-        raise ConfigError(
-            f"unknown key 'optimizer.params.{idle}' for {kind}",
-            where=where,
-            why="DeepSpeed ignores it silently, or stops while it builds the optimizer",
-            fix=did_you_mean(idle, AdamW.model_fields.keys() - not_read),
-        )
+        fix = "set optimizer.params.torch_adam to true, or remove it" if idle in READ_BY["AdamW"] else None
+        raise no_effect(f"optimizer.params.{idle}", f"the optimizer is {kind}, which does not read it", where, fix)
