@@ -19,13 +19,13 @@ from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.hardware import hardware
 from m3i_scale.plan import planning
 from m3i_scale.plan import search as plan_search
 from m3i_scale.plan.memory import HOLES
 from m3i_scale.plan.planning import Choice, Model, Vocabulary, estimate, machine_of
 from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run, write_deepspeed
 from m3i_scale.plan.settings import numel_of
+from m3i_scale.plan.timing import hardware
 from m3i_scale.report.plan_table import plan_table
 
 pytestmark = pytest.mark.slow
