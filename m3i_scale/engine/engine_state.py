@@ -122,9 +122,9 @@ def make_moments(engine: Any, steps: int) -> None:
     """Create the optimizer's missing moments and set its step count. With 0 steps existing moments are set to zero."""
     optimizer = engine.optimizer.optimizer
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
-    # As in torch's `Optimizer.load_state_dict`: kernels that count on the device need the count there. All others would
-    # have to read it back from the device. Between two steps of ZeRO-3, groups have no parameters.
-    counts_on_device = any(optimizer.defaults.get(name) for name in ("fused", "capturable"))
+    # As in torch's `Optimizer.load_state_dict`: fused kernels need the count on the device. All others would have to
+    # read it back from the device. Between two steps of ZeRO-3, groups have no parameters.
+    counts_on_device = bool(optimizer.defaults.get("fused"))
     for flat in _flat_tensors(engine.optimizer):
         moments = optimizer.state[flat]
         # DeepSpeedCPUAdam may use fp32 moments with bf16 master weights.
