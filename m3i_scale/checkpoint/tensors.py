@@ -160,8 +160,8 @@ class SavedTensors:
             raise self._unreadable(error, INDEX) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._error(f"the index of the tensors cannot be read: {error}", INDEX) from None
-        if error := self._index.error():
-            raise self._error(error, INDEX)
+        if inconsistency := self._index.error():
+            raise self._error(inconsistency, INDEX)
         self._shapes, self.norms = self._index.shapes, self._index.norms
         self._numbers = {key: number for number, key in enumerate(self._shapes)}
         self._headers: dict[str, tuple[int, array[int]]] = {}
