@@ -22,7 +22,6 @@ from m3i_scale.checkpoint.saver import expected_bytes
 from m3i_scale.config import load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import EXIT_USER_ERROR
-from m3i_scale.host.hardware import hardware
 from m3i_scale.objective.recipe import parse_recipe
 from m3i_scale.plan.planning import (
     GIB,
@@ -35,7 +34,7 @@ from m3i_scale.plan.planning import (
     read_vocabulary,
 )
 from m3i_scale.plan.search import EQUAL, choose
-from m3i_scale.plan.timing import step_traffic
+from m3i_scale.plan.timing import hardware, step_traffic
 from m3i_scale.plan.traffic import Traffic
 
 RUN, POLICY = "m3i_vit_g14", "none"

@@ -1,8 +1,7 @@
-"""Command line of `m3i-scale checkpoint list | verify | inspect | diff | prune | consolidate`."""
+"""Command line of `m3i-scale checkpoint list | verify | inspect | prune | consolidate`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,34 +16,29 @@ from rich.text import Text
 from m3i_scale.errors import EXIT_USER_ERROR
 from m3i_scale.options import AsJson, writes_to
 from m3i_scale.output import print_json, wide_console
-from m3i_scale.text import duration_text, short, size_text
+from m3i_scale.text import duration_text, size_text
 
-_SHOWN, _SHOWN_FILES = 20, 12
+_SHOWN_FILES = 12
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Look at checkpoints, compare them, remove some.")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify, inspect, prune and consolidate checkpoints.")
 Run = Annotated[Path, typer.Argument(help="A run's output_dir, or its checkpoints folder.")]
 One = Annotated[Path, typer.Argument(help="One checkpoint; or a run, whose newest complete one is taken.")]
 
 
 @checkpoint_app.command("list", epilog="Example: m3i-scale checkpoint list /data/runs/first")
-def list_(
-    run: Run,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte; otherwise sizes are compared.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """List all checkpoints of a run: step, age, size, validity, metrics, and why each is kept."""
+def list_(run: Run, as_json: AsJson = False) -> None:
+    """List all checkpoints of a run: step, age, size, validity by names and sizes, metrics, and why each is kept."""
     from m3i_scale.checkpoint.layout import root_of
     from m3i_scale.checkpoint.listing import list_checkpoints
     from m3i_scale.checkpoint.retention import evaluations
 
     root = root_of(run)
-    _show(list_checkpoints(root, evaluations(root.absolute().parent), contents=verify), as_json, _list_table)
+    _show(list_checkpoints(root, evaluations(root.absolute().parent)), as_json, _list_table)
 
 
 @checkpoint_app.command(epilog="Example: m3i-scale checkpoint verify /data/runs/first --json")
 def verify(
     path: Annotated[Path, typer.Argument(help="One checkpoint; or a run, all of whose checkpoints are read.")],
-    threads: Annotated[int, typer.Option(min=1, max=256, help="Files that are read at a time.")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Compare every byte with the manifest. Exits with 2 if there are differences, and names the corrupt files."""
@@ -52,7 +46,7 @@ def verify(
     from m3i_scale.files import folder_bytes
 
     with _bytes_bar(sum(map(folder_bytes, named_checkpoints(path))), quiet=as_json) as advance:
-        document = verify_checkpoints(path, threads, advance)
+        document = verify_checkpoints(path, advance)
     _show(document, as_json, _verify_lines)
     if not document["good"]:
         raise typer.Exit(EXIT_USER_ERROR)
@@ -67,34 +61,16 @@ def inspect(path: One, as_json: AsJson = False) -> None:
     _show(inspect_checkpoint(checkpoint_or_newest(path)), as_json, _inspect_table)
 
 
-@checkpoint_app.command(epilog="Example: m3i-scale checkpoint diff /data/runs/first /data/runs/second --values")
-def diff(
-    a: One,
-    b: One,
-    values: Annotated[bool, typer.Option("--values", help="Compare the tensors' values as well.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show the differences between two checkpoints: settings by field, data position, tensors."""
-    from m3i_scale.checkpoint.contents import diff_checkpoints, tensors_of
-    from m3i_scale.checkpoint.listing import checkpoint_or_newest
-
-    one, other = checkpoint_or_newest(a), checkpoint_or_newest(b)
-    total = sum(stored.bytes for stored in tensors_of(one).values())
-    with _bytes_bar(total, quiet=as_json or not values) as advance:
-        document = diff_checkpoints(one, other, values=values, advance=advance)
-    _show(document, as_json, _diff_tables)
-
-
 @checkpoint_app.command(
     epilog="Example: m3i-scale checkpoint prune /data/runs/first --keep-best evaluation/loss:min:3 --dry-run"
 )
 def prune(
     run: Run,
-    keep_latest: Annotated[int | None, typer.Option(min=1, help="The newest so many stay.")] = None,
-    keep_every: Annotated[int | None, typer.Option(min=1, help="Steps that are multiples of this stay.")] = None,
-    keep_best: Annotated[str | None, typer.Option(help="FIGURE[:min|max][:count], e.g. evaluation/loss:min:3")] = None,
-    max_gib: Annotated[float | None, typer.Option(min=0.0, help="All together take no more than this.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep_latest: Annotated[int | None, typer.Option(min=1, help="Keep the newest N.")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="Keep steps that are multiples of N.")] = None,
+    keep_best: Annotated[str | None, typer.Option(help="METRIC[:min|max][:count], e.g. evaluation/loss:min:3")] = None,
+    max_gib: Annotated[float | None, typer.Option(min=0.0, help="Limit of the total size, in GiB.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no rule keeps. Default: the rules of the config. The latest valid one is always kept."""
@@ -113,9 +89,8 @@ def consolidate(
     weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     max_shard_size: Annotated[
-        str | None, typer.Option(help="Of a file: 5GB, 500MB; KB, MB, GB, TB as the Hub counts. Default: 5GB.")
-    ] = None,
-    layout: Annotated[str, typer.Option(help="safetensors; or universal, which DeepSpeed loads.")] = "safetensors",
+        str, typer.Option(help="Of a file, such as 500MB; 5GB is 5·10⁹ bytes, as on the Hub.")
+    ] = "5GB",
     as_json: AsJson = False,
 ) -> None:
     """Merge the shards of all ranks into full tensors. Streams data, so memory does not grow with the model."""
@@ -127,7 +102,6 @@ def consolidate(
         weights=cast(Any, weights),
         dtype=cast(Any, dtype),
         max_shard_size=max_shard_size,
-        layout=cast(Any, layout),
     )
     _show(document, as_json, _consolidate_table)
 
@@ -155,30 +129,30 @@ def _bytes_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
 
 
 def _list_table(document: Mapping[str, Any]) -> RenderableType:
-    good = "good" if document["checked"] == "contents" else "good by sizes"
-    table = _table("checkpoint", "samples", "age", "size", good, "figures", "kept by")
+    table = _table("checkpoint", "samples", "age", "size", "good by sizes", "metrics", "kept by")
     for row in document["checkpoints"]:
         name = Text(row["name"] + ("  ← latest" if row["latest"] else ""))
-        known = (
-            f"{key.removeprefix('evaluation/')} {float(row['metrics'][key]):.5g}" for key in _figures(document, row)
+        metrics = (
+            f"{key.removeprefix('evaluation/')} {float(row['metrics'][key]):.5g}"
+            for key in _main_metrics(document, row)
         )
         kept = Text(
-            "\n".join(row["kept_by"]) or ("" if document["rules"] is None else "nothing: goes at the next save")
+            "\n".join(row["kept_by"]) or ("" if document["rules"] is None else "nothing: removed at the next save")
         )
         samples = "?" if row["samples"] is None else f"{row['samples']:,}"
         mark = Text("yes", "green") if row["good"] else Text("no", "bold red")
         age = "?" if row["age_s"] is None else duration_text(row["age_s"])
-        table.add_row(name, samples, age, size_text(row["bytes"]), mark, Text("\n".join(known)), kept)
+        table.add_row(name, samples, age, size_text(row["bytes"]), mark, Text("\n".join(metrics)), kept)
     notes = [Text(f"{document['root']}: {len(document['checkpoints'])} checkpoints, {size_text(document['bytes'])}")]
     if document["rules"] is None:
-        notes.append(Text("no run file beside them, so no rules are known", "yellow"))
+        notes.append(Text("no config file next to them, so no rules are known", "yellow"))
     for left in document["temporary"]:
         text = f"{left['name']} ({size_text(left['bytes'])}): being written or removed, or left by a killed job"
         notes.append(Text(text, "yellow"))
     return Group(table, *notes)
 
 
-def _figures(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+def _main_metrics(document: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     """Return the loss and the metric that selects the best checkpoint."""
     best = (document["rules"] or {}).get("keep_best") or {}
     wanted = {"evaluation/loss", best.get("metric")}
@@ -220,59 +194,12 @@ def _position_text(name: str, at: Mapping[str, Any]) -> str:
     return f"{name}: {at['read']:,} samples read{bad}; it has {at['samples']:,} in {at['shards']:,} shards{passes}"
 
 
-def _diff_tables(document: Mapping[str, Any]) -> RenderableType:
-    parts: list[RenderableType] = [Text(f"a: {document['a']}\nb: {document['b']}")]
-    for title in ("settings", "facts", "model", "data"):
-        if document[title]:
-            table = _table(title, "a", "b")
-            for row in document[title]:
-                table.add_row(Text(row["key"]), Text(short(row["a"], 60)), Text(short(row["b"], 60)))
-            parts.append(table)
-    parts += _tensors(document["tensors"])
-    if document["same"]:
-        compared = "" if "values" in document["tensors"] else " (values not compared: --values)"
-        parts.append(Text("no difference" + compared, "green"))
-    return Group(*parts)
-
-
-def _tensors(tensors: Mapping[str, Any]) -> list[RenderableType]:
-    parts: list[RenderableType] = [Text(f"{tensors['both']:,} tensors in both")]
-    for what in ("missing", "added"):
-        if tensors[what]:
-            parts.append(Text(f"{len(tensors[what])} {what} in b: {_some(tensors[what])}"))
-    for what in ("shape", "dtype"):
-        for name, (before, now) in list(tensors[what].items())[:_SHOWN]:
-            parts.append(Text(f"{what} of {name}: {before} → {now}"))
-        if len(tensors[what]) > _SHOWN:
-            parts.append(Text(f"… and {len(tensors[what]) - _SHOWN} more of another {what}"))
-    values = tensors.get("values", {})
-    apart = {name: found for name, found in values.items() if found.get("max_abs") != 0}
-    if values:
-        parts.append(Text(f"{len(values) - len(apart):,} of them with the same values"))
-    if apart:
-        table = _table("tensor", "max |b − a|", "‖b − a‖ / ‖a‖")
-        for name, found in sorted(apart.items(), key=_farthest_first)[:_SHOWN]:
-            if "not_compared" in found:
-                table.add_row(Text(name), found["not_compared"], "")
-            else:
-                table.add_row(Text(name), f"{float(found['max_abs']):.3g}", f"{float(found['relative']):.3g}")
-        parts.append(table)
-    if len(apart) > _SHOWN:
-        parts.append(Text(f"… and {len(apart) - _SHOWN} more, all of them with --json"))
-    return parts
-
-
-def _farthest_first(item: tuple[str, Mapping[str, Any]]) -> float:
-    relative = float(item[1].get("relative", "inf"))
-    return -math.inf if math.isnan(relative) else -relative
-
-
 def _prune_table(document: Mapping[str, Any]) -> RenderableType:
     table = _table("checkpoint", "", "why")
     for name, reasons in document["kept"].items():
-        table.add_row(name, Text("stays", "green"), Text("\n".join(reasons)))
+        table.add_row(name, Text("kept", "green"), Text("\n".join(reasons)))
     for name in document["removed"]:
-        table.add_row(name, Text("would go" if document["dry_run"] else "removed", "red"), "no rule keeps it")
+        table.add_row(name, Text("would be removed" if document["dry_run"] else "removed", "red"), "no rule keeps it")
     word = "would be freed" if document["dry_run"] else "freed"
     rules = Text(f"rules, from {document['rules_from']}: {_rules(document['rules'])}")
     return Group(rules, table, Text(f"{document['root']}: {size_text(document['bytes_removed'])} {word}"))
@@ -294,10 +221,6 @@ def _rules(rules: Mapping[str, Any]) -> str:
     best = rules["keep_best"]
     values = {**rules, "keep_best": None if best is None else f"{best['metric']}:{best['mode']}:{best['count']}"}
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" … ({len(names)})" if len(names) > 8 else "")
 
 
 def _table(*columns: str) -> Table:

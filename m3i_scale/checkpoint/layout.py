@@ -87,7 +87,7 @@ def stopped_words(root: Path) -> str:
     newest = next(iter(checkpoints(root)), None)
     if newest is None:
         return f"stopped; there is no checkpoint in {root}"
-    return f"stopped at step {step_of(newest)}, saved in {newest}; the same command goes on from there"
+    return f"stopped at step {step_of(newest)}, saved in {newest}; rerun the same command to resume"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def checkpoint_or_newest(path: Path) -> Path:
     root = root_of(path)
     newest = next((folder for folder in checkpoints(root) if not verify(folder, contents=False)), None)
     if newest is None:
-        raise CheckpointError("no checkpoint here that is whole", where=str(root), fix="give one checkpoint")
+        raise CheckpointError("no complete checkpoint here", where=str(root), fix="name one checkpoint")
     return newest
 
 
@@ -61,16 +61,14 @@ def named_checkpoints(path: Path) -> list[Path]:
 # ------------------------------------------------------------------ list
 
 
-def list_checkpoints(root: Path, metrics: Metrics, *, contents: bool = False) -> dict[str, Any]:
-    """Return the document of `checkpoint list`. `contents` verifies every byte; otherwise names and sizes determine
-    validity."""
-    entries = entries_of(root, metrics, contents=contents)
+def list_checkpoints(root: Path, metrics: Metrics) -> dict[str, Any]:
+    """Return the document of `checkpoint list`. Names and sizes of files determine validity."""
+    entries = entries_of(root, metrics)
     rules = rules_of_run(root)
     kept = {} if rules is None else which_to_keep(entries, rules)
     latest = named_latest(root)
     return {
         "root": str(root),
-        "checked": "contents" if contents else "sizes",
         "latest": latest,
         "rules": None if rules is None else rules.model_dump(),
         "bytes": sum(entry.size for entry in entries),
@@ -109,12 +107,12 @@ def _sizes(paths: list[Path]) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------ verify
 
 
-def verify_checkpoints(path: Path, threads: int, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Return the document of `checkpoint verify` of a checkpoint or run, a check of every byte. `threads` files are
-    read in parallel; `advance` is called with the number of bytes read, from any thread."""
+def verify_checkpoints(path: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Return the document of `checkpoint verify` of a checkpoint or run, a check of every byte. `advance` is called
+    with the number of bytes read, from any thread."""
     rows: list[dict[str, Any]] = []
     for checkpoint in named_checkpoints(path):
-        errors = find_errors(checkpoint, threads=threads, advance=advance)
+        errors = find_errors(checkpoint, advance=advance)
         if not checkpoint.exists() and checkpoint != path:
             continue  # deleted by the run in the meantime
         lines = [{"file": error.file, "what": error.what} for error in errors]
@@ -145,21 +143,21 @@ def rules_given(
     if latest is None and every is None and best is None:
         if max_gib is not None:
             raise ConfigError(
-                "--max-gib is a limit, and no option says what stays within it",
-                why="nothing is removed: all but the newest would be among what goes",
-                fix="say what stays as well, e.g. --keep-latest 10",
+                "--max-gib is a limit, and no option says what to keep within it",
+                why="all but the newest would be removed; nothing is removed now",
+                fix="add what to keep, e.g. --keep-latest 10",
             )
         run_file = root.absolute().parent / "run.yaml"
         rules = rules_of_run(root)
         if rules is None:
             raise ConfigError(
-                "no rules: there is no run file beside the checkpoints",
+                "no rules: there is no config file next to the checkpoints",
                 where=str(run_file),
-                fix="say what stays, e.g. --keep-latest 2",
+                fix="choose what to keep, e.g. --keep-latest 2",
             )
         return rules, str(run_file)
     if max_gib == 0:
-        raise ConfigError("--max-gib 0 leaves no room", fix="give the GiB that all together may take")
+        raise ConfigError("--max-gib must be above 0", fix="the limit of all checkpoints together, in GiB")
     wanted = None if best is None else _parse_best(best)
     rules = RetentionConfig(keep_latest=latest or 1, keep_every_steps=every, keep_best=wanted, max_gib=max_gib)
     return rules, "the options"
@@ -188,7 +186,9 @@ def _parse_best(text: str) -> KeepBestConfig:
     match = _BEST.fullmatch(text)
     if match is None:
         raise ConfigError(
-            f"--keep-best {text}", why="it is FIGURE[:min|max][:count]", fix="e.g. --keep-best evaluation/loss:min:3"
+            f"--keep-best {text}",
+            why="it must be METRIC[:min|max][:count]",
+            fix="such as evaluation/loss:min:3",
         )
     mode = cast(Literal["min", "max"], match["mode"] or "min")
     return KeepBestConfig(metric=match["metric"], mode=mode, count=int(match["count"] or 1))
@@ -203,16 +203,16 @@ def _check_effect(root: Path, rules: RetentionConfig, metrics: Metrics) -> None:
     if best is not None and not ranked(entries, best):
         known = sorted({name for entry in entries for name in entry.metrics})
         raise ConfigError(
-            f"no checkpoint here has a figure '{best.metric}'",
+            f"no checkpoint here has a metric '{best.metric}'",
             where=str(root.absolute().parent / "metrics.jsonl"),
-            why="nothing is removed: the best would be among what goes",
-            fix=did_you_mean(best.metric, known) if known else "the run has evaluated nothing at these steps",
+            why="the best would be removed; nothing is removed now",
+            fix=did_you_mean(best.metric, known) if known else "the run has no evaluations at these steps",
         )
     if every is not None and all(entry.step % every for entry in entries):
         steps = ", ".join(str(entry.step) for entry in entries[:8])
         raise ConfigError(
-            f"no checkpoint here is of a multiple of {every} steps",
+            f"no checkpoint here has a step that is a multiple of {every}",
             where=str(root),
-            why="nothing is removed: what was to stay would be among what goes",
+            why="checkpoints that you want to keep would be removed; nothing is removed now",
             fix=f"the steps are {steps}{' …' if len(entries) > 8 else ''}",
         )

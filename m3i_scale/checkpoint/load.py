@@ -193,26 +193,19 @@ class SavedWeights(Mapping[str, Tensor]):
         else:
             out.copy_(statistic.flatten()[start : start + out.numel()])
 
-    def read_finite(self, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` like `read_into`, and raise CheckpointError for non-finite elements. It reads in blocks, so a
-        dtype change needs no second copy of the tensor."""
-        for at in range(0, out.numel(), BLOCK_ELEMENTS):
-            block = out[at : at + BLOCK_ELEMENTS]
-            self.read_into(name, start + at, block)
-            if not bool(torch.isfinite(block).all()):
-                raise CheckpointError(
-                    f"'{name}' has elements that are not finite numbers",
-                    where=f"elements {start + at:,} to {start + at + block.numel():,}",
-                    why="a model with these weights computes NaN",
-                    fix="take an earlier checkpoint of the run",
-                )
-
     def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """Yield a tensor as flat blocks; raise CheckpointError for non-finite elements."""
         numel = math.prod(self.shape(name))
         for start in range(0, numel, BLOCK_ELEMENTS):
             block = torch.empty(min(BLOCK_ELEMENTS, numel - start), dtype=dtype)
-            self.read_finite(name, start, block)
+            self.read_into(name, start, block)
+            if not bool(torch.isfinite(block).all()):
+                raise CheckpointError(
+                    f"'{name}' has elements that are not finite numbers",
+                    where=f"elements {start:,} to {start + block.numel():,}",
+                    why="a model with these weights computes NaN",
+                    fix="take an earlier checkpoint of the run",
+                )
             yield block
 
 

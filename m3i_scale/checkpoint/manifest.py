@@ -132,12 +132,10 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
 
 
 def find_errors(
-    path: Path, *, contents: bool = True, threads: int = _THREADS, advance: Callable[[int], None] = lambda size: None
+    path: Path, *, contents: bool = True, advance: Callable[[int], None] = lambda size: None
 ) -> list[FileError]:
-    """Return the verification errors of a committed folder, file by file; [] if it is valid. See `verify`.
-
-    `threads` files are read in parallel; `advance` is called with the bytes of every checked file, from any thread.
-    """
+    """Return the verification errors of a committed folder, file by file; [] if it is valid. See `verify`. `advance` is
+    called with the bytes of every checked file, from any thread."""
     try:
         manifest = read_manifest(path)
         present = set(list_files(path))
@@ -156,7 +154,7 @@ def find_errors(
         advance(manifest.files[name].size)
         return None if what is None else _error_in(name, what)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
         results = pool.map(verify_file, sorted(present & manifest.files.keys()))
         return errors + [error for error in results if error is not None]
 

@@ -92,12 +92,12 @@ def ranked(entries: Iterable[Entry], best: KeepBestConfig) -> list[Entry]:
     return sorted(known, key=lambda entry: (sign * entry.metrics[best.metric], -entry.step))
 
 
-def entries_of(root: Path, metrics: Metrics, *, contents: bool = False) -> list[Entry]:
-    """Return the checkpoints of a folder, which may be missing, the newest first. `contents` verifies every byte;
-    otherwise names and sizes determine validity."""
+def entries_of(root: Path, metrics: Metrics) -> list[Entry]:
+    """Return the checkpoints of a folder, which may be missing, the newest first. Names and sizes of files determine
+    validity."""
     steps = [(path, step_of(path) or 0) for path in checkpoints(root)]
     return [
-        Entry(path, step, folder_bytes(path), not verify(path, contents=contents), metrics.get(step, {}))
+        Entry(path, step, folder_bytes(path), not verify(path, contents=False), metrics.get(step, {}))
         for path, step in steps
     ]
 
@@ -148,7 +148,7 @@ def _by_weight(
     full = len(good) >= rules.keep_latest
     for entry in newest_first:
         if not entry.good and not (full and entry.step < good[rules.keep_latest - 1].step):
-            yield entry, "not good, and as new as what is kept"
+            yield entry, "not good, and as new as the kept ones"
 
 
 # ------------------------------------------------------------------ metrics and checks before step 1
@@ -168,15 +168,15 @@ def evaluations(output_dir: Path) -> dict[int, dict[str, float]]:
         return by_step
     except OSError as error:
         raise CheckpointError(
-            f"the figures of evaluations cannot be read: {error.strerror}",
+            f"the evaluation metrics cannot be read: {error.strerror}",
             where=str(path),
-            why="without them nobody knows which checkpoints are the best",
+            why="without them the best checkpoints are unknown",
             fix="make the file readable",
         ) from None
     return by_step
 
 
-def evaluated_figures(recipe: Recipe) -> set[str]:
+def evaluated_metrics(recipe: Recipe) -> set[str]:
     """Return the names of all metrics that an evaluation of this recipe writes. Mutual information of densities is only
     estimated on logged training steps."""
     names = {f"{PREFIX}loss"}
@@ -197,22 +197,14 @@ def check_retention(run: RunConfig, recipe: Recipe) -> None:
             where=f"checkpoint.every_steps: {saves}, optim.steps: {steps}",
             fix=f"take a multiple of {saves} that is not larger than {steps}",
         )
-    if checkpoint.keep_best is None:
-        return
-    _check_best(run, recipe, checkpoint.keep_best)
-    evaluates = run.evaluation.every_steps
-    if every is not None and evaluates % every == 0 and checkpoint.max_gib is None:
-        raise ConfigError(
-            "checkpoint.keep_best has no effect: keep_every_steps keeps every checkpoint that is evaluated",
-            where=f"checkpoint.keep_every_steps: {every}, evaluation.every_steps: {evaluates}",
-            fix="take keep_best out, raise keep_every_steps, or set checkpoint.max_gib",
-        )
+    if checkpoint.keep_best is not None:
+        _check_best(run, recipe, checkpoint.keep_best)
 
 
 def _check_best(run: RunConfig, recipe: Recipe, best: KeepBestConfig) -> None:
     metric = best.metric
     evaluates, saves = run.evaluation.every_steps, run.checkpoint.every_steps
-    known = evaluated_figures(recipe)
+    known = evaluated_metrics(recipe)
     if not evaluates:
         raise ConfigError(
             "checkpoint.keep_best has no effect: the run evaluates nothing",

@@ -21,7 +21,7 @@ from torch import Tensor
 from m3i_scale.checkpoint.layout import TENSORS
 from m3i_scale.checkpoint.manifest import Digest
 from m3i_scale.checkpoint.tensors import NAMES, Index, Piece, even_piece, file_name
-from m3i_scale.engine.split_float import join
+from m3i_scale.engine.precision import join
 from m3i_scale.files import sync
 
 FILE_BYTES = 2 * 2**30
@@ -117,7 +117,7 @@ class Range:
     start: int
     """Start in the flattened tensor."""
     parts: tuple[Tensor, ...]
-    """The flat piece, or its two halves as made by `split_float`; live tensors or copies."""
+    """The flat piece, or its two halves as made by `precision.split`; live tensors or copies."""
 
     @property
     def numel(self) -> int:

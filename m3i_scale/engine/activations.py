@@ -109,37 +109,13 @@ def apply_activation_checkpointing(module: nn.Module, text: str) -> list[str]:
     return chosen
 
 
-def recomputing(module: nn.Module) -> list[str]:
-    """Return the names of the layers that are set to recompute."""
-    return [name for layers in trained_stacks(module) for name, layer in layers if layer.gradient_checkpointing]
-
-
 def describe_activations(module: nn.Module, text: str, *, compiled: bool) -> str:
     """Return a log line about the policy `text` that is set on `module`."""
     if compiled and read_policy(text).kind == "selective":
         return f"activations ({text}): compiled layers keep about half, and compute the rest again"
-    names = recomputing(module)
-    layers = f"{len(names)} layers recompute: {summarize_layers(names)}" if names else "no layer recomputes"
-    return f"activations ({text}): {layers}"
-
-
-def summarize_layers(names: list[str]) -> str:
-    """Format layer names by stack: `student.model.layers 0-3, text.model.encoder.layer 0`."""
-    stacks: dict[str, list[int]] = {}
-    for name in names:
-        prefix, _, number = name.rpartition(".")
-        stacks.setdefault(prefix, []).append(int(number))
-    return ", ".join(f"{prefix} {_ranges(numbers)}" for prefix, numbers in stacks.items())
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    layers = [layer for stack in trained_stacks(module) for _, layer in stack]
+    recomputed = sum(layer.gradient_checkpointing for layer in layers)
+    return f"activations ({text}): {recomputed} of {len(layers)} layers recompute"
 
 
 _ATTENTION = (

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from m3i_scale.engine.engine_state import MasterGroup, master_groups
 from m3i_scale.engine.partition import (
-    check_writable,
     forget_copy,
     full_shape,
     is_partitioned,
@@ -26,7 +25,7 @@ from m3i_scale.engine.partition import (
     local_values,
     order_gathers,
 )
-from m3i_scale.engine.split_float import join, split
+from m3i_scale.engine.precision import join, split
 
 _AT_ONCE = 1 << 18
 """Elements updated at a time: 1 MiB, which stays in the cache of a core. An accelerator uses 16 times that size, so
@@ -40,17 +39,17 @@ class _Flat:
     master: Tensor
     """Master weights that are averaged."""
     copy: Tensor
-    beside: Tensor
+    remainder: Tensor
     """The lower halves if the copy is bf16, the EMA weights if it is fp16, the copy itself if it is fp32."""
     gathered: Tensor | None
     """The copies of all ranks, of which `copy` is one; None if this rank has only its part."""
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield `copy`, `beside` and the master weights, in cache-sized blocks."""
+        """Yield `copy`, `remainder` and the master weights, in cache-sized blocks."""
         size = _AT_ONCE if self.copy.device.type == "cpu" else 16 * _AT_ONCE
         copies = self.copy.split(size)
-        besides = copies if self.beside is self.copy else self.beside.split(size)
-        yield from zip(copies, besides, self.master.split(size), strict=True)
+        remainders = copies if self.remainder is self.copy else self.remainder.split(size)
+        yield from zip(copies, remainders, self.master.split(size), strict=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ class ShardedEma:
         self._engine = engine
         self._follows = {target: online for online, target in pairs}
         self._target = {target: named[target] for _, target in pairs}
-        check_writable(engine, self._target, "an EMA teacher")
         keep_partitioned(engine, self._target.values())
         second_copies = engine._config.zero_config.zero_hpz_partition_size > 1
         self._second_copies = list(self._target.values()) if second_copies else []
@@ -101,8 +99,8 @@ class ShardedEma:
                 engine.module.get_submodule(child).register_forward_pre_hook(lambda *_: self.wait())
         with torch.no_grad():
             for flat in self._flats:
-                for copy, beside, master in flat.blocks():
-                    _write(master.to(copy.device, torch.float32), copy, beside)
+                for copy, remainder, master in flat.blocks():
+                    _write(master.to(copy.device, torch.float32), copy, remainder)
         self.publish()
 
     def _lay_out(self, group: MasterGroup) -> _Flat:
@@ -113,16 +111,16 @@ class ShardedEma:
             low = min(group.offsets.values())
             high = max(offset + values[name].numel() for name, offset in group.offsets.items())
         some = next(iter(values.values()))
-        whole = torch.zeros(high - low, dtype=some.dtype, device=some.device, pin_memory=some.is_pinned())
+        full = torch.zeros(high - low, dtype=some.dtype, device=some.device, pin_memory=some.is_pinned())
         begin, end = max(low, group.first), min(high, group.first + group.master.numel())
-        copy = whole[begin - low : end - low]
-        type_beside = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(some.dtype)
-        beside = copy if type_beside is None else torch.zeros_like(copy, dtype=type_beside)
+        copy = full[begin - low : end - low]
+        remainder_dtype = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(some.dtype)
+        remainder = copy if remainder_dtype is None else torch.zeros_like(copy, dtype=remainder_dtype)
         master = group.master[begin - group.first : end - group.first]
-        flat = _Flat(master, copy, beside, whole if len(copy) < len(whole) else None)
+        flat = _Flat(master, copy, remainder, full if len(copy) < len(full) else None)
         for name, offset in group.offsets.items():
             target, numel = self._target[name], values[name].numel()
-            lay_values(target, whole[offset - low :][:numel])
+            lay_values(target, full[offset - low :][:numel])
             first, last = max(offset, begin), min(offset + numel, end)
             held = local_range(target) if is_partitioned(target) else (first - offset, max(0, last - first))
             self._places[name] = _Place(flat, first - begin, *held)
@@ -133,10 +131,10 @@ class ShardedEma:
         """Update the EMA, decay · EMA + (1 − decay) · online, and its compute copy."""
         self.wait()
         for flat in self._flats:
-            for copy, beside, master in flat.blocks():
-                ema = join(copy, beside) if copy.dtype == torch.bfloat16 else beside
+            for copy, remainder, master in flat.blocks():
+                ema = join(copy, remainder) if copy.dtype == torch.bfloat16 else remainder
                 ema.lerp_(master.to(ema.device, torch.float32), 1.0 - decay)
-                _write(ema, copy, beside)
+                _write(ema, copy, remainder)
         self.publish()
 
     def publish(self) -> None:
@@ -172,13 +170,13 @@ class ShardedEma:
         ]
 
     def parts(self, name: str, start: int, numel: int) -> tuple[Tensor, ...]:
-        """Return the live flat tensors of a piece: the fp32 values, or two halves for `split_float.join`. Work queued
+        """Return the live flat tensors of a piece: the fp32 values, or two halves for `precision.join`. Work queued
         after this call reads them after the gathers have written them."""
         self.wait()
         place = self._places[name]
-        copy, beside = place.flat.copy, place.flat.beside
+        copy, remainder = place.flat.copy, place.flat.remainder
         begin = place.begin + start - place.start
-        held = (copy, beside) if copy.dtype == torch.bfloat16 else (beside,)
+        held = (copy, remainder) if copy.dtype == torch.bfloat16 else (remainder,)
         return tuple(part[begin : begin + numel] for part in held)
 
     @torch.no_grad()
@@ -192,8 +190,8 @@ class ShardedEma:
             values, held = torch.zeros(place.numel), slice(place.begin, place.begin + place.numel)
             read(name, place.start, values)
             copy = place.flat.copy[held]
-            beside = copy if place.flat.beside is place.flat.copy else place.flat.beside[held]
-            _write(values.to(copy.device), copy, beside)
+            remainder = copy if place.flat.remainder is place.flat.copy else place.flat.remainder[held]
+            _write(values.to(copy.device), copy, remainder)
 
 
 def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
@@ -210,13 +208,12 @@ def _groups_of(engine: Any, targets: dict[str, str]) -> Iterator[MasterGroup]:
         yield MasterGroup(parameter.detach().view(-1), 0, parameter.numel(), {target: 0})
 
 
-def _write(ema: Tensor, copy: Tensor, beside: Tensor) -> None:
-    """Split EMA weights into the compute copy (`copy`) and the remaining bits (`beside`). `ema` may share memory with
-    `beside`."""
+def _write(ema: Tensor, copy: Tensor, remainder: Tensor) -> None:
+    """Split EMA weights into the compute copy and the remaining bits. `ema` may share memory with `remainder`."""
     if copy.dtype == torch.bfloat16:
-        split(ema, copy, beside)
+        split(ema, copy, remainder)
         return
-    if ema is not beside:
-        beside.copy_(ema)
-    if copy is not beside:
-        copy.copy_(beside)
+    if ema is not remainder:
+        remainder.copy_(ema)
+    if copy is not remainder:
+        copy.copy_(remainder)

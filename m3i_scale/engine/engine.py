@@ -1,4 +1,4 @@
-"""Start the DeepSpeed engine on a (partitioned) module with initialized weights."""
+"""Start the DeepSpeed engine on a (partitioned) module, and load weights into its parameters."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.utils import set_z3_leaf_module
-from torch import nn
+from torch import Tensor, nn
 
+from m3i_scale.backbones.load_plan import LoadPlan
 from m3i_scale.engine.activations import stacks
+from m3i_scale.engine.agree import from_rank_0
 from m3i_scale.engine.deepspeed.rules import optimizer_class
 from m3i_scale.engine.engine_state import count_micro_batches
 from m3i_scale.engine.extensions import awaited_build
 from m3i_scale.engine.parameter_groups import parameter_groups
-from m3i_scale.engine.partition import construct, full_shape, gradients_by_parameter
+from m3i_scale.engine.partition import construct, full_shape, gathered, gradients_by_parameter
 
 
 def quiet_deepspeed() -> None:
@@ -117,3 +119,53 @@ def keep_gradients_until_reduced(optimizer: Any) -> None:
     """
     if hasattr(optimizer, "_record_gradient_stream") and not get_accelerator().resolves_data_dependency():
         optimizer._record_gradient_stream = lambda gradient, stream: gradient.record_stream(stream)
+
+
+def stream_into(module: nn.Module, prefix: str, open_stream: Callable[[], LoadPlan]) -> None:
+    """Write the values of a plan into the parameters `prefix + name`. Every rank calls it; only rank 0 opens and reads
+    the files.
+
+    Each parameter is gathered, written and partitioned again before the next value is read. In addition to its shards,
+    each rank holds one parameter, and rank 0 the open files of the stream. An error of rank 0 is raised on all ranks: a
+    UserError as it is, any other as a UserError that names it on the other ranks.
+    """
+    opened: list[LoadPlan] = []
+
+    def order() -> list[str]:
+        opened.append(open_stream())
+        return opened[0].names
+
+    names: list[str] = from_rank_0(order)
+    parameters = dict(module.named_parameters())
+    tensors = opened[0].tensors() if opened else None
+    error: Exception | None = None
+    for name in names:
+        # The other ranks take part in the same gathers, so an error is raised only after all of them.
+        error = _write(parameters[prefix + name], tensors if error is None else None) or error
+    from_rank_0(lambda: _raise(error))
+
+
+@torch.no_grad()
+def _write(parameter: nn.Parameter, tensors: Iterator[Tensor] | None) -> Exception | None:
+    """Write the next value, if this rank reads the stream; return the error. The value is read before the parameter is
+    gathered, so a slow file does not block the other ranks in the collective."""
+    value: Tensor | None = None
+    failed: Exception | None = None
+    try:
+        value = None if tensors is None else next(tensors)
+    except Exception as error:
+        failed = error
+    with gathered([parameter], write=True):
+        try:
+            if value is not None:
+                parameter.copy_(value)
+        except Exception as error:
+            failed = error
+    return failed
+
+
+def _raise(error: Exception | None) -> None:
+    if isinstance(error, StopIteration):
+        raise RuntimeError("a stream of weights has fewer values than names") from error
+    if error is not None:
+        raise error

@@ -96,16 +96,16 @@ def master_groups(engine: Any) -> list[MasterGroup]:
             offsets = {name: offset for name, (group, offset, _) in places.items() if group == number}
             groups.append(MasterGroup(flat.detach(), 0, flat.numel(), offsets))
         return groups
-    wholes = getattr(optimizer, "bf16_groups_flat", None) or getattr(optimizer, "bit16_groups_flat", [])
-    for number, whole in enumerate(wholes):
+    fulls = getattr(optimizer, "bf16_groups_flat", None) or getattr(optimizer, "bit16_groups_flat", [])
+    for number, full in enumerate(fulls):
         offsets = {
-            name: parameter.storage_offset() - whole.storage_offset()
+            name: parameter.storage_offset() - full.storage_offset()
             for name, parameter in named.items()
-            if parameter.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            if parameter.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()
         }
-        master = whole if whole.dtype == torch.float32 else _flat_tensors(optimizer)[number]
-        first = 0 if master is whole else dist.get_rank() * master.numel()
-        groups.append(MasterGroup(master.detach(), first, whole.numel(), offsets))
+        master = full if full.dtype == torch.float32 else _flat_tensors(optimizer)[number]
+        first = 0 if master is full else dist.get_rank() * master.numel()
+        groups.append(MasterGroup(master.detach(), first, full.numel(), offsets))
     return groups
 
 
@@ -122,9 +122,9 @@ def make_moments(engine: Any, steps: int) -> None:
     """Create the optimizer's missing moments and set its step count. With 0 steps existing moments are set to zero."""
     optimizer = engine.optimizer.optimizer
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
-    # As in torch's `Optimizer.load_state_dict`: kernels that count on the device need the count there. All others would
-    # have to read it back from the device. Between two steps of ZeRO-3, groups have no parameters.
-    counts_on_device = any(optimizer.defaults.get(name) for name in ("fused", "capturable"))
+    # As in torch's `Optimizer.load_state_dict`: fused kernels need the count on the device. All others would have to
+    # read it back from the device. Between two steps of ZeRO-3, groups have no parameters.
+    counts_on_device = bool(optimizer.defaults.get("fused"))
     for flat in _flat_tensors(engine.optimizer):
         moments = optimizer.state[flat]
         # DeepSpeedCPUAdam may use fp32 moments with bf16 master weights.

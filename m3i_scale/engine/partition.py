@@ -123,22 +123,6 @@ def forget_copy(parameter: Any) -> None:
         parameter.ds_secondary_tensor = None
 
 
-def check_writable(engine: Any, parameters: dict[str, nn.Parameter], what: str) -> None:
-    """Raise ConfigError if the engine configuration prevents writing the shards of frozen parameters in place. `what`
-    describes the parameters in the message."""
-    if engine._config.zero_config.zero_quantized_nontrainable_weights and parameters:
-        raise ConfigError(
-            f"'zero_optimization.zero_quantized_nontrainable_weights' cannot hold {what}",
-            why="it keeps what is not trained in 8 bits, and other values are written there",
-            fix="remove it, or take zero_quantized_weights, which quantises what is sent",
-        )
-    for name, parameter in parameters.items():
-        if is_partitioned(parameter) and local_values(parameter).numel() == 0:
-            raise ConfigError(
-                f"the shard of '{name}' is not in memory", fix="offload_param to cpu or none, not to nvme"
-            )
-
-
 def lay_values(parameter: Any, flat: Tensor) -> None:
     """Make `flat` the storage of a parameter's local values, without copying the previous values."""
     if is_partitioned(parameter):

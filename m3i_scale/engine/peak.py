@@ -12,8 +12,14 @@ from torch import Tensor
 from m3i_scale.engine.agree import mean_over_ranks
 from m3i_scale.engine.precision import dtype_name
 from m3i_scale.errors import ConfigError, did_you_mean
-from m3i_scale.host.hardware import TFLOPS
 
+TFLOPS = {
+    "a100": {"bf16": 312.0, "fp16": 312.0},
+    "h100": {"bf16": 989.0, "fp16": 989.0},
+    "h200": {"bf16": 989.0, "fp16": 989.0},
+    "v100": {"fp16": 125.0},
+}
+"""Dense matrix products by device and precision, from the vendor's data sheets (SXM modules)."""
 PEAK_TFLOPS = {f"{device}-{kind}": rate for device, rates in TFLOPS.items() for kind, rate in rates.items()}
 _MODULES = {"A100-SXM": "a100", "H100 80GB HBM3": "h100", "H200": "h200", "V100-SXM": "v100"}
 """Preset by a part of the driver's device name."""

@@ -1,4 +1,5 @@
-"""Dtypes of a run, and the device's arithmetic: TF32 rounding of products, and deterministic sums."""
+"""Dtypes of a run, fp32 numbers in two 16-bit halves, and the device's arithmetic: TF32 rounding of products, and
+deterministic sums."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 import torch._inductor.config
 import torch.utils.deterministic
+from torch import Tensor
 
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.errors import ConfigError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_HALF = 1 << 15
 _WHERE = "hardware.deterministic"
 _VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_NVLS_ENABLE": "0"}
 """The first is required by `torch.use_deterministic_algorithms`; with the others NCCL sums over ranks without in-switch
@@ -29,6 +32,24 @@ def compute_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 def dtype_name(dtype: torch.dtype | None) -> str:
     """Return `bf16`, `fp16` or `fp32`; for any other dtype its name in torch."""
     return next((name for name, known in _DTYPES.items() if known == dtype), str(dtype))
+
+
+def split(values: Tensor, upper: Tensor, lower: Tensor) -> None:
+    """Write fp32 `values` into `upper` (bf16: the nearest number, ties away from zero) and `lower` (int16).
+
+    bf16 is the upper half of fp32. A bf16 compute copy and the lower half give the exact fp32 number in four bytes
+    instead of six.
+    """
+    bits = values.contiguous().view(torch.int32).view_as(upper)
+    lower.copy_(bits)  # the signed lower half: negative where `upper` is rounded up
+    upper.view(torch.int16).copy_((bits + _HALF) >> 16)
+
+
+def join(upper: Tensor, lower: Tensor) -> Tensor:
+    """Return the fp32 numbers that were split, in a new tensor of `upper`'s shape."""
+    values = upper.to(torch.float32)
+    values.view(torch.int32).add_(lower.view_as(upper))
+    return values
 
 
 def allow_tf32(dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ _HERE, _ANSWER = "m3i_scale/here", "m3i_scale/all"
 """Keys: the host of a rank that has joined; the final answer of rank 0, empty if all have joined."""
 _ROUTE, _ROUTES = "m3i_scale/route", "m3i_scale/routes"
 """Keys: an address of a host on the ranks' network; the number of ranks that have determined their route."""
-_LOOK_S, _TELL_S, _HEARD_S = 0.1, 30.0, 5.0
+_POLL_S, _REPORT_S, _LINGER_S = 0.1, 30.0, 5.0
 _ANSWER_S = 60.0
 """Extra time for the answer of rank 0, which may have begun to wait later or be slow."""
 _ANY_PORT = 9
@@ -52,15 +52,15 @@ def await_ranks(timeout_s: float) -> None:
         missing = _await_all(store, world, timeout_s)
         answer = ""
         if missing:
-            came = {store.get(f"{_HERE}/{other}").decode(): None for other in range(world) if other not in missing}
-            answer = f"{_named(missing)} of {world} did not come in {timeout_s:g} s; those of {', '.join(came)} did"
+            joined = {store.get(f"{_HERE}/{other}").decode(): None for other in range(world) if other not in missing}
+            answer = f"{_named(missing)} of {world} did not join in {timeout_s:g} s; ranks on {', '.join(joined)} did"
         store.set(_ANSWER, answer)
         if answer:
-            time.sleep(_HEARD_S)  # the store ends with this process, and the others must read it first
+            time.sleep(_LINGER_S)  # the store ends with this process, and the others must read it first
     else:
         with contextlib.suppress(RuntimeError):  # rank 0 has ended, or the network failed
             store.wait([_ANSWER], timedelta(seconds=timeout_s + _ANSWER_S))
-        answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 was there, and is gone"
+        answer = store.get(_ANSWER).decode() if _has(store, _ANSWER) else "rank 0 had joined, and has ended"
     if answer:
         raise MissingRanksError(
             answer,
@@ -104,7 +104,7 @@ def set_interface(store: TCPStore, address: str, world: int, timeout_s: float) -
     if is_loopback(local):
         ends_at = time.monotonic() + timeout_s
         while store.add(_ROUTES, 0) < world and time.monotonic() < ends_at:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         if not store.check([_ROUTE]):  # all ranks are on this host
             return
         local = local_address(store.get(_ROUTE).decode())
@@ -156,29 +156,29 @@ def _store(rank: int, timeout_s: float) -> TCPStore:
             raise UserError(
                 f"rank 0 cannot listen at port {port}: {reason}",
                 where="MASTER_PORT",
-                fix="a port that nobody uses: --master_port of the launcher",
+                fix="choose a free port: --master_port of the launcher",
             ) from None
         raise MissingRanksError(
             f"rank 0 cannot be reached at {host}, port {port}, in {timeout_s:g} s",
             where=f"rank {rank} on {socket.gethostname()}",
             why=f"it has not started, its host is down, or a firewall is between: {reason}",
-            fix="m3i-scale doctor --hostfile FILE looks at all hosts; timeouts.rendezvous_s where it only needs longer",
+            fix="m3i-scale doctor --hostfile FILE checks the hosts; if they start slowly, raise timeouts.rendezvous_s",
         ) from None
     _KEPT.append(store)
     return store
 
 
 def _await_all(store: TCPStore, world: int, timeout_s: float) -> list[int]:
-    began = told_at = time.monotonic()
+    began = reported_at = time.monotonic()
     missing = list(range(1, world))
     while missing and time.monotonic() - began < timeout_s:
         missing = [rank for rank in missing if not store.check([f"{_HERE}/{rank}"])]
-        if missing and time.monotonic() - told_at > _TELL_S:
-            told_at = time.monotonic()
-            remaining = f"{timeout_s - (told_at - began):.0f} s more"
+        if missing and time.monotonic() - reported_at > _REPORT_S:
+            reported_at = time.monotonic()
+            remaining = f"{timeout_s - (reported_at - began):.0f} s more"
             print(f"rank 0 waits for {_named(missing)} of {world}, {remaining}", file=sys.stderr, flush=True)
         if missing:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     return missing
 
 

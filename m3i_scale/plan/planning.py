@@ -25,13 +25,12 @@ from m3i_scale.engine.engine import set_leaves
 from m3i_scale.engine.host_memory import keeps_host_memory
 from m3i_scale.engine.parameter_groups import is_matrix
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.hardware import hardware
 from m3i_scale.objective.build import build_on_meta, ema_pairs, scales_of
 from m3i_scale.objective.information import Objective, role_of
 from m3i_scale.objective.recipe import Recipe, parse_recipe
 from m3i_scale.plan.memory import HOLES, Parts, memory_of
 from m3i_scale.plan.settings import Parameter, Settings, settings_of
-from m3i_scale.plan.timing import Links, StepTraffic, host_time, step_time, step_traffic
+from m3i_scale.plan.timing import Links, StepTraffic, hardware, host_time, step_time, step_traffic
 from m3i_scale.plan.trace import Trace, record, scaled
 from m3i_scale.plan.traffic import Traffic, collectives_of
 from m3i_scale.run.setup import resolve_engine

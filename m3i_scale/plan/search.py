@@ -341,9 +341,6 @@ def _no_host_memory(plan: RunPlan) -> ConfigError:
 
 
 _COUNTED = {
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-    "zero_quantized_gradients": False,
     "contiguous_gradients": True,
     "stage3_module_granularity_threshold": 0,
 }

@@ -1,5 +1,5 @@
-"""Estimate the time of a step: communication over NCCL's or gloo's rings of consecutive ranks, and the CPU time of
-Python that queues kernels and of ZeRO's overhead.
+"""Estimate the time of a step: published rates of GPUs and links, communication over NCCL's or gloo's rings of
+consecutive ranks, and the CPU time of Python that queues kernels and of ZeRO's overhead.
 
 CPU times are measured by `benchmarks/host_time.py`, on one core of an Intel Xeon (docs/gpu.md). A compiled layer takes
 less. The benchmark's model has 4,579 operations and 1,595 parameters, and under stage 3 17,448 pieces on 8 ranks and
@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from m3i_scale.engine.peak import TFLOPS
+from m3i_scale.errors import ConfigError, did_you_mean
 from m3i_scale.plan.traffic import AFTER_BACKWARD, AVERAGED, FETCH, IN_GROUP, Traffic
 
 _PASSES = {"all-reduce": 2, "all-reduce of the step": 2, FETCH: 2}
@@ -30,6 +32,61 @@ UPDATE_US = {1: 8.0, 2: 8.0, 3: 31.0}
 PIECE_US = 2.0
 """Per rank and parameter that is gathered or reduced under stage 3 (`AllGatherCoalescedHandle.wait`,
 `reduce_scatter_coalesced`)."""
+_REACHED = "MFU of CLIP g/14 with NVIDIA's NeMo on 8 of them (docs/plan.md)"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A rank's device. Peak rates are without sparsity, bandwidths in one direction."""
+
+    tflops: dict[str, float]
+    """Peak rate by precision, in 10¹² FLOP/s."""
+    intra_gb_s: float
+    inter_gb_s: float
+    mfu: float
+    """Assumed fraction of the peak rate."""
+    source: str
+    latency_us: float | None = None
+    """Latency of a ring step between nodes, in µs. None uses NCCL's tuner values, by protocol and size
+    (`PROTOCOLS`)."""
+    intra_latency_us: float | None = None
+    """The same within a node."""
+
+
+PRESETS = {
+    "h100": Hardware(
+        {**TFLOPS["h100"], "fp32": 67.0},
+        intra_gb_s=450.0,
+        inter_gb_s=50.0,
+        mfu=0.21,
+        source="NVIDIA's data sheet of the H100 SXM (dense rates, NVLink 900 GB/s both ways) and of the DGX H100 (one "
+        f"400 Gb/s port a GPU); {_REACHED}",
+    ),
+    "a100": Hardware(
+        {**TFLOPS["a100"], "fp32": 19.5},
+        intra_gb_s=300.0,
+        inter_gb_s=25.0,
+        mfu=0.39,
+        source="NVIDIA's data sheet of the A100 SXM (dense rates, NVLink 600 GB/s both ways) and of the DGX A100 (one "
+        f"200 Gb/s port a GPU); {_REACHED}",
+    ),
+    "cpu": Hardware(
+        {"bf16": 0.2, "fp16": 0.09, "fp32": 0.09},
+        intra_gb_s=2.0,
+        inter_gb_s=1.0,
+        mfu=0.4,
+        latency_us=100.0,
+        intra_latency_us=100.0,
+        source="matrix products on one core of an AMD EPYC; bandwidths, latencies and the MFU are assumptions",
+    ),
+}
+
+
+def hardware(name: str) -> Hardware:
+    """Return a preset."""
+    if name not in PRESETS:
+        raise ConfigError(f"no hardware '{name}'", where="--hardware", fix=did_you_mean(name, PRESETS))
+    return PRESETS[name]
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class Checks:
             self.faults.note(check_accelerator, deepspeed)
             if run.hardware.deterministic:
                 self.faults.note(check_deterministic)
-        self.note("guard checkpoint", check_guard, run, deepspeed.config)
+        self.note("guard checkpoint", check_guard, run)
         if peak is not None:
             self.faults.note(named_peak, peak, compute_dtype(deepspeed.config))
         return deepspeed

@@ -21,17 +21,13 @@ from m3i_scale.engine.agree import from_rank_0, open_together
 from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.collectives import ProcessGroupRanks
 from m3i_scale.engine.compilation import compile_layers
-from m3i_scale.engine.deepspeed.effective import check_effective
 from m3i_scale.engine.deepspeed.resolve import ResolvedConfig, load_ds_config, resolve
-from m3i_scale.engine.engine import build_engine
+from m3i_scale.engine.engine import build_engine, stream_into
 from m3i_scale.engine.host_memory import pinning
-from m3i_scale.engine.loading import stream_into
 from m3i_scale.engine.partition import (
-    check_writable,
     initialize_sharded,
     keep_in_checkpoints,
     order_gathers,
-    saved_frozen,
 )
 from m3i_scale.engine.precision import allow_tf32, compute_dtype
 from m3i_scale.files import sha256_of_json
@@ -148,9 +144,7 @@ def start_engine(
         weight_decay=run.optim.weight_decay,
         lr_scales=lambda module: scales_of(cast(Objective, module), run),
     )
-    check_effective(engine, resolved.deepspeed)
     order_gathers(engine)
-    check_writable(engine, saved_frozen(engine.module), "frozen weights of the backbone")
     policy = policy_of_switches(run.backbone.activation_checkpointing, run.backbone.compiles)
     apply_activation_checkpointing(engine.module, policy)
     pairs = ema_pairs(engine.module)

@@ -110,15 +110,8 @@ class SpikeWatch:
         self._above, self._since = int(state["above"]), int(state["since"])
 
 
-def check_guard(run: RunConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Reject guard settings that cannot work with the resolved DeepSpeed config, the steps or the checkpoint
-    settings."""
-    if deepspeed.get("bf16", {}).get("check_grad_overflow") is False:
-        raise ConfigError(
-            "'bf16.check_grad_overflow' is false: a gradient that is not finite would reach the weights",
-            where=run.deepspeed,
-            fix="take it out; guard.nonfinite needs it",
-        )
+def check_guard(run: RunConfig) -> None:
+    """Reject guard settings that cannot work with the steps or the checkpoint settings."""
     spike, steps, saves = run.guard.spike, run.optim.steps, run.checkpoint
     if spike is None:
         return

@@ -22,8 +22,7 @@ from m3i_scale.engine.deepspeed.resolve import explain_table
 from m3i_scale.engine.deepspeed.rules import precision
 from m3i_scale.engine.engine import awaited_optimizer
 from m3i_scale.engine.precision import compute_deterministically, nondeterminism_explained
-from m3i_scale.engine.process_group import start_ranks, stop_ranks
-from m3i_scale.engine.shared_dir import check_shared
+from m3i_scale.engine.process_group import check_shared, start_ranks, stop_ranks
 from m3i_scale.errors import UserError
 from m3i_scale.files import atomic_write, write_json
 from m3i_scale.host.failures import record_collectives

@@ -126,7 +126,7 @@ def test_a_host_that_deepspeed_itself_does_not_reach_is_named_by_the_ranks_of_th
     )
     hosts.link("node1", up=True)
     assert done.returncode not in (0, 2, 75)
-    assert "rank 1 (node1) of 2 did not come in 8 s" in done.stdout, done.stdout[-6000:]
+    assert "rank 1 (node1) of 2 did not join in 8 s" in done.stdout, done.stdout[-6000:]
     assert hosts.left() == {}
 
 

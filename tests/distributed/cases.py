@@ -38,7 +38,7 @@ from weights import timm_model
 from m3i_scale.backbones.build import backbone_config
 from m3i_scale.checkpoint.saver import Saver, buffers_of
 from m3i_scale.engine.agree import agree, agree_and_average, max_over_ranks, mean_over_ranks
-from m3i_scale.engine.loading import stream_into
+from m3i_scale.engine.engine import stream_into
 from m3i_scale.engine.parameter_groups import parameter_groups
 from m3i_scale.engine.partition import (
     construct,
@@ -303,7 +303,7 @@ class Cases(LastingCases, PrecisionCases, TrafficCases, CompileCases, GuardCases
         engine, momentum = start_engine(plan, self.ranks)
         assert momentum is not None
         optimizer = engine.optimizer
-        averages = [part for flat in momentum._flats for part in (flat.copy, flat.beside)]
+        averages = [part for flat in momentum._flats for part in (flat.copy, flat.remainder)]
         storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in averages}
         held = {"EMA teacher": sum(storages.values())}
         if ds_config.startswith("zero3"):

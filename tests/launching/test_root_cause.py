@@ -154,8 +154,9 @@ def test_a_folder_that_takes_no_records_does_not_hide_what_the_run_says(tmp_path
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(RECORDS, raising=False)
     (tmp_path / "occupied").write_text("")
-    with pytest.raises(UserError), recorded(tmp_path / "occupied" / "out"):
-        raise UserError("the output directory is no folder")
+    with pytest.raises(UserError) as caught, recorded(tmp_path / "occupied" / "out"):
+        raise UserError("the output directory is no folder", where="here")
+    assert caught.value.where == "here"
     assert "no record of this failure" in capsys.readouterr().err
 
 
@@ -200,7 +201,7 @@ def test_a_rank_that_waited_for_others_that_did_not_come_is_not_to_blame(tmp_pat
     monkeypatch.setenv(RECORDS, str(tmp_path))
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(MissingRanksError), recorded(tmp_path / "out"):
-        raise MissingRanksError("ranks 8–15 of 16 did not come in 600 s")
+        raise MissingRanksError("ranks 8–15 of 16 did not join in 600 s")
     waited = read_record(record_file(tmp_path, 0))
     assert waited is not None
     assert waited.is_consequence

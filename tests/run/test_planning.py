@@ -19,13 +19,13 @@ from m3i_scale.cli import app
 from m3i_scale.config import known_recipes, known_runs, load_run
 from m3i_scale.engine.deepspeed.resolve import load_ds_config
 from m3i_scale.errors import ConfigError
-from m3i_scale.host.hardware import hardware
 from m3i_scale.plan import planning
 from m3i_scale.plan import search as plan_search
 from m3i_scale.plan.memory import HOLES
 from m3i_scale.plan.planning import Choice, Model, Vocabulary, estimate, machine_of
 from m3i_scale.plan.search import RunPlan, check_feasible, nodes_that_fit, plan_run
 from m3i_scale.plan.settings import numel_of
+from m3i_scale.plan.timing import hardware
 from m3i_scale.report.plan_table import plan_table
 
 pytestmark = pytest.mark.slow
@@ -168,7 +168,7 @@ def test_offloading_is_suggested_where_nothing_else_fits():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("zero_quantized_gradients", True), ("offload_optimizer", {"device": "cpu", "ratio": 0.5})]
+    ("key", "value"), [("contiguous_gradients", False), ("offload_optimizer", {"device": "cpu", "ratio": 0.5})]
 )
 def test_what_is_not_counted_is_refused(tmp_path, key, value):
     raw = load_ds_config("zero3_bf16_cpu_offload")

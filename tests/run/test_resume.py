@@ -225,7 +225,7 @@ def test_asked_to_stop_it_saves_leaves_with_75_and_goes_on(
     assert verify(newest) == []
     assert steps_done(run_file) == step
     assert "Traceback" not in job.text()
-    told_by_rank = job.text().count(f"stopped at step {step}, saved in {newest}; the same command goes on")
+    told_by_rank = job.text().count(f"stopped at step {step}, saved in {newest}; rerun the same command")
     assert told_by_rank == (0 if launched else 1), job.text()[-4000:]
     assert stop(str(run_file), [], wait=True, tell=told.append)["status"] == "idle"
     go_on(run_file.parent)

@@ -14,7 +14,7 @@ from tiny import RECIPES, random_batch, tiny_objective
 
 from m3i_scale.checkpoint.commit import begin, commit
 from m3i_scale.checkpoint.layout import checkpoints, step_name, temporary_for
-from m3i_scale.checkpoint.retention import check_retention, evaluated_figures, evaluations
+from m3i_scale.checkpoint.retention import check_retention, evaluated_metrics, evaluations
 from m3i_scale.config import load_run
 from m3i_scale.errors import ConfigError
 from m3i_scale.objective.recipe import parse_recipe
@@ -37,6 +37,7 @@ def check(*overrides: str) -> None:
         (BEST,),
         (BEST, "evaluation.every_steps=1500"),  # at the last step
         (BEST, "checkpoint.keep_every_steps=1500"),
+        (BEST, "checkpoint.keep_every_steps=500"),
         (BEST, "checkpoint.keep_every_steps=1000", "checkpoint.max_gib=1"),
         ("checkpoint.keep_every_steps=3000",),
         ("checkpoint.keep_every_steps=700", "optim.steps=7000"),
@@ -53,7 +54,6 @@ def test_rules_with_an_effect_are_taken(overrides: tuple[str, ...]) -> None:
         (("checkpoint.keep_every_steps=4000",), "no checkpoint is of a multiple of 4000 steps"),
         ((BEST, "evaluation.every_steps=0"), "the run evaluates nothing"),
         ((BEST, "evaluation.every_steps=700"), "no checkpoint is of a step that is evaluated"),
-        ((BEST, "checkpoint.keep_every_steps=500"), "keeps every checkpoint that is evaluated"),
         (("checkpoint.keep_best={metric: val/loss}",), r"'val/loss'[\s\S]*did you mean 'evaluation/loss'"),
         (("checkpoint.keep_best={metric: evaluation/txt/loss}",), r"did you mean 'evaluation/text/loss'"),
         (("checkpoint.keep_best={metric: text/loss}",), r"did you mean '?evaluation/"),
@@ -84,7 +84,7 @@ def test_an_evaluation_writes_the_figures_that_a_rule_may_name(recipe: str) -> N
     objective = tiny_objective(recipe).eval()
     _, figures = objective(random_batch(4))
     written = {f"evaluation/{name}" for name in ["loss", *figures] if not name.endswith("/weight")}
-    assert written == evaluated_figures(objective.recipe)
+    assert written == evaluated_metrics(objective.recipe)
 
 
 def test_figures_of_evaluations_and_the_rules_that_ask_for_them(tmp_path: Path) -> None:

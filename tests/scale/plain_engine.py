@@ -1,7 +1,6 @@
-"""One rank with a plain DeepSpeed engine, nothing of ours around it: `python plain_engine.py save|load FOLDER`.
+"""One rank with a plain DeepSpeed engine, nothing of ours around it: `python plain_engine.py FOLDER`.
 
-`save` trains with ZeRO-3, saves a checkpoint of ours, and takes one more step. `load` reads what the checkpoint was
-consolidated into through DeepSpeed's own universal loading, under ZeRO-1 and ZeRO-3, and takes that step.
+It trains with ZeRO-3, and saves a checkpoint of ours.
 """
 
 from __future__ import annotations
@@ -47,14 +46,6 @@ def config_of(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def engine_of(stage: int, seed: int, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    module = Small()
-    config = config_of(stage, **more)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
-    return engine
-
-
 def take_step(engine: Any, number: int) -> None:
     batch = torch.randn(GLOBAL_BATCH, 7, generator=torch.Generator().manual_seed(number))
     share = GLOBAL_BATCH // dist.get_world_size()
@@ -63,43 +54,25 @@ def take_step(engine: Any, number: int) -> None:
     engine.step()
 
 
-def whole(engine: Any) -> dict[str, Tensor]:
+def main() -> None:
+    from m3i_scale.checkpoint.saver import Saver
+
+    folder = Path(sys.argv[1])
+    deepspeed.init_distributed("gloo")
+    torch.manual_seed(1)
+    module = Small()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config_of(3))
+    for number in range(STEPS):
+        take_step(engine, number)
+    final = folder / "checkpoints" / "step-00000003"
+    meta = {"step": STEPS, "world_size": dist.get_world_size()}
+    Saver(engine, None).save(final, data_state={}, meta=meta, run_yaml="name: plain\n")
     parameters = dict(engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def write(values: dict[str, Tensor], path: Path) -> None:
-    if dist.get_rank() == 0:
-        save_file(values, path)
-
-
-def main() -> None:
-    mode, folder = sys.argv[1], Path(sys.argv[2])
-    deepspeed.init_distributed("gloo")
-    if mode == "save":
-        from m3i_scale.checkpoint.saver import Saver
-
-        engine = engine_of(3, seed=1)
-        for number in range(STEPS):
-            take_step(engine, number)
-        final = folder / "checkpoints" / "step-00000003"
-        meta = {"step": STEPS, "world_size": dist.get_world_size()}
-        Saver(engine, None).save(final, data_state={}, meta=meta, run_yaml="name: plain\n")
-        write(whole(engine), folder / "saved.safetensors")
-        take_step(engine, STEPS)
-        write(whole(engine), folder / "after.safetensors")
-    else:
-        for stage in (1, 3):
-            engine = engine_of(stage, seed=2, checkpoint={"load_universal": True})
-            path, _ = engine.load_checkpoint(str(folder / "universal"))
-            assert path is not None
-            assert engine.global_steps == STEPS
-            name = f"zero{stage}-{dist.get_world_size()}.safetensors"
-            write(whole(engine), folder / f"loaded-{name}")
-            take_step(engine, STEPS)
-            write(whole(engine), folder / f"after-{name}")
-            engine.destroy()
+        if dist.get_rank() == 0:
+            save_file(
+                {name: value.detach().clone() for name, value in parameters.items()}, folder / "saved.safetensors"
+            )
     dist.barrier()
     os._exit(0)  # DeepSpeed's hooks keep engines alive, and an interpreter that goes down under their threads may abort
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from m3i_scale.engine import shared_dir
+from m3i_scale.engine import process_group
 from m3i_scale.engine.process_group import start_ranks, stop_ranks
 from m3i_scale.errors import CheckpointError
 
@@ -16,7 +16,7 @@ from m3i_scale.errors import CheckpointError
 def main(root: Path) -> None:
     start_ranks()
     rank = dist.get_rank()
-    shared_dir.VISIBLE_S = 1.0
+    process_group.VISIBLE_S = 1.0
     for case in ("same", "apart", "no_folder"):
         own = root / case / (f"rank-{rank}" if case != "same" else "both")
         own.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def main(root: Path) -> None:
         dist.barrier()
         said = None
         try:
-            shared_dir.check_shared(own)
+            process_group.check_shared(own)
         except CheckpointError as error:
             said = str(error)
         (root / f"{case}-{rank}.json").write_text(json.dumps(said))

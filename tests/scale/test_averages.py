@@ -13,16 +13,16 @@ from m3i_scale.engine.averages import ShardedEma
 from m3i_scale.engine.engine_state import publish
 from m3i_scale.engine.optimizer_step import take_step
 from m3i_scale.engine.partition import order_gathers
-from m3i_scale.engine.split_float import join
+from m3i_scale.engine.precision import join
 from m3i_scale.errors import ConfigError
 
 PAIRS = [("online.weight", "target.weight"), ("online.bias", "target.bias")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def engine(module: nn.Module, *, quantized: bool = False, hpz: int = 1, stage: int = 1, **more: Any) -> SimpleNamespace:
+def engine(module: nn.Module, *, hpz: int = 1, stage: int = 1, **more: Any) -> SimpleNamespace:
     """Return what stands for an engine of one rank."""
-    zero = SimpleNamespace(zero_quantized_nontrainable_weights=quantized, zero_hpz_partition_size=hpz)
+    zero = SimpleNamespace(zero_hpz_partition_size=hpz)
     given = {"optimizer": SimpleNamespace(), "zero_optimization_stage": lambda: stage} | more
     return SimpleNamespace(module=module, _config=SimpleNamespace(zero_config=zero), **given)
 
@@ -179,24 +179,12 @@ def test_low_precision_weights_without_masters_are_refused() -> None:
         ShardedEma(engine(Pair(torch.bfloat16)), PAIRS)
 
 
-def test_a_momentum_target_in_8_bits_is_refused() -> None:
-    with pytest.raises(ConfigError, match="zero_quantized_nontrainable_weights"):
-        ShardedEma(engine(Pair(), quantized=True), PAIRS)
-
-
 def test_second_copies_of_shards_are_dropped_when_the_average_moves() -> None:
     module = Pair()
     momentum = ShardedEma(engine(module, hpz=2), PAIRS)
     module.target.weight.ds_secondary_tensor = torch.empty(3)
     momentum.update(0.9)
     assert module.target.weight.ds_secondary_tensor is None
-
-
-def test_shards_on_a_disk_are_refused() -> None:
-    module = Pair()
-    module.target.weight.ds_tensor = torch.empty(0)
-    with pytest.raises(ConfigError, match="not to nvme"):
-        ShardedEma(engine(module), PAIRS)
 
 
 # ---------------------------------------------------------------- order

@@ -209,8 +209,10 @@ def test_a_gpu_needs_a_c_compiler_headers_and_triton(machine: Machine) -> None:
         ("the headers of Python", (), {"headers": True}),
         ("Triton", (), {"triton": True}),
     ):
-        with pytest.raises(ConfigError, match=needed):
+        with pytest.raises(ConfigError) as caught:
             check_compile()
+        assert caught.value.where == "backbone.compile"
+        assert needed in caught.value.what
         machine.has(*programs, **options)
     check_compile()
 

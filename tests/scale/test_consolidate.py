@@ -69,15 +69,6 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def moments_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        key.replace("weight", kind): torch.zeros_like(tensor)
-        for key, tensor in tensors.items()
-        for kind in ("exp_avg", "exp_avg_sq")
-        if key.startswith("weight")
-    }
-
-
 def read(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in folder.glob("*.safetensors"):
@@ -163,59 +154,37 @@ def test_memory_is_that_of_a_shard(tmp_path) -> None:
     assert peak <= 1.3 * largest + 500 * 10**6, (peak, largest)
 
 
-# ---------------------------------------------------------------- DeepSpeed's layout
+# ---------------------------------------------------------------- any engine
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a plain ZeRO-3 engine on two ranks, and its weights then and a step later."""
-    folder = tmp_path_factory.mktemp("plain")
-    job = start_ranks([str(TESTS / "scale" / "plain_engine.py"), "save", str(folder)], 2, folder / "logs")
+def test_a_plain_engine_saves_and_its_weights_come_back(tmp_path: Path) -> None:
+    """Under ZeRO-3 on two ranks, with shards that have padding."""
+    job = start_ranks([str(TESTS / "scale" / "plain_engine.py"), str(tmp_path)], 2, tmp_path / "logs")
     assert job.wait() == [0, 0], job.text()[-4000:]
-    return folder
-
-
-def test_deepspeed_loads_the_universal_layout_and_steps_as_we_do(trained: Path) -> None:
-    consolidate(trained / "checkpoints" / "step-00000003", trained / "universal", layout="universal")
-    arguments = [str(TESTS / "scale" / "plain_engine.py"), "load", str(trained)]
-    jobs = {world: start_ranks(arguments, world, trained / f"logs-{world}") for world in (1, 2)}
-    for world, job in jobs.items():
-        assert job.wait() == [0] * world, job.text()[-4000:]
-    for when, ours in (("loaded", "saved"), ("after", "after")):
-        wanted = load_file(trained / f"{ours}.safetensors")
-        for stage in (1, 3):
-            for world in (1, 2):
-                found = load_file(trained / f"{when}-zero{stage}-{world}.safetensors")
-                assert found.keys() == wanted.keys()
-                for name, value in wanted.items():
-                    tolerance = 0.0 if when == "loaded" else 1e-6
-                    torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=name)
-    moved = load_file(trained / "saved.safetensors")
-    assert all(not torch.equal(value, moved[name]) for name, value in load_file(trained / "after.safetensors").items())
+    consolidate(tmp_path, tmp_path / "whole")
+    found, wanted = read(tmp_path / "whole"), load_file(tmp_path / "saved.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 # ---------------------------------------------------------------- refused
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"layout": "pickle"}, "no layout 'pickle'"),
-        ({"weights": "teacher"}, "no weights 'teacher'"),
-        ({"dtype": "float16"}, "no dtype 'float16'"),
-        ({"layout": "universal", "dtype": "bfloat16"}, "float32 and nothing else"),
-        ({"layout": "universal", "weights": "ema"}, "holds the trained weights"),
-        ({"layout": "universal", "max_shard_size": "1GB"}, "one file a tensor"),
-        ({"max_shard_size": "five"}, "no size of a file"),
-        ({"max_shard_size": "0GB"}, "no size of a file"),
-        ({"weights": "ema"}, "no EMA teacher"),
-        ({"layout": "universal"}, "its optimizer had taken no step"),
+        ({"weights": "teacher"}, "'teacher'"),
+        ({"dtype": "float16"}, "'float16'"),
+        ({"max_shard_size": "five"}, "'five'"),
+        ({"max_shard_size": "0GB"}, "'0GB'"),
+        ({"weights": "ema"}, "EMA"),
     ],
 )
-def test_options_that_cannot_be_had_leave_nothing(tmp_path, tensors, options, message) -> None:
+def test_options_that_cannot_be_had_leave_nothing(tmp_path, tensors, options, named) -> None:
     source = checkpoint(tmp_path, {key: value for key, value in tensors.items() if key.startswith("weight")})
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError) as caught:
         consolidate(source, tmp_path / "whole", **options)
+    assert named in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 
@@ -248,40 +217,42 @@ def test_a_changed_byte_is_refused(tmp_path, tensors) -> None:
     assert not (tmp_path / "whole").exists()
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "universal"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, tensors, layout, value) -> None:
+def test_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path, tensors, value) -> None:
     tensors["weight/student.b"][17] = value
-    source = checkpoint(tmp_path, tensors | moments_of(tensors))
-    with pytest.raises(CheckpointError, match=r"'student\.b' has elements that are not finite"):
-        consolidate(source, tmp_path / "whole", layout=layout)
+    source = checkpoint(tmp_path, tensors)
+    with pytest.raises(CheckpointError) as caught:
+        consolidate(source, tmp_path / "whole")
+    assert "'student.b'" in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 
 def test_an_empty_tensor_is_refused_by_name(tmp_path, tensors) -> None:
     tensors["weight/student.z"] = torch.empty(0, 4)
     source = checkpoint(tmp_path, tensors)
-    with pytest.raises(CheckpointError, match=r"'student\.z' has no elements"):
+    with pytest.raises(CheckpointError) as caught:
         consolidate(source, tmp_path / "whole")
+    assert caught.value.where == str(source)
+    assert "'student.z'" in caught.value.what
 
 
 def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, tensors, monkeypatch) -> None:
     source = checkpoint(tmp_path, tensors)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="not enough room") as caught:
+    with pytest.raises(CheckpointError) as caught:
         consolidate(source, tmp_path / "whole")
-    assert "1000 bytes free" in str(caught.value)
+    assert caught.value.where == str(tmp_path)
+    assert "1000 bytes free" in caught.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "universal"])
-def test_a_disk_that_fills_up_is_explained(tmp_path, tensors, monkeypatch, layout, small_disk) -> None:
+def test_a_disk_that_fills_up_is_explained(tmp_path, tensors, monkeypatch, small_disk) -> None:
     tensors["weight/student.big"] = torch.zeros(MIB)
-    source = checkpoint(tmp_path, tensors | moments_of(tensors))
+    source = checkpoint(tmp_path, tensors)
     usage = type("Usage", (), {"free": 1 << 40})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError) as caught:
-        consolidate(source, small_disk / "whole", layout=layout)
+        consolidate(source, small_disk / "whole")
     assert "the checkpoint is only read" in str(caught.value)
     assert list(small_disk.iterdir()) == []

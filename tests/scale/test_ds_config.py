@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3i_scale.config import RunConfig, resource_folder
-from m3i_scale.engine.deepspeed.hints import INSTEAD, REFUSED
+from m3i_scale.engine.deepspeed.hints import UNSUPPORTED
 from m3i_scale.engine.deepspeed.resolve import check_accelerator, explain_table, load_ds_config, resolve
 from m3i_scale.engine.deepspeed.schema import known_paths
 from m3i_scale.errors import ConfigError
@@ -25,26 +25,28 @@ Z = "zero_optimization."
 P = "optimizer.params."
 MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_cpu", {P + "fused": "yes"}, ["optimizer.params.fused", "boolean"]),
-    ("zero3_bf16", {P + "torch_adam": False}, ["unknown key 'optimizer.params.fused'"]),
-    ("zero3_cpu", {P + "foreach": True}, ["either fused or foreach"]),
+    ("zero3_bf16", {P + "torch_adam": False}, ["'optimizer.params.fused' has no effect", "torch_adam"]),
     # misspelt or misplaced
     ("zero3_bf16", {"gradient_cliping": 1.0}, ["unknown key 'gradient_cliping'", "'gradient_clipping'"]),
     ("zero3_bf16", {"train_micro_batch_size": 4}, ["unknown key", "train_micro_batch_size_per_gpu"]),
     ("zero3_bf16", {Z + "stage3_max_live_params": 1}, ["unknown key", "stage3_max_live_parameters"]),
     ("zero3_bf16", {"data_types.grad_acum_dtype": "fp32"}, ["data_types.grad_acum_dtype", "grad_accum_dtype"]),
-    ("zero3_bf16", {"checkpoint.tag_validate": "Fail"}, ["checkpoint.tag_validate", "tag_validation"]),
     ("zero3_bf16", {"flops_profiler": {"enabled": True, "profile_steps": 3}}, ["profile_steps", "profile_step"]),
     ("zero3_bf16", {"bf16.enable": True}, ["bf16.enable", "enabled"]),
     ("zero3_bf16", {"timers.throughput.enabeld": True}, ["timers.throughput.enabeld", "enabled"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_param.pin_memry": True}, ["pin_memry", "pin_memory"]),
-    ("zero3_bf16", {"stage3_max_live_parameters": 1}, ["wrong level", Z + "stage3_max_live_parameters"]),
-    ("zero3_bf16", {"offload_optimizer": {"device": "cpu"}}, ["wrong level", Z + "offload_optimizer"]),
-    ("zero3_bf16", {Z + "gradient_clipping": 1.0}, ["wrong level", "'gradient_clipping'"]),
-    ("zero3_bf16", {"grad_accum_dtype": "fp32"}, ["wrong level", "data_types.grad_accum_dtype"]),
-    ("zero3_bf16", {"optimizer.lr": 1e-3}, ["'optimizer.lr'", "wrong level", P + "lr"]),
+    ("zero3_bf16", {"stage3_max_live_parameters": 1}, ["at the wrong level", Z + "stage3_max_live_parameters"]),
+    ("zero3_bf16", {"offload_optimizer": {"device": "cpu"}}, ["at the wrong level", Z + "offload_optimizer"]),
+    ("zero3_bf16", {Z + "gradient_clipping": 1.0}, ["at the wrong level", "'gradient_clipping'"]),
+    ("zero3_bf16", {"grad_accum_dtype": "fp32"}, ["at the wrong level", "data_types.grad_accum_dtype"]),
+    ("zero3_bf16", {"optimizer.lr": 1e-3}, ["'optimizer.lr'", "at the wrong level", P + "lr"]),
     ("zero3_bf16", {Z + "prefetch_bucket_size": 1000}, ["stage3_prefetch_bucket_size"]),
     ("zero3_bf16", {"zero_optimization": True}, ["must be a section"]),
     ("zero3_bf16", {"bf16": True}, ["must be a section"]),
+    # other keys of DeepSpeed
+    ("zero3_bf16", {"autotuning": {"enabled": True}}, ["unknown key 'autotuning'", "not support"]),
+    ("zero3_bf16", {"gradient_allreduce_op": "mean"}, ["unknown key 'gradient_allreduce_op'"]),
+    ("zero3_bf16", {P + "amsgrad": True}, ["unknown key 'optimizer.params.amsgrad'"]),
     # known, but without effect here
     ("zero3_bf16", {"gradient_accumulation_dtype": "fp32"}, ["data_types.grad_accum_dtype"]),
     ("zero3_bf16", {"activation_checkpointing": {}}, ["no effect", "backbone.activation_checkpointing"]),
@@ -53,19 +55,16 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {"zero_force_ds_cpu_optimizer": False}, ["no effect"]),
     ("zero3_bf16", {"bfloat16": {"enabled": True}}, ["old spelling", "bf16"]),
     ("zero3_bf16", {"compile": {"deepcompile": True}}, ["engine.compile"]),
-    ("zero3_bf16", {"dataloader_drop_last": True}, ["shards"]),
     ("zero3_bf16", {"amp": {"enabled": True}}, ["removed from DeepSpeed"]),
     ("zero3_bf16", {"elasticity": {"enabled": True}}, ["removed from DeepSpeed"]),
     ("zero3_bf16", {Z + "cpu_offload": True}, ["deprecated", "offload_optimizer"]),
-    ("zero3_bf16", {Z + "mics_shard_size": 2}, ["removed from DeepSpeed"]),
     ("zero3_bf16", {Z + "allgather_partitions": True}, ["never uses"]),
     ("zero3_bf16", {Z + "stage3_gather_16bit_weights_on_model_save": True}, ["save_16bit_model"]),
     ("zero3_bf16", {Z + "zero_hpz_partition_size": 8}, ["is 8, with 1 ranks", "divisor"]),
     ("zero2_bf16", {Z + "zero_hpz_partition_size": 8}, ["only stage 3"]),
-    ("zero2_bf16", {Z + "zero_quantized_weights": True}, ["only stage 3"]),
-    ("zero3_bf16", {"checkpoint.load_universal": True}, ["resuming decides"]),
-    ("zero1_bf16", {Z + "load_from_fp32_weights": False}, ["from its first ones"]),
-    ("zero3_bf16", {"optimizer.legacy_fusion": True}, ["without ZeRO"]),
+    ("zero3_bf16", {Z + "zero_quantized_weights": True}, ["unknown key"]),
+    ("zero3_bf16", {"checkpoint": {"load_universal": True}}, ["any number of ranks"]),
+    ("zero1_bf16", {Z + "load_from_fp32_weights": False}, ["initialized or loaded by this trainer"]),
     ("zero3_bf16", {"comms_logger.enabled": False}, ["as soon as the section is there"]),
     ("zero3_bf16", {"flops_profiler": {"enabled": False, "profile_step": 2}}, ["flops_profiler.profile_step", "false"]),
     # DeepSpeed's loggers
@@ -85,24 +84,21 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {Z + "stage": GONE}, ["must be 1, 2 or 3"]),
     ("zero3_bf16", {"zero_optimization": GONE}, ["must be 1, 2 or 3"]),
     # precision
-    ("zero3_bf16", {"bf16.enabled": "auto"}, ["bf16.enabled", "takes it for off"]),
+    ("zero3_bf16", {"bf16.enabled": "auto"}, ["bf16.enabled", "as if it were off"]),
     ("zero3_bf16", {"bf16": {}}, ["bf16.enabled", "true or false"]),
     ("zero3_bf16", {"fp16": {"enabled": True}}, ["both enabled"]),
-    ("zero3_bf16", {"bf16.immediate_grad_update": True}, ["BF16 optimizer"]),
-    ("zero3_bf16", {"bf16.check_grad_overflow": False}, ["stages 1 and 2"]),
     ("zero3_bf16", {"bf16.bf16_optimizer_states": True}, ["bf16_master_weights_and_grads"]),
     ("zero1_bf16", {"bf16.bf16_master_weights_and_grads": True}, ["fp32 master weights"]),
     ("zero3_fp16", {"fp16.loss_scale": 128}, ["dynamic scaling"]),
     ("zero3_fp16", {"fp16.fp16_master_weights_and_grads": True}, ["CPU optimizer"]),
     ("zero3_fp16", {"fp16.loss_scale_window": 0}, ["loss_scale_window"]),
-    ("zero3_bf16", {"data_types.param_dtype": "fp32"}, ["data_types.param_dtype", "bf16"]),
+    ("zero3_bf16", {"data_types.param_dtype": "bf16"}, ["no effect", "sections bf16 and fp16"]),
     ("zero3_bf16", {"data_types.grad_accum_dtype": "float"}, ["data_types.grad_accum_dtype", "fp32"]),
     ("zero3_bf16", {"torch_autocast": {"enabled": True}}, ["autocast"]),
     # offload
     ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "nvme"}, ["nvme", "shards", "take cpu"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "nvme"}, ["nvme", "checkpoints", "take cpu"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_param.device": "gpu"}, ["offload_param.device"]),
-    ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.nvme_path": "/data/nvme"}, ["only nvme offload"]),
     ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.device": "none"}, ["the device is none"]),
     ("zero2_bf16", {Z + "offload_optimizer": {"device": "cpu", "ratio": 1.0}}, ["only stage 3"]),
     # optimizer
@@ -111,27 +107,24 @@ MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("zero3_bf16", {"optimizer.type": "Lion"}, ["must be AdamW"]),
     ("zero3_bf16", {"optimizer.type": "Adam"}, ["must be AdamW"]),
     ("zero3_bf16", {P + "lr": GONE}, [P + "lr", "left out"]),
-    ("zero3_bf16", {P + "adam_w_mode": False}, ["always decouples"]),
+    ("zero3_bf16", {P + "adam_w_mode": False}, [P + "adam_w_mode", "True"]),
     ("zero3_bf16", {P + "max_grad_norm": 1.0}, ["gradient_clipping"]),
     ("zero3_bf16", {P + "weight_dekay": 0.1}, ["weight_dekay", "weight_decay"]),
     ("zero3_bf16", {P + "fp32_optimizer_states": True}, ["fp32_optimizer_states", "AdamW"]),
-    ("zero3_bf16", {P + "torch_adam": False, P + "fused": GONE, P + "amsgrad": True}, ["amsgrad"]),
     ("zero3_bf16", {P + "betas": [0.9]}, [P + "betas"]),
     # values that contradict the run file, or are of the wrong type
     ("zero3_bf16", {"gradient_clipping": GONE}, ["left out", "1.0"]),
-    ("zero3_bf16", {"gradient_clipping": 1.0}, ["the run file says 0.5"]),
-    ("zero3_bf16", {"train_batch_size": 16}, ["the run file says 8"]),
-    ("zero3_bf16", {"train_micro_batch_size_per_gpu": 8}, ["the run file says 4"]),
-    ("zero3_bf16", {"gradient_accumulation_steps": 1}, ["the run file says 2"]),
-    ("zero3_bf16", {P + "lr": 1e-3}, ["the run file says 0.01"]),
-    ("zero3_bf16", {P + "betas": [0.9, 0.999]}, ["the run file says [0.9, 0.95]"]),
+    ("zero3_bf16", {"gradient_clipping": 1.0}, ["the config file says 0.5"]),
+    ("zero3_bf16", {"train_batch_size": 16}, ["the config file says 8"]),
+    ("zero3_bf16", {"train_micro_batch_size_per_gpu": 8}, ["the config file says 4"]),
+    ("zero3_bf16", {"gradient_accumulation_steps": 1}, ["the config file says 2"]),
+    ("zero3_bf16", {P + "lr": 1e-3}, ["the config file says 0.01"]),
+    ("zero3_bf16", {P + "betas": [0.9, 0.999]}, ["the config file says [0.9, 0.95]"]),
     ("zero3_bf16", {"train_batch_size": "8"}, ["train_batch_size", "integer"]),
     ("zero3_bf16", {"gradient_clipping": True}, ["gradient_clipping", "number"]),
     ("zero3_bf16", {Z + "reduce_bucket_size": -1}, ["reduce_bucket_size", "greater than 0"]),
     ("zero3_bf16", {Z + "overlap_comm": "sometimes"}, ["overlap_comm"]),
     ("zero3_bf16", {"communication_data_type": "half"}, ["communication_data_type", "fp32"]),
-    ("zero3_bf16", {"gradient_allreduce_op": "sum"}, ["mean"]),
-    ("zero3_bf16", {"prescale_gradients": True}, ["reduce_scatter"]),
     # "auto" that nothing can fill in
     ("zero3_bf16", {"steps_per_print": "auto"}, ["cannot be", "steps_per_print"]),
     ("zero2_bf16", {Z + "allgather_bucket_size": "auto"}, ["cannot be", "allgather_bucket_size"]),
@@ -183,11 +176,10 @@ def test_a_fix_names_what_does_what_was_meant(base, changes, fix):
     assert fix in caught.value.fix
 
 
-def test_fixes_of_refused_keys_name_keys_that_are_there():
-    assert not REFUSED.keys() & KNOWN.keys()
-    assert INSTEAD.keys() <= REFUSED.keys()
-    for fix in INSTEAD.values():
-        for path in re.findall(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+", fix):
+def test_fixes_of_unsupported_keys_name_keys_that_are_there():
+    assert not UNSUPPORTED.keys() & KNOWN.keys()
+    for _, fix in UNSUPPORTED.values():
+        for path in re.findall(r"[a-z0-9_]+(?:\.[a-z0-9_]+)+", fix or ""):
             assert path in KNOWN or _in_run_file(path), fix
 
 
@@ -204,13 +196,12 @@ def _in_run_file(path):
     ("base", "changes"),
     [
         ("zero3_bf16", {"steps_per_print": 10, "wall_clock_breakdown": True, "log_level": "warning"}),
-        ("zero3_bf16", {"flops_profiler": {"enabled": True, "profile_step": 2}, "checkpoint.tag_validation": "Fail"}),
+        ("zero3_bf16", {"flops_profiler": {"enabled": True, "profile_step": 2}}),
         ("zero3_bf16", {Z + "reduce_bucket_size": 5e7, Z + "stage3_max_live_parameters": 30000000}),
         ("zero3_bf16", {"bf16.bf16_master_weights_and_grads": True, "bf16.bf16_optimizer_states": True}),
-        ("zero3_bf16", {P + "torch_adam": True, P + "amsgrad": True}),
         ("zero3_bf16", {P + "lr": 1e-2, P + "betas": [0.9, 0.95], "gradient_clipping": 0.5, "train_batch_size": 8}),
         ("zero3_bf16_cpu_offload", {Z + "offload_optimizer.ratio": 0.5, P + "fp32_optimizer_states": True}),
-        ("zero2_bf16", {Z + "offload_optimizer": {"device": "cpu"}, "bf16.check_grad_overflow": True}),
+        ("zero2_bf16", {Z + "offload_optimizer": {"device": "cpu"}}),
         ("zero1_bf16", {"data_types": GONE, Z + "reduce_bucket_size": "auto"}),
         ("zero3_fp16", {"fp16": {"enabled": True, "loss_scale": 128}}),
         ("zero3_bf16", {"comms_logger": {"enabled": True, "verbose": False}}),
@@ -328,7 +319,7 @@ JSON = st.recursive(
 @settings(deadline=None, max_examples=300)
 @given(
     value=JSON,
-    path=st.sampled_from([*KNOWN, *REFUSED]),
+    path=st.sampled_from([*KNOWN, *UNSUPPORTED]),
     base=st.sampled_from(["zero3_bf16", "zero2_bf16", "zero3_fp16"]),
 )
 def test_any_value_is_explained_or_good_for_deepspeed(value, path, base):
@@ -356,23 +347,24 @@ def test_names_and_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "named"),
     [
-        ('{"a": 1, "a": 2}', "occurs twice"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "occurs twice"),
-        ('{"a": NaN}', "NaN is not a number"),
-        ('{"a": 1,}', "cannot read"),
-        ("[1]", "JSON object"),
-        ("", "cannot read"),
-        ("[" * 100_000, "cannot read"),
+        ('{"a": 1, "a": 2}', "'a'"),
+        ('{"bf16": {"enabled": true, "enabled": false}}', "'enabled'"),
+        ('{"a": NaN}', "NaN"),
+        ('{"a": 1,}', ""),
+        ("[1]", ""),
+        ("", ""),
+        ("[" * 100_000, ""),
     ],
 )
-def test_unreadable_files(tmp_path, text, words):
+def test_unreadable_files(tmp_path, text, named):
     path = tmp_path / "mine.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_ds_config(str(path))
     assert caught.value.where == str(path)
+    assert named in caught.value.what
 
 
 def test_file_that_is_not_text(tmp_path):
@@ -401,26 +393,9 @@ def test_groups_that_hold_second_copies_divide_the_ranks():
     run = RUN | {"batch_size": 96}
     assert resolve(raw, **run | {"world_size": 8}, where="x").config[Z[:-1]]["zero_hpz_partition_size"] == 4
     for world_size in (2, 6):
-        with pytest.raises(ConfigError, match=f"is 4, with {world_size} ranks"):
+        with pytest.raises(ConfigError) as caught:
             resolve(raw, **run | {"world_size": world_size}, where="x")
-
-
-@pytest.mark.parametrize(
-    "key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"]
-)
-def test_quantised_settings_need_kernels(monkeypatch, key):
-    from deepspeed.accelerator import get_accelerator
-
-    resolved = resolve(changed(load_ds_config("zero3_cpu"), {Z + key: True}), **RUN, where="x")
-    with pytest.raises(ConfigError, match=f"'zero_optimization.{key}' is set, but the accelerator 'cpu' cannot"):
-        check_accelerator(resolved)
-
-    class Builder:
-        def is_compatible(self):
-            return True
-
-    monkeypatch.setattr(get_accelerator(), "get_op_builder", lambda name: Builder)
-    check_accelerator(resolved)
+        assert "zero_hpz_partition_size" in caught.value.what
 
 
 @pytest.fixture
@@ -439,22 +414,13 @@ def test_no_built_in_file_needs_nvcc(cuda_without_nvcc, name):
     check_accelerator(resolve(load_ds_config(name), **RUN, where=name))
 
 
-@pytest.mark.parametrize(
-    ("changes", "place"),
-    [({P + "torch_adam": False, P + "fused": GONE}, "optimizer"), ({Z + "zero_quantized_weights": True}, "own.json")],
-)
-def test_what_needs_nvcc_is_refused_without(cuda_without_nvcc, monkeypatch, changes, place):
-    from deepspeed.accelerator import get_accelerator
-
-    class Builder:
-        def is_compatible(self):
-            return True
-
-    monkeypatch.setattr(get_accelerator(), "get_op_builder", lambda name: Builder)
-    resolved = resolve(changed(load_ds_config("zero3_bf16"), changes), **RUN, where="own.json")
+def test_what_needs_nvcc_is_refused_without(cuda_without_nvcc):
+    resolved = resolve(
+        changed(load_ds_config("zero3_bf16"), {P + "torch_adam": False, P + "fused": GONE}), **RUN, where="own.json"
+    )
     with pytest.raises(ConfigError) as caught:
         check_accelerator(resolved)
-    assert place in str(caught.value.where)
+    assert caught.value.where == "own.json: optimizer.params"
     assert "nvcc" in str(caught.value)
     (cuda_without_nvcc / "bin").mkdir()
     (cuda_without_nvcc / "bin" / "nvcc").touch()

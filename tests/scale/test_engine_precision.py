@@ -71,7 +71,7 @@ def test_an_environment_that_undoes_it_is_refused(name: str, monkeypatch: pytest
 def test_an_operation_without_a_deterministic_form_names_the_setting() -> None:
     places, values = torch.tensor([0, 0]), torch.tensor([1.0, 2.0])
     compute_deterministically()
-    with pytest.raises(ConfigError, match="put_") as caught, nondeterminism_explained():
+    with pytest.raises(ConfigError) as caught, nondeterminism_explained():
         torch.zeros(2).put_(places, values)
     assert caught.value.where == "hardware.deterministic"
     with pytest.raises(RuntimeError, match="another"), nondeterminism_explained():

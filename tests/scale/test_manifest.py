@@ -89,7 +89,7 @@ def test_a_manifest_that_points_outside_is_refused(tmp_path: Path, name: str) ->
 def test_every_fault_names_its_file_and_all_bytes_are_told(tmp_path: Path) -> None:
     final = save(tmp_path, 1)
     told: list[int] = []
-    assert find_errors(final, threads=2, advance=told.append) == []
+    assert find_errors(final, advance=told.append) == []
     assert sum(told) == sum(map(len, FILES.values()))
     for name in FILES:
         path = final / name

@@ -228,7 +228,7 @@ def test_a_newest_one_that_does_not_verify_counts_for_no_rule(tmp_path: Path) ->
     flip(saved[2] / "meta.json")  # sizes are right
     done = prune(tmp_path, rules_with(latest=1))
     assert [entry.path for entry in done.removed] == [saved[0]]
-    assert done.kept == {saved[1]: ["latest 1 of 1"], saved[2]: ["not good, and as new as what is kept"]}
+    assert done.kept == {saved[1]: ["latest 1 of 1"], saved[2]: ["not good, and as new as the kept ones"]}
 
 
 def test_prune_does_not_count_what_is_plainly_broken(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from saved_tensors import write_as_ranks
 
 from m3i_scale.checkpoint import stream
-from m3i_scale.checkpoint.contents import compare_tensors, tensors_of
+from m3i_scale.checkpoint.contents import kinds_of
 from m3i_scale.checkpoint.layout import read_meta
 from m3i_scale.checkpoint.load import _restore_random_states
 from m3i_scale.checkpoint.stream import Range, WrittenTensors, write_ranges, write_tensors
 from m3i_scale.checkpoint.tensors import SavedTensors
-from m3i_scale.engine.split_float import split
+from m3i_scale.engine.precision import split
 from m3i_scale.errors import CheckpointError
 from m3i_scale.files import sha256_of
 
@@ -108,34 +108,33 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        (lambda index: index["pieces"]["weight/a"].pop(), "make up 1 elements of 4"),
-        (lambda index: index.pop("ranks"), "the index of the tensors cannot be read"),
-        (lambda index: index.update(ranks=0), "the number of ranks must be at least 1, got 0"),
-        (lambda index: index.update(ranks="many"), "the index of the tensors cannot be read"),
-        (lambda index: index["pieces"].update({"weight/x": []}), "'weight/x' has no shape"),
-        (
-            lambda index: index["shapes"].update({"weight/x": [1]}),
-            "'weight/x' has no shape or no norm",
-        ),
-        (lambda index: index["pieces"]["weight/a"][0].__setitem__(2, "../../elsewhere"), "lies outside the folder"),
-        (lambda index: index["shapes"].update({"weight/a": [-2, -2]}), "'weight/a' has a size below zero"),
+        (lambda index: index["pieces"]["weight/a"].pop(), "'weight/a'"),
+        (lambda index: index.pop("ranks"), "ranks"),
+        (lambda index: index.update(ranks=0), "0"),
+        (lambda index: index.update(ranks="many"), "many"),
+        (lambda index: index["pieces"].update({"weight/x": []}), "'weight/x'"),
+        (lambda index: index["shapes"].update({"weight/x": [1]}), "'weight/x'"),
+        (lambda index: index["pieces"]["weight/a"][0].__setitem__(2, "../../elsewhere"), "'weight/a'"),
+        (lambda index: index["shapes"].update({"weight/a": [-2, -2]}), "'weight/a'"),
         (
             lambda index: index["pieces"].update(
                 {"weight/a": [[0, 9, "rank-00000-00000.safetensors"], [9, -5, "rank-00001-00000.safetensors"]]}
             ),
-            "'weight/a' has a size below zero",
+            "'weight/a'",
         ),
-        (lambda index: index.pop("shapes"), "the index of the tensors cannot be read"),
-        (lambda index: index.__setitem__("pieces", [1]), "the index of the tensors cannot be read"),
+        (lambda index: index.pop("shapes"), "shapes"),
+        (lambda index: index.__setitem__("pieces", [1]), "items"),
     ],
 )
-def test_an_index_that_was_edited_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+def test_an_index_that_was_edited_is_refused(tmp_path: Path, change: Any, named: str) -> None:
     write(tmp_path, {"weight/a": torch.ones(4)}, {"weight/a": [1]}, 2)
     spoil(tmp_path / "tensors" / "index.json", change)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path)
+    assert caught.value.where == str(tmp_path / "tensors" / "index.json")
+    assert named in caught.value.what
 
 
 def test_a_file_of_this_name_that_is_there_is_not_written_over(tmp_path: Path) -> None:
@@ -153,8 +152,10 @@ def test_a_piece_is_not_read_on_into_its_neighbour(tmp_path: Path) -> None:
         index["shapes"]["weight/a"] = [8]
 
     spoil(tmp_path / "tensors" / "index.json", stretch)
-    with pytest.raises(CheckpointError, match="the piece of 'weight/a' is not as long as the index says"):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).whole("weight/a")
+    assert caught.value.where == str(tmp_path / "tensors" / "rank-00000-00000.safetensors")
+    assert "'weight/a'" in caught.value.what
 
 
 def test_files_that_are_not_as_the_index_says(tmp_path: Path) -> None:
@@ -170,13 +171,15 @@ def test_files_that_are_not_as_the_index_says(tmp_path: Path) -> None:
     assert str(caught.value.where).endswith("/tensors/index.json")
     assert "'weight/c'" in caught.value.what
     file.write_bytes(whole[:-3])
-    with pytest.raises(CheckpointError, match="shorter than its index says"):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).whole("weight/b")
+    assert caught.value.where == str(file)
     file.write_bytes((1 << 40).to_bytes(8, "little") + whole[8:])
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).whole("weight/a")
+    assert caught.value.where == str(file)
     file.unlink()
-    with pytest.raises(CheckpointError, match="No such file") as caught:
+    with pytest.raises(CheckpointError) as caught:
         SavedTensors(tmp_path).whole("weight/a")
     assert caught.value.where == str(file)
 
@@ -201,7 +204,7 @@ def opened_before(folder: Path) -> Callable[[Path], object]:
         opened_before,
         lambda folder: SavedTensors,
         lambda folder: read_meta,
-        lambda folder: tensors_of,
+        lambda folder: kinds_of,
         lambda folder: _restore_random_states,
     ],
     ids=["tensor", "index", "meta", "headers", "random states"],
@@ -211,12 +214,6 @@ def test_who_reads_what_a_run_removes_is_told_so(saved: Path, prepare: Callable[
     shutil.rmtree(saved)
     with pytest.raises(CheckpointError) as caught:
         read(saved)
-    assert "has removed the checkpoint meanwhile" in (caught.value.why or "")
-
-
-def test_values_that_a_run_removes_while_they_are_compared(saved: Path) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        compare_tensors(saved, saved, values=True, advance=lambda size: shutil.rmtree(saved))
     assert "has removed the checkpoint meanwhile" in (caught.value.why or "")
 
 

@@ -18,11 +18,10 @@ from tiny import DINOV2, in_parts, tiny_run
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
 from m3i_scale.checkpoint.consolidate import consolidate
-from m3i_scale.checkpoint.contents import tensors_of
+from m3i_scale.checkpoint.contents import kinds_of
 from m3i_scale.checkpoint.load import saved_weights
 from m3i_scale.checkpoint.tensors import SavedTensors
 from m3i_scale.config import RunConfig, load_run
-from m3i_scale.errors import CheckpointError
 from m3i_scale.objective.build import build_objective
 from m3i_scale.run.preflight import needs_of
 
@@ -127,8 +126,8 @@ def test_a_checkpoint_has_moments_of_the_head_alone(frozen: Frozen, name: str) -
 def test_the_size_of_a_checkpoint_is_known_before(frozen: Frozen, name: str) -> None:
     run = load_run(str(frozen.folders[name] / "run.yaml"))
     labels = {"shapes": ["bar", "disc", "square"]}
-    stored = tensors_of(frozen.checkpoint(name))
-    written = sum(tensor.bytes for key, tensor in stored.items() if key.startswith(("tensors/", "buffers/")))
+    kinds = kinds_of(frozen.checkpoint(name))
+    written = sum(of_kind["bytes"] for kind, of_kind in kinds.items() if kind.startswith(("tensors", "buffers")))
     assert needs_of(run, labels, 0, world_size=2, ranks_here=2).checkpoint_bytes == written
 
 
@@ -155,10 +154,7 @@ def test_the_export_is_the_source_with_a_head(frozen: Frozen, forks: Forks, tmp_
     assert torch.equal(model.classifier.weight[:, :64], frozen.weights("whole")[HEAD])
 
 
-def test_a_layout_of_moments_has_no_place_for_it(frozen: Frozen, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError):
-        consolidate(frozen.checkpoint("whole"), tmp_path / "universal", layout="universal")
-    assert not (tmp_path / "universal").exists()
+def test_frozen_weights_are_consolidated(frozen: Frozen, tmp_path: Path) -> None:
     made = consolidate(frozen.checkpoint("whole"), tmp_path / "whole")
     assert made["tensors"] == len(frozen.weights("whole"))
 

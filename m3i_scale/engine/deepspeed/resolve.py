@@ -1,7 +1,4 @@
-"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings.
-
-`load_ds_config`, `resolve`, `check_accelerator`, then `deepspeed.initialize` and `check_effective`.
-"""
+"""Read the DeepSpeed JSON, resolve every "auto" to an explained number, and reject ineffective settings."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from rich.table import Table
 
 from m3i_scale.config import resource_folder
 from m3i_scale.engine.deepspeed.hints import schema_error
-from m3i_scale.engine.deepspeed.rules import check_rules, optimizer_class, precision, quantized
+from m3i_scale.engine.deepspeed.rules import check_rules, optimizer_class, precision
 from m3i_scale.engine.deepspeed.schema import AUTO, DeepSpeedFile
 from m3i_scale.engine.extensions import is_usable
 from m3i_scale.errors import ConfigError, did_you_mean
@@ -231,10 +228,10 @@ def _complete(config: dict[str, Any], wanted: dict[str, _RunSettings], where: st
             added.append((path, want.value, f"left out in the file: {want.why}"))
         elif not _same(section[key], want.value):
             raise ConfigError(
-                f"'{path}' is {section[key]!r}, but the run file says {want.value!r}",
+                f"'{path}' is {section[key]!r}, but the config file says {want.value!r}",
                 where=where,
                 why=want.why,
-                fix='write "auto", or change the run file',
+                fix='write "auto", or change the config file',
             )
     return added
 
@@ -275,14 +272,4 @@ def check_accelerator(resolved: ResolvedConfig) -> None:
             where=f"{resolved.where}: optimizer.params",
             fix='torch\'s takes its place with "torch_adam": true, "fused": true; or install the CUDA toolkit and set'
             " CUDA_HOME",
-        )
-    builder = accelerator.get_op_builder("QuantizerBuilder")
-    kernels = builder is not None and builder.__name__ != "NotImplementedBuilder" and builder().is_compatible()
-    kernels = kernels and (name != "cuda" or is_usable("quantizer"))
-    for key in [] if kernels else quantized(resolved.config):
-        raise ConfigError(
-            f"'zero_optimization.{key}' is set, but the accelerator '{name}' cannot quantise",
-            where=resolved.where,
-            why="DeepSpeed has the kernels for CUDA devices, and compiles them by nvcc",
-            fix=f"remove '{key}'; or with an NVIDIA GPU install the CUDA toolkit and set CUDA_HOME",
         )

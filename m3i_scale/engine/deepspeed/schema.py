@@ -1,8 +1,8 @@
 """Keys of a DeepSpeed JSON that have an effect in this trainer, with their types and ranges.
 
 DeepSpeed ignores most unknown keys, and reads many that have no effect here. Only the fields below are accepted; a test
-compares them with the keys that the installed version reads. Rules between sections are in `rules.py`, hints about
-other keys in `hints.py`.
+checks that the installed version reads them. Rules between sections are in `rules.py`, hints about other keys in
+`hints.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 AUTO = "auto"
 
 
-def _whole(value: Any) -> Any:
+def _to_int(value: Any) -> Any:
     """Read 5e7 as the integer that it equals; beyond 2**53 a float is not exact."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
@@ -31,15 +31,14 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Size = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Integer = Annotated[int, BeforeValidator(_to_int)]
+Count = Annotated[int, BeforeValidator(_to_int), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(_to_int), Field(ge=0)]
 """Size in elements."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 DType = Literal["fp32", "fp16", "bf16"]
-Names = list[str] | str
 
 
 class Section(BaseModel):
@@ -57,8 +56,6 @@ class Switched(Section):
 class Bf16(Switched):
     """Settings of bf16 parameters."""
 
-    immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
     bf16_master_weights_and_grads: bool = False
     bf16_optimizer_states: bool = False
 
@@ -69,22 +66,18 @@ class Fp16(Switched):
     auto_cast: bool = False
     loss_scale: NotNegative = 0
     """Static loss scale; 0 for dynamic scaling, which uses the next five fields."""
-    initial_scale_power: Whole = 16
+    initial_scale_power: Integer = 16
     loss_scale_window: Count = 1000
-    hysteresis: Whole = 2
+    hysteresis: Integer = 2
     consecutive_hysteresis: bool = False
     min_loss_scale: Count = 1
     fp16_master_weights_and_grads: bool = False
 
 
 class DataTypes(Section):
-    """Dtypes of tensors other than parameters."""
+    """Dtype of gradient accumulation."""
 
     grad_accum_dtype: DType | None = None
-    param_dtype: DType | None = None
-    buffer_dtype: DType | None = None
-    keep_in_fp32_modules: list[str] = []
-    """Name patterns; if omitted, the model's list is used."""
 
 
 class Offload(Section):
@@ -98,14 +91,6 @@ class PartialOffload(Offload):
     """Offload target and fraction of the optimizer states under stage 3."""
 
     ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-
-class LeafModule(Section):
-    """Modules with parameters that are gathered together."""
-
-    classes: Names = []
-    names: Names = []
-    name_suffixes: Names = []
 
 
 class Zero(Section):
@@ -141,18 +126,14 @@ class Zero3(Zero):
     stage3_model_persistence_threshold: Size = 2**63 - 1
     stage3_max_live_parameters: Size = 1_000_000_000
     stage3_max_reuse_distance: Size = 1_000_000_000
-    stage3_module_granularity_threshold: Whole = 0
+    stage3_module_granularity_threshold: Integer = 0
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
     zero_hpz_partition_size: Count = 1
-    zero_quantized_weights: bool = False
-    zero_quantized_nontrainable_weights: bool = False
-    zero_quantized_gradients: bool = False
     memory_efficient_linear: bool = True
     override_module_apply: bool = True
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
-    leaf_module: LeafModule = LeafModule()
 
 
 class AdamW(Section):
@@ -162,17 +143,12 @@ class AdamW(Section):
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
     eps: Positive
     weight_decay: NotNegative
-    adam_w_mode: bool = True
+    adam_w_mode: Literal[True] = True
+    """DeepSpeed ignores it for the type AdamW, which always decouples the weight decay."""
     torch_adam: bool = False
     """Use PyTorch's AdamW."""
-    amsgrad: bool = False
     fused: bool = False
-    foreach: bool = False
-    maximize: bool = False
-    capturable: bool = False
-    differentiable: bool = False
     bias_correction: bool = True
-    set_grad_none: bool = True
     fp32_optimizer_states: bool = True
 
 
@@ -183,18 +159,12 @@ class Optimizer(Section):
     params: AdamW
 
 
-class Checkpoint(Section):
-    """DeepSpeed's checks when saving."""
-
-    tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
-
-
 class FlopsProfiler(Switched):
     """Settings of DeepSpeed's profiler."""
 
     recompute_fwd_factor: NotNegative = 0.0
     profile_step: Count = 1
-    module_depth: Whole = -1
+    module_depth: Integer = -1
     top_modules: Count = 1
     detailed: bool = True
     output_file: str | None = None
@@ -230,17 +200,12 @@ class DeepSpeedFile(Section):
     train_micro_batch_size_per_gpu: Count = 1
     gradient_accumulation_steps: Count = 1
     gradient_clipping: NotNegative
-    gradient_allreduce_op: Literal["mean"] = "mean"
-    """Losses are means over the ranks."""
-    gradient_predivide_factor: Positive = 1.0
-    prescale_gradients: bool = False
     communication_data_type: DType | None = None
     bf16: Bf16 = Bf16(enabled=False)
     fp16: Fp16 = Fp16(enabled=False)
     data_types: DataTypes = DataTypes()
     zero_optimization: Annotated[Zero12 | Zero3, Field(discriminator="stage"), BeforeValidator(_stage_is_number)]
     optimizer: Optimizer
-    checkpoint: Checkpoint = Checkpoint()
     steps_per_print: Count | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
