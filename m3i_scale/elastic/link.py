@@ -269,7 +269,9 @@ def _code_error(hello: Message, local: Mapping[str, Any]) -> str | None:
     """Return how the code of a host differs from the code here; None if it is the same."""
     if hello["version"] != __version__:
         return f"m3i_scale is {hello['version']} there and {__version__} here"
-    there = hello["code"]
+    there = hello.get("code")
+    if there is None:  # from before agents sent it
+        return f"the code there is older than here (commit {local['commit'] or 'unknown'})"
     if there["sha256"] != local["sha256"]:  # the package version does not change with every commit
         commits = f"commit {there['commit'] or 'unknown'} there and {local['commit'] or 'unknown'} here"
         return f"the code in {there['path']} is another one than here ({commits}): {other_files(there, local)}"

@@ -16,7 +16,7 @@ from hosts import Hosts, unavailable
 
 pytestmark = pytest.mark.slow
 
-RATE = "160mbit"
+FAST, SLOW = "160mbit", "16mbit"
 """Slow enough for a link, and not the machine's processors, to be what is measured."""
 
 
@@ -66,7 +66,7 @@ def case(four: Hosts, tmp_path: Path) -> Iterator[Case]:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     four.hostfile(tmp_path / "hostfile", slots=1)
     for name in four.names:
-        four.shape(name, rate=RATE)
+        four.shape(name, rate=FAST)
     yield Case(four, tmp_path)
     four.reset()
 
@@ -82,7 +82,8 @@ def test_a_healthy_cluster_has_no_fault_and_nothing_stays_on_it(case: Case):
     assert all(set(item) == {"check", "host", "ok", "value", "why", "fix", "warning"} for item in found.values())
     checks = {check for check, _ in found}
     assert checks >= {"ssh", "python", "packages", "commit", "config", "accelerator", "memory", "shm", "files"}
-    assert checks >= {"disk", "interface", "environment", "shards", "port", "shared", "group"}
+    assert checks >= {"disk", "interface", "environment", "shards", "port", "shared", "straggler", "group"}
+    assert sum(check == "straggler" for check, _ in found) == 4
     assert found["interface", "node2"]["value"] == "eth0 10.77.0.3"
     assert "10,240 bytes of photos" in found["shards", "node3"]["value"]
     assert case.hosts.left() == {}
@@ -96,9 +97,10 @@ def test_folders_links_and_interpreters_at_fault_are_found_and_the_healthy_are_n
     (folder / "bin" / "python").chmod(0o755)
     hosts.private("node3", folder / "bin")
     hosts.private("node2", case.shared)
+    hosts.shape("node2", rate=SLOW)
     code, found = case.examine("--python", str(folder / "bin" / "python"))
     assert code == 2
-    expected = {("python", "node3"), ("shared", "node2"), ("shards", "node2")}
+    expected = {("python", "node3"), ("shared", "node2"), ("shards", "node2"), ("straggler", "node2")}
     assert faults(found) == expected, found
     assert found["ssh", "node3"]["ok"]
     assert "No such file" in found["python", "node3"]["value"]

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from m3i_scale.elastic.doctor import checks
+from m3i_scale.elastic.doctor.group import PARTNERS
 from m3i_scale.host.findings import Answers, Finding, compare_hosts, errors_in, finding, not_ready
 from m3i_scale.host.machine import Machine, Needs, disk_finding, machine_findings, read_machine
 from m3i_scale.report.doctor_table import doctor_table
@@ -206,22 +207,40 @@ def test_ports_folders_and_groups():
     assert [item.host for item in errors_in(shared)] == ["two", "three", "four"]
 
 
-def network(**fields: Any) -> dict[str, Any]:
-    return {"network": {"all_reduce_gb_s": 0.5, "latency_us": 50.0, "backend": "gloo", **fields}}
+def network(rate: float, **fields: Any) -> dict[str, Any]:
+    return {"network": {"all_reduce_gb_s": 0.5, "host_gb_s": rate, "latency_us": 50.0, "backend": "gloo", **fields}}
 
 
 def test_a_group_is_as_fast_as_its_slowest_host():
-    answers = {"a": network(), "b": network(all_reduce_gb_s=0.25, latency_us=80.0)}
+    answers = {"a": network(1.0), "b": network(1.0, all_reduce_gb_s=0.25, latency_us=80.0)}
     (group,) = checks.group_findings(answers, 2)
     assert (group.check, group.ok, group.value) == ("group", True, "2 hosts: all-reduce 0.25 GB/s, 80 µs (gloo)")
 
 
 def test_a_group_without_the_answer_of_a_host_is_an_error_with_its_reason():
-    failed = {"a": network(), "b": {"group_error": "Socket Timeout"}, "c": network()}
-    ended = {"a": network(), "c": network()}
+    failed = {"a": network(1.0), "b": {"group_error": "Socket Timeout"}, "c": network(1.0)}
+    ended = {"a": network(1.0), "c": network(1.0)}
     for answers, reason in ((failed, "b: Socket Timeout"), (ended, "a host has stopped answering")):
         (group,) = checks.group_findings(answers, 3)
         assert (group.host, group.ok, group.value) == ("all", False, f"3 hosts: {reason}")
+
+
+def stragglers(rates: dict[str, float]) -> list[str]:
+    answers = {host: network(rate) for host, rate in rates.items()}
+    return [item.host for item in errors_in(checks.group_findings(answers, len(rates)))]
+
+
+def test_a_slow_host_is_named():
+    assert stragglers({"a": 1.0, "b": 0.9, "c": 0.1}) == ["c"]
+    assert stragglers({"a": 1.0, "b": 0.9, "c": 0.6}) == []
+    assert stragglers({"a": 1.0, "b": 0.1}) == []  # of two hosts, either could be the slow one
+
+
+@pytest.mark.parametrize("hosts", range(2, 10))
+def test_every_host_has_a_partner_that_is_fast_if_another_one_is_slow(hosts: int):
+    partners = {host: {(turn - host) % hosts for turn in range(PARTNERS)} - {host} for host in range(hosts)}
+    assert all(host in partners[other] for host in partners for other in partners[host])
+    assert min(map(len, partners.values())) >= min(hosts - 1, 2)
 
 
 def test_faults_become_one_error():

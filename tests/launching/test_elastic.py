@@ -173,6 +173,25 @@ def test_a_host_that_was_silent_before_is_asked_beside_the_others_and_not_waited
     assert list(reasons) == ["node1"]
 
 
+OLDER = """
+import json, sys
+from m3i_scale import __version__
+print(json.dumps({"kind": "hello", "version": __version__, "left": [], "error": None}), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_host_whose_code_does_not_yet_say_what_it_is_cannot_be_used(tmp_path, monkeypatch):
+    reach = link.agent_command
+    older = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", OLDER]
+    monkeypatch.setattr(link, "agent_command", lambda name, *given: older if name == "node1" else reach(name, *given))
+    links, reasons = connect([Host("node0", 1), Host("node1", 1)], a_site(tmp_path), Inbox())
+    for one in links:
+        one.close()
+    assert [one.host.name for one in links] == ["node0"]
+    assert "older than here" in reasons["node1"].what
+
+
 def test_nobody_asks_on_when_nobody_waits_for_the_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(link, "agent_command", lambda *_: ["sleep", "60"])
     links, reasons = connect([Host("node1", 1)], a_site(tmp_path), Inbox(), over=lambda: True)

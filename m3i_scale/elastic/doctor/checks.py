@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 
 from m3i_scale.host.findings import Answers, Check, Finding, HostReport, Results, finding
 from m3i_scale.run import software
 from m3i_scale.text import listed, size_text
 
+_SLOW = 2.0
+"""A straggler has less than the median bandwidth divided by this factor."""
 _MAX_LISTED = 4
 
 
@@ -130,7 +133,7 @@ def shared_findings(answers: Answers) -> Iterator[Finding]:
 
 
 def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
-    """Evaluate the all-reduce of the `count` hosts that joined. Ended hosts are missing."""
+    """Evaluate the all-reduce of the `count` hosts that joined, and find slow ones. Ended hosts are missing."""
     errors = [f"{host}: {answer['group_error']}" for host, answer in answers.items() if "group_error" in answer]
     measured = {host: answer["network"] for host, answer in answers.items() if "network" in answer}
     if not errors and len(measured) < count:
@@ -145,6 +148,18 @@ def group_findings(answers: Answers, count: int) -> Iterator[Finding]:
     latency = max(network["latency_us"] for network in measured.values())
     backend = next(iter(measured.values()))["backend"]
     yield finding("group", "all", f"{count} hosts: all-reduce {_rate_text(rate)}, {latency:.0f} µs ({backend})")
+    if count > 2:
+        yield from straggler_findings({host: network["host_gb_s"] for host, network in measured.items()})
+
+
+def straggler_findings(rates: Mapping[str, float]) -> Iterator[Finding]:
+    """Compare the bandwidth of each host, in GB/s with its best partner, with the median."""
+    median = statistics.median(rates.values())
+    for host, rate in rates.items():
+        why = f"the median host has {_rate_text(median)}, and all ranks wait for the slowest"
+        fix = f"cable, switch port, speed and driver of the interface of {host} (ethtool); or leave it out"
+        slow = rate * _SLOW < median
+        yield finding("straggler", host, f"{_rate_text(rate)} in each direction", error=why if slow else None, fix=fix)
 
 
 def _rate_text(gb_s: float) -> str:

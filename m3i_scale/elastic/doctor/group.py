@@ -1,5 +1,5 @@
 """Run a group of ranks, one per host: they connect to the master node's port, read each other's notes, and measure an
-all-reduce over the accelerator's backend."""
+all-reduce and the bandwidth of each host over the accelerator's backend."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _MIN_BYTES, _MAX_BYTES = 1 << 20, 64 << 20
 _TARGET_S = 0.2
 """Approximate time per collective: a slow network is measured with fewer bytes."""
 _REPEATS, _LATENCY_REPEATS = 5, 20
+PARTNERS = 3
+"""Number of hosts, at most, with which each host exchanges data. The time does not grow with the number of hosts."""
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -188,9 +191,9 @@ def read_notes(folder: Path, names: Sequence[str], wait_s: float = NOTE_S) -> li
 
 
 def measure_network(store: Any, rank: int, world: int, seconds: float) -> dict[str, Any]:
-    """Measure the all-reduce of all hosts (at least 2), which call it at the same time. Its bandwidth is the 2(n−1)/n
-    of its bytes that pass the link of each host, divided by the time. All hosts have joined `store`; `seconds` is the
-    timeout of one operation."""
+    """Measure the all-reduce of all hosts (at least 2) and the bandwidth of this one; all hosts call it at the same
+    time. The bandwidth of an all-reduce is the 2(n−1)/n of its bytes that pass the link of each host, divided by the
+    time. All hosts have joined `store`; `seconds` is the timeout of one operation."""
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(0)
@@ -210,9 +213,30 @@ def measure_network(store: Any, rank: int, world: int, seconds: float) -> dict[s
             "backend": backend,
             "latency_us": latency_s * 1e6,
             "all_reduce_gb_s": 2 * (world - 1) / world * data.nbytes / reduce_s / 1e9,
+            "host_gb_s": data.nbytes / _exchange_seconds(rank, world, data) / 1e9,
         }
     finally:
         dist.destroy_process_group()
+
+
+def _exchange_seconds(rank: int, world: int, data: Tensor) -> float:
+    """Return the shortest time in which this host sends the data to a partner and receives as much from it. All hosts
+    exchange at the same time, in pairs that change from turn to turn: a slow host is slow with every partner, and its
+    partners are fast with others."""
+    received, best_s = torch.empty_like(data), float("inf")
+    for turn in range(PARTNERS):
+        partner = (turn - rank) % world
+        for _ in range(_REPEATS):
+            dist.barrier()
+            if partner != rank:
+                best_s = min(best_s, _min_seconds(partial(_exchange, data, received, partner), 1))
+    return best_s
+
+
+def _exchange(data: Tensor, received: Tensor, partner: int) -> None:
+    operations = [dist.P2POp(dist.isend, data, partner), dist.P2POp(dist.irecv, received, partner)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 def _size(first_s: float) -> int:
